@@ -1,0 +1,10 @@
+"""Object detectors that spend compute where the image needs it, for MMDetection.
+
+Importing the package registers all it has; configs say ``custom_imports = dict(imports=['dynamicdet'])``.
+"""
+from . import apis, engine, models  # noqa: F401  (they register themselves)
+from .checkpoints import allow_mmengine_classes
+
+__version__ = '0.1.0'
+
+allow_mmengine_classes()

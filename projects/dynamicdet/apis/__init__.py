@@ -1,0 +1,3 @@
+from .visualizer import DynamicVisualizer
+
+__all__ = ['DynamicVisualizer']

@@ -1,0 +1,87 @@
+"""Read checkpoints without executing them, check them, write them whole."""
+import collections
+import io
+from typing import Any, Dict, Mapping, Sequence
+
+import mmengine
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+from torch import nn
+
+from .errors import UsageError
+
+
+def allow_mmengine_classes() -> None:
+    """Let ``torch.load(weights_only=True)`` read the checkpoints that mmengine writes.
+
+    mmengine 0.10.7 stores its log (`HistoryBuffer`, numpy arrays and scalars) beside the weights.
+    These classes hold data and run nothing.
+    """
+    numpy_core = getattr(np, '_core', None) or np.core
+    kinds = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
+    torch.serialization.add_safe_globals([
+        HistoryBuffer, np.ndarray, np.dtype, numpy_core.multiarray._reconstruct,
+        numpy_core.multiarray.scalar, collections.deque, *kinds
+    ])
+
+
+def read_checkpoint(path: str) -> Dict[str, Any]:
+    """Read a checkpoint from a path or URL, on the CPU, without executing what is in it.
+
+    Returns:
+        dict: With ``state_dict`` and, where there, ``meta``.
+
+    Raises:
+        UsageError: If there is none, or the file is no checkpoint.
+    """
+    from mmengine.runner.checkpoint import _load_checkpoint
+    try:
+        checkpoint = _load_checkpoint(path, map_location='cpu')
+    except FileNotFoundError:
+        raise UsageError(f"there is no checkpoint at '{path}'") from None
+    except Exception as error:
+        # Whatever the unpickler or the archive reader stumbles on.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(f"'{path}' is no checkpoint that can be read safely: {reason[:200]}") from None
+    state = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else None
+    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UsageError(f"'{path}' is no checkpoint: it holds no state_dict of tensors")
+    return checkpoint if 'state_dict' in checkpoint else dict(state_dict=state)
+
+
+def write_checkpoint(checkpoint: Mapping[str, Any], path: str) -> None:
+    """Write a checkpoint, whole or not at all."""
+    from .engine import write_atomically
+    with io.BytesIO() as file:
+        torch.save(dict(checkpoint), file)
+        write_atomically(file.getvalue(), path)
+
+
+def require_complete(model: nn.Module,
+                     state: Mapping[str, torch.Tensor],
+                     optional: Sequence[str] = ()) -> None:
+    """Refuse a state dict that does not fill a model, or holds what the model lacks.
+
+    Args:
+        model (nn.Module): The model.
+        state (Mapping[str, Tensor]): The state dict; a ``module.`` in front is ignored.
+        optional (Sequence[str]): Prefixes of keys that may be missing.
+
+    Raises:
+        UsageError: Says how many keys are missing, unknown or of another shape, and names some.
+    """
+    given = {key.removeprefix('module.'): tuple(value.shape) for key, value in state.items()}
+    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    # Present since a model was calibrated, and of any length.
+    optional = tuple(optional) + ('delta', 'difficulties', 'latencies', 'threshold')
+    missing = [key for key in wanted if key not in given and not key.startswith(optional)
+               and not key.endswith('num_batches_tracked')]
+    unknown = [key for key in given if key not in wanted]
+    shaped = [key for key in given if key in wanted and given[key] != wanted[key]
+              and key != 'difficulties']
+    said = [f'{len(keys)} {what} (such as {", ".join(keys[:3])})'
+            for what, keys in (('missing', missing), ('unknown', unknown), ('of another shape', shaped))
+            if keys]
+    if said:
+        raise UsageError(f'the checkpoint does not fit this config; its keys: {"; ".join(said)}')

@@ -1,0 +1,154 @@
+"""Step 2: start from a cascade, measure delta, keep it."""
+import time
+from collections import deque
+from pathlib import Path
+from typing import Dict, Iterable, Optional
+
+import numpy as np
+import torch
+from mmengine.dist import all_gather_object
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
+
+from mmdet.registry import HOOKS
+
+from ..checkpoints import require_complete
+from ..errors import UsageError
+
+#: How many of the latest differences the online estimate looks at. The released code lets its
+#: list grow without bound and measures at each of the first 10,000 iterations.
+_WINDOW = 10_000
+
+
+@HOOKS.register_module()
+class RouterHook(Hook):
+    """Everything that step 2 needs beside the usual loop.
+
+    * It starts from a cascade: ``load_from`` or, where that is not given, the latest checkpoint in
+      ``cascade``. It refuses to train a router on anything else.
+    * It measures delta, the median over the training set of ``L1 - L2``, before training
+      (``exact``) or while training (``online``), the same on all ranks, and keeps it over a resume.
+
+    Args:
+        cascade (str, optional): Work dir of step 1. Defaults to None: ``load_from`` is needed.
+        delta (str): 'exact' passes once over the training set; 'online' takes the median of the
+            last 10,000 images seen. Defaults to 'exact'.
+    """
+
+    # Before hooks that copy weights, such as EMAHook, see the checkpoint.
+    priority = 'ABOVE_NORMAL'
+
+    def __init__(self, cascade: Optional[str] = None, delta: str = 'exact') -> None:
+        if delta not in ('exact', 'online'):
+            raise UsageError(f"RouterHook's delta must be 'exact' or 'online', got '{delta}'")
+        self.cascade = cascade
+        self.delta = delta
+        self.training = False
+        self.loaded = False
+        self.window: deque = deque(maxlen=_WINDOW)
+
+    def before_run(self, runner: Runner) -> None:
+        """Find what to start from: this run's own last checkpoint, or step 1's."""
+        # Built by now when training; still a config when testing.
+        self.training = isinstance(runner._train_loop, BaseLoop)
+        if not self.training or runner._load_from is not None:
+            return
+        if runner._resume:
+            runner._load_from = latest_checkpoint(runner.work_dir)
+        if runner._load_from is None and self.cascade:
+            runner._resume = False
+            runner._load_from = latest_checkpoint(self.cascade)
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Refuse what does not fit; forget what a new router makes stale."""
+        model = _model(runner)
+        state = checkpoint.get('state_dict', checkpoint)
+        starting = self.training and not runner._resume
+        require_complete(model, state, optional=('router.', ) if starting else ())
+        if starting:
+            for name in ('delta', 'difficulties', 'latencies', 'threshold'):
+                state[name] = getattr(model, name).detach().clone()
+        self.window.extend(checkpoint.get('router_differences', ()))
+        self.loaded = True
+
+    def before_train(self, runner: Runner) -> None:
+        model = _model(runner)
+        if not self.loaded:
+            raise UsageError('step 2 trains the router of a trained cascade, and none was loaded: '
+                             'run step 1 first' + (f' (into {self.cascade})' if self.cascade else '')
+                             + ', or name its checkpoint by --cfg-options load_from=...')
+        if self.delta == 'exact' and model.delta.isnan():
+            differences = measure_differences(runner)
+            model.delta.fill_(float(np.median(list(differences.values()))))
+            runner.logger.info(f'delta = {model.delta.item():.4f}, the median of L1 - L2 over '
+                               f'{len(differences)} training images')
+
+    def after_train_iter(self,
+                         runner: Runner,
+                         batch_idx: int,
+                         data_batch: Optional[dict] = None,
+                         outputs: Optional[dict] = None) -> None:
+        if self.delta == 'online':
+            model = _model(runner)
+            for differences in all_gather_object(model.last_differences.tolist()):
+                self.window.extend(differences)
+            model.delta.fill_(float(np.median(self.window)))
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        if self.delta == 'online':
+            checkpoint['router_differences'] = list(self.window)
+
+
+def _model(runner: Runner):
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+
+def latest_checkpoint(work_dir: str) -> Optional[str]:
+    """The newest whole checkpoint in a work dir, or None.
+
+    mmengine's note of the last one is taken where it names a file; a kill may have come between.
+    """
+    noted = find_latest_checkpoint(work_dir) if Path(work_dir).is_dir() else None
+    if noted and Path(noted).is_file():
+        return noted
+    files = [file for kind in ('epoch', 'iter') for file in Path(work_dir).glob(f'{kind}_*.pth')]
+    return str(max(files, key=lambda file: file.stat().st_mtime)) if files else None
+
+
+@torch.no_grad()
+def measure_differences(runner: Runner) -> Dict[object, float]:
+    """``L1 - L2`` of every training image, by one pass over the training data.
+
+    Returns:
+        dict: Image id -> difference; the same on all ranks.
+    """
+    model = _model(runner)
+    model.train()
+    own: Dict[object, float] = {}
+    for batch in with_progress(runner, runner.train_dataloader, 'delta'):
+        data = model.data_preprocessor(batch, training=True)
+        (first, second), _ = model.exit_losses(data['inputs'], data['data_samples'])
+        for sample, difference in zip(data['data_samples'], (first - second).tolist()):
+            own[sample.get('img_id', len(own))] = difference
+    gathered: Dict[object, float] = {}
+    for part in all_gather_object(own):
+        gathered.update(part)
+    bad = [key for key, value in gathered.items() if not np.isfinite(value)]
+    if bad or not gathered:
+        raise UsageError('delta cannot be measured: ' + (
+            f'the losses of image(s) {bad[:5]} are not finite' if bad else 'the training set is empty'))
+    return gathered
+
+
+def with_progress(runner: Runner, batches: Iterable, what: str, every: float = 10.0) -> Iterable:
+    """Iterate, and log how far it is and how long it will take, every few seconds."""
+    total, start = len(batches), time.monotonic()
+    last = start
+    for index, batch in enumerate(batches):
+        yield batch
+        now = time.monotonic()
+        if now - last >= every or index + 1 == total:
+            eta = (now - start) / (index + 1) * (total - index - 1)
+            runner.logger.info(f'{what} [{index + 1}/{total}]  eta: {eta:.0f} s')
+            last = now

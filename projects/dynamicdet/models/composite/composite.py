@@ -1,0 +1,212 @@
+"""Composite connections: what the second backbone sees of the first one's maps.
+
+Letters, as in the papers (DynamicDet, arXiv 2304.05552; CBNetV2, arXiv 2107.00420):
+
+* L: number of stages of a backbone. Stages count from 0 here, shallow to deep.
+* ``f1[i]``, ``f2[i]``: the output of stage i in the first and second backbone, (N, C_i, H_i, W_i).
+* ``w[l, i]``: a 1x1 convolution with its norm, from C_i channels to those that enter stage l.
+"""
+import copy
+from typing import List, Optional, Sequence, Tuple, Type
+
+import torch.nn.functional as F
+from mmengine.model import BaseModule, ModuleList
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmdet.registry import MODELS
+
+Maps = Tuple[Tensor, ...]
+
+
+def upsample_sum(maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+    """Sum maps after nearest-neighbour resizing to one size.
+
+    Where every size divides the next larger one, nearest resizing composes, so the sum runs from
+    the deepest map upwards and touches the full resolution once. Elsewhere each map is resized on
+    its own.
+
+    Args:
+        maps (Sequence[Tensor]): Maps of equal N and C, shallow to deep: (N, C, H_i, W_i).
+        size (Sequence[int]): Height and width of the sum.
+
+    Returns:
+        Tensor: The sum, (N, C, *size).
+    """
+    sizes = [tuple(size)] + [tuple(m.shape[-2:]) for m in maps]
+    chained = all(large % small == 0
+                  for larger, smaller in zip(sizes, sizes[1:])
+                  for large, small in zip(larger, smaller))
+    if not chained:
+        return sum(F.interpolate(m, size=sizes[0], mode='nearest') for m in maps)
+    total = maps[-1]
+    for shallower in reversed(maps[:-1]):
+        total = shallower + F.interpolate(total, size=shallower.shape[-2:], mode='nearest')
+    return F.interpolate(total, size=sizes[0], mode='nearest')
+
+
+class Connection(BaseModule):
+    """All that enters one stage of the second backbone from the first: DHLC of CBNetV2.
+
+    ``H[l] = sum over i >= l of upsample(w[l, i](f1[i]))``. The norm weights start at zero, so the
+    second backbone starts as a plain one; norms stay in eval mode (CBNetV2, section 4).
+
+    Args:
+        in_channels (Sequence[int]): Channels of ``f1[l], f1[l + 1], ...``.
+        out_channels (int): Channels that enter stage l.
+    """
+
+    def __init__(self, in_channels: Sequence[int], out_channels: int) -> None:
+        super().__init__()
+        self.projections = ModuleList(
+            nn.Sequential(
+                nn.Conv2d(channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
+            for channels in in_channels)
+        for _, norm in self.projections:
+            # Always trainable, also where a backbone's own norms are not: a zero that cannot move
+            # would cut the connection for good.
+            nn.init.zeros_(norm.weight)
+
+    def forward(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+        """Project and sum.
+
+        Args:
+            maps (Sequence[Tensor]): ``f1[l], f1[l + 1], ...``.
+            size (Sequence[int]): Height and width of what enters stage l.
+        """
+        return upsample_sum([w(f) for w, f in zip(self.projections, maps)], size)
+
+    def train(self, mode: bool = True) -> 'Connection':
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
+
+
+class CompositeBackbone(BaseModule):
+    """Two backbones of one architecture, the second fed by the first: base of all families.
+
+    A family (a subclass, listed with `register_family`) says where the stages of a backbone are;
+    the data flow is here.
+
+    Args:
+        backbone (dict): Config of one backbone, as mmdet knows it. Left as it is.
+        reuse_stages (int): How many leading stages, with the stem, the second backbone takes over
+            from the first instead of computing its own (CBNetV2's ``cb_del_stages``; 1 there for
+            ResNet). 0 gives it a stem of its own. Defaults to 1.
+    """
+
+    def __init__(self, backbone: dict, reuse_stages: int = 1) -> None:
+        super().__init__()
+        backbone = copy.deepcopy(backbone)
+        self.out_indices, all_stages = self.stage_indices(backbone)
+        backbone['out_indices'] = all_stages
+        self.first = MODELS.build(backbone)
+        self.second = MODELS.build(backbone)
+        stages = len(all_stages)
+        if not 0 <= reuse_stages < stages:
+            raise ValueError(f'reuse_stages must be in [0, {stages}), got {reuse_stages}')
+        self.reuse_stages = reuse_stages
+        if reuse_stages:
+            self.drop_leading(self.second, reuse_stages)
+        # (channels that enter, channels that leave) each stage.
+        entering, self.channels = self.stage_channels(self.first)
+        self.connections = ModuleList(
+            Connection(self.channels[stage:], entering[stage])
+            for stage in range(reuse_stages, stages))
+
+    # What a family says about its backbones.
+
+    def stage_indices(self, backbone: dict) -> Tuple[Sequence[int], Sequence[int]]:
+        """The config's ``out_indices``, and those that give the maps of all stages."""
+        raise NotImplementedError
+
+    def stage_channels(self, net: nn.Module) -> Tuple[List[int], List[int]]:
+        """Channels that enter and that leave each stage."""
+        raise NotImplementedError
+
+    def drop_leading(self, net: nn.Module, count: int) -> None:
+        """Replace the stem and the first ``count`` stages by ``nn.Identity``: no weights, no work."""
+        raise NotImplementedError
+
+    def stem(self, net: nn.Module, images: Tensor) -> Tensor:
+        """What enters stage 0."""
+        raise NotImplementedError
+
+    def stage(self, net: nn.Module, index: int, x: Tensor) -> Tensor:
+        """Run one stage."""
+        raise NotImplementedError
+
+    # What all share.
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether the second backbone looks at the images: not where it takes over a stage."""
+        return self.reuse_stages == 0
+
+    def first_maps(self, images: Tensor) -> Maps:
+        """Run the first backbone.
+
+        Args:
+            images (Tensor): (N, 3, H, W), normalised.
+
+        Returns:
+            tuple[Tensor]: ``f1``: the maps of all stages, shallow to deep.
+        """
+        return tuple(self.first(images))
+
+    def second_maps(self, images: Tensor, maps: Maps) -> Maps:
+        """Run the second backbone on the first one's maps.
+
+        Args:
+            images (Tensor): (N, 3, H, W), normalised. Unused where the stem is taken over.
+            maps (tuple[Tensor]): ``f1``.
+
+        Returns:
+            tuple[Tensor]: ``f2``, shapes as ``f1``.
+        """
+        reused = self.reuse_stages
+        outputs = list(maps[:reused])
+        x = outputs[-1] if reused else self.stem(self.second, images)
+        for index, connection in enumerate(self.connections, start=reused):
+            x = x + connection(maps[index:], x.shape[-2:])
+            x = self.stage(self.second, index, x)
+            outputs.append(x)
+        return tuple(outputs)
+
+    def select(self, maps: Maps) -> Maps:
+        """The maps that the neck expects: those of the config's ``out_indices``."""
+        return tuple(maps[index] for index in self.out_indices)
+
+
+#: Backbone class -> the family that knows its stages.
+_FAMILIES: List[Tuple[type, Type[CompositeBackbone]]] = []
+
+
+def register_family(*backbones: type):
+    """Class decorator: this family serves these mmdet backbones and their subclasses.
+
+    A subclass that has a ``forward`` of its own is not served: its stages may be elsewhere.
+    """
+
+    def register(family: Type[CompositeBackbone]) -> Type[CompositeBackbone]:
+        _FAMILIES.extend((backbone, family) for backbone in backbones)
+        return family
+
+    return register
+
+
+def build_composite(backbone: dict, reuse_stages: Optional[int] = 1) -> CompositeBackbone:
+    """Build the composite of the family that a backbone config belongs to.
+
+    Raises:
+        TypeError: If no family serves this backbone.
+    """
+    net = MODELS.get(backbone['type']) if isinstance(backbone['type'], str) else backbone['type']
+    for served, family in _FAMILIES:
+        if net is not None and issubclass(net, served) and net.forward is served.forward:
+            return family(backbone, reuse_stages)
+    known = ', '.join(served.__name__ for served, _ in _FAMILIES)
+    raise TypeError(f"no composite family serves the backbone '{backbone['type']}' (served: {known} "
+                    'and subclasses that keep their forward); docs/composite.md shows how to add one')

@@ -1,0 +1,303 @@
+"""A stock MMDetection detector, twice, with a choice in between.
+
+Letters, as in the paper (DynamicDet, arXiv 2304.05552):
+
+* N: images in a batch. x: images, (N, 3, H, W), normalised.
+* ``f1``, ``f2``: maps of the first and second backbone, tuples of (N, C_i, H_i, W_i), one per stage.
+* ``phi``: difficulty, (N,), in [0, 1], large is hard.
+* Exit 0 is the first backbone with its branch (neck and heads), exit 1 the second with its own.
+"""
+import copy
+from typing import Dict, List, Mapping, Optional, Tuple
+
+import torch
+from mmengine.model import ModuleList
+from torch import Tensor
+
+from mmdet.models.detectors import BaseDetector
+from mmdet.models.utils import rename_loss_dict
+from mmdet.registry import MODELS
+from mmdet.structures import OptSampleList, SampleList
+
+from ..errors import UsageError
+from ..routing import WEIGHTINGS, resolve_threshold, router_loss, weigh
+from ..routing.thresholds import check_budget
+from .branch import build_branch
+from .composite import build_composite
+
+#: Seeds the sampling of proposals where losses are compared, the same for every image and both
+#: exits: any constant does.
+_SAMPLING_SEED = 0
+
+
+@MODELS.register_module()
+class DynamicDetector(BaseDetector):
+    """Make any mmdet detector dynamic.
+
+    Trained in two steps: first the cascade (both exits, ``train_router=False``), then the router
+    alone (``train_router=True``). Used at any speed: see ``budget``.
+
+    Args:
+        detector (dict): Config of the stock detector.
+        backbone (dict, optional): Config of each of the two backbones. Defaults to the
+            detector's; where both are given, this one counts. The shipped configs name it, since
+            mmdet's ``init_detector`` looks for ``model.backbone``.
+        shared (bool): Whether both exits use one neck and one set of heads, as two-stage
+            detectors do; YOLO variants have two. Defaults to True.
+        reuse_stages (int): Leading stages that the second backbone takes over from the first;
+            see `CompositeBackbone`. Defaults to 1.
+        router (dict): Config of the router; ``in_channels`` is filled in. Defaults to the paper's.
+        train_router (bool): Whether this is step 2. Then nothing but the router can change.
+            Defaults to False.
+        weighting (str): How an image's loss counts in step 2, a key of `routing.WEIGHTINGS`.
+            Defaults to 'objects'.
+        budget (dict, optional): The wanted speed: one of ``threshold`` in [-1, 1], ``hard_share`` in
+            [0, 1], ``target_latency`` in seconds; the last two need a calibrated checkpoint.
+            Defaults to the checkpoint's threshold.
+        data_preprocessor (dict, optional): Defaults to the detector's.
+        init_cfg (dict, optional): As in mmengine. A checkpoint of the plain detector fills both
+            exits. Defaults to the detector's.
+    """
+
+    def __init__(self,
+                 detector: dict,
+                 backbone: Optional[dict] = None,
+                 shared: bool = True,
+                 reuse_stages: int = 1,
+                 router: dict = dict(type='Router'),
+                 train_router: bool = False,
+                 weighting: str = 'objects',
+                 budget: Optional[dict] = None,
+                 data_preprocessor: Optional[dict] = None,
+                 init_cfg: Optional[dict] = None) -> None:
+        if weighting not in WEIGHTINGS:
+            raise UsageError(f"weighting must be one of {', '.join(WEIGHTINGS)}; got '{weighting}'")
+        if budget:
+            check_budget(budget)
+        preprocessor = data_preprocessor or detector.get('data_preprocessor')
+        super().__init__(
+            data_preprocessor=MODELS.build(copy.deepcopy(preprocessor)) if preprocessor else None,
+            init_cfg=init_cfg or copy.deepcopy(detector.get('init_cfg')))
+        self.backbone = build_composite(backbone or detector['backbone'], reuse_stages)
+        self.branches = ModuleList(build_branch(detector) for _ in range(1 if shared else 2))
+        self.router = MODELS.build(dict(in_channels=self.backbone.channels, **router))
+        self.weighting = weighting
+        self.budget = dict(budget) if budget else None
+        self.train_router = train_router
+        self.register_buffer('threshold', torch.tensor(0.5))
+        # NaN: not measured yet.
+        self.register_buffer('delta', torch.tensor(float('nan')))
+        # The calibration: sorted difficulties of the validation set, (n,), and the latencies of
+        # both exits, seconds. Empty until tools/calibrate.py fills them.
+        self.register_buffer('difficulties', torch.zeros(0))
+        self.register_buffer('latencies', torch.full((2, ), float('nan')))
+        self._apply_budget()
+        # Each step trains its own part. Here and not in a hook: the optimiser and DDP look at
+        # `requires_grad` before any hook runs.
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad &= name.startswith('router.') == train_router
+
+    def train(self, mode: bool = True) -> 'DynamicDetector':
+        """In step 2 all but the router stays in eval mode, whatever a loop asks for."""
+        super().train(mode)
+        if self.train_router:
+            for name, module in self.named_children():
+                if name not in ('router', 'data_preprocessor'):
+                    module.eval()
+        return self
+
+    # Loading.
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args) -> None:
+        """Take checkpoints of plain detectors, for both exits, and calibrations of any length."""
+        if not any(key.startswith((f'{prefix}backbone.first.', f'{prefix}branches.'))
+                   for key in state_dict):
+            self._spread_plain_weights(state_dict, prefix)
+        difficulties = state_dict.get(f'{prefix}difficulties')
+        if difficulties is not None:
+            self.difficulties = self.difficulties.new_empty(difficulties.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._apply_budget()
+
+    def _spread_plain_weights(self, state_dict: Dict[str, Tensor], prefix: str) -> None:
+        """Rename a plain detector's entries to those of both exits, in place.
+
+        Entries that match nothing keep their name, so that whoever loads names them.
+        """
+        known = set(self.state_dict())
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            name = key[len(prefix):]
+            if name.startswith('backbone.'):
+                rest = name[len('backbone.'):]
+                targets = [f'backbone.first.{rest}', f'backbone.second.{rest}']
+            else:
+                targets = [f'branches.{index}.{name}' for index in range(len(self.branches))]
+            targets = [target for target in targets if target in known]
+            for target in targets:
+                state_dict[prefix + target] = state_dict[key]
+            if targets:
+                state_dict.pop(key)
+
+    # Speed.
+
+    def set_budget(self,
+                   threshold: Optional[float] = None,
+                   hard_share: Optional[float] = None,
+                   target_latency: Optional[float] = None) -> float:
+        """Choose the speed; give one of the three.
+
+        Args:
+            threshold (float, optional): In [-1, 1]. Hard when the difficulty is above it.
+            hard_share (float, optional): Share of the calibration's images that are hard.
+            target_latency (float, optional): Mean seconds per image, on the calibration's device.
+
+        Returns:
+            float: The threshold.
+
+        Raises:
+            UsageError: If out of range, or if the model is not calibrated and needs to be.
+        """
+        given = dict(threshold=threshold, hard_share=hard_share, target_latency=target_latency)
+        budget = {name: value for name, value in given.items() if value is not None}
+        value = resolve_threshold(budget, self.difficulties.tolist(), self.latencies.tolist())
+        self.threshold.fill_(value)
+        self.budget, self._budget_waits = budget, False
+        return value
+
+    def _apply_budget(self) -> None:
+        """Set the threshold as soon as what the config's budget needs is loaded."""
+        if self.budget and ('threshold' in self.budget or len(self.difficulties)):
+            self.set_budget(**self.budget)
+        else:
+            self._budget_waits = bool(self.budget)
+
+    # Forward.
+
+    def branch(self, exit: int) -> BaseDetector:
+        """Neck and heads of an exit, 0 or 1."""
+        return self.branches[min(exit, len(self.branches) - 1)]
+
+    def extract_feat(self, batch_inputs: Tensor) -> Tuple[Tensor, ...]:
+        """``f1``, as the first branch's neck leaves it."""
+        maps = self.backbone.first_maps(batch_inputs)
+        return self.branch(0).extract_feat(self.backbone.select(maps))
+
+    def _both_maps(self, batch_inputs: Tensor) -> Tuple[tuple, tuple]:
+        first = self.backbone.first_maps(batch_inputs)
+        return first, self.backbone.second_maps(batch_inputs, first)
+
+    def loss(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> Dict[str, Tensor]:
+        """Losses of the step that is trained.
+
+        Step 1: both exits' own losses, named ``exit0.*`` and ``exit1.*``. Step 2: ``loss_router``, with
+        mean and spread of the difficulty, the share above 0.5, and delta, for the log.
+        """
+        if self.train_router:
+            return self._router_losses(batch_inputs, batch_data_samples)
+        losses = {}
+        for exit, maps in enumerate(self._both_maps(batch_inputs)):
+            own = self.branch(exit).loss(self.backbone.select(maps), batch_data_samples)
+            losses.update(rename_loss_dict(f'exit{exit}.', own))
+        return losses
+
+    @torch.no_grad()
+    def exit_losses(self, batch_inputs: Tensor,
+                    batch_data_samples: SampleList) -> Tuple[Tensor, Tensor]:
+        """Weighted loss of each image under each exit, as batch 1 gives it, without gradient.
+
+        The backbones run once, on the batch; neck and heads per image, since mmdet's heads average
+        over the batch.
+
+        Returns:
+            tuple[Tensor, tuple]: Losses, (2, N), float32, and ``f1``.
+        """
+        both = self._both_maps(batch_inputs)
+        rows = [[self._image_loss(exit, maps, index, sample)
+                 for index, sample in enumerate(batch_data_samples)]
+                for exit, maps in enumerate(both)]
+        objects = [len(sample.gt_instances) for sample in batch_data_samples]
+        losses = torch.stack([torch.stack(row) for row in rows]).float()
+        return weigh(losses, objects, self.weighting), both[0]
+
+    def _image_loss(self, exit: int, maps: tuple, index: int, sample) -> Tensor:
+        maps = tuple(m[index:index + 1] for m in self.backbone.select(maps))
+        # Two-stage heads sample proposals at random, on the CPU's generator: the same draw for
+        # both exits, or their difference is noise.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(_SAMPLING_SEED)
+            losses = self.branch(exit).loss(maps, [sample])
+        return self.parse_losses(losses)[0]
+
+    def _router_losses(self, batch_inputs: Tensor,
+                       batch_data_samples: SampleList) -> Dict[str, Tensor]:
+        (first, second), maps = self.exit_losses(batch_inputs, batch_data_samples)
+        # Kept for the hook that tracks delta online.
+        self.last_differences = first - second
+        delta = torch.where(self.delta.isnan(), self.last_differences.median(), self.delta)
+        phi = self.router(maps)
+        return dict(
+            loss_router=router_loss(phi, first, second, delta),
+            difficulty=phi.detach().mean(),
+            difficulty_std=phi.detach().std(correction=0),
+            share_above_half=(phi.detach() > 0.5).float().mean(),
+            delta=delta)
+
+    def predict(self,
+                batch_inputs: Tensor,
+                batch_data_samples: SampleList,
+                rescale: bool = True) -> SampleList:
+        """Detect; each image leaves at the exit that its difficulty says.
+
+        Args:
+            batch_inputs (Tensor): (N, 3, H, W).
+            batch_data_samples (list[DetDataSample]): N samples.
+            rescale (bool): Whether boxes are in the original image's frame. Defaults to True.
+
+        Returns:
+            list[DetDataSample]: In input order; each with ``pred_instances``, ``difficulty``
+            (float) and ``exit`` (0 or 1).
+        """
+        if self._budget_waits:
+            self.set_budget(**self.budget)
+        maps = self.backbone.first_maps(batch_inputs)
+        phi = self.router(maps)
+        # One transfer from the device for both.
+        scores, hard = torch.stack([phi, (phi > self.threshold).float()]).tolist()
+        results: List = [None] * len(scores)
+        for exit in (0, 1):
+            rows = [index for index, is_hard in enumerate(hard) if int(is_hard) == exit]
+            if not rows:
+                continue
+            exit_maps = _take(maps, rows)
+            if exit == 1:
+                images = batch_inputs
+                if self.backbone.needs_images:
+                    images, = _take((batch_inputs, ), rows)
+                exit_maps = self.backbone.second_maps(images, exit_maps)
+            samples = [batch_data_samples[row] for row in rows]
+            samples = self.branch(exit).predict(
+                self.backbone.select(exit_maps), samples, rescale=rescale)
+            for row, sample in zip(rows, samples):
+                sample.set_metainfo(dict(difficulty=scores[row], exit=exit))
+                results[row] = sample
+        return results
+
+    def _forward(self,
+                 batch_inputs: Tensor,
+                 batch_data_samples: OptSampleList = None) -> Mapping[str, object]:
+        """Run every image through both exits, for parity checks, FLOPs counters and export.
+
+        Returns:
+            dict: ``difficulty``, (N,), and ``exits``, the raw head outputs of exit 0 and exit 1.
+        """
+        both = self._both_maps(batch_inputs)
+        exits = [self.branch(exit)._forward(self.backbone.select(maps), batch_data_samples)
+                 for exit, maps in enumerate(both)]
+        return dict(difficulty=self.router(both[0]), exits=exits)
+
+
+def _take(tensors: Tuple[Tensor, ...], rows: List[int]) -> Tuple[Tensor, ...]:
+    """Rows of each tensor; the tensors themselves, not copies, where that is all of them."""
+    if len(rows) == len(tensors[0]):
+        return tensors
+    return tuple(tensor[rows] for tensor in tensors)

@@ -1,0 +1,154 @@
+"""Real mmdet configs, shrunk until a CPU runs them in a second; and inputs for them."""
+import copy
+from typing import Any, List, Optional, Sequence
+
+import numpy as np
+import torch
+from mmengine.config import ConfigDict
+from mmengine.hub import get_config
+from mmengine.structures import InstanceData
+
+from mmdet.structures import DetDataSample
+from mmdet.structures.mask import BitmapMasks
+
+#: Stock config of each kind of detector that the tests make dynamic.
+STOCK = dict(
+    faster_rcnn='mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
+    mask_rcnn='mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
+    cascade_rcnn='mmdet::cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py',
+    retinanet='mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
+    fcos='mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py',
+    atss='mmdet::atss/atss_r50_fpn_1x_coco.py',
+    gfl='mmdet::gfl/gfl_r50_fpn_1x_coco.py',
+    yolox='mmdet::yolox/yolox_s_8xb8-300e_coco.py')
+
+#: Width of a shrunk neck and of the heads on it. A multiple of the 32 groups of GroupNorm.
+_WIDTH = 32
+_NARROW = dict(
+    in_channels=_WIDTH,
+    out_channels=_WIDTH,
+    feat_channels=_WIDTH,
+    conv_out_channels=_WIDTH,
+    fc_out_channels=64,
+    num_classes=3)
+
+
+def _narrow(node: Any) -> Any:
+    """Replace, anywhere below, widths of 256 or more and the number of classes."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            wide = key in _NARROW and isinstance(value, int) and (
+                value >= 128 or key == 'num_classes' and value == 80)
+            node[key] = _NARROW[key] if wide else _narrow(value)
+    elif isinstance(node, (list, tuple)):
+        return type(node)(_narrow(item) for item in node)
+    return node
+
+
+def tiny_backbone(out_indices: Sequence[int] = (0, 1, 2, 3), **settings) -> ConfigDict:
+    """A ResNet-18 with 8, 16, 32 and 64 channels."""
+    return ConfigDict(
+        type='ResNet', depth=18, base_channels=8, out_indices=tuple(out_indices), init_cfg=None,
+        **settings)
+
+
+def tiny_detector(name: str) -> ConfigDict:
+    """The model config of a stock mmdet detector, shrunk, on a ResNet.
+
+    Args:
+        name (str): A key of `STOCK`.
+    """
+    model = get_config(STOCK[name]).model
+    out_indices = model.backbone.get('out_indices', (0, 1, 2, 3))
+    if model.backbone.type != 'ResNet':
+        # A ResNet stands in; its stages 1 to 3 have the strides 8 to 32 that YOLOX expects.
+        out_indices = (1, 2, 3)
+        model.data_preprocessor.batch_augments = None
+    model.backbone = tiny_backbone(out_indices)
+    model.init_cfg = None
+    model = _narrow(model)
+    model.neck.in_channels = [8 * 2**index for index in out_indices]
+    for cfg in (model.get('test_cfg'), model.get('train_cfg')):
+        for stage in ('rpn', 'rpn_proposal'):
+            if cfg and cfg.get(stage) and 'max_per_img' in cfg[stage]:
+                cfg[stage].update(nms_pre=100, max_per_img=50)
+    return model
+
+
+def tiny_dynamic(name: str, **settings) -> ConfigDict:
+    """A dynamic detector's model config over `tiny_detector`."""
+    detector = tiny_detector(name)
+    return ConfigDict(
+        type='DynamicDetector', detector=detector, backbone=detector.backbone, **settings)
+
+
+def tiny_batch(objects: Sequence[int] = (2, 1),
+               size: Sequence[int] = (96, 128),
+               seed: int = 0,
+               masks: bool = True) -> dict:
+    """A batch as a data loader gives it.
+
+    Args:
+        objects (Sequence[int]): Number of annotated objects of each image; sets the batch size.
+        size (Sequence[int]): Height and width.
+        seed (int): Seed of pixels and boxes.
+        masks (bool): Whether objects have masks.
+
+    Returns:
+        dict: ``inputs``, a list of uint8 (3, H, W), and ``data_samples``.
+    """
+    rng = np.random.default_rng(seed)
+    height, width = size
+    inputs: List[torch.Tensor] = []
+    samples: List[DetDataSample] = []
+    for index, count in enumerate(objects):
+        inputs.append(torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8)))
+        corner = rng.random((count, 2)) * 0.5 * (width, height)
+        extent = (0.2 + 0.3 * rng.random((count, 2))) * (width, height)
+        boxes = np.concatenate([corner, corner + extent], axis=1).astype(np.float32)
+        instances = InstanceData(
+            bboxes=torch.from_numpy(boxes), labels=torch.from_numpy(rng.integers(0, 3, count)))
+        if masks:
+            instances.masks = BitmapMasks(_box_masks(boxes, height, width), height, width)
+        sample = DetDataSample(
+            metainfo=dict(
+                img_id=index,
+                img_path=f'{index}.jpg',
+                img_shape=(height, width),
+                ori_shape=(height, width),
+                scale_factor=(1.0, 1.0)))
+        sample.gt_instances = instances
+        sample.ignored_instances = InstanceData(
+            bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
+        samples.append(sample)
+    return dict(inputs=inputs, data_samples=samples)
+
+
+def _box_masks(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
+    masks = np.zeros((len(boxes), height, width), np.uint8)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.astype(int)):
+        mask[top:bottom, left:right] = 1
+    return masks
+
+
+def randomise(model: torch.nn.Module, seed: int = 0, spread: Optional[float] = 0.1) -> torch.nn.Module:
+    """Give every parameter and statistic a value that depends on the seed, none of them zero.
+
+    Fresh detectors have zero-initialised norms, under which much of a network does nothing.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in list(model.named_parameters()) + list(model.named_buffers()):
+            if not value.is_floating_point() or name.split('.')[-1] in (
+                    'threshold', 'delta', 'difficulties', 'latencies', 'mean', 'std'):
+                continue
+            noise = torch.randn(value.shape, generator=generator)
+            if name.endswith('running_var'):
+                value.copy_(1 + spread * noise.abs())
+            elif value.dim() > 1:
+                value.copy_(noise * (2 / value[0].numel())**0.5)
+            elif name.endswith('weight'):
+                value.copy_(1 + spread * noise)
+            else:
+                value.add_(spread * noise)
+    return model
