@@ -1,0 +1,135 @@
+# make demo and make test set up .venv (once) and then run; `make help` lists all targets. docs/install.md says more.
+#   make PYTHON=/path/to/python3.11    another Python 3.11 than the first one found
+#   make MAX_JOBS=1                    fewer compilers at a time, where memory is short
+#   make test ARGS='-k router'         more arguments for what is run
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3.11 python3 python
+MAX_JOBS ?= $(shell nproc)
+ARGS ?=
+
+VENV := $(CURDIR)/.venv
+PY := $(VENV)/bin/python
+LOG := $(VENV)/setup.log
+# Written last, so an interrupted set-up is repeated. Holds the folder's name: a virtual environment cannot be moved.
+READY := .venv/.ready
+ifneq ($(shell cat $(READY) 2>/dev/null),$(CURDIR))
+.PHONY: $(READY)
+endif
+
+.PHONY: help setup demo test benchmark clean
+
+help:
+	@cat <<-'EOF'
+	make setup      virtual environment in .venv, with all that the project needs
+	make demo       setup, then the main job on the built-in data set; report in work_dirs/demo/report
+	make test       setup, then the tests
+	make benchmark  setup, then the benchmark
+	make clean      remove .venv and build outputs; work_dirs and pip's cache stay
+	EOF
+
+setup: $(READY)
+
+demo: $(READY)
+	@"$(PY)" tools/demo.py $(ARGS)
+
+test: $(READY)
+	@"$(PY)" -m pytest -q tests $(ARGS)
+
+benchmark: $(READY)
+	@"$(PY)" tools/benchmark.py $(ARGS)
+
+clean:
+	@rm -rf .venv build dist .pytest_cache projects/*.egg-info
+	find projects tools tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Run on every kind of device that this torch can use: fails if pip's wheel was built for another torch.
+define CHECK_OPS
+import torch
+from mmcv.ops import nms
+for device in ['cpu', 'cuda'][:1 + torch.cuda.is_available()]:
+    nms(torch.tensor([[0., 0., 2., 2.]], device=device), torch.ones(1, device=device), 0.5)
+endef
+export CHECK_OPS
+
+$(READY): Makefile setup.py setup.cfg $(wildcard requirements/*.txt)
+	@stop() { echo "$$@" >&2; exit 1; }
+
+	# 1. What the machine must have.
+	base=; problem="Python 3.11 is needed and was not found; install it, or name it: make PYTHON=/path/to/python3.11"
+	for candidate in $(PYTHON); do
+	  "$$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || continue
+	  if ! "$$candidate" -c 'import venv, ensurepip' 2>/dev/null; then
+	    problem="$$(command -v "$$candidate") lacks the venv module (Debian, Ubuntu: apt install python3.11-venv)"
+	  elif ! "$$candidate" -c 'import os, sys, sysconfig
+	sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))'; then
+	    problem="$$(command -v "$$candidate") lacks Python.h (Debian, Ubuntu: apt install python3.11-dev)"
+	  else
+	    base=$$candidate; break
+	  fi
+	done
+	[ -n "$$base" ] || stop "$$problem"
+	echo 'int main() {}' | "$${CXX:-c++}" -x c++ -fsyntax-only - 2>/dev/null ||
+	  stop "A C++ compiler is needed and '$${CXX:-c++}' does not work (Debian, Ubuntu: apt install g++; or set CXX)"
+
+	# 2. One set-up at a time; whoever waited may find the work done.
+	if command -v flock >/dev/null; then
+	  exec 9<Makefile
+	  flock -n 9 || { echo "Another set-up is running here; waiting for it."; flock 9; }
+	  if [ "$$(cat $@ 2>/dev/null)" = "$(CURDIR)" ] &&
+	     [ -z "$$(find Makefile setup.py setup.cfg requirements -newer $@ 2>/dev/null)" ]; then exit; fi
+	fi
+	rm -f $@
+	fail() { tail -n 30 "$(LOG)" >&2; stop "Set-up failed at: $$doing. Above is the end of $(LOG)."; }
+	step() { doing=$$1; SECONDS=0; echo "-- $$1"; }
+	took() { echo "   done in $$((SECONDS / 60)) min $$((SECONDS % 60)) s"; }
+	# The whole output goes into the log, its large downloads and the compiler's progress to the screen.
+	install() {
+	  "$(PY)" -m pip install --no-input -c requirements/constraints.txt "$$@" 2>&1 | tee -a "$(LOG)" |
+	    while IFS= read -r line; do
+	      if [[ $$line =~ Downloading\ .*[0-9]\ [MG]B ]]; then
+	        echo "   $${BASH_REMATCH[0]})"
+	      elif [[ $$line =~ Building\ wheel\ for\ mmcv.*started ]]; then
+	        echo "   mmcv's operators are compiled from source for the torch that is installed, since no ready-made build"
+	        echo "   for this torch exists: 10 to 20 minutes on two cores, once; pip keeps the wheel."
+	      elif [[ $$line =~ ^\ *\[([0-9]+)/([0-9]+)\] ]] &&
+	           (( BASH_REMATCH[1] % 5 == 0 || BASH_REMATCH[1] == BASH_REMATCH[2] )); then
+	        echo "   compiled $${BASH_REMATCH[1]} of $${BASH_REMATCH[2]} files, $$((SECONDS / 60)) min"
+	      fi
+	    done
+	}
+	install_mmcv() {
+	  MAX_JOBS=$(MAX_JOBS) MMCV_WITH_OPS=1 install -v --no-deps --no-build-isolation "$$@" || fail
+	}
+
+	# 3. The environment.
+	step "virtual environment in .venv, from $$(command -v "$$base")"
+	"$(PY)" -m pip --version 2>/dev/null | grep -qF "$(VENV)/" || "$$base" -m venv --clear "$(VENV)" ||
+	  stop "Set-up failed at: $$doing"
+	: > "$(LOG)"
+	took
+	step "PyTorch and the other libraries: downloads of 200 MB and more"
+	install -r requirements/build.txt || fail
+	install -r requirements/runtime.txt -r requirements/mm-deps.txt -r requirements/tests.txt || fail
+	took
+	step "mmengine, mmcv and mmdet"
+	install_mmcv -r requirements/mm.txt
+	took
+	step "this package"
+	install --no-deps --no-build-isolation -e . || fail
+	took
+	step "check: everything loads, and mmcv's operators run"
+	run() { "$(PY)" -c "$$1" >>"$(LOG)" 2>&1; }
+	run 'import torch, cv2, mmengine' || fail
+	if ! run "$$CHECK_OPS"; then
+	  step "mmcv once more: pip's wheel was built for another torch"
+	  install_mmcv --no-cache-dir --force-reinstall "$$("$(PY)" -m pip freeze | grep '^mmcv==')"
+	  run "$$CHECK_OPS" || fail
+	fi
+	run 'import mmdet, importlib.util, sys; sys.exit(importlib.util.find_spec("dynamicdet") is None)' || fail
+	took
+	echo "$(CURDIR)" > $@

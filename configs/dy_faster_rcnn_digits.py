@@ -1,0 +1,19 @@
+# Step 1 of the demo: the cascade of two small Faster R-CNN R-18-FPN, from scratch, on the built-in
+# data set. Anchors of 16 to 128 pixels, few proposals: images are 192 pixels wide.
+_base_ = ['./_base_/digits.py', './_base_/digits_faster_rcnn.py', './_base_/dynamic.py']
+model = dict(
+    _delete_=True,
+    type='DynamicDetector',
+    detector=_base_.model,
+    backbone=_base_.model.backbone)
+custom_hooks = _base_.dynamic_hooks
+visualizer = dict(type='DynamicVisualizer')
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=10, val_interval=5)
+optim_wrapper = dict(
+    type='OptimWrapper',
+    optimizer=dict(type='AdamW', lr=5e-4, weight_decay=0.02),
+    clip_grad=dict(max_norm=10))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=200),
+    dict(type='CosineAnnealingLR', by_epoch=True, convert_to_iter_based=True, T_max=10)
+]

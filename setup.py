@@ -1,0 +1,20 @@
+"""The package lives in projects/dynamicdet; setup.cfg holds its metadata."""
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+def requirements(name):
+    """The requirements in requirements/<name>.txt, without comments."""
+    path = Path(__file__).parent / 'requirements' / f'{name}.txt'
+    lines = (line.split('#')[0].strip() for line in path.read_text(encoding='utf-8').splitlines())
+    return [line for line in lines if line]
+
+
+setup(
+    python_requires='>=3.11',
+    package_dir={'': 'projects'},
+    packages=find_packages('projects'),
+    install_requires=requirements('runtime'),
+    extras_require={'mm': requirements('mm'), 'tests': requirements('tests')},
+)

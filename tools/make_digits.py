@@ -1,0 +1,33 @@
+"""Make the built-in data set `digits`: handwriting over photographs, in COCO format."""
+import argparse
+
+from dynamicdet.datasets.digits import SIZES, make_digits
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('--root', default='data/digits', help='folder to make')
+    parser.add_argument('--seed', type=int, default=0, help='of every random choice')
+    for split, count in SIZES.items():
+        parser.add_argument(f'--{split}', type=int, default=count, help=f'{split} images')
+    parser.add_argument('--size', type=int, default=192, help='height and width of the images')
+    return parser.parse_args()
+
+
+def show(done, total):
+    if done % 100 == 0 or done == total:
+        print(f'\r{done} of {total} images', end='' if done < total else '\n', flush=True)
+
+
+def main():
+    args = parse_args()
+    sizes = {split: getattr(args, split) for split in SIZES}
+    try:
+        print(make_digits(args.root, sizes, args.size, args.seed, progress=show))
+    except (ValueError, FileExistsError, ImportError) as error:
+        raise SystemExit(f'make_digits: {error}')
+
+
+if __name__ == '__main__':
+    main()
