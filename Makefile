@@ -9,7 +9,8 @@ SHELL := bash
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3.11 python3 python
-MAX_JOBS ?= $(shell nproc)
+# A compiler of mmcv's files takes up to 1.3 GB.
+MAX_JOBS ?= $(shell awk '/MemAvailable/ {print int($$2 / 1500000) + 1}' /proc/meminfo | cat - <(nproc) | sort -n | head -1)
 ARGS ?=
 
 VENV := $(CURDIR)/.venv
@@ -97,7 +98,7 @@ $(READY): Makefile setup.py setup.cfg $(wildcard requirements/*.txt)
 	        echo "   mmcv's operators are compiled from source for the torch that is installed, since no ready-made build"
 	        echo "   for this torch exists: 10 to 20 minutes on two cores, once; pip keeps the wheel."
 	      elif [[ $$line =~ ^\ *\[([0-9]+)/([0-9]+)\] ]] &&
-	           (( BASH_REMATCH[1] % 5 == 0 || BASH_REMATCH[1] == BASH_REMATCH[2] )); then
+	           (( BASH_REMATCH[1] % 5 == 0 || BASH_REMATCH[1] == 1 || BASH_REMATCH[1] == BASH_REMATCH[2] )); then
 	        echo "   compiled $${BASH_REMATCH[1]} of $${BASH_REMATCH[2]} files, $$((SECONDS / 60)) min"
 	      fi
 	    done

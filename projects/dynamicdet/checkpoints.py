@@ -65,19 +65,23 @@ def require_complete(model: nn.Module,
 
     Args:
         model (nn.Module): The model.
-        state (Mapping[str, Tensor]): The state dict; a ``module.`` in front is ignored.
+        state (Mapping[str, Tensor]): The state dict; a ``module.`` in front is ignored. A plain
+            detector's is taken for both exits of a dynamic one.
         optional (Sequence[str]): Prefixes of keys that may be missing.
 
     Raises:
         UsageError: Says how many keys are missing, unknown or of another shape, and names some.
     """
-    given = {key.removeprefix('module.'): tuple(value.shape) for key, value in state.items()}
+    state = {key.removeprefix('module.'): value for key, value in state.items()}
+    if hasattr(model, 'spread_plain_weights'):
+        state = model.spread_plain_weights(state)
+        optional = (*optional, 'delta', 'difficulties', 'latencies', 'threshold')
+    given = {key: tuple(value.shape) for key, value in state.items()}
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    # Present since a model was calibrated, and of any length.
-    optional = tuple(optional) + ('delta', 'difficulties', 'latencies', 'threshold')
-    missing = [key for key in wanted if key not in given and not key.startswith(optional)
+    missing = [key for key in wanted if key not in given and not key.startswith(tuple(optional))
                and not key.endswith('num_batches_tracked')]
     unknown = [key for key in given if key not in wanted]
+    # A calibration is as long as its validation set.
     shaped = [key for key in given if key in wanted and given[key] != wanted[key]
               and key != 'difficulties']
     said = [f'{len(keys)} {what} (such as {", ".join(keys[:3])})'
@@ -85,3 +89,9 @@ def require_complete(model: nn.Module,
             if keys]
     if said:
         raise UsageError(f'the checkpoint does not fit this config; its keys: {"; ".join(said)}')
+
+
+def is_plain(state: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a state dict is a stock detector's, not a dynamic one's."""
+    return not any(key.removeprefix('module.').startswith(('backbone.first.', 'branches.'))
+                   for key in state)

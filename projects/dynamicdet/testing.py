@@ -1,6 +1,6 @@
 """Real mmdet configs, shrunk until a CPU runs them in a second; and inputs for them."""
 import copy
-from typing import Any, List, Optional, Sequence
+from typing import Any, List, Sequence
 
 import numpy as np
 import torch
@@ -22,8 +22,8 @@ STOCK = dict(
     gfl='mmdet::gfl/gfl_r50_fpn_1x_coco.py',
     yolox='mmdet::yolox/yolox_s_8xb8-300e_coco.py')
 
-#: Width of a shrunk neck and of the heads on it. A multiple of the 32 groups of GroupNorm.
-_WIDTH = 32
+#: Width of a shrunk neck and of the heads on it: two channels for each of GroupNorm's 32 groups.
+_WIDTH = 64
 _NARROW = dict(
     in_channels=_WIDTH,
     out_channels=_WIDTH,
@@ -131,24 +131,34 @@ def _box_masks(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
     return masks
 
 
-def randomise(model: torch.nn.Module, seed: int = 0, spread: Optional[float] = 0.1) -> torch.nn.Module:
+#: Entries that hold settings, not weights.
+_KEPT = ('threshold', 'delta', 'difficulties', 'latencies', 'mean', 'std', 'project')
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Give every parameter and statistic a value that depends on the seed, none of them zero.
 
     Fresh detectors have zero-initialised norms, under which much of a network does nothing.
+    Activations stay near unit size, regressed boxes near their anchors.
     """
     generator = torch.Generator().manual_seed(seed)
+    entries = list(model.named_parameters()) + list(model.named_buffers())
     with torch.no_grad():
-        for name, value in list(model.named_parameters()) + list(model.named_buffers()):
-            if not value.is_floating_point() or name.split('.')[-1] in (
-                    'threshold', 'delta', 'difficulties', 'latencies', 'mean', 'std'):
+        for name, value in entries:
+            own = name.split('.')
+            if not value.is_floating_point() or own[-1] in _KEPT:
                 continue
             noise = torch.randn(value.shape, generator=generator)
-            if name.endswith('running_var'):
-                value.copy_(1 + spread * noise.abs())
+            if own[-1] == 'running_var':
+                value.copy_(1 + 0.1 * noise.abs())
             elif value.dim() > 1:
-                value.copy_(noise * (2 / value[0].numel())**0.5)
-            elif name.endswith('weight'):
-                value.copy_(1 + spread * noise)
+                regresses = 'reg' in name and 'reg_convs' not in name
+                small = 0.1 if regresses or own[0] == 'router' else 1
+                value.copy_(small * noise * (2 / value[0].numel())**0.5)
+            elif own[-1] == 'weight':
+                # What a residual branch or a connection adds must not drown what it is added to.
+                adds = own[-2] in ('bn2', 'bn3') or 'connections' in own
+                value.copy_((0.3 if adds else 1) * (1 + 0.1 * noise))
             else:
-                value.add_(spread * noise)
+                value.copy_(0.1 * noise)
     return model

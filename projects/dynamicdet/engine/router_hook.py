@@ -65,7 +65,8 @@ class RouterHook(Hook):
         model = _model(runner)
         state = checkpoint.get('state_dict', checkpoint)
         starting = self.training and not runner._resume
-        require_complete(model, state, optional=('router.', ) if starting else ())
+        if self.training:
+            require_complete(model, state, optional=('router.', ) if starting else ())
         if starting:
             for name in ('delta', 'difficulties', 'latencies', 'threshold'):
                 state[name] = getattr(model, name).detach().clone()

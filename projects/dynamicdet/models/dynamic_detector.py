@@ -19,6 +19,7 @@ from mmdet.models.utils import rename_loss_dict
 from mmdet.registry import MODELS
 from mmdet.structures import OptSampleList, SampleList
 
+from ..checkpoints import is_plain
 from ..errors import UsageError
 from ..routing import WEIGHTINGS, resolve_threshold, router_loss, weigh
 from ..routing.thresholds import check_budget
@@ -108,35 +109,34 @@ class DynamicDetector(BaseDetector):
 
     # Loading.
 
-    def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args) -> None:
-        """Take checkpoints of plain detectors, for both exits, and calibrations of any length."""
-        if not any(key.startswith((f'{prefix}backbone.first.', f'{prefix}branches.'))
-                   for key in state_dict):
-            self._spread_plain_weights(state_dict, prefix)
-        difficulties = state_dict.get(f'{prefix}difficulties')
-        if difficulties is not None:
-            self.difficulties = self.difficulties.new_empty(difficulties.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self._apply_budget()
+    def spread_plain_weights(self, state_dict: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+        """Rename the entries of a plain detector's checkpoint to those of both exits.
 
-    def _spread_plain_weights(self, state_dict: Dict[str, Tensor], prefix: str) -> None:
-        """Rename a plain detector's entries to those of both exits, in place.
-
-        Entries that match nothing keep their name, so that whoever loads names them.
+        A dynamic detector's own checkpoint comes back as it is. Entries that match nothing keep
+        their name, so that whoever loads names them.
         """
-        known = set(self.state_dict())
-        for key in [key for key in state_dict if key.startswith(prefix)]:
-            name = key[len(prefix):]
-            if name.startswith('backbone.'):
-                rest = name[len('backbone.'):]
+        if not is_plain(state_dict):
+            return dict(state_dict)
+        known, spread = set(self.state_dict()), {}
+        for key, value in state_dict.items():
+            if key.startswith('backbone.'):
+                rest = key[len('backbone.'):]
                 targets = [f'backbone.first.{rest}', f'backbone.second.{rest}']
             else:
-                targets = [f'branches.{index}.{name}' for index in range(len(self.branches))]
-            targets = [target for target in targets if target in known]
-            for target in targets:
-                state_dict[prefix + target] = state_dict[key]
-            if targets:
-                state_dict.pop(key)
+                targets = [f'branches.{index}.{key}' for index in range(len(self.branches))]
+            spread.update({name: value for name in targets if name in known} or {key: value})
+        return spread
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args) -> None:
+        """Take checkpoints of plain detectors, for both exits, and calibrations of any length."""
+        own = {key[len(prefix):]: state_dict.pop(key)
+               for key in list(state_dict) if key.startswith(prefix)}
+        own = self.spread_plain_weights(own)
+        state_dict.update({prefix + key: value for key, value in own.items()})
+        if 'difficulties' in own:
+            self.difficulties = self.difficulties.new_empty(own['difficulties'].shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._apply_budget()
 
     # Speed.
 
@@ -172,6 +172,10 @@ class DynamicDetector(BaseDetector):
             self._budget_waits = bool(self.budget)
 
     # Forward.
+
+    def score(self, batch_inputs: Tensor) -> Tensor:
+        """Difficulty of each image, (N,), by the first backbone and the router alone."""
+        return self.router(self.backbone.first_maps(batch_inputs))
 
     def branch(self, exit: int) -> BaseDetector:
         """Neck and heads of an exit, 0 or 1."""

@@ -1,0 +1,231 @@
+"""Measure what the thresholds of a trained dynamic detector follow from."""
+import datetime
+import os
+import platform
+import time
+from typing import Callable, Dict, Iterable, List, Optional, Tuple
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmdet.apis import init_detector
+
+from ..checkpoints import is_plain, read_checkpoint, require_complete
+from ..errors import UsageError
+from ..models import DynamicDetector
+
+Progress = Callable[[Iterable, str], Iterable]
+
+#: Thresholds that send every image to exit 0, to exit 1.
+_FORCE = (1.0, -1.0)
+
+
+def load_model(cfg: Config, path: str, device: str) -> Tuple[DynamicDetector, dict]:
+    """Build a dynamic detector and fill it from its own checkpoint.
+
+    Returns:
+        tuple: The model, in eval mode, and the checkpoint.
+
+    Raises:
+        UsageError: If the config is of no dynamic detector or the checkpoint does not fit.
+    """
+    if cfg.model.type != 'DynamicDetector':
+        raise UsageError(f"the config's model must be a DynamicDetector, not {cfg.model.type}")
+    checkpoint = read_checkpoint(path)
+    if is_plain(checkpoint['state_dict']):
+        raise UsageError(f"'{path}' is a plain detector's: train the cascade and the router first")
+    model = init_detector(cfg, checkpoint=None, device='cpu')
+    require_complete(model, checkpoint['state_dict'])
+    model.load_state_dict(checkpoint['state_dict'], strict=False)
+    meta = checkpoint.get('meta', {}).get('dataset_meta')
+    if meta:
+        model.dataset_meta = meta
+    return model.to(device).eval(), checkpoint
+
+
+def build_loader(dataloader: dict) -> DataLoader:
+    """Build a data loader of a config, in this process.
+
+    Raises:
+        UsageError: If its data set is empty.
+    """
+    init_default_scope('mmdet')
+    loader = Runner.build_dataloader(dataloader)
+    if not len(loader.dataset):
+        raise UsageError('the validation set is empty: there is nothing to measure on')
+    return loader
+
+
+@torch.no_grad()
+def measure_difficulties(model: DynamicDetector, loader: DataLoader, progress: Progress) -> np.ndarray:
+    """Difficulties of a data set, sorted, (n,), float32. Runs the first backbone and the router."""
+    scores: List[float] = []
+    for batch in progress(loader, 'difficulties'):
+        inputs = model.data_preprocessor(batch, False)['inputs']
+        scores.extend(model.score(inputs).tolist())
+    return np.sort(np.asarray(scores, np.float32))
+
+
+@torch.no_grad()
+def measure_latencies(model: DynamicDetector,
+                      dataset,
+                      progress: Progress,
+                      images: int = 20,
+                      rounds: int = 5) -> Tuple[float, float]:
+    """Median seconds per image of both exits: batch 1, data in memory, exits taking turns.
+
+    Args:
+        model (DynamicDetector): In eval mode, on the device that counts.
+        dataset: The data set; its first ``images`` are timed.
+        progress (Callable): Wraps what is iterated over.
+        images (int): How many images. Defaults to 20.
+        rounds (int): How often each is timed, after one untimed round. Defaults to 5.
+    """
+    batches = [pseudo_collate([dataset[index]]) for index in range(min(images, len(dataset)))]
+    times: Tuple[List[float], List[float]] = ([], [])
+    synchronise = torch.cuda.synchronize if model.threshold.is_cuda else lambda: None
+    with _any_threshold(model):
+        for turn in progress(range(rounds + 1), 'latencies'):
+            for batch in batches:
+                for exit, threshold in enumerate(_FORCE):
+                    model.set_budget(threshold=threshold)
+                    synchronise()
+                    start = time.perf_counter()
+                    model.test_step(batch)
+                    synchronise()
+                    if turn:
+                        times[exit].append(time.perf_counter() - start)
+    return float(np.median(times[0])), float(np.median(times[1]))
+
+
+@torch.no_grad()
+def measure_gflops(model: DynamicDetector, dataset, images: int = 10) -> Tuple[float, float]:
+    """Mean GFLOPs per image of both exits, 2 x multiply-adds, by torch's counter.
+
+    It follows what is really run, and sees nothing of mmcv's own operators: RoIAlign counts as 0.
+    The cost of two-stage heads varies with the proposals, hence the mean over some images.
+    """
+    batches = [pseudo_collate([dataset[index]]) for index in range(min(images, len(dataset)))]
+    means = []
+    with _any_threshold(model):
+        for threshold in _FORCE:
+            model.set_budget(threshold=threshold)
+            with FlopCounterMode(display=False) as counter:
+                for batch in batches:
+                    model.test_step(batch)
+            means.append(counter.get_total_flops() / len(batches) / 1e9)
+    return means[0], means[1]
+
+
+class _any_threshold:
+    """Put a model's budget and threshold back after they were played with."""
+
+    def __init__(self, model: DynamicDetector) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.kept = self.model.budget, self.model.threshold.clone()
+
+    def __exit__(self, *_) -> None:
+        self.model.budget = self.kept[0]
+        self.model.threshold.copy_(self.kept[1])
+
+
+@torch.no_grad()
+def record_exits(model: DynamicDetector, loader: DataLoader, progress: Progress) -> List[dict]:
+    """Both exits' detections of every image: all that a trade-off curve needs.
+
+    Args:
+        model (DynamicDetector): In eval mode.
+        loader (DataLoader): Over a COCO-format data set.
+        progress (Callable): Wraps what is iterated over.
+
+    Returns:
+        list[dict]: Per image ``id``, ``file``, ``difficulty`` and ``detections`` of both exits: COCO results
+        without image id, boxes x, y, w, h in the image's own frame.
+    """
+    images = []
+    with _any_threshold(model):
+        for batch in progress(loader, 'both exits'):
+            both = []
+            for threshold in _FORCE:
+                model.set_budget(threshold=threshold)
+                samples = model.test_step(batch)
+                both.append([_to_coco(sample, loader.dataset.cat_ids) for sample in samples])
+            images.extend(
+                dict(
+                    id=sample.img_id,
+                    file=sample.img_path,
+                    difficulty=sample.difficulty,
+                    detections=list(pair)) for sample, *pair in zip(samples, *both))
+    return images
+
+
+def _to_coco(sample, category_ids: List[int]) -> List[dict]:
+    found = sample.pred_instances.cpu()
+    boxes = found.bboxes.clone()
+    boxes[:, 2:] -= boxes[:, :2]
+    return [
+        dict(bbox=box, score=score, category_id=category_ids[label]) for box, score, label in zip(
+            boxes.tolist(), found.scores.tolist(), found.labels.tolist())
+    ]
+
+
+def provenance(cfg: Config, checkpoint: str, dataset, device: str) -> Dict[str, object]:
+    """Where figures come from: what was measured, on which data and which machine."""
+    cuda = torch.device(device).type == 'cuda'
+    return dict(
+        config=str(cfg.filename),
+        checkpoint=str(checkpoint),
+        ann_file=str(getattr(dataset, 'ann_file', '')),
+        images=len(dataset),
+        device=torch.cuda.get_device_name(device) if cuda else _cpu_name(),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        dtype='float32',
+        batch_size=1,
+        seed=cfg.get('randomness', {}).get('seed'),
+        date=datetime.datetime.now().isoformat(timespec='seconds'))
+
+
+def _cpu_name() -> str:
+    try:
+        with open('/proc/cpuinfo') as file:
+            names = [line.split(':')[1].strip() for line in file if line.startswith('model name')]
+    except OSError:
+        names = []
+    return f'{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores'
+
+
+def calibrate(model: DynamicDetector,
+              loader: DataLoader,
+              progress: Progress,
+              hard_share: float = 0.5) -> Dict[str, float]:
+    """Measure difficulties and latencies, and set the model's calibration and threshold to them.
+
+    Args:
+        model (DynamicDetector): Trained, on the device whose latencies count.
+        loader (DataLoader): Over the validation set.
+        progress (Callable): Wraps what is iterated over.
+        hard_share (float): What the checkpoint does when nothing is asked for. Defaults to 0.5.
+
+    Returns:
+        dict: ``threshold``, and ``lat1`` and ``lat2`` in seconds.
+
+    Raises:
+        UsageError: If the router was not trained.
+    """
+    if model.delta.isnan():
+        raise UsageError('this checkpoint is from step 1: train the router (step 2) before calibrating')
+    difficulties = measure_difficulties(model, loader, progress)
+    latencies = measure_latencies(model, loader.dataset, progress)
+    model.difficulties = torch.from_numpy(difficulties).to(model.difficulties.device)
+    model.latencies.copy_(torch.tensor(latencies))
+    threshold = model.set_budget(hard_share=hard_share)
+    return dict(threshold=threshold, lat1=latencies[0], lat2=latencies[1])

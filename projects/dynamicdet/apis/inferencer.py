@@ -1,0 +1,183 @@
+"""mmdet's inferencer, at any speed."""
+import contextlib
+import http.client
+import io
+import os.path as osp
+from typing import Callable, Dict, Iterable, Iterator, List, Optional, Union
+
+import mmcv
+import mmengine
+import numpy as np
+from mmengine.infer.infer import ModelType
+from PIL import Image
+from torch import nn
+
+from mmdet.apis import DetInferencer
+from mmdet.structures import DetDataSample
+
+from ..checkpoints import is_plain, require_complete
+from ..errors import UsageError
+
+
+class DynamicInferencer(DetInferencer):
+    """`DetInferencer` whose speed can be chosen, for all calls or for one.
+
+    Results, and the JSON files that it writes, have ``difficulty`` and ``exit`` beside what
+    mmdet's have. Give at most one of ``threshold``, ``hard_share`` and ``target_latency``; see
+    `DynamicDetector.set_budget`.
+
+    Args:
+        model (str or dict, optional): Config, or path of one. Defaults to the checkpoint's.
+        weights (str, optional): Path or URL of the checkpoint.
+        device (str, optional): Defaults to the best that is there.
+        scope (str, optional): Where mmdet's parts are registered. Defaults to 'mmdet'.
+        palette (str): Colours of the boxes, as mmdet names them. Defaults to 'none': those of the
+            data set.
+        show_progress (bool): Whether to show a progress bar. Defaults to True.
+        threshold (float, optional): In [-1, 1]. Hard when the difficulty is above it.
+        hard_share (float, optional): Share of hard images, in [0, 1].
+        target_latency (float, optional): Mean seconds per image.
+
+    Raises:
+        UsageError: If the model is not dynamic, the checkpoint does not fill it, more than one of
+            the three is given, it is out of range, or it needs a calibrated checkpoint.
+
+    Example:
+        >>> detector = DynamicInferencer(
+        ...     'configs/dy_faster_rcnn_router.py', 'checkpoint.pth', hard_share=0.5)
+        >>> result, = detector('image.jpg')['predictions']
+        >>> result['difficulty'], result['exit']
+    """
+
+    preprocess_kwargs = {'on_unreadable'}
+
+    def __init__(self,
+                 model: Optional[Union[ModelType, str]] = None,
+                 weights: Optional[str] = None,
+                 device: Optional[str] = None,
+                 scope: Optional[str] = 'mmdet',
+                 palette: str = 'none',
+                 show_progress: bool = True,
+                 threshold: Optional[float] = None,
+                 hard_share: Optional[float] = None,
+                 target_latency: Optional[float] = None) -> None:
+        super().__init__(model, weights, device, scope, palette, show_progress)
+        if not hasattr(self.model, 'set_budget'):
+            raise UsageError(f"this config's model, {type(self.model).__name__}, is not dynamic: use "
+                             "mmdet's DetInferencer")
+        budget = _given(threshold, hard_share, target_latency)
+        if budget:
+            self.model.set_budget(**budget)
+
+    def _load_weights_to_model(self, model: nn.Module, checkpoint: Optional[dict], cfg: dict) -> None:
+        """As mmdet's, but refuse a checkpoint that leaves parts of the model random."""
+        if checkpoint is not None:
+            state = checkpoint.get('state_dict', checkpoint)
+            # A plain detector's fills both exits but for these.
+            optional = ('backbone.connections.', 'router.') if is_plain(state) else ()
+            require_complete(model, state, optional)
+        super()._load_weights_to_model(model, checkpoint, cfg)
+
+    def __call__(self,
+                 *args,
+                 threshold: Optional[float] = None,
+                 hard_share: Optional[float] = None,
+                 target_latency: Optional[float] = None,
+                 **kwargs) -> dict:
+        """As mmdet's, whose arguments are passed on; the speed holds for this call.
+
+        Args:
+            threshold (float, optional): In [-1, 1]. Hard when the difficulty is above it.
+            hard_share (float, optional): Share of hard images, in [0, 1].
+            target_latency (float, optional): Mean seconds per image.
+            on_unreadable (callable, optional): Called with the path of a picture that cannot be
+                read and the reason; the others are processed. Without it, the call fails.
+
+        Returns:
+            dict: ``predictions``, one per picture, each with ``difficulty`` and ``exit``; and
+            ``visualization``, the drawn pictures, if ``return_vis``.
+        """
+        with self._budget(_given(threshold, hard_share, target_latency)):
+            return super().__call__(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _budget(self, budget: Dict[str, float]) -> Iterator[None]:
+        """A speed for a while."""
+        if not budget:
+            yield
+            return
+        model = self.model
+        before = model.threshold.clone(), model.budget, model._budget_waits
+        model.set_budget(**budget)
+        try:
+            yield
+        finally:
+            threshold, model.budget, model._budget_waits = before
+            model.threshold.copy_(threshold)
+
+    def preprocess(self,
+                   inputs: Iterable[Union[str, np.ndarray]],
+                   batch_size: int = 1,
+                   on_unreadable: Optional[Callable[[str, str], None]] = None,
+                   **kwargs) -> Iterator:
+        """As mmdet's; see `__call__` for ``on_unreadable``."""
+        if on_unreadable is not None:
+            inputs = _readable(inputs, on_unreadable)
+        return super().preprocess(inputs, batch_size, **kwargs)
+
+    def visualize(self,
+                  inputs: list,
+                  preds: List[DetDataSample],
+                  return_vis: bool = False,
+                  **kwargs) -> Optional[List[np.ndarray]]:
+        """As mmdet's, which keeps every drawn picture of a folder in memory, asked for or not."""
+        drawn = super().visualize(inputs, preds, return_vis=return_vis, **kwargs)
+        return drawn if return_vis else None
+
+    def pred2dict(self, data_sample: DetDataSample, pred_out_dir: str = '') -> dict:
+        """As mmdet's, with ``difficulty`` and ``exit``."""
+        if data_sample.get('img_path') is None:
+            # An array. mmdet then counts, unless there is a path, even if it is None.
+            data_sample.pop('img_path', None)
+            name = str(self.num_predicted_imgs)
+        else:
+            name = osp.splitext(osp.basename(data_sample.img_path))[0]
+        result = super().pred2dict(data_sample, pred_out_dir)
+        result.update(difficulty=data_sample.difficulty, exit=data_sample.exit)
+        if pred_out_dir:
+            # Over mmdet's file, which lacks the two.
+            mmengine.dump(result, osp.join(pred_out_dir, 'preds', f'{name}.json'))
+        return result
+
+
+def _given(threshold: Optional[float], hard_share: Optional[float],
+           target_latency: Optional[float]) -> Dict[str, float]:
+    budget = dict(threshold=threshold, hard_share=hard_share, target_latency=target_latency)
+    return {name: value for name, value in budget.items() if value is not None}
+
+
+def _readable(inputs: Iterable[Union[str, np.ndarray]],
+              on_unreadable: Callable[[str, str], None]) -> Iterator[Union[str, np.ndarray]]:
+    for item in inputs:
+        reason = picture_fault(item) if isinstance(item, str) else None
+        if reason is None:
+            yield item
+        else:
+            on_unreadable(item, reason)
+
+
+def picture_fault(path: str) -> Optional[str]:
+    """Say why a picture, by path or URL, cannot be read; None if it can."""
+    try:
+        data = mmengine.fileio.get(path)
+    except (OSError, http.client.HTTPException) as error:
+        # urllib's errors are OSErrors too.
+        return f'cannot be read: {getattr(error, "strerror", None) or error}'
+    # OpenCV fills what a truncated file lacks with grey; Pillow says that it is truncated.
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            picture.load()
+    except Exception as error:
+        # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more.
+        return f'is damaged: {error}' if 'truncated' in str(error) else 'is no picture, or damaged'
+    return None if mmcv.imfrombytes(data) is not None else 'is of a kind that OpenCV does not decode'

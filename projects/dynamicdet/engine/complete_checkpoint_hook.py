@@ -1,0 +1,22 @@
+"""Refuse to test with a checkpoint that does not fill the model."""
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from mmdet.registry import HOOKS
+
+from ..checkpoints import is_plain, require_complete
+
+
+@HOOKS.register_module()
+class CompleteCheckpointHook(Hook):
+    """mmengine loads what fits and goes on, which is right for fine-tuning and wrong for testing:
+    a checkpoint of another architecture would give an AP of 0. A plain detector's is let pass: it
+    fills both exits but for connections and router. ``tools/test.py`` adds this hook."""
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        # Inside a DDP or test-time augmentation wrapper, or both.
+        model = getattr(runner.model, 'module', runner.model)
+        state = checkpoint.get('state_dict', checkpoint)
+        require_complete(
+            getattr(model, 'module', model), state,
+            optional=('backbone.connections.', 'router.') if is_plain(state) else ())

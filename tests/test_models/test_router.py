@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+from dynamicdet.models import Router
+
+
+def test_by_hand():
+    """Maps of value 1 and 2; fc1 gives 1 + 2 = 3, fc2 gives -3 + 1 = -2: sigmoid(-2)."""
+    router = Router([2, 2], reduction=4)
+    torch.nn.init.constant_(router.fc1.weight, 0.5)
+    torch.nn.init.zeros_(router.fc1.bias)
+    torch.nn.init.constant_(router.fc2.weight, -1.0)
+    torch.nn.init.ones_(router.fc2.bias)
+    got = router([torch.ones(3, 2, 8, 8), torch.full((3, 2, 4, 4), 2.0)])
+    torch.testing.assert_close(got, torch.full((3, ), -2.0).sigmoid())
+
+
+def test_size_is_the_papers():
+    """Five maps of Dy-YOLOv7, 2.08 M parameters."""
+    router = Router([64, 256, 512, 1024, 1024])
+    assert router.fc1.out_features == 720
+    assert sum(p.numel() for p in router.parameters()) / 1e6 == pytest.approx(2.08, abs=0.01)
+
+
+def test_float32_under_autocast():
+    router = Router([8])
+    maps = [torch.rand(2, 8, 4, 4)]
+    expected = router(maps)
+    with torch.autocast('cpu', torch.bfloat16):
+        got = router([maps[0].bfloat16()])
+        assert got.dtype == torch.float32
+        assert torch.equal(router(maps), expected)
+    assert ((got >= 0) & (got <= 1)).all()

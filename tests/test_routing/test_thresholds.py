@@ -1,0 +1,110 @@
+import math
+
+import numpy as np
+import pytest
+
+from dynamicdet.errors import UsageError
+from dynamicdet.routing import (hard_share, resolve_threshold, share_for_latency,
+                                threshold_for_share)
+
+SCORES = [0.1, 0.2, 0.3, 0.4]
+
+
+@pytest.mark.parametrize('share, threshold', [(0, 1), (0.25, 0.35), (0.5, 0.25), (0.75, 0.15),
+                                              (1, -1)])
+def test_quantiles_by_hand(share, threshold):
+    got = threshold_for_share(SCORES, share)
+    assert got == pytest.approx(threshold)
+    assert hard_share(SCORES, got) == share
+
+
+def test_every_share_of_a_large_set():
+    scores = np.random.default_rng(0).random(1000)
+    for share in np.linspace(0, 1, 101):
+        assert hard_share(scores, threshold_for_share(scores, share)) == pytest.approx(share, abs=5e-4)
+
+
+def test_order_does_not_matter():
+    assert threshold_for_share(SCORES[::-1], 0.5) == threshold_for_share(SCORES, 0.5)
+
+
+@pytest.mark.parametrize('share, got', [(0.1, 0.0), (0.4, 0.5), (0.6, 0.5), (0.9, 1.0)])
+def test_images_that_share_a_score_stay_together(share, got):
+    scores = [0.5] * 50 + [0.7] * 50
+    assert hard_share(scores, threshold_for_share(scores, share)) == got
+
+
+def test_all_equal_scores_and_single_images():
+    assert hard_share([0.5] * 9, threshold_for_share([0.5] * 9, 0.3)) == 0
+    assert hard_share([0.5], threshold_for_share([0.5], 1)) == 1
+    # A difficulty that saturates at 1 can still be easy or hard.
+    assert hard_share([0.0, 1.0], threshold_for_share([0.0, 1.0], 0)) == 0
+    assert hard_share([0.0, 1.0], threshold_for_share([0.0, 1.0], 0.5)) == 0.5
+    assert hard_share([0.0, 1.0], threshold_for_share([0.0, 1.0], 1)) == 1
+
+
+def test_neighbouring_floats_are_told_apart():
+    low = np.float32(0.3)
+    scores = [low, np.nextafter(low, np.float32(1))]
+    assert hard_share(scores, threshold_for_share(scores, 0.5)) == 0.5
+
+
+def test_noise_in_the_last_digits_moves_no_image():
+    scores = np.random.default_rng(1).random(100).astype(np.float32)
+    threshold = threshold_for_share(scores, 0.5)
+    assert hard_share(scores + 1e-6, threshold) == hard_share(scores - 1e-6, threshold) == 0.5
+
+
+@pytest.mark.parametrize('share', [-0.1, 1.1, math.nan])
+def test_share_out_of_range(share):
+    with pytest.raises(UsageError, match='hard share'):
+        threshold_for_share(SCORES, share)
+
+
+def test_no_or_bad_difficulties():
+    with pytest.raises(UsageError, match='empty'):
+        threshold_for_share([], 0.5)
+    with pytest.raises(UsageError, match='not finite'):
+        threshold_for_share([0.1, math.nan], 0.5)
+
+
+def test_latency_by_hand():
+    assert share_for_latency(0.030, 0.020, 0.040) == pytest.approx(0.5)
+    assert share_for_latency(0.020, 0.020, 0.040) == 0
+    assert share_for_latency(0.040, 0.020, 0.040) == 1
+    # A hard path that is not slower than the easy one: everything may take it.
+    assert share_for_latency(0.020, 0.020, 0.020) == 1
+
+
+def test_latency_out_of_range_names_both_ends():
+    with pytest.raises(UsageError, match=r'lat1 = 0\.02 s.*lat2 = 0\.04 s'):
+        share_for_latency(0.010, 0.020, 0.040)
+    with pytest.raises(UsageError):
+        share_for_latency(math.nan, 0.020, 0.040)
+    with pytest.warns(UserWarning, match=r'lat1 = 0\.02 s.*lat2 = 0\.04 s'):
+        assert share_for_latency(0.050, 0.020, 0.040) == 1
+
+
+def test_budgets():
+    assert resolve_threshold(dict(threshold=0.42)) == 0.42
+    assert resolve_threshold(dict(hard_share=0.5), SCORES) == pytest.approx(0.25)
+    assert resolve_threshold(dict(target_latency=0.030), SCORES, (0.020, 0.040)) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize('budget', [
+    dict(), dict(threshold=2), dict(threshold=-1.5), dict(hard_share=1.01), dict(hard_share=math.nan),
+    dict(hard_share='half'), dict(target_latency=-1), dict(speed=1), dict(threshold=0.5, hard_share=0.5)
+])
+def test_bad_budgets(budget):
+    with pytest.raises(UsageError):
+        resolve_threshold(budget, SCORES, (0.02, 0.04))
+
+
+def test_budget_without_calibration():
+    with pytest.raises(UsageError, match='calibrate.py'):
+        resolve_threshold(dict(hard_share=0.5), [])
+
+
+def test_ties_that_miss_the_share_are_said():
+    with pytest.warns(UserWarning, match='share a difficulty'):
+        resolve_threshold(dict(hard_share=0.25), [0.5] * 50 + [0.7] * 50)

@@ -1,0 +1,51 @@
+"""Measure a trained dynamic detector on its validation set, so that it can be run at any speed.
+
+Writes difficulties, latencies of both exits on this device, and the threshold of a hard share into
+the checkpoint.
+"""
+import argparse
+
+from mmengine.device import get_device
+
+from dynamicdet.apis import cli
+from dynamicdet.apis.calibration import build_loader, calibrate, load_model, provenance
+from dynamicdet.checkpoints import write_checkpoint
+from dynamicdet.errors import UsageError
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file of step 2')
+    cli.add_common_arguments(parser)
+    parser.add_argument('--out', help='write here instead of into the checkpoint')
+    parser.add_argument('--device', default=get_device(), help='device whose latencies count')
+    parser.add_argument(
+        '--hard-share', type=float, default=0.5, help='default hard share of the checkpoint: 0.5')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    cli.quiet()
+    cfg = cli.load_config(args)
+    out = args.out or args.checkpoint
+    if '://' in out:
+        raise UsageError('a checkpoint from a URL is not written back: name a file by --out')
+    if not args.no_data_check:
+        cli.check_data(cfg, 'val')
+    model, checkpoint = load_model(cfg, args.checkpoint, args.device)
+    loader = build_loader(cfg.val_dataloader)
+    found = calibrate(model, loader, cli.progress, args.hard_share)
+    for name in ('difficulties', 'latencies', 'threshold'):
+        checkpoint['state_dict'][name] = getattr(model, name).cpu()
+    checkpoint.setdefault('meta', {})['calibration'] = dict(
+        found, hard_share=args.hard_share, **provenance(cfg, args.checkpoint, loader.dataset, args.device))
+    write_checkpoint(checkpoint, out)
+    print(f'calibrated on {len(loader.dataset)} images: easy {found["lat1"] * 1e3:.1f} ms, hard '
+          f'{found["lat2"] * 1e3:.1f} ms per image; hard share {args.hard_share:g} is threshold '
+          f'{found["threshold"]:.4f}; written to {out}')
+
+
+if __name__ == '__main__':
+    cli.run(main)

@@ -1,0 +1,144 @@
+"""Detect in pictures: files, folders and URLs.
+
+Writes pictures to OUT_DIR/vis and results, with difficulty and exit, to OUT_DIR/preds.
+"""
+import argparse
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Dict, List
+from urllib.parse import unquote, urlparse
+
+import mmengine
+import torch
+
+from dynamicdet.apis import DynamicInferencer, cli
+from dynamicdet.checkpoints import read_checkpoint
+from dynamicdet.errors import UsageError
+from mmdet.apis.det_inferencer import IMG_EXTENSIONS
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError('must be 1 or more')
+    return int(text)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('inputs', nargs='+', help='picture files, folders of them, URLs')
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file or URL')
+    parser.add_argument('--out-dir', default='outputs', help='where results go: outputs')
+    parser.add_argument('--device', help='such as cpu or cuda:0; the best that is there')
+    parser.add_argument('--batch-size', type=positive, default=1, help='pictures at a time: 1')
+    parser.add_argument(
+        '--pred-score-thr', type=float, default=0.3, help='draw boxes of at least this score: 0.3')
+    cli.add_budget_arguments(parser)
+    parser.add_argument('--no-save-vis', action='store_true', help='write no pictures')
+    parser.add_argument('--no-save-pred', action='store_true', help='write no results')
+    parser.add_argument(
+        '--palette',
+        default='none',
+        choices=['coco', 'voc', 'citys', 'random', 'none'],
+        help="colours of the boxes; by default the data set's")
+    parser.add_argument('--show', action='store_true', help='show each picture in a window')
+    parser.add_argument('--print-result', action='store_true', help='print the results')
+    parser.set_defaults(cfg_options=None)
+    return parser.parse_args()
+
+
+def download(url: str, folder: Path) -> Path:
+    """Get a picture; in a folder of its own, under a name that can be written again."""
+    path = Path(unquote(urlparse(url).path))
+    suffix = path.suffix if path.suffix.lower() in IMG_EXTENSIONS else '.jpg'
+    target = Path(tempfile.mkdtemp(dir=folder)) / f'{path.stem or "picture"}{suffix}'
+    try:
+        target.write_bytes(mmengine.fileio.get(url))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"'{url}' cannot be fetched: {error}") from error
+    return target
+
+
+def find_pictures(inputs: List[str], folder: Path) -> Dict[str, str]:
+    """Path of each picture, to what its user calls it. Those of URLs are put into ``folder``."""
+    found = {}
+    for item in inputs:
+        path = Path(item)
+        if '://' in item:
+            found[str(download(item, folder))] = item
+        elif path.is_dir():
+            inside = [str(p) for p in sorted(path.iterdir()) if p.suffix.lower() in IMG_EXTENSIONS]
+            if not inside:
+                raise UsageError(f"there is no picture in '{item}': looked for "
+                                 f"{', '.join(IMG_EXTENSIONS)}")
+            found.update(zip(inside, inside))
+        elif not path.is_file():
+            raise UsageError(f"there is no picture or folder at '{item}'")
+        elif path.suffix.lower() not in IMG_EXTENSIONS:
+            raise UsageError(f"the name of '{item}' must end in one of {', '.join(IMG_EXTENSIONS)}")
+        else:
+            found[item] = item
+    return found
+
+
+def require_distinct(pictures: Dict[str, str]) -> None:
+    """Results are named after pictures: two of one name would leave one result."""
+    (stem, count), = Counter(Path(path).stem for path in pictures).most_common(1)
+    if count > 1:
+        names = [name for path, name in pictures.items() if Path(path).stem == stem]
+        raise UsageError(f"{' and '.join(names)} would write the same files: rename one, or give "
+                         'them to separate runs with an --out-dir each')
+
+
+def build_detector(args: argparse.Namespace) -> DynamicInferencer:
+    cfg = cli.load_config(args)
+    cli.require_file(args.checkpoint, 'checkpoint')
+    read_checkpoint(args.checkpoint)
+    if args.device:
+        try:
+            torch.zeros(1, device=args.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"the device '{args.device}' cannot be used: {reason}") from error
+    return DynamicInferencer(
+        cfg, args.checkpoint, args.device, palette=args.palette, **cli.budget_from(args))
+
+
+def detect(args: argparse.Namespace, pictures: Dict[str, str]) -> int:
+    faults = {}
+    results = build_detector(args)(
+        list(pictures),
+        batch_size=args.batch_size,
+        show=args.show,
+        no_save_vis=args.no_save_vis,
+        pred_score_thr=args.pred_score_thr,
+        print_result=args.print_result,
+        no_save_pred=args.no_save_pred,
+        out_dir=args.out_dir,
+        on_unreadable=faults.__setitem__)['predictions']
+    for path, fault in faults.items():
+        print(f"error: '{pictures[path]}' {fault}", file=sys.stderr)
+    if not results:
+        return 2
+    hard = sum(result['exit'] for result in results)
+    saved = not (args.no_save_vis and args.no_save_pred)
+    print(f'{len(results)} images, {hard / len(results):.0%} hard; '
+          + (f'results in {args.out_dir}' if saved else 'nothing written'))
+    return 1 if faults else 0
+
+
+def main() -> int:
+    args = parse_args()
+    cli.quiet()
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = find_pictures(args.inputs, Path(folder))
+        if not (args.no_save_vis and args.no_save_pred):
+            require_distinct(pictures)
+        return detect(args, pictures)
+
+
+if __name__ == '__main__':
+    cli.run(main)

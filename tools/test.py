@@ -1,0 +1,86 @@
+"""Test a detector at any speed."""
+import argparse
+from copy import deepcopy
+from pathlib import Path
+
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from dynamicdet.apis import cli
+from dynamicdet.errors import UsageError
+from mmdet.evaluation import DumpDetResults
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file or URL')
+    cli.add_common_arguments(parser)
+    cli.add_budget_arguments(parser)
+    parser.add_argument('--out', help='write the predictions to this .pkl file')
+    parser.add_argument('--show', action='store_true', help='show the predictions')
+    parser.add_argument('--show-dir', help='write pictures of the predictions, under the work dir')
+    parser.add_argument('--wait-time', type=float, default=2, help='seconds a shown picture stays')
+    parser.add_argument('--tta', action='store_true', help='test-time augmentation')
+    return parser.parse_args()
+
+
+def draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
+    """Switch the config's visualization hook on."""
+    hook = cfg.default_hooks.get('visualization')
+    if hook is None:
+        raise UsageError("--show and --show-dir need default_hooks.visualization in the config: "
+                         "dict(type='DetVisualizationHook')")
+    hook.update(draw=True, show=args.show, wait_time=args.wait_time, test_out_dir=args.show_dir)
+
+
+def augment(cfg: Config) -> None:
+    """Wrap the model for test-time augmentation; a flip where the config says nothing else."""
+    tta_model = cfg.get('tta_model') or dict(
+        type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    pipeline = cfg.get('tta_pipeline')
+    if pipeline is None:
+        pack = deepcopy(dataset.pipeline[-1])
+        pack.meta_keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip',
+                          'flip_direction')
+        flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
+        pipeline = [step for step in dataset.pipeline[:-1] if step.type != 'LoadAnnotations']
+        pipeline.append(dict(type='TestTimeAug', transforms=[flips, [pack]]))
+    cfg.model = ConfigDict(**tta_model, module=cfg.model)
+    dataset.pipeline = pipeline
+
+
+def main() -> None:
+    args = parse_args()
+    cli.quiet()
+    cfg = cli.load_config(args)
+    cli.require_file(args.checkpoint, 'checkpoint')
+    if args.out and Path(args.out).suffix not in ('.pkl', '.pickle'):
+        raise UsageError(f"--out writes a pickle: name a .pkl file, not '{args.out}'")
+    budget = cli.budget_from(args)
+    if budget:
+        if cfg.model.type != 'DynamicDetector':
+            raise UsageError(f'--{next(iter(budget)).replace("_", "-")} is for dynamic detectors; '
+                             f"this config's model is {cfg.model.type}")
+        cfg.model.budget = budget
+    cfg.load_from = args.checkpoint
+    cfg.resume = False
+    cfg.custom_hooks = cfg.get('custom_hooks', []) + [dict(type='CompleteCheckpointHook')]
+    if args.show or args.show_dir:
+        draw_predictions(cfg, args)
+    if args.tta:
+        augment(cfg)
+    if not args.no_data_check:
+        cli.check_data(cfg, 'test')
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    if args.out:
+        runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
+    runner.test()
+
+
+if __name__ == '__main__':
+    cli.run(main)

@@ -1,0 +1,50 @@
+"""Train either step of a dynamic detector, or any other MMDetection config."""
+import argparse
+
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from dynamicdet.apis import cli
+from dynamicdet.engine import latest_checkpoint
+from dynamicdet.errors import UsageError
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    cli.add_common_arguments(parser)
+    parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
+    parser.add_argument(
+        '--auto-scale-lr', action='store_true', help='scale the learning rate by the batch size')
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        help='go on from this checkpoint, or from the last one in the work dir')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    cli.quiet()
+    cfg = cli.load_config(args)
+    if args.amp:
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.loss_scale = 'dynamic'
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            raise UsageError(f"--auto-scale-lr needs auto_scale_lr.base_batch_size in '{args.config}'")
+        cfg.auto_scale_lr.enable = True
+    if args.resume:
+        cfg.resume = True
+        cfg.load_from = latest_checkpoint(cfg.work_dir) if args.resume == 'auto' else args.resume
+    if cfg.get('load_from'):
+        cli.require_file(cfg.load_from, 'checkpoint')
+    if not args.no_data_check:
+        cli.check_data(cfg, 'train', *(['val'] if cfg.get('val_dataloader') else []))
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner.train()
+
+
+if __name__ == '__main__':
+    cli.run(main)
