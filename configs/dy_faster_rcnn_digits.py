@@ -5,13 +5,14 @@ model = dict(
     _delete_=True,
     type='DynamicDetector',
     detector=_base_.model,
-    backbone=_base_.model.backbone)
+    backbone=_base_.model.backbone,
+    reuse_stages=0)
 custom_hooks = _base_.dynamic_hooks
 visualizer = dict(type='DynamicVisualizer')
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=10, val_interval=5)
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=5e-4, weight_decay=0.02),
+    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.02),
     clip_grad=dict(max_norm=10))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=200),

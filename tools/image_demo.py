@@ -5,6 +5,7 @@ Writes pictures to OUT_DIR/vis and results, with difficulty and exit, to OUT_DIR
 import argparse
 import sys
 import tempfile
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Dict, List
@@ -133,6 +134,8 @@ def detect(args: argparse.Namespace, pictures: Dict[str, str]) -> int:
 def main() -> int:
     args = parse_args()
     cli.quiet()
+    # Of labels that reach over the edge and of a folder that is named elsewhere.
+    warnings.filterwarnings('ignore', module='mmengine.visualization')
     with tempfile.TemporaryDirectory() as folder:
         pictures = find_pictures(args.inputs, Path(folder))
         if not (args.no_save_vis and args.no_save_pred):

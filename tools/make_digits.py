@@ -11,7 +11,7 @@ def parse_args():
     parser.add_argument('--seed', type=int, default=0, help='of every random choice')
     for split, count in SIZES.items():
         parser.add_argument(f'--{split}', type=int, default=count, help=f'{split} images')
-    parser.add_argument('--size', type=int, default=192, help='height and width of the images')
+    parser.add_argument('--size', type=int, default=128, help='height and width of the images')
     return parser.parse_args()
 
 

@@ -1,3 +1,4 @@
+from .inferencer import DynamicInferencer
 from .visualizer import DynamicVisualizer
 
-__all__ = ['DynamicVisualizer']
+__all__ = ['DynamicInferencer', 'DynamicVisualizer']

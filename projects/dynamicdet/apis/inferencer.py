@@ -17,6 +17,7 @@ from mmdet.structures import DetDataSample
 
 from ..checkpoints import is_plain, require_complete
 from ..errors import UsageError
+from ..routing.thresholds import check_budget
 
 
 class DynamicInferencer(DetInferencer):
@@ -61,15 +62,19 @@ class DynamicInferencer(DetInferencer):
                  threshold: Optional[float] = None,
                  hard_share: Optional[float] = None,
                  target_latency: Optional[float] = None) -> None:
+        budget = _given(threshold, hard_share, target_latency)
+        if budget:
+            # Before the model is built, which takes seconds.
+            check_budget(budget)
         super().__init__(model, weights, device, scope, palette, show_progress)
         if not hasattr(self.model, 'set_budget'):
-            raise UsageError(f"this config's model, {type(self.model).__name__}, is not dynamic: use "
-                             "mmdet's DetInferencer")
-        budget = _given(threshold, hard_share, target_latency)
+            raise UsageError(f"this config's model, {type(self.model).__name__}, is not dynamic: "
+                             "use mmdet's DetInferencer")
         if budget:
             self.model.set_budget(**budget)
 
-    def _load_weights_to_model(self, model: nn.Module, checkpoint: Optional[dict], cfg: dict) -> None:
+    def _load_weights_to_model(self, model: nn.Module, checkpoint: Optional[dict],
+                               cfg: dict) -> None:
         """As mmdet's, but refuse a checkpoint that leaves parts of the model random."""
         if checkpoint is not None:
             state = checkpoint.get('state_dict', checkpoint)
@@ -180,4 +185,6 @@ def picture_fault(path: str) -> Optional[str]:
     except Exception as error:
         # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more.
         return f'is damaged: {error}' if 'truncated' in str(error) else 'is no picture, or damaged'
-    return None if mmcv.imfrombytes(data) is not None else 'is of a kind that OpenCV does not decode'
+    if mmcv.imfrombytes(data) is None:
+        return 'is of a kind that OpenCV does not decode'
+    return None

@@ -81,8 +81,8 @@ def sentences(rows: Sequence[Mapping], record: Mapping, exits: Sequence[Mapping]
     said = (f'better than exit 0 by {last - first:.2f} AP' if last > first else
             'NOT better than exit 0')
     cheap, dear = record['gflops']
-    told = [f"On {len(record['images'])} images, exit 1 is {said} ({last:.2f} against {first:.2f}), "
-            f'for {dear:.2f} GFLOPs per image instead of {cheap:.2f}.']
+    told = [f"On {len(record['images'])} images, exit 1 is {said} ({last:.2f} against "
+            f'{first:.2f}), for {dear:.2f} GFLOPs per image instead of {cheap:.2f}.']
     middle = min(rows, key=lambda row: abs(row['hard_share'] - 0.5))
     if not 0 < middle['hard_share'] < 1:
         return told + ['The router cannot be judged: no row of the table lies between none and all '
@@ -103,16 +103,14 @@ def _verdict(row: Mapping) -> str:
     where = 'half' if round(row['hard_share'], 2) == 0.5 else f"{row['hard_share']:.0%}"
     head = f'With {where} of the images hard, the router'
     known = f'(standard deviation of random routing {spread:.2f})'
+    gained = f'{head} {_gains(gain)} over random routing'
     if gain <= 0:
         return f'{head} does NOT gain over random routing: it {_gains(gain)} {known}.'
     if gain <= spread:
-        return (f'{head} {_gains(gain)} over random routing, which is within one standard deviation '
-                f'{known}: it may well be chance.')
+        return f'{gained}, which is within one standard deviation {known}: it may well be chance.'
     if gain <= 2 * spread:
-        return (f'{head} {_gains(gain)} over random routing, which is within two standard deviations '
-                f'{known}: it may be chance.')
-    return (f'{head} {_gains(gain)} over random routing, more than two standard deviations '
-            f'{known}.')
+        return f'{gained}, which is within two standard deviations {known}: it may be chance.'
+    return f'{gained}, more than two standard deviations {known}.'
 
 
 def _gains(gain: float) -> str:
@@ -127,8 +125,8 @@ def _plots(record: Mapping, coco: COCO, rows: Sequence[Mapping], exits: Sequence
     share = hard_share(difficulties, threshold)
     plots = dict(
         trade_off=('The trade-off', trade_off_figure(rows),
-                   'What each hard share (percent at the points) costs and brings. Above the dashed '
-                   'line, the router chooses better than chance.'),
+                   'What each hard share (percent at the points) costs and brings. Above the '
+                   'dashed line, the router chooses better than chance.'),
         difficulty=('Difficulties', histogram_figure(difficulties, threshold),
                     'How the router spreads the images, and the threshold for half hard: '
                     f'{share:.0%} are above it and go on to exit 1.'),
@@ -141,14 +139,14 @@ def _plots(record: Mapping, coco: COCO, rows: Sequence[Mapping], exits: Sequence
         value = 'not defined' if correlation is None else f'{correlation:.2f}'
         plots['agreement'] = (
             "The router's difficulty and that of the data", agreement_figure(given, difficulties),
-            'The difficulty that the images were made with, which the router never sees, against the '
-            f"router's. Spearman's rank correlation: {value} (1: the same order, 0: unrelated).")
+            'The difficulty that the images were made with, which the router never sees, against '
+            f"the router's. Spearman's rank correlation: {value} (1: same order, 0: unrelated).")
     return {name: (heading, png(figure), caption)
             for name, (heading, figure, caption) in plots.items()}
 
 
 def _given_difficulties(record: Mapping, coco: COCO) -> Optional[np.ndarray]:
-    """Difficulties in the annotation file, (n,), in the record's order; None unless all are there."""
+    """Difficulties in the annotation file, (n,), in the record's order; None unless it has all."""
     entries = coco.loadImgs([image['id'] for image in record['images']])
     if not all('difficulty' in entry for entry in entries):
         return None
@@ -156,8 +154,8 @@ def _given_difficulties(record: Mapping, coco: COCO) -> Optional[np.ndarray]:
 
 
 def _rank_correlation(record: Mapping, coco: COCO) -> Optional[float]:
-    """Spearman's, in [-1, 1], of the router's difficulties and the annotation file's; None where the
-    file has none or either side is constant."""
+    """Spearman's, in [-1, 1], of the router's difficulties and the annotation file's; None where
+    the file has none or either side is constant."""
     given, difficulties = _given_difficulties(record, coco), difficulties_of(record)
     if given is None or np.ptp(given) == 0 or np.ptp(difficulties) == 0:
         return None
@@ -191,7 +189,7 @@ def _shown(image: Mapping, names: Mapping[int, str], exit: int, name: str) -> tu
         # Boxes are in the frame that mmcv reads, turned as the camera says.
         with Image.open(image['file']) as file:
             pixels = np.asarray(ImageOps.exif_transpose(file).convert('RGB'))
-    except OSError:
+    except (OSError, SyntaxError):  # Pillow's word for some broken files is the latter.
         return name, None, caption
     figure = picture_figure(pixels, image['detections'][exit], names, image['difficulty'], exit)
     return name, png(figure), caption

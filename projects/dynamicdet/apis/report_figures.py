@@ -155,7 +155,7 @@ def picture_figure(pixels: np.ndarray, detections: List[dict], names: Mapping[in
     axes.set_axis_off()
     for detection in sorted(detections, key=lambda detection: detection['score']):
         if detection['score'] >= MIN_SCORE:
-            _draw_box(axes, detection, names, EXIT_COLOURS[exit], height)
+            _draw_box(axes, detection, names, EXIT_COLOURS[exit], pixels.shape)
     axes.text(0.015, 0.985, f'difficulty {difficulty:.2f}, exit {exit}', transform=axes.transAxes,
               va='top', fontsize=8.5, color='white',
               bbox=dict(facecolor='black', alpha=0.75, pad=2, edgecolor='none'))
@@ -163,14 +163,17 @@ def picture_figure(pixels: np.ndarray, detections: List[dict], names: Mapping[in
 
 
 def _draw_box(axes: Axes, detection: dict, names: Mapping[int, str], colour: str,
-              image_height: int) -> None:
+              image_shape: tuple) -> None:
     x, y, width, height = detection['bbox']
     axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=colour, linewidth=1.6))
     category = detection['category_id']
-    # Above the box; within it where there is no room above. A dollar sign is no formula.
-    axes.text(x, y, f"{names.get(category, category)} {detection['score']:.2f}",
-              va='top' if y < 0.06 * image_height else 'bottom', fontsize=7.5, color='white',
-              parse_math=False, clip_on=True,
+    # Above the box and to the right of its corner, unless that leaves the image.
+    top, right = y < 0.06 * image_shape[0], x > 0.85 * image_shape[1]
+    # A dollar sign is no formula.
+    axes.text(min(x + width, image_shape[1]) if right else max(x, 0), max(y, 0),
+              f"{names.get(category, category)} {detection['score']:.2f}",
+              va='top' if top else 'bottom', ha='right' if right else 'left', fontsize=7.5,
+              color='white', parse_math=False, clip_on=True,
               bbox=dict(facecolor=colour, alpha=0.85, pad=1, edgecolor='none'))
 
 

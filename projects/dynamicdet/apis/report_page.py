@@ -13,7 +13,7 @@ def _share_cell(row: Mapping) -> str:
 
 #: Heading, what a row shows there, what it means.
 _COLUMNS = (
-    ('hard share', _share_cell, 'share of the images that leave at exit 1, the slow and strong one'),
+    ('hard share', _share_cell, 'share of the images that leave at exit 1, the slow one'),
     ('threshold', lambda row: f"{row['threshold']:.4f}",
      'an image is hard when its difficulty is above it; -1: all are hard, 1: none is'),
     ('AP', lambda row: f"{row['ap']:.2f}",
@@ -24,8 +24,8 @@ _COLUMNS = (
     ('latency, ms', lambda row: f"{1000 * row['latency']:.1f}",
      'time per image at batch 1: the two exits\' own times, weighted by the hard share'),
     ('random AP', lambda row: f"{row['random_ap']:.2f} ± {row['random_std']:.2f}",
-     'AP where as many images, drawn at random, are hard: mean and standard deviation of the draws'),
-    ('difference', lambda row: f"{row['ap'] - row['random_ap']:+.2f}",
+     'AP where as many images, drawn at random, are hard: mean and standard deviation'),
+    ('gain', lambda row: f"{row['ap'] - row['random_ap']:+.2f}",
      'AP minus random AP: what the router is worth at this share'),
 )
 
@@ -49,7 +49,8 @@ figcaption { color: #555; font-size: .9rem; max-width: 40rem; }
 .gone { background: #eee; color: #555; padding: 4rem 1rem; text-align: center; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1rem; }
 dt { font-weight: 600; } dd { margin: 0; overflow-wrap: anywhere; }
-@media (max-width: 40rem) { table { font-size: .72rem; } th, td { padding: .25rem .28rem; } }
+@media (max-width: 40rem) { body { padding: .7rem; } table { font-size: .62rem; }
+                            th, td { padding: .25rem .13rem; } }
 """
 
 
@@ -81,10 +82,7 @@ def make_page(title: str, lead: Sequence[str], rows: Sequence[Mapping],
             (None if the picture could not be read) and caption.
         provenance (Mapping): Name -> value.
     """
-    shown = ''.join(
-        f'<h2>The {end} images</h2><p>At the threshold for half hard: boxes of the exit that each takes, '
-        f'scores from {MIN_SCORE}.</p><div class="gallery">{"".join(map(_picture, pictures))}</div>'
-        for end, pictures in gallery.items())
+    shown = ''.join(_pictures(end, pictures) for end, pictures in gallery.items())
     meanings = [(heading, meaning) for heading, _, meaning in _COLUMNS]
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
@@ -103,7 +101,8 @@ def make_page(title: str, lead: Sequence[str], rows: Sequence[Mapping],
 
 
 def _table(rows: Sequence[Mapping]) -> str:
-    head = ''.join(f'<th>{html.escape(heading)}</th>' for heading, _, _ in _COLUMNS)
+    head = ''.join(f'<th>{html.escape(heading).replace("/", "/<wbr>")}</th>'
+                   for heading, _, _ in _COLUMNS)
     body = ''.join('<tr>' + ''.join(f'<td>{html.escape(cell(row))}</td>' for _, cell, _ in _COLUMNS)
                    + '</tr>' for row in rows)
     return f'<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
@@ -117,6 +116,12 @@ def _definitions(pairs: Sequence[Tuple[str, object]]) -> str:
 def _plot(heading: str, content: bytes, caption: str) -> str:
     return (f'<h2>{html.escape(heading)}</h2><figure>{_image(content, caption, "plot")}'
             f'<figcaption>{html.escape(caption)}</figcaption></figure>')
+
+
+def _pictures(end: str, pictures: Sequence[tuple]) -> str:
+    return (f'<h2>The {end} images</h2><p>At the threshold for half hard: boxes of the exit that '
+            f'each takes, scores from {MIN_SCORE}.</p>'
+            f'<div class="gallery">{"".join(map(_picture, pictures))}</div>')
 
 
 def _picture(shown: Tuple[str, Optional[bytes], str]) -> str:

@@ -1,7 +1,7 @@
 """Look at a COCO-format data set before a run starts, so that nothing is skipped silently.
 
-mmdet leaves out annotations without a word (``CocoDataset.parse_data_info``), and finds an image that
-cannot be read when its turn comes, hours into a run. Both are said here, before.
+mmdet leaves out annotations without a word (``CocoDataset.parse_data_info``), and finds an image
+that cannot be read when its turn comes, hours into a run. Both are said here, before.
 """
 import json
 import os
@@ -9,7 +9,8 @@ import os.path as osp
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import (Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence,
+                    Tuple)
 
 import numpy as np
 from PIL import Image
@@ -62,12 +63,13 @@ def check_coco(ann_file: str,
     Args:
         ann_file (str): Annotation file, JSON.
         image_root (str): Folder to which the file's names of images are relative.
-        classes (Sequence[str], optional): Classes of the detector. Defaults to None: all that the
-            file has.
+        classes (Sequence[str], optional): Classes of the detector. Defaults to None: all that
+            the file has.
         progress (callable, optional): Called as ``progress(done, total)``, counts of image files.
 
     Returns:
-        list[str]: Warnings, a line each: what is odd, how often, where first and what becomes of it.
+        list[str]: Warnings, a line each: what is odd, how often, where first, and what becomes
+            of it.
 
     Raises:
         UsageError: If a run on this data cannot go on to its end: files are missing, damaged or no
@@ -82,8 +84,8 @@ def check_dataloaders(cfg: Mapping,
     """Look through the COCO-format data sets of a config, and for the files of its evaluators.
 
     Args:
-        cfg (Config): mmengine's config; ``train_dataloader``, ``val_evaluator`` and so on are looked
-            at where they are there.
+        cfg (Config): mmengine's config; ``train_dataloader``, ``val_evaluator`` and so on are
+            looked at where they are there.
         splits (Sequence[str]): Which, of 'train', 'val' and 'test'.
         progress (callable, optional): See `check_coco`; starts anew with each data set.
 
@@ -130,17 +132,18 @@ def _resolve(dataset: Any, place: _Place):
     if kind is None:
         name = dataset.get('type') if isinstance(dataset, Mapping) else type(dataset).__name__
         return f'{place.key}: data sets of type {name} are not checked'
-    # mmdet's own rules, by its own methods: where paths begin, and whose classes count.
+    prefix = dict(dataset.get('data_prefix') or {})
     paths = SimpleNamespace(
-        ann_file=dataset.get('ann_file', ''),
-        data_root=dataset.get('data_root', ''),
-        data_prefix=dict(dataset.get('data_prefix') or {}))
-    kind._join_prefix(paths)
-    _require('img' in paths.data_prefix,
+        ann_file=dataset.get('ann_file') or '',
+        data_root=dataset.get('data_root') or '',
+        data_prefix=prefix)
+    _require('img' in prefix,
              f"{place.key}: CocoDataset needs data_prefix=dict(img='folder of the images')")
     backend = (dataset.get('backend_args') or {}).get('backend', 'local')
-    if backend != 'local' or '://' in paths.ann_file + paths.data_prefix['img']:
+    if backend != 'local' or '://' in paths.data_root + paths.ann_file + prefix['img']:
         return f"{place.key}: '{paths.ann_file}' is not on this disk and is not checked"
+    # mmdet's own rules, by its own methods: where paths begin, and whose classes count.
+    kind._join_prefix(paths)
     classes = kind._load_metainfo(dataset.get('metainfo')).get('classes')
     if classes is not None and not isinstance(classes, str):
         classes = tuple(classes)
@@ -220,7 +223,7 @@ def _require(condition: Any, message: str) -> None:
 def _read(ann_file: str, place: _Place) -> Dict[str, Any]:
     try:
         with open(ann_file, encoding='utf-8') as file:
-            data = json.load(file)
+            data = json.load(file, object_hook=_without_outline)
     except ValueError as error:
         # Of text that is not UTF-8 too. The error of a binary file would quote all of it.
         reason = str(error) if isinstance(error, json.JSONDecodeError) else 'not text'
@@ -236,13 +239,19 @@ def _read(ann_file: str, place: _Place) -> Dict[str, Any]:
     return data
 
 
+def _without_outline(entry: Dict[str, Any]) -> Dict[str, Any]:
+    """Drop what is not looked at and is most of a file: of COCO, two thirds of the memory."""
+    entry.pop('segmentation', None)
+    return entry
+
+
 def _check_images(images: List[dict], place: _Place) -> None:
     """Refuse entries that mmdet cannot read, and ids that two images share."""
     _require_keys(images, ('id', 'file_name', 'height', 'width'), 'image', place)
     sizes = _numbers(images, lambda image: (image['width'], image['height']), 2, 'image', place)
     for index in np.flatnonzero((sizes <= 0).any(1))[:1]:
-        raise UsageError(f"{place.name}: image '{images[index]['file_name']}' has no width or height "
-                         'above 0 in the annotation file')
+        raise UsageError(f"{place.name}: image '{images[index]['file_name']}' has no width or "
+                         'height above 0 in the annotation file')
     _require_unique((image['id'] for image in images), 'images', 'id', place)
 
 
@@ -258,8 +267,8 @@ def _require_keys(entries: Sequence[dict], keys: Sequence[str], what: str, place
 
 def _require_unique(values: Iterator[Any], things: str, what: str, place: _Place) -> None:
     shared = [value for value, count in Counter(values).items() if count > 1]
-    _require(not shared, f'{place.name}: {len(shared)} {what}(s) belong to several {things} (such as '
-             f'{_some(shared)}): each needs its own')
+    _require(not shared, f'{place.name}: {len(shared)} {what}(s) belong to several {things} '
+             f'(such as {_some(shared)}): each needs its own')
 
 
 def _numbers(entries: Sequence[dict], values: Callable[[dict], Any], width: int, what: str,
@@ -304,22 +313,23 @@ def _match_classes(categories: Any, classes: Optional[Sequence[str]],
     names = [category['name'] for category in categories]
     wanted = names if classes is None else classes
     used = [category for category in categories if category['name'] in set(wanted)]
-    _require(used, f'{place.name}: none of the classes of the config ({_some(wanted)}) is among the '
-             f'categories of the annotation file ({_some(names)}): set metainfo=dict(classes=...)')
+    _require(used, f'{place.name}: none of the classes of the config ({_some(wanted)}) is among '
+             f'the categories of the annotation file ({_some(names)}): '
+             'set metainfo=dict(classes=...)')
     # Two labels for a class would be one label too many for the detector's head.
     for key in ('id', 'name'):
         _require_unique((category[key] for category in used), 'categories', key, place)
     lines = []
     absent = [name for name in wanted if name not in names]
     if absent:
-        lines.append(f'{len(absent)} class(es) of the config are not among the categories of the file '
-                     f'({_some(absent)}): mmdet numbers labels over the categories that the file has, '
-                     'so the classes after them carry the wrong names')
+        lines.append(f'{len(absent)} class(es) of the config are not among the categories of the '
+                     f'file ({_some(absent)}): mmdet numbers labels over the categories that the '
+                     'file has, so the classes after them carry the wrong names')
     order = [category['name'] for category in used]
     if order != [name for name in wanted if name in order]:
-        lines.append('the classes of the config are in another order than the categories of the file: '
-                     'mmdet numbers labels in the order of the file, so they carry the wrong names; '
-                     f'give them as {_some(order, 10)}')
+        lines.append('the classes of the config are in another order than the categories of the '
+                     'file: mmdet numbers labels in the order of the file, so they carry the wrong '
+                     f'names; give them as {_some(order, 10)}')
     return {category['id']: category['name'] for category in used}, lines
 
 
@@ -329,7 +339,8 @@ def _check_annotations(images: List[dict], annotations: List[dict], used: Dict[i
 
     Follows ``CocoDataset.parse_data_info`` and ``filter_data`` of mmdet 3.3.0.
     """
-    _require_keys(annotations, ('id', 'image_id', 'category_id', 'bbox', 'area'), 'annotation', place)
+    keys = ('id', 'image_id', 'category_id', 'bbox', 'area')
+    _require_keys(annotations, keys, 'annotation', place)
     # mmdet asserts this.
     _require_unique((entry['id'] for entry in annotations), 'annotations', 'id', place)
     index_of = {image['id']: index for index, image in enumerate(images)}
@@ -342,7 +353,8 @@ def _check_annotations(images: List[dict], annotations: List[dict], used: Dict[i
     ignored = np.array([bool(entry.get('ignore')) for entry in annotations], dtype=bool)
     boxes = _numbers(annotations, lambda entry: entry['bbox'], 4, 'annotation', place)
     area = _numbers(annotations, lambda entry: entry['area'], 1, 'annotation', place)[:, 0]
-    size = np.array([(entry['width'], entry['height']) for entry in images], dtype=np.float64)[image]
+    sizes = np.array([(entry['width'], entry['height']) for entry in images], dtype=np.float64)
+    size = sizes[image]
     start, extent = boxes[:, :2], boxes[:, 2:]
     stop = start + extent
     inside = np.minimum(stop, size) - np.maximum(start, 0)
@@ -352,9 +364,10 @@ def _check_annotations(images: List[dict], annotations: List[dict], used: Dict[i
     reasons = (
         (image < 0, 'annotation(s) of images that the file does not list: not used'),
         (ignored, "annotation(s) marked 'ignore': training does not use them"),
-        (unknown, "annotation(s) with a category_id that is not in the file's categories: not used"),
-        (unused, f'annotation(s) of {len(names)} categories of the file that are not among the classes '
-         f'of the config ({_some(names)}): not used'),
+        (unknown, "annotation(s) with a category_id that is not in the file's categories: "
+         'not used'),
+        (unused, f'annotation(s) of {len(names)} categories of the file that are not among the '
+         f'classes of the config ({_some(names)}): not used'),
         ((extent <= 0).any(1), f'box(es) of zero or negative size: {not_used}'),
         ((inside <= 0).any(1), f'box(es) wholly outside their image: {not_used}'),
         ((extent < 1).any(1), f'box(es) less than a pixel wide or high: {not_used}'),
@@ -366,15 +379,17 @@ def _check_annotations(images: List[dict], annotations: List[dict], used: Dict[i
         lines += _line(np.flatnonzero(holds & left), text, images, annotations, image)
         left &= ~holds
     partly = left & (beyond > _ROUNDING).any(1)
-    lines += _line(np.flatnonzero(partly), 'box(es) partly outside their image: used, and clipped only '
-                   'where the pipeline does it (Resize does)', images, annotations, image)
+    text = ('box(es) partly outside their image: used, and clipped only where the pipeline does it '
+            '(Resize does)')
+    lines += _line(np.flatnonzero(partly), text, images, annotations, image)
     _require(left.any() or not place.training,
-             f'{place.name} has no annotation that training can use: ' + '; '.join(lines or ['none']))
+             f'{place.name} has no annotation that training can use: {"; ".join(lines) or "none"}')
     # As filter_data: any annotation of a class counts, one that is not used too.
     empty = len(images) - len(np.unique(image[(image >= 0) & ~unused]))
     if empty:
-        lines.append(f'{empty} of {len(images)} images without an annotation of the classes: validation '
-                     'uses them, training leaves them out where filter_cfg has filter_empty_gt=True')
+        lines.append(f'{empty} of {len(images)} images without an annotation of the classes: '
+                     'validation uses them, training leaves them out where filter_cfg has '
+                     'filter_empty_gt=True')
     return lines
 
 
@@ -413,8 +428,8 @@ def _check_files(image_root: str, names: Sequence[str], progress: Optional[Progr
     said = [f'{len(files)} of {len(names)} image files {what} ({_some(files)})'
             for files, what in ((missing, 'are missing'), (damaged, 'are damaged')) if files]
     if said:
-        raise UsageError(f"{place.name}: {' and '.join(said)} in '{image_root}': get them again, or "
-                         'take them out of the annotation file')
+        raise UsageError(f"{place.name}: {' and '.join(said)} in '{image_root}': get them again, "
+                         'or take them out of the annotation file')
 
 
 def _look_at_all(image_root: str, names: Sequence[str]) -> List[Tuple[str, Optional[str]]]:

@@ -92,7 +92,7 @@ class Sources(NamedTuple):
     photos: dict
 
 
-def make_digits(root, sizes: dict = SIZES, image_size: int = 192, seed: int = 0,
+def make_digits(root, sizes: dict = SIZES, image_size: int = 128, seed: int = 0,
                 progress: Optional[Callable[[int, int], None]] = None) -> Path:
     """Make the data set at `root`, unless it is there already.
 

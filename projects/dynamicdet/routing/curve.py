@@ -42,8 +42,8 @@ def evaluate(coco: COCO,
         image_ids (Sequence[int], optional): Images to look at. Defaults to all of ``coco``.
 
     Returns:
-        dict: ``ap``, ``ap50``, ``small``, ``medium``, ``large``, in percent; None where there are no
-        objects.
+        dict: ``ap``, ``ap50``, ``small``, ``medium``, ``large``, in percent; None where there are
+        no objects.
     """
     return _score(_match(coco, results, coco.getImgIds() if image_ids is None else image_ids))
 
@@ -61,7 +61,7 @@ def mix(record: Mapping, hard: Sequence[bool]) -> List[dict]:
 
 
 def check_record(record: Mapping, coco: COCO) -> None:
-    """Raise a `UsageError` unless a record has images, of ``coco``, each once, with difficulties."""
+    """Raise a `UsageError` unless a record has images of ``coco``, each once, with difficulties."""
     if not record['images']:
         raise UsageError('the record has no images: the validation set is empty')
     seen = set()
@@ -73,7 +73,7 @@ def check_record(record: Mapping, coco: COCO) -> None:
         # Not `difficulty < 0 or ...`, which lets NaN pass.
         if not 0 <= image['difficulty'] <= 1:
             raise UsageError(f"image {image['id']} ({image['file']}) has difficulty "
-                             f"{image['difficulty']}, which is not in [0, 1]: was the router trained?")
+                             f"{image['difficulty']}, not in [0, 1]: was the router trained?")
         seen.add(image['id'])
 
 
@@ -99,8 +99,8 @@ def trade_off(record: Mapping,
         progress (Callable, optional): Called with (rows done, rows in all) after each.
 
     Returns:
-        list[dict]: Per share ``share`` as asked, ``threshold``, ``hard_share`` that it gives, ``ap``
-        and ``ap50`` in percent, ``gflops`` per image, ``latency`` in seconds per image, and
+        list[dict]: Per share ``share`` as asked, ``threshold``, ``hard_share`` that it gives,
+        ``ap`` and ``ap50`` in percent, ``gflops`` per image, ``latency`` in seconds per image, and
         ``random_ap`` and ``random_std``: mean and standard deviation of the AP where just as many
         images, drawn at random, are hard.
 
