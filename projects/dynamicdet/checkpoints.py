@@ -1,15 +1,21 @@
 """Read checkpoints without executing them, check them, write them whole."""
 import collections
+import contextlib
 import io
+import os
 import pickle
-from typing import Any, Callable, Dict, Mapping, Sequence
+from typing import Any, Callable, Dict, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
+from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from .errors import UsageError
+
+#: torch's own switch.
+_WEIGHTS_ONLY = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
 
 
 def allow_mmengine_classes() -> None:
@@ -34,6 +40,23 @@ def _history_method(owner: type, name: str) -> Callable:
     raise pickle.UnpicklingError(f'refused: getattr({owner!r}, {name!r})')
 
 
+@contextlib.contextmanager
+def weights_only() -> Iterator[None]:
+    """Make every ``torch.load`` inside refuse to execute anything, whatever its caller asked for.
+
+    mmengine reads URLs through ``torch.hub``, which would execute them, and the maintained fork of
+    mmengine falls back to executing where reading fails.
+    """
+    kept = os.environ.get(_WEIGHTS_ONLY)
+    os.environ[_WEIGHTS_ONLY] = '1'
+    try:
+        yield
+    finally:
+        os.environ.pop(_WEIGHTS_ONLY)
+        if kept is not None:
+            os.environ[_WEIGHTS_ONLY] = kept
+
+
 def read_checkpoint(path: str) -> Dict[str, Any]:
     """Read a checkpoint from a path or URL, on the CPU, without executing what is in it.
 
@@ -43,9 +66,9 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
     Raises:
         UsageError: If there is none, or the file is no checkpoint.
     """
-    from mmengine.runner.checkpoint import _load_checkpoint
     try:
-        checkpoint = _load_checkpoint(path, map_location='cpu')
+        with weights_only():
+            checkpoint = CheckpointLoader.load_checkpoint(path, map_location='cpu')
     except FileNotFoundError:
         raise UsageError(f"there is no checkpoint at '{path}'") from None
     except Exception as error:
@@ -53,7 +76,8 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(f"'{path}' is no checkpoint that can be read safely: {reason[:200]}") from None
     state = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else None
-    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not state or not all(
+            isinstance(value, torch.Tensor) for value in state.values()):
         raise UsageError(f"'{path}' is no checkpoint: it holds no state_dict of tensors")
     return checkpoint if 'state_dict' in checkpoint else dict(state_dict=state)
 
@@ -65,7 +89,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str) -> None:
         torch.save(dict(checkpoint), file)
         file.seek(0)
         torch.load(file, map_location='cpu', weights_only=True)
-        write_atomically(file.getvalue(), path)
+        write_atomically(file.getbuffer(), path)
 
 
 def require_complete(model: nn.Module,

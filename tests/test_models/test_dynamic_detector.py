@@ -284,3 +284,14 @@ def test_frozen_norms_and_statistics_under_training_loops():
     for _ in range(2):
         model.loss(*fresh(model, tiny_batch((1, 2))))
     assert digest(model, skip=('router.', )) == before
+
+
+def test_difficulty_does_not_depend_on_what_an_image_is_batched_with():
+    """Up to the edge effects of padding, which all mmdet detectors have."""
+    model = build()
+    torch.nn.init.zeros_(model.router.fc2.bias)
+    narrow, wide = tiny_batch((1, ), size=(64, 192)), tiny_batch((1, ), size=(192, 192))
+    both = {key: narrow[key] + wide[key] for key in narrow}
+    alone = model.predict(*fresh(model, narrow))[0].difficulty
+    together = model.predict(*fresh(model, both))[0].difficulty
+    assert together == pytest.approx(alone, abs=0.01)

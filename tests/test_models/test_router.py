@@ -31,3 +31,16 @@ def test_float32_under_autocast():
         assert got.dtype == torch.float32
         assert torch.equal(router(maps), expected)
     assert ((got >= 0) & (got <= 1)).all()
+
+
+def test_padding_does_not_count():
+    router = Router([4])
+    image = torch.rand(4, 8, 6)
+    padded = torch.full((2, 4, 8, 8), 100.0)
+    padded[0, :, :, :6] = image
+    padded[1] = torch.rand(4, 8, 8)
+    got = router([padded], [(1.0, 0.75), (1.0, 1.0)])
+    torch.testing.assert_close(got[0], router([image[None]])[0])
+    torch.testing.assert_close(got[1], router([padded[1:]])[0])
+    # At least one cell is looked at, however narrow the image.
+    assert torch.isfinite(router([padded], [(0.01, 0.01), (1.0, 1.0)])).all()

@@ -67,8 +67,8 @@ def measure_difficulties(model: DynamicDetector, loader: DataLoader, progress: P
     """Difficulties of a data set, sorted, (n,), float32. Runs the first backbone and the router."""
     scores: List[float] = []
     for batch in progress(loader, 'difficulties'):
-        inputs = model.data_preprocessor(batch, False)['inputs']
-        scores.extend(model.score(inputs).tolist())
+        data = model.data_preprocessor(batch, False)
+        scores.extend(model.score(data['inputs'], data['data_samples']).tolist())
     return np.sort(np.asarray(scores, np.float32))
 
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from mmdet.utils import register_all_modules
 
+from ..checkpoints import weights_only
 from ..datasets.check import check_dataloaders
 from ..errors import UsageError
 
@@ -18,7 +19,8 @@ from ..errors import UsageError
 def run(main: Callable[[], Optional[int]]) -> NoReturn:
     """Run a tool. What its user got wrong is one line on stderr and status 2, not a trace."""
     try:
-        sys.exit(main())
+        with weights_only():
+            sys.exit(main())
     except UsageError as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
@@ -94,7 +96,7 @@ def require_file(path: str, what: str) -> None:
 def check_data(cfg: Config, *splits: str) -> None:
     """Look through the data before a run; on rank 0, which prints what is odd."""
     if int(os.environ.get('RANK', 0)) == 0:
-        for line in check_dataloaders(cfg, splits):
+        for line in check_dataloaders(cfg, splits, progress=counter('image files')):
             print(f'data: {line}', file=sys.stderr)
 
 
@@ -104,6 +106,21 @@ def quiet() -> None:
         warnings.filterwarnings('ignore', message=pattern)
 
 
-def progress(steps: Iterable, what: str) -> Iterable:
+def progress(steps: Iterable, what: str) -> tqdm:
     """A progress bar with an ETA; a line every ten seconds where the output is no terminal."""
     return tqdm(steps, desc=what, mininterval=0.5 if sys.stderr.isatty() else 10, leave=False)
+
+
+def counter(what: str) -> Callable[[int, int], None]:
+    """The same for those who count: call it with how many are done and how many there are."""
+    bar = None
+
+    def update(done: int, total: int) -> None:
+        nonlocal bar
+        bar = bar or progress(range(total), what)
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
+            bar = None
+
+    return update

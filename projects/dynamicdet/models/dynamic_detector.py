@@ -173,9 +173,10 @@ class DynamicDetector(BaseDetector):
 
     # Forward.
 
-    def score(self, batch_inputs: Tensor) -> Tensor:
+    def score(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> Tensor:
         """Difficulty of each image, (N,), by the first backbone and the router alone."""
-        return self.router(self.backbone.first_maps(batch_inputs))
+        maps = self.backbone.first_maps(batch_inputs)
+        return self.router(maps, _valid(batch_inputs, batch_data_samples))
 
     def branch(self, exit: int) -> BaseDetector:
         """Neck and heads of an exit, 0 or 1."""
@@ -238,7 +239,7 @@ class DynamicDetector(BaseDetector):
         # Kept for the hook that tracks delta online.
         self.last_differences = first - second
         delta = torch.where(self.delta.isnan(), self.last_differences.median(), self.delta)
-        phi = self.router(maps)
+        phi = self.router(maps, _valid(batch_inputs, batch_data_samples))
         return dict(
             loss_router=router_loss(phi, first, second, delta),
             difficulty=phi.detach().mean(),
@@ -264,7 +265,7 @@ class DynamicDetector(BaseDetector):
         if self._budget_waits:
             self.set_budget(**self.budget)
         maps = self.backbone.first_maps(batch_inputs)
-        phi = self.router(maps)
+        phi = self.router(maps, _valid(batch_inputs, batch_data_samples))
         # One transfer from the device for both.
         scores, hard = torch.stack([phi, (phi > self.threshold).float()]).tolist()
         results: List = [None] * len(scores)
@@ -297,7 +298,8 @@ class DynamicDetector(BaseDetector):
         both = self._both_maps(batch_inputs)
         exits = [self.branch(exit)._forward(self.backbone.select(maps), batch_data_samples)
                  for exit, maps in enumerate(both)]
-        return dict(difficulty=self.router(both[0]), exits=exits)
+        valid = _valid(batch_inputs, batch_data_samples) if batch_data_samples else None
+        return dict(difficulty=self.router(both[0], valid), exits=exits)
 
 
 def _take(tensors: Tuple[Tensor, ...], rows: List[int]) -> Tuple[Tensor, ...]:
@@ -305,3 +307,9 @@ def _take(tensors: Tuple[Tensor, ...], rows: List[int]) -> Tuple[Tensor, ...]:
     if len(rows) == len(tensors[0]):
         return tensors
     return tuple(tensor[rows] for tensor in tensors)
+
+
+def _valid(batch_inputs: Tensor, samples: SampleList) -> List[Tuple[float, float]]:
+    """Shares of each image's height and width in the batch that are not padding."""
+    height, width = batch_inputs.shape[-2:]
+    return [(sample.img_shape[0] / height, sample.img_shape[1] / width) for sample in samples]

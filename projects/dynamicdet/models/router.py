@@ -1,5 +1,6 @@
 """The router: feature maps -> difficulty."""
-from typing import Optional, Sequence
+import math
+from typing import Optional, Sequence, Tuple
 
 import torch
 from mmengine.model import BaseModule
@@ -30,16 +31,32 @@ class Router(BaseModule):
         self.fc1 = nn.Linear(width, width // reduction)
         self.fc2 = nn.Linear(width // reduction, 1)
 
-    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+    def forward(self,
+                maps: Sequence[Tensor],
+                valid: Optional[Sequence[Tuple[float, float]]] = None) -> Tensor:
         """Score a batch.
 
         Args:
             maps (Sequence[Tensor]): The first backbone's maps, (N, C_i, H_i, W_i).
+            valid (Sequence[tuple], optional): For each image the shares of height and width that
+                are image and not padding, in (0, 1]. Padding is left out of the average, or an
+                image's difficulty would depend on what it is batched with. Defaults to all.
 
         Returns:
             Tensor: Difficulty, (N,), float32 in [0, 1], large is hard.
         """
         # In float32 also under AMP: half precision has too few values near 1 to rank images by.
         with torch.autocast(maps[0].device.type, enabled=False):
-            pooled = torch.cat([m.float().mean(dim=(2, 3)) for m in maps], dim=1)
+            pooled = torch.cat([_average(m.float(), valid) for m in maps], dim=1)
             return self.fc2(self.fc1(pooled).relu()).squeeze(1).sigmoid()
+
+
+def _average(values: Tensor, valid: Optional[Sequence[Tuple[float, float]]]) -> Tensor:
+    """Mean over the valid part of each map, (N, C)."""
+    if valid is None or all(high == wide == 1 for high, wide in valid):
+        return values.mean(dim=(2, 3))
+    height, width = values.shape[-2:]
+    return torch.stack([
+        one[:, :math.ceil(high * height), :math.ceil(wide * width)].mean(dim=(1, 2))
+        for one, (high, wide) in zip(values, valid)
+    ])
