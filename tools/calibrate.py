@@ -11,6 +11,7 @@ from dynamicdet.apis import cli
 from dynamicdet.apis.calibration import build_loader, calibrate, load_model, provenance
 from dynamicdet.checkpoints import write_checkpoint
 from dynamicdet.errors import UsageError
+from dynamicdet.routing.thresholds import check_budget
 
 
 def parse_args() -> argparse.Namespace:
@@ -27,14 +28,18 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    cli.quiet()
+    cli.prepare()
     cfg = cli.load_config(args)
+    cli.require_settings(cfg, 'val_dataloader')
+    cli.require_device(args.device)
     out = args.out or args.checkpoint
     if '://' in out:
         raise UsageError('a checkpoint from a URL is not written back: name a file by --out')
+    check_budget(dict(hard_share=args.hard_share))
+    cli.require_writable(out)
+    model, checkpoint = load_model(cfg, args.checkpoint, args.device)
     if not args.no_data_check:
         cli.check_data(cfg, 'val')
-    model, checkpoint = load_model(cfg, args.checkpoint, args.device)
     loader = build_loader(cfg.val_dataloader)
     found = calibrate(model, loader, cli.progress, args.hard_share)
     for name in ('difficulties', 'latencies', 'threshold'):

@@ -12,10 +12,8 @@ from typing import Dict, List
 from urllib.parse import unquote, urlparse
 
 import mmengine
-import torch
 
 from dynamicdet.apis import DynamicInferencer, cli
-from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.errors import UsageError
 from mmdet.apis.det_inferencer import IMG_EXTENSIONS
 
@@ -96,14 +94,9 @@ def require_distinct(pictures: Dict[str, str]) -> None:
 
 def build_detector(args: argparse.Namespace) -> DynamicInferencer:
     cfg = cli.load_config(args)
-    cli.require_file(args.checkpoint, 'checkpoint')
-    read_checkpoint(args.checkpoint)
+    cli.require_checkpoint(args.checkpoint)
     if args.device:
-        try:
-            torch.zeros(1, device=args.device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise UsageError(f"the device '{args.device}' cannot be used: {reason}") from error
+        cli.require_device(args.device)
     return DynamicInferencer(
         cfg, args.checkpoint, args.device, palette=args.palette, **cli.budget_from(args))
 
@@ -133,7 +126,7 @@ def detect(args: argparse.Namespace, pictures: Dict[str, str]) -> int:
 
 def main() -> int:
     args = parse_args()
-    cli.quiet()
+    cli.prepare()
     # Of labels that reach over the edge and of a folder that is named elsewhere.
     warnings.filterwarnings('ignore', module='mmengine.visualization')
     with tempfile.TemporaryDirectory() as folder:

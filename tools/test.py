@@ -28,7 +28,7 @@ def parse_args() -> argparse.Namespace:
 
 def draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
     """Switch the config's visualization hook on."""
-    hook = cfg.default_hooks.get('visualization')
+    hook = cfg.get('default_hooks', {}).get('visualization')
     if hook is None:
         raise UsageError("--show and --show-dir need default_hooks.visualization in the config: "
                          "dict(type='DetVisualizationHook')")
@@ -56,11 +56,15 @@ def augment(cfg: Config) -> None:
 
 def main() -> None:
     args = parse_args()
-    cli.quiet()
+    cli.prepare()
     cfg = cli.load_config(args)
-    cli.require_file(args.checkpoint, 'checkpoint')
+    cli.require_settings(cfg, 'test_dataloader', 'test_evaluator', 'test_cfg')
+    cli.require_checkpoint(args.checkpoint)
     if args.out and Path(args.out).suffix not in ('.pkl', '.pickle'):
         raise UsageError(f"--out writes a pickle: name a .pkl file, not '{args.out}'")
+    if args.out:
+        cli.require_writable(args.out)
+    cli.make_folder(cfg.work_dir)
     budget = cli.budget_from(args)
     if budget:
         if cfg.model.type != 'DynamicDetector':

@@ -1,6 +1,7 @@
 """Train either step of a dynamic detector, or any other MMDetection config."""
 import argparse
 
+from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
@@ -26,20 +27,27 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    cli.quiet()
+    cli.prepare()
     cfg = cli.load_config(args)
+    cli.require_settings(cfg, 'train_dataloader', 'train_cfg', 'optim_wrapper')
     if args.amp:
+        if get_device() in ('cpu', 'mps'):
+            raise UsageError('--amp needs a GPU: mmengine has no mixed precision elsewhere')
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.loss_scale = 'dynamic'
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise UsageError(f"--auto-scale-lr needs auto_scale_lr.base_batch_size in '{args.config}'")
         cfg.auto_scale_lr.enable = True
+    cli.make_folder(cfg.work_dir)
     if args.resume:
         cfg.resume = True
         cfg.load_from = latest_checkpoint(cfg.work_dir) if args.resume == 'auto' else args.resume
     if cfg.get('load_from'):
-        cli.require_file(cfg.load_from, 'checkpoint')
+        checkpoint = cli.require_checkpoint(cfg.load_from)
+        if cfg.get('resume') and not {'meta', 'optimizer'} <= checkpoint.keys():
+            raise UsageError(f"'{cfg.load_from}' holds weights alone, from which no run goes on: start "
+                             f'one by --cfg-options load_from={cfg.load_from}')
     if not args.no_data_check:
         cli.check_data(cfg, 'train', *(['val'] if cfg.get('val_dataloader') else []))
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)

@@ -295,3 +295,59 @@ def test_difficulty_does_not_depend_on_what_an_image_is_batched_with():
     alone = model.predict(*fresh(model, narrow))[0].difficulty
     together = model.predict(*fresh(model, both))[0].difficulty
     assert together == pytest.approx(alone, abs=0.01)
+
+
+REDUCED = dict(first_scale=0.5, reuse_stages=0)
+
+
+def test_exit_0_of_a_reduced_image_is_the_stock_detector_on_that_image():
+    """Same boxes as the stock detector finds in the image at half size, in the original frame."""
+    stock = randomise(MODELS.build(tiny_detector('faster_rcnn')), seed=1).eval()
+    model = MODELS.build(tiny_dynamic('faster_rcnn', **REDUCED)).eval()
+    load_state_dict(model, stock.state_dict())
+    inputs, samples = fresh(model, tiny_batch((1, 2), size=(128, 192)))
+    half = torch.nn.functional.interpolate(inputs, size=(64, 96), mode='bilinear', antialias=True)
+    halved = copy.deepcopy(samples)
+    for sample in halved:
+        sample.set_metainfo(dict(img_shape=(64, 96), scale_factor=(0.5, 0.5)))
+    model.set_budget(threshold=1)
+    expected = stock.predict(half, halved)
+    got = model.predict(inputs, samples)
+    assert all(len(sample.pred_instances) for sample in expected)
+    for one, two in zip(got, expected):
+        assert torch.equal(boxes(one), boxes(two)) and one.exit == 0
+        assert one.img_shape == (128, 192) and one.scale_factor == (1.0, 1.0)
+
+
+@pytest.mark.parametrize('name', STOCK)
+def test_reduced_first_exit_trains_and_detects(name):
+    model = build(name, **REDUCED).train()
+    inputs, samples = fresh(model, tiny_batch((2, 0), size=(128, 192)))
+    before = [sample.gt_instances.bboxes.clone() for sample in samples]
+    total, _ = model.parse_losses(model.loss(inputs, samples))
+    assert torch.isfinite(total)
+    assert all(torch.equal(s.gt_instances.bboxes, b) for s, b in zip(samples, before))
+    model.eval()
+    losses, _ = model.exit_losses(inputs, samples)
+    assert torch.isfinite(losses).all()
+    for threshold in (1, -1):
+        model.set_budget(threshold=threshold)
+        assert len(model.predict(*fresh(model, tiny_batch((2, 0), size=(128, 192))))) == 2
+    out = model(*fresh(model, tiny_batch((1, ), size=(128, 192))), mode='tensor')
+    assert len(out['exits']) == 2
+
+
+def test_boxes_that_are_not_rescaled_are_in_the_delivered_frame():
+    model = build(**REDUCED)
+    model.set_budget(threshold=1)
+    batch = tiny_batch((1, ), size=(128, 192))
+    rescaled = model.predict(*fresh(model, batch))[0]
+    as_is = model.predict(*fresh(model, batch), rescale=False)[0]
+    torch.testing.assert_close(boxes(as_is), boxes(rescaled))
+
+
+def test_first_scale_is_checked():
+    for settings in (dict(first_scale=0.5), dict(first_scale=0, reuse_stages=0),
+                     dict(first_scale=1.5, reuse_stages=0)):
+        with pytest.raises(UsageError, match='first_scale'):
+            build(**settings)

@@ -56,8 +56,14 @@ def build_loader(dataloader: dict) -> DataLoader:
         UsageError: If its data set is empty.
     """
     init_default_scope('mmdet')
-    loader = Runner.build_dataloader(dataloader)
-    if not len(loader.dataset):
+    try:
+        loader = Runner.build_dataloader(dataloader)
+    except ValueError as error:
+        # mmengine packs the list of images by np.concatenate, which takes no empty one.
+        if 'need at least one array' not in str(error):
+            raise
+        loader = None
+    if loader is None or not len(loader.dataset):
         raise UsageError('the validation set is empty: there is nothing to measure on')
     return loader
 

@@ -1,17 +1,21 @@
 """What the command line tools share."""
 import argparse
+import contextlib
+import io
 import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Callable, Iterable, NoReturn, Optional
+from typing import Any, Callable, Iterable, NoReturn, Optional
 
+import torch
 from mmengine.config import Config, DictAction
 from tqdm import tqdm
 
+from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 
-from ..checkpoints import weights_only
+from ..checkpoints import read_checkpoint, weights_only
 from ..datasets.check import check_dataloaders
 from ..errors import UsageError
 
@@ -26,13 +30,31 @@ def run(main: Callable[[], Optional[int]]) -> NoReturn:
         sys.exit(2)
 
 
+class _ConfigOptions(DictAction):
+    """mmengine's; but a single value keeps its spaces, as paths need, and mistakes are said."""
+
+    @staticmethod
+    def _parse_iterable(value: str) -> Any:
+        value = value.strip('\'"')
+        if ',' in value or value.startswith(('(', '[')):
+            return DictAction._parse_iterable(value)
+        return DictAction._parse_int_float_bool(value)
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except (ValueError, AssertionError):
+            raise argparse.ArgumentError(
+                self, f'needs KEY=VALUE pairs, brackets balanced; got {" ".join(values)}') from None
+
+
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that mmdet's train and test tools share."""
     parser.add_argument('--work-dir', help='where logs and checkpoints go')
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=_ConfigOptions,
         help='override settings of the config: key=value pairs, such as model.budget.threshold=0.4; '
         'a list is key="[a,b]" or key=a,b')
     parser.add_argument(
@@ -74,23 +96,92 @@ def load_config(args: argparse.Namespace) -> Config:
         raise UsageError(f"there is no config at '{args.config}'")
     try:
         cfg = Config.fromfile(args.config)
-    except (SyntaxError, KeyError, FileNotFoundError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"the config '{args.config}' cannot be read: {reason}") from error
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
+    except Exception as error:
+        # A config is a program: it may raise anything.
+        raise UsageError(
+            f"the config '{args.config}' cannot be read: {_reason(error)}") from error
+    try:
+        cfg.merge_from_dict(args.cfg_options or {})
+    except Exception as error:
+        raise UsageError(
+            f"--cfg-options do not fit '{args.config}': {_reason(error)}") from error
+    _require_model(cfg, args.config)
     cfg.launcher = getattr(args, 'launcher', 'none')
+    if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
+        _join_on_cpu(cfg)
     cfg.work_dir = (
         getattr(args, 'work_dir', None) or cfg.get('work_dir')
         or str(Path('work_dirs') / Path(args.config).stem))
     return cfg
 
 
-def require_file(path: str, what: str) -> None:
-    """Raise a `UsageError` unless there is a file, or the path is a URL or a name that mmengine
-    resolves."""
+def _join_on_cpu(cfg: Config) -> None:
+    """Join the processes of a run over gloo. Left to itself, mmengine does it by way of CUDA."""
+    torch.distributed.init_process_group('gloo')
+    cfg.setdefault('model_wrapper_cfg', dict(
+        type='MMDistributedDataParallel',
+        device_ids=None,
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False)))
+
+
+def _reason(error: Exception) -> str:
+    """An error of a library in one line."""
+    lines = str(error).strip().splitlines()
+    return f'{type(error).__name__}: {lines[0]}' if lines else type(error).__name__
+
+
+def _require_model(cfg: Config, path: str) -> None:
+    kind = cfg.model.get('type') if isinstance(cfg.get('model'), dict) else None
+    if kind is None:
+        raise UsageError(f"the config '{path}' has no model=dict(type=...)")
+    if isinstance(kind, str) and MODELS.get(kind) is None:
+        raise UsageError(f"the config '{path}' names a model of type '{kind}', which nothing "
+                         'registers: is a package missing in custom_imports?')
+
+
+def require_settings(cfg: Config, *names: str) -> None:
+    """Raise a `UsageError` if a config lacks what a tool works on."""
+    missing = [name for name in names if not cfg.get(name)]
+    if missing:
+        raise UsageError(f"the config '{cfg.filename}' has no {', no '.join(missing)}")
+
+
+def require_checkpoint(path: str) -> dict:
+    """Read a checkpoint before mmengine does, which would answer with a trace. The path may be a URL
+    or a name that mmengine resolves.
+
+    Raises:
+        UsageError: If there is none, or it is no checkpoint.
+    """
     if '://' not in path and not Path(path).is_file():
-        raise UsageError(f"there is no {what} at '{path}'")
+        raise UsageError(f"there is no checkpoint at '{path}'")
+    return read_checkpoint(path)
+
+
+def require_writable(path: str) -> None:
+    """Raise a `UsageError` if a file could not be written: better before hours of work than after."""
+    if Path(path).is_dir():
+        raise UsageError(f"'{path}' is a folder, not a file to write")
+    make_folder(str(Path(path).parent))
+
+
+def make_folder(path: str) -> None:
+    """Make a folder for results, or raise a `UsageError`."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"the folder '{path}' cannot be made: {error.strerror}") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UsageError(f"the folder '{path}' cannot be written to")
+
+
+def require_device(device: str) -> None:
+    """Raise a `UsageError` unless torch can compute on a device."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"the device '{device}' cannot be used: {_reason(error)}") from error
 
 
 def check_data(cfg: Config, *splits: str) -> None:
@@ -100,10 +191,16 @@ def check_data(cfg: Config, *splits: str) -> None:
             print(f'data: {line}', file=sys.stderr)
 
 
-def quiet() -> None:
+def prepare() -> None:
     """Hide what libraries say of each other and no user can change."""
-    for pattern in ('.*pkg_resources.*', '.*torch.meshgrid.*', '.*FileClient.*'):
+    for pattern in ('.*pkg_resources.*', '.*torch.meshgrid.*', '.*FileClient.*', '.*num_anchors.*',
+                    'checkpoint is None.*', 'Detected pickle protocol.*'):
         warnings.filterwarnings('ignore', message=pattern)
+
+
+def silence() -> contextlib.AbstractContextManager:
+    """For pycocotools, which prints as it reads."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def progress(steps: Iterable, what: str) -> tqdm:

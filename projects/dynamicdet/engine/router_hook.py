@@ -6,10 +6,12 @@ from typing import Dict, Iterable, Optional
 
 import numpy as np
 import torch
+from mmengine.dataset import DefaultSampler
 from mmengine.dist import all_gather_object
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
+from torch.utils.data import DataLoader
 
 from mmdet.registry import HOOKS
 
@@ -70,7 +72,8 @@ class RouterHook(Hook):
         if starting:
             for name in ('delta', 'difficulties', 'latencies', 'threshold'):
                 state[name] = getattr(model, name).detach().clone()
-        self.window.extend(checkpoint.get('router_differences', ()))
+        else:
+            self.window.extend(checkpoint.get('router_differences', ()))
         self.loaded = True
 
     def before_train(self, runner: Runner) -> None:
@@ -118,28 +121,41 @@ def latest_checkpoint(work_dir: str) -> Optional[str]:
 
 
 @torch.no_grad()
-def measure_differences(runner: Runner) -> Dict[object, float]:
+def measure_differences(runner: Runner) -> Dict[tuple, float]:
     """``L1 - L2`` of every training image, by one pass over the training data.
 
     Returns:
-        dict: Image id -> difference; the same on all ranks.
+        dict: (Image id, path) -> difference; the same on all ranks.
     """
     model = _model(runner)
     model.train()
-    own: Dict[object, float] = {}
-    for batch in with_progress(runner, runner.train_dataloader, 'delta'):
+    own: Dict[tuple, float] = {}
+    for batch in with_progress(runner, every_image(runner.train_dataloader), 'delta'):
         data = model.data_preprocessor(batch, training=True)
         (first, second), _ = model.exit_losses(data['inputs'], data['data_samples'])
         for sample, difference in zip(data['data_samples'], (first - second).tolist()):
-            own[sample.get('img_id', len(own))] = difference
-    gathered: Dict[object, float] = {}
+            # By both: data sets that are concatenated may use an id twice.
+            own[sample.get('img_id', len(own)), sample.get('img_path')] = difference
+    gathered: Dict[tuple, float] = {}
     for part in all_gather_object(own):
         gathered.update(part)
-    bad = [key for key, value in gathered.items() if not np.isfinite(value)]
+    bad = [path for (_, path), value in gathered.items() if not np.isfinite(value)]
     if bad or not gathered:
         raise UsageError('delta cannot be measured: ' + (
             f'the losses of image(s) {bad[:5]} are not finite' if bad else 'the training set is empty'))
     return gathered
+
+
+def every_image(loader: DataLoader) -> DataLoader:
+    """This rank's part of a loader's data, in order. The loader's own samplers may be endless, as
+    those of iteration-based loops are, or leave images out."""
+    return DataLoader(
+        loader.dataset,
+        batch_size=getattr(loader.batch_sampler, 'batch_size', 1),
+        sampler=DefaultSampler(loader.dataset, shuffle=False),
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        worker_init_fn=loader.worker_init_fn)
 
 
 def with_progress(runner: Runner, batches: Iterable, what: str, every: float = 10.0) -> Iterable:

@@ -25,6 +25,7 @@ from ..routing import WEIGHTINGS, resolve_threshold, router_loss, weigh
 from ..routing.thresholds import check_budget
 from .branch import build_branch
 from .composite import build_composite
+from .resolution import Ratio, reduce_images, reduce_samples, scale_boxes
 
 #: Seeds the sampling of proposals where losses are compared, the same for every image and both
 #: exits: any constant does.
@@ -47,6 +48,8 @@ class DynamicDetector(BaseDetector):
             detectors do; YOLO variants have two. Defaults to True.
         reuse_stages (int): Leading stages that the second backbone takes over from the first;
             see `CompositeBackbone`. Defaults to 1.
+        first_scale (float): How large exit 0 sees the image, as a share of its delivered sides, in
+            (0, 1]; exit 1 sees it as delivered. Below 1 it takes ``reuse_stages=0``. Defaults to 1.
         router (dict): Config of the router; ``in_channels`` is filled in. Defaults to the paper's.
         train_router (bool): Whether this is step 2. Then nothing but the router can change.
             Defaults to False.
@@ -65,6 +68,7 @@ class DynamicDetector(BaseDetector):
                  backbone: Optional[dict] = None,
                  shared: bool = True,
                  reuse_stages: int = 1,
+                 first_scale: float = 1.0,
                  router: dict = dict(type='Router'),
                  train_router: bool = False,
                  weighting: str = 'objects',
@@ -73,6 +77,10 @@ class DynamicDetector(BaseDetector):
                  init_cfg: Optional[dict] = None) -> None:
         if weighting not in WEIGHTINGS:
             raise UsageError(f"weighting must be one of {', '.join(WEIGHTINGS)}; got '{weighting}'")
+        if not 0 < first_scale <= 1 or first_scale < 1 and reuse_stages:
+            raise UsageError(f'first_scale must be in (0, 1], and below 1 with reuse_stages=0, since the '
+                             f'second backbone then needs its own stem; got {first_scale} with '
+                             f'reuse_stages={reuse_stages}')
         if budget:
             check_budget(budget)
         preprocessor = data_preprocessor or detector.get('data_preprocessor')
@@ -82,6 +90,7 @@ class DynamicDetector(BaseDetector):
         self.backbone = build_composite(backbone or detector['backbone'], reuse_stages)
         self.branches = ModuleList(build_branch(detector) for _ in range(1 if shared else 2))
         self.router = MODELS.build(dict(in_channels=self.backbone.channels, **router))
+        self.first_scale = first_scale
         self.weighting = weighting
         self.budget = dict(budget) if budget else None
         self.train_router = train_router
@@ -175,7 +184,7 @@ class DynamicDetector(BaseDetector):
 
     def score(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> Tensor:
         """Difficulty of each image, (N,), by the first backbone and the router alone."""
-        maps = self.backbone.first_maps(batch_inputs)
+        maps, _ = self._first_maps(batch_inputs)
         return self.router(maps, _valid(batch_inputs, batch_data_samples))
 
     def branch(self, exit: int) -> BaseDetector:
@@ -184,12 +193,19 @@ class DynamicDetector(BaseDetector):
 
     def extract_feat(self, batch_inputs: Tensor) -> Tuple[Tensor, ...]:
         """``f1``, as the first branch's neck leaves it."""
-        maps = self.backbone.first_maps(batch_inputs)
+        maps, _ = self._first_maps(batch_inputs)
         return self.branch(0).extract_feat(self.backbone.select(maps))
 
-    def _both_maps(self, batch_inputs: Tensor) -> Tuple[tuple, tuple]:
-        first = self.backbone.first_maps(batch_inputs)
-        return first, self.backbone.second_maps(batch_inputs, first)
+    def _first_maps(self, batch_inputs: Tensor) -> Tuple[tuple, Ratio]:
+        """``f1``, and how large the images were that it was made from."""
+        images, ratio = reduce_images(batch_inputs, self.first_scale)
+        return self.backbone.first_maps(images), ratio
+
+    def _both_exits(self, batch_inputs: Tensor, samples: OptSampleList) -> List[tuple]:
+        """Maps and data samples of exit 0, and of exit 1: each in the frame that the exit sees."""
+        first, ratio = self._first_maps(batch_inputs)
+        second = self.backbone.second_maps(batch_inputs, first)
+        return [(first, reduce_samples(samples, ratio)), (second, samples)]
 
     def loss(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> Dict[str, Tensor]:
         """Losses of the step that is trained.
@@ -200,14 +216,14 @@ class DynamicDetector(BaseDetector):
         if self.train_router:
             return self._router_losses(batch_inputs, batch_data_samples)
         losses = {}
-        for exit, maps in enumerate(self._both_maps(batch_inputs)):
-            own = self.branch(exit).loss(self.backbone.select(maps), batch_data_samples)
+        for exit, (maps, samples) in enumerate(self._both_exits(batch_inputs, batch_data_samples)):
+            own = self.branch(exit).loss(self.backbone.select(maps), samples)
             losses.update(rename_loss_dict(f'exit{exit}.', own))
         return losses
 
     @torch.no_grad()
     def exit_losses(self, batch_inputs: Tensor,
-                    batch_data_samples: SampleList) -> Tuple[Tensor, Tensor]:
+                    batch_data_samples: SampleList) -> Tuple[Tensor, tuple]:
         """Weighted loss of each image under each exit, as batch 1 gives it, without gradient.
 
         The backbones run once, on the batch; neck and heads per image, since mmdet's heads average
@@ -216,13 +232,12 @@ class DynamicDetector(BaseDetector):
         Returns:
             tuple[Tensor, tuple]: Losses, (2, N), float32, and ``f1``.
         """
-        both = self._both_maps(batch_inputs)
-        rows = [[self._image_loss(exit, maps, index, sample)
-                 for index, sample in enumerate(batch_data_samples)]
-                for exit, maps in enumerate(both)]
+        both = self._both_exits(batch_inputs, batch_data_samples)
+        rows = [[self._image_loss(exit, maps, index, sample) for index, sample in enumerate(samples)]
+                for exit, (maps, samples) in enumerate(both)]
         objects = [len(sample.gt_instances) for sample in batch_data_samples]
         losses = torch.stack([torch.stack(row) for row in rows]).float()
-        return weigh(losses, objects, self.weighting), both[0]
+        return weigh(losses, objects, self.weighting), both[0][0]
 
     def _image_loss(self, exit: int, maps: tuple, index: int, sample) -> Tensor:
         maps = tuple(m[index:index + 1] for m in self.backbone.select(maps))
@@ -264,28 +279,39 @@ class DynamicDetector(BaseDetector):
         """
         if self._budget_waits:
             self.set_budget(**self.budget)
-        maps = self.backbone.first_maps(batch_inputs)
+        maps, ratio = self._first_maps(batch_inputs)
         phi = self.router(maps, _valid(batch_inputs, batch_data_samples))
         # One transfer from the device for both.
         scores, hard = torch.stack([phi, (phi > self.threshold).float()]).tolist()
-        results: List = [None] * len(scores)
-        for exit in (0, 1):
+        for exit, run in enumerate((self._predict_easy, self._predict_hard)):
             rows = [index for index, is_hard in enumerate(hard) if int(is_hard) == exit]
             if not rows:
                 continue
-            exit_maps = _take(maps, rows)
-            if exit == 1:
-                images = batch_inputs
-                if self.backbone.needs_images:
-                    images, = _take((batch_inputs, ), rows)
-                exit_maps = self.backbone.second_maps(images, exit_maps)
             samples = [batch_data_samples[row] for row in rows]
-            samples = self.branch(exit).predict(
-                self.backbone.select(exit_maps), samples, rescale=rescale)
+            run(batch_inputs, maps, rows, samples, ratio, rescale)
             for row, sample in zip(rows, samples):
                 sample.set_metainfo(dict(difficulty=scores[row], exit=exit))
-                results[row] = sample
-        return results
+        return batch_data_samples
+
+    def _predict_easy(self, images: Tensor, maps: tuple, rows: List[int], samples: SampleList,
+                      ratio: Ratio, rescale: bool) -> None:
+        """Exit 0, into the samples."""
+        reduced = reduce_samples(samples, ratio)
+        maps = self.backbone.select(_take(maps, rows))
+        for sample, own in zip(samples, self.branch(0).predict(maps, reduced, rescale=rescale)):
+            sample.pred_instances = own.pred_instances
+            if not rescale:
+                wide, high = ratio
+                sample.pred_instances.bboxes = scale_boxes(own.pred_instances.bboxes,
+                                                           (1 / wide, 1 / high))
+
+    def _predict_hard(self, images: Tensor, maps: tuple, rows: List[int], samples: SampleList,
+                      ratio: Ratio, rescale: bool) -> None:
+        """Exit 1, into the samples."""
+        if self.backbone.needs_images:
+            images, = _take((images, ), rows)
+        maps = self.backbone.second_maps(images, _take(maps, rows))
+        self.branch(1).predict(self.backbone.select(maps), samples, rescale=rescale)
 
     def _forward(self,
                  batch_inputs: Tensor,
@@ -295,11 +321,11 @@ class DynamicDetector(BaseDetector):
         Returns:
             dict: ``difficulty``, (N,), and ``exits``, the raw head outputs of exit 0 and exit 1.
         """
-        both = self._both_maps(batch_inputs)
-        exits = [self.branch(exit)._forward(self.backbone.select(maps), batch_data_samples)
-                 for exit, maps in enumerate(both)]
+        both = self._both_exits(batch_inputs, batch_data_samples)
+        exits = [self.branch(exit)._forward(self.backbone.select(maps), samples)
+                 for exit, (maps, samples) in enumerate(both)]
         valid = _valid(batch_inputs, batch_data_samples) if batch_data_samples else None
-        return dict(difficulty=self.router(both[0], valid), exits=exits)
+        return dict(difficulty=self.router(both[0][0], valid), exits=exits)
 
 
 def _take(tensors: Tuple[Tensor, ...], rows: List[int]) -> Tuple[Tensor, ...]:

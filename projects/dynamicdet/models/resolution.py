@@ -1,0 +1,83 @@
+"""The first exit's view of a batch, where that is smaller than what the pipeline delivers.
+
+Letters: ``ratio`` is (width, height) of the smaller batch over those of the delivered one.
+"""
+from typing import Tuple
+
+import torch
+import torch.nn.functional as F
+from mmengine.structures import InstanceData
+from torch import Tensor
+
+from mmdet.structures import SampleList
+
+Ratio = Tuple[float, float]
+
+#: The largest stride of the backbones here. Necks that upsample by 2 need sizes that it divides.
+_STRIDE = 32
+
+
+def reduce_images(images: Tensor, scale: float) -> Tuple[Tensor, Ratio]:
+    """Resize a batch to about ``scale`` of its sides: to multiples of 32, on the device.
+
+    Args:
+        images (Tensor): (N, 3, H, W).
+        scale (float): In (0, 1]. At 1 the batch comes back as it is, whatever its size.
+
+    Returns:
+        tuple: (N, 3, H', W') and the ratio (W' / W, H' / H).
+    """
+    if scale == 1:
+        return images, (1.0, 1.0)
+    height, width = images.shape[-2:]
+    size = [max(1, round(side * scale / _STRIDE)) * _STRIDE for side in (height, width)]
+    smaller = F.interpolate(images, size=size, mode='bilinear', antialias=True)
+    return smaller, (size[1] / width, size[0] / height)
+
+
+def reduce_samples(samples: SampleList, ratio: Ratio) -> SampleList:
+    """The samples of a reduced batch: shapes, boxes and masks in its frame.
+
+    Args:
+        samples (list[DetDataSample]): Samples of the delivered batch; they stay as they are.
+        ratio (tuple[float, float]): Of width and height.
+
+    Returns:
+        list[DetDataSample]: The same objects where the ratio is 1, else new ones.
+    """
+    if ratio == (1.0, 1.0) or samples is None:
+        return samples
+    return [_reduce(sample, ratio) for sample in samples]
+
+
+def _reduce(sample, ratio: Ratio):
+    wide, high = ratio
+    reduced = sample.new()
+    for name in ('img_shape', 'pad_shape', 'batch_input_shape'):
+        if name in sample:
+            shape = sample.get(name)
+            reduced.set_metainfo({name: (round(shape[0] * high), round(shape[1] * wide))})
+    scale = sample.get('scale_factor', (1.0, 1.0))
+    reduced.set_metainfo(dict(scale_factor=(scale[0] * wide, scale[1] * high)))
+    for name in ('gt_instances', 'ignored_instances'):
+        if name in sample:
+            setattr(reduced, name, _reduce_instances(sample.get(name), ratio))
+    return reduced
+
+
+def _reduce_instances(instances: InstanceData, ratio: Ratio) -> InstanceData:
+    reduced = instances.new()
+    reduced.bboxes = scale_boxes(instances.bboxes, ratio)
+    if 'masks' in instances:
+        height, width = instances.masks.height, instances.masks.width
+        reduced.masks = instances.masks.resize((round(height * ratio[1]), round(width * ratio[0])))
+    return reduced
+
+
+def scale_boxes(boxes, ratio: Ratio):
+    """Boxes, (n, 4) as a tensor or mmdet's box type, in the frame of a resized image."""
+    if isinstance(boxes, Tensor):
+        return boxes * torch.as_tensor(ratio * 2, dtype=boxes.dtype, device=boxes.device)
+    scaled = boxes.clone()
+    scaled.rescale_(ratio)
+    return scaled

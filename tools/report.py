@@ -1,0 +1,52 @@
+"""Show what a dynamic detector gains: a table, and a page with the trade-off curve against random
+routing, the difficulties, the easiest and hardest images, and both exits' AP by size.
+
+One pass over the test set runs every image through both exits; every mix of the two follows from it.
+"""
+import argparse
+from pathlib import Path
+
+from mmengine.device import get_device
+from pycocotools.coco import COCO
+
+from dynamicdet.apis import cli
+from dynamicdet.apis.calibration import (build_loader, load_model, measure_gflops, measure_latencies,
+                                         provenance, record_exits)
+from dynamicdet.apis.report import format_table, write_report
+from dynamicdet.routing.curve import trade_off
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file of step 2')
+    cli.add_common_arguments(parser)
+    parser.add_argument('--out-dir', help='where the page goes; WORK_DIR/report by default')
+    parser.add_argument('--split', choices=['val', 'test'], default='test', help='data: test by default')
+    parser.add_argument('--device', default=get_device(), help='device whose latencies count')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    cli.prepare()
+    cfg = cli.load_config(args)
+    if not args.no_data_check:
+        cli.check_data(cfg, args.split)
+    model, _ = load_model(cfg, args.checkpoint, args.device)
+    loader = build_loader(cfg[f'{args.split}_dataloader'])
+    record = dict(
+        images=record_exits(model, loader, cli.progress),
+        gflops=measure_gflops(model, loader.dataset),
+        latencies=measure_latencies(model, loader.dataset, cli.progress),
+        provenance=provenance(cfg, args.checkpoint, loader.dataset, args.device))
+    with cli.silence():
+        coco = COCO(loader.dataset.ann_file)
+    rows = trade_off(record, coco, progress=cli.counter('evaluations'))
+    page = write_report(record, coco, args.out_dir or Path(cfg.work_dir) / 'report', rows)
+    print(format_table(rows))
+    print(f'\nThe same with pictures: {page}')
+
+
+if __name__ == '__main__':
+    cli.run(main)
