@@ -17,6 +17,8 @@ from dynamicdet.engine import latest_checkpoint
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = 'configs/dy_faster_rcnn_digits.py'
 ROUTER = 'configs/dy_faster_rcnn_digits_router.py'
+#: The figures in the README are from two; more would see other batches.
+PROCESSES = 2
 
 
 def parse_args() -> argparse.Namespace:
@@ -25,30 +27,36 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(title: str, tool: str, *arguments: str) -> None:
-    """Run one of the tools in the repository's root; end with it if it fails."""
-    command = [f'tools/{tool}.py', *arguments]
-    print(f'\n== {title}\n   python {shlex.join(command)}\n', flush=True)
+def run(title: str, *command: str, **environment: str) -> None:
+    """Run a command in the repository's root; end with it if it fails."""
+    print(f'\n== {title}\n   {shlex.join(command)}\n', flush=True)
+    # This environment's python first, also where it was not activated.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
     start = time.monotonic()
-    code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
+    code = subprocess.run(command, cwd=ROOT, env={**os.environ, 'PATH': path, **environment}).returncode
     if code:
         sys.exit(code)
     print(f'   took {time.monotonic() - start:.0f} s', flush=True)
 
 
+def train(title: str, config: str) -> None:
+    """Train with two processes of one thread each: nearly twice as fast as one process with two."""
+    run(title, 'bash', 'tools/dist_train.sh', config, str(PROCESSES), '--resume', OMP_NUM_THREADS='1')
+
+
 def main() -> None:
     args = parse_args()
-    # Idle threads of one process must not spin while another, such as a data worker, wants the core.
-    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
     start = time.monotonic()
-    run('1/6 data: handwritten digits over photographs', 'make_digits')
-    run('2/6 step 1: the cascade of two detectors', 'train', CONFIG, '--resume')
-    run('3/6 step 2: the router', 'train', ROUTER, '--resume')
+    run('1/6 data: handwritten digits over photographs', 'python', 'tools/make_digits.py')
+    train('2/6 step 1: the cascade of two detectors', CONFIG)
+    train('3/6 step 2: the router', ROUTER)
     checkpoint = latest_checkpoint(ROOT / 'work_dirs' / Path(ROUTER).stem)
     checkpoint = os.path.relpath(checkpoint, ROOT)
-    run('4/6 calibration on the validation set', 'calibrate', ROUTER, checkpoint)
-    run('5/6 test with half of the images hard', 'test', ROUTER, checkpoint, '--hard-share', '0.5')
-    run('6/6 report on the test set', 'report', ROUTER, checkpoint, '--out-dir', args.report)
+    run('4/6 calibration on the validation set', 'python', 'tools/calibrate.py', ROUTER, checkpoint)
+    run('5/6 test with half of the images hard', 'python', 'tools/test.py', ROUTER, checkpoint,
+        '--hard-share', '0.5')
+    run('6/6 report on the test set', 'python', 'tools/report.py', ROUTER, checkpoint, '--out-dir',
+        args.report)
     print(f'\nAll in {(time.monotonic() - start) / 60:.1f} minutes. Open {args.report}/report.html')
 
 

@@ -51,7 +51,14 @@ def main() -> None:
     if not args.no_data_check:
         cli.check_data(cfg, 'train', *(['val'] if cfg.get('val_dataloader') else []))
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-    runner.train()
+    try:
+        runner.train()
+    except ValueError as error:
+        # torch's, of an optimizer of other parameters.
+        if 'loaded state dict' not in str(error):
+            raise
+        raise UsageError(f"the optimizer in '{cfg.load_from}' is another run's: --resume goes on with "
+                         'the same config; to start from weights, --cfg-options load_from=...') from error
 
 
 if __name__ == '__main__':

@@ -1,15 +1,14 @@
-# A small Faster R-CNN for small images, trained from scratch: ResNet-18 of a quarter of the width,
-# anchors of 16 to 128 pixels, few proposals.
+# A small Faster R-CNN for small images, trained from scratch: ResNet-18 of half the width, anchors of 16 to 128 pixels, few proposals.
 _base_ = 'mmdet::_base_/models/faster-rcnn_r50_fpn.py'
 model = dict(
     backbone=dict(
         depth=18,
-        base_channels=16,
+        base_channels=32,
         frozen_stages=-1,
         norm_eval=False,
         zero_init_residual=False,
         init_cfg=None),
-    neck=dict(in_channels=[16, 32, 64, 128], out_channels=48, num_outs=4),
+    neck=dict(in_channels=[32, 64, 128, 256], out_channels=48, num_outs=4),
     rpn_head=dict(
         in_channels=48,
         feat_channels=48,

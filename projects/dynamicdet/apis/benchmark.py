@@ -2,7 +2,7 @@
 
 Two overheads, both on inputs in memory and from preprocessing to boxes:
 
-* exit 0 against the stock detector: the router and the bookkeeping, at batch 1;
+* exit 0 against the stock detector on what exit 0 sees: the router and the bookkeeping, at batch 1;
 * a batch of which half is hard against the mean of an all-easy and an all-hard one: the parting
   of the batch, and two smaller passes in place of one.
 """
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from torch import nn
 
 from mmdet.models.detectors import BaseDetector
 from mmdet.registry import MODELS
@@ -24,6 +25,7 @@ from ..checkpoints import is_plain, read_checkpoint, require_complete
 from ..datasets.digits import load_sources, make_image
 from ..errors import UsageError
 from ..models import DynamicDetector
+from ..models.resolution import reduce_images, reduce_samples
 from ..routing.thresholds import ALL_EASY, ALL_HARD, threshold_for_share
 from ..testing import randomise
 
@@ -58,7 +60,8 @@ def build_pair(cfg: Config,
 
     Args:
         cfg (Config): Of a dynamic detector.
-        checkpoint (str, optional): Its checkpoint, or the plain detector's. Defaults to random weights.
+        checkpoint (str, optional): Its checkpoint, or the plain detector's. Defaults to random
+            weights.
         device (str): Such as 'cpu' or 'cuda:0'.
         seed (int): Of the random weights.
 
@@ -75,7 +78,9 @@ def build_pair(cfg: Config,
     model = MODELS.build(cfg.model)
     if checkpoint:
         state = read_checkpoint(checkpoint)['state_dict']
-        require_complete(model, state, ('backbone.connections.', 'router.') if is_plain(state) else ())
+        # A plain detector has no more than the two exits share with it.
+        own = ('backbone.connections.', 'router.') if is_plain(state) else ()
+        require_complete(model, state, own)
         model.load_state_dict(state, strict=False)
     else:
         randomise(model, seed)
@@ -86,7 +91,8 @@ def build_pair(cfg: Config,
 def build_stock(settings: Mapping, model: DynamicDetector) -> BaseDetector:
     """Build the stock detector of a dynamic one's config, over the tensors of its exit 0.
 
-    The same tensors, not copies: where a tensor lies in memory has an effect on speed.
+    The same tensors, not copies: where a tensor lies in memory has an effect on speed. Where exit 0
+    sees a smaller image, so does the stock detector.
     """
     detector = copy.deepcopy(settings['detector'])
     detector['backbone'] = copy.deepcopy(settings.get('backbone') or detector['backbone'])
@@ -97,8 +103,21 @@ def build_stock(settings: Mapping, model: DynamicDetector) -> BaseDetector:
             if key.startswith(own):
                 state[plain + key[len(own):]] = value
     stock.load_state_dict(state, assign=True)
-    stock.data_preprocessor = model.data_preprocessor
+    stock.data_preprocessor = _FirstView(model.data_preprocessor, model.first_scale)
     return stock
+
+
+class _FirstView(nn.Module):
+    """A dynamic detector's preprocessing, down to what its exit 0 sees."""
+
+    def __init__(self, preprocessor: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.preprocessor, self.scale = preprocessor, scale
+
+    def forward(self, data: dict, training: bool = False) -> dict:
+        data = self.preprocessor(data, training)
+        images, ratio = reduce_images(data['inputs'], self.scale)
+        return dict(inputs=images, data_samples=reduce_samples(data['data_samples'], ratio))
 
 
 def make_batch(size: Sequence[int], count: int = BATCH_SIZE, seed: int = 0) -> dict:
@@ -168,13 +187,15 @@ def half_hard_threshold(model: DynamicDetector, batch: dict) -> float:
     threshold = threshold_for_share(scores.tolist(), 0.5)
     hard = int((scores > threshold).sum())
     if 2 * hard != len(scores):
-        raise UsageError(f'{hard} of {len(scores)} images are hard, not half of them: too many have '
-                         'the same difficulty; try another checkpoint or another seed')
+        raise UsageError(f'{hard} of {len(scores)} images are hard, not half of them: too many '
+                         'have the same difficulty; try another checkpoint or another seed')
     return threshold
 
 
 @torch.no_grad()
-def interleave(tasks: Mapping[str, Task], rounds: int, progress: Progress,
+def interleave(tasks: Mapping[str, Task],
+               rounds: int,
+               progress: Progress,
                what: str) -> Dict[str, np.ndarray]:
     """Time tasks in turns: each once a round, in all orders one after the other.
 
@@ -232,8 +253,8 @@ def measure(model: DynamicDetector,
         progress (Callable): Wraps what is iterated over.
 
     Returns:
-        dict: ``seconds``, by what was timed, per call; ``ratios``, by the keys of `WANTED`, the two
-        sides of a ratio from one round; each with ``median``, ``q1`` and ``q3``. ``boxes_compared``.
+        dict: ``seconds`` per call, by what was timed; ``ratios``, by the keys of `WANTED`, both
+        sides of each from one round; all with ``median``, ``q1`` and ``q3``. ``boxes_compared``.
 
     Raises:
         RuntimeError: If exit 0 and the stock detector differ.
@@ -247,7 +268,7 @@ def measure(model: DynamicDetector,
              exit1=Task(model, single, ALL_HARD)), rounds, progress, 'batch 1')
     seconds.update(interleave(
         dict(all_easy=Task(model, batch, ALL_EASY), half_hard=Task(model, batch, middle),
-             all_hard=Task(model, batch, ALL_HARD)), batch_rounds, progress, f'batch {len(others) + 1}'))
+             all_hard=Task(model, batch, ALL_HARD)), batch_rounds, progress, 'whole batches'))
     ratios = dict(
         exit0_to_stock=seconds['exit0'] / seconds['stock'],
         mixed_to_mean=2 * seconds['half_hard'] / (seconds['all_easy'] + seconds['all_hard']))

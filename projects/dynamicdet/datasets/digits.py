@@ -31,7 +31,7 @@ from pycocotools import mask as mask_utils
 
 CLASSES = tuple('0123456789')
 SPLITS = ('train', 'val', 'test')
-SIZES = dict(train=2400, val=500, test=500)
+SIZES = dict(train=3000, val=500, test=500)
 
 # Raise it whenever the same arguments give other images or annotations.
 VERSION = 1

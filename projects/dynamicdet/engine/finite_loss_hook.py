@@ -31,6 +31,6 @@ class FiniteLossHook(Hook):
             images = ', '.join(str(getattr(sample, 'img_path', '?')) for sample in samples)
             raise UsageError(
                 f'{", ".join(bad)} not finite at epoch {runner.epoch + 1}, iteration '
-                f'{runner.iter + 1} (images: {images}). The checkpoints in {runner.work_dir} are from '
-                'before: lower the learning rate, clip gradients or look at these images, then '
-                '--resume')
+                f'{runner.iter + 1} (images: {images}). The checkpoints in {runner.work_dir} are '
+                'from before: lower the learning rate, clip gradients or look at these images, '
+                'then --resume')

@@ -10,9 +10,9 @@ class ResumeHook(Hook):
     """Whole checkpoint files, and random numbers that depend on the epoch.
 
     mmengine restores weights, optimiser and schedules on resume, but no generator: without this,
-    flips and sampled proposals after ``--resume`` differ from those of an uninterrupted run. It seeds
-    python, numpy and torch before each training epoch from the run's seed, the epoch and the rank,
-    and starts data workers anew, which take their seed when they start.
+    flips and sampled proposals after ``--resume`` differ from those of an uninterrupted run. It
+    seeds python, numpy and torch before each training epoch from the run's seed, the epoch and the
+    rank, and starts data workers anew, which take their seed when they start.
     """
 
     # Before all else that may draw.

@@ -79,9 +79,10 @@ class RouterHook(Hook):
     def before_train(self, runner: Runner) -> None:
         model = _model(runner)
         if not self.loaded:
+            where = f' (into {self.cascade})' if self.cascade else ''
             raise UsageError('step 2 trains the router of a trained cascade, and none was loaded: '
-                             'run step 1 first' + (f' (into {self.cascade})' if self.cascade else '')
-                             + ', or name its checkpoint by --cfg-options load_from=...')
+                             f'run step 1 first{where}, or name its checkpoint by --cfg-options '
+                             'load_from=...')
         if self.delta == 'exact' and model.delta.isnan():
             differences = measure_differences(runner)
             model.delta.fill_(float(np.median(list(differences.values()))))
@@ -141,8 +142,8 @@ def measure_differences(runner: Runner) -> Dict[tuple, float]:
         gathered.update(part)
     bad = [path for (_, path), value in gathered.items() if not np.isfinite(value)]
     if bad or not gathered:
-        raise UsageError('delta cannot be measured: ' + (
-            f'the losses of image(s) {bad[:5]} are not finite' if bad else 'the training set is empty'))
+        reason = f'the losses of image(s) {bad[:5]} are not finite' if bad else 'there is no image'
+        raise UsageError(f'delta cannot be measured: {reason}')
     return gathered
 
 
