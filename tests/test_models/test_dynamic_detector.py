@@ -123,6 +123,24 @@ def test_both_exits_see_the_same_sampling(name):
     assert len(drawn) > 1
 
 
+@pytest.mark.parametrize('name', TWO_STAGE)
+@pytest.mark.parametrize('settings', [dict(), dict(first_scale=0.5, reuse_stages=0)])
+def test_both_exits_are_asked_about_the_same_regions(name, settings):
+    """Heads of both exits see the same number of samples, whatever each exit proposes."""
+    model = build(name, train_router=True, **settings)
+    seen = []
+    extractor = model.branches[0].roi_head.bbox_roi_extractor
+    extractor = extractor[0] if isinstance(extractor, torch.nn.ModuleList) else extractor
+    extractor.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    model.exit_losses(*fresh(model, tiny_batch((2, ), size=(128, 192))))
+    first, second = seen
+    assert len(first) == len(second) > 0
+    scale = torch.tensor([1.0] + 4 * [settings.get('first_scale', 1.0)])
+    torch.testing.assert_close(first, second * scale, rtol=1e-3, atol=1e-2)
+    # The heads' method is back.
+    assert 'loss' not in vars(model.branches[0].roi_head)
+
+
 def test_measuring_losses_leaves_the_generator_alone():
     model = build(train_router=True)
     state = torch.get_rng_state()
@@ -132,8 +150,8 @@ def test_measuring_losses_leaves_the_generator_alone():
 
 def test_objects_weigh_the_losses():
     inputs = tiny_batch((2, 0, 3))
-    mean = build(train_router=True, weighting='mean')
-    objects = build(train_router=True)
+    mean = build(train_router=True)
+    objects = build(train_router=True, weighting='objects')
     plain, _ = mean.exit_losses(*fresh(mean, inputs))
     weighted, _ = objects.exit_losses(*fresh(objects, inputs))
     torch.testing.assert_close(weighted, plain * torch.tensor([2.0, 0.0, 3.0]))

@@ -115,8 +115,10 @@ def latest_checkpoint(work_dir: str) -> Optional[str]:
     mmengine's note of the last one is taken where it names a file; a kill may have come between.
     """
     noted = find_latest_checkpoint(work_dir) if Path(work_dir).is_dir() else None
-    if noted and Path(noted).is_file():
-        return noted
+    # The note holds the path of when it was written; the folder may have moved.
+    own = Path(work_dir) / Path(noted or '').name
+    if own.is_file():
+        return str(own)
     files = [file for kind in ('epoch', 'iter') for file in Path(work_dir).glob(f'{kind}_*.pth')]
     return str(max(files, key=lambda file: file.stat().st_mtime)) if files else None
 

@@ -25,11 +25,8 @@ from ..routing import WEIGHTINGS, resolve_threshold, router_loss, weigh
 from ..routing.thresholds import check_budget
 from .branch import build_branch
 from .composite import build_composite
+from .paired_losses import View, paired_losses
 from .resolution import Ratio, reduce_images, reduce_samples, scale_boxes
-
-#: Seeds the sampling of proposals where losses are compared, the same for every image and both
-#: exits: any constant does.
-_SAMPLING_SEED = 0
 
 
 @MODELS.register_module()
@@ -54,7 +51,7 @@ class DynamicDetector(BaseDetector):
         train_router (bool): Whether this is step 2. Then nothing but the router can change.
             Defaults to False.
         weighting (str): How an image's loss counts in step 2, a key of `routing.WEIGHTINGS`.
-            Defaults to 'objects'.
+            Defaults to 'mean', the paper's.
         budget (dict, optional): The wanted speed: one of ``threshold`` in [-1, 1], ``hard_share`` in
             [0, 1], ``target_latency`` in seconds; the last two need a calibrated checkpoint.
             Defaults to the checkpoint's threshold.
@@ -71,7 +68,7 @@ class DynamicDetector(BaseDetector):
                  first_scale: float = 1.0,
                  router: dict = dict(type='Router'),
                  train_router: bool = False,
-                 weighting: str = 'objects',
+                 weighting: str = 'mean',
                  budget: Optional[dict] = None,
                  data_preprocessor: Optional[dict] = None,
                  init_cfg: Optional[dict] = None) -> None:
@@ -202,10 +199,10 @@ class DynamicDetector(BaseDetector):
         return self.backbone.first_maps(images), ratio
 
     def _both_exits(self, batch_inputs: Tensor, samples: OptSampleList) -> List[tuple]:
-        """Maps and data samples of exit 0, and of exit 1: each in the frame that the exit sees."""
+        """Maps, data samples and ratio of exit 0, and of exit 1: each as the exit sees the batch."""
         first, ratio = self._first_maps(batch_inputs)
         second = self.backbone.second_maps(batch_inputs, first)
-        return [(first, reduce_samples(samples, ratio)), (second, samples)]
+        return [(first, reduce_samples(samples, ratio), ratio), (second, samples, (1.0, 1.0))]
 
     def loss(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> Dict[str, Tensor]:
         """Losses of the step that is trained.
@@ -216,7 +213,7 @@ class DynamicDetector(BaseDetector):
         if self.train_router:
             return self._router_losses(batch_inputs, batch_data_samples)
         losses = {}
-        for exit, (maps, samples) in enumerate(self._both_exits(batch_inputs, batch_data_samples)):
+        for exit, (maps, samples, _) in enumerate(self._both_exits(batch_inputs, batch_data_samples)):
             own = self.branch(exit).loss(self.backbone.select(maps), samples)
             losses.update(rename_loss_dict(f'exit{exit}.', own))
         return losses
@@ -233,20 +230,18 @@ class DynamicDetector(BaseDetector):
             tuple[Tensor, tuple]: Losses, (2, N), float32, and ``f1``.
         """
         both = self._both_exits(batch_inputs, batch_data_samples)
-        rows = [[self._image_loss(exit, maps, index, sample) for index, sample in enumerate(samples)]
-                for exit, (maps, samples) in enumerate(both)]
+        losses = [[self.parse_losses(own)[0] for own in paired_losses(self._views(both, index))]
+                  for index in range(len(batch_data_samples))]
         objects = [len(sample.gt_instances) for sample in batch_data_samples]
-        losses = torch.stack([torch.stack(row) for row in rows]).float()
+        losses = torch.stack([torch.stack(pair) for pair in losses], dim=1).float()
         return weigh(losses, objects, self.weighting), both[0][0]
 
-    def _image_loss(self, exit: int, maps: tuple, index: int, sample) -> Tensor:
-        maps = tuple(m[index:index + 1] for m in self.backbone.select(maps))
-        # Two-stage heads sample proposals at random, on the CPU's generator: the same draw for
-        # both exits, or their difference is noise.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(_SAMPLING_SEED)
-            losses = self.branch(exit).loss(maps, [sample])
-        return self.parse_losses(losses)[0]
+    def _views(self, both: List[tuple], index: int) -> List[View]:
+        """Both exits' views of one image of a batch."""
+        return [
+            View(self.branch(exit), tuple(m[index:index + 1] for m in self.backbone.select(maps)),
+                 samples[index], ratio) for exit, (maps, samples, ratio) in enumerate(both)
+        ]
 
     def _router_losses(self, batch_inputs: Tensor,
                        batch_data_samples: SampleList) -> Dict[str, Tensor]:
@@ -323,7 +318,7 @@ class DynamicDetector(BaseDetector):
         """
         both = self._both_exits(batch_inputs, batch_data_samples)
         exits = [self.branch(exit)._forward(self.backbone.select(maps), samples)
-                 for exit, (maps, samples) in enumerate(both)]
+                 for exit, (maps, samples, _) in enumerate(both)]
         valid = _valid(batch_inputs, batch_data_samples) if batch_data_samples else None
         return dict(difficulty=self.router(both[0][0], valid), exits=exits)
 

@@ -11,10 +11,12 @@ from torch import Tensor
 
 #: Name -> what an image's loss is multiplied by, given its number of objects n.
 #:
-#: * ``mean``: 1, the paper's. mmdet's heads divide an image's loss by its positives, so an image
-#:   with one object counts as much as one with ten.
+#: * ``mean``: 1, the paper's. mmdet's heads divide an image's loss by its positives or by a fixed
+#:   number of samples, so an image with one object counts as much as one with ten.
 #: * ``objects``: n, which turns the average back into a sum over objects, as AP counts them. An
-#:   image without objects then has nothing to gain from the second detector.
+#:   image without objects then has nothing to gain from the second detector. The differences are
+#:   skewed: their mean lies far above their median, which can push all difficulties to 1 before
+#:   the router tells images apart (docs/benchmarks.md).
 WEIGHTINGS = {
     'mean': lambda objects: torch.ones_like(objects),
     'objects': lambda objects: objects,

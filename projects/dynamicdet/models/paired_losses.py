@@ -1,0 +1,86 @@
+"""Losses of one image under both exits that differ by the exits alone."""
+import contextlib
+from typing import Dict, Iterator, List, NamedTuple, Tuple
+
+import torch
+from mmengine.structures import InstanceData
+from torch import Tensor
+
+from mmdet.models.detectors import BaseDetector, TwoStageDetector
+from mmdet.structures import DetDataSample
+
+from .resolution import Ratio, scale_boxes
+
+#: Seeds the sampling of proposals, the same for every image and both exits: any constant does.
+_SEED = 0
+
+
+class View(NamedTuple):
+    """What one exit sees of one image: its branch, maps of (1, C_i, H_i, W_i), the data sample in the
+    exit's frame, and how large that frame is against the delivered one."""
+    branch: BaseDetector
+    maps: Tuple[Tensor, ...]
+    sample: DetDataSample
+    ratio: Ratio
+
+
+def paired_losses(views: List[View]) -> List[Dict[str, Tensor]]:
+    """Each view's own losses, all under the same random draw.
+
+    Two-stage heads learn from a sample of their own proposals. Exits propose different regions, the
+    better one more that cover objects, whose boxes then cost more: compared as they are, such losses
+    say that the worse exit is better. So all views' proposals are put together, and every head is
+    asked about the same sample of them.
+    """
+    if all(isinstance(view.branch, TwoStageDetector) and view.branch.with_rpn for view in views):
+        return _on_the_same_proposals(views)
+    return [_seeded(view.branch.loss, view.maps, [view.sample]) for view in views]
+
+
+def _on_the_same_proposals(views: List[View]) -> List[Dict[str, Tensor]]:
+    pending = []
+    for view in views:
+        with _captured(view.branch.roi_head) as calls:
+            losses = _seeded(view.branch.loss, view.maps, [view.sample])
+        pending.append((losses, *calls))
+    proposals = [call[1][0] for _, call in pending]
+    for view, (losses, (features, _, samples)) in zip(views, pending):
+        together = [_together(proposals, views, view.ratio)]
+        losses.update(_seeded(view.branch.roi_head.loss, features, together, samples))
+    return [losses for losses, _ in pending]
+
+
+def _together(proposals: List[InstanceData], views: List[View], ratio: Ratio) -> InstanceData:
+    """All proposals in the frame of one view. New: heads write into what they are given."""
+    boxes = [
+        scale_boxes(own.bboxes, (ratio[0] / view.ratio[0], ratio[1] / view.ratio[1]))
+        for own, view in zip(proposals, views)
+    ]
+    return InstanceData(
+        bboxes=torch.cat(boxes),
+        scores=torch.cat([own.scores for own in proposals]),
+        labels=torch.cat([own.labels for own in proposals]))
+
+
+@contextlib.contextmanager
+def _captured(roi_head) -> Iterator[list]:
+    """Put off the second stage: what its ``loss`` is called with is kept, and it is not run."""
+    calls = []
+
+    def keep(*arguments):
+        calls.append(arguments)
+        return {}
+
+    # On the object, where it hides the method of the class until it is taken away again.
+    roi_head.loss = keep
+    try:
+        yield calls
+    finally:
+        del roi_head.loss
+
+
+def _seeded(loss, *arguments) -> Dict[str, Tensor]:
+    # Proposals are sampled with the CPU's generator on every device.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(_SEED)
+        return loss(*arguments)

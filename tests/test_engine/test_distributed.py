@@ -1,0 +1,160 @@
+"""Two processes over gloo on loopback do what one does."""
+import json
+import os
+import pickle
+import re
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, load_small, load_small_router, run_tool, train
+
+from dynamicdet.apis.calibration import build_loader, load_model, measure_difficulties
+from dynamicdet.checkpoints import read_checkpoint
+from dynamicdet.engine import latest_checkpoint
+
+# Imported by each process through the config's `custom_imports`.
+_STATES = '''
+import torch
+from mmdet.registry import HOOKS
+from mmengine.hooks import Hook
+
+
+@HOOKS.register_module()
+class SaveStates(Hook):
+    """Saves each rank's own model when training has ended."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def after_train(self, runner):
+        assert type(runner.model).__name__ == 'MMDistributedDataParallel'
+        assert not runner.model.find_unused_parameters
+        torch.save(runner.model.module.state_dict(), f'{self.folder}/rank{runner.rank}.pth')
+'''
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
+
+
+def run_on_two(tool, cfg, folder, *arguments):
+    """Run a tool in two processes."""
+    (folder / 'rank_states.py').write_text(_STATES)
+    cfg.custom_imports = dict(imports=['dynamicdet', 'rank_states'])
+    cfg.dump(folder / 'config.py')
+    result = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2',
+         '--master_addr=127.0.0.1', f'--master_port={free_port()}', str(ROOT / 'tools' / tool),
+         str(folder / 'config.py'), *map(str, arguments), '--launcher', 'pytorch',
+         '--no-data-check', '--work-dir', str(folder / 'work'), '--cfg-options',
+         'env_cfg.dist_cfg.backend=gloo'],
+        # Also on a machine with a GPU: two processes on one would be refused.
+        env={**os.environ, 'PYTHONPATH': f'{folder}:{os.environ.get("PYTHONPATH", "")}',
+             'CUDA_VISIBLE_DEVICES': '-1'}, cwd=folder, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout + result.stderr
+
+
+def ranks(folder):
+    return [torch.load(folder / f'rank{rank}.pth') for rank in (0, 1)]
+
+
+def train_on_two(cfg, folder):
+    cfg.custom_hooks.append(dict(type='SaveStates', folder=str(folder)))
+    return run_on_two('train.py', cfg, folder)
+
+
+def differing(first, second):
+    """Names of the entries in which two states differ."""
+    return {name for name, value in first.items()
+            if not torch.equal(value, second[name]) and not value.isnan().all()}
+
+
+def test_step_2_on_two_processes(digits, cascade, tmp_path):
+    """Delta and router are the same on both; delta is what one process measures. 11 images, so one
+    of them is seen twice."""
+    options = {'train_dataloader.dataset.indices': 11}
+    printed = train_on_two(load_small_router(digits, tmp_path, cascade, **options), tmp_path)
+    first, second = ranks(tmp_path)
+    assert not differing(first, second)
+    alone = train(load_small_router(digits, tmp_path / 'alone', cascade, **options)).model
+    assert first['delta'].item() == pytest.approx(alone.delta.item(), rel=1e-5)
+    assert 'the median of L1 - L2 over 11 training images' in printed
+    before = read_checkpoint(latest_checkpoint(cascade))['state_dict']
+    # All that training has changed, on either rank.
+    changed = differing(first, before) - {'delta'}
+    assert changed and all(name.startswith('router.') for name in changed)
+
+
+def test_online_delta_on_two_processes(digits, cascade, tmp_path):
+    """Each rank sees half of the images, yet both have the median of all."""
+    train_on_two(load_small_router(digits, tmp_path, cascade, delta='online'), tmp_path)
+    first, second = ranks(tmp_path)
+    assert not differing(first, second)
+    seen = read_checkpoint(latest_checkpoint(tmp_path / 'work'))['router_differences']
+    assert len(set(seen)) == 12
+    assert first['delta'].item() == pytest.approx(torch.tensor(seen).quantile(0.5).item())
+
+
+def test_step_1_on_two_processes(digits, tmp_path):
+    """Every trained parameter takes part: DDP needs no search for unused ones."""
+    cfg = load_small('dy_faster_rcnn_digits', digits, tmp_path, **{'train_cfg.max_epochs': 2})
+    train_on_two(cfg, tmp_path)
+    first, second = ranks(tmp_path)
+    # As in any DDP run without SyncBN, statistics are each rank's own.
+    assert all('.running_' in name for name in differing(first, second))
+    state = read_checkpoint(latest_checkpoint(tmp_path / 'work'))['state_dict']
+    assert not differing(first, state)
+
+
+def metrics(work_dir):
+    """What ``tools/test.py`` left in its JSON log."""
+    path, = Path(work_dir).glob('2*/2*.json')
+    found = json.loads(path.read_text().splitlines()[-1])
+    return {name: value for name, value in found.items() if name.startswith('coco/')}
+
+
+def by_image(path):
+    with open(path, 'rb') as file:
+        return {result['img_id']: result for result in pickle.load(file)}
+
+
+def test_testing_on_two_processes(digits, cascade, tmp_path):
+    """Same AP, and image by image the same boxes, with 11 images of which half are hard."""
+    cfg = load_small('dy_faster_rcnn_digits', digits, tmp_path, **{
+        'test_dataloader.batch_size': 1,
+        'test_dataloader.dataset.indices': 11,
+        'test_dataloader.dataset.ann_file': 'annotations/instances_train.json',
+        'test_dataloader.dataset.data_prefix.img': 'train/',
+        'test_evaluator.ann_file': f'{digits}/annotations/instances_train.json'})
+    checkpoint = latest_checkpoint(cascade)
+    model, _ = load_model(cfg, checkpoint, 'cpu')
+    scores = measure_difficulties(model, build_loader(cfg.test_dataloader), lambda steps, _: steps)
+    # Between two scores: no image's exit may hang on the last bit.
+    threshold = float(scores[4] + scores[5]) / 2
+    cfg.dump(tmp_path / 'alone.py')
+    with ThreadPoolExecutor(1) as pool:
+        alone = pool.submit(
+            run_tool, 'test.py', tmp_path / 'alone.py', checkpoint, '--threshold', threshold,
+            '--no-data-check', '--out', tmp_path / 'alone.pkl', '--work-dir', tmp_path / 'alone',
+            timeout=600)
+        printed = run_on_two('test.py', cfg, tmp_path, checkpoint, '--threshold', threshold,
+                             '--out', tmp_path / 'both.pkl')
+        assert alone.result().returncode == 0, alone.result().stderr[-3000:]
+    one, two = metrics(tmp_path / 'alone'), metrics(tmp_path / 'work')
+    assert one == two and len(one) >= 6 and 0 < one['coco/bbox_mAP'] < 1
+    assert re.search(r'Epoch\(test\) *\[6/6\]', printed)
+    one, two = by_image(tmp_path / 'alone.pkl'), by_image(tmp_path / 'both.pkl')
+    assert set(one) == set(two) and len(one) == 11
+    assert sum(result['exit'] for result in one.values()) == 6
+    for image, result in one.items():
+        assert two[image]['exit'] == result['exit']
+        for kind, value in result['pred_instances'].items():
+            torch.testing.assert_close(two[image]['pred_instances'][kind], value)

@@ -1,0 +1,230 @@
+"""Step 2 starts from a cascade, and measures, keeps and logs delta."""
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import load_small, load_small_router, train
+from mmengine.hooks import Hook
+from mmengine.runner import Runner, load_state_dict
+
+from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
+from dynamicdet.engine import RouterHook, latest_checkpoint, router_hook
+from dynamicdet.errors import UsageError
+from dynamicdet.testing import tiny_dynamic
+from mmdet.registry import MODELS
+
+
+class Recorder(Hook):
+    """Notes the differences of each iteration, in the order in which they were seen."""
+
+    def __init__(self):
+        self.seen = []
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.seen.extend(runner.model.last_differences.tolist())
+
+
+def log_of(runner):
+    """All that was logged in a run's work dir."""
+    return ''.join(path.read_text() for path in Path(runner.work_dir).glob('*/*.log'))
+
+
+def router_hook_of(runner):
+    return next(hook for hook in runner.hooks if isinstance(hook, RouterHook))
+
+
+def train_recorded(cfg):
+    """Train; also give the differences that were seen."""
+    runner = Runner.from_cfg(cfg)
+    recorder = Recorder()
+    runner.register_hook(recorder)
+    runner.train()
+    return runner, recorder.seen
+
+
+@pytest.fixture(scope='module')
+def finished(digits, cascade, tmp_path_factory):
+    """A step 2 of one epoch that has ended."""
+    return train(load_small_router(digits, tmp_path_factory.mktemp('router'), cascade))
+
+
+@pytest.fixture(scope='module')
+def last(finished):
+    return Path(latest_checkpoint(finished.work_dir))
+
+
+@pytest.fixture(scope='module')
+def differences(digits, cascade):
+    """``L1 - L2`` of each training image, one by one, by the cascade as step 1 left it."""
+    cfg = load_small('dy_faster_rcnn_digits_router', digits, cascade)
+    model = MODELS.build(cfg.model).eval()
+    load_state_dict(model, read_checkpoint(latest_checkpoint(cascade))['state_dict'])
+    cfg.train_dataloader.update(batch_size=1, sampler=dict(type='DefaultSampler', shuffle=False))
+    values = []
+    for batch in Runner.build_dataloader(cfg.train_dataloader):
+        data = model.data_preprocessor(batch, True)
+        (first, second), _ = model.exit_losses(data['inputs'], data['data_samples'])
+        values.append((first - second).item())
+    return values
+
+
+def test_delta_is_the_median_over_the_training_set(finished, differences):
+    assert len(differences) == 12
+    median = np.median(differences)
+    assert finished.model.delta.item() == pytest.approx(median, rel=1e-5)
+    # No other middle would pass: the values differ by far more than the tolerance.
+    assert abs(np.mean(differences) - median) > 1e-3 * abs(median)
+    assert min(abs(np.diff(np.sort(differences)))) > 1e-5 * abs(median)
+
+
+def test_delta_is_logged_with_progress_and_saved(finished, last):
+    log, delta = log_of(finished), finished.model.delta
+    assert f'delta = {delta.item():.4f}, the median of L1 - L2 over 12 training images' in log
+    assert re.search(r'delta \[3/3\]  eta: 0 s', log)
+    for name in ('delta', 'difficulty', 'difficulty_std', 'share_above_half', 'loss_router'):
+        assert re.search(rf'Epoch\(train\).* {name}: -?[0-9.]+', log), name
+    assert torch.equal(read_checkpoint(str(last))['state_dict']['delta'], delta)
+
+
+def test_a_long_pass_says_how_long_it_will_take(finished):
+    list(router_hook.with_progress(finished, range(4), 'long pass', every=0))
+    said = re.findall(r'long pass \[(\d)/4\]  eta: \d+ s', log_of(finished))
+    assert said == ['1', '2', '3', '4']
+
+
+def test_a_resume_restores_delta_and_does_not_measure_again(digits, cascade, last, tmp_path):
+    checkpoint = read_checkpoint(str(last))
+    checkpoint['state_dict']['delta'].fill_(123.)
+    write_checkpoint(checkpoint, str(tmp_path / 'epoch_1.pth'))
+    cfg = load_small_router(digits, tmp_path, cascade, **{'train_cfg.max_epochs': 2})
+    cfg.resume = True
+    runner = train(cfg)
+    assert runner.epoch == 2 and runner.iter == 6
+    assert runner.model.delta == 123
+    assert 'resumed epoch: 1' in log_of(runner) and 'the median of' not in log_of(runner)
+
+
+def test_endless_samplers_do_not_make_an_endless_measurement(digits, cascade, finished, tmp_path):
+    """Iteration-based loops come with samplers that never end; delta still is over each image."""
+    cfg = load_small_router(digits, tmp_path, cascade)
+    cfg.train_dataloader.sampler = dict(type='InfiniteSampler', shuffle=True)
+    cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=1)
+    runner = train(cfg)
+    assert 'over 12 training images' in log_of(runner)
+    assert runner.model.delta.item() == pytest.approx(finished.model.delta.item(), rel=1e-5)
+
+
+def test_online_delta_is_the_median_of_a_bounded_window(digits, cascade, tmp_path, monkeypatch):
+    monkeypatch.setattr(router_hook, '_WINDOW', 20)
+    cfg = load_small_router(digits, tmp_path / 'a', cascade, delta='online')
+    runner, seen = train_recorded(cfg)
+    assert len(seen) == 12 and list(router_hook_of(runner).window) == seen
+    assert runner.model.delta.item() == pytest.approx(np.median(seen))
+    saved = latest_checkpoint(tmp_path / 'a')
+    assert read_checkpoint(saved)['router_differences'] == seen
+    # Resumed, it goes on with what it had seen, and forgets the oldest.
+    cfg = load_small_router(
+        digits, tmp_path / 'a', cascade, delta='online', **{'train_cfg.max_epochs': 2})
+    cfg.resume = True
+    runner, more = train_recorded(cfg)
+    assert len(more) == 12
+    assert list(router_hook_of(runner).window) == (seen + more)[-20:]
+    assert runner.model.delta.item() == pytest.approx(np.median((seen + more)[-20:]))
+    # A new run from that checkpoint begins anew.
+    cfg = load_small_router(digits, tmp_path / 'b', None, delta='online')
+    cfg.load_from = saved
+    runner, own = train_recorded(cfg)
+    assert list(router_hook_of(runner).window) == own and len(own) == 12
+
+
+def test_an_unknown_way_to_delta_is_refused(digits, cascade, tmp_path):
+    cfg = load_small_router(digits, tmp_path, cascade, delta='median')
+    with pytest.raises(UsageError, match="'exact' or 'online', got 'median'"):
+        Runner.from_cfg(cfg)
+
+
+def refusal(cfg):
+    """The message that a step 2 ends with, before it trained."""
+    runner = Runner.from_cfg(cfg)
+    with pytest.raises(UsageError) as caught:
+        runner.train()
+    assert runner.iter == 0 and '\n' not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize('resume', [False, True])
+def test_step_2_without_step_1_is_refused(digits, tmp_path, resume):
+    cfg = load_small_router(digits, tmp_path / 'router', tmp_path / 'nothing')
+    cfg.resume = resume
+    message = refusal(cfg)
+    assert 'run step 1 first' in message and str(tmp_path / 'nothing') in message
+    assert '--cfg-options load_from=' in message
+
+
+def test_step_2_with_no_cascade_named_is_refused(digits, tmp_path):
+    assert 'run step 1 first, or name' in refusal(load_small_router(digits, tmp_path, None))
+
+
+def test_step_2_on_a_plain_detector_is_refused(digits, tmp_path):
+    """Its checkpoint fills both exits, but nobody trained the connections between them."""
+    cfg = load_small_router(digits, tmp_path, None)
+    stock = dict(cfg.model.detector, backbone=cfg.model.backbone)
+    write_checkpoint(dict(state_dict=MODELS.build(stock).state_dict()), str(tmp_path / 'plain.pth'))
+    cfg.load_from = str(tmp_path / 'plain.pth')
+    message = refusal(cfg)
+    assert 'missing (such as backbone.connections.' in message
+    assert 'unknown' not in message and 'another shape' not in message
+
+
+def test_step_2_on_another_architecture_is_refused(digits, tmp_path):
+    other = MODELS.build(tiny_dynamic('retinanet'))
+    write_checkpoint(dict(state_dict=other.state_dict()), str(tmp_path / 'other.pth'))
+    cfg = load_small_router(digits, tmp_path, None)
+    cfg.load_from = str(tmp_path / 'other.pth')
+    message = refusal(cfg)
+    for said in ('missing', 'unknown', 'of another shape'):
+        assert re.search(rf'\d+ {said} \(such as (backbone|branches)\.', message), message
+    assert 'branches.0.bbox_head.cls_convs.0.conv.weight' in message
+
+
+@pytest.mark.parametrize('note', [None, '', '/nowhere/epoch_3.pth'])
+def test_the_latest_checkpoint_is_found_whatever_the_note_says(cascade, tmp_path, note):
+    """A kill may leave mmengine's note of the last one empty; in a moved folder it is wrong."""
+    for index, name in enumerate(('epoch_9.pth', 'epoch_10.pth')):
+        (tmp_path / name).write_bytes(b'')
+        torch.os.utime(tmp_path / name, (index, index))
+    (tmp_path / '.epoch_11.pth.abc').write_bytes(b'half')
+    if note is not None:
+        (tmp_path / 'last_checkpoint').write_text(note)
+    assert latest_checkpoint(tmp_path) == str(tmp_path / 'epoch_10.pth')
+    assert latest_checkpoint(tmp_path / 'none') is None
+    assert latest_checkpoint(cascade) == (cascade / 'last_checkpoint').read_text()
+
+
+def test_step_2_starts_from_a_cascade_whose_note_is_empty(digits, cascade, finished, tmp_path):
+    (tmp_path / 'cascade').mkdir()
+    shutil.copy(latest_checkpoint(cascade), tmp_path / 'cascade')
+    (tmp_path / 'cascade' / 'last_checkpoint').write_text('')
+    runner = train(load_small_router(digits, tmp_path / 'router', tmp_path / 'cascade'))
+    assert torch.equal(runner.model.delta, finished.model.delta)
+    for name, value in finished.model.state_dict().items():
+        assert torch.equal(runner.model.state_dict()[name], value) or value.isnan().all(), name
+
+
+def test_a_calibration_is_forgotten_when_a_router_is_trained(digits, finished, last, tmp_path):
+    """A new router has other difficulties: thresholds, latencies and delta of the old are stale."""
+    checkpoint = read_checkpoint(str(last))
+    checkpoint['state_dict'].update(
+        threshold=torch.tensor(0.1), delta=torch.tensor(5.), latencies=torch.tensor([1., 2.]),
+        difficulties=torch.tensor([0.1, 0.2]))
+    write_checkpoint(checkpoint, str(tmp_path / 'calibrated.pth'))
+    cfg = load_small_router(digits, tmp_path, None)
+    cfg.load_from = str(tmp_path / 'calibrated.pth')
+    train(cfg)
+    state = read_checkpoint(str(tmp_path / 'epoch_1.pth'))['state_dict']
+    assert state['threshold'] == 0.5 and state['latencies'].isnan().all()
+    assert state['difficulties'].numel() == 0
+    assert torch.equal(state['delta'], finished.model.delta)
