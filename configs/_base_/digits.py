@@ -54,5 +54,7 @@ val_evaluator = dict(
     type='CocoMetric', ann_file=data_root + 'annotations/instances_val.json', metric='bbox')
 test_evaluator = dict(
     type='CocoMetric', ann_file=data_root + 'annotations/instances_test.json', metric='bbox')
+# Two, since mmengine removes the old one before it writes the new one.
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=2))
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
