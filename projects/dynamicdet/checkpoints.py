@@ -4,7 +4,8 @@ import contextlib
 import io
 import os
 import pickle
-from typing import Any, Callable, Dict, Iterator, Mapping, Sequence
+import threading
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +17,10 @@ from .errors import UsageError
 
 #: torch's own switch.
 _WEIGHTS_ONLY = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
+#: Who uses it now, an entry each, and what it was before.
+_inside: List[int] = []
+_before: Dict[str, str] = {}
+_lock = threading.Lock()
 
 
 def allow_mmengine_classes() -> None:
@@ -47,14 +52,22 @@ def weights_only() -> Iterator[None]:
     mmengine reads URLs through ``torch.hub``, which would execute them, and the maintained fork of
     mmengine falls back to executing where reading fails.
     """
-    kept = os.environ.get(_WEIGHTS_ONLY)
-    os.environ[_WEIGHTS_ONLY] = '1'
+    with _lock:
+        # The first in remembers, the last out restores: threads may read at the same time.
+        if not _inside:
+            _before.update(
+                {name: value for name, value in os.environ.items() if name == _WEIGHTS_ONLY})
+        _inside.append(1)
+        os.environ[_WEIGHTS_ONLY] = '1'
     try:
         yield
     finally:
-        os.environ.pop(_WEIGHTS_ONLY)
-        if kept is not None:
-            os.environ[_WEIGHTS_ONLY] = kept
+        with _lock:
+            _inside.pop()
+            if not _inside:
+                os.environ.pop(_WEIGHTS_ONLY, None)
+                os.environ.update(_before)
+                _before.clear()
 
 
 def read_checkpoint(path: str) -> Dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
-from dynamicdet.datasets import digits
+from dynamicdet.datasets import digits, digits_drawing
 
 SIZES = dict(train=120, val=40, test=40)
 FEW = dict(train=4, val=2, test=0)
@@ -19,7 +19,7 @@ FEW = dict(train=4, val=2, test=0)
 
 @pytest.fixture(scope='module')
 def sources():
-    return digits.load_sources()
+    return digits_drawing.load_sources()
 
 
 @pytest.fixture(scope='module')
@@ -39,17 +39,17 @@ def content(root):
 def start(code, root):
     """Run code that sees `make_digits`, `root` and `sizes` in a process of its own.
 
-    It imports the file alone: the package would bring in mmdet, which takes seconds.
+    It imports the folder alone: the package would bring in mmdet, which takes seconds.
     """
     head = ('import sys, time\n'
-            f'sys.path.insert(0, {str(Path(digits.__file__).parent)!r})\n'
-            'from digits import make_digits\n'
+            f'sys.path.insert(0, {str(Path(digits.__file__).parents[1])!r})\n'
+            'from datasets.digits import make_digits\n'
             f'root, sizes = {str(root)!r}, {FEW!r}\n')
     return subprocess.Popen(
         [sys.executable, '-c', head + code], stdout=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize('split', digits.SPLITS)
+@pytest.mark.parametrize('split', digits_drawing.SPLITS)
 def test_counts_and_coco(root, split):
     coco = COCO(str(root / 'annotations' / f'instances_{split}.json'))
     assert len(coco.imgs) == SIZES[split] == len(list((root / split).iterdir()))
@@ -64,7 +64,7 @@ def test_counts_and_coco(root, split):
         assert number <= 2 if entry['difficulty'] <= 0.5 else number >= 5
 
 
-@pytest.mark.parametrize('split', digits.SPLITS)
+@pytest.mark.parametrize('split', digits_drawing.SPLITS)
 def test_boxes_are_tight_around_masks(root, split):
     coco = COCO(str(root / 'annotations' / f'instances_{split}.json'))
     for entry in coco.imgs.values():
@@ -85,11 +85,11 @@ def test_boxes_are_tight_around_masks(root, split):
 def test_masks_lie_on_the_ink(sources):
     """What changed between the background and the picture is what the masks cover."""
     for index in range(6):
-        picture, owner, rows, facts = digits.make_image(sources, 'train', index, 192, seed=0)
+        picture, owner, *_ = digits_drawing.make_image(sources, 'train', index, 192, seed=0)
         rng = np.random.default_rng([0, 0, index])
-        _, recipe = digits.draw_recipe(rng, hard=index % 2 == 1)
-        photo, _ = digits.draw_background(rng, sources.photos, 'train', 192)
-        changed = (digits._blur(photo, recipe) != picture).any(2)
+        _, recipe = digits_drawing.draw_recipe(rng, hard=index % 2 == 1)
+        photo, _ = digits_drawing.draw_background(rng, sources.photos, 'train', 192)
+        changed = (digits_drawing._blur(photo, recipe) != picture).any(2)
         assert changed[owner >= 0].mean() > 0.99
         # Outside there is at most the soft edge, one pixel or two.
         near = cv2.dilate((owner >= 0).astype(np.uint8), np.ones((9, 9)))
@@ -97,7 +97,7 @@ def test_masks_lie_on_the_ink(sources):
 
 
 def test_no_digit_is_hidden_by_more_than_half(sources, monkeypatch):
-    place, full = digits._place, []
+    place, full = digits_drawing._place, []
 
     def record(*args):
         placed = place(*args)
@@ -105,11 +105,11 @@ def test_no_digit_is_hidden_by_more_than_half(sources, monkeypatch):
             full.append((placed[0] >= 0.5).sum())
         return placed
 
-    monkeypatch.setattr(digits, '_place', record)
+    monkeypatch.setattr(digits_drawing, '_place', record)
     shares = []
     for index in range(1, 120, 2):
         full.clear()
-        _, owner, rows, _ = digits.make_image(sources, 'val', index, 192, seed=3)
+        _, owner, rows, _ = digits_drawing.make_image(sources, 'val', index, 192, seed=3)
         shares += [(owner == i).sum() / full[i] for i in range(len(rows))]
     assert 0.5 <= min(shares) < 0.9  # some overlap, never more than half
     assert np.mean(np.array(shares) == 1) > 0.5
@@ -117,7 +117,7 @@ def test_no_digit_is_hidden_by_more_than_half(sources, monkeypatch):
 
 def test_splits_share_no_handwriting(root, sources):
     used = {}
-    for split in digits.SPLITS:
+    for split in digits_drawing.SPLITS:
         annotations = load(root, split)['annotations']
         used[split] = {a['sample'] for a in annotations}
         assert all(sources.labels[a['sample']] == a['category_id'] - 1 for a in annotations)
@@ -131,34 +131,34 @@ def test_splits_share_no_handwriting(root, sources):
 
 def test_splits_share_no_pixel_of_a_photo(root, sources):
     seen = {name: np.zeros(photo.shape[:2], int) for name, photo in sources.photos.items()}
-    for bit, split in enumerate(digits.SPLITS):
+    for bit, split in enumerate(digits_drawing.SPLITS):
         for image in load(root, split)['images']:
             x1, y1, x2, y2 = image['crop']
             seen[image['photo']][y1:y2, x1:x2] |= 1 << bit
-    assert len(seen) == len(digits.PHOTOS)
+    assert len(seen) == len(digits_drawing.PHOTOS)
     for name, bits in seen.items():
         assert set(np.unique(bits)) <= {0, 1, 2, 4}, name
 
 
-@pytest.mark.parametrize('split', digits.SPLITS)
+@pytest.mark.parametrize('split', digits_drawing.SPLITS)
 def test_background_uses_the_regions_of_its_split_alone(sources, split):
     """Paint every photo with its owners' colours: a background shows one colour."""
     painted = {}
     for number, (name, photo) in enumerate(sources.photos.items()):
         painted[name] = np.zeros_like(photo)
-        for colour, owner in enumerate(digits.SPLITS):
-            x1, y1, x2, y2 = digits.split_region(photo.shape, number, owner)
+        for colour, owner in enumerate(digits_drawing.SPLITS):
+            x1, y1, x2, y2 = digits_drawing.split_region(photo.shape, number, owner)
             assert not painted[name][y1:y2, x1:x2].any()
             painted[name][y1:y2, x1:x2] = 80 * (colour + 1)
         assert painted[name].all()  # every pixel has an owner
     rng = np.random.default_rng(0)
     for _ in range(100):
-        background, _ = digits.draw_background(rng, painted, split, 64)
-        assert (background == 80 * (digits.SPLITS.index(split) + 1)).all()
+        background, _ = digits_drawing.draw_background(rng, painted, split, 64)
+        assert (background == 80 * (digits_drawing.SPLITS.index(split) + 1)).all()
 
 
 def test_difficulty(root):
-    images = [image for split in digits.SPLITS for image in load(root, split)['images']]
+    images = [image for split in digits_drawing.SPLITS for image in load(root, split)['images']]
     difficulty = np.array([image['difficulty'] for image in images])
     assert difficulty.min() >= 0 and difficulty.max() <= 1
     assert (difficulty > 0.5).mean() == 0.5

@@ -1,0 +1,230 @@
+"""Find what mmdet refuses in a COCO annotation file, and what it leaves out without a word."""
+import json
+from collections import Counter
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+
+from ..errors import UsageError
+
+#: Boxes of many tools, COCO's too, are off by rounding; less than this is not worth a line.
+_ROUNDING = 0.5  # pixels
+
+
+class Place(NamedTuple):
+    """What messages call a data set, and where the config has it."""
+    name: str
+    key: str = ''  # such as 'train_dataloader.dataset'; empty: no config
+    training: bool = False
+
+
+def check_annotations(ann_file: str, classes: Optional[Sequence[str]],
+                      place: Place) -> Tuple[List[str], List[str]]:
+    """Look through an annotation file.
+
+    Returns:
+        tuple: Names of the image files; and warnings.
+
+    Raises:
+        UsageError: If mmdet cannot use it.
+    """
+    data = _read(ann_file, place)
+    images, annotations = data['images'], data.get('annotations') or []
+    _check_images(images, place)
+    categories, lines = _match_classes(data.get('categories'), classes, place)
+    lines += _check_boxes(images, annotations, categories, data['categories'], place)
+    return [image['file_name'] for image in images], lines
+
+
+def _require(condition: Any, message: str) -> None:
+    if not condition:
+        raise UsageError(message)
+
+
+def some(values: Sequence[Any], count: int = 3) -> str:
+    """The first few of them, in words."""
+    return ', '.join(map(str, values[:count])) + (', ...' if len(values) > count else '')
+
+
+def _read(ann_file: str, place: Place) -> Dict[str, Any]:
+    try:
+        with open(ann_file, encoding='utf-8') as file:
+            data = json.load(file, object_hook=_without_outline)
+    except ValueError as error:
+        # Of text that is not UTF-8 too. The error of a binary file would quote all of it.
+        reason = str(error) if isinstance(error, json.JSONDecodeError) else 'not text'
+        raise UsageError(f"{place.name}: '{ann_file}' is not JSON, or was cut short ({reason}): "
+                         'download or make it again') from None
+    except OSError as error:
+        raise UsageError(
+            f"{place.name}: '{ann_file}' cannot be read: {error.strerror}") from None
+    images = data.get('images') if isinstance(data, dict) else None
+    _require(isinstance(images, list),
+             f"{place.name}: '{ann_file}' is no COCO annotation file: it has no list of 'images'")
+    _require(images, f"{place.name} is empty: there are no images in '{ann_file}'")
+    return data
+
+
+def _without_outline(entry: Dict[str, Any]) -> Dict[str, Any]:
+    """Drop what is not looked at and is most of a file: of COCO, two thirds of the memory."""
+    entry.pop('segmentation', None)
+    return entry
+
+
+def _check_images(images: List[dict], place: Place) -> None:
+    """Refuse entries that mmdet cannot read, and ids that two images share."""
+    _require_keys(images, ('id', 'file_name', 'height', 'width'), 'image', place)
+    sizes = _numbers(images, lambda image: (image['width'], image['height']), 2, 'image', place)
+    for index in np.flatnonzero((sizes <= 0).any(1))[:1]:
+        raise UsageError(f"{place.name}: image '{images[index]['file_name']}' has no width or "
+                         'height above 0 in the annotation file')
+    _require_unique((image['id'] for image in images), 'images', 'id', place)
+
+
+def _require_keys(entries: Sequence[dict], keys: Sequence[str], what: str, place: Place) -> None:
+    for index, entry in enumerate(entries):
+        missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
+        if missing:
+            said = {key: entry[key] for key in ('id', 'image_id', 'name', 'file_name')
+                    if isinstance(entry, dict) and key in entry}
+            raise UsageError(f"{place.name}: {what} number {index} {said} has no '{missing[0]}', "
+                             'which mmdet needs')
+
+
+def _require_unique(values: Iterator[Any], things: str, what: str, place: Place) -> None:
+    shared = [value for value, count in Counter(values).items() if count > 1]
+    _require(not shared, f'{place.name}: {len(shared)} {what}(s) belong to several {things} '
+             f'(such as {some(shared)}): each needs its own')
+
+
+def _numbers(entries: Sequence[dict], values: Callable[[dict], Any], width: int, what: str,
+             place: Place) -> np.ndarray:
+    """Values of all entries, (len(entries), width), refused where they are not finite numbers."""
+    try:
+        array = np.array([values(entry) for entry in entries], dtype=np.float64)
+        array = array.reshape(len(entries), width)
+        bad = ~np.isfinite(array).all(1)
+    except (TypeError, ValueError):
+        # Of unequal lengths, or no numbers: slowly, to find which.
+        bad = np.array([not _are_finite(values(entry), width) for entry in entries])
+    for index in np.flatnonzero(bad)[:1]:
+        entry = entries[index]
+        raise UsageError(f"{place.name}: {what} {entry['id']} (image "
+                         f"{entry.get('file_name', entry.get('image_id'))}) has "
+                         f'{values(entry)} where {width} finite number(s) are needed')
+    return array
+
+
+def _are_finite(values: Any, width: int) -> bool:
+    try:
+        array = np.array(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        return False
+    return array.size == width and bool(np.isfinite(array).all())
+
+
+def _match_classes(categories: Any, classes: Optional[Sequence[str]],
+                   place: Place) -> Tuple[Dict[int, str], List[str]]:
+    """Find the classes among a file's categories.
+
+    Returns:
+        tuple: Id -> name of the categories that are used, in the file's order; and warnings.
+    """
+    _require(isinstance(categories, list) and categories,
+             f"{place.name}: the annotation file has no 'categories'")
+    _require_keys(categories, ('id', 'name'), 'category', place)
+    # ('cat') is a word, and mmdet would look for categories within it.
+    _require(not isinstance(classes, str),
+             f"{place.name}: classes must be a list of names, not '{classes}': ('{classes}', )")
+    names = [category['name'] for category in categories]
+    wanted = names if classes is None else classes
+    used = [category for category in categories if category['name'] in set(wanted)]
+    _require(used, f'{place.name}: none of the classes of the config ({some(wanted)}) is among '
+             f'the categories of the annotation file ({some(names)}): '
+             'set metainfo=dict(classes=...)')
+    # Two labels for a class would be one label too many for the detector's head.
+    for key in ('id', 'name'):
+        _require_unique((category[key] for category in used), 'categories', key, place)
+    lines = []
+    absent = [name for name in wanted if name not in names]
+    if absent:
+        lines.append(f'{len(absent)} class(es) of the config are not among the categories of the '
+                     f'file ({some(absent)}): mmdet numbers labels over the categories that the '
+                     'file has, so the classes after them carry the wrong names')
+    order = [category['name'] for category in used]
+    if order != [name for name in wanted if name in order]:
+        lines.append('the classes of the config are in another order than the categories of the '
+                     'file: mmdet numbers labels in the order of the file, so they carry the wrong '
+                     f'names; give them as {some(order, 10)}')
+    return {category['id']: category['name'] for category in used}, lines
+
+
+def _check_boxes(images: List[dict], annotations: List[dict], used: Dict[int, str],
+                 categories: List[dict], place: Place) -> List[str]:
+    """Say which annotations mmdet does not use, each by the first reason that holds.
+
+    Follows ``CocoDataset.parse_data_info`` and ``filter_data`` of mmdet 3.3.0.
+    """
+    keys = ('id', 'image_id', 'category_id', 'bbox', 'area')
+    _require_keys(annotations, keys, 'annotation', place)
+    # mmdet asserts this.
+    _require_unique((entry['id'] for entry in annotations), 'annotations', 'id', place)
+    index_of = {image['id']: index for index, image in enumerate(images)}
+    # -1: of no image. Its size is then the last image's, which is never looked at.
+    image = np.array([index_of.get(entry['image_id'], -1) for entry in annotations], dtype=np.int64)
+    known = {category['id'] for category in categories}
+    category = [entry['category_id'] for entry in annotations]
+    unknown = np.array([key not in known for key in category], dtype=bool)
+    unused = np.array([key not in used for key in category], dtype=bool)
+    ignored = np.array([bool(entry.get('ignore')) for entry in annotations], dtype=bool)
+    boxes = _numbers(annotations, lambda entry: entry['bbox'], 4, 'annotation', place)
+    area = _numbers(annotations, lambda entry: entry['area'], 1, 'annotation', place)[:, 0]
+    sizes = np.array([(entry['width'], entry['height']) for entry in images], dtype=np.float64)
+    size = sizes[image]
+    start, extent = boxes[:, :2], boxes[:, 2:]
+    stop = start + extent
+    inside = np.minimum(stop, size) - np.maximum(start, 0)
+    beyond = np.maximum(-start, stop - size)
+    names = [entry['name'] for entry in categories if entry['id'] not in used]
+    not_used = 'training does not use them, evaluation counts them as missed'
+    reasons = (
+        (image < 0, 'annotation(s) of images that the file does not list: not used'),
+        (ignored, "annotation(s) marked 'ignore': training does not use them"),
+        (unknown, "annotation(s) with a category_id that is not in the file's categories: "
+         'not used'),
+        (unused, f'annotation(s) of {len(names)} categories of the file that are not among the '
+         f'classes of the config ({some(names)}): not used'),
+        ((extent <= 0).any(1), f'box(es) of zero or negative size: {not_used}'),
+        ((inside <= 0).any(1), f'box(es) wholly outside their image: {not_used}'),
+        ((extent < 1).any(1), f'box(es) less than a pixel wide or high: {not_used}'),
+        (area <= 0, f"annotation(s) with an 'area' of zero or less: {not_used}"),
+    )
+    left = np.ones(len(annotations), dtype=bool)
+    lines = []
+    for holds, text in reasons:
+        lines += _line(np.flatnonzero(holds & left), text, images, annotations, image)
+        left &= ~holds
+    partly = left & (beyond > _ROUNDING).any(1)
+    text = ('box(es) partly outside their image: used, and clipped only where the pipeline does it '
+            '(Resize does)')
+    lines += _line(np.flatnonzero(partly), text, images, annotations, image)
+    _require(left.any() or not place.training,
+             f'{place.name} has no annotation that training can use: {"; ".join(lines) or "none"}')
+    # As filter_data: any annotation of a class counts, one that is not used too.
+    empty = len(images) - len(np.unique(image[(image >= 0) & ~unused]))
+    if empty:
+        lines.append(f'{empty} of {len(images)} images without an annotation of the classes: '
+                     'validation uses them, training leaves them out where filter_cfg has '
+                     'filter_empty_gt=True')
+    return lines
+
+
+def _line(found: np.ndarray, text: str, images: List[dict], annotations: List[dict],
+          image: np.ndarray) -> List[str]:
+    """A line about some annotations, by their indices; none if there are none."""
+    if not len(found):
+        return []
+    first = annotations[found[0]]
+    where = (f"'{images[image[found[0]]]['file_name']}'" if image[found[0]] >= 0
+             else f"image_id {first['image_id']}")
+    return [f"{len(found)} {text} (first: {where}, annotation {first['id']})"]
