@@ -40,9 +40,10 @@ def main() -> None:
             raise UsageError(f"--auto-scale-lr needs auto_scale_lr.base_batch_size in '{args.config}'")
         cfg.auto_scale_lr.enable = True
     cli.make_folder(cfg.work_dir)
-    if args.resume:
-        cfg.resume = True
-        cfg.load_from = latest_checkpoint(cfg.work_dir) if args.resume == 'auto' else args.resume
+    last = latest_checkpoint(cfg.work_dir) if args.resume == 'auto' else args.resume
+    if last:
+        # Without one, the run was killed before its first checkpoint, and starts as it did.
+        cfg.resume, cfg.load_from = True, last
     if cfg.get('load_from'):
         checkpoint = cli.require_checkpoint(cfg.load_from)
         if cfg.get('resume') and not {'meta', 'optimizer'} <= checkpoint.keys():

@@ -61,7 +61,7 @@ def test_nothing_but_the_router_changes(digits, cascade, tmp_path, name):
     VARIANTS[name](cfg)
     runner = train(cfg)
     kept, router = split(read_checkpoint(latest_checkpoint(cascade))['state_dict'])
-    assert any(entry.endswith('running_mean') for entry in kept) and len(router) == 4
+    assert any(entry.endswith('running_mean') for entry in kept) and len(router) == 6
     checkpoint = read_checkpoint(latest_checkpoint(tmp_path))
     averages = {entry[len('module.'):]: value
                 for entry, value in checkpoint.get('ema_state_dict', {}).items()

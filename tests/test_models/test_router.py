@@ -44,3 +44,15 @@ def test_padding_does_not_count():
     torch.testing.assert_close(got[1], router([padded[1:]])[0])
     # At least one cell is looked at, however narrow the image.
     assert torch.isfinite(router([padded], [(0.01, 0.01), (1.0, 1.0)])).all()
+
+
+def test_standardised_by_hand():
+    """(3 - 1) / 2 = 1 in both channels; weights 1: sigmoid(relu(2) * 1)."""
+    router = Router([2], reduction=2)
+    for layer in (router.fc1, router.fc2):
+        torch.nn.init.ones_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    router.mean.fill_(1.0)
+    router.std.fill_(2.0)
+    got = router([torch.full((1, 2, 4, 4), 3.0)])
+    torch.testing.assert_close(got, torch.tensor([2.0]).sigmoid())

@@ -2,7 +2,7 @@
 import time
 from collections import deque
 from pathlib import Path
-from typing import Dict, Iterable, Optional
+from typing import Dict, Iterable, Optional, Tuple
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from mmengine.dist import all_gather_object
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mmdet.registry import HOOKS
@@ -31,6 +32,7 @@ class RouterHook(Hook):
       ``cascade``. It refuses to train a router on anything else.
     * It measures delta, the median over the training set of ``L1 - L2``, before training
       (``exact``) or while training (``online``), the same on all ranks, and keeps it over a resume.
+      The pass before training also standardises what the router sees.
 
     Args:
         cascade (str, optional): Work dir of step 1. Defaults to None: ``load_from`` is needed.
@@ -84,8 +86,10 @@ class RouterHook(Hook):
                              f'run step 1 first{where}, or name its checkpoint by --cfg-options '
                              'load_from=...')
         if self.delta == 'exact' and model.delta.isnan():
-            differences = measure_differences(runner)
+            differences, mean, std = measure_training_set(runner)
             model.delta.fill_(float(np.median(list(differences.values()))))
+            model.router.mean.copy_(mean)
+            model.router.std.copy_(std)
             runner.logger.info(f'delta = {model.delta.item():.4f}, the median of L1 - L2 over '
                                f'{len(differences)} training images')
 
@@ -124,29 +128,40 @@ def latest_checkpoint(work_dir: str) -> Optional[str]:
 
 
 @torch.no_grad()
-def measure_differences(runner: Runner) -> Dict[tuple, float]:
-    """``L1 - L2`` of every training image, by one pass over the training data.
+def measure_training_set(runner: Runner) -> Tuple[Dict[tuple, float], Tensor, Tensor]:
+    """What step 2 needs to know of the training set, by one pass over it; the same on all ranks.
 
     Returns:
-        dict: (Image id, path) -> difference; the same on all ranks.
+        tuple: ``L1 - L2`` by (image id, path), and mean and standard deviation of what the router
+        sees, (d,) each.
     """
     model = _model(runner)
     model.train()
     own: Dict[tuple, float] = {}
+    # Count, sum and sum of squares, in double precision: one pass, bounded memory.
+    moments = [0, 0.0, 0.0]
     for batch in with_progress(runner, every_image(runner.train_dataloader), 'delta'):
         data = model.data_preprocessor(batch, training=True)
-        (first, second), _ = model.exit_losses(data['inputs'], data['data_samples'])
+        (first, second), features = model.exit_losses(data['inputs'], data['data_samples'])
         for sample, difference in zip(data['data_samples'], (first - second).tolist()):
             # By both: data sets that are concatenated may use an id twice.
             own[sample.get('img_id', len(own)), sample.get('img_path')] = difference
+        features = features.double().cpu()
+        moments = [moments[0] + len(features), moments[1] + features.sum(0),
+                   moments[2] + features.square().sum(0)]
     gathered: Dict[tuple, float] = {}
-    for part in all_gather_object(own):
+    parts = all_gather_object((own, moments))
+    for part, _ in parts:
         gathered.update(part)
     bad = [path for (_, path), value in gathered.items() if not np.isfinite(value)]
     if bad or not gathered:
         reason = f'the losses of image(s) {bad[:5]} are not finite' if bad else 'there is no image'
         raise UsageError(f'delta cannot be measured: {reason}')
-    return gathered
+    count, total, squares = (sum(part[index] for _, part in parts) for index in range(3))
+    mean = total / count
+    # A channel that is the same for all images says nothing, and must not be divided by 0.
+    std = (squares / count - mean.square()).clamp(min=0).sqrt().clamp(min=1e-6)
+    return gathered, mean, std
 
 
 def every_image(loader: DataLoader) -> DataLoader:

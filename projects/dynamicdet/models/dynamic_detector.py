@@ -220,21 +220,22 @@ class DynamicDetector(BaseDetector):
 
     @torch.no_grad()
     def exit_losses(self, batch_inputs: Tensor,
-                    batch_data_samples: SampleList) -> Tuple[Tensor, tuple]:
+                    batch_data_samples: SampleList) -> Tuple[Tensor, Tensor]:
         """Weighted loss of each image under each exit, as batch 1 gives it, without gradient.
 
         The backbones run once, on the batch; neck and heads per image, since mmdet's heads average
         over the batch.
 
         Returns:
-            tuple[Tensor, tuple]: Losses, (2, N), float32, and ``f1``.
+            tuple[Tensor, Tensor]: Losses, (2, N), and what the router sees, (N, d); float32.
         """
         both = self._both_exits(batch_inputs, batch_data_samples)
         losses = [[self.parse_losses(own)[0] for own in paired_losses(self._views(both, index))]
                   for index in range(len(batch_data_samples))]
         objects = [len(sample.gt_instances) for sample in batch_data_samples]
         losses = torch.stack([torch.stack(pair) for pair in losses], dim=1).float()
-        return weigh(losses, objects, self.weighting), both[0][0]
+        features = self.router.pool(both[0][0], _valid(batch_inputs, batch_data_samples))
+        return weigh(losses, objects, self.weighting), features
 
     def _views(self, both: List[tuple], index: int) -> List[View]:
         """Both exits' views of one image of a batch."""
@@ -245,11 +246,11 @@ class DynamicDetector(BaseDetector):
 
     def _router_losses(self, batch_inputs: Tensor,
                        batch_data_samples: SampleList) -> Dict[str, Tensor]:
-        (first, second), maps = self.exit_losses(batch_inputs, batch_data_samples)
+        (first, second), features = self.exit_losses(batch_inputs, batch_data_samples)
         # Kept for the hook that tracks delta online.
         self.last_differences = first - second
         delta = torch.where(self.delta.isnan(), self.last_differences.median(), self.delta)
-        phi = self.router(maps, _valid(batch_inputs, batch_data_samples))
+        phi = self.router.score(features)
         return dict(
             loss_router=router_loss(phi, first, second, delta),
             difficulty=phi.detach().mean(),

@@ -16,6 +16,11 @@ class Router(BaseModule):
     Global average pooling of each map, concatenated to a vector of width d; ``fc d -> floor(d/4)``,
     ReLU, ``fc -> 1``, sigmoid. The released code's score is one minus this.
 
+    ``mean`` and ``std``, (d,), standardise the vector. At 0 and 1, as they start, this is the paper's
+    router; `RouterHook` sets them to the training set's. Pooled maps are all positive, and what is
+    common to all images would otherwise move every difficulty together, to 0 or 1, before the
+    router tells images apart.
+
     Args:
         in_channels (Sequence[int]): Channels of the maps; d is their sum.
         reduction (int): d over the hidden width. Defaults to 4, the paper's.
@@ -28,6 +33,8 @@ class Router(BaseModule):
                  init_cfg: Optional[dict] = None) -> None:
         super().__init__(init_cfg)
         width = sum(in_channels)
+        self.register_buffer('mean', torch.zeros(width))
+        self.register_buffer('std', torch.ones(width))
         self.fc1 = nn.Linear(width, width // reduction)
         self.fc2 = nn.Linear(width // reduction, 1)
 
@@ -45,10 +52,20 @@ class Router(BaseModule):
         Returns:
             Tensor: Difficulty, (N,), float32 in [0, 1], large is hard.
         """
+        return self.score(self.pool(maps, valid))
+
+    def score(self, features: Tensor) -> Tensor:
+        """Difficulty, (N,), of pooled features, (N, d), as `pool` gives them."""
         # In float32 also under AMP: half precision has too few values near 1 to rank images by.
-        with torch.autocast(maps[0].device.type, enabled=False):
-            pooled = torch.cat([_average(m.float(), valid) for m in maps], dim=1)
-            return self.fc2(self.fc1(pooled).relu()).squeeze(1).sigmoid()
+        with torch.autocast(features.device.type, enabled=False):
+            features = (features - self.mean) / self.std
+            return self.fc2(self.fc1(features).relu()).squeeze(1).sigmoid()
+
+    @staticmethod
+    def pool(maps: Sequence[Tensor],
+             valid: Optional[Sequence[Tuple[float, float]]] = None) -> Tensor:
+        """Mean of each map over the image, concatenated, (N, d), float32. Arguments as `forward`'s."""
+        return torch.cat([_average(m.float(), valid) for m in maps], dim=1)
 
 
 def _average(values: Tensor, valid: Optional[Sequence[Tuple[float, float]]]) -> Tensor:
