@@ -58,7 +58,7 @@ def test_counts_and_coco(root, split):
     assert sorted(coco.anns) == list(range(1, len(coco.anns) + 1))
     for entry in coco.imgs.values():
         picture = cv2.imread(str(root / split / entry['file_name']))
-        assert picture.shape == (entry['height'], entry['width'], 3) == (192, 192, 3)
+        assert picture.shape == (entry['height'], entry['width'], 3) == (128, 128, 3)
         number = len(coco.getAnnIds(entry['id']))
         assert number == entry['recipe']['number']
         assert number <= 2 if entry['difficulty'] <= 0.5 else number >= 5
@@ -68,7 +68,7 @@ def test_counts_and_coco(root, split):
 def test_boxes_are_tight_around_masks(root, split):
     coco = COCO(str(root / 'annotations' / f'instances_{split}.json'))
     for entry in coco.imgs.values():
-        covered = np.zeros((192, 192), int)
+        covered = np.zeros((128, 128), int)
         for annotation in coco.loadAnns(coco.getAnnIds(entry['id'])):
             assert isinstance(annotation['segmentation']['counts'], str)
             assert annotation['iscrowd'] == 0
@@ -76,7 +76,7 @@ def test_boxes_are_tight_around_masks(root, split):
             ys, xs = np.nonzero(mask)
             x, y, w, h = annotation['bbox']
             assert (x, y, x + w, y + h) == (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
-            assert 0 <= x and 0 <= y and x + w <= 192 and y + h <= 192
+            assert 0 <= x and 0 <= y and x + w <= 128 and y + h <= 128
             assert annotation['area'] == mask.sum() > 0
             covered += mask
         assert covered.max() <= 1  # visible parts alone: no pixel belongs to two digits
