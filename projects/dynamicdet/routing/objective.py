@@ -15,8 +15,8 @@ from torch import Tensor
 #:   number of samples, so an image with one object counts as much as one with ten.
 #: * ``objects``: n, which turns the average back into a sum over objects, as AP counts them. An
 #:   image without objects then has nothing to gain from the second detector. The differences are
-#:   skewed: their mean lies far above their median, which can push all difficulties to 1 before
-#:   the router tells images apart (docs/benchmarks.md).
+#:   skewed, their mean above their median: without standardised features (`Router`) that can push
+#:   all difficulties to 1 before the router tells images apart.
 WEIGHTINGS = {
     'mean': lambda objects: torch.ones_like(objects),
     'objects': lambda objects: objects,
