@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dynamicdet.errors import UsageError
 from dynamicdet.models import build_composite
 from dynamicdet.models.composite import Connection, upsample_sum
 from dynamicdet.testing import randomise, tiny_backbone
@@ -161,5 +162,5 @@ def test_unknown_families_are_refused():
         build_composite(dict(type='RegNet', arch='regnetx_400mf'))
     with pytest.raises(TypeError, match='NoSuchNet'):
         build_composite(dict(type='NoSuchNet'))
-    with pytest.raises(ValueError, match='reuse_stages'):
+    with pytest.raises(UsageError, match='reuse_stages'):
         build_composite(tiny_backbone(), reuse_stages=4)

@@ -7,7 +7,7 @@ Letters, as in the papers (DynamicDet, arXiv 2304.05552; CBNetV2, arXiv 2107.004
 * ``w[l, i]``: a 1x1 convolution with its norm, from C_i channels to those that enter stage l.
 """
 import copy
-from typing import List, Optional, Sequence, Tuple, Type
+from typing import Callable, List, Optional, Sequence, Tuple, Type
 
 import torch.nn.functional as F
 from mmengine.model import BaseModule, ModuleList
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdet.registry import MODELS
+
+from ...errors import UsageError
 
 Maps = Tuple[Tensor, ...]
 
@@ -38,34 +40,53 @@ def upsample_sum(maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
                   for larger, smaller in zip(sizes, sizes[1:])
                   for large, small in zip(larger, smaller))
     if not chained:
-        return sum(F.interpolate(m, size=sizes[0], mode='nearest') for m in maps)
+        return sum(_resize(m, sizes[0]) for m in maps)
     total = maps[-1]
     for shallower in reversed(maps[:-1]):
-        total = shallower + F.interpolate(total, size=shallower.shape[-2:], mode='nearest')
-    return F.interpolate(total, size=sizes[0], mode='nearest')
+        total = shallower + _resize(total, tuple(shallower.shape[-2:]))
+    return _resize(total, sizes[0])
+
+
+def _resize(values: Tensor, size: Tuple[int, int]) -> Tensor:
+    return values if tuple(values.shape[-2:]) == size else F.interpolate(values, size=size, mode='nearest')
+
+
+def normed_projection(in_channels: int, out_channels: int) -> nn.Module:
+    """``w[l, i]`` with a norm, CBNetV2's for ResNet. Its weight starts at zero, and so does the sum: the
+    second backbone starts as a plain one."""
+    norm = nn.BatchNorm2d(out_channels)
+    # Always trainable, also where a backbone's own norms are not: a zero that cannot move would cut
+    # the connection for good.
+    nn.init.zeros_(norm.weight)
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, bias=False), norm)
+
+
+def biased_projection(in_channels: int, out_channels: int) -> nn.Module:
+    """``w[l, i]`` with a bias and no norm, Dy-YOLOv7's. Starts at zero."""
+    conv = nn.Conv2d(in_channels, out_channels, 1)
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    return conv
 
 
 class Connection(BaseModule):
     """All that enters one stage of the second backbone from the first: DHLC of CBNetV2.
 
-    ``H[l] = sum over i >= l of upsample(w[l, i](f1[i]))``. The norm weights start at zero, so the
-    second backbone starts as a plain one; norms stay in eval mode (CBNetV2, section 4).
+    ``H[l] = sum over i >= l of upsample(w[l, i](f1[i]))``. Norms stay in eval mode (CBNetV2, section 4).
 
     Args:
         in_channels (Sequence[int]): Channels of ``f1[l], f1[l + 1], ...``.
         out_channels (int): Channels that enter stage l.
+        projection (callable): Makes ``w[l, i]`` from the channels that enter and leave it.
     """
 
-    def __init__(self, in_channels: Sequence[int], out_channels: int) -> None:
+    def __init__(self,
+                 in_channels: Sequence[int],
+                 out_channels: int,
+                 projection: Callable[[int, int], nn.Module] = normed_projection) -> None:
         super().__init__()
         self.projections = ModuleList(
-            nn.Sequential(
-                nn.Conv2d(channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
-            for channels in in_channels)
-        for _, norm in self.projections:
-            # Always trainable, also where a backbone's own norms are not: a zero that cannot move
-            # would cut the connection for good.
-            nn.init.zeros_(norm.weight)
+            projection(channels, out_channels) for channels in in_channels)
 
     def forward(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
         """Project and sum.
@@ -97,6 +118,11 @@ class CompositeBackbone(BaseModule):
             ResNet). 0 gives it a stem of its own. Defaults to 1.
     """
 
+    #: Makes the 1x1 convolutions of the connections.
+    projection: Callable[[int, int], nn.Module] = staticmethod(normed_projection)
+    #: Whether stages can be taken over: where a stage's map is all that enters the next one.
+    can_reuse = True
+
     def __init__(self, backbone: dict, reuse_stages: int = 1) -> None:
         super().__init__()
         backbone = copy.deepcopy(backbone)
@@ -105,16 +131,21 @@ class CompositeBackbone(BaseModule):
         self.first = MODELS.build(backbone)
         self.second = MODELS.build(backbone)
         stages = len(all_stages)
+        if reuse_stages and not self.can_reuse:
+            raise UsageError(f'a composite {type(self.first).__name__} needs reuse_stages=0: its second '
+                             f'backbone takes over no stage; got {reuse_stages}')
         if not 0 <= reuse_stages < stages:
-            raise ValueError(f'reuse_stages must be in [0, {stages}), got {reuse_stages}')
+            raise UsageError(f'reuse_stages must be in [0, {stages}), got {reuse_stages}')
         self.reuse_stages = reuse_stages
         if reuse_stages:
             self.drop_leading(self.second, reuse_stages)
         # (channels that enter, channels that leave) each stage.
         entering, self.channels = self.stage_channels(self.first)
+        #: The first stage with a connection, and all behind it have one.
+        self.connected = max(reuse_stages, self.unconnected_stages(self.first))
         self.connections = ModuleList(
-            Connection(self.channels[stage:], entering[stage])
-            for stage in range(reuse_stages, stages))
+            Connection(self.channels[stage:], entering[stage], self.projection)
+            for stage in range(self.connected, stages))
 
     # What a family says about its backbones.
 
@@ -134,9 +165,13 @@ class CompositeBackbone(BaseModule):
         """What enters stage 0."""
         raise NotImplementedError
 
-    def stage(self, net: nn.Module, index: int, x: Tensor) -> Tensor:
-        """Run one stage."""
+    def stage(self, net: nn.Module, index: int, x: Tensor) -> Tuple[Tensor, Tensor]:
+        """Run one stage: its map, and what enters the next stage."""
         raise NotImplementedError
+
+    def unconnected_stages(self, net: nn.Module) -> int:
+        """How many leading stages have no connection."""
+        return 0
 
     # What all share.
 
@@ -169,10 +204,11 @@ class CompositeBackbone(BaseModule):
         reused = self.reuse_stages
         outputs = list(maps[:reused])
         x = outputs[-1] if reused else self.stem(self.second, images)
-        for index, connection in enumerate(self.connections, start=reused):
-            x = x + connection(maps[index:], x.shape[-2:])
-            x = self.stage(self.second, index, x)
-            outputs.append(x)
+        for index in range(reused, len(maps)):
+            if index >= self.connected:
+                x = x + self.connections[index - self.connected](maps[index:], x.shape[-2:])
+            output, x = self.stage(self.second, index, x)
+            outputs.append(output)
         return tuple(outputs)
 
     def select(self, maps: Maps) -> Maps:

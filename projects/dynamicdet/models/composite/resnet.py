@@ -31,5 +31,6 @@ class CompositeResNet(CompositeBackbone):
         x = net.stem(images) if net.deep_stem else net.relu(net.norm1(net.conv1(images)))
         return net.maxpool(x)
 
-    def stage(self, net: nn.Module, index: int, x: Tensor) -> Tensor:
-        return getattr(net, net.res_layers[index])(x)
+    def stage(self, net: nn.Module, index: int, x: Tensor) -> Tuple[Tensor, Tensor]:
+        x = getattr(net, net.res_layers[index])(x)
+        return x, x
