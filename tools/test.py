@@ -73,7 +73,9 @@ def main() -> None:
         cfg.model.budget = budget
     cfg.load_from = args.checkpoint
     cfg.resume = False
-    cfg.custom_hooks = cfg.get('custom_hooks', []) + [dict(type='CompleteCheckpointHook')]
+    cfg.custom_hooks = cfg.get('custom_hooks', []) + [
+        dict(type='CompleteCheckpointHook'), dict(type='FuseHook')
+    ]
     if args.show or args.show_dir:
         draw_predictions(cfg, args)
     if args.tta:

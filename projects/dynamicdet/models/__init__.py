@@ -1,9 +1,11 @@
 from .branch import PassThroughBackbone, build_branch
 from .composite import CompositeBackbone, build_composite, register_family
 from .dynamic_detector import DynamicDetector
+from .fuse import can_fuse, fuse
 from .router import Router
+from .yolov7 import YOLOV7PAFPN, YOLOV7Backbone, YOLOV7Head
 
 __all__ = [
-    'CompositeBackbone', 'DynamicDetector', 'PassThroughBackbone', 'Router', 'build_branch',
-    'build_composite', 'register_family'
+    'CompositeBackbone', 'DynamicDetector', 'PassThroughBackbone', 'Router', 'YOLOV7Backbone',
+    'YOLOV7Head', 'YOLOV7PAFPN', 'build_branch', 'build_composite', 'can_fuse', 'fuse', 'register_family'
 ]

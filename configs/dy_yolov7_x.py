@@ -1,0 +1,10 @@
+# Step 1: the cascade of two YOLOv7-X, each with its own neck and head.
+_base_ = './yolov7_x.py'
+model = dict(
+    _delete_=True,
+    type='DynamicDetector',
+    detector=_base_.model,
+    backbone=_base_.model.backbone,
+    shared=False,
+    reuse_stages=0)
+visualizer = dict(type='DynamicVisualizer')

@@ -1,0 +1,181 @@
+"""YOLOv7 and Dy-YOLOv7, as their authors released them: layers by number, in the order in which they run.
+
+Letters: A anchors per level, C classes.
+"""
+from typing import Iterator, List, Optional
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from ..models import DynamicDetector
+from ..models.yolov7 import YOLOV7PAFPN, Architecture, Elan, YOLOV7Head
+from .rules import Rule, Source, rename, skip
+
+#: Their names inside SPPCSPC -> ours.
+_SPP = dict(cv1='entry.0', cv2='shortcut', cv3='entry.1', cv4='entry.2', cv5='fused.0', cv6='fused.1',
+            cv7='out')
+
+# The numbering: our name of each of their layers, None for those without weights.
+
+
+def _elan(name: str, row: Elan) -> List[Optional[str]]:
+    convs = [f'{name}.convs.{index}' for index in range(row.count)]
+    return [f'{name}.shortcut', f'{name}.entry', *convs, None, f'{name}.out']
+
+
+def _down(name: str, kind: str) -> List[Optional[str]]:
+    if kind == 'pool':
+        return [None, f'{name}.pooled', f'{name}.entry', f'{name}.strided', None]
+    return [name] if kind == 'conv' else []
+
+
+def backbone_layers(table: Architecture, connected: Optional[int] = None) -> Iterator[Optional[str]]:
+    """Layers of a backbone; of a second one with the sums that begin at stage ``connected``."""
+    # The second backbone begins behind the rearranged pixels of the first one.
+    if table.pixel_unshuffle and connected is None:
+        yield None
+    yield 'stem'
+    for index, row in enumerate(table.stages):
+        yield from _down(f'downs.{index}', row.down)
+        if connected is not None and index >= connected:
+            yield None
+        name = f'blocks.{index}'
+        if row.block:
+            yield from _elan(name, row.block) if isinstance(row.block, Elan) else [name]
+
+
+def head_layers(table: Architecture) -> Iterator[Optional[str]]:
+    """Layers of neck and head; the last one is the head."""
+    yield 'neck.spp'
+    for index, (_, row) in enumerate(table.up):
+        yield from (f'neck.reduces.{index}', None, f'neck.laterals.{index}', None)
+        yield from _elan(f'neck.up_blocks.{index}', row)
+    for index, (_, row) in enumerate(table.down):
+        yield from _down(f'neck.downs.{index}', table.down_kind)
+        if table.down_kind == 'conv':
+            yield None
+        yield from _elan(f'neck.down_blocks.{index}', row)
+    yield from (f'neck.outs.{index}' for index in range(len(table.outputs)))
+    yield 'bbox_head'
+
+
+# The rows.
+
+
+def _backbone_rows(theirs: str, first: int, layers: Iterator[Optional[str]], ours: str,
+                   table: Architecture) -> List[Rule]:
+    rows = []
+    for number, name in enumerate(layers, start=first):
+        if name == 'stem' and table.pixel_unshuffle:
+            rows.append(rename(rf'{theirs}\.{number}\.conv\.weight', f'{ours}.stem.conv.weight',
+                               change=_pixels_by_colour))
+        if name:
+            rows.append(rename(rf'{theirs}\.{number}\.((?:conv|bn)\..*)', f'{ours}.{name}.<1>'))
+    return rows
+
+
+def _head_rows(theirs: str, first: int, ours: str, model: nn.Module) -> List[Rule]:
+    head: YOLOV7Head = model.bbox_head
+    rows = []
+
+    def apart(values: Tensor) -> Tensor:
+        return _kinds_apart(values, head.num_anchors)
+
+    for number, name in enumerate(head_layers(model.neck.architecture), start=first):
+        if name is None:
+            continue
+        layer, own = rf'{theirs}\.{number}\.', ours + name
+        if name == 'neck.spp':
+            rows += [rename(layer + rf'{key}\.(.*)', f'{own}.{value}.<1>')
+                     for key, value in _SPP.items()]
+        elif name == 'bbox_head':
+            rows += [
+                rename(layer + r'm\.(\d)\.(.*)', f'{own}.convs.<1>.<2>', change=apart),
+                rename(layer + r'ia\.(\d)\.implicit', f'{own}.added.<1>'),
+                rename(layer + r'im\.(\d)\.implicit', f'{own}.multiplied.<1>',
+                       change=lambda values: apart(values[0])[None]),
+                skip(layer + r'(anchors|anchor_grid)', 'anchors, which the config has'),
+                skip(layer + r'm2\..*', 'auxiliary outputs of training')
+            ]
+        else:
+            rows += [
+                rename(layer + r'((?:conv|bn)\..*)', f'{own}.<1>'),
+                rename(layer + r'rbr_dense\.(.*)', f'{own}.dense.<1>'),
+                rename(layer + r'rbr_1x1\.(.*)', f'{own}.point.<1>')
+            ]
+    return rows
+
+
+def _pixels_by_colour(weight: Tensor) -> Tensor:
+    """The first convolution behind rearranged pixels: theirs put (column, row, colour), ours colour, row,
+    column, as torch does."""
+    return weight.unflatten(1, (2, 2, 3)).permute(0, 3, 2, 1, 4, 5).flatten(1, 3)
+
+
+def _kinds_apart(values: Tensor, anchors: int) -> Tensor:
+    """The head's outputs: theirs are 4 box values, objectness and C classes of each anchor in turn; ours
+    the boxes of all anchors, then objectness, then classes."""
+    by_anchor = values.unflatten(0, (anchors, -1))
+    kinds = by_anchor[:, :4], by_anchor[:, 4:5], by_anchor[:, 5:]
+    return torch.cat([kind.flatten(0, 1) for kind in kinds])
+
+
+def _connection_rows(model: DynamicDetector) -> List[Rule]:
+    """Theirs has one convolution per map of the first backbone, for all stages that it goes to."""
+    backbone, rows = model.backbone, []
+    for source in range(len(backbone.connections)):
+        stages = range(source + 1)
+        widths = [backbone.connections[stage].projections[0].out_channels for stage in stages]
+        rows.append(
+            rename(rf'model_b2\.{source}\.conv\.(.*)',
+                   *[f'backbone.connections.{stage}.projections.{source - stage}.<1>' for stage in stages],
+                   change=lambda values, widths=widths: values.split(widths)))
+    return rows
+
+
+_UNNEEDED = [skip(r'(.*\.)?num_batches_tracked', 'counters of training'),
+             skip(r'ema\..*', 'moving averages of training')]
+
+
+def dynamic_rules(model: nn.Module) -> List[Rule]:
+    """The table for Dy-YOLOv7, of step 1 (no router) or 2. Their score is 1 - difficulty: the router's last
+    layer changes its sign."""
+    _require_yolov7(model, dynamic=True)
+    branches, backbone = model.branches, model.backbone
+    if len(branches) != 2:
+        raise UsageError('Dy-YOLOv7 has a neck and a head for each exit: set model.shared=False')
+    table = branches[0].neck.architecture
+    rows = _UNNEEDED + _connection_rows(model)
+    rows += _backbone_rows('model_b', 0, backbone_layers(table), 'backbone.first', table)
+    second = backbone_layers(table, backbone.connected)
+    rows += _backbone_rows('model_b2', len(backbone.connections), second, 'backbone.second', table)
+    for theirs, branch, index in zip(('model_h', 'model_h2'), branches, range(2)):
+        rows += _head_rows(theirs, 0, f'branches.{index}.', branch)
+    return rows + [
+        rename(r'router\.layer1\.(.*)', 'router.fc1.<1>', change=lambda values: values.squeeze()),
+        rename(r'router\.layer2\.weight', 'router.fc2.weight', change=lambda values: -values[..., 0, 0]),
+        rename(r'router\.layer2\.bias', 'router.fc2.bias', change=lambda values: -values)
+    ]
+
+
+def static_rules(model: nn.Module) -> List[Rule]:
+    """The table for YOLOv7, for a static model or for both halves of a dynamic one."""
+    _require_yolov7(model)
+    plain = model.branches[0] if isinstance(model, DynamicDetector) else model
+    table = plain.neck.architecture
+    layers = list(backbone_layers(table))
+    rows = _UNNEEDED + _backbone_rows('model', 0, iter(layers), 'backbone', table)
+    return rows + _head_rows('model', len(layers), '', plain)
+
+
+def _require_yolov7(model: nn.Module, dynamic: bool = False) -> None:
+    plain = model.branches[0] if isinstance(model, DynamicDetector) else model
+    if dynamic and plain is model or not isinstance(getattr(plain, 'neck', None), YOLOV7PAFPN):
+        raise UsageError('these weights are of '
+                         f"{'Dy-YOLOv7' if dynamic else 'YOLOv7'}: name a --config such as configs/"
+                         f"{'dy_' if dynamic else ''}yolov7.py")
+
+
+DYNAMICDET = Source(dynamic_rules, kept=('router.', ))
+YOLOV7 = Source(static_rules, kept=('router.', 'backbone.connections.'))

@@ -1,0 +1,36 @@
+"""Where the stages of YOLOv7's backbones are."""
+from typing import List, Sequence, Tuple
+
+from torch import Tensor, nn
+
+from ..yolov7 import YOLOV7Backbone, architecture
+from .composite import CompositeBackbone, biased_projection, register_family
+
+
+@register_family(YOLOV7Backbone)
+class CompositeYOLOV7(CompositeBackbone):
+    """Stem: up to the first block. Stages: a block, then what halves the resolution for the next.
+
+    Connections end behind the halving, as Dy-YOLOv7's do, and have a bias and no norm. W6's first stage,
+    which has no block, gets none.
+    """
+    projection = staticmethod(biased_projection)
+    can_reuse = False
+
+    def stage_indices(self, backbone: dict) -> Tuple[Sequence[int], Sequence[int]]:
+        table = architecture(backbone.get('arch', 'v7'))
+        stages = tuple(range(len(table.stages)))
+        return tuple(backbone.get('out_indices') or stages[-table.levels:]), stages
+
+    def stage_channels(self, net: nn.Module) -> Tuple[List[int], List[int]]:
+        return net.entering, net.channels
+
+    def unconnected_stages(self, net: nn.Module) -> int:
+        return net.unconnected
+
+    def stem(self, net: nn.Module, images: Tensor) -> Tensor:
+        return net.enter(images)
+
+    def stage(self, net: nn.Module, index: int, x: Tensor) -> Tuple[Tensor, Tensor]:
+        x = net.blocks[index](x)
+        return x, net.downs[index + 1](x) if index + 1 < len(net.blocks) else x

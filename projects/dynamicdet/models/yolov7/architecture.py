@@ -1,0 +1,147 @@
+"""YOLOv7, YOLOv7-X and YOLOv7-W6 as one table (arXiv 2207.02696, figure 2 and its appendix).
+
+A row is a stage. Rows of the backbone run from shallow to deep, rows of the neck in the order in which
+they run: upwards from the deepest map, then down again.
+"""
+from typing import NamedTuple, Optional, Tuple
+
+
+class Elan(NamedTuple):
+    """An ELAN block: two 1x1 branches; ``count`` 3x3 convolutions follow the second one, and what every
+    ``every``-th of them gives is put together with both branches."""
+    branch: int  # channels of each 1x1 branch
+    width: int  # channels of the 3x3 convolutions
+    count: int
+    every: int
+    out: int  # channels that leave
+
+
+class Stage(NamedTuple):
+    """A stage of the backbone: it halves the resolution, then works at it.
+
+    ``down``: 'conv', a 3x3 convolution of stride 2; 'pool', one beside max pooling, half of the channels
+    each; 'none', where the stem has halved it already.
+    ``block``: None for nothing; a width for one 3x3 convolution; or an ELAN.
+    """
+    down: str
+    entering: int  # channels that enter the block
+    block: object
+
+
+class Architecture(NamedTuple):
+    """A table of the whole detector; strides of the first stage and the first output follow from it.
+
+    ``pixel_unshuffle``: whether the stem begins by putting each 2 x 2 pixels into one.
+    ``up``, ``down``: the neck's rows. A row of ``up`` is the width to which the deeper map and the
+    lateral one are brought, and an ELAN; of ``down`` the channels of its convolution of stride 2 (and,
+    under 'pool', of the pooled branch), and an ELAN.
+    ``outputs``: channels of the maps that the head gets, by a re-parameterised convolution or a plain one.
+    """
+    stem: int
+    pixel_unshuffle: bool
+    stages: Tuple[Stage, ...]
+    spp: int
+    up: Tuple[Tuple[int, Elan], ...]
+    down_kind: str
+    down: Tuple[Tuple[int, Elan], ...]
+    reparameterised: bool
+    outputs: Tuple[int, ...]
+
+    def scaled(self, width: float = 1.0, depth: float = 1.0) -> 'Architecture':
+        """The table with all channels times ``width``, to multiples of 8, and all counts times
+        ``depth``."""
+
+        def channels(value: int) -> int:
+            return max(8, 8 * round(value * width / 8))
+
+        def elan(row: Elan) -> Elan:
+            count = max(1, round(row.count * depth / row.every)) * row.every
+            return Elan(channels(row.branch), channels(row.width), count, row.every, channels(row.out))
+
+        def block(row: object) -> Optional[object]:
+            return elan(row) if isinstance(row, Elan) else row and channels(row)
+
+        return self._replace(
+            stem=channels(self.stem),
+            stages=tuple(
+                Stage(row.down, channels(row.entering), block(row.block)) for row in self.stages),
+            spp=channels(self.spp),
+            up=tuple((channels(entering), elan(row)) for entering, row in self.up),
+            down=tuple((channels(entering), elan(row)) for entering, row in self.down),
+            outputs=tuple(map(channels, self.outputs)))
+
+    @property
+    def levels(self) -> int:
+        """How many maps the neck takes and gives: the deepest ones."""
+        return len(self.outputs)
+
+    @property
+    def stage_channels(self) -> Tuple[int, ...]:
+        """Channels of the map of each stage."""
+        return tuple(row.block.out if isinstance(row.block, Elan) else row.block or row.entering
+                     for row in self.stages)
+
+
+ARCHITECTURES = dict(
+    v7=Architecture(
+        stem=32,
+        pixel_unshuffle=False,
+        stages=(
+            Stage('conv', 64, 64),
+            Stage('conv', 128, Elan(64, 64, 4, 2, 256)),
+            Stage('pool', 256, Elan(128, 128, 4, 2, 512)),
+            Stage('pool', 512, Elan(256, 256, 4, 2, 1024)),
+            Stage('pool', 1024, Elan(256, 256, 4, 2, 1024)),
+        ),
+        spp=512,
+        up=((256, Elan(256, 128, 4, 1, 256)), (128, Elan(128, 64, 4, 1, 128))),
+        down_kind='pool',
+        down=((128, Elan(256, 128, 4, 1, 256)), (256, Elan(512, 256, 4, 1, 512))),
+        reparameterised=True,
+        outputs=(256, 512, 1024)),
+    x=Architecture(
+        stem=40,
+        pixel_unshuffle=False,
+        stages=(
+            Stage('conv', 80, 80),
+            Stage('conv', 160, Elan(64, 64, 6, 2, 320)),
+            Stage('pool', 320, Elan(128, 128, 6, 2, 640)),
+            Stage('pool', 640, Elan(256, 256, 6, 2, 1280)),
+            Stage('pool', 1280, Elan(256, 256, 6, 2, 1280)),
+        ),
+        spp=640,
+        up=((320, Elan(256, 256, 6, 2, 320)), (160, Elan(128, 128, 6, 2, 160))),
+        down_kind='pool',
+        down=((160, Elan(256, 256, 6, 2, 320)), (320, Elan(512, 512, 6, 2, 640))),
+        reparameterised=False,
+        outputs=(320, 640, 1280)),
+    w6=Architecture(
+        stem=64,
+        pixel_unshuffle=True,
+        stages=(
+            Stage('none', 64, None),
+            Stage('conv', 128, Elan(64, 64, 4, 2, 128)),
+            Stage('conv', 256, Elan(128, 128, 4, 2, 256)),
+            Stage('conv', 512, Elan(256, 256, 4, 2, 512)),
+            Stage('conv', 768, Elan(384, 384, 4, 2, 768)),
+            Stage('conv', 1024, Elan(512, 512, 4, 2, 1024)),
+        ),
+        spp=512,
+        up=((384, Elan(384, 192, 4, 1, 384)), (256, Elan(256, 128, 4, 1, 256)),
+            (128, Elan(128, 64, 4, 1, 128))),
+        down_kind='conv',
+        down=((256, Elan(256, 128, 4, 1, 256)), (384, Elan(384, 192, 4, 1, 384)),
+              (512, Elan(512, 256, 4, 1, 512))),
+        reparameterised=False,
+        outputs=(256, 512, 768, 1024)))
+
+
+def architecture(name: str, width: float = 1.0, depth: float = 1.0) -> Architecture:
+    """A row of `ARCHITECTURES`, scaled.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    if name not in ARCHITECTURES:
+        raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}; got '{name}'")
+    return ARCHITECTURES[name].scaled(width, depth)

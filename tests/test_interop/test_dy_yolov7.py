@@ -1,0 +1,136 @@
+"""Dy-YOLOv7 against the numbers of the published implementation; keys of all of its family."""
+import numpy as np
+import pytest
+import torch
+from foreign import DATA, build, reference, weights
+from mmengine.structures import InstanceData
+
+from dynamicdet.checkpoints import require_complete
+from dynamicdet.interop.convert import convert_checkpoint
+from dynamicdet.interop.rules import apply_rules
+from dynamicdet.interop.yolov7 import dynamic_rules
+from dynamicdet.models import fuse
+
+REFERENCE = reference('dy-yolov7')
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory):
+    """Dy-YOLOv7, from a file as it is released, by the converter."""
+    path = tmp_path_factory.mktemp('weights') / 'dy-yolov7-step2.pt'
+    state = {key: torch.from_numpy(np.asarray(value))
+             for key, value in weights.checkpoint(DATA / 'dy-yolov7.json').items()}
+    torch.save({'model': state}, path)
+    model = build('dy_yolov7')
+    checkpoint, _ = convert_checkpoint(str(path), 'dynamicdet', model)
+    model.load_state_dict(checkpoint['state_dict'])
+    return model.eval()
+
+
+@pytest.fixture(scope='module')
+def outputs(model):
+    images = torch.from_numpy(weights.inputs(REFERENCE['input']))
+    with torch.no_grad():
+        return model._forward(images)
+
+
+def theirs(head, exit):
+    """Raw maps in the published order: (N, A, H, W, 5 + C) of each level."""
+    maps = []
+    for cls, box, objectness in zip(*exit):
+        parts = [part.unflatten(1, (head.num_anchors, -1)) for part in (box, objectness, cls)]
+        maps.append(torch.cat(parts, dim=2).permute(0, 1, 3, 4, 2))
+    return maps
+
+
+def decoded(head, maps):
+    levels = []
+    for level, raw in enumerate(maps):
+        at = torch.ones(raw.shape[:-1]).nonzero(as_tuple=True)
+        boxes = head.decode(raw[at][:, :4], level, *at[1:])
+        levels.append(torch.cat([boxes, raw[at][:, 4:].sigmoid()], dim=1).view(len(raw), -1, 85))
+    return torch.cat(levels, dim=1)
+
+
+def assert_close(got, want, tolerance=1e-3):
+    assert list(got.shape) == want['shape']
+    values = got.flatten()[want['index']].numpy()
+    wanted = np.asarray(want['value'], np.float32)
+    np.testing.assert_allclose(values, wanted, atol=tolerance, rtol=tolerance)
+    np.testing.assert_allclose(got.mean(), want['mean'], atol=tolerance)
+    np.testing.assert_allclose(got.std(correction=0), want['std'], rtol=tolerance)
+
+
+def test_difficulty_is_one_less_their_score(outputs):
+    assert outputs['difficulty'].item() == pytest.approx(1 - REFERENCE['router_score'], abs=1e-3)
+
+
+@pytest.mark.parametrize('exit, name', enumerate(('first', 'second')))
+def test_maps_and_boxes(model, outputs, exit, name):
+    head = model.branch(exit).bbox_head
+    maps = theirs(head, outputs['exits'][exit])
+    for got, want in zip(maps, REFERENCE[name]['raw'], strict=True):
+        assert_close(got, want)
+    assert_close(decoded(head, maps), REFERENCE[name]['decoded'])
+
+
+def targets():
+    spec = REFERENCE['loss']
+    rows = torch.tensor(spec['targets_image_class_cxcywh_normalised'])
+    height, width = spec['images']['shape'][2:]
+    instances = []
+    for image in range(spec['images']['shape'][0]):
+        own = rows[rows[:, 0] == image]
+        centre, half = own[:, 2:4], own[:, 4:] / 2
+        boxes = torch.cat([centre - half, centre + half], dim=1)
+        instances.append(InstanceData(
+            bboxes=boxes * boxes.new_tensor([width, height] * 2), labels=own[:, 1].long()))
+    return instances
+
+
+def test_losses(model):
+    """Of the batch and of each image, both detectors: box, objectness, class, sum."""
+    spec, instances = REFERENCE['loss'], targets()
+    images = torch.from_numpy(weights.inputs(spec['images']))
+    with torch.no_grad():
+        exits = model._forward(images)['exits']
+
+    def losses(exit, rows):
+        parts = [[level[rows] for level in part] for part in exits[exit]]
+        own = model.branch(exit).bbox_head.loss_by_feat(*parts, instances[rows], [{}] * 2)
+        values = [own[f'loss_{name}'].item() for name in ('bbox', 'obj', 'cls')]
+        return values + [sum(values)]
+
+    for exit, name in enumerate(('first', 'second')):
+        assert losses(exit, slice(None)) == pytest.approx(spec[name], rel=1e-3)
+        for image, one in enumerate(spec['per_image']):
+            assert losses(exit, slice(image, image + 1)) == pytest.approx(one[name], rel=1e-3)
+
+
+def test_fused_boxes_are_the_same(model, outputs):
+    """Last: it changes the model for good."""
+    images = torch.from_numpy(weights.inputs(REFERENCE['input']))
+    with torch.no_grad():
+        after = fuse(model)._forward(images)
+    for exit in range(2):
+        head = model.branch(exit).bbox_head
+        old, new = (decoded(head, theirs(head, one['exits'][exit])) for one in (outputs, after))
+        torch.testing.assert_close(new, old, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize('name, file', [
+    ('dy_yolov7', 'dy-yolov7'),
+    ('dy_yolov7_x', 'dy-yolov7x.keys'),
+    ('dy_yolov7_w6', 'dy-yolov7-w6.keys'),
+])
+@pytest.mark.parametrize('step', [1, 2])
+def test_all_keys_of_the_family(name, file, step):
+    """Every entry is taken or known, and everything of ours is filled; step 1 has no router."""
+    with torch.device('meta'):
+        model = build(name)
+        state = {key: torch.empty(shape) for key, shape in reference(file)['state_dict']
+                 if step == 2 or not key.startswith('router.')}
+    found, skipped = apply_rules(dynamic_rules(model), state)
+    assert set(skipped) <= {'counters of training', 'anchors, which the config has'}
+    statistics = ('router.mean', 'router.std')
+    require_complete(model, found, statistics if step == 2 else ('router.', ))

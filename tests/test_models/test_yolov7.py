@@ -1,0 +1,196 @@
+"""YOLOv7's parts, by hand-made cases and by their sizes."""
+import math
+
+import pytest
+import torch
+from mmengine.config import ConfigDict
+from mmengine.structures import InstanceData
+
+from dynamicdet.models import Router, build_composite, can_fuse, fuse
+from dynamicdet.models.yolov7 import ARCHITECTURES, YOLOV7PAFPN, YOLOV7Backbone, YOLOV7Head
+from dynamicdet.models.yolov7.assigner import candidates, sim_ota
+from dynamicdet.models.yolov7.head import ciou
+from dynamicdet.testing import randomise
+from mmdet.registry import MODELS
+
+TEST_CFG = dict(
+    score_thr=0.001, nms_pre=30000, nms=dict(type='nms', iou_threshold=0.65), max_per_img=300)
+
+
+def tiny(arch: str) -> dict:
+    size = dict(arch=arch, width=0.125, depth=0.5)
+    return dict(
+        type='SingleStageDetector',
+        data_preprocessor=dict(type='DetDataPreprocessor', std=[255.] * 3, mean=[0.] * 3),
+        backbone=dict(type='YOLOV7Backbone', **size),
+        neck=dict(type='YOLOV7PAFPN', **size),
+        bbox_head=dict(type='YOLOV7Head', arch=arch, width=0.125, num_classes=3),
+        test_cfg=TEST_CFG)
+
+
+@pytest.mark.parametrize('arch, millions', [('v7', 80.62), ('x', 151.09), ('w6', 147.36)])
+def test_parameters_of_the_dynamic_detectors(arch, millions):
+    """Two backbones with connections, necks, heads and the router, as the paper's."""
+    with torch.device('meta'):
+        composite = build_composite(dict(type='YOLOV7Backbone', arch=arch), 0)
+        parts = [composite, Router(composite.channels)]
+        parts += [YOLOV7PAFPN(arch) for _ in range(2)] + [YOLOV7Head(80, arch) for _ in range(2)]
+    count = sum(p.numel() for part in parts for p in part.parameters())
+    assert count / 1e6 == pytest.approx(millions, rel=1e-3)
+
+
+@pytest.mark.parametrize('arch', ARCHITECTURES)
+def test_strides(arch):
+    model = randomise(MODELS.build(tiny(arch))).eval()
+    maps = model.backbone(torch.rand(2, 3, 128, 192))
+    outputs = model.neck(maps)
+    levels = 4 if arch == 'w6' else 3
+    assert len(maps) == len(outputs) == levels
+    for level, (own, out) in enumerate(zip(maps, outputs)):
+        assert own.shape[2:] == out.shape[2:] == (128 // 2**(3 + level), 192 // 2**(3 + level))
+    for part, channels in zip(model.bbox_head(outputs), (9, 12, 3)):
+        assert [tuple(one.shape) for one in part] == [(2, channels, *out.shape[2:]) for out in outputs]
+
+
+@pytest.mark.parametrize('arch', ARCHITECTURES)
+def test_fused_is_the_same(arch):
+    model = randomise(MODELS.build(tiny(arch))).eval()
+    images = torch.rand(2, 3, 128, 128)
+    with torch.no_grad():
+        before = model._forward(images)
+        assert can_fuse(model)
+        parameters = sum(p.numel() for p in fuse(model).parameters())
+        after = fuse(model)._forward(images)
+    assert not [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert parameters < sum(p.numel() for p in MODELS.build(tiny(arch)).parameters())
+    for old, new in zip(before, after):
+        for one, other in zip(old, new):
+            assert one.std() > 1e-4
+            assert (other - one).abs().max() < 1e-3 * one.std()
+
+
+def test_second_backbone_starts_as_a_plain_one():
+    plain = randomise(YOLOV7Backbone('w6', 0.125, 0.5)).eval()
+    composite = build_composite(
+        dict(type='YOLOV7Backbone', arch='w6', width=0.125, depth=0.5), 0).eval()
+    for net in (composite.first, composite.second):
+        net.load_state_dict(plain.state_dict())
+    images = torch.rand(1, 3, 128, 128)
+    with torch.no_grad():
+        first = composite.first_maps(images)
+        second = composite.second_maps(images, first)
+        for one, want in zip(composite.select(second), plain(images)):
+            assert torch.equal(one, want)
+        # Stage 0 has no block and no connection; each other stage hears of itself and all deeper ones.
+        assert [len(c.projections) for c in composite.connections] == [5, 4, 3, 2, 1]
+        randomise(composite.connections)
+        changed = composite.second_maps(images, first)
+    assert torch.equal(changed[0], second[0])
+    assert all(not torch.allclose(a, b) for a, b in zip(changed[1:], second[1:]))
+
+
+def test_ciou_by_hand():
+    same = torch.tensor([[5., 5, 4, 2]])
+    torch.testing.assert_close(ciou(same, same), torch.ones(1))
+    # Side by side, not touching: no overlap, centres 4 apart, hull 6 x 2, same shape.
+    apart = ciou(torch.tensor([[1., 1, 2, 2]]), torch.tensor([[5., 1, 2, 2]]))
+    torch.testing.assert_close(apart, torch.tensor([-16 / 40]))
+    # One centre, 4 x 2 in 4 x 4: half overlaps; the angle's term weighs itself.
+    shape = 4 / math.pi**2 * (math.atan(2) - math.atan(1))**2
+    wanted = 0.5 - shape * shape / (shape + 0.5)
+    torch.testing.assert_close(
+        ciou(torch.tensor([[4., 4, 4, 2]]), torch.tensor([[4., 4, 4, 4]])), torch.tensor([wanted]))
+
+
+def test_candidates_are_three_cells_of_the_anchors_that_fit():
+    # Centre at column 2.25, row 3.75 of stride 8: its cell, and those to the left and below.
+    boxes = torch.tensor([[18., 30, 16, 16]])
+    anchors = torch.tensor([[16., 16], [5., 16], [3., 16]])
+    anchor, row, column = candidates(boxes, anchors, 8, (10, 10), 4.0)
+    cells = sorted(zip(anchor.tolist(), row.tolist(), column.tolist()))
+    assert cells == [(a, r, c) for a in (0, 1) for r, c in ((3, 1), (3, 2), (4, 2))]
+
+
+def test_candidates_at_the_border_stay_inside():
+    boxes = torch.tensor([[0.5, 79.9, 16, 16]])
+    _, row, column = candidates(boxes, torch.tensor([[16., 16]]), 8, (10, 10), 4.0)
+    assert list(zip(row.tolist(), column.tolist())) == [(9, 0)]
+
+
+def test_sim_ota_by_hand():
+    """Two objects and four candidates. The first takes the two that overlap it, the second its own;
+    the far one is nobody's."""
+    boxes = torch.tensor([[0., 0, 10, 10], [20, 20, 30, 30]])
+    predicted = torch.tensor([[0., 0, 10, 10], [0., 0, 10, 10], [20, 20, 30, 29], [50, 50, 60, 60]])
+    probabilities = torch.full((4, 2), 0.25)
+    index, owner = sim_ota(boxes, torch.tensor([0, 1]), predicted, probabilities)
+    assert index.tolist() == [0, 1, 2] and owner.tolist() == [0, 0, 1]
+
+
+def test_a_contested_candidate_goes_to_the_cheaper_object():
+    boxes = torch.tensor([[0., 0, 10, 10], [0, 0, 10, 8]])
+    index, owner = sim_ota(boxes, torch.tensor([0, 1]), torch.tensor([[0., 0, 10, 9.9]]),
+                           torch.tensor([[0.5, 0.5]]))
+    assert index.tolist() == [0] and owner.tolist() == [0]
+
+
+def outputs(model, size=64, images=2):
+    return model.bbox_head(model.neck(model.backbone(torch.rand(images, 3, size, size))))
+
+
+def instances(*boxes):
+    return InstanceData(
+        bboxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        labels=torch.arange(len(boxes)) % 3)
+
+
+def test_images_without_objects_have_a_loss():
+    model = MODELS.build(tiny('v7'))
+    losses = model.bbox_head.loss_by_feat(*outputs(model), [instances(), instances()], [{}, {}])
+    assert losses['loss_bbox'] == 0 and losses['loss_cls'] == 0 and losses['loss_obj'] > 0
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.bbox_head.parameters())
+
+
+def test_loss_of_a_batch_of_one_kind_is_that_of_one_image():
+    """All are means: the same image twice has the loss of the image once."""
+    model = randomise(MODELS.build(tiny('v7'))).eval()
+    once = [[part[:1] for part in parts] for parts in outputs(model)]
+    twice = [[part.repeat(2, 1, 1, 1) for part in parts] for parts in once]
+    own = instances([4, 4, 30, 40], [20, 20, 60, 60])
+    one = model.bbox_head.loss_by_feat(*once, [own], [{}])
+    two = model.bbox_head.loss_by_feat(*twice, [own, own], [{}, {}])
+    for name, value in one.items():
+        assert value > 0
+        torch.testing.assert_close(two[name], value)
+
+
+def test_predictions_by_hand():
+    """One sure cell: its box follows from the formulas, clipped to the image, in the original's frame."""
+    head = YOLOV7Head(2, 'v7', 0.125, test_cfg=ConfigDict(TEST_CFG))
+    sizes = [(8, 8), (4, 4), (2, 2)]
+    classes = [torch.full((1, 6, *s), -20.) for s in sizes]
+    boxes = [torch.zeros(1, 12, *s) for s in sizes]
+    objects = [torch.full((1, 3, *s), -20.) for s in sizes]
+    # Level 0, anchor 2 (40 x 28), row 1, column 7: centre (7.5, 1.5) cells of 8 pixels.
+    objects[0][0, 2, 1, 7] = classes[0][0, 2 * 2 + 1, 1, 7] = 20.
+    meta = dict(img_shape=(64, 64), scale_factor=(2.0, 2.0))
+    found, = head.predict_by_feat(classes, boxes, objects, [meta], rescale=True)
+    assert found.labels.tolist() == [1]
+    torch.testing.assert_close(found.scores, torch.ones(1))
+    torch.testing.assert_close(found.bboxes, torch.tensor([[20., 0, 32, 13]]))
+
+
+@pytest.mark.parametrize('width, depth', [(0.0625, 0.3), (0.25, 1.0), (1.25, 1.5)])
+@pytest.mark.parametrize('arch', ARCHITECTURES)
+def test_scaled_tables_fit_together(arch, width, depth):
+    with torch.device('meta'):
+        backbone = YOLOV7Backbone(arch, width, depth)
+        neck, head = YOLOV7PAFPN(arch, width, depth), YOLOV7Head(3, arch, width)
+        levels = head(neck(backbone(torch.zeros(2, 3, 64, 64))))
+    assert len(levels[0]) == len(backbone.out_indices)
+
+
+def test_an_unknown_architecture_is_named():
+    with pytest.raises(ValueError, match='v7, x, w6'):
+        YOLOV7Backbone('v9')
