@@ -116,6 +116,7 @@ def broken(**changes):
     (dict(images_2_file_name=None), "image number 2 {'id': 2} has no 'file_name'"),
     (dict(images_2_width=None), "has no 'width'"),
     (dict(images_2_height=0), "image '2.jpg' has no width or height above 0"),
+    (dict(images_2_width=3000, images_2_height=8), '1 image(s) are more than 100 times as long as wide (2.jpg)'),
     (dict(images_2_height='tall'), 'where 2 finite number(s) are needed'),
     (dict(annotations_3_bbox=None), "annotation number 3 {'id': 3, 'image_id': 3} has no 'bbox'"),
     (dict(annotations_3_area=None), "has no 'area'"),

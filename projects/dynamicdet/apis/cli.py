@@ -27,7 +27,12 @@ def run(main: Callable[[], Optional[int]]) -> NoReturn:
             sys.exit(main())
     except UsageError as error:
         print(f'error: {error}', file=sys.stderr)
-        sys.exit(2)
+    except ValueError as error:
+        # mmengine packs the list of images by np.concatenate, which takes no empty one.
+        if 'need at least one array' not in str(error):
+            raise
+        print('error: a data set of the config is empty: it has no image that can be used', file=sys.stderr)
+    sys.exit(2)
 
 
 class _ConfigOptions(DictAction):

@@ -16,6 +16,7 @@ from mmdet.apis import DetInferencer
 from mmdet.structures import DetDataSample
 
 from ..checkpoints import is_plain, require_complete
+from ..datasets.check_annotations import LONGEST
 from ..errors import UsageError
 from ..models import can_fuse, fuse
 from ..routing.thresholds import check_budget
@@ -185,6 +186,8 @@ def picture_fault(path: str) -> Optional[str]:
     try:
         with Image.open(io.BytesIO(data)) as picture:
             picture.load()
+            if max(picture.size) > LONGEST * min(picture.size):
+                return f'is more than {LONGEST} times as long as wide'
     except Exception as error:
         # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more.
         return f'is damaged: {error}' if 'truncated' in str(error) else 'is no picture, or damaged'

@@ -7,6 +7,8 @@ import numpy as np
 
 from ..errors import UsageError
 
+#: How many times as long as wide an image may be. `Resize` to common sizes leaves no pixel of those beyond.
+LONGEST = 100
 #: Boxes of many tools, COCO's too, are off by rounding; less than this is not worth a line.
 _ROUNDING = 0.5  # pixels
 
@@ -78,6 +80,10 @@ def _check_images(images: List[dict], place: Place) -> None:
     for index in np.flatnonzero((sizes <= 0).any(1))[:1]:
         raise UsageError(f"{place.name}: image '{images[index]['file_name']}' has no width or "
                          'height above 0 in the annotation file')
+    thin = np.flatnonzero(sizes.max(1) > LONGEST * sizes.min(1))
+    _require(not len(thin), f'{place.name}: {len(thin)} image(s) are more than {LONGEST} times as long as '
+             f"wide ({some([images[index]['file_name'] for index in thin])}), and resizing leaves nothing of "
+             'them: crop them, or take them out of the annotation file')
     _require_unique((image['id'] for image in images), 'images', 'id', place)
 
 

@@ -149,9 +149,7 @@ class YOLOV7Head(BaseDenseHead):
             ]
             boxes, scores = (torch.cat(parts) for parts in zip(*levels))
             scores, labels, keep, _ = filter_scores_and_topk(scores, cfg.score_thr, cfg.nms_pre)
-            boxes = bbox_cxcywh_to_xyxy(boxes[keep])
-            height, width = meta['img_shape'][:2]
-            boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
+            boxes = _clip(bbox_cxcywh_to_xyxy(boxes[keep]), meta)
             found = InstanceData(bboxes=boxes, scores=scores, labels=labels)
             results.append(self._bbox_post_process(found, cfg, rescale, with_nms, meta))
         return results
@@ -248,6 +246,15 @@ class YOLOV7Head(BaseDenseHead):
             matches.append(Matches(torch.full_like(anchor, index), anchor, row, column,
                                    boxes[owner[own]], instances.labels[owner[own]]))
         return matches
+
+
+def _clip(boxes: Tensor, meta: dict) -> Tensor:
+    """Boxes, (n, 4), inside the image: without the padding, where the original's size is known."""
+    height, width = meta['img_shape'][:2]
+    if 'ori_shape' in meta:
+        scale = meta.get('scale_factor', (1.0, 1.0))
+        height, width = meta['ori_shape'][0] * scale[1], meta['ori_shape'][1] * scale[0]
+    return boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
 
 
 def _anchors_apart(maps: Tensor, anchors: int) -> Tensor:
