@@ -12,13 +12,13 @@ from mmengine.dataset import pseudo_collate
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 
 from mmdet.apis import init_detector
 
 from ..checkpoints import is_plain, read_checkpoint, require_complete
 from ..errors import UsageError
-from ..models import DynamicDetector
+from ..models import DynamicDetector, can_fuse, fuse
+from .flops import count_flops
 
 Progress = Callable[[Iterable, str], Iterable]
 
@@ -30,7 +30,7 @@ def load_model(cfg: Config, path: str, device: str) -> Tuple[DynamicDetector, di
     """Build a dynamic detector and fill it from its own checkpoint.
 
     Returns:
-        tuple: The model, in eval mode, and the checkpoint.
+        tuple: The model, in eval mode and fused where it can be, and the checkpoint.
 
     Raises:
         UsageError: If the config is of no dynamic detector or the checkpoint does not fit.
@@ -46,6 +46,8 @@ def load_model(cfg: Config, path: str, device: str) -> Tuple[DynamicDetector, di
     meta = checkpoint.get('meta', {}).get('dataset_meta')
     if meta:
         model.dataset_meta = meta
+    if can_fuse(model):
+        fuse(model)
     return model.to(device).eval(), checkpoint
 
 
@@ -122,10 +124,8 @@ def measure_gflops(model: DynamicDetector, dataset, images: int = 10) -> Tuple[f
     with _any_threshold(model):
         for threshold in _FORCE:
             model.set_budget(threshold=threshold)
-            with FlopCounterMode(display=False) as counter:
-                for batch in batches:
-                    model.test_step(batch)
-            means.append(counter.get_total_flops() / len(batches) / 1e9)
+            flops, _ = count_flops(lambda: [model.test_step(batch) for batch in batches])
+            means.append(flops / len(batches) / 1e9)
     return means[0], means[1]
 
 

@@ -1,0 +1,221 @@
+"""Count what detectors cost: parameters, and floating point operations for one image.
+
+One multiply-add is two operations: FLOPs here are 2 x multiply-adds, as in papers about YOLO; mmdet,
+Swin and CBNetV2 call the multiply-adds FLOPs. torch counts convolutions, linear layers and matrix
+products where they run. It does not count norms, activations and resizing, as some counters do, nor
+mmcv's own operators: RoIAlign, and of deformable attention and convolution all but the linear layers
+and convolutions around them.
+"""
+import contextlib
+import copy
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+
+from mmdet.models.detectors import BaseDetector
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+
+from ..errors import UsageError
+from ..models import DynamicDetector
+from ..models.resolution import reduce_images, reduce_samples
+from ..testing import randomise
+
+#: Height and width at which mmdet, Swin and CBNetV2 state what detectors of 1333 x 800 pixels cost.
+MMDET_SHAPE = (800, 1280)
+#: The largest stride of the backbones here.
+_STRIDE = 32
+
+
+def _packed_flops(x_shape, w_shape, *_, out_shape, **__) -> int:
+    return conv_flop_count(x_shape, w_shape, out_shape)
+
+
+#: How fused models run their convolutions on a CPU; see `models.fuse`.
+_PACKED = {torch.ops.mkldnn._convolution_pointwise: _packed_flops} if hasattr(
+    torch.ops.mkldnn, '_convolution_pointwise') else {}
+
+
+class Part(NamedTuple):
+    """Parameters of a part of a detector, and its FLOPs for one image."""
+    parameters: int
+    flops: int
+
+
+class Costs(NamedTuple):
+    """What a detector costs for one image.
+
+    Attributes:
+        parts (dict[str, Part]): In the order in which they run. What is shared counts where it runs
+            first, so that the parameters add up to the detector's.
+        exits (tuple[Part, ...]): All that exit 0 needs, and exit 1; of a stock detector its own.
+        rois (dict[str, int]): How many regions the heads of a two-stage detector were given:
+            ``boxes`` and, where there are masks, ``masks``.
+    """
+    parts: Dict[str, Part]
+    exits: Tuple[Part, ...]
+    rois: Dict[str, int]
+
+    def at(self, hard_share: float) -> float:
+        """FLOPs per image, in the mean, where this share of the images, in [0, 1], is hard."""
+        return (1 - hard_share) * self.exits[0].flops + hard_share * self.exits[-1].flops
+
+
+def count_flops(run: Callable[[], Any]) -> Tuple[int, Any]:
+    """FLOPs of a call, and what it returns."""
+    with FlopCounterMode(display=False, custom_mapping=_PACKED) as counter:
+        result = run()
+    return counter.get_total_flops(), result
+
+
+def count_parameters(*modules: nn.Module) -> int:
+    """Parameters of modules, trained and frozen; those that are shared count once."""
+    return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
+
+
+def build_detector(cfg: Config) -> BaseDetector:
+    """Build a config's detector, dynamic or not, as `measure_costs` wants it: in eval mode, with random
+    weights where they matter. Two-stage detectors keep all the boxes they may: the cost of a mask head
+    is that of a full image."""
+    init_default_scope('mmdet')
+    model = MODELS.build(copy.deepcopy(cfg.model)).eval()
+    for detector in model.branches if isinstance(model, DynamicDetector) else [model]:
+        if _needs_values(detector):
+            randomise(detector)
+        if _is_two_stage(detector):
+            detector.roi_head.test_cfg.score_thr = 0
+    return model
+
+
+def stated_shape(cfg: Config) -> Tuple[int, int]:
+    """Height and width at which papers state what a config's detector costs: its own test size if that
+    is square, as YOLO's are, else `MMDET_SHAPE`."""
+    for step in cfg.get('test_dataloader', {}).get('dataset', {}).get('pipeline', []):
+        scale = step.get('scale') or step.get('img_scale')
+        if isinstance(scale, (list, tuple)) and len(scale) == 2 and scale[0] == scale[1]:
+            return tuple(scale)
+    return MMDET_SHAPE
+
+
+@torch.no_grad()
+def measure_costs(model: BaseDetector, shape: Sequence[int]) -> Costs:
+    """Run a detector, all its parts, on noise, and count.
+
+    One-stage detectors run up to their raw outputs; two-stage ones up to their detections, since what
+    their heads cost follows from the proposals. Where shapes are enough, nothing is computed.
+
+    Args:
+        model (BaseDetector): From `build_detector`.
+        shape (Sequence[int]): Height and width, multiples of 32.
+
+    Raises:
+        UsageError: If the shape is none.
+    """
+    if min(shape) < _STRIDE or any(side % _STRIDE for side in shape):
+        raise UsageError(f'height and width must be multiples of {_STRIDE}; got {shape[0]} {shape[1]}')
+    if isinstance(model, DynamicDetector):
+        return _dynamic_costs(model, shape)
+    flops, rois = _run_detector(model, (1, 3, *shape), _sample(shape))
+    whole = Part(count_parameters(model), flops)
+    return Costs(dict(detector=whole), (whole, ), rois)
+
+
+def _dynamic_costs(model: DynamicDetector, shape: Sequence[int]) -> Costs:
+    """All parts once, whatever the difficulty."""
+    net = model.backbone
+    with _shapes_only(net):
+        images = _noise((1, 3, *shape))
+        smaller, ratio = reduce_images(images, model.first_scale)
+        first_flops, first = count_flops(lambda: net.first_maps(smaller))
+        router_flops, _ = count_flops(lambda: model.router(first))
+        second_flops, second = count_flops(lambda: net.second_maps(images, first))
+    sample = _sample(shape)
+    easy, rois = _run_detector(model.branch(0), _shapes(net.select(first)),
+                               *reduce_samples([sample], ratio))
+    hard = easy
+    if len(model.branches) > 1 or ratio != (1.0, 1.0):
+        hard, rois = _run_detector(model.branch(1), _shapes(net.select(second)), sample)
+    parts = {
+        'first backbone': Part(count_parameters(net.first), first_flops),
+        'router': Part(count_parameters(model.router), router_flops),
+        'first neck and heads': Part(count_parameters(model.branch(0)), easy),
+        'second backbone, connections': Part(
+            count_parameters(net.second, net.connections), second_flops),
+        'second neck and heads': Part(count_parameters(*model.branches[1:]), hard)
+    }
+    # Each exit runs its own neck and heads only.
+    exits = (Part(count_parameters(net.first, model.router, model.branch(0)),
+                  first_flops + router_flops + easy),
+             Part(count_parameters(net, model.router, model.branch(1)),
+                  first_flops + router_flops + second_flops + hard))
+    return Costs(parts, exits, rois)
+
+
+def _run_detector(detector: BaseDetector, shapes: Any,
+                  sample: DetDataSample) -> Tuple[int, Dict[str, int]]:
+    """FLOPs of a detector on noise, and the regions that its heads were given.
+
+    Args:
+        detector (BaseDetector): A branch, or a stock detector.
+        shapes (tuple): Of the image; of a branch a list, of the maps.
+        sample (DetDataSample): The image's.
+    """
+    two_stage, rois = _is_two_stage(detector), {}
+    hooks = _watch_rois(detector, rois) if two_stage else []
+    run = detector.predict if two_stage else detector._forward
+    with _shapes_only(detector):
+        inputs = tuple(map(_noise, shapes)) if isinstance(shapes, list) else _noise(shapes)
+        flops, _ = count_flops(lambda: run(inputs, [sample]))
+    for hook in hooks:
+        hook.remove()
+    return flops, rois
+
+
+def _needs_values(module: nn.Module) -> bool:
+    """Whether mmcv's own operators are in it, which know no tensors without values."""
+    return any(type(part).__module__.startswith('mmcv.ops') for part in module.modules())
+
+
+def _shapes_only(module: nn.Module) -> contextlib.AbstractContextManager:
+    """Tensors made inside have no values, and cost no time, where the module can do without."""
+    if _needs_values(module):
+        return contextlib.nullcontext()
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def _noise(shape: Sequence[int]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def _shapes(maps: Sequence[Tensor]) -> List[torch.Size]:
+    return [m.shape for m in maps]
+
+
+def _is_two_stage(detector: BaseDetector) -> bool:
+    return getattr(detector, 'with_roi_head', False)
+
+
+def _sample(shape: Sequence[int]) -> DetDataSample:
+    size = tuple(shape)
+    return DetDataSample(metainfo=dict(
+        img_id=0, img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size,
+        scale_factor=(1.0, 1.0)))
+
+
+def _watch_rois(detector: BaseDetector, rois: Dict[str, int]) -> List[Any]:
+    """Note how many regions a detector's RoI heads are given, in the dict."""
+
+    def watch(kind: str) -> Callable:
+        return lambda module, inputs: rois.update({kind: len(inputs[0])})
+
+    hooks = []
+    for kind, name in (('boxes', 'bbox_head'), ('masks', 'mask_head')):
+        heads = getattr(detector.roi_head, name, None) or []
+        for head in heads if isinstance(heads, (list, nn.ModuleList)) else [heads]:
+            hooks.append(head.register_forward_pre_hook(watch(kind)))
+    return hooks
