@@ -6,6 +6,7 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
 
+from dynamicdet.apis.flops import count_flops
 from dynamicdet.models import Router, build_composite, can_fuse, fuse
 from dynamicdet.models.yolov7 import ARCHITECTURES, YOLOV7PAFPN, YOLOV7Backbone, YOLOV7Head
 from dynamicdet.models.yolov7.assigner import candidates, sim_ota
@@ -67,6 +68,24 @@ def test_fused_is_the_same(arch):
         for one, other in zip(old, new):
             assert one.std() > 1e-4
             assert (other - one).abs().max() < 1e-3 * one.std()
+
+
+def test_fused_convolutions_are_counted_and_follow_their_weights():
+    """On a CPU they are another operation, with weights of their own that follow the model's."""
+    model = fuse(randomise(MODELS.build(tiny('v7'))))
+    images = torch.rand(1, 3, 64, 64)
+    counts = []
+    for graph in (True, False):
+        with torch.set_grad_enabled(graph):
+            counts.append(count_flops(lambda: model._forward(images))[0])
+    assert counts[0] == counts[1] > 1e6
+    with torch.no_grad():
+        before = model._forward(images)[1][0]
+        model.bbox_head.convs[0].conv.weight.mul_(2)
+        torch.testing.assert_close(model._forward(images)[1][0] + model.bbox_head.convs[0].conv.bias.view(
+            1, -1, 1, 1)[:, :12], 2 * before)
+        half = model.bfloat16()._forward(images.bfloat16())[1][0]
+    assert half.dtype == torch.bfloat16
 
 
 def test_second_backbone_starts_as_a_plain_one():

@@ -1,10 +1,12 @@
 from .atomic_backend import AtomicBackend, write_atomically
+from .branch_mode_switch_hook import BranchModeSwitchHook
 from .complete_checkpoint_hook import CompleteCheckpointHook
 from .finite_loss_hook import FiniteLossHook
+from .fuse_hook import FuseHook
 from .resume_hook import ResumeHook
 from .router_hook import RouterHook, latest_checkpoint
 
 __all__ = [
-    'AtomicBackend', 'CompleteCheckpointHook', 'FiniteLossHook', 'ResumeHook', 'RouterHook',
-    'latest_checkpoint', 'write_atomically'
+    'AtomicBackend', 'BranchModeSwitchHook', 'CompleteCheckpointHook', 'FiniteLossHook', 'FuseHook',
+    'ResumeHook', 'RouterHook', 'latest_checkpoint', 'write_atomically'
 ]

@@ -101,7 +101,7 @@ class RepConv(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.dense(x)
-        return self.activate(y if self.point is None else y + self.point(x))
+        return y if self.point is None else self.activate(y + self.point(x))
 
     def fuse(self) -> None:
         """Add the 1x1 convolution to the middle of the 3x3 one. Norms must be fused before."""
@@ -109,4 +109,6 @@ class RepConv(BaseModule):
             dense, point = self.dense[0], self.point[0]
             dense.weight.data += F.pad(point.weight.data, [1, 1, 1, 1])
             dense.bias.data += point.bias.data
+            self.dense = ConvModule(*dense.weight.shape[1::-1], 3, padding=1, act_cfg=ACTIVATION)
+            self.dense.conv = dense
             self.point = None
