@@ -29,11 +29,13 @@ def allow_mmengine_classes() -> None:
     mmengine 0.10.7 stores its log (`HistoryBuffer`, numpy arrays and scalars) beside the weights.
     These classes hold data and run nothing.
     """
-    numpy_core = getattr(np, '_core', None) or np.core
+    numpy_core = (getattr(np, '_core', None) or np.core).multiarray
     kinds = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
     torch.serialization.add_safe_globals([
-        HistoryBuffer, np.ndarray, np.dtype, numpy_core.multiarray._reconstruct,
-        numpy_core.multiarray.scalar, collections.deque, (_history_method, 'builtins.getattr'), *kinds
+        HistoryBuffer, np.ndarray, np.dtype, numpy_core._reconstruct, numpy_core.scalar,
+        collections.deque, (_history_method, 'builtins.getattr'), *kinds,
+        # As files name them that were written beside numpy 1.
+        *[(getattr(numpy_core, name), f'numpy.core.multiarray.{name}') for name in ('_reconstruct', 'scalar')]
     ])
 
 
@@ -98,11 +100,11 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
 def write_checkpoint(checkpoint: Mapping[str, Any], path: str) -> None:
     """Write a checkpoint, whole or not at all, and only what `read_checkpoint` reads back."""
     from .engine import write_atomically
-    with io.BytesIO() as file:
-        torch.save(dict(checkpoint), file)
-        file.seek(0)
-        torch.load(file, map_location='cpu', weights_only=True)
-        write_atomically(file.getbuffer(), path)
+    file = io.BytesIO()
+    torch.save(dict(checkpoint), file)
+    file.seek(0)
+    torch.load(file, map_location='cpu', weights_only=True)
+    write_atomically(file.getbuffer(), path)
 
 
 def require_complete(model: nn.Module,

@@ -8,7 +8,7 @@ from mmengine.structures import InstanceData
 from dynamicdet.checkpoints import require_complete
 from dynamicdet.interop.convert import convert_checkpoint
 from dynamicdet.interop.rules import apply_rules
-from dynamicdet.interop.yolov7 import dynamic_rules
+from dynamicdet.interop.yolov7 import dynamic_rules, static_rules
 from dynamicdet.models import fuse
 
 REFERENCE = reference('dy-yolov7')
@@ -116,6 +116,67 @@ def test_fused_boxes_are_the_same(model, outputs):
         head = model.branch(exit).bbox_head
         old, new = (decoded(head, theirs(head, one['exits'][exit])) for one in (outputs, after))
         torch.testing.assert_close(new, old, atol=1e-3, rtol=1e-3)
+
+
+def static_keys(file, backbone):
+    """Keys and shapes of the static detector of the same family: their layers, numbered on."""
+    for key, shape in reference(file)['state_dict']:
+        part, _, rest = key.partition('.')
+        number, _, rest = rest.partition('.')
+        if part in ('model_b', 'model_h'):
+            yield key, f"model.{int(number) + backbone * (part == 'model_h')}.{rest}", shape
+
+
+@pytest.mark.parametrize('config', ['yolov7', 'dy_yolov7'])
+@pytest.mark.parametrize('kind', ['training', 'inference'])
+def test_the_static_release(tmp_path, config, kind):
+    """The first detector of the reference as if it were a plain YOLOv7, whole modules of half precision or
+    not; with implicit knowledge or, as in the files for inference, within the convolutions."""
+    values = {key: torch.from_numpy(np.asarray(value))
+              for key, value in weights.checkpoint(DATA / 'dy-yolov7.json').items()}
+    state = {ours: values[key] for key, ours, _ in static_keys('dy-yolov7', 51)}
+    if kind == 'inference':
+        for level in range(3):
+            weight, bias = (state[f'model.105.m.{level}.{name}'] for name in ('weight', 'bias'))
+            bias += weight.flatten(1) @ state.pop(f'model.105.ia.{level}.implicit').flatten()
+            factor = state.pop(f'model.105.im.{level}.implicit').flatten()
+            bias *= factor
+            weight *= factor.view(-1, 1, 1, 1)
+    path = tmp_path / 'yolov7.pt'
+    torch.save({'model': state, 'ema': None, 'epoch': -1}, path)
+    model = build(config)
+    model.load_state_dict(convert_checkpoint(str(path), 'yolov7', model)[0]['state_dict'])
+    with torch.no_grad():
+        raw = model.eval()._forward(torch.from_numpy(weights.inputs(REFERENCE['input'])))
+    exits = [raw] if config == 'yolov7' else raw['exits']
+    head = model.bbox_head if config == 'yolov7' else model.branch(1).bbox_head
+    # Connections start at zero: both exits are the plain detector.
+    for exit in exits:
+        assert_close(decoded(head, theirs(head, exit)), REFERENCE['first']['decoded'])
+
+
+@pytest.mark.parametrize('name, file, backbone', [
+    ('yolov7', 'dy-yolov7', 51), ('yolov7_x', 'dy-yolov7x.keys', 59), ('yolov7_w6', 'dy-yolov7-w6.keys', 47)])
+def test_all_keys_of_the_static_family(name, file, backbone):
+    with torch.device('meta'):
+        model = build(name)
+        state = {ours: torch.empty(shape) for _, ours, shape in static_keys(file, backbone)}
+    found, skipped = apply_rules(static_rules(model), state)
+    assert set(skipped) <= {'counters of training', 'anchors, which the config has'}
+    require_complete(model, found)
+
+
+def test_w6_of_training():
+    """Four auxiliary convolutions lie before the head, and outputs of its own in it."""
+    with torch.device('meta'):
+        model = build('yolov7_w6')
+        state = {ours.replace('model.118.', 'model.122.'): torch.empty(shape)
+                 for _, ours, shape in static_keys('dy-yolov7-w6.keys', 47)}
+        state |= {f'model.{number}.conv.weight': torch.empty(8, 8, 3, 3) for number in range(118, 122)}
+        state |= {f'model.122.m2.{level}.weight': torch.empty(255, 8, 1, 1) for level in range(4)}
+    found, skipped = apply_rules(static_rules(model), state)
+    assert skipped['auxiliary outputs of training'] == 8
+    require_complete(model, found)
 
 
 @pytest.mark.parametrize('name, file', [

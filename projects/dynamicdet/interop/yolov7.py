@@ -2,7 +2,7 @@
 
 Letters: A anchors per level, C classes.
 """
-from typing import Iterator, List, Optional
+from typing import Dict, Iterator, List, Optional
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,13 @@ def _head_rows(theirs: str, first: int, ours: str, model: nn.Module) -> List[Rul
     def apart(values: Tensor) -> Tensor:
         return _kinds_apart(values, head.num_anchors)
 
-    for number, name in enumerate(head_layers(model.neck.architecture), start=first):
+    names = list(head_layers(model.neck.architecture))
+    # With four levels there are files of training, whose head comes behind auxiliary outputs.
+    spare = len(head.convs) if len(head.convs) == 4 else 0
+    last = first + len(names) - 1
+    rows += [skip(rf'{theirs}\.{number}\.(conv|bn)\..*', 'auxiliary outputs of training')
+             for number in range(last, last + spare)]
+    for number, name in [*enumerate(names, start=first), (last + spare, names[-1])]:
         if name is None:
             continue
         layer, own = rf'{theirs}\.{number}\.', ours + name
@@ -96,7 +102,7 @@ def _head_rows(theirs: str, first: int, ours: str, model: nn.Module) -> List[Rul
                 rename(layer + r'im\.(\d)\.implicit', f'{own}.multiplied.<1>',
                        change=lambda values: apart(values[0])[None]),
                 skip(layer + r'(anchors|anchor_grid)', 'anchors, which the config has'),
-                skip(layer + r'm2\..*', 'auxiliary outputs of training')
+                skip(layer + r'(m2|ia2|im2)\..*', 'auxiliary outputs of training')
             ]
         else:
             rows += [
@@ -169,6 +175,15 @@ def static_rules(model: nn.Module) -> List[Rule]:
     return rows + _head_rows('model', len(layers), '', plain)
 
 
+def _no_knowledge(model: nn.Module) -> Dict[str, Tensor]:
+    """Implicit knowledge that changes nothing: files for inference have theirs in the convolutions."""
+    head = (model.branches[0] if isinstance(model, DynamicDetector) else model).bbox_head
+    return {
+        f'bbox_head.{name}.{index}': torch.full_like(own, value)
+        for name, value in (('added', 0), ('multiplied', 1)) for index, own in enumerate(getattr(head, name))
+    }
+
+
 def _require_yolov7(model: nn.Module, dynamic: bool = False) -> None:
     plain = model.branches[0] if isinstance(model, DynamicDetector) else model
     if dynamic and plain is model or not isinstance(getattr(plain, 'neck', None), YOLOV7PAFPN):
@@ -178,4 +193,4 @@ def _require_yolov7(model: nn.Module, dynamic: bool = False) -> None:
 
 
 DYNAMICDET = Source(dynamic_rules, kept=('router.', ))
-YOLOV7 = Source(static_rules, kept=('router.', 'backbone.connections.'))
+YOLOV7 = Source(static_rules, kept=('router.', 'backbone.connections.'), defaults=_no_knowledge)

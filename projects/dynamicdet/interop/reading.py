@@ -1,0 +1,183 @@
+"""Read files from elsewhere without executing what is in them."""
+import collections
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any, Dict, Iterator, Mapping, Optional, Sequence, Tuple, Union
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+
+
+def read_weights(path: str) -> Dict[str, Tensor]:
+    """Read the weights of a torch file, or of a ``.pkl`` of numpy arrays such as Detectron2's.
+
+    They are the file's ``ema``, where there is one, as YOLOv7's authors take it, else its ``model`` or
+    ``state_dict``, or all of it; a whole ``nn.Module`` gives its ``state_dict``. What lies beside them
+    (optimiser, counters) is left.
+
+    Raises:
+        UsageError: If there is no file, it cannot be read safely, or it holds no weights.
+    """
+    if not Path(path).is_file():
+        raise UsageError(f"there is no checkpoint at '{path}'")
+    try:
+        state = _find_state(_read_arrays(path) if path.endswith('.pkl') else _read_torch(path))
+    except Exception as error:
+        # Whatever the unpickler or the archive reader stumbles on.
+        raise UsageError(
+            f"'{path}' is no checkpoint that can be read safely: {_reason(error)}") from None
+    if not state or not all(isinstance(value, Tensor) and isinstance(key, str)
+                            for key, value in state.items()):
+        raise UsageError(f"'{path}' is no checkpoint: it holds no 'model' or 'state_dict' of arrays")
+    return state
+
+
+def _find_state(content: Any) -> Dict[str, Any]:
+    for name in ('ema', 'model', 'state_dict'):
+        if isinstance(content, Mapping) and isinstance(content.get(name), (Mapping, _Module)):
+            content = content[name]
+    if isinstance(content, _Module):
+        content = dict(_entries(content))
+    if not isinstance(content, Mapping):
+        return {}
+    return {key: _to_tensor(value) for key, value in content.items()}
+
+
+def _to_tensor(value: Any) -> Any:
+    if isinstance(value, _Array) and value.values is not None:
+        native = value.values.dtype.newbyteorder('=')
+        return torch.from_numpy(value.values.astype(native, order='C'))
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _reason(error: Exception) -> str:
+    """In one line; torch's says in several what it refused."""
+    text = str(error).strip()
+    refused = re.search(r'GLOBAL (\S+)', text)
+    if refused:
+        return _refusal(refused[1])
+    return (text.splitlines() or [type(error).__name__])[0][:200]
+
+
+def _refusal(name: str) -> str:
+    return f'it asks for {name}, which is no array'
+
+
+# torch's files.
+
+class _Module:
+    """Stands in for all classes of modules where a file holds a whole one, as YOLOv7's do: takes what
+    the object held, and has nothing of what it did."""
+
+
+def _read_torch(path: str) -> Any:
+    # Before zip archives, torch cannot say without reading.
+    zipped = zipfile.is_zipfile(path)
+    asked = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
+    modules = [(_Module, name) for name in asked if re.match(r'(models|torch\.nn\.modules)\.', name)]
+    with torch.serialization.safe_globals(modules):
+        return torch.load(path, map_location='cpu', weights_only=True)
+
+
+def _entries(module: _Module, prefix: str = '') -> Iterator[Tuple[str, Tensor]]:
+    """What ``state_dict`` of the real one would give."""
+    held = vars(module)
+    for name, value in {**held['_parameters'], **held['_buffers']}.items():
+        if value is not None and name not in held.get('_non_persistent_buffers_set', ()):
+            yield prefix + name, value
+    for name, below in held['_modules'].items():
+        if below is not None:
+            yield from _entries(below, f'{prefix}{name}.')
+
+
+# Detectron2's files.
+
+
+def _read_arrays(path: str) -> Any:
+    with open(path, 'rb') as file:
+        # The zoo was written by Python 2.
+        return _ArrayUnpickler(file, encoding='latin1').load()
+
+
+# numpy's own classes would take whatever state a file gives them, lengths and pointers among it, so
+# stand-ins read the same records.
+
+
+class _Dtype:
+    """Stands in for ``numpy.dtype``: plain numbers alone."""
+
+    def __init__(self, code: str, align: bool = False, copy: bool = False) -> None:
+        if not re.fullmatch('b1|[iu][1248]|f[248]', code):
+            raise pickle.UnpicklingError(f'it holds an array of type {code!r}')
+        self.code = code
+
+    def __setstate__(self, state: Sequence[Any]) -> None:
+        order = state[1]
+        self.code = (order if order in ('<', '>') else '') + self.code[-2:]
+
+
+class _Array:
+    """Stands in for ``numpy.ndarray``; empty until its state comes."""
+    values: Optional[np.ndarray] = None
+
+    def __setstate__(self, state: Sequence[Any]) -> None:
+        _, shape, dtype, by_columns, data = state
+        self.values = _decode(data, dtype, shape, 'F' if by_columns else 'C')
+
+
+def _decode(data: Union[bytes, str], dtype: _Dtype, shape: Sequence[int], order: str) -> np.ndarray:
+    # Python 2's bytes come as text.
+    data = data.encode('latin1') if isinstance(data, str) else data
+    return np.frombuffer(data, np.dtype(dtype.code)).reshape(shape, order=order)
+
+
+def _reconstruct(*_: Any) -> _Array:
+    """An array to be; Python 2 and protocols up to 4."""
+    return _Array()
+
+
+def _frombuffer(data: bytes, dtype: _Dtype, shape: Sequence[int], order: str, *_: Any) -> _Array:
+    """An array, protocol 5."""
+    array = _Array()
+    array.values = _decode(data, dtype, shape, order)
+    return array
+
+
+def _scalar(dtype: _Dtype, data: Union[bytes, str]) -> np.generic:
+    return _decode(data, dtype, (), 'C')[()]
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """Bytes as Python 3 writes them for Python 2."""
+    if encoding != 'latin1':
+        raise pickle.UnpicklingError(f'it holds bytes in {encoding!r}')
+    return text.encode('latin1')
+
+
+_ALLOWED = {
+    'collections.OrderedDict': collections.OrderedDict,
+    '_codecs.encode': _encode,
+    'numpy.ndarray': _Array,
+    'numpy.dtype': _Dtype,
+    **{
+        f'numpy.{core}.{name}': stand_in
+        for core in ('core', '_core') for name, stand_in in (
+            ('multiarray._reconstruct', _reconstruct),
+            ('multiarray.scalar', _scalar),
+            ('numeric._frombuffer', _frombuffer))
+    },
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads text, numbers, their containers and arrays, and refuses all else before it is imported."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if f'{module}.{name}' not in _ALLOWED:
+            raise pickle.UnpicklingError(_refusal(f'{module}.{name}'))
+        return _ALLOWED[f'{module}.{name}']

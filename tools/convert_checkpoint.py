@@ -1,0 +1,54 @@
+"""Convert a checkpoint from elsewhere to one of this project or of MMDetection.
+
+Every entry of the file must be known and every entry of the config's model filled, or nothing is
+written. Nothing in the file is executed.
+"""
+import argparse
+from pathlib import Path
+
+import torch
+from mmengine.config import DictAction
+from mmengine.registry import init_default_scope
+
+import mmdet
+from dynamicdet.apis import cli
+from dynamicdet.checkpoints import write_checkpoint
+from dynamicdet.errors import UsageError
+from dynamicdet.interop import SOURCES, convert_checkpoint
+from mmdet.registry import MODELS
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('source', metavar='SRC', help='a torch file, or a .pkl of numpy arrays')
+    parser.add_argument(
+        '--from', dest='family', required=True, choices=list(SOURCES), help='where it comes from')
+    parser.add_argument(
+        '--config', required=True, help='of the detector to fill; mmdet::PATH is one of MMDetection')
+    parser.add_argument('--out', required=True, help='checkpoint to write')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='override settings of the config: key=value pairs, such as the number of classes')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    cli.prepare()
+    if args.config.startswith('mmdet::'):
+        args.config = str(Path(mmdet.__file__).parent / '.mim/configs' / args.config[len('mmdet::'):])
+    cfg = cli.load_config(args)
+    if Path(args.out).resolve() == Path(args.source).resolve():
+        raise UsageError(f"--out would overwrite '{args.source}'")
+    init_default_scope('mmdet')
+    torch.manual_seed(cfg.get('randomness', {}).get('seed') or 0)
+    checkpoint, lines = convert_checkpoint(args.source, args.family, MODELS.build(cfg.model))
+    cli.require_writable(args.out)
+    write_checkpoint(checkpoint, args.out)
+    print(*lines, f'written to {args.out}', sep='\n')
+
+
+if __name__ == '__main__':
+    cli.run(main)
