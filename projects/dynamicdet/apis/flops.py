@@ -36,9 +36,16 @@ def _packed_flops(x_shape, w_shape, *_, out_shape, **__) -> int:
     return conv_flop_count(x_shape, w_shape, out_shape)
 
 
-#: How fused models run their convolutions on a CPU; see `models.fuse`.
-_PACKED = {torch.ops.mkldnn._convolution_pointwise: _packed_flops} if hasattr(
-    torch.ops.mkldnn, '_convolution_pointwise') else {}
+def _packed_sum_flops(_, x_shape, w_shape, *__, out_shape, **___) -> int:
+    return conv_flop_count(x_shape, w_shape, out_shape)
+
+
+#: How fused models run their convolutions on a CPU; see `models.fusing`.
+_PACKED = {
+    getattr(torch.ops.mkldnn, name): count
+    for name, count in (('_convolution_pointwise', _packed_flops),
+                        ('_convolution_pointwise_', _packed_sum_flops)) if hasattr(torch.ops.mkldnn, name)
+}
 
 
 class Part(NamedTuple):

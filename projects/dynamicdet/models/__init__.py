@@ -1,7 +1,7 @@
 from .branch import PassThroughBackbone, build_branch
 from .composite import CompositeBackbone, build_composite, register_family
 from .dynamic_detector import DynamicDetector
-from .fuse import can_fuse, fuse
+from .fusing import can_fuse, fuse
 from .router import Router
 from .yolov7 import YOLOV7PAFPN, YOLOV7Backbone, YOLOV7Head
 

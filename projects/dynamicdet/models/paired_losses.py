@@ -11,7 +11,8 @@ from mmdet.structures import DetDataSample
 
 from .resolution import Ratio, scale_boxes
 
-#: Seeds the sampling of proposals, the same for every image and both exits: any constant does.
+#: Seeds what losses draw (samples of proposals, DINO's noise), the same for every image and both
+#: exits: any constant does.
 _SEED = 0
 
 
@@ -32,9 +33,28 @@ def paired_losses(views: List[View]) -> List[Dict[str, Tensor]]:
     say that the worse exit is better. So all views' proposals are put together, and every head is
     asked about the same sample of them.
     """
-    if all(isinstance(view.branch, TwoStageDetector) and view.branch.with_rpn for view in views):
-        return _on_the_same_proposals(views)
-    return [_seeded(view.branch.loss, view.maps, [view.sample]) for view in views]
+    with contextlib.ExitStack() as stack:
+        for view in views:
+            stack.enter_context(_flagged_as_training(view.branch))
+        if all(isinstance(view.branch, TwoStageDetector) and view.branch.with_rpn for view in views):
+            return _on_the_same_proposals(views)
+        return [_seeded(view.branch.loss, view.maps, [view.sample]) for view in views]
+
+
+@contextlib.contextmanager
+def _flagged_as_training(branch: BaseDetector) -> Iterator[None]:
+    """Some detectors and heads have no loss, or another, where their own flag says eval: DINO leaves out
+    what its head needs, FCOS with ``norm_on_bbox`` decodes first. So the flags of the detector and its
+    parts say training; norms and dropout, further inside, stay as they are."""
+    modules = [branch, *branch.children()]
+    before = [module.training for module in modules]
+    for module in modules:
+        module.training = True
+    try:
+        yield
+    finally:
+        for module, flag in zip(modules, before):
+            module.training = flag
 
 
 def _on_the_same_proposals(views: List[View]) -> List[Dict[str, Tensor]]:
@@ -79,8 +99,12 @@ def _captured(roi_head) -> Iterator[list]:
         del roi_head.loss
 
 
-def _seeded(loss, *arguments) -> Dict[str, Tensor]:
-    # Proposals are sampled with the CPU's generator on every device.
-    with torch.random.fork_rng(devices=[]):
+def _seeded(loss, maps: Tuple[Tensor, ...], *arguments) -> Dict[str, Tensor]:
+    """A loss under the same random numbers each time; the generators stay as they were."""
+    # Proposals are sampled with the CPU's generator on every device; DINO's noise with the device's.
+    devices = [maps[0].device] if maps[0].is_cuda else []
+    with torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(_SEED)
-        return loss(*arguments)
+        for device in devices:
+            torch.cuda.default_generators[device.index].manual_seed(_SEED)
+        return loss(maps, *arguments)

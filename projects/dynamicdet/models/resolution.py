@@ -43,16 +43,22 @@ def reduce_samples(samples: SampleList, ratio: Ratio) -> SampleList:
         ratio (tuple[float, float]): Of width and height.
 
     Returns:
-        list[DetDataSample]: The same objects where the ratio is 1, else new ones.
+        list[DetDataSample]: New objects, also where the ratio is 1: heads write into what they are
+        given (RTMDet-Ins its masks), and two exits read the same batch.
     """
-    if ratio == (1.0, 1.0) or samples is None:
-        return samples
+    if samples is None:
+        return None
     return [_reduce(sample, ratio) for sample in samples]
 
 
 def _reduce(sample, ratio: Ratio):
     wide, high = ratio
     reduced = sample.new()
+    if ratio == (1.0, 1.0):
+        for name in ('gt_instances', 'ignored_instances'):
+            if name in sample:
+                setattr(reduced, name, sample.get(name).new())
+        return reduced
     for name in ('img_shape', 'pad_shape', 'batch_input_shape'):
         if name in sample:
             shape = sample.get(name)

@@ -3,6 +3,7 @@ import math
 from typing import Optional, Sequence, Tuple
 
 import torch
+import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
@@ -56,10 +57,11 @@ class Router(BaseModule):
 
     def score(self, features: Tensor) -> Tensor:
         """Difficulty, (N,), of pooled features, (N, d), as `pool` gives them."""
-        # In float32 also under AMP: half precision has too few values near 1 to rank images by.
+        # In float32 also under AMP and in models of half precision: half precision has too few values near 1 to rank images by.
         with torch.autocast(features.device.type, enabled=False):
             features = (features - self.mean) / self.std
-            return self.fc2(self.fc1(features).relu()).squeeze(1).sigmoid()
+            hidden = F.linear(features, self.fc1.weight.float(), self.fc1.bias.float()).relu()
+            return F.linear(hidden, self.fc2.weight.float(), self.fc2.bias.float()).squeeze(1).sigmoid()
 
     @staticmethod
     def pool(maps: Sequence[Tensor],

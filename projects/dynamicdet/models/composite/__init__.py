@@ -1,8 +1,10 @@
-from .composite import (CompositeBackbone, Connection, build_composite, register_family,
-                        upsample_sum)
+from .composite import CompositeBackbone, Connection, build_composite, register_family
+from .csp import CompositeCSP
 from .resnet import CompositeResNet
+from .swin import CompositeSwin
+from .yolov7 import CompositeYOLOV7
 
 __all__ = [
-    'CompositeBackbone', 'CompositeResNet', 'Connection', 'build_composite', 'register_family',
-    'upsample_sum'
+    'CompositeBackbone', 'CompositeCSP', 'CompositeResNet', 'CompositeSwin', 'CompositeYOLOV7',
+    'Connection', 'build_composite', 'register_family'
 ]

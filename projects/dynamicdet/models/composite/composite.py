@@ -17,38 +17,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmdet.registry import MODELS
 
 from ...errors import UsageError
+from ..fusing import InferenceConv
 
 Maps = Tuple[Tensor, ...]
 
 
-def upsample_sum(maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
-    """Sum maps after nearest-neighbour resizing to one size.
-
-    Where every size divides the next larger one, nearest resizing composes, so the sum runs from
-    the deepest map upwards and touches the full resolution once. Elsewhere each map is resized on
-    its own.
-
-    Args:
-        maps (Sequence[Tensor]): Maps of equal N and C, shallow to deep: (N, C, H_i, W_i).
-        size (Sequence[int]): Height and width of the sum.
-
-    Returns:
-        Tensor: The sum, (N, C, *size).
-    """
-    sizes = [tuple(size)] + [tuple(m.shape[-2:]) for m in maps]
-    chained = all(large % small == 0
-                  for larger, smaller in zip(sizes, sizes[1:])
-                  for large, small in zip(larger, smaller))
-    if not chained:
-        return sum(_resize(m, sizes[0]) for m in maps)
-    total = maps[-1]
-    for shallower in reversed(maps[:-1]):
-        total = shallower + _resize(total, tuple(shallower.shape[-2:]))
-    return _resize(total, sizes[0])
-
-
 def _resize(values: Tensor, size: Tuple[int, int]) -> Tensor:
     return values if tuple(values.shape[-2:]) == size else F.interpolate(values, size=size, mode='nearest')
+
+
+def _add(w: nn.Module, f: Tensor, total: Tensor) -> Tensor:
+    """``total + w(f)``; in one operation where the model is fused."""
+    return w.add_to(total, f) if isinstance(w, InferenceConv) else total + w(f)
 
 
 def normed_projection(in_channels: int, out_channels: int) -> nn.Module:
@@ -88,14 +68,28 @@ class Connection(BaseModule):
         self.projections = ModuleList(
             projection(channels, out_channels) for channels in in_channels)
 
-    def forward(self, maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
-        """Project and sum.
+    def forward(self, maps: Sequence[Tensor], x: Tensor) -> Tensor:
+        """Add to what enters stage l.
+
+        Where every size divides the next larger one, nearest resizing composes, so the sum runs from the
+        deepest map upwards and touches the full resolution once. Elsewhere each map is resized on its own.
 
         Args:
-            maps (Sequence[Tensor]): ``f1[l], f1[l + 1], ...``.
-            size (Sequence[int]): Height and width of what enters stage l.
+            maps (Sequence[Tensor]): ``f1[l], f1[l + 1], ...``, (N, C_i, H_i, W_i).
+            x (Tensor): What enters stage l, (N, C, H, W).
+
+        Returns:
+            Tensor: ``x + H[l]``.
         """
-        return upsample_sum([w(f) for w, f in zip(self.projections, maps)], size)
+        sizes = [tuple(m.shape[-2:]) for m in (x, *maps)]
+        if not all(large % small == 0 for larger, smaller in zip(sizes, sizes[1:])
+                   for large, small in zip(larger, smaller)):
+            return x + sum(_resize(w(f), sizes[0]) for w, f in zip(self.projections, maps))
+        *rest, deepest = zip(self.projections, maps)
+        total = deepest[0](deepest[1])
+        for w, f in reversed(rest):
+            total = _add(w, f, _resize(total, tuple(f.shape[-2:])))
+        return x + _resize(total, sizes[0])
 
     def train(self, mode: bool = True) -> 'Connection':
         super().train(mode)
@@ -206,7 +200,7 @@ class CompositeBackbone(BaseModule):
         x = outputs[-1] if reused else self.stem(self.second, images)
         for index in range(reused, len(maps)):
             if index >= self.connected:
-                x = x + self.connections[index - self.connected](maps[index:], x.shape[-2:])
+                x = self.connections[index - self.connected](maps[index:], x)
             output, x = self.stage(self.second, index, x)
             outputs.append(output)
         return tuple(outputs)

@@ -8,6 +8,12 @@ from torch import Tensor, nn
 _PACKED = getattr(torch.ops.mkldnn, '_convolution_pointwise', None)
 
 
+def _can_pack(x: Tensor) -> bool:
+    # Tensors of a subclass are there to be watched, not computed.
+    return (_PACKED is not None and x.device.type == 'cpu' and type(x) is Tensor
+            and not torch.is_grad_enabled())
+
+
 def can_fuse(model: nn.Module) -> bool:
     """Whether a model has parts of its own to fuse, as YOLOv7 has."""
     return any(hasattr(module, 'fuse') for module in model.modules())
@@ -58,14 +64,23 @@ class InferenceConv(nn.Module):
         self._weights = None
 
     def forward(self, x: Tensor) -> Tensor:
-        conv = self.conv
-        # Tensors of a subclass are there to be watched, not computed.
-        if _PACKED is None or x.device.type != 'cpu' or torch.is_grad_enabled() or type(x) is not Tensor:
-            y = conv(x)
+        if not _can_pack(x):
+            y = self.conv(x)
             return F.silu(y, inplace=True) if self.silu else y
+        return _PACKED(*self._operands(x), 'swish' if self.silu else 'none', [], '')
+
+    def add_to(self, total: Tensor, x: Tensor) -> Tensor:
+        """``total`` plus the convolution of x; on a CPU in place. For convolutions without a SiLU."""
+        if not _can_pack(x):
+            return total + self.conv(x)
+        total = total.contiguous(memory_format=torch.channels_last)
+        return torch.ops.mkldnn._convolution_pointwise_.binary(
+            total, *self._operands(x), 'add', None, None, [], '')
+
+    def _operands(self, x: Tensor) -> tuple:
+        conv = self.conv
         x = x.contiguous(memory_format=torch.channels_last)
-        return _PACKED(x, self._packed(x), conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups,
-                       'swish' if self.silu else 'none', [], '')
+        return x, self._packed(x), conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups
 
     def _packed(self, x: Tensor) -> Tensor:
         conv = self.conv
