@@ -67,15 +67,15 @@ class Router(BaseModule):
     def pool(maps: Sequence[Tensor],
              valid: Optional[Sequence[Tuple[float, float]]] = None) -> Tensor:
         """Mean of each map over the image, concatenated, (N, d), float32. Arguments as `forward`'s."""
-        return torch.cat([_average(m.float(), valid) for m in maps], dim=1)
+        return torch.cat([_average(m, valid) for m in maps], dim=1)
 
 
 def _average(values: Tensor, valid: Optional[Sequence[Tuple[float, float]]]) -> Tensor:
     """Mean over the valid part of each map, (N, C)."""
     if valid is None or all(high == wide == 1 for high, wide in valid):
-        return values.mean(dim=(2, 3))
+        return values.mean(dim=(2, 3), dtype=torch.float32)
     height, width = values.shape[-2:]
     return torch.stack([
-        one[:, :math.ceil(high * height), :math.ceil(wide * width)].mean(dim=(1, 2))
+        one[:, :math.ceil(high * height), :math.ceil(wide * width)].mean(dim=(1, 2), dtype=torch.float32)
         for one, (high, wide) in zip(values, valid)
     ])
