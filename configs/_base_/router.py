@@ -11,4 +11,5 @@ router_step = dict(
         # 8 GPUs x 2 images x 4.
         accumulative_counts=4,
         optimizer=dict(type='AdamW', lr=1e-5, betas=(0.937, 0.999), weight_decay=0.005),
-        paramwise_cfg=dict(bias_decay_mult=0.0)))
+        # Heads such as RTMDet's hold a parameter more than once.
+        paramwise_cfg=dict(bias_decay_mult=0.0, bypass_duplicate=True)))

@@ -11,6 +11,8 @@ from mmengine.structures import InstanceData
 from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
 
+from .models import build_composite
+
 #: Stock config of each kind of detector that the tests make dynamic.
 STOCK = dict(
     faster_rcnn='mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
@@ -34,7 +36,7 @@ _NARROW = dict(
 
 
 def _narrow(node: Any) -> Any:
-    """Replace, anywhere below, widths of 256 or more and the number of classes."""
+    """Replace, anywhere below, widths of 128 or more and the number of classes."""
     if isinstance(node, dict):
         for key, value in node.items():
             wide = key in _NARROW and isinstance(value, int) and (
@@ -68,11 +70,15 @@ def tiny_detector(name: str) -> ConfigDict:
     model.init_cfg = None
     model = _narrow(model)
     model.neck.in_channels = [8 * 2**index for index in out_indices]
-    for cfg in (model.get('test_cfg'), model.get('train_cfg')):
+    _propose_little(model)
+    return model
+
+
+def _propose_little(detector: ConfigDict) -> None:
+    for cfg in (detector.get('test_cfg'), detector.get('train_cfg')):
         for stage in ('rpn', 'rpn_proposal'):
             if cfg and cfg.get(stage) and 'max_per_img' in cfg[stage]:
                 cfg[stage].update(nms_pre=100, max_per_img=50)
-    return model
 
 
 def tiny_dynamic(name: str, **settings) -> ConfigDict:
@@ -80,6 +86,41 @@ def tiny_dynamic(name: str, **settings) -> ConfigDict:
     detector = tiny_detector(name)
     return ConfigDict(
         type='DynamicDetector', detector=detector, backbone=detector.backbone, **settings)
+
+
+#: What makes each part small that has no width to narrow.
+_SMALL = dict(
+    ResNet=dict(depth=18, base_channels=8),
+    ResNeXt=dict(depth=50, groups=4, base_width=4, base_channels=16),
+    CSPDarknet=dict(deepen_factor=0.1, widen_factor=0.125),
+    CSPNeXt=dict(deepen_factor=0.1, widen_factor=0.125),
+    SwinTransformer=dict(embed_dims=8, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8)),
+    YOLOV7Backbone=dict(width=0.125, depth=0.25),
+    YOLOV7PAFPN=dict(width=0.125, depth=0.25),
+    YOLOV7Head=dict(width=0.125))
+
+
+def shrink(model: ConfigDict) -> ConfigDict:
+    """A small copy of the model of any shipped config, dynamic or not: the same parts, narrower and
+    shallower, without pretrained weights and without what needs a Runner."""
+    model = copy.deepcopy(model)
+    detector = model.get('detector', model)
+    if 'encoder' in detector:
+        # DINO's width is a constant in mmdet. As many queries as three classes need for its 300 results.
+        detector.encoder.num_layers = detector.decoder.num_layers = 1
+        detector.num_queries = 100
+        detector.bbox_head.num_classes = 3
+    else:
+        _narrow(detector)
+    for part in (model.backbone, detector.backbone, detector.neck, detector.get('bbox_head', {})):
+        part.update(_SMALL.get(part.get('type'), {}))
+        part.pop('init_cfg', None)
+    if 'in_channels' in detector.neck:
+        composite = build_composite(model.backbone, reuse_stages=0)
+        detector.neck.in_channels = [composite.channels[index] for index in composite.out_indices]
+    _propose_little(detector)
+    detector.data_preprocessor.batch_augments = None
+    return model
 
 
 def tiny_batch(objects: Sequence[int] = (2, 1),
@@ -149,10 +190,10 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
             if not value.is_floating_point() or own[-1] in _KEPT:
                 continue
             noise = torch.randn(value.shape, generator=generator)
+            regresses = 'reg' in name and 'reg_convs' not in name
             if own[-1] == 'running_var':
                 value.copy_(1 + 0.1 * noise.abs())
             elif value.dim() > 1:
-                regresses = 'reg' in name and 'reg_convs' not in name
                 small = 0.1 if regresses or own[0] == 'router' else 1
                 value.copy_(small * noise * (2 / value[0].numel())**0.5)
             elif own[-1] == 'weight':
@@ -160,5 +201,6 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
                 adds = own[-2] in ('bn2', 'bn3') or 'connections' in own
                 value.copy_((0.3 if adds else 1) * (1 + 0.1 * noise))
             else:
-                value.copy_(0.1 * noise)
+                # Negative distances to a box's sides would make no box.
+                value.copy_(0.1 * (noise.abs() if regresses else noise))
     return model

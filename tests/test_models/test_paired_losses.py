@@ -1,6 +1,7 @@
 """What step 2 compares: losses as in training, under the same random draw for both exits."""
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT
 from mmengine.config import Config
 from mmengine.runner.checkpoint import load_state_dict
@@ -8,6 +9,7 @@ from mmengine.runner.checkpoint import load_state_dict
 from dynamicdet.models.paired_losses import View, paired_losses
 from dynamicdet.testing import randomise, shrink, tiny_batch, tiny_dynamic
 from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
 
 
 def dino():
@@ -48,6 +50,32 @@ def test_equal_exits_have_equal_losses(config):
     for key in expected:
         pairs = zip(_flat(in_eval[key]), _flat(expected[key]))
         assert all(torch.equal(one, two) for one, two in pairs), key
+
+
+def atss_losses(objects, seed):
+    """Losses of an image under both exits; ATSS divides by what all ranks have."""
+    model = randomise(MODELS.build({**tiny_dynamic('atss'), 'train_router': True})).train()
+    data = model.data_preprocessor(tiny_batch((objects, ), seed=seed))
+    return model.exit_losses(data['inputs'], data['data_samples'])[0]
+
+
+def rank_losses(rank, folder):
+    register_all_modules(init_default_scope=True)
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2)
+    # Ranks with images of their own, and a rank that has one more.
+    losses = [atss_losses(1 + 3 * rank, seed) for seed in range(1 + rank)]
+    torch.save(losses, f'{folder}/{rank}.pth')
+    assert dist.get_world_size() == 2
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_an_images_losses_do_not_depend_on_other_ranks(tmp_path):
+    torch.multiprocessing.spawn(rank_losses, (str(tmp_path), ), nprocs=2)
+    for rank in range(2):
+        for seed, losses in enumerate(torch.load(tmp_path / f'{rank}.pth', weights_only=True)):
+            torch.testing.assert_close(losses, atss_losses(1 + 3 * rank, seed))
 
 
 def _flat(value):

@@ -8,8 +8,8 @@ from mmdet.registry import HOOKS
 
 @HOOKS.register_module()
 class BranchModeSwitchHook(YOLOXModeSwitchHook):
-    """mmdet's, which looks for one ``bbox_head``, for a detector that has one in each branch: in the last
-    epochs no mosaic and mixup, and an L1 loss beside the others.
+    """mmdet's, which looks for one ``bbox_head``, for a detector that has one in each branch: in the
+    last epochs no mosaic and mixup, and an L1 loss beside the others.
 
     Data workers that live longer than an epoch see the new pipeline by `ResumeHook`, which starts
     them anew.

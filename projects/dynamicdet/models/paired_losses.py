@@ -3,8 +3,10 @@ import contextlib
 from typing import Dict, Iterator, List, NamedTuple, Tuple
 
 import torch
+import torch.distributed as dist
 from mmengine.structures import InstanceData
 from torch import Tensor
+from torch.distributed import GroupMember
 
 from mmdet.models.detectors import BaseDetector, TwoStageDetector
 from mmdet.structures import DetDataSample
@@ -34,11 +36,27 @@ def paired_losses(views: List[View]) -> List[Dict[str, Tensor]]:
     asked about the same sample of them.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_alone())
         for view in views:
             stack.enter_context(_flagged_as_training(view.branch))
         if all(isinstance(view.branch, TwoStageDetector) and view.branch.with_rpn for view in views):
             return _on_the_same_proposals(views)
         return [_seeded(view.branch.loss, view.maps, [view.sample]) for view in views]
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """As if there were no other ranks: mmdet's heads average what they divide by over all of them, and an
+    image's loss would depend on images elsewhere."""
+    world = GroupMember.WORLD if dist.is_available() else None
+    if world is None:
+        yield
+        return
+    GroupMember.WORLD = None
+    try:
+        yield
+    finally:
+        GroupMember.WORLD = world
 
 
 @contextlib.contextmanager

@@ -1,0 +1,10 @@
+# Step 1: the cascade of two ATSS R-50-FPN, 1x.
+_base_ = ['mmdet::atss/atss_r50_fpn_1x_coco.py', './_base_/dynamic.py']
+model = dict(
+    _delete_=True,
+    type='DynamicDetector',
+    detector=_base_.model,
+    backbone=_base_.model.backbone,
+    shared=False)
+custom_hooks = _base_.dynamic_hooks
+visualizer = dict(type='DynamicVisualizer')

@@ -1,0 +1,11 @@
+# Step 1: the cascade of two RTMDet-Ins-s, 300 epochs.
+_base_ = ['mmdet::rtmdet/rtmdet-ins_s_8xb32-300e_coco.py', './_base_/dynamic.py']
+model = dict(
+    _delete_=True,
+    type='DynamicDetector',
+    detector=_base_.model,
+    backbone=_base_.model.backbone,
+    shared=False,
+    reuse_stages=0)
+custom_hooks = _base_.custom_hooks + _base_.dynamic_hooks
+visualizer = dict(type='DynamicVisualizer')
