@@ -1,5 +1,5 @@
-# Step 1 of a small YOLOv7 on the built-in data set, from scratch, without mosaic; exit 0 sees the image at
-# half its size. 600 of the 3,000 training images are kept for step 2, as in dy_faster_rcnn_digits.py.
+# Step 1 of a small YOLOv7 on the built-in data set, from scratch, without mosaic; exit 0 sees the image
+# at half its size. 600 of the 3,000 training images are kept for step 2, as in dy_faster_rcnn_digits.py.
 _base_ = ['./_base_/digits.py', './_base_/digits_yolov7.py', './_base_/dynamic.py']
 model = dict(
     _delete_=True,

@@ -48,15 +48,6 @@ def test_r50_parity_through_the_tool(tmp_path, monkeypatch):
             np.testing.assert_allclose(got.std(correction=0).item(), want['std'], rtol=1e-4)
 
 
-def four_convs_one_fc(cfg):
-    """The box heads of CBNetV2's Cascade R-CNN, as its configs have them."""
-    cfg.model.detector.roi_head.bbox_head = [
-        dict(type='ConvFCBBoxHead', num_shared_convs=4, num_shared_fcs=1, in_channels=256,
-             conv_out_channels=256, fc_out_channels=1024, roi_feat_size=7, num_classes=80,
-             norm_cfg=dict(type='BN')) for _ in range(3)]
-    return cfg
-
-
 def swin_heads(cascade):
     """Keys and shapes of neck and heads in mmdet 2.x, on Swin-T or -S."""
     shapes = {}
@@ -95,7 +86,7 @@ def swin_heads(cascade):
     ('dy_cascade_mask_rcnn_swin-s', (2, 2, 18, 2), True),
 ])
 def test_every_key_of_swin_at_full_size(name, depths, cascade):
-    model = build_shapes(name, four_convs_one_fc if cascade else None)
+    model = build_shapes(name)
     shapes = cbnetv2_swin_shapes(depths) | swin_heads(cascade)
     state = {key: torch.empty(shape, device='meta') for key, shape in shapes.items()}
     found, skipped = apply_rules(CBNETV2.rules(model), state)
