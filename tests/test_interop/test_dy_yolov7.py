@@ -10,6 +10,7 @@ from dynamicdet.interop.convert import convert_checkpoint
 from dynamicdet.interop.rules import apply_rules
 from dynamicdet.interop.yolov7 import dynamic_rules, static_rules
 from dynamicdet.models import fuse
+from mmdet.structures import DetDataSample
 
 REFERENCE = reference('dy-yolov7')
 
@@ -105,6 +106,20 @@ def test_losses(model):
         assert losses(exit, slice(None)) == pytest.approx(spec[name], rel=1e-3)
         for image, one in enumerate(spec['per_image']):
             assert losses(exit, slice(image, image + 1)) == pytest.approx(one[name], rel=1e-3)
+
+
+def test_step_2_sees_these_losses(model):
+    """What the router learns from: each image's sum, under both exits, from a batch."""
+    spec = REFERENCE['loss']
+    images = torch.from_numpy(weights.inputs(spec['images']))
+    shape = tuple(images.shape[2:])
+    samples = [DetDataSample(gt_instances=own, metainfo=dict(img_shape=shape, batch_input_shape=shape))
+               for own in targets()]
+    losses, features = model.exit_losses(images, samples)
+    for exit, name in enumerate(('first', 'second')):
+        wanted = [one[name][-1] for one in spec['per_image']]
+        assert losses[exit].tolist() == pytest.approx(wanted, rel=1e-3)
+    assert features.shape == (2, 2880)
 
 
 def test_fused_boxes_are_the_same(model, outputs):
