@@ -1,0 +1,50 @@
+"""A test runs on a fused copy, also where moving averages come and go."""
+import torch
+from conftest import ROOT, shrink_options
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from mmdet.registry import HOOKS
+
+
+@HOOKS.register_module()
+class Watch(Hook):
+    """Keeps what a test finds, and whether norms were left."""
+    found = []
+
+    def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        norms = any(isinstance(m, torch.nn.BatchNorm2d) for m in runner.model.modules())
+        type(self).found += [(norms, sample.pred_instances) for sample in outputs]
+
+
+def small(digits, folder, *hooks):
+    cfg = Config.fromfile(ROOT / 'configs/dy_yolov7_nano_digits.py')
+    options = {key: value for key, value in shrink_options(digits).items() if not key.startswith('model')}
+    cfg.merge_from_dict({**options, 'train_cfg.max_epochs': 1, 'train_cfg.val_interval': 9})
+    for node in (cfg.model.backbone, cfg.model.detector.backbone, cfg.model.detector.neck,
+                 cfg.model.detector.bbox_head):
+        node.width = 0.0625
+    cfg.model.budget = dict(threshold=-1)
+    cfg.work_dir = str(folder)
+    cfg.custom_hooks += [dict(type=hook) for hook in hooks]
+    return cfg
+
+
+def test_a_fused_copy_finds_the_same(digits, tmp_path):
+    Runner.from_cfg(small(digits, tmp_path)).train()
+    runs = []
+    for hooks in (['Watch'], ['Watch', 'FuseHook']):
+        cfg = small(digits, tmp_path, *hooks)
+        cfg.load_from = str(tmp_path / 'epoch_1.pth')
+        Watch.found = []
+        runner = Runner.from_cfg(cfg)
+        model, before = runner.model, len(runner.model.state_dict())
+        runner.test()
+        assert runner.model is model and len(model.state_dict()) == before
+        runs.append(Watch.found)
+    assert [norms for norms, _ in runs[0]] == [True] * 6 and [norms for norms, _ in runs[1]] == [False] * 6
+    for (_, one), (_, other) in zip(*runs):
+        assert len(one) > 10
+        torch.testing.assert_close(other.scores[:10], one.scores[:10], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(other.bboxes[:10], one.bboxes[:10], atol=1e-3, rtol=1e-3)
