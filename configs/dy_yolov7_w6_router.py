@@ -6,6 +6,7 @@ pipeline[3].update(scale=(1280, 1280))
 train_dataloader = dict(batch_size=8, dataset=dict(pipeline=pipeline))
 train_cfg = dict(_delete_=True, **_base_.router_step.train_cfg)
 optim_wrapper = dict(_delete_=True, **_base_.router_step.optim_wrapper)
+auto_scale_lr = dict(base_batch_size=64)
 param_scheduler = _base_.router_step.param_scheduler
 default_hooks = dict(checkpoint=dict(interval=1))
 custom_hooks = _base_.dynamic_hooks + [

@@ -7,7 +7,6 @@ import argparse
 from pathlib import Path
 
 import torch
-from mmengine.config import DictAction
 from mmengine.registry import init_default_scope
 
 import mmdet
@@ -15,7 +14,6 @@ from dynamicdet.apis import cli
 from dynamicdet.checkpoints import write_checkpoint
 from dynamicdet.errors import UsageError
 from dynamicdet.interop import SOURCES, convert_checkpoint
-from mmdet.registry import MODELS
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,7 +27,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=cli.ConfigOptions,
         help='override settings of the config: key=value pairs, such as the number of classes')
     return parser.parse_args()
 
@@ -40,11 +38,11 @@ def main() -> None:
     if args.config.startswith('mmdet::'):
         args.config = str(Path(mmdet.__file__).parent / '.mim/configs' / args.config[len('mmdet::'):])
     cfg = cli.load_config(args)
-    if Path(args.out).resolve() == Path(args.source).resolve():
+    if Path(args.out).exists() and Path(args.source).exists() and Path(args.out).samefile(args.source):
         raise UsageError(f"--out would overwrite '{args.source}'")
     init_default_scope('mmdet')
     torch.manual_seed(cfg.get('randomness', {}).get('seed') or 0)
-    checkpoint, lines = convert_checkpoint(args.source, args.family, MODELS.build(cfg.model))
+    checkpoint, lines = convert_checkpoint(args.source, args.family, cli.build_model(cfg))
     cli.require_writable(args.out)
     write_checkpoint(checkpoint, args.out)
     print(*lines, f'written to {args.out}', sep='\n')

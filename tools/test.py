@@ -44,12 +44,15 @@ def augment(cfg: Config) -> None:
         dataset = dataset.dataset
     pipeline = cfg.get('tta_pipeline')
     if pipeline is None:
-        pack = deepcopy(dataset.pipeline[-1])
+        *steps, pack = deepcopy(dataset.pipeline)
         pack.meta_keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip',
                           'flip_direction')
         flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
-        pipeline = [step for step in dataset.pipeline[:-1] if step.type != 'LoadAnnotations']
-        pipeline.append(dict(type='TestTimeAug', transforms=[flips, [pack]]))
+        steps = [step for step in steps if step.type != 'LoadAnnotations']
+        # Flipped before padding, or it would change sides.
+        pads = next((at for at, step in enumerate(steps) if step.type == 'Pad'), len(steps))
+        choices = [flips, *([step] for step in steps[pads:]), [pack]]
+        pipeline = steps[:pads] + [dict(type='TestTimeAug', transforms=choices)]
     cfg.model = ConfigDict(**tta_model, module=cfg.model)
     dataset.pipeline = pipeline
 

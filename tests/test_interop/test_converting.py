@@ -183,6 +183,8 @@ def test_wrong_configs(configs, source, refusal, tmp_path):
     assert "no config at" in refusal(source(), 'mmdet::no/such.py')
     (tmp_path / 'empty.py').write_text('x = 1')
     assert 'has no model' in refusal(source(), tmp_path / 'empty.py')
+    (tmp_path / 'odd.py').write_text("model = dict(type='RetinaNet', nosuch=1)")
+    assert 'cannot be built' in refusal(source(), tmp_path / 'odd.py')
 
 
 def test_places_that_cannot_be_written(configs, source, refusal, tmp_path):

@@ -181,6 +181,20 @@ def test_all_keys_of_the_static_family(name, file, backbone):
     require_complete(model, found)
 
 
+@pytest.mark.parametrize('factor, said', [(1, 'which the config has'), (2, 'THAT DIFFER')])
+def test_anchors_are_compared(factor, said):
+    """Theirs are in units of each level's stride, and once more in pixels."""
+    with torch.device('meta'):
+        model = build('yolov7')
+    head = model.bbox_head
+    head.anchors = build('yolov7').bbox_head.anchors
+    anchors = factor * head.anchors
+    state = {'model.105.anchors': anchors / torch.tensor(head.strides)[:, None, None],
+             'model.105.anchor_grid': anchors.view(3, 1, 3, 1, 1, 2)}
+    (reason, count), = apply_rules(static_rules(model), state)[1].items()
+    assert said in reason and count == 2
+
+
 def test_w6_of_training():
     """Four auxiliary convolutions lie before the head, and outputs of its own in it."""
     with torch.device('meta'):

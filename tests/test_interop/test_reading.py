@@ -185,6 +185,17 @@ def test_no_weights(tmp_path, content):
     assert 'is no checkpoint' in refusal(tmp_path / 'x.pth')
 
 
+@pytest.mark.parametrize('odd', [
+    lambda: torch.eye(2).to_sparse(),
+    lambda: torch.ones(2, dtype=torch.complex64),
+    lambda: torch.ones(2, device='meta'),
+    lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+], ids=['sparse', 'complex', 'meta', 'quantised'])
+def test_tensors_that_are_no_plain_numbers(tmp_path, odd):
+    torch.save(dict(model=dict(w=odd())), tmp_path / 'x.pth')
+    assert 'no checkpoint' in refusal(tmp_path / 'x.pth')
+
+
 def test_no_file(tmp_path):
     for path in (tmp_path / 'missing.pkl', tmp_path):
         assert 'there is no checkpoint' in refusal(path)

@@ -1,5 +1,7 @@
 """YOLOv7's parts, by hand-made cases and by their sizes."""
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -86,6 +88,36 @@ def test_fused_convolutions_are_counted_and_follow_their_weights():
             1, -1, 1, 1)[:, :12], 2 * before)
         half = model.bfloat16()._forward(images.bfloat16())[1][0]
     assert half.dtype == torch.bfloat16
+
+
+def test_a_fused_model_is_copied_and_cast():
+    """After a call, too: packed weights can be neither copied nor read as doubles."""
+    model = fuse(randomise(MODELS.build(tiny('v7'))))
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        want = model._forward(images)[1][0]
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(copied._forward(images)[1][0], want)
+        torch.testing.assert_close(copied.double()._forward(images.double())[1][0].float(), want)
+    with torch.inference_mode():
+        built = fuse(randomise(MODELS.build(tiny('v7'))))
+        torch.testing.assert_close(built._forward(images)[1][0], want)
+
+
+def test_w6_in_half_of_an_odd_size():
+    """Its stride is 64: 192 pixels become 128, not 96."""
+    stock = tiny('w6')
+    stock['data_preprocessor']['pad_size_divisor'] = 64
+    model = MODELS.build(dict(type='DynamicDetector', detector=stock, shared=False, reuse_stages=0,
+                              first_scale=0.5)).eval()
+    with torch.no_grad():
+        exits = model._forward(torch.rand(1, 3, 192, 192))['exits']
+    assert [part.shape[-1] for part in exits[0][0]] == [16, 8, 4, 2]
+
+
+def test_anchors_must_have_the_levels():
+    with pytest.raises(ValueError, match='3 levels'):
+        YOLOV7Head(3, anchors=[[(8, 8)], [(16, 16)]])
 
 
 def test_second_backbone_starts_as_a_plain_one():

@@ -208,6 +208,8 @@ def test_a_latency_with_test_time_augmentation(job, digits, inside, tmp_path):
     inside(ROOT / 'tools/test.py', STEP_2, job.calibrated, '--target-latency', max(latencies) + 1,
            '--tta', '--out', tmp_path / 'found.pkl', *options(digits))
     results(tmp_path / 'found.pkl')
+    # At the other end, where exit 0 sees the image at half its size.
+    inside(ROOT / 'tools/test.py', STEP_2, job.calibrated, '--threshold', 1, '--tta', *options(digits))
 
 
 @pytest.fixture

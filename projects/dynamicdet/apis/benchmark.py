@@ -103,20 +103,20 @@ def build_stock(settings: Mapping, model: DynamicDetector) -> BaseDetector:
             if key.startswith(own):
                 state[plain + key[len(own):]] = value
     stock.load_state_dict(state, assign=True)
-    stock.data_preprocessor = _FirstView(model.data_preprocessor, model.first_scale)
+    stock.data_preprocessor = _FirstView(model)
     return stock
 
 
 class _FirstView(nn.Module):
     """A dynamic detector's preprocessing, down to what its exit 0 sees."""
 
-    def __init__(self, preprocessor: nn.Module, scale: float) -> None:
+    def __init__(self, model: DynamicDetector) -> None:
         super().__init__()
-        self.preprocessor, self.scale = preprocessor, scale
+        self.preprocessor, self.scale, self.stride = model.data_preprocessor, model.first_scale, model.stride
 
     def forward(self, data: dict, training: bool = False) -> dict:
         data = self.preprocessor(data, training)
-        images, ratio = reduce_images(data['inputs'], self.scale)
+        images, ratio = reduce_images(data['inputs'], self.scale, self.stride)
         return dict(inputs=images, data_samples=reduce_samples(data['data_samples'], ratio))
 
 

@@ -10,6 +10,7 @@ from typing import Any, Callable, Iterable, NoReturn, Optional
 
 import torch
 from mmengine.config import Config, DictAction
+from torch import nn
 from tqdm import tqdm
 
 from mmdet.registry import MODELS
@@ -35,7 +36,7 @@ def run(main: Callable[[], Optional[int]]) -> NoReturn:
     sys.exit(2)
 
 
-class _ConfigOptions(DictAction):
+class ConfigOptions(DictAction):
     """mmengine's; but a single value keeps its spaces, as paths need, and mistakes are said."""
 
     @staticmethod
@@ -59,7 +60,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=_ConfigOptions,
+        action=ConfigOptions,
         help='override settings of the config: key=value pairs, such as model.budget.threshold=0.4; '
         'a list is key="[a,b]" or key=a,b')
     parser.add_argument(
@@ -143,6 +144,15 @@ def _require_model(cfg: Config, path: str) -> None:
     if isinstance(kind, str) and MODELS.get(kind) is None:
         raise UsageError(f"the config '{path}' names a model of type '{kind}', which nothing "
                          'registers: is a package missing in custom_imports?')
+
+
+def build_model(cfg: Config) -> nn.Module:
+    """Build a config's model, or raise a `UsageError` that says why not."""
+    try:
+        return MODELS.build(cfg.model)
+    except Exception as error:
+        # Its parts are built by many constructors, which may raise anything.
+        raise UsageError(f"the model of '{cfg.filename}' cannot be built: {_reason(error)}") from error
 
 
 def require_settings(cfg: Config, *names: str) -> None:

@@ -28,8 +28,6 @@ from ..testing import randomise
 
 #: Height and width at which mmdet, Swin and CBNetV2 state what detectors of 1333 x 800 pixels cost.
 MMDET_SHAPE = (800, 1280)
-#: The largest stride of the backbones here.
-_STRIDE = 32
 
 
 def _packed_flops(x_shape, w_shape, *_, out_shape, **__) -> int:
@@ -123,8 +121,9 @@ def measure_costs(model: BaseDetector, shape: Sequence[int]) -> Costs:
     Raises:
         UsageError: If the shape is none.
     """
-    if min(shape) < _STRIDE or any(side % _STRIDE for side in shape):
-        raise UsageError(f'height and width must be multiples of {_STRIDE}; got {shape[0]} {shape[1]}')
+    stride = max(32, getattr(model.data_preprocessor, 'pad_size_divisor', 1))
+    if min(shape) < stride or any(side % stride for side in shape):
+        raise UsageError(f'height and width must be multiples of {stride}; got {shape[0]} {shape[1]}')
     if isinstance(model, DynamicDetector):
         return _dynamic_costs(model, shape)
     flops, rois = _run_detector(model, (1, 3, *shape), _sample(shape))
@@ -137,7 +136,7 @@ def _dynamic_costs(model: DynamicDetector, shape: Sequence[int]) -> Costs:
     net = model.backbone
     with _shapes_only(net):
         images = _noise((1, 3, *shape))
-        smaller, ratio = reduce_images(images, model.first_scale)
+        smaller, ratio = reduce_images(images, model.first_scale, model.stride)
         first_flops, first = count_flops(lambda: net.first_maps(smaller))
         router_flops, _ = count_flops(lambda: model.router(first))
         second_flops, second = count_flops(lambda: net.second_maps(images, first))

@@ -31,8 +31,7 @@ def read_weights(path: str) -> Dict[str, Tensor]:
         # Whatever the unpickler or the archive reader stumbles on.
         raise UsageError(
             f"'{path}' is no checkpoint that can be read safely: {_reason(error)}") from None
-    if not state or not all(isinstance(value, Tensor) and isinstance(key, str)
-                            for key, value in state.items()):
+    if not state or not all(_is_array(value) and isinstance(key, str) for key, value in state.items()):
         raise UsageError(f"'{path}' is no checkpoint: it holds no 'model' or 'state_dict' of arrays")
     return state
 
@@ -46,6 +45,12 @@ def _find_state(content: Any) -> Dict[str, Any]:
     if not isinstance(content, Mapping):
         return {}
     return {key: _to_tensor(value) for key, value in content.items()}
+
+
+def _is_array(value: Any) -> bool:
+    """Whether a value is a tensor of plain numbers, all there."""
+    return (isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == 'cpu'
+            and not value.is_quantized and not value.is_complex())
 
 
 def _to_tensor(value: Any) -> Any:

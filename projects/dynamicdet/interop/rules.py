@@ -15,7 +15,7 @@ class Rule(NamedTuple):
     pattern: str
     targets: Tuple[str, ...] = ()
     change: Optional[Change] = None
-    reason: str = ''
+    reason: Union[str, Callable[[Tensor], str]] = ''
 
 
 def rename(pattern: str, *targets: str, change: Optional[Change] = None) -> Rule:
@@ -31,8 +31,9 @@ def rename(pattern: str, *targets: str, change: Optional[Change] = None) -> Rule
     return Rule(pattern, targets, change)
 
 
-def skip(pattern: str, reason: str) -> Rule:
-    """Entries that are known and unneeded; the reason says what they are and why, for the user."""
+def skip(pattern: str, reason: Union[str, Callable[[Tensor], str]]) -> Rule:
+    """Entries that are known and unneeded; the reason, which may depend on the value, says what they are and
+    why, for the user."""
     return Rule(pattern, reason=reason)
 
 
@@ -75,7 +76,7 @@ def apply_rules(rules: Sequence[Rule],
         if rule is None:
             unknown.append(key)
         elif not rule.targets:
-            skipped[rule.reason] += 1
+            skipped[rule.reason(value) if callable(rule.reason) else rule.reason] += 1
         else:
             names = [_fill(template, match) for template in rule.targets]
             twice = [name for name in names if name in found]
@@ -84,7 +85,7 @@ def apply_rules(rules: Sequence[Rule],
             found.update(zip(names, _changed(rule, key, value), strict=True))
     if unknown:
         raise UsageError(f'{len(unknown)} of its {len(state)} entries are unknown to this source (such '
-                         f'as {", ".join(unknown[:3])}): is --from right?')
+                         f'as {", ".join(map(repr, unknown[:3]))}): is --from right?')
     return found, skipped
 
 

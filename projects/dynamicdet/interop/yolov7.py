@@ -101,7 +101,9 @@ def _head_rows(theirs: str, first: int, ours: str, model: nn.Module) -> List[Rul
                 rename(layer + r'ia\.(\d)\.implicit', f'{own}.added.<1>'),
                 rename(layer + r'im\.(\d)\.implicit', f'{own}.multiplied.<1>',
                        change=lambda values: apart(values[0])[None]),
-                skip(layer + r'(anchors|anchor_grid)', 'anchors, which the config has'),
+                skip(layer + r'anchors', lambda value: _compare_anchors(
+                    value * value.new_tensor(head.strides)[:, None, None], head)),
+                skip(layer + r'anchor_grid', lambda value: _compare_anchors(value, head)),
                 skip(layer + r'(m2|ia2|im2)\..*', 'auxiliary outputs of training')
             ]
         else:
@@ -111,6 +113,14 @@ def _head_rows(theirs: str, first: int, ours: str, model: nn.Module) -> List[Rul
                 rename(layer + r'rbr_1x1\.(.*)', f'{own}.point.<1>')
             ]
     return rows
+
+
+def _compare_anchors(anchors: Tensor, head: YOLOV7Head) -> str:
+    """What to say of a file's anchors, in pixels."""
+    own = head.anchors.flatten()
+    if anchors.numel() != own.numel() or not torch.allclose(anchors.float().flatten(), own, rtol=1e-2):
+        return "anchors THAT DIFFER from the config's: set bbox_head.anchors to theirs, or boxes will be wrong"
+    return 'anchors, which the config has'
 
 
 def _pixels_by_colour(weight: Tensor) -> Tensor:

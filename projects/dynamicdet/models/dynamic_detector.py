@@ -88,6 +88,8 @@ class DynamicDetector(BaseDetector):
         self.branches = ModuleList(build_branch(detector) for _ in range(1 if shared else 2))
         self.router = MODELS.build(dict(in_channels=self.backbone.channels, **router))
         self.first_scale = first_scale
+        #: Of the deepest map: all but a few detectors have 32; those with more pad to it.
+        self.stride = max(32, getattr(self.data_preprocessor, 'pad_size_divisor', 1))
         self.weighting = weighting
         self.budget = dict(budget) if budget else None
         self.train_router = train_router
@@ -195,7 +197,7 @@ class DynamicDetector(BaseDetector):
 
     def _first_maps(self, batch_inputs: Tensor) -> Tuple[tuple, Ratio]:
         """``f1``, and how large the images were that it was made from."""
-        images, ratio = reduce_images(batch_inputs, self.first_scale)
+        images, ratio = reduce_images(batch_inputs, self.first_scale, self.stride)
         return self.backbone.first_maps(images), ratio
 
     def _both_exits(self, batch_inputs: Tensor, samples: OptSampleList) -> List[tuple]:

@@ -8,12 +8,6 @@ from torch import Tensor, nn
 _PACKED = getattr(torch.ops.mkldnn, '_convolution_pointwise', None)
 
 
-def _can_pack(x: Tensor) -> bool:
-    # Tensors of a subclass are there to be watched, not computed.
-    return (_PACKED is not None and x.device.type == 'cpu' and type(x) is Tensor
-            and not torch.is_grad_enabled())
-
-
 def can_fuse(model: nn.Module) -> bool:
     """Whether a model has parts of its own to fuse, as YOLOv7 has."""
     return any(hasattr(module, 'fuse') for module in model.modules())
@@ -54,7 +48,8 @@ class InferenceConv(nn.Module):
     """A convolution and the SiLU behind it.
 
     On a CPU one operation of oneDNN, in channels-last order, with weights that are brought into oneDNN's
-    own order once: torch would do so at every call. Elsewhere, and under autograd, two of torch's.
+    own order once: torch would do so at every call. They follow changes of the weights, but for those made
+    through ``.data``. Elsewhere, and under autograd, two of torch's operations.
     """
 
     def __init__(self, conv: nn.Conv2d, silu: bool) -> None:
@@ -64,18 +59,28 @@ class InferenceConv(nn.Module):
         self._weights = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _can_pack(x):
+        if not self._can_pack(x):
             y = self.conv(x)
             return F.silu(y, inplace=True) if self.silu else y
         return _PACKED(*self._operands(x), 'swish' if self.silu else 'none', [], '')
 
     def add_to(self, total: Tensor, x: Tensor) -> Tensor:
         """``total`` plus the convolution of x; on a CPU in place. For convolutions without a SiLU."""
-        if not _can_pack(x):
+        if not self._can_pack(x):
             return total + self.conv(x)
         total = total.contiguous(memory_format=torch.channels_last)
         return torch.ops.mkldnn._convolution_pointwise_.binary(
             total, *self._operands(x), 'add', None, None, [], '')
+
+    def _can_pack(self, x: Tensor) -> bool:
+        # Tensors of a subclass are there to be watched, not computed; inference mode's count no changes.
+        return (_PACKED is not None and x.device.type == 'cpu' and type(x) is Tensor
+                and x.dtype in (torch.float32, torch.bfloat16) and not torch.is_grad_enabled()
+                and not self.conv.weight.is_inference())
+
+    def __getstate__(self) -> dict:
+        # oneDNN's order can be neither copied nor written.
+        return {**self.__dict__, '_weights': None}
 
     def _operands(self, x: Tensor) -> tuple:
         conv = self.conv

@@ -13,16 +13,14 @@ from mmdet.structures import SampleList
 
 Ratio = Tuple[float, float]
 
-#: The largest stride of the backbones here. Necks that upsample by 2 need sizes that it divides.
-_STRIDE = 32
 
-
-def reduce_images(images: Tensor, scale: float) -> Tuple[Tensor, Ratio]:
-    """Resize a batch to about ``scale`` of its sides: to multiples of 32, on the device.
+def reduce_images(images: Tensor, scale: float, stride: int = 32) -> Tuple[Tensor, Ratio]:
+    """Resize a batch to about ``scale`` of its sides: to multiples of a stride, on the device.
 
     Args:
         images (Tensor): (N, 3, H, W).
         scale (float): In (0, 1]. At 1 the batch comes back as it is, whatever its size.
+        stride (int): The deepest map's. Necks that upsample by 2 need sizes that it divides.
 
     Returns:
         tuple: (N, 3, H', W') and the ratio (W' / W, H' / H).
@@ -30,7 +28,7 @@ def reduce_images(images: Tensor, scale: float) -> Tuple[Tensor, Ratio]:
     if scale == 1:
         return images, (1.0, 1.0)
     height, width = images.shape[-2:]
-    size = [max(1, round(side * scale / _STRIDE)) * _STRIDE for side in (height, width)]
+    size = [max(1, round(side * scale / stride)) * stride for side in (height, width)]
     smaller = F.interpolate(images, size=size, mode='bilinear', antialias=True)
     return smaller, (size[1] / width, size[0] / height)
 
@@ -73,7 +71,8 @@ def _reduce(sample, ratio: Ratio):
 
 def _reduce_instances(instances: InstanceData, ratio: Ratio) -> InstanceData:
     reduced = instances.new()
-    reduced.bboxes = scale_boxes(instances.bboxes, ratio)
+    if 'bboxes' in instances:
+        reduced.bboxes = scale_boxes(instances.bboxes, ratio)
     if 'masks' in instances:
         height, width = instances.masks.height, instances.masks.width
         reduced.masks = instances.masks.resize((round(height * ratio[1]), round(width * ratio[0])))

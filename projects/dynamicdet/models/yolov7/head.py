@@ -72,6 +72,9 @@ class YOLOV7Head(BaseDenseHead):
         super().__init__(init_cfg)
         channels = architecture(arch, width).outputs
         anchors = torch.tensor(anchors or ANCHORS['p5' if len(channels) == 3 else 'p6'])
+        if anchors.dim() != 3 or len(anchors) != len(channels):
+            raise ValueError(f"anchors must be (levels, anchors, 2) with {len(channels)} levels for '{arch}'; got "
+                             f'{tuple(anchors.shape)}')
         self.num_classes = num_classes
         self.num_anchors = anchors.shape[1]
         self.strides = [8 * 2**level for level in range(len(channels))]
