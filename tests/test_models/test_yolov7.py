@@ -99,6 +99,10 @@ def test_a_fused_model_is_copied_and_cast():
         for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(copied._forward(images)[1][0], want)
         torch.testing.assert_close(copied.double()._forward(images.double())[1][0].float(), want)
+    fused = fuse(randomise(MODELS.build(tiny('v7'))))
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        half = fused._forward(images)[1][0]
+    assert half.dtype == torch.bfloat16 and (half - want).abs().max() < 0.05 * want.abs().max()
     with torch.inference_mode():
         built = fuse(randomise(MODELS.build(tiny('v7'))))
         torch.testing.assert_close(built._forward(images)[1][0], want)

@@ -1,4 +1,6 @@
 """Fewer operations for the same result, at inference."""
+from typing import Optional, Tuple
+
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import ConvModule, fuse_conv_bn
@@ -68,9 +70,9 @@ class InferenceConv(nn.Module):
         """``total`` plus the convolution of x; on a CPU in place. For convolutions without a SiLU."""
         if not self._can_pack(x):
             return total + self.conv(x)
-        total = total.contiguous(memory_format=torch.channels_last)
-        return torch.ops.mkldnn._convolution_pointwise_.binary(
-            total, *self._operands(x), 'add', None, None, [], '')
+        operands = self._operands(x)
+        total = total.to(operands[0].dtype).contiguous(memory_format=torch.channels_last)
+        return torch.ops.mkldnn._convolution_pointwise_.binary(total, *operands, 'add', None, None, [], '')
 
     def _can_pack(self, x: Tensor) -> bool:
         # Tensors of a subclass are there to be watched, not computed; inference mode's count no changes.
@@ -84,15 +86,18 @@ class InferenceConv(nn.Module):
 
     def _operands(self, x: Tensor) -> tuple:
         conv = self.conv
-        x = x.contiguous(memory_format=torch.channels_last)
-        return x, self._packed(x), conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups
+        # As torch's own convolutions, under autocast in its type.
+        dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else conv.weight.dtype
+        x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+        weight, bias = self._packed(x)
+        return x, weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups
 
-    def _packed(self, x: Tensor) -> Tensor:
+    def _packed(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
         conv = self.conv
-        # Anew where the model was moved to another type or changed its weights since.
-        key = (conv.weight.data_ptr(), conv.weight.dtype, conv.weight._version)
+        # Anew where the model was moved or cast, or its weights changed since.
+        key = (x.dtype, conv.weight.data_ptr(), conv.weight._version)
         if self._weights is None or self._weights[0] != key:
             packed = torch.ops.mkldnn._reorder_convolution_weight(
-                conv.weight, conv.padding, conv.stride, conv.dilation, conv.groups, list(x.shape))
-            self._weights = key, packed
+                conv.weight.to(x.dtype), conv.padding, conv.stride, conv.dilation, conv.groups, list(x.shape))
+            self._weights = key, (packed, None if conv.bias is None else conv.bias.to(x.dtype))
         return self._weights[1]
