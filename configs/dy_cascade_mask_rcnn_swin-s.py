@@ -1,5 +1,6 @@
-# Step 1: the cascade of two Cascade Mask R-CNN Swin-S-FPN: mmdet's detector with the backbone, the data and the
-# schedule of its Mask R-CNN Swin-S, 3x, multi-scale, AdamW, and the box heads of Swin's and CBNetV2's authors.
+# Step 1: the cascade of two Cascade Mask R-CNN Swin-S-FPN: mmdet's detector with the backbone, the data
+# and the schedule of its Mask R-CNN Swin-S, 3x, multi-scale, AdamW, and the box heads of Swin's and
+# CBNetV2's authors.
 _base_ = ['mmdet::swin/mask-rcnn_swin-s-p4-w7_fpn_amp-ms-crop-3x_coco.py', './_base_/dynamic.py']
 from mmengine.hub import get_config
 

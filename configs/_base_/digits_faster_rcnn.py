@@ -1,4 +1,5 @@
-# A small Faster R-CNN for small images, trained from scratch: ResNet-18 of half the width, anchors of 16 to 128 pixels, few proposals.
+# A small Faster R-CNN for small images, trained from scratch: ResNet-18 of half the width, anchors of
+# 16 to 128 pixels, few proposals.
 _base_ = 'mmdet::_base_/models/faster-rcnn_r50_fpn.py'
 model = dict(
     backbone=dict(

@@ -1,6 +1,6 @@
-# A small YOLOv7 for small images, trained from scratch: half of the depth, a quarter of the width, anchors of
-# 6 to 96 pixels. Objectness and classes count ten and four times what was published: that is for longer runs on
-# larger images.
+# A small YOLOv7 for small images, trained from scratch: half of the depth, a quarter of the width,
+# anchors of 6 to 96 pixels. Objectness and classes count ten and four times what was published: that is
+# for longer runs on larger images.
 model = dict(
     type='SingleStageDetector',
     data_preprocessor=dict(

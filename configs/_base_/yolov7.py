@@ -1,6 +1,6 @@
-# YOLOv7 on COCO (arXiv 2207.02696): detector, data, schedule. Losses here are means over the batch, those of the
-# published training sums over 128 images: lr and weight decay are the published 0.01 and 0.001 times and
-# over 128. MixUp and pasted objects, each for 15 % of the images there, are left out.
+# YOLOv7 on COCO (arXiv 2207.02696): detector, data, schedule. Losses here are means over the batch, those
+# of the published training sums over 128 images: lr and weight decay are the published 0.01 and 0.001
+# times and over 128. MixUp and pasted objects, each for 15 % of the images there, are left out.
 _base_ = 'mmdet::_base_/default_runtime.py'
 data_root = 'data/coco/'
 img_scale = (640, 640)  # width, height

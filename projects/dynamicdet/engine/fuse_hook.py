@@ -12,8 +12,8 @@ from ..models import can_fuse, fuse
 
 @HOOKS.register_module()
 class FuseHook(Hook):
-    """Run a test on a fused copy, where a model has parts of its own to fuse: YOLOv7's. ``tools/test.py`` adds
-    this hook."""
+    """Run a test on a fused copy, where a model has parts of its own to fuse: YOLOv7's. ``tools/test.py``
+    adds this hook."""
     # After EMAHook has put its weights into the model; it takes them back from the model itself.
     priority = 'LOWEST'
 

@@ -57,11 +57,13 @@ class Router(BaseModule):
 
     def score(self, features: Tensor) -> Tensor:
         """Difficulty, (N,), of pooled features, (N, d), as `pool` gives them."""
-        # In float32 also under AMP and in models of half precision: half precision has too few values near 1 to rank images by.
+        # In float32 also under AMP and in models of half precision, which has too few values near 1 to
+        # rank images by.
         with torch.autocast(features.device.type, enabled=False):
             features = (features - self.mean) / self.std
             hidden = F.linear(features, self.fc1.weight.float(), self.fc1.bias.float()).relu()
-            return F.linear(hidden, self.fc2.weight.float(), self.fc2.bias.float()).squeeze(1).sigmoid()
+            logit = F.linear(hidden, self.fc2.weight.float(), self.fc2.bias.float())
+            return logit.squeeze(1).sigmoid()
 
     @staticmethod
     def pool(maps: Sequence[Tensor],

@@ -73,8 +73,8 @@ class YOLOV7Head(BaseDenseHead):
         channels = architecture(arch, width).outputs
         anchors = torch.tensor(anchors or ANCHORS['p5' if len(channels) == 3 else 'p6'])
         if anchors.dim() != 3 or len(anchors) != len(channels):
-            raise ValueError(f"anchors must be (levels, anchors, 2) with {len(channels)} levels for '{arch}'; got "
-                             f'{tuple(anchors.shape)}')
+            raise ValueError(f'anchors must be (levels, anchors, 2) with {len(channels)} levels for '
+                             f"'{arch}'; got {tuple(anchors.shape)}")
         self.num_classes = num_classes
         self.num_anchors = anchors.shape[1]
         self.strides = [8 * 2**level for level in range(len(channels))]
@@ -165,7 +165,8 @@ class YOLOV7Head(BaseDenseHead):
         at = anchor, row, column = (objectness > threshold).nonzero(as_tuple=True)
         scores = objectness[at][:, None]
         if self.num_classes > 1:
-            scores = scores * cls.unflatten(0, (self.num_anchors, -1))[anchor, :, row, column].float().sigmoid()
+            logits = cls.unflatten(0, (self.num_anchors, -1))[anchor, :, row, column]
+            scores = scores * logits.float().sigmoid()
         raw = box.unflatten(0, (self.num_anchors, 4))[anchor, :, row, column]
         return self.decode(raw, level, anchor, row, column), scores
 
