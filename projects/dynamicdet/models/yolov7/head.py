@@ -180,8 +180,7 @@ class YOLOV7Head(BaseDenseHead):
                      batch_img_metas: List[dict],
                      batch_gt_instances_ignore: OptInstanceList = None) -> dict:
         """Losses (as YOLOv7 was published: ``box`` 1 - CIoU, ``obj`` binary cross-entropy with the IoU as
-        target, ``cls`` binary
-        cross-entropy): means over a level's matches or cells, summed over levels.
+        target, ``cls`` binary cross-entropy): means over a level's matches or cells, summed over levels.
 
         Scaled by 3 / L; ``obj`` by the image's area over 640 x 640 and a balance of levels; ``cls`` by C / 80.
         """
