@@ -10,11 +10,13 @@ from mmengine.structures import InstanceData
 
 from dynamicdet.apis.flops import count_flops
 from dynamicdet.models import Router, build_composite, can_fuse, fuse
+from dynamicdet.models.resolution import reduce_samples
 from dynamicdet.models.yolov7 import ARCHITECTURES, YOLOV7PAFPN, YOLOV7Backbone, YOLOV7Head
 from dynamicdet.models.yolov7.assigner import candidates, sim_ota
 from dynamicdet.models.yolov7.head import ciou
 from dynamicdet.testing import randomise
 from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
 
 TEST_CFG = dict(
     score_thr=0.001, nms_pre=30000, nms=dict(type='nms', iou_threshold=0.65), max_per_img=300)
@@ -218,6 +220,19 @@ def test_loss_of_a_batch_of_one_kind_is_that_of_one_image():
     for name, value in one.items():
         assert value > 0
         torch.testing.assert_close(two[name], value)
+
+
+def test_objectness_counts_alike_where_an_exit_sees_a_smaller_image():
+    """Its scale is the delivered image's area, for both exits."""
+    model = MODELS.build(tiny('v7'))
+    parts = outputs(model)
+    own = model.bbox_head.loss_by_feat(*parts, [instances()] * 2, [{}] * 2)
+    larger = model.bbox_head.loss_by_feat(
+        *parts, [instances()] * 2, [dict(delivered_shape=(128, 128))] * 2)
+    torch.testing.assert_close(larger['loss_obj'], 4 * own['loss_obj'])
+    sample = DetDataSample(metainfo=dict(img_shape=(128, 128), batch_input_shape=(128, 128)))
+    smaller, = reduce_samples([sample], (0.5, 0.5))
+    assert smaller.delivered_shape == (128, 128) and smaller.batch_input_shape == (64, 64)
 
 
 def test_predictions_by_hand():

@@ -57,6 +57,9 @@ def _reduce(sample, ratio: Ratio):
             if name in sample:
                 setattr(reduced, name, sample.get(name).new())
         return reduced
+    if 'batch_input_shape' in sample:
+        # For losses that depend on the size of images: the exits' are to compare.
+        reduced.set_metainfo(dict(delivered_shape=sample.batch_input_shape))
     for name in ('img_shape', 'pad_shape', 'batch_input_shape'):
         if name in sample:
             shape = sample.get(name)

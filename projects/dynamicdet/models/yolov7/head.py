@@ -202,8 +202,11 @@ class YOLOV7Head(BaseDenseHead):
             target = F.one_hot(own.labels, self.num_classes).to(logits)
             classes.append(_mean(
                 F.binary_cross_entropy_with_logits(logits, target, reduction='none'), logits))
-        levels, stride = len(matches), self.strides[0]
-        area = objectnesses[0].shape[-2] * objectnesses[0].shape[-1] * stride**2 / 640**2
+        levels = len(matches)
+        size = [side * self.strides[0] for side in objectnesses[0].shape[-2:]]
+        # Of the batch as it was delivered, where an exit sees it smaller.
+        height, width = batch_img_metas[0].get('delivered_shape', size)
+        area = height * width / 640**2
         balance = _BALANCE.get(levels, (1.0, ) * levels)
         weights = {name: weight * 3 / levels for name, weight in self.loss_weights.items()}
         share = self.num_classes / 80 if self.num_classes > 1 else 0
