@@ -8,8 +8,7 @@ model = dict(
     backbone=_base_.model.backbone,
     shared=False,
     reuse_stages=0,
-    first_scale=0.5,
-    weighting='objects')
+    first_scale=0.5)
 train_dataloader = dict(dataset=dict(indices=2400))
 custom_hooks = [
     dict(type='EMAHook', ema_type='ExpMomentumEMA', momentum=0.0002, update_buffers=True, priority=49)
