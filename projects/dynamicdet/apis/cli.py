@@ -17,7 +17,7 @@ from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 
 from ..checkpoints import read_checkpoint, weights_only
-from ..datasets.check import check_dataloaders
+from ..datasets.check import check_dataloaders, is_of_empty_set
 from ..errors import UsageError
 
 
@@ -29,8 +29,7 @@ def run(main: Callable[[], Optional[int]]) -> NoReturn:
     except UsageError as error:
         print(f'error: {error}', file=sys.stderr)
     except ValueError as error:
-        # mmengine packs the list of images by np.concatenate, which takes no empty one.
-        if 'need at least one array' not in str(error):
+        if not is_of_empty_set(error):
             raise
         print('error: a data set of the config is empty: it has no image that can be used', file=sys.stderr)
     sys.exit(2)

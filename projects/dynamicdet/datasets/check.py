@@ -5,6 +5,7 @@ that cannot be read when its turn comes, hours into a run. Both are said here, b
 """
 import os
 import os.path as osp
+import traceback
 from types import SimpleNamespace
 from typing import Any, Iterator, List, Mapping, Optional, Sequence, Tuple
 
@@ -77,6 +78,11 @@ def check_dataloaders(cfg: Mapping,
                 lines += _check(*found, progress, place)
         lines += _check_evaluators(cfg.get(f'{split}_evaluator'), split, files)
     return lines
+
+
+def is_of_empty_set(error: ValueError) -> bool:
+    """Whether an error is mmengine's of a data set without images, which it packs by np.concatenate."""
+    return any(frame.name == '_serialize_data' for frame in traceback.extract_tb(error.__traceback__))
 
 
 def _leaves(dataset: Any, key: str) -> Iterator[Tuple[str, Any]]:
