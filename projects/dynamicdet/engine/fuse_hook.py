@@ -1,5 +1,6 @@
 """Fuse what can be fused, for a test."""
 import copy
+from typing import Optional, Tuple
 
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
@@ -17,19 +18,21 @@ class FuseHook(Hook):
     # After EMAHook has put its weights into the model; it takes them back from the model itself.
     priority = 'LOWEST'
 
-    def before_test_epoch(self, runner: Runner) -> None:
+    def __init__(self) -> None:
         self._model = None
+
+    def before_test_epoch(self, runner: Runner) -> None:
         if can_fuse(runner.model):
-            self._model = self._swap(runner, None)
+            owner, name = _place(runner)
+            self._model = getattr(owner, name)
+            setattr(owner, name, fuse(copy.deepcopy(self._model)))
 
-    def after_test_epoch(self, runner: Runner, metrics: dict = None) -> None:
+    def after_test_epoch(self, runner: Runner, metrics: Optional[dict] = None) -> None:
         if self._model is not None:
-            self._swap(runner, self._model)
+            setattr(*_place(runner), self._model)
+            self._model = None
 
-    @staticmethod
-    def _swap(runner: Runner, model):
-        """Put a model in the place of the runner's, inside its wrapper; a fused copy if none is given."""
-        owner, name = (runner.model, 'module') if is_model_wrapper(runner.model) else (runner, 'model')
-        before = getattr(owner, name)
-        setattr(owner, name, fuse(copy.deepcopy(before)) if model is None else model)
-        return before
+
+def _place(runner: Runner) -> Tuple[object, str]:
+    """Where a runner has its model: the owner and the name there."""
+    return (runner.model, 'module') if is_model_wrapper(runner.model) else (runner, 'model')
