@@ -5,7 +5,9 @@ import pickle
 
 import pytest
 import torch
-from mmengine.config import ConfigDict
+from conftest import ROOT
+from mmengine.config import Config, ConfigDict
+from mmengine.model import revert_sync_batchnorm
 from mmengine.structures import InstanceData
 
 from dynamicdet.apis.flops import count_flops
@@ -14,7 +16,7 @@ from dynamicdet.models.resolution import reduce_samples
 from dynamicdet.models.yolov7 import ARCHITECTURES, YOLOV7PAFPN, YOLOV7Backbone, YOLOV7Head
 from dynamicdet.models.yolov7.assigner import candidates, sim_ota
 from dynamicdet.models.yolov7.head import ciou
-from dynamicdet.testing import randomise
+from dynamicdet.testing import randomise, shrink
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 
@@ -108,6 +110,19 @@ def test_a_fused_model_is_copied_and_cast():
     with torch.inference_mode():
         built = fuse(randomise(MODELS.build(tiny('v7'))))
         torch.testing.assert_close(built._forward(images)[1][0], want)
+
+
+def test_a_model_without_parts_of_its_own_is_left_alone():
+    """RTMDet has several norms for one convolution, which cannot hold them all."""
+    cfg = shrink(Config.fromfile(ROOT / 'configs/dy_rtmdet_s.py').model)
+    model = randomise(revert_sync_batchnorm(MODELS.build(cfg))).eval()
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        want = model._forward(images)
+        got = fuse(model)._forward(images)
+    assert not can_fuse(model)
+    for exit, other in zip(want['exits'], got['exits']):
+        assert all(torch.equal(a, b) for one, two in zip(exit, other) for a, b in zip(one, two))
 
 
 def test_w6_in_half_of_an_odd_size():

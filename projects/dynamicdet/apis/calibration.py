@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 from mmdet.apis import init_detector
 
 from ..checkpoints import is_plain, read_checkpoint, require_complete
+from ..datasets.check import is_of_empty_set
 from ..errors import UsageError
-from ..models import DynamicDetector, can_fuse, fuse
+from ..models import DynamicDetector, fuse
 from .flops import count_flops
 
 Progress = Callable[[Iterable, str], Iterable]
@@ -46,9 +47,7 @@ def load_model(cfg: Config, path: str, device: str) -> Tuple[DynamicDetector, di
     meta = checkpoint.get('meta', {}).get('dataset_meta')
     if meta:
         model.dataset_meta = meta
-    if can_fuse(model):
-        fuse(model)
-    return model.to(device).eval(), checkpoint
+    return fuse(model).to(device), checkpoint
 
 
 def build_loader(dataloader: dict) -> DataLoader:
@@ -61,8 +60,7 @@ def build_loader(dataloader: dict) -> DataLoader:
     try:
         loader = Runner.build_dataloader(dataloader)
     except ValueError as error:
-        # mmengine packs the list of images by np.concatenate, which takes no empty one.
-        if 'need at least one array' not in str(error):
+        if not is_of_empty_set(error):
             raise
         loader = None
     if loader is None or not len(loader.dataset):

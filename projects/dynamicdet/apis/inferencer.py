@@ -18,7 +18,7 @@ from mmdet.structures import DetDataSample
 from ..checkpoints import is_plain, require_complete
 from ..datasets.check_annotations import LONGEST
 from ..errors import UsageError
-from ..models import can_fuse, fuse
+from ..models import fuse
 from ..routing.thresholds import check_budget
 
 
@@ -84,8 +84,7 @@ class DynamicInferencer(DetInferencer):
             optional = ('backbone.connections.', 'router.') if is_plain(state) else ()
             require_complete(model, state, optional)
         super()._load_weights_to_model(model, checkpoint, cfg)
-        if can_fuse(model):
-            fuse(model)
+        fuse(model)
 
     def __call__(self,
                  *args,

@@ -19,7 +19,8 @@ def fuse(model: nn.Module) -> nn.Module:
     """Put norms into convolutions, activations behind them, and what else a model's parts know to fuse, for
     inference.
 
-    In place and for good: a fused model cannot be trained or loaded into.
+    In place and for good: a fused model cannot be trained or loaded into. A model without parts of its own to
+    fuse is left as it is: some heads, such as RTMDet's, have several norms for one convolution.
 
     Args:
         model (nn.Module): Any detector.
@@ -27,8 +28,11 @@ def fuse(model: nn.Module) -> nn.Module:
     Returns:
         nn.Module: The same, in eval mode.
     """
+    model.eval()
+    if not can_fuse(model):
+        return model
     # mmcv's walks over everything; parts rely on their norms being gone.
-    fuse_conv_bn(model.eval())
+    fuse_conv_bn(model)
     for module in model.modules():
         if hasattr(module, 'fuse'):
             module.fuse()
