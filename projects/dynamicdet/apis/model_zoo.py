@@ -11,7 +11,7 @@ import yaml
 from mmengine.config import Config
 
 from ..errors import UsageError
-from ..models import can_fuse, fuse
+from ..models import fuse
 from .flops import Costs, build_detector, count_parameters, measure_costs, stated_shape
 
 #: Shares of hard images that have a column.
@@ -68,9 +68,7 @@ def count_row(root: Path, entry: Mapping) -> List[str]:
     cfg = Config.fromfile(root / entry['Config'])
     model, shape = build_detector(cfg), stated_shape(cfg)
     parameters = count_parameters(model)
-    if can_fuse(model):
-        fuse(model)
-    return make_row(entry, parameters, measure_costs(model, shape), shape)
+    return make_row(entry, parameters, measure_costs(fuse(model), shape), shape)
 
 
 def make_row(entry: Mapping, parameters: int, costs: Costs, shape: Sequence[int]) -> List[str]:
