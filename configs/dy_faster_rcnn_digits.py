@@ -1,7 +1,6 @@
 # Step 1 of the demo: the cascade of two small Faster R-CNN, from scratch, on the built-in data set; exit
-# 0 sees the image at half its size. 600 of the 3,000 training images are kept for step 2: a router
-# learns little from images that the detectors have memorised.
-_base_ = ['./_base_/digits.py', './_base_/digits_faster_rcnn.py', './_base_/dynamic.py']
+# 0 sees the image at half its size.
+_base_ = './faster_rcnn_digits.py'
 model = dict(
     _delete_=True,
     type='DynamicDetector',
@@ -9,15 +8,4 @@ model = dict(
     backbone=_base_.model.backbone,
     reuse_stages=0,
     first_scale=0.5)
-train_dataloader = dict(dataset=dict(indices=2400))
-custom_hooks = _base_.dynamic_hooks
 visualizer = dict(type='DynamicVisualizer')
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=10, val_interval=5)
-optim_wrapper = dict(
-    type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.02),
-    clip_grad=dict(max_norm=10))
-param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
-    dict(type='CosineAnnealingLR', by_epoch=True, convert_to_iter_based=True, T_max=10)
-]

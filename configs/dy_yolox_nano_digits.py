@@ -1,6 +1,6 @@
 # Step 1 of a YOLOX-nano on the built-in data set, from scratch, without mosaic; exit 0 sees the image at
-# half its size. 600 of the 3,000 training images are kept for step 2, as in dy_faster_rcnn_digits.py.
-_base_ = ['./_base_/digits.py', './_base_/digits_yolox.py', './_base_/dynamic.py']
+# half its size.
+_base_ = './yolox_nano_digits.py'
 model = dict(
     _delete_=True,
     type='DynamicDetector',
@@ -9,17 +9,4 @@ model = dict(
     shared=False,
     reuse_stages=0,
     first_scale=0.5)
-train_dataloader = dict(dataset=dict(indices=2400))
-custom_hooks = [
-    dict(type='EMAHook', ema_type='ExpMomentumEMA', momentum=0.0002, update_buffers=True, priority=49)
-] + _base_.dynamic_hooks
 visualizer = dict(type='DynamicVisualizer')
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=12, val_interval=4)
-optim_wrapper = dict(
-    type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
-    paramwise_cfg=dict(norm_decay_mult=0, bias_decay_mult=0))
-param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=300),
-    dict(type='CosineAnnealingLR', by_epoch=True, convert_to_iter_based=True, T_max=12)
-]

@@ -41,7 +41,7 @@ def table(costs: Costs, shares: Sequence[float]) -> str:
     """The figures as plain text: parts, exits, mixes of the exits."""
     rows = [(name, f'{part.parameters / 1e6:.2f}', part.flops)
             for name, part in costs.parts.items()]
-    if len(costs.exits) == 2:
+    if len(costs.exits) > 1:
         rows += [(f'exit {number}', f'{exit.parameters / 1e6:.2f}', exit.flops)
                  for number, exit in enumerate(costs.exits)]
         rows += [(f'{100 * share:.4g}% hard', '', costs.at(share)) for share in shares]

@@ -124,7 +124,7 @@ def require_complete(model: nn.Module,
     state = {key.removeprefix('module.'): value for key, value in state.items()}
     if hasattr(model, 'spread_plain_weights'):
         state = model.spread_plain_weights(state)
-        optional = (*optional, 'delta', 'difficulties', 'latencies', 'threshold')
+        optional = (*optional, 'delta', 'difficulties', 'gflops', 'latencies', 'threshold')
     given = {key: tuple(value.shape) for key, value in state.items()}
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     missing = [key for key in wanted if key not in given and not key.startswith(tuple(optional))

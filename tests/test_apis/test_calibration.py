@@ -91,7 +91,7 @@ def test_difficulties_do_not_depend_on_the_batch(model, digits, loader, batch_si
 
 
 def test_difficulties_run_no_second_backbone(model, loader, monkeypatch):
-    monkeypatch.setattr(model.backbone, 'second_maps', None)
+    monkeypatch.setattr(model.backbone, 'deeper_maps', None)
     monkeypatch.setattr(model, 'branches', None)
     assert len(measure_difficulties(model, loader, plain)) == 6
 
@@ -100,13 +100,13 @@ def test_difficulties_run_no_second_backbone(model, loader, monkeypatch):
 
 
 def test_latencies_are_told_apart_and_leave_the_budget(model, loader, monkeypatch):
-    second = model.backbone.second_maps
+    second = model.backbone.deeper_maps
 
     def slow(*args):
         time.sleep(0.05)
         return second(*args)
 
-    monkeypatch.setattr(model.backbone, 'second_maps', slow)
+    monkeypatch.setattr(model.backbone, 'deeper_maps', slow)
     model.set_budget(threshold=0.25)
     easy, hard = measure_latencies(model, loader.dataset, plain, images=2, rounds=2)
     assert 0 < easy < hard - 0.03

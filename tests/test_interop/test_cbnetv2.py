@@ -38,7 +38,7 @@ def test_r50_parity_through_the_tool(tmp_path, monkeypatch):
     images = torch.from_numpy(weights.inputs(recorded['input']))
     with torch.no_grad():
         first = model.backbone.first_maps(images)
-        second = model.backbone.second_maps(images, first)
+        second = model.backbone.deeper_maps(images, first)
     for maps, expected in ((first, recorded['first']), (second, recorded['second'])):
         for got, want in zip(maps, expected, strict=True):
             wanted = np.asarray(want['value'], np.float32)

@@ -46,7 +46,7 @@ def test_cbnetv2_parity():
     images = torch.from_numpy(weights.inputs(reference['input']))
     with torch.no_grad():
         first = composite.first_maps(images)
-        second = composite.second_maps(images, first)
+        second = composite.deeper_maps(images, first)
     for maps, expected in ((first, reference['first']), (second, reference['second'])):
         assert len(maps) == len(expected) == 4
         for got, want in zip(maps, expected):
@@ -90,7 +90,7 @@ def test_starts_as_plain_backbone(backbone, reuse_stages):
     images = torch.rand(2, 3, 70, 90)
     with torch.no_grad():
         first = composite.first_maps(images)
-        second = composite.second_maps(images, first)
+        second = composite.deeper_maps(images, first)
         expected = plain(images)
     for one, two, want in zip(first, second, expected):
         assert torch.equal(one, want) and torch.equal(two, want)
@@ -140,7 +140,7 @@ def test_swin_starts_with_the_first_ones_maps_added(settings, size):
     images = torch.rand(2, 3, *size)
     with torch.no_grad():
         first = composite.first_maps(images)
-        second = composite.second_maps(images, first)
+        second = composite.deeper_maps(images, first)
         for one, want in zip(composite.select(first), plain(images)):
             assert torch.equal(one, want)
         net = composite.second
@@ -174,7 +174,7 @@ def test_swin_is_what_mmdet_computes_without_connections():
     images = torch.rand(1, 3, 64, 64)
     composite.train(), plain.train()
     zeros = [torch.zeros_like(f) for f in plain(images)]
-    for one, want in zip(composite.second_maps(images, zeros), plain(images)):
+    for one, want in zip(composite.deeper_maps(images, zeros), plain(images)):
         torch.testing.assert_close(one, want)
 
 
@@ -187,12 +187,12 @@ def test_connections_change_the_second_backbone():
     composite = randomise(build_composite(tiny_backbone())).eval()
     images = torch.rand(1, 3, 64, 64)
     first = composite.first_maps(images)
-    with_connections = composite.second_maps(images, first)
+    with_connections = composite.deeper_maps(images, first)
     for connection in composite.connections:
         for _, norm in connection.projections:
             norm.weight.data.zero_()
             norm.bias.data.zero_()
-    without = composite.second_maps(images, first)
+    without = composite.deeper_maps(images, first)
     assert torch.equal(with_connections[0], without[0])  # taken over from the first
     assert all(not torch.allclose(a, b) for a, b in zip(with_connections[1:], without[1:]))
 

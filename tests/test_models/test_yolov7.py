@@ -150,13 +150,13 @@ def test_second_backbone_starts_as_a_plain_one():
     images = torch.rand(1, 3, 128, 128)
     with torch.no_grad():
         first = composite.first_maps(images)
-        second = composite.second_maps(images, first)
+        second = composite.deeper_maps(images, first)
         for one, want in zip(composite.select(second), plain(images)):
             assert torch.equal(one, want)
         # Stage 0 has no block and no connection; each other stage hears of itself and all deeper ones.
         assert [len(c.projections) for c in composite.connections] == [5, 4, 3, 2, 1]
         randomise(composite.connections)
-        changed = composite.second_maps(images, first)
+        changed = composite.deeper_maps(images, first)
     assert torch.equal(changed[0], second[0])
     assert all(not torch.allclose(a, b) for a, b in zip(changed[1:], second[1:]))
 

@@ -23,6 +23,7 @@ from mmdet.structures import DetDataSample
 
 from ..errors import UsageError
 from ..models import DynamicDetector
+from ..models.composite.composite import ORDINALS, CompositeBackbone
 from ..models.resolution import reduce_images, reduce_samples
 from ..testing import randomise
 
@@ -58,7 +59,7 @@ class Costs(NamedTuple):
     Attributes:
         parts (dict[str, Part]): In the order in which they run. What is shared counts where it runs
             first, so that the parameters add up to the detector's.
-        exits (tuple[Part, ...]): All that exit 0 needs, and exit 1; of a stock detector its own.
+        exits (tuple[Part, ...]): All that each exit needs, from exit 0 on; of a stock detector its own.
         rois (dict[str, int]): How many regions the heads of a two-stage detector were given:
             ``boxes`` and, where there are masks, ``masks``.
     """
@@ -133,33 +134,42 @@ def measure_costs(model: BaseDetector, shape: Sequence[int]) -> Costs:
 
 def _dynamic_costs(model: DynamicDetector, shape: Sequence[int]) -> Costs:
     """All parts once, whatever the difficulty."""
-    net = model.backbone
+    net, sample = model.backbone, _sample(shape)
     with _shapes_only(net):
         images = _noise((1, 3, *shape))
         smaller, ratio = reduce_images(images, model.first_scale, model.stride)
-        first_flops, first = count_flops(lambda: net.first_maps(smaller))
-        router_flops, _ = count_flops(lambda: model.router(first))
-        second_flops, second = count_flops(lambda: net.second_maps(images, first))
-    sample = _sample(shape)
-    easy, rois = _run_detector(model.branch(0), _shapes(net.select(first)),
-                               *reduce_samples([sample], ratio))
-    hard = easy
-    if len(model.branches) > 1 or ratio != (1.0, 1.0):
-        hard, rois = _run_detector(model.branch(1), _shapes(net.select(second)), sample)
-    parts = {
-        'first backbone': Part(count_parameters(net.first), first_flops),
-        'router': Part(count_parameters(model.router), router_flops),
-        'first neck and heads': Part(count_parameters(model.branch(0)), easy),
-        'second backbone, connections': Part(
-            count_parameters(net.second, net.connections), second_flops),
-        'second neck and heads': Part(count_parameters(*model.branches[1:]), hard)
-    }
-    # Each exit runs its own neck and heads only.
-    exits = (Part(count_parameters(net.first, model.router, model.branch(0)),
-                  first_flops + router_flops + easy),
-             Part(count_parameters(net, model.router, model.branch(1)),
-                  first_flops + router_flops + second_flops + hard))
-    return Costs(parts, exits, rois)
+        flops, maps = count_flops(lambda: net.first_maps(smaller))
+        router = Part(count_parameters(model.router), count_flops(lambda: model.router(maps))[0])
+        seen = [(flops, _shapes(net.select(maps)))]
+        for exit in range(1, model.num_exits):
+            flops, maps = count_flops(lambda: model.deeper_maps(exit, images, maps))
+            seen.append((flops, _shapes(net.select(maps))))
+    parts, exits, used, run = {}, [], [model.router], router.flops
+    for exit, (flops, shapes) in enumerate(seen):
+        # Shared heads cost the same where they see as much.
+        if exit == 0 or len(model.branches) > 1 or shapes != seen[exit - 1][1]:
+            samples = [sample] if exit else reduce_samples([sample], ratio)
+            heads, rois = _run_detector(model.branch(exit), shapes, *samples)
+        name, own = _backbone_of(net, exit)
+        parts[name] = Part(count_parameters(*own), flops)
+        if exit == 0:
+            parts['router'] = router
+        parts[f'{ORDINALS[exit]} neck and heads'] = Part(count_parameters(*model.branches[exit:exit + 1]), heads)
+        # Each exit runs its own neck and heads only.
+        used, run = [*used, *own], run + flops
+        exits.append(Part(count_parameters(*used, model.branch(exit)), run + heads))
+    return Costs(parts, tuple(exits), rois)
+
+
+def _backbone_of(net: CompositeBackbone, exit: int) -> Tuple[str, List[nn.Module]]:
+    """What an exit runs before its neck: a name, and the modules that no earlier exit has."""
+    if exit >= len(net.names):
+        return 'first backbone again', []
+    if exit == 0:
+        return 'first backbone', net.nets[:1]
+    each = len(net.connections) // (len(net.names) - 1)
+    return (f'{ORDINALS[exit]} backbone, connections',
+            [net.nets[exit], *net.connections[(exit - 1) * each:exit * each]])
 
 
 def _run_detector(detector: BaseDetector, shapes: Any,

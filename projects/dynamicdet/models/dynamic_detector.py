@@ -1,13 +1,14 @@
-"""A stock MMDetection detector, twice, with a choice in between.
+"""A stock MMDetection detector, twice or more, with a choice in between.
 
 Letters, as in the paper (DynamicDet, arXiv 2304.05552):
 
 * N: images in a batch. x: images, (N, 3, H, W), normalised.
 * ``f1``, ``f2``: maps of the first and second backbone, tuples of (N, C_i, H_i, W_i), one per stage.
 * ``phi``: difficulty, (N,), in [0, 1], large is hard.
-* Exit 0 is the first backbone with its branch (neck and heads), exit 1 the second with its own.
+* K: exits. Exit 0 is the first backbone with its branch (neck and heads), exit 1 the second with its own.
 """
 import copy
+import math
 from typing import Dict, List, Mapping, Optional, Tuple
 
 import torch
@@ -27,6 +28,7 @@ from .branch import build_branch
 from .composite import build_composite
 from .paired_losses import View, paired_losses
 from .resolution import Ratio, reduce_images, reduce_samples, scale_boxes
+from .specialisation import specialised_losses
 
 
 @MODELS.register_module()
@@ -41,12 +43,18 @@ class DynamicDetector(BaseDetector):
         backbone (dict, optional): Config of each of the two backbones. Defaults to the
             detector's; where both are given, this one counts. The shipped configs name it, since
             mmdet's ``init_detector`` looks for ``model.backbone``.
-        shared (bool): Whether both exits use one neck and one set of heads, as two-stage
-            detectors do; YOLO variants have two. Defaults to True.
+        shared (bool): Whether all exits use one neck and one set of heads, as two-stage
+            detectors do; YOLO variants have one per exit. Defaults to True.
+        backbones (int): How many, each fed by the one before, with an exit behind each. 1 makes two
+            exits of one backbone that differ by resolution alone: it takes ``first_scale`` below 1.
+            Defaults to 2, the paper's.
         reuse_stages (int): Leading stages that the second backbone takes over from the first;
             see `CompositeBackbone`. Defaults to 1.
         first_scale (float): How large exit 0 sees the image, as a share of its delivered sides, in
-            (0, 1]; exit 1 sees it as delivered. Below 1 it takes ``reuse_stages=0``. Defaults to 1.
+            (0, 1]; later exits see it as delivered. Below 1 it takes ``reuse_stages=0``. Defaults to 1.
+        specialise (float): Step 1 only: power, at least 0, of what the first exit gets wrong on an
+            image, by which that image counts for later exits; see `specialised_losses`. Defaults to
+            0, the paper's: all images count the same.
         router (dict): Config of the router; ``in_channels`` is filled in. Defaults to the paper's.
         train_router (bool): Whether this is step 2. Then nothing but the router can change.
             Defaults to False.
@@ -64,8 +72,10 @@ class DynamicDetector(BaseDetector):
                  detector: dict,
                  backbone: Optional[dict] = None,
                  shared: bool = True,
+                 backbones: int = 2,
                  reuse_stages: int = 1,
                  first_scale: float = 1.0,
+                 specialise: float = 0.0,
                  router: dict = dict(type='Router'),
                  train_router: bool = False,
                  weighting: str = 'mean',
@@ -78,28 +88,37 @@ class DynamicDetector(BaseDetector):
             raise UsageError(f'first_scale must be in (0, 1], and below 1 with reuse_stages=0, since the '
                              f'second backbone then needs its own stem; got {first_scale} with '
                              f'reuse_stages={reuse_stages}')
+        if backbones == 1 and first_scale == 1:
+            raise UsageError('one backbone has two exits only where they differ by resolution: give '
+                             'first_scale below 1, or two backbones')
+        if not 0 <= specialise < math.inf:
+            raise UsageError(f'specialise is a power, a number from 0 on; got {specialise}')
         if budget:
             check_budget(budget)
         preprocessor = data_preprocessor or detector.get('data_preprocessor')
         super().__init__(
             data_preprocessor=MODELS.build(copy.deepcopy(preprocessor)) if preprocessor else None,
             init_cfg=init_cfg or copy.deepcopy(detector.get('init_cfg')))
-        self.backbone = build_composite(backbone or detector['backbone'], reuse_stages)
-        self.branches = ModuleList(build_branch(detector) for _ in range(1 if shared else 2))
+        self.num_exits = max(2, backbones)
+        self.backbone = build_composite(backbone or detector['backbone'], reuse_stages, backbones)
+        self.branches = ModuleList(build_branch(detector) for _ in range(1 if shared else self.num_exits))
         self.router = MODELS.build(dict(in_channels=self.backbone.channels, **router))
         self.first_scale = first_scale
+        self.specialise = specialise
         #: Of the deepest map: all but a few detectors have 32; those with more pad to it.
         self.stride = max(32, getattr(self.data_preprocessor, 'pad_size_divisor', 1))
         self.weighting = weighting
         self.budget = dict(budget) if budget else None
         self.train_router = train_router
-        self.register_buffer('threshold', torch.tensor(0.5))
+        # Between exit k and k + 1, ascending; of two exits a single number.
+        self.register_buffer('threshold', torch.full(() if self.num_exits == 2 else (self.num_exits - 1, ), 0.5))
         # NaN: not measured yet.
         self.register_buffer('delta', torch.tensor(float('nan')))
-        # The calibration: sorted difficulties of the validation set, (n,), and the latencies of
-        # both exits, seconds. Empty until tools/calibrate.py fills them.
+        # The calibration: sorted difficulties of the validation set, (n,), and what each exit costs,
+        # seconds and GFLOPs (2 x multiply-adds) per image. Empty until tools/calibrate.py fills them.
         self.register_buffer('difficulties', torch.zeros(0))
-        self.register_buffer('latencies', torch.full((2, ), float('nan')))
+        self.register_buffer('latencies', torch.full((self.num_exits, ), float('nan')))
+        self.register_buffer('gflops', torch.full((self.num_exits, ), float('nan')))
         self._apply_budget()
         # Each step trains its own part. Here and not in a hook: the optimiser and DDP look at
         # `requires_grad` before any hook runs.
@@ -118,7 +137,7 @@ class DynamicDetector(BaseDetector):
     # Loading.
 
     def spread_plain_weights(self, state_dict: Mapping[str, Tensor]) -> Dict[str, Tensor]:
-        """Rename the entries of a plain detector's checkpoint to those of both exits.
+        """Rename the entries of a plain detector's checkpoint to those of all exits.
 
         A dynamic detector's own checkpoint comes back as it is. Entries that match nothing keep
         their name, so that whoever loads names them.
@@ -129,14 +148,14 @@ class DynamicDetector(BaseDetector):
         for key, value in state_dict.items():
             if key.startswith('backbone.'):
                 rest = key[len('backbone.'):]
-                targets = [f'backbone.first.{rest}', f'backbone.second.{rest}']
+                targets = [f'backbone.{name}.{rest}' for name in self.backbone.names]
             else:
                 targets = [f'branches.{index}.{key}' for index in range(len(self.branches))]
             spread.update({name: value for name in targets if name in known} or {key: value})
         return spread
 
     def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args) -> None:
-        """Take checkpoints of plain detectors, for both exits, and calibrations of any length."""
+        """Take checkpoints of plain detectors, for all exits, and calibrations of any length."""
         own = {key[len(prefix):]: state_dict.pop(key)
                for key in list(state_dict) if key.startswith(prefix)}
         own = self.spread_plain_weights(own)
@@ -187,7 +206,7 @@ class DynamicDetector(BaseDetector):
         return self.router(maps, _valid(batch_inputs, batch_data_samples))
 
     def branch(self, exit: int) -> BaseDetector:
-        """Neck and heads of an exit, 0 or 1."""
+        """Neck and heads of an exit, 0 to K - 1."""
         return self.branches[min(exit, len(self.branches) - 1)]
 
     def extract_feat(self, batch_inputs: Tensor) -> Tuple[Tensor, ...]:
@@ -200,23 +219,41 @@ class DynamicDetector(BaseDetector):
         images, ratio = reduce_images(batch_inputs, self.first_scale, self.stride)
         return self.backbone.first_maps(images), ratio
 
-    def _both_exits(self, batch_inputs: Tensor, samples: OptSampleList) -> List[tuple]:
-        """Maps, data samples and ratio of exit 0, and of exit 1: each as the exit sees the batch."""
-        first, ratio = self._first_maps(batch_inputs)
-        second = self.backbone.second_maps(batch_inputs, first)
-        return [(first, reduce_samples(samples, ratio), ratio), (second, samples, (1.0, 1.0))]
+    def deeper_maps(self, exit: int, batch_inputs: Tensor, maps: tuple) -> tuple:
+        """The maps of an exit from 1 on, from those of the exit before."""
+        if len(self.backbone.names) == 1:
+            return self.backbone.first_maps(batch_inputs)
+        return self.backbone.deeper_maps(batch_inputs, maps, exit)
+
+    def _all_exits(self, batch_inputs: Tensor, samples: OptSampleList) -> List[tuple]:
+        """Maps, data samples and ratio of each exit: as the exit sees the batch."""
+        maps, ratio = self._first_maps(batch_inputs)
+        exits = [(maps, reduce_samples(samples, ratio), ratio)]
+        for exit in range(1, self.num_exits):
+            maps = self.deeper_maps(exit, batch_inputs, maps)
+            exits.append((maps, samples, (1.0, 1.0)))
+        return exits
 
     def loss(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> Dict[str, Tensor]:
         """Losses of the step that is trained.
 
-        Step 1: both exits' own losses, named ``exit0.*`` and ``exit1.*``. Step 2: ``loss_router``, with
+        Step 1: all exits' own losses, named ``exit0.*``, ``exit1.*``, ... Step 2: ``loss_router``, with
         mean and spread of the difficulty, the share above 0.5, and delta, for the log.
         """
         if self.train_router:
             return self._router_losses(batch_inputs, batch_data_samples)
+        views = [
+            View(self.branch(exit), self.backbone.select(maps), samples, ratio) for exit, (
+                maps, samples, ratio) in enumerate(self._all_exits(batch_inputs, batch_data_samples))
+        ]
+        first, *later = views
+        every = [first.branch.loss(first.maps, first.sample)]
+        if self.specialise:
+            every += specialised_losses(first, later, self.specialise)
+        else:
+            every += [view.branch.loss(view.maps, view.sample) for view in later]
         losses = {}
-        for exit, (maps, samples, _) in enumerate(self._both_exits(batch_inputs, batch_data_samples)):
-            own = self.branch(exit).loss(self.backbone.select(maps), samples)
+        for exit, own in enumerate(every):
             losses.update(rename_loss_dict(f'exit{exit}.', own))
         return losses
 
@@ -229,26 +266,27 @@ class DynamicDetector(BaseDetector):
         over the batch.
 
         Returns:
-            tuple[Tensor, Tensor]: Losses, (2, N), and what the router sees, (N, d); float32.
+            tuple[Tensor, Tensor]: Losses, (K, N), and what the router sees, (N, d); float32.
         """
-        both = self._both_exits(batch_inputs, batch_data_samples)
-        losses = [[self.parse_losses(own)[0] for own in paired_losses(self._views(both, index))]
+        every = self._all_exits(batch_inputs, batch_data_samples)
+        losses = [[self.parse_losses(own)[0] for own in paired_losses(self._views(every, index))]
                   for index in range(len(batch_data_samples))]
         objects = [len(sample.gt_instances) for sample in batch_data_samples]
         losses = torch.stack([torch.stack(pair) for pair in losses], dim=1).float()
-        features = self.router.pool(both[0][0], _valid(batch_inputs, batch_data_samples))
+        features = self.router.pool(every[0][0], _valid(batch_inputs, batch_data_samples))
         return weigh(losses, objects, self.weighting), features
 
-    def _views(self, both: List[tuple], index: int) -> List[View]:
-        """Both exits' views of one image of a batch."""
+    def _views(self, every: List[tuple], index: int) -> List[View]:
+        """All exits' views of one image of a batch."""
         return [
             View(self.branch(exit), tuple(m[index:index + 1] for m in self.backbone.select(maps)),
-                 samples[index], ratio) for exit, (maps, samples, ratio) in enumerate(both)
+                 samples[index], ratio) for exit, (maps, samples, ratio) in enumerate(every)
         ]
 
     def _router_losses(self, batch_inputs: Tensor,
                        batch_data_samples: SampleList) -> Dict[str, Tensor]:
-        (first, second), features = self.exit_losses(batch_inputs, batch_data_samples)
+        losses, features = self.exit_losses(batch_inputs, batch_data_samples)
+        first, second = losses[0], losses[-1]
         # Kept for the hook that tracks delta online.
         self.last_differences = first - second
         delta = torch.where(self.delta.isnan(), self.last_differences.median(), self.delta)
@@ -273,57 +311,62 @@ class DynamicDetector(BaseDetector):
 
         Returns:
             list[DetDataSample]: In input order; each with ``pred_instances``, ``difficulty``
-            (float) and ``exit`` (0 or 1).
+            (float) and ``exit`` (0 to K - 1).
         """
         if self._budget_waits:
             self.set_budget(**self.budget)
         maps, ratio = self._first_maps(batch_inputs)
         phi = self.router(maps, _valid(batch_inputs, batch_data_samples))
         # One transfer from the device for both.
-        scores, hard = torch.stack([phi, (phi > self.threshold).float()]).tolist()
-        for exit, run in enumerate((self._predict_easy, self._predict_hard)):
-            rows = [index for index, is_hard in enumerate(hard) if int(is_hard) == exit]
-            if not rows:
-                continue
-            samples = [batch_data_samples[row] for row in rows]
-            run(batch_inputs, maps, rows, samples, ratio, rescale)
-            for row, sample in zip(rows, samples):
-                sample.set_metainfo(dict(difficulty=scores[row], exit=exit))
-        return batch_data_samples
+        scores, exits = torch.stack([phi, self._exits_of(phi).float()]).tolist()
+        rows = list(range(len(scores)))
+        for exit in range(self.num_exits):
+            own = [row for row in rows if exits[row] == exit]
+            if own:
+                samples = [batch_data_samples[row] for row in own]
+                at = [rows.index(row) for row in own]
+                self._predict_at(exit, _take(maps, at), samples, ratio if exit == 0 else (1.0, 1.0), rescale)
+                for row, sample in zip(own, samples):
+                    sample.set_metainfo(dict(difficulty=scores[row], exit=exit))
+            going_on = [at for at, row in enumerate(rows) if exits[row] > exit]
+            if not going_on:
+                return batch_data_samples
+            maps, rows = _take(maps, going_on), [rows[at] for at in going_on]
+            images = _take((batch_inputs, ), rows)[0] if self._needs_images else batch_inputs
+            maps = self.deeper_maps(exit + 1, images, maps)
 
-    def _predict_easy(self, images: Tensor, maps: tuple, rows: List[int], samples: SampleList,
-                      ratio: Ratio, rescale: bool) -> None:
-        """Exit 0, into the samples."""
-        reduced = reduce_samples(samples, ratio)
-        maps = self.backbone.select(_take(maps, rows))
-        for sample, own in zip(samples, self.branch(0).predict(maps, reduced, rescale=rescale)):
+    def _exits_of(self, phi: Tensor) -> Tensor:
+        """The exit of each image, (N,), by its difficulty, (N,)."""
+        return (phi[:, None] > self.threshold.reshape(1, -1)).sum(1)
+
+    @property
+    def _needs_images(self) -> bool:
+        return len(self.backbone.names) == 1 or self.backbone.needs_images
+
+    def _predict_at(self, exit: int, maps: tuple, samples: SampleList, ratio: Ratio, rescale: bool) -> None:
+        """Run the neck and heads of an exit; what they find goes into the samples."""
+        reduced = reduce_samples(samples, ratio) if ratio != (1.0, 1.0) else samples
+        found = self.branch(exit).predict(self.backbone.select(maps), reduced, rescale=rescale)
+        for sample, own in zip(samples, found):
             sample.pred_instances = own.pred_instances
-            if not rescale:
+            if not rescale and ratio != (1.0, 1.0):
                 wide, high = ratio
                 sample.pred_instances.bboxes = scale_boxes(own.pred_instances.bboxes,
                                                            (1 / wide, 1 / high))
 
-    def _predict_hard(self, images: Tensor, maps: tuple, rows: List[int], samples: SampleList,
-                      ratio: Ratio, rescale: bool) -> None:
-        """Exit 1, into the samples."""
-        if self.backbone.needs_images:
-            images, = _take((images, ), rows)
-        maps = self.backbone.second_maps(images, _take(maps, rows))
-        self.branch(1).predict(self.backbone.select(maps), samples, rescale=rescale)
-
     def _forward(self,
                  batch_inputs: Tensor,
                  batch_data_samples: OptSampleList = None) -> Mapping[str, object]:
-        """Run every image through both exits, for parity checks, FLOPs counters and export.
+        """Run every image through all exits, for parity checks, FLOPs counters and export.
 
         Returns:
-            dict: ``difficulty``, (N,), and ``exits``, the raw head outputs of exit 0 and exit 1.
+            dict: ``difficulty``, (N,), and ``exits``, the raw head outputs of exit 0 to K - 1.
         """
-        both = self._both_exits(batch_inputs, batch_data_samples)
+        every = self._all_exits(batch_inputs, batch_data_samples)
         exits = [self.branch(exit)._forward(self.backbone.select(maps), samples)
-                 for exit, (maps, samples, _) in enumerate(both)]
+                 for exit, (maps, samples, _) in enumerate(every)]
         valid = _valid(batch_inputs, batch_data_samples) if batch_data_samples else None
-        return dict(difficulty=self.router(both[0][0], valid), exits=exits)
+        return dict(difficulty=self.router(every[0][0], valid), exits=exits)
 
 
 def _take(tensors: Tuple[Tensor, ...], rows: List[int]) -> Tuple[Tensor, ...]:

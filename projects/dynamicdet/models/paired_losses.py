@@ -36,7 +36,7 @@ def paired_losses(views: List[View]) -> List[Dict[str, Tensor]]:
     asked about the same sample of them.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_alone())
+        stack.enter_context(alone())
         for view in views:
             stack.enter_context(_flagged_as_training(view.branch))
         if all(isinstance(view.branch, TwoStageDetector) and view.branch.with_rpn for view in views):
@@ -45,7 +45,7 @@ def paired_losses(views: List[View]) -> List[Dict[str, Tensor]]:
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
+def alone() -> Iterator[None]:
     """As if there were no other ranks: mmdet's heads average what they divide by over all of them, and an
     image's loss would depend on images elsewhere."""
     world = GroupMember.WORLD if dist.is_available() else None

@@ -1,13 +1,14 @@
-"""Composite connections: what the second backbone sees of the first one's maps.
+"""Composite connections: what a backbone sees of the maps of the one before.
 
 Letters, as in the papers (DynamicDet, arXiv 2304.05552; CBNetV2, arXiv 2107.00420):
 
 * L: number of stages of a backbone. Stages count from 0 here, shallow to deep.
-* ``f1[i]``, ``f2[i]``: the output of stage i in the first and second backbone, (N, C_i, H_i, W_i).
+* ``f1[i]``, ``f2[i]``: the output of stage i in the first and second backbone, (N, C_i, H_i, W_i). Of
+  three backbones, the third is to the second what the second is to the first.
 * ``w[l, i]``: a 1x1 convolution with its norm, from C_i channels to those that enter stage l.
 """
 import copy
-from typing import Callable, List, Optional, Sequence, Tuple, Type
+from typing import Callable, List, Sequence, Tuple, Type
 
 import torch.nn.functional as F
 from mmengine.model import BaseModule, ModuleList
@@ -99,8 +100,12 @@ class Connection(BaseModule):
         return self
 
 
+#: Names of the backbones, which the keys of a checkpoint begin with.
+ORDINALS = ('first', 'second', 'third', 'fourth')
+
+
 class CompositeBackbone(BaseModule):
-    """Two backbones of one architecture, the second fed by the first: base of all families.
+    """Backbones of one architecture, each fed by the one before: base of all families.
 
     A family (a subclass, listed with `register_family`) says where the stages of a backbone are;
     the data flow is here.
@@ -110,6 +115,7 @@ class CompositeBackbone(BaseModule):
         reuse_stages (int): How many leading stages, with the stem, the second backbone takes over
             from the first instead of computing its own (CBNetV2's ``cb_del_stages``; 1 there for
             ResNet). 0 gives it a stem of its own. Defaults to 1.
+        count (int): How many backbones, 1 to 4. Defaults to 2.
     """
 
     #: Makes the 1x1 convolutions of the connections.
@@ -117,13 +123,16 @@ class CompositeBackbone(BaseModule):
     #: Whether stages can be taken over: where a stage's map is all that enters the next one.
     can_reuse = True
 
-    def __init__(self, backbone: dict, reuse_stages: int = 1) -> None:
+    def __init__(self, backbone: dict, reuse_stages: int = 1, count: int = 2) -> None:
         super().__init__()
+        if not 1 <= count <= len(ORDINALS):
+            raise UsageError(f'a composite has 1 to {len(ORDINALS)} backbones, got {count}')
         backbone = copy.deepcopy(backbone)
         self.out_indices, all_stages = self.stage_indices(backbone)
         backbone['out_indices'] = all_stages
-        self.first = MODELS.build(backbone)
-        self.second = MODELS.build(backbone)
+        self.names = ORDINALS[:count]
+        for name in self.names:
+            self.add_module(name, MODELS.build(backbone))
         stages = len(all_stages)
         if reuse_stages and not self.can_reuse:
             raise UsageError(f'a composite {type(self.first).__name__} needs reuse_stages=0: its second '
@@ -132,14 +141,16 @@ class CompositeBackbone(BaseModule):
             raise UsageError(f'reuse_stages must be in [0, {stages}), got {reuse_stages}')
         self.reuse_stages = reuse_stages
         if reuse_stages:
-            self.drop_leading(self.second, reuse_stages)
+            for net in self.nets[1:]:
+                self.drop_leading(net, reuse_stages)
         # (channels that enter, channels that leave) each stage.
         entering, self.channels = self.stage_channels(self.first)
         #: The first stage with a connection, and all behind it have one.
         self.connected = max(reuse_stages, self.unconnected_stages(self.first))
+        # Those into the second backbone, shallow to deep, then those into the third, ...
         self.connections = ModuleList(
             Connection(self.channels[stage:], entering[stage], self.projection)
-            for stage in range(self.connected, stages))
+            for _ in self.nets[1:] for stage in range(self.connected, stages))
 
     # What a family says about its backbones.
 
@@ -170,6 +181,11 @@ class CompositeBackbone(BaseModule):
     # What all share.
 
     @property
+    def nets(self) -> List[nn.Module]:
+        """The backbones, in the order in which they run."""
+        return [getattr(self, name) for name in self.names]
+
+    @property
     def needs_images(self) -> bool:
         """Whether the second backbone looks at the images: not where it takes over a stage."""
         return self.reuse_stages == 0
@@ -185,23 +201,26 @@ class CompositeBackbone(BaseModule):
         """
         return tuple(self.first(images))
 
-    def second_maps(self, images: Tensor, maps: Maps) -> Maps:
-        """Run the second backbone on the first one's maps.
+    def deeper_maps(self, images: Tensor, maps: Maps, index: int = 1) -> Maps:
+        """Run a later backbone on the maps of the one before it.
 
         Args:
             images (Tensor): (N, 3, H, W), normalised. Unused where the stem is taken over.
-            maps (tuple[Tensor]): ``f1``.
+            maps (tuple[Tensor]): Maps of backbone ``index - 1``.
+            index (int): Which backbone; the first is 0. Defaults to 1, the second.
 
         Returns:
-            tuple[Tensor]: ``f2``, shapes as ``f1``.
+            tuple[Tensor]: Its maps, shapes as ``maps``.
         """
-        reused = self.reuse_stages
+        net, reused = self.nets[index], self.reuse_stages
+        # Where this backbone's connections begin.
+        offset = (index - 1) * (len(maps) - self.connected) - self.connected
         outputs = list(maps[:reused])
-        x = outputs[-1] if reused else self.stem(self.second, images)
-        for index in range(reused, len(maps)):
-            if index >= self.connected:
-                x = self.connections[index - self.connected](maps[index:], x)
-            output, x = self.stage(self.second, index, x)
+        x = outputs[-1] if reused else self.stem(net, images)
+        for stage in range(reused, len(maps)):
+            if stage >= self.connected:
+                x = self.connections[offset + stage](maps[stage:], x)
+            output, x = self.stage(net, stage, x)
             outputs.append(output)
         return tuple(outputs)
 
@@ -227,8 +246,9 @@ def register_family(*backbones: type):
     return register
 
 
-def build_composite(backbone: dict, reuse_stages: Optional[int] = 1) -> CompositeBackbone:
-    """Build the composite of the family that a backbone config belongs to.
+def build_composite(backbone: dict, reuse_stages: int = 1, count: int = 2) -> CompositeBackbone:
+    """Build the composite of the family that a backbone config belongs to; arguments as
+    `CompositeBackbone`'s.
 
     Raises:
         TypeError: If no family serves this backbone.
@@ -236,7 +256,7 @@ def build_composite(backbone: dict, reuse_stages: Optional[int] = 1) -> Composit
     net = MODELS.get(backbone['type']) if isinstance(backbone['type'], str) else backbone['type']
     for served, family in _FAMILIES:
         if net is not None and issubclass(net, served) and net.forward is served.forward:
-            return family(backbone, reuse_stages)
+            return family(backbone, reuse_stages, count)
     known = ', '.join(served.__name__ for served, _ in _FAMILIES)
     raise TypeError(f"no composite family serves the backbone '{backbone['type']}' (served: {known} "
                     'and subclasses that keep their forward); docs/composite.md shows how to add one')
