@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import List
 
+from mmengine.config import Config
 from routing_runs import DATA, Run, all_runs
 
 from dynamicdet.apis import cli
@@ -52,12 +53,23 @@ def train(one: Run) -> str:
     """Train a run, or go on with it; its last checkpoint."""
     folder = WORK / one.name
     if not (folder / 'trained').exists():
-        options = [f'{key}={json.dumps(value)}'.replace('"', '') if isinstance(value, (list, tuple)) else
-                   f'{key}={value}' for key, value in one.options.items()]
-        run('tools/train.py', one.config, '--no-data-check', '--resume', f'--work-dir={folder}',
-            '--cfg-options', *options, log=WORK / f'{one.name}.log')
+        config = write_config(one)
+        run('tools/train.py', str(config), '--no-data-check', '--resume', f'--work-dir={folder}',
+            log=folder / 'train.log')
         (folder / 'trained').touch()
     return latest_checkpoint(str(folder))
+
+
+def write_config(one: Run) -> Path:
+    """A run's config, whole; the other tools read it too."""
+    cfg = Config.fromfile(ROOT / one.config)
+    cfg.merge_from_dict(one.options)
+    if one.start:
+        cfg.load_from = latest_checkpoint(str(WORK / one.start))
+    path = WORK / one.name / 'config.py'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cfg.dump(path)
+    return path
 
 
 def do(one: Run) -> str:
@@ -75,12 +87,13 @@ def main() -> None:
     if args.list or not waiting:
         return
     make_data()
-    start, done = time.monotonic(), 0
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for said in pool.map(do, waiting):
-            done += 1
-            left = (time.monotonic() - start) / done * (len(waiting) - done)
-            print(f'[{done}/{len(waiting)}] {said}, {left / 60:.0f} min left', flush=True)
+    # What others start from comes first, and is waited for.
+    for stage in ([one for one in waiting if not one.start], [one for one in waiting if one.start]):
+        start = time.monotonic()
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for done, said in enumerate(pool.map(do, stage), 1):
+                left = (time.monotonic() - start) / done * (len(stage) - done)
+                print(f'[{done}/{len(stage)}] {said}, {left / 60:.0f} min left', flush=True)
 
 
 if __name__ == '__main__':

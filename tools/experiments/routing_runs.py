@@ -1,26 +1,27 @@
 """What the experiment on routing trains: a table of runs."""
-from typing import Dict, List, NamedTuple
+from typing import Dict, List, NamedTuple, Optional
 
-#: Images that step 1 sees, in order; the last `HELD_OUT` of the 9,000 are for routers alone.
-DATA = dict(root='data/digits_routing', train=9000, val=1000, test=1000, size=128)
+#: The first 20,000 training images are for detectors, the last 1,000 for routers alone.
+DATA = dict(root='data/digits_routing', train=21000, val=1000, test=1000, size=128)
 HELD_OUT = 1000
+#: How many of them a run takes: the weights that all runs of a detector start from, as published weights
+#: would be; and each run, one epoch.
+PRETRAINING = DATA['train'] - HELD_OUT
+FINE_TUNING = 8000
 SEEDS = (0, 1, 2)
 
 
 class Detector(NamedTuple):
-    """A detector of the experiment: its configs, its epochs, what else its training needs."""
+    """A detector of the experiment: its configs, and the learning rates of both trainings."""
     plain: str
     dynamic: str
-    epochs: int
-    options: Dict[str, object]
+    pretraining_lr: float
+    lr: float
 
 
 DETECTORS = dict(
-    yolox=Detector(
-        'configs/yolox_nano_digits.py', 'configs/dy_yolox_nano_digits.py', epochs=3,
-        options={'optim_wrapper.optimizer.lr': 3e-3}),
-    faster_rcnn=Detector(
-        'configs/faster_rcnn_digits.py', 'configs/dy_faster_rcnn_digits.py', epochs=2, options={}))
+    yolox=Detector('configs/yolox_nano_digits.py', 'configs/dy_yolox_nano_digits.py', 5e-3, 2e-3),
+    faster_rcnn=Detector('configs/faster_rcnn_digits.py', 'configs/dy_faster_rcnn_digits.py', 1e-3, 5e-4))
 
 #: Dynamic variants: what differs from the dynamic config, whose exits are the first backbone at half the
 #: size and both at the full one.
@@ -31,32 +32,26 @@ DYNAMIC = dict(
     specialised={'model.first_scale': 1.0, 'model.specialise': 1.0},
     triple={'model.first_scale': 1.0, 'model.backbones': 3})
 
-#: Plain detectors: side of the image, and what differs from the plain config.
-PLAIN = dict(
-    yolox={
-        '64': (64, {}),
-        '96': (96, {}),
-        '128': (128, {}),
-        '160': (160, {}),
-        'deeper': (128, {'model.backbone.deepen_factor': 0.67, 'model.neck.num_csp_blocks': 2}),
-    },
+#: Plain detectors: side of the image, and what differs from the plain config. Those that are deeper start
+#: from nothing, and are pretrained as the others were first.
+SIZES = {'64': (64, {}), '96': (96, {}), '128': (128, {}), '160': (160, {})}
+DEEPER = dict(
+    yolox={'deeper': (128, {'model.backbone.deepen_factor': 1.0, 'model.neck.num_csp_blocks': 3})},
     faster_rcnn={
-        '64': (64, {}),
-        '96': (96, {}),
-        '128': (128, {}),
-        '160': (160, {}),
         'r34': (128, {'model.backbone.depth': 34}),
         'r50': (128, {'model.backbone.depth': 50, 'model.neck.in_channels': [128, 256, 512, 1024]}),
     })
 
 
 class Run(NamedTuple):
-    """One training of step 1, or of a plain detector."""
+    """One training."""
     detector: str
     variant: str
     seed: int
     config: str
     options: Dict[str, object]
+    #: Name of the run whose weights it starts from.
+    start: Optional[str]
 
     @property
     def name(self) -> str:
@@ -68,31 +63,56 @@ class Run(NamedTuple):
 
 
 def all_runs(root: str = DATA['root']) -> List[Run]:
-    """All runs; what says most comes first: seed by seed, dynamic and plain side by side."""
-    runs = []
+    """All runs; what others start from first, then what says most."""
+    runs = [_pretraining(name, '', {}, root) for name in DETECTORS]
     for seed in SEEDS:
-        for detector in DETECTORS:
-            variants = [*DYNAMIC] if seed == 0 else [name for name in DYNAMIC if name != 'triple']
-            plain = [f'plain_{name}' for name in PLAIN[detector]] if seed == 0 else []
-            runs += [_run(detector, variant, seed, root) for variant in variants[:2] + plain + variants[2:]]
+        for name in DETECTORS:
+            dynamic = [_dynamic(name, variant, seed, root) for variant in DYNAMIC
+                       if seed == 0 or variant != 'triple']
+            plain = [_plain(name, variant, seed, root) for variant in SIZES] if seed == 0 else []
+            runs += dynamic[:2] + plain + dynamic[2:]
+    for name, variants in DEEPER.items():
+        for variant, (_, own) in variants.items():
+            runs += [_pretraining(name, f'_{variant}', own, root), _plain(name, variant, 0, root)]
     return runs
 
 
-def _run(name: str, variant: str, seed: int, root: str) -> Run:
-    detector = DETECTORS[name]
-    size, own = DATA['size'], DYNAMIC.get(variant)
-    if own is None:
-        size, own = PLAIN[name][variant.removeprefix('plain_')]
-    options = {
-        **data_options(root, size), **detector.options,
-        'train_dataloader.dataset.indices': DATA['train'] - HELD_OUT,
-        'train_cfg.max_epochs': detector.epochs,
-        'train_cfg.val_interval': detector.epochs,
-        'param_scheduler.1.T_max': detector.epochs,
-        'randomness.seed': seed,
-        **own
+def _pretraining(name: str, suffix: str, own: dict, root: str) -> Run:
+    """Two epochs at all sizes of the experiment."""
+    sizes = dict(type='BatchSyncRandomResize', random_size_range=(64, 160), size_divisor=32, interval=1)
+    options = {**_schedule(DETECTORS[name].pretraining_lr, 2, PRETRAINING), **own,
+               'model.data_preprocessor.batch_augments': [sizes]}
+    return _run(name, f'pretrained{suffix}', 0, DETECTORS[name].plain, 128, options, root, None)
+
+
+def _dynamic(name: str, variant: str, seed: int, root: str) -> Run:
+    options = {**_schedule(DETECTORS[name].lr, 1, FINE_TUNING), **DYNAMIC[variant]}
+    return _run(name, variant, seed, DETECTORS[name].dynamic, DATA['size'], options, root,
+                f'{name}-pretrained-0')
+
+
+def _plain(name: str, variant: str, seed: int, root: str) -> Run:
+    suffix = '' if variant in SIZES else f'_{variant}'
+    size, own = {**SIZES, **DEEPER[name]}[variant]
+    options = {**_schedule(DETECTORS[name].lr, 1, FINE_TUNING), **own}
+    return _run(name, f'plain_{variant}', seed, DETECTORS[name].plain, size, options, root,
+                f'{name}-pretrained{suffix}-0')
+
+
+def _schedule(lr: float, epochs: int, images: int) -> Dict[str, object]:
+    return {
+        'optim_wrapper.optimizer.lr': lr,
+        'train_dataloader.dataset.indices': images,
+        'train_cfg.max_epochs': epochs,
+        'train_cfg.val_interval': epochs,
+        'param_scheduler.1.T_max': epochs,
     }
-    return Run(name, variant, seed, detector.dynamic if variant in DYNAMIC else detector.plain, options)
+
+
+def _run(name: str, variant: str, seed: int, config: str, size: int, own: Dict[str, object], root: str,
+         start: Optional[str]) -> Run:
+    options = {**data_options(root, size), 'randomness.seed': seed, **own}
+    return Run(name, variant, seed, config, options, start)
 
 
 def data_options(root: str, size: int) -> Dict[str, object]:
