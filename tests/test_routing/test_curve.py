@@ -1,44 +1,20 @@
 import contextlib
 import copy
 import io
+import json
 
 import numpy as np
 import pytest
-from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from routing_cases import BOX, found, ground_truth, make_record, random_case
 
 from dynamicdet.errors import UsageError
-from dynamicdet.routing.curve import (AREAS, check_record, evaluate, gain_over_random, mix,
-                                      trade_off)
+from dynamicdet.routing.curve import (AREAS, Chance, bootstrap_weights, check_record, choose, evaluate,
+                                      gain_over_random, interval, mix, split, trade_off)
+from dynamicdet.routing.evaluation import Mixtures
 
-BOX = [10, 10, 20, 20]
 #: Precision 1 up to a recall of one half: 51 of the 101 recalls that COCO looks at.
 HALF_FOUND = 100 * 51 / 101
-
-
-def ground_truth(boxes):
-    """COCO of one category; ``boxes`` holds a list of boxes per image, ids from 1."""
-    coco = COCO()
-    annotations = [dict(image_id=image, bbox=box, area=box[2] * box[3], category_id=7, iscrowd=0)
-                   for image, own in enumerate(boxes, 1) for box in own]
-    coco.dataset = dict(
-        images=[dict(id=image, width=200, height=200) for image in range(1, len(boxes) + 1)],
-        categories=[dict(id=7, name='thing')],
-        annotations=[dict(annotation, id=index) for index, annotation in enumerate(annotations, 1)])
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco
-
-
-def found(*boxes, score=0.9):
-    return [dict(bbox=list(box), score=score, category_id=7) for box in boxes]
-
-
-def make_record(difficulties, first, second):
-    """Record of images 1, 2, ...; ``first``, ``second``: detections per image of each exit."""
-    images = [dict(id=index, file=f'{index}.jpg', difficulty=difficulty, detections=[easy, hard])
-              for index, (difficulty, easy, hard) in enumerate(zip(difficulties, first, second), 1)]
-    return dict(images=images, gflops=[1.0, 3.0], latencies=[0.010, 0.020], provenance={})
 
 
 @pytest.fixture
@@ -52,26 +28,6 @@ def only_hard_gain(difficulties):
 
 
 PERFECT = [0.1, 0.15, 0.2, 0.25, 0.6, 0.7, 0.8, 0.9]
-
-
-def random_case(images=30, seed=0):
-    """Ground truth of several sizes and a record with errors of all kinds, in shuffled order."""
-    generator = np.random.default_rng(seed)
-
-    def boxes(count):
-        return [[*generator.uniform(0, 60, 2), *generator.uniform(8, 130, 2)] for _ in range(count)]
-
-    truth = [boxes(generator.integers(0, 4)) for _ in range(images)]
-
-    def detect(own, noise):
-        moved = [np.add(box, generator.normal(0, noise, 4)).clip(1) for box in own]
-        return [found(box, score=generator.uniform())[0]
-                for box in [*moved, *boxes(generator.integers(0, 3))]]
-
-    record = make_record(generator.uniform(size=images), [detect(own, 6) for own in truth],
-                         [detect(own, 2) for own in truth])
-    generator.shuffle(record['images'])
-    return ground_truth(truth), record
 
 
 def test_evaluate_by_hand(coco):
@@ -96,13 +52,15 @@ def test_evaluate_agrees_with_pycocotools(capsys):
     coco, record = random_case()
     results = mix(record, [True] * 30)
     before = copy.deepcopy(results)
+    capsys.readouterr()
     scores = evaluate(coco, results)
     assert results == before
     assert capsys.readouterr().out == ''
-    own = COCOeval(coco, coco.loadRes(results), 'bbox')
-    own.evaluate()
-    own.accumulate()
-    own.summarize()
+    with contextlib.redirect_stdout(io.StringIO()):
+        own = COCOeval(coco, coco.loadRes(results), 'bbox')
+        own.evaluate()
+        own.accumulate()
+        own.summarize()
     expected = 100 * own.stats[[0, 1, 3, 4, 5]]
     keys = ('ap', 'ap50', 'small', 'medium', 'large')
     assert np.allclose([scores[key] for key in keys], expected)
@@ -159,7 +117,7 @@ def test_ties_go_together(coco):
 
 def test_no_gain_where_the_ends_agree(coco):
     record = make_record(PERFECT, [found(BOX)] * 8, [found(BOX)] * 8)
-    gain = gain_over_random(trade_off(record, coco))
+    gain = gain_over_random(trade_off(record, coco, resamples=0))
     assert gain['half'] is None and gain['mean'] == pytest.approx(0)
 
 
@@ -182,7 +140,7 @@ def test_nothing_detected_is_zero(coco):
 
 def test_trade_off_agrees_with_evaluating_the_mixture():
     coco, record = random_case()
-    for row in trade_off(record, coco):
+    for row in trade_off(record, coco, resamples=0):
         hard = [image['difficulty'] > row['threshold'] for image in record['images']]
         scores = evaluate(coco, mix(record, hard))
         assert row['hard_share'] == np.mean(hard)
@@ -200,9 +158,12 @@ def test_seed_progress_and_silence(capsys):
     coco, record = random_case()
     capsys.readouterr()
     calls = []
-    rows = trade_off(record, coco, progress=lambda *done: calls.append(done))
-    assert rows == trade_off(record, coco)
-    assert rows != trade_off(record, coco, seed=1)
+    rows = trade_off(record, coco, progress=lambda *done: calls.append(done), resamples=20)
+    assert rows == trade_off(record, coco, resamples=20)
+    other = trade_off(record, coco, seed=1, resamples=20)
+    for name in ('random_ap', 'ap_low', 'random_low', 'gain_high'):
+        assert rows[5][name] != other[5][name]
+    assert rows[5]['ap'] == other[5]['ap']
     assert calls == [(count, 11) for count in range(1, 12)]
     assert capsys.readouterr().out == ''
 
@@ -226,3 +187,117 @@ def test_bad_records(coco):
         trade_off(record, ground_truth([[]] * 8))
     with pytest.raises(UsageError, match='2 random draws'):
         trade_off(record, coco, random_draws=1)
+
+
+def test_choose():
+    difficulties = [0.1, 0.3, 0.30001, 0.9]
+    assert choose(difficulties, [0.3]).tolist() == [0, 0, 1, 1]
+    assert choose(difficulties, [0.2, 0.5]).tolist() == [0, 1, 1, 2]
+    # Equal thresholds: nothing leaves in between. -1 sends all on, 1 none.
+    assert choose(difficulties, [0.3, 0.3, 1]).tolist() == [0, 0, 2, 2]
+    assert choose([0, 1], [-1, 1]).tolist() == [1, 1]
+    # As in the model, in float32: this threshold is the difficulty.
+    assert choose(np.float32([0.1]), [np.float64(np.float32(0.1))]).tolist() == [0]
+    for thresholds in ([0.5, 0.2], [float('nan')]):
+        with pytest.raises(UsageError, match='must not fall'):
+            choose(difficulties, thresholds)
+
+
+def test_split_takes_scores_of_any_range():
+    threshold, is_hard = split([0.1, 0.2, 0.6, 0.9], 0.5)
+    assert threshold == pytest.approx(0.4) and is_hard.tolist() == [False, False, True, True]
+    threshold, is_hard = split([-40, 3, 900, 20], 0.5)
+    assert threshold == pytest.approx(11.5, abs=1e-3) and is_hard.tolist() == [False, False, True, True]
+    for share in (0, 1):
+        threshold, is_hard = split([-40, 3, 900, 20], share)
+        assert (is_hard == bool(share)).all()
+        assert (np.array([-40, 3, 900, 20]) > threshold).tolist() == is_hard.tolist()
+    with pytest.raises(UsageError, match='not finite'):
+        split([0.1, float('inf')], 0.5)
+
+
+def test_any_router_by_its_scores(coco):
+    record = only_hard_gain(PERFECT)
+    # Known by its losses, say: the same order, another range.
+    rows = trade_off(record, coco, [-3, -2, -1, 0, 5, 7, 8, 200], shares=(0.5, ))
+    assert rows[0]['ap'] == pytest.approx(100) and 0 < rows[0]['threshold'] < 5
+    against = trade_off(record, coco, -np.array(PERFECT), shares=(0.5, ))
+    assert against[0]['ap'] == pytest.approx(HALF_FOUND)
+    with pytest.raises(UsageError, match='one score for each of 8'):
+        trade_off(record, coco, [0.1] * 7)
+
+
+def test_any_two_of_three_exits(coco):
+    nothing = [[]] * 8
+    record = make_record(PERFECT, [found(BOX)] * 4 + [[]] * 4, nothing, [found(BOX)] * 8)
+    first, last = trade_off(record, coco, shares=(0, 1), resamples=0)
+    assert last['ap'] == pytest.approx(100) and last['gflops'] == 5
+    first, half, last = trade_off(record, coco, shares=(0, 0.5, 1), exits=(1, 2), resamples=20)
+    assert (first['ap'], last['ap']) == pytest.approx((0, 100))
+    assert half['ap'] == pytest.approx(HALF_FOUND) and half['gflops'] == 4
+    assert half['latency'] == pytest.approx(0.025)
+    with pytest.raises(UsageError, match='no exit 3'):
+        trade_off(record, coco, exits=(0, 3))
+
+
+def test_intervals():
+    coco, record = random_case(images=60)
+    rows = trade_off(record, coco, shares=(0, 0.5, 1))
+    for row in rows:
+        assert row['ap_low'] < row['ap'] < row['ap_high']
+        assert row['random_low'] < row['random_ap'] < row['random_high']
+        assert row['gain_low'] <= row['gain_high']
+    # Where all take one exit, random routing is the router: paired, the gain is known to be nothing.
+    assert all(row['gain_low'] == row['gain_high'] == 0 for row in (rows[0], rows[2]))
+    # Paired, the gain is known better than from two intervals that do not know of each other.
+    middle = rows[1]
+    spread = middle['ap_high'] - middle['ap_low'] + middle['random_high'] - middle['random_low']
+    assert 0 < middle['gain_high'] - middle['gain_low'] < 0.8 * spread
+    assert json.loads(json.dumps(rows)) == rows
+    none, = trade_off(record, coco, shares=(0.5, ), resamples=0)
+    assert none['ap_low'] is None and none['gain_high'] is None
+    assert none['ap'] == middle['ap'] and none['random_ap'] == middle['random_ap']
+
+
+def test_intervals_cover_what_they_should():
+    """Exit 1 finds each object with probability 0.6: the intervals hold the AP that it would have on
+    images without number about nineteen times in twenty."""
+    generator, held = np.random.default_rng(0), 0
+    coco = ground_truth([[BOX]] * 60)
+    for _ in range(40):
+        hits = generator.uniform(size=60) < 0.6
+        record = make_record([0.5] * 60, [[]] * 60, [found(BOX) if hit else [] for hit in hits])
+        # Precision is 1 up to the recall, which is about 0.6: the first 61 of 101 recalls.
+        low, high = interval(Chance(Mixtures(record, coco), resamples=80).resampled([1] * 60))
+        held += low <= 100 * 61 / 101 <= high
+    assert 34 <= held < 40
+
+
+def test_chance_expects_what_draws_give():
+    coco, record = random_case(images=80, crowds=False)
+    mixtures = Mixtures(record, coco)
+    chance = Chance(mixtures, draws=200, resamples=150)
+    mean, deviation, resampled = chance.at(40)
+    ends = mixtures.ap([0] * 80), mixtures.ap([1] * 80)
+    assert min(ends) < mean < max(ends) and deviation > 0
+    # On a resample, too: against draws by brute force on the first few.
+    generator = np.random.default_rng(1)
+    halves = np.arange(80) % 2
+    brute = [np.mean([mixtures.ap(generator.permutation(halves), own) for _ in range(60)])
+             for own in chance.weights[:8]]
+    error = np.array(brute) - resampled[:8]
+    assert abs(error.mean()) < 0.5 and error.std() < np.std(brute)
+    assert chance.at(40)[2] is resampled
+
+
+def test_bootstrap_weights():
+    weights = bootstrap_weights(50, 30, seed=3)
+    assert weights.shape == (30, 50) and (weights.sum(axis=1) == 50).all()
+    assert (weights == bootstrap_weights(50, 30, seed=3)).all()
+    assert (weights != bootstrap_weights(50, 30, seed=4)).any()
+
+
+def test_interval():
+    assert interval(np.arange(1001)) == (25, 975)
+    assert interval([1.0, float('nan'), 1.0]) == (1, 1)
+    assert interval([]) == interval([float('nan')]) == (None, None)

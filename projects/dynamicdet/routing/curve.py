@@ -1,120 +1,219 @@
-"""What a hard share buys: AP and cost of the router's choice, against a choice at random.
+"""What a hard share buys: AP and cost of a router's choice, against a choice at random.
 
-All functions work on a *record* of one pass in which every image went through both exits, a plain
-dictionary:
-
-* ``images``: per image a dictionary of ``id``, ``file``, ``difficulty`` in [0, 1] and
-  ``detections``: those of exit 0 and of exit 1, each a list of COCO results without ``image_id``.
-* ``gflops``: mean per image of exit 0 and of exit 1, 2 x multiply-adds.
-* ``latencies``: of exit 0 and of exit 1, seconds per image.
-* ``provenance``: any dictionary.
-
-So the model runs once, and each share costs no more than an evaluation. AP is COCO's, in percent.
+All functions work on a *record* of one pass in which every image went through all exits; see `record`.
+So the model runs once, and a share costs milliseconds. AP is COCO's, in percent. Intervals hold 95 % of
+the AP over bootstrap resamples of the images.
 """
-import contextlib
-import copy
-import io
-from typing import Callable, Dict, List, Mapping, Optional, Sequence
+from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from ..errors import UsageError
+from .evaluation import AREAS, Mixtures, check_record, difficulties_of, evaluate, mix
 from .thresholds import threshold_for_share
 
+__all__ = [
+    'AREAS', 'Chance', 'SHARES', 'bootstrap_weights', 'check_record', 'choose', 'difficulties_of', 'evaluate',
+    'gain_over_random', 'interval', 'mix', 'split', 'trade_off'
+]
+
 SHARES = tuple(tenth / 10 for tenth in range(11))
-#: As in pycocotools: areas in square pixels, both ends included.
-AREAS = dict(all=(0, 1e10), small=(0, 32**2), medium=(32**2, 96**2), large=(96**2, 1e10))
+#: Resamples of the images: the ends of a 95 % interval then rest on five of them each.
+RESAMPLES = 200
+#: Draws of random routing: on 1,000 images one has a standard deviation of some 0.4 AP, their mean of 0.06.
+DRAWS = 40
 
 #: APs closer than this, in percent, are equal: only rounding parts them.
-_SAME_AP = 1e-9
+SAME_AP = 1e-9
 
 
-def evaluate(coco: COCO,
-             results: Sequence[dict],
-             image_ids: Optional[Sequence[int]] = None) -> Dict[str, Optional[float]]:
-    """COCO's box AP, silently.
+def choose(difficulties: Sequence[float], thresholds: Sequence[float]) -> np.ndarray:
+    """The exit of each image where K exits are parted by K - 1 thresholds.
 
     Args:
-        coco (COCO): Ground truth.
-        results (Sequence[dict]): COCO results; may be empty. They stay as they are.
-        image_ids (Sequence[int], optional): Images to look at. Defaults to all of ``coco``.
+        difficulties (Sequence[float]): (n,).
+        thresholds (Sequence[float]): (K - 1,), each at least the one before. An image leaves at the
+            first exit whose threshold its difficulty does not exceed, or at the last exit.
 
     Returns:
-        dict: ``ap``, ``ap50``, ``small``, ``medium``, ``large``, in percent; None where there are
-        no objects.
+        np.ndarray: (n,), ints in [0, K).
+
+    Raises:
+        UsageError: If a threshold is smaller than the one before, or NaN.
     """
-    return _score(_match(coco, results, coco.getImgIds() if image_ids is None else image_ids))
+    thresholds = np.asarray(thresholds, np.float32)
+    if np.isnan(thresholds).any() or (np.diff(thresholds) < 0).any():
+        raise UsageError(f'thresholds must not fall from exit to exit, got {thresholds.tolist()}')
+    return np.searchsorted(thresholds, np.asarray(difficulties, np.float32), side='left')
 
 
-def mix(record: Mapping, hard: Sequence[bool]) -> List[dict]:
-    """COCO results of a record's images, hard ones from exit 1, others from exit 0.
+def split(scores: Sequence[float], share: float) -> Tuple[float, np.ndarray]:
+    """The hardest images, by any scores: `threshold_for_share` for scores of any range.
 
     Args:
-        record (Mapping): See the top of this file.
-        hard (Sequence[bool]): One per image, in the record's order.
+        scores (Sequence[float]): (n,), finite, large is hard.
+        share (float): Wanted share of hard images, in [0, 1].
+
+    Returns:
+        tuple: The threshold, in the scores' own unit, and which images are hard, (n,) bools.
+
+    Raises:
+        UsageError: If a score is not finite, or the share out of range.
     """
-    return [dict(detection, image_id=image['id'])
-            for image, is_hard in zip(record['images'], hard)
-            for detection in image['detections'][int(is_hard)]]
+    scores = np.asarray(scores, np.float64)
+    if not np.isfinite(scores).all():
+        raise UsageError('some scores of the router are not finite: was it trained?')
+    # Difficulties, in [0, 1], stay as they are.
+    low, high = min(0, scores.min(initial=0)), max(1, scores.max(initial=1))
+    scaled = ((scores - low) / (high - low)).astype(np.float32)
+    threshold = threshold_for_share(scaled, share)
+    return low + threshold * (high - low), scaled > np.float32(threshold)
 
 
-def check_record(record: Mapping, coco: COCO) -> None:
-    """Raise a `UsageError` unless a record has images of ``coco``, each once, with difficulties."""
-    if not record['images']:
-        raise UsageError('the record has no images: the validation set is empty')
-    seen = set()
-    for image in record['images']:
-        if image['id'] not in coco.imgs:
-            raise UsageError(f"image {image['id']} ({image['file']}) is not in the annotation file")
-        if image['id'] in seen:
-            raise UsageError(f"image {image['id']} ({image['file']}) is in the record twice")
-        # Not `difficulty < 0 or ...`, which lets NaN pass.
-        if not 0 <= image['difficulty'] <= 1:
-            raise UsageError(f"image {image['id']} ({image['file']}) has difficulty "
-                             f"{image['difficulty']}, not in [0, 1]: was the router trained?")
-        seen.add(image['id'])
+def bootstrap_weights(images: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """How often each image is drawn, (B, n): n draws with replacement, B times.
+
+    The same arguments give the same draws, so that what is compared is compared on the same images.
+    """
+    return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=resamples)
 
 
-def difficulties_of(record: Mapping) -> np.ndarray:
-    """Difficulties in the record's order, (n,), float32 as in the model."""
-    return np.array([image['difficulty'] for image in record['images']], np.float32)
+def interval(values: Sequence[float]) -> Tuple[Optional[float], Optional[float]]:
+    """Ends of the 95 % interval of resampled values, NaN left out; None without any."""
+    values = np.asarray(values, float)
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return None, None
+    low, high = np.percentile(values, (2.5, 97.5))
+    return float(low), float(high)
+
+
+class Chance:
+    """Random routing between two exits, on a record and on bootstrap resamples of it.
+
+    Routers that are compared share one, and with it the draws and the resamples.
+
+    Args:
+        mixtures (Mixtures): Of the record.
+        exits (tuple[int, int]): Where easy and hard images leave. Defaults to the first and the last.
+        draws (int): Draws per number of hard images, at least 2. Defaults to 40.
+        resamples (int): Bootstrap resamples of the images, 0 for no intervals. Defaults to 200.
+        seed (int): Seed of draws and resamples. Defaults to 0.
+
+    Attributes:
+        mixtures (Mixtures): As given.
+        exits (tuple[int, int]): As given, counted from the first.
+        weights (np.ndarray): The resamples, (B, n): how often each image is drawn.
+
+    Raises:
+        UsageError: If there are too few draws or no such exits.
+    """
+
+    def __init__(self, mixtures: Mixtures, exits: Tuple[int, int] = (0, -1), draws: int = DRAWS,
+                 resamples: int = RESAMPLES, seed: int = 0) -> None:
+        if draws < 2:
+            raise UsageError(f'a standard deviation needs 2 random draws or more, got {draws}')
+        self.mixtures, self._draws, self._seed = mixtures, draws, seed
+        self.exits = tuple(_exit(exit, mixtures.exits) for exit in exits)
+        self.weights = bootstrap_weights(mixtures.images, resamples, seed)
+        self._known: Dict[int, tuple] = {}
+
+    def choice(self, is_hard: Sequence[bool]) -> np.ndarray:
+        """The exit of each image, (n,), by whether it is hard."""
+        return np.where(is_hard, self.exits[1], self.exits[0])
+
+    def resampled(self, choice: Sequence[int]) -> np.ndarray:
+        """AP of a choice on each resample, (B,), in percent."""
+        return np.array([self.mixtures.ap(choice, weights) for weights in self.weights])
+
+    def at(self, hard: int) -> Tuple[float, float, np.ndarray]:
+        """AP where so many images, drawn at random, are hard.
+
+        Returns:
+            tuple: Mean and standard deviation over the draws, and the mean on each resample, (B,).
+        """
+        if hard not in self._known:
+            self._known[hard] = self._measure(hard)
+        return self._known[hard]
+
+    def _measure(self, hard: int) -> Tuple[float, float, np.ndarray]:
+        images = self.mixtures.images
+        choice = self.choice(np.arange(images) < hard)
+        # All or none: there is one way to draw them.
+        if hard in (0, images):
+            return self.mixtures.ap(choice), 0.0, self.resampled(choice)
+        generator = np.random.default_rng([self._seed, hard])
+        found = [self.mixtures.ap(generator.permutation(choice)) for _ in range(self._draws)]
+        return float(np.mean(found)), float(np.std(found, ddof=1)), self._resampled_mean(choice, generator)
+
+    def _resampled_mean(self, choice: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """The AP of expected counts follows the resample without the noise of a draw, but is a little
+        below the mean of draws (precision is the best at a recall *or above*, and noise makes a best
+        better). How much is the same for all resamples, and one draw on each tells."""
+        if not len(self.weights):
+            return np.zeros(0)
+        probabilities = np.zeros((self.mixtures.images, self.mixtures.exits))
+        for exit in self.exits:
+            probabilities[:, exit] = (choice == exit).mean()
+        expected = np.array([self.mixtures.expected_ap(probabilities, own) for own in self.weights])
+        drawn = np.array([self.mixtures.ap(generator.permutation(choice), own) for own in self.weights])
+        return expected + np.nanmean(drawn - expected)
 
 
 def trade_off(record: Mapping,
               coco: COCO,
+              scores: Optional[Sequence[float]] = None,
               shares: Sequence[float] = SHARES,
-              random_draws: int = 5,
+              random_draws: int = DRAWS,
               seed: int = 0,
-              progress: Optional[Callable[[int, int], None]] = None) -> List[dict]:
+              progress: Optional[Callable[[int, int], None]] = None,
+              exits: Tuple[int, int] = (0, -1),
+              resamples: int = RESAMPLES,
+              chance: Optional[Chance] = None) -> List[dict]:
     """AP and cost at several hard shares.
 
     Args:
-        record (Mapping): See the top of this file.
+        record (Mapping): See `record`.
         coco (COCO): Its ground truth.
+        scores (Sequence[float], optional): A router: (n,), large is hard, of any range. Defaults to
+            the record's difficulties.
         shares (Sequence[float]): Wanted hard shares, in [0, 1]. Defaults to 0, 0.1, ... 1.
-        random_draws (int): Draws of random routing per share, at least 2. Defaults to 5.
-        seed (int): Seed of the draws. Defaults to 0.
+        random_draws (int): Draws of random routing per share, at least 2. Defaults to 40.
+        seed (int): Seed of the draws and of the resamples. Defaults to 0.
         progress (Callable, optional): Called with (rows done, rows in all) after each.
+        exits (tuple[int, int]): Where easy and hard images leave. Defaults to the first and the last.
+        resamples (int): Bootstrap resamples, 0 for no intervals. Defaults to 200.
+        chance (Chance, optional): Random routing on the same record, to share with other routers. It
+            stands for ``random_draws``, ``seed``, ``exits`` and ``resamples``. Defaults to a new one.
 
     Returns:
-        list[dict]: Per share ``share`` as asked, ``threshold``, ``hard_share`` that it gives,
-        ``ap`` and ``ap50`` in percent, ``gflops`` per image, ``latency`` in seconds per image, and
-        ``random_ap`` and ``random_std``: mean and standard deviation of the AP where just as many
-        images, drawn at random, are hard.
+        list[dict]: Per share:
+
+        * ``share`` as asked, ``threshold``, ``hard_share`` that it gives,
+        * ``ap`` and ``ap50`` in percent, ``gflops`` per image, ``latency`` in seconds per image,
+        * ``random_ap`` and ``random_std``: mean and standard deviation of the AP where just as many
+          images, drawn at random, are hard,
+        * ``ap_low`` and ``ap_high``; ``random_low`` and ``random_high``; ``gain_low`` and
+          ``gain_high``, of ``ap - random_ap``: ends of 95 % intervals over the images, on the same
+          resamples. None without resamples.
 
     Raises:
         UsageError: If the record is empty, has difficulties that are not finite or images that
-            ``coco`` lacks, or if the images have no objects.
+            ``coco`` lacks, if the images have no objects, or if the exits do not exist.
     """
     check_record(record, coco)
-    if random_draws < 2:
-        raise UsageError(f'a standard deviation needs 2 random draws or more, got {random_draws}')
-    score, generator = _mixture(record, coco), np.random.default_rng(seed)
+    if chance is None:
+        chance = Chance(Mixtures(record, coco), exits, random_draws, resamples, seed)
+    scores = difficulties_of(record) if scores is None else np.asarray(scores)
+    if scores.shape != (chance.mixtures.images, ):
+        raise UsageError(f'a router gives one score for each of {chance.mixtures.images} images, got '
+                         f'scores of shape {scores.shape}')
     rows = []
     for share in shares:
-        rows.append(_row(record, share, score, random_draws, generator))
+        threshold, is_hard = split(scores, share)
+        rows.append(dict(share=share, threshold=threshold, **_costs(record, is_hard, chance.exits),
+                         **_worth(chance, is_hard)))
         if progress:
             progress(len(rows), len(shares))
     return rows
@@ -130,7 +229,7 @@ def gain_over_random(rows: Sequence[Mapping]) -> Dict[str, Optional[float]]:
         dict: ``mean``: AP minus random routing's, in percent, averaged over the rows between the
         ends (None without any). ``half``: by how much the AP at half hard is above the straight
         line between the ends, as a share of the difference of the ends (None if a row of 0, 0.5 or
-        1 is missing, or the ends do not differ).
+        1 is missing, or the ends do not differ). `merit` has both with intervals.
     """
     inner = [row['ap'] - row['random_ap'] for row in rows if 0 < row['hard_share'] < 1]
     by_asked = {row['share']: row for row in rows}
@@ -139,100 +238,31 @@ def gain_over_random(rows: Sequence[Mapping]) -> Dict[str, Optional[float]]:
         first, last, middle = by_asked[0]['ap'], by_asked[1]['ap'], by_asked[0.5]
         # Where images share a score, the share is not quite a half.
         chord = first + middle['hard_share'] * (last - first)
-        if abs(last - first) > _SAME_AP:
+        if abs(last - first) > SAME_AP:
             half = (middle['ap'] - chord) / (last - first)
     return dict(mean=float(np.mean(inner)) if inner else None, half=half)
 
 
-def _row(record: Mapping, share: float, score: Callable, draws: int,
-         generator: np.random.Generator) -> dict:
-    difficulties = difficulties_of(record)
-    threshold = threshold_for_share(difficulties, share)
-    hard = difficulties > np.float32(threshold)
-    got = float(hard.mean())
-    own = score(hard)
-    # All or none: there is one way to draw them.
-    at_random = [own['ap']]
-    if 0 < got < 1:
-        at_random = [score(generator.permutation(hard))['ap'] for _ in range(draws)]
-    (gflops0, gflops1), (latency0, latency1) = record['gflops'], record['latencies']
+def _exit(exit: int, exits: int) -> int:
+    if not -exits <= exit < exits:
+        raise UsageError(f'there is no exit {exit}: the record has {exits}')
+    return exit % exits
+
+
+def _costs(record: Mapping, is_hard: np.ndarray, exits: Tuple[int, int]) -> dict:
+    share, (easy, hard) = float(is_hard.mean()), exits
+    gflops, latencies = record['gflops'], record['latencies']
     return dict(
-        share=share,
-        threshold=threshold,
-        hard_share=got,
-        ap=own['ap'],
-        ap50=own['ap50'],
-        gflops=(1 - got) * gflops0 + got * gflops1,
-        latency=(1 - got) * latency0 + got * latency1,
-        random_ap=float(np.mean(at_random)),
-        random_std=float(np.std(at_random, ddof=1)) if len(at_random) > 1 else 0.0)
+        hard_share=share,
+        gflops=(1 - share) * gflops[easy] + share * gflops[hard],
+        latency=(1 - share) * latencies[easy] + share * latencies[hard])
 
 
-def _mixture(record: Mapping, coco: COCO) -> Callable[[np.ndarray], Dict[str, float]]:
-    """A function from a boolean per image, in the record's order, to ``ap`` and ``ap50``.
-
-    It gives what ``evaluate(coco, mix(record, hard))`` gives, but matches each exit's detections
-    with the ground truth once, not once per call: pycocotools does this image by image, so the
-    matches of a mixture are a mixture of the matches.
-    """
-    ids = [image['id'] for image in record['images']]
-    exits = [_match(coco, mix(record, [exit] * len(ids)), ids, areas=('all', )) for exit in (0, 1)]
-    # Entries are in the order category, image; pycocotools sorts the images by id.
-    matches = [_objects(evaluator.evalImgs).reshape(-1, len(ids)) for evaluator in exits]
-    order = np.argsort(ids)
-
-    def score(hard: np.ndarray) -> Dict[str, float]:
-        evaluator = copy.copy(exits[0])
-        evaluator.evalImgs = np.where(hard[order], matches[1], matches[0]).ravel().tolist()
-        return _score(evaluator)
-
-    if score(np.zeros(len(ids), bool))['ap'] is None:
-        raise UsageError('the images of the record have no objects: there is no AP to speak of')
-    return score
-
-
-def _objects(items: list) -> np.ndarray:
-    """An array of the items themselves, whatever they are."""
-    array = np.empty(len(items), object)
-    array[:] = items
-    return array
-
-
-def _match(coco: COCO, results: Sequence[dict], image_ids: Sequence[int],
-           areas: Sequence[str] = tuple(AREAS)) -> COCOeval:
-    """Match detections with ground truth, image by image, nothing summed up yet."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluator = COCOeval(coco, _load(coco, results), 'bbox')
-        evaluator.params.imgIds = sorted(image_ids)
-        evaluator.params.areaRng = [list(AREAS[area]) for area in areas]
-        evaluator.params.areaRngLbl = list(areas)
-        evaluator.params.maxDets = [100]
-        evaluator.evaluate()
-    return evaluator
-
-
-def _load(coco: COCO, results: Sequence[dict]) -> COCO:
-    # `loadRes` writes into what it is given, and fails on an empty list.
-    if results:
-        return coco.loadRes([dict(result) for result in results])
-    nothing = COCO()
-    nothing.dataset = dict(coco.dataset, annotations=[])
-    nothing.createIndex()
-    return nothing
-
-
-def _score(evaluator: COCOeval) -> Dict[str, Optional[float]]:
-    """Sum up: ``ap``, ``ap50`` and the AP of each area but 'all', in percent, or None."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluator.accumulate()
-    # (IoU thresholds 0.5 to 0.95, recalls, categories, areas); -1 where there are no objects.
-    precision = evaluator.eval['precision'][..., -1]
-    scores = dict(ap=_mean(precision[..., 0]), ap50=_mean(precision[0, ..., 0]))
-    for index, area in enumerate(evaluator.params.areaRngLbl[1:], 1):
-        scores[area] = _mean(precision[..., index])
-    return scores
-
-
-def _mean(precision: np.ndarray) -> Optional[float]:
-    known = precision[precision > -1]
-    return 100 * float(known.mean()) if known.size else None
+def _worth(chance: Chance, is_hard: np.ndarray) -> dict:
+    choice = chance.choice(is_hard)
+    row = chance.mixtures.scores(choice, sizes=False)
+    row['random_ap'], row['random_std'], at_random = chance.at(int(is_hard.sum()))
+    own = chance.resampled(choice)
+    for name, values in dict(ap=own, random=at_random, gain=own - at_random).items():
+        row[f'{name}_low'], row[f'{name}_high'] = interval(values)
+    return row

@@ -1,0 +1,389 @@
+"""COCO's box AP of mixtures of exits: which image leaves where is free, the matching is done once.
+
+pycocotools matches detections with objects image by image, so the matches of a mixture are a mixture
+of the matches. What is left for each mixture is a weighted count along the sorted detections.
+
+Letters: ``n`` images, ``K`` exits, ``D`` detections of all exits, ``T`` IoU thresholds (0.5 to 0.95),
+``G`` groups, each with an AP of its own: the categories, or the categories of each image. A *segment* is
+a group at one threshold.
+
+AP is in percent. A record is a plain dictionary; see `record`.
+"""
+import contextlib
+import dataclasses
+import io
+from typing import Dict, Iterable, List, Mapping, Optional, Sequence
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from ..errors import UsageError
+
+#: As in pycocotools: areas in square pixels, both ends included.
+AREAS = dict(all=(0, 1e10), small=(0, 32**2), medium=(32**2, 96**2), large=(96**2, 1e10))
+#: As in pycocotools: so many detections of an image and category are looked at, the surest.
+_MAX_DETECTIONS = 100
+#: As in pycocotools: precision is averaged at these recalls.
+_RECALLS = np.linspace(0, 1, 101)
+
+
+def evaluate(coco: COCO,
+             results: Sequence[dict],
+             image_ids: Optional[Sequence[int]] = None) -> Dict[str, Optional[float]]:
+    """COCO's box AP by pycocotools, silently.
+
+    Args:
+        coco (COCO): Ground truth.
+        results (Sequence[dict]): COCO results; may be empty. They stay as they are.
+        image_ids (Sequence[int], optional): Images to look at. Defaults to all of ``coco``.
+
+    Returns:
+        dict: ``ap``, ``ap50``, ``small``, ``medium``, ``large``, in percent; None where there are
+        no objects.
+    """
+    evaluator = _match(coco, results, coco.getImgIds() if image_ids is None else image_ids, AREAS)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluator.accumulate()
+    # (IoU thresholds, recalls, categories, areas); -1 where there are no objects.
+    precision = evaluator.eval['precision'][..., -1]
+    scores = dict(ap=_mean(precision[..., 0]), ap50=_mean(precision[0, ..., 0]))
+    for index, area in enumerate(AREAS):
+        if area != 'all':
+            scores[area] = _mean(precision[..., index])
+    return scores
+
+
+def mix(record: Mapping, choice: Sequence[int]) -> List[dict]:
+    """COCO results of a record's images.
+
+    Args:
+        record (Mapping): See `record`.
+        choice (Sequence[int]): The exit of each image, in the record's order; bools count as 0, 1.
+    """
+    return [dict(detection, image_id=image['id'])
+            for image, exit in zip(record['images'], choice)
+            for detection in image['detections'][int(exit)]]
+
+
+def check_record(record: Mapping, coco: COCO) -> None:
+    """Raise a `UsageError` unless a record has images of ``coco``, each once, with difficulties and
+    with detections of the same two exits or more."""
+    if not record['images']:
+        raise UsageError('the record has no images: the validation set is empty')
+    exits = len(record['images'][0]['detections'])
+    seen = set()
+    for image in record['images']:
+        name = f"image {image['id']} ({image['file']})"
+        if image['id'] not in coco.imgs:
+            raise UsageError(f'{name} is not in the annotation file')
+        if image['id'] in seen:
+            raise UsageError(f'{name} is in the record twice')
+        # Not `difficulty < 0 or ...`, which lets NaN pass.
+        if not 0 <= image['difficulty'] <= 1:
+            raise UsageError(f"{name} has difficulty {image['difficulty']}, not in [0, 1]: was the "
+                             'router trained?')
+        if len(image['detections']) != exits or exits < 2:
+            raise UsageError(f"{name} has detections of {len(image['detections'])} exits: record "
+                             'every image through all exits, two or more')
+        seen.add(image['id'])
+
+
+def difficulties_of(record: Mapping) -> np.ndarray:
+    """Difficulties in the record's order, (n,), float32 as in the model."""
+    return np.array([image['difficulty'] for image in record['images']], np.float32)
+
+
+class Mixtures:
+    """AP of any choice of exits, in milliseconds, equal to COCO's.
+
+    Args:
+        record (Mapping): See `record`.
+        coco (COCO): Its ground truth.
+        view (bool): Whether to take the detections of each image's augmented view. Defaults to False.
+
+    Attributes:
+        images (int): n.
+        exits (int): K.
+
+    Raises:
+        UsageError: If the record does not fit ``coco`` (`check_record`), if its images have no objects,
+            or if an augmented view is asked for that it lacks.
+    """
+
+    def __init__(self, record: Mapping, coco: COCO, view: bool = False) -> None:
+        check_record(record, coco)
+        source = 'view' if view else 'detections'
+        self.images = len(record['images'])
+        self.exits = len(record['images'][0]['detections'])
+        if any(len(image.get(source, ())) != self.exits for image in record['images']):
+            raise UsageError('the record has no augmented view of every image under every exit: make it '
+                             'anew, with views')
+        self._coco = coco
+        self._ids = np.array([image['id'] for image in record['images']])
+        self._results = [[dict(detection, image_id=image['id']) for image in record['images']
+                          for detection in image[source][exit]] for exit in range(self.exits)]
+        self._matches = {'all': self._match('all')}
+        self._counts = {'all': _Counts(self._matches['all'], self.exits)}
+        if not self._matches['all'].objects.any():
+            raise UsageError('the images of the record have no objects: there is no AP to speak of')
+
+    def ap(self, choice: Sequence[int], weights: Optional[Sequence[int]] = None) -> float:
+        """COCO's AP, in percent; NaN if the images that count have no objects.
+
+        Args:
+            choice (Sequence[int]): The exit of each image, (n,), in the record's order; bools count
+                as 0 and 1.
+            weights (Sequence[int], optional): How often each image counts, (n,), as in a bootstrap:
+                as if there were so many copies of it, next to each other (where detections of one
+                image and category share a score, each is followed by its own copies). Defaults to
+                once each.
+        """
+        return _mean_or_nan(self._precision('all', choice, weights))
+
+    def expected_ap(self, probabilities: np.ndarray, weights: Optional[Sequence[int]] = None) -> float:
+        """AP of expected counts, in percent: what AP tends to with many images like these, where each
+        leaves at an exit drawn at random. Equal to `ap` where all is certain.
+
+        Args:
+            probabilities (np.ndarray): Of each image and exit, (n, K), rows that sum to 1.
+            weights (Sequence[int], optional): As in `ap`.
+        """
+        probabilities = np.asarray(probabilities, float)
+        if probabilities.shape != (self.images, self.exits) or not (probabilities >= 0).all() or \
+                not np.allclose(probabilities.sum(axis=1), 1):
+            raise ValueError(f'probabilities of {self.images} images and {self.exits} exits are wanted')
+        weights = self._checked(weights)
+        table = (probabilities * weights[:, None]).ravel()
+        return _mean_or_nan(self._counts['all'].precision(table, weights @ self._matches['all'].objects))
+
+    def scores(self, choice: Sequence[int], weights: Optional[Sequence[int]] = None,
+               sizes: bool = True) -> Dict[str, Optional[float]]:
+        """``ap``, ``ap50``, ``small``, ``medium`` and ``large``, in percent; None without objects.
+
+        Arguments as of `ap`. The sizes are left out unless ``sizes``: the first call matches anew for
+        them, which takes seconds.
+        """
+        precision = self._precision('all', choice, weights)
+        scores = dict(ap=_mean(precision), ap50=_mean(precision[:, 0]))
+        for area in AREAS:
+            if sizes and area != 'all':
+                scores[area] = _mean(self._precision(area, choice, weights))
+        return scores
+
+    def image_ap(self) -> np.ndarray:
+        """AP of each image by itself under each exit, (K, n), in percent, rounded to 1e-9 so that
+        equal results are equal. 0 for images without objects, whatever is found there."""
+        matches = self._matches['all']
+        counts, objects = _Counts(matches.by_image(), self.exits), matches.objects.ravel()
+        known = np.maximum((matches.objects > 0).sum(axis=1), 1)
+        found = []
+        for exit in range(self.exits):
+            table, _ = self._tables(np.full(self.images, exit), None)
+            each = np.nan_to_num(counts.precision(table, objects).mean(axis=1))
+            found.append(np.round(100 * each.reshape(self.images, -1).sum(axis=1) / known, 9))
+        return np.array(found)
+
+    def _precision(self, area: str, choice: Sequence[int],
+                   weights: Optional[Sequence[int]]) -> np.ndarray:
+        """(G, T), in [0, 1], NaN for categories without objects."""
+        if area not in self._counts:
+            self._matches[area] = self._match(area)
+            self._counts[area] = _Counts(self._matches[area], self.exits)
+        table, weights = self._tables(choice, weights)
+        return self._counts[area].precision(table, weights @ self._matches[area].objects)
+
+    def _tables(self, choice: Sequence[int], weights: Optional[Sequence[int]]) -> tuple:
+        """How often each image counts under each exit, (n * K,), and at all, (n,)."""
+        choice, weights = np.asarray(choice).astype(np.int64), self._checked(weights)
+        if choice.shape != (self.images, ) or choice.min() < 0 or choice.max() >= self.exits:
+            raise ValueError(f'a choice of {self.images} images among {self.exits} exits is wanted')
+        table = np.zeros((self.images, self.exits), np.int64)
+        table[np.arange(self.images), choice] = weights
+        return table.ravel(), weights
+
+    def _checked(self, weights: Optional[Sequence[int]]) -> np.ndarray:
+        if weights is None:
+            return np.ones(self.images, np.int64)
+        weights = np.asarray(weights)
+        if weights.shape != (self.images, ) or weights.dtype.kind not in 'iu' or weights.min() < 0:
+            raise ValueError(f'weights must be {self.images} whole numbers, none below 0')
+        return weights.astype(np.int64)
+
+    def _match(self, area: str) -> '_Matches':
+        """Match every exit's detections with the objects of an area range, by pycocotools."""
+        order = np.argsort(self._ids)
+        found = [_match(self._coco, results, self._ids, [area]) for results in self._results]
+        categories = len(found[0].params.catIds)
+        objects = np.zeros((self.images, categories))
+        entries = []
+        for exit, evaluator in enumerate(found):
+            # Entries are in the order category, image; pycocotools sorts the images by id.
+            for index, entry in enumerate(evaluator.evalImgs):
+                if entry is not None:
+                    category, rank = divmod(index, self.images)
+                    objects[order[rank], category] = np.count_nonzero(entry['gtIgnore'] == 0)
+                    entries.append((category, rank, exit, entry))
+        return _gather(entries, order, objects, len(found[0].params.iouThrs))
+
+
+@dataclasses.dataclass
+class _Matches:
+    """Detections of all exits and what pycocotools made of them.
+
+    ``group``, ``image`` (in the record's order), ``exit``: (D,) ints; ``matched`` (with an object) and
+    ``ignored``: (T, D) bools; ``objects``: objects that count, (n, categories), float. Sorted by group;
+    within, as pycocotools does: the surest first, equally sure ones by image id.
+    """
+    group: np.ndarray
+    image: np.ndarray
+    exit: np.ndarray
+    matched: np.ndarray
+    ignored: np.ndarray
+    objects: np.ndarray
+
+    def by_image(self) -> '_Matches':
+        """The same with a group for each category of each image, n * categories of them."""
+        own = self.image * self.objects.shape[1] + self.group
+        order = np.argsort(own, kind='stable')
+        return _Matches(own[order], self.image[order], self.exit[order], self.matched[:, order],
+                        self.ignored[:, order], self.objects)
+
+
+def _gather(entries: Iterable[tuple], order: np.ndarray, objects: np.ndarray,
+            thresholds: int) -> _Matches:
+    """Lay pycocotools' entries (category, rank of the image id, exit, entry) out flat, and sort."""
+    entries = [entry for entry in entries if entry[3]['dtScores']]
+    sizes = [len(entry['dtScores']) for *_, entry in entries]
+    category, rank, exit = [
+        np.repeat(np.array([entry[column] for entry in entries], np.int64), sizes)
+        for column in range(3)
+    ]
+    scores = np.array([score for *_, entry in entries for score in entry['dtScores']], float)
+    # Stable: an image's detections of one exit stay as pycocotools sorted them.
+    place = np.lexsort((rank, -scores, category))
+    none = [np.zeros((thresholds, 0), bool)]
+    matched = np.concatenate(none + [entry['dtMatches'] != 0 for *_, entry in entries], axis=1)
+    ignored = np.concatenate(none + [entry['dtIgnore'] != 0 for *_, entry in entries], axis=1)
+    return _Matches(category[place], order[rank[place]], exit[place], matched[:, place],
+                    ignored[:, place], objects)
+
+
+class _Counts:
+    """Matches, laid out so that counting is a few passes over flat arrays.
+
+    At most thresholds a detection either counts, as right or as wrong, or is ignored: that *usual* fate
+    is summed once for all T. Only *events* are looked at for each threshold: the few detections that are
+    right at it, or that differ there from their usual fate. Events are enough, because the highest
+    precision at a recall or above is always that of a right detection.
+    """
+
+    def __init__(self, matches: _Matches, exits: int) -> None:
+        code = (matches.image * exits + matches.exit).astype(np.int32)
+        self._thresholds = len(matches.matched)
+        usual = ~matches.ignored[-1]
+        right = matches.matched & ~matches.ignored
+        unusual = ~matches.ignored ^ usual
+        # Detections that usually count, sorted by group.
+        self._usual = code[usual]
+        starts = np.flatnonzero(np.diff(matches.group, prepend=-1))
+        before = np.concatenate([[0], np.cumsum(usual)])
+        # Events, sorted by segment (group, threshold), then as the detections are.
+        threshold, place = np.nonzero(right | unusual)
+        segment = matches.group[place] * self._thresholds + threshold
+        order = np.argsort(segment, kind='stable')
+        threshold, place, self._segment = threshold[order], place[order], segment[order]
+        self._event = code[place]
+        self._right = right[threshold, place].astype(np.int64)
+        self._extra = unusual[threshold, place] * np.where(usual[place], -1, 1)
+        # Of the usual ones: how many come before an event's group, and how many up to the event.
+        own_start = starts[np.searchsorted(starts, place, side='right') - 1]
+        self._from, self._upto = before[own_start], before[place + 1]
+        # Where the segment of an event begins among the events.
+        self._begin = np.searchsorted(self._segment, self._segment)
+
+    def precision(self, table: np.ndarray, objects: np.ndarray) -> np.ndarray:
+        """AP of each group at each threshold, (G, T), in [0, 1]; NaN for groups without objects.
+
+        Args:
+            table (np.ndarray): How often each image counts under each exit, (n * K,).
+            objects (np.ndarray): Objects of each group, (G,), each as often as its image counts.
+        """
+        here = table[self._event]
+        gained = here * self._right
+        picked = np.flatnonzero(gained)
+        segment, begin = self._segment[picked], self._begin[picked]
+        right = _within(gained, picked, begin)
+        usual = _running_sum(table[self._usual])
+        counted = usual[self._upto[picked]] - usual[self._from[picked]]
+        if self._extra.any():
+            counted = counted + _within(here * self._extra, picked, begin)
+        # As pycocotools: a hair above 0, for where nothing counts.
+        best = _best_from_here(right / (counted + np.spacing(1)), segment)
+        # At how many of the recalls an event is the first to reach them.
+        reached = np.searchsorted(_RECALLS, right / objects[segment // self._thresholds], side='right')
+        newly = np.diff(reached, prepend=0)
+        first = np.diff(segment, prepend=-1) > 0
+        newly[first] = reached[first]
+        total = np.bincount(segment, newly * best, minlength=len(objects) * self._thresholds)
+        precision = total.reshape(len(objects), self._thresholds) / len(_RECALLS)
+        precision[objects == 0] = np.nan
+        return precision
+
+
+def _running_sum(values: np.ndarray) -> np.ndarray:
+    """Sums of the first 0, 1, ... values."""
+    sums = np.zeros(len(values) + 1, values.dtype)
+    np.cumsum(values, out=sums[1:])
+    return sums
+
+
+def _within(values: np.ndarray, places: np.ndarray, begins: np.ndarray) -> np.ndarray:
+    """Sums of the values from each begin up to each place, both ends included."""
+    sums = _running_sum(values)
+    return sums[places + 1] - sums[begins]
+
+
+def _best_from_here(values: np.ndarray, segment: np.ndarray) -> np.ndarray:
+    """The largest of the values, in [0, 1], from each on to the end of its segment.
+
+    Later segments are put below earlier ones, which costs the last digits: 1e-13 for 1,000 segments.
+    """
+    if not len(values):
+        return values
+    lift = segment[-1] - segment
+    return np.maximum.accumulate((values + lift)[::-1])[::-1] - lift
+
+
+def _match(coco: COCO, results: Sequence[dict], image_ids: Sequence[int],
+           areas: Iterable[str]) -> COCOeval:
+    """Match detections with objects, image by image, nothing summed up yet."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluator = COCOeval(coco, _load(coco, results), 'bbox')
+        evaluator.params.imgIds = sorted(image_ids)
+        evaluator.params.areaRng = [list(AREAS[area]) for area in areas]
+        evaluator.params.areaRngLbl = list(areas)
+        evaluator.params.maxDets = [_MAX_DETECTIONS]
+        evaluator.evaluate()
+    return evaluator
+
+
+def _load(coco: COCO, results: Sequence[dict]) -> COCO:
+    # `loadRes` writes into what it is given, and fails on an empty list.
+    if results:
+        return coco.loadRes([dict(result) for result in results])
+    nothing = COCO()
+    nothing.dataset = dict(coco.dataset, annotations=[])
+    nothing.createIndex()
+    return nothing
+
+
+def _mean(precision: np.ndarray) -> Optional[float]:
+    """In percent, of what is known: neither NaN nor pycocotools' -1."""
+    known = precision[precision > -1]
+    return 100 * float(known.mean()) if known.size else None
+
+
+def _mean_or_nan(precision: np.ndarray) -> float:
+    mean = _mean(precision)
+    return float('nan') if mean is None else mean

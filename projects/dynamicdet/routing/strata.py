@@ -1,0 +1,154 @@
+"""Where the exits differ, and whether the router knows: AP by kind of image, and rank correlations.
+
+AP is COCO's in percent, of the images of a stratum by themselves; None where they have no objects.
+"""
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from .curve import RESAMPLES, SHARES, Chance, bootstrap_weights, interval, split
+from .evaluation import Mixtures
+from .record import require
+from .thresholds import hard_share
+
+#: Strata by number of objects: name -> fewest and most.
+OBJECTS = {'0': (0, 0), '1': (1, 1), '2': (2, 2), '3-4': (3, 4), '5-8': (5, 8), '9+': (9, np.inf)}
+
+
+def by_size(mixtures: Mixtures) -> Dict[str, List[Optional[float]]]:
+    """AP of each exit by the area of the objects: ``small``, ``medium``, ``large`` -> K values."""
+    found = [mixtures.scores(np.full(mixtures.images, exit)) for exit in range(mixtures.exits)]
+    return {size: [scores[size] for scores in found] for size in ('small', 'medium', 'large')}
+
+
+def by_objects(record: Mapping, mixtures: Mixtures) -> List[dict]:
+    """AP of each exit by the number of an image's objects.
+
+    Args:
+        record (Mapping): With ``objects``; see `record`.
+        mixtures (Mixtures): Of the same record.
+
+    Returns:
+        list[dict]: Per key of `OBJECTS`: ``objects``, the key; ``images``, how many; ``ap``, K values.
+
+    Raises:
+        UsageError: If the record lacks numbers of objects.
+    """
+    require(record, 'objects')
+    objects = np.array([image['objects'] for image in record['images']])
+    return [dict(objects=name, **_stratum(mixtures, (objects >= fewest) & (objects <= most)))
+            for name, (fewest, most) in OBJECTS.items()]
+
+
+def by_difficulty(mixtures: Mixtures, scores: Sequence[float], parts: int = 10) -> List[dict]:
+    """AP of each exit by difficulty, in parts of equally many images, the easiest first.
+
+    Args:
+        mixtures (Mixtures): Of a record.
+        scores (Sequence[float]): Difficulties, (n,), finite. Equal ones may be parted.
+        parts (int): How many. Defaults to 10; fewer if there are fewer images.
+
+    Returns:
+        list[dict]: Per part: ``low`` and ``high``, the smallest and largest score; ``images``, how
+        many; ``ap``, K values.
+    """
+    scores = np.asarray(scores, float)
+    found = []
+    for members in np.array_split(np.argsort(scores, kind='stable'), min(parts, len(scores))):
+        inside = np.zeros(len(scores), bool)
+        inside[members] = True
+        found.append(dict(low=float(scores[members].min()), high=float(scores[members].max()),
+                          **_stratum(mixtures, inside)))
+    return found
+
+
+def benefits(record: Mapping, mixtures: Mixtures,
+             exits: Tuple[int, int] = (0, -1)) -> Dict[str, np.ndarray]:
+    """What each image gains from the second of two exits, (n,) each.
+
+    Args:
+        record (Mapping): See `record`. Without losses, or objects, there is less to tell.
+        mixtures (Mixtures): Of the same record.
+        exits (tuple[int, int]): The exits. Defaults to the first and the last.
+
+    Returns:
+        dict: ``ap``: difference of per-image AP, percent (`Mixtures.image_ap`); ``loss``: loss under
+        the first exit minus under the second, as the heads average it; ``loss_objects``: that times the
+        number of objects, which is the sum over objects, as AP counts.
+    """
+    easy, hard = exits
+    per_image = mixtures.image_ap()
+    found = dict(ap=per_image[hard] - per_image[easy])
+    if all('losses' in image for image in record['images']):
+        losses = np.array([image['losses'] for image in record['images']], float)
+        found['loss'] = losses[:, easy] - losses[:, hard]
+        if all('objects' in image for image in record['images']):
+            found['loss_objects'] = found['loss'] * [image['objects'] for image in record['images']]
+    return found
+
+
+def rank_correlations(scores: Sequence[float], gained: Mapping[str, Sequence[float]],
+                      resamples: int = RESAMPLES, seed: int = 0) -> Dict[str, Dict[str, Optional[float]]]:
+    """Whether a router puts first what gains most.
+
+    Args:
+        scores (Sequence[float]): Difficulties, (n,).
+        gained (Mapping[str, Sequence[float]]): As `benefits` gives it.
+        resamples (int): Bootstrap resamples for the intervals. Defaults to 200.
+        seed (int): Their seed. Defaults to 0.
+
+    Returns:
+        dict: Per key of ``gained``: ``correlation``, Spearman's, in [-1, 1], with ``low`` and ``high``,
+        the ends of its 95 % interval; None where the scores or the gains are all the same.
+    """
+    scores = np.asarray(scores, float)
+    weights = bootstrap_weights(len(scores), resamples, seed)
+    found = {}
+    for name, values in gained.items():
+        values = np.asarray(values, float)
+        drawn = [_spearman(np.repeat(scores, own), np.repeat(values, own)) for own in weights]
+        low, high = interval([each for each in drawn if each is not None])
+        found[name] = dict(correlation=_spearman(scores, values), low=low, high=high)
+    return found
+
+
+def threshold_transfer(val_scores: Sequence[float], test_scores: Sequence[float], chance: Chance,
+                       shares: Sequence[float] = SHARES) -> List[dict]:
+    """What thresholds chosen on one data set do on another.
+
+    Args:
+        val_scores (Sequence[float]): Difficulties of the data that thresholds are chosen on, (m,).
+        test_scores (Sequence[float]): Those of the test record, by the same router, (n,).
+        chance (Chance): Of the test record.
+        shares (Sequence[float]): Wanted hard shares. Defaults to 0, 0.1, ... 1.
+
+    Returns:
+        list[dict]: Per share: ``share`` as asked, ``threshold``, ``val_share`` and ``test_share`` that it
+        gives, ``ap`` on test, and ``own_ap`` of the test record's own threshold for the share as asked.
+    """
+    rows = []
+    for share in shares:
+        threshold, _ = split(val_scores, share)
+        is_hard = np.asarray(test_scores, np.float32) > np.float32(threshold)
+        _, own = split(test_scores, share)
+        rows.append(dict(
+            share=share,
+            threshold=threshold,
+            val_share=hard_share(val_scores, threshold),
+            test_share=float(is_hard.mean()),
+            ap=chance.mixtures.ap(chance.choice(is_hard)),
+            own_ap=chance.mixtures.ap(chance.choice(own))))
+    return rows
+
+
+def _stratum(mixtures: Mixtures, inside: np.ndarray) -> dict:
+    found = [mixtures.scores(np.full(mixtures.images, exit), inside.astype(int), sizes=False)['ap']
+             for exit in range(mixtures.exits)]
+    return dict(images=int(inside.sum()), ap=found)
+
+
+def _spearman(first: np.ndarray, second: np.ndarray) -> Optional[float]:
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return None
+    return float(spearmanr(first, second).statistic)

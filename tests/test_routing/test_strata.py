@@ -1,0 +1,122 @@
+import json
+
+import numpy as np
+import pytest
+from routing_cases import BOX, found, ground_truth, make_record, random_case
+
+from dynamicdet.errors import UsageError
+from dynamicdet.routing.curve import Chance
+from dynamicdet.routing.evaluation import Mixtures, evaluate, mix
+from dynamicdet.routing.strata import (OBJECTS, benefits, by_difficulty, by_objects, by_size,
+                                       rank_correlations, threshold_transfer)
+
+LARGE = [50, 50, 120, 120]
+
+
+def grid(count):
+    """So many boxes apart from each other."""
+    return [[30 * (index % 5), 30 * (index // 5), 20, 20] for index in range(count)]
+
+
+@pytest.fixture(scope='module')
+def counted():
+    """Images of 0, 1, 2, 3, 4, 8, 9 and 12 objects; exit 1 finds all, exit 0 those of up to three."""
+    counts = [0, 1, 2, 3, 4, 8, 9, 12]
+    truth = [grid(count) for count in counts]
+    second = [found(*boxes) for boxes in truth]
+    record = make_record(np.linspace(0, 1, 8), [own if len(own) <= 3 else [] for own in second], second)
+    for image, count in zip(record['images'], counts):
+        image.update(objects=count, losses=[float(count), 1.0])
+    return ground_truth(truth), record
+
+
+def test_by_size():
+    coco = ground_truth([[BOX, LARGE]] * 2)
+    record = make_record([0.1, 0.9], [found(BOX), []], [found(BOX, LARGE)] * 2, [[], found(LARGE)])
+    half = pytest.approx(100 * 51 / 101)
+    assert by_size(Mixtures(record, coco)) == dict(
+        small=[half, pytest.approx(100), 0], medium=[None] * 3, large=[0, pytest.approx(100), half])
+
+
+def test_by_objects(counted):
+    coco, record = counted
+    rows = by_objects(record, Mixtures(record, coco))
+    assert [row['objects'] for row in rows] == list(OBJECTS) == ['0', '1', '2', '3-4', '5-8', '9+']
+    assert [row['images'] for row in rows] == [1, 1, 1, 2, 1, 2]
+    assert rows[0]['ap'] == [None, None]
+    # Three of seven objects: recall 0.428..., 43 of 101 recalls.
+    firsts = [100, 100, 100 * 43 / 101, 0, 0]
+    assert [row['ap'] for row in rows[1:]] == [pytest.approx([first, 100]) for first in firsts]
+    assert json.loads(json.dumps(rows)) == rows
+    del record['images'][0]['objects']
+    with pytest.raises(UsageError, match='lacks objects'):
+        by_objects(record, Mixtures(record, coco))
+    record['images'][0]['objects'] = 0
+
+
+def test_strata_are_as_if_alone():
+    coco, record = random_case()
+    mixtures = Mixtures(record, coco)
+    difficulties = np.array([image['difficulty'] for image in record['images']])
+    rows = by_difficulty(mixtures, difficulties, parts=4)
+    assert [row['images'] for row in rows] == [8, 8, 7, 7]
+    for row in rows:
+        inside = (difficulties >= row['low']) & (difficulties <= row['high'])
+        assert inside.sum() == row['images']
+        ids = [image['id'] for image, own in zip(record['images'], inside) if own]
+        for exit in (0, 1):
+            results = [own for own in mix(record, [exit] * 30) if own['image_id'] in ids]
+            assert row['ap'][exit] == pytest.approx(evaluate(coco, results, ids)['ap'])
+
+
+def test_by_difficulty_of_few_or_equal_images(counted):
+    coco, record = counted
+    rows = by_difficulty(Mixtures(record, coco), [0.5] * 8)
+    assert [row['images'] for row in rows] == [1] * 8
+    assert all(row['low'] == row['high'] == 0.5 for row in rows)
+
+
+def test_benefits(counted):
+    coco, record = counted
+    found = benefits(record, Mixtures(record, coco))
+    counts = np.array([0, 1, 2, 3, 4, 8, 9, 12])
+    assert found['ap'] == pytest.approx(np.where(counts > 3, 100, 0))
+    assert found['loss'].tolist() == (counts - 1).tolist()
+    assert found['loss_objects'].tolist() == (counts * (counts - 1)).tolist()
+    back = benefits(record, Mixtures(record, coco), exits=(1, 0))
+    assert back['ap'] == pytest.approx(-found['ap']) and (back['loss'] == -found['loss']).all()
+    bare = dict(record, images=[{name: value for name, value in image.items() if name != 'losses'}
+                                for image in record['images']])
+    assert set(benefits(bare, Mixtures(bare, coco))) == {'ap'}
+
+
+def test_rank_correlations():
+    scores = np.linspace(0, 1, 50)
+    noise = np.random.default_rng(0).uniform(size=50)
+    found = rank_correlations(scores, dict(same=scores**3, against=-scores, noise=noise, none=0 * scores))
+    assert found['same']['correlation'] == pytest.approx(1) and found['same']['low'] == pytest.approx(1)
+    assert found['against']['correlation'] == pytest.approx(-1)
+    assert abs(found['noise']['correlation']) < 0.3
+    assert found['noise']['low'] < found['noise']['correlation'] < found['noise']['high']
+    assert found['none'] == dict(correlation=None, low=None, high=None)
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_threshold_transfer(counted):
+    coco, record = counted
+    test = [image['difficulty'] for image in record['images']]
+    # Validation images are easier: at its median, 1/4, six of the eight test images are hard.
+    rows = threshold_transfer(np.array(test) / 2, test, Chance(Mixtures(record, coco), resamples=0),
+                              shares=(0, 0.5, 1))
+    none, half, all_hard = rows
+    assert (none['val_share'], none['test_share'], none['threshold']) == (0, 0, 1)
+    assert (all_hard['val_share'], all_hard['test_share'], all_hard['threshold']) == (1, 1, -1)
+    assert half['threshold'] == pytest.approx(1.75 / 7, abs=1e-6)
+    assert (half['val_share'], half['test_share']) == (0.5, 0.75)
+    # All images with more than three objects are among either's hard ones.
+    assert half['ap'] == half['own_ap'] == pytest.approx(100)
+    # Harder ones: threshold 0.9, only the image of 12 is hard. 18 of 39 objects: 47 of 101 recalls.
+    high, = threshold_transfer([0.8, 1.0], test, Chance(Mixtures(record, coco), resamples=0), [0.5])
+    assert (high['val_share'], high['test_share']) == (0.5, 0.125)
+    assert (high['ap'], high['own_ap']) == pytest.approx((100 * 47 / 101, 100))
+    assert json.loads(json.dumps(rows)) == rows
