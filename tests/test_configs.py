@@ -85,7 +85,8 @@ def test_it_trains_and_predicts(loaded, path, offline):
     model = randomise(MODELS.build(shrink(loaded.model))).train()
     step_2 = path.stem.endswith('_router')
     parts = ['router.'] if step_2 else [
-        'backbone.first.', 'backbone.second.', 'backbone.connections.',
+        *(f'backbone.{name}.' for name in model.backbone.names),
+        *['backbone.connections.'] * (len(model.backbone.names) > 1),
         *(f'branches.{index}.' for index in range(len(model.branches)))
     ]
     # Mixed precision needs a GPU; an update each step shows what moves.
@@ -99,7 +100,7 @@ def test_it_trains_and_predicts(loaded, path, offline):
     assert not [key for key, value in model.named_parameters()
                 if value.requires_grad and value.grad is None]
     kinds = {key.split('.')[0] for key in log if 'loss' in key and key != 'loss'}
-    assert kinds == ({'loss_router'} if step_2 else {'exit0', 'exit1'})
+    assert kinds == ({'loss_router'} if step_2 else {f'exit{k}' for k in range(model.num_exits)})
     assert all(torch.isfinite(value).all() for value in log.values())
     # Delta and latencies are NaN, which is not equal to itself.
     moved = {key for key, value in model.state_dict().items()
@@ -108,10 +109,11 @@ def test_it_trains_and_predicts(loaded, path, offline):
     assert all(key.startswith(tuple(parts)) for key in moved)
     model.load_state_dict(before)
     model.eval()
-    for threshold in (1, -1):
-        model.set_budget(threshold=threshold)
+    for exit in range(model.num_exits):
+        thresholds = [-1] * exit + [1] * (model.num_exits - 1 - exit)
+        model.set_budget(threshold=thresholds[0] if model.num_exits == 2 else thresholds)
         results = model.test_step(copy.deepcopy(batch))
-        assert [sample.exit for sample in results] == [threshold == -1] * 2
+        assert [sample.exit for sample in results] == [exit] * 2
         assert any(len(sample.pred_instances) for sample in results)
 
 

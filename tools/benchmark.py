@@ -1,11 +1,12 @@
-"""Measure what being dynamic costs: exit 0 against the stock detector, a mixed batch against
-uniform ones, and the speed of both exits.
+"""Measure what being dynamic costs: exit 0 against the stock detector, mixed batches and streams
+against uniform batches, and the speed of both exits; under several settings of the machine.
 
 Detectors take turns in one process, on the same weights and pictures in memory. Where exit 0 sees a
 smaller image (model.first_scale), the stock detector gets the same one. Run it on a machine that
 does nothing else.
 """
 import argparse
+import itertools
 import json
 import os
 from pathlib import Path
@@ -14,23 +15,30 @@ import torch
 from mmengine.device import get_device
 
 from dynamicdet.apis import cli
-from dynamicdet.apis.benchmark import BATCH_SIZE, WANTED, build_pair, make_batch, measure
+from dynamicdet.apis.benchmark import (BATCH_SIZE, DTYPES, FORMATS, WANTED, Setting, build_pair, make_batch,
+                                       measure)
 from dynamicdet.apis.calibration import provenance
 from dynamicdet.datasets.digits import MIN_IMAGE_SIZE
 from dynamicdet.engine import write_atomically
 from dynamicdet.errors import UsageError
 
 CONFIG = Path(__file__).parents[1] / 'configs' / 'dy_faster_rcnn.py'
+#: What was timed: its name, and whether on one image or on all batches.
 TIMED = dict(
-    stock=('stock detector', 1),
-    exit0=('exit 0', 1),
-    exit1=('exit 1', 1),
-    all_easy=('all easy', BATCH_SIZE),
-    half_hard=('half hard', BATCH_SIZE),
-    all_hard=('all hard', BATCH_SIZE))
+    stock=('stock detector', False),
+    exit0=('exit 0', False),
+    exit1=('exit 1', False),
+    all_easy=('all easy', True),
+    half_hard=('half hard', True),
+    online=('half hard, online budget', True),
+    stream=('half hard, stream collects hard', True),
+    stream_all=('half hard, stream collects both', True),
+    all_hard=('all hard', True))
 RATIOS = dict(
     exit0_to_stock='exit 0 / stock detector',
-    mixed_to_mean='half hard / mean of all easy and all hard')
+    mixed_to_mean='half hard / mean of all easy and all hard',
+    stream_to_mean='stream, collects hard / the same mean',
+    stream_all_to_mean='stream, collects both / the same mean')
 
 
 def parse_args() -> argparse.Namespace:
@@ -44,9 +52,17 @@ def parse_args() -> argparse.Namespace:
         help="height and width of the pictures: 800 1333, mmdet's for COCO")
     parser.add_argument('--rounds', type=int, default=30, help='timed rounds at batch 1: 30')
     parser.add_argument(
-        '--batch-rounds', type=int, default=6, help=f'timed rounds at batch {BATCH_SIZE}: 6')
+        '--batch-rounds', type=int, default=6, help=f'timed rounds of all batches of {BATCH_SIZE}: 6')
+    parser.add_argument('--batches', type=int, default=2, help='how many batches: 2')
     parser.add_argument('--device', default=get_device(), help='such as cpu or cuda:0')
-    parser.add_argument('--threads', type=int, help='CPU threads of torch; its own choice without')
+    parser.add_argument(
+        '--threads', nargs='+', type=int, help='CPU threads of torch; its own choice without')
+    parser.add_argument(
+        '--dtype', nargs='+', choices=DTYPES, default=['float32'],
+        help='data types, all but float32 by autocast: float32')
+    parser.add_argument(
+        '--memory-format', nargs='+', choices=FORMATS, default=['contiguous'],
+        help='of images and weights: contiguous')
     parser.add_argument('--seed', type=int, default=0, help='of random weights and pictures: 0')
     parser.add_argument(
         '--out', default='work_dirs/benchmark.json',
@@ -56,26 +72,30 @@ def parse_args() -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    if min(args.rounds, args.batch_rounds) < 1 or (args.threads or 1) < 1:
-        raise UsageError('--rounds, --batch-rounds and --threads must be 1 or more')
+    if min(args.rounds, args.batch_rounds, args.batches, *(args.threads or [1])) < 1:
+        raise UsageError('--rounds, --batch-rounds, --batches and --threads must be 1 or more')
     if min(args.size) < MIN_IMAGE_SIZE:
         raise UsageError(f'--size must be {MIN_IMAGE_SIZE} {MIN_IMAGE_SIZE} or more')
     cli.require_device(args.device)
     cli.require_writable(args.out)
 
 
-def table(found: dict) -> str:
-    """The figures as plain text."""
-    lines = [f'{"":<42}{"batch":>6}{"ms":>10}{"quartiles":>20}{"images/s":>10}']
-    for key, (name, size) in TIMED.items():
-        low, median, high = (1e3 * found['seconds'][key][part] for part in ('q1', 'median', 'q3'))
+def table(run: dict, batches: int) -> str:
+    """The figures under one setting as plain text."""
+    title = f'{run["threads"]} threads, {run["dtype"]}, {run["memory_format"]}'
+    if 'refused' in run:
+        return f'{title}: cannot be, {run["refused"]}'
+    lines = [f'{title:<42}{"batch":>6}{"ms/image":>10}{"quartiles":>20}{"images/s":>10}']
+    for key, (name, whole) in TIMED.items():
+        images = batches * BATCH_SIZE if whole else 1
+        low, median, high = (1e3 * run['seconds'][key][part] / images for part in ('q1', 'median', 'q3'))
         spread = f'{low:.1f} to {high:.1f}'
         lines.append(
-            f'{name:<42}{size:>6}{median:>10.1f}{spread:>20}{1e3 * size / median:>10.2f}')
+            f'{name:<42}{BATCH_SIZE if whole else 1:>6}{median:>10.1f}{spread:>20}{1e3 / median:>10.2f}')
     lines.append(f'\n{"":<42}{"":>6}{"ratio":>10}{"quartiles":>20}{"wanted":>10}')
     for key, name in RATIOS.items():
-        low, median, high = (found['ratios'][key][part] for part in ('q1', 'median', 'q3'))
-        spread, wanted = f'{low:.3f} to {high:.3f}', f'<= {WANTED[key]:g}'
+        low, median, high = (run['ratios'][key][part] for part in ('q1', 'median', 'q3'))
+        spread, wanted = f'{low:.3f} to {high:.3f}', f'<= {WANTED[key]:g}' if key in WANTED else ''
         lines.append(f'{name:<42}{"":>6}{median:>10.3f}{spread:>20}{wanted:>10}')
     return '\n'.join(lines)
 
@@ -85,30 +105,35 @@ def main() -> None:
     cli.prepare()
     check(args)
     cfg = cli.load_config(args)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    threads = args.threads or [torch.get_num_threads()]
+    torch.set_num_threads(threads[0])
+    ways = [Setting(*way) for way in itertools.product(threads, args.dtype, args.memory_format)]
     # Before the work starts: what others do to the figures.
     load = os.getloadavg()[0]
-    model, stock = build_pair(cfg, args.checkpoint, args.device, args.seed)
-    batch = make_batch(args.size, seed=args.seed)
+    model, _ = build_pair(cfg, args.checkpoint, args.device, args.seed)
+    images = make_batch(args.size, args.batches * BATCH_SIZE, args.seed)
+    batches = [{key: values[at:at + BATCH_SIZE] for key, values in images.items()}
+               for at in range(0, args.batches * BATCH_SIZE, BATCH_SIZE)]
     weights = args.checkpoint or 'random weights'
     machine = dict(
-        provenance(cfg, weights, batch['inputs'], args.device),
-        cpu=provenance(cfg, weights, batch['inputs'], 'cpu')['device'],
+        provenance(cfg, weights, images['inputs'], args.device),
+        cpu=provenance(cfg, weights, images['inputs'], 'cpu')['device'],
         load_before=load,
         seed=args.seed,
         size=args.size,
         first_scale=model.first_scale,
         rounds=args.rounds,
         batch_rounds=args.batch_rounds,
+        batches=args.batches,
         batch_size=BATCH_SIZE)
-    found = measure(model, stock, batch, args.rounds, args.batch_rounds, cli.progress)
+    runs = measure(model, cfg.model, batches, args.rounds, args.batch_rounds, cli.progress, ways)
     print(f'{args.config}, {weights}, {args.size[0]} x {args.size[1]} pixels\n'
-          f'{machine["device"]}; {machine["threads"]} threads; torch {machine["torch"]}; '
-          f'load before: {load:.2f}\n'
-          f'{found["boxes_compared"]} boxes of exit 0 and the stock detector are equal\n')
-    print(table(found))
-    content = dict(machine=machine, wanted=WANTED, **found)
+          f'{machine["device"]}; torch {machine["torch"]}; load before: {load:.2f}')
+    for run in runs:
+        print(f'\n{table(run, args.batches)}')
+        if 'refused' not in run:
+            print(f'{run["boxes_compared"]} boxes of exit 0 and the stock detector are equal')
+    content = dict(machine=machine, wanted=WANTED, runs=runs)
     write_atomically(json.dumps(content, indent=1).encode(), args.out)
     print(f'\nwritten to {args.out}')
 

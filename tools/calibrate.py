@@ -1,7 +1,7 @@
 """Measure a trained dynamic detector on its validation set, so that it can be run at any speed.
 
-Writes difficulties, latencies of both exits on this device, and the threshold of a hard share into
-the checkpoint.
+Writes difficulties, latencies of each exit on this device, their GFLOPs, and the threshold of a hard share
+into the checkpoint.
 """
 import argparse
 
@@ -42,14 +42,17 @@ def main() -> None:
         cli.check_data(cfg, 'val')
     loader = build_loader(cfg.val_dataloader)
     found = calibrate(model, loader, cli.progress, args.hard_share)
-    for name in ('difficulties', 'latencies', 'threshold'):
+    for name in ('difficulties', 'gflops', 'latencies', 'threshold'):
         checkpoint['state_dict'][name] = getattr(model, name).cpu()
     checkpoint.setdefault('meta', {})['calibration'] = dict(
         found, hard_share=args.hard_share, **provenance(cfg, args.checkpoint, loader.dataset, args.device))
     write_checkpoint(checkpoint, out)
-    print(f'calibrated on {len(loader.dataset)} images: easy {found["lat1"] * 1e3:.1f} ms, hard '
-          f'{found["lat2"] * 1e3:.1f} ms per image; hard share {args.hard_share:g} is threshold '
-          f'{found["threshold"]:.4f}; written to {out}')
+    costs = [f'{found[f"lat{exit + 1}"] * 1e3:.1f} ms, {found[f"g{exit}"]:.2f} GFLOPs'
+             for exit in range(model.num_exits)]
+    thresholds = ', '.join(f'{value:.4f}' for value in model.threshold.reshape(-1).tolist())
+    print(f'calibrated on {len(loader.dataset)} images: ' + '; '.join(
+        f'exit {exit} {cost}' for exit, cost in enumerate(costs)) + f' per image; hard share '
+        f'{args.hard_share:g} is threshold {thresholds}; written to {out}')
 
 
 if __name__ == '__main__':

@@ -10,6 +10,7 @@ from mmengine.device import get_device
 from pycocotools.coco import COCO
 
 from dynamicdet.apis import cli
+from dynamicdet.apis.analysis import pair_of
 from dynamicdet.apis.calibration import (build_loader, load_model, measure_gflops, measure_latencies,
                                          provenance, record_exits)
 from dynamicdet.apis.report import format_table, write_report
@@ -40,6 +41,9 @@ def main() -> None:
         gflops=measure_gflops(model, loader.dataset),
         latencies=measure_latencies(model, loader.dataset, cli.progress),
         provenance=provenance(cfg, args.checkpoint, loader.dataset, args.device))
+    if model.num_exits > 2:
+        # The page is about two: where easy and where hard images leave.
+        record = pair_of(record)
     with cli.silence():
         coco = COCO(loader.dataset.ann_file)
     rows = trade_off(record, coco, progress=cli.counter('evaluations'))

@@ -9,6 +9,7 @@ from mmengine.runner import Runner
 
 from dynamicdet.apis import cli
 from dynamicdet.errors import UsageError
+from dynamicdet.routing.thresholds import check_budget
 from mmdet.evaluation import DumpDetResults
 
 
@@ -18,12 +19,26 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('checkpoint', help='checkpoint file or URL')
     cli.add_common_arguments(parser)
     cli.add_budget_arguments(parser)
+    parser.add_argument(
+        '--online',
+        action='store_true',
+        help='hold the budget over the images as they come: thresholds follow their difficulties and, for '
+        '--target-latency, the time that they take')
     parser.add_argument('--out', help='write the predictions to this .pkl file')
     parser.add_argument('--show', action='store_true', help='show the predictions')
     parser.add_argument('--show-dir', help='write pictures of the predictions, under the work dir')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds a shown picture stays')
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
     return parser.parse_args()
+
+
+def hold_online(cfg: Config, budget: dict) -> None:
+    """Let a controller hold the budget in place of the model's calibration."""
+    if not budget or 'threshold' in budget:
+        raise UsageError('--online needs something to hold: --hard-share, --target-latency or '
+                         '--target-gflops')
+    cfg.model.budget = None
+    cfg.custom_hooks.append(dict(type='OnlineHook', **budget))
 
 
 def draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
@@ -73,12 +88,15 @@ def main() -> None:
         if cfg.model.type != 'DynamicDetector':
             raise UsageError(f'--{next(iter(budget)).replace("_", "-")} is for dynamic detectors; '
                              f"this config's model is {cfg.model.type}")
+        check_budget(budget)
         cfg.model.budget = budget
     cfg.load_from = args.checkpoint
     cfg.resume = False
     cfg.custom_hooks = cfg.get('custom_hooks', []) + [
         dict(type='CompleteCheckpointHook'), dict(type='FuseHook')
     ]
+    if args.online:
+        hold_online(cfg, budget)
     if args.show or args.show_dir:
         draw_predictions(cfg, args)
     if args.tta:

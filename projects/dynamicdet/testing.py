@@ -173,7 +173,7 @@ def _box_masks(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 #: Entries that hold settings, not weights.
-_KEPT = ('threshold', 'delta', 'difficulties', 'latencies', 'mean', 'std', 'project')
+_KEPT = ('threshold', 'delta', 'difficulties', 'latencies', 'gflops', 'mean', 'std', 'project')
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

@@ -7,8 +7,8 @@ import torch
 from conftest import run_tool
 from mmengine.config import Config
 
-from dynamicdet.apis.benchmark import (Task, build_pair, half_hard_threshold, interleave,
-                                       make_batch, measure, quartiles, require_equal, split_batch)
+from dynamicdet.apis.benchmark import (Setting, Task, build_pair, half_hard_threshold, interleave,
+                                       make_batch, measure, quartiles, reformat, require_equal, split_batch)
 from dynamicdet.errors import UsageError
 from dynamicdet.testing import tiny_detector, tiny_dynamic
 
@@ -29,18 +29,25 @@ def pair():
 
 def test_the_tool(tmp_path):
     out = tmp_path / 'deep' / 'benchmark.json'
-    done = run_tool('benchmark.py', 'configs/dy_faster_rcnn_digits.py', '--size', 64, 96,
-                    '--rounds', 3, '--batch-rounds', 2, '--threads', 1, '--device', 'cpu',
+    done = run_tool('benchmark.py', 'configs/dy_yolox_nano_digits.py', '--size', 64, 96,
+                    '--rounds', 3, '--batch-rounds', 2, '--batches', 1, '--threads', 1, '--device', 'cpu',
+                    '--memory-format', 'contiguous', 'channels_last', '--dtype', 'float32', 'bfloat16',
                     '--seed', 3, '--out', out)
     assert done.returncode == 0, done.stderr
     assert 'exit 0 / stock detector' in done.stdout and '<= 1.03' in done.stdout
-    found = json.loads(out.read_text())
-    assert set(found['seconds']) == {'stock', 'exit0', 'exit1', 'all_easy', 'half_hard', 'all_hard'}
-    assert set(found['ratios']) == set(found['wanted']) == {'exit0_to_stock', 'mixed_to_mean'}
-    for figures in [*found['seconds'].values(), *found['ratios'].values()]:
-        assert 0 < figures['q1'] <= figures['median'] <= figures['q3'] < math.inf
-    assert found['boxes_compared'] > 0
-    machine = found['machine']
+    content = json.loads(out.read_text())
+    assert [(run['dtype'], run['memory_format'], 'refused' in run) for run in content['runs']] == [
+        ('float32', 'contiguous', False), ('float32', 'channels_last', False),
+        ('bfloat16', 'contiguous', True), ('bfloat16', 'channels_last', True)]
+    assert "an operator of mmcv's lacks bfloat16" in done.stdout
+    for found in content['runs'][:2]:
+        assert set(found['seconds']) == {'stock', 'exit0', 'exit1', 'all_easy', 'half_hard', 'online', 'stream',
+                                         'stream_all', 'all_hard'}
+        assert set(found['ratios']) == {*content['wanted'], 'stream_all_to_mean'}
+        for figures in [*found['seconds'].values(), *found['ratios'].values()]:
+            assert 0 < figures['q1'] <= figures['median'] <= figures['q3'] < math.inf
+        assert found['boxes_compared'] > 0 and found['threads'] == 1
+    machine = content['machine']
     assert (machine['seed'], machine['size'], machine['threads']) == (3, [64, 96], 1)
     assert machine['torch'] == torch.__version__ and 'cores' in machine['cpu']
     assert machine['checkpoint'] == 'random weights'
@@ -81,7 +88,7 @@ def test_unequal_detectors_are_not_timed(pair, batch):
     bias = stock.roi_head.bbox_head.fc_reg.bias
     stock.roi_head.bbox_head.fc_reg.bias = torch.nn.Parameter(bias + 0.5)
     with pytest.raises(RuntimeError, match='cannot be compared'):
-        measure(model, stock, batch, 1, 1, no_progress)
+        require_equal(stock, model, [batch])
 
 
 def test_the_stock_detector_sees_what_exit_0_sees(batch):
@@ -97,7 +104,7 @@ def test_the_stock_detector_sees_what_exit_0_sees(batch):
 
 def test_half_of_the_batch_is_hard(pair, batch):
     model, _ = pair
-    model.set_budget(threshold=half_hard_threshold(model, batch))
+    model.set_budget(threshold=half_hard_threshold(model, [batch]))
     with torch.no_grad():
         assert sorted(sample.exit for sample in model.test_step(batch)) == [0, 0, 1, 1]
 
@@ -106,7 +113,7 @@ def test_a_router_that_parts_nothing(pair, batch):
     model, _ = pair
     torch.nn.init.zeros_(model.router.fc2.weight)
     with pytest.raises(UsageError, match='same difficulty'):
-        half_hard_threshold(model, batch)
+        half_hard_threshold(model, [batch])
 
 
 def test_a_plain_checkpoint_fills_both_exits(pair, tmp_path):
@@ -141,13 +148,58 @@ class Recorder(torch.nn.Linear):
 
 def test_tasks_take_turns():
     calls = []
-    tasks = dict(a=Task(Recorder('a', calls), {}), b=Task(Recorder('b', calls), {}, 0.5))
+    tasks = dict(a=Task(Recorder('a', calls), [{}]), b=Task(Recorder('b', calls), [{}], 0.5))
     times = interleave(tasks, 2, no_progress, '')
     a, b = ('a', None), ('b', 0.5)
     # Two untimed rounds, two timed.
     assert calls == [a, b, b, a] * 2
     assert {name: len(seconds) for name, seconds in times.items()} == dict(a=2, b=2)
     assert all((seconds > 0).all() for seconds in times.values())
+
+
+def test_many_tasks_take_turns_in_many_orders():
+    calls = []
+    tasks = {name: Task(Recorder(name, calls), [{}]) for name in 'abcde'}
+    interleave(tasks, 8, no_progress, '')
+    rounds = [''.join(name for name, _ in calls[at:at + 5]) for at in range(0, 50, 5)]
+    assert len(set(rounds)) == 10 and all(sorted(one) == list('abcde') for one in rounds)
+    # Each comes first twice, and behind each neighbour as often as before it.
+    assert sorted(one[0] for one in rounds) == list('aabbccddee')
+    assert ''.join(rounds).count('ab') >= 4 and ''.join(rounds).count('ba') >= 4
+
+
+def test_settings_hold_for_their_tasks_alone(pair, batch):
+    model, stock = pair
+    seen = []
+    model.router.register_forward_hook(
+        lambda *_: seen.append((torch.get_num_threads(), torch.is_autocast_enabled('cpu'))))
+    task = Task(model, [batch], 1.0)
+    before = torch.get_num_threads()
+    interleave(dict(one=task._replace(setting=Setting(3)), other=task), 1, no_progress, '')
+    assert set(seen) == {(3, False), (before, False)} and torch.get_num_threads() == before
+    with Setting(1, 'bfloat16').on(torch.device('cpu')):
+        assert torch.is_autocast_enabled('cpu') and torch.get_autocast_dtype('cpu') == torch.bfloat16
+
+
+def test_roi_heads_take_contiguous_maps_only(pair, batch):
+    model, _ = pair
+    assert reformat(model, 'contiguous') is model
+    settings = Config(dict(model=tiny_dynamic('faster_rcnn'))).model
+    first, second = measure(model, settings, [batch], 1, 1, no_progress,
+                            [Setting(1), Setting(1, memory_format='channels_last')])
+    assert 'one-stage' in second['refused'] and 'ratios' not in second
+    assert 0 < first['ratios']['stream_to_mean']['median'] < math.inf
+
+
+def test_channels_last_reaches_the_maps(batch):
+    cfg = Config(dict(model=tiny_dynamic('retinanet')))
+    model = reformat(build_pair(cfg)[0], 'channels_last')
+    seen = []
+    model.branches[0].neck.register_forward_hook(lambda module, inputs, _: seen.extend(inputs[0]))
+    model.set_budget(threshold=1.0)
+    with torch.no_grad():
+        model.test_step(batch)
+    assert all(one.is_contiguous(memory_format=torch.channels_last) for one in seen) and len(seen) == 4
 
 
 def test_quartiles():

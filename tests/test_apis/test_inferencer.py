@@ -201,6 +201,40 @@ def test_bad_budget(detector, checkpoints, paths, budget, said):
         DynamicInferencer(CONFIG, checkpoints['calibrated'], 'cpu', **budget)
 
 
+def test_a_stream_gives_what_calls_give(checkpoints, paths):
+    detector = DynamicInferencer(
+        CONFIG, checkpoints['calibrated'], 'cpu', hard_share=0.5, show_progress=False)
+    wanted = [detector(path)['predictions'][0] for path in paths] * 2
+    found = list(detector.stream(iter([*paths, None, *map(cv2.imread, paths)]), batch_size=1, hard_batch=3))
+    assert len(found) == 8 and sum(result['exit'] for result in found) == 4
+    for one, other in zip(found, wanted):
+        assert one.keys() == other.keys() and one['exit'] == other['exit']
+        assert one['labels'] == other['labels']
+        np.testing.assert_allclose(one['bboxes'], other['bboxes'], atol=1e-2)
+        np.testing.assert_allclose(one['scores'], other['scores'], atol=1e-4)
+
+
+def test_an_online_budget(checkpoints, paths):
+    """It needs no calibration, goes on from call to call and into streams, and lets a call have its own."""
+    detector = DynamicInferencer(
+        CONFIG, checkpoints['plain'], 'cpu', hard_share=1, online=True, show_progress=False)
+    assert exits(detector(paths)) == [1] * 4
+    assert [result['exit'] for result in detector.stream(paths, batch_size=2)] == [1] * 4
+    assert exits(detector(paths, threshold=EASY)) == [0] * 4
+    assert detector.controller.status()['images'] == 8 and detector.controller.mean == 1
+    timed = DynamicInferencer(
+        CONFIG, checkpoints['calibrated'], 'cpu', target_latency=1e-6, online=True, show_progress=False)
+    # Below what is possible: not refused, since load may change; all are easy soon.
+    assert timed.controller.share == 0 and exits(timed(paths)) == [0] * 4
+    assert timed.controller.mean > 1e-4
+
+
+@pytest.mark.parametrize('budget', [dict(), dict(threshold=0.5)])
+def test_online_needs_something_to_hold(checkpoints, budget):
+    with pytest.raises(UsageError, match='something to hold'):
+        DynamicInferencer(CONFIG, checkpoints['plain'], 'cpu', online=True, **budget)
+
+
 @pytest.mark.parametrize('budget', [dict(hard_share=0.5), dict(target_latency=0.02)])
 def test_not_calibrated(checkpoints, budget):
     with pytest.raises(UsageError, match='calibrate.py'):

@@ -1,6 +1,8 @@
 """Step 2 starts from a cascade, and measures, keeps and logs delta."""
+import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,22 +11,24 @@ import torch
 from conftest import load_small, load_small_router, train
 from mmengine.hooks import Hook
 from mmengine.runner import Runner, load_state_dict
+from mmengine.structures import InstanceData
 
 from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
 from dynamicdet.engine import RouterHook, latest_checkpoint, router_hook
 from dynamicdet.errors import UsageError
-from dynamicdet.testing import tiny_dynamic
+from dynamicdet.routing import build_objective
+from dynamicdet.testing import randomise, tiny_batch, tiny_dynamic
 from mmdet.registry import MODELS
 
 
 class Recorder(Hook):
-    """Notes the differences of each iteration, in the order in which they were seen."""
+    """Notes the gains of each iteration, in the order in which they were seen."""
 
     def __init__(self):
         self.seen = []
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        self.seen.extend(runner.model.last_differences.tolist())
+        self.seen.extend(runner.model.last_gains.tolist())
 
 
 def log_of(runner):
@@ -37,7 +41,7 @@ def router_hook_of(runner):
 
 
 def train_recorded(cfg):
-    """Train; also give the differences that were seen."""
+    """Train; also give the gains that were seen."""
     runner = Runner.from_cfg(cfg)
     recorder = Recorder()
     runner.register_hook(recorder)
@@ -98,12 +102,14 @@ def test_a_long_pass_says_how_long_it_will_take(finished):
 def test_a_resume_restores_delta_and_does_not_measure_again(digits, cascade, last, tmp_path):
     checkpoint = read_checkpoint(str(last))
     checkpoint['state_dict']['delta'].fill_(123.)
+    checkpoint['router_gains'][100] = 77.
     write_checkpoint(checkpoint, str(tmp_path / 'epoch_1.pth'))
     cfg = load_small_router(digits, tmp_path, cascade, **{'train_cfg.max_epochs': 2})
     cfg.resume = True
     runner = train(cfg)
     assert runner.epoch == 2 and runner.iter == 6
     assert runner.model.delta == 123
+    assert runner.model.gains.tolist() == pytest.approx(checkpoint['router_gains'])
     assert 'resumed epoch: 1' in log_of(runner) and 'the median of' not in log_of(runner)
 
 
@@ -228,3 +234,114 @@ def test_a_calibration_is_forgotten_when_a_router_is_trained(digits, finished, l
     assert state['threshold'] == 0.5 and state['latencies'].isnan().all()
     assert state['difficulties'].numel() == 0
     assert torch.equal(state['delta'], finished.model.delta)
+
+
+def test_quantiles_of_the_gains_are_kept_in_the_checkpoint(finished, last, differences):
+    gains = finished.model.gains
+    assert gains.tolist() == pytest.approx(np.percentile(differences, range(101)), rel=1e-4)
+    assert gains[50] == finished.model.delta
+    checkpoint = read_checkpoint(str(last))
+    assert checkpoint['router_gains'] == gains.tolist()
+    # They matter to training alone: checkpoints have the entries that they always had.
+    assert not [name for name in checkpoint['state_dict'] if 'gains' in name]
+
+
+def test_a_run_of_before_there_were_quantiles_goes_on(digits, cascade, finished, last, tmp_path):
+    checkpoint = read_checkpoint(str(last))
+    del checkpoint['router_gains']
+    write_checkpoint(checkpoint, str(tmp_path / 'epoch_1.pth'))
+    cfg = load_small_router(digits, tmp_path, cascade, **{'train_cfg.max_epochs': 2})
+    cfg.resume = True
+    runner = train(cfg)
+    assert runner.epoch == 2
+    torch.testing.assert_close(runner.model.gains, finished.model.gains)
+
+
+def test_delta_is_the_median_of_what_the_objective_counts(digits, cascade, tmp_path, differences):
+    """`differences` are in the annotations' order, as the objects' numbers here."""
+    annotations = json.loads((digits / 'annotations' / 'instances_train.json').read_text())
+    objects = Counter(one['image_id'] for one in annotations['annotations'])
+    expected = [difference * objects[image['id']]
+                for difference, image in zip(differences, annotations['images'])]
+    assert len(set(objects.values())) > 1
+    runner = train(load_small_router(digits, tmp_path, cascade, **{'model.objective': 'loss_sum'}))
+    assert runner.model.delta.item() == pytest.approx(np.median(expected), rel=1e-4)
+    assert 'the median of (L1 - L2) x objects over 12 training images' in log_of(runner)
+
+
+@pytest.mark.parametrize('delta', ['exact', 'online'])
+@pytest.mark.parametrize('objective', ['ap', 'pairwise'])
+def test_other_objectives_train(digits, cascade, tmp_path, objective, delta):
+    """Chosen by one line; the router and nothing else changes."""
+    runner = train(load_small_router(
+        digits, tmp_path, cascade, delta=delta, **{'model.objective': objective}))
+    gains = runner.model.gains
+    assert gains.shape == (101, ) and gains.isfinite().all() and (gains.diff() >= 0).all()
+    if objective == 'ap':
+        # Percent, and not all the same: the cascade finds some of its training images' digits.
+        assert -100 <= gains[0] < gains[100] <= 100
+    before = read_checkpoint(latest_checkpoint(cascade))['state_dict']
+    after = runner.model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])
+               and not after[name].isnan().all()} - {'delta'}
+    assert {name.split('.')[0] for name in changed} == {'router'} and 'router.fc1.weight' in changed
+
+
+def test_a_held_out_part_is_what_is_measured(digits, cascade, tmp_path):
+    cfg = load_small_router(digits, tmp_path, cascade)
+    cfg.train_dataloader.dataset = dict(
+        type='HoldOut', dataset=cfg.train_dataloader.dataset, share=0.4, part='router')
+    runner = train(cfg)
+    held = len(runner.train_dataloader.dataset)
+    assert 0 < held < 12
+    assert f'over {held} training images' in log_of(runner)
+
+
+@pytest.mark.parametrize('name, settings', [
+    ('faster_rcnn', dict(backbones=3)),
+    ('faster_rcnn', dict(first_scale=0.5, reuse_stages=0)),
+    ('fcos', dict(backbones=3)),
+    ('yolox', dict(first_scale=0.5, reuse_stages=0)),
+])
+def test_gains_of_any_detector(name, settings):
+    """Of the first against the last exit, in loss and in AP, and nothing is left in the samples."""
+    cfg = tiny_dynamic(name, shared=name == 'faster_rcnn', train_router=True, **settings)
+    model = randomise(MODELS.build(cfg)).train()
+    data = model.data_preprocessor(tiny_batch((2, 0, 1)), True)
+    inputs, samples = data['inputs'], data['data_samples']
+    losses, features = model.exit_losses(inputs, samples)
+    model.objective = build_objective('loss_sum')
+    gains, same = model.exit_gains(inputs, samples)
+    torch.testing.assert_close(gains, (losses[0] - losses[-1]) * torch.tensor([2.0, 0.0, 1.0]))
+    assert torch.equal(same, features)
+    model.objective = build_objective('ap')
+    gains, same = model.exit_gains(inputs, samples)
+    assert gains.shape == (3, ) and gains[1] == 0 and gains.abs().max() <= 100
+    torch.testing.assert_close(same, features)
+    assert not any('pred_instances' in sample for sample in samples)
+
+
+@pytest.mark.parametrize('scale', [1.0, 0.5])
+def test_gains_in_ap_by_hand(scale, monkeypatch):
+    """The first exit finds nothing, the last all: 100 where there are objects, each exit in its frame."""
+    cfg = tiny_dynamic('fcos', shared=False, train_router=True, objective='ap', first_scale=scale,
+                       reuse_stages=0)
+    model = randomise(MODELS.build(cfg))
+
+    def finds(samples, truth):
+        for sample in samples:
+            boxes = sample.gt_instances.bboxes
+            boxes = getattr(boxes, 'tensor', boxes)
+            sample.pred_instances = InstanceData(
+                bboxes=boxes if truth else boxes + 500, labels=sample.gt_instances.labels,
+                scores=torch.full((len(boxes), ), 0.5))
+        return samples
+
+    for found in (0, 1):
+        for exit in (0, 1):
+            monkeypatch.setattr(model.branches[exit], 'predict',
+                                lambda maps, samples, rescale, truth=exit == found: finds(samples, truth))
+        data = model.data_preprocessor(tiny_batch((2, 0, 1)), True)
+        gains, _ = model.exit_gains(data['inputs'], data['data_samples'])
+        sign = 1 if found else -1
+        torch.testing.assert_close(gains, sign * torch.tensor([100.0, 0.0, 100.0]))

@@ -93,7 +93,7 @@ def test_step_2_trains_the_router_alone(name):
 @pytest.mark.parametrize('name', STOCK)
 def test_image_losses_do_not_depend_on_the_batch(name):
     """loss(batch) gives each image what a batch of it alone gives."""
-    model = build(name, train_router=True, weighting='mean')
+    model = build(name, train_router=True)
     batch = tiny_batch((2, 0, 4))
     together, _ = model.exit_losses(*fresh(model, batch))
     assert together.shape == (2, 3) and not together.requires_grad
@@ -148,15 +148,15 @@ def test_measuring_losses_leaves_the_generator_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_objects_weigh_the_losses():
+def test_objects_multiply_the_gains():
     inputs = tiny_batch((2, 0, 3))
     mean = build(train_router=True)
-    objects = build(train_router=True, weighting='objects')
-    plain, _ = mean.exit_losses(*fresh(mean, inputs))
-    weighted, _ = objects.exit_losses(*fresh(objects, inputs))
+    summed = build(train_router=True, objective='loss_sum')
+    plain, _ = mean.exit_gains(*fresh(mean, inputs))
+    weighted, _ = summed.exit_gains(*fresh(summed, inputs))
     torch.testing.assert_close(weighted, plain * torch.tensor([2.0, 0.0, 3.0]))
-    with pytest.raises(UsageError, match='weighting'):
-        build(weighting='none')
+    with pytest.raises(UsageError, match='objective'):
+        build(objective='none')
 
 
 @pytest.mark.parametrize('name', STOCK)

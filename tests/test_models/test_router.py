@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from dynamicdet.errors import UsageError
 from dynamicdet.models import Router
 
 
@@ -56,3 +57,51 @@ def test_standardised_by_hand():
     router.std.fill_(2.0)
     got = router([torch.full((1, 2, 4, 4), 3.0)])
     torch.testing.assert_close(got, torch.tensor([2.0]).sigmoid())
+
+
+def test_pools_by_hand():
+    """Channels hold 0, 0, 0, 4 and 1, 1, 3, 3: means 1, 2; maxima 4, 3; spreads sqrt(3), 1."""
+    maps = [torch.tensor([[[[0.0, 0.0], [0.0, 4.0]]]]), torch.tensor([[[[1.0, 1.0], [3.0, 3.0]]]])]
+    router = Router([1, 1], reduction=2, pools=('mean', 'max', 'std'))
+    torch.testing.assert_close(router.pool(maps), torch.tensor([[1, 2, 4, 3, 3**0.5, 1]]))
+    assert router.fc1.in_features == 6 and router.fc1.out_features == 3
+    # Another order is another vector; the mean alone is the paper's.
+    torch.testing.assert_close(Router([1, 1], pools=('max', 'mean'), reduction=1).pool(maps),
+                               torch.tensor([[4.0, 3, 1, 2]]))
+    torch.testing.assert_close(Router([1, 1], reduction=1).pool(maps), torch.tensor([[1.0, 2]]))
+
+
+def test_padding_is_in_no_pool():
+    router = Router([4], pools=('mean', 'max', 'std'))
+    image = torch.rand(4, 8, 6)
+    padded = torch.full((2, 4, 8, 8), 100.0)
+    padded[0, :, :, :6] = image
+    padded[1] = torch.rand(4, 8, 8)
+    got = router.pool([padded], [(1.0, 0.75), (1.0, 1.0)])
+    torch.testing.assert_close(got, torch.cat([router.pool([image[None]]), router.pool([padded[1:]])]))
+    # Of one cell there is no spread, and no NaN.
+    narrow = router.pool([padded], [(0.01, 0.01), (1.0, 1.0)])
+    assert (narrow[0, 8:] == 0).all() and torch.isfinite(narrow).all()
+
+
+def test_pools_in_half_precision():
+    """Spread around a large mean, which a mean of squares would lose."""
+    values = (100 + torch.arange(64.0).reshape(1, 1, 8, 8) / 2).bfloat16()
+    router = Router([1], reduction=1, pools=('mean', 'max', 'std'))
+    got = router.pool([values])
+    assert got.dtype == torch.float32
+    own = values.double()
+    expected = torch.stack([own.mean(), own.max(), own.std(correction=0)]).float()[None]
+    torch.testing.assert_close(got, expected)
+
+
+def test_the_papers_router_has_the_same_entries_as_ever():
+    assert {name: tuple(value.shape) for name, value in Router([8, 8]).state_dict().items()} == {
+        'mean': (16, ), 'std': (16, ), 'fc1.weight': (4, 16), 'fc1.bias': (4, ), 'fc2.weight': (1, 4),
+        'fc2.bias': (1, )}
+
+
+@pytest.mark.parametrize('pools', [(), ('mean', 'median')])
+def test_unknown_pools_are_refused(pools):
+    with pytest.raises(UsageError, match='pools are some of mean, max, std'):
+        Router([8], pools=pools)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from dynamicdet.errors import UsageError
-from dynamicdet.routing import (hard_share, resolve_threshold, share_for_latency,
-                                threshold_for_share)
+from dynamicdet.routing.thresholds import (check_budget, hard_share, mean_cost, resolve_threshold,
+                                           share_for_gflops, share_for_latency, shares_beyond,
+                                           threshold_for_share, thresholds_for_share)
 
 SCORES = [0.1, 0.2, 0.3, 0.4]
 
@@ -93,7 +94,9 @@ def test_budgets():
 
 @pytest.mark.parametrize('budget', [
     dict(), dict(threshold=2), dict(threshold=-1.5), dict(hard_share=1.01), dict(hard_share=math.nan),
-    dict(hard_share='half'), dict(target_latency=-1), dict(speed=1), dict(threshold=0.5, hard_share=0.5)
+    dict(hard_share='half'), dict(target_latency=-1), dict(speed=1), dict(threshold=0.5, hard_share=0.5),
+    dict(target_latency=0), dict(target_gflops=0), dict(target_gflops=math.nan), dict(target_gflops=True),
+    dict(threshold=[0.2, 0.4]), dict(hard_share=[]),
 ])
 def test_bad_budgets(budget):
     with pytest.raises(UsageError):
@@ -108,3 +111,72 @@ def test_budget_without_calibration():
 def test_ties_that_miss_the_share_are_said():
     with pytest.warns(UserWarning, match='share a difficulty'):
         resolve_threshold(dict(hard_share=0.25), [0.5] * 50 + [0.7] * 50)
+
+
+def test_gflops_by_hand():
+    assert share_for_gflops(25, 20, 40) == 0.25
+    assert share_for_gflops(20, 20, 40) == 0 and share_for_gflops(40, 20, 40) == 1
+    assert resolve_threshold(dict(target_gflops=30), SCORES, (math.nan, math.nan), (20, 40)) == pytest.approx(0.25)
+    assert resolve_threshold(dict(target_gflops=30), SCORES, None, (20, 40)) == pytest.approx(0.25)
+
+
+def test_gflops_out_of_range_name_both_ends():
+    with pytest.raises(UsageError, match='10 GFLOPs is outside g0 = 20 to g1 = 40: it cannot be met'):
+        share_for_gflops(10, 20, 40)
+    with pytest.warns(UserWarning, match='50 GFLOPs is outside g0 = 20 to g1 = 40'):
+        assert share_for_gflops(50, 20, 40) == 1
+
+
+@pytest.mark.parametrize('budget', [dict(target_gflops=3), dict(target_latency=3)])
+@pytest.mark.parametrize('costs', [None, (math.nan, math.nan)])
+def test_what_was_not_measured(budget, costs):
+    with pytest.raises(UsageError, match='calibrate.py on it again'):
+        resolve_threshold(budget, SCORES, costs, costs)
+
+
+# More than two exits.
+
+
+def test_shares_of_three_exits_by_hand():
+    assert shares_beyond(0.5) == [0.5]
+    # A quarter, a half, a quarter.
+    assert shares_beyond(0.5, 3) == [0.75, 0.25]
+    assert shares_beyond(0, 4) == [0, 0, 0] and shares_beyond(1, 4) == [1, 1, 1]
+    assert mean_cost(0.5, (10, 20, 50)) == pytest.approx(25) and mean_cost(0.3, (10, 20)) == pytest.approx(13)
+
+
+@pytest.mark.parametrize('share', np.linspace(0, 1, 11))
+def test_the_mean_exit_is_the_share_of_the_last(share):
+    assert mean_cost(share, (0, 1, 2, 3)) == pytest.approx(3 * share)
+    beyond = shares_beyond(share, 4)
+    assert beyond == sorted(beyond, reverse=True) and all(0 <= one <= 1 for one in beyond)
+
+
+@pytest.mark.parametrize('target', [10, 12, 25, 49.9, 50])
+def test_a_cost_between_three_exits_is_met(target):
+    share = share_for_latency(target, 10, 20, 50)
+    assert mean_cost(share, (10, 20, 50)) == pytest.approx(target)
+
+
+def test_thresholds_of_three_exits():
+    scores = np.random.default_rng(0).random(1000)
+    for budget in (dict(hard_share=0.5), dict(target_latency=25), dict(hard_share=[0.75, 0.25])):
+        low, high = resolve_threshold(budget, scores, (10, 20, 50))
+        assert hard_share(scores, low) == pytest.approx(0.75) and hard_share(scores, high) == pytest.approx(0.25)
+    assert thresholds_for_share(scores, 0.5, 3) == [low, high]
+    assert resolve_threshold(dict(threshold=[0.2, 0.4]), latencies=(1, 2, 3)) == [0.2, 0.4]
+    # One number forces all.
+    assert resolve_threshold(dict(threshold=-1), latencies=(1, 2, 3)) == [-1, -1]
+
+
+@pytest.mark.parametrize('budget, said', [
+    (dict(threshold=[0.4, 0.2]), 'must rise'), (dict(hard_share=[0.2, 0.4]), 'must fall'),
+    (dict(threshold=[0.1, 2]), r'in \[-1, 1\]'), (dict(target_latency=[1, 2]), 'must be a number')])
+def test_bad_budgets_by_exit(budget, said):
+    with pytest.raises(UsageError, match=said):
+        check_budget(budget)
+
+
+def test_as_many_as_there_are_exits():
+    with pytest.raises(UsageError, match='2 numbers for 3 exits'):
+        resolve_threshold(dict(threshold=[0.1, 0.2, 0.3]), latencies=(1, 2, 3))

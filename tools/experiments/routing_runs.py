@@ -23,6 +23,8 @@ DETECTORS = dict(
     yolox=Detector('configs/yolox_nano_digits.py', 'configs/dy_yolox_nano_digits.py', 5e-3, 2e-3),
     faster_rcnn=Detector('configs/faster_rcnn_digits.py', 'configs/dy_faster_rcnn_digits.py', 1e-3, 5e-4))
 
+#: What routers may look at; how much of it is chosen when they are fitted.
+ROUTER = dict(type='Router', pools=('mean', 'max', 'std'))
 #: Dynamic variants: what differs from the dynamic config, whose exits are the first backbone at half the
 #: size and both at the full one.
 DYNAMIC = dict(
@@ -86,7 +88,7 @@ def _pretraining(name: str, suffix: str, own: dict, root: str) -> Run:
 
 
 def _dynamic(name: str, variant: str, seed: int, root: str) -> Run:
-    options = {**_schedule(DETECTORS[name].lr, 1, FINE_TUNING), **DYNAMIC[variant]}
+    options = {**_schedule(DETECTORS[name].lr, 1, FINE_TUNING), 'model.router': ROUTER, **DYNAMIC[variant]}
     return _run(name, variant, seed, DETECTORS[name].dynamic, DATA['size'], options, root,
                 f'{name}-pretrained-0')
 

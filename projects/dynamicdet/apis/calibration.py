@@ -19,12 +19,10 @@ from ..checkpoints import is_plain, read_checkpoint, require_complete
 from ..datasets.check import is_of_empty_set
 from ..errors import UsageError
 from ..models import DynamicDetector, fuse
+from ..routing.thresholds import ALL_EASY, ALL_HARD
 from .flops import count_flops
 
 Progress = Callable[[Iterable, str], Iterable]
-
-#: Thresholds that send every image to exit 0, to exit 1.
-_FORCE = (1.0, -1.0)
 
 
 def load_model(cfg: Config, path: str, device: str) -> Tuple[DynamicDetector, dict]:
@@ -83,8 +81,8 @@ def measure_latencies(model: DynamicDetector,
                       dataset,
                       progress: Progress,
                       images: int = 20,
-                      rounds: int = 5) -> Tuple[float, float]:
-    """Median seconds per image of both exits: batch 1, data in memory, exits taking turns.
+                      rounds: int = 5) -> Tuple[float, ...]:
+    """Median seconds per image of each exit: batch 1, data in memory, exits taking turns.
 
     Args:
         model (DynamicDetector): In eval mode, on the device that counts.
@@ -94,25 +92,25 @@ def measure_latencies(model: DynamicDetector,
         rounds (int): How often each is timed, after one untimed round. Defaults to 5.
     """
     batches = [pseudo_collate([dataset[index]]) for index in range(min(images, len(dataset)))]
-    times: Tuple[List[float], List[float]] = ([], [])
+    times: List[List[float]] = [[] for _ in range(model.num_exits)]
     synchronise = torch.cuda.synchronize if model.threshold.is_cuda else lambda: None
     with _any_threshold(model):
         for turn in progress(range(rounds + 1), 'latencies'):
             for batch in batches:
-                for exit, threshold in enumerate(_FORCE):
-                    model.set_budget(threshold=threshold)
+                for exit in range(model.num_exits):
+                    force_exit(model, exit)
                     synchronise()
                     start = time.perf_counter()
                     model.test_step(batch)
                     synchronise()
                     if turn:
                         times[exit].append(time.perf_counter() - start)
-    return float(np.median(times[0])), float(np.median(times[1]))
+    return tuple(float(np.median(own)) for own in times)
 
 
 @torch.no_grad()
-def measure_gflops(model: DynamicDetector, dataset, images: int = 10) -> Tuple[float, float]:
-    """Mean GFLOPs per image of both exits, 2 x multiply-adds, by torch's counter.
+def measure_gflops(model: DynamicDetector, dataset, images: int = 10) -> Tuple[float, ...]:
+    """Mean GFLOPs per image of each exit, 2 x multiply-adds, by torch's counter.
 
     It follows what is really run, and sees nothing of mmcv's own operators: RoIAlign counts as 0.
     The cost of two-stage heads varies with the proposals, hence the mean over some images.
@@ -120,11 +118,17 @@ def measure_gflops(model: DynamicDetector, dataset, images: int = 10) -> Tuple[f
     batches = [pseudo_collate([dataset[index]]) for index in range(min(images, len(dataset)))]
     means = []
     with _any_threshold(model):
-        for threshold in _FORCE:
-            model.set_budget(threshold=threshold)
+        for exit in range(model.num_exits):
+            force_exit(model, exit)
             flops, _ = count_flops(lambda: [model.test_step(batch) for batch in batches])
             means.append(flops / len(batches) / 1e9)
-    return means[0], means[1]
+    return tuple(means)
+
+
+def force_exit(model: DynamicDetector, exit: int) -> None:
+    """Send every image to one exit: past all exits before it, and no further."""
+    thresholds = [ALL_HARD] * exit + [ALL_EASY] * (model.num_exits - 1 - exit)
+    model.set_budget(threshold=thresholds[0] if len(thresholds) == 1 else thresholds)
 
 
 class _any_threshold:
@@ -143,7 +147,7 @@ class _any_threshold:
 
 @torch.no_grad()
 def record_exits(model: DynamicDetector, loader: DataLoader, progress: Progress) -> List[dict]:
-    """Both exits' detections of every image: all that a trade-off curve needs.
+    """Each exit's detections of every image: all that a trade-off curve needs.
 
     Args:
         model (DynamicDetector): In eval mode.
@@ -151,17 +155,17 @@ def record_exits(model: DynamicDetector, loader: DataLoader, progress: Progress)
         progress (Callable): Wraps what is iterated over.
 
     Returns:
-        list[dict]: Per image ``id``, ``file``, ``difficulty`` and ``detections`` of both exits: COCO results
+        list[dict]: Per image ``id``, ``file``, ``difficulty`` and ``detections`` of each exit: COCO results
         without image id, boxes x, y, w, h in the image's own frame.
     """
     images = []
     with _any_threshold(model):
-        for batch in progress(loader, 'both exits'):
+        for batch in progress(loader, 'every exit'):
             both = []
-            for threshold in _FORCE:
-                model.set_budget(threshold=threshold)
+            for exit in range(model.num_exits):
+                force_exit(model, exit)
                 samples = model.test_step(batch)
-                both.append([_to_coco(sample, loader.dataset.cat_ids) for sample in samples])
+                both.append([coco_results(sample, loader.dataset.cat_ids) for sample in samples])
             images.extend(
                 dict(
                     id=sample.img_id,
@@ -171,7 +175,7 @@ def record_exits(model: DynamicDetector, loader: DataLoader, progress: Progress)
     return images
 
 
-def _to_coco(sample, category_ids: List[int]) -> List[dict]:
+def coco_results(sample, category_ids: List[int]) -> List[dict]:
     found = sample.pred_instances.cpu()
     boxes = found.bboxes.clone()
     boxes[:, 2:] -= boxes[:, :2]
@@ -210,8 +214,8 @@ def _cpu_name() -> str:
 def calibrate(model: DynamicDetector,
               loader: DataLoader,
               progress: Progress,
-              hard_share: float = 0.5) -> Dict[str, float]:
-    """Measure difficulties and latencies, and set the model's calibration and threshold to them.
+              hard_share: float = 0.5) -> dict:
+    """Measure difficulties and costs, and set the model's calibration and threshold to them.
 
     Args:
         model (DynamicDetector): Trained, on the device whose latencies count.
@@ -220,7 +224,8 @@ def calibrate(model: DynamicDetector,
         hard_share (float): What the checkpoint does when nothing is asked for. Defaults to 0.5.
 
     Returns:
-        dict: ``threshold``, and ``lat1`` and ``lat2`` in seconds.
+        dict: ``threshold`` (a list for more than two exits), and of each exit ``lat1``, ``lat2``, ... in
+        seconds and ``g0``, ``g1``, ... in GFLOPs.
 
     Raises:
         UsageError: If the router was not trained.
@@ -229,7 +234,12 @@ def calibrate(model: DynamicDetector,
         raise UsageError('this checkpoint is from step 1: train the router (step 2) before calibrating')
     difficulties = measure_difficulties(model, loader, progress)
     latencies = measure_latencies(model, loader.dataset, progress)
+    gflops = measure_gflops(model, loader.dataset)
     model.difficulties = torch.from_numpy(difficulties).to(model.difficulties.device)
     model.latencies.copy_(torch.tensor(latencies))
+    model.gflops.copy_(torch.tensor(gflops))
     threshold = model.set_budget(hard_share=hard_share)
-    return dict(threshold=threshold, lat1=latencies[0], lat2=latencies[1])
+    return dict(
+        threshold=threshold,
+        **{f'lat{exit}': seconds for exit, seconds in enumerate(latencies, 1)},
+        **{f'g{exit}': count for exit, count in enumerate(gflops)})

@@ -73,16 +73,17 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
-    """The wanted speed, one way of three."""
+    """The wanted speed, one way of four."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument('--hard-share', type=float, help='share of hard images, 0 to 1')
     group.add_argument('--target-latency', type=float, help='mean seconds per image')
+    group.add_argument('--target-gflops', type=float, help='mean GFLOPs per image, 2 x multiply-adds')
     group.add_argument('--threshold', type=float, help='hard above this difficulty, -1 to 1')
 
 
 def budget_from(args: argparse.Namespace) -> dict:
     """The budget that was asked for: no entry or one."""
-    names = ('hard_share', 'target_latency', 'threshold')
+    names = ('hard_share', 'target_latency', 'target_gflops', 'threshold')
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 

@@ -19,15 +19,17 @@ from ..checkpoints import is_plain, require_complete
 from ..datasets.check_annotations import LONGEST
 from ..errors import UsageError
 from ..models import fuse
+from ..models.online import Online, build_controller, kept_speed
 from ..routing.thresholds import check_budget
+from .stream import Stream
 
 
 class DynamicInferencer(DetInferencer):
     """`DetInferencer` whose speed can be chosen, for all calls or for one.
 
     Results, and the JSON files that it writes, have ``difficulty`` and ``exit`` beside what
-    mmdet's have. Give at most one of ``threshold``, ``hard_share`` and ``target_latency``; see
-    `DynamicDetector.set_budget`.
+    mmdet's have. Give at most one of ``threshold``, ``hard_share``, ``target_latency`` and
+    ``target_gflops``; see `DynamicDetector.set_budget`.
 
     Args:
         model (str or dict, optional): Config, or path of one. Defaults to the checkpoint's.
@@ -40,10 +42,14 @@ class DynamicInferencer(DetInferencer):
         threshold (float, optional): In [-1, 1]. Hard when the difficulty is above it.
         hard_share (float, optional): Share of hard images, in [0, 1].
         target_latency (float, optional): Mean seconds per image.
+        target_gflops (float, optional): Mean GFLOPs per image, 2 x multiply-adds.
+        online (bool): Whether a controller holds the budget on the images that come, whatever their
+            difficulty and the machine's load: any but ``threshold``. It is ``self.controller``, see
+            `routing.controller.Controller`, and goes on from call to call. Defaults to False.
 
     Raises:
         UsageError: If the model is not dynamic, the checkpoint does not fill it, more than one of
-            the three is given, it is out of range, or it needs a calibrated checkpoint.
+            the four is given, it is out of range, or it needs a calibrated checkpoint.
 
     Example:
         >>> detector = DynamicInferencer(
@@ -63,16 +69,21 @@ class DynamicInferencer(DetInferencer):
                  show_progress: bool = True,
                  threshold: Optional[float] = None,
                  hard_share: Optional[float] = None,
-                 target_latency: Optional[float] = None) -> None:
-        budget = _given(threshold, hard_share, target_latency)
+                 target_latency: Optional[float] = None,
+                 target_gflops: Optional[float] = None,
+                 online: bool = False) -> None:
+        budget = _given(threshold, hard_share, target_latency, target_gflops)
         if budget:
             # Before the model is built, which takes seconds.
             check_budget(budget)
+        if online and (not budget or threshold is not None):
+            raise UsageError('online needs something to hold: hard_share, target_latency or target_gflops')
         super().__init__(model, weights, device, scope, palette, show_progress)
         if not hasattr(self.model, 'set_budget'):
             raise UsageError(f"this config's model, {type(self.model).__name__}, is not dynamic: "
                              "use mmdet's DetInferencer")
-        if budget:
+        self.controller = build_controller(self.model, budget) if online else None
+        if budget and not online:
             self.model.set_budget(**budget)
 
     def _load_weights_to_model(self, model: nn.Module, checkpoint: Optional[dict],
@@ -91,13 +102,16 @@ class DynamicInferencer(DetInferencer):
                  threshold: Optional[float] = None,
                  hard_share: Optional[float] = None,
                  target_latency: Optional[float] = None,
+                 target_gflops: Optional[float] = None,
                  **kwargs) -> dict:
-        """As mmdet's, whose arguments are passed on; the speed holds for this call.
+        """As mmdet's, whose arguments are passed on; the speed holds for this call, and a controller
+        does not see it.
 
         Args:
             threshold (float, optional): In [-1, 1]. Hard when the difficulty is above it.
             hard_share (float, optional): Share of hard images, in [0, 1].
             target_latency (float, optional): Mean seconds per image.
+            target_gflops (float, optional): Mean GFLOPs per image, 2 x multiply-adds.
             on_unreadable (callable, optional): Called with the path of a picture that cannot be
                 read and the reason; the others are processed. Without it, the call fails.
 
@@ -105,23 +119,45 @@ class DynamicInferencer(DetInferencer):
             dict: ``predictions``, one per picture, each with ``difficulty`` and ``exit``; and
             ``visualization``, the drawn pictures, if ``return_vis``.
         """
-        with self._budget(_given(threshold, hard_share, target_latency)):
+        with self._speed(_given(threshold, hard_share, target_latency, target_gflops)):
             return super().__call__(*args, **kwargs)
 
     @contextlib.contextmanager
-    def _budget(self, budget: Dict[str, float]) -> Iterator[None]:
-        """A speed for a while."""
-        if not budget:
+    def _speed(self, budget: Dict[str, float]) -> Iterator[None]:
+        """A speed for a while: the one that is given, or else the controller's."""
+        with contextlib.ExitStack() as stack:
+            if budget:
+                stack.enter_context(kept_speed(self.model))
+                self.model.set_budget(**budget)
+            elif self.controller is not None:
+                stack.enter_context(Online(self.model, self.controller))
             yield
-            return
-        model = self.model
-        before = model.threshold.clone(), model.budget, model._budget_waits
-        model.set_budget(**budget)
-        try:
-            yield
-        finally:
-            threshold, model.budget, model._budget_waits = before
-            model.threshold.copy_(threshold)
+
+    def stream(self,
+               images: Iterable[Optional[Union[str, np.ndarray]]],
+               batch_size: int = 8,
+               hard_batch: Optional[int] = None,
+               collect_easy: bool = False,
+               deadline: Optional[float] = None) -> Iterator[dict]:
+        """Detect in images as they come: hard images of several batches run together.
+
+        Args:
+            images (Iterable): Paths, URLs or arrays; None where there is nothing yet. It may pause and need
+                not end. With a deadline it is read in a thread of its own.
+            batch_size (int): Images of the first pass. Defaults to 8.
+            hard_batch (int, optional): Images of the later passes. Defaults to ``batch_size``.
+            collect_easy (bool): Whether easy images wait for a full batch, too. Defaults to False.
+            deadline (float, optional): Seconds after which an image waits for no other. Defaults to None.
+
+        Yields:
+            dict: Each image's result, in the order of the images, as in ``predictions``: labels, scores,
+            bboxes, ``difficulty`` and ``exit``.
+        """
+        batches = (None if image is None else next(iter(self.preprocess([image])))[1] for image in images)
+        with Stream(self.model, batch_size, hard_batch, collect_easy, deadline,
+                    controller=self.controller) as stream:
+            for sample in stream.run(batches):
+                yield self.pred2dict(sample)
 
     def preprocess(self,
                    inputs: Iterable[Union[str, np.ndarray]],
@@ -158,9 +194,10 @@ class DynamicInferencer(DetInferencer):
         return result
 
 
-def _given(threshold: Optional[float], hard_share: Optional[float],
-           target_latency: Optional[float]) -> Dict[str, float]:
-    budget = dict(threshold=threshold, hard_share=hard_share, target_latency=target_latency)
+def _given(threshold: Optional[float], hard_share: Optional[float], target_latency: Optional[float],
+           target_gflops: Optional[float]) -> Dict[str, float]:
+    budget = dict(threshold=threshold, hard_share=hard_share, target_latency=target_latency,
+                  target_gflops=target_gflops)
     return {name: value for name, value in budget.items() if value is not None}
 
 

@@ -3,10 +3,11 @@ from .branch_mode_switch_hook import BranchModeSwitchHook
 from .complete_checkpoint_hook import CompleteCheckpointHook
 from .finite_loss_hook import FiniteLossHook
 from .fuse_hook import FuseHook
+from .online_hook import OnlineHook
 from .resume_hook import ResumeHook
 from .router_hook import RouterHook, latest_checkpoint
 
 __all__ = [
     'AtomicBackend', 'BranchModeSwitchHook', 'CompleteCheckpointHook', 'FiniteLossHook', 'FuseHook',
-    'ResumeHook', 'RouterHook', 'latest_checkpoint', 'write_atomically'
+    'OnlineHook', 'ResumeHook', 'RouterHook', 'latest_checkpoint', 'write_atomically'
 ]

@@ -1,8 +1,8 @@
-"""Step 2: start from a cascade, measure delta, keep it."""
+"""Step 2: start from a cascade, measure the gains, keep them."""
 import time
 from collections import deque
 from pathlib import Path
-from typing import Dict, Iterable, Optional, Tuple
+from typing import Dict, Iterable, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -17,9 +17,11 @@ from torch.utils.data import DataLoader
 from mmdet.registry import HOOKS
 
 from ..checkpoints import require_complete
+from ..datasets import holdout  # noqa: F401  (registers what gives step 2 images of its own)
 from ..errors import UsageError
+from ..routing import GAINS, quantiles_of
 
-#: How many of the latest differences the online estimate looks at. The released code lets its
+#: How many of the latest gains the online estimate looks at. The released code lets its
 #: list grow without bound and measures at each of the first 10,000 iterations.
 _WINDOW = 10_000
 
@@ -30,14 +32,15 @@ class RouterHook(Hook):
 
     * It starts from a cascade: ``load_from`` or, where that is not given, the latest checkpoint in
       ``cascade``. It refuses to train a router on anything else.
-    * It measures delta, the median over the training set of ``L1 - L2``, before training
-      (``exact``) or while training (``online``), the same on all ranks, and keeps it over a resume.
+    * It measures the training set's gains, ``L1 - L2`` or whatever the objective counts, before training
+      (``exact``) or while training (``online``): their quantiles, which ranks and offsets follow from, and
+      delta, their median. They are the same on all ranks and are kept over a resume.
       The pass before training also standardises what the router sees.
 
     Args:
         cascade (str, optional): Work dir of step 1. Defaults to None: ``load_from`` is needed.
-        delta (str): 'exact' passes once over the training set; 'online' takes the median of the
-            last 10,000 images seen. Defaults to 'exact'.
+        delta (str): 'exact' passes once over the training set; 'online' goes by the last 10,000 images
+            seen. Defaults to 'exact'.
     """
 
     # Before hooks that copy weights, such as EMAHook, see the checkpoint.
@@ -72,10 +75,11 @@ class RouterHook(Hook):
         if self.training:
             require_complete(model, state, optional=('router.', ) if starting else ())
         if starting:
-            for name in ('delta', 'difficulties', 'latencies', 'threshold'):
+            for name in ('delta', 'difficulties', 'gflops', 'latencies', 'threshold'):
                 state[name] = getattr(model, name).detach().clone()
-        else:
+        elif self.training:
             self.window.extend(checkpoint.get('router_differences', ()))
+            model.gains = model.delta.new_tensor(checkpoint.get('router_gains', ()))
         self.loaded = True
 
     def before_train(self, runner: Runner) -> None:
@@ -85,13 +89,14 @@ class RouterHook(Hook):
             raise UsageError('step 2 trains the router of a trained cascade, and none was loaded: '
                              f'run step 1 first{where}, or name its checkpoint by --cfg-options '
                              'load_from=...')
-        if self.delta == 'exact' and model.delta.isnan():
-            differences, mean, std = measure_training_set(runner)
-            model.delta.fill_(float(np.median(list(differences.values()))))
+        # Runs of before there were quantiles kept delta alone.
+        if self.delta == 'exact' and not len(model.gains):
+            gains, mean, std = measure_training_set(runner)
+            set_gains(model, list(gains.values()))
             model.router.mean.copy_(mean)
             model.router.std.copy_(std)
-            runner.logger.info(f'delta = {model.delta.item():.4f}, the median of L1 - L2 over '
-                               f'{len(differences)} training images')
+            runner.logger.info(f'delta = {model.delta.item():.4f}, the median of '
+                               f'{GAINS[model.objective.gain].said} over {len(gains)} training images')
 
     def after_train_iter(self,
                          runner: Runner,
@@ -100,13 +105,21 @@ class RouterHook(Hook):
                          outputs: Optional[dict] = None) -> None:
         if self.delta == 'online':
             model = _model(runner)
-            for differences in all_gather_object(model.last_differences.tolist()):
-                self.window.extend(differences)
-            model.delta.fill_(float(np.median(self.window)))
+            for gains in all_gather_object(model.last_gains.tolist()):
+                self.window.extend(gains)
+            set_gains(model, self.window)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        checkpoint['router_gains'] = _model(runner).gains.tolist()
         if self.delta == 'online':
             checkpoint['router_differences'] = list(self.window)
+
+
+def set_gains(model, gains: Sequence[float]) -> None:
+    """Tell a dynamic detector the gains of its training set, (n,): their quantiles, and delta."""
+    quantiles = quantiles_of(gains)
+    model.gains = quantiles.to(model.delta.device)
+    model.delta.fill_(quantiles[len(quantiles) // 2])
 
 
 def _model(runner: Runner):
@@ -132,7 +145,7 @@ def measure_training_set(runner: Runner) -> Tuple[Dict[tuple, float], Tensor, Te
     """What step 2 needs to know of the training set, by one pass over it; the same on all ranks.
 
     Returns:
-        tuple: ``L1 - L2`` by (image id, path), and mean and standard deviation of what the router
+        tuple: Gains, as the objective counts them, by (image id, path), and mean and standard deviation of what the router
         sees, (d,) each.
     """
     model = _model(runner)
@@ -142,10 +155,10 @@ def measure_training_set(runner: Runner) -> Tuple[Dict[tuple, float], Tensor, Te
     moments = [0, 0.0, 0.0]
     for batch in with_progress(runner, every_image(runner.train_dataloader), 'delta'):
         data = model.data_preprocessor(batch, training=True)
-        (first, second), features = model.exit_losses(data['inputs'], data['data_samples'])
-        for sample, difference in zip(data['data_samples'], (first - second).tolist()):
+        gains, features = model.exit_gains(data['inputs'], data['data_samples'])
+        for sample, gain in zip(data['data_samples'], gains.tolist()):
             # By both: data sets that are concatenated may use an id twice.
-            own[sample.get('img_id', len(own)), sample.get('img_path')] = difference
+            own[sample.get('img_id', len(own)), sample.get('img_path')] = gain
         features = features.double().cpu()
         moments = [moments[0] + len(features), moments[1] + features.sum(0),
                    moments[2] + features.square().sum(0)]

@@ -9,8 +9,10 @@ Letters, as in the paper (DynamicDet, arXiv 2304.05552):
 """
 import copy
 import math
-from typing import Dict, List, Mapping, Optional, Tuple
+from dataclasses import replace
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
+import numpy as np
 import torch
 from mmengine.model import ModuleList
 from torch import Tensor
@@ -22,11 +24,12 @@ from mmdet.structures import OptSampleList, SampleList
 
 from ..checkpoints import is_plain
 from ..errors import UsageError
-from ..routing import WEIGHTINGS, resolve_threshold, router_loss, weigh
-from ..routing.thresholds import check_budget
+from ..routing import GAINS, build_objective, image_aps, quantiles_of, resolve_threshold
+from ..routing.thresholds import Thresholds, check_budget
 from .branch import build_branch
 from .composite import build_composite
 from .paired_losses import View, paired_losses
+from .passage import Passage
 from .resolution import Ratio, reduce_images, reduce_samples, scale_boxes
 from .specialisation import specialised_losses
 
@@ -58,11 +61,11 @@ class DynamicDetector(BaseDetector):
         router (dict): Config of the router; ``in_channels`` is filled in. Defaults to the paper's.
         train_router (bool): Whether this is step 2. Then nothing but the router can change.
             Defaults to False.
-        weighting (str): How an image's loss counts in step 2, a key of `routing.WEIGHTINGS`.
-            Defaults to 'mean', the paper's.
+        objective (str or dict): What the router learns in step 2, a key of `routing.OBJECTIVES` or
+            ``dict(type=key, ...)`` with settings of `routing.Objective`. Defaults to 'paper'.
         budget (dict, optional): The wanted speed: one of ``threshold`` in [-1, 1], ``hard_share`` in
-            [0, 1], ``target_latency`` in seconds; the last two need a calibrated checkpoint.
-            Defaults to the checkpoint's threshold.
+            [0, 1], ``target_latency`` in seconds, ``target_gflops``; the last three need a calibrated
+            checkpoint. Defaults to the checkpoint's threshold.
         data_preprocessor (dict, optional): Defaults to the detector's.
         init_cfg (dict, optional): As in mmengine. A checkpoint of the plain detector fills both
             exits. Defaults to the detector's.
@@ -78,12 +81,11 @@ class DynamicDetector(BaseDetector):
                  specialise: float = 0.0,
                  router: dict = dict(type='Router'),
                  train_router: bool = False,
-                 weighting: str = 'mean',
+                 objective: Union[str, dict] = 'paper',
                  budget: Optional[dict] = None,
                  data_preprocessor: Optional[dict] = None,
                  init_cfg: Optional[dict] = None) -> None:
-        if weighting not in WEIGHTINGS:
-            raise UsageError(f"weighting must be one of {', '.join(WEIGHTINGS)}; got '{weighting}'")
+        objective = build_objective(objective)
         if not 0 < first_scale <= 1 or first_scale < 1 and reuse_stages:
             raise UsageError(f'first_scale must be in (0, 1], and below 1 with reuse_stages=0, since the '
                              f'second backbone then needs its own stem; got {first_scale} with '
@@ -107,7 +109,10 @@ class DynamicDetector(BaseDetector):
         self.specialise = specialise
         #: Of the deepest map: all but a few detectors have 32; those with more pad to it.
         self.stride = max(32, getattr(self.data_preprocessor, 'pad_size_divisor', 1))
-        self.weighting = weighting
+        self.objective = objective
+        # Quantiles of the training set's gains, (101,); empty until `RouterHook` has measured them, which
+        # also keeps them in the checkpoint: they matter to step 2 alone.
+        self.register_buffer('gains', torch.zeros(0), persistent=False)
         self.budget = dict(budget) if budget else None
         self.train_router = train_router
         # Between exit k and k + 1, ascending; of two exits a single number.
@@ -168,28 +173,34 @@ class DynamicDetector(BaseDetector):
     # Speed.
 
     def set_budget(self,
-                   threshold: Optional[float] = None,
-                   hard_share: Optional[float] = None,
-                   target_latency: Optional[float] = None) -> float:
-        """Choose the speed; give one of the three.
+                   threshold: Union[None, float, Sequence[float]] = None,
+                   hard_share: Union[None, float, Sequence[float]] = None,
+                   target_latency: Optional[float] = None,
+                   target_gflops: Optional[float] = None) -> Thresholds:
+        """Choose the speed; give one of the four.
 
         Args:
-            threshold (float, optional): In [-1, 1]. Hard when the difficulty is above it.
-            hard_share (float, optional): Share of the calibration's images that are hard.
+            threshold (float, optional): In [-1, 1]. Hard when the difficulty is above it. For K > 2
+                exits also a list of K - 1, ascending.
+            hard_share (float, optional): Share of the calibration's images that are hard. For K > 2
+                exits also a list: the shares that go beyond exit 0, 1, ..., falling.
             target_latency (float, optional): Mean seconds per image, on the calibration's device.
+            target_gflops (float, optional): Mean GFLOPs per image, 2 x multiply-adds, as calibrated.
 
         Returns:
-            float: The threshold.
+            float or list[float]: The threshold; K - 1 of them for K > 2 exits.
 
         Raises:
             UsageError: If out of range, or if the model is not calibrated and needs to be.
         """
-        given = dict(threshold=threshold, hard_share=hard_share, target_latency=target_latency)
+        given = dict(threshold=threshold, hard_share=hard_share, target_latency=target_latency,
+                     target_gflops=target_gflops)
         budget = {name: value for name, value in given.items() if value is not None}
-        value = resolve_threshold(budget, self.difficulties.tolist(), self.latencies.tolist())
-        self.threshold.fill_(value)
+        found = resolve_threshold(budget, self.difficulties.tolist(), self.latencies.tolist(),
+                                  self.gflops.tolist())
+        self.threshold.copy_(torch.tensor(found))
         self.budget, self._budget_waits = budget, False
-        return value
+        return found
 
     def _apply_budget(self) -> None:
         """Set the threshold as soon as what the config's budget needs is loaded."""
@@ -260,7 +271,7 @@ class DynamicDetector(BaseDetector):
     @torch.no_grad()
     def exit_losses(self, batch_inputs: Tensor,
                     batch_data_samples: SampleList) -> Tuple[Tensor, Tensor]:
-        """Weighted loss of each image under each exit, as batch 1 gives it, without gradient.
+        """Loss of each image under each exit, as batch 1 gives it, without gradient.
 
         The backbones run once, on the batch; neck and heads per image, since mmdet's heads average
         over the batch.
@@ -271,10 +282,36 @@ class DynamicDetector(BaseDetector):
         every = self._all_exits(batch_inputs, batch_data_samples)
         losses = [[self.parse_losses(own)[0] for own in paired_losses(self._views(every, index))]
                   for index in range(len(batch_data_samples))]
-        objects = [len(sample.gt_instances) for sample in batch_data_samples]
         losses = torch.stack([torch.stack(pair) for pair in losses], dim=1).float()
+        return losses, self.router.pool(every[0][0], _valid(batch_inputs, batch_data_samples))
+
+    @torch.no_grad()
+    def exit_gains(self, batch_inputs: Tensor,
+                   batch_data_samples: SampleList) -> Tuple[Tensor, Tensor]:
+        """What each image gains by the last exit, as the objective counts it, without gradient.
+
+        Returns:
+            tuple[Tensor, Tensor]: Gains, (N,), and what the router sees, (N, d); float32.
+        """
+        # Before the losses: some heads write into the annotations that they are given.
+        objects = [len(sample.gt_instances) for sample in batch_data_samples]
+        measure = self._exit_aps if GAINS[self.objective.gain].values == 'ap' else self.exit_losses
+        values, features = measure(batch_inputs, batch_data_samples)
+        return self.objective.gains(values, objects), features
+
+    def _exit_aps(self, batch_inputs: Tensor,
+                  batch_data_samples: SampleList) -> Tuple[Tensor, Tensor]:
+        """AP of each image by itself under each exit, (K, N), percent, and what the router sees."""
+        every = self._all_exits(batch_inputs, batch_data_samples)
+        found, truths = [], []
+        for exit, (maps, samples, _) in enumerate(every):
+            # Copies: predictions are written into the samples.
+            own = self.branch(exit).predict(
+                self.backbone.select(maps), reduce_samples(samples, (1.0, 1.0)), rescale=False)
+            found.append([_as_arrays(sample.pred_instances) for sample in own])
+            truths.append([_annotations(sample) for sample in samples])
         features = self.router.pool(every[0][0], _valid(batch_inputs, batch_data_samples))
-        return weigh(losses, objects, self.weighting), features
+        return features.new_tensor(image_aps(found, truths)), features
 
     def _views(self, every: List[tuple], index: int) -> List[View]:
         """All exits' views of one image of a batch."""
@@ -285,18 +322,18 @@ class DynamicDetector(BaseDetector):
 
     def _router_losses(self, batch_inputs: Tensor,
                        batch_data_samples: SampleList) -> Dict[str, Tensor]:
-        losses, features = self.exit_losses(batch_inputs, batch_data_samples)
-        first, second = losses[0], losses[-1]
-        # Kept for the hook that tracks delta online.
-        self.last_differences = first - second
-        delta = torch.where(self.delta.isnan(), self.last_differences.median(), self.delta)
-        phi = self.router.score(features)
+        gains, features = self.exit_gains(batch_inputs, batch_data_samples)
+        # Kept for the hook that tracks their distribution online.
+        self.last_gains = gains
+        quantiles = self.gains if len(self.gains) else quantiles_of(gains.tolist()).to(gains.device)
+        logits = self.router.logits(features)
+        phi = logits.detach().sigmoid()
         return dict(
-            loss_router=router_loss(phi, first, second, delta),
-            difficulty=phi.detach().mean(),
-            difficulty_std=phi.detach().std(correction=0),
-            share_above_half=(phi.detach() > 0.5).float().mean(),
-            delta=delta)
+            loss_router=self.objective.loss(logits, gains, quantiles),
+            difficulty=phi.mean(),
+            difficulty_std=phi.std(correction=0),
+            share_above_half=(phi > 0.5).float().mean(),
+            delta=quantiles[len(quantiles) // 2])
 
     def predict(self,
                 batch_inputs: Tensor,
@@ -334,6 +371,33 @@ class DynamicDetector(BaseDetector):
             maps, rows = _take(maps, going_on), [rows[at] for at in going_on]
             images = _take((batch_inputs, ), rows)[0] if self._needs_images else batch_inputs
             maps = self.deeper_maps(exit + 1, images, maps)
+
+    def start(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> Passage:
+        """Run the first backbone and the router: all that is known before the first exit.
+
+        ``predict`` is this, then ``finish`` of those who leave and ``deepen`` of those who go on, exit by exit.
+        Between these calls images may wait, part and join others: see `apis.stream`.
+        """
+        if self._budget_waits:
+            self.set_budget(**self.budget)
+        maps, ratio = self._first_maps(batch_inputs)
+        phi = self.router(maps, _valid(batch_inputs, batch_data_samples))
+        # One transfer from the device for both.
+        difficulties, exits = torch.stack([phi, self._exits_of(phi).float()]).tolist()
+        images = batch_inputs if self._needs_images else None
+        return Passage(0, images, maps, ratio, batch_data_samples, difficulties, [int(one) for one in exits])
+
+    def deepen(self, passage: Passage) -> Passage:
+        """Run the next backbone on images that go on."""
+        maps = self.deeper_maps(passage.exit + 1, passage.images, passage.maps)
+        return replace(passage, exit=passage.exit + 1, maps=maps, ratio=(1.0, 1.0))
+
+    def finish(self, passage: Passage, rescale: bool = True) -> SampleList:
+        """Run this exit's neck and heads on all images of a passage; results go into the samples."""
+        self._predict_at(passage.exit, passage.maps, passage.samples, passage.ratio, rescale)
+        for sample, difficulty in zip(passage.samples, passage.difficulties):
+            sample.set_metainfo(dict(difficulty=difficulty, exit=passage.exit))
+        return passage.samples
 
     def _exits_of(self, phi: Tensor) -> Tensor:
         """The exit of each image, (N,), by its difficulty, (N,)."""
@@ -380,3 +444,22 @@ def _valid(batch_inputs: Tensor, samples: SampleList) -> List[Tuple[float, float
     """Shares of each image's height and width in the batch that are not padding."""
     height, width = batch_inputs.shape[-2:]
     return [(sample.img_shape[0] / height, sample.img_shape[1] / width) for sample in samples]
+
+
+def _as_arrays(instances) -> Dict[str, np.ndarray]:
+    """Boxes, labels and, of detections, scores, as `image_aps` takes them."""
+    fields = {name: instances[name] for name in ('bboxes', 'labels', 'scores') if name in instances}
+    fields['bboxes'] = getattr(fields['bboxes'], 'tensor', fields['bboxes'])
+    return {name: value.float().cpu().numpy() for name, value in fields.items()}
+
+
+def _annotations(sample) -> Dict[str, np.ndarray]:
+    """What an image holds, as `image_aps` takes it: what mmdet ignores are crowds."""
+    parts = [_as_arrays(sample.gt_instances)]
+    if len(sample.get('ignored_instances', ())):
+        parts.append(_as_arrays(sample.ignored_instances))
+    crowds = [np.full(len(part['labels']), bool(index)) for index, part in enumerate(parts)]
+    return dict(
+        bboxes=np.concatenate([part['bboxes'].reshape(-1, 4) for part in parts]),
+        labels=np.concatenate([part['labels'] for part in parts]),
+        crowds=np.concatenate(crowds))

@@ -1,6 +1,6 @@
 """The router: feature maps -> difficulty."""
 import math
-from typing import Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +8,16 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from mmdet.registry import MODELS
+
+from ..errors import UsageError
+
+#: Name -> what is kept of each channel of a map: a function of (M, C, H, W) that gives (M, C), float32.
+POOLS: Dict[str, Callable[[Tensor], Tensor]] = {
+    'mean': lambda values: values.mean(dim=(2, 3), dtype=torch.float32),
+    'max': lambda values: values.amax(dim=(2, 3)).float(),
+    # Not by the mean of squares, which loses digits. Of a single cell it is 0.
+    'std': lambda values: values.float().var(dim=(2, 3), correction=0).sqrt(),
+}
 
 
 @MODELS.register_module()
@@ -22,18 +32,29 @@ class Router(BaseModule):
     common to all images would otherwise move every difficulty together, to 0 or 1, before the
     router tells images apart.
 
+    It sees the first backbone's maps alone. What an RPN or a head says of objects would tell it more, but is
+    not free: it takes neck and RPN of exit 0, which a hard image does not run.
+
     Args:
-        in_channels (Sequence[int]): Channels of the maps; d is their sum.
+        in_channels (Sequence[int]): Channels of the maps; d is their sum, times the number of pools.
         reduction (int): d over the hidden width. Defaults to 4, the paper's.
+        pools (Sequence[str]): What is kept of each channel of each map over the image: 'mean', 'max',
+            'std' (spread). Defaults to the mean alone, the paper's. The vector has all means first, then
+            all of the next.
         init_cfg (dict, optional): As in mmengine. Defaults to None.
     """
 
     def __init__(self,
                  in_channels: Sequence[int],
                  reduction: int = 4,
+                 pools: Sequence[str] = ('mean', ),
                  init_cfg: Optional[dict] = None) -> None:
         super().__init__(init_cfg)
-        width = sum(in_channels)
+        unknown = [name for name in pools if name not in POOLS]
+        if unknown or not pools:
+            raise UsageError(f"a router's pools are some of {', '.join(POOLS)}; got {list(pools)}")
+        self.pools = tuple(pools)
+        width = sum(in_channels) * len(self.pools)
         self.register_buffer('mean', torch.zeros(width))
         self.register_buffer('std', torch.ones(width))
         self.fc1 = nn.Linear(width, width // reduction)
@@ -47,7 +68,7 @@ class Router(BaseModule):
         Args:
             maps (Sequence[Tensor]): The first backbone's maps, (N, C_i, H_i, W_i).
             valid (Sequence[tuple], optional): For each image the shares of height and width that
-                are image and not padding, in (0, 1]. Padding is left out of the average, or an
+                are image and not padding, in (0, 1]. Padding is left out of all pools, or an
                 image's difficulty would depend on what it is batched with. Defaults to all.
 
         Returns:
@@ -57,27 +78,37 @@ class Router(BaseModule):
 
     def score(self, features: Tensor) -> Tensor:
         """Difficulty, (N,), of pooled features, (N, d), as `pool` gives them."""
+        return self.logits(features).sigmoid()
+
+    def logits(self, features: Tensor) -> Tensor:
+        """What the sigmoid makes difficulties of, (N,), float32, of pooled features, (N, d)."""
         # In float32 also under AMP and in models of half precision, which has too few values near 1 to
         # rank images by.
         with torch.autocast(features.device.type, enabled=False):
             features = (features - self.mean) / self.std
             hidden = F.linear(features, self.fc1.weight.float(), self.fc1.bias.float()).relu()
-            logit = F.linear(hidden, self.fc2.weight.float(), self.fc2.bias.float())
-            return logit.squeeze(1).sigmoid()
+            return F.linear(hidden, self.fc2.weight.float(), self.fc2.bias.float()).squeeze(1)
 
-    @staticmethod
-    def pool(maps: Sequence[Tensor],
+    def pool(self,
+             maps: Sequence[Tensor],
              valid: Optional[Sequence[Tuple[float, float]]] = None) -> Tensor:
-        """Mean of each map over the image, concatenated, (N, d), float32. Arguments as `forward`'s."""
-        return torch.cat([_average(m, valid) for m in maps], dim=1)
+        """What the router sees, (N, d), float32: each pool of each map over the image. Arguments as
+        `forward`'s."""
+        maps = [_images(m, valid) for m in maps]
+        return torch.cat([_pooled(parts, POOLS[name]) for name in self.pools for parts in maps], dim=1)
 
 
-def _average(values: Tensor, valid: Optional[Sequence[Tuple[float, float]]]) -> Tensor:
-    """Mean over the valid part of each map, (N, C)."""
+def _images(values: Tensor, valid: Optional[Sequence[Tuple[float, float]]]) -> List[Tensor]:
+    """The valid part of each image's map, (1, C, h, w), or the map of all of them where all is valid."""
     if valid is None or all(high == wide == 1 for high, wide in valid):
-        return values.mean(dim=(2, 3), dtype=torch.float32)
+        return [values]
     height, width = values.shape[-2:]
-    return torch.stack([
-        one[:, :math.ceil(high * height), :math.ceil(wide * width)].mean(dim=(1, 2), dtype=torch.float32)
+    return [
+        one[None, :, :math.ceil(high * height), :math.ceil(wide * width)]
         for one, (high, wide) in zip(values, valid)
-    ])
+    ]
+
+
+def _pooled(parts: Sequence[Tensor], pool: Callable[[Tensor], Tensor]) -> Tensor:
+    """(N, C)."""
+    return torch.cat([pool(part) for part in parts])

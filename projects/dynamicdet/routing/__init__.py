@@ -1,7 +1,8 @@
-from .objective import WEIGHTINGS, router_loss, weigh
+from .objective import (FITS, GAINS, OBJECTIVES, Objective, build_objective, image_aps, offset_of,
+                        quantiles_of, ranks_of)
 from .thresholds import hard_share, resolve_threshold, share_for_latency, threshold_for_share
 
 __all__ = [
-    'WEIGHTINGS', 'hard_share', 'resolve_threshold', 'router_loss', 'share_for_latency',
-    'threshold_for_share', 'weigh'
+    'FITS', 'GAINS', 'OBJECTIVES', 'Objective', 'build_objective', 'hard_share', 'image_aps', 'offset_of',
+    'quantiles_of', 'ranks_of', 'resolve_threshold', 'share_for_latency', 'threshold_for_share'
 ]

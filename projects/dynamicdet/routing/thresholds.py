@@ -1,16 +1,23 @@
 """From a wish for speed to a threshold on difficulty.
 
 An image is hard when ``difficulty > threshold``. Threshold 1 makes all images easy, -1 all hard.
+
+K exits have K - 1 thresholds, in rising order; an image leaves at the exit whose number is how many of them
+are below its difficulty. Then one number still says how fast: see `shares_beyond`.
 """
 import math
+import numbers
 import warnings
-from typing import Mapping, Optional, Sequence
+from typing import List, Mapping, Optional, Sequence, Union
 
 import numpy as np
 
 from ..errors import UsageError
 
 ALL_HARD, ALL_EASY = -1.0, 1.0
+
+#: One threshold for two exits, K - 1 for more.
+Thresholds = Union[float, List[float]]
 
 
 def hard_share(difficulties: Sequence[float], threshold: float) -> float:
@@ -60,67 +67,178 @@ def threshold_for_share(difficulties: Sequence[float], share: float) -> float:
     return float(middle if below <= middle < above else below)
 
 
-def share_for_latency(target: float, easy: float, hard: float) -> float:
+def shares_beyond(share: float, exits: int = 2) -> List[float]:
+    """How many images go beyond each exit but the last, at a hard share: (K - 1,), falling.
+
+    With two exits it is the share itself. With more, exits are shared out as ``Binomial(K - 1, share)`` has
+    it (0.5 of three: a quarter, a half, a quarter): all at the first at 0, all at the last at 1, and the mean
+    number of the exit is ``(K - 1) * share``. It is a convention, one curve from end to end; other shares
+    can be given exit by exit.
+
+    Args:
+        share (float): In [0, 1].
+        exits (int): K, 2 or more.
+    """
+    count = exits - 1
+    chances = [math.comb(count, exit) * share**exit * (1 - share)**(count - exit) for exit in range(exits)]
+    return [min(1.0, math.fsum(chances[exit + 1:])) for exit in range(count)]
+
+
+def mean_cost(share: float, costs: Sequence[float]) -> float:
+    """Mean cost per image at a hard share; ``(1 - share) * costs[0] + share * costs[1]`` for two exits.
+
+    Args:
+        share (float): In [0, 1].
+        costs (Sequence[float]): Of each exit, (K,), any unit.
+    """
+    beyond = [1.0, *shares_beyond(share, len(costs)), 0.0]
+    return math.fsum((more - less) * cost for more, less, cost in zip(beyond, beyond[1:], costs))
+
+
+def thresholds_for_share(difficulties: Sequence[float], share: float, exits: int = 2) -> Thresholds:
+    """`threshold_for_share`, for any number of exits: a float for two, K - 1 in rising order for more."""
+    found = [threshold_for_share(difficulties, beyond) for beyond in shares_beyond(share, exits)]
+    return found[0] if exits == 2 else found
+
+
+def share_for_latency(target: float, *latencies: float) -> float:
     """Hard share that meets a mean latency: ``(t - lat1) / (lat2 - lat1)``, clipped to [0, 1].
 
-    A target above ``lat2`` is met by all hard, which is said in a warning; one below ``lat1`` cannot
+    A target above the last exit's is met by all hard, which is said in a warning; one below ``lat1`` cannot
     be met.
 
     Args:
         target (float): Wanted mean latency per image, seconds.
-        easy (float): Latency of an easy image, ``lat1``, seconds.
-        hard (float): Latency of a hard image, ``lat2``, seconds.
+        *latencies (float): Latency of an image at each exit, ``lat1``, ``lat2``, ..., seconds.
 
     Raises:
         UsageError: If the target is below ``lat1`` or not finite.
     """
-    said = f'a target latency of {target:g} s is outside lat1 = {easy:.4g} s to lat2 = {hard:.4g} s'
-    if not math.isfinite(target) or target < easy:
-        raise UsageError(f'{said}: it cannot be met, ask for at least lat1')
-    if target >= hard:
-        if target > hard:
+    said = (f'a target latency of {target:g} s is outside lat1 = {latencies[0]:.4g} s to '
+            f'lat{len(latencies)} = {latencies[-1]:.4g} s')
+    return _share_for_cost(target, latencies, said, 'lat1')
+
+
+def share_for_gflops(target: float, *gflops: float) -> float:
+    """Hard share that meets mean GFLOPs: ``(g - g0) / (g1 - g0)``, clipped to [0, 1]; as `share_for_latency`.
+
+    Args:
+        target (float): Wanted mean GFLOPs per image, 2 x multiply-adds.
+        *gflops (float): GFLOPs of an image at each exit, ``g0``, ``g1``, ...
+
+    Raises:
+        UsageError: If the target is below ``g0`` or not finite.
+    """
+    said = (f'a target of {target:g} GFLOPs is outside g0 = {gflops[0]:.4g} to '
+            f'g{len(gflops) - 1} = {gflops[-1]:.4g}')
+    return _share_for_cost(target, gflops, said, 'g0')
+
+
+def _share_for_cost(target: float, costs: Sequence[float], said: str, least: str) -> float:
+    if not math.isfinite(target) or target < costs[0]:
+        raise UsageError(f'{said}: it cannot be met, ask for at least {least}')
+    if target >= costs[-1]:
+        if target > costs[-1]:
             warnings.warn(f'{said}: every image takes the hard path')
         return 1.0
-    return (target - easy) / (hard - easy)
+    if len(costs) == 2:
+        return (target - costs[0]) / (costs[1] - costs[0])
+    low, high = 0.0, 1.0
+    # Halved until doubles have no more digits.
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean_cost(middle, costs) < target else (low, middle)
+    return high
 
 
-def check_budget(budget: Mapping[str, float]) -> None:
+#: Each budget's name and range.
+_RANGES = dict(
+    threshold=(-1, 1), hard_share=(0, 1), target_latency=(0, math.inf), target_gflops=(0, math.inf))
+
+
+def check_budget(budget: Mapping[str, Union[float, Sequence[float]]]) -> None:
     """Raise a `UsageError` unless a budget is one of ``threshold`` in [-1, 1], ``hard_share`` in
-    [0, 1] and ``target_latency`` > 0, seconds."""
-    allowed = dict(threshold=(-1, 1), hard_share=(0, 1), target_latency=(0, math.inf))
-    if len(budget) != 1 or next(iter(budget)) not in allowed:
-        raise UsageError(f'a budget is exactly one of {", ".join(allowed)}; got {dict(budget)}')
+    [0, 1], ``target_latency`` > 0, seconds, and ``target_gflops`` > 0.
+
+    For more than two exits, ``threshold`` may be a list, rising, and ``hard_share`` one, falling: what goes
+    beyond each exit.
+    """
+    if len(budget) != 1 or next(iter(budget)) not in _RANGES:
+        raise UsageError(f'a budget is exactly one of {", ".join(_RANGES)}; got {dict(budget)}')
     (name, value), = budget.items()
-    low, high = allowed[name]
-    # Not `value < low`, which lets NaN pass.
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise UsageError(f'{name} must be a number in [{low}, {high}], got {value}')
+    low, high = _RANGES[name]
+    by_exit = name in ('threshold', 'hard_share') and isinstance(value, (list, tuple))
+    for one in value if by_exit else [value]:
+        # Not `one < low`, which lets NaN pass.
+        if isinstance(one, bool) or not isinstance(one, numbers.Real) or not low <= one <= high:
+            raise UsageError(f'{name} must be a number in [{low}, {high}], got {value}')
+    if name.startswith('target') and value == 0:
+        raise UsageError(f'{name} must be above 0')
+    if by_exit and list(value) != sorted(value, reverse=name == 'hard_share'):
+        raise UsageError(f'{name} by exit must {"rise" if name == "threshold" else "fall"}, got {value}')
 
 
-def resolve_threshold(budget: Mapping[str, float],
+def resolve_threshold(budget: Mapping[str, Union[float, Sequence[float]]],
                       difficulties: Optional[Sequence[float]] = None,
-                      latencies: Optional[Sequence[float]] = None) -> float:
+                      latencies: Optional[Sequence[float]] = None,
+                      gflops: Optional[Sequence[float]] = None) -> Thresholds:
     """Turn a budget into a threshold.
 
     Args:
-        budget (Mapping[str, float]): One of ``threshold``, ``hard_share``, ``target_latency``; see
+        budget (Mapping): One of ``threshold``, ``hard_share``, ``target_latency`` and ``target_gflops``; see
             `check_budget`.
         difficulties (Sequence[float], optional): The calibration's difficulties. A threshold
             needs none.
-        latencies (Sequence[float], optional): The calibration's ``(lat1, lat2)``, seconds.
+        latencies (Sequence[float], optional): The calibration's ``(lat1, lat2, ...)``, seconds, (K,).
+            How many there are, or else how many ``gflops``, says how many exits there are; two without both.
+        gflops (Sequence[float], optional): The calibration's GFLOPs of each exit, (K,).
+
+    Returns:
+        float or list[float]: The threshold of two exits, or the K - 1 of more.
 
     Raises:
         UsageError: If the budget is out of range, or needs a calibration that is not there.
     """
     check_budget(budget)
-    if 'threshold' in budget:
-        return float(budget['threshold'])
+    (name, value), = budget.items()
+    exits = next((len(costs) for costs in (latencies, gflops) if costs is not None), 2)
+    if name == 'threshold':
+        return _per_exit(value, exits, name)
     if difficulties is None or not len(difficulties):
-        name = next(iter(budget))
         raise UsageError(f'{name} needs a calibrated checkpoint: run tools/calibrate.py on it first')
-    share = budget.get('hard_share')
-    if share is None:
-        share = share_for_latency(budget['target_latency'], *latencies)
+    beyond = _per_exit(_beyond(name, value, exits, latencies, gflops), exits, name)
+    found = [_threshold(difficulties, share) for share in ([beyond] if exits == 2 else beyond)]
+    return found[0] if exits == 2 else found
+
+
+def _beyond(name: str, value: Union[float, Sequence[float]], exits: int, latencies: Optional[Sequence[float]],
+            gflops: Optional[Sequence[float]]) -> Union[float, Sequence[float]]:
+    """The share of images that goes beyond each exit but the last."""
+    if name == 'hard_share':
+        share = value
+    elif name == 'target_latency':
+        share = share_for_latency(value, *_measured(latencies, name))
+    else:
+        share = share_for_gflops(value, *_measured(gflops, name))
+    return share if exits == 2 or isinstance(share, (list, tuple)) else shares_beyond(share, exits)
+
+
+def _measured(costs: Optional[Sequence[float]], name: str) -> Sequence[float]:
+    if costs is None or not np.isfinite(costs).all():
+        raise UsageError(f'{name} needs a checkpoint calibrated for it: run tools/calibrate.py on it again')
+    return costs
+
+
+def _per_exit(value: Union[float, Sequence[float]], exits: int, name: str) -> Thresholds:
+    """A float for two exits, K - 1 for more; one number counts for all."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * (exits - 1)
+    if len(values) != exits - 1:
+        raise UsageError(f'{name} by exit must have {exits - 1} numbers for {exits} exits, got {value}')
+    return float(values[0]) if exits == 2 else [float(one) for one in values]
+
+
+def _threshold(difficulties: Sequence[float], share: float) -> float:
+    """`threshold_for_share`, saying so where it misses the share."""
     threshold = threshold_for_share(difficulties, share)
     got = hard_share(difficulties, threshold)
     if abs(got - share) > max(0.01, 1 / len(difficulties)):

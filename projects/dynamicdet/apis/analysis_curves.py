@@ -1,0 +1,189 @@
+"""Curves, figures of merit and peers of the analysis: rows of numbers, ready to be shown.
+
+A *choice* is a bool per image, (n,): whether it is hard. *Choices* are such for each of `SHARES`. A *curve*
+is a list of points, one per share: ``share`` as asked, ``hard_share``, ``ap``, ``low`` and ``high`` (ends of
+an interval, or None), ``gflops`` and ``latency`` (seconds) per image.
+"""
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+
+import numpy as np
+from pycocotools.coco import COCO
+from scipy.stats import rankdata
+
+from ..errors import UsageError
+from ..routing.curve import SHARES, Chance, interval, split
+from ..routing.evaluation import Mixtures
+from ..routing.merit import efficacy, normalised_gain
+from ..routing.oracle import honest_choices, oracle_choices
+from ..routing.peers import PEERS, charge, peer_scores
+from ..routing.strata import benefits
+
+#: The record of the validation set and its ground truth, if there is one.
+Validation = Optional[Tuple[Mapping, COCO]]
+
+#: Thresholds that the slider of the page can take: hard shares 0, 0.01, ... 1.
+_SLIDER = tuple(np.linspace(0, 1, 101))
+#: Where half of the images are hard.
+HALF = SHARES.index(0.5)
+#: What routers pay for each hard image that look at nothing of exit 0.
+_NOTHING = dict(gflops=0.0, latency=0.0)
+
+
+def choices_of(scores: Sequence[float]) -> List[np.ndarray]:
+    """Which images are hard at all of `SHARES`, by a router's scores."""
+    return [split(scores, share)[1] for share in SHARES]
+
+
+def oracles(record: Mapping, coco: COCO, mixtures: Mixtures, seed: int = 0) -> Dict[str, np.ndarray]:
+    """Choices of ``honest`` and ``oracle``, (shares, n). The honest one only where images have views.
+
+    An image's AP counts as often as it has objects, as in the AP of the set.
+    """
+    objects = np.array([len(coco.getAnnIds(imgIds=[image['id']], iscrowd=False))
+                        for image in record['images']])
+    found = {}
+    if all('view' in image for image in record['images']):
+        found['honest'] = honest_choices(record, coco, SHARES, by_objects=True, seed=seed)
+    found['oracle'] = oracle_choices(mixtures.image_ap() * objects, SHARES, seed=seed)
+    return {name: choices.astype(bool) for name, choices in found.items()}
+
+
+def router_curve(rows: Sequence[Mapping]) -> List[dict]:
+    """The router's curve, with ``threshold``, from `routing.curve.trade_off`'s rows."""
+    return [dict(share=row['share'], hard_share=row['hard_share'], threshold=row['threshold'], ap=row['ap'],
+                 ap50=row['ap50'], low=row['ap_low'], high=row['ap_high'], gflops=row['gflops'],
+                 latency=row['latency']) for row in rows]
+
+
+def random_curve(rows: Sequence[Mapping]) -> List[dict]:
+    """Random routing at the same shares; ends are two standard deviations away: how far a draw may fall."""
+    return [dict(share=row['share'], hard_share=row['hard_share'], ap=row['random_ap'],
+                 low=row['random_ap'] - 2 * row['random_std'], high=row['random_ap'] + 2 * row['random_std'],
+                 gflops=row['gflops'], latency=row['latency']) for row in rows]
+
+
+def curve_of(record: Mapping,
+             chance: Chance,
+             choices: Sequence[np.ndarray],
+             intervals: bool = True,
+             extra: Mapping[str, float] = _NOTHING) -> List[dict]:
+    """The curve of any choices; what is ``extra`` is paid for each hard image."""
+    points = []
+    for share, is_hard in zip(SHARES, choices):
+        choice, got = chance.choice(is_hard), float(np.mean(is_hard))
+        low, high = interval(chance.resampled(choice)) if intervals else (None, None)
+        costs = {name: cost + got * extra[name] for name, cost in _costs(record, got).items()}
+        points.append(dict(share=share, hard_share=got, ap=chance.mixtures.ap(choice), low=low, high=high,
+                           **costs))
+    return points
+
+
+def threshold_points(record: Mapping, chance: Chance, scores: np.ndarray) -> List[dict]:
+    """The router at every percent of hard images: each share that a threshold really gives, once.
+
+    Returns:
+        list[dict]: From all easy to all hard: ``threshold``, ``hard_share``, ``hard`` (images), ``ap``,
+        ``gflops``, ``latency``.
+    """
+    points = {}
+    for share in _SLIDER:
+        threshold, is_hard = split(scores, share)
+        count = int(is_hard.sum())
+        if count not in points:
+            got = count / len(scores)
+            points[count] = dict(threshold=float(threshold), hard_share=got, hard=count,
+                                 ap=chance.mixtures.ap(chance.choice(is_hard)), **_costs(record, got))
+    return [points[count] for count in sorted(points)]
+
+
+def _costs(record: Mapping, share: float) -> Dict[str, float]:
+    """Per image, between the two exits."""
+    return {
+        name: (1 - share) * values[0] + share * values[1]
+        for name, values in (('gflops', record['gflops']), ('latency', record['latencies']))
+    }
+
+
+def merit(chance: Chance, scores: np.ndarray, rows: Sequence[Mapping],
+          oracle: Optional[Sequence[np.ndarray]]) -> Dict[str, dict]:
+    """Figures of merit: ``gain``, ``normalised_gain`` and, given the honest oracle's choices, ``efficacy``.
+
+    Returns:
+        dict: Each ``name``, ``value``, ``low``, ``high`` (None where not defined) and ``meaning``.
+    """
+    choices, half = choices_of(scores), rows[HALF]
+    gain = normalised_gain(chance, choices[HALF])
+    found = dict(
+        gain=dict(name='gain at half hard, AP', value=half['ap'] - half['random_ap'], low=half['gain_low'],
+                  high=half['gain_high'], meaning='AP above random routing of as many images.'),
+        normalised_gain=dict(
+            name='normalised gain at half hard', value=gain['gain'], low=gain['low'], high=gain['high'],
+            meaning='How far the AP lies above the straight line between the exits, as a share of the AP '
+            "between them. 0: no better than chance; the paper's own table implies 0.18 to 0.22."))
+    if oracle is not None:
+        own = efficacy(chance, choices, oracle)
+        found['efficacy'] = dict(
+            name='efficacy', value=own['efficacy'], low=own['low'], high=own['high'],
+            meaning='The area between router and random routing, over all shares, as a share of the honest '
+            "oracle's. 1: as good as knowing another view of the image; 0: chance; below 0: worse.")
+    return found
+
+
+def score_peers(record: Mapping, validation: Validation, gained: Mapping[str, np.ndarray],
+                seed: int = 0) -> Tuple[Dict[str, np.ndarray], Dict[str, str]]:
+    """Scores of peers by key of `PEERS`, and why others have none.
+
+    Those that learn learn from the validation set if there is one, else by cross-fitting.
+    """
+    training, source = None, gained
+    if validation:
+        training, source = validation[0], benefits(validation[0], Mixtures(*validation))
+    found, left_out = {}, {}
+    for name, peer in PEERS.items():
+        try:
+            charge(name, record)
+            target = _target(name, source) if peer.fitted else None
+            found[name] = peer_scores(name, record, training, target, seed)
+        except UsageError as error:
+            left_out[name] = str(error)
+    return found, left_out
+
+
+def _target(name: str, gained: Mapping[str, np.ndarray]) -> np.ndarray:
+    """What a fitted peer learns: Adaptive Feeding the AP gained, as published; a regression the rank of
+    what is saved over all objects, whose tails are long."""
+    if name == 'adaptive_feeding' or 'loss_objects' not in gained:
+        return gained['ap']
+    return rankdata(gained['loss_objects'])
+
+
+def judge(record: Mapping,
+          chance: Chance,
+          choices: Sequence[np.ndarray],
+          extra: Mapping[str, float] = _NOTHING) -> dict:
+    """Any router's ``curve``, its point at ``half`` hard, its normalised ``gain`` there, ``low``
+    and ``high``."""
+    curve = curve_of(record, chance, choices, intervals=False, extra=extra)
+    gain = normalised_gain(chance, choices[HALF])
+    return dict(curve=curve, half=curve[HALF], gain=gain['gain'], low=gain['low'], high=gain['high'])
+
+
+def judge_peer(name: str, record: Mapping, chance: Chance, scores: np.ndarray) -> dict:
+    """`judge` of a peer, with what it pays, and its ``meaning``."""
+    # Records that do not say how long neck and heads take charge no time.
+    seconds = record['provenance'].get('branch0_latency', 0.0) if PEERS[name].charged else 0.0
+    extra = dict(gflops=charge(name, record), latency=float(seconds))
+    return dict(judge(record, chance, choices_of(scores), extra), meaning=_meaning(name))
+
+
+def words(name: str) -> str:
+    """What a peer is called: 'true' where it sees the annotations."""
+    plain = name.replace('_objects', ' x objects').replace('_', ' ')
+    return f'true {plain}' if PEERS[name].reference else plain
+
+
+def _meaning(name: str) -> str:
+    peer = PEERS[name]
+    if peer.reference:
+        return f'{peer.description}: sees the annotations, as no router can'
+    return peer.description + ('; pays for the first exit on every image' if peer.charged else '')

@@ -1,0 +1,113 @@
+"""The estimates that the diagnosis rests on: values with 95 % intervals, all on the same resamples."""
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+
+import numpy as np
+
+from ..routing.curve import Chance, bootstrap_weights, interval, split
+from ..routing.peers import PEERS, charge, charged_share
+from ..routing.strata import OBJECTS
+from ..routing.thresholds import threshold_for_share
+
+#: A value and the ends of its interval, None without.
+Estimate = Tuple[float, Optional[float], Optional[float]]
+#: Strata of fewer images are not spoken of.
+_FEWEST = 20
+
+
+def difference(chance: Chance, first: Sequence[int], second: Sequence[int]) -> Estimate:
+    """AP of one choice minus that of another, on paired resamples.
+
+    Args:
+        chance (Chance): Of the record.
+        first (Sequence[int]): Exit of each image, (n,).
+        second (Sequence[int]): The same.
+    """
+    value = chance.mixtures.ap(first) - chance.mixtures.ap(second)
+    return (value, *interval(chance.resampled(first) - chance.resampled(second)))
+
+
+def exit_estimates(chance: Chance) -> List[Estimate]:
+    """AP of the cheap and of the dear exit alone."""
+    choices = _ends(chance)
+    return [(chance.mixtures.ap(choice), *interval(chance.resampled(choice))) for choice in choices]
+
+
+def gap(chance: Chance) -> Estimate:
+    """By how much the dear exit is better."""
+    easy, hard = _ends(chance)
+    return difference(chance, hard, easy)
+
+
+def strata_gaps(record: Mapping, chance: Chance) -> List[dict]:
+    """The same on images with few and with many objects: ``name``, ``gap``."""
+    if not all('objects' in image for image in record['images']):
+        return []
+    objects = np.array([image['objects'] for image in record['images']])
+    easy, hard = _ends(chance)
+    found = []
+    for name, (fewest, most) in OBJECTS.items():
+        inside = ((objects >= max(1, fewest)) & (objects <= most)).astype(int)
+        if inside.sum() < _FEWEST:
+            continue
+
+        def gain(weights: np.ndarray) -> float:
+            return chance.mixtures.ap(hard, weights) - chance.mixtures.ap(easy, weights)
+
+        # A resample may have none of these images, and no AP then.
+        drawn = [gain(weights * inside) for weights in chance.weights if (weights * inside).any()]
+        label = f"images with {name} object{'s' * (name != '1')}"
+        found.append(dict(name=label, gap=(gain(inside), *interval(drawn))))
+    return found
+
+
+def over_random(chance: Chance, is_hard: np.ndarray) -> Estimate:
+    """AP of a choice minus that of random routing of as many images."""
+    choice = chance.choice(is_hard)
+    mean, _, means = chance.at(int(is_hard.sum()))
+    return (chance.mixtures.ap(choice) - mean, *interval(chance.resampled(choice) - means))
+
+
+def transfer(val_scores: np.ndarray, scores: np.ndarray, chance: Chance, share: float = 0.5) -> dict:
+    """The hard share that a threshold of the validation set really gives; both sets are resampled."""
+    threshold = threshold_for_share(val_scores, share)
+    hard = scores > np.float32(threshold)
+    drawn = bootstrap_weights(len(val_scores), len(chance.weights), seed=1)
+    shares = []
+    for own, weights in zip(drawn, chance.weights):
+        cut = threshold_for_share(np.repeat(val_scores, own), share)
+        shares.append(np.average(scores > np.float32(cut), weights=weights))
+    return dict(asked=share, got=(float(hard.mean()), *interval(shares)))
+
+
+def peer_leads(record: Mapping, chance: Chance, scores: np.ndarray,
+               peers: Mapping[str, np.ndarray]) -> Dict[str, Estimate]:
+    """How much more AP a peer has at half hard than the router at the same GFLOPs: for what a charged peer
+    pays, the router may send more images on.
+
+    Args:
+        record (Mapping): Of two exits.
+        chance (Chance): Of the record.
+        scores (np.ndarray): The router's difficulties, (n,).
+        peers (Mapping[str, np.ndarray]): Key of `PEERS` -> scores, (n,). References are left out.
+    """
+    leads = {}
+    for name, own in peers.items():
+        if PEERS[name].reference:
+            continue
+        is_hard = split(own, 0.5)[1]
+        charged = charge(name, record)
+        share = charged_share(record, float(is_hard.mean()), charged) if charged else float(is_hard.mean())
+        router = split(scores, min(1.0, share))[1]
+        leads[name.replace('_', ' ')] = difference(chance, chance.choice(is_hard), chance.choice(router))
+    return leads
+
+
+def spread(scores: np.ndarray) -> float:
+    """The range of difficulties that 90 % of the images lie in."""
+    low, high = np.percentile(scores, (5, 95))
+    return float(high - low)
+
+
+def _ends(chance: Chance) -> Tuple[np.ndarray, np.ndarray]:
+    images = chance.mixtures.images
+    return chance.choice(np.zeros(images, bool)), chance.choice(np.ones(images, bool))

@@ -1,0 +1,74 @@
+"""A batch on its way through the exits: what lies between one backbone and the next."""
+from dataclasses import dataclass, replace
+from typing import List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from mmdet.structures import SampleList
+
+from .resolution import Ratio
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Images that stand before the same exit. Parts can be cut out, put away and joined later.
+
+    Attributes:
+        exit (int): The exit whose maps these are, 0 to K - 1.
+        images (Tensor, optional): (N, 3, H, W), as delivered; None where no later backbone looks at them.
+        maps (tuple[Tensor]): The maps of this exit's backbone, (N, C_i, H_i, W_i) each.
+        ratio (tuple[float, float]): How large the images were that the maps were made from.
+        samples (list[DetDataSample]): N; results go into them.
+        difficulties (list[float]): N.
+        exits (list[int]): Where each image leaves, N, none below ``exit``.
+    """
+    exit: int
+    images: Optional[Tensor]
+    maps: Tuple[Tensor, ...]
+    ratio: Ratio
+    samples: SampleList
+    difficulties: List[float]
+    exits: List[int]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def shapes(self) -> tuple:
+        """What must be equal for two to be joined."""
+        tensors = self.maps if self.images is None else (self.images, *self.maps)
+        return (self.exit, *(tuple(tensor.shape[1:]) for tensor in tensors))
+
+    def take(self, rows: Sequence[int]) -> 'Passage':
+        """Some of the images: copies, so that the rest can be forgotten; this one itself if they are all."""
+        rows = list(rows)
+        if rows == list(range(len(self))):
+            return self
+        return replace(
+            self,
+            images=None if self.images is None else self.images[rows],
+            maps=tuple(m[rows] for m in self.maps),
+            samples=[self.samples[row] for row in rows],
+            difficulties=[self.difficulties[row] for row in rows],
+            exits=[self.exits[row] for row in rows])
+
+    def split(self) -> Tuple['Passage', 'Passage']:
+        """Those who leave at this exit, and those who go on. Either may be empty."""
+        leaving = [row for row, exit in enumerate(self.exits) if exit == self.exit]
+        going_on = [row for row, exit in enumerate(self.exits) if exit > self.exit]
+        return self.take(leaving), self.take(going_on)
+
+
+def join(passages: Sequence[Passage]) -> Passage:
+    """Passages of equal ``shapes`` as one, in order."""
+    first, *others = passages
+    if not others:
+        return first
+    return replace(
+        first,
+        images=None if first.images is None else torch.cat([one.images for one in passages]),
+        maps=tuple(torch.cat(maps) for maps in zip(*(one.maps for one in passages))),
+        samples=[sample for one in passages for sample in one.samples],
+        difficulties=[value for one in passages for value in one.difficulties],
+        exits=[exit for one in passages for exit in one.exits])

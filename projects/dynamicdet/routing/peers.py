@@ -1,0 +1,330 @@
+"""Other routers over the same record, to compare a router with.
+
+A peer gives each image a score: large is hard, any scale, and only the order counts. Some peers are plain
+functions of a record, some are fitted to one first; `peer_scores` runs either by name, `PEERS` lists them.
+
+What a peer looks at has a price. Features of the first backbone and the image itself are free (an image is
+loaded, and the first backbone runs, at every exit). Exit 0's *detections* are there only after its neck and
+head ran, which an image that goes on to the last exit would have skipped: `charge` says what that costs. True
+objects and losses are known to no router: those peers are references.
+"""
+from typing import Callable, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+
+from ..errors import UsageError
+from .record import require
+
+#: Detections below this score are not counted as such.
+SURE = 0.3
+#: Scores that `adaptive_feeding` looks at, and of how many of the surest detections it sees score and size.
+_COUNTED, _SUREST = (0.1, 0.3, 0.5), 10
+#: Penalties that the ridge regression chooses among.
+_PENALTIES = tuple(10.0**power for power in range(-1, 7))
+
+Scorer = Callable[[Mapping], np.ndarray]
+
+
+class Peer(NamedTuple):
+    """A router to compare with.
+
+    Attributes:
+        function (Callable): ``record -> scores (n,)``; of a fitted peer
+            ``(record, benefit) -> such a function``.
+        needs (tuple[str]): What the record's images must have besides detections and difficulty.
+        description (str): For tables.
+        fitted (bool): Whether it is fitted to a record first.
+        charged (bool): Whether it looks at exit 0's detections, see `charge`.
+        reference (bool): Whether it looks at the annotations, which no router can.
+    """
+    function: Callable
+    needs: Tuple[str, ...]
+    description: str
+    fitted: bool = False
+    charged: bool = False
+    reference: bool = False
+
+
+def doubt_of_best(record: Mapping) -> np.ndarray:
+    """1 minus the largest score of exit 0's detections, (n,), in [0, 1]; 1 without detections."""
+    return np.array([1 - max(scores, default=0.0) for scores in _first_scores(record)])
+
+
+def mean_doubt(record: Mapping) -> np.ndarray:
+    """1 minus the mean score of exit 0's detections over `SURE`, (n,), in [0, 1].
+
+    Where none is, 1 minus the largest score: more than of any image that has one.
+    """
+    means = []
+    for scores in _first_scores(record):
+        sure = [score for score in scores if score > SURE]
+        means.append(np.mean(sure) if sure else max(scores, default=0.0))
+    return 1 - np.array(means)
+
+
+def entropy_of_scores(record: Mapping) -> np.ndarray:
+    """Sum over exit 0's detections of the entropy of its score p as a coin's, in bits, (n,)."""
+    return np.array([_coin_entropy(np.array(scores)).sum() for scores in _first_scores(record)])
+
+
+def variance_of_scores(record: Mapping) -> np.ndarray:
+    """Sum over exit 0's detections of p (1 - p), (n,): were scores probabilities, the variance of the number
+    of right ones."""
+    return np.array([sum(score * (1 - score) for score in scores) for scores in _first_scores(record)])
+
+
+def detection_count(record: Mapping) -> np.ndarray:
+    """Number of exit 0's detections over `SURE`, (n,)."""
+    return np.array([sum(score > SURE for score in scores) for scores in _first_scores(record)], float)
+
+
+def image_entropy(record: Mapping) -> np.ndarray:
+    """Entropy of the image's grey levels, in bits, (n,)."""
+    return _column(record, 'entropy')
+
+
+def true_objects(record: Mapping) -> np.ndarray:
+    """Number of annotated objects, (n,)."""
+    return _column(record, 'objects')
+
+
+def true_loss_difference(record: Mapping) -> np.ndarray:
+    """The first exit's loss minus the last's, as the heads average it, (n,)."""
+    losses = _column(record, 'losses')
+    return losses[:, 0] - losses[:, -1]
+
+
+def true_loss_difference_by_objects(record: Mapping) -> np.ndarray:
+    """`true_loss_difference` times the number of objects: the sum over objects, as AP counts, (n,)."""
+    return true_loss_difference(record) * true_objects(record)
+
+
+def fit_adaptive_feeding(record: Mapping, benefit: Sequence[float]) -> Scorer:
+    """A linear support vector machine on exit 0's detections, as in Adaptive Feeding (Zhou, ICCV 2017).
+
+    It tells images with a benefit above 0 from the others; their classes weigh the same. It sees score and
+    size of the surest detections, the numbers of detections over some scores, and the sum of p (1 - p).
+
+    Args:
+        record (Mapping): To fit to; images that the detectors were not trained on.
+        benefit (Sequence[float]): AP of each image under the last exit minus under the first, (n,).
+
+    Returns:
+        Callable: ``record -> scores``, the signed distances from the plane, (n,).
+
+    Raises:
+        UsageError: If all images have a benefit, or none.
+    """
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from sklearn.svm import LinearSVC
+    gains = _checked(benefit, record) > 0
+    if gains.all() or not gains.any():
+        raise UsageError(f"{'all' if gains.all() else 'none'} of the images gain by the last exit: Adaptive "
+                         'Feeding has nothing to tell apart')
+    machine = make_pipeline(StandardScaler(),
+                            LinearSVC(class_weight='balanced', dual=False, max_iter=10_000, random_state=0))
+    machine.fit(_detection_statistics(record), gains)
+    return lambda other: machine.decision_function(_detection_statistics(other))
+
+
+def fit_ridge(record: Mapping, benefit: Sequence[float]) -> Scorer:
+    """Ridge regression of the benefit on the pooled features, its penalty by leave-one-out.
+
+    Args:
+        record (Mapping): To fit to, with ``features``; images that the detectors were not trained on.
+        benefit (Sequence[float]): What each image gains by the last exit, (n,), in any unit.
+
+    Returns:
+        Callable: ``record -> scores``, predicted benefits, (n,).
+    """
+    from sklearn.linear_model import RidgeCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    model = make_pipeline(StandardScaler(), RidgeCV(alphas=_PENALTIES))
+    model.fit(_features(record), _checked(benefit, record))
+    return lambda other: model.predict(_features(other))
+
+
+#: Name -> peer. Fitted ones take any benefit; Adaptive Feeding's is the difference of per-image AP.
+PEERS: Dict[str, Peer] = {
+    'doubt_of_best': Peer(doubt_of_best, (), "1 - exit 0's largest score", charged=True),
+    'mean_doubt': Peer(mean_doubt, (), "1 - mean of exit 0's scores over 0.3", charged=True),
+    'score_entropy': Peer(entropy_of_scores, (), "entropy of exit 0's scores, summed", charged=True),
+    'score_variance': Peer(variance_of_scores, (), "p (1 - p) of exit 0's scores, summed", charged=True),
+    'detections': Peer(detection_count, (), "exit 0's detections over 0.3", charged=True),
+    'adaptive_feeding': Peer(fit_adaptive_feeding, (), "Adaptive Feeding: linear SVM on exit 0's detections",
+                             fitted=True, charged=True),
+    'image_entropy': Peer(image_entropy, ('entropy', ), "entropy of the image's grey levels"),
+    'ridge': Peer(fit_ridge, ('features', ), 'ridge regression on the pooled features', fitted=True),
+    'objects': Peer(true_objects, ('objects', ), 'true number of objects', reference=True),
+    'loss': Peer(true_loss_difference, ('losses', ), 'true loss difference, averaged', reference=True),
+    'loss_objects': Peer(true_loss_difference_by_objects, ('losses', 'objects'),
+                         'true loss difference times objects', reference=True),
+}
+
+
+def peer_scores(name: str,
+                record: Mapping,
+                training: Optional[Mapping] = None,
+                benefit: Optional[Sequence[float]] = None,
+                seed: int = 0) -> np.ndarray:
+    """Scores of a record by any peer.
+
+    Args:
+        name (str): A key of `PEERS`.
+        record (Mapping): What to score.
+        training (Mapping, optional): Record that a fitted peer is fitted to. Without one, ``record`` itself
+            is split: each image is scored by a fit to others.
+        benefit (Sequence[float], optional): Benefits of the images of ``training``, else of ``record``;
+            fitted peers need them.
+        seed (int): Seed of the split. Defaults to 0.
+
+    Returns:
+        np.ndarray: (n,), large is hard.
+
+    Raises:
+        UsageError: If there is no such peer, or no benefit, or the record lacks what the peer needs.
+    """
+    if name not in PEERS:
+        raise UsageError(f"no peer is named '{name}': choose from {', '.join(PEERS)}")
+    peer = PEERS[name]
+    require(record, *peer.needs)
+    if not peer.fitted:
+        return peer.function(record)
+    if benefit is None:
+        raise UsageError(f"peer '{name}' is fitted: give the benefits of the images that it is fitted to")
+    if training is None:
+        return cross_fit(peer.function, record, benefit, seed=seed)
+    require(training, *peer.needs)
+    return peer.function(training, benefit)(record)
+
+
+def cross_fit(fit: Callable[[Mapping, Sequence[float]], Scorer],
+              record: Mapping,
+              benefit: Sequence[float],
+              folds: int = 5,
+              seed: int = 0) -> np.ndarray:
+    """Scores of images by fits to the others, (n,).
+
+    Each fold's scores are replaced by their ranks in the fold, in (0, 1): fits of different folds have no
+    common scale.
+
+    Args:
+        fit (Callable): For example `fit_ridge`.
+        record (Mapping): What to fit to and to score.
+        benefit (Sequence[float]): Of each of its images, (n,).
+        folds (int): Number of parts, 2 to n. Defaults to 5.
+        seed (int): Seed of the split. Defaults to 0.
+    """
+    benefit, images = _checked(benefit, record), record['images']
+    if len(images) < folds:
+        raise UsageError(f'{len(images)} images cannot be split into {folds} parts: record more')
+    scores = np.empty(len(images))
+    for part in np.array_split(np.random.default_rng(seed).permutation(len(images)), folds):
+        rest = np.setdiff1d(np.arange(len(images)), part)
+        own = fit(_subset(record, rest), benefit[rest])(_subset(record, part))
+        scores[part] = _ranks(own)
+    return scores
+
+
+def charge(name: str, record: Mapping, branch_gflops: Optional[float] = None) -> float:
+    """GFLOPs that a peer adds to each *hard* image.
+
+    A peer that looks at exit 0's detections has run branch 0, neck and head, on every image. Easy images
+    need that anyway; to a hard one it is added. Boxes and losses being there, the scores themselves are free.
+
+    Args:
+        name (str): A key of `PEERS`.
+        record (Mapping): Its provenance may say ``branch0_gflops``.
+        branch_gflops (float, optional): GFLOPs of branch 0. Defaults to the record's.
+
+    Returns:
+        float: GFLOPs per hard image, 2 x multiply-adds; 0 for references, which cannot be run at all.
+
+    Raises:
+        UsageError: If the peer is charged and nobody says what branch 0 costs.
+    """
+    if not PEERS[name].charged:
+        return 0.0
+    if branch_gflops is None:
+        branch_gflops = record.get('provenance', {}).get('branch0_gflops')
+    if branch_gflops is None:
+        raise UsageError(f"peer '{name}' runs branch 0 on every image, and the record does not say what that "
+                         'costs: give its GFLOPs')
+    return float(branch_gflops)
+
+
+def mean_gflops(record: Mapping, share: float, charged: float = 0.0) -> float:
+    """GFLOPs per image at a hard share in [0, 1], between the first and the last exit, with a `charge`."""
+    return (1 - share) * record['gflops'][0] + share * (record['gflops'][-1] + charged)
+
+
+def charged_share(record: Mapping, share: float, charged: float) -> float:
+    """The hard share at which a router that is free costs what a charged peer costs at ``share``.
+
+    At equal cost the free router affords more hard images: ``share * (1 + charged / (last - first))``, with
+    the GFLOPs of the exits. Above 1, the peer costs more than sending every image to the last exit.
+    """
+    first, last = record['gflops'][0], record['gflops'][-1]
+    if last <= first:
+        raise UsageError(f'the last exit costs no more than the first ({last:g} and {first:g} GFLOPs): a '
+                         'hard share has no price')
+    return share * (1 + charged / (last - first))
+
+
+def _first_scores(record: Mapping) -> list:
+    """Scores of exit 0's detections, a list per image, the surest first."""
+    return [sorted((detection['score'] for detection in image['detections'][0]), reverse=True)
+            for image in record['images']]
+
+
+def _coin_entropy(probabilities: np.ndarray) -> np.ndarray:
+    inside = np.clip(probabilities, 1e-12, 1 - 1e-12)  # p log p goes to 0
+    return -(inside * np.log2(inside) + (1 - inside) * np.log2(1 - inside))
+
+
+def _column(record: Mapping, name: str) -> np.ndarray:
+    require(record, name)
+    return np.array([image[name] for image in record['images']], float)
+
+
+def _features(record: Mapping) -> np.ndarray:
+    require(record, 'features')
+    return np.stack([np.asarray(image['features'], float) for image in record['images']])
+
+
+def _detection_statistics(record: Mapping) -> np.ndarray:
+    """What `fit_adaptive_feeding` sees, (n, 24): scores and sizes of the surest, counts, p (1 - p)."""
+    return np.array([_statistics(image['detections'][0]) for image in record['images']])
+
+
+def _statistics(detections: Sequence[Mapping]) -> list:
+    detections = sorted(detections, key=lambda detection: -detection['score'])
+    scores = [detection['score'] for detection in detections]
+    # Pixels, not square pixels, whose largest few would be all that counts.
+    areas = [max(0.0, detection['bbox'][2] * detection['bbox'][3]) for detection in detections[:_SUREST]]
+    sizes = [area**0.5 for area in areas]
+    absent = [0.0] * (_SUREST - len(sizes))
+    counts = [sum(score > floor for score in scores) for floor in _COUNTED]
+    variance = sum(score * (1 - score) for score in scores)
+    return [*scores[:_SUREST], *absent, *sizes, *absent, *counts, variance]
+
+
+def _checked(benefit: Sequence[float], record: Mapping) -> np.ndarray:
+    benefit = np.asarray(benefit, float)
+    if benefit.shape != (len(record['images']), ):
+        raise UsageError(f"{len(record['images'])} images need as many benefits, got {benefit.shape}")
+    if not np.isfinite(benefit).all():
+        raise UsageError('some benefits are not finite')
+    return benefit
+
+
+def _subset(record: Mapping, indices: Sequence[int]) -> dict:
+    return dict(record, images=[record['images'][index] for index in indices])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks over their number, in (0, 1); equal values share a rank."""
+    from scipy.stats import rankdata
+    return (rankdata(values) - 0.5) / len(values)

@@ -1,0 +1,100 @@
+import copy
+
+import pytest
+from mmengine.dataset import DefaultSampler
+
+from dynamicdet.datasets.check import check_dataloaders
+from dynamicdet.errors import UsageError
+from mmdet.datasets.samplers import AspectRatioBatchSampler
+from mmdet.registry import DATASETS
+
+
+@pytest.fixture
+def whole(digits):
+    """Config of the 12 training images."""
+    return dict(
+        type='CocoDataset',
+        data_root=f'{digits}/',
+        ann_file='annotations/instances_train.json',
+        data_prefix=dict(img='train/'),
+        metainfo=dict(classes=tuple('0123456789')),
+        pipeline=[dict(type='LoadImageFromFile'), dict(type='PackDetInputs')])
+
+
+def part(whole, name, **settings):
+    return DATASETS.build(dict(type='HoldOut', dataset=copy.deepcopy(whole), part=name, **settings))
+
+
+def ids(dataset):
+    return [dataset.get_data_info(index)['img_id'] for index in range(len(dataset))]
+
+
+def split(whole, **settings):
+    return ids(part(whole, 'cascade', **settings)), ids(part(whole, 'router', **settings))
+
+
+@pytest.mark.parametrize('seed', [0, 1])
+def test_parts_are_disjoint_and_have_all(whole, seed):
+    every = ids(DATASETS.build(whole))
+    cascade, router = split(whole, share=0.4, seed=seed)
+    assert cascade and router and not set(cascade) & set(router)
+    assert sorted(cascade + router) == sorted(every)
+    # In the order of the data set.
+    assert cascade == [image for image in every if image in cascade]
+
+
+def test_parts_depend_on_seed_alone(whole):
+    assert split(whole, share=0.4) == split(whole, share=0.4)
+    assert split(whole, share=0.4) != split(whole, share=0.4, seed=1)
+    # Of a subset an image stays in its part.
+    few = split(dict(whole, indices=-8), share=0.4)
+    for own, all_of_it in zip(few, split(whole, share=0.4)):
+        assert set(own) == set(all_of_it) & set(sum(few, []))
+    # A larger share holds out these images and others.
+    assert set(split(whole, share=0.3)[1]) < set(split(whole, share=0.8)[1])
+
+
+def test_the_share_is_met_about():
+    from dynamicdet.datasets.holdout import _draw
+    for seed in range(3):
+        held = sum(_draw(image, seed) < 0.1 for image in range(10_000))
+        # Three standard deviations of a binomial.
+        assert abs(held - 1000) < 3 * (10_000 * 0.1 * 0.9)**0.5
+
+
+def test_it_is_the_data_set_itself(whole):
+    plain, router = DATASETS.build(whole), part(whole, 'router', share=0.4)
+    assert type(router) is type(plain) and router.metainfo == plain.metainfo
+    assert router.cat_ids == plain.cat_ids and router.ann_file == plain.ann_file
+    row = ids(plain).index(ids(router)[0])
+    assert (router[0]['inputs'] == plain[row]['inputs']).all()
+    sampler = DefaultSampler(router, shuffle=True)
+    batches = list(AspectRatioBatchSampler(sampler, batch_size=2))
+    assert sorted(index for batch in batches for index in batch) == list(range(len(router)))
+
+
+def test_a_repeated_data_set_takes_it_inside(whole):
+    inner = dict(type='HoldOut', dataset=whole, share=0.4)
+    repeated = DATASETS.build(dict(type='RepeatDataset', times=2, dataset=inner))
+    assert len(repeated) == 2 * len(part(whole, 'cascade', share=0.4))
+    with pytest.raises(UsageError, match='inside RepeatDataset, not around it'):
+        part(dict(type='RepeatDataset', times=2, dataset=whole), 'router')
+
+
+def test_the_data_check_looks_inside(whole):
+    whole['ann_file'] = 'annotations/nothing.json'
+    cfg = dict(train_dataloader=dict(dataset=dict(type='HoldOut', dataset=whole)))
+    with pytest.raises(UsageError, match='train_dataloader.dataset.dataset'):
+        check_dataloaders(cfg, ('train', ))
+
+
+@pytest.mark.parametrize('settings, said', [
+    (dict(share=1.0), 'a share in'),
+    (dict(share=0), 'a share in'),
+    (dict(share=1e-9), 'a part without any'),
+])
+def test_what_is_refused(whole, settings, said):
+    with pytest.raises(UsageError, match=said):
+        part(whole, 'router', **settings)
+    with pytest.raises(UsageError, match="part 'cascade' or 'router'"):
+        part(whole, 'test')

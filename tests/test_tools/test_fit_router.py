@@ -1,0 +1,177 @@
+"""A router fitted to records ends up in the checkpoint, whole and with where it comes from."""
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_tool
+from mmengine.config import Config
+
+from dynamicdet.apis.fitting import fit_to_records, ground_truths, put_router
+from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
+from dynamicdet.errors import UsageError
+from dynamicdet.routing import build_objective
+from dynamicdet.routing.fitting import rank_correlation
+from dynamicdet.routing.record import write_record
+from dynamicdet.testing import tiny_detector, tiny_dynamic
+from mmdet.registry import MODELS
+
+
+def build(**settings):
+    torch.manual_seed(0)
+    return MODELS.build(tiny_dynamic('fcos', shared=False, **settings))
+
+
+def make_record(model, images=60, first=0, seed=0, folder='a'):
+    """The first feature says what an image gains."""
+    rng = np.random.default_rng(seed)
+    entries = []
+    for index in range(first, first + images):
+        features = rng.random(len(model.router.mean)).astype(np.float32)
+        loss = 3 + rng.random()
+        entries.append(dict(
+            id=index, file=f'{folder}/{index}.jpg', difficulty=0.5, detections=[[], []], features=features,
+            losses=[loss + float(features[0]), loss], objects=1 + index % 3))
+    return dict(images=entries, gflops=[1.0, 2.0], latencies=[0.1, 0.2], provenance=dict(ann_file=''))
+
+
+def features(record):
+    return np.stack([image['features'] for image in record['images']])
+
+
+def fit(model, records, objective='paper', **settings):
+    return fit_to_records(model.router, records, build_objective(objective), **settings)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Config, checkpoint of step 1 with an optimiser and an old calibration, and two records, as files."""
+    model = build()
+    Config(dict(model=tiny_dynamic('fcos', shared=False), custom_imports=dict(imports=['dynamicdet']),
+                default_scope='mmdet')).dump(tmp_path / 'config.py')
+    state = model.state_dict()
+    state['difficulties'], state['threshold'] = torch.tensor([0.1, 0.2]), torch.tensor(0.15)
+    write_checkpoint(dict(state_dict=state, meta=dict(epoch=3, calibration=dict(threshold=0.15)),
+                          optimizer=dict(state={})), str(tmp_path / 'cascade.pth'))
+    for name, first in (('a', 0), ('b', 60)):
+        write_record(make_record(model, first=first, seed=first), tmp_path / f'{name}.npz')
+    return tmp_path
+
+
+def test_the_tool(files):
+    before = (files / 'cascade.pth').read_bytes()
+    result = run_tool('fit_router.py', files / 'config.py', files / 'cascade.pth', '--records', files / 'a.npz',
+                      files / 'b.npz', '--objective', 'rank', '--seed', 3, '--out', files / 'out' / 'new.pth')
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert '120 rows of 120 images' in result.stdout and str(files / 'out' / 'new.pth') in result.stdout
+    assert (files / 'cascade.pth').read_bytes() == before
+    assert [path.name for path in (files / 'out').iterdir()] == ['new.pth']
+    checkpoint = read_checkpoint(str(files / 'out' / 'new.pth'))
+    meta = checkpoint['meta']['router']
+    assert meta['records'] == [str(files / 'a.npz'), str(files / 'b.npz')] and meta['seed'] == 3
+    assert meta['objective']['fit'] == 'rank' and meta['objective']['gain'] == 'loss_sum'
+    assert (meta['rows'], meta['images']) == (120, 120) and 0.5 < meta['correlation'] <= 1
+    assert checkpoint['meta']['epoch'] == 3 and 'calibration' not in checkpoint['meta']
+    assert 'optimizer' not in checkpoint
+    json.dumps(meta)
+
+
+def test_the_tool_refuses_in_one_line(files):
+    result = run_tool('fit_router.py', files / 'config.py', files / 'cascade.pth', '--records', files / 'a.npz',
+                      '--out', files / 'new.pth', '--cfg-options', "model.router.pools=mean,max")
+    assert result.returncode == 2 and not (files / 'new.pth').exists()
+    assert result.stderr.strip().splitlines()[-1].startswith(
+        'error: the records have 120 features per image, and the router of this config takes 240')
+
+
+def test_the_router_is_put_into_the_checkpoint():
+    model, record = build(), make_record(build())
+    found, images = fit(model, [record])
+    before = copy.deepcopy(model.state_dict())
+    before['difficulties'] = torch.tensor([0.1, 0.2])
+    # As from a process that was wrapped for distribution.
+    given = dict(state_dict={f'module.{name}': value for name, value in before.items()})
+    got = put_router(model, given, found, dict(seed=0))['state_dict']
+    gains = [one['losses'][0] - one['losses'][1] for one in record['images']]
+    assert images == 60 and got['delta'].item() == pytest.approx(np.median(gains))
+    assert got['difficulties'].numel() == 0 and got['threshold'] == 0.5
+    for name, value in before.items():
+        if not name.startswith('router.') and name not in ('delta', 'difficulties'):
+            assert torch.equal(got[name], value) or value.isnan().all(), name
+    model.load_state_dict(got)
+    with torch.no_grad():
+        phi = model.router.score(torch.from_numpy(features(record)))
+    assert rank_correlation(phi.numpy(), gains) > 0.8
+
+
+def test_views_of_an_image_count_as_one_image():
+    model = build()
+    twice = [make_record(model), make_record(model, seed=1)]
+    assert fit(model, twice)[1] == 60
+    twice[1] = make_record(model, seed=1, folder='b')
+    assert fit(model, twice)[1] == 120
+
+
+def test_features_from_another_record():
+    """Folds whose gains come from cascades of their own; what the router sees is looked up by id."""
+    model = build()
+    folds = [make_record(model, first=0), make_record(model, first=60, seed=1)]
+    whole = dict(images=[copy.deepcopy(one) for fold in reversed(folds) for one in reversed(fold['images'])])
+    expected, _ = fit(model, folds)
+    for fold in folds:
+        for image in fold['images']:
+            image['features'] = image['features'] * 0
+    got, _ = fit(model, folds, features_from=[whole])
+    for name, value in expected.state.items():
+        torch.testing.assert_close(got.state[name], value)
+    assert fit(model, folds)[0].correlation == 0
+    with pytest.raises(UsageError, match=r'60 images \(such as 60\) are not in the records of features'):
+        fit(model, folds, features_from=[make_record(model)])
+    with pytest.raises(UsageError, match=r'image 0 \(a/0.jpg\) is twice'):
+        fit(model, folds, features_from=[whole, make_record(model)])
+
+
+def test_other_widths_are_refused():
+    model, wide = build(), build(router=dict(type='Router', pools=('mean', 'std')))
+    with pytest.raises(UsageError, match='have 240 features per image, and the router of this config takes 120'):
+        fit(model, [make_record(wide)])
+    with pytest.raises(UsageError, match=r'different widths: \[120, 240\]'):
+        fit(model, [make_record(model), make_record(wide, first=60)])
+    assert fit(wide, [make_record(wide)])[0].state['mean'].shape == (240, )
+
+
+def test_gains_in_ap_come_from_the_record_s_own_annotations(tmp_path):
+    """Exit 1 finds what there is in the images whose first feature is large."""
+    model = build()
+    record = make_record(model)
+    box = dict(bbox=[0, 0, 10, 10], category_id=1)
+    for image in record['images']:
+        found = [dict(box, score=0.9)] if image['features'][0] > 0.5 else []
+        image['detections'] = [[], found]
+    annotations = [dict(box, id=index, image_id=image['id'], area=100, iscrowd=0)
+                   for index, image in enumerate(record['images'], 1)]
+    (tmp_path / 'truth.json').write_text(json.dumps(dict(
+        images=[dict(id=image['id']) for image in record['images']], annotations=annotations,
+        categories=[dict(id=1, name='it')])))
+    record['provenance']['ann_file'] = str(tmp_path / 'truth.json')
+    objective = build_objective('ap')
+    cocos = ground_truths([record, record], objective)
+    assert cocos[0] is cocos[1] and ground_truths([record], build_objective('rank')) is None
+    found, _ = fit(model, [record], objective, cocos=cocos[:1])
+    gains = features(record)[:, 0] > 0.5
+    assert found.quantiles[0] == 0 and found.quantiles[100] == pytest.approx(100, abs=1e-3)
+    assert found.quantiles[50].item() == pytest.approx(100 * np.median(gains), abs=1e-3)
+    record['provenance']['ann_file'] = str(tmp_path / 'gone.json')
+    with pytest.raises(UsageError, match='no annotation file at'):
+        ground_truths([record], objective)
+
+
+def test_other_checkpoints_are_refused():
+    model = build()
+    found, _ = fit(model, [make_record(model)])
+    with pytest.raises(UsageError, match='plain detector'):
+        put_router(model, dict(state_dict=MODELS.build(tiny_detector('fcos')).state_dict()), found, {})
+    other = MODELS.build(tiny_dynamic('retinanet', shared=False)).state_dict()
+    with pytest.raises(UsageError, match='does not fit this config'):
+        put_router(model, dict(state_dict=other), found, {})

@@ -1,0 +1,71 @@
+"""Say what the router of a dynamic detector is worth, from a record that tools/record.py made.
+
+Prints tables and a diagnosis; writes routing.json and routing.html, a page with the trade-off curve, a
+slider over the threshold, and images. Takes no model: seconds to minutes.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from pycocotools.coco import COCO
+
+from dynamicdet.apis import cli
+from dynamicdet.apis.analysis import analyse, format_analysis, pair_of, write_analysis
+from dynamicdet.errors import UsageError
+from dynamicdet.routing.record import read_record
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('record', help='record of the test data, by tools/record.py')
+    parser.add_argument(
+        '--val-record', help='record of the validation data: thresholds chosen on it are tried on the other')
+    parser.add_argument('--ann-file', help='annotations of the test data: what was recorded by default')
+    parser.add_argument('--val-ann-file', help='the same for the validation data')
+    parser.add_argument('--out-dir', help="where the page goes: a folder of the record's name beside it")
+    parser.add_argument(
+        '--exits', nargs=2, type=int, default=[0, -1], metavar=('EASY', 'HARD'),
+        help='the exits to choose between, where there are more than two: the first and the last')
+    parser.add_argument(
+        '--bootstrap', type=int, default=200, help='resamples for 95 %% intervals: 200; 0 for none')
+    parser.add_argument('--seed', type=int, default=0, help='of resamples and random routing: 0')
+    parser.add_argument('--title', default='What routing is worth', help='of the page')
+    return parser.parse_args()
+
+
+def load_annotations(path: str, option: str) -> COCO:
+    """Ground truth, or a `UsageError` that names the option."""
+    if not path or not Path(path).is_file():
+        raise UsageError(f"there is no annotation file '{path}': name it by {option}")
+    try:
+        with cli.silence():
+            return COCO(path)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AssertionError) as error:
+        raise UsageError(f"'{path}' is no COCO annotation file: name one by {option}") from error
+
+
+def load(path: str, ann_file: str, option: str, exits: list) -> tuple:
+    """A record of two exits, and its ground truth."""
+    record = pair_of(read_record(path), tuple(exits))
+    return record, load_annotations(ann_file or record['provenance'].get('ann_file', ''), option)
+
+
+def main() -> None:
+    args = parse_args()
+    cli.prepare()
+    if args.bootstrap < 0:
+        raise UsageError('--bootstrap must be 0 or more')
+    record, coco = load(args.record, args.ann_file, '--ann-file', args.exits)
+    val = load(args.val_record, args.val_ann_file, '--val-ann-file', args.exits) if args.val_record else None
+    out_dir = args.out_dir or str(Path(args.record).with_suffix(''))
+    cli.make_folder(out_dir)
+    analysis = analyse(record, coco, val, args.bootstrap, args.seed,
+                       say=lambda what: print(f'{what} ...', file=sys.stderr, flush=True))
+    page = write_analysis(record, coco, analysis, out_dir, args.title)
+    print(format_analysis(analysis))
+    print(f'\nThe same with pictures: {page}')
+
+
+if __name__ == '__main__':
+    cli.run(main)

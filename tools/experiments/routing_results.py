@@ -1,0 +1,142 @@
+"""What a run of the experiment on routing came to: from records to numbers."""
+from typing import Dict, List, Mapping, Sequence
+
+import numpy as np
+from pycocotools.coco import COCO
+
+from dynamicdet.routing import build_objective
+from dynamicdet.routing.curve import SHARES, Chance, split
+from dynamicdet.routing.evaluation import Mixtures
+from dynamicdet.routing.fitting import features_of, fit_router, gains_of, rank_correlation
+from dynamicdet.routing.merit import efficacy, normalised_gain
+from dynamicdet.routing.oracle import honest_choices, oracle_choices
+from dynamicdet.routing.peers import PEERS, charge, peer_scores
+from dynamicdet.routing.strata import benefits, by_objects, by_size, rank_correlations
+
+#: Bootstrap resamples, all with seed 0: AP on each is kept, so that runs compare on the same images.
+RESAMPLES = 100
+#: Objectives that are compared; lambda of the hand-set cost in units of the loss.
+OBJECTIVES = {
+    'paper': 'paper',
+    'no_offset': 'no_offset',
+    'cost_weight': dict(type='cost_weight', offset=0.1),
+    'loss_sum': 'loss_sum',
+    'rank': 'rank',
+    'pairwise': 'pairwise',
+    'ap': 'ap',
+    'gain': 'gain',
+}
+#: Name of the images that step 1 did not see: all objectives are fitted to them, some also to others.
+HELD_OUT = 'held out'
+#: The shares at which routers are judged; the ends are the exits.
+INNER = SHARES[1:-1]
+
+
+def plain_results(record: Mapping, coco: COCO) -> dict:
+    """AP of a plain detector, with resamples, and what it costs. Its record has one exit, twice."""
+    chance = Chance(Mixtures(record, coco), resamples=RESAMPLES)
+    return dict(gflops=record['gflops'][0], latency=record['latencies'][0], provenance=record['provenance'],
+                **_one_exit(chance, 0))
+
+
+def dynamic_results(test: Mapping, test_coco: COCO, sources: Mapping[str, Mapping], train_coco: COCO,
+                    seed: int) -> dict:
+    """All figures of a dynamic detector whose router is still to be found.
+
+    Args:
+        test (Mapping): Record of the test set, with views.
+        test_coco (COCO): Its ground truth.
+        sources (Mapping): Name -> record of what routers are fitted to.
+        train_coco (COCO): Their ground truth.
+        seed (int): Of the fits.
+    """
+    mixtures = Mixtures(test, test_coco)
+    chance = Chance(mixtures, resamples=RESAMPLES)
+    last = mixtures.exits - 1
+    exits = [_one_exit(chance, exit) for exit in range(mixtures.exits)]
+    honest = _honest(test, test_coco)
+    luck = oracle_choices(mixtures.image_ap()[[0, last]], INNER).astype(bool)
+    routers = {}
+    for source, record in sources.items():
+        for name, objective in OBJECTIVES.items():
+            if source == HELD_OUT or name in ('paper', 'loss_sum', 'rank'):
+                routers[f'{name}, {source}'] = _fitted(record, train_coco, test, objective, seed, pools=1)
+    routers['rank, more pools'] = _fitted(sources[HELD_OUT], train_coco, test, 'rank', seed, pools=3)
+    gained = benefits(test, mixtures)
+    found = dict(
+        gflops=test['gflops'], latencies=test['latencies'], provenance=test['provenance'], exits=exits,
+        random=[chance.at(round(share * mixtures.images))[0] for share in INNER],
+        by_size=by_size(mixtures), by_objects=by_objects(test, mixtures),
+        share_gaining={name: _share_gaining(record) for name, record in {**sources, 'test': test}.items()},
+        honest=_judge(chance, honest, honest), oracle=_judge(chance, luck, honest),
+        routers={name: _judge_scores(chance, scores, honest, gained) for name, scores in routers.items()},
+        peers=_peers(test, sources, train_coco, chance, honest, gained, seed))
+    return found
+
+
+def _one_exit(chance: Chance, exit: int) -> dict:
+    choice = np.full(chance.mixtures.images, exit)
+    return dict(ap=chance.mixtures.ap(choice), resampled=_short(chance.resampled(choice)))
+
+
+def _honest(test: Mapping, coco: COCO) -> np.ndarray:
+    """Choices by the other view: AP of the image times its objects, as the set's AP counts."""
+    first_and_last = dict(test, images=[
+        dict(image, view=[image['view'][0], image['view'][-1]],
+             detections=[image['detections'][0], image['detections'][-1]]) for image in test['images']
+    ])
+    return honest_choices(first_and_last, coco, INNER, by_objects=True).astype(bool)
+
+
+def _fitted(record: Mapping, coco: COCO, test: Mapping, objective, seed: int, pools: int) -> np.ndarray:
+    """Difficulties of the test images by a router fitted to a record; ``pools`` of its three are seen."""
+    objective = build_objective(objective)
+    features, own = features_of(record), features_of(test)
+    width = features.shape[1] // 3 * pools
+    fit = fit_router(features[:, :width], gains_of(record, objective.gain, coco), objective, seed=seed)
+    state = {name: value.numpy() for name, value in fit.state.items()}
+    inputs = (own[:, :width] - state['mean']) / state['std']
+    hidden = np.maximum(inputs @ state['fc1.weight'].T + state['fc1.bias'], 0)
+    # The logit: it ranks as the difficulty does, without the sigmoid's ends.
+    return (hidden @ state['fc2.weight'].T + state['fc2.bias'])[:, 0]
+
+
+def _judge_scores(chance: Chance, scores: np.ndarray, honest: np.ndarray,
+                  gained: Mapping[str, np.ndarray]) -> dict:
+    choices = np.array([split(scores, share)[1] for share in INNER])
+    return dict(_judge(chance, choices, honest),
+                correlation={name: one['correlation'] for name, one in
+                             rank_correlations(scores, gained, resamples=0).items()},
+                earning={name: rank_correlation(scores, values) for name, values in gained.items()})
+
+
+def _judge(chance: Chance, choices: np.ndarray, honest: np.ndarray) -> dict:
+    """AP at each share; at half hard on each resample; both figures of merit."""
+    half = choices[len(choices) // 2]
+    return dict(
+        ap=[chance.mixtures.ap(chance.choice(choice)) for choice in choices],
+        resampled_half=_short(chance.resampled(chance.choice(half))),
+        normalised_gain=normalised_gain(chance, half),
+        efficacy=efficacy(chance, choices, honest))
+
+
+def _peers(test: Mapping, sources: Mapping[str, Mapping], train_coco: COCO, chance: Chance, honest: np.ndarray,
+           gained: Mapping[str, np.ndarray], seed: int) -> Dict[str, dict]:
+    """Other routers; those that are fitted are fitted to the held-out images."""
+    held = sources[HELD_OUT]
+    target = gains_of(held, 'loss_sum')
+    found = {}
+    for name in PEERS:
+        scores = peer_scores(name, test, held, target, seed)
+        found[name] = dict(_judge_scores(chance, scores, honest, gained), charge=charge(name, test))
+    return found
+
+
+def _share_gaining(record: Mapping) -> float:
+    """Share of images whose loss is smaller under the last exit."""
+    losses = np.array([image['losses'] for image in record['images']])
+    return float((losses[:, 0] > losses[:, -1]).mean())
+
+
+def _short(values: Sequence[float]) -> List[float]:
+    return [round(float(value), 3) for value in values]

@@ -1,0 +1,65 @@
+"""Fit the router of a trained cascade to records, in seconds: step 2 without a pass over the data.
+
+Records (tools/record.py) of images that step 1 did not see make the best target: of a held-out part of the
+training images, of several augmented passes over it, or of folds, each recorded by a cascade that was trained
+without it, with --features-from a record of all of them by CHECKPOINT itself.
+"""
+import argparse
+
+from dynamicdet.apis import cli
+from dynamicdet.apis.fitting import (describe, fit_to_records, ground_truths, put_router,
+                                     wanted_objective)
+from dynamicdet.checkpoints import write_checkpoint
+from dynamicdet.errors import UsageError
+from dynamicdet.routing import OBJECTIVES
+from dynamicdet.routing.record import read_record
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file of step 2')
+    parser.add_argument('checkpoint', help='checkpoint file of step 1 or step 2; it stays as it is')
+    cli.add_common_arguments(parser)
+    parser.add_argument('--records', nargs='+', required=True, help='files of tools/record.py to learn from')
+    parser.add_argument('--features-from', nargs='+', help='records that give what the router sees instead')
+    parser.add_argument(
+        '--objective', choices=list(OBJECTIVES),
+        help="what the router learns; by default the config's, where it can also have numbers")
+    parser.add_argument('--seed', type=int, default=0, help='of weights, order and folds: 0')
+    parser.add_argument('--out', required=True, help='checkpoint file to write')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    cli.prepare()
+    cfg = cli.load_config(args)
+    if cfg.model.type != 'DynamicDetector':
+        raise UsageError(f"the config's model must be a DynamicDetector, not {cfg.model.type}")
+    cli.require_writable(args.out)
+    objective = wanted_objective(args.objective, cfg.model)
+    records = [read_record(path) for path in args.records]
+    seen = [read_record(path) for path in args.features_from] if args.features_from else None
+    checkpoint = cli.require_checkpoint(args.checkpoint)
+    model = cli.build_model(cfg)
+    with cli.silence():
+        cocos = ground_truths(records, objective)
+    fit, images = fit_to_records(
+        model.router, records, objective, cocos, seen, args.seed, cli.counter('fits'))
+    facts = dict(
+        records=args.records,
+        features_from=args.features_from or [],
+        objective=describe(objective),
+        rows=sum(len(record['images']) for record in records),
+        images=images,
+        seed=args.seed,
+        cascade=args.checkpoint)
+    done = put_router(model, checkpoint, fit, facts)
+    write_checkpoint(done, args.out)
+    print(f"router fitted to {facts['rows']} rows of {images} images ({fit.steps} steps, weight decay "
+          f"{fit.weight_decay:g}); correlation with the gain on images that it was not fit to: "
+          f"{fit.correlation:.3f}; delta {done['meta']['router']['delta']:.4f}; written to {args.out}")
+
+
+if __name__ == '__main__':
+    cli.run(main)

@@ -1,0 +1,50 @@
+"""Run every image of a data set through every exit of a dynamic detector, once, and keep what comes out:
+detections, difficulties, losses, the router's features, GFLOPs and latencies, in one file.
+
+tools/analyze_routing.py says from it what the router is worth; routers are trained on it in seconds.
+"""
+import argparse
+
+from mmengine.device import get_device
+
+from dynamicdet.apis import cli
+from dynamicdet.apis.calibration import load_model
+from dynamicdet.apis.recording import build_record_loader, record_data_set
+from dynamicdet.routing.record import write_record
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file of step 2, or of step 1 to train routers on')
+    cli.add_common_arguments(parser)
+    parser.add_argument('--out', default='record.npz', help='file to write: record.npz')
+    parser.add_argument(
+        '--split', choices=['train', 'val', 'test'], default='test',
+        help="data: test by default; train takes the training images under the test's pipeline")
+    parser.add_argument('--device', default=get_device(), help='device whose latencies count')
+    parser.add_argument(
+        '--view', choices=['flip', 'shift', 'none'], default='flip',
+        help='how each image is seen a second time, for the honest oracle: flipped by default; shifted, for what '
+        'has no mirror image, such as digits; or none, in half the time')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    cli.prepare()
+    cfg = cli.load_config(args)
+    cli.require_device(args.device)
+    cli.require_writable(args.out)
+    model, _ = load_model(cfg, args.checkpoint, args.device)
+    if not args.no_data_check:
+        cli.check_data(cfg, args.split)
+    loader = build_record_loader(cfg, args.split)
+    record = record_data_set(
+        model, cfg, loader, cli.progress, view=args.view, checkpoint=args.checkpoint)
+    write_record(record, args.out)
+    print(f"{len(record['images'])} images, {len(record['gflops'])} exits: {args.out}")
+
+
+if __name__ == '__main__':
+    cli.run(main)
