@@ -25,8 +25,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--device', default=get_device(), help='device whose latencies count')
     parser.add_argument(
         '--view', choices=['flip', 'shift', 'none'], default='flip',
-        help='how each image is seen a second time, for the honest oracle: flipped by default; shifted, for what '
-        'has no mirror image, such as digits; or none, in half the time')
+        help='how each image is seen a second time, for the honest oracle: flipped by default; shifted, for '
+        'what has no mirror image, such as digits; or none, in half the time')
     return parser.parse_args()
 
 

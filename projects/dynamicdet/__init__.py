@@ -4,6 +4,7 @@ Importing the package registers all it has; configs say ``custom_imports = dict(
 """
 from . import apis, engine, models  # noqa: F401  (they register themselves)
 from .checkpoints import allow_mmengine_classes
+from .datasets import holdout  # noqa: F401  (likewise)
 
 __version__ = '0.1.0'
 

@@ -64,13 +64,13 @@ def test_noise_is_not_learned(objective):
 
 
 def test_views_of_an_image_stay_together():
-    """Each image twice, with a gain of pure noise that a view knows of the other: apart, it looks learnable."""
+    """Each image twice, with a gain of pure noise: apart, a view tells of the other, and it looks learnable."""
     rng = np.random.default_rng(0)
     features = np.repeat(rng.normal(size=(150, 60)), 2, axis=0).astype(np.float32)
     gains = np.repeat(rng.normal(size=150), 2)
     together = fit_router(features, gains, 'rank', groups=np.repeat(np.arange(150), 2), **QUICK)
     apart = fit_router(features, gains, 'rank', **QUICK)
-    assert together.correlation < 0.3 < 0.6 < apart.correlation
+    assert together.correlation < 0.2 < 0.4 < apart.correlation
 
 
 def test_the_same_seed_gives_the_same_router():

@@ -33,7 +33,8 @@ def record_plain(config: str, checkpoint: str) -> dict:
     for batch in cli.progress(loader, 'test set'):
         for sample in model.test_step(batch):
             found = coco_results(sample, loader.dataset.cat_ids)
-            images.append(dict(id=sample.img_id, file=sample.img_path, difficulty=0.5, detections=[found, found]))
+            images.append(
+                dict(id=sample.img_id, file=sample.img_path, difficulty=0.5, detections=[found, found]))
     latency, gflops = _costs(model, loader.dataset)
     return dict(images=images, gflops=[gflops] * 2, latencies=[latency] * 2,
                 provenance=provenance(cfg, checkpoint, loader.dataset, 'cpu'))

@@ -119,8 +119,8 @@ def lead(analysis: Mapping) -> str:
     ends = '' if gain['low'] is None else f" (95 % interval {gain['low']:+.1f} to {gain['high']:+.1f})"
     return (f"On {analysis['images']:,} images, {easy} reaches {first:.1f} AP for {cheap:.3g} GFLOPs per "
             f"image, {hard} {last:.1f} for {dear:.3g}. With {half['hard_share']:.0%} of the images hard, "
-            f"the router reaches {half['ap']:.1f} for {half['gflops']:.3g}, {abs(gain['value']):.1f} AP {side} random "
-            f'routing{ends}.')
+            f"the router reaches {half['ap']:.1f} for {half['gflops']:.3g}, {abs(gain['value']):.1f} AP {side} "
+            f'random routing{ends}.')
 
 
 def _json(value: object) -> str:

@@ -94,7 +94,7 @@ def measure_latencies(model: DynamicDetector,
     batches = [pseudo_collate([dataset[index]]) for index in range(min(images, len(dataset)))]
     times: List[List[float]] = [[] for _ in range(model.num_exits)]
     synchronise = torch.cuda.synchronize if model.threshold.is_cuda else lambda: None
-    with _any_threshold(model):
+    with kept_threshold(model):
         for turn in progress(range(rounds + 1), 'latencies'):
             for batch in batches:
                 for exit in range(model.num_exits):
@@ -117,7 +117,7 @@ def measure_gflops(model: DynamicDetector, dataset, images: int = 10) -> Tuple[f
     """
     batches = [pseudo_collate([dataset[index]]) for index in range(min(images, len(dataset)))]
     means = []
-    with _any_threshold(model):
+    with kept_threshold(model):
         for exit in range(model.num_exits):
             force_exit(model, exit)
             flops, _ = count_flops(lambda: [model.test_step(batch) for batch in batches])
@@ -131,7 +131,7 @@ def force_exit(model: DynamicDetector, exit: int) -> None:
     model.set_budget(threshold=thresholds[0] if len(thresholds) == 1 else thresholds)
 
 
-class _any_threshold:
+class kept_threshold:
     """Put a model's budget and threshold back after they were played with."""
 
     def __init__(self, model: DynamicDetector) -> None:
@@ -159,7 +159,7 @@ def record_exits(model: DynamicDetector, loader: DataLoader, progress: Progress)
         without image id, boxes x, y, w, h in the image's own frame.
     """
     images = []
-    with _any_threshold(model):
+    with kept_threshold(model):
         for batch in progress(loader, 'every exit'):
             both = []
             for exit in range(model.num_exits):

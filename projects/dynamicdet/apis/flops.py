@@ -154,7 +154,8 @@ def _dynamic_costs(model: DynamicDetector, shape: Sequence[int]) -> Costs:
         parts[name] = Part(count_parameters(*own), flops)
         if exit == 0:
             parts['router'] = router
-        parts[f'{ORDINALS[exit]} neck and heads'] = Part(count_parameters(*model.branches[exit:exit + 1]), heads)
+        own_branch = count_parameters(*model.branches[exit:exit + 1])
+        parts[f'{ORDINALS[exit]} neck and heads'] = Part(own_branch, heads)
         # Each exit runs its own neck and heads only.
         used, run = [*used, *own], run + flops
         exits.append(Part(count_parameters(*used, model.branch(exit)), run + heads))

@@ -20,7 +20,7 @@ from mmdet.structures import SampleList
 
 from ..errors import UsageError
 from ..models import DynamicDetector
-from .calibration import (Progress, _any_threshold, build_loader, coco_results, force_exit, measure_gflops,
+from .calibration import (Progress, kept_threshold, build_loader, coco_results, force_exit, measure_gflops,
                           measure_latencies, provenance)
 from .flops import count_flops
 
@@ -53,6 +53,8 @@ def build_record_loader(cfg: Config, split: str) -> DataLoader:
     source = _plain_data_set(cfg[f'{split}_dataloader'].dataset)
     pipeline = _annotated_first(_plain_data_set(dataloader.dataset).pipeline, _loads_masks(cfg))
     dataloader.dataset = dict(copy.deepcopy(source), pipeline=pipeline)
+    if split == 'train':
+        dataloader.dataset = _held_out_alike(cfg.train_dataloader.dataset, dataloader.dataset)
     return build_loader(dataloader)
 
 
@@ -84,7 +86,7 @@ def record_data_set(model: DynamicDetector,
         warnings.warn('the record will have no losses and no objects: the pipeline must load annotations '
                       'before it resizes (LoadAnnotations right after LoadImageFromFile)')
     images = []
-    with torch.no_grad(), _any_threshold(model):
+    with torch.no_grad(), kept_threshold(model):
         for batch in progress(loader, 'every exit'):
             images.extend(_record_batch(model, batch, loader.dataset.cat_ids, annotated, view))
     gflops = measure_gflops(model, loader.dataset)
@@ -276,6 +278,15 @@ def _plain_data_set(dataset: dict) -> dict:
     if 'datasets' in dataset:
         raise UsageError('a record is of one data set, and the config concatenates several: name one by '
                          '--cfg-options')
+    return dataset
+
+
+def _held_out_alike(wrapped: dict, dataset: dict) -> dict:
+    """A data set cut to the part that `HoldOut` leaves of it in a config, if it is there."""
+    while 'dataset' in wrapped:
+        if wrapped['type'] == 'HoldOut':
+            return dict(copy.deepcopy(wrapped), dataset=dataset)
+        wrapped = wrapped['dataset']
     return dataset
 
 

@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 from mmdet.registry import HOOKS
 
 from ..checkpoints import require_complete
-from ..datasets import holdout  # noqa: F401  (registers what gives step 2 images of its own)
 from ..errors import UsageError
 from ..routing import GAINS, quantiles_of
 
@@ -145,8 +144,8 @@ def measure_training_set(runner: Runner) -> Tuple[Dict[tuple, float], Tensor, Te
     """What step 2 needs to know of the training set, by one pass over it; the same on all ranks.
 
     Returns:
-        tuple: Gains, as the objective counts them, by (image id, path), and mean and standard deviation of what the router
-        sees, (d,) each.
+        tuple: Gains, as the objective counts them, by (image id, path), and mean and standard deviation of
+        what the router sees, (d,) each.
     """
     model = _model(runner)
     model.train()

@@ -116,7 +116,8 @@ class DynamicDetector(BaseDetector):
         self.budget = dict(budget) if budget else None
         self.train_router = train_router
         # Between exit k and k + 1, ascending; of two exits a single number.
-        self.register_buffer('threshold', torch.full(() if self.num_exits == 2 else (self.num_exits - 1, ), 0.5))
+        shape = () if self.num_exits == 2 else (self.num_exits - 1, )
+        self.register_buffer('threshold', torch.full(shape, 0.5))
         # NaN: not measured yet.
         self.register_buffer('delta', torch.tensor(float('nan')))
         # The calibration: sorted difficulties of the validation set, (n,), and what each exit costs,
@@ -350,33 +351,19 @@ class DynamicDetector(BaseDetector):
             list[DetDataSample]: In input order; each with ``pred_instances``, ``difficulty``
             (float) and ``exit`` (0 to K - 1).
         """
-        if self._budget_waits:
-            self.set_budget(**self.budget)
-        maps, ratio = self._first_maps(batch_inputs)
-        phi = self.router(maps, _valid(batch_inputs, batch_data_samples))
-        # One transfer from the device for both.
-        scores, exits = torch.stack([phi, self._exits_of(phi).float()]).tolist()
-        rows = list(range(len(scores)))
-        for exit in range(self.num_exits):
-            own = [row for row in rows if exits[row] == exit]
-            if own:
-                samples = [batch_data_samples[row] for row in own]
-                at = [rows.index(row) for row in own]
-                self._predict_at(exit, _take(maps, at), samples, ratio if exit == 0 else (1.0, 1.0), rescale)
-                for row, sample in zip(own, samples):
-                    sample.set_metainfo(dict(difficulty=scores[row], exit=exit))
-            going_on = [at for at, row in enumerate(rows) if exits[row] > exit]
-            if not going_on:
+        passage = self.start(batch_inputs, batch_data_samples)
+        while True:
+            leaving, going_on = passage.split()
+            if len(leaving):
+                self.finish(leaving, rescale)
+            if not len(going_on):
                 return batch_data_samples
-            maps, rows = _take(maps, going_on), [rows[at] for at in going_on]
-            images = _take((batch_inputs, ), rows)[0] if self._needs_images else batch_inputs
-            maps = self.deeper_maps(exit + 1, images, maps)
+            passage = self.deepen(going_on)
 
     def start(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> Passage:
         """Run the first backbone and the router: all that is known before the first exit.
 
-        ``predict`` is this, then ``finish`` of those who leave and ``deepen`` of those who go on, exit by exit.
-        Between these calls images may wait, part and join others: see `apis.stream`.
+        Between this, ``finish`` and ``deepen`` images may wait, part and join others: see `apis.stream`.
         """
         if self._budget_waits:
             self.set_budget(**self.budget)
@@ -431,13 +418,6 @@ class DynamicDetector(BaseDetector):
                  for exit, (maps, samples, _) in enumerate(every)]
         valid = _valid(batch_inputs, batch_data_samples) if batch_data_samples else None
         return dict(difficulty=self.router(every[0][0], valid), exits=exits)
-
-
-def _take(tensors: Tuple[Tensor, ...], rows: List[int]) -> Tuple[Tensor, ...]:
-    """Rows of each tensor; the tensors themselves, not copies, where that is all of them."""
-    if len(rows) == len(tensors[0]):
-        return tensors
-    return tuple(tensor[rows] for tensor in tensors)
 
 
 def _valid(batch_inputs: Tensor, samples: SampleList) -> List[Tuple[float, float]]:
