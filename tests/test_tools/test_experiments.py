@@ -1,0 +1,82 @@
+"""The experiment on routing: its table of runs, and the arithmetic of its page."""
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from mmengine.config import Config
+
+from mmdet.registry import MODELS
+
+sys.path.insert(0, str(ROOT / 'tools' / 'experiments'))
+import routing_page  # noqa: E402
+from routing_runs import DATA, HELD_OUT, all_runs  # noqa: E402
+
+
+def config_of(run):
+    cfg = Config.fromfile(ROOT / run.config)
+    before = set(flat(cfg.to_dict()))
+    cfg.merge_from_dict(run.options)
+    return cfg, before
+
+
+def flat(node, prefix=''):
+    """Paths of all values of a nested config."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, (list, tuple)) else ()
+    for key, value in items:
+        yield f'{prefix}{key}'
+        yield from flat(value, f'{prefix}{key}.')
+
+
+def test_runs_are_named_once_and_start_from_runs_before_them():
+    names = [run.name for run in all_runs()]
+    assert len(set(names)) == len(names)
+    for place, run in enumerate(all_runs()):
+        assert run.start is None or run.start in names[:place]
+
+
+@pytest.mark.parametrize('run', all_runs(), ids=lambda run: run.name)
+def test_a_runs_options_are_those_of_its_config(run):
+    """A misspelt option would change nothing, and the run be called what it is not."""
+    cfg, before = config_of(run)
+    new = ('model.data_preprocessor.batch_augments', 'model.router', 'model.backbones', 'model.shared',
+           'model.specialise', 'train_dataloader.dataset.data_root')
+    for option in run.options:
+        assert option in before or option in new, option
+    assert cfg.train_dataloader.dataset.indices <= DATA['train'] - HELD_OUT
+
+
+@pytest.mark.parametrize('run', [run for run in all_runs() if run.seed == 0], ids=lambda run: run.name)
+def test_a_runs_detector_builds(run):
+    cfg, _ = config_of(run)
+    model = MODELS.build(cfg.model)
+    if run.is_dynamic:
+        assert model.num_exits == (3 if run.variant == 'triple' else 2)
+        assert model.router.pools == ('mean', 'max', 'std')
+
+
+def plain(*points):
+    return [dict(gflops=cost, ap=ap, resampled=[ap - 1, ap + 1]) for cost, ap in points]
+
+
+def test_the_static_front_is_the_upper_hull():
+    detectors = plain((1, 10), (2, 12), (3, 30))
+    assert routing_page.front(detectors, 1) == 10 and routing_page.front(detectors, 3) == 30
+    # Running the first and the last at random beats the second.
+    assert routing_page.front(detectors, 2) == 20
+    assert routing_page.front(detectors, 2, resample=1) == 21
+    assert np.isnan(routing_page.front(detectors, 0.5)) and np.isnan(routing_page.front(detectors, 3.5))
+    # A dearer detector that is worse counts for nothing.
+    assert routing_page.front(plain((1, 10), (2, 9), (3, 8)), 1) == 10
+
+
+def test_the_lead_is_paired():
+    """On each resample both sides move together, so the interval is that of the difference."""
+    router = dict(ap=[0] * 4 + [25] + [0] * 4, resampled_half=[24, 26])
+    run = dict(gflops=[1, 3], routers={routing_page.ROUTER: router})
+    assert routing_page.lead(run, plain((1, 10), (3, 30))) == (2, 5, 5, 5)
+
+
+def test_means_name_their_range():
+    assert routing_page.several([1.0]) == '1.00'
+    assert routing_page.several([1.0, 3.0], sign='+') == '+2.00 (+1.00 to +3.00)'

@@ -1,0 +1,199 @@
+"""The page of the experiment on routing: docs/results/routing.md and its picture, from the runs' numbers.
+
+    python tools/experiments/routing_page.py
+"""
+import io
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+
+import numpy as np
+from routing_runs import DETECTORS
+
+from dynamicdet.engine.atomic_backend import write_atomically
+from dynamicdet.routing.curve import SHARES, interval
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / 'docs' / 'results' / 'routing'
+PAGE = ROOT / 'docs' / 'results' / 'routing.md'
+#: The router that a run is judged by: chosen before the test set was looked at.
+ROUTER = 'rank, held out'
+HEAD = """# The experiment on routing: numbers
+
+Written by `python tools/experiments/routing_page.py` from the files in [routing/](routing), one per run of
+`python tools/experiments/routing.py`; what it says is in [benchmarks.md](../benchmarks.md). AP on 1,000 test images
+of the built-in data. Intervals are of 95 %, by {resamples} resamples of the test images, the same for all runs; where
+there are several seeds, figures are means over them, with the least and the largest in brackets. Routers are fitted
+to 1,000 images that no detector saw ("held out") or to 1,000 that it was trained on. GFLOPs: 2 x multiply-adds.
+"""
+
+Runs = Dict[Tuple[str, str], List[dict]]
+
+
+def read_runs() -> Runs:
+    """(detector, variant) -> what each seed came to."""
+    runs: Runs = defaultdict(list)
+    for path in sorted(RESULTS.glob('*.json')):
+        detector, variant, _ = path.stem.rsplit('-', 2)
+        runs[detector, variant].append(json.loads(path.read_text()))
+    return runs
+
+
+def several(values: Sequence[float], digits: int = 2, sign: str = '') -> str:
+    """Mean, and range where there are several."""
+    text = f'{np.mean(values):{sign}.{digits}f}'
+    return text if len(values) == 1 else \
+        f'{text} ({min(values):{sign}.{digits}f} to {max(values):{sign}.{digits}f})'
+
+
+def with_interval(found: Sequence[Mapping], name: str) -> str:
+    """A figure of merit; its interval where there is one run."""
+    known = [one for one in found if one[name] is not None]
+    if not known:
+        return '-'
+    text = several([one[name] for one in known], sign='+')
+    if len(known) == 1 and known[0]['low'] is not None:
+        text += f" ({known[0]['low']:+.2f} to {known[0]['high']:+.2f})"
+    return text
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ['---'] * len(head), *rows]
+    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines) + '\n'
+
+
+def curve(run: Mapping, router: str = ROUTER) -> Tuple[np.ndarray, np.ndarray]:
+    """GFLOPs and AP at all shares."""
+    first, last = run['gflops'][0], run['gflops'][-1]
+    ap = [run['exits'][0]['ap'], *run['routers'][router]['ap'], run['exits'][-1]['ap']]
+    return first + np.array(SHARES) * (last - first), np.array(ap)
+
+
+def front(plain: Sequence[Mapping], gflops: float, resample: Optional[int] = None) -> float:
+    """AP that plain detectors reach at a cost, on the upper hull of theirs; NaN outside of it.
+
+    Between two of them a straight line: a fleet that runs both, images drawn at random.
+    """
+    ap = [run['ap'] if resample is None else run['resampled'][resample] for run in plain]
+    best = np.nan
+    for cost, own in zip((run['gflops'] for run in plain), ap):
+        for other, its in zip((run['gflops'] for run in plain), ap):
+            if cost <= gflops <= other:
+                share = (gflops - cost) / (other - cost) if other > cost else 0
+                best = np.nanmax([best, own + share * (its - own)])
+    return best
+
+
+def lead(run: Mapping, plain: Sequence[Mapping]) -> Tuple[float, float, float, float]:
+    """At half hard: GFLOPs, AP above the static front, and the ends of its interval."""
+    gflops = (run['gflops'][0] + run['gflops'][-1]) / 2
+    router = run['routers'][ROUTER]
+    own = router['ap'][len(router['ap']) // 2]
+    leads = [ap - front(plain, gflops, index) for index, ap in enumerate(router['resampled_half'])]
+    low, high = interval(leads)
+    return gflops, own - front(plain, gflops), low, high
+
+
+def exits_table(runs: Runs, detector: str) -> str:
+    rows = []
+    for (own, variant), found in runs.items():
+        if own != detector or 'exits' not in found[0]:
+            continue
+        rows.append([
+            variant, str(len(found)),
+            ', '.join(several([run['exits'][k]['ap'] for run in found]) for k in range(len(found[0]['exits']))),
+            ', '.join(f'{cost:.3f}' for cost in found[0]['gflops']),
+            several([run['honest']['ap'][4] for run in found]), several([run['random'][4] for run in found]),
+            ', '.join(f"{name} {np.mean([run['share_gaining'][name] for run in found]):.0%}"
+                      for name in found[0]['share_gaining'])
+        ])
+    head = ['variant', 'seeds', 'AP of each exit', 'GFLOPs', 'honest oracle, half hard', 'random, half hard',
+            'images with L1 > L2']
+    return table(head, rows)
+
+
+def routers_table(runs: Sequence[Mapping]) -> str:
+    rows = []
+    for kind in ('routers', 'peers'):
+        for name in runs[0][kind]:
+            found = [run[kind][name] for run in runs]
+            rows.append([
+                name.replace('_', ' '), several([one['ap'][4] for one in found]),
+                several([one['ap'][0] for one in found]),
+                with_interval([one['normalised_gain'] for one in found], 'gain'),
+                with_interval([one['efficacy'] for one in found], 'efficacy'),
+                several([one['correlation']['loss_objects'] for one in found])
+            ])
+    return table(['router', 'AP, half hard', 'AP, 10 % hard', 'normalised gain, half hard', 'efficacy',
+                  'rank correlation with loss saved x objects'], rows)
+
+
+def plain_table(plain: Mapping[str, Mapping]) -> str:
+    rows = [[name, f"{run['gflops']:.3f}", f"{run['ap']:.2f}", '{:.2f} to {:.2f}'.format(*interval(run['resampled']))]
+            for name, run in sorted(plain.items(), key=lambda item: item[1]['gflops'])]
+    return table(['plain detector', 'GFLOPs', 'AP', 'interval'], rows)
+
+
+def leads_table(runs: Runs, detector: str, plain: Sequence[Mapping]) -> str:
+    rows = []
+    for (own, variant), found in runs.items():
+        if own == detector and 'exits' in found[0]:
+            leads = [lead(run, plain) for run in found]
+            ends = f'{leads[0][2]:+.2f} to {leads[0][3]:+.2f}' if len(leads) == 1 else \
+                '; '.join(f'{low:+.2f} to {high:+.2f}' for _, _, low, high in leads)
+            rows.append([variant, f'{np.mean([one[0] for one in leads]):.3f}',
+                         several([one[1] for one in leads], sign='+'), ends])
+    return table(['variant', 'GFLOPs at half hard', 'AP above the static front', 'interval, seed by seed'], rows)
+
+
+def picture(runs: Runs) -> bytes:
+    """AP against GFLOPs: plain detectors, their front, dynamic ones of seed 0."""
+    from matplotlib.figure import Figure
+    known = [name for name in DETECTORS if any(own == name for own, _ in runs)]
+    figure = Figure(figsize=(6.2 * len(known), 4.6), layout='constrained')
+    for axes, detector in zip(np.atleast_1d(figure.subplots(1, len(known))), known):
+        plain = plain_runs(runs, detector)
+        for name, run in plain.items():
+            axes.plot(run['gflops'], run['ap'], 'ks', markersize=4)
+            axes.annotate(name, (run['gflops'], run['ap']), textcoords='offset points', xytext=(5, -9), fontsize=8)
+        costs = np.linspace(*[end(run['gflops'] for run in plain.values()) for end in (min, max)], 200)
+        axes.plot(costs, [front(list(plain.values()), cost) for cost in costs], 'k:', label='static front')
+        for (own, variant), found in runs.items():
+            if own == detector and 'exits' in found[0]:
+                axes.plot(*curve(found[0]), marker='.', label=variant.replace('_', ' '))
+        axes.set(title=detector.replace('_', ' '), xlabel='GFLOPs per image', ylabel='AP, %')
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    file = io.BytesIO()
+    figure.savefig(file, format='png', dpi=110)
+    return file.getvalue()
+
+
+def plain_runs(runs: Runs, detector: str) -> Dict[str, dict]:
+    return {variant.removeprefix('plain_'): found[0] for (own, variant), found in runs.items()
+            if own == detector and variant.startswith('plain_')}
+
+
+def main() -> None:
+    runs = read_runs()
+    parts = [HEAD.format(resamples=100), '![AP against GFLOPs](../images/routing_front.png)\n']
+    for detector in DETECTORS:
+        plain = plain_runs(runs, detector)
+        dynamic = {variant: found for (own, variant), found in runs.items()
+                   if own == detector and 'exits' in found[0]}
+        if not dynamic:
+            continue
+        parts += [f'## {detector}\n', '### Exits\n', exits_table(runs, detector)]
+        if plain:
+            parts += ['### Against plain detectors\n', plain_table(plain),
+                      f'\nThe router is "{ROUTER}".\n', leads_table(runs, detector, list(plain.values()))]
+        for variant, found in dynamic.items():
+            parts += [f'### Routers of `{variant}`\n', routers_table(found)]
+    write_atomically(picture(runs), ROOT / 'docs' / 'images' / 'routing_front.png')
+    write_atomically('\n'.join(parts).encode(), PAGE)
+    print(PAGE)
+
+
+if __name__ == '__main__':
+    main()
