@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Dict, List
 
+import torch
 from mmengine.config import Config
 from pycocotools.coco import COCO
 from routing_results import dynamic_results, plain_results
@@ -132,6 +133,8 @@ started: Dict[str, Future] = {}
 
 def main() -> None:
     args = parse_args()
+    # As the runs: more threads than cores make everything slow.
+    torch.set_num_threads(1)
     runs: List[Run] = [one for one in all_runs() if any(part in one.name for part in args.only)]
     waiting = [one for one in runs if not (RESULTS / f'{one.name}.json').exists()]
     names = {one.name for one in waiting}
