@@ -21,6 +21,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('record', help='record of the test data, by tools/record.py')
     parser.add_argument(
         '--val-record', help='record of the validation data: thresholds chosen on it are tried on the other')
+    parser.add_argument(
+        '--train-record', help='record of images that the detectors were trained on, for the diagnosis')
     parser.add_argument('--ann-file', help='annotations of the test data: what was recorded by default')
     parser.add_argument('--val-ann-file', help='the same for the validation data')
     parser.add_argument('--out-dir', help="where the page goes: a folder of the record's name beside it")
@@ -58,9 +60,10 @@ def main() -> None:
         raise UsageError('--bootstrap must be 0 or more')
     record, coco = load(args.record, args.ann_file, '--ann-file', args.exits)
     val = load(args.val_record, args.val_ann_file, '--val-ann-file', args.exits) if args.val_record else None
+    training = pair_of(read_record(args.train_record), tuple(args.exits)) if args.train_record else None
     out_dir = args.out_dir or str(Path(args.record).with_suffix(''))
     cli.make_folder(out_dir)
-    analysis = analyse(record, coco, val, args.bootstrap, args.seed,
+    analysis = analyse(record, coco, val, args.bootstrap, args.seed, training,
                        say=lambda what: print(f'{what} ...', file=sys.stderr, flush=True))
     page = write_analysis(record, coco, analysis, out_dir, args.title)
     print(format_analysis(analysis))

@@ -12,6 +12,7 @@ from pycocotools.coco import COCO
 
 from dynamicdet.apis import analysis_estimates as estimates
 from dynamicdet.apis.analysis import analyse, format_analysis, pair_of, write_analysis
+from dynamicdet.apis.analysis_curves import image_values
 from dynamicdet.apis.analysis_curves import threshold_points
 from dynamicdet.apis.analysis_gallery import choose_images
 from dynamicdet.errors import UsageError
@@ -148,6 +149,24 @@ def test_an_inverted_router(perfect, coco):
 def test_oracles_bound_the_perfect_router(analysis):
     for name in ('honest', 'oracle'):
         np.testing.assert_allclose(values(analysis['curves'][name])[5:], 100, atol=1e-6)
+
+
+def test_the_oracles_programme_is_certified(analysis, perfect, coco):
+    """Two exits and a whole number of images: no choice within the budget is worth more."""
+    found = analysis['certificate']
+    assert found['value'] == pytest.approx(found['bound']) and found['price'] >= 0
+    values = image_values(perfect, coco, Mixtures(perfect, coco))
+    by_hand = values[0].sum() + np.sort(np.maximum(values[1] - values[0], 0))[-(IMAGES // 2):].sum()
+    assert found['value'] * IMAGES == pytest.approx(by_hand)
+
+
+def test_memory_of_training_images_is_told(perfect, coco):
+    memorised = dict(perfect, images=[dict(image, losses=[2.0, 1.0]) for image in perfect['images']])
+    new = dict(perfect, images=[dict(image, losses=[1.0, 2.0]) for image in perfect['images']])
+    said = analyse(new, coco, bootstrap=20, training=memorised)['diagnosis']
+    assert any('remember their training images' in sentence for sentence in said)
+    said = analyse(new, coco, bootstrap=20, training=new)['diagnosis']
+    assert not any('remember their training images' in sentence for sentence in said)
 
 
 def test_the_slider_has_each_share_once(analysis, perfect, coco):

@@ -1,7 +1,7 @@
 """All that a record says about routing, as one dictionary, a text and a page."""
 import json
 from pathlib import Path
-from typing import Callable, Dict, List, Mapping, Sequence, Tuple, Union
+from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -62,6 +62,7 @@ def analyse(record: Mapping,
             validation: Validation = None,
             bootstrap: int = 200,
             seed: int = 0,
+            training: Optional[Mapping] = None,
             say: Callable[[str], None] = lambda what: None) -> dict:
     """What routing between two exits is worth, where, and against whom.
 
@@ -74,6 +75,8 @@ def analyse(record: Mapping,
             learn from it. Defaults to None.
         bootstrap (int): Resamples of the images for 95 % intervals; 0 for none. Defaults to 200.
         seed (int): Seed of resamples and random routing. Defaults to 0.
+        training (Mapping, optional): Record of images that the detectors were trained on, for the diagnosis:
+            whether the loss difference says the same there. Defaults to None.
         say (Callable): Called with what is done next.
 
     Returns:
@@ -85,6 +88,7 @@ def analyse(record: Mapping,
         * ``merit``: list of ``name``, ``value``, ``low``, ``high``, ``meaning``.
         * ``router``, and ``peers`` by name: ``curve``, ``half`` (its point at half hard), ``gain``
           (normalised, there), ``low``, ``high``, ``meaning``; ``left_out``: why a peer is not there, by name.
+        * ``certificate``: of the oracle's programme; see `analysis_curves.certificate`.
         * ``strata``: tables of ``title``, ``name``, ``counts`` and ``rows`` of ``name``, ``count``, ``aps``.
         * ``correlations``, like ``merit``; ``transfer``, rows of `routing.strata.threshold_transfer`, None
           without ``validation``.
@@ -120,6 +124,7 @@ def analyse(record: Mapping,
         router=curves.judge(record, chance, curves.choices_of(scores)),
         peers=judged,
         left_out={curves.words(name): why for name, why in left_out.items()},
+        certificate=curves.certificate(record, curves.image_values(record, coco, chance.mixtures)),
         strata=_strata(record, coco, chance.mixtures, scores),
         correlations=list(correlations.values()),
         transfer=threshold_transfer(difficulties_of(validation[0]), scores, chance) if validation else None,
@@ -138,6 +143,10 @@ def analyse(record: Mapping,
     if 'honest' in oracles:
         figures.update(honest_gain=estimates.over_random(chance, oracles['honest'][curves.HALF]),
                        efficacy=_estimate(merit['efficacy']))
+    if training:
+        figures['loss_shares'] = dict(
+            train=estimates.share_gaining(training, bootstrap, seed),
+            held_out=estimates.share_gaining(record, bootstrap, seed))
     if validation:
         figures['transfer'] = estimates.transfer(difficulties_of(validation[0]), scores, chance)
     return _plain(dict(analysis, diagnosis=diagnose(figures)))

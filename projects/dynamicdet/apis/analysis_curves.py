@@ -14,7 +14,7 @@ from ..errors import UsageError
 from ..routing.curve import SHARES, Chance, interval, split
 from ..routing.evaluation import Mixtures
 from ..routing.merit import efficacy, normalised_gain
-from ..routing.oracle import honest_choices, oracle_choices
+from ..routing.oracle import allocate, honest_choices, object_count, oracle_choices, refine
 from ..routing.peers import PEERS, charge, peer_scores
 from ..routing.strata import benefits
 
@@ -23,6 +23,8 @@ Validation = Optional[Tuple[Mapping, COCO]]
 
 #: Thresholds that the slider of the page can take: hard shares 0, 0.01, ... 1.
 _SLIDER = tuple(np.linspace(0, 1, 101))
+#: APs that refining the oracle may take at each share: some seconds in all at 1,000 images.
+_EVALUATIONS = 200
 #: Where half of the images are hard.
 HALF = SHARES.index(0.5)
 #: What routers pay for each hard image that look at nothing of exit 0.
@@ -37,15 +39,32 @@ def choices_of(scores: Sequence[float]) -> List[np.ndarray]:
 def oracles(record: Mapping, coco: COCO, mixtures: Mixtures, seed: int = 0) -> Dict[str, np.ndarray]:
     """Choices of ``honest`` and ``oracle``, (shares, n). The honest one only where images have views.
 
-    An image's AP counts as often as it has objects, as in the AP of the set.
+    Both choose by `image_values`; the oracle is then refined on the AP of the whole set, share by share.
     """
-    objects = np.array([len(coco.getAnnIds(imgIds=[image['id']], iscrowd=False))
-                        for image in record['images']])
-    found = {}
+    values, found = image_values(record, coco, mixtures), {}
     if all('view' in image for image in record['images']):
         found['honest'] = honest_choices(record, coco, SHARES, by_objects=True, seed=seed)
-    found['oracle'] = oracle_choices(mixtures.image_ap() * objects, SHARES, seed=seed)
+    found['oracle'] = np.array([
+        refine(mixtures, choice, _EVALUATIONS, seed, values).choice
+        for choice in oracle_choices(values, SHARES, seed=seed)
+    ])
     return {name: choices.astype(bool) for name, choices in found.items()}
+
+
+def image_values(record: Mapping, coco: COCO, mixtures: Mixtures) -> np.ndarray:
+    """What each image is worth under each exit, (2, n): its AP, percent, times its number of objects, as in
+    the AP of the set an image counts by its objects."""
+    objects = np.array([object_count(coco, image['id']) for image in record['images']])
+    return mixtures.image_ap() * objects
+
+
+def certificate(record: Mapping, values: np.ndarray) -> Dict[str, float]:
+    """What the oracle's programme comes to where half of the images may be hard: ``value`` per image, of whole
+    images; ``bound``, the optimum of the linear programme, in which an image may be split; ``price``, in
+    value per GFLOP."""
+    found = allocate(values, record['gflops'], float(np.mean(record['gflops'])))
+    images = values.shape[1]
+    return dict(value=found.value / images, bound=found.bound / images, price=found.price)
 
 
 def router_curve(rows: Sequence[Mapping]) -> List[dict]:

@@ -5,6 +5,7 @@ import numpy as np
 
 from ..routing.curve import Chance, bootstrap_weights, interval, split
 from ..routing.peers import PEERS, charge, charged_share
+from ..routing.record import require
 from ..routing.strata import OBJECTS
 from ..routing.thresholds import threshold_for_share
 
@@ -65,6 +66,14 @@ def over_random(chance: Chance, is_hard: np.ndarray) -> Estimate:
     choice = chance.choice(is_hard)
     mean, _, means = chance.at(int(is_hard.sum()))
     return (chance.mixtures.ap(choice) - mean, *interval(chance.resampled(choice) - means))
+
+
+def share_gaining(record: Mapping, resamples: int, seed: int = 0) -> Estimate:
+    """The share of images whose loss is smaller under the dear exit."""
+    require(record, 'losses')
+    gains = np.array([image['losses'][0] > image['losses'][-1] for image in record['images']], float)
+    weights = bootstrap_weights(len(gains), resamples, seed)
+    return (float(gains.mean()), *interval(weights @ gains / len(gains)))
 
 
 def transfer(val_scores: np.ndarray, scores: np.ndarray, chance: Chance, share: float = 0.5) -> dict:

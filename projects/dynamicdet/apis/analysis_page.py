@@ -19,8 +19,8 @@ _LINES = dict(
             'the exit of each image chosen on another view of it and scored on the image itself, so that '
             'luck does not count: what a router could be hoped to reach'),
     oracle=('#cc79a7', '', False,
-            'the exit of each image chosen on the very detections that are scored: a ceiling that rewards '
-            'luck too'))
+            'the exit of each image chosen on the very detections that are scored, then refined on the AP of '
+            'the whole set: a ceiling that rewards luck too'))
 _PEER_COLOURS = ('#e69f00', '#56b4e9', '#7a5195', '#d55e00', '#5b8c00', '#0072b2', '#a6611a', '#003f5c')
 _PEER_DASHES = ('2 3', '9 3', '9 3 2 3')
 
