@@ -11,7 +11,7 @@ _PACKED = getattr(torch.ops.mkldnn, '_convolution_pointwise', None)
 
 
 def can_fuse(model: nn.Module) -> bool:
-    """Whether a model has parts of its own to fuse, as YOLOv7 has."""
+    """Whether a model has parts of its own to fuse, as YOLOv5 and YOLOv7 have."""
     return any(hasattr(module, 'fuse') for module in model.modules())
 
 
@@ -50,6 +50,11 @@ def _replace_convolutions(module: nn.Module) -> None:
             _replace_convolutions(child)
 
 
+def _knows(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has convolutions of a type on this processor: bfloat16 takes AVX-512."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 class InferenceConv(nn.Module):
     """A convolution and the SiLU behind it.
 
@@ -82,7 +87,11 @@ class InferenceConv(nn.Module):
         # Tensors of a subclass are there to be watched, not computed; inference mode's count no changes.
         return (_PACKED is not None and x.device.type == 'cpu' and type(x) is Tensor
                 and x.dtype in (torch.float32, torch.bfloat16) and not torch.is_grad_enabled()
-                and not self.conv.weight.is_inference())
+                and not self.conv.weight.is_inference() and _knows(self._dtype()))
+
+    def _dtype(self) -> torch.dtype:
+        """As torch's own convolutions, under autocast in its type."""
+        return torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else self.conv.weight.dtype
 
     def __getstate__(self) -> dict:
         # oneDNN's order can be neither copied nor written.
@@ -90,9 +99,7 @@ class InferenceConv(nn.Module):
 
     def _operands(self, x: Tensor) -> tuple:
         conv = self.conv
-        # As torch's own convolutions, under autocast in its type.
-        dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else conv.weight.dtype
-        x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+        x = x.to(self._dtype()).contiguous(memory_format=torch.channels_last)
         weight, bias = self._packed(x)
         return x, weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups
 
