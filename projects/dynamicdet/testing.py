@@ -95,6 +95,9 @@ _SMALL = dict(
     CSPDarknet=dict(deepen_factor=0.1, widen_factor=0.125),
     CSPNeXt=dict(deepen_factor=0.1, widen_factor=0.125),
     SwinTransformer=dict(embed_dims=8, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8)),
+    YOLOV5Backbone=dict(width=0.25, depth=0.25),
+    YOLOV5PAFPN=dict(width=0.25, depth=0.25),
+    YOLOV5Head=dict(width=0.25),
     YOLOV7Backbone=dict(width=0.125, depth=0.25),
     YOLOV7PAFPN=dict(width=0.125, depth=0.25),
     YOLOV7Head=dict(width=0.125))
@@ -173,7 +176,7 @@ def _box_masks(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 #: Entries that hold settings, not weights.
-_KEPT = ('threshold', 'delta', 'difficulties', 'latencies', 'gflops', 'mean', 'std', 'project')
+_KEPT = ('threshold', 'delta', 'difficulties', 'latencies', 'gflops', 'mean', 'std', 'project', 'anchors')
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

@@ -1,6 +1,5 @@
 """YOLOv7's parts, by hand-made cases and by their sizes."""
 import copy
-import math
 import pickle
 
 import pytest
@@ -14,8 +13,7 @@ from dynamicdet.apis.flops import count_flops
 from dynamicdet.models import Router, build_composite, can_fuse, fuse
 from dynamicdet.models.resolution import reduce_samples
 from dynamicdet.models.yolov7 import ARCHITECTURES, YOLOV7PAFPN, YOLOV7Backbone, YOLOV7Head
-from dynamicdet.models.yolov7.assigner import candidates, sim_ota
-from dynamicdet.models.yolov7.head import ciou
+from dynamicdet.models.yolov7.assigner import sim_ota
 from dynamicdet.testing import randomise, shrink
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
@@ -159,34 +157,6 @@ def test_second_backbone_starts_as_a_plain_one():
         changed = composite.deeper_maps(images, first)
     assert torch.equal(changed[0], second[0])
     assert all(not torch.allclose(a, b) for a, b in zip(changed[1:], second[1:]))
-
-
-def test_ciou_by_hand():
-    same = torch.tensor([[5., 5, 4, 2]])
-    torch.testing.assert_close(ciou(same, same), torch.ones(1))
-    # Side by side, not touching: no overlap, centres 4 apart, hull 6 x 2, same shape.
-    apart = ciou(torch.tensor([[1., 1, 2, 2]]), torch.tensor([[5., 1, 2, 2]]))
-    torch.testing.assert_close(apart, torch.tensor([-16 / 40]))
-    # One centre, 4 x 2 in 4 x 4: half overlaps; the angle's term weighs itself.
-    shape = 4 / math.pi**2 * (math.atan(2) - math.atan(1))**2
-    wanted = 0.5 - shape * shape / (shape + 0.5)
-    torch.testing.assert_close(
-        ciou(torch.tensor([[4., 4, 4, 2]]), torch.tensor([[4., 4, 4, 4]])), torch.tensor([wanted]))
-
-
-def test_candidates_are_three_cells_of_the_anchors_that_fit():
-    # Centre at column 2.25, row 3.75 of stride 8: its cell, and those to the left and below.
-    boxes = torch.tensor([[18., 30, 16, 16]])
-    anchors = torch.tensor([[16., 16], [5., 16], [3., 16]])
-    anchor, row, column = candidates(boxes, anchors, 8, (10, 10), 4.0)
-    cells = sorted(zip(anchor.tolist(), row.tolist(), column.tolist()))
-    assert cells == [(a, r, c) for a in (0, 1) for r, c in ((3, 1), (3, 2), (4, 2))]
-
-
-def test_candidates_at_the_border_stay_inside():
-    boxes = torch.tensor([[0.5, 79.9, 16, 16]])
-    _, row, column = candidates(boxes, torch.tensor([[16., 16]]), 8, (10, 10), 4.0)
-    assert list(zip(row.tolist(), column.tolist())) == [(9, 0)]
 
 
 def test_sim_ota_by_hand():

@@ -12,11 +12,12 @@ from .cbnetv2 import CBNETV2
 from .detectron2 import DETECTRON2
 from .reading import read_weights
 from .rules import apply_rules
+from .yolov5 import YOLOV5
 from .yolov7 import DYNAMICDET, YOLOV7
 
 #: What ``--from`` takes. A new source is a file with its table, and an entry here.
 SOURCES = dict(
-    dynamicdet=DYNAMICDET, yolov7=YOLOV7, cbnetv2=CBNETV2, detectron2=DETECTRON2)
+    dynamicdet=DYNAMICDET, yolov7=YOLOV7, yolov5=YOLOV5, cbnetv2=CBNETV2, detectron2=DETECTRON2)
 
 
 def convert_checkpoint(path: str, family: str, model: nn.Module) -> Tuple[dict, List[str]]:

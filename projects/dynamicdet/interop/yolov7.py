@@ -11,6 +11,7 @@ from ..errors import UsageError
 from ..models import DynamicDetector
 from ..models.yolov7 import YOLOV7PAFPN, Architecture, Elan, YOLOV7Head
 from .rules import Rule, Source, rename, skip
+from .yolo import UNNEEDED, anchor_head_rows, kinds_apart
 
 #: Their names inside SPPCSPC -> ours.
 _SPP = dict(cv1='entry.0', cv2='shortcut', cv3='entry.1', cv4='entry.2', cv5='fused.0', cv6='fused.1',
@@ -78,10 +79,6 @@ def _backbone_rows(theirs: str, first: int, layers: Iterator[Optional[str]], our
 def _head_rows(theirs: str, first: int, ours: str, model: nn.Module) -> List[Rule]:
     head: YOLOV7Head = model.bbox_head
     rows = []
-
-    def apart(values: Tensor) -> Tensor:
-        return _kinds_apart(values, head.num_anchors)
-
     names = list(head_layers(model.neck.architecture))
     # With four levels there are files of training, whose head comes behind auxiliary outputs.
     spare = len(head.convs) if len(head.convs) == 4 else 0
@@ -97,13 +94,10 @@ def _head_rows(theirs: str, first: int, ours: str, model: nn.Module) -> List[Rul
                      for key, value in _SPP.items()]
         elif name == 'bbox_head':
             rows += [
-                rename(layer + r'm\.(\d)\.(.*)', f'{own}.convs.<1>.<2>', change=apart),
+                *anchor_head_rows(layer, own, head),
                 rename(layer + r'ia\.(\d)\.implicit', f'{own}.added.<1>'),
                 rename(layer + r'im\.(\d)\.implicit', f'{own}.multiplied.<1>',
-                       change=lambda values: apart(values[0])[None]),
-                skip(layer + r'anchors', lambda value: _compare_anchors(
-                    value * value.new_tensor(head.strides)[:, None, None], head)),
-                skip(layer + r'anchor_grid', lambda value: _compare_anchors(value, head)),
+                       change=lambda values: kinds_apart(values[0], head.num_anchors)[None]),
                 skip(layer + r'(m2|ia2|im2)\..*', 'auxiliary outputs of training')
             ]
         else:
@@ -115,26 +109,10 @@ def _head_rows(theirs: str, first: int, ours: str, model: nn.Module) -> List[Rul
     return rows
 
 
-def _compare_anchors(anchors: Tensor, head: YOLOV7Head) -> str:
-    """What to say of a file's anchors, in pixels."""
-    own = head.anchors.flatten()
-    if anchors.numel() != own.numel() or not torch.allclose(anchors.float().flatten(), own, rtol=1e-2):
-        return "anchors THAT DIFFER from the config's: set bbox_head.anchors to theirs, or boxes will be wrong"
-    return 'anchors, which the config has'
-
-
 def _pixels_by_colour(weight: Tensor) -> Tensor:
     """The first convolution behind rearranged pixels: theirs put (column, row, colour), ours colour, row,
     column, as torch does."""
     return weight.unflatten(1, (2, 2, 3)).permute(0, 3, 2, 1, 4, 5).flatten(1, 3)
-
-
-def _kinds_apart(values: Tensor, anchors: int) -> Tensor:
-    """The head's outputs: theirs are 4 box values, objectness and C classes of each anchor in turn; ours
-    the boxes of all anchors, then objectness, then classes."""
-    by_anchor = values.unflatten(0, (anchors, -1))
-    kinds = by_anchor[:, :4], by_anchor[:, 4:5], by_anchor[:, 5:]
-    return torch.cat([kind.flatten(0, 1) for kind in kinds])
 
 
 def _connection_rows(model: DynamicDetector) -> List[Rule]:
@@ -150,10 +128,6 @@ def _connection_rows(model: DynamicDetector) -> List[Rule]:
     return rows
 
 
-_UNNEEDED = [skip(r'(.*\.)?num_batches_tracked', 'counters of training'),
-             skip(r'ema\..*', 'moving averages of training')]
-
-
 def dynamic_rules(model: nn.Module) -> List[Rule]:
     """The table for Dy-YOLOv7, of step 1 (no router) or 2. Their score is 1 - difficulty: the router's last
     layer changes its sign."""
@@ -162,7 +136,7 @@ def dynamic_rules(model: nn.Module) -> List[Rule]:
     if len(branches) != 2:
         raise UsageError('Dy-YOLOv7 has a neck and a head for each exit: set model.shared=False')
     table = branches[0].neck.architecture
-    rows = _UNNEEDED + _connection_rows(model)
+    rows = UNNEEDED + _connection_rows(model)
     rows += _backbone_rows('model_b', 0, backbone_layers(table), 'backbone.first', table)
     second = backbone_layers(table, backbone.connected)
     rows += _backbone_rows('model_b2', len(backbone.connections), second, 'backbone.second', table)
@@ -181,7 +155,7 @@ def static_rules(model: nn.Module) -> List[Rule]:
     plain = model.branches[0] if isinstance(model, DynamicDetector) else model
     table = plain.neck.architecture
     layers = list(backbone_layers(table))
-    rows = _UNNEEDED + _backbone_rows('model', 0, iter(layers), 'backbone', table)
+    rows = UNNEEDED + _backbone_rows('model', 0, iter(layers), 'backbone', table)
     return rows + _head_rows('model', len(layers), '', plain)
 
 

@@ -3,9 +3,11 @@ from .composite import CompositeBackbone, build_composite, register_family
 from .dynamic_detector import DynamicDetector
 from .fusing import can_fuse, fuse
 from .router import Router
+from .yolov5 import YOLOV5PAFPN, YOLOV5Backbone, YOLOV5Head
 from .yolov7 import YOLOV7PAFPN, YOLOV7Backbone, YOLOV7Head
 
 __all__ = [
-    'CompositeBackbone', 'DynamicDetector', 'PassThroughBackbone', 'Router', 'YOLOV7Backbone',
-    'YOLOV7Head', 'YOLOV7PAFPN', 'build_branch', 'build_composite', 'can_fuse', 'fuse', 'register_family'
+    'CompositeBackbone', 'DynamicDetector', 'PassThroughBackbone', 'Router', 'YOLOV5Backbone',
+    'YOLOV5Head', 'YOLOV5PAFPN', 'YOLOV7Backbone', 'YOLOV7Head', 'YOLOV7PAFPN', 'build_branch',
+    'build_composite', 'can_fuse', 'fuse', 'register_family'
 ]

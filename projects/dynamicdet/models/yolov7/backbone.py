@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from mmdet.registry import MODELS
 
+from ..yolo import conv
 from .architecture import Elan, architecture
-from .blocks import ElanBlock, conv, down
+from .blocks import ElanBlock, down
 
 
 @MODELS.register_module()

@@ -5,17 +5,8 @@ from mmcv.cnn import ConvModule
 from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
 
+from ..yolo import ACTIVATION, NORM, conv
 from .architecture import Elan
-
-#: As the published networks were trained.
-NORM = dict(type='BN', momentum=0.03, eps=0.001)
-ACTIVATION = dict(type='SiLU', inplace=True)
-
-
-def conv(in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1) -> ConvModule:
-    """Convolution, norm, SiLU; keeps the size but for the stride."""
-    return ConvModule(
-        in_channels, out_channels, kernel, stride, kernel // 2, norm_cfg=NORM, act_cfg=ACTIVATION)
 
 
 class ElanBlock(BaseModule):

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from mmdet.registry import MODELS
 
+from ..yolo import conv
 from .architecture import architecture
-from .blocks import ElanBlock, RepConv, SppCsp, conv, down
+from .blocks import ElanBlock, RepConv, SppCsp, down
 
 
 @MODELS.register_module()

@@ -1,0 +1,60 @@
+"""What YOLOv5 is built of. Letters: N images, C channels, H x W the map's size."""
+from typing import Dict, Iterable, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModule, ModuleDict
+from torch import Tensor, nn
+
+from mmdet.models.layers import CSPLayer
+
+from ..yolo import ACTIVATION, NORM, conv, join
+from .architecture import Architecture, Row
+
+
+class PyramidPooling(BaseModule):
+    """Max pooling over 5, 9 and 13 pixels, each as one more pooling over 5, between two 1x1 convolutions:
+    (N, in_channels, H, W) to (N, out_channels, H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.entry = conv(in_channels, in_channels // 2)
+        self.out = conv(in_channels // 2 * 4, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = [self.entry(x)]
+        for _ in range(3):
+            pooled.append(F.max_pool2d(pooled[-1], 5, 1, 2))
+        return self.out(torch.cat(pooled, dim=1))
+
+
+def build_layers(table: Architecture, rows: Iterable[Row]) -> ModuleDict:
+    """Modules of rows, by number."""
+    return ModuleDict({str(row.number): _build(row, table.entering(row)) for row in rows})
+
+
+def _build(row: Row, entering: int) -> nn.Module:
+    if row.kind == 'conv':
+        return conv(entering, row.channels, row.kernel, row.stride)
+    if row.kind == 'spp':
+        return PyramidPooling(entering, row.channels)
+    return CSPLayer(
+        entering, row.channels, num_blocks=row.count, add_identity=row.shortcut, norm_cfg=NORM,
+        act_cfg=ACTIVATION)
+
+
+def run_layers(layers: ModuleDict, rows: Sequence[Row], maps: Dict[int, Tensor],
+               wanted: Sequence[int]) -> Tuple[Tensor, ...]:
+    """Run rows in order; maps are let go once nothing needs them.
+
+    Args:
+        layers (ModuleDict): From `build_layers`.
+        rows (Sequence[Row]): The same rows.
+        maps (dict[int, Tensor]): What they are given, by number; -1 is the image.
+        wanted (Sequence[int]): Numbers of the maps to give.
+    """
+    for index, row in enumerate(rows):
+        x = layers[str(row.number)](join([maps[number] for number in row.sources or (-1, )]))
+        needed = {number for later in rows[index + 1:] for number in later.sources}.union(wanted)
+        maps = {number: one for number, one in {**maps, row.number: x}.items() if number in needed}
+    return tuple(maps[number] for number in wanted)
