@@ -56,10 +56,13 @@ def load(path: str, ann_file: str, option: str, exits: list) -> tuple:
 def main() -> None:
     args = parse_args()
     cli.prepare()
-    if args.bootstrap < 0:
-        raise UsageError('--bootstrap must be 0 or more')
+    if args.bootstrap < 0 or args.seed < 0:
+        raise UsageError('--bootstrap and --seed must be 0 or more')
     record, coco = load(args.record, args.ann_file, '--ann-file', args.exits)
     val = load(args.val_record, args.val_ann_file, '--val-ann-file', args.exits) if args.val_record else None
+    if val and val[0]['provenance']['exits'] != record['provenance']['exits']:
+        raise UsageError('the validation record has other exits than the test record: record both by the same '
+                         'detector')
     training = pair_of(read_record(args.train_record), tuple(args.exits)) if args.train_record else None
     out_dir = args.out_dir or str(Path(args.record).with_suffix(''))
     cli.make_folder(out_dir)

@@ -7,7 +7,7 @@ without it, with --features-from a record of all of them by CHECKPOINT itself.
 import argparse
 
 from dynamicdet.apis import cli
-from dynamicdet.apis.fitting import (describe, fit_to_records, ground_truths, put_router,
+from dynamicdet.apis.fitting import (describe, fit_to_records, ground_truths, put_router, require_own,
                                      wanted_objective)
 from dynamicdet.checkpoints import write_checkpoint
 from dynamicdet.errors import UsageError
@@ -23,7 +23,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--records', nargs='+', required=True, help='files of tools/record.py to learn from')
     parser.add_argument('--features-from', nargs='+', help='records that give what the router sees instead')
     parser.add_argument(
-        '--objective', choices=list(OBJECTIVES),
+        '--objective', choices=[name for name in OBJECTIVES if name != 'cost_weight'],
         help="what the router learns; by default the config's, where it can also have numbers")
     parser.add_argument('--seed', type=int, default=0, help='of weights, order and folds: 0')
     parser.add_argument('--out', required=True, help='checkpoint file to write')
@@ -36,12 +36,16 @@ def main() -> None:
     cfg = cli.load_config(args)
     if cfg.model.type != 'DynamicDetector':
         raise UsageError(f"the config's model must be a DynamicDetector, not {cfg.model.type}")
+    if args.seed < 0:
+        raise UsageError('--seed must be 0 or more')
     cli.require_writable(args.out)
     objective = wanted_objective(args.objective, cfg.model)
     records = [read_record(path) for path in args.records]
     seen = [read_record(path) for path in args.features_from] if args.features_from else None
     checkpoint = cli.require_checkpoint(args.checkpoint)
     model = cli.build_model(cfg)
+    # Folds' records are of other cascades: then those that give the features must be of this one.
+    require_own(seen or records, model.num_exits, args.checkpoint)
     with cli.silence():
         cocos = ground_truths(records, objective)
     fit, images = fit_to_records(

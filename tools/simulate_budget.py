@@ -1,10 +1,11 @@
 """Try an online budget on a stream that drifts, without a model: draw what the controller does.
 
 Difficulty follows day and night, and twice the machine is under load. Without --record the stream is made up;
-with one, as tools/analyze_routing.py writes it, its images come in an order in which their difficulties
+with one, as tools/record.py writes it, its images come in an order in which their difficulties
 drift.
 """
 import argparse
+import io
 import json
 import math
 import warnings
@@ -106,7 +107,9 @@ def draw(trace: dict, controller: Controller, latencies: list, spikes: list,
         row.legend(loc='upper right', ncols=3, frameon=False)
     rows[0].set_title(f'Means over the last {args.mean_over} images')
     rows[2].set_xlabel('images')
-    figure.savefig(args.out, dpi=80)
+    file = io.BytesIO()
+    figure.savefig(file, dpi=80, format=Path(args.out).suffix[1:] or 'png')
+    write_atomically(file.getvalue(), args.out)
 
 
 def main() -> None:

@@ -112,6 +112,9 @@ def test_one_backbone_is_the_plain_detector_at_two_sizes():
     (dict(backbones=0), '1 to 4 backbones'),
     (dict(specialise=-1.0), 'specialise is a power'),
     (dict(specialise=float('nan')), 'specialise is a power'),
+    (dict(backbones=2.5), 'backbones a whole one'),
+    (dict(specialise='much'), 'specialise must be a number'),
+    (dict(first_scale='half'), 'first_scale must be a number'),
 ])
 def test_what_makes_no_exits_is_refused(settings, said):
     with pytest.raises(UsageError, match=said):

@@ -9,7 +9,8 @@ from pycocotools.coco import COCO
 
 from dynamicdet.errors import UsageError
 from dynamicdet.models import Router
-from dynamicdet.routing.fitting import features_of, fit_router, gains_of, rank_correlation
+from dynamicdet.routing import build_objective, quantiles_of
+from dynamicdet.routing.fitting import _best_constant, features_of, fit_router, gains_of, rank_correlation
 
 
 #: Half of the fits of the defaults.
@@ -71,6 +72,16 @@ def test_views_of_an_image_stay_together():
     together = fit_router(features, gains, 'rank', groups=np.repeat(np.arange(150), 2), **QUICK)
     apart = fit_router(features, gains, 'rank', **QUICK)
     assert together.correlation < 0.2 < 0.4 < apart.correlation
+
+
+def test_a_regression_starts_at_its_mean():
+    """The constant that leaves the least squared error: nothing that is common is left to learn."""
+    objective = build_objective(dict(type='gain', share=0.2))
+    gains = torch.from_numpy(np.random.default_rng(0).normal(size=200)).float()
+    quantiles = quantiles_of(gains.tolist())
+    best = _best_constant(objective, gains, quantiles)
+    errors = [objective.loss(torch.full((200, ), best + step), gains, quantiles) for step in (-0.01, 0, 0.01)]
+    assert errors[1] < errors[0] and errors[1] < errors[2]
 
 
 def test_the_same_seed_gives_the_same_router():

@@ -8,7 +8,7 @@ import torch
 from conftest import run_tool
 from mmengine.config import Config
 
-from dynamicdet.apis.fitting import fit_to_records, ground_truths, put_router
+from dynamicdet.apis.fitting import fit_to_records, ground_truths, put_router, require_own
 from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
 from dynamicdet.errors import UsageError
 from dynamicdet.routing import build_objective
@@ -79,11 +79,20 @@ def test_the_tool(files):
 
 def test_the_tool_refuses_in_one_line(files):
     result = run_tool('fit_router.py', files / 'config.py', files / 'cascade.pth',
-                      '--records', files / 'a.npz', '--out', files / 'new.pth', '--cfg-options', 'model.router.type=Router',
+                      '--records', files / 'a.npz', '--out', files / 'new.pth', '--cfg-options',
                       'model.router.pools=mean,max')
     assert result.returncode == 2 and not (files / 'new.pth').exists()
     assert result.stderr.strip().splitlines()[-1].startswith(
         'error: the records have 120 features per image, and the router of this config takes 240')
+
+
+def test_records_of_another_detector_are_refused():
+    record = make_record(build())
+    with pytest.raises(UsageError, match='3 exits and this detector 2'):
+        require_own([dict(record, gflops=[1.0, 2.0, 3.0])], 2, 'a.pth')
+    with pytest.warns(UserWarning, match="of 'b.pth', not of 'a.pth'"):
+        require_own([dict(record, provenance=dict(checkpoint='b.pth'))], 2, 'a.pth')
+    require_own([record], 2, 'a.pth')
 
 
 def test_the_router_is_put_into_the_checkpoint():

@@ -132,6 +132,7 @@ def analyse(record: Mapping,
     say('diagnosis')
     figures = dict(
         images=len(record['images']),
+        bootstrap=bootstrap,
         exits=estimates.exit_estimates(chance),
         gap=estimates.gap(chance),
         strata=estimates.strata_gaps(record, chance),

@@ -19,6 +19,7 @@ from ..checkpoints import is_plain, read_checkpoint, require_complete
 from ..datasets.check import is_of_empty_set
 from ..errors import UsageError
 from ..models import DynamicDetector, fuse
+from ..models.online import kept_speed
 from ..routing.thresholds import ALL_EASY, ALL_HARD
 from .flops import count_flops
 
@@ -94,7 +95,7 @@ def measure_latencies(model: DynamicDetector,
     batches = [pseudo_collate([dataset[index]]) for index in range(min(images, len(dataset)))]
     times: List[List[float]] = [[] for _ in range(model.num_exits)]
     synchronise = torch.cuda.synchronize if model.threshold.is_cuda else lambda: None
-    with kept_threshold(model):
+    with kept_speed(model):
         for turn in progress(range(rounds + 1), 'latencies'):
             for batch in batches:
                 for exit in range(model.num_exits):
@@ -117,7 +118,7 @@ def measure_gflops(model: DynamicDetector, dataset, images: int = 10) -> Tuple[f
     """
     batches = [pseudo_collate([dataset[index]]) for index in range(min(images, len(dataset)))]
     means = []
-    with kept_threshold(model):
+    with kept_speed(model):
         for exit in range(model.num_exits):
             force_exit(model, exit)
             flops, _ = count_flops(lambda: [model.test_step(batch) for batch in batches])
@@ -129,20 +130,6 @@ def force_exit(model: DynamicDetector, exit: int) -> None:
     """Send every image to one exit: past all exits before it, and no further."""
     thresholds = [ALL_HARD] * exit + [ALL_EASY] * (model.num_exits - 1 - exit)
     model.set_budget(threshold=thresholds[0] if len(thresholds) == 1 else thresholds)
-
-
-class kept_threshold:
-    """Put a model's budget and threshold back after they were played with."""
-
-    def __init__(self, model: DynamicDetector) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.kept = self.model.budget, self.model.threshold.clone()
-
-    def __exit__(self, *_) -> None:
-        self.model.budget = self.kept[0]
-        self.model.threshold.copy_(self.kept[1])
 
 
 @torch.no_grad()
@@ -159,7 +146,7 @@ def record_exits(model: DynamicDetector, loader: DataLoader, progress: Progress)
         without image id, boxes x, y, w, h in the image's own frame.
     """
     images = []
-    with kept_threshold(model):
+    with kept_speed(model):
         for batch in progress(loader, 'every exit'):
             both = []
             for exit in range(model.num_exits):

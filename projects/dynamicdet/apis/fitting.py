@@ -1,6 +1,8 @@
 """Fit the router of a trained cascade to records, in seconds, instead of training it for epochs."""
 import dataclasses
 import datetime
+import warnings
+from pathlib import Path
 from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
@@ -83,6 +85,26 @@ def _stacked(parts: List[np.ndarray]) -> np.ndarray:
     if len(widths) > 1:
         raise UsageError(f'the records have features of different widths: {widths}')
     return np.concatenate(parts)
+
+
+def require_own(records: Sequence[Mapping], exits: int, checkpoint: str) -> None:
+    """Refuse records that cannot be of a detector, and warn of those that name another checkpoint.
+
+    Args:
+        records (Sequence[Mapping]): See `routing.record`.
+        exits (int): How many the detector has.
+        checkpoint (str): Its file.
+
+    Raises:
+        UsageError: If a record has another number of exits.
+    """
+    for record in records:
+        if len(record['gflops']) != exits:
+            raise UsageError(f"a record has {len(record['gflops'])} exits and this detector {exits}: record with "
+                             'this config and checkpoint')
+        other = str(record['provenance'].get('checkpoint', checkpoint))
+        if Path(other).name != Path(checkpoint).name:
+            warnings.warn(f"a record is of '{other}', not of '{checkpoint}': is it the same cascade?")
 
 
 def put_router(model: nn.Module, checkpoint: Mapping, fit: Fit, facts: Mapping[str, object]) -> dict:

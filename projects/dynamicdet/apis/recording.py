@@ -20,7 +20,8 @@ from mmdet.structures import SampleList
 
 from ..errors import UsageError
 from ..models import DynamicDetector
-from .calibration import (Progress, kept_threshold, build_loader, coco_results, force_exit, measure_gflops,
+from ..models.online import kept_speed
+from .calibration import (Progress, build_loader, coco_results, force_exit, measure_gflops,
                           measure_latencies, provenance)
 from .flops import count_flops
 
@@ -86,7 +87,7 @@ def record_data_set(model: DynamicDetector,
         warnings.warn('the record will have no losses and no objects: the pipeline must load annotations '
                       'before it resizes (LoadAnnotations right after LoadImageFromFile)')
     images = []
-    with torch.no_grad(), kept_threshold(model):
+    with torch.no_grad(), kept_speed(model):
         for batch in progress(loader, 'every exit'):
             images.extend(_record_batch(model, batch, loader.dataset.cat_ids, annotated, view))
     gflops = measure_gflops(model, loader.dataset)

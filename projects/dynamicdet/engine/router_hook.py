@@ -77,6 +77,11 @@ class RouterHook(Hook):
             for name in ('delta', 'difficulties', 'gflops', 'latencies', 'threshold'):
                 state[name] = getattr(model, name).detach().clone()
         elif self.training:
+            learned = checkpoint.get('router_gain', model.objective.gain)
+            if learned != model.objective.gain:
+                raise UsageError(f"this run's router learns from gains of kind '{learned}', and the objective of "
+                                 f"this config from '{model.objective.gain}': resume with the old objective, or "
+                                 'start step 2 anew')
             self.window.extend(checkpoint.get('router_differences', ()))
             model.gains = model.delta.new_tensor(checkpoint.get('router_gains', ()))
         self.loaded = True
@@ -109,7 +114,9 @@ class RouterHook(Hook):
             set_gains(model, self.window)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        checkpoint['router_gains'] = _model(runner).gains.tolist()
+        model = _model(runner)
+        checkpoint['router_gains'] = model.gains.tolist()
+        checkpoint['router_gain'] = model.objective.gain
         if self.delta == 'online':
             checkpoint['router_differences'] = list(self.window)
 

@@ -58,7 +58,8 @@ class DynamicDetector(BaseDetector):
         specialise (float): Step 1 only: power, at least 0, of what the first exit gets wrong on an
             image, by which that image counts for later exits; see `specialised_losses`. Defaults to
             0, the paper's: all images count the same.
-        router (dict): Config of the router; ``in_channels`` is filled in. Defaults to the paper's.
+        router (dict): Config of the router; ``type`` and ``in_channels`` are filled in. Defaults to the
+            paper's.
         train_router (bool): Whether this is step 2. Then nothing but the router can change.
             Defaults to False.
         objective (str or dict): What the router learns in step 2, a key of `routing.OBJECTIVES` or
@@ -85,6 +86,9 @@ class DynamicDetector(BaseDetector):
                  budget: Optional[dict] = None,
                  data_preprocessor: Optional[dict] = None,
                  init_cfg: Optional[dict] = None) -> None:
+        for name, value in dict(backbones=backbones, first_scale=first_scale, specialise=specialise).items():
+            if not isinstance(value, (int, float)) or name == 'backbones' and value != int(value):
+                raise UsageError(f'{name} must be a number, and backbones a whole one; got {value}')
         objective = build_objective(objective)
         if not 0 < first_scale <= 1 or first_scale < 1 and reuse_stages:
             raise UsageError(f'first_scale must be in (0, 1], and below 1 with reuse_stages=0, since the '
@@ -104,7 +108,7 @@ class DynamicDetector(BaseDetector):
         self.num_exits = max(2, backbones)
         self.backbone = build_composite(backbone or detector['backbone'], reuse_stages, backbones)
         self.branches = ModuleList(build_branch(detector) for _ in range(1 if shared else self.num_exits))
-        self.router = MODELS.build(dict(in_channels=self.backbone.channels, **router))
+        self.router = MODELS.build({'type': 'Router', 'in_channels': self.backbone.channels, **router})
         self.first_scale = first_scale
         self.specialise = specialise
         #: Of the deepest map: all but a few detectors have 32; those with more pad to it.

@@ -17,6 +17,9 @@ Ratio = Tuple[float, float]
 def reduce_images(images: Tensor, scale: float, stride: int = 32) -> Tuple[Tensor, Ratio]:
     """Resize a batch to about ``scale`` of its sides: to multiples of a stride, on the device.
 
+    Each side is rounded by itself, so small batches change their proportions a little: 96 x 160 pixels at 0.5
+    become 64 x 64. Samples are reduced by the same two ratios.
+
     Args:
         images (Tensor): (N, 3, H, W).
         scale (float): In (0, 1]. At 1 the batch comes back as it is, whatever its size.

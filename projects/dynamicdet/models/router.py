@@ -50,10 +50,12 @@ class Router(BaseModule):
                  pools: Sequence[str] = ('mean', ),
                  init_cfg: Optional[dict] = None) -> None:
         super().__init__(init_cfg)
+        # One pool on a command line is no list.
+        pools = (pools, ) if isinstance(pools, str) else tuple(pools)
         unknown = [name for name in pools if name not in POOLS]
         if unknown or not pools:
             raise UsageError(f"a router's pools are some of {', '.join(POOLS)}; got {list(pools)}")
-        self.pools = tuple(pools)
+        self.pools = pools
         width = sum(in_channels) * len(self.pools)
         self.register_buffer('mean', torch.zeros(width))
         self.register_buffer('std', torch.ones(width))
@@ -69,7 +71,8 @@ class Router(BaseModule):
             maps (Sequence[Tensor]): The first backbone's maps, (N, C_i, H_i, W_i).
             valid (Sequence[tuple], optional): For each image the shares of height and width that
                 are image and not padding, in (0, 1]. Padding is left out of all pools, or an
-                image's difficulty would depend on what it is batched with. Defaults to all.
+                image's difficulty would depend on what it is batched with; what remains is what
+                padding does to the maps near it. Defaults to all.
 
         Returns:
             Tensor: Difficulty, (N,), float32 in [0, 1], large is hard.

@@ -115,8 +115,8 @@ class Controller:
             return None
         costs = np.asarray(costs, float)
         if not np.isfinite(costs).all() or not costs[0] > 0 or not costs[0] < costs[-1]:
-            raise UsageError('costs must be finite, above 0, the last exit the dearest; got '
-                             f'{costs.tolist()}')
+            raise UsageError('costs must be finite, above 0, the last exit the dearest: measure them again on '
+                             f'a quiet machine; got {costs.tolist()}')
         return costs
 
     def _first_share(self) -> float:
@@ -126,6 +126,9 @@ class Controller:
             return float(self.target)
         convert = share_for_gflops if self._aim == 'target_gflops' else share_for_latency
         within = float(np.clip(self.target, self._costs[0], self._costs[-1]))
+        if within != self.target:
+            warnings.warn(f'{_UNITS[self._aim].format(self.target)} is outside what the exits were calibrated '
+                          f'to, {self._costs[0]:.4g} to {self._costs[-1]:.4g}: it may be out of reach')
         return convert(within, *self._costs.tolist())
 
     @property
@@ -202,7 +205,7 @@ class Controller:
 
     def status(self) -> Dict[str, object]:
         """What a server may want to log: plain numbers and ``fault``."""
-        return dict(target=self.target, mean=self.mean, share=self.share, threshold=self.threshold,
+        return dict(target=self.target, mean=self.mean, share=float(self.share), threshold=self.threshold,
                     images=len(self._recent), ignored=self.ignored, fault=self.fault)
 
     def state_dict(self) -> Dict[str, object]:

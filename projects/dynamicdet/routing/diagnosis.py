@@ -15,6 +15,7 @@ whose value or ends are None or NaN settles nothing.
 * ``router_gain``: estimate of the router's AP minus random routing's at half hard.
 * ``normalised_gain``: the same as a share of the gap, see `merit`; left out where the gap is not above 0.
 * ``efficacy``: estimate, see `merit`.
+* ``bootstrap``: how many resamples the intervals are from; at 0 there are none.
 * ``loss_shares``: ``dict(train, held_out)``, estimates of the share of images with L1 > L2.
 * ``spread``: 90 % range of the difficulties, from their 5 % to their 95 % quantile, in [0, 1].
 * ``transfer``: ``dict(asked, got)``: the hard share asked for; estimate of that on test, at val's threshold.
@@ -271,6 +272,8 @@ def _widened(estimate: Estimate, comparisons: int) -> Estimate:
 def _more(figures: Mapping) -> str:
     """Intervals shrink with the root of the number of images."""
     images = figures.get('images')
+    if figures.get('bootstrap') == 0:
+        return 'Ask for intervals, by --bootstrap 200: without them nothing can be told apart.'
     return f'{_MORE}: four times the {images} halve the intervals.' if images else (
         f'{_MORE}: four times as many halve the intervals.')
 

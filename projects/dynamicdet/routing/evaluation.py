@@ -87,6 +87,20 @@ def check_record(record: Mapping, coco: COCO) -> None:
             raise UsageError(f"{name} has detections of {len(image['detections'])} exits: record "
                              'every image through all exits, two or more')
         seen.add(image['id'])
+    _check_truth(record, coco)
+
+
+def _check_truth(record: Mapping, coco: COCO) -> None:
+    """Splits may share ids and file names, but not what is in their images."""
+    found = {detection['category_id'] for image in record['images'] for own in image['detections'] for detection in own}
+    if not found <= set(coco.cats):
+        raise UsageError(f'detections are of category {min(found - set(coco.cats))}, which the annotation file '
+                         'lacks: is it of another data set?')
+    known = [image for image in record['images'] if 'objects' in image]
+    other = sum(image['objects'] != len(coco.getAnnIds(imgIds=[image['id']], iscrowd=False)) for image in known)
+    if other > len(known) / 2:
+        raise UsageError(f'{other} of {len(known)} images have another number of objects in the annotation file '
+                         'than when they were recorded: is it of another split?')
 
 
 def difficulties_of(record: Mapping) -> np.ndarray:

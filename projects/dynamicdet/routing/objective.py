@@ -9,6 +9,7 @@ An objective is a row of `GAINS` with a row of `FITS`; `OBJECTIVES` has names fo
 import contextlib
 import dataclasses
 import io
+import math
 from typing import Callable, Dict, Mapping, NamedTuple, Optional, Sequence, Union
 
 import numpy as np
@@ -119,6 +120,8 @@ def build_objective(config: Union[str, Mapping, Objective]) -> Objective:
     """
     if isinstance(config, Objective):
         return config
+    if not isinstance(config, (str, Mapping)):
+        raise UsageError(f'an objective is a name or dict(type=name, ...); got {config}')
     given = dict(type=config) if isinstance(config, str) else dict(config)
     name = given.pop('type', None)
     _one_of('objective', name, OBJECTIVES)
@@ -133,9 +136,15 @@ def build_objective(config: Union[str, Mapping, Objective]) -> Objective:
     _one_of('gain', objective.gain, GAINS)
     _one_of('fit', objective.fit, FITS)
     _one_of('error', objective.error, ('bce', 'squared'))
-    if not 0 <= objective.share <= 1:
+    if not _is_number(objective.share) or not 0 <= objective.share <= 1:
         raise UsageError(f"an objective's share must be in [0, 1], got {objective.share}")
+    if objective.offset is not None and not _is_number(objective.offset):
+        raise UsageError(f"an objective's offset must be a number, got {objective.offset}")
     return objective
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _one_of(what: str, value: object, known) -> None:

@@ -251,7 +251,7 @@ def charge(name: str, record: Mapping, branch_gflops: Optional[float] = None) ->
         branch_gflops = record.get('provenance', {}).get('branch0_gflops')
     if branch_gflops is None:
         raise UsageError(f"peer '{name}' runs branch 0 on every image, and the record does not say what that "
-                         'costs: give its GFLOPs')
+                         'costs: record anew by tools/record.py')
     return float(branch_gflops)
 
 
