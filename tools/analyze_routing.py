@@ -56,8 +56,9 @@ def load(path: str, ann_file: str, option: str, exits: list) -> tuple:
 def main() -> None:
     args = parse_args()
     cli.prepare()
-    if args.bootstrap < 0 or args.seed < 0:
-        raise UsageError('--bootstrap and --seed must be 0 or more')
+    for name in ('bootstrap', 'seed'):
+        if getattr(args, name) < 0:
+            raise UsageError(f'--{name} must be 0 or more')
     record, coco = load(args.record, args.ann_file, '--ann-file', args.exits)
     val = load(args.val_record, args.val_ann_file, '--val-ann-file', args.exits) if args.val_record else None
     if val and val[0]['provenance']['exits'] != record['provenance']['exits']:

@@ -212,7 +212,7 @@ def test_old_records_say_less(perfect, coco):
     assert set(found['curves']) == {'router', 'random', 'oracle'}
     assert [one['name'] for one in found['merit']] == [
         'gain at half hard, AP', 'normalised gain at half hard']
-    assert 'features' in found['left_out']['ridge'] and 'GFLOPs' in found['left_out']['detections']
+    assert 'features' in found['left_out']['ridge'] and 'record anew' in found['left_out']['detections']
     assert found['peers'] == {} and found['transfer'] is None
     assert [one['name'] for one in found['correlations']] == ['per-image AP gained']
     assert found['curves']['router'][3]['low'] is None

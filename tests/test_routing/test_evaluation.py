@@ -7,7 +7,7 @@ import pytest
 from routing_cases import BOX, build_coco, found, ground_truth, make_record, random_case
 
 from dynamicdet.errors import UsageError
-from dynamicdet.routing.evaluation import Mixtures, check_record, evaluate, mix
+from dynamicdet.routing.evaluation import Mixtures, check_truth, evaluate, mix
 
 
 def assert_same(scores, expected):
@@ -197,15 +197,15 @@ def test_annotations_of_another_split_are_refused():
     coco, record = random_case(images=10)
     own = [dict(image, objects=len(coco.getAnnIds(imgIds=[image['id']], iscrowd=False)))
            for image in record['images']]
-    check_record(dict(record, images=own), coco)
+    check_truth(dict(record, images=own), coco)
     few = [dict(image, objects=image['objects'] + (index < 4)) for index, image in enumerate(own)]
-    check_record(dict(record, images=few), coco)
+    check_truth(dict(record, images=few), coco)
     with pytest.raises(UsageError, match='10 of 10 images have another number of objects'):
-        check_record(dict(record, images=[dict(image, objects=image['objects'] + 1) for image in own]), coco)
+        check_truth(dict(record, images=[dict(image, objects=image['objects'] + 1) for image in own]), coco)
     foreign = copy.deepcopy(record)
     foreign['images'][0]['detections'][0] = [dict(bbox=[0, 0, 5, 5], score=0.5, category_id=77)]
     with pytest.raises(UsageError, match='category 77'):
-        check_record(foreign, coco)
+        check_truth(foreign, coco)
 
 
 def test_nothing_is_printed_or_written_into(capsys):

@@ -124,7 +124,7 @@ def test_rank_correlation_by_hand():
     (dict(features=np.zeros(9)), r'got \(9,\)'),
     (dict(gains=np.full(9, np.nan)), 'must be finite'),
     (dict(folds=5), '9 images cannot be cross-validated in 5 folds'),
-    (dict(folds=1), 'two folds or more'),
+    (dict(folds=1), 'take 2 folds or more'),
     (dict(groups=[0] * 9), '1 images cannot'),
     (dict(objective='best'), 'objective must be one of'),
 ])

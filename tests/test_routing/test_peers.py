@@ -176,7 +176,7 @@ def test_cross_fit_never_shows_an_image_to_its_own_fit():
 
 def test_charge(record):
     assert charge('image_entropy', record) == charge('ridge', record) == charge('objects', record) == 0
-    with pytest.raises(UsageError, match='GFLOPs'):
+    with pytest.raises(UsageError, match='what that costs: record anew'):
         charge('detections', record)
     record['provenance']['branch0_gflops'] = 4
     assert charge('detections', record) == 4

@@ -10,7 +10,7 @@ from ..engine.atomic_backend import write_atomically
 from ..errors import UsageError
 from ..routing.curve import Chance, difficulties_of, trade_off
 from ..routing.diagnosis import diagnose
-from ..routing.evaluation import AREAS, Mixtures, check_record
+from ..routing.evaluation import AREAS, Mixtures, check_record, check_truth
 from ..routing.strata import (benefits, by_difficulty, by_objects, by_size, rank_correlations,
                               threshold_transfer)
 from . import analysis_curves as curves
@@ -98,6 +98,7 @@ def analyse(record: Mapping,
         UsageError: If the record does not fit ``coco`` or has not two exits, or its images have no objects.
     """
     check_record(record, coco)
+    check_truth(record, coco)
     if len(record['gflops']) != 2:
         raise UsageError(f"routing is between two exits, the record has {len(record['gflops'])}: choose two")
     say('matching detections with objects')

@@ -63,7 +63,7 @@ def diagnose(figures: Mapping) -> List[str]:
     Raises:
         UsageError: If a key is unknown or an estimate is not of three numbers.
     """
-    unknown = set(figures) - {'images', *_QUESTIONS}
+    unknown = set(figures) - {'images', 'bootstrap', *_QUESTIONS}
     if unknown:
         raise UsageError(f"the diagnosis knows no figure named {', '.join(sorted(unknown))}")
     said, advice = [], []

@@ -87,12 +87,13 @@ def check_record(record: Mapping, coco: COCO) -> None:
             raise UsageError(f"{name} has detections of {len(image['detections'])} exits: record "
                              'every image through all exits, two or more')
         seen.add(image['id'])
-    _check_truth(record, coco)
 
 
-def _check_truth(record: Mapping, coco: COCO) -> None:
-    """Splits may share ids and file names, but not what is in their images."""
-    found = {detection['category_id'] for image in record['images'] for own in image['detections'] for detection in own}
+def check_truth(record: Mapping, coco: COCO) -> None:
+    """Raise a `UsageError` where a record seems to be of another data set or split than ``coco``: splits may
+    share ids and file names, but not what is in their images."""
+    found = {detection['category_id'] for image in record['images'] for own in image['detections']
+             for detection in own}
     if not found <= set(coco.cats):
         raise UsageError(f'detections are of category {min(found - set(coco.cats))}, which the annotation file '
                          'lacks: is it of another data set?')

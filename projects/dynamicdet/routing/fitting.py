@@ -179,8 +179,8 @@ def _split(groups: np.ndarray, folds: int, seed: int) -> List[np.ndarray]:
     """Rows of each fold; groups stay together."""
     names, group = np.unique(groups, return_inverse=True)
     if folds < 2 or len(names) < 2 * folds:
-        raise UsageError(f'{len(names)} images cannot be cross-validated in {folds} folds, which take two '
-                         f'each: record {2 * max(2, folds)} or more')
+        raise UsageError(f'{len(names)} images cannot be cross-validated in {folds} folds: take 2 folds or more '
+                         f'and 2 images for each, {2 * max(2, folds)} in all')
     fold = np.random.default_rng(seed).permutation(len(names)) % folds
     return [np.flatnonzero(fold[group] == index) for index in range(folds)]
 
