@@ -4,10 +4,11 @@ from .complete_checkpoint_hook import CompleteCheckpointHook
 from .finite_loss_hook import FiniteLossHook
 from .fuse_hook import FuseHook
 from .online_hook import OnlineHook
+from .pruning_hook import PruningHook
 from .resume_hook import ResumeHook
 from .router_hook import RouterHook, latest_checkpoint
 
 __all__ = [
     'AtomicBackend', 'BranchModeSwitchHook', 'CompleteCheckpointHook', 'FiniteLossHook', 'FuseHook',
-    'OnlineHook', 'ResumeHook', 'RouterHook', 'latest_checkpoint', 'write_atomically'
+    'OnlineHook', 'PruningHook', 'ResumeHook', 'RouterHook', 'latest_checkpoint', 'write_atomically'
 ]

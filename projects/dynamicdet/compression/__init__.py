@@ -1,0 +1,1 @@
+"""Smaller detectors: pruning, and files that hold what is left."""
