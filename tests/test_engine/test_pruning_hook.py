@@ -35,7 +35,7 @@ def config(digits, work_dir, epochs=2, ema=False, options=None, **settings):
 
 
 @HOOKS.register_module(force=True)
-class Watch(Hook):
+class WatchPruning(Hook):
     """Notes the zeros of a block after each iteration and epoch, in the model and in its average."""
     priority = 'LOWEST'
 
@@ -72,10 +72,10 @@ def share(zeros):
 
 
 def watched(cfg, modules=('backbone', 'neck')):
-    """Run a config; the runner and the `Watch`."""
-    cfg.custom_hooks.append(dict(type='Watch', modules=modules))
+    """Run a config; the runner and the `WatchPruning`."""
+    cfg.custom_hooks.append(dict(type='WatchPruning', modules=modules))
     runner = train(cfg)
-    return runner, next(hook for hook in runner.hooks if isinstance(hook, Watch))
+    return runner, next(hook for hook in runner.hooks if isinstance(hook, WatchPruning))
 
 
 def hook_of(runner):

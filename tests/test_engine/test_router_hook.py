@@ -4,6 +4,7 @@ import re
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -345,3 +346,15 @@ def test_gains_in_ap_by_hand(scale, monkeypatch):
         gains, _ = model.exit_gains(data['inputs'], data['data_samples'])
         sign = 1 if found else -1
         torch.testing.assert_close(gains, sign * torch.tensor([100.0, 0.0, 100.0]))
+
+
+def test_a_resume_with_another_gain_is_refused():
+    """Delta and ranks are of the gain that was measured."""
+    model = MODELS.build(tiny_dynamic('fcos', train_router=True, objective='paper'))
+    runner, hook = SimpleNamespace(model=model, _resume=True), RouterHook()
+    hook.training = True
+    saved = dict(state_dict=model.state_dict(), router_gains=[float(q) for q in range(101)], router_gain='loss')
+    hook.after_load_checkpoint(runner, dict(saved))
+    assert model.gains.tolist() == saved['router_gains']
+    with pytest.raises(UsageError, match="kind 'loss_sum'.*'loss'.*start step 2 anew"):
+        hook.after_load_checkpoint(runner, dict(saved, router_gain='loss_sum'))

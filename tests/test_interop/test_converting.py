@@ -115,7 +115,7 @@ def test_what_is_written(configs, source, theirs, tmp_path, monkeypatch, name, f
     left = {key for key in state if key not in changed and not key.endswith('num_batches_tracked')}
     connections = sum(key.startswith('backbone.connections.') for key in left)
     said_left = f'num_batches_tracked ({counters})' if name == 'static' else (
-        f'backbone.connections ({connections}), delta (1), difficulties (1), latencies (1), '
+        f'backbone.connections ({connections}), delta (1), difficulties (1), gflops (1), latencies (1), '
         f'num_batches_tracked ({counters}), router (6), threshold (1)')
     assert lines[-2] == f'{len(left) + counters} left as built: {said_left}'
     prefixes = ['backbone.'] if name == 'static' else ['backbone.first.', 'backbone.second.']

@@ -19,7 +19,7 @@ from dynamicdet.checkpoints import read_checkpoint
 STEP_1 = ROOT / 'configs/dy_faster_rcnn_digits.py'
 STEP_2 = ROOT / 'configs/dy_faster_rcnn_digits_router.py'
 MMDET_TOOLS = Path(mmdet.__file__).parent / '.mim/tools'
-CALIBRATION = ('difficulties', 'latencies', 'threshold')
+CALIBRATION = ('difficulties', 'gflops', 'latencies', 'threshold')
 
 
 def options(digits, **more):

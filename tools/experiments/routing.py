@@ -123,7 +123,7 @@ def do(one: Run) -> str:
     numbers = dict(run=one.name, config=one.config, options={k: v for k, v in one.options.items()
                                                              if 'ann_file' not in k and 'data_root' not in k},
                    **sum_up(one))
-    write_atomically(json.dumps(numbers, indent=1, default=str).encode(), RESULTS / f'{one.name}.json')
+    write_atomically(json.dumps(numbers, default=str).encode(), RESULTS / f'{one.name}.json')
     return f'{one.name}: {(time.monotonic() - start) / 60:.1f} min'
 
 

@@ -123,10 +123,16 @@ def routers_table(runs: Sequence[Mapping]) -> str:
                 several([one['ap'][0] for one in found]),
                 with_interval([one['normalised_gain'] for one in found], 'gain'),
                 with_interval([one['efficacy'] for one in found], 'efficacy'),
-                several([one['correlation']['loss_objects'] for one in found])
+                correlations([one['correlation']['loss_objects'] for one in found])
             ])
     return table(['router', 'AP, half hard', 'AP, 10 % hard', 'normalised gain, half hard', 'efficacy',
                   'rank correlation with loss saved x objects'], rows)
+
+
+def correlations(values: Sequence[Optional[float]]) -> str:
+    """A router that gives all images the same score has none."""
+    known = [value for value in values if value is not None]
+    return several(known) if known else '-'
 
 
 def plain_table(plain: Mapping[str, Mapping]) -> str:
@@ -139,7 +145,10 @@ def leads_table(runs: Runs, detector: str, plain: Sequence[Mapping]) -> str:
     rows = []
     for (own, variant), found in runs.items():
         if own == detector and 'exits' in found[0]:
-            leads = [lead(run, plain) for run in found]
+            leads = [one for one in (lead(run, plain) for run in found) if np.isfinite(one[1])]
+            if not leads:
+                rows.append([variant, '-', 'no plain detector is as dear, or none as cheap', '-'])
+                continue
             ends = f'{leads[0][2]:+.2f} to {leads[0][3]:+.2f}' if len(leads) == 1 else \
                 '; '.join(f'{low:+.2f} to {high:+.2f}' for _, _, low, high in leads)
             rows.append([variant, f'{np.mean([one[0] for one in leads]):.3f}',

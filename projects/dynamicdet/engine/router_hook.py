@@ -83,7 +83,8 @@ class RouterHook(Hook):
                                  f"this config from '{model.objective.gain}': resume with the old objective, or "
                                  'start step 2 anew')
             self.window.extend(checkpoint.get('router_differences', ()))
-            model.gains = model.delta.new_tensor(checkpoint.get('router_gains', ()))
+            if checkpoint.get('router_gains'):
+                model.gains.copy_(torch.tensor(checkpoint['router_gains']))
         self.loaded = True
 
     def before_train(self, runner: Runner) -> None:
@@ -94,7 +95,7 @@ class RouterHook(Hook):
                              f'run step 1 first{where}, or name its checkpoint by --cfg-options '
                              'load_from=...')
         # Runs of before there were quantiles kept delta alone.
-        if self.delta == 'exact' and not len(model.gains):
+        if self.delta == 'exact' and model.gains.isnan().any():
             gains, mean, std = measure_training_set(runner)
             set_gains(model, list(gains.values()))
             model.router.mean.copy_(mean)
@@ -124,7 +125,7 @@ class RouterHook(Hook):
 def set_gains(model, gains: Sequence[float]) -> None:
     """Tell a dynamic detector the gains of its training set, (n,): their quantiles, and delta."""
     quantiles = quantiles_of(gains)
-    model.gains = quantiles.to(model.delta.device)
+    model.gains.copy_(quantiles)
     model.delta.fill_(quantiles[len(quantiles) // 2])
 
 

@@ -114,9 +114,9 @@ class DynamicDetector(BaseDetector):
         #: Of the deepest map: all but a few detectors have 32; those with more pad to it.
         self.stride = max(32, getattr(self.data_preprocessor, 'pad_size_divisor', 1))
         self.objective = objective
-        # Quantiles of the training set's gains, (101,); empty until `RouterHook` has measured them, which
+        # Quantiles of the training set's gains, (101,); NaN until `RouterHook` has measured them, which
         # also keeps them in the checkpoint: they matter to step 2 alone.
-        self.register_buffer('gains', torch.zeros(0), persistent=False)
+        self.register_buffer('gains', torch.full((101, ), float('nan')), persistent=False)
         self.budget = dict(budget) if budget else None
         self.train_router = train_router
         # Between exit k and k + 1, ascending; of two exits a single number.
@@ -330,7 +330,7 @@ class DynamicDetector(BaseDetector):
         gains, features = self.exit_gains(batch_inputs, batch_data_samples)
         # Kept for the hook that tracks their distribution online.
         self.last_gains = gains
-        quantiles = self.gains if len(self.gains) else quantiles_of(gains.tolist()).to(gains.device)
+        quantiles = quantiles_of(gains.tolist()).to(gains.device) if self.gains.isnan().any() else self.gains
         logits = self.router.logits(features)
         phi = logits.detach().sigmoid()
         return dict(
