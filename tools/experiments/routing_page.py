@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
-from routing_runs import DETECTORS
+from routing_runs import DETECTORS, DYNAMIC
 
 from dynamicdet.engine.atomic_backend import write_atomically
 from dynamicdet.routing.curve import SHARES, interval
@@ -170,7 +170,8 @@ def picture(runs: Runs) -> bytes:
         axes.plot(costs, [front(list(plain.values()), cost) for cost in costs], 'k:', label='static front')
         for (own, variant), found in runs.items():
             if own == detector and 'exits' in found[0]:
-                axes.plot(*curve(found[0]), marker='.', label=variant.replace('_', ' '))
+                colour = f'C{list(DYNAMIC).index(variant)}'
+                axes.plot(*curve(found[0]), colour, marker='.', label=variant.replace('_', ' '))
         axes.set(title=detector.replace('_', ' '), xlabel='GFLOPs per image', ylabel='AP, %')
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
