@@ -88,6 +88,8 @@ def record_data_set(model: DynamicDetector,
                       'before it resizes (LoadAnnotations right after LoadImageFromFile)')
     images = []
     with torch.no_grad(), kept_speed(model):
+        # A budget that waits for a calibration is not asked for here.
+        force_exit(model, 0)
         for batch in progress(loader, 'every exit'):
             images.extend(_record_batch(model, batch, loader.dataset.cat_ids, annotated, view))
     gflops = measure_gflops(model, loader.dataset)
@@ -140,11 +142,11 @@ def _record_batch(model: DynamicDetector, batch: dict, category_ids: List[int], 
 def _every_exit(model: DynamicDetector, inputs: Tensor, samples: SampleList,
                 category_ids: List[int]) -> List[List[List[dict]]]:
     """COCO results by exit and image."""
-    found = []
+    found, passage = [], model.start(inputs, samples)
     for exit in range(model.num_exits):
-        force_exit(model, exit)
-        model.predict(inputs, samples)
-        found.append([coco_results(sample, category_ids) for sample in samples])
+        # Each backbone once, whatever the difficulties say.
+        passage = model.deepen(passage) if exit else passage
+        found.append([coco_results(sample, category_ids) for sample in model.finish(passage)])
     return found
 
 
