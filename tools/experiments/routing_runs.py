@@ -26,11 +26,12 @@ DETECTORS = dict(
 #: What routers may look at; how much of it is chosen when they are fitted.
 ROUTER = dict(type='Router', pools=('mean', 'max', 'std'))
 #: Dynamic variants: what differs from the dynamic config, whose exits are the first backbone at half the
-#: size and both at the full one.
+#: size and both at the full one. `own` is `resolution` with a neck and heads for each size.
 DYNAMIC = dict(
     resolution={'model.backbones': 1, 'model.shared': True},
     depth={'model.first_scale': 1.0},
-    depth_resolution={},
+    depth_resolution={'model.shared': False},
+    own={'model.backbones': 1, 'model.shared': False},
     specialised={'model.first_scale': 1.0, 'model.specialise': 1.0},
     triple={'model.first_scale': 1.0, 'model.backbones': 3})
 
