@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -67,7 +68,8 @@ def train(one: Run) -> str:
 
 def write_config(one: Run) -> Path:
     """A run's config, whole; the other tools read it too."""
-    cfg = Config.fromfile(ROOT / one.config)
+    with reading:
+        cfg = Config.fromfile(ROOT / one.config)
     cfg.merge_from_dict(one.options)
     if one.start:
         cfg.load_from = latest_checkpoint(str(WORK / one.start))
@@ -127,6 +129,8 @@ def do(one: Run) -> str:
     return f'{one.name}: {(time.monotonic() - start) / 60:.1f} min'
 
 
+#: mmengine reads a config as a module of a fixed name: one at a time.
+reading = threading.Lock()
 #: Name -> the future of each run of this call, so that a run can wait for what it starts from.
 started: Dict[str, Future] = {}
 

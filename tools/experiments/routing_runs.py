@@ -107,7 +107,8 @@ def _schedule(lr: float, epochs: int, images: int) -> Dict[str, object]:
         'optim_wrapper.optimizer.lr': lr,
         'train_dataloader.dataset.indices': images,
         'train_cfg.max_epochs': epochs,
-        'train_cfg.val_interval': epochs,
+        # Never: the test set is recorded afterwards.
+        'train_cfg.val_interval': epochs + 1,
         'param_scheduler.1.T_max': epochs,
     }
 
