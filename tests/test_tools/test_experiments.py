@@ -10,6 +10,7 @@ from mmdet.registry import MODELS
 
 sys.path.insert(0, str(ROOT / 'tools' / 'experiments'))
 import routing_page  # noqa: E402
+from routing_results import with_losses_of  # noqa: E402
 from routing_runs import DATA, HELD_OUT, all_runs  # noqa: E402
 
 
@@ -43,7 +44,25 @@ def test_a_runs_options_are_those_of_its_config(run):
            'model.specialise', 'train_dataloader.dataset.data_root')
     for option in run.options:
         assert option in before or option in new, option
-    assert cfg.train_dataloader.dataset.indices <= DATA['train'] - HELD_OUT
+    images = cfg.train_dataloader.dataset.indices
+    assert (max(images) if isinstance(images, list) else images) < DATA['train'] - HELD_OUT + 1
+
+
+def test_what_one_half_is_asked_about_the_other_was_trained_on():
+    runs = {run.variant: run for run in all_runs()}
+    seen = 'train_dataloader.dataset.indices'
+    for own, other in (('half_a', 'half_b'), ('half_b', 'half_a')):
+        assert runs[own].records['other_half'][seen] == runs[other].options[seen]
+        assert not set(runs[own].options[seen]) & set(runs[other].options[seen])
+    assert sorted(runs['half_a'].options[seen] + runs['half_b'].options[seen]) == list(range(
+        runs['few'].options[seen]))
+
+
+def test_cross_fitted_losses_are_those_of_the_other_half():
+    own = dict(images=[dict(id=1, losses=[9, 9], features='a'), dict(id=2, losses=[9, 9], features='b')])
+    halves = [dict(images=[dict(id=2, losses=[3, 4])]), dict(images=[dict(id=1, losses=[1, 2])])]
+    found = with_losses_of(own, halves)['images']
+    assert found == [dict(id=1, losses=[1, 2], features='a'), dict(id=2, losses=[3, 4], features='b')]
 
 
 @pytest.mark.parametrize('run', [run for run in all_runs() if run.seed == 0], ids=lambda run: run.name)

@@ -13,13 +13,13 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Mapping
 
 import torch
 from mmengine.config import Config
 from pycocotools.coco import COCO
-from routing_results import dynamic_results, plain_results
-from routing_runs import DATA, HELD_OUT, Run, all_runs
+from routing_results import dynamic_results, plain_results, together, with_losses_of
+from routing_runs import DATA, Run, all_runs
 
 from dynamicdet.apis import cli
 from dynamicdet.engine import latest_checkpoint
@@ -59,72 +59,71 @@ def train(one: Run) -> str:
     """Train a run, or go on with it; its last checkpoint."""
     folder = WORK / one.name
     if not (folder / 'trained').exists():
-        config = write_config(one)
+        config = write_config(one, 'config', {})
         run('tools/train.py', str(config), '--no-data-check', '--resume', f'--work-dir={folder}',
             log=folder / 'train.log')
         (folder / 'trained').touch()
     return latest_checkpoint(str(folder))
 
 
-def write_config(one: Run) -> Path:
-    """A run's config, whole; the other tools read it too."""
+def write_config(one: Run, name: str, options: Mapping[str, object]) -> Path:
+    """A run's config, whole, with more options; the tools read it."""
     with reading:
         cfg = Config.fromfile(ROOT / one.config)
-    cfg.merge_from_dict(one.options)
+    cfg.merge_from_dict({**one.options, **options})
     if one.start:
         cfg.load_from = latest_checkpoint(str(WORK / one.start))
-    path = WORK / one.name / 'config.py'
+    path = WORK / one.name / f'{name}.py'
     path.parent.mkdir(parents=True, exist_ok=True)
     cfg.dump(path)
     return path
 
 
 def record(one: Run, checkpoint: str) -> None:
-    """The records that a run's numbers are made of: the test set; for dynamic detectors also images to fit
-    routers to, held out and trained on."""
-    folder = WORK / one.name
-    parts = dict(test=('test', []))
-    if one.is_dynamic:
-        indices = '--cfg-options train_dataloader.dataset.indices='
-        parts.update(held_out=('train', f'--view=none {indices}-{HELD_OUT}'.split()),
-                     train=('train', f'--view=none {indices}{HELD_OUT}'.split()))
-    for name, (split, more) in parts.items():
-        path = folder / f'{name}.npz'
+    """The records that a run's numbers are made of."""
+    for name, options in one.records.items():
+        path = WORK / one.name / f'{name}.npz'
         if path.exists():
             continue
+        config = write_config(one, 'config' if name == 'test' else name, options)
         if one.is_dynamic:
             # Shifted, not flipped: a digit's mirror image is none.
-            view = ['--view=shift'] if split == 'test' else []
-            run('tools/record.py', str(folder / 'config.py'), checkpoint, f'--out={path}', f'--split={split}',
-                '--no-data-check', *view, *more, log=folder / 'record.log')
+            split, view = ('test', 'shift') if name == 'test' else ('train', 'none')
+            run('tools/record.py', str(config), checkpoint, f'--out={path}', f'--split={split}',
+                f'--view={view}', '--no-data-check', log=path.with_name('record.log'))
         else:
-            run('tools/experiments/routing_plain.py', str(folder / 'config.py'), checkpoint, str(path),
-                log=folder / 'record.log')
+            run('tools/experiments/routing_plain.py', str(config), checkpoint, str(path),
+                log=path.with_name('record.log'))
 
 
 def sum_up(one: Run) -> dict:
     """The numbers of a run."""
-    folder = WORK / one.name
-    records = {path.stem: read_record(path) for path in folder.glob('*.npz')}
+    records = {name: read_record(WORK / one.name / f'{name}.npz') for name in one.records}
+    if 'test' not in records:
+        return {}
     with cli.silence():
         test, train = (COCO(ROOT / DATA['root'] / f'annotations/instances_{split}.json')
                        for split in ('test', 'train'))
     if not one.is_dynamic:
         return plain_results(records['test'], test)
     sources = {'held out': records['held_out'], 'trained on': records['train']}
+    if 'augmented' in records:
+        sources['augmented'] = together(records['train'], records['augmented'])
+        halves = [read_record(WORK / name / 'other_half.npz') for name in one.needs]
+        sources['cross-fitted'] = with_losses_of(records['train'], halves)
     return dynamic_results(records['test'], test, sources, train, one.seed)
 
 
 def do(one: Run) -> str:
     """All of one run."""
     start = time.monotonic()
-    if one.start:
-        started[one.start].result()
+    for name in (one.start, *one.needs):
+        if name:
+            started[name].result()
     checkpoint = train(one)
     record(one, checkpoint)
-    numbers = dict(run=one.name, config=one.config, options={k: v for k, v in one.options.items()
-                                                             if 'ann_file' not in k and 'data_root' not in k},
-                   **sum_up(one))
+    options = {k: v for k, v in one.options.items() if 'ann_file' not in k and 'data_root' not in k}
+    numbers = dict(run=one.name, config=one.config, options=options, **sum_up(one))
     write_atomically(json.dumps(numbers, default=str).encode(), RESULTS / f'{one.name}.json')
     return f'{one.name}: {(time.monotonic() - start) / 60:.1f} min'
 
@@ -143,7 +142,8 @@ def main() -> None:
     waiting = [one for one in runs if not (RESULTS / f'{one.name}.json').exists()]
     names = {one.name for one in waiting}
     # The weights that others start from may be gone, also where their numbers are there.
-    waiting = [one for one in all_runs() if one.name in names or one.name in {w.start for w in waiting}]
+    needed = {name for one in waiting for name in (one.start, *one.needs)}
+    waiting = [one for one in all_runs() if one.name in names | needed]
     print(f'{len(runs)} runs, {len(waiting)} to do: ' + ', '.join(one.name for one in waiting), flush=True)
     if args.list or not waiting:
         return

@@ -74,6 +74,18 @@ def dynamic_results(test: Mapping, test_coco: COCO, sources: Mapping[str, Mappin
     return found
 
 
+def together(*records: Mapping) -> dict:
+    """Records of the same images as one, for fits."""
+    return dict(records[0], images=[image for record in records for image in record['images']])
+
+
+def with_losses_of(record: Mapping, others: Sequence[Mapping]) -> dict:
+    """A record with the losses that each of its images has in one of others: of detectors that were trained
+    without it. What the router sees stays."""
+    losses = {image['id']: image['losses'] for other in others for image in other['images']}
+    return dict(record, images=[dict(image, losses=losses[image['id']]) for image in record['images']])
+
+
 def _one_exit(chance: Chance, exit: int) -> dict:
     choice = np.full(chance.mixtures.images, exit)
     return dict(ap=chance.mixtures.ap(choice), resampled=_short(chance.resampled(choice)))
@@ -93,7 +105,11 @@ def _fitted(record: Mapping, coco: COCO, test: Mapping, objective, seed: int, po
     objective = build_objective(objective)
     features, own = features_of(record), features_of(test)
     width = features.shape[1] // 3 * pools
-    fit = fit_router(features[:, :width], gains_of(record, objective.gain, coco), objective, seed=seed)
+    ids = [image['id'] for image in record['images']]
+    # Views of one image stay together.
+    groups = ids if len(set(ids)) < len(ids) else None
+    fit = fit_router(features[:, :width], gains_of(record, objective.gain, coco), objective, groups=groups,
+                     seed=seed)
     state = {name: value.numpy() for name, value in fit.state.items()}
     inputs = (own[:, :width] - state['mean']) / state['std']
     hidden = np.maximum(inputs @ state['fc1.weight'].T + state['fc1.bias'], 0)
@@ -111,11 +127,13 @@ def _judge_scores(chance: Chance, scores: np.ndarray, honest: np.ndarray,
 
 
 def _judge(chance: Chance, choices: np.ndarray, honest: np.ndarray) -> dict:
-    """AP at each share; at half hard on each resample; both figures of merit."""
+    """AP at each share; on each resample at half hard and in the mean over shares; both figures of merit."""
     half = choices[len(choices) // 2]
+    resampled = [chance.resampled(chance.choice(choice)) for choice in choices]
     return dict(
         ap=[chance.mixtures.ap(chance.choice(choice)) for choice in choices],
         resampled_half=_short(chance.resampled(chance.choice(half))),
+        resampled_mean=_short(np.mean(resampled, axis=0)),
         normalised_gain=normalised_gain(chance, half),
         efficacy=efficacy(chance, choices, honest))
 

@@ -1,5 +1,5 @@
 """What the experiment on routing trains: a table of runs."""
-from typing import Dict, List, NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
 #: The first 20,000 training images are for detectors, the last 1,000 for routers alone.
 DATA = dict(root='data/digits_routing', train=21000, val=1000, test=1000, size=128)
@@ -35,6 +35,21 @@ DYNAMIC = dict(
     specialised={'model.first_scale': 1.0, 'model.specialise': 1.0},
     triple={'model.first_scale': 1.0, 'model.backbones': 3})
 
+#: Where the target comes from matters where images are known by heart: `depth`, trained on 1,000 images
+#: eight times over; and on each half of them alone, so that each half has a cascade that never saw it.
+FEW, TIMES = 1000, 8
+HALVES = dict(half_a=range(FEW // 2), half_b=range(FEW // 2, FEW))
+
+#: The test pipeline with what training could have seen otherwise: light, colour, place.
+AUGMENTED = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True),
+    dict(type='Resize', scale=(DATA['size'], DATA['size']), keep_ratio=True),
+    dict(type='PhotoMetricDistortion'),
+    dict(type='RandomShift', prob=1.0, max_shift_px=8),
+    dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))
+]
+
 #: Plain detectors: side of the image, and what differs from the plain config. Those that are deeper start
 #: from nothing, and are pretrained as the others were first.
 SIZES = {'64': (64, {}), '96': (96, {}), '128': (128, {}), '160': (160, {})}
@@ -55,6 +70,8 @@ class Run(NamedTuple):
     options: Dict[str, object]
     #: Name of the run whose weights it starts from.
     start: Optional[str]
+    #: Names of runs whose records its numbers need.
+    needs: Tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -62,7 +79,23 @@ class Run(NamedTuple):
 
     @property
     def is_dynamic(self) -> bool:
-        return self.variant in DYNAMIC
+        return self.variant in (*DYNAMIC, 'few', *HALVES)
+
+    @property
+    def records(self) -> Dict[str, Dict[str, object]]:
+        """What its numbers are made of: name -> options of its config. The test set; for dynamic detectors
+        also images to fit routers to: held out, trained on, trained on and seen otherwise, or those of the
+        other half."""
+        indices = 'train_dataloader.dataset.indices'
+        if self.variant in HALVES:
+            other, = (own for half, own in HALVES.items() if half != self.variant)
+            return dict(other_half={indices: list(other)})
+        if not self.is_dynamic:
+            return dict(test={})
+        records = dict(test={}, held_out={indices: -HELD_OUT}, train={indices: HELD_OUT})
+        if self.variant == 'few':
+            records['augmented'] = {indices: FEW, 'test_dataloader.dataset.pipeline': AUGMENTED}
+        return records
 
 
 def all_runs(root: str = DATA['root']) -> List[Run]:
@@ -74,6 +107,7 @@ def all_runs(root: str = DATA['root']) -> List[Run]:
                        if seed == 0 or variant != 'triple']
             plain = [_plain(name, variant, seed, root) for variant in SIZES] if seed == 0 else []
             runs += dynamic[:2] + plain + dynamic[2:]
+    runs += _few('yolox', root)
     for name, variants in DEEPER.items():
         for variant, (_, own) in variants.items():
             runs += [_pretraining(name, f'_{variant}', own, root), _plain(name, variant, 0, root)]
@@ -94,6 +128,17 @@ def _dynamic(name: str, variant: str, seed: int, root: str) -> Run:
                 f'{name}-pretrained-0')
 
 
+def _few(name: str, root: str) -> List[Run]:
+    """The runs on few images: both halves, then all."""
+    runs = []
+    for variant, images in {**{half: list(own) for half, own in HALVES.items()}, 'few': FEW}.items():
+        options = {**_dynamic(name, 'depth', 0, root).options,
+                   **_schedule(DETECTORS[name].lr, TIMES, images)}
+        needs = tuple(f'{name}-{half}-0' for half in HALVES) if variant == 'few' else ()
+        runs.append(_dynamic(name, 'depth', 0, root)._replace(variant=variant, options=options, needs=needs))
+    return runs
+
+
 def _plain(name: str, variant: str, seed: int, root: str) -> Run:
     suffix = '' if variant in SIZES else f'_{variant}'
     size, own = {**SIZES, **DEEPER[name]}[variant]
@@ -102,7 +147,7 @@ def _plain(name: str, variant: str, seed: int, root: str) -> Run:
                 f'{name}-pretrained{suffix}-0')
 
 
-def _schedule(lr: float, epochs: int, images: int) -> Dict[str, object]:
+def _schedule(lr: float, epochs: int, images: object) -> Dict[str, object]:
     return {
         'optim_wrapper.optimizer.lr': lr,
         'train_dataloader.dataset.indices': images,

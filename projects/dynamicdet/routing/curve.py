@@ -118,14 +118,19 @@ class Chance:
         self.exits = tuple(_exit(exit, mixtures.exits) for exit in exits)
         self.weights = bootstrap_weights(mixtures.images, resamples, seed)
         self._known: Dict[int, tuple] = {}
+        self._resampled: Dict[bytes, np.ndarray] = {}
 
     def choice(self, is_hard: Sequence[bool]) -> np.ndarray:
         """The exit of each image, (n,), by whether it is hard."""
         return np.where(is_hard, self.exits[1], self.exits[0])
 
     def resampled(self, choice: Sequence[int]) -> np.ndarray:
-        """AP of a choice on each resample, (B,), in percent."""
-        return np.array([self.mixtures.ap(choice, weights) for weights in self.weights])
+        """AP of a choice on each resample, (B,), in percent. Kept: exits and oracles are asked for again
+        and again."""
+        key = np.asarray(choice, np.int8).tobytes()
+        if key not in self._resampled:
+            self._resampled[key] = np.array([self.mixtures.ap(choice, own) for own in self.weights])
+        return self._resampled[key]
 
     def at(self, hard: int) -> Tuple[float, float, np.ndarray]:
         """AP where so many images, drawn at random, are hard.
