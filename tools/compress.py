@@ -1,15 +1,22 @@
 """Write a checkpoint as a compressed one (.ddz), which loads wherever a checkpoint does.
 
-Without --int8 and --codebook every weight comes back bit for bit: zeros of pruned weights are stored as bits,
-weights that are shared already by a table. The optimiser's state is left out.
+Without --int8, --codebook and --binary every weight comes back bit for bit: zeros of pruned weights are
+stored as bits, weights that are shared already by a table. The optimiser's state is left out.
 """
 import argparse
+from collections import Counter
 from pathlib import Path
 from typing import Dict, List, Optional
 
+from mmengine.config import Config
+
 from dynamicdet.apis import cli
-from dynamicdet.compression.checkpoint import Lossy, compress, require_suffix, write_compressed
-from dynamicdet.compression.report import TWO_STAGE, block_sizes, table
+from dynamicdet.apis.worth import measure
+from dynamicdet.compression import entropy
+from dynamicdet.compression.checkpoint import (Compressed, compress, decompress, require_suffix,
+                                               write_compressed)
+from dynamicdet.compression.encoding import Lossy
+from dynamicdet.compression.report import TWO_STAGE, BlockSize, block_sizes, table
 from dynamicdet.errors import UsageError
 
 
@@ -28,7 +35,23 @@ def parse_args() -> argparse.Namespace:
         nargs='+',
         metavar=('BITS', 'PATTERN'),
         help='let the weights of a layer share 2^BITS values, found by k-means; BITS is 2 to 8')
+    parser.add_argument(
+        '--binary',
+        nargs='+',
+        metavar='PATTERN',
+        help='store of weights only their signs, and one scale per channel, the mean magnitude')
     parser.add_argument('--report', action='store_true', help='print a table of blocks')
+    parser.add_argument(
+        '--config',
+        help="the detector's config: --report, with AP on its test set and latency (batch 1, median, in "
+        'turns) of the checkpoint and of what the file holds')
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=cli.ConfigOptions, help='override settings of the config')
+    parser.add_argument('--device', default='cpu', help='where --config measures')
+    parser.add_argument(
+        '--entropy',
+        action='store_true',
+        help="print what zstd, as in the file, and Huffman's code make of each kind of stream")
     parser.add_argument(
         '--group',
         action='append',
@@ -40,14 +63,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def lossy_from(args: argparse.Namespace) -> Lossy:
-    """What --int8 and --codebook ask for."""
+    """What --int8, --codebook and --binary ask for."""
     if args.codebook is None:
-        return Lossy(int8=args.int8)
+        return Lossy(int8=args.int8, binary=args.binary)
     try:
         bits = int(args.codebook[0])
     except ValueError:
         raise UsageError(f"--codebook begins with a number of bits, not with '{args.codebook[0]}'") from None
-    return Lossy(int8=args.int8, codebook=bits, codebook_keys=args.codebook[1:])
+    return Lossy(int8=args.int8, codebook=bits, codebook_keys=args.codebook[1:], binary=args.binary)
 
 
 def groups_from(given: Optional[List[str]]) -> Dict[str, List[str]]:
@@ -64,11 +87,33 @@ def groups_from(given: Optional[List[str]]) -> Dict[str, List[str]]:
     return groups
 
 
+def config_from(args: argparse.Namespace) -> Optional[Config]:
+    """The config to measure on, if one is given."""
+    if not args.config:
+        return None
+    cfg = cli.load_config(args)
+    cli.require_settings(cfg, 'test_dataloader', 'test_evaluator')
+    cli.require_device(args.device)
+    return cfg
+
+
+def report(args: argparse.Namespace, cfg: Optional[Config], checkpoint: dict, compressed: Compressed,
+           sizes: List[BlockSize]) -> List[str]:
+    """The table of blocks; with what the detectors are worth if there is a config."""
+    size = len(compressed.content)
+    if cfg is None:
+        return table(sizes, size)
+    states = dict(original=checkpoint['state_dict'], compressed=decompress(compressed.content)['state_dict'])
+    worth = measure(cfg, states, cli.progress, args.device)
+    before = Path(args.checkpoint).stat().st_size if Path(args.checkpoint).is_file() else 0
+    return table(sizes, size, worth['compressed'], worth['original'], before)
+
+
 def main() -> None:
     args = parse_args()
     cli.prepare()
     require_suffix(args.out)
-    lossy, groups = lossy_from(args), groups_from(args.group)
+    lossy, groups, cfg = lossy_from(args), groups_from(args.group), config_from(args)
     checkpoint = cli.require_checkpoint(args.checkpoint)
     if Path(args.out).exists() and Path(args.checkpoint).exists() and Path(args.out).samefile(
             args.checkpoint):
@@ -78,19 +123,18 @@ def main() -> None:
     # Before the work: a pattern may match nothing.
     block_sizes(checkpoint['state_dict'], groups=groups)
     compressed = compress(checkpoint, lossy)
+    sizes = block_sizes(checkpoint['state_dict'], compressed.entries, groups)
+    lines = report(args, cfg, checkpoint, compressed, sizes) if args.report or cfg else []
+    lines += entropy.table(entropy.compare(compressed.entries)) if args.entropy else []
     if not args.dry_run:
         write_compressed(compressed, args.out)
-    sizes = block_sizes(checkpoint['state_dict'], compressed.entries, groups)
-    if args.report:
-        print(*table(sizes, len(compressed.content)), sep='\n')
-    counts: Dict[str, int] = {}
-    for entry in compressed.entries:
-        counts[entry.row['encoding']] = counts.get(entry.row['encoding'], 0) + 1
-    print('entries: ' + ', '.join(f'{count} {name}' for name, count in sorted(counts.items())))
+    counts = Counter(entry.row['encoding'] for entry in compressed.entries)
+    lines.append('entries: ' + ', '.join(f'{count} {name}' for name, count in sorted(counts.items())))
     if compressed.dropped:
-        print('left out: ' + ', '.join(compressed.dropped))
+        lines.append('left out: ' + ', '.join(compressed.dropped))
     dense = 4e-6 * sum(size.parameters for size in sizes)
     size = len(compressed.content)
+    print(*lines, sep='\n')
     print(
         f'{"would write" if args.dry_run else "written to"} {args.out}: {size} bytes ({size / 1e6:.2f} MB), '
         f'{size / 1e6 / dense:.1%} of {dense:.2f} MB in float32')

@@ -10,8 +10,8 @@ import torch
 from mmengine.runner import CheckpointLoader
 
 from dynamicdet.checkpoints import read_checkpoint, require_complete
-from dynamicdet.compression.checkpoint import (Lossy, compress, quantise, read_compressed, share,
-                                               write_compressed)
+from dynamicdet.compression.checkpoint import compress, read_compressed, write_compressed
+from dynamicdet.compression.encoding import Lossy
 from dynamicdet.compression.pruning import Block, prune
 from dynamicdet.errors import UsageError
 from dynamicdet.testing import randomise, tiny_dynamic
@@ -77,84 +77,6 @@ def test_what_is_held_twice_is_stored_once(tmp_path):
     back = read_compressed(str(tmp_path / 'a.ddz'))['state_dict']
     back['b'].zero_()
     assert same_bits(back['a'], weight) and same_bits(back['c'], weight)
-
-
-@pytest.mark.parametrize('zeros', [0.0, 0.3, 0.5, 0.9])
-def test_files_are_small(zeros):
-    """Near the entropy: h bits for what is zero, and for what is left 8 bits at most."""
-    value = sparse(zeros, 256, 64, 3, 3)
-    share = float((value == 0).float().mean())
-    bits = -sum(p * math.log2(p) for p in (share, 1 - share) if p)
-    size = value.numel() / 8
-    exact, int8 = (sum(entry.size for entry in compress(dict(state_dict=dict(w=value)), lossy).entries)
-                   for lossy in (Lossy(), Lossy(int8=())))
-    assert exact < 1.06 * size * (bits + (1 - share) * 28)
-    assert int8 < 1.06 * size * (bits + (1 - share) * 8) + 4 * 256
-
-
-def test_the_integers_are_the_nearest(tmp_path):
-    value = sparse(0.5, 20, 7, 3)
-    value[4] = 0
-    value[5, 0, 0] = 1e-45
-    scale, whole = quantise(value)
-    assert scale.shape == (20, ) and whole.shape == (20, 21) and abs(whole).max() == 127
-    back = torch.from_numpy(scale)[:, None, None] * torch.from_numpy(whole).float().view(20, 7, 3)
-    keep = [index for index in range(20) if index != 5]
-    assert ((back - value).abs()[keep] <= torch.from_numpy(scale)[keep, None, None] * 0.5001).all()
-    assert not back[value == 0].any()
-    write(dict(w=value), tmp_path / 'a.ddz', Lossy(int8=()))
-    first = read_compressed(str(tmp_path / 'a.ddz'))['state_dict']['w']
-    assert same_bits(first, back)
-    # Written again without loss: nothing changes any more.
-    write(dict(w=first), tmp_path / 'b.ddz')
-    assert same_bits(read_compressed(str(tmp_path / 'b.ddz'))['state_dict']['w'], first)
-
-
-def test_a_codebook_of_the_values_that_there_are_is_exact():
-    value = torch.tensor([-3., 0., 1.5, 2.])[torch.randint(4, (30, 30))]
-    table, indices = share(value, 2)
-    assert table.tolist() == [0, -3, 1.5, 2]
-    assert np.array_equal(table[indices].reshape(30, 30), value.numpy())
-
-
-@pytest.mark.parametrize('bits', [2, 3, 5, 8])
-def test_shared_values_are_means_of_their_weights(bits, tmp_path):
-    value = sparse(0.4, 30, 40)
-    table, indices = share(value, bits, iterations=300)
-    flat = value.flatten().numpy()
-    assert len(table) <= 2**bits and table[0] == 0 and ((flat == 0) == (indices == 0)).all()
-    for entry in range(1, len(table)):
-        own = flat[indices == entry]
-        assert len(own) == 0 or own.mean() == pytest.approx(table[entry], abs=1e-5)
-    # Nobody is nearer to another entry.
-    nearest = abs(flat[flat != 0, None] - table[1:]).min(1)
-    assert abs(flat - table[indices])[flat != 0] == pytest.approx(nearest, abs=1e-6)
-    compressed = write(dict(w=value), tmp_path / 'a.ddz', Lossy(codebook=bits))
-    back = read_compressed(str(tmp_path / 'a.ddz'))['state_dict']['w'].flatten()
-    assert encodings(compressed) == dict(w='codebook') and len(back.unique()) <= 2**bits
-    table, indices = share(value, bits)
-    assert np.array_equal(back.numpy(), table[indices])
-
-
-def test_more_bits_lose_less():
-    value = torch.randn(100, 100)
-    losses = []
-    for bits in range(2, 9):
-        table, indices = share(value, bits)
-        losses.append(float(((table[indices] - value.flatten().numpy())**2).mean()))
-    assert all(after < before / 2 for before, after in zip(losses, losses[1:]))
-    # The best 4 values for a normal distribution lose 0.1175 (Max 1960).
-    assert losses[0] == pytest.approx(0.1175, abs=0.004)
-
-
-def test_patterns_say_what_is_changed(tmp_path):
-    state = {'a.weight': torch.randn(30, 40), 'b.weight': torch.randn(30, 40), 'b.bias': torch.randn(30),
-             'c.weight': torch.randn(30, 40).half()}
-    lossy = Lossy(int8=(), codebook=4, codebook_keys=['b.*'])
-    assert encodings(write(state, tmp_path / 'a.ddz', lossy)) == {
-        'a.weight': 'int8', 'b.weight': 'codebook', 'b.bias': 'raw', 'c.weight': 'int8'}
-    back = read_compressed(str(tmp_path / 'a.ddz'))['state_dict']
-    assert same_bits(back['b.bias'], state['b.bias']) and back['c.weight'].dtype == torch.float16
 
 
 def test_meta_comes_back(tmp_path):
@@ -250,19 +172,6 @@ def test_other_files_are_refused(tmp_path):
     assert 'no compressed checkpoint' in refused(path)
     path.unlink()
     assert 'there is no checkpoint' in refused(path)
-
-
-@pytest.mark.parametrize('lossy, said', [
-    (lambda: Lossy(codebook=1), 'indices of 2 to 8 bits, not of 1'),
-    (lambda: Lossy(codebook=9), 'not of 9'),
-    (lambda: Lossy(int8=['backbnoe.*']), "'backbnoe.\\*' matches no weight; a key is such as 'w'"),
-    (lambda: Lossy(int8=['b']), "'b' matches no weight"),
-    (lambda: Lossy(codebook=4, codebook_keys=['x']), "'x' matches no weight"),
-    (lambda: Lossy(int8=['n']), "'n' holds values that are not finite")])
-def test_what_cannot_be_encoded(lossy, said):
-    with pytest.raises(UsageError, match=said):
-        compress(dict(state_dict=dict(w=torch.ones(3, 3), b=torch.ones(3), n=torch.full((2, 2), math.nan))),
-                 lossy())
 
 
 def test_a_name_without_the_suffix(tmp_path):

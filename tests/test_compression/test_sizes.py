@@ -4,8 +4,9 @@ import torch
 from mmengine.hub import get_config
 
 from dynamicdet.compression.checkpoint import compress
+from dynamicdet.compression.encoding import Lossy
 from dynamicdet.compression.pruning import find_layers
-from dynamicdet.compression.report import TWO_STAGE, block_sizes, table, total
+from dynamicdet.compression.report import TWO_STAGE, Worth, block_sizes, table, total
 from dynamicdet.errors import UsageError
 from mmdet.registry import MODELS
 
@@ -71,9 +72,27 @@ def test_a_row_counts_weights_once_and_zeros_in_weights_alone():
     assert head.in_file == sum(entry.size for entry in compressed.entries[:5])
     # Rows and the index are the whole file.
     lines = table([head, neck, delta], 5_000_000)
-    figures = [float(line.split()[-2]) for line in lines[1:]]
+    figures = [float(line.split()[6]) for line in lines[1:]]
     assert sum(figures[:-1]) == pytest.approx(figures[-1]) == 5.0
     assert [line.split()[0] for line in lines] == ['block', 'head', 'neck', 'delta', '(index)', 'total']
+
+
+def test_errors_are_of_all_weights_of_a_block():
+    """By hand: 1 and 3 become 2, the bias is no weight; 2 and 2 stay."""
+    state = {'a.weight': torch.tensor([[1., 3.]]), 'a.bias': torch.tensor([5.]),
+             'b.weight': torch.tensor([[2., 2.]])}
+    compressed = compress(dict(state_dict=state), Lossy(binary=()))
+    sizes = block_sizes(state, compressed.entries)
+    assert [size.error for size in sizes] == [pytest.approx((2 / 10)**0.5), 0]
+    assert total(sizes, 1).error == pytest.approx((2 / 18)**0.5)
+    assert [size.error for size in block_sizes(state)] == [0, 0]
+
+
+def test_what_is_unknown_is_a_dash():
+    lines = table([], 5, Worth(None, 12.34, 0.01), Worth(50., None, 0.02), 9_000_000)
+    assert lines[2].split()[-4:] == ['-', '12.34', '10.0', 'ms']
+    assert lines[3].split()[0] == 'original' and lines[3].split()[6] == '9.000'
+    assert lines[3].split()[-4:] == ['50.00', '-', '20.0', 'ms']
 
 
 def test_groups_that_match_nothing():

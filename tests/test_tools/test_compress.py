@@ -53,7 +53,9 @@ def test_the_report_adds_up(pruned, printed):
     assert float(rows['total'][1]) == pytest.approx(counted / 1e6, abs=5e-4)
     assert float(rows['total'][3][:-1]) == pytest.approx(80, abs=1)
     size = path.with_suffix('.ddz').stat().st_size
-    assert float(rows['total'][-2]) == pytest.approx(size / 1e6, abs=5e-4)
+    assert float(rows['total'][6]) == pytest.approx(size / 1e6, abs=5e-4)
+    # Every bit comes back.
+    assert {row[8] for row in rows.values()} == {'0.00%'}
     assert f'{size} bytes' in printed and 'left out: optimizer' in printed
     assert size < 0.35 * path.stat().st_size
 
@@ -112,7 +114,32 @@ def test_a_dry_run_writes_nothing(run, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_config_adds_what_the_detector_is_worth(run, pruned, tmp_path):
+    config = str(pruned[1].parent / 'config.py')
+    status, out, _ = run('--out', 'a.ddz', '--config', config, '--binary', 'roi_head.*', '--entropy')
+    assert not status
+    lines = out.splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith('block'))
+    assert lines[start].split()[-3:] == ['AP', 'AP50', 'latency']
+    rows = {line.split()[0]: line.split() for line in lines[start + 1:start + 7]}
+    assert list(rows) == ['backbone', 'neck', 'rpn_head', 'roi_head', '(index)', 'total']
+    original = lines[start + 7].split()
+    assert original[0] == 'original' and original[1:6] == rows['total'][1:6]
+    assert float(original[6]) == pytest.approx(pruned[1].stat().st_size / 1e6, abs=5e-4)
+    for row in (original, rows['total']):
+        assert row[-1] == 'ms' and float(row[-2]) > 0 and len(row) == 13
+    # Of normally distributed weights the upper fifth: little is lost by their signs and mean, but some.
+    errors = {name: float(row[8][:-1]) for name, row in rows.items()}
+    assert errors['backbone'] == errors['neck'] == 0 and 5 < errors['roi_head'] < 60
+    assert 0 < errors['total'] < errors['roi_head'] and original[8] == '0.00%'
+    streams = {' '.join(line.split()[:2]): line.split()[2:] for line in lines[start + 9:]}
+    assert int(streams['binary signs'][0]) > 0 and 'smaller' in streams['sparse bits']
+    assert read_checkpoint(str(tmp_path / 'a.ddz'))['state_dict']
+
+
 @pytest.mark.parametrize('arguments, said', [
+    (['--out', 'a.ddz', '--config', 'nothing.py'], "no config at 'nothing.py'"),
+    (['--out', 'a.ddz', '--binary', 'nothing.*'], "'nothing.*' matches no weight"),
     (['--out', 'a.pth'], 'must end in .ddz'),
     (['--out', 'a.ddz', '--codebook', 'four'], "begins with a number of bits, not with 'four'"),
     (['--out', 'a.ddz', '--group', 'heads'], 'needs NAME=PATTERN'),

@@ -1,12 +1,13 @@
 """What compression has done to a model, block by block."""
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Dict, List, Mapping, Optional, Sequence
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 from torch import Tensor
 
 from ..errors import UsageError
-from .checkpoint import Entry
+from .encoding import Entry, decode
 
 #: State entries that no training changes by gradients: statistics of norms, a dynamic detector's settings.
 _BUFFERS = ('running_mean', 'running_var', 'num_batches_tracked', 'threshold', 'delta', 'difficulties',
@@ -17,13 +18,23 @@ TWO_STAGE = dict(backbone=['backbone', 'neck'], proposals=['rpn_head'], roi_head
 MEGABYTE = 1e6
 
 
+class Worth(NamedTuple):
+    """AP and AP50 in percent, None where the evaluator has none; median seconds of an image at batch 1."""
+    ap: Optional[float]
+    ap50: Optional[float]
+    latency: float
+
+
 @dataclass(frozen=True)
 class BlockSize:
-    """A row: parameters, how many of them are zero, and bytes in the file (also those of buffers)."""
+    """A row: parameters, how many of them are zero, bytes in the file (also those of buffers), the sum of the
+    weights' squares, and that of their errors in the file."""
     name: str
     parameters: int
     zeros: int
     in_file: int
+    squares: float = 0.0
+    lost: float = 0.0
 
     @property
     def pruned(self) -> float:
@@ -34,6 +45,11 @@ class BlockSize:
     def megabytes(self) -> float:
         """Of the other parameters in float32, 1 MB = 1e6 bytes."""
         return 4 * (self.parameters - self.zeros) / MEGABYTE
+
+    @property
+    def error(self) -> float:
+        """|w - w in the file| / |w|, of all weights together (Euclidean norms)."""
+        return math.sqrt(self.lost / self.squares) if self.squares else 0.0
 
 
 def block_sizes(state: Mapping[str, Tensor],
@@ -46,7 +62,7 @@ def block_sizes(state: Mapping[str, Tensor],
 
     Args:
         state (Mapping[str, Tensor]): The state dict, before it was encoded.
-        entries (Sequence[Entry]): The same, encoded, for bytes in the file.
+        entries (Sequence[Entry]): The same, encoded, for bytes in the file and errors.
         groups (Mapping[str, Sequence[str]], optional): Block -> patterns (`fnmatch`) of modules; what is
             below one belongs to it. What matches none is in a block of its first name.
 
@@ -57,13 +73,13 @@ def block_sizes(state: Mapping[str, Tensor],
     for pattern in (pattern for patterns in groups.values() for pattern in patterns):
         if not any(_belongs(key, pattern) for key in state):
             raise UsageError(f"the pattern '{pattern}' matches no entry of the checkpoint")
-    sums: Dict[str, List[int]] = {}
+    sums: Dict[str, List[float]] = {}
     seen = set()
     for index, (key, value) in enumerate(state.items()):
         block = next(
             (name for name, patterns in groups.items() if any(_belongs(key, one) for one in patterns)),
             key.split('.')[0])
-        sum_ = sums.setdefault(block, [0, 0, 0])
+        sum_ = sums.setdefault(block, [0, 0, 0, 0.0, 0.0])
         sum_[2] += entries[index].size if entries else 0
         repeated = value.dim() > 1 and (bool(entries) and entries[index].row['encoding'] == 'same'
                                         or value.device.type != 'meta' and value.data_ptr() in seen)
@@ -72,7 +88,12 @@ def block_sizes(state: Mapping[str, Tensor],
         if value.device.type != 'meta':
             seen.add(value.data_ptr())
         sum_[0] += value.numel()
-        sum_[1] += value.numel() - int(value.count_nonzero()) if value.dim() > 1 else 0
+        if value.dim() > 1:
+            sum_[1] += value.numel() - int(value.count_nonzero())
+            if entries:
+                written = decode(entries[index].row, entries[index].frames).double()
+                sum_[3] += float(value.cpu().double().square().sum())
+                sum_[4] += float((value.cpu().double() - written).square().sum())
     return [BlockSize(name, *sums[name]) for name in sums]
 
 
@@ -80,18 +101,41 @@ def _belongs(key: str, pattern: str) -> bool:
     return fnmatchcase(key, pattern) or fnmatchcase(key, f'{pattern}.*')
 
 
-def total(sizes: Sequence[BlockSize], in_file: int) -> BlockSize:
+def total(sizes: Sequence[BlockSize], in_file: int, name: str = 'total') -> BlockSize:
     """All blocks together; ``in_file`` is the whole file, with its index."""
-    return BlockSize('total', sum(size.parameters for size in sizes), sum(size.zeros for size in sizes),
-                     in_file)
+    sums = [sum(getattr(size, part) for size in sizes) for part in ('parameters', 'zeros', 'squares', 'lost')]
+    return BlockSize(name, *sums[:2], in_file, *sums[2:])
 
 
-def table(sizes: Sequence[BlockSize], in_file: int) -> List[str]:
-    """Lines of a table: blocks, what is neither, and all."""
+def table(sizes: Sequence[BlockSize],
+          in_file: int,
+          worth: Optional[Worth] = None,
+          before: Optional[Worth] = None,
+          file_before: int = 0) -> List[str]:
+    """Lines of a table: blocks, what is neither, and all.
+
+    Args:
+        sizes (Sequence[BlockSize]): From `block_sizes`.
+        in_file (int): Bytes of the whole file.
+        worth (Worth, optional): Of the detector in the file.
+        before (Worth, optional): Of the detector that it was made of, which then has a row, too.
+        file_before (int): Bytes of its file.
+    """
     rest = BlockSize('(index)', 0, 0, in_file - sum(size.in_file for size in sizes))
-    width = max(len(size.name) for size in (*sizes, rest))
-    lines = [f'{"block":{width}}  parameters   pruned  float32 left   in the file']
-    for size in (*sizes, rest, total(sizes, in_file)):
+    rows = [(size, None) for size in (*sizes, rest)] + [(total(sizes, in_file), worth)]
+    if before is not None:
+        original = total(sizes, file_before, 'original')
+        rows.append((replace(original, lost=0.0), before))
+    width = max(len(size.name) for size, _ in rows)
+    head = f'{"block":{width}}  parameters   pruned  float32 left   in the file   error'
+    lines = [head + '      AP    AP50    latency' * (worth is not None)]
+    for size, own in rows:
         lines.append(f'{size.name:{width}}  {size.parameters / 1e6:8.3f} M  {size.pruned:6.1%}  '
-                     f'{size.megabytes:9.3f} MB  {size.in_file / MEGABYTE:9.3f} MB')
+                     f'{size.megabytes:9.3f} MB  {size.in_file / MEGABYTE:9.3f} MB  {size.error:6.2%}'
+                     + (_worth(own) if own else ''))
     return lines
+
+
+def _worth(worth: Worth) -> str:
+    points = ''.join(f'{"-" if value is None else f"{value:.2f}":>8}' for value in (worth.ap, worth.ap50))
+    return f'{points}  {1e3 * worth.latency:6.1f} ms'

@@ -7,8 +7,10 @@ from .online_hook import OnlineHook
 from .pruning_hook import PruningHook
 from .resume_hook import ResumeHook
 from .router_hook import RouterHook, latest_checkpoint
+from .weight_sharing_hook import WeightSharingHook
 
 __all__ = [
     'AtomicBackend', 'BranchModeSwitchHook', 'CompleteCheckpointHook', 'FiniteLossHook', 'FuseHook',
-    'OnlineHook', 'PruningHook', 'ResumeHook', 'RouterHook', 'latest_checkpoint', 'write_atomically'
+    'OnlineHook', 'PruningHook', 'ResumeHook', 'RouterHook', 'WeightSharingHook', 'latest_checkpoint',
+    'write_atomically'
 ]

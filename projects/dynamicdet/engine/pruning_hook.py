@@ -13,6 +13,7 @@ from torch import nn
 from mmdet.registry import HOOKS
 
 from ..compression import pruning
+from ..compression.scores import Statistics
 from ..errors import UsageError
 
 
@@ -84,11 +85,11 @@ class PruningHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         self._require_fit(runner)
-        model = _plain(runner)
+        model = plain_model(runner)
         self._layers = pruning.layers_of_blocks(model, self.blocks)
         every = {name: layer for layers in self._layers for name, layer in layers.items()}
         block_of = {name: block for block, layers in zip(self.blocks, self._layers) for name in layers}
-        self._statistics = pruning.Statistics(every, block_of)
+        self._statistics = Statistics(every, block_of)
         if self._saved is not None:
             self._restore(every)
         wrapper = runner.optim_wrapper
@@ -135,7 +136,7 @@ class PruningHook(Hook):
 
     def _require_fit(self, runner: Runner) -> None:
         """Refuse a run in which the schedule cannot end, or in which nothing may be pruned."""
-        if getattr(_plain(runner), 'train_router', False):
+        if getattr(plain_model(runner), 'train_router', False):
             raise UsageError(
                 'PruningHook: this config trains a router alone, and nothing else may change; prune in '
                 'step 1')
@@ -203,7 +204,7 @@ class PruningHook(Hook):
                 layers, block, due[index], None if self.soft else self.masks, seed or 0, scores))
             self._shares[index] = due[index]
         self._agree()
-        for model in [_plain(runner), *_averages(runner)]:
+        for model in [plain_model(runner), *averages(runner)]:
             pruning.apply_masks(model, self.masks)
         self._statistics.reset()
         self._log(runner, changed)
@@ -239,10 +240,11 @@ def _block(settings: dict) -> pruning.Block:
     return pruning.Block(**settings)
 
 
-def _plain(runner: Runner) -> nn.Module:
+def plain_model(runner: Runner) -> nn.Module:
     """The model without its DDP wrapper."""
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
-def _averages(runner: Runner) -> List[nn.Module]:
+def averages(runner: Runner) -> List[nn.Module]:
+    """The averaged models of all `EMAHook`s."""
     return [hook.ema_model.module for hook in runner.hooks if isinstance(hook, EMAHook)]

@@ -1,0 +1,157 @@
+"""Weight sharing: the weights of a layer take few values, which are trained (Deep Compression, Han et al.
+2016, section 3).
+
+A layer's *table* holds k values, at most 256; its *indices* say which of them each weight is. The model keeps
+its ordinary weights, tied: those of one index are equal. So an optimiser, DDP, EMA and a checkpoint see the
+model that they know, and a ``.ddz`` file finds the table by itself.
+"""
+from dataclasses import dataclass, field
+from typing import NamedTuple, Sequence, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+
+REDUCTIONS = ('sum', 'mean')
+
+
+@dataclass(frozen=True)
+class SharedBlock:
+    """Layers that share values, each among its own weights.
+
+    Args:
+        name (str): For messages.
+        modules (Sequence[str]): Patterns of module names, as `blocks.Block` has them.
+        bits (int): Of an index, 2 to 8: a layer has at most 2^bits values, zero among them.
+        exclude (Sequence[str]): Patterns of modules that stay as they are.
+    """
+    name: str
+    modules: Sequence[str]
+    bits: int = 4
+    exclude: Sequence[str] = field(default=())
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+            raise UsageError(f"block '{self.name}': an index has 2 to 8 bits, not {self.bits}")
+        for patterns, what in ((self.modules, 'modules'), (self.exclude, 'exclude')):
+            if isinstance(patterns, str):
+                raise UsageError(f"block '{self.name}': {what} is a list of patterns, not one string")
+
+
+class Sharing(NamedTuple):
+    """Who shares with whom in a layer.
+
+    Attributes:
+        indices (Tensor): uint8 (n, ), in the order of the weight's elements, on its device.
+        members (Tensor): int64 (k, ), how many elements have each index.
+        pruned (bool): Whether index 0 is of weights that are zero and stay so.
+    """
+    indices: Tensor
+    members: Tensor
+    pruned: bool
+
+
+def share_weight(weight: Tensor, bits: int) -> Sharing:
+    """Let the weights of a layer share 2^bits values, in place.
+
+    Args:
+        weight (Tensor): Floats of any shape, finite. Zeros stay zeros.
+        bits (int): 2 to 8.
+    """
+    flat = weight.detach().float().cpu()
+    if not flat.isfinite().all():
+        raise UsageError('weights that are not finite cannot be shared: did the training diverge?')
+    table, indices = share(flat, bits)
+    sharing = sharing_of(torch.from_numpy(indices).to(weight.device), bool((flat == 0).any()))
+    _spread(weight, torch.from_numpy(table).to(weight.device), sharing)
+    return sharing
+
+
+def sharing_of(indices: Tensor, pruned: bool) -> Sharing:
+    """Who shares, by indices."""
+    return Sharing(indices, torch.bincount(indices), pruned)
+
+
+def tie(weight: Tensor, sharing: Sharing) -> None:
+    """Set each weight to the mean of those of its index, in place; pruned ones to zero."""
+    _spread(weight, _sums(weight, sharing) / sharing.members.clamp(min=1), sharing)
+
+
+def tie_gradient(gradient: Tensor, sharing: Sharing, reduction: str = 'sum') -> None:
+    """Give every weight the gradient of its shared value, in place; pruned ones none.
+
+    The gradient of a shared value is the sum over its weights (Han et al. 2016, eq. 3). Optimisers work
+    element by element, so weights that were equal stay equal, and the value moves as one parameter would.
+
+    Args:
+        gradient (Tensor): Of the weight's shape.
+        sharing (Sharing): Who shares.
+        reduction (str): ``sum``, or ``mean``: the sum over the number of weights, which suits learning
+            rates that were found for single weights.
+    """
+    sums = _sums(gradient, sharing)
+    _spread(gradient, sums / sharing.members.clamp(min=1) if reduction == 'mean' else sums, sharing)
+
+
+def _sums(values: Tensor, sharing: Sharing) -> Tensor:
+    """Sums over the elements of each index, float64 (k, )."""
+    return torch.bincount(sharing.indices, values.detach().flatten().double(), minlength=len(sharing.members))
+
+
+@torch.no_grad()
+def _spread(out: Tensor, table: Tensor, sharing: Sharing) -> None:
+    if sharing.pruned:
+        table[0] = 0
+    out.copy_(table.to(out.dtype)[sharing.indices.int()].view(out.shape))
+
+
+def share(weight: Tensor, bits: int, iterations: int = 30) -> Tuple[np.ndarray, np.ndarray]:
+    """Shared values by k-means in one dimension, begun with equal distances (Deep Compression, Han et al.
+    2016).
+
+    Args:
+        weight (Tensor): float32, finite. Zeros stay zeros: they have an entry of their own.
+        bits (int): 2 to 8; the table has at most 2^bits entries.
+        iterations (int): Of Lloyd's algorithm, at most.
+
+    Returns:
+        tuple: table, float32 (k, ); indices, uint8 (n, ). Entry 0 is zero if any weight is.
+    """
+    flat = weight.flatten().numpy()
+    zeros = flat == 0
+    alive = np.sort(flat[~zeros]).astype(np.float64)
+    count = 2**bits - bool(zeros.any())
+    distinct = np.unique(alive)
+    centroids = distinct if len(distinct) <= count else _lloyd(alive, count, iterations)
+    table = np.unique(centroids.astype(np.float32))
+    # Not zero itself: that would be pruned.
+    table = table[table != 0] if zeros.any() else table
+    middles = (table[1:] + table[:-1]) / 2
+    indices = np.searchsorted(middles, flat).astype(np.uint8) if len(table) else np.zeros(flat.size, np.uint8)
+    if zeros.any():
+        table = np.concatenate([np.zeros(1, np.float32), table])
+        indices = np.where(zeros, 0, indices + 1).astype(np.uint8)
+    return table, indices
+
+
+def _lloyd(values: np.ndarray, count: int, iterations: int) -> np.ndarray:
+    """k-means of sorted values: clusters are runs, whose means are differences of running sums."""
+    sums, squares = (np.concatenate([[0.0], np.cumsum(own)]) for own in (values, values**2))
+    centroids = np.linspace(values[0], values[-1], count)
+    for _ in range(iterations):
+        cuts = np.concatenate([[0],
+                               np.searchsorted(values, (centroids[1:] + centroids[:-1]) / 2),
+                               [len(values)]])
+        sizes = np.diff(cuts)
+        means = np.where(sizes > 0, np.diff(sums[cuts]) / np.maximum(sizes, 1), centroids)
+        if not sizes.all():
+            # Pruning leaves a hole around zero. A cluster without members halves the one that loses most.
+            worst = (np.diff(squares[cuts]) - sizes * means**2).argmax()
+            means[sizes.argmin()] = (means[worst] + values[cuts[worst + 1] - 1]) / 2
+            means.sort()
+        if np.array_equal(means, centroids):
+            break
+        centroids = means
+    return centroids
