@@ -7,6 +7,7 @@ without it, with --features-from a record of all of them by CHECKPOINT itself.
 import argparse
 
 from dynamicdet.apis import cli
+from dynamicdet.apis.calibration import require_dynamic, whole_model
 from dynamicdet.apis.fitting import (describe, fit_to_records, ground_truths, put_router, require_own,
                                      wanted_objective)
 from dynamicdet.checkpoints import write_checkpoint
@@ -34,12 +35,11 @@ def main() -> None:
     args = parse_args()
     cli.prepare()
     cfg = cli.load_config(args)
-    if cfg.model.type != 'DynamicDetector':
-        raise UsageError(f"the config's model must be a DynamicDetector, not {cfg.model.type}")
+    require_dynamic(cfg)
     if args.seed < 0:
         raise UsageError('--seed must be 0 or more')
     cli.require_writable(args.out)
-    objective = wanted_objective(args.objective, cfg.model)
+    objective = wanted_objective(args.objective, whole_model(cfg))
     records = [read_record(path) for path in args.records]
     seen = [read_record(path) for path in args.features_from] if args.features_from else None
     checkpoint = cli.require_checkpoint(args.checkpoint)

@@ -13,6 +13,8 @@ from dynamicdet.apis.model_zoo import SHARES, count_row, make_page, read_models
 from dynamicdet.engine import write_atomically
 from dynamicdet.errors import UsageError
 from dynamicdet.models import can_fuse, fuse
+from dynamicdet.video import EarlyExitDetector
+from dynamicdet.video.costs import as_table, layer_costs, layer_seconds
 
 ROOT = Path(__file__).parents[1]
 NOTES = """mmdet, Swin and CBNetV2 state multiply-adds, at 800 x 1280; papers about YOLO twice that.
@@ -76,6 +78,10 @@ def count_one(args: argparse.Namespace) -> None:
     if fused:
         fuse(model)
     costs = measure_costs(model, shape)
+    if isinstance(model, EarlyExitDetector):
+        print(f"{args.config}{', fused' * fused}, an image of {shape[0]} x {shape[1]} pixels\n")
+        print(as_table(model, layer_seconds(model, layer_costs(model, shape), shape), shape))
+        return
     print(f"{args.config}{', fused' * fused}: {count_parameters(model) / 1e6:.2f} M parameters; "
           f'costs for an image of {shape[0]} x {shape[1]} pixels\n')
     print(table(costs, args.hard_share))

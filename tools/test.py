@@ -8,6 +8,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from dynamicdet.apis import cli
+from dynamicdet.apis.calibration import whole_model
 from dynamicdet.errors import UsageError
 from dynamicdet.routing.thresholds import check_budget
 from mmdet.evaluation import DumpDetResults
@@ -85,7 +86,7 @@ def main() -> None:
     cli.make_folder(cfg.work_dir)
     budget = cli.budget_from(args)
     if budget:
-        if cfg.model.type != 'DynamicDetector':
+        if whole_model(cfg).type != 'DynamicDetector':
             raise UsageError(f'--{next(iter(budget)).replace("_", "-")} is for dynamic detectors; '
                              f"this config's model is {cfg.model.type}")
         check_budget(budget)

@@ -46,6 +46,8 @@ def main() -> None:
         cfg.resume, cfg.load_from = True, last
     if cfg.get('load_from'):
         checkpoint = cli.require_checkpoint(cfg.load_from)
+        if checkpoint.get('meta', {}).get('channels') and cfg.model.type != 'PrunedDetector':
+            raise UsageError(f"'{cfg.load_from}' has lost channels: use the config that tools/prune.py wrote beside it")
         if cfg.get('resume') and not {'meta', 'optimizer'} <= checkpoint.keys():
             raise UsageError(f"'{cfg.load_from}' holds weights alone, from which no run goes on: start "
                              f'one by --cfg-options load_from={cfg.load_from}')

@@ -2,9 +2,11 @@
 
 Importing the package registers all it has; configs say ``custom_imports = dict(imports=['dynamicdet'])``.
 """
-from . import apis, engine, models  # noqa: F401  (they register themselves)
+from . import apis, engine, models, video  # noqa: F401  (they register themselves)
 from .checkpoints import allow_mmengine_classes
-from .datasets import holdout  # noqa: F401  (likewise)
+from .compression import shrinking  # noqa: F401  (likewise)
+from .datasets import holdout, mot, samplers  # noqa: F401  (likewise)
+from .deploy import folder  # noqa: F401  (likewise)
 
 __version__ = '0.1.0'
 

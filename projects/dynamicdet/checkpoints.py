@@ -152,6 +152,11 @@ def require_complete(model: nn.Module,
     said = [f'{len(keys)} {what} (such as {", ".join(keys[:3])})'
             for what, keys in (('missing', missing), ('unknown', unknown), ('of another shape', shaped))
             if keys]
+    # More than a head for other classes.
+    if 4 * len(shaped) > len(wanted) and all(len(given[key]) == len(wanted[key]) and all(
+            a <= b for a, b in zip(given[key], wanted[key])) for key in shaped):
+        said.append('it looks like a detector that has lost channels: use the config that tools/prune.py wrote '
+                    'beside it')
     if said:
         raise UsageError(f'the checkpoint does not fit this config; its keys: {"; ".join(said)}')
 

@@ -26,6 +26,17 @@ from .flops import count_flops
 Progress = Callable[[Iterable, str], Iterable]
 
 
+def whole_model(cfg: Config) -> dict:
+    """The config of a model; of one that has lost channels (`PrunedDetector`), that of the detector it was."""
+    return cfg.model.detector if cfg.model.type == 'PrunedDetector' else cfg.model
+
+
+def require_dynamic(cfg: Config) -> None:
+    """Raise a `UsageError` unless a config is of a dynamic detector, whole or pruned."""
+    if whole_model(cfg).type != 'DynamicDetector':
+        raise UsageError(f"the config's model must be a DynamicDetector, not {whole_model(cfg).type}")
+
+
 def load_model(cfg: Config, path: str, device: str) -> Tuple[DynamicDetector, dict]:
     """Build a dynamic detector and fill it from its own checkpoint.
 
@@ -35,8 +46,7 @@ def load_model(cfg: Config, path: str, device: str) -> Tuple[DynamicDetector, di
     Raises:
         UsageError: If the config is of no dynamic detector or the checkpoint does not fit.
     """
-    if cfg.model.type != 'DynamicDetector':
-        raise UsageError(f"the config's model must be a DynamicDetector, not {cfg.model.type}")
+    require_dynamic(cfg)
     checkpoint = read_checkpoint(path)
     if is_plain(checkpoint['state_dict']):
         raise UsageError(f"'{path}' is a plain detector's: train the cascade and the router first")

@@ -106,11 +106,13 @@ def load_config(args: argparse.Namespace) -> Config:
         # A config is a program: it may raise anything.
         raise UsageError(
             f"the config '{args.config}' cannot be read: {_reason(error)}") from error
+    root = cfg.get('data_root')
     try:
         cfg.merge_from_dict(args.cfg_options or {})
     except Exception as error:
         raise UsageError(
             f"--cfg-options do not fit '{args.config}': {_reason(error)}") from error
+    _move_data(cfg, root)
     _require_model(cfg, args.config)
     cfg.launcher = getattr(args, 'launcher', 'none')
     if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
@@ -119,6 +121,24 @@ def load_config(args: argparse.Namespace) -> Config:
         getattr(args, 'work_dir', None) or cfg.get('work_dir')
         or str(Path('work_dirs') / Path(args.config).stem))
     return cfg
+
+
+def _move_data(cfg: Config, root: Any) -> None:
+    """Let an overridden ``data_root`` count wherever a config has used it: mmengine changes the name alone."""
+    new = cfg.get('data_root')
+    if not isinstance(root, str) or not root or not isinstance(new, str) or new == root:
+        return
+    new = new.rstrip('/') + '/' if root.endswith('/') else new
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, dict):
+            for key in value:
+                value[key] = moved(value[key])
+        elif isinstance(value, (list, tuple)):
+            return type(value)(map(moved, value))
+        return new + value[len(root):] if isinstance(value, str) and value.startswith(root) else value
+
+    moved(cfg._cfg_dict)
 
 
 def _join_on_cpu(cfg: Config) -> None:

@@ -1,16 +1,19 @@
+from .all_exits import AllExitsTestLoop, AllExitsValLoop, ExitsMetric
 from .atomic_backend import AtomicBackend, write_atomically
 from .branch_mode_switch_hook import BranchModeSwitchHook
 from .complete_checkpoint_hook import CompleteCheckpointHook
+from .exit_curve_hook import ExitCurveHook
 from .finite_loss_hook import FiniteLossHook
 from .fuse_hook import FuseHook
 from .online_hook import OnlineHook
 from .pruning_hook import PruningHook
+from .quantization_hook import QuantizationHook
 from .resume_hook import ResumeHook
 from .router_hook import RouterHook, latest_checkpoint
 from .weight_sharing_hook import WeightSharingHook
 
 __all__ = [
     'AtomicBackend', 'BranchModeSwitchHook', 'CompleteCheckpointHook', 'FiniteLossHook', 'FuseHook',
-    'OnlineHook', 'PruningHook', 'ResumeHook', 'RouterHook', 'WeightSharingHook', 'latest_checkpoint',
-    'write_atomically'
+    'OnlineHook', 'PruningHook', 'QuantizationHook', 'ResumeHook', 'RouterHook', 'WeightSharingHook',
+    'latest_checkpoint', 'write_atomically'
 ]

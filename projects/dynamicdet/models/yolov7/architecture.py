@@ -3,7 +3,9 @@
 A row is a stage. Rows of the backbone run from shallow to deep, rows of the neck in the order in which
 they run: upwards from the deepest map, then down again.
 """
-from typing import NamedTuple, Optional, Tuple
+from typing import List, NamedTuple, Optional, Tuple
+
+from ..yolo import Layer
 
 
 class Elan(NamedTuple):
@@ -74,6 +76,47 @@ class Architecture(NamedTuple):
     def levels(self) -> int:
         """How many maps the neck takes and gives: the deepest ones."""
         return len(self.outputs)
+
+    def layers(self) -> Tuple[Layer, ...]:
+        """The detector as a list to be run, one by one; what the head is given are its entries
+        ``output_layers``.
+
+        Raises:
+            ValueError: Of W6, which begins by putting pixels into one, outside of any layer.
+        """
+        if self.pixel_unshuffle:
+            raise ValueError('YOLOv7-W6 has no table of layers: it rearranges the image before its first one')
+        rows: List[Layer] = []
+
+        def add(name: str, inputs: Tuple[int, ...], channels: int, factor: int = 1) -> int:
+            entering = min((rows[one].stride for one in inputs), default=1)
+            rows.append(Layer(name, inputs, channels, entering * factor))
+            return len(rows) - 1
+
+        last, stages = add('backbone.stem', (), self.stem), []
+        for index, (row, channels) in enumerate(zip(self.stages, self.stage_channels)):
+            last = add(f'backbone.downs.{index}', (last, ), row.entering, 2)
+            last = add(f'backbone.blocks.{index}', (last, ), channels)
+            stages.append(last)
+        kept = [add('neck.spp', (last, ), self.spp)]
+        for index, (entering, row) in enumerate(self.up):
+            upper = add(f'neck.reduces.{index}', (kept[-1], ), entering)
+            lateral = add(f'neck.laterals.{index}', (stages[-2 - index], ), entering)
+            kept.append(add(f'neck.up_blocks.{index}', (lateral, upper), row.out))
+        outputs = [kept.pop()]
+        for index, (entering, row) in enumerate(self.down):
+            wide = 2 * entering if self.down_kind == 'pool' else entering
+            lower = add(f'neck.downs.{index}', (outputs[-1], ), wide, 2)
+            outputs.append(add(f'neck.down_blocks.{index}', (lower, kept.pop()), row.out))
+        for index, (own, channels) in enumerate(zip(outputs, self.outputs)):
+            add(f'neck.outs.{index}', (own, ), channels)
+        return tuple(rows)
+
+    @property
+    def output_layers(self) -> Tuple[int, ...]:
+        """Positions in `layers` of what the head is given."""
+        count = len(self.layers())
+        return tuple(range(count - self.levels, count))
 
     @property
     def stage_channels(self) -> Tuple[int, ...]:

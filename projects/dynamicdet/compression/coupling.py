@@ -1,0 +1,334 @@
+"""Which channels of a detector can only go together: torch-pruning's graph of a detector, and what follows
+from it.
+
+Letters: U units of a cluster; a *unit* is what goes as a whole, a *cluster* is what units compete in.
+"""
+import copy
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+
+import numpy as np
+import torch
+from mmengine.structures import InstanceData
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor, nn
+
+from mmdet.models.detectors import BaseDetector
+from mmdet.structures import DetDataSample
+
+from ..errors import UsageError
+from ..models.dynamic_detector import DynamicDetector
+from .shrinking import channels_of, get
+
+#: Sides of the regions that a two-stage detector's heads are traced with: two for each level of its maps,
+#: since torch-pruning takes what autograd does with a single one for a flattening.
+_SIDES = (32., 33., 150., 151., 300., 301., 600., 601.)
+#: Why prediction layers stay as they are.
+GIVEN = 'the detector gives them'
+_CONVS = (nn.Conv2d, nn.ConvTranspose2d)
+
+
+class Member(NamedTuple):
+    """Channels of a layer that belong to units of a cluster.
+
+    Attributes:
+        layer (str): Its first name.
+        leaving (bool): Whether these are channels that it gives; else those that enter it.
+        channels (ndarray): Which, (m, ).
+        units (ndarray): To which unit each belongs, (m, ), 0 to U - 1.
+    """
+    layer: str
+    leaving: bool
+    channels: np.ndarray
+    units: np.ndarray
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Channels that are coupled: unit u of all members goes, or none of it.
+
+    Attributes:
+        width (int): Channels of a unit, where it has fewest.
+        units (int): U.
+        members (list[Member]): All layers that lose channels with it.
+        why (str): What keeps it as it is; empty if it may shrink.
+    """
+    width: int
+    units: int
+    members: List[Member] = field(repr=False)
+    why: str = ''
+
+    @property
+    def layers(self) -> List[str]:
+        """Layers whose output the channels are."""
+        return [one.layer for one in self.members if one.leaving]
+
+
+def raw_outputs(model: BaseDetector, images: Tensor, routed: Optional[Callable] = None) -> List[Tensor]:
+    """What a detector's heads say of images, all exits, with regions that do not depend on the images: each
+    value is a function of all that a channel can reach, and no detection is made.
+
+    Args:
+        model (BaseDetector): Dynamic or not.
+        images (Tensor): (N, 3, H, W), normalised.
+        routed (Callable, optional): What a dynamic detector's first maps are given to, in place of its
+            router.
+
+    Raises:
+        UsageError: If the detector is of a kind that this does not know.
+    """
+    if not isinstance(model, DynamicDetector):
+        return _flat(_heads(model, model.backbone(images)))
+    maps = model.backbone.first_maps(images)
+    outputs = [(routed or (lambda maps: model.router.logits(model.router.pool(maps))))(maps)]
+    for exit in range(model.num_exits):
+        maps = model.deeper_maps(exit, images, maps) if exit else maps
+        outputs += _flat(_heads(model.branch(exit), model.backbone.select(maps)))
+    return outputs
+
+
+def _heads(detector: BaseDetector, maps: Tuple[Tensor, ...]) -> Any:
+    maps = detector.neck(maps) if detector.with_neck else maps
+    if getattr(detector, 'with_rpn', False) and detector.with_roi_head:
+        boxes = maps[0].new_tensor([[0, 0, side, side] for side in _SIDES])
+        regions = [InstanceData(bboxes=boxes) for _ in range(len(maps[0]))]
+        samples = [DetDataSample(metainfo=dict(img_shape=(600, 600))) for _ in regions]
+        return detector.rpn_head(maps), detector.roi_head.forward(maps, regions, samples)
+    if not hasattr(detector, 'bbox_head') or hasattr(detector, 'encoder'):
+        raise UsageError(
+            f'channels of a {type(detector).__name__} cannot be removed: only those of one-stage and '
+            'two-stage detectors of convolutions can')
+    return detector.bbox_head(maps)
+
+
+def _flat(outputs: Any) -> List[Tensor]:
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    if isinstance(outputs, dict):
+        outputs = outputs.values()
+    return [one for output in outputs if output is not None for one in _flat(output)]
+
+
+def example(size: int = 64) -> Tensor:
+    """An image to trace with, (1, 3, size, size)."""
+    return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def find_clusters(model: BaseDetector) -> List[Cluster]:
+    """All clusters of a detector; the model is left as it is.
+
+    The graph is torch-pruning's (Fang et al. 2023, DepGraph), which follows autograd through one forward: so
+    second backbones, connections between them, shared heads and sums over levels are coupled by what is
+    really computed. Spreading along it is done here: its own compares lists of channels at every step, which
+    takes minutes behind a flattened RoI. Of convolutions with groups and of group norms whole groups are a
+    unit, so that the others compute what they did.
+
+    Raises:
+        UsageError: If torch-pruning is not installed, or the detector is of a kind that this does not know.
+    """
+    library = _need_torch_pruning()
+    traced = _Traced(model)
+    with torch.enable_grad():
+        graph = library.DependencyGraph().build_dependency(traced, example(), verbose=False)
+    names = _Names(traced)
+    spreads: List[_Spread] = []
+    seen: Dict[str, set] = {}
+    for module in list(graph.module2node):
+        if isinstance(module, (*_CONVS, nn.Linear)) and names.of(module) and channels_of(module):
+            name, count = names.of(module), channels_of(module)[1]
+            roots = [index for index in range(count) if index not in seen.get(name, ())]
+            if roots:
+                spreads.append(_spread(graph, library, module, roots))
+                for (target, leaving), channels in spreads[-1].found.items():
+                    if leaving:
+                        seen.setdefault(names.of(target.module), set()).update(channels)
+    return _merge(spreads, names)
+
+
+class _Traced(nn.Module):
+    """A detector that can be traced: a copy, since frozen parameters would not be on the graph. Its
+    ``probes`` stand for a router's first layer, one for each map; joined in a vector the maps could not be
+    told apart."""
+
+    def __init__(self, model: BaseDetector) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model).eval()
+        self.probes = nn.ModuleList(
+            nn.Linear(count, 1)
+            for count in _routed_channels(model)) if isinstance(model, DynamicDetector) else None
+        self.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> '_Traced':
+        """Nothing: torch-pruning asks for eval mode, upon which a ResNet would freeze its stages again."""
+        return self
+
+    def forward(self, images: Tensor) -> List[Tensor]:
+        outputs = raw_outputs(self.model, images, lambda maps: sum(
+            probe(one.mean((2, 3))) for probe, one in zip(self.probes, maps)))
+        # Times one: so that an output is a node of its own.
+        return [one * 1 for one in outputs]
+
+
+@torch.no_grad()
+def _routed_channels(model: DynamicDetector) -> List[int]:
+    """Channels of the maps that a router sees."""
+    return [one.shape[1] for one in copy.deepcopy(model.backbone).eval().first_maps(example())]
+
+
+def _need_torch_pruning() -> ModuleType:
+    try:
+        import torch_pruning
+    except ImportError:
+        raise UsageError("removing channels needs 'torch-pruning', which is not installed: "
+                         'pip install -r requirements/compression.txt') from None
+    return torch_pruning
+
+
+class _Names:
+    """First names of modules and parameters of a detector that is traced."""
+
+    def __init__(self, traced: _Traced) -> None:
+        self.model, self.probes = traced.model, list(traced.probes or ())
+        self._names = {id(one): name for named in (self.model.named_modules(), self.model.named_parameters())
+                       for name, one in named}
+
+    def of(self, module: Any) -> str:
+        """Empty for what is no part of the model, such as a sum."""
+        return self._names.get(id(module), '')
+
+
+class _Spread(NamedTuple):
+    """Where channels that a layer gives, its roots, are met again: (node, whether it gives them) -> channel
+    -> root; and pairs of roots that meet in one channel."""
+    found: Dict[Tuple, Dict[int, int]]
+    ties: set
+
+
+def _spread(graph: Any, library: ModuleType, module: nn.Module, roots: List[int]) -> _Spread:
+    index = library._helpers._HybridIndex
+    handler = graph.get_pruner_of_module(module).prune_out_channels
+    node = graph.module2node[module]
+    found: Dict[Tuple, Dict[int, int]] = {(node, True): {root: root for root in roots}}
+    ties = set()
+    waiting = [(node, handler, [index(idx=root, root_idx=root) for root in roots])]
+    while waiting:
+        node, handler, channels = waiting.pop()
+        for edge in node.dependencies:
+            if not edge.is_triggered_by(handler):
+                continue
+            mapped = channels
+            for mapping in edge.index_mapping:
+                mapped = mapped if mapping is None else mapping(mapped)
+            # What a norm or a sum is given is what it gives.
+            leaving = graph.is_out_channel_pruning_fn(edge.handler)
+            there = found.setdefault((edge.target, leaving), {})
+            known = len(there)
+            new = []
+            for one in mapped:
+                root = there.setdefault(one.idx, one.root_idx)
+                if root != one.root_idx:
+                    ties.add((root, one.root_idx))
+                elif len(there) > known:
+                    new.append(one)
+                known = len(there)
+            if new:
+                waiting.append((edge.target, edge.handler, new))
+    return _Spread(found, ties)
+
+
+def _merge(spreads: List[_Spread], names: _Names) -> List[Cluster]:
+    """Clusters of spreads: those that share a convolution with groups become one."""
+    atoms = [{root: None for root in next(iter(spread.found.values()))} for spread in spreads]
+    offsets, total = [], 0
+    for own in atoms:
+        offsets.append(total)
+        own.update({root: total + place for place, root in enumerate(own)})
+        total += len(own)
+    members: Dict[Tuple[str, bool], Dict[int, int]] = {}
+    whys: Dict[int, str] = {}
+    for number, spread in enumerate(spreads):
+        for (node, leaving), channels in spread.found.items():
+            name, kind = names.of(node.module), type(node.module).__name__
+            if kind == '_OutputOp':
+                whys[number] = GIVEN
+            elif name and channels_of(node.module) is None:
+                whys[number] = f'a {kind} is among them'
+            elif node.module in names.probes:
+                members.setdefault(('router.fc1', False), {}).update(
+                    {place: atoms[number][root] for channel, root in channels.items()
+                     for place in _pooled(names, names.probes.index(node.module), channel)})
+            elif name:
+                members.setdefault((name, leaving), {}).update(
+                    {channel: atoms[number][root] for channel, root in channels.items()})
+    links = _group_links(members, names) + [
+        (own[one], own[other]) for own, spread in zip(atoms, spreads) for one, other in spread.ties]
+    one, other = zip(*links) if links else ((), ())
+    _, unit_of = connected_components(coo_matrix((np.ones(len(one)), (one, other)), (total, total)),
+                                      directed=False)
+    spread_of = np.repeat(np.arange(len(spreads)), [len(own) for own in atoms])
+    # Spreads that share a unit are one cluster.
+    pairs = np.stack([spread_of, unit_of + len(spreads)])
+    size = len(spreads) + unit_of.max() + 1
+    _, cluster_of = connected_components(coo_matrix((np.ones(total), pairs), (size, size)), directed=False)
+    rows: Dict[int, List[tuple]] = {}
+    for (name, leaving), channels in members.items():
+        channels, own = np.array(sorted(channels.items())).T
+        for number in np.unique(cluster_of[spread_of[own]]):
+            mine = cluster_of[spread_of[own]] == number
+            rows.setdefault(number, []).append((name, leaving, channels[mine], unit_of[own[mine]]))
+    return [
+        part for number in dict.fromkeys(cluster_of[:len(spreads)])
+        for part in _clusters(rows[number], unit_of, spread_of, np.flatnonzero(
+            cluster_of[spread_of] == number), whys)
+    ]
+
+
+def _pooled(names: _Names, number: int, channel: int) -> range:
+    """Where a router's vector has a channel of a map: once for each pool."""
+    counts = [probe.in_features for probe in names.probes]
+    return range(sum(counts[:number]) + channel, sum(counts) * len(names.model.router.pools), sum(counts))
+
+
+def _group_links(members: Dict[Tuple[str, bool], Dict[int, int]], names: _Names) -> List[Tuple[int, int]]:
+    """Pairs of atoms that are in one group of a layer."""
+    links = []
+    for (name, leaving), channels in members.items():
+        entering, given, groups = channels_of(get(names.model, name))
+        if groups == 1:
+            continue
+        first: Dict[int, int] = {}
+        # Both sides of a convolution: what a group is given, it alone gives on.
+        for side, count in ((False, entering), (True, given)):
+            for channel, atom in members.get((name, side), {}).items():
+                links.append((first.setdefault(channel * groups // count, atom), atom))
+    return links
+
+
+def _clusters(rows: List[tuple], unit_of: np.ndarray, spread_of: np.ndarray, own: np.ndarray,
+              whys: Dict[int, str]) -> List[Cluster]:
+    """Clusters of some atoms, ``own``, which are coupled: one for all units that the same layers give. Where
+    maps are put behind each other, a layer gives some of them alone, and must keep some."""
+    units, places = np.unique(unit_of[own], return_inverse=True)
+    rows = [(name, leaving, channels, np.searchsorted(units, wanted))
+            for name, leaving, channels, wanted in rows]
+    spreads = np.unique(spread_of[own])
+    widths = np.stack(
+        [np.bincount(places[spread_of[own] == spread], minlength=len(units)) for spread in spreads])
+    why = next((whys[spread] for spread in spreads if spread in whys), '')
+    given = np.zeros((len(units), len(rows)), bool)
+    for column, (_, leaving, _, wanted) in enumerate(rows):
+        given[wanted, column] = leaving
+    _, part_of = np.unique(given, axis=0, return_inverse=True)
+    clusters = []
+    for part in dict.fromkeys(part_of.reshape(-1).tolist()):
+        inside = part_of.reshape(-1) == part
+        number = np.cumsum(inside) - 1
+        members = [Member(name, leaving, channels[inside[wanted]], number[wanted[inside[wanted]]])
+                   for name, leaving, channels, wanted in rows if inside[wanted].any()]
+        there = widths[:, inside][widths[:, inside].any(1)]
+        uneven = (there.min(1) != there.max(1)).any()
+        clusters.append(Cluster(int(there.min()), int(inside.sum()), members,
+                                why or ('groups of several layers overlap' if uneven else '')))
+    return clusters

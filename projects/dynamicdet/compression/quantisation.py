@@ -1,0 +1,336 @@
+"""Eight-bit integers, simulated in torch as an int8 graph of ONNX Runtime computes them.
+
+Quantised are layers, that is convolutions and linear layers, with what enters and what leaves them:
+
+* weights: symmetric, a scale for each output channel, integers in -127 ... 127 (-64 ... 64 where a processor
+  adds products in 16 bits, see `deploy.int8.needs_reduced_range`);
+* activations: one scale and zero point for a tensor, integers in 0 ... 255, for all who read the tensor;
+* biases: integers of 32 bits, in steps of the product of both scales;
+* a norm behind a convolution is part of it, and a ReLU behind both needs no integers of its own.
+
+Where that is follows from the calls that torch sees in a pass (`trace`), not from modules: sums and
+concatenations are no modules, and heads use one module at several levels.
+"""
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+#: Share of a batch's range in the running one.
+MOMENTUM = 0.1
+_CONVS, _LINEARS, _NORMS = (torch.conv2d, F.conv2d), (F.linear, ), (F.batch_norm, )
+_RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
+
+
+def activation_scale(low: float, high: float) -> Tuple[np.float32, int]:
+    """Scale and zero point, 0 to 255, of a range. Zero is always in it, and is an integer of its own.
+
+    Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+    Inference" (2018), equation 1.
+    """
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = np.float32((high - low) / 255)
+    # All zeros, or too close for float32.
+    if not scale > np.finfo(np.float32).tiny:
+        return np.float32(1), 0
+    return scale, int(np.clip(np.rint(-low / float(scale)), 0, 255))
+
+
+def weight_scale(weight: Tensor, reduced: bool = False) -> Tensor:
+    """A scale for each output channel, (C, ), of weights (C, ...)."""
+    scale = weight.detach().flatten(1).abs().amax(1) / (64 if reduced else 127)
+    return torch.where(scale > torch.finfo(torch.float32).tiny, scale, 1.0)
+
+
+def fake_quantise_weight(weight: Tensor, reduced: bool = False, noise: float = 1.0) -> Tensor:
+    """Round weights, (C, ...), to what 8 bits hold; gradients pass as if nothing had happened.
+
+    Args:
+        weight (Tensor): float32.
+        reduced (bool): Whether to -64 ... 64.
+        noise (float): Share of the weights, by chance, that is rounded: quant-noise (Fan et al. 2021). In [0,
+            1].
+    """
+    if noise <= 0:
+        return weight
+    scale = weight_scale(weight, reduced)
+    most = 64 if reduced else 127
+    zeros = torch.zeros(len(scale), dtype=torch.int32, device=weight.device)
+    rounded = torch.fake_quantize_per_channel_affine(weight, scale, zeros, 0, -most, most)
+    return rounded if noise >= 1 else torch.where(torch.rand_like(weight) < noise, rounded, weight)
+
+
+def round_bias(bias: Tensor, step: Tensor) -> Tensor:
+    """Round a bias, (C, ), to multiples of the scale of its channel's products, (C, ): integers of 32 bits
+    are added to those. Gradients pass."""
+    return bias + (torch.round(bias / step) * step - bias).detach()
+
+
+def fold(weight: Tensor, bias: Optional[Tensor], norm: _BatchNorm) -> Tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution that does what the convolution and the norm (in eval mode) do."""
+    factor = (norm.running_var + norm.eps).rsqrt()
+    factor = factor if norm.weight is None else factor * norm.weight
+    shift = (0 if bias is None else bias) - norm.running_mean
+    shift = shift * factor + (0 if norm.bias is None else norm.bias)
+    return weight * factor.reshape(-1, *[1] * (weight.dim() - 1)), shift
+
+
+# Where integers are.
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A call of a convolution or linear layer.
+
+    Attributes:
+        entering, leaving (str): Keys of the ranges of its input and its output.
+        weight (Tensor): Its weight.
+        norm (nn.Module, optional): The norm that is part of it.
+        spared (bool): Whether it stays float.
+    """
+    entering: str
+    leaving: str
+    weight: Tensor
+    norm: Optional[_BatchNorm]
+    spared: bool
+
+
+@dataclass
+class Plan:
+    """Which calls of a pass are of layers, and whose results become integers.
+
+    Attributes:
+        layers (dict[int, Layer]): By number of the call, in order.
+        norms (set[int]): Calls that are part of a layer.
+        points (dict[int, str]): Call -> key of the range of its result.
+        inputs (dict[int, str]): The same for what enters the pass.
+    """
+    layers: Dict[int, Layer] = field(default_factory=dict)
+    norms: Set[int] = field(default_factory=set)
+    points: Dict[int, str] = field(default_factory=dict)
+    inputs: Dict[int, str] = field(default_factory=dict)
+
+
+class _Counted(TorchFunctionMode):
+    """Numbers the calls that make tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        number = self.calls
+        result = self.call(number, function, args, kwargs or {})
+        self.calls += any(isinstance(one, Tensor) for one in tree_leaves(result))
+        return result
+
+    def call(self, number: int, function: Callable, args: tuple, kwargs: dict) -> Any:
+        raise NotImplementedError
+
+
+class _Tracer(_Counted):
+    """Notes who makes and who reads each value. A value is a call, or an input: ('input', number)."""
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        # An object that is written to in place becomes another value.
+        self.value_of: Dict[int, Any] = {id(tensor): ('input', index) for index, tensor in enumerate(inputs)}
+        self.readers: Dict[Any, List[int]] = {}
+        self.made: Dict[int, Tuple[Callable, tuple]] = {}
+        # An id is not used again while its object lives.
+        self.kept: List[Any] = list(inputs)
+
+    def call(self, number: int, function: Callable, args: tuple, kwargs: dict) -> Any:
+        read = [self.value_of.get(id(one)) for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        first = self.value_of.get(id(args[0])) if args else None
+        result = function(*args, **kwargs)
+        tensors = [one for one in tree_leaves(result) if isinstance(one, Tensor)]
+        if tensors:
+            for value in read:
+                if value is not None:
+                    self.readers.setdefault(value, []).append(number)
+            self.made[number] = (function, (first, *args))
+            self.kept.append((result, args))
+            # Of several results, only a single one can become integers.
+            for index, one in enumerate(tensors):
+                self.value_of[id(one)] = number if len(tensors) == 1 else (number, index)
+        return result
+
+    def only_reader(self, value: Any, functions: Sequence[Callable]) -> Optional[int]:
+        readers = self.readers.get(value, [])
+        if len(readers) == 1 and self.made[readers[0]][0] in functions and self.made[
+                readers[0]][1][0] == value:
+            return readers[0]
+        return None
+
+
+@torch.no_grad()
+def trace(run: Callable, inputs: Sequence[Tensor], modules: Sequence[nn.Module],
+          spared: Sequence[nn.Module] = ()) -> Plan:
+    """Find the layers of a computation by running it once. Its norms must be in eval mode.
+
+    Args:
+        run (Callable): Tensors -> nested tensors.
+        inputs (Sequence[Tensor]): What to run it on.
+        modules (Sequence[nn.Module]): Where its norms are.
+        spared (Sequence[nn.Module]): Whose layers stay float.
+    """
+    norms = {id(norm.running_mean): norm for module in modules for norm in module.modules()
+             if isinstance(norm, _BatchNorm)}
+    kept_float = {id(one) for module in spared for one in module.parameters()}
+    inputs = [tensor.detach() for tensor in inputs]
+    tracer = _Tracer(inputs)
+    with tracer:
+        outputs = run(*inputs)
+    for one in tree_leaves(outputs):
+        if isinstance(one, Tensor):
+            # Who computes with the outputs is none of the calls.
+            tracer.readers.setdefault(tracer.value_of.get(id(one)), []).append(-1)
+    tracer.made[-1] = (None, (None, ))
+    plan, keys, found = Plan(), {}, []
+    for number, (function, (value, *args)) in sorted(tracer.made.items()):
+        if function not in _CONVS and not (function in _LINEARS and args[0].dim() == 2):
+            continue
+        leaving, norm = number, None
+        norm_call = tracer.only_reader(number, _NORMS)
+        if norm_call is not None and id(tracer.made[norm_call][1][2]) in norms:
+            norm = norms[id(tracer.made[norm_call][1][2])]
+            leaving = norm_call
+            plan.norms.add(norm_call)
+        relu = tracer.only_reader(leaving, _RELUS)
+        found.append((number, value, leaving if relu is None else relu, args[1], norm, id(args[1])
+                      in kept_float))
+    for index, (_, value, leaving, *_, spare) in enumerate(found):
+        if not spare:
+            keys.setdefault(value, f'in{index}')
+            keys.setdefault(leaving, f'out{index}')
+    for number, value, leaving, weight, norm, spare in found:
+        plan.layers[number] = Layer(keys.get(value, ''), keys.get(leaving, ''), weight, norm, spare)
+    for value, key in keys.items():
+        if isinstance(value, int):
+            plan.points[value] = key
+        elif value is not None and value[0] == 'input':
+            plan.inputs[value[1]] = key
+    return plan
+
+
+# The simulation.
+
+
+class Ranges:
+    """Lowest and highest value of each tensor that becomes integers, as they run by.
+
+    Attributes:
+        values (dict[str, Tensor]): Key -> (2, ).
+        observing (bool): Whether passes change them.
+        rounding (bool): Whether activations are rounded by them.
+    """
+
+    def __init__(self, values: Optional[Dict[str, Tensor]] = None) -> None:
+        self.values = dict(values or {})
+        self.observing, self.rounding = False, True
+
+    @torch.no_grad()
+    def observe(self, key: str, x: Tensor) -> None:
+        if not self.observing or not x.numel():
+            return
+        now = torch.stack(x.detach().float().aminmax())
+        before = self.values.get(key)
+        self.values[key] = now if before is None else before.to(now.device).lerp_(now, MOMENTUM)
+
+    def scale(self, key: str) -> Tuple[np.float32, int]:
+        """Scale and zero point of a known range."""
+        return activation_scale(*self.values[key].tolist())
+
+    def quantise(self, key: str, x: Tensor) -> Tensor:
+        """Round activations to what 8 bits hold; as they are where no range is known."""
+        self.observe(key, x)
+        if key not in self.values or not self.rounding:
+            return x
+        scale, zero = self.scale(key)
+        return torch.fake_quantize_per_tensor_affine(x, float(scale), zero, 0, 255)
+
+
+class _Simulator(_Counted):
+
+    def __init__(self, plan: Plan, ranges: Ranges, reduced: bool, noise: float) -> None:
+        super().__init__()
+        self.plan, self.ranges, self.reduced, self.noise = plan, ranges, reduced, noise
+
+    def call(self, number: int, function: Callable, args: tuple, kwargs: dict) -> Any:
+        # Calls that make no tensor have the number of the next that does.
+        layer = self.plan.layers.get(number) if function in (*_CONVS, *_LINEARS) else None
+        if layer is not None and not layer.spared:
+            x, weight, *rest = args
+            bias, rest = (rest[0], rest[1:]) if rest else (None, ())
+            if layer.norm is not None:
+                weight, bias = fold(weight, bias, layer.norm)
+            if bias is not None and layer.entering in self.ranges.values and self.ranges.rounding:
+                step = float(self.ranges.scale(layer.entering)[0]) * weight_scale(weight, self.reduced)
+                bias = round_bias(bias, step)
+            result = function(x, fake_quantise_weight(weight, self.reduced, self.noise), bias, *rest,
+                              **kwargs)
+        elif number in self.plan.norms and function in _NORMS:
+            result = args[0]
+        else:
+            result = function(*args, **kwargs)
+        key = self.plan.points.get(number)
+        return self.ranges.quantise(key, result) if key is not None and isinstance(result, Tensor) else result
+
+
+class Simulation:
+    """A computation as in 8 bits: runs in its place.
+
+    Args:
+        run (Callable): Tensors -> nested tensors.
+        modules (Sequence[nn.Module]): What it computes with. Their norms stay in eval mode.
+        spared (Sequence[nn.Module]): Whose layers stay float.
+        reduced (bool): Whether weights are in -64 ... 64.
+        noise (float): Share of the weights that is rounded in a pass while training, in (0, 1].
+    """
+
+    def __init__(self, run: Callable, modules: Sequence[nn.Module], spared: Sequence[nn.Module] = (),
+                 reduced: bool = False, noise: float = 1.0) -> None:
+        self.run, self.modules, self.spared = run, tuple(modules), tuple(spared)
+        self.reduced, self.noise = reduced, noise
+        self.ranges = Ranges()
+        #: Whether anything is rounded; if not, ranges are watched alone.
+        self.active = True
+        self._plans: Dict[Any, Plan] = {}
+
+    @property
+    def keys(self) -> List[str]:
+        """Of all ranges, known or not, once something has passed."""
+        return sorted(
+            {key
+             for plan in self._plans.values()
+             for key in (*plan.points.values(), *plan.inputs.values())})
+
+    def plan(self, *inputs: Tensor) -> Plan:
+        """Where integers are. What a detector calls depends on sizes and on whether it trains, not on how
+        many images there are."""
+        key = (self.modules[0].training, tuple(tuple(one.shape[2:]) for one in inputs))
+        if key not in self._plans:
+            self._plans[key] = trace(self.run, inputs, self.modules, self.spared)
+        return self._plans[key]
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        for norm in (norm for module in self.modules for norm in module.modules()):
+            if isinstance(norm, _BatchNorm):
+                norm.eval()
+        plan = self.plan(*inputs)
+        self.ranges.rounding = self.active
+        inputs = [self.ranges.quantise(plan.inputs[index], x) if index in plan.inputs else x
+                  for index, x in enumerate(inputs)]
+        if not self.active:
+            noise = 0.0
+        else:
+            noise = self.noise if self.modules[0].training else 1.0
+        with _Simulator(plan, self.ranges, self.reduced, noise):
+            return self.run(*inputs)

@@ -1,0 +1,204 @@
+"""From a trained detector to a deployment folder."""
+import itertools
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from mmdet.models.detectors import BaseDetector
+from mmdet.registry import MODELS
+
+from ..apis.calibration import force_exit, measure_difficulties, measure_latencies, provenance
+from ..checkpoints import read_checkpoint, require_complete
+from ..compression.quantisation import trace
+from ..errors import UsageError
+from ..models import DynamicDetector
+from ..models.online import kept_speed
+from .folder import require_new, write_folder
+from .graphs import Exported, Graph, export_stages, need, release_weights
+from .int8 import (Observer, Recipe, Sensitivity, choose_float, multiply_adds, needs_reduced_range,
+                   quantise_graph, spared_layers, trained_ranges, watched)
+from .stages import Stage, find_stages
+
+Progress = Callable[[Iterable, str], Iterable]
+#: Batches on which layers are tried in 8 bits.
+_TRIED = 4
+
+
+def load_detector(cfg: Config, path: str) -> Tuple[BaseDetector, dict]:
+    """A config's detector, plain or dynamic, filled from its own checkpoint, on the CPU in eval mode.
+
+    Raises:
+        UsageError: If the checkpoint does not fit.
+    """
+    checkpoint = read_checkpoint(path)
+    init_default_scope('mmdet')
+    model = MODELS.build(cfg.model)
+    require_complete(model, checkpoint['state_dict'])
+    model.load_state_dict(
+        {key.removeprefix('module.'): value for key, value in checkpoint['state_dict'].items()}, strict=False)
+    meta = checkpoint.get('meta', {}).get('dataset_meta')
+    if meta:
+        model.dataset_meta = meta
+    return model.eval(), checkpoint
+
+
+def deploy(cfg: Config,
+           path: str,
+           out: str,
+           loader: Optional[DataLoader] = None,
+           progress: Progress = lambda steps, what: steps,
+           images: int = 200,
+           method: str = 'mse',
+           noise: float = 0.01,
+           share: float = 0.1,
+           reduced: Optional[bool] = None) -> Dict[str, Any]:
+    """Write a detector as a deployment folder.
+
+    Args:
+        cfg (Config): Of a plain or dynamic detector.
+        path (str): Its checkpoint. One of a `QuantizationHook` brings ranges, which are used.
+        out (str): The folder to make.
+        loader (DataLoader, optional): Over validation images, by the config's test pipeline. With it, graphs
+            are in 8 bits; without, in float32.
+        progress (Callable): Wraps what is iterated over.
+        images (int): How many images of it are looked at, at least 1.
+        method (str): How ranges are found; see `Observer.ranges`.
+        noise, share (float): Which layers stay float; see `choose_float`.
+        reduced (bool, optional): Whether weights have 7 bits. Defaults to what this processor needs, or to
+            what was trained with.
+
+    Returns:
+        dict: What was done, as in the manifest; with ``bytes``.
+
+    Raises:
+        UsageError: If something is missing, or does not fit.
+    """
+    for name in ('onnx', 'onnxruntime'):
+        need(name)
+    require_new(out)
+    if loader is not None and (images < 1 or not len(loader.dataset)):
+        raise UsageError('int8 needs validation images to calibrate on, and there is none')
+    model, checkpoint = load_detector(cfg, path)
+    trained = checkpoint.get('quantization') if loader is not None else None
+    exported = export_stages(model, fuse=trained is None)
+    deployed, _ = load_detector(cfg, path)
+    stages = find_stages(deployed)
+    contents = {name: one.content for name, one in exported.items()}
+    about: Dict[str, Any] = dict(
+        int8=loader is not None,
+        versions={name: need(name).__version__
+                  for name in ('torch', 'onnx', 'onnxruntime')},
+        provenance=provenance(cfg, path, loader.dataset if loader is not None else (), 'cpu'))
+    if loader is not None:
+        batches = list(itertools.islice(loader, -(-images // loader.batch_size)))
+        shares = _hard_shares(deployed, batches, progress)
+        contents, details = _int8(
+            deployed, stages, exported, batches, progress, trained, method, noise, share, reduced)
+        about.update(details)
+        _place(stages, contents, exported)
+        if shares is not None:
+            _recalibrate(deployed, batches, loader.dataset, shares, progress)
+    else:
+        _place(stages, contents, exported)
+    release_weights(stages)
+    about['bytes'] = write_folder(
+        out, cfg, deployed, contents, {name: one.form for name, one in exported.items()}, about)
+    return about
+
+
+def _place(stages: Sequence[Stage], contents: Mapping[str, bytes], exported: Mapping[str, Exported],
+           watch: Optional[Mapping[str, Callable]] = None) -> None:
+    for stage in stages:
+        stage.place(Graph(contents[stage.name], exported[stage.name].form,
+                          watch=watch[stage.name] if watch else None))
+
+
+def _drive(model: BaseDetector, batches: Sequence[dict], progress: Progress, what: str) -> None:
+    """Let images pass through all exits, as they are tested."""
+    exits = getattr(model, 'num_exits', 1)
+    with torch.no_grad():
+        for batch in progress(batches, what):
+            if not isinstance(model, DynamicDetector):
+                model.test_step(batch)
+                continue
+            with kept_speed(model):
+                for exit in range(exits):
+                    force_exit(model, exit)
+                    model.test_step(batch)
+
+
+def _int8(model: BaseDetector, stages: Sequence[Stage], exported: Mapping[str, Exported],
+          batches: Sequence[dict], progress: Progress, trained: Optional[Mapping[str, Any]], method: str,
+          noise: float, share: float, reduced: Optional[bool]) -> Tuple[Dict[str, bytes], Dict[str, Any]]:
+    """Graphs in 8 bits, and what was found on the way."""
+    observers = {stage.name: Observer() for stage in stages}
+    feeds: Dict[str, List[Tuple[Tensor, ...]]] = {stage.name: [] for stage in stages}
+    watching = {name: watched(one.content) for name, one in exported.items()}
+    for stage in stages:
+        stage.place(_Kept(Graph(watching[stage.name], exported[stage.name].form, watch=observers[stage.name]),
+                          feeds[stage.name]))
+    _drive(model, batches, progress, 'calibration')
+    if reduced is None:
+        reduced = trained['reduced'] if trained else needs_reduced_range()
+    contents, found = {}, {}
+    for stage in progress(stages, 'layers'):
+        content = exported[stage.name].content
+        spared = spared_layers(content, stage)
+        if trained:
+            recipe = _trained(stage, exported[stage.name], trained, reduced)
+            result = Sensitivity(0.0, 0.0)
+        else:
+            recipe = Recipe(observers[stage.name].ranges(method), spared, reduced)
+            result = choose_float(content, recipe, feeds[stage.name],
+                                  multiply_adds(content, observers[stage.name].shares), noise, share)
+            recipe = Recipe(recipe.ranges, (*spared, *result.chosen), reduced)
+        contents[stage.name] = quantise_graph(content, recipe)
+        found[stage.name] = dict(
+            float_layers=list(recipe.float_layers), float_share=result.share,
+            noise_all_int8=result.before, noise=result.after)
+    images = sum(len(batch['inputs']) for batch in batches)
+    return contents, dict(
+        reduced_range=reduced, calibration=dict(images=images, ranges='trained' if trained else method),
+        layers=found)
+
+
+class _Kept:
+    """A graph that keeps what reached it first."""
+
+    def __init__(self, graph: Graph, feeds: List[Tuple[Tensor, ...]]) -> None:
+        self._graph, self._feeds = graph, feeds
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        if len(self._feeds) < _TRIED:
+            self._feeds.append(tuple(one.clone() for one in inputs))
+        return self._graph(*inputs)
+
+
+def _trained(stage: Stage, exported: Exported, trained: Mapping[str, Any], reduced: bool) -> Recipe:
+    """The recipe of a quantisation-aware training."""
+    plan = trace(stage.run, exported.inputs, stage.modules, stage.spared)
+    prefix = f'{stage.name}/'
+    own = {key.removeprefix(prefix): value.tolist() for key, value in trained['ranges'].items()
+           if key.startswith(prefix)}
+    ranges, unknown = trained_ranges(exported.content, plan, own)
+    return Recipe(ranges, unknown, reduced)
+
+
+def _hard_shares(model: BaseDetector, batches: Sequence[dict], progress: Progress) -> Optional[List[float]]:
+    """The share of images that goes on at each threshold, of a calibrated dynamic detector."""
+    if not isinstance(model, DynamicDetector) or not len(model.difficulties):
+        return None
+    difficulties = torch.from_numpy(measure_difficulties(model, batches, progress))
+    return [(difficulties > threshold).float().mean().item() for threshold in model.threshold.reshape(-1)]
+
+
+def _recalibrate(model: DynamicDetector, batches: Sequence[dict], dataset: Any, shares: List[float],
+                 progress: Progress) -> None:
+    """Difficulties and latencies are others in 8 bits; as many images go on as before."""
+    model.difficulties = torch.from_numpy(measure_difficulties(model, batches, progress))
+    model.latencies.copy_(torch.tensor(measure_latencies(model, dataset, progress)))
+    model.set_budget(hard_share=shares[0] if len(shares) == 1 else shares)

@@ -1,0 +1,193 @@
+"""A folder that holds a detector for use: graphs, a config, what torch still needs, and a manifest.
+
+    manifest.json      stages and how their outputs are nested, versions, provenance, SHA-256 of all files
+    config.json        the config, as data: reading it runs nothing
+    state.pth          what is not in the graphs: router, thresholds, calibration
+    first.onnx, ...    a graph for each stage
+
+It is written whole or not at all, and a folder that was changed is refused.
+"""
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, Mapping, Optional
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import init_default_scope
+
+from mmdet.models.detectors import BaseDetector
+from mmdet.registry import MODELS
+
+from ..checkpoints import weights_only
+from ..errors import UsageError
+from .graphs import Graph, release_weights
+from .stages import find_stages
+
+FORMAT, VERSION = 'dynamicdet.deployed', 1
+MANIFEST, CONFIG, STATE = 'manifest.json', 'config.json', 'state.pth'
+
+
+def write_folder(out: str, cfg: Config, model: BaseDetector, graphs: Mapping[str, bytes],
+                 forms: Mapping[str, Any], about: Mapping[str, Any]) -> int:
+    """Write a deployment folder.
+
+    Args:
+        out (str): The folder. It must not be there yet.
+        cfg (Config): The detector's.
+        model (BaseDetector): With graphs in place; its other state is kept.
+        graphs (Mapping[str, bytes]): ONNX file of each stage, in order.
+        forms (Mapping): How each stage's outputs are nested.
+        about (Mapping): For the manifest: plain data.
+
+    Returns:
+        int: Bytes written.
+    """
+    require_new(out)
+    state = io.BytesIO()
+    torch.save(model.state_dict(), state)
+    files = {f'{name}.onnx': content for name, content in graphs.items()}
+    files[CONFIG] = json.dumps(_plain(cfg.to_dict()), indent=1).encode()
+    files[STATE] = state.getvalue()
+    manifest = dict(
+        format=FORMAT, version=VERSION,
+        stages=[dict(name=name, file=f'{name}.onnx', form=forms[name]) for name in graphs],
+        dataset_meta=_plain(dict(getattr(model, 'dataset_meta', None) or {})),
+        **about,
+        files={name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
+    manifest['sha256'] = _digest(manifest)
+    files[MANIFEST] = json.dumps(manifest, indent=1).encode()
+    target = Path(out).absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f'.{target.name}.'))
+    try:
+        for name, content in files.items():
+            with open(temporary / name, 'wb') as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o777 & ~umask)
+        if target.is_dir():
+            target.rmdir()
+        os.rename(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary)
+        raise
+    return sum(map(len, files.values()))
+
+
+def require_new(out: str) -> None:
+    """Raise a `UsageError` if a folder is there already and not empty."""
+    if Path(out).exists() and not (Path(out).is_dir() and not any(Path(out).iterdir())):
+        raise UsageError(f"'{out}' is there already: name a folder that is not, or remove it")
+
+
+def read_manifest(folder: str) -> Dict[str, Any]:
+    """The manifest of a deployment folder, whose files are looked through.
+
+    Raises:
+        UsageError: If it is none, or one of its files is missing or was changed.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise UsageError(
+            f"'{folder}' is no deployed detector: it has no {MANIFEST}; tools/export.py makes one")
+    try:
+        manifest = json.loads(path.read_text(encoding='utf-8'))
+        known = manifest.pop('sha256') == _digest(manifest) and manifest['format'] == FORMAT
+    except (ValueError, KeyError, AttributeError, TypeError):
+        known = False
+    if not known:
+        raise UsageError(f"'{path}' is damaged: export the detector again")
+    if manifest['version'] != VERSION:
+        raise UsageError(
+            f"'{folder}' is of version {manifest['version']} of the format, and this package reads "
+            f'{VERSION}: export the detector again')
+    for name, digest in manifest['files'].items():
+        file = Path(folder) / name
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+            raise UsageError(f"'{file}' is missing or was changed: export the detector again")
+    return manifest
+
+
+def read_config(folder: str) -> Config:
+    """The config of a deployment folder."""
+    read_manifest(folder)
+    return Config(_restored(json.loads((Path(folder) / CONFIG).read_text(encoding='utf-8'))))
+
+
+def load_deployed(folder: str, threads: Optional[int] = None) -> BaseDetector:
+    """Load a detector that ONNX Runtime computes. It is used as any other: `predict`, `test_step`, mmdet's
+    `inference_detector`, budgets.
+
+    Args:
+        folder (str): As tools/export.py writes it.
+        threads (int, optional): Of each graph. Defaults to torch's.
+
+    Raises:
+        UsageError: If it is no deployment folder, was changed, or ONNX Runtime is missing.
+    """
+    manifest, cfg = read_manifest(folder), read_config(folder)
+    init_default_scope('mmdet')
+    model = MODELS.build(cfg.model).eval()
+    stages = find_stages(model)
+    if [stage.name for stage in stages] != [one['name'] for one in manifest['stages']]:
+        raise UsageError(f"'{folder}' is of another version of this package: export the detector again")
+    for stage, one in zip(stages, manifest['stages']):
+        content = (Path(folder) / one['file']).read_bytes()
+        stage.place(Graph(content, one['form'], threads))
+    release_weights(stages)
+    with weights_only():
+        state = torch.load(Path(folder) / STATE, map_location='cpu', weights_only=True)
+    model.load_state_dict(state)
+    model.cfg, model.dataset_meta = cfg, _restored(manifest['dataset_meta'])
+    return model
+
+
+@MODELS.register_module()
+def DeployedDetector(folder: str, threads: Optional[int] = None, budget: Optional[dict] = None,
+                     data_preprocessor: Optional[dict] = None) -> BaseDetector:
+    """`load_deployed` for configs: ``model=dict(type='DeployedDetector', folder=...)``.
+
+    Args:
+        folder, threads: See there.
+        budget (dict, optional): A dynamic detector's speed; see `DynamicDetector`.
+        data_preprocessor: The folder's counts; Runners fill this in.
+    """
+    model = load_deployed(folder, threads)
+    if budget:
+        if not hasattr(model, 'set_budget'):
+            raise UsageError(f"'{folder}' holds a plain detector, which has no budget")
+        model.set_budget(**budget)
+    return model
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """As JSON holds it; tuples are told from lists."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, tuple):
+        return {'()': [_plain(one) for one in value]}
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    raise UsageError(f'the config holds a {type(value).__name__}, {value!r}, which cannot be written as data')
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, dict):
+        if set(value) == {'()'}:
+            return tuple(_restored(one) for one in value['()'])
+        return ConfigDict({key: _restored(one) for key, one in value.items()})
+    return [_restored(one) for one in value] if isinstance(value, list) else value

@@ -1,0 +1,193 @@
+"""Stages as ONNX graphs: made, and run by ONNX Runtime."""
+import contextlib
+import io
+import logging
+import warnings
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Callable, Dict, Optional, Sequence
+
+import torch
+from mmcv.cnn import fuse_conv_bn
+from mmengine.structures import InstanceData
+from torch import Tensor, nn
+
+from mmdet.models.detectors import BaseDetector
+from mmdet.structures import DetDataSample
+
+from ..apis.calibration import force_exit
+from ..errors import UsageError
+from ..models import DynamicDetector, can_fuse
+from .stages import Form, Stage, find_stages, flatten, record_inputs, unflatten
+
+#: Operators of 2021, which have scales for each channel. ONNX Runtime quantises them, and reads them for
+#: long.
+OPSET = 17
+#: Height and width of the example that stages are traced on. Unlike sides: no axis is mistaken for another.
+EXAMPLE_SIZE = (256, 320)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A stage as a graph.
+
+    Attributes:
+        content (bytes): The ONNX file.
+        form: How its outputs are nested; see `stages.flatten`.
+        inputs (tuple[Tensor]): What it was traced on.
+    """
+    content: bytes
+    form: Form
+    inputs: Sequence[Tensor]
+
+
+class _Flat(nn.Module):
+    """A stage for the exporter."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(stage.modules)
+        self._run = stage.run
+
+    def forward(self, *inputs: Tensor) -> tuple:
+        return tuple(flatten(self._run(*inputs))[0])
+
+
+def export_stages(model: BaseDetector, size: Sequence[int] = EXAMPLE_SIZE,
+                  fuse: bool = True) -> Dict[str, Exported]:
+    """Make a float32 graph of each stage. Numbers of images, heights and widths are free.
+
+    Args:
+        model (BaseDetector): On the CPU, in eval mode. It is of no other use afterwards.
+        size (Sequence[int]): Height and width of the example, of which the strides are divisors.
+        fuse (bool): Whether a model's own parts are fused before, as YOLOv7's.
+
+    Raises:
+        UsageError: If a library is missing, or the detector cannot be cut.
+    """
+    need('onnx')
+    if fuse and can_fuse(model):
+        # As `models.fuse`, but for what is made for torch on a CPU alone.
+        fuse_conv_bn(model)
+        for module in list(model.modules()):
+            if hasattr(module, 'fuse'):
+                module.fuse()
+    stages = find_stages(model)
+    inputs = example_inputs(model, stages, size)
+    return {stage.name: _export(stage, inputs[stage.name]) for stage in stages}
+
+
+def example_inputs(model: BaseDetector, stages: Sequence[Stage], size: Sequence[int]) -> Dict[str, tuple]:
+    """What reaches each stage when two images of noise pass through all exits."""
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)).sub(0.5).mul(4)
+    if not getattr(model.data_preprocessor, '_enable_normalize', False):
+        images = images * 50 + 100
+    shape = dict(img_shape=tuple(size), ori_shape=tuple(size), batch_input_shape=tuple(size),
+                 pad_shape=tuple(size), scale_factor=(1.0, 1.0))
+    samples = [DetDataSample(metainfo=dict(shape, img_id=index)) for index in range(2)]
+    for sample in samples:
+        sample.gt_instances = InstanceData()
+
+    def drive() -> None:
+        for exit in range(getattr(model, 'num_exits', 1)):
+            if isinstance(model, DynamicDetector):
+                force_exit(model, exit)
+            model.predict(images, samples)
+
+    seen = record_inputs(stages, drive)
+    missing = [stage.name for stage in stages if stage.name not in seen]
+    if missing:
+        raise UsageError(f'nothing reached {", ".join(missing)} of {type(model).__name__}: it has no part in '
+                         'prediction, or its weights are untrained')
+    return seen
+
+
+def _export(stage: Stage, inputs: Sequence[Tensor]) -> Exported:
+    with torch.no_grad():
+        tensors, form = flatten(stage.run(*inputs))
+    given = [f'in{index}' for index in range(len(inputs))]
+    made = [f'out{index}' for index in range(len(tensors))]
+    axes = {name: {axis: f'{name}_{axis}' for axis in range(tensor.dim()) if axis != 1}
+            for name, tensor in zip(given + made, [*inputs, *tensors])}
+    file = io.BytesIO()
+    # By tracing: with torch.export a graph takes twenty times as long, and is the same.
+    with _quiet():
+        torch.onnx.export(_Flat(stage).eval(), tuple(inputs), file, input_names=given, output_names=made,
+                          dynamic_axes=axes, opset_version=OPSET, dynamo=False)
+    return Exported(file.getvalue(), form, inputs)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """What the tracer says of Python's branches on sizes. Agreement is tested, on other sizes too."""
+    logger = logging.getLogger('torch.onnx')
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logger.setLevel(before)
+
+
+class Graph:
+    """A stage, run by ONNX Runtime on the CPU.
+
+    Args:
+        content (bytes): An ONNX file.
+        form: How its outputs are nested; see `stages.flatten`.
+        threads (int, optional): Defaults to torch's.
+        watch (Callable, optional): Is shown all that enters and leaves, arrays by name.
+    """
+
+    def __init__(self, content: bytes, form: Form, threads: Optional[int] = None,
+                 watch: Optional[Callable[[Dict[str, Any]], None]] = None) -> None:
+        runtime = need('onnxruntime')
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = threads or torch.get_num_threads()
+        # Graphs take turns: threads of one that wait in a loop would take time from the next.
+        options.add_session_config_entry('session.intra_op.allow_spinning', '0')
+        options.log_severity_level = 3
+        self._session = runtime.InferenceSession(content, options, providers=['CPUExecutionProvider'])
+        # Inputs that change nothing are not in the graph.
+        self._names = [(one.name, int(one.name.removeprefix('in'))) for one in self._session.get_inputs()]
+        self._outputs = [one.name for one in self._session.get_outputs()]
+        self._form, self._watch = form, watch
+
+    def arrays(self, *inputs: Tensor) -> Dict[str, Any]:
+        """All outputs, as numpy arrays by name, in order."""
+        return dict(zip(self._outputs, self._session.run(None, self._feed(inputs))))
+
+    def _feed(self, inputs: Sequence[Tensor]) -> Dict[str, Any]:
+        return {name: inputs[index].detach().contiguous().numpy() for name, index in self._names}
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        arrays = self.arrays(*inputs)
+        if self._watch is not None:
+            self._watch({**self._feed(inputs), **arrays})
+        own = [torch.from_numpy(array) for name, array in arrays.items() if is_output(name)]
+        return unflatten(own, self._form)
+
+
+def is_output(name: str) -> bool:
+    """Whether a tensor is one of a stage's outputs, as `export_stages` names them."""
+    return name.startswith('out') and name[3:].isdigit()
+
+
+def release_weights(stages: Sequence[Stage]) -> None:
+    """Let go of the weights that graphs have now. Images with padding are still scored by torch."""
+    kept = {id(one) for stage in stages for module in stage.spared for one in module.parameters()}
+    for module in (part for stage in stages for whole in stage.modules for part in whole.modules()):
+        for name, one in list(module.named_parameters(recurse=False)):
+            if id(one) not in kept:
+                setattr(module, name, None)
+
+
+def need(name: str) -> ModuleType:
+    """An optional library."""
+    try:
+        return __import__(name)
+    except ImportError:
+        raise UsageError(f"deployment needs '{name}', which is not installed: "
+                         'pip install -r requirements/deploy.txt') from None

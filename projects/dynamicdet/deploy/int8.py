@@ -1,0 +1,329 @@
+"""Graphs in integers of 8 bits, by ONNX Runtime's QDQ quantiser: activations U8, weights S8 for each channel.
+
+Three steps, each on the graphs of all stages:
+
+1. `Observer`: what range each tensor has, while images pass through the deployed detector;
+2. `choose_float`: which layers cost too much in 8 bits, by trying each;
+3. `quantise_graph`.
+"""
+import platform
+from dataclasses import dataclass, field
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+
+import numpy as np
+from torch import Tensor
+
+from ..compression.quantisation import Layer, Plan, activation_scale, fold
+from ..errors import UsageError
+from .graphs import Graph, is_output, need
+from .stages import Stage
+
+#: Layers, that is what has weights, and what is part of them.
+LAYERS = ('Conv', 'Gemm')
+_BINS = 2048
+Range = Tuple[float, float]
+
+
+def needs_reduced_range() -> bool:
+    """Whether this processor adds two products of 8 bits in 16, which saturate: x86 without VNNI. Weights of
+    7 bits cannot (ONNX Runtime's documentation, "When and why do I need to try U8U8?")."""
+    if platform.machine().lower() not in ('x86_64', 'amd64', 'i386', 'i686'):
+        return False
+    try:
+        with open('/proc/cpuinfo') as file:
+            flags = next((line for line in file if line.startswith('flags')), '')
+    except OSError:
+        return True
+    return 'vnni' not in flags
+
+
+# Ranges.
+
+
+class Observer:
+    """Range and histogram of tensors that pass by.
+
+    Attributes:
+        shares (dict[str, float]): Elements of each tensor for each row: an image, or a RoI.
+    """
+
+    def __init__(self) -> None:
+        self._edges: Dict[str, Range] = {}
+        self._counts: Dict[str, np.ndarray] = {}
+        self.shares: Dict[str, float] = {}
+
+    def __call__(self, arrays: Mapping[str, np.ndarray]) -> None:
+        for name, array in arrays.items():
+            if array.size:
+                self._add(name, array)
+
+    def _add(self, name: str, array: np.ndarray) -> None:
+        if not np.isfinite(array).all():
+            raise UsageError(f"the tensor '{name}' has values that are not finite: this detector cannot be "
+                             'quantised')
+        self.shares[name] = array.size / len(array)
+        low, high = min(float(array.min()), 0.0), max(float(array.max()), 0.0)
+        if name in self._edges:
+            low, high = min(low, self._edges[name][0]), max(high, self._edges[name][1])
+        high = high if high > low else low + 1e-12
+        counts = np.histogram(array, _BINS, (low, high))[0].astype(np.float64)
+        if name in self._edges:
+            counts += self._moved(name, low, high)
+        self._edges[name], self._counts[name] = (low, high), counts
+
+    def _moved(self, name: str, low: float, high: float) -> np.ndarray:
+        """Earlier counts in wider bins."""
+        middles = _middles(*self._edges[name])
+        return np.histogram(middles, _BINS, (low, high), weights=self._counts[name])[0]
+
+    def ranges(self, method: str = 'mse') -> Dict[str, Range]:
+        """Range of each tensor.
+
+        Args:
+            method (str): ``minmax``: all that was seen; ``mse``: the part of it that has the least squared
+                error, with what lies outside at its ends.
+        """
+        if method == 'minmax':
+            return dict(self._edges)
+        if method != 'mse':
+            raise UsageError(f"ranges are found by 'mse' or 'minmax', not by '{method}'")
+        return {name: least_error(self._counts[name], *self._edges[name]) for name in self._edges}
+
+
+def _middles(low: float, high: float) -> np.ndarray:
+    edges = np.linspace(low, high, _BINS + 1)
+    return (edges[1:] + edges[:-1]) / 2
+
+
+def least_error(counts: np.ndarray, low: float, high: float) -> Range:
+    """The range, shrunk at both ends by one factor, with the least squared error of rounding and clipping."""
+    values, best = _middles(low, high), (np.inf, (low, high))
+    for factor in np.linspace(1, 0.2, 33):
+        scale, zero = activation_scale(low * factor, high * factor)
+        rounded = (np.clip(np.rint(values / scale) + zero, 0, 255) - zero) * scale
+        error = float((counts * (values - rounded)**2).sum())
+        best = min(best, (error, (low * factor, high * factor)))
+    return best[1]
+
+
+def watched(content: bytes) -> bytes:
+    """A graph that also gives all tensors that enter or leave a layer."""
+    onnx = need('onnx')
+    model = onnx.load_from_string(content)
+    for name in _activations(model):
+        if not is_output(name):
+            model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+    return model.SerializeToString()
+
+
+def _activations(model: Any) -> List[str]:
+    """What enters and leaves layers, and ReLUs behind them; but what enters the graph is known already."""
+    inputs = {one.name for one in model.graph.input}
+    names: Dict[str, None] = {}
+    for node in layers_of(model):
+        leaving = node.output[0]
+        relu = only_relu(model, leaving)
+        for name in (node.input[0], leaving, *([relu.output[0]] if relu is not None else [])):
+            if name not in inputs:
+                names[name] = None
+    return list(names)
+
+
+def layers_of(model: Any) -> List[Any]:
+    """Nodes with weights."""
+    weights = {one.name for one in model.graph.initializer}
+    return [node for node in model.graph.node if node.op_type in LAYERS and node.input[1] in weights]
+
+
+def only_relu(model: Any, name: str) -> Optional[Any]:
+    """The ReLU that alone reads a tensor."""
+    readers = [node for node in model.graph.node if name in node.input]
+    alone = len(readers) == 1 and readers[0].op_type == 'Relu' and not is_output(name)
+    return readers[0] if alone else None
+
+
+# Quantising.
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a stage is quantised.
+
+    Attributes:
+        ranges (dict): Tensor -> lowest and highest value.
+        float_layers (tuple[str]): Names of nodes that stay float.
+        reduced (bool): Whether weights have 7 bits.
+    """
+    ranges: Dict[str, Range]
+    float_layers: Tuple[str, ...] = ()
+    reduced: bool = False
+
+
+def quantise_graph(content: bytes, recipe: Recipe) -> bytes:
+    """A graph with all layers in 8 bits but those that a recipe spares."""
+    need('onnxruntime')
+    onnx = need('onnx')
+    from onnxruntime.quantization import QuantType
+    from onnxruntime.quantization.calibrate import TensorData
+    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+    model = onnx.load_from_string(content)
+    names = [node.name for node in layers_of(model) if node.name not in recipe.float_layers
+             and node.input[0] in recipe.ranges]
+    if not names:
+        return content
+    relus = [node.name for node in model.graph.node if node.op_type == 'Relu']
+    data, overrides = {}, {}
+    for name, (low, high) in recipe.ranges.items():
+        scale, zero = activation_scale(low, high)
+        data[name] = TensorData(lowest=np.float32(low), highest=np.float32(high))
+        overrides[name] = [dict(scale=np.array(scale), zero_point=np.array(zero, np.uint8))]
+    quantiser = QDQQuantizer(
+        model, True, recipe.reduced, QuantType.QInt8, QuantType.QUInt8, data, names + relus, [],
+        [*LAYERS, 'Relu'], dict(TensorQuantOverrides=overrides))
+    quantiser.quantize_model()
+    return quantiser.model.model.SerializeToString()
+
+
+def spared_layers(content: bytes, stage: Stage) -> Tuple[str, ...]:
+    """Nodes whose weights are of a stage's spared modules."""
+    onnx = need('onnx')
+    model = onnx.load_from_string(content)
+    weights = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
+    spared = [one.detach().numpy() for module in stage.spared for one in module.parameters() if one.dim() > 1]
+    return tuple(node.name for node in layers_of(model)
+                 if any(_equal(weights[node.input[1]], one) for one in spared))
+
+
+def _equal(one: np.ndarray, other: np.ndarray) -> bool:
+    return any(one.shape == two.shape and np.allclose(one, two) for two in (other, other.T))
+
+
+def noise_of(reference: Sequence[Sequence[np.ndarray]], graph: Graph,
+             feeds: Sequence[Sequence[Tensor]]) -> float:
+    """Power of the error over that of the outputs, the mean over a stage's outputs."""
+    errors, powers = None, None
+    for expected, inputs in zip(reference, feeds):
+        got = graph.arrays(*inputs).values()
+        error = np.array([np.square(one - two, dtype=np.float64).sum() for one, two in zip(got, expected)])
+        power = np.array([np.square(two, dtype=np.float64).sum() for two in expected])
+        errors, powers = (error, power) if errors is None else (errors + error, powers + power)
+    return float((errors / np.maximum(powers, 1e-30)).mean())
+
+
+@dataclass
+class Sensitivity:
+    """What 8 bits cost a stage.
+
+    Attributes:
+        before, after (float): Noise over signal at its outputs, with all layers in 8 bits and with the chosen
+            ones float.
+        chosen (list[str]): Layers that stay float, the worst first.
+        each (dict[str, float]): Noise with this layer alone in 8 bits.
+        share (float): Of the multiply-adds, what stays float.
+    """
+    before: float
+    after: float
+    chosen: List[str] = field(default_factory=list)
+    each: Dict[str, float] = field(default_factory=dict)
+    share: float = 0.0
+
+
+def choose_float(content: bytes,
+                 recipe: Recipe,
+                 feeds: Sequence[Sequence[Tensor]],
+                 costs: Mapping[str, float],
+                 noise: float = 0.01,
+                 share: float = 0.1) -> Sensitivity:
+    """Find the layers that must stay float, by measurement.
+
+    Each layer is tried in 8 bits alone. Then the worst of them become float, one after the other, until the
+    noise is low enough or too much would be float.
+
+    Args:
+        content (bytes): The float graph.
+        recipe (Recipe): Its ranges; layers that it spares are not tried.
+        feeds (Sequence): What reaches the stage, for some batches.
+        costs (Mapping[str, float]): Multiply-adds of each layer for an image or RoI.
+        noise (float): Power of the error over that of the outputs that is wanted. 0.01 is 20 dB.
+        share (float): Of the multiply-adds, what may stay float.
+    """
+    onnx = need('onnx')
+    names = [
+        node.name for node in layers_of(onnx.load_from_string(content))
+        if node.name not in recipe.float_layers
+    ]
+    exact = Graph(content, None)
+    reference = [list(exact.arrays(*inputs).values()) for inputs in feeds]
+
+    def measure(kept_float: Iterable[str]) -> float:
+        quantised = quantise_graph(content, Recipe(recipe.ranges, (*recipe.float_layers, *kept_float),
+                                                   recipe.reduced))
+        return noise_of(reference, Graph(quantised, None), feeds)
+
+    before = measure(())
+    found = Sensitivity(before, before)
+    if before <= noise or not names:
+        return found
+    found.each = {name: measure(other for other in names if other != name) for name in names}
+    total = sum(costs.get(name, 0) for name in names) or 1
+    for name in sorted(names, key=lambda one: -found.each[one]):
+        cost = costs.get(name, 0) / total
+        if found.after <= noise:
+            break
+        if found.share + cost <= share:
+            found.chosen.append(name)
+            found.share += cost
+            found.after = measure(found.chosen)
+    return found
+
+
+def multiply_adds(content: bytes, sizes: Mapping[str, float]) -> Dict[str, float]:
+    """Of each layer, for an image or RoI, by the elements of its output (`Observer.shares`)."""
+    onnx = need('onnx')
+    model = onnx.load_from_string(content)
+    weights = {one.name: list(one.dims) for one in model.graph.initializer}
+    # Of a convolution (out, in / groups, height, width), of a Gemm (out, in).
+    return {node.name: sizes.get(node.output[0], 0) * float(np.prod(weights[node.input[1]][1:]))
+            for node in layers_of(model)}
+
+
+# Ranges of a training.
+
+
+def trained_ranges(content: bytes, plan: Plan,
+                   ranges: Mapping[str, Sequence[float]]) -> Tuple[Dict[str, Range], Tuple[str, ...]]:
+    """Ranges that a training found, by the names of a graph's tensors; and the layers that have none.
+
+    Args:
+        content (bytes): The float graph of the same stage.
+        plan (Plan): Where the training had integers.
+        ranges (Mapping): Key of the plan -> lowest and highest value.
+
+    Raises:
+        UsageError: If the graph is of another detector.
+    """
+    onnx = need('onnx')
+    model = onnx.load_from_string(content)
+    own = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
+    nodes, layers = layers_of(model), list(plan.layers.values())
+    # Calls and nodes are in one order; weights prove it.
+    if len(nodes) != len(layers) or not all(
+            _equal(own[node.input[1]], _folded(layer)) for node, layer in zip(nodes, layers)):
+        raise UsageError('the trained ranges are of another detector: its layers are not those of the graph')
+    found: Dict[str, Range] = {}
+    unknown = []
+    for node, layer in zip(nodes, layers):
+        relu = only_relu(model, node.output[0])
+        leaving = node.output[0] if relu is None else relu.output[0]
+        if layer.spared or layer.entering not in ranges or layer.leaving not in ranges:
+            unknown.append(node.name)
+            continue
+        for name, key in ((node.input[0], layer.entering), (leaving, layer.leaving), (node.output[0],
+                                                                                      layer.leaving)):
+            found[name] = tuple(float(one) for one in ranges[key])
+    return found, tuple(unknown)
+
+
+def _folded(layer: Layer) -> np.ndarray:
+    weight = layer.weight if layer.norm is None else fold(layer.weight, None, layer.norm)[0]
+    return weight.detach().numpy()

@@ -1,0 +1,38 @@
+"""How long a deployed detector takes."""
+import time
+from typing import Any, List
+
+import numpy as np
+import torch
+from mmengine.dataset import pseudo_collate
+
+from mmdet.models.detectors import BaseDetector
+
+from ..apis.calibration import Progress, measure_latencies
+from ..models import DynamicDetector
+
+
+@torch.no_grad()
+def measure_latency(model: BaseDetector, dataset: Any, progress: Progress, images: int = 20,
+                    rounds: int = 5) -> List[float]:
+    """Median seconds per image of each exit, of a plain detector's one: batch 1, images in memory, from
+    preprocessing to boxes.
+
+    Args:
+        model (BaseDetector): In eval mode, on the CPU.
+        dataset: The data set; its first ``images`` are timed.
+        progress (Callable): Wraps what is iterated over.
+        images (int): How many images. Defaults to 20.
+        rounds (int): How often each is timed, after one untimed round. Defaults to 5.
+    """
+    if isinstance(model, DynamicDetector):
+        return list(measure_latencies(model, dataset, progress, images, rounds))
+    batches = [pseudo_collate([dataset[index]]) for index in range(min(images, len(dataset)))]
+    times: List[float] = []
+    for turn in progress(range(rounds + 1), 'latencies'):
+        for batch in batches:
+            start = time.perf_counter()
+            model.test_step(batch)
+            if turn:
+                times.append(time.perf_counter() - start)
+    return [float(np.median(times))]

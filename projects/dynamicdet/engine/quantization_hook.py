@@ -1,0 +1,165 @@
+"""Train for integers of 8 bits: when, not what."""
+from typing import Dict, List, Optional
+
+import torch
+from mmengine.dist import all_reduce, get_world_size
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import IterBasedTrainLoop, Runner
+from torch import Tensor, nn
+
+from mmdet.registry import HOOKS
+
+from ..compression.quantisation import Simulation
+from ..deploy.stages import find_stages
+from ..errors import UsageError
+from ..models import can_fuse
+
+
+@HOOKS.register_module()
+class QuantizationHook(Hook):
+    """Let a trained detector get used to 8 bits: quantisation-aware training.
+
+    From ``start`` on, stages compute as their int8 graphs will: weights and activations are rounded,
+    gradients pass. Norms stay as they are, in eval mode, since graphs have them in their convolutions.
+    Validation, and tests of the run's checkpoints with the same config, are in 8 bits too.
+
+    Checkpoints hold the detector's ordinary keys, in float32; the ranges of activations lie beside them under
+    ``quantization``, for ``--resume`` and for ``tools/export.py --int8``, which takes them.
+
+    Args:
+        start (int): Epochs, or iterations, done before weights and activations are rounded. Until then ranges
+            are watched.
+        observe (int, optional): Epochs, or iterations, done when ranges come to rest. By default they follow
+            the activations to the end.
+        noise (float): Share of the weights, by chance, that is rounded in a pass: quant-noise (Fan et al.
+            2021). In (0, 1]; 1 rounds all.
+        reduced_range (bool): Whether weights have 7 bits, for x86 processors without VNNI.
+        by_epoch (bool): Whether these count epochs.
+    """
+
+    # After EMAHook, which must copy the detector before its stages are replaced, and whose averages are
+    # tested.
+    priority = 'BELOW_NORMAL'
+
+    def __init__(self,
+                 start: int = 0,
+                 observe: Optional[int] = None,
+                 noise: float = 1.0,
+                 reduced_range: bool = False,
+                 by_epoch: bool = True) -> None:
+        if start < 0 or observe is not None and observe <= start:
+            raise UsageError(
+                f'QuantizationHook: start={start}, observe={observe}: start must not be negative, and '
+                'observe be later')
+        if not 0 < noise <= 1:
+            raise UsageError(f'QuantizationHook: noise={noise} is no share of the weights in (0, 1]')
+        self.start, self.observe, self.noise = start, observe, noise
+        self.reduced_range, self.by_epoch = reduced_range, by_epoch
+        self._saved: Optional[dict] = None
+        self._stages: list = []
+        self.simulations: Dict[str, Simulation] = {}
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        self._saved = checkpoint.get('quantization')
+
+    def before_train(self, runner: Runner) -> None:
+        model = _plain(runner)
+        if getattr(model, 'train_router', False):
+            raise UsageError(
+                'QuantizationHook: this config trains a router alone, and nothing else may change; '
+                'quantise in step 1')
+        if self.by_epoch and isinstance(runner.train_loop, IterBasedTrainLoop):
+            raise UsageError('QuantizationHook: this run counts iterations, not epochs; set by_epoch=False')
+        if not runner._resume:
+            self._saved = None
+        self._install(model)
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None) -> None:
+        done = runner.epoch if self.by_epoch else runner.iter
+        self._set(done >= self.start, self.observe is None or done < self.observe)
+
+    def after_train_iter(self,
+                         runner: Runner,
+                         batch_idx: int,
+                         data_batch: Optional[dict] = None,
+                         outputs: Optional[dict] = None) -> None:
+        if any(one.ranges.observing for one in self.simulations.values()):
+            self._agree()
+
+    def before_val(self, runner: Runner) -> None:
+        # A run that has trained nothing yet knows no ranges, and is tested in float.
+        self._set(True, False)
+
+    def before_test(self, runner: Runner) -> None:
+        if self._saved is not None and not self._stages:
+            self._install(_plain(runner))
+            self._set(True, False)
+        elif not self._stages:
+            runner.logger.warning('QuantizationHook: the checkpoint has no ranges: it is tested in float32')
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        checkpoint['quantization'] = dict(
+            ranges={key: value.cpu() for key, value in self._ranges().items()}, reduced=self.reduced_range)
+
+    def after_train(self, runner: Runner) -> None:
+        self._remove()
+
+    def after_test(self, runner: Runner) -> None:
+        self._remove()
+
+    def _install(self, model: nn.Module) -> None:
+        if can_fuse(model):
+            raise UsageError(
+                'QuantizationHook: parts of this detector are fused for use, as YOLOv5 and YOLOv7 have '
+                'them, and would be others then; export it by tools/export.py --int8 as it is')
+        self._stages = find_stages(model)
+        for stage in self._stages:
+            one = Simulation(stage.run, stage.modules, stage.spared, self.reduced_range, self.noise)
+            self.simulations[stage.name] = one
+            stage.place(one)
+        device = next(model.parameters()).device
+        for key, value in (self._saved or {}).get('ranges', {}).items():
+            name, _, own = key.partition('/')
+            if name not in self.simulations:
+                raise UsageError(
+                    f"QuantizationHook: the checkpoint has ranges of '{name}', which this detector has "
+                    'not; --resume goes on with the same config')
+            self.simulations[name].ranges.values[own] = value.to(device)
+
+    def _remove(self) -> None:
+        for stage in self._stages:
+            stage.place(stage.run)
+        self._stages, self.simulations = [], {}
+
+    def _set(self, active: bool, observing: bool) -> None:
+        for one in self.simulations.values():
+            one.active, one.ranges.observing = active, observing
+
+    def _ranges(self) -> Dict[str, Tensor]:
+        return {f'{name}/{key}': value for name, one in self.simulations.items()
+                for key, value in sorted(one.ranges.values.items())}
+
+    def _agree(self) -> None:
+        """The mean of the ranges over the ranks, which see other images."""
+        if get_world_size() == 1:
+            return
+        # Keys are the same on all ranks, as all pass through all stages; but a RoI head may have had no RoIs.
+        names: List[tuple] = [(name, key) for name, one in sorted(self.simulations.items())
+                              for key in one.keys]
+        first = next(iter(self.simulations.values()))
+        device = next(first.modules[0].parameters()).device
+        empty = torch.full((2, ), float('nan'), device=device)
+        every = torch.stack([self.simulations[name].ranges.values.get(key, empty) for name, key in names])
+        known = every.isfinite().float()
+        every = every.nan_to_num()
+        all_reduce(every)
+        all_reduce(known)
+        for (name, key), value, count in zip(names, every, known):
+            if count[0] > 0:
+                self.simulations[name].ranges.values[key] = value / count
+
+
+def _plain(runner: Runner) -> nn.Module:
+    """The model without its DDP wrapper."""
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model

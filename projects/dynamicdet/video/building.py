@@ -1,0 +1,67 @@
+"""Parts of an `EarlyExitDetector` from its config."""
+from typing import List, Optional, Sequence, Tuple
+
+from mmengine.model import ModuleList
+from torch import nn
+
+from mmdet.registry import MODELS
+
+from ..errors import UsageError
+from ..models.yolo import AnchorHead, Layer
+
+
+def build_heads(heads: dict, detector: nn.Module,
+                table: Sequence[Layer]) -> Tuple[Tuple[int, ...], List[float], List[nn.Module]]:
+    """The heads of some layers.
+
+    Args:
+        heads (dict): As of `EarlyExitDetector`; it stays as it is.
+        detector (nn.Module): The base; what the config lacks is as in its ``bbox_head``.
+        table (Sequence[Layer]): Its layers.
+
+    Returns:
+        tuple: Positions in the table, weights of losses, heads.
+
+    Raises:
+        UsageError: If layers or weights do not fit.
+    """
+    given = {'type': 'ExitHead', **_of_base(detector.bbox_head), **heads}
+    layers = given.pop('layers', None)
+    layers = tuple(range(len(table)) if layers is None else layers)
+    weights = given.pop('weights', 1.0)
+    weights = [weights] * len(layers) if isinstance(weights, (int, float)) else list(weights)
+    if not layers or list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < len(table):
+        raise UsageError(f'heads.layers are positions from 0 to {len(table) - 1}, ascending, each once; got '
+                         f'{list(layers)}')
+    if len(weights) != len(layers) or any(weight < 0 for weight in weights):
+        raise UsageError(f'heads.weights is a number from 0 on, or one for each of {len(layers)} heads; got '
+                         f'{weights}')
+    missing = [name for name in ('num_classes', 'anchors') if name not in given]
+    if missing:
+        raise UsageError(f"heads needs {' and '.join(missing)}: the detector's head is no anchor head "
+                         'to take it from')
+    return layers, weights, [MODELS.build(
+        dict(given, in_channels=table[one].channels, stride=table[one].stride)) for one in layers]
+
+
+def _of_base(head: nn.Module) -> dict:
+    """What auxiliary heads take over from the detector's."""
+    if not isinstance(head, AnchorHead):
+        return {}
+    return dict(
+        num_classes=head.num_classes, anchors=head.anchors.flatten(0, 1).tolist(),
+        loss_weights=head.loss_weights, train_cfg=head.train_cfg, test_cfg=head.test_cfg)
+
+
+def build_propagation(propagation: Optional[dict], heads: Sequence[nn.Module]) -> Optional[ModuleList]:
+    """One for each head, or None."""
+    if not propagation:
+        return None
+    return ModuleList(MODELS.build({'type': 'Propagation', 'channels': head.channels, **propagation})
+                      for head in heads)
+
+
+def learner(gate: Optional[nn.Module]) -> Optional[nn.Module]:
+    """The gate, or the one that it wraps, that learns; None if there is none."""
+    inner = getattr(gate, 'gate', None)
+    return gate if hasattr(gate, 'loss') else inner if hasattr(inner, 'loss') else None

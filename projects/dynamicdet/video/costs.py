@@ -1,0 +1,194 @@
+"""What the layers, heads and exits of an early-exit detector cost.
+
+FLOPs are 2 x multiply-adds, as in `apis.flops`: norms, activations, resizing and what turns outputs into
+detections count as none.
+"""
+import statistics
+import time
+from typing import TYPE_CHECKING, Callable, List, NamedTuple, Optional, Sequence
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..apis.flops import Part, count_flops, count_parameters
+
+if TYPE_CHECKING:
+    from .early_exit_detector import EarlyExitDetector
+
+
+class LayerCosts(NamedTuple):
+    """A layer of the table; costs are for one image.
+
+    Attributes:
+        name (str): Of its module.
+        stride (int): Pixels per cell.
+        main (Part): The layer itself: parameters and FLOPs.
+        head (Part, optional): Its auxiliary head, without propagation; None if it has none.
+        propagation (Part, optional): The head's.
+        products (int): Of ``propagation.flops``, those of attention's two products: counters that look at
+            layers alone, as the seed's, leave them out.
+        seconds (tuple[float, ...]): That main, head and propagation took, 0 for what is not there; empty if
+            not measured.
+    """
+    name: str
+    stride: int
+    main: Part
+    head: Optional[Part]
+    propagation: Optional[Part]
+    products: int
+    seconds: tuple = ()
+
+
+@torch.no_grad()
+def layer_costs(model: 'EarlyExitDetector', shape: Sequence[int]) -> List[LayerCosts]:
+    """Of each layer, by running them without values.
+
+    Args:
+        model (EarlyExitDetector): In any mode; it stays as it is.
+        shape (Sequence[int]): Height and width, multiples of 32.
+    """
+    rows, exits = [], dict(zip(model.exit_layers, range(len(model.heads))))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        device = next(model.parameters()).device
+        layers = _all_layers(model, torch.zeros(1, 3, *shape, device=device))
+        for position, layer in enumerate(model.table):
+            flops, x = count_flops(lambda: layers.take(position))
+            main, head, propagation, products = Part(
+                count_parameters(model.detector.get_submodule(layer.name)), flops), None, None, 0
+            if position in exits:
+                own = model.heads[exits[position]]
+                flops, features = count_flops(lambda: own.features(x))
+                head = Part(count_parameters(own), flops + count_flops(lambda: own((features, )))[0])
+                if model.propagation is not None:
+                    module = model.propagation[exits[position]]
+                    propagation = Part(count_parameters(module), _propagation_flops(module, features))
+                    products = 4 * features[0].numel() * module.size**2
+            rows.append(LayerCosts(layer.name, layer.stride, main, head, propagation, products))
+    return rows
+
+
+def _all_layers(model: 'EarlyExitDetector', images: Tensor):
+    """Like ``model.lazy``, but every layer's map may be taken, and a second time as an output."""
+    from .lazy import LazyLayers
+    return LazyLayers(model.detector, model.table, images, (*range(len(model.table)), *model.output_layers))
+
+
+def _propagation_flops(module: torch.nn.Module, features: Tensor) -> int:
+    gap = torch.ones(len(features), dtype=torch.long, device=features.device)
+    return count_flops(lambda: module(features, module.remember(features), gap))[0]
+
+
+@torch.no_grad()
+def final_flops(model: 'EarlyExitDetector', shape: Sequence[int]) -> int:
+    """FLOPs of the detector's own head for one image."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        device = next(model.parameters()).device
+        maps = [torch.zeros(1, layer.channels, *(side // layer.stride for side in shape), device=device)
+                for layer in (model.table[position] for position in model.output_layers)]
+        return count_flops(lambda: model.detector.bbox_head(maps))[0]
+
+
+def exit_gflops(model: 'EarlyExitDetector', shape: Sequence[int],
+                rows: Optional[Sequence[LayerCosts]] = None) -> List[float]:
+    """GFLOPs of a frame that leaves at exit -1, 0, ..., E - 1, all heads included that the gate looks at on
+    the way, and propagation as if every frame had a memory: (E + 1,).
+
+    Args:
+        model (EarlyExitDetector): As of `layer_costs`.
+        shape (Sequence[int]): As of `layer_costs`.
+        rows (Sequence[LayerCosts], optional): From `layer_costs`, where they are known.
+    """
+    rows = rows or layer_costs(model, shape)
+    looks = model.gate is not None and model.gate.looks_at_detections
+    heads = [sum(part.flops for part in (rows[position].head, rows[position].propagation) if part)
+             for position in model.exit_layers]
+    found = [_flops_up_to(model, rows, [model.early_layer])]
+    for exit, position in enumerate(model.exit_layers):
+        passed = sum(heads[:exit]) if looks else 0
+        found.append(_flops_up_to(model, rows, [position]) + passed + heads[exit])
+    whole = _flops_up_to(model, rows, model.output_layers) + final_flops(model, shape)
+    found.append(whole + looks * sum(heads))
+    return [flops / 1e9 for flops in found]
+
+
+def _flops_up_to(model: 'EarlyExitDetector', rows: Sequence[LayerCosts], positions: Sequence[int]) -> int:
+    """Of all layers that some need, themselves included."""
+    needed, waiting = set(), list(positions)
+    while waiting:
+        one = waiting.pop()
+        if one not in needed:
+            needed.add(one)
+            waiting.extend(model.table[one].inputs)
+    return sum(rows[one].main.flops for one in needed)
+
+
+@torch.no_grad()
+def layer_seconds(model: 'EarlyExitDetector', rows: Sequence[LayerCosts], shape: Sequence[int],
+                  repeats: int = 5) -> List[LayerCosts]:
+    """The same rows with what each part took for one image on the model's device: medians of some runs."""
+    device = next(model.parameters()).device
+    images = torch.rand(1, 3, *shape, device=device)
+    every = [_seconds_once(model, images) for _ in range(repeats + 1)][1:]  # the first one warms up
+    return [row._replace(seconds=tuple(map(statistics.median, zip(*own))))
+            for row, own in zip(rows, zip(*every))]
+
+
+def _seconds_once(model: 'EarlyExitDetector', images: Tensor) -> List[tuple]:
+    exits = dict(zip(model.exit_layers, range(len(model.heads))))
+    layers, rows = _all_layers(model, images), []
+    gap = torch.ones(1, dtype=torch.long, device=images.device)
+    for position in range(len(model.table)):
+        main, x = _timed(lambda: layers.take(position), images)
+        head = mixing = 0.0
+        if position in exits:
+            own = model.heads[exits[position]]
+            head, features = _timed(lambda: (lambda f: (f, own((f, ))))(own.features(x))[0], images)
+            if model.propagation is not None:
+                module = model.propagation[exits[position]]
+                mixing, _ = _timed(lambda: module(features, module.remember(features), gap), images)
+        rows.append((main, head, mixing))
+    return rows
+
+
+def as_table(model: 'EarlyExitDetector', rows: Sequence[LayerCosts], shape: Sequence[int]) -> str:
+    """The seed's table as plain text: of each layer time, GFLOPs and parameters of the main branch, of its
+    head and of the head's propagation; sums; and what exits cost."""
+    parts = ('main branch', 'head') + ('propagation', ) * (model.propagation is not None)
+    lines = [f'{"":<24}{"stride":>6}' + ''.join(
+        f'{part + ":":>14}{"ms":>7}{"GFLOPs":>8}{"k par.":>8}' for part in parts)]
+    cells = [[(row.main, row.head, row.propagation)[place] for row in rows] for place in range(len(parts))]
+    for number, row in enumerate(rows):
+        lines.append(f'{f"{number} {row.name}":<24}{row.stride:>6}' + ''.join(
+            _cell(own[number], row.seconds[place:place + 1]) for place, own in enumerate(cells)))
+    totals = [[part for part in own if part] for own in cells]
+    lines.append(f'{"all":<30}' + ''.join(
+        _cell(Part(sum(part.parameters for part in own), sum(part.flops for part in own)),
+              [sum(row.seconds[place] for row in rows)] if rows[0].seconds else [])
+        for place, own in enumerate(totals)))
+    final = Part(count_parameters(model.detector.bbox_head), final_flops(model, shape))
+    lines.append(f"{'the detector' + chr(39) + 's own head':<30}{_cell(final, [])}")
+    for exit, gflops in enumerate(exit_gflops(model, shape, rows), start=-1):
+        lines.append(f'a frame that leaves at exit {exit:>2}: {gflops:8.2f} GFLOPs')
+    if model.propagation is not None:
+        products, flops, heads = (sum(own) for own in zip(*(
+            (row.products, row.propagation.flops, row.head.flops) for row in rows if row.head)))
+        lines.append(f'propagation over its head: {flops / heads:.0%} of the FLOPs; '
+                     f'{(flops - products) / heads:.0%} '
+                     "without attention's two products, which counters by layer leave out")
+    return '\n'.join(lines)
+
+
+def _cell(part: Optional[Part], seconds: Sequence[float]) -> str:
+    if part is None:
+        return f'{"-":>37}'
+    time = f'{1000 * seconds[0]:.2f}' if seconds else ''
+    return f'{time:>21}{part.flops / 1e9:>8.3f}{part.parameters / 1e3:>8.1f}'
+
+
+def _timed(run: Callable[[], Tensor], images: Tensor) -> tuple:
+    start = time.perf_counter()
+    result = run()
+    if images.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result

@@ -1,0 +1,126 @@
+"""AP against cost on a recorded video run: of gates, of fixed exits, of all mixtures of fixed exits.
+
+A *setting* is E thresholds, as in `simulation`. A *row* is a point of a curve, see `simulation.row_of`; costs
+are 'gflops' or 'latency'.
+"""
+from typing import Callable, List, Mapping, Optional, Sequence
+
+import numpy as np
+
+from .gates import Gate
+from .simulation import Replays, Run, changes, exit_costs, row_of, simulate
+
+#: How many thresholds on difficulty, and how many on change, a curve tries.
+LEVELS, CHANGE_LEVELS = 21, 8
+#: Frames later at which changes are looked at: a scene that drifts changes little from one frame to the next.
+_LAGS = (1, 4)
+
+Setting = List[float]
+Progress = Callable[[int, int], None]
+
+
+def between(values: Sequence[float], count: int) -> List[float]:
+    """So many thresholds at quantiles of some values, at most; each halfway between two of them, so that
+    noise in the last digits moves nothing."""
+    values = np.unique(np.asarray(values, np.float32))
+    middles = (values[:-1] + values[1:]) / 2
+    # Neighbours without a float32 between them cannot be parted.
+    middles = middles[(middles >= values[:-1]) & (middles < values[1:])]
+    if len(middles) > count:
+        middles = middles[np.linspace(0, len(middles) - 1, count).round().astype(int)]
+    return [float(middle) for middle in middles]
+
+
+def settings_of(record: Mapping, gate: Gate, difficulties: np.ndarray, count: int = LEVELS,
+                change_count: int = CHANGE_LEVELS) -> List[Setting]:
+    """Settings to try: one level for all exits, from all to the end to all at the first exit; for a gate that
+    decides early, with each of some thresholds on change.
+
+    Args:
+        record (Mapping): Of a video run.
+        gate (Gate): The gate.
+        difficulties (np.ndarray): (E - 1, n), its own.
+        count (int): Levels between the ends. Defaults to 21.
+        change_count (int): Thresholds on change, besides none. Defaults to 8.
+    """
+    # By quantile of all difficulties, each as often as it occurs: where many frames are, steps are small.
+    quantiles = np.quantile(difficulties, np.linspace(0, 1, 4 * count + 1))
+    levels = [-1.0, *between(quantiles, count), 1.0]
+    early = [-1.0]
+    if gate.early:
+        seen = np.concatenate([changes(record, lag) for lag in _LAGS])
+        if len(seen):
+            early += between(np.quantile(seen, np.linspace(0, 1, 4 * change_count + 1)), change_count)
+    # Above the change that is taken for a cut the detector has nothing left to show again.
+    cut = record['provenance'].get('cut', 1.0)
+    early = [change for change in early if change < cut]
+    return [[change] + [level] * len(difficulties) for change in early for level in levels]
+
+
+def curve(record: Mapping,
+          replays: Replays,
+          gate: Gate,
+          difficulties: np.ndarray,
+          settings: Sequence[Setting],
+          seconds: float = 0.0,
+          progress: Optional[Progress] = None) -> List[dict]:
+    """A row for each setting, with it as ``thresholds``.
+
+    Args:
+        record (Mapping): Of a video run.
+        replays (Replays): Of the same.
+        gate (Gate): The gate.
+        difficulties (np.ndarray): (E - 1, n), its own.
+        settings (Sequence[Setting]): Those that share a threshold on change are best next to each other.
+        seconds (float): That one decision of the gate takes. Defaults to 0.
+        progress (Callable, optional): Called with (settings done, settings in all).
+    """
+    rows = []
+    for setting in settings:
+        run = simulate(record, gate, difficulties, setting, seconds)
+        rows.append(dict(row_of(run, replays.ap(run), len(record['gflops'])), thresholds=list(setting)))
+        if progress:
+            progress(len(rows), len(settings))
+    return rows
+
+
+def front(rows: Sequence[Mapping], cost: str = 'gflops') -> List[dict]:
+    """The rows that no other beats in AP at as little cost, from the cheapest on, AP rising."""
+    best, kept = -np.inf, []
+    for row in sorted(rows, key=lambda row: (row[cost], -row['ap'])):
+        if row['ap'] > best:
+            best = row['ap']
+            kept.append(dict(row))
+    return kept
+
+
+def fixed_exits(record: Mapping, replays: Replays) -> List[dict]:
+    """A row for each exit, all frames leaving there and no other head run; with ``exit``."""
+    images, exits = len(record['images']), len(record['gflops'])
+    gflops, latencies = (exit_costs(record, kind, looks=False) for kind in ('gflops', 'latencies'))
+    rows = []
+    for exit in range(exits):
+        run = Run(np.full(images, exit), np.arange(images), np.full(images, gflops[exit + 1]),
+                  np.full(images, latencies[exit + 1]))
+        rows.append(dict(row_of(run, replays.ap(run), exits), exit=exit))
+    return rows
+
+
+def line_at(rows: Sequence[Mapping], cost: float, key: str = 'gflops') -> float:
+    """AP at a cost on the line over some points: what is between two of them is a straight line, and a point
+    below the line of two others counts for nothing. NaN below the cheapest; beyond the dearest, the best AP.
+
+    For fixed exits: what choosing among them by the roll of dice gives, about.
+    """
+    hull: List[tuple] = []
+    for point in [(row[key], row['ap']) for row in front(rows, key)]:
+        while len(hull) > 1 and _turns_up(hull[-2], hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    xs, ys = zip(*hull)
+    return float(np.interp(cost, xs, ys, left=np.nan))
+
+
+def _turns_up(first: tuple, middle: tuple, last: tuple) -> bool:
+    """Whether the middle point lies on or below the line from the first to the last."""
+    return (middle[1] - first[1]) * (last[0] - first[0]) <= (last[1] - first[1]) * (middle[0] - first[0])

@@ -1,0 +1,349 @@
+"""Run a detector over a video, and show what it did: boxes, exits and costs.
+
+Nothing here grows with the number of frames but the files.
+"""
+import json
+import math
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable, List, Mapping, NamedTuple, Optional, Union
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from torch import nn
+
+from mmdet.apis import DetInferencer
+from mmdet.registry import MODELS
+
+from ..checkpoints import require_complete
+from ..errors import UsageError
+from ..models import fuse
+from ..models.online import now
+from .overlay import colours_of, draw_frame
+from .sources import Frame, Source
+from .timeline import Timeline, draw_timeline
+from .writer import VideoWriter
+
+
+class Seen(NamedTuple):
+    """What a detector made of a frame.
+
+    Attributes:
+        exit (int, optional): Taken; -1: the detections of an earlier frame. None: the detector has no exits.
+        difficulty (float, optional): In [0, 1].
+        gflops (float, optional): Mean cost of that exit, as calibrated; None if it is not.
+        seconds (float): From the picture, as the pipeline gives it, to the boxes.
+        detections (list[dict]): ``bbox`` [x1, y1, x2, y2] in the picture's pixels, ``label`` and ``score``,
+            the surest first.
+    """
+    exit: Optional[int]
+    difficulty: Optional[float]
+    gflops: Optional[float]
+    seconds: float
+    detections: List[dict]
+
+
+@dataclass
+class Summary:
+    """What became of a video.
+
+    Attributes:
+        frames (int): That were detected in.
+        faults (int): That could not be read.
+        exits (Counter): Frames by exit; empty for a detector without.
+        seconds (float): The detector's, all together.
+        gflops (float, optional): Mean per frame, if the detector is calibrated.
+        ended (str, optional): Why the source ended before its end.
+        stopped (bool): Whether it was interrupted.
+        files (list[str]): That were written.
+    """
+    frames: int = 0
+    faults: int = 0
+    exits: Counter = field(default_factory=Counter)
+    seconds: float = 0.0
+    gflops: Optional[float] = None
+    ended: Optional[str] = None
+    stopped: bool = False
+    files: List[str] = field(default_factory=list)
+
+
+class FrameDetector(DetInferencer):
+    """Any detector of MMDetection, frame by frame, through its config's test pipeline.
+
+    Args:
+        cfg (Config): With ``model`` and ``test_dataloader``.
+        checkpoint (str): Path or URL.
+        device (str, optional): Defaults to the best that is there.
+        gate (Mapping, optional): Config of a gate in the place of the config's, for an `EarlyExitDetector`.
+        budget (Mapping, optional): The wanted speed: arguments of the model's ``set_budget``.
+        score (float): Detections below it are left out. Defaults to 0.3.
+
+    Raises:
+        UsageError: If the model takes no gate or budget, or the checkpoint does not fit.
+    """
+
+    def __init__(self,
+                 cfg: Config,
+                 checkpoint: str,
+                 device: Optional[str] = None,
+                 gate: Optional[Mapping] = None,
+                 budget: Optional[Mapping] = None,
+                 score: float = 0.3) -> None:
+        self._gate, self._budget, self.score, self._warm = gate, budget, score, False
+        if gate:
+            if cfg.model.get('type') != 'EarlyExitDetector':
+                raise UsageError('only an EarlyExitDetector takes a gate; the config has a '
+                                 f'{cfg.model.get("type")}')
+            _try_gate(gate)
+            cfg.model.gate = dict(gate)
+        super().__init__(cfg, checkpoint, device, show_progress=False)
+        if budget:
+            _set_budget(self.model, budget)
+        self.exits = int(getattr(self.model, 'num_exits', 0))
+        self.classes = list(self.model.dataset_meta['classes'])
+        self.colours = colours_of(self.classes, self.model.dataset_meta.get('palette'))
+
+    def _load_weights_to_model(self, model: nn.Module, checkpoint: Optional[dict], cfg: dict) -> None:
+        """As mmdet's, but refuse a checkpoint that leaves parts of the model random, and thresholds of
+        another gate."""
+        state = checkpoint.get('state_dict', checkpoint)
+        if self._gate and not any(True for _ in model.gate.state_dict()):
+            # Those of a gate that learned and is replaced by one that does not.
+            state = {key: value for key, value in state.items() if not key.startswith('gate.')}
+            checkpoint = dict(checkpoint, state_dict=state)
+        require_complete(model, state, ('operating_points', ))
+        calibrated = checkpoint.get('meta', {}).get('calibration', {}).get('gate')
+        own = type(getattr(model, 'gate', None)).__name__
+        if self._gate and calibrated not in (None, own) and 'threshold' not in (self._budget or {}):
+            raise UsageError(f"the checkpoint's thresholds are of a {calibrated}, not of a {own}: calibrate "
+                             'it with that gate, or give --budget threshold=...')
+        super()._load_weights_to_model(model, checkpoint, cfg)
+        fuse(model)
+
+    @torch.no_grad()
+    def detect(self, picture: np.ndarray, stream: object, number: int) -> Seen:
+        """Detect in a frame. The first one of all is run twice: what a first run takes is no cost of a frame.
+
+        Args:
+            picture (ndarray): (H, W, 3) uint8, BGR.
+            stream (Hashable): The stream that it belongs to.
+            number (int): Its place in the stream: 0 begins it.
+        """
+        if not self._warm:
+            self._warm = True
+            self.detect(picture, stream, number)
+            self.forget(stream)
+        meta = dict(video_id=stream, frame_id=number)
+        data = self.pipeline(dict(img=picture, img_id=number, **meta))
+        # Whatever the pipeline keeps.
+        data['data_samples'].set_metainfo(meta)
+        device = next(self.model.parameters()).device
+        start = now(device)
+        sample, = self.model.test_step(dict(inputs=[data['inputs']], data_samples=[data['data_samples']]))
+        seconds = now(device) - start
+        exit, difficulty = sample.get('exit'), sample.get('difficulty')
+        return Seen(
+            None if exit is None else int(exit), None if difficulty is None else float(difficulty),
+            self._gflops(exit), seconds, _detections(sample.pred_instances, self.score))
+
+    def forget(self, stream: object) -> None:
+        """Let a detector that remembers streams forget one."""
+        if hasattr(self.model, 'reset'):
+            self.model.reset(stream)
+
+    def _gflops(self, exit: Optional[int]) -> Optional[float]:
+        costs = getattr(self.model, 'gflops', None)
+        if exit is None or costs is None:
+            return None
+        # An early-exit detector's begin with exit -1.
+        cost = float(costs[exit + len(costs) - self.exits])
+        return None if math.isnan(cost) else cost
+
+
+def _try_gate(gate: Mapping) -> None:
+    """Raise a `UsageError` if a gate cannot be built."""
+    try:
+        MODELS.build(dict(gate))
+    except Exception as error:
+        # Its constructor may raise anything.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f'{dict(gate)} is no gate: {reason}') from None
+
+
+def _set_budget(model: nn.Module, budget: Mapping) -> None:
+    if not hasattr(model, 'set_budget'):
+        raise UsageError(f'a {type(model).__name__} has one speed only: leave out the budget')
+    try:
+        model.set_budget(**budget)
+    except TypeError as error:
+        raise UsageError(f'{dict(budget)} is no budget of a {type(model).__name__}: {error}') from None
+
+
+def _detections(found, score: float) -> List[dict]:
+    order = found.scores.argsort(descending=True)
+    order = order[found.scores[order] >= score]
+    rows = zip(*(values[order].tolist() for values in (found.bboxes, found.labels, found.scores)))
+    return [
+        dict(bbox=[round(edge, 2) for edge in box], label=label, score=round(value, 4))
+        for box, label, value in rows
+    ]
+
+
+class Lines:
+    """A file of JSON lines, in a ``with`` block. Each line is on the disk when the next one is written; the
+    file has its name when the block ends, also by an error. A kill leaves ``.NAME.part``."""
+
+    def __init__(self, path: Union[str, Path]) -> None:
+        self.path = Path(path)
+        self._part = self.path.with_name(f'.{self.path.name}.part')
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._part, 'w', encoding='utf-8', buffering=1)
+        except OSError as error:
+            raise UsageError(f"'{path}' cannot be written: {error.strerror}") from error
+
+    def __enter__(self) -> 'Lines':
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+        os.replace(self._part, self.path)
+
+    def write(self, entry: dict) -> None:
+        self._file.write(json.dumps(entry) + '\n')
+
+
+def run_demo(detector: FrameDetector,
+             source: Source,
+             out: Union[str, Path],
+             most: Optional[int] = None,
+             say: Callable[[str], None] = print,
+             progress: Optional[Callable[[int], None]] = None) -> Summary:
+    """Detect in the frames of a source, one after the other.
+
+    Writes the drawn video ``out`` (H.264), a JSON line per frame beside it (``.jsonl``), and a picture of
+    exits and costs over time (``.png``). All have what was done until then when the run is interrupted or
+    fails. A frame that cannot be read is said, takes its place in the lines and, as the frame before once
+    more, in the video; what the detector remembers of the stream stays.
+
+    Args:
+        detector (FrameDetector): Detects.
+        source (Source): Of the frames; it is closed at the end.
+        out (str or Path): Video to write, .mp4.
+        most (int, optional): Stop after so many frames.
+        say (Callable): Told what is odd, a line each, the first 20 of a kind at most.
+        progress (Callable, optional): Called with the number of frames that are done, after each.
+
+    Raises:
+        UsageError: If ``out`` does not end in .mp4 or cannot be written.
+    """
+    require_film(out)
+    out = Path(out)
+    files = [out, out.with_suffix('.jsonl'), out.with_suffix('.png')]
+    detector.forget(source.name)
+    with source, Lines(files[1]) as lines, VideoWriter(files[0], source.fps, fragmented=True) as writer:
+        show = _Show(detector, writer, lines, _Limited(say))
+        try:
+            for frame in source:
+                show.take(frame, source.name)
+                if progress is not None:
+                    progress(frame.number + 1)
+                if most is not None and frame.number + 1 >= most:
+                    break
+        except KeyboardInterrupt:
+            show.summary.stopped = True
+        finally:
+            draw_timeline(show.timeline, files[2], detector.exits)
+    show.summary.ended = source.ended
+    show.summary.files = [str(file) for file in files if file.exists()]
+    return show.summary
+
+
+def require_film(path: Union[str, Path]) -> None:
+    """Raise a `UsageError` unless a file's name is one that `run_demo` writes."""
+    if Path(path).suffix.lower() != '.mp4':
+        raise UsageError(f"the video to write must end in .mp4, got '{path}'")
+
+
+class _Limited:
+    """Passes on the first lines of each kind, and says when it does not any more."""
+
+    def __init__(self, say: Callable[[str], None], most: int = 20) -> None:
+        self._say, self._most, self._counts = say, most, Counter()
+
+    def __call__(self, kind: str, line: str) -> None:
+        self._counts[kind] += 1
+        if self._counts[kind] <= self._most:
+            self._say(line)
+        if self._counts[kind] == self._most:
+            self._say(f'(more of this kind are only in the file of lines: {kind})')
+
+
+@dataclass
+class _Show:
+    """Takes frames, one by one, to the detector and into the files."""
+    detector: FrameDetector
+    writer: VideoWriter
+    lines: Lines
+    say: _Limited
+    timeline: Timeline = field(default_factory=Timeline)
+    summary: Summary = field(default_factory=Summary)
+    _size: Optional[tuple] = None
+    _drawn: Optional[np.ndarray] = None
+    _gflops: float = 0.0
+
+    def take(self, frame: Frame, stream: str) -> None:
+        entry = dict(frame=frame.number, time=round(frame.time, 4))
+        if frame.picture is None:
+            self._skip(frame, entry)
+            return
+        size = frame.picture.shape[1::-1]
+        if self._size not in (None, size):
+            entry['size_before'] = self._size
+            self.say('size', f'frame {frame.number}: the size changes from {self._size} to {size}')
+        self._size = size
+        seen = self.detector.detect(frame.picture, stream, frame.number)
+        self._count(frame, seen)
+        self.lines.write(dict(
+            entry, size=size, exit=seen.exit, difficulty=_round(seen.difficulty), gflops=_round(seen.gflops),
+            seconds=_round(seen.seconds), detections=seen.detections))
+        depth = None if seen.exit is None else (seen.exit + 1) / self.detector.exits
+        self._drawn = draw_frame(frame.picture, seen.detections, self.detector.classes, self.detector.colours,
+                                 self._text(frame, seen), depth)
+        self.writer.write(self._drawn)
+
+    def _skip(self, frame: Frame, entry: dict) -> None:
+        self.summary.faults += 1
+        self.say('fault', f'frame {frame.number}: {frame.fault}')
+        self.timeline.add_fault(frame.time)
+        self.lines.write(dict(entry, fault=frame.fault))
+        if self._drawn is not None:
+            self.writer.write(self._drawn)
+
+    def _count(self, frame: Frame, seen: Seen) -> None:
+        summary = self.summary
+        summary.frames += 1
+        summary.seconds += seen.seconds
+        if seen.exit is not None:
+            summary.exits[seen.exit] += 1
+        if seen.gflops is not None:
+            self._gflops += seen.gflops
+            summary.gflops = self._gflops / summary.frames
+        self.timeline.add(frame.time, seen.exit, seen.seconds, seen.gflops)
+
+    def _text(self, frame: Frame, seen: Seen) -> List[str]:
+        first = f'frame {frame.number}  {frame.time:.2f} s'
+        if seen.exit is not None:
+            taken = f'{seen.exit} of {self.detector.exits - 1}' if seen.exit >= 0 else '-1, boxes as before'
+            first += f'  exit {taken}  difficulty {seen.difficulty:.2f}'
+        second = f'{1e3 * seen.seconds:.1f} ms, mean {1e3 * self.summary.seconds / self.summary.frames:.1f}'
+        if seen.gflops is not None:
+            second += f'  {seen.gflops:.3g} GFLOPs, mean {self.summary.gflops:.3g}'
+        return [first, second]
+
+
+def _round(value: Optional[float]) -> Optional[float]:
+    return None if value is None else round(value, 6)

@@ -1,0 +1,240 @@
+"""Fit a learned gate to a recorded video run: seconds, no detector.
+
+Letters: n frames, E exits. What a gate learns from is each exit's AP on each frame by itself.
+"""
+import copy
+from typing import Callable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from torch import Tensor
+
+from ..errors import UsageError
+from ..routing.evaluation import Mixtures
+from ..routing.oracle import allocate, object_count
+from .learned_gates import HaltingGate, LearnedGate, goes_on, look
+from .simulation import evidences, exit_costs, streams
+
+#: Weight decays and numbers of updates that cross-validation chooses among.
+WEIGHT_DECAYS, STEPS = (0.01, 1.0), (10, 20, 40, 80, 160)
+#: Frames per update, AdamW's learning rate, and how many budgets the oracle has by default.
+_BATCH, _LR, _BUDGETS = 256, 1e-2, 8
+#: Frames in a row that stay together in cross-validation where there are too few videos.
+_BLOCK = 25
+
+
+class GateFit(NamedTuple):
+    """How a gate was fitted: ``loss`` on frames that it was not fit to, ``untrained`` that of a gate that
+    always says 0.5; ``steps`` (updates) and ``weight_decay``: what cross-validation chose."""
+    loss: float
+    untrained: float
+    steps: int
+    weight_decay: float
+
+
+def oracle_targets(values: np.ndarray, costs: Sequence[float], budgets: Optional[Sequence[float]] = None,
+                   prices: Optional[Sequence[float]] = None) -> np.ndarray:
+    """At each exit, the share of oracles that go on, (E - 1, n), in [0, 1].
+
+    Args:
+        values (np.ndarray): (E, n), what each exit is worth on each frame.
+        costs (Sequence[float]): (E,).
+        budgets (Sequence[float], optional): Mean cost per frame of each oracle, see `allocate`. Defaults to 8
+            evenly between the cheapest exit and the dearest.
+        prices (Sequence[float], optional): Instead of budgets: value per cost, each frame taking the exit
+            with the largest ``value - price * cost``, the cheapest of equals.
+    """
+    values, costs = np.asarray(values, float), np.asarray(costs, float)
+    if prices is not None:
+        if budgets is not None:
+            raise UsageError('a gate learns from budgets or from prices, not from both')
+        order = np.argsort(costs, kind='stable')
+        choices = [order[(values - price * costs[:, None])[order].argmax(axis=0)] for price in prices]
+    else:
+        if budgets is None:
+            budgets = np.linspace(costs.min(), costs.max(), _BUDGETS + 2)[1:-1]
+        choices = [allocate(values, costs, budget).choice for budget in budgets]
+    if not choices:
+        raise UsageError('a gate learns from one budget or price at least')
+    went = [goes_on(torch.from_numpy(np.asarray(choice)), len(costs)) for choice in choices]
+    return torch.stack(went).mean(dim=0).numpy()
+
+
+def fit_halting_gate(gate: HaltingGate,
+                     record: Mapping,
+                     coco: COCO,
+                     budgets: Optional[Sequence[float]] = None,
+                     prices: Optional[Sequence[float]] = None,
+                     kind: str = 'gflops',
+                     by_objects: bool = False,
+                     seed: int = 0,
+                     steps: Sequence[int] = STEPS,
+                     progress: Optional[Callable[[int, int], None]] = None) -> GateFit:
+    """Fit a `HaltingGate` to what an oracle does on a record; see `oracle_targets` and `fit_gate`.
+
+    Args:
+        gate (HaltingGate): It is changed.
+        record (Mapping): Of videos that the detector was not trained on.
+        coco (COCO): Its ground truth.
+        budgets, prices (Sequence[float], optional): As of `oracle_targets`, per frame in the unit of
+            ``kind``.
+        kind (str): 'gflops' or 'latencies'. Defaults to 'gflops'.
+        by_objects (bool): Whether to multiply a frame's AP by its number of objects. Defaults to False.
+        seed (int): Of weights, order and folds. Defaults to 0.
+        steps (Sequence[int]): Numbers of updates to choose among, rising. Defaults to 10, 20, ... 160.
+        progress (Callable, optional): Called with (fits done, fits in all) after each.
+    """
+    values = Mixtures(_plain(record), coco).image_ap()
+    if by_objects:
+        values = values * [object_count(coco, image['id']) for image in record['images']]
+    costs = exit_costs(record, kind, gate.looks_at_detections)[1:]
+    targets = torch.from_numpy(oracle_targets(values, costs, budgets, prices))
+
+    def loss(own: LearnedGate, rows: Tensor, pooled: List[Tensor], looks: Optional[List[Tensor]]) -> Tensor:
+        return own.target_loss(pooled, targets[:, rows], looks)
+
+    return fit_gate(gate, record, loss, seed, steps, progress=progress)
+
+
+def fit_gumbel_gate(gate: LearnedGate,
+                    record: Mapping,
+                    coco: COCO,
+                    kind: str = 'gflops',
+                    seed: int = 0,
+                    steps: Sequence[int] = STEPS,
+                    progress: Optional[Callable[[int, int], None]] = None) -> GateFit:
+    """Fit a `GumbelGate` to a record alone, the detector as it is: an exit's loss on a frame is ``1 - AP``,
+    AP in [0, 1]. Arguments as of `fit_halting_gate`."""
+    values = Mixtures(_plain(record), coco).image_ap()
+    losses = torch.from_numpy(1 - values / 100).float()
+    costs = torch.from_numpy(exit_costs(record, kind, gate.looks_at_detections)[1:])
+
+    def loss(own: LearnedGate, rows: Tensor, pooled: List[Tensor], looks: Optional[List[Tensor]]) -> Tensor:
+        found = own.loss(pooled, losses[:, rows], costs, looks)
+        return sum(value for name, value in found.items() if 'loss' in name)
+
+    return fit_gate(gate, record, loss, seed, steps, progress=progress)
+
+
+def fit_learned_gate(gate: LearnedGate, record: Mapping, coco: COCO, kind: str = 'latencies', seed: int = 0,
+                     progress: Optional[Callable[[int, int], None]] = None) -> GateFit:
+    """Fit whichever gate it is; arguments as of `fit_halting_gate`."""
+    fit = fit_halting_gate if isinstance(gate, HaltingGate) else fit_gumbel_gate
+    return fit(gate, record, coco, kind=kind, seed=seed, progress=progress)
+
+
+Loss = Callable[[LearnedGate, Tensor, List[Tensor], Optional[List[Tensor]]], Tensor]
+
+
+def fit_gate(gate: LearnedGate, record: Mapping, loss: Loss, seed: int = 0, steps: Sequence[int] = STEPS,
+             weight_decays: Sequence[float] = WEIGHT_DECAYS, folds: int = 3,
+             progress: Optional[Callable[[int, int], None]] = None) -> GateFit:
+    """Fit a gate, all its weights anew.
+
+    Cross-validation over videos (stretches of 25 frames where there are fewer videos than two per fold)
+    chooses the weight decay and when to stop; then all frames are used. The same seed gives the same gate.
+
+    Args:
+        gate (LearnedGate): On the CPU. It is changed.
+        record (Mapping): Of a video run.
+        loss (Callable): Of (gate, rows, the rows' pooled features, the rows' looks or None), a scalar tensor.
+        seed (int): Of weights, order, folds and Gumbel noise. Defaults to 0.
+        steps (Sequence[int]): Numbers of updates to choose among, rising.
+        weight_decays (Sequence[float]): AdamW's, to choose among.
+        folds (int): 2 or more. Defaults to 3.
+        progress (Callable, optional): Called with (fits done, fits in all) after each.
+
+    Raises:
+        UsageError: If the record has other heads than the gate, or too few frames.
+    """
+    shown = evidences(record)
+    pooled = shown[-1].pooled
+    if [x.shape[1] for x in pooled] != list(gate.in_channels):
+        raise UsageError(f'the gate is for heads of {list(gate.in_channels)} channels, the record has '
+                         f'{[x.shape[1] for x in pooled]}: set the in_channels of the gate')
+    looks = [look(one) for one in shown] if gate.looks_at_detections else None
+    data = (pooled, looks, loss)
+    parts = _folds(record, folds, seed)
+    everyone = np.arange(len(record['images']))
+    done, total = 0, folds * len(weight_decays) + 1
+
+    def train(rows: np.ndarray, decay: float, stops: Sequence[int],
+              watch: np.ndarray) -> Tuple[LearnedGate, list]:
+        nonlocal done
+        found = _train(copy.deepcopy(gate), data, rows, decay, stops, watch, seed)
+        done += 1
+        if progress:
+            progress(done, total)
+        return found
+
+    # (decays, folds, steps): loss on the fold that was not seen; the first is of a gate that says 0.5.
+    curves = np.array([[train(np.setdiff1d(everyone, part), decay, steps, part)[1] for part in parts]
+                       for decay in weight_decays]).mean(axis=1)
+    best, last = np.unravel_index(curves[:, 1:].argmin(), curves[:, 1:].shape)
+    fitted, _ = train(everyone, weight_decays[best], [steps[last]], everyone[:1])
+    gate.load_state_dict(fitted.state_dict())
+    return GateFit(float(curves[best, last + 1]), float(curves[:, 0].mean()), int(steps[last]),
+                   float(weight_decays[best]))
+
+
+def _plain(record: Mapping) -> dict:
+    """A record whose difficulties nobody looks at."""
+    return dict(images=[
+        dict(id=image['id'], file=image['file'], difficulty=0.0, detections=image['detections'])
+        for image in record['images']
+    ])
+
+
+def _folds(record: Mapping, folds: int, seed: int) -> List[np.ndarray]:
+    """Frames of each fold."""
+    groups = streams(record)
+    if len(groups) < 2 * folds:
+        groups = [own[start:start + _BLOCK] for own in groups for start in range(0, len(own), _BLOCK)]
+    if len(groups) < folds:
+        raise UsageError(f"{len(record['images'])} frames are too few to fit a gate in {folds} folds: record "
+                         f'{folds} videos or more, or {folds * _BLOCK} frames')
+    order = np.random.default_rng(seed).permutation(len(groups))
+    return [np.concatenate([groups[index] for index in order[fold::folds]]) for fold in range(folds)]
+
+
+def _train(gate: LearnedGate, data: tuple, rows: np.ndarray, decay: float, stops: Sequence[int],
+           watch: np.ndarray, seed: int) -> Tuple[LearnedGate, List[float]]:
+    """A gate fitted to some frames; and its loss on those that are watched, before the first update and at
+    each stop."""
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.default_generator.manual_seed(seed)
+        gate.reset()
+        gate.train().requires_grad_(True)
+        pooled, looks, loss = data
+
+        def loss_on(some: Tensor) -> Tensor:
+            return loss(gate, some, [x[some] for x in pooled], looks and [x[some] for x in looks])
+
+        def watched() -> float:
+            with torch.no_grad():
+                return float(loss_on(torch.from_numpy(watch)))
+
+        gate.standardise([x[torch.from_numpy(rows)] for x in pooled])
+        weights, others = [], []
+        for name, parameter in gate.named_parameters():
+            (weights if parameter.dim() > 1 else others).append(parameter)
+        optimiser = torch.optim.AdamW(
+            [dict(params=weights, weight_decay=decay),
+             dict(params=others, weight_decay=0.0)],
+            lr=_LR,
+            fused=True)
+        batches, curve = _batches(torch.from_numpy(rows)), [watched()]
+        for step in range(1, stops[-1] + 1):
+            optimiser.zero_grad()
+            loss_on(next(batches)).backward()
+            optimiser.step()
+            if step in stops:
+                curve.append(watched())
+    return gate.eval(), curve
+
+
+def _batches(rows: Tensor) -> Iterator[Tensor]:
+    """Rows in batches, in a new order each time around."""
+    while True:
+        yield from rows[torch.randperm(len(rows))].split(_BATCH)

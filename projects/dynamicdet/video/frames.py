@@ -1,0 +1,71 @@
+"""Frames on their way through the layers, and their detections."""
+from dataclasses import dataclass, field
+from typing import List, Optional
+
+import torch
+from mmengine.structures import InstanceData
+from torch import Tensor
+
+from mmdet.structures import DetDataSample, SampleList
+from mmdet.structures.bbox import scale_boxes
+
+from .lazy import LazyLayers
+from .streams import Stream
+
+
+@dataclass
+class Frames:
+    """N frames, no two of one stream, that have not left yet.
+
+    Attributes:
+        layers (LazyLayers): Of these frames.
+        samples (list[DetDataSample]): Theirs.
+        streams (list[Stream]): Theirs.
+        difficulties (list[float]): As the gate saw them last; 1 where it has not.
+        early (Tensor, optional): Summary of the early map, (N, d).
+        change (Tensor, optional): (N,).
+        pooled (list[Tensor]): As of `Evidence`.
+        earlier (list[InstanceData], optional): As of `Evidence`.
+    """
+    layers: LazyLayers
+    samples: SampleList
+    streams: List[Stream]
+    difficulties: List[float]
+    early: Optional[Tensor] = None
+    change: Optional[Tensor] = None
+    pooled: List[Tensor] = field(default_factory=list)
+    earlier: Optional[List[InstanceData]] = None
+
+    def part(self, index: Tensor) -> 'Frames':
+        """Some of them go on; the layers are of those alone from now on."""
+        kept = index.tolist()
+        self.layers.keep(index)
+
+        def some(values: Optional[list]) -> Optional[list]:
+            return values and [values[one] for one in kept]
+
+        return Frames(
+            self.layers, some(self.samples), some(self.streams), some(self.difficulties),
+            None if self.early is None else self.early[index], None,
+            [one[index] for one in self.pooled], some(self.earlier))
+
+
+def to_original(found: InstanceData, sample: DetDataSample) -> InstanceData:
+    """A copy of detections in the network's frame, in that of the original image."""
+    found = found.clone()
+    found.bboxes = scale_boxes(found.bboxes, [1 / one for one in sample.scale_factor])
+    return found
+
+
+def last_found(stream: Stream, sample: DetDataSample, rescale: bool) -> InstanceData:
+    """A stream's last detections; none where there are none."""
+    if stream.found is None:
+        return InstanceData(bboxes=torch.zeros(0, 4), scores=torch.zeros(0),
+                            labels=torch.zeros(0, dtype=torch.long))
+    if stream.rescaled == rescale:
+        return stream.found.clone()
+    if rescale:
+        return to_original(stream.found, sample)
+    found = stream.found.clone()
+    found.bboxes = scale_boxes(found.bboxes, sample.scale_factor)
+    return found

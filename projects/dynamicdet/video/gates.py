@@ -1,0 +1,250 @@
+"""When to exit: from what an early-exit detector has seen so far to a difficulty, by rules that need no
+training.
+
+A gate is asked at each exit but the last. Letters: N images, E exits, D detections of one image. Learned
+gates are in `learned_gates`.
+"""
+from typing import List, NamedTuple, Optional, Sequence
+
+import numpy as np
+import torch
+from mmengine.model import BaseModule
+from mmengine.structures import InstanceData
+from torch import Tensor
+
+from mmdet.registry import MODELS
+from mmdet.structures.bbox import bbox_overlaps
+
+from ..errors import UsageError
+from .evidence import Evidence
+
+#: Detections below this score are no evidence: exits report hundreds of them to fill the curve of recall.
+MIN_SCORE = 0.05
+#: A gate looks at no more than so many detections of an image, the surest.
+MOST = 100
+
+
+class Gate(BaseModule):
+    """From evidence to difficulty. An image leaves at an exit when ``difficulty <= threshold``.
+
+    Attributes:
+        looks_at_detections (bool): Whether each head that is passed must be evaluated; its cost is then paid.
+        early (bool): Whether the gate also decides before the first exit, by change. The image then leaves
+            with the last detections of its stream, which may be none.
+    """
+    looks_at_detections = False
+    early = False
+
+    def difficulty(self, evidence: Evidence) -> Tensor:
+        """How much it is worth to go on, (N,), float32, in [0, 1], large is hard; see `Evidence`."""
+        raise NotImplementedError
+
+
+def _images(evidence: Evidence) -> int:
+    """N."""
+    for seen in (evidence.change, *evidence.pooled[:1], evidence.detections):
+        if seen is not None:
+            return len(seen)
+    raise ValueError('there is no evidence of any image')
+
+
+def _alike(evidence: Evidence, values: Sequence[float]) -> Tensor:
+    """Values of the images, (N,), where the detector computes."""
+    for seen in (evidence.change, *evidence.pooled[:1]):
+        if seen is not None:
+            return seen.new_tensor(values, dtype=torch.float32)
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def _require_detections(evidence: Evidence) -> List[InstanceData]:
+    if evidence.detections is None:
+        raise ValueError(f'the gate looks at detections, and exit {evidence.exit} came without')
+    return evidence.detections
+
+
+@MODELS.register_module()
+class FixedExit(Gate):
+    """Always leave at one exit: difficulty 1 before it, 0 from it on.
+
+    That is for thresholds from 0 up to, not including, 1: at 1 every image leaves at once, below 0 none does.
+
+    Args:
+        exit (int): 0 to E - 1.
+        looks_at_detections (bool): Whether the heads on the way are evaluated, to measure what they cost.
+            Defaults to False.
+    """
+
+    def __init__(self, exit: int, looks_at_detections: bool = False) -> None:
+        super().__init__()
+        if isinstance(exit, bool) or not isinstance(exit, int) or exit < 0:
+            raise UsageError(f'a fixed exit is a whole number from 0 on, got {exit}')
+        self.exit = exit
+        self.looks_at_detections = looks_at_detections
+
+    def difficulty(self, evidence: Evidence) -> Tensor:
+        return _alike(evidence, [float(evidence.exit < self.exit)] * _images(evidence))
+
+
+class Found(NamedTuple):
+    """Detections of an image, as gates look at them: the surest first."""
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+
+
+def surest(detections: InstanceData, min_score: float = MIN_SCORE) -> Found:
+    """Detections from a score on, at most `MOST`: boxes (D, 4), scores (D,) and labels (D,), on the CPU."""
+    scores = detections.scores.detach().float().cpu().numpy()
+    order = np.argsort(-scores, kind='stable')[:MOST]
+    order = order[scores[order] >= min_score]
+    boxes = getattr(detections.bboxes, 'tensor', detections.bboxes).detach().float().cpu().numpy()
+    return Found(boxes.reshape(-1, 4)[order], scores[order], detections.labels.detach().cpu().numpy()[order])
+
+
+def coin_entropy(scores: np.ndarray) -> np.ndarray:
+    """Entropy of each score p as a coin's, ``-p log2 p - (1 - p) log2 (1 - p)``, bits, in [0, 1]."""
+    p = np.clip(np.asarray(scores, np.float64), 1e-12, 1 - 1e-12)
+    return -p * np.log2(p) - (1 - p) * np.log2(1 - p)
+
+
+#: What a `ScoreGate` makes of each score.
+DOUBTS = dict(entropy=coin_entropy, confidence=lambda scores: 1 - np.asarray(scores, np.float64))
+
+
+@MODELS.register_module()
+class ScoreGate(Gate):
+    """How unsure the exit is of what it found.
+
+    The doubt about a detection of score p is its entropy as a coin's, in bits, or ``1 - p``. The image's
+    difficulty is the mean d of the doubts, or, by their sum s, ``s / (1 + s)``: many doubtful objects are
+    then harder than one. (Classifiers exit early by the entropy of their one output: BranchyNet, arXiv
+    1709.01686. A detector has many outputs or none, hence the mean or sum.)
+
+    Args:
+        kind (str): 'entropy' or 'confidence'. Defaults to 'entropy'.
+        over (str): 'mean' or 'sum'. Defaults to 'mean'.
+        min_score (float): Detections below it count for nothing. Defaults to 0.05.
+        empty (float): Difficulty of an image in which nothing is found, in [0, 1]. An early exit that finds
+            nothing may be right or blind. Defaults to 1: go on and look.
+    """
+    looks_at_detections = True
+
+    def __init__(self, kind: str = 'entropy', over: str = 'mean', min_score: float = MIN_SCORE,
+                 empty: float = 1.0) -> None:
+        super().__init__()
+        if kind not in DOUBTS or over not in ('mean', 'sum'):
+            raise UsageError(
+                f"a ScoreGate's kind is one of {', '.join(DOUBTS)} and it goes over mean or sum; "
+                f"got '{kind}' and '{over}'")
+        _require_share('min_score', min_score)
+        _require_share('empty', empty)
+        self.kind, self.over, self.min_score, self.empty = kind, over, min_score, empty
+
+    def difficulty(self, evidence: Evidence) -> Tensor:
+        return _alike(evidence, [self._of_image(surest(own, self.min_score).scores)
+                                 for own in _require_detections(evidence)])
+
+    def _of_image(self, scores: np.ndarray) -> float:
+        if not len(scores):
+            return self.empty
+        doubts = DOUBTS[self.kind](scores)
+        return float(doubts.mean()) if self.over == 'mean' else float(squash(doubts.sum()))
+
+
+def squash(value: float) -> float:
+    """``s / (1 + s)``: from [0, inf) to [0, 1), in the same order."""
+    return value / (1 + value)
+
+
+@MODELS.register_module()
+class AgreementGate(Gate):
+    """How much two successive exits disagree: ``1 - agreement``.
+
+    Detections of both are paired greedily: of all pairs of one class whose boxes overlap by more than
+    ``iou``, the one with the largest IoU first, each detection once. Then
+
+        agreement = 2 * sum over pairs (a, b) of IoU(a, b) * min(p_a, p_b) / (sum of all p of both exits)
+
+    with scores p: Dice's coefficient of two fuzzy sets. It is 1 where both found the same with the same
+    scores, 0 where nothing pairs up; what only one of them is sure of counts by its score. Two exits that
+    both found nothing agree. The first exit has none before it: difficulty 1.
+
+    Args:
+        iou (float): What pairs must exceed, in [0, 1). Defaults to 0.3.
+        min_score (float): Detections below it count for nothing. Defaults to 0.05.
+    """
+    looks_at_detections = True
+
+    def __init__(self, iou: float = 0.3, min_score: float = MIN_SCORE) -> None:
+        super().__init__()
+        if not 0 <= iou < 1:
+            raise UsageError(f"an AgreementGate's iou is in [0, 1), got {iou}")
+        _require_share('min_score', min_score)
+        self.iou, self.min_score = iou, min_score
+
+    def difficulty(self, evidence: Evidence) -> Tensor:
+        detections = _require_detections(evidence)
+        if evidence.earlier is None:
+            return _alike(evidence, [1.0] * len(detections))
+        return _alike(evidence, [1 - agreement(*(surest(one, self.min_score) for one in pair), self.iou)
+                                 for pair in zip(detections, evidence.earlier)])
+
+
+def agreement(one: Found, other: Found, iou: float = 0.3) -> float:
+    """Agreement of two sets of detections, in [0, 1]; see `AgreementGate`."""
+    total = float(one.scores.sum(dtype=np.float64) + other.scores.sum(dtype=np.float64))
+    if total == 0:
+        return 1.0
+    if not len(one.scores) or not len(other.scores):
+        return 0.0
+    overlaps = bbox_overlaps(torch.from_numpy(one.boxes), torch.from_numpy(other.boxes)).numpy()
+    overlaps = overlaps * (one.labels[:, None] == other.labels[None])
+    rows, columns = np.nonzero(overlaps > iou)
+    order = np.argsort(-overlaps[rows, columns], kind='stable')
+    shared, used, taken = 0.0, set(), set()
+    for row, column in zip(rows[order].tolist(), columns[order].tolist()):
+        if row not in used and column not in taken:
+            used.add(row)
+            taken.add(column)
+            shared += float(overlaps[row, column]) * min(float(one.scores[row]), float(other.scores[column]))
+    return min(1.0, 2 * shared / total)
+
+
+@MODELS.register_module()
+class TemporalGate(Gate):
+    """Where the scene has not changed, look no further: before the first exit, difficulty is the change.
+
+    The image then leaves with the last detections of its stream: none, if nothing was found (*no detection*).
+    A stream's first frame has change 1. Frames that go on are for another gate.
+
+    Args:
+        gate (dict, optional): Config of the gate for what goes on. Defaults to none: it runs to the last exit
+            (difficulty 1).
+    """
+    early = True
+
+    def __init__(self, gate: Optional[dict] = None) -> None:
+        super().__init__()
+        self.gate: Optional[Gate] = None
+        if gate:
+            self.wrap(MODELS.build(gate))
+
+    def wrap(self, gate: Gate) -> None:
+        """Leave what goes on to a gate."""
+        if gate.early:
+            raise UsageError('a TemporalGate wraps a gate that decides at exits, not another TemporalGate')
+        self.gate, self.looks_at_detections = gate, gate.looks_at_detections
+
+    def difficulty(self, evidence: Evidence) -> Tensor:
+        if evidence.exit < 0:
+            if evidence.change is None:
+                raise ValueError('a TemporalGate decides by change, and was shown none')
+            return evidence.change.float()
+        if self.gate is None:
+            return _alike(evidence, [1.0] * _images(evidence))
+        return self.gate.difficulty(evidence)
+
+
+def _require_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise UsageError(f'{name} of a gate is in [0, 1], got {value}')

@@ -1,0 +1,74 @@
+"""A detector, layer by layer, no further than asked."""
+from collections import Counter
+from typing import Dict, List, Sequence, Set
+
+from torch import Tensor, nn
+
+from ..models.yolo import Layer, join
+
+
+class LazyLayers:
+    """A batch on its way through a table of layers.
+
+    A layer runs when its map, or one that follows from it, is first taken. A map is let go when no layer that
+    has not run needs it and nobody is still to take it.
+
+    Args:
+        detector (nn.Module): Whose modules the table names.
+        table (Sequence[Layer]): Each layer behind those that it is given.
+        images (Tensor): (N, 3, H, W).
+        wanted (Sequence[int]): Positions in the table of the maps that will be taken, each as often as it
+            is there.
+    """
+
+    def __init__(self, detector: nn.Module, table: Sequence[Layer], images: Tensor,
+                 wanted: Sequence[int]) -> None:
+        self._detector, self._table = detector, table
+        self._wanted = Counter(wanted)
+        self._maps: Dict[int, Tensor] = {-1: images}
+        self._done: Set[int] = {-1}
+
+    def take(self, position: int) -> Tensor:
+        """The map of a layer, (N, C, H', W').
+
+        Raises:
+            KeyError: If it is not among the wanted, or was taken as often as that.
+        """
+        if not self._wanted[position]:
+            raise KeyError(f'the map of layer {position} is not kept: it was not named as wanted')
+        for one in self._missing(position):
+            inputs = self._table[one].inputs or (-1, )
+            module = self._detector.get_submodule(self._table[one].name)
+            self._maps[one] = module(join([self._maps[own] for own in inputs]))
+            self._done.add(one)
+            self._let_go(inputs)
+        taken = self._maps[position]
+        self._wanted[position] -= 1
+        self._let_go((position, ))
+        return taken
+
+    def keep(self, index: Tensor) -> None:
+        """Go on with some of the images alone: their indices, (n,)."""
+        self._maps = {position: one[index] for position, one in self._maps.items()}
+
+    @property
+    def held(self) -> List[int]:
+        """Positions of the maps that are kept now; -1 is the image."""
+        return sorted(self._maps)
+
+    def _missing(self, position: int) -> List[int]:
+        """What has to run, in order."""
+        missing, waiting = set(), [position]
+        while waiting:
+            one = waiting.pop()
+            if one not in self._done and one not in missing:
+                missing.add(one)
+                waiting.extend(self._table[one].inputs)
+        return sorted(missing)
+
+    def _let_go(self, positions: Sequence[int]) -> None:
+        for position in positions:
+            if not self._wanted[position] and not any(
+                    position in (layer.inputs or (-1, )) for one, layer in enumerate(self._table)
+                    if one not in self._done):
+                self._maps.pop(position, None)

@@ -1,0 +1,129 @@
+"""What an early-exit detector learns from. Letters: N images or frames, E exits."""
+from typing import TYPE_CHECKING, Dict, List, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from mmdet.models.utils import rename_loss_dict, unpack_gt_instances
+from mmdet.structures import SampleList
+
+from ..errors import UsageError
+from ..models.yolo import AnchorHead
+from .building import learner
+from .costs import exit_gflops
+from .distillation import Distillation, distillation_losses, make_lesson
+from .propagation import carry_on
+from .streams import Stream, clips, early_summary, is_cut
+
+if TYPE_CHECKING:
+    from .early_exit_detector import EarlyExitDetector
+
+
+def training_losses(model: 'EarlyExitDetector', images: Tensor, samples: SampleList) -> Dict[str, Tensor]:
+    """Losses by the model's mode; see `EarlyExitDetector.loss`.
+
+    The layers run once, on all frames; propagation goes through each clip in order.
+    """
+    layers = model.lazy(images)
+    early = early_summary(layers.take(model.early_layer).detach()) if model.cut is not None else None
+    maps = [layers.take(position) for position in model.exit_layers]
+    outputs = [layers.take(position) for position in model.output_layers]
+    features = _features(model, maps, samples, early)
+    raws = [head((own, )) for head, own in zip(model.heads, features)]
+    losses = {}
+    if model.mode != 'gate':
+        losses.update(_head_losses(model, raws, outputs, samples))
+    if model.mode == 'joint':
+        losses.update(rename_loss_dict('final.', model.detector.bbox_head.loss(outputs, samples)))
+    if model.mode == 'gate' or model.mode == 'joint' and learner(model.gate):
+        losses.update(_gate_losses(model, maps, raws, outputs, samples, images.shape[-2:]))
+    return losses
+
+
+def _head_losses(model: 'EarlyExitDetector', raws: Sequence, outputs: Sequence[Tensor],
+                 samples: SampleList) -> Dict[str, Tensor]:
+    """Of all heads, from the annotations and from the detector's own output."""
+    truths, ignored, metas = unpack_gt_instances(samples)
+    lesson, losses = None, {}
+    if model.distillation is not None:
+        settings = Distillation(**model.distillation)
+        lesson = make_lesson(_require_anchors(model.detector.bbox_head), outputs, settings)
+    for exit, (head, raw, weight) in enumerate(zip(model.heads, raws, model.head_weights)):
+        own = head.loss_by_feat(*raw, truths, metas, ignored)
+        if lesson is not None:
+            own.update(distillation_losses(head, raw, lesson, settings))
+        losses.update(rename_loss_dict(f'exit{exit}.', {name: weight * value for name, value in own.items()}))
+    return losses
+
+
+def _require_anchors(head: torch.nn.Module) -> AnchorHead:
+    if not isinstance(head, AnchorHead):
+        raise UsageError(f'distillation needs a detector with the anchor head of YOLOv5 or YOLOv7, not '
+                         f'{type(head).__name__}')
+    return head
+
+
+def _features(model: 'EarlyExitDetector', maps: Sequence[Tensor], samples: SampleList,
+              early: Optional[Tensor]) -> List[Tensor]:
+    """Of all heads, (N, C, H, W), carried on from frame to frame of each clip."""
+    features = [head.features(own) for head, own in zip(model.heads, maps)]
+    if model.propagation is None:
+        return features
+    numbers = clips(samples)
+    streams = [Stream() for _ in range(max(numbers) + 1)]
+    steps: List[List[int]] = []
+    for index, number in enumerate(numbers):
+        step = numbers[:index].count(number)
+        steps += [[]] * (step == len(steps))
+        steps[step] = steps[step] + [index]
+    parts: List[List[Tensor]] = [[] for _ in features]
+    for step, frames in enumerate(steps):
+        own = [streams[numbers[index]] for index in frames]
+        for stream, index in zip(own, frames):
+            _advance(stream, samples[index].metainfo.get('frame_id', step), model.cut,
+                     None if early is None else early[index])
+        for exit, whole in enumerate(features):
+            x = whole if len(frames) == len(samples) else whole[frames]
+            parts[exit].append(carry_on(model.propagation[exit], exit, x, own))
+    order = torch.tensor([index for frames in steps for index in frames], device=maps[0].device).argsort()
+    # Where nothing was remembered, parameters still get a gradient, of 0: DDP waits for each.
+    return [torch.cat(part)[order] + 0 * sum(own.sum() for own in mix.parameters())
+            for part, mix in zip(parts, model.propagation)]
+
+
+def _advance(stream: Stream, frame: int, cut: Optional[float], early: Optional[Tensor]) -> None:
+    """Let a training clip's stream go to its next frame; at a cut it begins anew, as in `predict`."""
+    if early is not None:
+        if stream.early is not None and is_cut(stream.early[None], early[None], cut):
+            stream.forget()
+        stream.early = early
+    stream.frame = frame
+
+
+def _gate_losses(model: 'EarlyExitDetector', maps: Sequence[Tensor], raws: Sequence,
+                 outputs: Sequence[Tensor], samples: SampleList, shape: Sequence[int]) -> Dict[str, Tensor]:
+    """What the gate learns from the loss of each image at each exit."""
+    rows = []
+    for index, sample in enumerate(samples):
+        truths, ignored, metas = unpack_gt_instances([sample])
+        own = [head.loss_by_feat(*([one[index:index + 1] for one in part] for part in raw), truths, metas,
+                                 ignored) for head, raw in zip(model.heads, raws)]
+        own.append(model.detector.bbox_head.loss([x[index:index + 1] for x in outputs], [sample]))
+        rows.append(torch.stack([_total(losses) for losses in own]))
+    return learner(model.gate).loss(
+        [x.mean(dim=(2, 3)) for x in maps], torch.stack(rows, dim=1), _costs(model, shape))
+
+
+def _costs(model: 'EarlyExitDetector', shape: Sequence[int]) -> Tensor:
+    """GFLOPs of the exits, (E,): as calibrated, or else counted once, at the first batch's size."""
+    if not model.gflops[1:].isnan().any():
+        return model.gflops[1:]
+    if model.counted_gflops is None:
+        model.counted_gflops = exit_gflops(model, shape)
+    return model.gflops.new_tensor(model.counted_gflops[1:])
+
+
+def _total(losses: Dict[str, Tensor]) -> Tensor:
+    """Sum of a head's losses, as mmengine's ``parse_losses``: some heads give lists."""
+    return sum(value.mean() if isinstance(value, Tensor) else sum(one.mean() for one in value)
+               for name, value in losses.items() if 'loss' in name)

@@ -1,0 +1,217 @@
+"""What a gate does on a recorded video run, and what that costs and finds; without the detector.
+
+The very gate is asked that the detector would ask, about the evidence that it would be shown, so a simulation
+takes the same exits as a run. One thing it cannot know: with feature propagation, heads that a run skips
+carry older features than the record's, where every head ran at every frame.
+
+Letters: n frames in the record's order, E exits. ``difficulties``: (E - 1, n), of exits 0 to E - 2.
+``thresholds``: (E,), of exit -1 (before the first; reuse the last detections when ``change <= threshold``),
+then of exits 0 to E - 2. ``source``: (n,), the frame whose detections are shown at a frame: itself, or one
+before, or -1: none.
+"""
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence
+
+import numpy as np
+import torch
+from mmengine.structures import InstanceData
+from pycocotools.coco import COCO
+
+from ..errors import UsageError
+from ..routing.evaluation import Mixtures
+from .evidence import Evidence
+from .gates import Gate
+from .streams import early_change
+
+
+class Run(NamedTuple):
+    """What a gate did.
+
+    Attributes:
+        exits (np.ndarray): (n,), -1 where the last detections were reused.
+        source (np.ndarray): (n,), see the top of this file.
+        gflops (np.ndarray): (n,), of each frame; heads that were looked at are paid.
+        latencies (np.ndarray): (n,), seconds, likewise.
+    """
+    exits: np.ndarray
+    source: np.ndarray
+    gflops: np.ndarray
+    latencies: np.ndarray
+
+
+# What is shown to a gate.
+
+
+def evidences(record: Mapping) -> List[Evidence]:
+    """What a gate is shown of all frames at exits 0 to E - 2; boxes are in the frame of the image."""
+    images, exits = record['images'], len(record['gflops'])
+    pooled = [
+        torch.from_numpy(np.stack([image['pooled'][head] for image in images])) for head in range(exits - 1)
+    ]
+    found = [[_instances(image['detections'][exit]) for image in images] for exit in range(exits - 1)]
+    return [Evidence(exit, found[exit], found[exit - 1] if exit else None, pooled[:exit + 1], None)
+            for exit in range(exits - 1)]
+
+
+def _instances(detections: Sequence[Mapping]) -> InstanceData:
+    boxes = torch.tensor([one['bbox'] for one in detections], dtype=torch.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return InstanceData(
+        bboxes=boxes,
+        scores=torch.tensor([one['score'] for one in detections], dtype=torch.float32),
+        labels=torch.tensor([one['category_id'] for one in detections], dtype=torch.long))
+
+
+@torch.no_grad()
+def difficulties_of(gate: Gate, shown: Sequence[Evidence]) -> np.ndarray:
+    """A gate's difficulties at exits 0 to E - 2, (E - 1, n), float32.
+
+    Args:
+        gate (Gate): On the CPU.
+        shown (Sequence[Evidence]): See `evidences`.
+
+    Raises:
+        UsageError: If they are not all in [0, 1].
+    """
+    gate.eval()
+    found = np.stack([gate.difficulty(one).float().numpy() for one in shown])
+    # Not `found < 0 or ...`, which lets NaN pass.
+    if not ((found >= 0) & (found <= 1)).all():
+        raise UsageError(f'some difficulties of the {type(gate).__name__} are not in [0, 1]: was it trained?')
+    return found
+
+
+# Who leaves where.
+
+
+def take_exits(difficulties: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
+    """The exit of each frame that goes on, (n,), 0 to E - 1: the first whose difficulty is at most its
+    threshold.
+
+    Args:
+        difficulties (np.ndarray): (E - 1, n).
+        thresholds (Sequence[float]): (E,); the first, for exit -1, is not looked at.
+    """
+    leaves = difficulties <= np.asarray(thresholds, np.float32)[1:, None]
+    return np.where(leaves.any(axis=0), leaves.argmax(axis=0), len(difficulties))
+
+
+def streams(record: Mapping) -> List[List[int]]:
+    """The frames of each video, in their order: numbers of images of the record."""
+    by_video: Dict[int, list] = {}
+    for index, image in enumerate(record['images']):
+        by_video.setdefault(image['video'], []).append((image['frame'], index))
+    return [[index for _, index in sorted(own)] for own in by_video.values()]
+
+
+def reuse(record: Mapping, threshold: float) -> np.ndarray:
+    """Whose detections are shown where frames that changed by at most a threshold reuse the last ones:
+    ``source``.
+
+    Each frame is compared with the last one that was computed, however long ago. A video's first frame has
+    change 1, so at threshold 1 nothing is ever computed.
+    """
+    source = np.arange(len(record['images']))
+    if threshold < 0:
+        return source
+    threshold = np.float32(threshold)
+    for frames in streams(record):
+        last = -1
+        for index in frames:
+            if _change(record, index, last) <= threshold:
+                source[index] = last
+            else:
+                last = index
+    return source
+
+
+def changes(record: Mapping, lag: int = 1) -> np.ndarray:
+    """Change of each frame that has one so long before it in its video against that one, float32."""
+    return np.array([_change(record, frames[place], frames[place - lag]) for frames in streams(record)
+                     for place in range(lag, len(frames))], np.float32)
+
+
+def _change(record: Mapping, index: int, last: int) -> np.float32:
+    if last < 0:
+        return np.float32(1)
+    one, other = (torch.from_numpy(record['images'][at]['early'])[None] for at in (index, last))
+    return np.float32(early_change(one, other).item())
+
+
+def exit_costs(record: Mapping, kind: str, looks: bool) -> np.ndarray:
+    """What a frame costs that leaves at exit -1, 0, ..., E - 1: (E + 1,).
+
+    Args:
+        record (Mapping): Of a video run.
+        kind (str): 'gflops' or 'latencies'.
+        looks (bool): Whether all heads on the way are run.
+    """
+    own = record['costs'][kind]
+    return np.array([own['early'], *(own['looked'] if looks else record[kind])])
+
+
+def simulate(record: Mapping, gate: Gate, difficulties: np.ndarray, thresholds: Sequence[float],
+             seconds: float = 0.0) -> Run:
+    """Let a gate run through a record.
+
+    Args:
+        record (Mapping): Of a video run.
+        gate (Gate): Says whether it decides early and looks at detections.
+        difficulties (np.ndarray): Its own, see `difficulties_of`.
+        thresholds (Sequence[float]): (E,); the first is not looked at unless the gate decides early.
+        seconds (float): That one decision of the gate takes. Defaults to 0.
+    """
+    source = reuse(record, thresholds[0]) if gate.early else np.arange(difficulties.shape[1])
+    own = take_exits(difficulties, thresholds)
+    exits = np.where(source == np.arange(len(source)), own, -1)
+    decisions = np.where(exits < 0, 0, np.minimum(exits + 1, len(difficulties)))
+    return Run(exits, source, exit_costs(record, 'gflops', gate.looks_at_detections)[exits + 1],
+               exit_costs(record, 'latencies', gate.looks_at_detections)[exits + 1] + seconds * decisions)
+
+
+# What that finds.
+
+
+class Replays:
+    """AP of what is shown, frame by frame, where frames may show what was found at others.
+
+    The matching is done once for each ``source``; the exits are then free. The last few are kept.
+
+    Args:
+        record (Mapping): Of a video run.
+        coco (COCO): Its ground truth.
+    """
+    _KEPT = 16
+
+    def __init__(self, record: Mapping, coco: COCO) -> None:
+        self._record, self._coco = record, coco
+        self._exits = len(record['gflops'])
+        self._known: Dict[bytes, Mixtures] = {}
+
+    def mixtures(self, source: np.ndarray) -> Mixtures:
+        """All exits of the frames that are shown; a last one, number E, finds nothing."""
+        key = np.asarray(source, np.int64).tobytes()
+        if key not in self._known:
+            while len(self._known) >= self._KEPT:
+                self._known.pop(next(iter(self._known)))
+            images, nothing = self._record['images'], [[]] * self._exits
+            shown = [dict(id=image['id'], file=image['file'], difficulty=0.0,
+                          detections=[*(images[at]['detections'] if at >= 0 else nothing), []])
+                     for image, at in zip(images, source)]
+            self._known[key] = Mixtures(dict(images=shown), self._coco)
+        return self._known[key]
+
+    def ap(self, run: Run, weights: Optional[Sequence[int]] = None) -> float:
+        """COCO's AP of a run, in percent; ``weights`` as of `Mixtures.ap`."""
+        return self.mixtures(run.source).ap(shown_exits(run), weights)
+
+
+def shown_exits(run: Run) -> np.ndarray:
+    """The exit whose detections are shown, (n,): of frames that reuse, that of their source."""
+    return np.where(run.source >= 0, run.exits[run.source], 0)
+
+
+def row_of(run: Run, ap: float, exits: int) -> dict:
+    """A point of a curve: ``ap``, mean ``gflops`` and ``latency``, ``shares`` of exits -1, 0, ..., E - 1."""
+    counts = np.bincount(run.exits + 1, minlength=exits + 1)
+    return dict(ap=ap, gflops=float(run.gflops.mean()), latency=float(run.latencies.mean()),
+                shares=(counts / len(run.exits)).tolist())

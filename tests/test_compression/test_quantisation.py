@@ -1,0 +1,132 @@
+"""Eight bits, simulated: scales, rounding, and where they are."""
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dynamicdet.compression.quantisation import (Ranges, Simulation, activation_scale, fake_quantise_weight,
+                                                 fold, round_bias, trace, weight_scale)
+
+
+@pytest.mark.parametrize('low, high, scale, zero', [
+    (0.0, 255.0, 1.0, 0),
+    (-127.5, 127.5, 1.0, 128),
+    # Zero is in every range.
+    (5.0, 51.0, 0.2, 0),
+    (-51.0, -5.0, 0.2, 255),
+    # Nothing but zeros.
+    (0.0, 0.0, 1.0, 0),
+])
+def test_scale_and_zero_point_of_a_range(low, high, scale, zero):
+    found, integer = activation_scale(low, high)
+    assert found == pytest.approx(scale) and integer == zero
+
+
+def test_weights_are_rounded_for_each_channel():
+    weight = torch.tensor([[127.0, 0.4, -0.6], [0.0, 0.0, 0.0], [0.127, 0.0014, -0.127]])
+    torch.testing.assert_close(fake_quantise_weight(weight),
+                               torch.tensor([[127.0, 0.0, -1.0], [0.0, 0.0, 0.0], [0.127, 0.001, -0.127]]))
+    # Of 7 bits: steps of 127 / 64.
+    assert fake_quantise_weight(weight, reduced=True)[0, 1:].tolist() == [0, 0]
+    assert weight_scale(weight, reduced=True)[0] == pytest.approx(127 / 64)
+
+
+def test_gradients_pass_rounding():
+    weight = torch.randn(3, 4, requires_grad=True)
+    fake_quantise_weight(weight).sum().backward()
+    assert weight.grad.tolist() == [[1.0] * 4] * 3
+    bias = torch.tensor([0.26], requires_grad=True)
+    rounded = round_bias(bias, torch.tensor([0.1]))
+    rounded.sum().backward()
+    assert rounded.item() == pytest.approx(0.3) and bias.grad.item() == 1
+
+
+def test_quant_noise_rounds_a_share_by_chance():
+    torch.manual_seed(0)
+    weight = torch.randn(10, 1000)
+    rounded = (fake_quantise_weight(weight, noise=0.3) != weight).float().mean()
+    assert 0.27 < rounded < 0.33
+    assert torch.equal(fake_quantise_weight(weight, noise=0), weight)
+
+
+def test_a_folded_norm_is_the_norm():
+    conv, norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4).eval()
+    for one in (norm.running_mean, norm.weight.data, norm.bias.data):
+        one.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    x = torch.randn(2, 3, 5, 5)
+    weight, bias = fold(conv.weight, conv.bias, norm)
+    torch.testing.assert_close(F.conv2d(x, weight, bias), norm(conv(x)), rtol=1e-4, atol=1e-5)
+
+
+class Block(nn.Module):
+    """A residual block: a sum, which is no module, and a tensor with two readers."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.norm = nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3)
+        self.two, self.relu = nn.Conv2d(3, 3, 1), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        y = self.relu(self.norm(self.one(x)))
+        return self.relu(self.two(y) + x)
+
+
+def test_integers_are_where_layers_read_and_write():
+    block = Block().eval()
+    plan = trace(block, [torch.randn(1, 3, 4, 4)], [block])
+    one, two = plan.layers.values()
+    assert one.norm is block.norm and two.norm is None
+    # The ReLU's result, not the norm's; and the input, for all who read it.
+    assert (one.entering, one.leaving, two.entering, two.leaving) == ('in0', 'out0', 'out0', 'out1')
+    assert plan.inputs == {0: 'in0'} and sorted(plan.points.values()) == ['out0', 'out1']
+    assert len(plan.norms) == 1
+    # Spared layers have no integers, and those around them none on their behalf.
+    spared = trace(block, [torch.randn(1, 3, 4, 4)], [block], spared=[block.one])
+    assert sorted(spared.points.values()) == ['in1', 'out1'] and not spared.inputs
+
+
+def test_a_simulated_block_is_the_block_by_hand():
+    torch.manual_seed(0)
+    block, x = Block(), torch.randn(2, 3, 4, 4)
+    simulation = Simulation(block, [block])
+    simulation.active, simulation.ranges.observing = False, True
+    expected = block.eval()(x)
+    block.train()
+    torch.testing.assert_close(simulation(x), expected)
+    # Norms stay as they are.
+    assert not block.norm.training and not block.norm.num_batches_tracked
+    simulation.active, simulation.ranges.observing = True, False
+
+    def rounded(key, value):
+        low, high = simulation.ranges.values[key].tolist()
+        scale, zero = activation_scale(low, high)
+        return (torch.clamp(torch.round(value / float(scale)) + zero, 0, 255) - zero) * float(scale)
+
+    def scale_of(key, weight):
+        return float(activation_scale(*simulation.ranges.values[key].tolist())[0]) * weight_scale(weight)
+
+    entering = rounded('in0', x)
+    weight, bias = fold(block.one.weight, None, block.norm)
+    bias = round_bias(bias, scale_of('in0', weight))
+    middle = rounded('out0', F.conv2d(entering, fake_quantise_weight(weight), bias).relu())
+    bias = round_bias(block.two.bias, scale_of('out0', block.two.weight))
+    leaving = rounded('out1', F.conv2d(middle, fake_quantise_weight(block.two.weight), bias))
+    torch.testing.assert_close(simulation(x), (leaving + entering).relu())
+
+
+def test_ranges_run_behind_the_activations():
+    ranges = Ranges()
+    ranges.observing = True
+    ranges.observe('x', torch.tensor([-1.0, 3.0]))
+    ranges.observe('x', torch.tensor([-2.0, 3.0]))
+    # Nothing was seen of an empty batch.
+    ranges.observe('x', torch.zeros(0, 4))
+    assert ranges.values['x'].tolist() == pytest.approx([-1.1, 3.0])
+    ranges.observing = False
+    ranges.observe('x', torch.tensor([-9.0]))
+    assert np.isclose(ranges.values['x'][0], -1.1)
+    # Unknown tensors stay as they are.
+    x = torch.randn(3)
+    assert ranges.quantise('y', x) is x

@@ -1,0 +1,257 @@
+"""Deployment folders: written, read, tested, refused."""
+import builtins
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import load_small, run_tool, train
+from mmengine.runner import Runner
+from torch import nn
+
+from dynamicdet.apis.calibration import build_loader, measure_difficulties
+from dynamicdet.deploy.deployment import deploy, load_detector
+from dynamicdet.deploy.folder import load_deployed
+from dynamicdet.deploy.graphs import Graph, _export
+from dynamicdet.deploy.int8 import (Observer, Recipe, choose_float, least_error, multiply_adds,
+                                    quantise_graph, watched)
+from dynamicdet.deploy.stages import Stage
+from dynamicdet.errors import UsageError
+from dynamicdet.testing import randomise, tiny_batch
+from mmdet.registry import MODELS
+
+
+@pytest.fixture(scope='module')
+def trained(digits, tmp_path_factory):
+    """Config and checkpoint of a small Faster R-CNN, trained for two epochs in 8 bits, and what its hook
+    did."""
+    from dynamicdet.engine.quantization_hook import QuantizationHook  # noqa: F401  (registers)
+    from mmdet.utils import register_all_modules
+    register_all_modules(init_default_scope=True)
+    work_dir = tmp_path_factory.mktemp('trained')
+    cfg = small(digits, work_dir)
+    runner = train(cfg)
+    return cfg, str(work_dir / 'epoch_2.pth'), runner
+
+
+def small(digits, work_dir, hook=None, **options):
+    cfg = load_small('faster_rcnn_digits', digits, work_dir, val=True, **{
+        'model.neck.in_channels': [8, 16, 32, 64], 'param_scheduler': [], 'train_cfg.max_epochs': 2,
+        'optim_wrapper.optimizer.lr': 1e-3, 'load_from': None, **options})
+    cfg.model.pop('detector')
+    cfg.custom_hooks.append(dict(type='QuantizationHook', reduced_range=True, **(hook or {})))
+    return cfg
+
+
+def val_loader(cfg):
+    return build_loader(dict(cfg.val_dataloader, num_workers=0, persistent_workers=False))
+
+
+@pytest.fixture(scope='module')
+def folder(trained, tmp_path_factory):
+    """An int8 folder by the trained ranges."""
+    cfg, path, _ = trained
+    out = str(tmp_path_factory.mktemp('deployed') / 'int8')
+    return out, deploy(cfg, path, out, val_loader(cfg), images=4)
+
+
+def test_a_trained_checkpoint_has_the_detectors_keys_and_ranges_beside_them(trained):
+    cfg, path, _ = trained
+    checkpoint = torch.load(path, weights_only=False)
+    model, _ = load_detector(cfg, path)
+    assert set(checkpoint['state_dict']) == set(model.state_dict())
+    ranges = checkpoint['quantization']['ranges']
+    assert {key.split('/')[0] for key in ranges} == {'first', 'branch0', 'branch0.bbox_head0'}
+    assert all(value[0] <= value[1] and value.isfinite().all() for value in ranges.values())
+
+
+def test_trained_ranges_are_exported_and_the_graphs_compute_what_was_trained(trained, folder):
+    cfg, path, _ = trained
+    out, about = folder
+    assert about['int8'] and about['reduced_range'] and about['calibration']['ranges'] == 'trained'
+    assert not any(layers['float_layers'] for layers in about['layers'].values())
+    from dynamicdet.engine.quantization_hook import QuantizationHook
+    simulated, checkpoint = load_detector(cfg, path)
+    hook = QuantizationHook(reduced_range=True)
+    hook._saved = checkpoint['quantization']
+    hook._install(simulated)
+    deployed, exact = load_deployed(out), load_detector(cfg, path)[0]
+    batch = tiny_batch((1, 2), (64, 64))
+    with torch.no_grad():
+        maps = [model.extract_feat(model.data_preprocessor(batch)['inputs'])
+                for model in (deployed, simulated, exact)]
+
+    def noise(one, two):
+        return sum((a - b).square().sum() for a, b in zip(one, two)) / sum(b.square().sum() for b in two)
+
+    assert noise(maps[1], maps[2]) > 1e-5
+    assert noise(maps[0], maps[1]) < noise(maps[1], maps[2]) / 10
+
+
+def test_a_folder_is_tested_by_the_tool(folder, tmp_path):
+    done = run_tool('test_deployed.py', folder[0], '--images', 1, '--out', tmp_path / 'f.json', '--work-dir',
+                    tmp_path)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / 'f.json').read_text())
+    # Two epochs find nothing, of which mmdet gives no AP.
+    assert len(figures['milliseconds']) == 1 and figures['milliseconds'][0] > 0 and 'metrics' in figures
+
+
+def test_what_was_changed_or_cut_is_refused(folder, tmp_path):
+    import shutil
+    for number, (name, change) in enumerate([
+            ('first.onnx', lambda content: content[:-1]), ('state.pth', lambda content: b'x' + content[1:]),
+            ('manifest.json', lambda content: content.replace(b'"version": 1', b'"version": 2')),
+            ('manifest.json', lambda content: content[:100]), ('config.json', lambda content: None)]):
+        copy = tmp_path / str(number)
+        shutil.copytree(folder[0], copy)
+        content = change((copy / name).read_bytes())
+        (copy / name).unlink()
+        if content is not None:
+            (copy / name).write_bytes(content)
+        with pytest.raises(UsageError, match='damaged|changed') as error:
+            load_deployed(str(copy))
+        assert '\n' not in str(error.value)
+    with pytest.raises(UsageError, match='no deployed detector'):
+        load_deployed(str(tmp_path))
+
+
+def test_a_folder_that_is_there_is_not_overwritten(trained, folder):
+    with pytest.raises(UsageError, match='is there already'):
+        deploy(trained[0], trained[1], folder[0])
+
+
+def test_no_images_or_no_runtime_are_one_line(trained, tmp_path, monkeypatch):
+    cfg, path, _ = trained
+    with pytest.raises(UsageError, match='calibrate on'):
+        deploy(cfg, path, str(tmp_path / 'out'), val_loader(cfg), images=0)
+    importing = builtins.__import__
+
+    def absent(name, *args, **kwargs):
+        if name == 'onnxruntime':
+            raise ImportError
+        return importing(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, '__import__', absent)
+    with pytest.raises(UsageError, match="needs 'onnxruntime'.*requirements/deploy.txt"):
+        deploy(cfg, path, str(tmp_path / 'out'))
+    assert not (tmp_path / 'out').exists()
+
+
+def test_the_tool_says_what_it_would_do(trained, tmp_path):
+    cfg, path, _ = trained
+    cfg.dump(tmp_path / 'config.py')
+    done = run_tool('export.py', tmp_path / 'config.py', path, '--out', tmp_path / 'out', '--int8',
+                    '--dry-run')
+    assert done.returncode == 0, done.stderr
+    assert 'int8: first, branch0, branch0.bbox_head0' in done.stdout and not (tmp_path / 'out').exists()
+    done = run_tool('export.py', tmp_path / 'config.py', path, '--out', tmp_path, '--int8')
+    assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'is there already' in done.stderr
+
+
+def test_ranges_are_all_that_was_seen_or_what_has_the_least_error():
+    observer = Observer()
+    observer(dict(x=np.array([[0.0, 1.0]], np.float32)))
+    observer(dict(x=np.array([[-1.0, 4.0]], np.float32), empty=np.zeros((0, 3), np.float32)))
+    assert observer.ranges('minmax') == dict(x=(-1.0, 4.0)) and observer.shares == dict(x=2)
+    # One outlier among many small values is not worth the steps it would cost; two values alone are.
+    counts = np.zeros(2048)
+    counts[:400], counts[-1] = 1e6, 1
+    assert least_error(counts, 0.0, 1.0)[1] < 0.3
+    counts[:] = 0
+    counts[[0, -1]] = 1
+    assert least_error(counts, 0.0, 1.0)[1] > 0.99
+    with pytest.raises(UsageError, match='not finite'):
+        observer(dict(x=np.array([[np.nan]], np.float32)))
+
+
+class Two(nn.Module):
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        return self.two(self.one(x).relu())
+
+
+def test_the_layer_that_suffers_stays_float():
+    torch.manual_seed(0)
+    module = Two().eval()
+    x = torch.randn(1, 3, 8, 8)
+    exported = _export(Stage('two', module, lambda run: None, (module, )), (x, ))
+    observer = Observer()
+    Graph(watched(exported.content), exported.form, watch=observer)(x)
+    ranges = observer.ranges('minmax')
+    costs = multiply_adds(exported.content, observer.shares)
+    assert sorted(costs.values()) == [64 * 16, 64 * 24]
+    fine = choose_float(exported.content, Recipe(ranges), [(x, )], costs)
+    assert fine.before < 1e-3 and not fine.chosen
+    # Steps of 100 where values are near 1.
+    bad = Recipe({**ranges, 'out0': (0.0, 25500.0)})
+    found = choose_float(exported.content, bad, [(x, )], costs, share=0.5)
+    last = max(found.each, key=found.each.get)
+    assert found.before > 0.1 and found.chosen == [last] and costs[last] == 64 * 16
+    assert found.after < 1e-3 and found.share == pytest.approx(0.4)
+    # It may not, where that is more than may stay float.
+    assert not choose_float(exported.content, bad, [(x, )], costs, share=0.3).chosen
+    # The int8 graph is of integers; what is float stays as it was.
+    assert b'DequantizeLinear' in quantise_graph(exported.content, Recipe(ranges))
+    assert quantise_graph(exported.content, Recipe(ranges, tuple(costs))) == exported.content
+
+
+def test_resuming_goes_on_with_the_ranges(trained, digits, tmp_path):
+    cfg, path, whole = trained
+    half = small(digits, tmp_path / 'half', **{'train_cfg.max_epochs': 1})
+    train(half)
+    rest = small(digits, tmp_path / 'half')
+    rest.resume, rest.load_from = True, str(tmp_path / 'half' / 'epoch_1.pth')
+    train(rest)
+    one = torch.load(path, weights_only=False)
+    two = torch.load(tmp_path / 'half' / 'epoch_2.pth', weights_only=False)
+    for key, value in one['quantization']['ranges'].items():
+        torch.testing.assert_close(two['quantization']['ranges'][key], value)
+    for key, value in one['state_dict'].items():
+        torch.testing.assert_close(two['state_dict'][key], value)
+
+
+def test_a_test_of_such_a_run_is_in_8_bits(trained, digits, tmp_path):
+    cfg, path, _ = trained
+    tested = small(digits, tmp_path)
+    tested.load_from = path
+    hook = next(one for one in Runner.from_cfg(tested).hooks if type(one).__name__ == 'QuantizationHook')
+    counted = []
+    install = hook._install
+    hook._install = lambda model: (install(model), counted.extend(hook.simulations))
+    runner = Runner.from_cfg(tested)
+    runner._hooks = [hook if type(one).__name__ == 'QuantizationHook' else one for one in runner.hooks]
+    runner.test()
+    assert counted == ['first', 'branch0', 'branch0.bbox_head0']
+
+
+@pytest.mark.parametrize('settings, message', [
+    (dict(start=-1), 'negative'), (dict(start=2, observe=2), 'later'), (dict(noise=0), 'no share')])
+def test_settings_that_cannot_be_are_one_line(settings, message):
+    from dynamicdet.engine.quantization_hook import QuantizationHook
+    with pytest.raises(UsageError, match=message):
+        QuantizationHook(**settings)
+
+
+def test_a_calibrated_detector_is_calibrated_anew(digits, tmp_path):
+    cfg = load_small('dy_faster_rcnn_digits', digits, tmp_path, val=True)
+    model = randomise(MODELS.build(cfg.model), seed=3)
+    model.difficulties, model.delta = torch.linspace(0, 1, 9), torch.tensor(0.0)
+    scores = measure_difficulties(model.eval(), val_loader(cfg), lambda steps, what: steps)
+    # Two of six are hard.
+    model.threshold.fill_(float(scores[3] + scores[4]) / 2)
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'calibrated.pth')
+    about = deploy(cfg, str(tmp_path / 'calibrated.pth'), str(tmp_path / 'out'), val_loader(cfg), images=6)
+    assert about['calibration'] == dict(images=6, ranges='mse')
+    # The router's two layers.
+    assert len(about['layers']['first']['float_layers']) >= 2
+    deployed = load_deployed(str(tmp_path / 'out'))
+    assert len(deployed.difficulties) == 6 and not torch.equal(deployed.difficulties, torch.from_numpy(scores))
+    assert (deployed.difficulties > deployed.threshold).sum() == 2
+    assert deployed.latencies.isfinite().all()
+    exits = [sample.exit for batch in val_loader(cfg) for sample in deployed.test_step(batch)]
+    assert sorted(exits) == [0, 0, 0, 0, 1, 1]

@@ -1,0 +1,151 @@
+"""Graphs in float32 against torch, and the simulation of 8 bits against the graphs in 8 bits."""
+import copy
+
+import pytest
+import torch
+from mmengine.config import ConfigDict
+
+from dynamicdet.apis.calibration import force_exit
+from dynamicdet.compression.quantisation import Simulation
+from dynamicdet.deploy.graphs import Graph, example_inputs, export_stages, release_weights
+from dynamicdet.deploy.int8 import Recipe, quantise_graph, trained_ranges
+from dynamicdet.deploy.stages import find_stages, flatten, unflatten
+from dynamicdet.errors import UsageError
+from dynamicdet.testing import randomise, shrink, tiny_batch, tiny_detector, tiny_dynamic
+from mmdet.registry import MODELS
+
+MODELS_TO_TRY = ('faster_rcnn', 'mask_rcnn', 'retinanet', 'yolox', 'dynamic faster_rcnn', 'dynamic yolox',
+                 'rtmdet')
+
+
+def settings(name):
+    if name == 'rtmdet':
+        from mmengine.hub import get_config
+        return shrink(ConfigDict(get_config('mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py').model))
+    if name.startswith('dynamic'):
+        kind = name.split()[1]
+        return tiny_dynamic(kind, shared=kind != 'yolox')
+    return tiny_detector(name)
+
+
+def build(name):
+    """A detector with random weights, in eval mode; the same at each call."""
+    model = randomise(MODELS.build(settings(name)), seed=1)
+    return model.eval()
+
+
+@pytest.fixture(scope='module')
+def exported():
+    """Name -> graphs, made once."""
+    kept = {}
+
+    def get(name):
+        if name not in kept:
+            kept[name] = export_stages(build(name), (64, 96))
+        return kept[name]
+
+    return get
+
+
+def close(one, other, tolerance=1e-4):
+    """Within a share of the largest value."""
+    return (one - other).abs().max() <= tolerance * other.abs().max().clamp(min=1e-6)
+
+
+@pytest.mark.parametrize('name', MODELS_TO_TRY)
+def test_graphs_give_what_torch_gives_at_other_sizes_and_counts(name, exported):
+    graphs, model = exported(name), build(name)
+    stages = find_stages(model)
+    assert [stage.name for stage in stages] == list(graphs)
+    # Three images where two were traced, of another size.
+    inputs = example_inputs(model, stages, (128, 64))
+    for stage in stages:
+        given = tuple(torch.cat([one, one[:1]]) for one in inputs[stage.name])
+        with torch.no_grad():
+            expected, form = flatten(stage.run(*given))
+        assert form == graphs[stage.name].form
+        got, _ = flatten(Graph(graphs[stage.name].content, form)(*given))
+        assert len(got) == len(expected)
+        assert all(close(one, two) for one, two in zip(got, expected)), stage.name
+
+
+@pytest.mark.parametrize('name', ('faster_rcnn', 'retinanet', 'dynamic yolox', 'dynamic faster_rcnn'))
+@pytest.mark.parametrize('padded', (False, True))
+def test_a_detector_on_graphs_detects_the_same(name, padded, exported):
+    model, deployed = build(name), build(name)
+    stages = find_stages(deployed)
+    for stage in stages:
+        stage.place(Graph(exported(name)[stage.name].content, exported(name)[stage.name].form))
+    before = sum(one.numel() for one in deployed.parameters())
+    release_weights(stages)
+    assert sum(one.numel() for one in deployed.parameters()) < before / 2
+    batch = tiny_batch((1, 2), (64, 96))
+    if padded:
+        batch['inputs'][1] = batch['inputs'][1][:, :40, :50]
+        batch['data_samples'][1].set_metainfo(dict(img_shape=(40, 50), ori_shape=(40, 50)))
+    for exit in range(getattr(model, 'num_exits', 1)):
+        for one in (model, deployed):
+            if hasattr(one, 'num_exits'):
+                force_exit(one, exit)
+        with torch.no_grad():
+            expected = model.test_step(copy.deepcopy(batch))
+            got = deployed.test_step(copy.deepcopy(batch))
+        for one, two in zip(got, expected):
+            assert len(two.pred_instances)
+            assert one.pred_instances.labels.tolist() == two.pred_instances.labels.tolist()
+            torch.testing.assert_close(one.pred_instances.bboxes,
+                                       two.pred_instances.bboxes,
+                                       rtol=1e-3,
+                                       atol=1e-2)
+            torch.testing.assert_close(one.pred_instances.scores,
+                                       two.pred_instances.scores,
+                                       rtol=1e-3,
+                                       atol=1e-4)
+            if hasattr(model, 'num_exits'):
+                assert one.exit == two.exit == exit
+                assert one.difficulty == pytest.approx(two.difficulty, abs=1e-5)
+
+
+def noise(got, expected):
+    """Power of the difference over that of what is expected."""
+    return (sum((one - two).double().square().sum() for one, two in zip(got, expected))
+            / sum(two.double().square().sum() for two in expected)).item()
+
+
+@pytest.mark.parametrize('name', MODELS_TO_TRY)
+def test_the_simulation_is_what_the_int8_graph_computes(name, exported):
+    """What remains are ties of rounding: sums in another order. Random weights make much of them, layer by
+    layer."""
+    graphs, model = exported(name), build(name)
+    stages = find_stages(model)
+    inputs = example_inputs(model, stages, (64, 96))
+    for stage in stages:
+        given = inputs[stage.name]
+        simulation = Simulation(stage.run, stage.modules, stage.spared, reduced=True)
+        with torch.no_grad():
+            exact, form = flatten(stage.run(*given))
+            simulation.active, simulation.ranges.observing = False, True
+            watched, _ = flatten(simulation(*given))
+            simulation.active, simulation.ranges.observing = True, False
+            simulated, _ = flatten(simulation(*given))
+        # With norms folded, and nothing rounded, nothing changes.
+        assert noise(watched, exact) < 1e-9
+        ranges, unknown = trained_ranges(
+            graphs[stage.name].content, simulation.plan(*given),
+            {key: value.tolist() for key, value in simulation.ranges.values.items()})
+        content = quantise_graph(graphs[stage.name].content, Recipe(ranges, unknown, True))
+        got, _ = flatten(Graph(content, form)(*given))
+        changed = noise(simulated, exact)
+        assert changed > 1e-5
+        assert noise(simulated, got) < changed / 4
+
+
+def test_nested_tensors_come_back_as_they_were():
+    one, two = torch.zeros(1), torch.ones(2)
+    nested = ([one, (two, None)], one)
+    tensors, form = flatten(nested)
+    # Each once, and as JSON holds it.
+    assert len(tensors) == 2 and form == ['tuple', [['list', [0, ['tuple', [1, None]]]], 0]]
+    assert unflatten(tensors, form) == nested
+    with pytest.raises(UsageError, match='gives a dict'):
+        flatten((one, dict(two=two)))

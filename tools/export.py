@@ -1,0 +1,92 @@
+"""Export a detector to ONNX Runtime: a folder with a graph for each stage, in float32 or in 8 bits.
+
+Dynamic detectors stay dynamic. In 8 bits, ranges are measured on validation images that pass through the
+exported detector by the config's test pipeline, layers that suffer too much stay float, and a calibrated
+dynamic detector is calibrated anew: as many images are hard as before.
+"""
+import argparse
+import copy
+
+from dynamicdet.apis import cli
+from dynamicdet.apis.calibration import build_loader
+from dynamicdet.deploy.deployment import deploy, load_detector
+from dynamicdet.deploy.folder import require_new
+from dynamicdet.deploy.graphs import need
+from dynamicdet.deploy.stages import find_stages
+from dynamicdet.errors import UsageError
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file or URL')
+    parser.add_argument('--out', required=True, help='the folder to make')
+    parser.add_argument('--int8', action='store_true', help='integers of 8 bits; float32 without')
+    parser.add_argument(
+        '--calibrate-images', type=int, default=200, metavar='N', help='validation images to measure on: 200')
+    parser.add_argument(
+        '--ranges', choices=['mse', 'minmax'], default='mse',
+        help='a range of all that was seen (minmax), or of what has the least error: mse')
+    parser.add_argument(
+        '--noise',
+        type=float,
+        default=0.01,
+        help=
+        "error of a stage's outputs to get down to by leaving layers float, as a share of their power: 0.01")
+    parser.add_argument(
+        '--float-share', type=float, default=0.1, help='of the multiply-adds, what may stay float: 0.1')
+    parser.add_argument(
+        '--reduce-range', choices=['auto', 'yes', 'no'], default='auto',
+        help='weights of 7 bits, for x86 processors without VNNI; auto asks this machine')
+    parser.add_argument('--cfg-options',
+                        nargs='+',
+                        action=cli.ConfigOptions,
+                        help='override settings of the config: key=value pairs')
+    parser.add_argument('--dry-run', action='store_true', help='say what would be exported; write nothing')
+    return parser.parse_args()
+
+
+def check(args: argparse.Namespace) -> None:
+    for name in ('onnx', 'onnxruntime'):
+        need(name)
+    require_new(args.out)
+    if args.calibrate_images < 1:
+        raise UsageError(
+            f'--calibrate-images must be 1 or more, not {args.calibrate_images}: int8 needs images to '
+            'calibrate on')
+    if not 0 <= args.noise or not 0 <= args.float_share <= 1:
+        raise UsageError('--noise must not be negative, and --float-share be in [0, 1]')
+
+
+def main() -> None:
+    args = parse_args()
+    cli.prepare()
+    check(args)
+    cfg = cli.load_config(args)
+    if args.dry_run:
+        stages = find_stages(load_detector(cfg, args.checkpoint)[0])
+        kind = 'int8' if args.int8 else 'float32'
+        print(f'would write {args.out}, {kind}: {", ".join(stage.name for stage in stages)}')
+        return
+    loader = None
+    if args.int8:
+        cli.require_settings(cfg, 'val_dataloader')
+        settings = copy.deepcopy(cfg.val_dataloader)
+        settings.update(num_workers=0, persistent_workers=False)
+        with cli.silence():
+            loader = build_loader(settings)
+    about = deploy(cfg, args.checkpoint, args.out, loader, cli.progress, args.calibrate_images, args.ranges,
+                   args.noise, args.float_share, dict(yes=True, no=False).get(args.reduce_range))
+    for name, layers in about.get('layers', {}).items():
+        print(
+            f'{name}: noise {layers["noise_all_int8"]:.2g} of the signal in 8 bits; '
+            f'{len(layers["float_layers"])} layers float ({layers["float_share"]:.1%} of the multiply-adds), '
+            f'noise {layers["noise"]:.2g}')
+    if about.get('reduced_range'):
+        print('weights have 7 bits, since x86 processors without VNNI add products in 16 bits; export on the '
+              'machine that counts, or with --reduce-range no')
+    print(f'written to {args.out}: {about["bytes"] / 1e6:.2f} MB')
+
+
+if __name__ == '__main__':
+    cli.run(main)

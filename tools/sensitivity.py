@@ -1,0 +1,82 @@
+"""Measure how AP falls where one part of a detector is pruned, and suggest what to prune for a wanted size.
+
+Weights of the smallest magnitude are set to zero, without training on. Results go to a JSON file as they
+come: the same command goes on where it was stopped. A plot is beside it.
+"""
+import argparse
+from pathlib import Path
+
+from mmengine.device import get_device
+
+from dynamicdet.apis import cli
+from dynamicdet.apis.calibration import build_loader
+from dynamicdet.apis.sensitivity import blocks_of, draw, identity_of, load, measure, parts_of
+from dynamicdet.compression.sensitivity import suggest, table
+from dynamicdet.engine import write_atomically
+from dynamicdet.errors import UsageError
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', metavar='CKPT', help='its checkpoint')
+    parser.add_argument('--out', help='JSON file; work_dirs/NAME/sensitivity.json by default')
+    parser.add_argument(
+        '--block', action='append', metavar='NAME=PATTERN,...',
+        help='a part, such as heads=rpn_head,roi_head; again for more. By default the parts of the detector')
+    parser.add_argument('--layers', action='store_true', help='each layer of these blocks, too')
+    parser.add_argument('--shares',
+                        type=float,
+                        nargs='+',
+                        default=[0.1, 0.3, 0.5, 0.7, 0.9],
+                        help='what is pruned, in [0, 1)')
+    parser.add_argument('--structured', action='store_true', help='whole channels instead of single weights')
+    parser.add_argument('--images', type=int, default=0, help='how many of the validation images: all')
+    parser.add_argument('--metric', choices=['AP', 'AP50'], default='AP', help='what is measured')
+    parser.add_argument('--size', type=float, default=0.7, help='share of the weights that may be left: 0.7')
+    parser.add_argument('--device', default=get_device(), help='where to run')
+    parser.add_argument('--cfg-options',
+                        nargs='+',
+                        action=cli.ConfigOptions,
+                        help='override settings of the config')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    cli.prepare()
+    cfg = cli.load_config(args)
+    cli.require_settings(cfg, 'val_dataloader')
+    cli.require_device(args.device)
+    if not 0 < args.size <= 1:
+        raise UsageError(f'--size is a share of the weights in (0, 1]; got {args.size}')
+    out = args.out or str(Path(cfg.work_dir) / 'sensitivity.json')
+    cli.require_writable(out)
+    model = load(cfg, args.checkpoint, args.device)
+    blocks = {}
+    for one in args.block or []:
+        name, equals, patterns = one.partition('=')
+        if not name or not patterns:
+            raise UsageError(f"--block needs NAME=PATTERN,...; got '{one}'")
+        blocks[name] = patterns.split(',')
+    blocks = blocks or blocks_of(model)
+    parts = parts_of(model, blocks, args.layers, args.structured, max(args.shares))
+    loader = build_loader(cfg.val_dataloader)
+    identity = identity_of(args.checkpoint, str(loader.dataset.ann_file), args.images, args.metric,
+                           args.structured)
+    curves = measure(model, loader, parts, args.shares, args.images, args.metric, out, identity, cli.progress)
+    print(*table(curves), sep='\n')
+    # Of layers where they were measured: a block is what they add up to.
+    chosen = curves[len(blocks):] if args.layers else curves
+    found = suggest(chosen, args.size)
+    print(
+        f'for {found.left:.1%} of these weights, at a predicted loss of {found.loss:.2f} {args.metric} '
+        f'(at least {found.bound:.2f}), prune:')
+    print(*(f'  {name}: {share:.0%}' for name, share in found.shares.items()), sep='\n')
+    plot = Path(out).with_suffix('.png')
+    write_atomically(draw(curves, found, args.metric), plot)
+    print(f'written to {out} and {plot}')
+
+
+if __name__ == '__main__':
+    cli.run(main)

@@ -1,0 +1,82 @@
+"""Test a deployment folder that tools/export.py made: AP, and the latency of each exit at batch 1."""
+import argparse
+import json
+from typing import Dict, List
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.runner import Runner
+
+from dynamicdet.apis import cli
+from dynamicdet.apis.calibration import build_loader
+from dynamicdet.deploy.folder import load_deployed, read_config
+from dynamicdet.deploy.timing import measure_latency
+from dynamicdet.engine import write_atomically
+from dynamicdet.errors import UsageError
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('folder', help='deployment folder')
+    cli.add_budget_arguments(parser)
+    parser.add_argument('--threads', type=int, default=1, help='CPU threads of graphs and of torch: 1')
+    parser.add_argument(
+        '--images', type=int, default=20, help='how many images are timed, at all exits: 20; 0 times none')
+    parser.add_argument('--no-ap', action='store_true', help='measure latencies alone')
+    parser.add_argument('--work-dir', default='work_dirs/test_deployed', help='where logs go')
+    parser.add_argument('--cfg-options',
+                        nargs='+',
+                        action=cli.ConfigOptions,
+                        help='override settings of the config: key=value pairs')
+    parser.add_argument('--out', help='write the figures to this .json file')
+    return parser.parse_args()
+
+
+def load(args: argparse.Namespace) -> Config:
+    """The folder's config, with its detector as the model."""
+    cli.register_all_modules(init_default_scope=False)
+    cfg = read_config(args.folder)
+    cfg.merge_from_dict(args.cfg_options or {})
+    cli.require_settings(cfg, 'test_dataloader', 'test_evaluator', 'test_cfg')
+    budget = cli.budget_from(args) or None
+    cfg.model = ConfigDict(type='DeployedDetector', folder=args.folder, threads=args.threads, budget=budget)
+    # What a training needs has no part in this.
+    cfg.custom_hooks, cfg.load_from, cfg.resume, cfg.launcher = [], None, False, 'none'
+    for name in ('train', 'val'):
+        for part in ('dataloader', 'cfg', 'evaluator'):
+            cfg.pop(f'{name}_{part}', None)
+    cfg.pop('optim_wrapper', None)
+    cfg.pop('param_scheduler', None)
+    cfg.work_dir = args.work_dir
+    return cfg
+
+
+def main() -> None:
+    args = parse_args()
+    cli.prepare()
+    if args.threads < 1 or args.images < 0:
+        raise UsageError('--threads must be 1 or more, and --images not negative')
+    if args.out:
+        cli.require_writable(args.out)
+    torch.set_num_threads(args.threads)
+    figures: Dict[str, object] = dict(folder=args.folder, threads=args.threads)
+    cfg = load(args)
+    if args.images:
+        settings = dict(cfg.test_dataloader, num_workers=0, persistent_workers=False)
+        with cli.silence():
+            dataset = build_loader(settings).dataset
+        latencies: List[float] = measure_latency(
+            load_deployed(args.folder, args.threads), dataset, cli.progress, args.images)
+        figures['milliseconds'] = [1e3 * seconds for seconds in latencies]
+        print(*(f'exit {exit}: {1e3 * seconds:.1f} ms' for exit, seconds in enumerate(latencies)), sep='\n')
+    if not args.no_ap:
+        cli.make_folder(cfg.work_dir)
+        figures['metrics'] = {key: float(value) for key, value in Runner.from_cfg(cfg).test().items()}
+        for key, value in figures['metrics'].items():
+            print(f'{key}: {value:.4f}')
+    if args.out:
+        write_atomically(json.dumps(figures, indent=1).encode(), args.out)
+
+
+if __name__ == '__main__':
+    cli.run(main)

@@ -1,0 +1,104 @@
+"""Detect in a video, a folder of frames, a camera or a network stream, and show exits and costs.
+
+Writes OUT.mp4 (boxes, the exit taken, the running cost), OUT.jsonl (a line per frame) and OUT.png (exits and
+costs over time).
+"""
+import argparse
+import sys
+import warnings
+
+from dynamicdet.apis import cli
+from dynamicdet.errors import UsageError
+from dynamicdet.video.demo import FrameDetector, Summary, require_film, run_demo
+from dynamicdet.video.sources import open_source
+
+
+class GateOptions(cli.ConfigOptions):
+    """The first word may be the gate's type alone."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        head = values[0] if '=' in values[0] else f'type={values[0]}'
+        super().__call__(parser, namespace, [head, *values[1:]], option_string)
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError('must be 1 or more')
+    return int(text)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        'video', help='video file, folder of frames, number of a camera, or URL such as rtsp://...')
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file or URL')
+    parser.add_argument('--out', default='out.mp4', help='video to write: out.mp4')
+    parser.add_argument(
+        '--gate', nargs='+', action=GateOptions, metavar=('TYPE', 'KEY=VALUE'),
+        help="another gate than the config's, such as: ScoreGate kind=confidence")
+    parser.add_argument(
+        '--budget', nargs=1, action=cli.ConfigOptions, metavar='KEY=VALUE',
+        help='the wanted speed: target_gflops=2.5, target_latency=0.02 (seconds) or threshold=0.4')
+    parser.add_argument('--device', help='such as cpu or cuda:0; the best that is there')
+    parser.add_argument(
+        '--pred-score-thr', type=float, default=0.3, help='leave out boxes of a lower score: 0.3')
+    parser.add_argument('--frames', type=positive, help='stop after so many frames')
+    parser.add_argument('--fps', type=float, help='frames per second of a folder: 25')
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=cli.ConfigOptions,
+        help='override settings of the config: KEY=VALUE')
+    return parser.parse_args()
+
+
+def build_detector(args: argparse.Namespace) -> FrameDetector:
+    cfg = cli.load_config(args)
+    cli.require_settings(cfg, 'test_dataloader')
+    cli.require_checkpoint(args.checkpoint)
+    if args.device:
+        cli.require_device(args.device)
+    return FrameDetector(cfg, args.checkpoint, args.device, args.gate, args.budget, args.pred_score_thr)
+
+
+def describe(summary: Summary) -> str:
+    """A line or two on what was done."""
+    frames = summary.frames
+    if not frames:
+        return 'no frame could be read'
+    parts = [f'{frames} frames, {1e3 * summary.seconds / frames:.1f} ms each']
+    if summary.gflops is not None:
+        parts.append(f'{summary.gflops:.3g} GFLOPs each')
+    parts += [f'exit {exit}: {count / frames:.0%}' for exit, count in sorted(summary.exits.items())]
+    return f'{", ".join(parts)}\nwritten: {", ".join(summary.files)}'
+
+
+def main() -> int:
+    args = parse_args()
+    cli.prepare()
+    # Nothing here draws with mmdet's visualizer.
+    for message in ('palette does not exist.*', 'Failed to add .*'):
+        warnings.filterwarnings('ignore', message=message)
+    # First what takes no time to find out.
+    require_film(args.out)
+    cli.require_writable(args.out)
+    source = open_source(args.video, args.fps)
+    detector = build_detector(args)
+    length = min(filter(None, (source.length, args.frames)), default=None)
+    with cli.progress(range(length) if length else iter(int, 1), 'frames') as bar:
+
+        def say(line: str) -> None:
+            bar.write(f'{source.name}: {line}', file=sys.stderr)
+
+        summary = run_demo(
+            detector, source, args.out, args.frames, say, lambda done: bar.update(done - bar.n))
+    if summary.ended:
+        print(f'{source.name}: {summary.ended}', file=sys.stderr)
+    print(('interrupted: ' if summary.stopped else '') + describe(summary))
+    if not summary.frames:
+        raise UsageError(f"'{source.name}' has no frame that can be read")
+    return 1 if summary.faults or summary.ended else 0
+
+
+if __name__ == '__main__':
+    cli.run(main)
