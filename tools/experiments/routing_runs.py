@@ -152,8 +152,7 @@ def _schedule(lr: float, epochs: int, images: object) -> Dict[str, object]:
         'optim_wrapper.optimizer.lr': lr,
         'train_dataloader.dataset.indices': images,
         'train_cfg.max_epochs': epochs,
-        # Never: the test set is recorded afterwards.
-        'train_cfg.val_interval': epochs + 1,
+        'train_cfg.val_interval': epochs,
         'param_scheduler.1.T_max': epochs,
     }
 

@@ -1,0 +1,150 @@
+"""The experiment on early exit in video, docs/benchmarks.md: train, record, compare gates, and run them by the clock.
+
+It goes step by step, several at a time, and each step leaves a small file in docs/results/video: stop it when you
+like and start it again. Steps that have one are not done again; remove the file to do so. What runs by the clock
+comes last, and alone.
+"""
+import argparse
+import json
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Dict, List, NamedTuple, Optional
+
+import torch
+from mmengine.config import Config
+from routing import ROOT, reading, run
+from video_results import clock_results, gate_results, head_results
+
+from dynamicdet.apis import cli
+from dynamicdet.engine import latest_checkpoint
+from dynamicdet.engine.atomic_backend import write_atomically
+from dynamicdet.video.record import read_video_record
+
+WORK = ROOT / 'work_dirs' / 'video'
+RESULTS = ROOT / 'docs' / 'results' / 'video'
+
+
+class Run(NamedTuple):
+    """A training: its config below configs/video, and the run whose weights it starts from."""
+    config: str
+    start: Optional[str] = None
+
+
+#: What others start from first. The last one is of step 'clock'.
+RUNS: Dict[str, Run] = dict(
+    plain=Run('yolov5_digits_video'),
+    joint=Run('early_exit_yolov5_digits'),
+    propagation=Run('early_exit_yolov5_digits_propagation', 'joint'),
+    all=Run('early_exit_yolov5_digits_all', 'propagation'),
+    heads=Run('early_exit_yolov5_digits_heads', 'plain'),
+    heads_distilled=Run('early_exit_yolov5_digits_heads_distilled', 'plain'),
+    distilled=Run('early_exit_yolov5_digits_distilled'),
+    gumbel=Run('early_exit_yolov5_digits_gumbel'))
+#: Whose gates are compared, and run by the clock.
+GATED = ('joint', 'all', 'gumbel')
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--only', nargs='+', default=list(RUNS), choices=list(RUNS), help='these runs')
+    parser.add_argument('--jobs', type=int, default=2, help='runs at a time, of one thread each')
+    parser.add_argument('--list', action='store_true', help='say what there is to do, and stop')
+    return parser.parse_args()
+
+
+def write_config(name: str) -> Path:
+    """A run's config, whole."""
+    with reading:
+        cfg = Config.fromfile(ROOT / 'configs' / 'video' / f'{RUNS[name].config}.py')
+    cfg.load_from = RUNS[name].start and latest_checkpoint(str(WORK / RUNS[name].start))
+    path = WORK / name / 'config.py'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cfg.dump(path)
+    return path
+
+
+def train(name: str) -> str:
+    """Train a run, or go on with it; its last checkpoint."""
+    folder = WORK / name
+    if not (folder / 'trained').exists():
+        run('tools/train.py', str(write_config(name)), '--no-data-check', '--resume', f'--work-dir={folder}',
+            log=folder / 'train.log')
+        (folder / 'trained').touch()
+    return latest_checkpoint(str(folder))
+
+
+def record(name: str, split: str, checkpoint: str) -> dict:
+    """All exits on all frames of a split."""
+    path = WORK / name / f'{split}.npz'
+    if not path.exists():
+        run('tools/record_video.py', str(WORK / name / 'config.py'), checkpoint, f'--split={split}', f'--out={path}',
+            '--no-data-check', log=path.with_name('record.log'))
+    return read_video_record(path)
+
+
+def do(name: str) -> str:
+    """All of one run but the clock."""
+    start = time.monotonic()
+    if RUNS[name].start in started:
+        started[RUNS[name].start].result()
+    checkpoint = train(name)
+    if name != 'plain':
+        test = record(name, 'test', checkpoint)
+        numbers = head_results(test)
+        if name in GATED:
+            cfg = str(WORK / name / 'config.py')
+            numbers.update(gate_results(test, record(name, 'val', checkpoint), cfg, checkpoint))
+        write(name, numbers)
+    return f'{name}: {(time.monotonic() - start) / 60:.1f} min'
+
+
+def write(name: str, numbers: dict) -> None:
+    write_atomically(json.dumps(dict(run=name, **numbers), default=str).encode(), RESULTS / f'{name}.json')
+
+
+def is_done(name: str) -> bool:
+    return (WORK / name / 'trained').exists() if name == 'plain' else (RESULTS / f'{name}.json').exists()
+
+
+def with_starts(names: List[str]) -> List[str]:
+    """Runs to do, and those that they start from where the weights are gone."""
+    waiting = [name for name in names if not is_done(name)]
+    for name in reversed(RUNS):
+        start = RUNS[name].start
+        if name in waiting and start and start not in waiting and not (WORK / start / 'trained').exists():
+            waiting.append(start)
+    return [name for name in RUNS if name in waiting]
+
+
+#: Name -> the future of each run of this call, so that a run can wait for what it starts from.
+started: Dict[str, Future] = {}
+
+
+def main() -> None:
+    args = parse_args()
+    # As the runs: more threads than cores make everything slow.
+    torch.set_num_threads(1)
+    waiting = with_starts(args.only)
+    clocked = [name for name in GATED if name in args.only and not (RESULTS / f'{name}_clock.json').exists()]
+    print(f"to do: {', '.join(waiting)}; by the clock: {', '.join(clocked)}", flush=True)
+    if args.list:
+        return
+    run('tools/make_digits_video.py', log=WORK / 'data.log')
+    start = time.monotonic()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        # In this order, so what a run starts from is done, or being done, before it is reached.
+        for name in waiting:
+            started[name] = pool.submit(do, name)
+        for done, future in enumerate(as_completed(started.values()), 1):
+            left = (time.monotonic() - start) / done * (len(waiting) - done)
+            print(f'[{done}/{len(waiting)}] {future.result()}, {left / 60:.0f} min left', flush=True)
+    for name in clocked:
+        cfg, checkpoint = str(WORK / name / 'config.py'), latest_checkpoint(str(WORK / name))
+        numbers = json.loads((RESULTS / f'{name}.json').read_text())
+        write(f'{name}_clock', clock_results(cfg, checkpoint, numbers, record(name, 'val', checkpoint)))
+        print(f'{name} by the clock', flush=True)
+
+
+if __name__ == '__main__':
+    cli.run(main)
