@@ -176,8 +176,8 @@ def _box_masks(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 #: Entries that hold settings, not weights.
-_KEPT = ('threshold', 'thresholds', 'operating_points', 'delta', 'gains', 'difficulties', 'latencies', 'gflops', 'mean',
-         'std', 'project', 'anchors')
+_KEPT = ('threshold', 'thresholds', 'operating_points', 'delta', 'gains', 'difficulties', 'latencies', 'gflops',
+         'mean', 'std', 'project', 'anchors')
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
