@@ -1,5 +1,24 @@
 """What went wrong, in one line that says what to do."""
+from types import ModuleType
 
 
 class UsageError(ValueError):
     """Raised where the user's input, not the code, is at fault. Tools print it without a trace."""
+
+
+def need(name: str, whose: str, extra: str) -> ModuleType:
+    """An optional library.
+
+    Args:
+        name (str): Of its module.
+        whose (str): Who needs it, in the plural.
+        extra (str): The file below requirements that has it.
+
+    Raises:
+        UsageError: If it is not installed.
+    """
+    try:
+        return __import__(name)
+    except ImportError:
+        raise UsageError(f"{whose} need '{name}', which is not installed: "
+                         f'pip install -r requirements/{extra}.txt') from None

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import errors
 from ..errors import UsageError
 from .sharing import share
 
@@ -354,8 +355,4 @@ def digest(value: Tensor) -> str:
 
 def need(name: str) -> ModuleType:
     """An optional library."""
-    try:
-        return __import__(name)
-    except ImportError:
-        raise UsageError(f"compressed checkpoints need '{name}', which is not installed: "
-                         'pip install -r requirements/compression.txt') from None
+    return errors.need(name, 'compressed checkpoints', 'compression')

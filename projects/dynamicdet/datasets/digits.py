@@ -125,14 +125,14 @@ def _lock(path):
         yield
 
 
-def _make(home, stamp, progress):
-    """Build beside `home`, then rename. Called under the lock."""
-    prefix = f'.{home.name}.digits-part-'
+def _make(home, stamp, progress, kind='digits', write=None):
+    """Build beside `home`, by ``write(part, stamp, progress)``, then rename. Called under the lock."""
+    prefix = f'.{home.name}.{kind}-part-'
     for left in home.parent.glob(f'{prefix}*'):  # of a killed run: under the lock, nobody's
         shutil.rmtree(left)
     part = home.parent / (prefix + uuid.uuid4().hex)
     try:
-        _write(part, stamp, progress)
+        (write or _write)(part, stamp, progress)
         os.rename(part, home)  # fails, changing nothing, if files came to `home` meanwhile
     finally:
         shutil.rmtree(part, ignore_errors=True)

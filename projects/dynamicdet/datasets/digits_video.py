@@ -25,15 +25,12 @@ each annotation ``sample`` (row in scikit-learn's data) and ``visible`` (share i
 The splits share neither a sample nor a pixel of a photo.
 """
 import json
-import os
-import shutil
-import uuid
 from pathlib import Path
 from typing import Callable, Optional
 
 import cv2
 
-from .digits import CLASSES, JPEG_QUALITY, _annotations, _is_made, _lock, _outline, _whole
+from .digits import CLASSES, JPEG_QUALITY, _annotations, _is_made, _lock, _make, _outline, _whole
 from .digits_drawing import SPLITS, load_sources
 from .digits_video_drawing import make_video
 
@@ -81,7 +78,7 @@ def make_digits_video(root, sizes: dict = SIZES, length: int = 60, image_size: i
     home.parent.mkdir(parents=True, exist_ok=True)
     with _lock(home.parent / f'.{home.name}.lock'):
         if not _is_made(home, stamp):
-            _make(home, stamp, progress)
+            _make(home, stamp, progress, 'digits-video', _write)
     return Path(root)
 
 
@@ -93,19 +90,6 @@ def _stamp(sizes, length, image_size, seed, mp4):
         kind='video', version=VERSION, seed=_whole('seed', seed, 0), length=_whole('length', length, 1),
         image_size=_whole('image_size', image_size, MIN_IMAGE_SIZE), mp4=bool(mp4),
         sizes={split: _whole(f'sizes[{split!r}]', sizes[split], 0) for split in SPLITS})
-
-
-def _make(home, stamp, progress):
-    """Build beside `home`, then rename. Called under the lock."""
-    prefix = f'.{home.name}.digits-video-part-'
-    for left in home.parent.glob(f'{prefix}*'):  # of a killed run: under the lock, nobody's
-        shutil.rmtree(left)
-    part = home.parent / (prefix + uuid.uuid4().hex)
-    try:
-        _write(part, stamp, progress)
-        os.rename(part, home)  # fails, changing nothing, if files came to `home` meanwhile
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _write(part, stamp, progress):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmdet.models.detectors import BaseDetector
 from mmdet.structures import DetDataSample
 
+from .. import errors
 from ..apis.calibration import force_exit
 from ..errors import UsageError
 from ..models import DynamicDetector, can_fuse
@@ -186,8 +187,4 @@ def release_weights(stages: Sequence[Stage]) -> None:
 
 def need(name: str) -> ModuleType:
     """An optional library."""
-    try:
-        return __import__(name)
-    except ImportError:
-        raise UsageError(f"deployment needs '{name}', which is not installed: "
-                         'pip install -r requirements/deploy.txt') from None
+    return errors.need(name, 'graphs', 'deploy')
