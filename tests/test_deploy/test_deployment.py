@@ -133,7 +133,7 @@ def test_no_images_or_no_runtime_are_one_line(trained, tmp_path, monkeypatch):
         return importing(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, '__import__', absent)
-    with pytest.raises(UsageError, match="needs 'onnxruntime'.*requirements/deploy.txt"):
+    with pytest.raises(UsageError, match="need 'onnxruntime'.*requirements/deploy.txt"):
         deploy(cfg, path, str(tmp_path / 'out'))
     assert not (tmp_path / 'out').exists()
 
