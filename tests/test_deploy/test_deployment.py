@@ -57,7 +57,7 @@ def folder(trained, tmp_path_factory):
 
 def test_a_trained_checkpoint_has_the_detectors_keys_and_ranges_beside_them(trained):
     cfg, path, _ = trained
-    checkpoint = torch.load(path, weights_only=False)
+    checkpoint = torch.load(path, weights_only=True)
     model, _ = load_detector(cfg, path)
     assert set(checkpoint['state_dict']) == set(model.state_dict())
     ranges = checkpoint['quantization']['ranges']
@@ -207,8 +207,8 @@ def test_resuming_goes_on_with_the_ranges(trained, digits, tmp_path):
     rest = small(digits, tmp_path / 'half')
     rest.resume, rest.load_from = True, str(tmp_path / 'half' / 'epoch_1.pth')
     train(rest)
-    one = torch.load(path, weights_only=False)
-    two = torch.load(tmp_path / 'half' / 'epoch_2.pth', weights_only=False)
+    one = torch.load(path, weights_only=True)
+    two = torch.load(tmp_path / 'half' / 'epoch_2.pth', weights_only=True)
     for key, value in one['quantization']['ranges'].items():
         torch.testing.assert_close(two['quantization']['ranges'][key], value)
     for key, value in one['state_dict'].items():
