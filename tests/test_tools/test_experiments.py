@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT / 'tools' / 'experiments'))
 import routing_page  # noqa: E402
 from routing_results import with_losses_of  # noqa: E402
 from routing_runs import DATA, HELD_OUT, all_runs  # noqa: E402
+from steps import do_all, run, wait_for  # noqa: E402
 
 
 def config_of(run):
@@ -99,3 +100,25 @@ def test_the_lead_is_paired():
 def test_means_name_their_range():
     assert routing_page.several([1.0]) == '1.00'
     assert routing_page.several([1.0, 3.0], sign='+') == '+2.00 (+1.00 to +3.00)'
+
+
+def test_a_step_waits_for_what_it_starts_from(capsys):
+    order = []
+
+    def do(name):
+        wait_for({'second': 'first'}.get(name), 'of another call')
+        order.append(name)
+
+    do_all(['first', 'second'], do, jobs=2)
+    assert order == ['first', 'second']
+    said = capsys.readouterr().out.splitlines()
+    assert [line[:5] for line in said] == ['[1/2]', '[2/2]'] and said[-1].endswith('0 min left')
+
+
+def test_a_tool_that_fails_ends_the_step_and_names_its_log(tmp_path):
+    run('-c', 'print(1)', log=tmp_path / 'a' / 'good.log')
+    assert (tmp_path / 'a' / 'good.log').read_text() == '1\n'
+    with pytest.raises(RuntimeError, match='status 3.*bad.log'):
+        run('-c', 'raise SystemExit(3)', log=tmp_path / 'bad.log')
+    with pytest.raises(RuntimeError, match='status 3'):
+        do_all(['breaks'], lambda name: run('-c', 'raise SystemExit(3)', log=tmp_path / 'bad.log'), jobs=1)

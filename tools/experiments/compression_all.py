@@ -6,17 +6,16 @@ detector is that of the experiment on routing, trained first where its weights a
 """
 # Not named compression.py: Python 3.14 has a module of that name, which libraries look for on any.
 import argparse
-import time
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Dict, List
+from typing import List
 
 from compression_runs import START, TUNING, Step, all_steps
 from mmengine.config import Config
-from routing import ROOT, make_data, reading, run
 from routing import WORK as ROUTING
+from routing import make_data
 from routing import train as train_run
 from routing_runs import all_runs
+from steps import ROOT, do_all, reading, run, wait_for
 
 from dynamicdet.apis import cli
 from dynamicdet.engine import latest_checkpoint
@@ -73,21 +72,14 @@ def tune(step: Step) -> Path:
     return folder
 
 
-def do(step: Step) -> str:
+def do(step: Step) -> None:
     """All of one step."""
-    if step.start in started:
-        started[step.start].result()
-    start = time.monotonic()
+    wait_for(step.start)
     checkpoint = latest_checkpoint(str(tune(step)))
     measured = WORK / step.name / 'points.json'
     run('tools/experiments/compression_measure.py', str(ROUTING / START / 'config.py'), checkpoint, step.name,
         str(measured), log=WORK / step.name / 'measure.log')
     write_atomically(measured.read_bytes(), RESULTS / f'{step.name}.json')
-    return f'{step.name}: {(time.monotonic() - start) / 60:.1f} min'
-
-
-#: Name -> the future of each step of this call, so that a step can wait for what it starts from.
-started: Dict[str, Future] = {}
 
 
 def is_done(step: Step) -> bool:
@@ -109,14 +101,9 @@ def main() -> None:
     if args.list or not waiting:
         return
     prepare_start()
-    start = time.monotonic()
-    with ThreadPoolExecutor(args.jobs) as pool:
-        # In this order, so what a step starts from is done, or being done, before it is reached.
-        for step in waiting:
-            started[step.name] = pool.submit(do, step)
-        for done, future in enumerate(as_completed(started.values()), 1):
-            left = (time.monotonic() - start) / done * (len(waiting) - done)
-            print(f'[{done}/{len(waiting)}] {future.result()}, {left / 60:.0f} min left', flush=True)
+    # In this order, so what a step starts from is done, or being done, before it is reached.
+    by_name = {step.name: step for step in waiting}
+    do_all(list(by_name), lambda name: do(by_name[name]), args.jobs)
 
 
 if __name__ == '__main__':

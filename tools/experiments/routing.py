@@ -6,27 +6,21 @@ one are not trained again. Remove the file to do so.
 """
 import argparse
 import json
-import os
-import subprocess
-import sys
-import threading
-import time
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Dict, List, Mapping
+from typing import List, Mapping
 
 import torch
 from mmengine.config import Config
 from pycocotools.coco import COCO
 from routing_results import dynamic_results, plain_results, together, with_losses_of
 from routing_runs import DATA, Run, all_runs
+from steps import ROOT, do_all, reading, run, wait_for
 
 from dynamicdet.apis import cli
 from dynamicdet.engine import latest_checkpoint
 from dynamicdet.engine.atomic_backend import write_atomically
 from dynamicdet.routing.record import read_record
 
-ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / 'work_dirs' / 'routing'
 RESULTS = ROOT / 'docs' / 'results' / 'routing'
 
@@ -37,16 +31,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time, of one thread each')
     parser.add_argument('--list', action='store_true', help='say what there is to do, and stop')
     return parser.parse_args()
-
-
-def run(*command: str, log: Path) -> None:
-    """Run a tool in the repository's root, its output into a file; end with it if it fails."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, 'a') as file:
-        code = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-                              env={**os.environ, 'OMP_NUM_THREADS': '1'}).returncode
-    if code:
-        raise RuntimeError(f'{command[0]} failed with status {code}: see the end of {log}')
 
 
 def make_data() -> None:
@@ -114,24 +98,14 @@ def sum_up(one: Run) -> dict:
     return dynamic_results(records['test'], test, sources, train, one.seed)
 
 
-def do(one: Run) -> str:
+def do(one: Run) -> None:
     """All of one run."""
-    start = time.monotonic()
-    for name in (one.start, *one.needs):
-        if name:
-            started[name].result()
+    wait_for(one.start, *one.needs)
     checkpoint = train(one)
     record(one, checkpoint)
     options = {k: v for k, v in one.options.items() if 'ann_file' not in k and 'data_root' not in k}
     numbers = dict(run=one.name, config=one.config, options=options, **sum_up(one))
     write_atomically(json.dumps(numbers, default=str).encode(), RESULTS / f'{one.name}.json')
-    return f'{one.name}: {(time.monotonic() - start) / 60:.1f} min'
-
-
-#: mmengine reads a config as a module of a fixed name: one at a time.
-reading = threading.Lock()
-#: Name -> the future of each run of this call, so that a run can wait for what it starts from.
-started: Dict[str, Future] = {}
 
 
 def main() -> None:
@@ -148,14 +122,9 @@ def main() -> None:
     if args.list or not waiting:
         return
     make_data()
-    start = time.monotonic()
-    with ThreadPoolExecutor(args.jobs) as pool:
-        # In this order, so what a run starts from is done, or being done, before it is reached.
-        for one in waiting:
-            started[one.name] = pool.submit(do, one)
-        for done, future in enumerate(as_completed(started.values()), 1):
-            left = (time.monotonic() - start) / done * (len(waiting) - done)
-            print(f'[{done}/{len(waiting)}] {future.result()}, {left / 60:.0f} min left', flush=True)
+    # In this order, so what a run starts from is done, or being done, before it is reached.
+    by_name = {one.name: one for one in waiting}
+    do_all(list(by_name), lambda name: do(by_name[name]), args.jobs)
 
 
 if __name__ == '__main__':

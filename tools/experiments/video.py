@@ -6,14 +6,12 @@ comes last, and alone.
 """
 import argparse
 import json
-import time
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional
 
 import torch
 from mmengine.config import Config
-from routing import ROOT, reading, run
+from steps import ROOT, do_all, reading, run, wait_for
 from video_results import clock_results, gate_results, head_results
 
 from dynamicdet.apis import cli
@@ -83,11 +81,9 @@ def record(name: str, split: str, checkpoint: str) -> dict:
     return read_video_record(path)
 
 
-def do(name: str) -> str:
+def do(name: str) -> None:
     """All of one run but the clock."""
-    start = time.monotonic()
-    if RUNS[name].start in started:
-        started[RUNS[name].start].result()
+    wait_for(RUNS[name].start)
     checkpoint = train(name)
     if name != 'plain':
         test = record(name, 'test', checkpoint)
@@ -96,7 +92,6 @@ def do(name: str) -> str:
             cfg = str(WORK / name / 'config.py')
             numbers.update(gate_results(test, record(name, 'val', checkpoint), cfg, checkpoint))
         write(name, numbers)
-    return f'{name}: {(time.monotonic() - start) / 60:.1f} min'
 
 
 def write(name: str, numbers: dict) -> None:
@@ -117,10 +112,6 @@ def with_starts(names: List[str]) -> List[str]:
     return [name for name in RUNS if name in waiting]
 
 
-#: Name -> the future of each run of this call, so that a run can wait for what it starts from.
-started: Dict[str, Future] = {}
-
-
 def main() -> None:
     args = parse_args()
     # As the runs: more threads than cores make everything slow.
@@ -131,14 +122,8 @@ def main() -> None:
     if args.list:
         return
     run('tools/make_digits_video.py', log=WORK / 'data.log')
-    start = time.monotonic()
-    with ThreadPoolExecutor(args.jobs) as pool:
-        # In this order, so what a run starts from is done, or being done, before it is reached.
-        for name in waiting:
-            started[name] = pool.submit(do, name)
-        for done, future in enumerate(as_completed(started.values()), 1):
-            left = (time.monotonic() - start) / done * (len(waiting) - done)
-            print(f'[{done}/{len(waiting)}] {future.result()}, {left / 60:.0f} min left', flush=True)
+    # In this order, so what a run starts from is done, or being done, before it is reached.
+    do_all(waiting, do, args.jobs)
     for name in clocked:
         cfg, checkpoint = str(WORK / name / 'config.py'), latest_checkpoint(str(WORK / name))
         numbers = json.loads((RESULTS / f'{name}.json').read_text())
