@@ -1,0 +1,4 @@
+# Step 1: the cascade of two YOLOX-s, each with its own neck and head; exit 0 sees the image at half its
+# size. What served best on the built-in data (docs/benchmarks.md).
+_base_ = './dy_yolox_s.py'
+model = dict(first_scale=0.5)
