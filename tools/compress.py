@@ -94,6 +94,7 @@ def config_from(args: argparse.Namespace) -> Optional[Config]:
     cfg = cli.load_config(args)
     cli.require_settings(cfg, 'test_dataloader', 'test_evaluator')
     cli.require_device(args.device)
+    cli.check_data(cfg, 'test')
     return cfg
 
 

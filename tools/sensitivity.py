@@ -52,6 +52,9 @@ def main() -> None:
         raise UsageError(f'--size is a share of the weights in (0, 1]; got {args.size}')
     out = args.out or str(Path(cfg.work_dir) / 'sensitivity.json')
     cli.require_writable(out)
+    if args.images < 0:
+        raise UsageError(f'--images must be 1 or more, or 0 for all; got {args.images}')
+    cli.check_data(cfg, 'val')
     model = load(cfg, args.checkpoint, args.device)
     blocks = {}
     for one in args.block or []:

@@ -36,7 +36,7 @@ def load(args: argparse.Namespace) -> Config:
     """The folder's config, with its detector as the model."""
     cli.register_all_modules(init_default_scope=False)
     cfg = read_config(args.folder)
-    cfg.merge_from_dict(args.cfg_options or {})
+    cli.override(cfg, args.cfg_options, args.folder)
     cli.require_settings(cfg, 'test_dataloader', 'test_evaluator', 'test_cfg')
     budget = cli.budget_from(args) or None
     cfg.model = ConfigDict(type='DeployedDetector', folder=args.folder, threads=args.threads, budget=budget)
@@ -61,6 +61,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     figures: Dict[str, object] = dict(folder=args.folder, threads=args.threads)
     cfg = load(args)
+    cli.check_data(cfg, 'test')
     if args.images:
         settings = dict(cfg.test_dataloader, num_workers=0, persistent_workers=False)
         with cli.silence():

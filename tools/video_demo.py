@@ -7,6 +7,8 @@ import argparse
 import sys
 import warnings
 
+from mmengine.config import Config
+
 from dynamicdet.apis import cli
 from dynamicdet.errors import UsageError
 from dynamicdet.video.demo import FrameDetector, Summary, require_film, run_demo
@@ -19,6 +21,10 @@ class GateOptions(cli.ConfigOptions):
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         head = values[0] if '=' in values[0] else f'type={values[0]}'
         super().__call__(parser, namespace, [head, *values[1:]], option_string)
+        # gate.type=... is of a gate inside.
+        nested = Config()
+        nested.merge_from_dict(getattr(namespace, self.dest))
+        setattr(namespace, self.dest, nested.to_dict())
 
 
 def positive(text: str) -> int:

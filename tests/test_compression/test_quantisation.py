@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dynamicdet.compression.quantisation import (Ranges, Simulation, activation_scale, fake_quantise_weight,
-                                                 fold, round_bias, trace, weight_scale)
+from dynamicdet.compression.quantisation import (LearnedRange, Ranges, Simulation, activation_scale,
+                                                 fake_quantise_weight, fold, move_range, round_bias, trace,
+                                                 weight_scale)
 
 
 @pytest.mark.parametrize('low, high, scale, zero', [
@@ -130,3 +131,57 @@ def test_ranges_run_behind_the_activations():
     # Unknown tensors stay as they are.
     x = torch.randn(3)
     assert ranges.quantise('y', x) is x
+
+
+def test_the_gradient_of_a_learned_range_by_hand():
+    # Steps of 1, zero at 100.
+    bounds = torch.tensor([-100.0, 155.0], requires_grad=True)
+    x = torch.tensor([-150.0, -100.0, 0.25, 10.0, 155.0, 200.0], requires_grad=True)
+    y = LearnedRange.apply(x, bounds, 1.0, 100)
+    assert y.tolist() == [-100, -100, 0, 10, 155, 155]
+    # Residual blocks add to it in place.
+    y += 1
+    y.backward(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]))
+    assert x.grad.tolist() == [0, 2, 3, 4, 5, 0]
+    # What is below is low, what is above is high; what is rounded by -0.25 is that many steps' share.
+    error = 3 * -0.25 / 255
+    assert bounds.grad.tolist() == pytest.approx([1 - error, 6 + error])
+
+
+def test_a_range_moves_by_a_share_with_zero_in_it():
+    bounds, up, down = torch.tensor([-1.0, 3.0]), torch.tensor([-1e-7, -2.0]), torch.tensor([1e-7, 2.0])
+    assert move_range(bounds, up, 0.01).tolist() == pytest.approx([-0.96, 3.04])
+    assert move_range(bounds, down, 0.01).tolist() == pytest.approx([-1.04, 2.96])
+    assert move_range(bounds, torch.zeros(2), 0.01).tolist() == [-1, 3]
+    assert move_range(torch.tensor([-0.001, 3.0]), up, 0.01)[0] == 0
+    # Nothing is below a ReLU's zero, and a range that lies above zero begins there.
+    assert move_range(torch.tensor([0.0, 3.0]), down, 0.01).tolist() == pytest.approx([0, 2.97])
+    assert move_range(torch.tensor([1.0, 3.0]), torch.zeros(2), 0.01).tolist() == [0, 3]
+
+
+@pytest.mark.parametrize('high', (2.0, 50.0))
+def test_a_range_learns_what_rounds_best(high):
+    """Begun too narrow or too wide."""
+    x = torch.rand(2000, generator=torch.Generator().manual_seed(0)) * 10
+    ranges = Ranges(dict(x=torch.tensor([0.0, high])))
+    ranges.learning = True
+    lost = []
+    for _ in range(300):
+        loss = (ranges.quantise('x', x) - x).square().sum()
+        loss.backward()
+        lost.append(loss.item())
+        ranges.values['x'] = move_range(ranges.values['x'], ranges.values['x'].grad, 0.01)
+    assert lost[-1] < lost[0] / 10 and abs(ranges.values['x'][1] - 10) < abs(high - 10) / 10
+    # The value is that of running ranges, bit for bit.
+    learned = ranges.quantise('x', x)
+    ranges.learning = False
+    assert torch.equal(ranges.quantise('x', x), learned)
+
+
+def test_a_learned_range_begins_with_what_passes_first():
+    ranges = Ranges()
+    ranges.learning = True
+    empty = torch.zeros(0, 4)
+    assert ranges.quantise('x', empty) is empty and not ranges.values
+    ranges.quantise('x', torch.tensor([-1.0, 3.0], requires_grad=True)).sum().backward()
+    assert ranges.values['x'].tolist() == [-1, 3] and ranges.values['x'].grad.shape == (2, )

@@ -178,12 +178,20 @@ def test_over_a_block_the_weakest_layer_loses_most():
     (dict(modules=['bakbone']), "'bakbone' matches no module"),
     (dict(modules=['backbone.layer1'], target=0.99), 'pruned to nothing'),
     (dict(modules=['bbox_head.retina_cls']), 'nothing in it can be removed'),
+    (dict(norm=float('nan')), 'above 0'), (dict(norm=0), 'above 0'),
     (dict(score='gradient'), 'not by score'), (dict(over='kind'), "over is 'layer' or 'block'")])
 def test_blocks_that_cannot_be(block, reason):
     model = MODELS.build(config('retinanet'))
     with pytest.raises(UsageError, match=reason) as caught:
         plan_removal(model, [every(**block)], 4)
     assert '\n' not in str(caught.value)
+
+
+def test_weights_that_are_not_finite():
+    model = MODELS.build(config('retinanet'))
+    model.neck.fpn_convs[0].conv.weight.data[0, 0] = float('nan')
+    with pytest.raises(UsageError, match="'neck.fpn_convs.0.conv' are not finite"):
+        plan_removal(model, [every(modules=['backbone'])], 4)
 
 
 def test_what_stays_is_named():
@@ -234,3 +242,13 @@ def test_a_detector_of_another_kind():
     with pytest.raises(UsageError, match='cannot be removed: only those of'):
         plan_removal(MODELS.build(shrink(Config.fromfile(ROOT / 'configs/dy_dino_r50.py').model).detector),
                      [every(modules=['backbone'])], 4)
+
+
+def test_early_exits_are_neither_removed_nor_exported():
+    from dynamicdet.deploy.stages import find_stages
+    model = MODELS.build(
+        shrink(Config.fromfile(ROOT / 'configs/video/early_exit_yolov5_digits.py').model))
+    with pytest.raises(UsageError, match='EarlyExitDetector cannot be removed: only those of'):
+        plan_removal(model, [every(modules=['detector.backbone'])], 4)
+    with pytest.raises(UsageError, match='EarlyExitDetector cannot be cut'):
+        find_stages(model)

@@ -78,8 +78,10 @@ def test_a_folder_with_a_broken_frame_is_said(setting, videos, tmp_path):
 
 def test_a_mistake_is_one_line(setting, videos, tmp_path):
     done = run_tool('video_demo.py', videos / 'val' / '0001.mp4', *setting, '--out', tmp_path / 'o.mp4',
-                    '--gate', 'NoGate', 'exit=1')
+                    '--gate', 'TemporalGate', 'gate.type=NoGate')
     assert done.returncode == 2 and 'no gate' in done.stderr and 'Traceback' not in done.stderr
+    # What is inside is known as such.
+    assert 'NoGate is not in' in done.stderr
     assert not list(tmp_path.glob('*o.*'))
 
 

@@ -1,4 +1,5 @@
 """Video in; boxes, exits and costs out. On small real detectors."""
+import copy
 import json
 import os
 
@@ -11,7 +12,7 @@ from mmengine.config import Config, ConfigDict
 
 from dynamicdet.errors import UsageError
 from dynamicdet.testing import tiny_detector, tiny_dynamic
-from dynamicdet.video.demo import FrameDetector, run_demo
+from dynamicdet.video.demo import FrameDetector, Lines, run_demo
 from dynamicdet.video.sources import Source, open_source
 from mmdet.registry import MODELS
 
@@ -171,6 +172,19 @@ def test_frames_may_be_limited(detector, tmp_path):
     assert summary.frames == 3 and summary.ended is None
 
 
+def test_two_runs_do_not_write_one_file(tmp_path):
+    (tmp_path / '.o.jsonl.part').write_text('of a run that was killed')
+    with Lines(tmp_path / 'o.jsonl') as lines:
+        lines.write(dict(frame=0))
+        with pytest.raises(UsageError, match='being written by another run'):
+            Lines(tmp_path / 'o.jsonl')
+        lines.write(dict(frame=1))
+    assert (tmp_path / 'o.jsonl').read_text() == '{"frame": 0}\n{"frame": 1}\n'
+    with Lines(tmp_path / 'o.jsonl'):
+        pass
+    assert not (tmp_path / 'o.jsonl').read_text()
+
+
 @pytest.mark.parametrize('out', ['out', 'out.avi', 'out.jsonl'])
 def test_the_name_must_be_a_films(detector, tmp_path, out):
     with pytest.raises(UsageError, match='must end in .mp4'):
@@ -241,11 +255,20 @@ def test_a_gate_may_be_replaced(tmp_path):
     (tiny_detector('retinanet'), dict(budget=dict(threshold=0.5)), 'has one speed only'),
     (early(), dict(budget=dict(hard_share=0.5)), 'is no budget of a EarlyExitDetector'),
     (early(), dict(budget=dict(target_gflops=1)), 'needs a calibrated checkpoint'),
+    (early(), dict(score=float('nan')), 'in [[]0, 1[]]; got nan'),
 ])
 def test_mistakes_are_said(tmp_path, model, options, words):
     checkpoint = save(model, tmp_path / 'c.pth')
     with pytest.raises(UsageError, match=words):
         FrameDetector(config(model), checkpoint, 'cpu', **options)
+
+
+def test_a_model_that_cannot_be_built_is_one_line(tmp_path):
+    checkpoint, model = save(early(), tmp_path / 'c.pth'), copy.deepcopy(early())
+    model.detector.bbox_head.type = 'YOLOV5Headd'
+    with pytest.raises(UsageError, match='cannot be built: .*YOLOV5Headd') as error:
+        FrameDetector(config(model), checkpoint, 'cpu')
+    assert '\n' not in str(error.value)
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):

@@ -195,8 +195,8 @@ def call(tool, *arguments):
 def test_from_a_checkpoint_to_a_calibrated_one(cfg, tmp_path, capsys):
     register_all_modules(init_default_scope=True)
     model = seeded(cfg)
-    channels = [model.table[layer].channels for layer in model.exit_layers]
-    cfg.model.gate = dict(type='HaltingGate', in_channels=channels)
+    # It is told the heads' channels by the detector.
+    cfg.model.gate = dict(type='HaltingGate')
     cfg.dump(tmp_path / 'config.py')
     torch.save(dict(state_dict=model.state_dict()), tmp_path / 'model.pth')
     for split in ('val', 'test'):
@@ -235,7 +235,10 @@ def test_tools_say_what_is_wrong(cfg, tmp_path, capsys):
     cfg.model.gate = dict(type='HaltingGate', in_channels=[8, 32, 32])
     cfg.dump(tmp_path / 'config.py')
     assert call('calibrate_video.py', *both, '--record', tmp_path / 'a.npz') == 2
+    assert call('calibrate_video.py', *both, '--record', tmp_path / 'a.npz', '--cfg-options',
+                'model.gate.type=HalingGate') == 2
     errors = capsys.readouterr().err.splitlines()
     said = [line for line in errors if line.startswith('error: ')]
     assert [part in line for part, line in zip(
-        ('record_video.py', '1 or more', 'has no gate', 'no trained HaltingGate'), said)] == [True] * 4
+        ('record_video.py', '1 or more', 'has no gate', 'no trained HaltingGate', 'cannot be built'),
+        said)] == [True] * 5

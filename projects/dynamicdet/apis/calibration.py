@@ -13,14 +13,13 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from mmdet.apis import init_detector
-
 from ..checkpoints import is_plain, read_checkpoint, require_complete
 from ..datasets.check import is_of_empty_set
 from ..errors import UsageError
 from ..models import DynamicDetector, fuse
 from ..models.online import kept_speed
 from ..routing.thresholds import ALL_EASY, ALL_HARD
+from . import cli
 from .flops import count_flops
 
 Progress = Callable[[Iterable, str], Iterable]
@@ -50,7 +49,8 @@ def load_model(cfg: Config, path: str, device: str) -> Tuple[DynamicDetector, di
     checkpoint = read_checkpoint(path)
     if is_plain(checkpoint['state_dict']):
         raise UsageError(f"'{path}' is a plain detector's: train the cascade and the router first")
-    model = init_detector(cfg, checkpoint=None, device='cpu')
+    init_default_scope('mmdet')
+    model = cli.build_model(cfg).eval()
     require_complete(model, checkpoint['state_dict'])
     model.load_state_dict(checkpoint['state_dict'], strict=False)
     meta = checkpoint.get('meta', {}).get('dataset_meta')
@@ -63,7 +63,7 @@ def build_loader(dataloader: dict) -> DataLoader:
     """Build a data loader of a config, in this process.
 
     Raises:
-        UsageError: If its data set is empty.
+        UsageError: If its data set is empty, or cannot be built.
     """
     init_default_scope('mmdet')
     try:
@@ -72,6 +72,9 @@ def build_loader(dataloader: dict) -> DataLoader:
         if not is_of_empty_set(error):
             raise
         loader = None
+    except (OSError, KeyError, TypeError) as error:
+        raise UsageError(
+            f'the data set of the config cannot be built: {type(error).__name__}: {error}') from error
     if loader is None or not len(loader.dataset):
         raise UsageError('the validation set is empty: there is nothing to measure on')
     return loader

@@ -106,13 +106,7 @@ def load_config(args: argparse.Namespace) -> Config:
         # A config is a program: it may raise anything.
         raise UsageError(
             f"the config '{args.config}' cannot be read: {_reason(error)}") from error
-    root = cfg.get('data_root')
-    try:
-        cfg.merge_from_dict(args.cfg_options or {})
-    except Exception as error:
-        raise UsageError(
-            f"--cfg-options do not fit '{args.config}': {_reason(error)}") from error
-    _move_data(cfg, root)
+    override(cfg, args.cfg_options, args.config)
     _require_model(cfg, args.config)
     cfg.launcher = getattr(args, 'launcher', 'none')
     if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
@@ -121,6 +115,16 @@ def load_config(args: argparse.Namespace) -> Config:
         getattr(args, 'work_dir', None) or cfg.get('work_dir')
         or str(Path('work_dirs') / Path(args.config).stem))
     return cfg
+
+
+def override(cfg: Config, options: Optional[dict], name: str) -> None:
+    """Let ``--cfg-options`` count, the data's root wherever it was used; or raise a `UsageError`."""
+    root = cfg.get('data_root')
+    try:
+        cfg.merge_from_dict(options or {})
+    except Exception as error:
+        raise UsageError(f"--cfg-options do not fit '{name}': {_reason(error)}") from error
+    _move_data(cfg, root)
 
 
 def _move_data(cfg: Config, root: Any) -> None:
@@ -170,6 +174,8 @@ def build_model(cfg: Config) -> nn.Module:
     """Build a config's model, or raise a `UsageError` that says why not."""
     try:
         return MODELS.build(cfg.model)
+    except UsageError:
+        raise
     except Exception as error:
         # Its parts are built by many constructors, which may raise anything.
         raise UsageError(f"the model of '{cfg.filename}' cannot be built: {_reason(error)}") from error

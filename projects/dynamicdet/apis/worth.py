@@ -7,14 +7,15 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.evaluator import Evaluator
+from mmengine.registry import init_default_scope
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mmdet.apis import init_detector
 from mmdet.models.detectors import BaseDetector
 
 from ..checkpoints import require_complete
 from ..compression.report import Worth
+from . import cli
 from .calibration import Progress, build_loader
 
 #: Images that are timed, and how often each, after one untimed round.
@@ -50,10 +51,11 @@ def build(cfg: Config, state: Mapping[str, Tensor], device: str) -> BaseDetector
     Raises:
         UsageError: If the state dict does not fit.
     """
-    model = init_detector(cfg, checkpoint=None, device='cpu')
+    init_default_scope('mmdet')
+    model = cli.build_model(cfg)
     require_complete(model, state)
     model.load_state_dict(state, strict=False)
-    return model.to(device)
+    return model.to(device).eval()
 
 
 @torch.no_grad()

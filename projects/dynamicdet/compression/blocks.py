@@ -52,6 +52,9 @@ class Block:
         if not isinstance(self.target, (int, float)) or not 0 <= self.target < 1:
             raise UsageError(
                 f"block '{self.name}': its target is {self.target}; it must be at least 0 and below 1")
+        # Not `norm <= 0`, which lets NaN pass.
+        if not self.norm > 0:
+            raise UsageError(f"block '{self.name}': the n of an Ln norm is above 0; got {self.norm}")
         for value, known, what in ((self.score, SCORES, 'score'), (self.over, SCOPES, 'over')):
             if value not in known:
                 raise UsageError(f"block '{self.name}': {what}='{value}' is none of {', '.join(known)}")

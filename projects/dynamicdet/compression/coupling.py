@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mmdet.models.detectors import BaseDetector
 from mmdet.structures import DetDataSample
 
-from ..errors import UsageError
+from ..errors import UsageError, need
 from ..models.dynamic_detector import DynamicDetector
 from .shrinking import channels_of, get
 
@@ -80,6 +80,8 @@ def raw_outputs(model: BaseDetector, images: Tensor, routed: Optional[Callable] 
         UsageError: If the detector is of a kind that this does not know.
     """
     if not isinstance(model, DynamicDetector):
+        if not hasattr(model, 'backbone'):
+            raise _unknown(model)
         return _flat(_heads(model, model.backbone(images)))
     maps = model.backbone.first_maps(images)
     outputs = [(routed or (lambda maps: model.router.logits(model.router.pool(maps))))(maps)]
@@ -97,10 +99,14 @@ def _heads(detector: BaseDetector, maps: Tuple[Tensor, ...]) -> Any:
         samples = [DetDataSample(metainfo=dict(img_shape=(600, 600))) for _ in regions]
         return detector.rpn_head(maps), detector.roi_head.forward(maps, regions, samples)
     if not hasattr(detector, 'bbox_head') or hasattr(detector, 'encoder'):
-        raise UsageError(
-            f'channels of a {type(detector).__name__} cannot be removed: only those of one-stage and '
-            'two-stage detectors of convolutions can')
+        raise _unknown(detector)
     return detector.bbox_head(maps)
+
+
+def _unknown(detector: BaseDetector) -> UsageError:
+    return UsageError(
+        f'channels of a {type(detector).__name__} cannot be removed: only those of one-stage and '
+        'two-stage detectors of convolutions, plain or dynamic, can')
 
 
 def _flat(outputs: Any) -> List[Tensor]:
@@ -128,7 +134,7 @@ def find_clusters(model: BaseDetector) -> List[Cluster]:
     Raises:
         UsageError: If torch-pruning is not installed, or the detector is of a kind that this does not know.
     """
-    library = _need_torch_pruning()
+    library = need('torch_pruning', 'tools that remove channels', 'compression')
     traced = _Traced(model)
     with torch.enable_grad():
         graph = library.DependencyGraph().build_dependency(traced, example(), verbose=False)
@@ -175,15 +181,6 @@ class _Traced(nn.Module):
 def _routed_channels(model: DynamicDetector) -> List[int]:
     """Channels of the maps that a router sees."""
     return [one.shape[1] for one in copy.deepcopy(model.backbone).eval().first_maps(example())]
-
-
-def _need_torch_pruning() -> ModuleType:
-    try:
-        import torch_pruning
-    except ImportError:
-        raise UsageError("removing channels needs 'torch-pruning', which is not installed: "
-                         'pip install -r requirements/compression.txt') from None
-    return torch_pruning
 
 
 class _Names:

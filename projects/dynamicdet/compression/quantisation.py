@@ -220,25 +220,73 @@ def trace(run: Callable, inputs: Sequence[Tensor], modules: Sequence[nn.Module],
     return plan
 
 
+class LearnedRange(torch.autograd.Function):
+    """Round activations to what 8 bits hold, with gradients for the range, too.
+
+    With steps s = (high - low) / 255 and the rounded y, in straight-through terms: what lies above ``high``
+    becomes it, so its gradient is ``high``'s, as in PACT (Choi et al. 2018, equation 3), and likewise below
+    ``low``; what lies inside moves by its rounding error where the steps grow, dy/ds = (y - x) / s, as in LSQ
+    (Esser et al. 2020, equation 3).
+
+    Inputs: x, any shape; bounds (2, ), low and high; their scale and zero point.
+    """
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, bounds: Tensor, scale: float, zero: int) -> Tensor:
+        # Not what it gives: residual blocks and pyramids add to that in place.
+        context.save_for_backward(x)
+        context.scale, context.zero = scale, zero
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple:
+        (x, ), scale, zero = context.saved_tensors, context.scale, context.zero
+        steps = torch.round(x / scale)
+        below, above = steps + zero < 0, steps + zero > 255
+        inside = gradient * ~(below | above)
+        error = (inside * (steps - x / scale)).sum() / 255
+        bounds = torch.stack([(gradient * below).sum() - error, (gradient * above).sum() + error])
+        return inside, bounds, None, None
+
+
+def move_range(bounds: Tensor, gradient: Tensor, rate: float) -> Tensor:
+    """A range after a step of descent: (2, ). Each bound moves against the sign of its gradient (signSGD,
+    Bernstein et al. 2018), by a share of the width: widths and gradients differ by orders of magnitude
+    between layers.
+
+    Zero stays in the range, and a bound of zero stays zero: nothing is below a ReLU's.
+
+    Args:
+        bounds (Tensor): Low and high, (2, ).
+        gradient (Tensor): From `LearnedRange`, (2, ).
+        rate (float): The share, above 0.
+    """
+    low, high = bounds.detach().clamp(max=0)[0], bounds.detach().clamp(min=0)[1]
+    step = rate * (high - low) * gradient.sign()
+    return torch.stack([torch.where(low < 0, (low - step[0]).clamp(max=0), 0.0),
+                        torch.where(high > 0, (high - step[1]).clamp(min=0), 0.0)])
+
+
 # The simulation.
 
 
 class Ranges:
-    """Lowest and highest value of each tensor that becomes integers, as they run by.
+    """Lowest and highest value of each tensor that becomes integers, as they run by or are learned.
 
     Attributes:
         values (dict[str, Tensor]): Key -> (2, ).
         observing (bool): Whether passes change them.
         rounding (bool): Whether activations are rounded by them.
+        learning (bool): Whether they get gradients; then the first pass of a tensor gives its range.
     """
 
     def __init__(self, values: Optional[Dict[str, Tensor]] = None) -> None:
         self.values = dict(values or {})
-        self.observing, self.rounding = False, True
+        self.observing, self.rounding, self.learning = False, True, False
 
     @torch.no_grad()
     def observe(self, key: str, x: Tensor) -> None:
-        if not self.observing or not x.numel():
+        if not (self.observing or self.learning and key not in self.values) or not x.numel():
             return
         now = torch.stack(x.detach().float().aminmax())
         before = self.values.get(key)
@@ -254,6 +302,8 @@ class Ranges:
         if key not in self.values or not self.rounding:
             return x
         scale, zero = self.scale(key)
+        if self.learning and torch.is_grad_enabled():
+            return LearnedRange.apply(x, self.values[key].requires_grad_(), float(scale), zero)
         return torch.fake_quantize_per_tensor_affine(x, float(scale), zero, 0, 255)
 
 

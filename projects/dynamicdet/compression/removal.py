@@ -84,6 +84,9 @@ def plan_removal(model: BaseDetector,
         for name in layers
     }
     layers, alone = find_layers(model), {}
+    broken = [name for name, layer in layers.items() if not layer.weight.isfinite().all()]
+    if broken:
+        raise UsageError(f"the weights of '{broken[0]}' are not finite: did the training diverge?")
     clusters: List[List[Cluster]] = [[] for _ in blocks]
     for cluster in find_clusters(model):
         outs = [name for name in cluster.layers if name in layers]

@@ -1,5 +1,5 @@
 """Train for integers of 8 bits: when, not what."""
-from typing import Dict, List, Optional
+from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from mmengine.dist import all_reduce, get_world_size
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmdet.registry import HOOKS
 
-from ..compression.quantisation import Simulation
+from ..compression.quantisation import Ranges, Simulation, move_range
 from ..deploy.stages import find_stages
 from ..errors import UsageError
 from ..models import can_fuse
@@ -36,6 +36,10 @@ class QuantizationHook(Hook):
             2021). In (0, 1]; 1 rounds all.
         reduced_range (bool): Whether weights have 7 bits, for x86 processors without VNNI.
         by_epoch (bool): Whether these count epochs.
+        ranges (str): ``running``: they follow the activations. ``learned``: from ``start`` on they are
+            trained with the weights, by gradients (`quantisation.LearnedRange`).
+        rate (float): Share of its width by which an end of a learned range moves in an iteration. In
+            (0, 0.1].
     """
 
     # After EMAHook, which must copy the detector before its stages are replaced, and whose averages are
@@ -47,14 +51,20 @@ class QuantizationHook(Hook):
                  observe: Optional[int] = None,
                  noise: float = 1.0,
                  reduced_range: bool = False,
-                 by_epoch: bool = True) -> None:
+                 by_epoch: bool = True,
+                 ranges: str = 'running',
+                 rate: float = 0.001) -> None:
         if start < 0 or observe is not None and observe <= start:
             raise UsageError(
                 f'QuantizationHook: start={start}, observe={observe}: start must not be negative, and '
                 'observe be later')
         if not 0 < noise <= 1:
             raise UsageError(f'QuantizationHook: noise={noise} is no share of the weights in (0, 1]')
+        if ranges not in ('running', 'learned') or not 0 < rate <= 0.1:
+            raise UsageError(f"QuantizationHook: ranges='{ranges}', rate={rate}: ranges are 'running' or "
+                             "'learned', and their rate is in (0, 0.1]")
         self.start, self.observe, self.noise = start, observe, noise
+        self.learned, self.rate = ranges == 'learned', rate
         self.reduced_range, self.by_epoch = reduced_range, by_epoch
         self._saved: Optional[dict] = None
         self._stages: list = []
@@ -77,7 +87,9 @@ class QuantizationHook(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None) -> None:
         done = runner.epoch if self.by_epoch else runner.iter
-        self._set(done >= self.start, self.observe is None or done < self.observe)
+        active, moving = done >= self.start, self.observe is None or done < self.observe
+        learning = self.learned and active and moving
+        self._set(active, moving and not learning, learning)
 
     def after_train_iter(self,
                          runner: Runner,
@@ -86,6 +98,8 @@ class QuantizationHook(Hook):
                          outputs: Optional[dict] = None) -> None:
         if any(one.ranges.observing for one in self.simulations.values()):
             self._agree()
+        elif any(one.ranges.learning for one in self.simulations.values()):
+            self._learn()
 
     def before_val(self, runner: Runner) -> None:
         # A run that has trained nothing yet knows no ranges, and is tested in float.
@@ -100,7 +114,8 @@ class QuantizationHook(Hook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         checkpoint['quantization'] = dict(
-            ranges={key: value.cpu() for key, value in self._ranges().items()}, reduced=self.reduced_range)
+            ranges={key: value.detach().cpu() for key, value in self._ranges().items()},
+            reduced=self.reduced_range)
 
     def after_train(self, runner: Runner) -> None:
         self._remove()
@@ -132,9 +147,9 @@ class QuantizationHook(Hook):
             stage.place(stage.run)
         self._stages, self.simulations = [], {}
 
-    def _set(self, active: bool, observing: bool) -> None:
+    def _set(self, active: bool, observing: bool, learning: bool = False) -> None:
         for one in self.simulations.values():
-            one.active, one.ranges.observing = active, observing
+            one.active, one.ranges.observing, one.ranges.learning = active, observing, learning
 
     def _ranges(self) -> Dict[str, Tensor]:
         return {f'{name}/{key}': value for name, one in self.simulations.items()
@@ -142,22 +157,37 @@ class QuantizationHook(Hook):
 
     def _agree(self) -> None:
         """The mean of the ranges over the ranks, which see other images."""
-        if get_world_size() == 1:
-            return
+        if get_world_size() > 1:
+            for one, key, value in self._means(lambda value: value):
+                one.values[key] = value
+
+    def _learn(self) -> None:
+        """A step of descent; the gradient is the mean over the ranks, as of weights. What came into being on
+        one rank alone, at a RoI head that had RoIs there alone, comes to all."""
+        gradients = [*self._means(lambda value: value.new_zeros(2) if value.grad is None else value.grad)]
+        for one, key, value in self._means(lambda value: value):
+            one.values[key] = value
+        for one, key, gradient in gradients:
+            one.values[key] = move_range(one.values[key], gradient, self.rate)
+
+    def _means(self, of: Callable[[Tensor], Tensor]) -> Iterator[Tuple[Ranges, str, Tensor]]:
+        """The mean over the ranks of something of each range, of those ranks that know the range: ranges,
+        key, (2, )."""
         # Keys are the same on all ranks, as all pass through all stages; but a RoI head may have had no RoIs.
-        names: List[tuple] = [(name, key) for name, one in sorted(self.simulations.items())
+        names: List[tuple] = [(one.ranges, key) for _, one in sorted(self.simulations.items())
                               for key in one.keys]
         first = next(iter(self.simulations.values()))
         device = next(first.modules[0].parameters()).device
         empty = torch.full((2, ), float('nan'), device=device)
-        every = torch.stack([self.simulations[name].ranges.values.get(key, empty) for name, key in names])
+        every = torch.stack([of(one.values[key]).detach() if key in one.values else empty
+                             for one, key in names])
         known = every.isfinite().float()
         every = every.nan_to_num()
         all_reduce(every)
         all_reduce(known)
-        for (name, key), value, count in zip(names, every, known):
+        for (one, key), value, count in zip(names, every, known):
             if count[0] > 0:
-                self.simulations[name].ranges.values[key] = value / count
+                yield one, key, value / count.clamp(min=1)
 
 
 def _plain(runner: Runner) -> nn.Module:

@@ -160,8 +160,10 @@ def format_analysis(analysis: Mapping) -> str:
 def _line(name: str, row: Mapping, last: Mapping, fixed: Sequence[Mapping], by: str) -> str:
     over = row['ap'] - line_at(fixed, row[by], by)
     shares = ' '.join(f'{share:.2f}' for share in row['shares'])
+    # Cheaper than all fixed exits: there is no line to be over.
+    over = '-' if np.isnan(over) else f'{over:+.2f}'
     return (f"{name:24} {row['ap']:6.2f} {row['gflops']:8.3f} {1e3 * row['latency']:8.2f} "
-            f"{1 - row[by] / last[by]:6.1%} {over:+10.2f}  {shares}")
+            f"{1 - row[by] / last[by]:6.1%} {over:>10}  {shares}")
 
 
 def write_analysis(analysis: Mapping, folder: str) -> Path:

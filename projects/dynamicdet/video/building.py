@@ -1,4 +1,5 @@
 """Parts of an `EarlyExitDetector` from its config."""
+import copy
 from typing import List, Optional, Sequence, Tuple
 
 from mmengine.model import ModuleList
@@ -8,6 +9,8 @@ from mmdet.registry import MODELS
 
 from ..errors import UsageError
 from ..models.yolo import AnchorHead, Layer
+from .gates import Gate
+from .learned_gates import LearnedGate
 
 
 def build_heads(heads: dict, detector: nn.Module,
@@ -59,6 +62,25 @@ def build_propagation(propagation: Optional[dict], heads: Sequence[nn.Module]) -
         return None
     return ModuleList(MODELS.build({'type': 'Propagation', 'channels': head.channels, **propagation})
                       for head in heads)
+
+
+def build_gate(gate: Optional[dict], channels: Sequence[int]) -> Optional[Gate]:
+    """The gate of a config, or None. One that learns is told the channels of the heads' layers, if its config
+    does not say them; also inside another.
+
+    Args:
+        gate (dict, optional): The config; it stays as it is.
+        channels (Sequence[int]): C_l of the heads, (E - 1,), in order.
+    """
+    if not gate:
+        return None
+    gate = copy.deepcopy(gate)
+    for own in (gate, gate.get('gate')):
+        kind = own.get('type') if own else None
+        kind = MODELS.get(kind) if isinstance(kind, str) else kind
+        if isinstance(kind, type) and issubclass(kind, LearnedGate):
+            own.setdefault('in_channels', list(channels))
+    return MODELS.build(gate)
 
 
 def learner(gate: Optional[nn.Module]) -> Optional[nn.Module]:

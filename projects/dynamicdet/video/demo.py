@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, List, Mapping, NamedTuple, Optional, Union
+from typing import Callable, List, Mapping, NamedTuple, Optional, TextIO, Union
 
 import numpy as np
 import torch
@@ -16,12 +16,13 @@ from mmengine.config import Config
 from torch import nn
 
 from mmdet.apis import DetInferencer
-from mmdet.registry import MODELS
 
-from ..checkpoints import require_complete
+from ..apis import cli
+from ..checkpoints import read_checkpoint, require_complete
 from ..errors import UsageError
 from ..models import fuse
 from ..models.online import now
+from .building import build_gate
 from .overlay import colours_of, draw_frame
 from .sources import Frame, Source
 from .timeline import Timeline, draw_timeline
@@ -92,6 +93,9 @@ class FrameDetector(DetInferencer):
                  gate: Optional[Mapping] = None,
                  budget: Optional[Mapping] = None,
                  score: float = 0.3) -> None:
+        # Not `score < 0 or ...`, which lets NaN pass.
+        if not 0 <= score <= 1:
+            raise UsageError(f'detections are left out below a score in [0, 1]; got {score}')
         self._gate, self._budget, self.score, self._warm = gate, budget, score, False
         if gate:
             if cfg.model.get('type') != 'EarlyExitDetector':
@@ -105,6 +109,14 @@ class FrameDetector(DetInferencer):
         self.exits = int(getattr(self.model, 'num_exits', 0))
         self.classes = list(self.model.dataset_meta['classes'])
         self.colours = colours_of(self.classes, self.model.dataset_meta.get('palette'))
+
+    def _init_model(self, cfg: Config, weights: str, device: str = 'cpu') -> nn.Module:
+        """As mmengine's, but a model that cannot be built is said in one line."""
+        checkpoint = read_checkpoint(weights)
+        model = cli.build_model(cfg)
+        model.cfg = cfg
+        self._load_weights_to_model(model, checkpoint, cfg)
+        return model.to(device).eval()
 
     def _load_weights_to_model(self, model: nn.Module, checkpoint: Optional[dict], cfg: dict) -> None:
         """As mmdet's, but refuse a checkpoint that leaves parts of the model random, and thresholds of
@@ -166,7 +178,7 @@ class FrameDetector(DetInferencer):
 def _try_gate(gate: Mapping) -> None:
     """Raise a `UsageError` if a gate cannot be built."""
     try:
-        MODELS.build(dict(gate))
+        build_gate(dict(gate), [1])
     except Exception as error:
         # Its constructor may raise anything.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -194,26 +206,41 @@ def _detections(found, score: float) -> List[dict]:
 
 class Lines:
     """A file of JSON lines, in a ``with`` block. Each line is on the disk when the next one is written; the
-    file has its name when the block ends, also by an error. A kill leaves ``.NAME.part``."""
+    file has its name when the block ends, also by an error. A kill leaves ``.NAME.part``. Two runs cannot
+    write one file at the same time."""
 
     def __init__(self, path: Union[str, Path]) -> None:
         self.path = Path(path)
         self._part = self.path.with_name(f'.{self.path.name}.part')
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._part, 'w', encoding='utf-8', buffering=1)
+            # Not 'w': what another run writes now must not be cut.
+            self._file = open(self._part, 'a', encoding='utf-8', buffering=1)
+            _claim(self._file)
+        except BlockingIOError:
+            self._file.close()
+            raise UsageError(f"'{path}' is being written by another run: name another file") from None
         except OSError as error:
             raise UsageError(f"'{path}' cannot be written: {error.strerror}") from error
+        self._file.truncate(0)
 
     def __enter__(self) -> 'Lines':
         return self
 
     def __exit__(self, *_) -> None:
-        self._file.close()
+        # Named before it is let go: another run then begins a file of its own.
+        self._file.flush()
         os.replace(self._part, self.path)
+        self._file.close()
 
     def write(self, entry: dict) -> None:
         self._file.write(json.dumps(entry) + '\n')
+
+
+def _claim(file: TextIO) -> None:
+    """Lock a file until it is closed, or raise a `BlockingIOError` if another process has."""
+    import fcntl  # here, because it is POSIX only, and importing the package is not
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def run_demo(detector: FrameDetector,

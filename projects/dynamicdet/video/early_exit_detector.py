@@ -19,7 +19,7 @@ from mmdet.structures import OptSampleList, SampleList
 from ..checkpoints import is_plain
 from ..errors import UsageError
 from .budgets import POINTS, check_budget, resolve_budget
-from .building import build_heads, build_propagation, learner
+from .building import build_gate, build_heads, build_propagation, learner
 from .evidence import AllExits, Evidence
 from .frames import Frames, last_found, to_original
 from .lazy import LazyLayers
@@ -105,7 +105,7 @@ class EarlyExitDetector(BaseDetector):
         self.heads = ModuleList(built)
         self.num_exits = len(built) + 1
         self.propagation = build_propagation(propagation, built)
-        self.gate = MODELS.build(gate) if gate else None
+        self.gate = build_gate(gate, [self.table[one].channels for one in self.exit_layers])
         self.distillation = distillation
         self.early_layer, self.cut = early_layer, cut
         self.mode = mode

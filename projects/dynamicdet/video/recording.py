@@ -1,5 +1,6 @@
 """One pass of an early-exit detector over videos, every frame through every exit: a record. See `record`."""
 import contextlib
+import re
 import time
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -7,16 +8,17 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
+from mmengine.registry import init_default_scope
 from torch.utils.data import DataLoader
 
-from mmdet.apis import init_detector
-from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 
+from ..apis import cli
 from ..apis.calibration import Progress, coco_results, provenance
 from ..checkpoints import is_plain, read_checkpoint, require_complete
 from ..errors import UsageError
 from ..models import fuse
+from .building import build_gate
 from .costs import exit_gflops
 from .early_exit_detector import EarlyExitDetector
 from .gates import FixedExit, Gate, TemporalGate
@@ -49,7 +51,9 @@ def load_early_exit_detector(cfg: Config, path: str, device: str = 'cpu',
     state = {key.removeprefix('module.'): value for key, value in checkpoint['state_dict'].items()}
     if is_plain(state) and not any(key.startswith('heads.') for key in state):
         raise UsageError(f"'{path}' is a plain detector's: train the heads first")
-    model = init_detector(cfg, checkpoint=None, device='cpu')
+    init_default_scope('mmdet')
+    model = cli.build_model(cfg)
+    model.cfg = cfg
     # Another gate than that of the checkpoint may be asked for.
     own = {key for key in model.state_dict() if key.startswith('gate.')}
     state = {key: value for key, value in state.items() if not key.startswith('gate.') or key in own}
@@ -69,9 +73,11 @@ def gate_of_checkpoint(cfg: Config, path: str) -> Gate:
     """
     if not cfg.model.get('gate'):
         raise UsageError(f"the model of '{cfg.filename}' has no gate")
-    gate = MODELS.build(cfg.model.gate)
     state = {key.removeprefix('module.'): value for key, value in read_checkpoint(path)['state_dict'].items()}
     own = {key.removeprefix('gate.'): value for key, value in state.items() if key.startswith('gate.')}
+    # One number for each head, in order.
+    channels = [value.shape[1] for key, value in own.items() if re.search(r'project\.\d+\.weight$', key)]
+    gate = build_gate(cfg.model.gate, channels)
     require_complete(gate, own)
     gate.load_state_dict(own)
     return gate.eval()

@@ -2,24 +2,20 @@
 import os
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 from typing import Optional, Tuple, Union
 
 import cv2
 import numpy as np
 
-from ..errors import UsageError
+from ..errors import UsageError, need
 
 CRF = 20  # x264's quality, 0 (lossless) to 51; below 20 no difference is seen at this size of boxes and text
 
 
-def need_av():
-    """PyAV, or a `UsageError` that says what to install. It is optional and heavy: imported where it is
-    used."""
-    try:
-        import av
-    except ImportError:
-        raise UsageError('video files need PyAV: pip install av') from None
-    return av
+def need_av() -> ModuleType:
+    """PyAV, an optional library."""
+    return need('av', 'video files', 'video')
 
 
 class VideoWriter:
