@@ -6,6 +6,7 @@ dynamic detector is calibrated anew: as many images are hard as before.
 """
 import argparse
 import copy
+from pathlib import Path
 
 from dynamicdet.apis import cli
 from dynamicdet.apis.calibration import build_loader
@@ -50,6 +51,8 @@ def check(args: argparse.Namespace) -> None:
     for name in ('onnx', 'onnxruntime'):
         need(name)
     require_new(args.out)
+    if not args.dry_run:
+        cli.make_folder(str(Path(args.out).absolute().parent))
     if args.calibrate_images < 1:
         raise UsageError(
             f'--calibrate-images must be 1 or more, not {args.calibrate_images}: int8 needs images to '
@@ -71,6 +74,7 @@ def main() -> None:
     loader = None
     if args.int8:
         cli.require_settings(cfg, 'val_dataloader')
+        cli.check_data(cfg, 'val')
         settings = copy.deepcopy(cfg.val_dataloader)
         settings.update(num_workers=0, persistent_workers=False)
         with cli.silence():

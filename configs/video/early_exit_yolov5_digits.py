@@ -1,4 +1,4 @@
-# The detector of yolov5_digits_video.py with six early exits, all trained together from scratch.
+# The detector of yolov5_digits_video.py with six early exits, all trained together, from weights without them.
 _base_ = './yolov5_digits_video.py'
 model = dict(
     _delete_=True,

@@ -1,3 +1,3 @@
 # As early_exit_yolov5_digits.py, with gates that are trained with the detector.
 _base_ = './early_exit_yolov5_digits.py'
-model = dict(gate=dict(type='GumbelGate', in_channels=[16, 32, 64, 128, 64, 32], cost_weight=0.3))
+model = dict(gate=dict(type='GumbelGate', cost_weight=0.3))

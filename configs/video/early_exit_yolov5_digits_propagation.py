@@ -5,7 +5,7 @@ model = dict(
     propagation=dict(type='Propagation', size=8, positional=True, gaps=8, truncate=4),
     cut=0.2)
 train_dataloader = _base_.clips
-load_from = 'work_dirs/early_exit_yolov5_digits/epoch_6.pth'
+load_from = 'work_dirs/early_exit_yolov5_digits/epoch_3.pth'
 train_cfg = dict(max_epochs=3, val_interval=1)
 optim_wrapper = dict(optimizer=dict(lr=1e-3))
 param_scheduler = [

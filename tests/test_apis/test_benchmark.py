@@ -11,6 +11,7 @@ from dynamicdet.apis.benchmark import (Setting, Task, build_pair, half_hard_thre
                                        make_batch, measure, quartiles, reformat, require_equal, split_batch)
 from dynamicdet.errors import UsageError
 from dynamicdet.testing import tiny_detector, tiny_dynamic
+from mmdet.registry import MODELS
 
 
 def no_progress(steps, what):
@@ -130,6 +131,28 @@ def test_a_plain_checkpoint_fills_both_exits(pair, tmp_path):
 def test_stock_configs_are_refused():
     with pytest.raises(UsageError, match='must be a DynamicDetector'):
         build_pair(Config(dict(model=tiny_detector('faster_rcnn'))))
+
+
+def test_the_stock_detector_of_one_that_has_lost_channels(batch):
+    """Inside a block of each backbone, and of the heads."""
+    dense = tiny_dynamic('faster_rcnn')
+    whole = MODELS.build(dense)
+    channels = {}
+    for net in ('first', 'second'):
+        name = f'backbone.{net}.layer2.0'
+        block = whole.get_submodule(name)
+        half = block.conv1.out_channels // 2
+        channels.update({f'{name}.conv1': [block.conv1.in_channels, half, 1], f'{name}.bn1': [half, half, 1],
+                         f'{name}.conv2': [half, block.conv2.out_channels, 1]})
+    name = 'branches.0.roi_head.bbox_head.shared_fcs'
+    one, two = whole.get_submodule(name)
+    channels.update({f'{name}.0': [one.in_features, one.out_features // 2, 1],
+                     f'{name}.1': [one.out_features // 2, two.out_features, 1]})
+    settings = dict(type='PrunedDetector', detector=dense, channels=channels, backbone=dict(type='ResNet'))
+    model, stock = build_pair(Config(dict(model=settings)))
+    assert stock.backbone.layer2[0].conv1.out_channels == half
+    assert stock.roi_head.bbox_head.shared_fcs[1].in_features == one.out_features // 2
+    assert require_equal(stock, model, split_batch(batch)) > 0
 
 
 class Recorder(torch.nn.Linear):

@@ -1,15 +1,19 @@
 """Deployment folders: written, read, tested, refused."""
 import builtins
+import copy
 import json
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import load_small, run_tool, train
+from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import Runner
 from torch import nn
 
 from dynamicdet.apis.calibration import build_loader, measure_difficulties
+from dynamicdet.compression.quantisation import activation_scale
 from dynamicdet.deploy.deployment import deploy, load_detector
 from dynamicdet.deploy.folder import load_deployed
 from dynamicdet.deploy.graphs import Graph, _export
@@ -121,6 +125,25 @@ def test_a_folder_that_is_there_is_not_overwritten(trained, folder):
         deploy(trained[0], trained[1], folder[0])
 
 
+def test_of_two_runs_the_slower_one_is_refused(folder, tmp_path, monkeypatch):
+    """Both found nothing there when they began."""
+    import shutil
+
+    from dynamicdet.deploy import folder as module
+    model, out = load_deployed(folder[0]), tmp_path / 'out'
+    check = module.require_new
+
+    def slow(path):
+        check(path)
+        shutil.copytree(folder[0], out)
+        monkeypatch.setattr(module, 'require_new', check)
+
+    monkeypatch.setattr(module, 'require_new', slow)
+    with pytest.raises(UsageError, match='is there already'):
+        module.write_folder(str(out), model.cfg, model, {}, {}, {})
+    assert [one.name for one in tmp_path.iterdir()] == ['out'] and load_deployed(str(out))
+
+
 def test_no_images_or_no_runtime_are_one_line(trained, tmp_path, monkeypatch):
     cfg, path, _ = trained
     with pytest.raises(UsageError, match='calibrate on'):
@@ -215,6 +238,95 @@ def test_resuming_goes_on_with_the_ranges(trained, digits, tmp_path):
         torch.testing.assert_close(two['state_dict'][key], value)
 
 
+def ranges_of(path):
+    return torch.load(path, weights_only=True)['quantization']['ranges']
+
+
+def scale_of_input(path):
+    """Scale and zero point by which an int8 graph rounds its input."""
+    model = onnx.load(path)
+    values = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
+    node = next(one for one in model.graph.node if one.op_type == 'QuantizeLinear' and one.input[0] == 'in0')
+    return [values[name].item() for name in node.input[1:]]
+
+
+def test_learned_ranges_move_are_resumed_and_exported(digits, tmp_path):
+    hook = dict(ranges='learned', start=1, rate=0.01)
+    train(small(digits, tmp_path / 'whole', hook))
+    one, two = (ranges_of(tmp_path / 'whole' / f'epoch_{epoch}.pth') for epoch in (1, 2))
+    moved = {key: (two[key] - value).abs() / (value[1] - value[0]) for key, value in one.items()}
+    # Three iterations, of a hundredth each.
+    assert one.keys() == two.keys() and max(value.max() for value in moved.values()) < 0.031
+    assert sum(bool(value.max() > 0.009) for value in moved.values()) > 0.9 * len(moved)
+    assert all(not value.requires_grad for value in two.values())
+    rest = small(digits, tmp_path / 'half', hook)
+    rest.resume, rest.load_from = True, str(tmp_path / 'whole' / 'epoch_1.pth')
+    train(rest)
+    resumed = ranges_of(tmp_path / 'half' / 'epoch_2.pth')
+    for key, value in two.items():
+        torch.testing.assert_close(resumed[key], value)
+    deploy(rest, str(tmp_path / 'whole' / 'epoch_2.pth'), str(tmp_path / 'out'), val_loader(rest), images=1)
+    scale, zero = activation_scale(*two['first/in0'].tolist())
+    assert scale_of_input(tmp_path / 'out' / 'first.onnx') == [scale, zero]
+
+
+class TestsAverages(Hook):
+    """Compares, while it validates, what a first stage gives with what it would give in float."""
+    priority = 'LOWEST'
+    noise = None
+
+    def before_val_iter(self, runner, batch_idx, data_batch=None):
+        model = runner.model
+        average = next(hook for hook in runner.hooks if isinstance(hook, EMAHook))
+        quantized = next(hook for hook in runner.hooks if type(hook).__name__ == 'QuantizationHook')
+        # EMAHook has swapped them: the run's own weights are in its copy.
+        assert not torch.equal(model.backbone.conv1.weight, average.ema_model.module.backbone.conv1.weight)
+        images = model.data_preprocessor(data_batch)['inputs']
+        with torch.no_grad():
+            rounded, exact = model.backbone(images), quantized.simulations['first'].run(images)
+        TestsAverages.noise = float((rounded[0] - exact[0]).square().sum() / exact[0].square().sum())
+
+
+def test_averages_are_validated_in_8_bits(digits, tmp_path):
+    cfg = small(digits, tmp_path, **{'train_cfg.max_epochs': 1, 'train_cfg.val_interval': 1})
+    cfg.custom_hooks.append(dict(type='EMAHook', momentum=0.3))
+    runner = Runner.from_cfg(cfg)
+    runner.register_hook(TestsAverages())
+    runner.train()
+    assert 0 < TestsAverages.noise < 0.1
+    # What is saved are plain keys, of both.
+    saved = torch.load(tmp_path / 'epoch_1.pth', weights_only=True)['state_dict']
+    assert set(saved) == set(MODELS.build(cfg.model).state_dict()) and ranges_of(tmp_path / 'epoch_1.pth')
+
+
+def test_a_loader_without_a_batch_size_of_its_own(trained, tmp_path):
+    """As of videos, whose batches are streams side by side."""
+    cfg, path, _ = trained
+    loader = val_loader(cfg)
+    batches = torch.utils.data.DataLoader(loader.dataset, batch_sampler=[[0, 1], [2], [3, 4], [5]],
+                                          collate_fn=loader.collate_fn)
+    about = deploy(cfg, path, str(tmp_path / 'out'), batches, images=3)
+    assert about['calibration']['images'] == 3
+
+
+def test_a_model_that_cannot_be_built_is_one_line(trained, tmp_path):
+    cfg, path, _ = trained
+    cfg = copy.deepcopy(cfg)
+    cfg.model.rpn_head.type = 'RPNHeadd'
+    with pytest.raises(UsageError, match="cannot be built.*RPNHeadd is not in") as error:
+        deploy(cfg, path, str(tmp_path / 'out'))
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('options, said', [
+    (['data_root=nowhere/'], "no annotation file at 'nowhere/annotations/instances_test.json'"),
+    (['data_root.x=3'], '--cfg-options do not fit')])
+def test_options_of_the_tool_move_the_data_or_are_refused(folder, tmp_path, options, said):
+    done = run_tool('test_deployed.py', folder[0], '--no-ap', '--work-dir', tmp_path, '--cfg-options',
+                    *options)
+    assert done.returncode == 2 and said in done.stderr and 'Traceback' not in done.stderr
+
+
 def test_a_test_of_such_a_run_is_in_8_bits(trained, digits, tmp_path):
     cfg, path, _ = trained
     tested = small(digits, tmp_path)
@@ -230,7 +342,8 @@ def test_a_test_of_such_a_run_is_in_8_bits(trained, digits, tmp_path):
 
 
 @pytest.mark.parametrize('settings, message', [
-    (dict(start=-1), 'negative'), (dict(start=2, observe=2), 'later'), (dict(noise=0), 'no share')])
+    (dict(start=-1), 'negative'), (dict(start=2, observe=2), 'later'), (dict(noise=0), 'no share'),
+    (dict(ranges='best'), "'running' or 'learned'"), (dict(ranges='learned', rate=0), 'in .0, 0.1.')])
 def test_settings_that_cannot_be_are_one_line(settings, message):
     from dynamicdet.engine.quantization_hook import QuantizationHook
     with pytest.raises(UsageError, match=message):

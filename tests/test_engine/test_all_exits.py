@@ -62,8 +62,8 @@ def videos(tmp_path_factory):
 @pytest.fixture
 def cfg(videos, tmp_path):
     cfg = Config.fromfile(ROOT / 'configs/video/early_exit_yolov5_digits.py')
-    options = {'data_root': f'{videos}/', 'model.heads.layers': [2, 9], 'model.heads.channels': 16,
-               'train_cfg.max_epochs': 1, 'train_cfg.val_interval': 1}
+    options = {'load_from': None, 'data_root': f'{videos}/', 'model.heads.layers': [2, 9],
+               'model.heads.channels': 16, 'train_cfg.max_epochs': 1, 'train_cfg.val_interval': 1}
     for part in ('backbone', 'detector.backbone', 'detector.neck', 'detector.bbox_head'):
         options[f'model.{part}.width'] = 0.25
     for split in ('train', 'val', 'test'):

@@ -7,10 +7,12 @@ comes last, and alone.
 import argparse
 import json
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional
+from typing import Dict, List, Mapping, NamedTuple, Optional
 
 import torch
 from mmengine.config import Config
+from routing import make_data
+from routing_runs import DATA, PRETRAINING, data_options
 from steps import ROOT, do_all, reading, run, wait_for
 from video_results import clock_results, gate_results, head_results
 
@@ -24,21 +26,34 @@ RESULTS = ROOT / 'docs' / 'results' / 'video'
 
 
 class Run(NamedTuple):
-    """A training: its config below configs/video, and the run whose weights it starts from."""
+    """A training: its config below configs/video, the run whose weights it starts from, and options."""
     config: str
     start: Optional[str] = None
+    options: Mapping[str, object] = {}
 
 
-#: What others start from first. The last one is of step 'clock'.
+#: The weights that all start from, as users start from published ones: two epochs on the pictures of the
+#: experiment on routing.
+STILLS = {
+    **data_options(DATA['root'], DATA['size']),
+    'train_dataloader.dataset.indices': PRETRAINING,
+    'train_cfg.max_epochs': 2,
+    'train_cfg.val_interval': 1,
+    'param_scheduler.1.T_max': 2,
+}
+#: What others start from first.
 RUNS: Dict[str, Run] = dict(
-    plain=Run('yolov5_digits_video'),
-    joint=Run('early_exit_yolov5_digits'),
+    stills=Run('yolov5_digits', options=STILLS),
+    plain=Run('yolov5_digits_video', 'stills'),
+    joint=Run('early_exit_yolov5_digits', 'stills'),
     propagation=Run('early_exit_yolov5_digits_propagation', 'joint'),
     all=Run('early_exit_yolov5_digits_all', 'propagation'),
     heads=Run('early_exit_yolov5_digits_heads', 'plain'),
     heads_distilled=Run('early_exit_yolov5_digits_heads_distilled', 'plain'),
-    distilled=Run('early_exit_yolov5_digits_distilled'),
-    gumbel=Run('early_exit_yolov5_digits_gumbel'))
+    distilled=Run('early_exit_yolov5_digits_distilled', 'stills'),
+    gumbel=Run('early_exit_yolov5_digits_gumbel', 'stills'))
+#: Runs without early exits.
+DETECTORS = ('stills', 'plain')
 #: Whose gates are compared, and run by the clock.
 GATED = ('joint', 'all', 'gumbel')
 
@@ -55,6 +70,7 @@ def write_config(name: str) -> Path:
     """A run's config, whole."""
     with reading:
         cfg = Config.fromfile(ROOT / 'configs' / 'video' / f'{RUNS[name].config}.py')
+    cfg.merge_from_dict(dict(RUNS[name].options))
     cfg.load_from = RUNS[name].start and latest_checkpoint(str(WORK / RUNS[name].start))
     path = WORK / name / 'config.py'
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +101,7 @@ def do(name: str) -> None:
     """All of one run but the clock."""
     wait_for(RUNS[name].start)
     checkpoint = train(name)
-    if name != 'plain':
+    if name not in DETECTORS:
         test = record(name, 'test', checkpoint)
         numbers = head_results(test)
         if name in GATED:
@@ -99,7 +115,7 @@ def write(name: str, numbers: dict) -> None:
 
 
 def is_done(name: str) -> bool:
-    return (WORK / name / 'trained').exists() if name == 'plain' else (RESULTS / f'{name}.json').exists()
+    return (WORK / name / 'trained').exists() if name in DETECTORS else (RESULTS / f'{name}.json').exists()
 
 
 def with_starts(names: List[str]) -> List[str]:
@@ -121,6 +137,7 @@ def main() -> None:
     print(f"to do: {', '.join(waiting)}; by the clock: {', '.join(clocked)}", flush=True)
     if args.list:
         return
+    make_data()
     run('tools/make_digits_video.py', log=WORK / 'data.log')
     # In this order, so what a run starts from is done, or being done, before it is reached.
     do_all(waiting, do, args.jobs)

@@ -26,6 +26,7 @@ from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 
 from ..checkpoints import is_plain, read_checkpoint, require_complete
+from ..compression.shrinking import resize
 from ..datasets.digits import load_sources, make_image
 from ..errors import UsageError
 from ..models import DynamicDetector
@@ -33,6 +34,7 @@ from ..models.online import Online, build_controller, now
 from ..models.resolution import reduce_images, reduce_samples
 from ..routing.thresholds import ALL_EASY, ALL_HARD, threshold_for_share
 from ..testing import randomise
+from .calibration import require_dynamic
 from .stream import Stream
 
 Progress = Callable[[Iterable, str], Iterable]
@@ -113,8 +115,7 @@ def build_pair(cfg: Config,
     Raises:
         UsageError: If the config is of no dynamic detector or the checkpoint does not fit.
     """
-    if cfg.model.type != 'DynamicDetector':
-        raise UsageError(f"the config's model must be a DynamicDetector, not {cfg.model.type}")
+    require_dynamic(cfg)
     init_default_scope('mmdet')
     torch.manual_seed(seed)
     model = MODELS.build(cfg.model)
@@ -134,19 +135,22 @@ def build_stock(settings: Mapping, model: DynamicDetector) -> BaseDetector:
     """Build the stock detector of a dynamic one's config, over the tensors of its exit 0.
 
     The same tensors, not copies: where a tensor lies in memory has an effect on speed. Where exit 0
-    sees a smaller image, so does the stock detector.
+    sees a smaller image, so does the stock detector; where it has lost channels, so has the stock detector.
     """
-    detector = copy.deepcopy(settings['detector'])
-    detector['backbone'] = copy.deepcopy(settings.get('backbone') or detector['backbone'])
+    whole = settings['detector'] if settings['type'] == 'PrunedDetector' else settings
+    detector = copy.deepcopy(whole['detector'])
+    detector['backbone'] = copy.deepcopy(whole.get('backbone') or detector['backbone'])
     stock = MODELS.build(detector)
-    state = {}
-    for key, value in model.state_dict().items():
-        for own, plain in (('backbone.first.', 'backbone.'), ('branches.0.', '')):
-            if key.startswith(own):
-                state[plain + key[len(own):]] = value
-    stock.load_state_dict(state, assign=True)
+    resize(stock, _of_exit0(getattr(model, 'removed_channels', {})))
+    stock.load_state_dict(_of_exit0(model.state_dict()), assign=True)
     stock.data_preprocessor = _FirstView(model)
     return stock
+
+
+def _of_exit0(named: Mapping[str, object]) -> Dict[str, object]:
+    """What belongs to exit 0, by the stock detector's names."""
+    return {plain + name[len(own):]: value for name, value in named.items()
+            for own, plain in (('backbone.first.', 'backbone.'), ('branches.0.', '')) if name.startswith(own)}
 
 
 class _Refused(UsageError):

@@ -1,5 +1,4 @@
 """From a trained detector to a deployment folder."""
-import itertools
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import torch
@@ -9,8 +8,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mmdet.models.detectors import BaseDetector
-from mmdet.registry import MODELS
 
+from ..apis import cli
 from ..apis.calibration import force_exit, measure_difficulties, measure_latencies, provenance
 from ..checkpoints import read_checkpoint, require_complete
 from ..compression.quantisation import trace
@@ -20,7 +19,7 @@ from ..models.online import kept_speed
 from .folder import require_new, write_folder
 from .graphs import Exported, Graph, export_stages, need, release_weights
 from .int8 import (Observer, Recipe, Sensitivity, choose_float, multiply_adds, needs_reduced_range,
-                   quantise_graph, spared_layers, trained_ranges, watched)
+                   prediction_layers, quantise_graph, spared_layers, trained_ranges, watched)
 from .stages import Stage, find_stages
 
 Progress = Callable[[Iterable, str], Iterable]
@@ -36,7 +35,7 @@ def load_detector(cfg: Config, path: str) -> Tuple[BaseDetector, dict]:
     """
     checkpoint = read_checkpoint(path)
     init_default_scope('mmdet')
-    model = MODELS.build(cfg.model)
+    model = cli.build_model(cfg)
     require_complete(model, checkpoint['state_dict'])
     model.load_state_dict(
         {key.removeprefix('module.'): value for key, value in checkpoint['state_dict'].items()}, strict=False)
@@ -67,7 +66,7 @@ def deploy(cfg: Config,
         progress (Callable): Wraps what is iterated over.
         images (int): How many images of it are looked at, at least 1.
         method (str): How ranges are found; see `Observer.ranges`.
-        noise, share (float): Which layers stay float; see `choose_float`.
+        noise, share (float): Which layers stay float; see `prediction_layers` and `choose_float`.
         reduced (bool, optional): Whether weights have 7 bits. Defaults to what this processor needs, or to
             what was trained with.
 
@@ -94,7 +93,7 @@ def deploy(cfg: Config,
                   for name in ('torch', 'onnx', 'onnxruntime')},
         provenance=provenance(cfg, path, loader.dataset if loader is not None else (), 'cpu'))
     if loader is not None:
-        batches = list(itertools.islice(loader, -(-images // loader.batch_size)))
+        batches = _first(loader, images)
         shares = _hard_shares(deployed, batches, progress)
         contents, details = _int8(
             deployed, stages, exported, batches, progress, trained, method, noise, share, reduced)
@@ -108,6 +107,17 @@ def deploy(cfg: Config,
     about['bytes'] = write_folder(
         out, cfg, deployed, contents, {name: one.form for name, one in exported.items()}, about)
     return about
+
+
+def _first(loader: DataLoader, images: int) -> List[dict]:
+    """Batches until there are so many images. Loaders of videos have no batch size of their own."""
+    batches: List[dict] = []
+    for batch in loader:
+        batches.append(batch)
+        images -= len(batch['inputs'])
+        if images <= 0:
+            break
+    return batches
 
 
 def _place(stages: Sequence[Stage], contents: Mapping[str, bytes], exported: Mapping[str, Exported],
@@ -152,10 +162,14 @@ def _int8(model: BaseDetector, stages: Sequence[Stage], exported: Mapping[str, E
             recipe = _trained(stage, exported[stage.name], trained, reduced)
             result = Sensitivity(0.0, 0.0)
         else:
-            recipe = Recipe(observers[stage.name].ranges(method), spared, reduced)
-            result = choose_float(content, recipe, feeds[stage.name],
-                                  multiply_adds(content, observers[stage.name].shares), noise, share)
-            recipe = Recipe(recipe.ranges, (*spared, *result.chosen), reduced)
+            costs = multiply_adds(content, observers[stage.name].shares)
+            predictions, own = prediction_layers(content, costs, share) if stage.predicts else ((), 0.0)
+            recipe = Recipe(observers[stage.name].ranges(method), (*spared, *predictions), reduced)
+            # Of the other layers, what is left of the share.
+            result = choose_float(content, recipe, feeds[stage.name], costs, noise,
+                                  max(0.0, share - own) / (1 - own) if own < 1 else 0.0)
+            result.share = own + result.share * (1 - own)
+            recipe = Recipe(recipe.ranges, (*recipe.float_layers, *result.chosen), reduced)
         contents[stage.name] = quantise_graph(content, recipe)
         found[stage.name] = dict(
             float_layers=list(recipe.float_layers), float_share=result.share,

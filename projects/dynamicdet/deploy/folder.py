@@ -73,9 +73,14 @@ def write_folder(out: str, cfg: Config, model: BaseDetector, graphs: Mapping[str
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o777 & ~umask)
-        if target.is_dir():
-            target.rmdir()
-        os.rename(temporary, target)
+        try:
+            if target.is_dir():
+                target.rmdir()
+            os.rename(temporary, target)
+        except OSError:
+            # Another run was faster.
+            require_new(out)
+            raise
     except BaseException:
         shutil.rmtree(temporary)
         raise

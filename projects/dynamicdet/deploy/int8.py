@@ -3,7 +3,7 @@
 Three steps, each on the graphs of all stages:
 
 1. `Observer`: what range each tensor has, while images pass through the deployed detector;
-2. `choose_float`: which layers cost too much in 8 bits, by trying each;
+2. `prediction_layers` stay float, and `choose_float`: which others cost too much in 8 bits, by trying each;
 3. `quantise_graph`.
 """
 import platform
@@ -196,6 +196,41 @@ def spared_layers(content: bytes, stage: Stage) -> Tuple[str, ...]:
 
 def _equal(one: np.ndarray, other: np.ndarray) -> bool:
     return any(one.shape == two.shape and np.allclose(one, two) for two in (other, other.T))
+
+
+def prediction_layers(content: bytes, costs: Mapping[str, float],
+                      share: float) -> Tuple[Tuple[str, ...], float]:
+    """Layers behind which there is no other: what they give are scores and boxes.
+
+    In 8 bits many scores become equal and boxes move in steps. That costs AP, though it is next to nothing of
+    the outputs' power: background, whose logits are far below zero, makes ranges wide. See docs/int8.md.
+
+    Args:
+        content (bytes): The float graph of a stage that predicts.
+        costs (Mapping[str, float]): Multiply-adds of each layer.
+        share (float): Of them, what these layers may be: the cheapest are taken.
+
+    Returns:
+        tuple[tuple[str], float]: Names of nodes, and the share that they are.
+    """
+    model = need('onnx').load_from_string(content)
+    layers = {node.name for node in layers_of(model)}
+    total = sum(costs.get(name, 0) for name in layers) or 1
+    read, last = set(), []
+    # What is read later comes later.
+    for node in reversed(list(model.graph.node)):
+        further = any(name in read for name in node.output)
+        if node.name in layers and not further:
+            last.append(node.name)
+        if node.name in layers or further:
+            read.update(node.input)
+    chosen, spent = [], 0.0
+    for name in sorted(last, key=lambda one: (costs.get(one, 0), one)):
+        cost = costs.get(name, 0) / total
+        if spent + cost <= share:
+            chosen.append(name)
+            spent += cost
+    return tuple(chosen), spent
 
 
 def noise_of(reference: Sequence[Sequence[np.ndarray]], graph: Graph,

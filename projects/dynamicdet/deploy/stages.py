@@ -33,12 +33,14 @@ class Stage:
         place (Callable): Takes what is to be run instead.
         modules (tuple[nn.Module]): All that it computes with.
         spared (tuple[nn.Module]): What of it is never quantised.
+        predicts (bool): Whether what it gives are predictions, such as scores and boxes.
     """
     name: str
     run: Run
     place: Callable[[Run], None]
     modules: Tuple[nn.Module, ...]
     spared: Tuple[nn.Module, ...] = ()
+    predicts: bool = False
 
 
 class Features(tuple):
@@ -71,7 +73,11 @@ def find_stages(model: BaseDetector) -> List[Stage]:
 
 
 def _plain_backbone(model: BaseDetector) -> Stage:
-    backbone = model.backbone
+    backbone = getattr(model, 'backbone', None)
+    if backbone is None:
+        raise UsageError(
+            f'{type(model).__name__} cannot be cut into graphs: only single- and two-stage detectors, plain '
+            'or dynamic, can')
     forward = backbone.forward
 
     def place(run: Run) -> None:
@@ -146,7 +152,8 @@ def _branch(name: str, branch: BaseDetector) -> List[Stage]:
             every = part if isinstance(part, nn.ModuleList) else [part]
             # Cascades may hold one head several times.
             unique = {id(one): one for one in every if one is not None}.values()
-            stages += [_module(f'{name}.{kind}{index}', one) for index, one in enumerate(unique)]
+            stages += [_module(f'{name}.{kind}{index}', one, kind != 'shared_head')
+                       for index, one in enumerate(unique)]
     return stages
 
 
@@ -165,15 +172,15 @@ def _dense(name: str, branch: BaseDetector, head: nn.Module, two_stage: bool) ->
         neck.forward = lambda maps: Features.of(*other(*maps))
         head.forward = lambda features: features.found
 
-    return Stage(name, run, place, (neck, head))
+    return Stage(name, run, place, (neck, head), predicts=True)
 
 
-def _module(name: str, module: nn.Module) -> Stage:
+def _module(name: str, module: nn.Module, predicts: bool) -> Stage:
 
     def place(run: Run) -> None:
         module.forward = run
 
-    return Stage(name, module.forward, place, (module, ))
+    return Stage(name, module.forward, place, (module, ), predicts=predicts)
 
 
 # Nested tensors, flat, for a graph.

@@ -1,0 +1,126 @@
+"""AP and file size, or latency, of one detector's variants, for the experiment on dynamic and compressed.
+
+    python tools/experiments/dynamic_compressed_measure.py ap OUT.json FOLDER
+    python tools/experiments/dynamic_compressed_measure.py clock OUT.json FOLDER FOLDER
+
+A FOLDER holds a calibrated dynamic detector: config.py, calibrated.pth, float32/ and int8/. APs that are in
+OUT.json already are not measured again. Latencies are of all variants of all folders, in turns.
+"""
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from compression_measure import RESAMPLES
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from pycocotools.coco import COCO
+
+from dynamicdet.apis import cli
+from dynamicdet.apis.benchmark import Task, half_hard_threshold, interleave, quartiles
+from dynamicdet.apis.calibration import build_loader, provenance, record_exits
+from dynamicdet.apis.worth import build
+from dynamicdet.checkpoints import read_checkpoint
+from dynamicdet.compression.checkpoint import compress, decompress
+from dynamicdet.compression.encoding import Lossy
+from dynamicdet.deploy.folder import load_deployed
+from dynamicdet.deploy.graphs import need
+from dynamicdet.deploy.int8 import needs_reduced_range
+from dynamicdet.engine.atomic_backend import write_atomically
+from dynamicdet.models import DynamicDetector
+from dynamicdet.routing.curve import bootstrap_weights
+from dynamicdet.routing.evaluation import Mixtures, difficulties_of
+from dynamicdet.routing.thresholds import ALL_EASY, ALL_HARD
+
+CONFIG, WEIGHTS = 'config.py', 'calibrated.pth'
+#: How a detector is handed over: form -> options of tools/export.py; None for torch, from a .ddz file.
+FORMS: Dict[str, Optional[Tuple[str, ...]]] = dict(
+    eager=None, eager_int8=None, float32=(), int8=('--int8', ), int8_all=('--int8', '--float-share=0'))
+#: What a .ddz file held is as fast as before; graphs without a float layer say what keeping some is worth.
+UNTIMED = ('eager_int8', 'int8_all')
+#: How the .ddz file of a form is written.
+LOSSY = dict(eager=Lossy(), eager_int8=Lossy(int8=[]))
+#: Test images whose latency is measured, and in how many rounds.
+IMAGES, ROUNDS = 20, 15
+
+
+def load(folder: Path, form: str) -> Tuple[DynamicDetector, int]:
+    """A detector, and the bytes of what a user would be handed."""
+    if FORMS[form] is not None:
+        files = [path.stat().st_size for path in (folder / form).iterdir()]
+        return load_deployed(str(folder / form), threads=1), sum(files)
+    content = compress(read_checkpoint(str(folder / WEIGHTS)), LOSSY[form]).content
+    return build(Config.fromfile(folder / CONFIG), decompress(content)['state_dict'], 'cpu'), len(content)
+
+
+def measure_ap(folder: Path, out: Path) -> None:
+    """AP of all forms on the test set: at each exit, and at half hard as calibrated."""
+    found = json.loads(out.read_text()) if out.exists() else dict(points={})
+    cfg = Config.fromfile(folder / CONFIG)
+    loader = build_loader(dict(cfg.test_dataloader, num_workers=0, persistent_workers=False))
+    with cli.silence():
+        coco = COCO(cfg.test_evaluator.ann_file)
+    found.update(original_bytes=(folder / WEIGHTS).stat().st_size, resamples=RESAMPLES,
+                 provenance=provenance(cfg, str(folder / WEIGHTS), loader.dataset, 'cpu'))
+    for form in FORMS:
+        if form not in found['points']:
+            model, size = load(folder, form)
+            found['points'][form] = dict(bytes=size, **judge(model, loader, coco))
+            write_atomically(json.dumps(found).encode(), out)
+
+
+def judge(model: DynamicDetector, loader, coco: COCO) -> dict:
+    """``exit0``, ``half`` and ``exit1``: AP, AP50 and AP on resamples of the images; ``hard_share`` of the
+    second."""
+    record = dict(images=record_exits(model, loader, cli.progress))
+    mixtures = Mixtures(record, coco)
+    hard = difficulties_of(record) > model.threshold.item()
+    choices = dict(exit0=np.zeros(len(hard), int), half=hard, exit1=np.ones(len(hard), int))
+    weights = bootstrap_weights(len(hard), RESAMPLES)
+    return dict(hard_share=float(hard.mean()), **{
+        name: dict(mixtures.scores(choice, sizes=False),
+                   resampled_ap=[round(mixtures.ap(choice, one), 3) for one in weights])
+        for name, choice in choices.items()})
+
+
+def measure_latencies(folders: Sequence[Path], out: Path) -> None:
+    """Seconds per image of all detectors at each exit and at half hard: batch 1, images in memory, from
+    preprocessing to boxes, all taking turns."""
+    before = os.getloadavg()[0]
+    cfg = Config.fromfile(folders[0] / CONFIG)
+    dataset = build_loader(dict(cfg.test_dataloader, num_workers=0, persistent_workers=False)).dataset
+    batches = [pseudo_collate([dataset[index]]) for index in range(min(IMAGES, len(dataset)))]
+    tasks = {}
+    for folder in folders:
+        for form in (form for form in FORMS if form not in UNTIMED):
+            model, _ = load(folder, form)
+            tasks.update({f'{folder.name}/{form}/{name}': task for name, task in tasks_of(model, batches)})
+    seconds = interleave(tasks, ROUNDS, cli.progress, 'latencies')
+    facts = dict(provenance(cfg, str(folders[0] / WEIGHTS), dataset, 'cpu'), images=len(batches),
+                 rounds=ROUNDS, vnni=not needs_reduced_range(), load_before=before,
+                 load_after=os.getloadavg()[0], onnxruntime=need('onnxruntime').__version__)
+    points = {name: quartiles(values / len(batches)) for name, values in seconds.items()}
+    write_atomically(json.dumps(dict(provenance=facts, points=points)).encode(), out)
+
+
+def tasks_of(model: DynamicDetector, batches: List[dict]) -> List[Tuple[str, Task]]:
+    """The same images, all easy, half of them hard, all hard."""
+    thresholds = dict(exit0=ALL_EASY, half=half_hard_threshold(model, batches), exit1=ALL_HARD)
+    return [(name, Task(model, batches, threshold)) for name, threshold in thresholds.items()]
+
+
+def main() -> None:
+    cli.prepare()
+    torch.set_num_threads(1)
+    what, out, *folders = sys.argv[1:]
+    if what == 'ap':
+        measure_ap(Path(folders[0]), Path(out))
+    else:
+        measure_latencies([Path(folder) for folder in folders], Path(out))
+
+
+if __name__ == '__main__':
+    cli.run(main)

@@ -1,0 +1,169 @@
+"""The page of the experiment on dynamic and compressed together, and its picture.
+
+    python tools/experiments/dynamic_compressed_page.py        # docs/results/dynamic_compressed.md
+"""
+import io
+import json
+from pathlib import Path
+from typing import Dict, List, Mapping, NamedTuple, Optional
+
+from compression_page import difference
+from routing_page import table
+from routing_runs import DETECTORS
+
+from dynamicdet.apis import cli
+from dynamicdet.engine.atomic_backend import write_atomically
+from dynamicdet.errors import UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / 'docs' / 'results' / 'dynamic_compressed'
+PAGE = ROOT / 'docs' / 'results' / 'dynamic_compressed.md'
+PICTURE = ROOT / 'docs' / 'images' / 'dynamic_compressed.png'
+NAMES = dict(yolox='Dy-YOLOX-nano', faster_rcnn='Dy-Faster R-CNN')
+MODES = dict(exit0='exit 0', half='half hard', exit1='exit 1')
+HEAD = """# The experiment on dynamic and compressed together: numbers
+
+Written by `python tools/experiments/dynamic_compressed_page.py` from the files in
+[dynamic_compressed/](dynamic_compressed), one per step of `python tools/experiments/dynamic_compressed.py`.
+The detectors are `depth_resolution`, seed 0, of the experiment on routing, with a router fitted to held-out
+images (objective `rank`). AP on {images} test images of the built-in data; the threshold of half hard is from
+the validation images. Intervals are of 95 %, by {resamples} resamples of the test images, the same for all,
+so that differences are paired. Pruned: channels removed from all layers, then tuned for one epoch of 8,000
+images, which the whole detector had no more of. MB are 1e6 bytes, of a `.ddz` file for torch and of all files
+of a deployment folder for ONNX Runtime; shares are of the whole detector's checkpoint in float32.
+"""
+CLOCK = """Latencies: {device}, {threads} thread(s), {vnni} VNNI, torch {torch}, ONNX Runtime {onnxruntime};
+batch 1, mean of {images} test images in memory, median of {rounds} rounds in which all variants took turns;
+half hard is half of these images. Load average {load_before:.2f} before, {load_after:.2f} after (this
+measurement alone makes 1).
+"""
+NO_CLOCK = 'Latencies are not measured yet: `python tools/experiments/dynamic_compressed.py --clock`.\n'
+
+
+class Variant(NamedTuple):
+    """A row of the table and, where it is timed, a line of the picture."""
+    label: str
+    kind: str
+    form: str
+    #: Which form is as fast; None is not timed.
+    timed: Optional[str]
+
+
+VARIANTS = (
+    Variant('float32 eager', 'whole', 'eager', 'eager'),
+    Variant('float32 eager, file in int8', 'whole', 'eager_int8', 'eager'),
+    Variant('ONNX Runtime float32', 'whole', 'float32', 'float32'),
+    Variant('int8', 'whole', 'int8', 'int8'),
+    Variant('int8, predictions too', 'whole', 'int8_all', None),
+    Variant('pruned, eager', 'pruned', 'eager', 'eager'),
+    Variant('pruned, eager, file in int8', 'pruned', 'eager_int8', 'eager'),
+    Variant('pruned, ONNX Runtime float32', 'pruned', 'float32', 'float32'),
+    Variant('pruned + int8', 'pruned', 'int8', 'int8'),
+    Variant('pruned + int8, predictions too', 'pruned', 'int8_all', None))
+
+Results = Dict[str, dict]
+
+
+def read_results() -> Results:
+    """'detector-kind' -> what the step came to."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob('*.json'))}
+
+
+def point(results: Results, detector: str, variant: Variant) -> Optional[dict]:
+    step = results.get(f'{detector}-{variant.kind}')
+    return step and step['points'].get(variant.form)
+
+
+def milliseconds(results: Results, detector: str, variant: Variant, mode: str) -> Optional[float]:
+    step = results.get(f'{detector}-clock')
+    return step and variant.timed and 1e3 * step['points'][f'{detector}-{variant.kind}/{variant.timed}/{mode}']['median']
+
+
+def below(own: Mapping, base: Mapping, mode: str) -> str:
+    """How far a variant's AP is from that of float32 eager."""
+    return '{:+.2f} ({:+.2f} to {:+.2f})'.format(*difference(own[mode], base[mode], 'ap'))
+
+
+def table_of(results: Results, detector: str) -> str:
+    base = point(results, detector, VARIANTS[0])
+    original = results[f'{detector}-whole']['original_bytes']
+    rows = []
+    for variant in VARIANTS:
+        own = point(results, detector, variant)
+        if own is None:
+            continue
+        times = [milliseconds(results, detector, variant, mode) for mode in MODES]
+        rows.append([
+            variant.label, *(f"{own[mode]['ap']:.2f}" for mode in MODES),
+            *(below(own, base, mode) for mode in ('half', 'exit1')), f"{own['hard_share']:.0%}",
+            f"{own['bytes'] / 1e6:.2f} ({own['bytes'] / original:.1%})",
+            *('-' if one is None else f'{one:.1f}' for one in times)])
+    ap, times = ([f'{what}, {mode}' for mode in MODES.values()] for what in ('AP', 'ms'))
+    return table(['variant', *ap, 'half hard, against float32 eager', 'exit 1, against float32 eager',
+                  'hard share', 'file, MB', *times], rows)
+
+
+def goals(results: Results, detector: str) -> str:
+    """What the issue asks for, and what there is, at exit 1."""
+    by_label = {variant.label: variant for variant in VARIANTS}
+    base, quantised, small = (point(results, detector, by_label[label])
+                              for label in ('float32 eager', 'int8', 'pruned + int8'))
+    original = results[f'{detector}-whole']['original_bytes']
+    rows = []
+    if quantised:
+        rows.append(['int8: AP lost, exit 1', 'at most 0.5',
+                     f"{base['exit1']['ap'] - quantised['exit1']['ap']:.2f}"])
+    if small:
+        rows += [['pruned + int8: AP lost, exit 1', 'at most 1.0',
+                  f"{base['exit1']['ap'] - small['exit1']['ap']:.2f}"],
+                 ['pruned + int8: file', 'at most 12 %', f"{small['bytes'] / original:.1%}"]]
+    for fast, slow, goal in (('int8', 'ONNX Runtime float32', '3, with VNNI'),
+                             ('pruned + int8', 'float32 eager', '8')):
+        times = [milliseconds(results, detector, by_label[label], 'exit1') for label in (slow, fast)]
+        if None not in times:
+            rows.append([f'{fast}: times as fast as {slow}, exit 1', f'at least {goal}',
+                         f'{times[0] / times[1]:.2f}'])
+    return table(['goal', 'wanted', 'measured'], rows)
+
+
+def picture(results: Results, detectors: List[str]) -> bytes:
+    """AP against latency: a line for each variant, from exit 0 through half hard to exit 1."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(6.5 * len(detectors), 4.4), layout='constrained')
+    for axes, detector in zip(figure.subplots(1, len(detectors), squeeze=False)[0], detectors):
+        for index, variant in enumerate(VARIANTS):
+            own = point(results, detector, variant)
+            if own is None or variant.form != variant.timed:
+                continue
+            axes.plot([milliseconds(results, detector, variant, mode) for mode in MODES],
+                      [own[mode]['ap'] for mode in MODES], f'C{index}', marker='.', label=variant.label)
+        axes.set(title=NAMES[detector], xlabel='latency, ms', ylabel='AP, %')
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    file = io.BytesIO()
+    figure.savefig(file, format='png', dpi=110)
+    return file.getvalue()
+
+
+def main() -> None:
+    results = read_results()
+    known = [detector for detector in DETECTORS if f'{detector}-whole' in results]
+    if not known:
+        raise UsageError(f'{RESULTS} has no results: run tools/experiments/dynamic_compressed.py first')
+    first = results[f'{known[0]}-whole']
+    timed = [detector for detector in known if f'{detector}-clock' in results]
+    parts = [HEAD.format(images=first['provenance']['images'], resamples=first['resamples'])]
+    if timed:
+        write_atomically(picture(results, timed), PICTURE)
+        parts.append(f'![AP against latency](../images/{PICTURE.name})\n')
+    for detector in known:
+        clock = results.get(f'{detector}-clock')
+        facts = clock and dict(clock['provenance'], vnni='with' if clock['provenance']['vnni'] else 'without')
+        parts += [f'## {NAMES[detector]}\n', CLOCK.format(**facts) if facts else NO_CLOCK,
+                  table_of(results, detector), goals(results, detector)]
+    write_atomically('\n'.join(parts).encode(), PAGE)
+    print(PAGE)
+
+
+if __name__ == '__main__':
+    cli.run(main)
