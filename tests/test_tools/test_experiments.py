@@ -87,7 +87,7 @@ def test_the_static_front_is_the_upper_hull():
     assert routing_page.front(detectors, 2, resample=1) == 21
     assert np.isnan(routing_page.front(detectors, 0.5)) and np.isnan(routing_page.front(detectors, 3.5))
     # A dearer detector that is worse counts for nothing.
-    assert routing_page.front(plain((1, 10), (2, 9), (3, 8)), 1) == 10
+    assert [routing_page.front(plain((1, 10), (2, 9), (3, 8)), cost) for cost in (1, 2, 3)] == [10] * 3
 
 
 def test_the_lead_is_paired():
