@@ -105,7 +105,7 @@ def test_what_was_changed_or_cut_is_refused(folder, tmp_path):
     import shutil
     for number, (name, change) in enumerate([
             ('first.onnx', lambda content: content[:-1]), ('state.pth', lambda content: b'x' + content[1:]),
-            ('manifest.json', lambda content: content.replace(b'"version": 1', b'"version": 2')),
+            ('manifest.json', lambda content: content.replace(b'"version": 2', b'"version": 1')),
             ('manifest.json', lambda content: content[:100]), ('config.json', lambda content: None)]):
         copy = tmp_path / str(number)
         shutil.copytree(folder[0], copy)

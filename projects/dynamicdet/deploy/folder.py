@@ -28,7 +28,7 @@ from ..errors import UsageError
 from .graphs import Graph, release_weights
 from .stages import find_stages
 
-FORMAT, VERSION = 'dynamicdet.deployed', 1
+FORMAT, VERSION = 'dynamicdet.deployed', 2
 MANIFEST, CONFIG, STATE = 'manifest.json', 'config.json', 'state.pth'
 
 

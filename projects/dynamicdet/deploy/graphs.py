@@ -11,6 +11,7 @@ import torch
 from mmcv.cnn import fuse_conv_bn
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdet.models.detectors import BaseDetector
 from mmdet.structures import DetDataSample
@@ -177,12 +178,16 @@ def is_output(name: str) -> bool:
 
 
 def release_weights(stages: Sequence[Stage]) -> None:
-    """Let go of the weights that graphs have now. Images with padding are still scored by torch."""
-    kept = {id(one) for stage in stages for module in stage.spared for one in module.parameters()}
+    """Let go of the weights, and the statistics of norms, that graphs have now. Images with padding are still
+    scored by torch."""
+    spared = [module for stage in stages for module in stage.spared]
+    kept = {id(one) for module in spared for one in (*module.parameters(), *module.buffers())}
     for module in (part for stage in stages for whole in stage.modules for part in whole.modules()):
-        for name, one in list(module.named_parameters(recurse=False)):
-            if id(one) not in kept:
-                setattr(module, name, None)
+        own = dict(module.named_parameters(recurse=False))
+        if isinstance(module, _BatchNorm):
+            own.update(module.named_buffers(recurse=False))
+        for name in (name for name, one in own.items() if id(one) not in kept):
+            setattr(module, name, None)
 
 
 def need(name: str) -> ModuleType:
