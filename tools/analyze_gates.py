@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 from dynamicdet.apis import cli
+from dynamicdet.apis.fitting import require_own
 from dynamicdet.errors import UsageError
 from dynamicdet.video.analysis import (RULES, analyse, fitted_gates, format_analysis, load_truth,
                                        write_analysis)
-from dynamicdet.video.calibration import require_same_exits
 from dynamicdet.video.record import read_video_record
 from dynamicdet.video.recording import gate_of_checkpoint
 from mmdet.registry import MODELS
@@ -37,9 +37,9 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load(path: str, ann_file: str, exits: int) -> tuple:
+def load(path: str, ann_file: str, exits: int, checkpoint: str) -> tuple:
     record = read_video_record(path)
-    require_same_exits(record, exits, path)
+    require_own([record], exits, checkpoint)
     return record, load_truth(record, ann_file)
 
 
@@ -53,11 +53,11 @@ def main() -> None:
     if args.seed < 0:
         raise UsageError('--seed must be 0 or more')
     record = read_video_record(args.record)
-    exits = len(record['gflops'])
+    exits, own = len(record['gflops']), str(record['provenance'].get('checkpoint', ''))
     coco = load_truth(record, args.ann_file)
     out_dir = args.out_dir or str(Path(args.record).with_suffix(''))
     cli.make_folder(out_dir)
-    val = load(args.val_record, args.val_ann_file, exits) if args.val_record else None
+    val = load(args.val_record, args.val_ann_file, exits, own) if args.val_record else None
     gates = {name: MODELS.build(config) for name, config in RULES.items()}
     if args.gate_of:
         config, checkpoint = args.gate_of
@@ -65,7 +65,7 @@ def main() -> None:
         gates["the config's"] = gate_of_checkpoint(cfg, checkpoint)
     if args.fit_record:
         say('fitting')
-        gates.update(fitted_gates(*load(args.fit_record, args.fit_ann_file, exits), seed=args.seed))
+        gates.update(fitted_gates(*load(args.fit_record, args.fit_ann_file, exits, own), seed=args.seed))
     analysis = analyse(record, coco, gates, val, args.by, say=say)
     picture = write_analysis(analysis, out_dir)
     print(format_analysis(analysis))

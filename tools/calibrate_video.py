@@ -7,11 +7,12 @@ The gate is the config's: --cfg-options model.gate.type=AgreementGate takes anot
 import argparse
 
 from dynamicdet.apis import cli
+from dynamicdet.apis.fitting import require_own
 from dynamicdet.checkpoints import write_checkpoint
 from dynamicdet.errors import UsageError
 from dynamicdet.video.analysis import decision_seconds, load_truth
 from dynamicdet.video.building import learner
-from dynamicdet.video.calibration import calibrate_gate, put_calibration, require_same_exits
+from dynamicdet.video.calibration import calibrate_gate, put_calibration
 from dynamicdet.video.fitting import fit_learned_gate
 from dynamicdet.video.record import read_video_record
 from dynamicdet.video.recording import load_early_exit_detector
@@ -64,14 +65,14 @@ def main() -> None:
     if learner(model.gate) is not None and not args.fit_record and not any(
             key.startswith('gate.') for key in checkpoint['state_dict']):
         raise UsageError(f'the checkpoint has no trained {type(model.gate).__name__}: fit it by --fit-record')
-    require_same_exits(record, model.num_exits, args.record)
+    require_own([record], model.num_exits, args.checkpoint)
     facts = dict(record=args.record, wish=wish_of(args), config=args.config, frames=len(record['images']),
                  device=str(record['provenance'].get('device', '')))
     if args.fit_record:
         if learner(model.gate) is None:
             raise UsageError(f'{type(model.gate).__name__} does not learn: leave out --fit-record')
         other = read_video_record(args.fit_record)
-        require_same_exits(other, model.num_exits, args.fit_record)
+        require_own([other], model.num_exits, args.checkpoint)
         fit = fit_learned_gate(learner(model.gate),
                                other,
                                load_truth(other, args.fit_ann_file),

@@ -93,7 +93,7 @@ def require_own(records: Sequence[Mapping], exits: int, checkpoint: str) -> None
     Args:
         records (Sequence[Mapping]): See `routing.record`.
         exits (int): How many the detector has.
-        checkpoint (str): Its file.
+        checkpoint (str): Its file, '' if that is not known.
 
     Raises:
         UsageError: If a record has another number of exits.
@@ -103,8 +103,8 @@ def require_own(records: Sequence[Mapping], exits: int, checkpoint: str) -> None
             raise UsageError(f"a record has {len(record['gflops'])} exits and this detector {exits}: record with "
                              'this config and checkpoint')
         other = str(record['provenance'].get('checkpoint', checkpoint))
-        if Path(other).name != Path(checkpoint).name:
-            warnings.warn(f"a record is of '{other}', not of '{checkpoint}': is it the same cascade?")
+        if checkpoint and Path(other).name != Path(checkpoint).name:
+            warnings.warn(f"a record is of '{other}', not of '{checkpoint}': is it the same detector?")
 
 
 def put_router(model: nn.Module, checkpoint: Mapping, fit: Fit, facts: Mapping[str, object]) -> dict:

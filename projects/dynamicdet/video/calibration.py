@@ -79,14 +79,6 @@ def calibrate_gate(record: Mapping,
     return Calibration(row['thresholds'], gflops, latencies, row, last, front(rows, cost))
 
 
-def require_same_exits(record: Mapping, exits: int, name: str) -> None:
-    """Raise a `UsageError` if a record is of a detector with another number of exits."""
-    if len(record['gflops']) != exits:
-        raise UsageError(
-            f"'{name}' is of a detector with {len(record['gflops'])} exits, not {exits}: record with the "
-            'same config and checkpoint')
-
-
 def _checked(wish: Mapping[str, float]) -> Mapping[str, float]:
     if len(wish) != 1 or next(iter(wish)) not in _COST:
         raise UsageError(f'a calibration takes exactly one of {", ".join(_COST)}; got {dict(wish)}')
