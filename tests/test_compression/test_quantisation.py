@@ -88,6 +88,14 @@ def test_integers_are_where_layers_read_and_write():
     assert sorted(spared.points.values()) == ['in1', 'out1'] and not spared.inputs
 
 
+def test_predictions_stay_float_while_they_are_cheap():
+    """Of the block's two layers, of 81 multiply-adds a place, the second has none behind it."""
+    block, x = Block().eval(), [torch.randn(1, 3, 4, 4)]
+    spared = [[layer.spared for layer in trace(block, x, [block], float_share=share).layers.values()]
+              for share in (0.0, 0.49, 0.5, 1.0)]
+    assert spared == [[False, False], [False, False], [False, True], [False, True]]
+
+
 def test_a_simulated_block_is_the_block_by_hand():
     torch.manual_seed(0)
     block, x = Block(), torch.randn(2, 3, 4, 4)

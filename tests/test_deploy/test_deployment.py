@@ -73,7 +73,11 @@ def test_trained_ranges_are_exported_and_the_graphs_compute_what_was_trained(tra
     cfg, path, _ = trained
     out, about = folder
     assert about['int8'] and about['reduced_range'] and about['calibration']['ranges'] == 'trained'
-    assert not any(layers['float_layers'] for layers in about['layers'].values())
+    predictions = dict(first=[], branch0=['rpn_cls', 'rpn_reg'], **{'branch0.bbox_head0': ['fc_cls', 'fc_reg']})
+    for name, layers in about['layers'].items():
+        # Of /rpn_cls_1/Conv, the second level's, rpn_cls.
+        assert sorted({'_'.join(one.split('/')[1].split('_')[:2]) for one in layers['float_layers']}
+                      ) == predictions[name]
     from dynamicdet.engine.quantization_hook import QuantizationHook
     simulated, checkpoint = load_detector(cfg, path)
     hook = QuantizationHook(reduced_range=True)
@@ -238,6 +242,17 @@ def test_resuming_goes_on_with_the_ranges(trained, digits, tmp_path):
         torch.testing.assert_close(two['state_dict'][key], value)
 
 
+@pytest.mark.parametrize('changed, message', [(dict(reduced_range=False), 'reduced_range=False, .*with True'),
+                                              (dict(float_share=0.2), 'float_share=0.2, .*with 0.1')])
+def test_resuming_with_other_integers_is_refused(trained, changed, message):
+    from dynamicdet.engine.quantization_hook import QuantizationHook
+    model, checkpoint = load_detector(trained[0], trained[1])
+    hook = QuantizationHook(**{**dict(reduced_range=True), **changed})
+    hook._saved = checkpoint['quantization']
+    with pytest.raises(UsageError, match=message):
+        hook._install(model)
+
+
 def ranges_of(path):
     return torch.load(path, weights_only=True)['quantization']['ranges']
 
@@ -343,7 +358,7 @@ def test_a_test_of_such_a_run_is_in_8_bits(trained, digits, tmp_path):
 
 @pytest.mark.parametrize('settings, message', [
     (dict(start=-1), 'negative'), (dict(start=2, observe=2), 'later'), (dict(noise=0), 'no share'),
-    (dict(ranges='best'), "'running' or 'learned'"), (dict(ranges='learned', rate=0), 'in .0, 0.1.')])
+    (dict(float_share=1.1), 'no share'), (dict(ranges='best'), "'running' or 'learned'"), (dict(ranges='learned', rate=0), 'in .0, 0.1.')])
 def test_settings_that_cannot_be_are_one_line(settings, message):
     from dynamicdet.engine.quantization_hook import QuantizationHook
     with pytest.raises(UsageError, match=message):

@@ -6,7 +6,8 @@ Quantised are layers, that is convolutions and linear layers, with what enters a
   adds products in 16 bits, see `deploy.int8.needs_reduced_range`);
 * activations: one scale and zero point for a tensor, integers in 0 ... 255, for all who read the tensor;
 * biases: integers of 32 bits, in steps of the product of both scales;
-* a norm behind a convolution is part of it, and a ReLU behind both needs no integers of its own.
+* a norm behind a convolution is part of it, and a ReLU behind both needs no integers of its own;
+* layers that give predictions may stay float, see docs/int8.md.
 
 Where that is follows from the calls that torch sees in a pass (`trace`), not from modules: sums and
 concatenations are no modules, and heads use one module at several levels.
@@ -143,6 +144,7 @@ class _Tracer(_Counted):
         self.value_of: Dict[int, Any] = {id(tensor): ('input', index) for index, tensor in enumerate(inputs)}
         self.readers: Dict[Any, List[int]] = {}
         self.made: Dict[int, Tuple[Callable, tuple]] = {}
+        self.sizes: Dict[int, int] = {}
         # An id is not used again while its object lives.
         self.kept: List[Any] = list(inputs)
 
@@ -156,6 +158,7 @@ class _Tracer(_Counted):
                 if value is not None:
                     self.readers.setdefault(value, []).append(number)
             self.made[number] = (function, (first, *args))
+            self.sizes[number] = tensors[0].numel()
             self.kept.append((result, args))
             # Of several results, only a single one can become integers.
             for index, one in enumerate(tensors):
@@ -169,10 +172,37 @@ class _Tracer(_Counted):
             return readers[0]
         return None
 
+    def is_layer(self, number: int) -> bool:
+        function, (_, *args) = self.made[number]
+        return function in _CONVS or function in _LINEARS and args[0].dim() == 2
+
+    def predictions(self, layers: Sequence[int], share: float) -> Set[int]:
+        """Layers behind which there is no other, the cheapest first, up to a share of the multiply-adds."""
+        read: Dict[int, Set[int]] = {}
+        for value, readers in self.readers.items():
+            maker = value[0] if isinstance(value, tuple) else value
+            for reader in readers:
+                read.setdefault(reader, set()).add(maker)
+        ahead: Set[Any] = set()
+        last = []
+        # What is read later comes later.
+        for number in sorted(self.made, reverse=True):
+            if number in layers and number not in ahead:
+                last.append(number)
+            if number in layers or number in ahead:
+                ahead |= read.get(number, set())
+        costs = {number: self.sizes[number] * self.made[number][1][2][0].numel() for number in layers}
+        left, chosen = share * sum(costs.values()), set()
+        for number in sorted(last, key=costs.get):
+            if costs[number] <= left:
+                chosen.add(number)
+                left -= costs[number]
+        return chosen
+
 
 @torch.no_grad()
 def trace(run: Callable, inputs: Sequence[Tensor], modules: Sequence[nn.Module],
-          spared: Sequence[nn.Module] = ()) -> Plan:
+          spared: Sequence[nn.Module] = (), float_share: float = 0.0) -> Plan:
     """Find the layers of a computation by running it once. Its norms must be in eval mode.
 
     Args:
@@ -180,6 +210,8 @@ def trace(run: Callable, inputs: Sequence[Tensor], modules: Sequence[nn.Module],
         inputs (Sequence[Tensor]): What to run it on.
         modules (Sequence[nn.Module]): Where its norms are.
         spared (Sequence[nn.Module]): Whose layers stay float.
+        float_share (float): Layers behind which there is no other stay float, too, the cheapest first, as long
+            as they are at most this share of the multiply-adds; see `deploy.int8.prediction_layers`.
     """
     norms = {id(norm.running_mean): norm for module in modules for norm in module.modules()
              if isinstance(norm, _BatchNorm)}
@@ -194,9 +226,10 @@ def trace(run: Callable, inputs: Sequence[Tensor], modules: Sequence[nn.Module],
             tracer.readers.setdefault(tracer.value_of.get(id(one)), []).append(-1)
     tracer.made[-1] = (None, (None, ))
     plan, keys, found = Plan(), {}, []
-    for number, (function, (value, *args)) in sorted(tracer.made.items()):
-        if function not in _CONVS and not (function in _LINEARS and args[0].dim() == 2):
-            continue
+    layers = [number for number in sorted(tracer.made) if tracer.is_layer(number)]
+    predictions = tracer.predictions(layers, float_share)
+    for number in layers:
+        value, _, weight = tracer.made[number][1][:3]
         leaving, norm = number, None
         norm_call = tracer.only_reader(number, _NORMS)
         if norm_call is not None and id(tracer.made[norm_call][1][2]) in norms:
@@ -204,8 +237,8 @@ def trace(run: Callable, inputs: Sequence[Tensor], modules: Sequence[nn.Module],
             leaving = norm_call
             plan.norms.add(norm_call)
         relu = tracer.only_reader(leaving, _RELUS)
-        found.append((number, value, leaving if relu is None else relu, args[1], norm, id(args[1])
-                      in kept_float))
+        found.append((number, value, leaving if relu is None else relu, weight, norm,
+                      number in predictions or id(weight) in kept_float))
     for index, (_, value, leaving, *_, spare) in enumerate(found):
         if not spare:
             keys.setdefault(value, f'in{index}')
@@ -343,11 +376,13 @@ class Simulation:
         spared (Sequence[nn.Module]): Whose layers stay float.
         reduced (bool): Whether weights are in -64 ... 64.
         noise (float): Share of the weights that is rounded in a pass while training, in (0, 1].
+        float_share (float): See `trace`.
     """
 
     def __init__(self, run: Callable, modules: Sequence[nn.Module], spared: Sequence[nn.Module] = (),
-                 reduced: bool = False, noise: float = 1.0) -> None:
+                 reduced: bool = False, noise: float = 1.0, float_share: float = 0.0) -> None:
         self.run, self.modules, self.spared = run, tuple(modules), tuple(spared)
+        self.float_share = float_share
         self.reduced, self.noise = reduced, noise
         self.ranges = Ranges()
         #: Whether anything is rounded; if not, ranges are watched alone.
@@ -367,7 +402,7 @@ class Simulation:
         many images there are."""
         key = (self.modules[0].training, tuple(tuple(one.shape[2:]) for one in inputs))
         if key not in self._plans:
-            self._plans[key] = trace(self.run, inputs, self.modules, self.spared)
+            self._plans[key] = trace(self.run, inputs, self.modules, self.spared, self.float_share)
         return self._plans[key]
 
     def __call__(self, *inputs: Tensor) -> Any:

@@ -194,7 +194,8 @@ class _Kept:
 
 def _trained(stage: Stage, exported: Exported, trained: Mapping[str, Any], reduced: bool) -> Recipe:
     """The recipe of a quantisation-aware training."""
-    plan = trace(stage.run, exported.inputs, stage.modules, stage.spared)
+    plan = trace(stage.run, exported.inputs, stage.modules, stage.spared,
+                 trained['float_share'] if stage.predicts else 0.0)
     prefix = f'{stage.name}/'
     own = {key.removeprefix(prefix): value.tolist() for key, value in trained['ranges'].items()
            if key.startswith(prefix)}

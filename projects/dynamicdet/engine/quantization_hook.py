@@ -40,6 +40,8 @@ class QuantizationHook(Hook):
             trained with the weights, by gradients (`quantisation.LearnedRange`).
         rate (float): Share of its width by which an end of a learned range moves in an iteration. In
             (0, 0.1].
+        float_share (float): What layers that give predictions may be of a stage's multiply-adds to stay
+            float, as they do in ``tools/export.py --int8``. In [0, 1]; 0 quantises all.
     """
 
     # After EMAHook, which must copy the detector before its stages are replaced, and whose averages are
@@ -53,7 +55,8 @@ class QuantizationHook(Hook):
                  reduced_range: bool = False,
                  by_epoch: bool = True,
                  ranges: str = 'running',
-                 rate: float = 0.001) -> None:
+                 rate: float = 0.001,
+                 float_share: float = 0.1) -> None:
         if start < 0 or observe is not None and observe <= start:
             raise UsageError(
                 f'QuantizationHook: start={start}, observe={observe}: start must not be negative, and '
@@ -63,7 +66,10 @@ class QuantizationHook(Hook):
         if ranges not in ('running', 'learned') or not 0 < rate <= 0.1:
             raise UsageError(f"QuantizationHook: ranges='{ranges}', rate={rate}: ranges are 'running' or "
                              "'learned', and their rate is in (0, 0.1]")
+        if not 0 <= float_share <= 1:
+            raise UsageError(f'QuantizationHook: float_share={float_share} is no share in [0, 1]')
         self.start, self.observe, self.noise = start, observe, noise
+        self.float_share = float_share
         self.learned, self.rate = ranges == 'learned', rate
         self.reduced_range, self.by_epoch = reduced_range, by_epoch
         self._saved: Optional[dict] = None
@@ -115,7 +121,8 @@ class QuantizationHook(Hook):
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         checkpoint['quantization'] = dict(
             ranges={key: value.detach().cpu() for key, value in self._ranges().items()},
-            reduced=self.reduced_range)
+            reduced=self.reduced_range,
+            float_share=self.float_share)
 
     def after_train(self, runner: Runner) -> None:
         self._remove()
@@ -128,13 +135,19 @@ class QuantizationHook(Hook):
             raise UsageError(
                 'QuantizationHook: parts of this detector are fused for use, as YOLOv5 and YOLOv7 have '
                 'them, and would be others then; export it by tools/export.py --int8 as it is')
+        trained = self._saved or {}
+        for name, own, other in (('reduced_range', self.reduced_range, trained.get('reduced')),
+                                 ('float_share', self.float_share, trained.get('float_share'))):
+            if other is not None and own != other:
+                raise UsageError(f'QuantizationHook: {name}={own}, but the checkpoint was trained with {other}')
         self._stages = find_stages(model)
         for stage in self._stages:
-            one = Simulation(stage.run, stage.modules, stage.spared, self.reduced_range, self.noise)
+            one = Simulation(stage.run, stage.modules, stage.spared, self.reduced_range, self.noise,
+                             self.float_share if stage.predicts else 0.0)
             self.simulations[stage.name] = one
             stage.place(one)
         device = next(model.parameters()).device
-        for key, value in (self._saved or {}).get('ranges', {}).items():
+        for key, value in trained.get('ranges', {}).items():
             name, _, own = key.partition('/')
             if name not in self.simulations:
                 raise UsageError(
