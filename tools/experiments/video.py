@@ -47,6 +47,8 @@ RUNS: Dict[str, Run] = dict(
     plain=Run('yolov5_digits_video', 'stills'),
     joint=Run('early_exit_yolov5_digits', 'stills'),
     propagation=Run('early_exit_yolov5_digits_propagation', 'joint'),
+    # What is remembered for long is met in training, too; gradients pass through four frames as before.
+    propagation_long=Run('early_exit_yolov5_digits_propagation', 'joint', {'train_dataloader.sampler.frames': 16}),
     all=Run('early_exit_yolov5_digits_all', 'propagation'),
     heads=Run('early_exit_yolov5_digits_heads', 'plain'),
     heads_distilled=Run('early_exit_yolov5_digits_heads_distilled', 'plain'),

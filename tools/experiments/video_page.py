@@ -33,6 +33,7 @@ LABELS: Dict[str, tuple] = dict(
     distilled=('together, with distillation', 'joint'),
     gumbel=('together, with gates', 'joint'),
     propagation=('+ propagation, trained alone', 'joint'),
+    propagation_long=('the same, on clips of 16 frames instead of 4', 'joint'),
     all=('+ propagation, then all trained', 'joint'),
     heads=('heads on a frozen detector', 'joint'),
     heads_distilled=('the same, with distillation', 'heads'))
