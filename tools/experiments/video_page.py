@@ -91,9 +91,11 @@ def gates_table(run: Mapping) -> str:
 
 
 def cells(row: Mapping, fixed: Sequence[Mapping]) -> List[str]:
+    above = row['ap'] - line_at(fixed, row['latency'], 'latency')
     return [f"{row['ap']:.2f}", f"{row['gflops']:.4f}", f"{1e3 * row['latency']:.2f}",
             f"{1 - row['latency'] / fixed[-1]['latency']:.0%}",
-            f"{row['ap'] - line_at(fixed, row['latency'], 'latency'):+.2f}",
+            # There is none below the first exit's cost.
+            f'{above:+.2f}' if np.isfinite(above) else '-',
             ', '.join(f'{share:.0%}' for share in row['shares'])]
 
 
