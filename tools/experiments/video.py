@@ -41,15 +41,17 @@ STILLS = {
     'train_cfg.val_interval': 1,
     'param_scheduler.1.T_max': 2,
 }
+SHORT = {'train_dataloader.sampler.frames': 4}
 #: What others start from first.
 RUNS: Dict[str, Run] = dict(
     stills=Run('yolov5_digits', options=STILLS),
     plain=Run('yolov5_digits_video', 'stills'),
     joint=Run('early_exit_yolov5_digits', 'stills'),
     propagation=Run('early_exit_yolov5_digits_propagation', 'joint'),
-    # What is remembered for long is met in training, too; gradients pass through four frames as before.
-    propagation_long=Run('early_exit_yolov5_digits_propagation', 'joint', {'train_dataloader.sampler.frames': 16}),
     all=Run('early_exit_yolov5_digits_all', 'propagation'),
+    # On clips of no more frames than gradients pass through.
+    propagation_short=Run('early_exit_yolov5_digits_propagation', 'joint', SHORT),
+    all_short=Run('early_exit_yolov5_digits_all', 'propagation_short', SHORT),
     heads=Run('early_exit_yolov5_digits_heads', 'plain'),
     heads_distilled=Run('early_exit_yolov5_digits_heads_distilled', 'plain'),
     distilled=Run('early_exit_yolov5_digits_distilled', 'stills'),

@@ -33,8 +33,9 @@ LABELS: Dict[str, tuple] = dict(
     distilled=('together, with distillation', 'joint'),
     gumbel=('together, with gates', 'joint'),
     propagation=('+ propagation, trained alone', 'joint'),
-    propagation_long=('the same, on clips of 16 frames instead of 4', 'joint'),
     all=('+ propagation, then all trained', 'joint'),
+    propagation_short=('+ propagation on short clips', 'joint'),
+    all_short=('+ propagation on short clips, then all trained', 'joint'),
     heads=('heads on a frozen detector', 'joint'),
     heads_distilled=('the same, with distillation', 'heads'))
 
