@@ -358,7 +358,8 @@ def test_a_test_of_such_a_run_is_in_8_bits(trained, digits, tmp_path):
 
 @pytest.mark.parametrize('settings, message', [
     (dict(start=-1), 'negative'), (dict(start=2, observe=2), 'later'), (dict(noise=0), 'no share'),
-    (dict(float_share=1.1), 'no share'), (dict(ranges='best'), "'running' or 'learned'"), (dict(ranges='learned', rate=0), 'in .0, 0.1.')])
+    (dict(float_share=1.1), 'no share'), (dict(ranges='best'), "'running' or 'learned'"),
+    (dict(ranges='learned', rate=0), 'in .0, 0.1.')])
 def test_settings_that_cannot_be_are_one_line(settings, message):
     from dynamicdet.engine.quantization_hook import QuantizationHook
     with pytest.raises(UsageError, match=message):

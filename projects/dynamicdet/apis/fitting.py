@@ -99,10 +99,10 @@ def require_own(records: Sequence[Mapping], exits: int, checkpoint: str) -> None
         UsageError: If a record has another number of exits.
     """
     for record in records:
-        if len(record['gflops']) != exits:
-            raise UsageError(f"a record has {len(record['gflops'])} exits and this detector {exits}: record with "
-                             'this config and checkpoint')
         other = str(record['provenance'].get('checkpoint', checkpoint))
+        if len(record['gflops']) != exits:
+            raise UsageError(f"a record, of '{other}', has {len(record['gflops'])} exits and this detector {exits}: "
+                             'record with this config and checkpoint')
         if checkpoint and Path(other).name != Path(checkpoint).name:
             warnings.warn(f"a record is of '{other}', not of '{checkpoint}': is it the same detector?")
 

@@ -13,7 +13,7 @@ Where that is follows from the calls that torch sees in a pass (`trace`), not fr
 concatenations are no modules, and heads use one module at several levels.
 """
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
 
 import numpy as np
 import torch
@@ -176,28 +176,47 @@ class _Tracer(_Counted):
         function, (_, *args) = self.made[number]
         return function in _CONVS or function in _LINEARS and args[0].dim() == 2
 
-    def predictions(self, layers: Sequence[int], share: float) -> Set[int]:
-        """Layers behind which there is no other, the cheapest first, up to a share of the multiply-adds."""
-        read: Dict[int, Set[int]] = {}
+    def predictions(self, layers: Sequence[int], share: float) -> Tuple[int, ...]:
+        """See `last_layers`."""
+        read: Dict[int, Set[Any]] = {}
         for value, readers in self.readers.items():
             maker = value[0] if isinstance(value, tuple) else value
             for reader in readers:
                 read.setdefault(reader, set()).add(maker)
-        ahead: Set[Any] = set()
-        last = []
-        # What is read later comes later.
-        for number in sorted(self.made, reverse=True):
-            if number in layers and number not in ahead:
-                last.append(number)
-            if number in layers or number in ahead:
-                ahead |= read.get(number, set())
+        steps = [(number, read.get(number, ()), (number, )) for number in sorted(self.made)]
         costs = {number: self.sizes[number] * self.made[number][1][2][0].numel() for number in layers}
-        left, chosen = share * sum(costs.values()), set()
-        for number in sorted(last, key=costs.get):
-            if costs[number] <= left:
-                chosen.add(number)
-                left -= costs[number]
-        return chosen
+        return last_layers(steps, costs, share)[0]
+
+
+def last_layers(steps: Sequence[Tuple[Any, Iterable, Iterable]], costs: Mapping[Any, float],
+                share: float) -> Tuple[Tuple[Any, ...], float]:
+    """Layers behind which there is no other, the cheapest first: what they give are scores and boxes.
+
+    In 8 bits many scores become equal and boxes move in steps. That costs AP, though it is next to nothing of
+    the outputs' power: background, whose logits are far below zero, makes ranges wide. See docs/int8.md.
+
+    Args:
+        steps (Sequence[tuple]): Of a computation, in order: name, values that it reads, values that it makes.
+        costs (Mapping): Multiply-adds of each layer, by the name of its step.
+        share (float): Of them, what these layers may be.
+
+    Returns:
+        tuple[tuple, float]: Names, and the share that they are.
+    """
+    read, last = set(), []
+    # What is read later comes later.
+    for name, inputs, outputs in reversed(steps):
+        further = not read.isdisjoint(outputs)
+        if name in costs and not further:
+            last.append(name)
+        if name in costs or further:
+            read.update(inputs)
+    total, chosen, spent = sum(costs.values()) or 1, [], 0.0
+    for name in sorted(last, key=lambda one: (costs[one], one)):
+        if spent + costs[name] / total <= share:
+            chosen.append(name)
+            spent += costs[name] / total
+    return tuple(chosen), spent
 
 
 @torch.no_grad()
@@ -211,7 +230,7 @@ def trace(run: Callable, inputs: Sequence[Tensor], modules: Sequence[nn.Module],
         modules (Sequence[nn.Module]): Where its norms are.
         spared (Sequence[nn.Module]): Whose layers stay float.
         float_share (float): Layers behind which there is no other stay float, too, the cheapest first, as long
-            as they are at most this share of the multiply-adds; see `deploy.int8.prediction_layers`.
+            as they are at most this share of the multiply-adds; see `last_layers`.
     """
     norms = {id(norm.running_mean): norm for module in modules for norm in module.modules()
              if isinstance(norm, _BatchNorm)}

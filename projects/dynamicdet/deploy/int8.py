@@ -13,7 +13,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 import numpy as np
 from torch import Tensor
 
-from ..compression.quantisation import Layer, Plan, activation_scale, fold
+from ..compression.quantisation import Layer, Plan, activation_scale, fold, last_layers
 from ..errors import UsageError
 from .graphs import Graph, is_output, need
 from .stages import Stage
@@ -200,37 +200,10 @@ def _equal(one: np.ndarray, other: np.ndarray) -> bool:
 
 def prediction_layers(content: bytes, costs: Mapping[str, float],
                       share: float) -> Tuple[Tuple[str, ...], float]:
-    """Layers behind which there is no other: what they give are scores and boxes.
-
-    In 8 bits many scores become equal and boxes move in steps. That costs AP, though it is next to nothing of
-    the outputs' power: background, whose logits are far below zero, makes ranges wide. See docs/int8.md.
-
-    Args:
-        content (bytes): The float graph of a stage that predicts.
-        costs (Mapping[str, float]): Multiply-adds of each layer.
-        share (float): Of them, what these layers may be: the cheapest are taken.
-
-    Returns:
-        tuple[tuple[str], float]: Names of nodes, and the share that they are.
-    """
+    """`last_layers` of a float graph, where what a stage gives are predictions. ``costs`` are of nodes that ran."""
     model = need('onnx').load_from_string(content)
-    layers = {node.name for node in layers_of(model)}
-    total = sum(costs.get(name, 0) for name in layers) or 1
-    read, last = set(), []
-    # What is read later comes later.
-    for node in reversed(list(model.graph.node)):
-        further = any(name in read for name in node.output)
-        if node.name in layers and not further:
-            last.append(node.name)
-        if node.name in layers or further:
-            read.update(node.input)
-    chosen, spent = [], 0.0
-    for name in sorted(last, key=lambda one: (costs.get(one, 0), one)):
-        cost = costs.get(name, 0) / total
-        if spent + cost <= share:
-            chosen.append(name)
-            spent += cost
-    return tuple(chosen), spent
+    own = {node.name: costs.get(node.name, 0) for node in layers_of(model)}
+    return last_layers([(node.name, node.input, node.output) for node in model.graph.node], own, share)
 
 
 def noise_of(reference: Sequence[Sequence[np.ndarray]], graph: Graph,
