@@ -5,10 +5,8 @@ model = dict(
     mode='propagation',
     propagation=dict(type='Propagation', size=8, positional=True, gaps=8, truncate=4),
     cut=0.2)
-train_dataloader = dict(
-    batch_size=16,
-    batch_sampler=None,
-    sampler=dict(_delete_=True, type='ClipSampler', frames=16, gaps=(1, 3)))
+train_dataloader = _base_.clips
+train_dataloader['sampler']['frames'] = 16
 load_from = 'work_dirs/early_exit_yolov5_digits/epoch_3.pth'
 train_cfg = dict(max_epochs=3, val_interval=1)
 optim_wrapper = dict(optimizer=dict(lr=1e-3))
