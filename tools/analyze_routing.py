@@ -7,12 +7,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Mapping
 
 from pycocotools.coco import COCO
 
 from dynamicdet.apis import cli
 from dynamicdet.apis.analysis import analyse, format_analysis, pair_of, write_analysis
 from dynamicdet.errors import UsageError
+from dynamicdet.routing.evaluation import read_truth
 from dynamicdet.routing.record import read_record
 
 
@@ -36,13 +38,13 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load_annotations(path: str, option: str) -> COCO:
-    """Ground truth, or a `UsageError` that names the option."""
+def load_annotations(record: Mapping, ann_file: str, option: str) -> COCO:
+    """Ground truth of a record, or a `UsageError` that names the option."""
+    path = ann_file or record['provenance'].get('ann_file', '')
     if not path or not Path(path).is_file():
         raise UsageError(f"there is no annotation file '{path}': name it by {option}")
     try:
-        with cli.silence():
-            return COCO(path)
+        return read_truth(path, record['provenance'].get('categories') or None)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AssertionError) as error:
         raise UsageError(f"'{path}' is no COCO annotation file: name one by {option}") from error
 
@@ -50,7 +52,7 @@ def load_annotations(path: str, option: str) -> COCO:
 def load(path: str, ann_file: str, option: str, exits: list) -> tuple:
     """A record of two exits, and its ground truth."""
     record = pair_of(read_record(path), tuple(exits))
-    return record, load_annotations(ann_file or record['provenance'].get('ann_file', ''), option)
+    return record, load_annotations(record, ann_file, option)
 
 
 def main() -> None:

@@ -23,17 +23,14 @@ from dynamicdet.engine import write_atomically
 from dynamicdet.errors import UsageError
 
 CONFIG = Path(__file__).parents[1] / 'configs' / 'dy_faster_rcnn.py'
-#: What was timed: its name, and whether on one image or on all batches.
-TIMED = dict(
-    stock=('stock detector', False),
-    exit0=('exit 0', False),
-    exit1=('exit 1', False),
-    all_easy=('all easy', True),
-    half_hard=('half hard', True),
-    online=('half hard, online budget', True),
-    stream=('half hard, stream collects hard', True),
-    stream_all=('half hard, stream collects both', True),
-    all_hard=('all hard', True))
+#: What was timed on all batches; on one image it was the stock detector and each exit.
+WHOLE = dict(
+    all_easy='all easy',
+    half_hard='half hard',
+    online='half hard, online budget',
+    stream='half hard, stream collects hard',
+    stream_all='half hard, stream collects both',
+    all_hard='all hard')
 RATIOS = dict(
     exit0_to_stock='exit 0 / stock detector',
     mixed_to_mean='half hard / mean of all easy and all hard',
@@ -86,7 +83,9 @@ def table(run: dict, batches: int) -> str:
     if 'refused' in run:
         return f'{title}: cannot be, {run["refused"]}'
     lines = [f'{title:<42}{"batch":>6}{"ms/image":>10}{"quartiles":>20}{"images/s":>10}']
-    for key, (name, whole) in TIMED.items():
+    single = {key: key.replace('exit', 'exit ') for key in run['seconds'] if key.startswith('exit')}
+    for key, name in dict(stock='stock detector', **single, **WHOLE).items():
+        whole = key in WHOLE
         images = batches * BATCH_SIZE if whole else 1
         low, median, high = (1e3 * run['seconds'][key][part] / images for part in ('q1', 'median', 'q3'))
         spread = f'{low:.1f} to {high:.1f}'

@@ -7,7 +7,6 @@ import argparse
 from pathlib import Path
 
 from mmengine.device import get_device
-from pycocotools.coco import COCO
 
 from dynamicdet.apis import cli
 from dynamicdet.apis.analysis import pair_of
@@ -15,6 +14,7 @@ from dynamicdet.apis.calibration import (build_loader, load_model, measure_gflop
                                          provenance, record_exits)
 from dynamicdet.apis.report import format_table, write_report
 from dynamicdet.routing.curve import trade_off
+from dynamicdet.routing.evaluation import read_truth
 
 
 def parse_args() -> argparse.Namespace:
@@ -44,8 +44,7 @@ def main() -> None:
     if model.num_exits > 2:
         # The page is about two: where easy and where hard images leave.
         record = pair_of(record)
-    with cli.silence():
-        coco = COCO(loader.dataset.ann_file)
+    coco = read_truth(loader.dataset.ann_file, loader.dataset.cat_ids)
     rows = trade_off(record, coco, progress=cli.counter('evaluations'))
     page = write_report(record, coco, args.out_dir or Path(cfg.work_dir) / 'report', rows)
     print(format_table(rows))

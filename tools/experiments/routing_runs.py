@@ -94,7 +94,7 @@ class Run(NamedTuple):
             return dict(test={})
         records = dict(test={}, held_out={indices: -HELD_OUT}, train={indices: HELD_OUT})
         if self.variant == 'few':
-            records['augmented'] = {indices: FEW, 'test_dataloader.dataset.pipeline': AUGMENTED}
+            records['augmented'] = {indices: FEW, 'val_dataloader.dataset.pipeline': AUGMENTED}
         return records
 
 

@@ -32,7 +32,7 @@ from ..errors import UsageError
 from ..models import DynamicDetector
 from ..models.online import Online, build_controller, now
 from ..models.resolution import reduce_images, reduce_samples
-from ..routing.thresholds import ALL_EASY, ALL_HARD, threshold_for_share
+from ..routing.thresholds import ALL_EASY, ALL_HARD, Thresholds, threshold_for_share
 from ..testing import randomise
 from .calibration import require_dynamic
 from .stream import Stream
@@ -85,13 +85,13 @@ class Task(NamedTuple):
     Attributes:
         detector (BaseDetector): In eval mode.
         batches (list[dict]): Each as a data loader gives it.
-        threshold (float, optional): Set before the clock starts. None for stock detectors.
+        threshold (float or list[float], optional): Set before the clock starts. None for stock detectors.
         policy (str): One of `POLICIES`.
         setting (Setting, optional): Defaults to what torch is set to.
     """
     detector: BaseDetector
     batches: List[dict]
-    threshold: Optional[float] = None
+    threshold: Optional[Thresholds] = None
     policy: str = 'threshold'
     setting: Optional[Setting] = None
 
@@ -402,13 +402,20 @@ def _tasks(model: DynamicDetector, stock: BaseDetector, batches: Sequence[dict],
         # Every operator once, under the data type.
         model.set_budget(threshold=ALL_HARD)
         model.test_step(one)
-    single = dict(stock=Task(stock, [one]), exit0=Task(model, [one], ALL_EASY),
-                  exit1=Task(model, [one], ALL_HARD))
+    single = dict(stock=Task(stock, [one]))
+    single.update({f'exit{exit}': Task(model, [one], _leaving_at(exit, model.num_exits))
+                   for exit in range(model.num_exits)})
     whole = dict(all_easy=Task(model, batches, ALL_EASY), half_hard=Task(model, batches, middle),
                  all_hard=Task(model, batches, ALL_HARD))
     whole.update({policy: Task(model, batches, middle, policy) for policy in POLICIES[1:]})
     return boxes, *({(way, name): task._replace(setting=way) for name, task in tasks.items()}
                     for tasks in (single, whole))
+
+
+def _leaving_at(exit: int, exits: int) -> Thresholds:
+    """Thresholds with which every image leaves at one exit."""
+    found = [ALL_HARD] * exit + [ALL_EASY] * (exits - 1 - exit)
+    return found[0] if exits == 2 else found
 
 
 def _summary(seconds: Mapping[str, np.ndarray]) -> Dict[str, dict]:

@@ -19,6 +19,7 @@ from mmdet.utils import register_all_modules
 from ..checkpoints import read_checkpoint, weights_only
 from ..datasets.check import check_dataloaders, is_of_empty_set
 from ..errors import UsageError
+from ..routing.thresholds import latency_of
 
 
 def run(main: Callable[[], Optional[int]]) -> NoReturn:
@@ -73,16 +74,19 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
-    """The wanted speed, one way of four."""
+    """The wanted speed, one way of five."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument('--hard-share', type=float, help='share of hard images, 0 to 1')
     group.add_argument('--target-latency', type=float, help='mean seconds per image')
+    group.add_argument('--throughput', type=float, help='images per second: a latency of 1 / THROUGHPUT')
     group.add_argument('--target-gflops', type=float, help='mean GFLOPs per image, 2 x multiply-adds')
     group.add_argument('--threshold', type=float, help='hard above this difficulty, -1 to 1')
 
 
 def budget_from(args: argparse.Namespace) -> dict:
     """The budget that was asked for: no entry or one."""
+    if args.throughput is not None:
+        return dict(target_latency=latency_of(args.throughput))
     names = ('hard_share', 'target_latency', 'target_gflops', 'threshold')
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 

@@ -12,6 +12,7 @@ from torch import nn
 from ..checkpoints import is_plain, require_complete
 from ..errors import UsageError
 from ..routing import GAINS, Objective, build_objective
+from ..routing.evaluation import read_truth
 from ..routing.fitting import Fit, features_of, fit_router, gains_of
 
 #: What follows from a router, and is stale where that is a new one.
@@ -153,16 +154,16 @@ def ground_truths(records: Sequence[Mapping], objective: Objective) -> Optional[
     """
     if GAINS[objective.gain].values != 'ap':
         return None
-    from pycocotools.coco import COCO
-    cocos: Dict[str, COCO] = {}
-    paths = [str(record.get('provenance', {}).get('ann_file', '')) for record in records]
-    for path in paths:
-        try:
-            cocos[path] = cocos.get(path) or COCO(path)
-        except OSError:
-            raise UsageError(f"there is no annotation file at '{path}', where the record is from: gain 'ap' "
-                             'needs it') from None
-    return [cocos[path] for path in paths]
+    return [_ground_truth(record.get('provenance', {})) for record in records]
+
+
+def _ground_truth(facts: Mapping):
+    path = str(facts.get('ann_file', ''))
+    try:
+        return read_truth(path, facts.get('categories') or None)
+    except OSError:
+        raise UsageError(f"there is no annotation file at '{path}', where the record is from: gain 'ap' "
+                         'needs it') from None
 
 
 def describe(objective: Objective) -> dict:

@@ -20,7 +20,7 @@ from ..datasets.check_annotations import LONGEST
 from ..errors import UsageError
 from ..models import fuse
 from ..models.online import Online, build_controller, kept_speed
-from ..routing.thresholds import check_budget
+from ..routing.thresholds import check_budget, latency_of
 from .stream import Stream
 
 
@@ -28,8 +28,8 @@ class DynamicInferencer(DetInferencer):
     """`DetInferencer` whose speed can be chosen, for all calls or for one.
 
     Results, and the JSON files that it writes, have ``difficulty`` and ``exit`` beside what
-    mmdet's have. Give at most one of ``threshold``, ``hard_share``, ``target_latency`` and
-    ``target_gflops``; see `DynamicDetector.set_budget`.
+    mmdet's have. Give at most one of ``threshold``, ``hard_share``, ``target_latency``,
+    ``throughput`` and ``target_gflops``; see `DynamicDetector.set_budget`.
 
     Args:
         model (str or dict, optional): Config, or path of one. Defaults to the checkpoint's.
@@ -42,6 +42,7 @@ class DynamicInferencer(DetInferencer):
         threshold (float, optional): In [-1, 1]. Hard when the difficulty is above it.
         hard_share (float, optional): Share of hard images, in [0, 1].
         target_latency (float, optional): Mean seconds per image.
+        throughput (float, optional): Images per second: a latency of ``1 / throughput``.
         target_gflops (float, optional): Mean GFLOPs per image, 2 x multiply-adds.
         online (bool): Whether a controller holds the budget on the images that come, whatever their
             difficulty and the machine's load: any but ``threshold``. It is ``self.controller``, see
@@ -49,7 +50,7 @@ class DynamicInferencer(DetInferencer):
 
     Raises:
         UsageError: If the model is not dynamic, the checkpoint does not fill it, more than one of
-            the four is given, it is out of range, or it needs a calibrated checkpoint.
+            the five is given, it is out of range, or it needs a calibrated checkpoint.
 
     Example:
         >>> detector = DynamicInferencer(
@@ -70,14 +71,16 @@ class DynamicInferencer(DetInferencer):
                  threshold: Optional[float] = None,
                  hard_share: Optional[float] = None,
                  target_latency: Optional[float] = None,
+                 throughput: Optional[float] = None,
                  target_gflops: Optional[float] = None,
                  online: bool = False) -> None:
-        budget = _given(threshold, hard_share, target_latency, target_gflops)
+        budget = _given(threshold, hard_share, target_latency, throughput, target_gflops)
         if budget:
             # Before the model is built, which takes seconds.
             check_budget(budget)
         if online and (not budget or threshold is not None):
-            raise UsageError('online needs something to hold: hard_share, target_latency or target_gflops')
+            raise UsageError('online needs something to hold: hard_share, target_latency, throughput or '
+                             'target_gflops')
         super().__init__(model, weights, device, scope, palette, show_progress)
         if not hasattr(self.model, 'set_budget'):
             raise UsageError(f"this config's model, {type(self.model).__name__}, is not dynamic: "
@@ -102,6 +105,7 @@ class DynamicInferencer(DetInferencer):
                  threshold: Optional[float] = None,
                  hard_share: Optional[float] = None,
                  target_latency: Optional[float] = None,
+                 throughput: Optional[float] = None,
                  target_gflops: Optional[float] = None,
                  **kwargs) -> dict:
         """As mmdet's, whose arguments are passed on; the speed holds for this call, and a controller
@@ -111,6 +115,7 @@ class DynamicInferencer(DetInferencer):
             threshold (float, optional): In [-1, 1]. Hard when the difficulty is above it.
             hard_share (float, optional): Share of hard images, in [0, 1].
             target_latency (float, optional): Mean seconds per image.
+            throughput (float, optional): Images per second.
             target_gflops (float, optional): Mean GFLOPs per image, 2 x multiply-adds.
             on_unreadable (callable, optional): Called with the path of a picture that cannot be
                 read and the reason; the others are processed. Without it, the call fails.
@@ -119,7 +124,7 @@ class DynamicInferencer(DetInferencer):
             dict: ``predictions``, one per picture, each with ``difficulty`` and ``exit``; and
             ``visualization``, the drawn pictures, if ``return_vis``.
         """
-        with self._speed(_given(threshold, hard_share, target_latency, target_gflops)):
+        with self._speed(_given(threshold, hard_share, target_latency, throughput, target_gflops)):
             return super().__call__(*args, **kwargs)
 
     @contextlib.contextmanager
@@ -195,10 +200,13 @@ class DynamicInferencer(DetInferencer):
 
 
 def _given(threshold: Optional[float], hard_share: Optional[float], target_latency: Optional[float],
-           target_gflops: Optional[float]) -> Dict[str, float]:
-    budget = dict(threshold=threshold, hard_share=hard_share, target_latency=target_latency,
-                  target_gflops=target_gflops)
-    return {name: value for name, value in budget.items() if value is not None}
+           throughput: Optional[float], target_gflops: Optional[float]) -> Dict[str, float]:
+    given = dict(threshold=threshold, hard_share=hard_share, target_latency=target_latency,
+                 throughput=throughput, target_gflops=target_gflops)
+    budget = {name: value for name, value in given.items() if value is not None}
+    if len(budget) > 1:
+        raise UsageError(f'a budget is exactly one of {", ".join(given)}; got {budget}')
+    return dict(target_latency=latency_of(throughput)) if throughput is not None else budget
 
 
 def _readable(inputs: Iterable[Union[str, np.ndarray]],

@@ -18,7 +18,7 @@ from ..compression.pruning import apply_masks, layers_of_blocks, prune_block
 from ..compression.sensitivity import Curve, Suggestion
 from ..engine import write_atomically
 from ..errors import UsageError
-from ..routing.evaluation import evaluate
+from ..routing.evaluation import evaluate, read_truth
 from . import cli
 from .calibration import coco_results
 
@@ -147,8 +147,7 @@ def _part(loader: DataLoader, images: int) -> DataLoader:
 def _truth(dataset: Any) -> COCO:
     if not getattr(dataset, 'ann_file', '') or not hasattr(dataset, 'cat_ids'):
         raise UsageError('sensitivity is measured on a data set in COCO format')
-    with cli.silence():
-        return COCO(dataset.ann_file)
+    return read_truth(dataset.ann_file, dataset.cat_ids)
 
 
 @torch.no_grad()

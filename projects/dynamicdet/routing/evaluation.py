@@ -54,6 +54,27 @@ def evaluate(coco: COCO,
     return scores
 
 
+def read_truth(path: str, categories: Optional[Iterable[int]] = None) -> COCO:
+    """Ground truth of a COCO file, silently.
+
+    Args:
+        path (str): The file.
+        categories (Iterable[int], optional): A detector of some of the file's categories is judged by no
+            others, as by mmdet's ``CocoMetric``: their ids. Defaults to all.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(path)
+        if categories is None or set(coco.cats) <= (known := set(categories)):
+            return coco
+        found = COCO()
+        found.dataset = dict(
+            coco.dataset,
+            categories=[one for one in coco.dataset['categories'] if one['id'] in known],
+            annotations=[one for one in coco.dataset['annotations'] if one['category_id'] in known])
+        found.createIndex()
+    return found
+
+
 def mix(record: Mapping, choice: Sequence[int]) -> List[dict]:
     """COCO results of a record's images.
 

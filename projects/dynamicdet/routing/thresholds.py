@@ -178,6 +178,17 @@ def check_budget(budget: Mapping[str, Union[float, Sequence[float]]]) -> None:
         raise UsageError(f'{name} by exit must {"rise" if name == "threshold" else "fall"}, got {value}')
 
 
+def latency_of(throughput: float) -> float:
+    """Seconds per image of a throughput in images per second.
+
+    Raises:
+        UsageError: If it is not a finite number above 0.
+    """
+    if not 0 < throughput < math.inf:
+        raise UsageError(f'throughput is in images per second and must be above 0, got {throughput}')
+    return 1 / throughput
+
+
 def resolve_threshold(budget: Mapping[str, Union[float, Sequence[float]]],
                       difficulties: Optional[Sequence[float]] = None,
                       latencies: Optional[Sequence[float]] = None,

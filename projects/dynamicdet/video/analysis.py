@@ -1,5 +1,4 @@
 """What each gate is worth on a recorded video run: AP against cost, beside fixed exits and the oracle."""
-import contextlib
 import io
 import json
 import time
@@ -13,7 +12,7 @@ from pycocotools.coco import COCO
 from mmdet.registry import MODELS
 
 from ..errors import UsageError
-from ..routing.evaluation import check_truth
+from ..routing.evaluation import check_truth, read_truth
 from .curves import curve, fixed_exits, front, line_at, settings_of
 from .evidence import Evidence
 from .fitting import fit_halting_gate
@@ -49,8 +48,7 @@ def load_truth(record: Mapping, path: Optional[str] = None) -> COCO:
     if not Path(path).is_file():
         raise UsageError(f"there is no annotation file '{path}' of the record: name it by --ann-file")
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            coco = COCO(path)
+        coco = read_truth(path, record['provenance'].get('categories') or None)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AssertionError) as error:
         raise UsageError(f"'{path}' is no COCO annotation file: name one by --ann-file") from error
     check_truth(record, coco)
