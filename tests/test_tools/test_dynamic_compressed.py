@@ -53,7 +53,8 @@ def test_steps_to_do(folders):
 def test_the_clock_needs_all_that_it_times(folders):
     with pytest.raises(UsageError, match='yolox-whole lacks detectors to time'):
         experiment.by_the_clock([''])
-    (experiment.RESULTS / 'yolox-clock.json').touch()
+    for side in measure.SIDES:
+        (experiment.RESULTS / f'yolox-clock_{side}.json').touch()
     experiment.by_the_clock(['yolox'])
 
 
@@ -102,13 +103,14 @@ def test_latencies_of_all_folders_in_turns(whole, tmp_path, monkeypatch):
     shutil.copytree(whole, tmp_path / 'pruned')
     monkeypatch.setattr(measure, 'FORMS', {form: measure.FORMS[form] for form in ('eager', 'float32')})
     monkeypatch.setattr(measure, 'ROUNDS', 1)
-    monkeypatch.setattr(measure, 'IMAGES', 2)
-    measure.measure_latencies([whole, tmp_path / 'pruned'], tmp_path / 'clock.json')
+    monkeypatch.setattr(measure, 'SIDES', {96: 2})
+    measure.measure_latencies([whole, tmp_path / 'pruned'], 96, tmp_path / 'clock.json')
     found = json.loads((tmp_path / 'clock.json').read_text())
     assert set(found['points']) == {f'{folder}/{form}/{mode}' for folder in ('whole', 'pruned')
                                     for form in ('eager', 'float32') for mode in page.MODES}
     assert all(0 < one['median'] < 60 for one in found['points'].values())
-    assert found['provenance']['images'] == 2 and isinstance(found['provenance']['vnni'], bool)
+    assert found['provenance']['images'] == 2 and found['provenance']['side'] == 96
+    assert isinstance(found['provenance']['vnni'], bool)
 
 
 # The page.
@@ -124,10 +126,10 @@ def known(detector, kind, **points):
                 for form, (ap, size) in points.items()})}
 
 
-def clock(detector, milliseconds):
-    facts = dict(images=2, rounds=1, vnni=False, load_before=0.1, load_after=1.0, onnxruntime='1', torch='2',
+def clock(detector, milliseconds, side=128):
+    facts = dict(images=2, side=side, rounds=1, vnni=False, load_before=0.1, load_after=1.0, onnxruntime='1', torch='2',
                  device='a machine', threads=1)
-    return {f'{detector}-clock': dict(provenance=facts, points={
+    return {f'{detector}-clock_{side}': dict(provenance=facts, points={
         f'{detector}-{kind}/{form}/{mode}': dict(median=one * share / 1e3)
         for (kind, form), one in milliseconds.items()
         for mode, share in dict(exit0=0.5, half=0.75, exit1=1).items()})}
@@ -145,7 +147,11 @@ def write(results, tmp_path, monkeypatch):
 
 def rows_of(text):
     rows = (line.strip('| ').split(' | ') for line in text.splitlines() if line.startswith('| '))
-    return {cells[0]: cells[1:] for cells in rows}
+    found = {}
+    for name, *cells in rows:
+        # The table of the larger images comes second.
+        found.setdefault(name, cells)
+    return found
 
 
 def test_a_page_by_hand(tmp_path, monkeypatch):
@@ -156,7 +162,8 @@ def test_a_page_by_hand(tmp_path, monkeypatch):
                 int8=(49.6, 6e6)),
         **known('yolox', 'pruned', eager=(49.5, 8e6), eager_int8=(49.4, 2e6), float32=(49.5, 10e6),
                 int8=(48.8, 2.2e6)),
-        **clock('yolox', times)}
+        **clock('yolox', times),
+        **clock('yolox', {name: 10 * one - (name[1] == 'int8') * 5 * one for name, one in times.items()}, 640)}
     text = write(results, tmp_path, monkeypatch)
     assert (tmp_path / 'page.png').read_bytes().startswith(b'\x89PNG')
     assert 'a machine, 1 thread(s), without VNNI' in text
@@ -168,8 +175,10 @@ def test_a_page_by_hand(tmp_path, monkeypatch):
     assert rows['float32 eager, file in int8'][-3:] == rows['float32 eager'][-3:] == ['20.0', '30.0', '40.0']
     assert rows['int8: AP lost, exit 1'][1] == '0.40' and rows['pruned + int8: AP lost, exit 1'][1] == '1.20'
     assert rows['pruned + int8: file'][1] == '11.0%'
-    assert rows['int8: times as fast as ONNX Runtime float32, exit 1'][1] == '2.00'
-    assert rows['pruned + int8: times as fast as float32 eager, exit 1'][1] == '8.00'
+    assert rows['int8: times as fast as ONNX Runtime float32, exit 1, 128 pixels'][1] == '2.00'
+    assert rows['pruned + int8: times as fast as float32 eager, exit 1, 128 pixels'][1] == '8.00'
+    assert rows['pruned + int8: times as fast as float32 eager, exit 1, 640 pixels'][1] == '16.00'
+    assert 'enlarged to 640 x 640' in text and '| pruned + int8 | 12.5 | 18.8 | 25.0 | 16.00 |' in text
 
 
 def test_a_page_of_what_is_known(tmp_path, monkeypatch):

@@ -6,10 +6,11 @@ The detectors are those of the experiment on routing, trained first where their 
 work_dirs/routing. Latencies come last, by `--clock`, on a machine that does nothing else.
 """
 import argparse
+import itertools
 from pathlib import Path
 from typing import List
 
-from dynamic_compressed_measure import CONFIG, FORMS, WEIGHTS
+from dynamic_compressed_measure import CONFIG, FORMS, SIDES, WEIGHTS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from routing import WORK as ROUTING
@@ -155,9 +156,9 @@ def to_do(only: List[str]) -> List[str]:
 
 
 def by_the_clock(only: List[str]) -> None:
-    """Latencies of all variants of a detector, in one process; one detector after the other."""
-    for detector in DETECTORS:
-        name, folders = f'{detector}-clock', [WORK / f'{detector}-{kind}' for kind in KINDS]
+    """Latencies of all variants of a detector, in one process; one detector and size after the other."""
+    for detector, side in itertools.product(DETECTORS, SIDES):
+        name, folders = f'{detector}-clock_{side}', [WORK / f'{detector}-{kind}' for kind in KINDS]
         if is_done(name) or not any(part in name for part in only):
             continue
         for folder in folders:
@@ -165,7 +166,7 @@ def by_the_clock(only: List[str]) -> None:
                 raise UsageError(f'{folder} lacks detectors to time: run this without --clock first; if '
                                  f'{RESULTS / folder.name}.json is there, remove it before')
         measured = WORK / f'{name}.json'
-        run(MEASURE, 'clock', str(measured), *map(str, folders), log=WORK / f'{name}.log')
+        run(MEASURE, 'clock', str(measured), str(side), *map(str, folders), log=WORK / f'{name}.log')
         write_atomically(measured.read_bytes(), RESULTS / f'{name}.json')
         print(f'{name} done', flush=True)
 
