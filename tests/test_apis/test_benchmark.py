@@ -7,6 +7,7 @@ import torch
 from conftest import run_tool
 from mmengine.config import Config
 
+from dynamicdet.apis import benchmark
 from dynamicdet.apis.benchmark import (Setting, Task, build_pair, half_hard_threshold, interleave,
                                        make_batch, measure, quartiles, reformat, require_equal, split_batch)
 from dynamicdet.errors import UsageError
@@ -52,6 +53,17 @@ def test_the_tool(tmp_path):
     assert (machine['seed'], machine['size'], machine['threads']) == (3, [64, 96], 1)
     assert machine['torch'] == torch.__version__ and 'cores' in machine['cpu']
     assert machine['checkpoint'] == 'random weights'
+
+
+def test_every_exit_is_timed(batch):
+    settings = tiny_dynamic('yolox', backbones=3)
+    model, stock = build_pair(Config(dict(model=settings)))
+    _, single, _ = benchmark._tasks(model, stock, [batch], Setting(1))
+    assert [name for _, name in single] == ['stock', 'exit0', 'exit1', 'exit2']
+    for (_, name), task in single.items():
+        if name != 'stock':
+            model.set_budget(threshold=task.threshold)
+            assert f'exit{task.detector.test_step(task.batches[0])[0].exit}' == name
 
 
 def test_bad_input_is_one_line(tmp_path):

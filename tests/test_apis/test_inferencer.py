@@ -190,6 +190,9 @@ def test_waiting_budget_of_the_config_is_restored(checkpoints, paths):
 
 @pytest.mark.parametrize('budget, said', [
     (dict(threshold=0.5, hard_share=0.5), 'exactly one'),
+    (dict(throughput=30, target_latency=0.1), 'exactly one'),
+    (dict(throughput=0), 'throughput .* above 0'),
+    (dict(throughput=1000), 'lat1'),
     (dict(hard_share=1.5), r'\[0, 1\]'),
     (dict(threshold=float('nan')), r'\[-1, 1\]'),
     (dict(target_latency=0.001), 'lat1'),

@@ -1,13 +1,15 @@
 import contextlib
 import copy
 import io
+import json
 
 import numpy as np
 import pytest
+from pycocotools.cocoeval import COCOeval
 from routing_cases import BOX, build_coco, found, ground_truth, make_record, random_case
 
 from dynamicdet.errors import UsageError
-from dynamicdet.routing.evaluation import Mixtures, check_truth, evaluate, mix
+from dynamicdet.routing.evaluation import Mixtures, check_truth, evaluate, mix, read_truth
 
 
 def assert_same(scores, expected):
@@ -228,3 +230,27 @@ def test_agrees_with_faster_coco_eval():
         evaluator.run()
     expected = dict(zip(('ap', 'ap50', 'small', 'medium', 'large'), 100 * evaluator.stats[[0, 1, 3, 4, 5]]))
     assert_same(Mixtures(record, coco).scores(choice), expected)
+
+
+def test_a_detector_of_some_categories_is_judged_by_these_alone(tmp_path, capsys):
+    """As mmdet's CocoMetric: pycocotools with `catIds`."""
+    coco, record = random_case(images=20)
+    path = tmp_path / 'truth.json'
+    path.write_text(json.dumps(coco.dataset))
+    known, *others = sorted(coco.cats)
+    assert others
+    for image in record['images']:
+        image['detections'] = [[one for one in own if one['category_id'] == known] for own in image['detections']]
+        image['objects'] = len(coco.getAnnIds(imgIds=[image['id']], catIds=[known], iscrowd=False))
+    evaluator = COCOeval(coco, coco.loadRes(mix(record, [0] * 20)), 'bbox')
+    evaluator.params.catIds = [known]
+    evaluator.evaluate()
+    evaluator.accumulate()
+    precision = evaluator.eval['precision'][..., 0, -1]
+    capsys.readouterr()
+    own = read_truth(str(path), [known])
+    assert capsys.readouterr().out == ''
+    check_truth(record, own)
+    assert Mixtures(record, own).ap([0] * 20) == pytest.approx(100 * precision[precision > -1].mean())
+    whole = read_truth(str(path), coco.cats)
+    assert Mixtures(record, whole).ap([0] * 20) < Mixtures(record, own).ap([0] * 20)

@@ -6,12 +6,13 @@ import pytest
 from conftest import ROOT
 from mmengine.config import Config
 
+from dynamicdet.apis import recording
 from mmdet.registry import MODELS
 
 sys.path.insert(0, str(ROOT / 'tools' / 'experiments'))
 import routing_page  # noqa: E402
 from routing_results import with_losses_of  # noqa: E402
-from routing_runs import DATA, HELD_OUT, all_runs  # noqa: E402
+from routing_runs import AUGMENTED, DATA, HELD_OUT, all_runs  # noqa: E402
 from steps import do_all, run, wait_for  # noqa: E402
 
 
@@ -73,6 +74,39 @@ def test_a_runs_detector_builds(run):
     if run.is_dynamic:
         assert model.num_exits == (3 if run.variant == 'triple' else 2)
         assert model.router.pools == ('mean', 'max', 'std')
+
+
+def test_augmented_images_are_recorded_augmented():
+    """A record of training images takes the pipeline of the validation's."""
+    run, = (run for run in all_runs(root='data/digits_routing') if run.variant == 'few')
+    cfg, _ = config_of(run)
+    cfg.merge_from_dict(run.records['augmented'])
+    seen = {}
+
+    def keep(dataloader):
+        seen.update(dataloader.dataset)
+        return dataloader
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recording, 'build_loader', keep)
+        recording.build_record_loader(cfg, 'train')
+    assert [step['type'] for step in seen['pipeline']] == [step['type'] for step in AUGMENTED]
+    assert 'RandomShift' in [step['type'] for step in AUGMENTED]
+
+
+def test_peers_pay_for_what_they_look_at():
+    """Exits of 1 and 3 GFLOPs, 10 and 30 AP, a router on the straight line between them. At half hard, 2
+    GFLOPs; one that looks pays 1 for the hard half, and that buys 5 AP."""
+    line = dict(ap=[12, 14, 16, 18, 20, 22, 24, 26, 28])
+    run = dict(gflops=[1, 3], exits=[dict(ap=10), dict(ap=30)], routers={routing_page.ROUTER: line})
+    assert routing_page.at_equal_cost(run, line) == 0
+    assert routing_page.at_equal_cost(run, dict(line, charge=1.0)) == -5
+    assert routing_page.at_equal_cost(run, dict(line, charge=9.0)) == -10
+
+
+def test_seeds_without_a_figure_are_named():
+    found = [dict(gain=value, low=None, high=None) for value in (0.1, None, 0.3)]
+    assert routing_page.with_interval(found, 'gain') == '+0.20 (+0.10 to +0.30), 2 of 3 seeds'
 
 
 def plain(*points):
