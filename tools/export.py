@@ -39,6 +39,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--reduce-range', choices=['auto', 'yes', 'no'], default='auto',
         help='weights of 7 bits, for x86 processors without VNNI; auto asks this machine')
+    parser.add_argument(
+        '--compress', action='store_true', help='graphs by zstd: smaller files, as fast once they are loaded')
     parser.add_argument('--cfg-options',
                         nargs='+',
                         action=cli.ConfigOptions,
@@ -48,7 +50,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    for name in ('onnx', 'onnxruntime'):
+    for name in ('onnx', 'onnxruntime', *('zstandard', ) * args.compress):
         need(name)
     require_new(args.out)
     if not args.dry_run:
@@ -80,7 +82,7 @@ def main() -> None:
         with cli.silence():
             loader = build_loader(settings)
     about = deploy(cfg, args.checkpoint, args.out, loader, cli.progress, args.calibrate_images, args.ranges,
-                   args.noise, args.float_share, dict(yes=True, no=False).get(args.reduce_range))
+                   args.noise, args.float_share, dict(yes=True, no=False).get(args.reduce_range), args.compress)
     for name, layers in about.get('layers', {}).items():
         print(
             f'{name}: noise {layers["noise_all_int8"]:.2g} of the signal in 8 bits; '

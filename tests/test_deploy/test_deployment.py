@@ -105,11 +105,28 @@ def test_a_folder_is_tested_by_the_tool(folder, tmp_path):
     assert len(figures['milliseconds']) == 1 and figures['milliseconds'][0] > 0 and 'metrics' in figures
 
 
+def test_compressed_graphs_compute_the_same_from_a_smaller_folder(trained, folder, tmp_path):
+    from dynamicdet.deploy import folder as folders
+    out = str(tmp_path / 'small')
+    about = deploy(trained[0], trained[1], out, compress=True)
+    whole = str(tmp_path / 'whole')
+    assert about['bytes'] < 0.95 * deploy(trained[0], trained[1], whole)['bytes']
+    assert {path.suffix for path in (tmp_path / 'small').glob('*.onnx*')} == {'.zst'}
+    batch = tiny_batch((1, 2), (64, 64))
+    one, other = (load_deployed(path) for path in (out, whole))
+    with torch.no_grad():
+        maps = [model.extract_feat(model.data_preprocessor(batch)['inputs']) for model in (one, other)]
+    assert all(torch.equal(a, b) for a, b in zip(*maps))
+    # A frame that says it is larger than the manifest does is not unpacked.
+    with pytest.raises(UsageError, match='first.onnx.zst.* is damaged'):
+        folders._read_graph(tmp_path / 'small' / 'first.onnx.zst', 10)
+
+
 def test_what_was_changed_or_cut_is_refused(folder, tmp_path):
     import shutil
     for number, (name, change) in enumerate([
             ('first.onnx', lambda content: content[:-1]), ('state.pth', lambda content: b'x' + content[1:]),
-            ('manifest.json', lambda content: content.replace(b'"version": 2', b'"version": 1')),
+            ('manifest.json', lambda content: content.replace(b'"version": 3', b'"version": 1')),
             ('manifest.json', lambda content: content[:100]), ('config.json', lambda content: None)]):
         copy = tmp_path / str(number)
         shutil.copytree(folder[0], copy)

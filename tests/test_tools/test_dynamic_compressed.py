@@ -19,7 +19,7 @@ import dynamic_compressed_measure as measure  # noqa: E402
 import dynamic_compressed_page as page  # noqa: E402
 from routing_runs import DETECTORS, all_runs  # noqa: E402
 
-STEPS = ['yolox-whole', 'faster_rcnn-whole', 'yolox-pruned', 'faster_rcnn-pruned']
+STEPS = [f'{detector}-{kind}' for kind in ('whole', 'pruned', 'tuned') for detector in ('yolox', 'faster_rcnn')]
 
 
 @pytest.fixture
@@ -41,12 +41,13 @@ def test_starts_are_runs_of_the_experiment_on_routing():
 def test_steps_to_do(folders):
     assert experiment.to_do(['']) == STEPS
     (experiment.RESULTS / 'yolox-whole.json').touch()
-    assert experiment.to_do(['yolox']) == ['yolox-pruned']
+    assert experiment.to_do(['yolox']) == ['yolox-pruned', 'yolox-tuned']
     # Weights that are gone are trained first, where a step needs them.
     (experiment.start_of('yolox') / 'trained').unlink()
     assert experiment.to_do(['']) == ['yolox-start', *STEPS[1:]]
     assert experiment.to_do(['faster_rcnn']) == STEPS[1::2]
-    (experiment.RESULTS / 'yolox-pruned.json').touch()
+    for kind in ('pruned', 'tuned'):
+        (experiment.RESULTS / f'yolox-{kind}.json').touch()
     assert experiment.to_do(['yolox']) == []
 
 
@@ -162,6 +163,7 @@ def test_a_page_by_hand(tmp_path, monkeypatch):
                 int8=(49.6, 6e6)),
         **known('yolox', 'pruned', eager=(49.5, 8e6), eager_int8=(49.4, 2e6), float32=(49.5, 10e6),
                 int8=(48.8, 2.2e6)),
+        **known('yolox', 'tuned', eager=(50.5, 16e6)),
         **clock('yolox', times),
         **clock('yolox', {name: 10 * one - (name[1] == 'int8') * 5 * one for name, one in times.items()}, 640)}
     text = write(results, tmp_path, monkeypatch)
@@ -175,6 +177,7 @@ def test_a_page_by_hand(tmp_path, monkeypatch):
     assert rows['float32 eager, file in int8'][-3:] == rows['float32 eager'][-3:] == ['20.0', '30.0', '40.0']
     assert rows['int8: AP lost, exit 1'][1] == '0.40' and rows['pruned + int8: AP lost, exit 1'][1] == '1.20'
     assert rows['pruned + int8: file'][1] == '11.0%'
+    assert rows['the same against "tuned alike"'][1] == '1.70'
     assert rows['int8: times as fast as ONNX Runtime float32, exit 1, 128 pixels'][1] == '2.00'
     assert rows['pruned + int8: times as fast as float32 eager, exit 1, 128 pixels'][1] == '8.00'
     assert rows['pruned + int8: times as fast as float32 eager, exit 1, 640 pixels'][1] == '16.00'

@@ -16,7 +16,7 @@ from mmengine.registry import init_default_scope
 from routing import WORK as ROUTING
 from routing import make_data
 from routing import train as train_run
-from routing_runs import DETECTORS, HELD_OUT, SEEDS, all_runs
+from routing_runs import DETECTORS, HELD_OUT, PRETRAINING, SEEDS, all_runs
 from steps import ROOT, do_all, reading, run, wait_for
 
 from dynamicdet.apis import cli
@@ -29,12 +29,17 @@ from mmdet.registry import MODELS
 WORK = ROOT / 'work_dirs' / 'dynamic_compressed'
 RESULTS = ROOT / 'docs' / 'results' / 'dynamic_compressed'
 MEASURE = 'tools/experiments/dynamic_compressed_measure.py'
-#: What is made of a detector: a router for it as it is; one for it with fewer channels.
-KINDS = ('whole', 'pruned')
+#: What is made of a detector: a router for it as it is; one for it with fewer channels, tuned; and, to tell
+#: what tuning alone does, one for it with all channels, tuned alike.
+KINDS = ('whole', 'pruned', 'tuned')
+#: Those that become graphs, and are timed.
+DEPLOYED = KINDS[:2]
 #: Share of channels that goes, from every layer; what is left is a multiple of 8, as layers are this narrow.
 SHARE, ROUND_TO = 0.35, 8
-#: A validation in the middle of a run tells nothing that the test set does not.
-TUNING = ('val_dataloader=None', 'val_evaluator=None', 'val_cfg=None')
+#: As the detector was tuned itself, but on all images. A validation in the middle of a run tells nothing that
+#: the test set does not.
+TUNING = (f'train_dataloader.dataset.indices={PRETRAINING}', 'val_dataloader=None', 'val_evaluator=None',
+          'val_cfg=None')
 
 
 def parse_args() -> argparse.Namespace:
@@ -89,18 +94,32 @@ def prepare_whole(detector: str, folder: Path, name: str = CONFIG) -> Path:
 
 
 def prepare_pruned(detector: str, folder: Path) -> Path:
-    """The detector with fewer channels, tuned as it was trained."""
+    """The detector with fewer channels, tuned."""
     log = folder / 'tools.log'
     cascade = prepare_whole(detector, folder, 'whole.py')
     once(folder / CONFIG, 'tools/prune.py', folder / 'whole.py', cascade, f'--out={folder}',
          f'--name={Path(CONFIG).stem}', f'--block=*={SHARE}', f'--round-to={ROUND_TO}', '--shape', 128, 128,
          log=log)
+    return tune(folder)
+
+
+def prepare_tuned(detector: str, folder: Path) -> Path:
+    """The detector with all its channels, tuned alike."""
+    cascade = prepare_whole(detector, folder)
+    return tune(folder, f'load_from={cascade}')
+
+
+def tune(folder: Path, *options: str) -> Path:
+    """Tune a folder's detector, or go on with it; its checkpoint."""
     done = folder / 'tuning' / 'trained'
     if not done.exists():
         run('tools/train.py', str(folder / CONFIG), '--no-data-check', '--resume',
-            f'--work-dir={done.parent}', '--cfg-options', *TUNING, log=folder / 'train.log')
+            f'--work-dir={done.parent}', '--cfg-options', *TUNING, *options, log=folder / 'train.log')
         done.touch()
     return Path(latest_checkpoint(str(done.parent)))
+
+
+PREPARE = dict(zip(KINDS, (prepare_whole, prepare_pruned, prepare_tuned)))
 
 
 def route(cascade: Path, folder: Path) -> None:
@@ -132,9 +151,9 @@ def do(name: str) -> None:
     wait_for(f'{detector}-start')
     folder = WORK / name
     folder.mkdir(parents=True, exist_ok=True)
-    cascade = (prepare_whole if kind == 'whole' else prepare_pruned)(detector, folder)
-    route(cascade, folder)
-    export(folder)
+    route(PREPARE[kind](detector, folder), folder)
+    if kind in DEPLOYED:
+        export(folder)
     measured = folder / 'points.json'
     run(MEASURE, 'ap', str(measured), str(folder), log=folder / 'measure.log')
     write_atomically(measured.read_bytes(), RESULTS / f'{name}.json')
@@ -158,7 +177,7 @@ def to_do(only: List[str]) -> List[str]:
 def by_the_clock(only: List[str]) -> None:
     """Latencies of all variants of a detector, in one process; one detector and size after the other."""
     for detector, side in itertools.product(DETECTORS, SIDES):
-        name, folders = f'{detector}-clock_{side}', [WORK / f'{detector}-{kind}' for kind in KINDS]
+        name, folders = f'{detector}-clock_{side}', [WORK / f'{detector}-{kind}' for kind in DEPLOYED]
         if is_done(name) or not any(part in name for part in only):
             continue
         for folder in folders:

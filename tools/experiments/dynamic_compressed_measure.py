@@ -3,7 +3,7 @@
     python tools/experiments/dynamic_compressed_measure.py ap OUT.json FOLDER
     python tools/experiments/dynamic_compressed_measure.py clock OUT.json SIDE FOLDER FOLDER
 
-A FOLDER holds a calibrated dynamic detector: config.py, calibrated.pth, float32/ and int8/. APs that are in
+A FOLDER holds a calibrated dynamic detector: config.py, calibrated.pth, and graphs in float32/ and int8/. APs that are in
 OUT.json already are not measured again. Latencies are of all variants of all folders, in turns, on images of
 SIDE x SIDE pixels.
 """
@@ -39,7 +39,8 @@ from dynamicdet.routing.thresholds import ALL_EASY, ALL_HARD
 CONFIG, WEIGHTS = 'config.py', 'calibrated.pth'
 #: How a detector is handed over: form -> options of tools/export.py; None for torch, from a .ddz file.
 FORMS: Dict[str, Optional[Tuple[str, ...]]] = dict(
-    eager=None, eager_int8=None, float32=(), int8=('--int8', ), int8_all=('--int8', '--float-share=0'))
+    eager=None, eager_int8=None, float32=(), int8=('--int8', '--compress'),
+    int8_all=('--int8', '--compress', '--float-share=0'))
 #: What a .ddz file held is as fast as before; graphs without a float layer say what keeping some is worth.
 UNTIMED = ('eager_int8', 'int8_all')
 #: How the .ddz file of a form is written.
@@ -68,8 +69,9 @@ def measure_ap(folder: Path, out: Path) -> None:
         coco = COCO(cfg.test_evaluator.ann_file)
     found.update(original_bytes=(folder / WEIGHTS).stat().st_size, resamples=RESAMPLES,
                  provenance=provenance(cfg, str(folder / WEIGHTS), loader.dataset, 'cpu'))
-    for form in FORMS:
-        if form not in found['points']:
+    for form, options in FORMS.items():
+        is_there = options is None or (folder / form).exists()
+        if is_there and form not in found['points']:
             model, size = load(folder, form)
             found['points'][form] = dict(bytes=size, **judge(model, loader, coco))
             write_atomically(json.dumps(found).encode(), out)

@@ -54,7 +54,8 @@ def deploy(cfg: Config,
            method: str = 'mse',
            noise: float = 0.01,
            share: float = 0.1,
-           reduced: Optional[bool] = None) -> Dict[str, Any]:
+           reduced: Optional[bool] = None,
+           compress: bool = False) -> Dict[str, Any]:
     """Write a detector as a deployment folder.
 
     Args:
@@ -69,6 +70,7 @@ def deploy(cfg: Config,
         noise, share (float): Which layers stay float; see `prediction_layers` and `choose_float`.
         reduced (bool, optional): Whether weights have 7 bits. Defaults to what this processor needs, or to
             what was trained with.
+        compress (bool): Whether graphs are written by zstd. Defaults to False.
 
     Returns:
         dict: What was done, as in the manifest; with ``bytes``.
@@ -76,7 +78,7 @@ def deploy(cfg: Config,
     Raises:
         UsageError: If something is missing, or does not fit.
     """
-    for name in ('onnx', 'onnxruntime'):
+    for name in ('onnx', 'onnxruntime', *('zstandard', ) * compress):
         need(name)
     require_new(out)
     if loader is not None and (images < 1 or not len(loader.dataset)):
@@ -105,7 +107,7 @@ def deploy(cfg: Config,
         _place(stages, contents, exported)
     release_weights(stages)
     about['bytes'] = write_folder(
-        out, cfg, deployed, contents, {name: one.form for name, one in exported.items()}, about)
+        out, cfg, deployed, contents, {name: one.form for name, one in exported.items()}, about, compress)
     return about
 
 

@@ -3,7 +3,7 @@
     manifest.json      stages and how their outputs are nested, versions, provenance, SHA-256 of all files
     config.json        the config, as data: reading it runs nothing
     state.pth          what is not in the graphs: router, thresholds, calibration
-    first.onnx, ...    a graph for each stage
+    first.onnx, ...    a graph for each stage; first.onnx.zst, ... by zstd
 
 It is written whole or not at all, and a folder that was changed is refused.
 """
@@ -25,15 +25,17 @@ from mmdet.registry import MODELS
 
 from ..checkpoints import weights_only
 from ..errors import UsageError
-from .graphs import Graph, release_weights
+from .graphs import Graph, need, release_weights
 from .stages import find_stages
 
-FORMAT, VERSION = 'dynamicdet.deployed', 2
+FORMAT, VERSION = 'dynamicdet.deployed', 3
 MANIFEST, CONFIG, STATE = 'manifest.json', 'config.json', 'state.pth'
+#: How graphs are called, as they are and by zstd.
+_GRAPH, _SMALL = '.onnx', '.onnx.zst'
 
 
 def write_folder(out: str, cfg: Config, model: BaseDetector, graphs: Mapping[str, bytes],
-                 forms: Mapping[str, Any], about: Mapping[str, Any]) -> int:
+                 forms: Mapping[str, Any], about: Mapping[str, Any], compress: bool = False) -> int:
     """Write a deployment folder.
 
     Args:
@@ -43,19 +45,23 @@ def write_folder(out: str, cfg: Config, model: BaseDetector, graphs: Mapping[str
         graphs (Mapping[str, bytes]): ONNX file of each stage, in order.
         forms (Mapping): How each stage's outputs are nested.
         about (Mapping): For the manifest: plain data.
+        compress (bool): Whether graphs are written by zstd: smaller files, as fast once they are loaded.
+            Defaults to False.
 
     Returns:
         int: Bytes written.
     """
     require_new(out)
+    suffix = _SMALL if compress else _GRAPH
     state = io.BytesIO()
     torch.save(model.state_dict(), state)
-    files = {f'{name}.onnx': content for name, content in graphs.items()}
+    files = {f'{name}{suffix}': _compressed(content) if compress else content for name, content in graphs.items()}
     files[CONFIG] = json.dumps(_plain(cfg.to_dict()), indent=1).encode()
     files[STATE] = state.getvalue()
     manifest = dict(
         format=FORMAT, version=VERSION,
-        stages=[dict(name=name, file=f'{name}.onnx', form=forms[name]) for name in graphs],
+        stages=[dict(name=name, file=f'{name}{suffix}', size=len(content), form=forms[name])
+                for name, content in graphs.items()],
         dataset_meta=_plain(dict(getattr(model, 'dataset_meta', None) or {})),
         **about,
         files={name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
@@ -145,8 +151,7 @@ def load_deployed(folder: str, threads: Optional[int] = None) -> BaseDetector:
     if [stage.name for stage in stages] != [one['name'] for one in manifest['stages']]:
         raise UsageError(f"'{folder}' is of another version of this package: export the detector again")
     for stage, one in zip(stages, manifest['stages']):
-        content = (Path(folder) / one['file']).read_bytes()
-        stage.place(Graph(content, one['form'], threads))
+        stage.place(Graph(_read_graph(Path(folder) / one['file'], one['size']), one['form'], threads))
     release_weights(stages)
     with weights_only():
         state = torch.load(Path(folder) / STATE, map_location='cpu', weights_only=True)
@@ -171,6 +176,22 @@ def DeployedDetector(folder: str, threads: Optional[int] = None, budget: Optiona
             raise UsageError(f"'{folder}' holds a plain detector, which has no budget")
         model.set_budget(**budget)
     return model
+
+
+def _compressed(content: bytes) -> bytes:
+    # What level 19 saves beyond is 1 %, in ten times the time.
+    return need('zstandard').ZstdCompressor(level=3).compress(content)
+
+
+def _read_graph(path: Path, size: int) -> bytes:
+    """An ONNX file, no larger than the manifest says."""
+    content = path.read_bytes()
+    if path.name.endswith(_SMALL):
+        zstandard = need('zstandard')
+        if zstandard.frame_content_size(content) != size:
+            raise UsageError(f"'{path}' is damaged: export the detector again")
+        content = zstandard.ZstdDecompressor().decompress(content)
+    return content
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
