@@ -107,6 +107,9 @@ def test_no_loss_ends_where_the_interval_is_below_zero():
     points = {f'prune-l1_global-both/{share}': one for share, one in values.items()}
     assert page.without_loss(points, 'L1 global', 'both', base) == 20
     assert page.without_loss({}, 'L1 global', 'both', base) == 0
+    # What is not measured says nothing.
+    del points['prune-l1_global-both/10']
+    assert page.without_loss(points, 'L1 global', 'both', base) == 20
 
 
 def test_a_page_of_what_is_known(tmp_path, monkeypatch):
@@ -125,6 +128,9 @@ def test_a_page_of_what_is_known(tmp_path, monkeypatch):
     assert len(rows) == 6 and [row[5] for row in rows] == ['60.00 (60.00 to 60.00)'] * 4 + ['-'] * 2
     # The sweep's last of nine; the unpruned is 60, from which every share loses.
     assert all(row[1].startswith('52.00') for row in rows)
+    # Other methods are tuned in both blocks alone, at some shares.
+    heads = [line for line in text.splitlines() if line.startswith('| pruned | L1 global')]
+    assert ['structured, tuned' in line for line in heads] == [False] * 4 + [True] * 2
     assert text.count('16 shared values') == 4 and 'a machine' in text
 
 

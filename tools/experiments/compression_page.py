@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
-from compression_runs import BITS, BLOCKS, SHARES, TUNING
+from compression_runs import BITS, BLOCKS, METHODS, SHARES, TUNING
 from routing_page import table
 
 from dynamicdet.engine.atomic_backend import write_atomically
@@ -35,7 +35,9 @@ scaled to [0, 1] (Satopää et al. 2011).
 CURVES = {
     'L1 global': 'prune-l1_global-{block}', 'L1 local': 'prune-l1_local-{block}',
     'random': 'prune-random-{block}', 'structured': 'prune-structured-{block}',
-    'L1 global, tuned': 'tuned-prune-{block}-{share}'
+    'L1 global, tuned': 'tuned-prune-{block}-{share}',
+    **{f"{method.replace('_', ' ').replace('l1', 'L1')}, tuned": f'tuned-prune-{method}-{{block}}-{{share}}'
+       for method in METHODS if method != 'l1_global'}
 }
 
 Points = Dict[str, dict]
@@ -66,11 +68,13 @@ def difference(point: Mapping, base: Mapping, name: str) -> Tuple[float, float, 
 
 
 def without_loss(points: Points, label: str, block: str, base: Mapping, name: str = 'ap50') -> int:
-    """The largest share up to which no share loses, in percent."""
+    """The largest measured share up to which no measured share loses, in percent."""
     best = 0
     for share in SHARES:
         point = at(points, label, block, share)
-        if point is None or difference(point, base, name)[2] < 0:
+        if point is None:
+            continue
+        if difference(point, base, name)[2] < 0:
             break
         best = share
     return best
@@ -90,6 +94,11 @@ def curve(points: Points, label: str, block: str) -> List[Tuple[int, dict]]:
     return [(share, point) for share, point in found if point is not None]
 
 
+def known(points: Points, block: str) -> List[str]:
+    """Curves of which a block has more than the end that all share."""
+    return [label for label in CURVES if len(curve(points, label, block)) > 1]
+
+
 def with_ends(point: Mapping, name: str) -> str:
     low, high = interval(point[f'resampled_{name}'])
     return f'{point[name]:.2f} ({low:.2f} to {high:.2f})'
@@ -101,25 +110,23 @@ def megabytes(point: Optional[Mapping]) -> str:
 
 def block_tables(points: Points, block: str) -> str:
     """AP50 and AP of all methods at all shares, with the size of the file that L1 global leaves."""
-    parts = []
+    parts, labels = [], known(points, block)
     for name in ('ap50', 'ap'):
         rows = []
         for share in (0, *SHARES):
-            own = {label: at(points, label, block, share) for label in CURVES}
+            own = {label: at(points, label, block, share) for label in labels}
             cells = ['-' if point is None else with_ends(point, name) if label.startswith('L1 global')
                      else f'{point[name]:.2f}' for label, point in own.items()]
-            files = [megabytes(own[label]) for label in ('L1 global', 'L1 global, tuned')]
+            files = [megabytes(own.get(label)) for label in ('L1 global', 'L1 global, tuned')]
             rows.append([f'{share} %', *cells, *files])
-        parts += [f'{name.upper()}:\n', table(['pruned', *CURVES, 'MB', 'MB, tuned'], rows)]
+        parts += [f'{name.upper()}:\n', table(['pruned', *labels, 'MB', 'MB, tuned'], rows)]
     return '\n'.join(parts)
 
 
 def knees(points: Points, block: str) -> str:
     rows = []
-    for label in CURVES:
+    for label in known(points, block):
         found = curve(points, label, block)
-        if len(found) < 3:
-            continue
         base = points['base/exact']
         rows.append([label, f'{knee(*zip(*((share, point["ap50"]) for share, point in found))):.0f} %',
                      *(f'{without_loss(points, label, block, base, name)} %' for name in ('ap50', 'ap')),
@@ -164,6 +171,8 @@ def picture(points: Points) -> bytes:
     panels = figure.subplots(1, len(BLOCKS) + 1)
     for axes, block in zip(panels, BLOCKS):
         for index, label in enumerate(CURVES):
+            if label not in known(points, block):
+                continue
             found = curve(points, label, block)
             shares = [share for share, _ in found]
             axes.plot(shares, [point['ap50'] for _, point in found], f'C{index}', marker='.', label=label)

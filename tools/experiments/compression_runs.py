@@ -18,6 +18,9 @@ METHODS = dict(
     l1_local=dict(over='layer'),
     random=dict(score='random'),
     structured=dict(structured=True, over='layer', exclude=PREDICTIONS))
+#: Shares after which pruned detectors are tuned: where the curve bends; the other methods in both blocks alone.
+TUNED_SHARES = (30, 50, 70, 90, 80)
+OTHERS_TUNED = (50, 30, 70)
 BITS = (2, 3, 4, 5, 6, 7, 8)
 #: Layers that are binary alone; the first convolution is not among those of the backbone, as in XNOR-Net.
 BINARY = dict(fc=['roi_head.bbox_head.shared_fcs.*'], backbone=['backbone.layer*'], all=['*'])
@@ -63,10 +66,12 @@ def all_steps() -> List[Step]:
                                                for share in SHARES})
               for method in METHODS for block in BLOCKS]
     tuned = [_tuned(f'prune-{block}-{share}', [dict(PRUNING, blocks=pruned(block, share))])
-             for share in (30, 50, 70, 90, 80, 60, 40, 20, 10) for block in BLOCKS]
+             for share in TUNED_SHARES for block in BLOCKS]
+    others = [_tuned(f'prune-{method}-both-{share}', [dict(PRUNING, blocks=pruned('both', share, method))])
+              for share in OTHERS_TUNED for method in METHODS if method != 'l1_global']
     whole = [_shared(f'share-{bits}', bits) for bits in (4, 3, 2)]
     both = [_shared(f'share-4-pruned-{share}', 4, f'tuned-prune-both-{share}') for share in (50, 70)]
-    return base + [sharing_sweep()] + sweeps + whole + tuned[:9] + both + tuned[9:]
+    return base + [sharing_sweep()] + sweeps + whole + tuned[:9] + both + others + tuned[9:]
 
 
 def pruned(block: str, share: int, method: str = 'l1_global') -> List[dict]:
