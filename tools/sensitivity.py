@@ -10,7 +10,8 @@ from mmengine.device import get_device
 
 from dynamicdet.apis import cli
 from dynamicdet.apis.calibration import build_loader
-from dynamicdet.apis.sensitivity import blocks_of, draw, identity_of, load, measure, parts_of
+from dynamicdet.apis.sensitivity import blocks_of, draw, identity_of, load, measure, parts_of, truth_of
+from dynamicdet.compression.blocks import Block
 from dynamicdet.compression.sensitivity import suggest, table
 from dynamicdet.engine import write_atomically
 from dynamicdet.errors import UsageError
@@ -35,6 +36,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--metric', choices=['AP', 'AP50'], default='AP', help='what is measured')
     parser.add_argument('--size', type=float, default=0.7, help='share of the weights that may be left: 0.7')
     parser.add_argument('--device', default=get_device(), help='where to run')
+    parser.add_argument('--dry-run', action='store_true', help='say what would be measured; measure nothing')
     parser.add_argument('--cfg-options',
                         nargs='+',
                         action=cli.ConfigOptions,
@@ -52,6 +54,8 @@ def main() -> None:
         raise UsageError(f'--size is a share of the weights in (0, 1]; got {args.size}')
     out = args.out or str(Path(cfg.work_dir) / 'sensitivity.json')
     cli.require_writable(out)
+    for share in args.shares:
+        Block('--shares', ['*'], share)
     if args.images < 0:
         raise UsageError(f'--images must be 1 or more, or 0 for all; got {args.images}')
     cli.check_data(cfg, 'val')
@@ -64,7 +68,12 @@ def main() -> None:
         blocks[name] = patterns.split(',')
     blocks = blocks or blocks_of(model)
     parts = parts_of(model, blocks, args.layers, args.structured, max(args.shares))
+    if args.dry_run:
+        print(*(f'{part.name}: {part.weights:,} weights' for part in parts), sep='\n')
+        print(f'each at {", ".join(f"{share:.0%}" for share in args.shares)}; results to {out}')
+        return
     loader = build_loader(cfg.val_dataloader)
+    truth_of(loader.dataset)
     identity = identity_of(args.checkpoint, str(loader.dataset.ann_file), args.images, args.metric,
                            args.structured)
     curves = measure(model, loader, parts, args.shares, args.images, args.metric, out, identity, cli.progress)

@@ -6,6 +6,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from dynamicdet.apis import cli
+from dynamicdet.checkpoints import require_all_channels
 from dynamicdet.engine import latest_checkpoint
 from dynamicdet.errors import UsageError
 
@@ -22,7 +23,15 @@ def parse_args() -> argparse.Namespace:
         nargs='?',
         const='auto',
         help='go on from this checkpoint, or from the last one in the work dir')
+    parser.add_argument(
+        '--dry-run', action='store_true', help='say what would be pruned, shared or rounded; train nothing')
     return parser.parse_args()
+
+
+def say_what_is_compressed(runner: Runner) -> None:
+    """Of the hooks that compress while a detector trains."""
+    lines = [line for hook in runner.hooks if hasattr(hook, 'describe') for line in hook.describe(runner)]
+    print(*(lines or ['no hook of this config compresses anything']), sep='\n')
 
 
 def main() -> None:
@@ -54,6 +63,11 @@ def main() -> None:
     if not args.no_data_check:
         cli.check_data(cfg, 'train', *(['val'] if cfg.get('val_dataloader') else []))
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    if cfg.get('load_from'):
+        require_all_channels(getattr(runner.model, 'module', runner.model), checkpoint['state_dict'])
+    if args.dry_run:
+        say_what_is_compressed(runner)
+        return
     try:
         runner.train()
     except ValueError as error:

@@ -152,13 +152,40 @@ def require_complete(model: nn.Module,
     said = [f'{len(keys)} {what} (such as {", ".join(keys[:3])})'
             for what, keys in (('missing', missing), ('unknown', unknown), ('of another shape', shaped))
             if keys]
-    # More than a head for other classes.
-    if 4 * len(shaped) > len(wanted) and all(len(given[key]) == len(wanted[key]) and all(
-            a <= b for a, b in zip(given[key], wanted[key])) for key in shaped):
-        said.append('it looks like a detector that has lost channels: use the config that tools/prune.py wrote '
-                    'beside it')
+    if _has_lost_channels(given, wanted):
+        said.append(_LOST)
     if said:
         raise UsageError(f'the checkpoint does not fit this config; its keys: {"; ".join(said)}')
+
+
+_LOST = 'it looks like a detector that has lost channels: use the config that tools/prune.py wrote beside it'
+
+
+def _has_lost_channels(given: Mapping[str, tuple], wanted: Mapping[str, tuple]) -> bool:
+    """Whether shapes are those of a detector with fewer channels: more than a head for other classes."""
+    shaped = [key for key in given if key in wanted and given[key] != wanted[key] and key != 'difficulties']
+    return 4 * len(shaped) > len(wanted) and all(
+        len(given[key]) == len(wanted[key]) and all(a <= b for a, b in zip(given[key], wanted[key]))
+        for key in shaped)
+
+
+def require_all_channels(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights of a detector that has lost channels where the model has not: mmengine would say what does
+    not fit, and leave it random. What else does not fit is fine-tuning's own business.
+
+    Args:
+        model (nn.Module): The model.
+        state (Mapping[str, Tensor]): The state dict, as of `require_complete`.
+
+    Raises:
+        UsageError: Says which config to use.
+    """
+    state = {key.removeprefix('module.'): value for key, value in state.items()}
+    if hasattr(model, 'spread_plain_weights'):
+        state = model.spread_plain_weights(state)
+    given, wanted = ({key: tuple(value.shape) for key, value in one.items()} for one in (state, model.state_dict()))
+    if _has_lost_channels(given, wanted):
+        raise UsageError(f'the checkpoint does not fit this config: {_LOST}')
 
 
 def is_plain(state: Mapping[str, torch.Tensor]) -> bool:

@@ -88,6 +88,17 @@ def test_meta_comes_back(tmp_path):
     assert read_checkpoint(str(tmp_path / 'a.ddz'))['meta'] == meta
 
 
+def test_ranges_of_a_quantisation_aware_training_come_back(tmp_path):
+    ranges = {'first/conv': torch.tensor([-0.1, 1 / 3]), 'branch0/a b': torch.tensor([0.0, 7e-30])}
+    write(dict(w=torch.ones(2)), tmp_path / 'a.ddz', meta=dict(epoch=1),
+          quantization=dict(ranges=ranges, reduced=True, float_share=0.1))
+    found = read_checkpoint(str(tmp_path / 'a.ddz'))
+    assert found['meta'] == dict(epoch=1)
+    own = found['quantization']
+    assert (own['reduced'], own['float_share']) == (True, 0.1) and own['ranges'].keys() == ranges.keys()
+    assert all(torch.equal(own['ranges'][key], value) for key, value in ranges.items())
+
+
 # Wherever a checkpoint loads.
 
 

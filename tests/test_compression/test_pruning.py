@@ -286,6 +286,7 @@ def test_blocks_that_cannot_be(settings, said):
 @pytest.mark.parametrize('settings, said', [
     (dict(modules=['*', 'nekc']), "'nekc' matches no module with weights; the model has 0, 2, 4"),
     (dict(exclude=['*']), 'leaves no layer'),
+    (dict(exclude=['zzz']), "'zzz' matches no module"),
     (dict(target=0.999), "block 'all' would be pruned to nothing: 126 of its 126 weights"),
     (dict(target=0.9, structured=True), 'pruned to nothing: 14 of its 15 channels'),
     (dict(target=0.99, over='layer', modules=['2']), "layer '2' of block 'all' would be pruned to nothing")])

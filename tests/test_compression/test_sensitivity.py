@@ -143,7 +143,7 @@ def test_measured_curves_fall_resume_and_leave_the_model_as_it_was(detector, tmp
 
 def test_files_of_something_else(detector, tmp_path):
     path = tmp_path / 'a.json'
-    path.write_text(json.dumps(dict(identity=dict(weights='b'), results={})))
+    path.write_text(json.dumps(dict(identity=dict(weights='b'), blocks={}, results={})))
     with pytest.raises(UsageError, match='with other weights'):
         run(detector, path)
     path.write_text('[]')

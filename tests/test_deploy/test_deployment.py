@@ -78,6 +78,9 @@ def test_trained_ranges_are_exported_and_the_graphs_compute_what_was_trained(tra
         # Of /rpn_cls_1/Conv, the second level's, rpn_cls.
         assert sorted({'_'.join(one.split('/')[1].split('_')[:2]) for one in layers['float_layers']}
                       ) == predictions[name]
+        # Measured, not said.
+        assert 0 < layers['noise'] == layers['noise_all_int8'] < 1
+        assert bool(predictions[name]) == (0 < layers['float_share'] <= 0.1)
     from dynamicdet.engine.quantization_hook import QuantizationHook
     simulated, checkpoint = load_detector(cfg, path)
     hook = QuantizationHook(reduced_range=True)

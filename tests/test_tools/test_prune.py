@@ -114,6 +114,7 @@ def test_dry_run_writes_nothing(dense, tmp_path, monkeypatch, capsys):
                                                (['--block', 'bakbone=0.5'], "'bakbone' matches no module"),
                                                (['--block', 'backbone=0.01'], 'nothing would be removed'),
                                                (['--block', 'backbone=0.999'], 'pruned to nothing'),
+                                               (['--exclude', '*.fc_clz'], "'*.fc_clz' matches no module"),
                                                (['--round-to', '0'], 'from 1 on')])
 def test_bad_input_is_one_line(dense, tmp_path, monkeypatch, capsys, arguments, reason):
     assert main('prune.py', monkeypatch, dense / 'config.py', dense / 'a.pth', '--out', tmp_path / 'o',
@@ -130,6 +131,34 @@ def test_the_wrong_checkpoint_for_a_config(dense, pruned, tmp_path):
         result = run_tool('test.py', config, checkpoint, '--work-dir', tmp_path, '--no-data-check')
         said = [line for line in result.stderr.splitlines() if line.startswith('error:')]
         assert result.returncode == 2 and len(said) == 1 and reason in said[0], result.stderr[-2000:]
+
+
+def test_training_does_not_leave_what_was_removed_random(dense, pruned, tmp_path):
+    """A checkpoint of a run does not say that channels are gone; its shapes do."""
+    checkpoint = read_checkpoint(str(pruned[0] / 'small.pth'))
+    write_checkpoint(dict(state_dict=checkpoint['state_dict'], meta=dict(epoch=1), optimizer={}), str(tmp_path / 'e.pth'))
+    for how in (['--cfg-options', f"load_from={tmp_path / 'e.pth'}"], ['--resume', tmp_path / 'e.pth']):
+        result = run_tool('train.py', dense / 'config.py', '--work-dir', tmp_path / 'w', '--no-data-check', *how)
+        said = [line for line in result.stderr.splitlines() if line.startswith('error:')]
+        assert result.returncode == 2 and len(said) == 1 and 'has lost channels' in said[0], result.stderr[-2000:]
+
+
+def test_what_a_training_would_compress(dense, tmp_path, monkeypatch, capsys):
+    cfg = Config.fromfile(dense / 'config.py')
+    block = dict(name='own', modules=['backbone'], exclude=['*.conv1'], target=0.3)
+    cfg.custom_hooks = [
+        dict(type='PruningHook', blocks=[block], schedule='cubic', end=0, start=0),
+        dict(type='WeightSharingHook', blocks=[dict(name='all', modules=['*'], bits=3)]),
+        dict(type='QuantizationHook')]
+    cfg.dump(tmp_path / 'config.py')
+    arguments = [tmp_path / 'config.py', '--work-dir', tmp_path / 'w', '--no-data-check', '--dry-run']
+    assert not main('train.py', monkeypatch, *arguments)
+    said = capsys.readouterr().out
+    assert re.search(r'^prune own: 30% of the weights of \d+ layers, [\d.]+ M weights, by magnitude over the block, '
+                     r'cubic, between 0 and 0 epochs$', said, re.M)
+    assert re.search(r'^share all: 8 values in each of \d+ layers, after 0 epochs$', said, re.M)
+    assert re.search(r'^round to 8 bits, after 0 epochs: first, second, branch0', said, re.M)
+    assert not list(tmp_path.rglob('*.pth'))
 
 
 def test_blocks_on_the_command_line():
@@ -152,6 +181,15 @@ def test_sensitivity_on_the_command_line(dense, tmp_path, monkeypatch, capsys):
     assert set(json.loads((tmp_path / 's.json').read_text())['results']) == {'dense', 'router 0.5'}
     assert main('sensitivity.py', monkeypatch, *arguments[:-1], '0.2') == 2
     assert 'needs larger ones' in capsys.readouterr().err
+    for options, reason in ((['--block', 'router=backbone'], "another block 'router', of router"),
+                            (['--shares', 'nan'], 'at least 0 and below 1')):
+        assert main('sensitivity.py', monkeypatch, *arguments, *options) == 2
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith('error:')]
+        assert len(said) == 1 and reason in said[0]
+    before = (tmp_path / 's.json').read_bytes()
+    assert not main('sensitivity.py', monkeypatch, *arguments, '--dry-run')
+    assert re.search(r'^router: [\d,]+ weights$', capsys.readouterr().out, re.M)
+    assert (tmp_path / 's.json').read_bytes() == before
 
 
 def test_the_wildlife_config_takes_a_folder_and_nothing_else(tmp_path):

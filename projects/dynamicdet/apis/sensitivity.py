@@ -81,9 +81,11 @@ def measure(model: nn.Module, loader: DataLoader, parts: Sequence[Part], shares:
         # Refuses shares outside [0, 1).
         for share in shares:
             Block(part.name, part.block.modules, share)
-    results = _resume(path, identity)
+    blocks = {part.name: list(part.block.modules) for part in parts}
+    saved = _resume(path, identity, blocks)
+    results, blocks = saved['results'], {**saved['blocks'], **blocks}
     dataset, loader = loader.dataset, _part(loader, images)
-    coco = _truth(dataset)
+    coco = truth_of(dataset)
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}
     # By key: nothing pruned is measured once.
     todo = {_key(part.name, share): (part, share) for part in parts for share in shares}
@@ -95,7 +97,8 @@ def measure(model: nn.Module, loader: DataLoader, parts: Sequence[Part], shares:
         value = _ap(model, loader, dataset, coco, metric)
         model.load_state_dict(state)
         results[_key(part.name, share)] = value
-        write_atomically(json.dumps(dict(identity=identity, results=results), indent=1).encode(), path)
+        content = dict(identity=identity, blocks=blocks, results=results)
+        write_atomically(json.dumps(content, indent=1).encode(), path)
     return [Curve(part.name, part.weights, shares, [results[_key(part.name, share)] for share in shares])
             for part in parts]
 
@@ -118,12 +121,14 @@ def _key(name: str, share: float) -> str:
     return f'{name} {share:g}' if share else 'dense'
 
 
-def _resume(path: str, identity: Dict[str, Any]) -> Dict[str, float]:
+def _resume(path: str, identity: Dict[str, Any], blocks: Dict[str, List[str]]) -> Dict[str, dict]:
+    """What a file holds already: ``results``, and the patterns of the ``blocks`` that they are of."""
     if not Path(path).exists():
-        return {}
+        return dict(results={}, blocks={})
     try:
         saved = json.loads(Path(path).read_text())
-        known, results = saved['identity'], saved['results']
+        known, before = saved['identity'], saved['blocks']
+        saved['results']
     except (ValueError, KeyError, TypeError):
         raise UsageError(
             f"'{path}' holds no measurement of sensitivity: name another file by --out") from None
@@ -132,7 +137,11 @@ def _resume(path: str, identity: Dict[str, Any]) -> Dict[str, float]:
         raise UsageError(
             f"'{path}' was measured with other {', '.join(other)}: name another file by --out, or remove "
             'it')
-    return results
+    other = [name for name in blocks if before.get(name, blocks[name]) != blocks[name]]
+    if other:
+        raise UsageError(f"'{path}' has measured another block '{other[0]}', of {', '.join(before[other[0]])}: give this "
+                         'one another name, or name another file by --out')
+    return saved
 
 
 def _part(loader: DataLoader, images: int) -> DataLoader:
@@ -144,7 +153,8 @@ def _part(loader: DataLoader, images: int) -> DataLoader:
     return DataLoader(Subset(loader.dataset, chosen), loader.batch_size, collate_fn=loader.collate_fn)
 
 
-def _truth(dataset: Any) -> COCO:
+def truth_of(dataset: Any) -> COCO:
+    """Ground truth of a data set, or a `UsageError` if it is not in COCO format."""
     if not getattr(dataset, 'ann_file', '') or not hasattr(dataset, 'cat_ids'):
         raise UsageError('sensitivity is measured on a data set in COCO format')
     return read_truth(dataset.ann_file, dataset.cat_ids)

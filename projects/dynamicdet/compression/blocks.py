@@ -53,7 +53,7 @@ class Block:
             raise UsageError(
                 f"block '{self.name}': its target is {self.target}; it must be at least 0 and below 1")
         # Not `norm <= 0`, which lets NaN pass.
-        if not self.norm > 0:
+        if not isinstance(self.norm, (int, float)) or not self.norm > 0:
             raise UsageError(f"block '{self.name}': the n of an Ln norm is above 0; got {self.norm}")
         for value, known, what in ((self.score, SCORES, 'score'), (self.over, SCOPES, 'over')):
             if value not in known:
@@ -61,6 +61,8 @@ class Block:
         for patterns, what in ((self.modules, 'modules'), (self.exclude, 'exclude')):
             if isinstance(patterns, str):
                 raise UsageError(f"block '{self.name}': {what} is a list of patterns, not one string")
+        if not self.modules:
+            raise UsageError(f"block '{self.name}' names no modules")
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,10 @@ def layers_of(model: nn.Module, block: Part) -> Dict[str, Layer]:
     """The layers of a block, in the model's order.
 
     Raises:
-        UsageError: If a pattern matches no layer, or ``exclude`` leaves none.
+        UsageError: If a pattern matches no layer of the model, or ``exclude`` leaves none.
     """
     every = find_layers(model)
-    for pattern in block.modules:
+    for pattern in (*block.modules, *block.exclude):
         if not any(matches(name, [pattern]) for layer in every.values() for name in layer.names):
             parts = ', '.join(dict.fromkeys(name.split('.')[0] for name in every))
             raise UsageError(f"block '{block.name}': the pattern '{pattern}' matches no module with weights; "
@@ -140,6 +142,12 @@ def disjoint_layers(model: nn.Module, blocks: Sequence[Part]) -> List[Dict[str, 
                     f"'{name}' is in two blocks, '{owner[name]}' and '{block.name}'; exclude it from one")
             owner[name] = block.name
     return found
+
+
+def require_blocks(blocks: object, hook: str) -> None:
+    """Raise a `UsageError` unless a hook was given a list of dictionaries, one or more."""
+    if not isinstance(blocks, (list, tuple)) or not blocks or not all(isinstance(one, dict) for one in blocks):
+        raise UsageError(f'{hook}: blocks is a list of dictionaries, one or more; got {blocks!r}')
 
 
 def units(layer: Layer, block: Block) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..errors import UsageError
@@ -21,6 +22,8 @@ from .encoding import Entry, Frames, Lossy, decode, digest, encode_state, need
 
 FORMAT, VERSION = 'dynamicdet.ddz', '1'
 SUFFIX = '.ddz'
+#: Where a `QuantizationHook` keeps what it trained; among the meta in the file.
+RANGES = 'quantization'
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Compressed:
 
 
 def compress(checkpoint: Mapping[str, Any], lossy: Lossy = Lossy()) -> Compressed:
-    """Encode a checkpoint's ``state_dict`` and ``meta``.
+    """Encode a checkpoint's ``state_dict`` and ``meta``, and the ranges of a `QuantizationHook`.
 
     Raises:
         UsageError: If a pattern matches nothing, a weight cannot be stored, or a library is missing.
@@ -48,8 +51,12 @@ def compress(checkpoint: Mapping[str, Any], lossy: Lossy = Lossy()) -> Compresse
     from safetensors.numpy import save
     state = checkpoint['state_dict']
     entries = encode_state(state, lossy)
-    dropped = [key for key in checkpoint if key not in ('state_dict', 'meta')]
+    dropped = [key for key in checkpoint if key not in ('state_dict', 'meta', RANGES)]
     meta = _plain(checkpoint.get('meta') or {}, 'meta', dropped)
+    if RANGES in checkpoint:
+        trained = checkpoint[RANGES]
+        # A double holds a float32 exactly.
+        meta[RANGES] = dict(trained, ranges={key: value.tolist() for key, value in trained['ranges'].items()})
     versions = {module: local['version'] for module, local in getattr(state, '_metadata', {}).items()
                 if isinstance(local, dict) and isinstance(local.get('version'), int)}
     index = _json(dict(entries=[entry.row for entry in entries], versions=versions))
@@ -82,7 +89,7 @@ def read_compressed(path: str) -> Dict[str, Any]:
     """Read a ``.ddz`` file, from a path or URL; every entry is checked.
 
     Returns:
-        dict: ``state_dict`` and ``meta``.
+        dict: ``state_dict`` and ``meta``; ``quantization`` if it was there.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -136,7 +143,12 @@ def decompress(content: bytes) -> Dict[str, Any]:
     # What torch puts beside a state dict, by which modules recognise older releases' keys.
     state._metadata = OrderedDict(
         (module, dict(version=version)) for module, version in index['versions'].items())
-    return dict(state_dict=state, meta=_revive(json.loads(header['meta'])))
+    meta = _revive(json.loads(header['meta']))
+    trained = meta.pop(RANGES, None)
+    if trained is None:
+        return dict(state_dict=state, meta=meta)
+    trained['ranges'] = {key: torch.tensor(value) for key, value in trained['ranges'].items()}
+    return {'state_dict': state, 'meta': meta, RANGES: trained}
 
 
 def _digest_of_file(header: Mapping[str, str], frames: Frames) -> str:

@@ -1,4 +1,5 @@
 """From a trained detector to a deployment folder."""
+import math
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import torch
@@ -18,7 +19,7 @@ from ..models import DynamicDetector
 from ..models.online import kept_speed
 from .folder import require_new, write_folder
 from .graphs import Exported, Graph, export_stages, need, release_weights
-from .int8 import (Observer, Recipe, Sensitivity, choose_float, multiply_adds, needs_reduced_range,
+from .int8 import (Observer, Recipe, choose_float, multiply_adds, needs_reduced_range,
                    prediction_layers, quantise_graph, spared_layers, trained_ranges, watched)
 from .stages import Stage, find_stages
 
@@ -159,12 +160,14 @@ def _int8(model: BaseDetector, stages: Sequence[Stage], exported: Mapping[str, E
     contents, found = {}, {}
     for stage in progress(stages, 'layers'):
         content = exported[stage.name].content
-        spared = spared_layers(content, stage)
+        spared, costs = spared_layers(content, stage), multiply_adds(content, observers[stage.name].shares)
         if trained:
             recipe = _trained(stage, exported[stage.name], trained, reduced)
-            result = Sensitivity(0.0, 0.0)
+            # Which layers stay float was decided before the training: the noise is measured alone.
+            result = choose_float(content, recipe, feeds[stage.name], costs, math.inf)
+            result.share = sum(costs[name] for name in recipe.float_layers if name not in spared) / (
+                sum(cost for name, cost in costs.items() if name not in spared) or 1)
         else:
-            costs = multiply_adds(content, observers[stage.name].shares)
             predictions, own = prediction_layers(content, costs, share) if stage.predicts else ((), 0.0)
             recipe = Recipe(observers[stage.name].ranges(method), (*spared, *predictions), reduced)
             # Of the other layers, what is left of the share.

@@ -13,6 +13,7 @@ from torch import nn
 from mmdet.registry import HOOKS
 
 from ..compression import pruning
+from ..compression.blocks import require_blocks
 from ..compression.scores import Statistics
 from ..errors import UsageError
 
@@ -58,6 +59,7 @@ class PruningHook(Hook):
                  over: str = 'block',
                  norm: float = 2,
                  seed: Optional[int] = None) -> None:
+        require_blocks(blocks, 'PruningHook')
         common = dict(score=score, structured=structured, over=over, norm=norm)
         self.blocks = [_block({**common, **block}) for block in blocks]
         self.end = start if end is None else end
@@ -79,6 +81,20 @@ class PruningHook(Hook):
         self._shares = [0.0] * len(self.blocks)
         self._saved: Optional[dict] = None
         self._handles: list = []
+
+    def describe(self, runner: Runner) -> List[str]:
+        """What it would do, a line for each block; raises what a training would."""
+        self._require_fit(runner)
+        unit = 'epochs' if self.by_epoch else 'iterations'
+        when = f'after {self.start} {unit}' if self.schedule == 'one_shot' else \
+            f'{self.schedule}, between {self.start} and {self.end} {unit}'
+        lines = []
+        for block, layers in zip(self.blocks, pruning.layers_of_blocks(plain_model(runner), self.blocks)):
+            weights = sum(layer.weight.numel() for layer in layers.values())
+            what = 'of the channels' if block.structured else 'of the weights'
+            lines.append(f'prune {block.name}: {block.target:.0%} {what} of {len(layers)} layers, '
+                         f'{weights / 1e6:.2f} M weights, by {block.score} over the {block.over}, {when}')
+        return lines
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         self._saved = checkpoint.get('pruning') if runner._resume else None

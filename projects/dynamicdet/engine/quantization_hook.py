@@ -76,20 +76,30 @@ class QuantizationHook(Hook):
         self._stages: list = []
         self.simulations: Dict[str, Simulation] = {}
 
+    def describe(self, runner: Runner) -> List[str]:
+        """What it would do; raises what a training would."""
+        self._require_fit(runner)
+        names = ', '.join(stage.name for stage in find_stages(_plain(runner)))
+        unit = 'epochs' if self.by_epoch else 'iterations'
+        return [f"round to {7 if self.reduced_range else 8} bits, after {self.start} {unit}: {names}"]
+
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         self._saved = checkpoint.get('quantization')
 
     def before_train(self, runner: Runner) -> None:
-        model = _plain(runner)
-        if getattr(model, 'train_router', False):
+        self._require_fit(runner)
+        if not runner._resume:
+            self._saved = None
+        self._install(_plain(runner))
+
+    def _require_fit(self, runner: Runner) -> None:
+        """Refuse a run in which nothing may be rounded, or whose epochs are none."""
+        if getattr(_plain(runner), 'train_router', False):
             raise UsageError(
                 'QuantizationHook: this config trains a router alone, and nothing else may change; '
                 'quantise in step 1')
         if self.by_epoch and isinstance(runner.train_loop, IterBasedTrainLoop):
             raise UsageError('QuantizationHook: this run counts iterations, not epochs; set by_epoch=False')
-        if not runner._resume:
-            self._saved = None
-        self._install(model)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None) -> None:
         done = runner.epoch if self.by_epoch else runner.iter

@@ -1,6 +1,6 @@
 """Share weights while training: when, not what."""
 from dataclasses import fields
-from typing import Dict, Mapping, Optional, Sequence, Union
+from typing import Dict, List, Mapping, Optional, Sequence, Union
 
 import torch
 from mmengine.dist import broadcast, get_world_size
@@ -12,7 +12,7 @@ from torch import nn
 from mmdet.registry import HOOKS
 
 from ..compression import sharing
-from ..compression.blocks import Layer, disjoint_layers
+from ..compression.blocks import Layer, disjoint_layers, require_blocks
 from ..errors import UsageError
 from .pruning_hook import PruningHook, averages, plain_model
 
@@ -44,6 +44,7 @@ class WeightSharingHook(Hook):
                  start: int = 0,
                  by_epoch: bool = True,
                  reduction: str = 'sum') -> None:
+        require_blocks(blocks, 'WeightSharingHook')
         self.blocks = [_block(block) for block in blocks]
         if start < 0:
             raise UsageError(f'WeightSharingHook: start={start} must not be negative')
@@ -55,6 +56,14 @@ class WeightSharingHook(Hook):
         self.shared: Dict[str, sharing.Sharing] = {}
         self._saved: Optional[dict] = None
         self._handles: list = []
+
+    def describe(self, runner: Runner) -> List[str]:
+        """What it would do, a line for each block; raises what a training would."""
+        self._require_fit(runner)
+        unit = 'epochs' if self.by_epoch else 'iterations'
+        found = disjoint_layers(plain_model(runner), self.blocks)
+        return [f'share {block.name}: {2**block.bits} values in each of {len(layers)} layers, after {self.start} {unit}'
+                for block, layers in zip(self.blocks, found)]
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         self._saved = checkpoint.get('weight_sharing') if runner._resume else None
