@@ -47,6 +47,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--budget', nargs=1, action=cli.ConfigOptions, metavar='KEY=VALUE',
         help='the wanted speed: target_gflops=2.5, target_latency=0.02 (seconds) or threshold=0.4')
+    parser.add_argument(
+        '--online', action='store_true',
+        help='hold the target on the frames that come: thresholds follow what frames really cost')
     parser.add_argument('--device', help='such as cpu or cuda:0; the best that is there')
     parser.add_argument(
         '--pred-score-thr', type=float, default=0.3, help='leave out boxes of a lower score: 0.3')
@@ -64,7 +67,8 @@ def build_detector(args: argparse.Namespace) -> FrameDetector:
     cli.require_checkpoint(args.checkpoint)
     if args.device:
         cli.require_device(args.device)
-    return FrameDetector(cfg, args.checkpoint, args.device, args.gate, args.budget, args.pred_score_thr)
+    return FrameDetector(cfg, args.checkpoint, args.device, args.gate, args.budget, args.pred_score_thr,
+                         args.online)
 
 
 def describe(summary: Summary) -> str:

@@ -44,12 +44,14 @@ def config(model):
                                           metainfo=dict(classes=CLASSES), pipeline=PIPELINE))))
 
 
-def save(model, path, costs=None, **meta):
+def save(model, path, costs=None, points=None, **meta):
     """A checkpoint of a config's model, random, as ``FrameDetector`` wants it; with costs of exits."""
     torch.manual_seed(0)
     built = MODELS.build(model)
     if costs:
         built.gflops.copy_(torch.tensor(costs))
+    if points:
+        built.operating_points[:len(points)] = torch.tensor(points)
     meta = dict(dataset_meta=dict(classes=CLASSES), **meta)
     torch.save(dict(state_dict=built.state_dict(), meta=meta), path)
     return str(path)
@@ -118,6 +120,24 @@ def test_frames_lines_film_and_timeline(detector, tmp_path):
     assert lines_of(tmp_path / 'again.jsonl')[0]['exit'] == 2
 
 
+def test_a_target_is_held_on_the_frames_that_come(tmp_path):
+    """Of two settings, one gives boxes again at 0.1, the other looks at each frame, at 0.4: 0.25 by turns."""
+    points = [[1.0, -1.0, -1.0, 0.1, 0.001], [-1.0, -1.0, -1.0, 0.4, 0.004]]
+    checkpoint = save(early(), tmp_path / 'a.pth', [0.1, 0.2, 0.3, 0.4], points)
+    budget = dict(target_gflops=0.25)
+    pictures = [noise(seed) for seed in range(200)]
+    summary = run_demo(FrameDetector(config(early()), checkpoint, 'cpu', budget=budget, online=True),
+                       Pictures(*pictures), tmp_path / 'out.mp4')
+    assert summary.gflops == pytest.approx(0.25, abs=0.02) and set(summary.exits) == {-1, 2}
+    # Without, the dearest setting that the target pays for.
+    summary = run_demo(FrameDetector(config(early()), checkpoint, 'cpu', budget=budget), Pictures(*pictures[:5]),
+                       tmp_path / 'out.mp4')
+    assert summary.gflops == pytest.approx(0.1)
+    for wrong in (dict(threshold=0.5), None):
+        with pytest.raises(UsageError, match='online holds target_latency or target_gflops'):
+            FrameDetector(config(early()), checkpoint, 'cpu', budget=wrong, online=True)
+
+
 def test_broken_frames_keep_the_state_and_their_place(detector, tmp_path):
     said = []
     pictures = [None, noise(1), None, noise(1), None]
@@ -147,11 +167,25 @@ def test_a_change_of_size_is_said_and_all_goes_on(detector, tmp_path):
     lines = lines_of(tmp_path / 'out.jsonl')
     assert [line['size'] for line in lines] == [[64, 48], [64, 96], [64, 96], [201, 31]]
     assert [line.get('size_before') for line in lines] == [None, [64, 48], None, [64, 96]]
-    # The boxes of another size are not given again.
+    # Another size is another frame: it is looked at.
     assert [line['exit'] for line in lines] == [2, 2, -1, 2]
     assert summary.frames == 4 and len(said) == 2
     assert said[0] == 'frame 1: the size changes from (64, 48) to (64, 96)'
     assert len({frame.shape for frame in film_of(tmp_path / 'out.mp4')}) == 1
+
+
+def test_boxes_that_are_given_again_follow_the_resolution(detector, tmp_path):
+    """The same picture, twice as large: the network sees the same, boxes are in the new picture's pixels."""
+    small, said = noise(1), []
+    large = small.repeat(2, axis=0).repeat(2, axis=1)
+    run_demo(detector, Pictures(small, large, large, small), tmp_path / 'out.mp4', say=said.append)
+    lines = lines_of(tmp_path / 'out.jsonl')
+    assert [line['exit'] for line in lines] == [2, -1, -1, -1] and len(said) == 2
+    boxes = [np.array([one['bbox'] for one in line['detections']]) for line in lines]
+    assert len(boxes[0]) == 5
+    np.testing.assert_allclose(boxes[1], 2 * boxes[0], atol=0.02)
+    np.testing.assert_allclose(boxes[2], 2 * boxes[0], atol=0.02)
+    np.testing.assert_allclose(boxes[3], boxes[0], atol=0.02)
 
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt(), RuntimeError('of the source')])
@@ -242,8 +276,14 @@ def test_a_gate_may_be_replaced(tmp_path):
                          budget=dict(threshold=0.5))
     assert made.detect(noise(1), 's', 0).exit == 1
     # The thresholds of one gate are nothing to another.
-    with pytest.raises(UsageError, match="are of a TemporalGate, not of a FixedExit"):
+    with pytest.raises(UsageError, match='are of TemporalGate, and the detector has FixedExit'):
         FrameDetector(config(early()), checkpoint, 'cpu', gate=dict(type='FixedExit', exit=1))
+    # Nor where the config says another, none, or one that wraps another.
+    wrapping = dict(type='TemporalGate', gate=dict(type='AgreementGate'))
+    for own, name in ((None, 'no gate'), (dict(type='ScoreGate'), 'ScoreGate'),
+                      (wrapping, r'TemporalGate\(AgreementGate\)')):
+        with pytest.raises(UsageError, match=f'has {name}: '):
+            FrameDetector(config(early(gate=own)), checkpoint, 'cpu')
     same = FrameDetector(config(early()), checkpoint, 'cpu', gate=dict(type='TemporalGate'))
     assert same.model.thresholds.tolist() == [0.5] * 3
 

@@ -24,13 +24,24 @@ def test_a_stream_goes_on():
 
 
 @pytest.mark.parametrize('meta, shape', [
-    (dict(frame=0), (64, 64)), (dict(frame=3), (64, 64)), (dict(frame=2), (64, 64)),
     (dict(frame=4), (64, 96)), (dict(frame=4, img_shape=(60, 64)), (64, 64))],
-    ids=['a new sequence', 'the same frame', 'back', 'another size', 'another size without the padding'])
-def test_a_stream_begins_anew(meta, shape):
+    ids=['another size', 'another size without the padding'])
+def test_a_frame_of_another_size_is_a_change_and_nothing_is_lost(meta, shape):
     streams = Streams(4)
     first, = streams.at([sample('a', 3)], (64, 64))
+    first.early, first.found, first.memories = torch.zeros(1), 'found', {0: 'a map'}
     again, = streams.at([sample('a', **meta)], shape)
+    assert again is first and again.early is None and again.frame == 4
+    assert (again.found, again.memories) == ('found', {0: 'a map'})
+    again.early = torch.ones(1)
+    assert streams.at([sample('a', **dict(meta, frame=5))], shape)[0].early is not None
+
+
+@pytest.mark.parametrize('frame', [0, 3, 2], ids=['a new sequence', 'the same frame', 'back'])
+def test_a_stream_begins_anew(frame):
+    streams = Streams(4)
+    first, = streams.at([sample('a', 3)], (64, 64))
+    again, = streams.at([sample('a', frame)], (64, 64))
     assert again is not first and len(streams) == 1
 
 

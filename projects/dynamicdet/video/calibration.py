@@ -11,7 +11,7 @@ from ..errors import UsageError
 from ..routing.controller import Controller
 from .budgets import POINTS
 from .curves import CHANGE_LEVELS, Progress, curve, fixed_exits, front, settings_of
-from .gates import Gate
+from .gates import Gate, name_of
 from .simulation import Replays, difficulties_of, evidences, exit_costs
 
 #: Levels that a calibration tries: finer than a curve.
@@ -118,7 +118,7 @@ def put_calibration(checkpoint: Mapping, calibration: Calibration, gate: Gate,
          for name in ('thresholds', 'gflops', 'latencies')})
     state['operating_points'] = operating_points(calibration.front, len(calibration.thresholds))
     meta = dict(checkpoint.get('meta', {}), calibration=dict(
-        facts, gate=type(gate).__name__, row=calibration.row, last=calibration.last, front=calibration.front))
+        facts, gate=name_of(gate), row=calibration.row, last=calibration.last, front=calibration.front))
     return dict(checkpoint, state_dict=state, meta=meta)
 
 
@@ -164,6 +164,12 @@ class OnlineThresholds:
                                       costs=(self._costs[0], self._costs[-1]),
                                       window=window,
                                       gain=gain)
+
+    @classmethod
+    def of_points(cls, points: torch.Tensor, **target: float) -> 'OnlineThresholds':
+        """From `EarlyExitDetector.operating_points` and one target."""
+        known = points[~points.isnan().any(dim=1)].tolist()
+        return cls([dict(thresholds=row[:-2], gflops=row[-2], latency=row[-1]) for row in known], **target)
 
     def measure(self, cost: float, frames: int = 1) -> None:
         """Take what frames cost, all together: seconds or GFLOPs, as the target."""

@@ -23,6 +23,8 @@ from ..errors import UsageError
 from ..models import fuse
 from ..models.online import now
 from .building import build_gate
+from .calibration import OnlineThresholds
+from .gates import name_of
 from .overlay import colours_of, draw_frame
 from .sources import Frame, Source
 from .timeline import Timeline, draw_timeline
@@ -81,6 +83,8 @@ class FrameDetector(DetInferencer):
         gate (Mapping, optional): Config of a gate in the place of the config's, for an `EarlyExitDetector`.
         budget (Mapping, optional): The wanted speed: arguments of the model's ``set_budget``.
         score (float): Detections below it are left out. Defaults to 0.3.
+        online (bool): Whether the budget, ``target_latency`` or ``target_gflops``, is held on the frames that come:
+            thresholds then follow what frames really cost, see `OnlineThresholds`. Defaults to False.
 
     Raises:
         UsageError: If the model takes no gate or budget, or the checkpoint does not fit.
@@ -92,7 +96,8 @@ class FrameDetector(DetInferencer):
                  device: Optional[str] = None,
                  gate: Optional[Mapping] = None,
                  budget: Optional[Mapping] = None,
-                 score: float = 0.3) -> None:
+                 score: float = 0.3,
+                 online: bool = False) -> None:
         # Not `score < 0 or ...`, which lets NaN pass.
         if not 0 <= score <= 1:
             raise UsageError(f'detections are left out below a score in [0, 1]; got {score}')
@@ -106,6 +111,7 @@ class FrameDetector(DetInferencer):
         super().__init__(cfg, checkpoint, device, show_progress=False)
         if budget:
             _set_budget(self.model, budget)
+        self._online = _online_thresholds(self.model, budget or {}) if online else None
         self.exits = int(getattr(self.model, 'num_exits', 0))
         self.classes = list(self.model.dataset_meta['classes'])
         self.colours = colours_of(self.classes, self.model.dataset_meta.get('palette'))
@@ -128,10 +134,10 @@ class FrameDetector(DetInferencer):
             checkpoint = dict(checkpoint, state_dict=state)
         require_complete(model, state, ('operating_points', ))
         calibrated = checkpoint.get('meta', {}).get('calibration', {}).get('gate')
-        own = type(getattr(model, 'gate', None)).__name__
-        if self._gate and calibrated not in (None, own) and 'threshold' not in (self._budget or {}):
-            raise UsageError(f"the checkpoint's thresholds are of a {calibrated}, not of a {own}: calibrate "
-                             'it with that gate, or give --budget threshold=...')
+        own = name_of(getattr(model, 'gate', None))
+        if calibrated not in (None, own) and 'threshold' not in (self._budget or {}):
+            raise UsageError(f"the checkpoint's thresholds are of {calibrated}, and the detector has {own}: give "
+                             '--gate as it was calibrated, calibrate it with this one, or give --budget threshold=...')
         super()._load_weights_to_model(model, checkpoint, cfg)
         fuse(model)
 
@@ -157,9 +163,13 @@ class FrameDetector(DetInferencer):
         sample, = self.model.test_step(dict(inputs=[data['inputs']], data_samples=[data['data_samples']]))
         seconds = now(device) - start
         exit, difficulty = sample.get('exit'), sample.get('difficulty')
+        gflops = self._gflops(exit)
+        if self._online is not None:
+            self._online.measure(seconds if 'target_latency' in self._budget else gflops)
+            self.model.set_budget(threshold=self._online.thresholds)
         return Seen(
-            None if exit is None else int(exit), None if difficulty is None else float(difficulty),
-            self._gflops(exit), seconds, _detections(sample.pred_instances, self.score))
+            None if exit is None else int(exit), None if difficulty is None else float(difficulty), gflops, seconds,
+            _detections(sample.pred_instances, self.score))
 
     def forget(self, stream: object) -> None:
         """Let a detector that remembers streams forget one."""
@@ -183,6 +193,12 @@ def _try_gate(gate: Mapping) -> None:
         # Its constructor may raise anything.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f'{dict(gate)} is no gate: {reason}') from None
+
+
+def _online_thresholds(model: nn.Module, budget: Mapping) -> OnlineThresholds:
+    if set(budget) not in ({'target_latency'}, {'target_gflops'}) or not hasattr(model, 'operating_points'):
+        raise UsageError('online holds target_latency or target_gflops, of a calibrated EarlyExitDetector')
+    return OnlineThresholds.of_points(model.operating_points, **budget)
 
 
 def _set_budget(model: nn.Module, budget: Mapping) -> None:

@@ -21,7 +21,7 @@ from ..errors import UsageError
 from .budgets import POINTS, check_budget, resolve_budget
 from .building import build_gate, build_heads, build_propagation, learner
 from .evidence import AllExits, Evidence
-from .frames import Frames, last_found, to_original
+from .frames import Frames, last_found, scale_of, to_original
 from .lazy import LazyLayers
 from .losses import training_losses
 from .propagation import carry_on
@@ -356,7 +356,7 @@ class EarlyExitDetector(BaseDetector):
         sample.set_metainfo(dict(exit=exit, difficulty=frames.difficulties[place]))
         if exit >= 0:
             # A copy: whoever evaluates moves results to where they want them.
-            stream.found, stream.rescaled = found.clone(), rescale
+            stream.found, stream.rescaled, stream.scale = found.clone(), rescale, scale_of(sample)
             stream.early = None if frames.early is None else frames.early[place]
 
     def _all_of_wave(self, images: Tensor, samples: SampleList, rescale: bool) -> AllExits:

@@ -1,6 +1,6 @@
 """Frames on their way through the layers, and their detections."""
 from dataclasses import dataclass, field
-from typing import List, Optional
+from typing import List, Optional, Tuple
 
 import torch
 from mmengine.structures import InstanceData
@@ -50,6 +50,11 @@ class Frames:
             [one[index] for one in self.pooled], some(self.earlier))
 
 
+def scale_of(sample: DetDataSample) -> Tuple[float, ...]:
+    """By which width and height of the original image are multiplied for the network."""
+    return tuple(sample.metainfo.get('scale_factor', (1.0, 1.0)))
+
+
 def to_original(found: InstanceData, sample: DetDataSample) -> InstanceData:
     """A copy of detections in the network's frame, in that of the original image."""
     found = found.clone()
@@ -62,10 +67,10 @@ def last_found(stream: Stream, sample: DetDataSample, rescale: bool) -> Instance
     if stream.found is None:
         return InstanceData(bboxes=torch.zeros(0, 4), scores=torch.zeros(0),
                             labels=torch.zeros(0, dtype=torch.long))
-    if stream.rescaled == rescale:
-        return stream.found.clone()
-    if rescale:
-        return to_original(stream.found, sample)
     found = stream.found.clone()
-    found.bboxes = scale_boxes(found.bboxes, sample.scale_factor)
+    # By way of the network's frame, so that boxes stay on what they were found on where the picture's size changes.
+    before, now = stream.scale if stream.rescaled else (1.0, 1.0), scale_of(sample) if rescale else (1.0, 1.0)
+    factors = [one / other for one, other in zip(before, now)]
+    if factors != [1, 1]:
+        found.bboxes = scale_boxes(found.bboxes, factors)
     return found

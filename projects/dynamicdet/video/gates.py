@@ -245,6 +245,14 @@ class TemporalGate(Gate):
         return self.gate.difficulty(evidence)
 
 
+def name_of(gate: Optional[Gate]) -> str:
+    """What a gate is, with the one that it wraps: ``TemporalGate(AgreementGate)``."""
+    if gate is None:
+        return 'no gate'
+    inner = getattr(gate, 'gate', None)
+    return type(gate).__name__ + (f'({name_of(inner)})' if inner is not None else '')
+
+
 def _require_share(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise UsageError(f'{name} of a gate is in [0, 1], got {value}')

@@ -69,6 +69,7 @@ class Stream:
         early (Tensor, optional): Summary of the early map, (d,), of the frame that ``found`` is from.
         found (InstanceData, optional): The detections that were computed last, in the original's frame or
             not, as ``rescaled`` says.
+        scale (tuple[float, ...]): By which width and height of its original were multiplied for the network.
     """
     frame: int = 0
     shape: Tuple[int, ...] = ()
@@ -76,6 +77,7 @@ class Stream:
     early: Optional[Tensor] = None
     found: Optional[InstanceData] = None
     rescaled: bool = True
+    scale: Tuple[float, ...] = (1.0, 1.0)
 
     def forget(self) -> None:
         """Begin anew: at a cut."""
@@ -107,8 +109,9 @@ class Streams:
     def at(self, samples: SampleList, shape: Sequence[int]) -> List[Stream]:
         """The streams of N frames, no two of one stream, with these frames as the latest.
 
-        A frame begins anew if its ``frame_id`` is 0 or not above the one before, or if its size is another.
-        Without ``frame_id`` frames are counted, without ``video_id`` nothing is remembered.
+        A frame begins anew if its ``frame_id`` is 0 or not above the one before. Where the size that the network
+        sees is another, it counts as changed, but what is remembered stays: neither memories nor detections
+        are of a size. Without ``frame_id`` frames are counted, without ``video_id`` nothing is remembered.
 
         Args:
             samples (list[DetDataSample]): Of the frames.
@@ -124,8 +127,10 @@ class Streams:
         key = meta.get('video_id')
         old = self._streams.pop(key, None)
         frame = meta.get('frame_id', old.frame + 1 if old else 0)
-        stream = old if old and frame > old.frame and old.shape == shape else Stream(shape=shape)
-        stream.frame = frame
+        stream = old if old and frame > old.frame else Stream()
+        if stream.shape != shape:
+            stream.early = None
+        stream.frame, stream.shape = frame, shape
         if key is not None:
             self._streams[key] = stream
         return stream
