@@ -7,7 +7,9 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / 'tools' / 'experiments'))
+import video  # noqa: E402
 import video_page as page  # noqa: E402
+import video_results  # noqa: E402
 from video import GATED, RUNS  # noqa: E402
 from video_results import halves, resampled_videos  # noqa: E402
 
@@ -19,6 +21,54 @@ def test_runs_have_configs_and_start_from_runs_before_them():
     assert set(GATED) <= set(RUNS)
     for name, (_, base) in page.LABELS.items():
         assert name in RUNS and (base is None or base in page.LABELS)
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    for name in ('WORK', 'RESULTS'):
+        monkeypatch.setattr(video, name, tmp_path / name)
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+def have(*names, trained=True, results=True):
+    for name in names:
+        if trained:
+            (video.WORK / name).mkdir(exist_ok=True)
+            (video.WORK / name / 'trained').touch()
+        for end in ('', '_clock') if results and name in GATED else ('', ) if results else ():
+            (video.RESULTS / f'{name}{end}.json').touch()
+
+
+def test_on_a_new_machine_what_is_compared_is_trained_there(folders):
+    assert video.to_do(list(RUNS)) == list(RUNS)
+    done = [name for name in RUNS if name not in video.DETECTORS]
+    have(*done, trained=False)
+    # All is known: nothing to do, whatever became of the weights.
+    assert video.to_do(list(RUNS)) == []
+    # One that is missing needs weights that are gone, and with them all that is held against it.
+    (video.RESULTS / 'distilled.json').unlink()
+    assert video.to_do(list(RUNS)) == list(RUNS)
+    video.forget(video.to_do(list(RUNS)))
+    assert not list(video.RESULTS.iterdir())
+
+
+def test_with_the_weights_only_what_is_missing_is_done(folders):
+    have(*video.DETECTORS, results=False)
+    have(*(name for name in RUNS if name not in video.DETECTORS))
+    (video.RESULTS / 'distilled.json').unlink()
+    (video.RESULTS / 'all_clock.json').unlink()
+    assert video.to_do(list(RUNS)) == ['all', 'distilled']
+    video.forget(['all', 'distilled'])
+    assert (video.RESULTS / 'all.json').exists()
+
+
+def test_energys_counter_begins_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(video_results, 'RAPL', tmp_path / 'energy_uj')
+    (tmp_path / 'max_energy_range_uj').write_text('9000000\n')
+    (tmp_path / 'energy_uj').write_text('5000000\n')
+    assert video_results.joules_since(2.0) == 3.0
+    assert video_results.joules_since(8.0) == 6.0
 
 
 def record(*lengths):
@@ -73,7 +123,8 @@ def results(tmp_path, monkeypatch):
                  gates={'entropy': dict(rows=[row(20, 0.012), row(29.5, 0.014)], within=row(29.5, 0.014)),
                         'none': dict(rows=[row(12, 0.02)], within=None)},
                  oracles={'oracle': [row(20, 0.01), row(35, 0.02)]})
-    clock = dict(threads=2, frames=10, energy='RAPL', ways={
+    clock = dict(threads=2, frames=10, energy='RAPL', load_before=0.1, provenance=dict(
+        device='a clock', torch='2', threads=1), ways={
         name: dict(ap=ap, seconds=seconds, median=seconds, joules_per_1000=5, exits=[0, 10, 0])
         for name, ap, seconds in (('exit 0', 10, 0.01), ('exit 1', 30, 0.02), ('entropy', 29, 0.01))})
     runs = dict(joint=joint, joint_clock=clock, distilled=run_of(exit(12, 0.01), exit(29, 0.02)))
@@ -88,5 +139,6 @@ def test_the_page_says_what_was_found(results):
     assert '| entropy | 29.50 | 0.1400 | 14.00 | 30% | ' in text and '| none | - |' in text
     # The oracle's cheapest point that loses at most 1 AP.
     assert '| oracle | 35.00 |' in text
-    assert '| entropy | 29.00 | 10.00 | 10.00 | 50% | 5 | 0%, 100%, 0% |' in text
+    assert '| entropy | 29.00 | 10.00 | 10.00 | 50% | 5 | +19.00 | 0%, 100%, 0% |' in text
+    assert '2 threads, a clock' in text
     assert page.PICTURE.read_bytes()[:4] == b'\x89PNG'

@@ -1,13 +1,15 @@
 """The experiment on early exit in video, docs/benchmarks.md: train, record, compare gates, and run them by the clock.
 
 It goes step by step, several at a time, and each step leaves a small file in docs/results/video: stop it when you
-like and start it again. Steps that have one are not done again; remove the file to do so. What runs by the clock
-comes last, and alone.
+like and start it again. Steps that have one are not done again; remove the file to do so. But what starts from
+weights that have to be trained again is done again, too: runs are compared with each other. Detectors whose gates are
+compared come last and alone, since what they are compared by is time.
 """
 import argparse
 import json
+import os
 from pathlib import Path
-from typing import Dict, List, Mapping, NamedTuple, Optional
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 from mmengine.config import Config
@@ -102,16 +104,22 @@ def record(name: str, split: str, checkpoint: str) -> dict:
 
 
 def do(name: str) -> None:
-    """All of one run but the clock."""
+    """Train; then measure, but for what is timed."""
     wait_for(RUNS[name].start)
     checkpoint = train(name)
-    if name not in DETECTORS:
-        test = record(name, 'test', checkpoint)
-        numbers = head_results(test)
-        if name in GATED:
-            cfg = str(WORK / name / 'config.py')
-            numbers.update(gate_results(test, record(name, 'val', checkpoint), cfg, checkpoint))
-        write(name, numbers)
+    if name not in DETECTORS and name not in GATED:
+        write(name, head_results(record(name, 'test', checkpoint)))
+
+
+def do_gates(name: str) -> None:
+    """Of a trained run: its exits, its gates, and both by the clock."""
+    cfg, checkpoint = str(WORK / name / 'config.py'), latest_checkpoint(str(WORK / name))
+    test, val = (record(name, split, checkpoint) for split in ('test', 'val'))
+    if not is_done(name):
+        write(name, {**head_results(test), **gate_results(test, val, cfg, checkpoint)})
+    numbers = json.loads((RESULTS / f'{name}.json').read_text())
+    write(f'{name}_clock', clock_results(cfg, checkpoint, numbers, val, os.cpu_count()))
+    print(f'{name} by the clock', flush=True)
 
 
 def write(name: str, numbers: dict) -> None:
@@ -119,37 +127,49 @@ def write(name: str, numbers: dict) -> None:
 
 
 def is_done(name: str) -> bool:
-    return (WORK / name / 'trained').exists() if name in DETECTORS else (RESULTS / f'{name}.json').exists()
+    return (RESULTS / f'{name}.json').exists()
 
 
-def with_starts(names: List[str]) -> List[str]:
-    """Runs to do, and those that they start from where the weights are gone."""
-    waiting = [name for name in names if not is_done(name)]
+def to_do(names: Sequence[str]) -> List[str]:
+    """Runs without results; what they start from, where its weights are gone; and all that starts from that."""
+    waiting = {name for name in names if name not in DETECTORS
+               and not (is_done(name) and (name not in GATED or is_done(f'{name}_clock')))}
+    # Backwards, so that a start's own start is looked at after it.
+    gone = set()
     for name in reversed(RUNS):
         start = RUNS[name].start
-        if name in waiting and start and start not in waiting and not (WORK / start / 'trained').exists():
-            waiting.append(start)
-    return [name for name in RUNS if name in waiting]
+        if name in waiting | gone and start and not (WORK / start / 'trained').exists():
+            gone.add(start)
+    for name in RUNS:
+        if name in gone or RUNS[name].start in gone:
+            gone.add(name)
+    return [name for name in RUNS if name in waiting | gone]
+
+
+def forget(names: Sequence[str]) -> None:
+    """Results of weights that are gone."""
+    for name in names:
+        if not (WORK / name / 'trained').exists():
+            for path in (RESULTS / f'{name}.json', RESULTS / f'{name}_clock.json'):
+                path.unlink(missing_ok=True)
 
 
 def main() -> None:
     args = parse_args()
     # As the runs: more threads than cores make everything slow.
     torch.set_num_threads(1)
-    waiting = with_starts(args.only)
-    clocked = [name for name in GATED if name in args.only and not (RESULTS / f'{name}_clock.json').exists()]
-    print(f"to do: {', '.join(waiting)}; by the clock: {', '.join(clocked)}", flush=True)
+    waiting = to_do(args.only)
+    timed = [name for name in GATED if name in waiting]
+    print(f"to do: {', '.join(waiting)}; by the clock: {', '.join(timed)}", flush=True)
     if args.list:
         return
     make_data()
     run('tools/make_digits_video.py', log=WORK / 'data.log')
+    forget(waiting)
     # In this order, so what a run starts from is done, or being done, before it is reached.
     do_all(waiting, do, args.jobs)
-    for name in clocked:
-        cfg, checkpoint = str(WORK / name / 'config.py'), latest_checkpoint(str(WORK / name))
-        numbers = json.loads((RESULTS / f'{name}.json').read_text())
-        write(f'{name}_clock', clock_results(cfg, checkpoint, numbers, record(name, 'val', checkpoint)))
-        print(f'{name} by the clock', flush=True)
+    for name in timed:
+        do_gates(name)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,5 @@
 """What a run of the experiment on early exit in video came to: from records, and from the clock, to numbers."""
+import os
 import time
 from pathlib import Path
 from typing import Dict, Iterator, List, Mapping, Optional, Sequence
@@ -9,7 +10,7 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 
 from dynamicdet.apis import cli
-from dynamicdet.apis.calibration import build_loader, coco_results
+from dynamicdet.apis.calibration import build_loader, coco_results, provenance
 from dynamicdet.routing.evaluation import evaluate
 from dynamicdet.video.analysis import RULES, analyse, fitted_gates, load_truth
 from dynamicdet.video.gates import Gate
@@ -80,9 +81,10 @@ def gate_results(test: Mapping, val: Mapping, config: str, checkpoint: str) -> d
 
 
 @torch.no_grad()
-def clock_results(config: str, checkpoint: str, numbers: Mapping, val: Mapping) -> dict:
+def clock_results(config: str, checkpoint: str, numbers: Mapping, val: Mapping, threads: int) -> dict:
     """Run the test videos frame by frame, batch 1, by each gate at its setting and by each exit alone; videos in
     turn, so that what else the machine does meets all alike."""
+    before, own_threads = os.getloadavg()[0], torch.get_num_threads()
     cfg = Config.fromfile(config)
     cli.prepare()
     model, _ = load_early_exit_detector(cfg, checkpoint)
@@ -94,6 +96,7 @@ def clock_results(config: str, checkpoint: str, numbers: Mapping, val: Mapping) 
             ways[name] = lambda gate=gate, thresholds=thresholds: borrowed(model, gate, thresholds)
     dataset = build_loader(cfg.test_dataloader).dataset
     clocks = {name: Clock() for name in ways}
+    torch.set_num_threads(threads)
     for turn, frames in enumerate(cli.progress(list(videos_of(dataset)), 'videos by the clock')):
         batches = [pseudo_collate([dataset[index]]) for index in frames]
         for name, way in ways.items():
@@ -102,10 +105,12 @@ def clock_results(config: str, checkpoint: str, numbers: Mapping, val: Mapping) 
                     run_video(model, batches[:10], dataset.cat_ids, Clock())
                     model.reset()
                 run_video(model, batches, dataset.cat_ids, clocks[name])
+    torch.set_num_threads(own_threads)
     coco = load_truth(dict(images=[], provenance={}), dataset.ann_file)
     ids = [dataset.get_data_info(index)['img_id'] for index in range(len(dataset))]
     return dict(
-        threads=torch.get_num_threads(), frames=len(ids), energy='RAPL' if energy() is not None else
+        threads=threads, frames=len(ids), load_before=before, load_after=os.getloadavg()[0],
+        provenance=provenance(cfg, checkpoint, dataset, 'cpu'), energy='RAPL' if energy() is not None else
         f'estimated: {WATTS_PER_CORE:g} W per busy core',
         ways={name: clock.sums(evaluate(coco, clock.results, ids)['ap']) for name, clock in clocks.items()})
 
@@ -145,9 +150,15 @@ def run_video(model, batches: Sequence[dict], category_ids: Sequence[int], clock
         sample, = model.test_step(batch)
         clock.seconds.append(time.perf_counter() - start)
         clock.cpu += time.process_time() - cpu
-        clock.joules += (energy() - before) if before is not None else 0
+        clock.joules += joules_since(before) if before is not None else 0
         clock.exits.append(int(sample.exit))
         clock.results += [dict(one, image_id=sample.img_id) for one in coco_results(sample, category_ids)]
+
+
+def joules_since(before: float) -> float:
+    """The counter begins anew at its largest value."""
+    used = energy() - before
+    return used if used >= 0 else used + int((RAPL.parent / 'max_energy_range_uj').read_text()) / 1e6
 
 
 def energy() -> Optional[float]:
