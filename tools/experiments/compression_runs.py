@@ -20,7 +20,7 @@ METHODS = dict(
     structured=dict(structured=True, over='layer', exclude=PREDICTIONS))
 #: Shares after which pruned detectors are tuned: where the curve bends; the other methods in both blocks alone.
 TUNED_SHARES = (30, 50, 70, 90, 80)
-OTHERS_TUNED = (50, 30, 70)
+OTHERS_TUNED = (50, 70)
 BITS = (2, 3, 4, 5, 6, 7, 8)
 #: Layers that are binary alone; the first convolution is not among those of the backbone, as in XNOR-Net.
 BINARY = dict(fc=['roi_head.bbox_head.shared_fcs.*'], backbone=['backbone.layer*'], all=['*'])
@@ -65,7 +65,8 @@ def all_steps() -> List[Step]:
     sweeps = [Step(f'prune-{method}-{block}', {f'{share}': dict(blocks=pruned(block, share, method))
                                                for share in SHARES})
               for method in METHODS for block in BLOCKS]
-    tuned = [_tuned(f'prune-{block}-{share}', [dict(PRUNING, blocks=pruned(block, share))])
+    tuned = [_tuned(f'prune-{block}-{share}', [dict(PRUNING, blocks=pruned(block, share))],
+                    files=FILES if block == 'both' else ('exact', ))
              for share in TUNED_SHARES for block in BLOCKS]
     others = [_tuned(f'prune-{method}-both-{share}', [dict(PRUNING, blocks=pruned('both', share, method))])
               for share in OTHERS_TUNED for method in METHODS if method != 'l1_global']
@@ -88,8 +89,8 @@ def sharing_sweep() -> Step:
     return Step('values', points)
 
 
-def _tuned(name: str, hooks: Sequence[dict], start: str = START) -> Step:
-    points = {file: dict(lossy=lossy) for file, lossy in FILES.items()}
+def _tuned(name: str, hooks: Sequence[dict], start: str = START, files: Sequence[str] = ('exact', )) -> Step:
+    points = {file: dict(lossy=FILES[file]) for file in files}
     return Step(f'tuned-{name}', points, tuple(hooks), start)
 
 
