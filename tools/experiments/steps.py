@@ -49,5 +49,8 @@ def do_all(names: Sequence[str], do: Callable[[str], None], jobs: int) -> None:
         for name in names:
             _started[name] = pool.submit(timed, name)
         for done, future in enumerate(as_completed([_started[name] for name in names]), 1):
+            if future.exception():
+                # Said now, and not when all others are done, hours later.
+                pool.shutdown(wait=False, cancel_futures=True)
             left = (time.monotonic() - start) / done * (len(names) - done)
             print(f'[{done}/{len(names)}] {future.result()}, {left / 60:.0f} min left', flush=True)
