@@ -242,3 +242,38 @@ def test_tools_say_what_is_wrong(cfg, tmp_path, capsys):
     assert [part in line for part, line in zip(
         ('record_video.py', '1 or more', 'has no gate', 'no trained HaltingGate', 'cannot be built'),
         said)] == [True] * 5
+
+
+def test_what_the_experiment_measures_of_a_run(tmp_path, monkeypatch):
+    """Exits, gates and both by the clock, from a config and a checkpoint, as tools/experiments/video.py asks for."""
+    sys.path.insert(0, str(ROOT / 'tools' / 'experiments'))
+    import video_results
+    monkeypatch.setattr(video_results, 'RESAMPLES', 3)
+    # Gates are fitted to three folds of every second video.
+    videos = make_digits_video(tmp_path / 'videos', dict(train=1, val=6, test=2), length=LENGTH, image_size=SIZE,
+                               mp4=False)
+    cfg = Config.fromfile(ROOT / 'configs/video/early_exit_yolov5_digits.py')
+    cfg.merge_from_dict(options_of(videos))
+    model = seeded(cfg)
+    config, checkpoint = str(tmp_path / 'config.py'), str(tmp_path / 'a.pth')
+    cfg.model.detector.test_cfg.score_thr = 0.3
+    cfg.dump(config)
+    meta = dict(dataset_meta=dict(classes=tuple('0123456789')))
+    torch.save(dict(state_dict=model.state_dict(), meta=meta), checkpoint)
+    test, val = (record_of(model, cfg, split) for split in ('test', 'val'))
+    exits = video_results.head_results(test)['exits']
+    assert len(exits) == 4 and all(len(one['resampled']) == 3 and one['latency'] > 0 for one in exits)
+    found = video_results.gate_results(test, val, config, checkpoint)
+    assert {'temporal', 'entropy', 'agreement', 'halting', 'temporal + halting'} <= set(found['gates'])
+    assert [row['exit'] for row in found['fixed']] == [0, 1, 2, 3] and len(found['oracles']) == 2
+    before = torch.get_num_threads()
+    clock = video_results.clock_results(config, checkpoint, found, val, threads=before + 1)
+    assert torch.get_num_threads() == before and clock['threads'] == before + 1
+    known = [name for name, own in found['gates'].items() if own['within']]
+    assert list(clock['ways']) == [*(f'exit {exit}' for exit in range(4)), *known] and known
+    assert clock['frames'] == 2 * LENGTH and clock['provenance']['device']
+    for name, way in clock['ways'].items():
+        assert sum(way['exits']) == 2 * LENGTH and 0 < way['median'] and way['seconds'] > 0
+        if name.startswith('exit '):
+            assert way['exits'][-1] == 2 * LENGTH and len(way['exits']) == int(name[-1]) + 2
+    assert clock['ways']['exit 3']['ap'] == pytest.approx(found['fixed'][-1]['ap'], abs=0.5)
