@@ -9,6 +9,7 @@ from conftest import ROOT, shrink_options
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 
+from dynamicdet.apis import recording
 from dynamicdet.apis.calibration import load_model, measure_gflops, record_exits
 from dynamicdet.apis.recording import (build_record_loader, flip_detection, flip_images, grey_entropy,
                                        record_data_set, shift_detection, shift_images)
@@ -143,7 +144,29 @@ def test_costs_and_provenance(run):
     assert 0.02 * gflops[0] < facts['branch0_gflops'] < 0.98 * gflops[0]
     assert facts['checkpoint'] == run.path and facts['images'] == 6
     assert facts['view'] == 'flipped from left to right' and facts['router'] == 'NOT trained'
-    assert all(isinstance(value, (str, int, float)) for value in facts.values())
+    assert facts['categories'] == run.loader.dataset.cat_ids
+    assert all(isinstance(value, (str, int, float, list)) for value in facts.values())
+
+
+def test_images_cost_what_their_size_costs(run, monkeypatch):
+    """Of each size, as the network sees it, some are measured."""
+    for image in run.record['images']:
+        assert image['gflops'] == pytest.approx(run.record['gflops']) and image['latencies'] == run.record['latencies']
+    asked = []
+
+    def measured(model, dataset, *_, rows):
+        asked.append(rows)
+        return rows[0], 10 * rows[0]
+
+    for name in ('measure_gflops', 'measure_latencies'):
+        monkeypatch.setattr(recording, name, measured)
+    divisor = run.model.data_preprocessor.pad_size_divisor
+    sides = [2 * divisor, 3 * divisor - 1, 2 * divisor - 1, 3 * divisor]
+    images = [dict(shape=(side, divisor)) for side in sides]
+    recording._add_costs(images, run.model, None, plain)
+    assert asked == [[0, 2]] * 2 + [[1, 3]] * 2
+    assert [image['gflops'] for image in images] == [[0, 0], [1, 10], [0, 0], [1, 10]]
+    assert all(set(image) == {'gflops', 'latencies'} for image in images)
 
 
 def test_without_annotations_there_are_no_losses(run):
@@ -162,7 +185,7 @@ def test_without_annotations_there_are_no_losses(run):
             record = record_data_set(run.model, run.cfg, loader, plain, view='none')
         assert len([one for one in said if 'no losses' in str(one.message)]) == 1
         assert set(record['images'][0]) == {
-            'id', 'file', 'difficulty', 'detections', 'features', 'entropy'}
+            'id', 'file', 'difficulty', 'detections', 'features', 'entropy', 'gflops', 'latencies'}
         assert record['provenance']['view'] == 'none'
 
 

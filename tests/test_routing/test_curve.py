@@ -301,3 +301,17 @@ def test_interval():
     assert interval(np.arange(1001)) == (25, 975)
     assert interval([1.0, float('nan'), 1.0]) == (1, 1)
     assert interval([]) == interval([float('nan')]) == (None, None)
+
+
+def test_hard_images_that_are_dearer_cost_more():
+    """Two of four images are hard, and twice as large: the mean is of what was run, not of means."""
+    coco, record = random_case(images=4)
+    record = dict(record, gflops=[1.5, 3.0], latencies=[0.015, 0.03])
+    scores = np.array([image['difficulty'] for image in record['images']])
+    hard = scores > np.sort(scores)[1]
+    plain = trade_off(record, coco, shares=[0.5])[0]
+    assert (plain['gflops'], plain['latency']) == pytest.approx((2.25, 0.0225))
+    for image, large in zip(record['images'], hard):
+        image.update(gflops=[2.0, 4.0] if large else [1.0, 2.0], latencies=[0.02, 0.04] if large else [0.01, 0.02])
+    row = trade_off(record, coco, shares=[0.5])[0]
+    assert (row['gflops'], row['latency']) == pytest.approx((2.5, 0.025))

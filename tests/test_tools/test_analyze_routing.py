@@ -66,7 +66,7 @@ def recorded(request, digits, tmp_path_factory):
 def test_from_a_checkpoint_to_a_page(recorded, capsys):
     record = read_record(recorded)
     assert len(record['images']) == 6 and record['provenance']['checkpoint'].endswith('random.pth')
-    assert set(record['images'][0]) == {'id', 'file', 'difficulty', 'detections', 'features', 'entropy',
+    assert set(record['images'][0]) == {'id', 'file', 'difficulty', 'detections', 'features', 'entropy', 'gflops', 'latencies',
                                         'view', 'losses', 'objects'}
     capsys.readouterr()
     assert call('analyze_routing.py', recorded, '--val-record', recorded, '--bootstrap', 5) == 0

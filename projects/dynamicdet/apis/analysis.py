@@ -46,7 +46,8 @@ def pair_of(record: Mapping, exits: Tuple[int, int] = (0, -1)) -> dict:
 
     images = []
     for image in record['images']:
-        own = {name: take(image[name]) for name in ('detections', 'view', 'losses') if name in image}
+        own = {name: take(image[name]) for name in ('detections', 'view', 'losses', 'gflops', 'latencies')
+               if name in image}
         images.append({**image, **own})
     facts = dict(record['provenance'], exits=f'{easy} and {hard}')
     if easy:

@@ -3,7 +3,7 @@ import datetime
 import os
 import platform
 import time
-from typing import Callable, Dict, Iterable, List, Optional, Tuple
+from typing import Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -95,7 +95,8 @@ def measure_latencies(model: DynamicDetector,
                       dataset,
                       progress: Progress,
                       images: int = 20,
-                      rounds: int = 5) -> Tuple[float, ...]:
+                      rounds: int = 5,
+                      rows: Optional[Sequence[int]] = None) -> Tuple[float, ...]:
     """Median seconds per image of each exit: batch 1, data in memory, exits taking turns.
 
     Args:
@@ -104,8 +105,9 @@ def measure_latencies(model: DynamicDetector,
         progress (Callable): Wraps what is iterated over.
         images (int): How many images. Defaults to 20.
         rounds (int): How often each is timed, after one untimed round. Defaults to 5.
+        rows (Sequence[int], optional): Which images instead of the first.
     """
-    batches = [pseudo_collate([dataset[index]]) for index in range(min(images, len(dataset)))]
+    batches = _single_batches(dataset, images, rows)
     times: List[List[float]] = [[] for _ in range(model.num_exits)]
     synchronise = torch.cuda.synchronize if model.threshold.is_cuda else lambda: None
     with kept_speed(model):
@@ -123,13 +125,15 @@ def measure_latencies(model: DynamicDetector,
 
 
 @torch.no_grad()
-def measure_gflops(model: DynamicDetector, dataset, images: int = 10) -> Tuple[float, ...]:
+def measure_gflops(model: DynamicDetector, dataset, images: int = 10,
+                   rows: Optional[Sequence[int]] = None) -> Tuple[float, ...]:
     """Mean GFLOPs per image of each exit, 2 x multiply-adds, by torch's counter.
 
     It follows what is really run, and sees nothing of mmcv's own operators: RoIAlign counts as 0.
-    The cost of two-stage heads varies with the proposals, hence the mean over some images.
+    The cost of two-stage heads varies with the proposals, hence the mean over some images: the first, or those
+    of the given rows.
     """
-    batches = [pseudo_collate([dataset[index]]) for index in range(min(images, len(dataset)))]
+    batches = _single_batches(dataset, images, rows)
     means = []
     with kept_speed(model):
         for exit in range(model.num_exits):
@@ -137,6 +141,11 @@ def measure_gflops(model: DynamicDetector, dataset, images: int = 10) -> Tuple[f
             flops, _ = count_flops(lambda: [model.test_step(batch) for batch in batches])
             means.append(flops / len(batches) / 1e9)
     return tuple(means)
+
+
+def _single_batches(dataset, images: int, rows: Optional[Sequence[int]]) -> List[dict]:
+    """Batches of one image: the first ones, or those of some rows."""
+    return [pseudo_collate([dataset[row]]) for row in (range(min(images, len(dataset))) if rows is None else rows)]
 
 
 def force_exit(model: DynamicDetector, exit: int) -> None:

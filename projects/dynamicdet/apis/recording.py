@@ -27,6 +27,8 @@ from .flops import count_flops
 
 #: How far an image is shifted for a second view: no multiple of any map's stride, so that maps differ.
 SHIFT = 5
+#: Images whose GFLOPs are counted, and whose latency is measured, of all sizes; and of one size at the least.
+_COUNTED, _TIMED, _LEAST = 10, 20, 2
 #: Weights of red, green and blue in a grey level (ITU-R BT.601).
 _GREY = (0.299, 0.587, 0.114)
 
@@ -92,8 +94,8 @@ def record_data_set(model: DynamicDetector,
         force_exit(model, 0)
         for batch in progress(loader, 'every exit'):
             images.extend(_record_batch(model, batch, loader.dataset.cat_ids, annotated, view))
-    gflops = measure_gflops(model, loader.dataset)
-    latencies = measure_latencies(model, loader.dataset, progress)
+    _add_costs(images, model, loader.dataset, progress)
+    gflops, latencies = (np.mean([image[name] for image in images], axis=0).tolist() for name in ('gflops', 'latencies'))
     device = str(model.threshold.device)
     routing_gflops, routing_seconds = _measure_routing(model, loader.dataset)
     facts = dict(
@@ -104,8 +106,8 @@ def record_data_set(model: DynamicDetector,
         router='trained' if torch.isfinite(model.delta) else 'NOT trained')
     return dict(
         images=images,
-        gflops=list(gflops),
-        latencies=list(latencies),
+        gflops=gflops,
+        latencies=latencies,
         provenance={name: value for name, value in facts.items() if value is not None})
 
 
@@ -122,6 +124,7 @@ def _record_batch(model: DynamicDetector, batch: dict, category_ids: List[int], 
             id=int(sample.img_id),
             file=str(sample.img_path),
             difficulty=float(sample.difficulty),
+            shape=tuple(sample.img_shape[:2]),
             detections=[per_image[row] for per_image in detections],
             features=features[0][row].cpu().numpy(),
             entropy=grey_entropy(pixels[row])) for row, sample in enumerate(samples)
@@ -137,6 +140,24 @@ def _record_batch(model: DynamicDetector, batch: dict, category_ids: List[int], 
         for entry, count, own in zip(entries, objects, losses.T.tolist()):
             entry.update(losses=own, objects=count)
     return entries
+
+
+def _add_costs(images: List[dict], model: DynamicDetector, dataset, progress: Progress) -> None:
+    """GFLOPs and latency of each image under each exit, at batch 1: those of its size.
+
+    Images of one size, padded as the network sees it, cost the same but for a two-stage head's proposals; some of
+    each size are measured.
+    """
+    divisor = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
+    rows: Dict[tuple, List[int]] = {}
+    for row, image in enumerate(images):
+        rows.setdefault(tuple(-(-side // divisor) for side in image.pop('shape')), []).append(row)
+    for own in progress(list(rows.values()), 'costs of sizes'):
+        gflops = measure_gflops(model, dataset, rows=own[:max(_COUNTED // len(rows), _LEAST)])
+        latencies = measure_latencies(model, dataset, lambda steps, what: steps,
+                                      rows=own[:max(_TIMED // len(rows), _LEAST)])
+        for row in own:
+            images[row].update(gflops=list(gflops), latencies=list(latencies))
 
 
 def _every_exit(model: DynamicDetector, inputs: Tensor, samples: SampleList,

@@ -255,12 +255,12 @@ def _exit(exit: int, exits: int) -> int:
 
 
 def _costs(record: Mapping, is_hard: np.ndarray, exits: Tuple[int, int]) -> dict:
-    share, (easy, hard) = float(is_hard.mean()), exits
-    gflops, latencies = record['gflops'], record['latencies']
-    return dict(
-        hard_share=share,
-        gflops=(1 - share) * gflops[easy] + share * gflops[hard],
-        latency=(1 - share) * latencies[easy] + share * latencies[hard])
+    """Means over the images, each by its own cost where the record has it."""
+    means = {}
+    for name, key in (('gflops', 'gflops'), ('latency', 'latencies')):
+        each = np.array([image.get(key, record[key]) for image in record['images']], float)[:, list(exits)]
+        means[name] = float(np.where(is_hard, each[:, 1], each[:, 0]).mean())
+    return dict(hard_share=float(is_hard.mean()), **means)
 
 
 def _worth(chance: Chance, is_hard: np.ndarray) -> dict:

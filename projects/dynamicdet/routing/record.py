@@ -6,11 +6,12 @@ A record is a plain dictionary:
   ``detections``: K lists, one per exit, of COCO results without ``image_id``, boxes x, y, w, h in the
   image's own frame. It may have ``losses``: K floats; ``features``: what the router saw, (d,) float32;
   ``objects``: annotated objects without crowds; ``entropy``: of the grey levels, in bits, in [0, 8];
+  ``gflops`` and ``latencies``: its own cost under each exit, K floats each, units as below;
   ``view``: detections of an augmented view, like ``detections``, boxes in the original frame. What one
   image has, all have.
 * ``gflops``: mean per image of each exit, K floats, 2 x multiply-adds.
 * ``latencies``: of each exit, K floats, seconds per image.
-* ``provenance``: a dictionary of strings and numbers.
+* ``provenance``: a dictionary of strings, numbers and lists of them.
 
 The file is numpy's compressed ``.npz``, without pickles: detections of an exit lie one below the other,
 with the index of their image.
@@ -31,7 +32,10 @@ _FORMAT, _VERSION = 'dynamicdet record', 1
 #: What every image has besides detections: name -> type. Text is of any length.
 _REQUIRED = dict(id=np.int64, file=np.str_, difficulty=np.float64)
 #: What images may have besides.
-_OPTIONAL = dict(losses=np.float64, features=np.float32, objects=np.int64, entropy=np.float64)
+_OPTIONAL = dict(losses=np.float64, features=np.float32, objects=np.int64, entropy=np.float64,
+                 gflops=np.float64, latencies=np.float64)
+#: Of these, what has a number for each exit.
+_BY_EXIT = ('losses', 'gflops', 'latencies')
 #: Keys of an image that hold a list of COCO results per exit; the second is optional.
 _DETECTIONS = ('detections', 'view')
 #: What else np.load raises on a file that is cut short or foreign.
@@ -165,8 +169,7 @@ def _shapes(arrays: Mapping[str, np.ndarray], images: int, exits: int) -> Dict[s
     names = [f'image_{name}' for name in _OPTIONAL if f'image_{name}' in arrays]
     shapes = {name: (images, ) for name in [*names, *(f'image_{name}' for name in _REQUIRED)]}
     shapes.update(gflops=(exits, ), latencies=(exits, ), provenance=())
-    if 'image_losses' in names:
-        shapes['image_losses'] = (images, exits)
+    shapes.update({f'image_{name}': (images, exits) for name in _BY_EXIT if f'image_{name}' in names})
     if 'image_features' in names:
         shapes['image_features'] = (images, arrays['image_features'].size // images)
     for name in _DETECTIONS[:1 + (f'{_DETECTIONS[1]}0_boxes' in arrays)]:
