@@ -11,7 +11,7 @@ from mmdet.registry import MODELS
 
 sys.path.insert(0, str(ROOT / 'tools' / 'experiments'))
 import routing_page  # noqa: E402
-from routing_results import with_losses_of  # noqa: E402
+from routing_results import over_all_exits, with_losses_of  # noqa: E402
 from routing_runs import AUGMENTED, DATA, HELD_OUT, all_runs  # noqa: E402
 from steps import do_all, run, wait_for  # noqa: E402
 
@@ -102,6 +102,23 @@ def test_peers_pay_for_what_they_look_at():
     assert routing_page.at_equal_cost(run, line) == 0
     assert routing_page.at_equal_cost(run, dict(line, charge=1.0)) == -5
     assert routing_page.at_equal_cost(run, dict(line, charge=9.0)) == -10
+
+
+def test_images_go_over_three_exits_by_rank():
+    """Of four images at half hard, a quarter stay at the first, a quarter go to the last; the hardest furthest."""
+    seen = []
+
+    class Mixtures:
+        exits = 3
+
+        def ap(self, choice):
+            seen.append(choice.tolist())
+            return float(sum(choice))
+
+    found = over_all_exits(Mixtures(), np.array([0.1, 0.9, 0.5, 0.4]), [1.0, 2.0, 4.0])
+    half = len(found['ap']) // 2
+    assert seen[half] == [0, 2, 1, 1] and found['ap'][half] == 4
+    assert found['gflops'][half] == (1 + 4 + 2 + 2) / 4 and len(found['gflops']) == 9
 
 
 def test_seeds_without_a_figure_are_named():

@@ -176,6 +176,17 @@ def above_paper(runs: Sequence[Mapping], kind: str, name: str) -> str:
     return f'{(own - paper).mean():+.2f} ({ends[0]:+.2f} to {ends[1]:+.2f})'
 
 
+def all_exits_table(runs: Sequence[Mapping]) -> str:
+    """AP and cost along the shares, beside those of the first and the last exit alone at the same cost."""
+    rows = []
+    for place, share in enumerate(SHARES[1:-1]):
+        own = [run['all_exits'][ROUTER] for run in runs]
+        pairs = [np.interp(one['gflops'][place], *curve(run)) for one, run in zip(own, runs)]
+        rows.append([f'{share:.0%}', several([one['gflops'][place] for one in own], 3),
+                     several([one['ap'][place] for one in own]), several(pairs)])
+    return table(['hard share', 'GFLOPs', 'AP', 'AP of the first and the last exit at that cost'], rows)
+
+
 def correlations(values: Sequence[Optional[float]]) -> str:
     """A router that gives all images the same score has none."""
     known = [value for value in values if value is not None]
@@ -248,6 +259,8 @@ def main() -> None:
                       f'\nThe router is "{ROUTER}".\n', leads_table(runs, detector, list(plain.values()))]
         for variant, found in dynamic.items():
             parts += [f'### Routers of `{variant}`\n', routers_table(found)]
+            if 'all_exits' in found[0]:
+                parts += ['Over all exits, a threshold for each, by "' + ROUTER + '":\n', all_exits_table(found)]
     write_atomically(picture(runs), ROOT / 'docs' / 'images' / 'routing_front.png')
     write_atomically('\n'.join(parts).encode(), PAGE)
     print(PAGE)

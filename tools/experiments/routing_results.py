@@ -12,6 +12,7 @@ from dynamicdet.routing.merit import efficacy, normalised_gain
 from dynamicdet.routing.oracle import honest_choices, oracle_choices
 from dynamicdet.routing.peers import PEERS, charge, peer_scores
 from dynamicdet.routing.strata import benefits, by_objects, by_size, rank_correlations
+from dynamicdet.routing.thresholds import shares_beyond
 
 #: Bootstrap resamples, all with seed 0: AP on each is kept, so that runs compare on the same images.
 RESAMPLES = 100
@@ -71,6 +72,22 @@ def dynamic_results(test: Mapping, test_coco: COCO, sources: Mapping[str, Mappin
         honest=_judge(chance, honest, honest), oracle=_judge(chance, luck, honest),
         routers={name: _judge_scores(chance, scores, honest, gained) for name, scores in routers.items()},
         peers=_peers(test, sources, train_coco, chance, honest, gained, seed))
+    if mixtures.exits > 2:
+        found['all_exits'] = {name: over_all_exits(mixtures, scores, test['gflops'])
+                              for name, scores in routers.items()}
+    return found
+
+
+def over_all_exits(mixtures: Mixtures, scores: np.ndarray, gflops: Sequence[float]) -> Dict[str, List[float]]:
+    """AP, and mean GFLOPs, where a threshold for each exit shares the images out as one hard share has it (see
+    `shares_beyond`)."""
+    rank = np.argsort(np.argsort(-np.asarray(scores), kind='stable'), kind='stable')
+    found: Dict[str, List[float]] = dict(ap=[], gflops=[])
+    for share in INNER:
+        counts = [round(beyond * len(rank)) for beyond in shares_beyond(share, mixtures.exits)]
+        choice = sum((rank < count).astype(int) for count in counts)
+        found['ap'].append(mixtures.ap(choice))
+        found['gflops'].append(float(np.asarray(gflops)[choice].mean()))
     return found
 
 

@@ -103,8 +103,7 @@ def all_runs(root: str = DATA['root']) -> List[Run]:
     runs = [_pretraining(name, '', {}, root) for name in DETECTORS]
     for seed in SEEDS:
         for name in DETECTORS:
-            dynamic = [_dynamic(name, variant, seed, root) for variant in DYNAMIC
-                       if seed == 0 or variant != 'triple']
+            dynamic = [_dynamic(name, variant, seed, root) for variant in DYNAMIC]
             plain = [_plain(name, variant, seed, root) for variant in SIZES] if seed == 0 else []
             runs += dynamic[:2] + plain + dynamic[2:]
     runs += _few('yolox', root)
