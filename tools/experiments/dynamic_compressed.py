@@ -7,8 +7,9 @@ work_dirs/routing. Latencies come last, by `--clock`, on a machine that does not
 """
 import argparse
 import itertools
+import os
 from pathlib import Path
-from typing import List
+from typing import List, Sequence
 
 from dynamic_compressed_measure import CONFIG, FORMS, SIDES, WEIGHTS
 from mmengine.config import Config
@@ -16,7 +17,7 @@ from mmengine.registry import init_default_scope
 from routing import WORK as ROUTING
 from routing import make_data
 from routing import train as train_run
-from routing_runs import DETECTORS, HELD_OUT, PRETRAINING, SEEDS, all_runs
+from routing_runs import DATA, DETECTORS, HELD_OUT, PRETRAINING, SEEDS, all_runs, data_options
 from steps import ROOT, do_all, reading, run, wait_for
 
 from dynamicdet.apis import cli
@@ -24,6 +25,7 @@ from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
 from dynamicdet.engine import latest_checkpoint
 from dynamicdet.engine.atomic_backend import write_atomically
 from dynamicdet.errors import UsageError
+from dynamicdet.testing import randomise
 from mmdet.registry import MODELS
 
 WORK = ROOT / 'work_dirs' / 'dynamic_compressed'
@@ -36,6 +38,10 @@ KINDS = ('whole', 'pruned', 'tuned')
 DEPLOYED = KINDS[:2]
 #: Share of channels that goes, from every layer; what is left is a multiple of 8, as layers are this narrow.
 SHARE, ROUND_TO = 0.35, 8
+#: A detector of the size that users have, with random weights: for latencies alone, on these many test images, in
+#: these many rounds. Its layers are not tried in 8 bits one by one.
+FULL, FULL_SIDE, FULL_TIMES = dict(faster_rcnn_r50='configs/dy_faster_rcnn.py'), 640, (2, 7)
+UNTRIED = ('--noise=inf', '--calibrate-images=8')
 #: As the detector was tuned itself, but on all images. A validation in the middle of a run tells nothing that
 #: the test set does not.
 TUNING = (f'train_dataloader.dataset.indices={PRETRAINING}', 'val_dataloader=None', 'val_evaluator=None',
@@ -119,6 +125,31 @@ def tune(folder: Path, *options: str) -> Path:
     return Path(latest_checkpoint(str(done.parent)))
 
 
+def prepare_full(name: str) -> List[Path]:
+    """Folders of a full-size detector, whole and pruned, with its graphs."""
+    folders = [WORK / f'{name}-{kind}' for kind in DEPLOYED]
+    whole, pruned = folders
+    whole.mkdir(parents=True, exist_ok=True)
+    with reading:
+        cfg = Config.fromfile(ROOT / FULL[name])
+        digits = Config.fromfile(ROOT / DETECTORS['faster_rcnn'].dynamic)
+    digits.merge_from_dict(data_options(DATA['root'], FULL_SIDE))
+    for key in ('val_dataloader', 'val_evaluator', 'test_dataloader', 'test_evaluator'):
+        cfg[key] = digits[key]
+    cfg.dump(whole / CONFIG)
+    init_default_scope('mmdet')
+    if not (whole / WEIGHTS).exists():
+        model = randomise(MODELS.build(cfg.model), SEEDS[0])
+        write_checkpoint(dict(state_dict=model.state_dict(), meta={}), str(whole / WEIGHTS))
+    once(pruned / CONFIG, 'tools/prune.py', whole / CONFIG, whole / WEIGHTS, f'--out={pruned}',
+         f'--name={Path(CONFIG).stem}', f'--block=*={SHARE}', '--shape', 320, 320, log=WORK / 'full.log')
+    if not (pruned / WEIGHTS).exists():
+        os.link(pruned / f'{Path(CONFIG).stem}.pth', pruned / WEIGHTS)
+    for folder in folders:
+        export(folder, ('float32', 'int8'), UNTRIED)
+    return folders
+
+
 PREPARE = dict(zip(KINDS, (prepare_whole, prepare_pruned, prepare_tuned)))
 
 
@@ -134,11 +165,11 @@ def route(cascade: Path, folder: Path) -> None:
          '--device=cpu', f'--out={folder / WEIGHTS}', log=log)
 
 
-def export(folder: Path) -> None:
+def export(folder: Path, forms: Sequence[str] = tuple(FORMS), more: Sequence[str] = ()) -> None:
     """The graphs, in float32 and in 8 bits."""
-    for form, options in FORMS.items():
-        if options is not None:
-            once(folder / form, 'tools/export.py', folder / CONFIG, folder / WEIGHTS, *options,
+    for form in forms:
+        if FORMS[form] is not None:
+            once(folder / form, 'tools/export.py', folder / CONFIG, folder / WEIGHTS, *FORMS[form], *more,
                  f'--out={folder / form}', log=folder / 'export.log')
 
 
@@ -184,10 +215,18 @@ def by_the_clock(only: List[str]) -> None:
             if not is_done(folder.name) or not all((folder / form).exists() for form in ('float32', 'int8')):
                 raise UsageError(f'{folder} lacks detectors to time: run this without --clock first; if '
                                  f'{RESULTS / folder.name}.json is there, remove it before')
-        measured = WORK / f'{name}.json'
-        run(MEASURE, 'clock', str(measured), str(side), *map(str, folders), log=WORK / f'{name}.log')
-        write_atomically(measured.read_bytes(), RESULTS / f'{name}.json')
-        print(f'{name} done', flush=True)
+        take_time(name, side, SIDES[side], folders)
+    for full in FULL:
+        name = f'{full}-clock_{FULL_SIDE}'
+        if not is_done(name) and any(part in name for part in only):
+            take_time(name, FULL_SIDE, FULL_TIMES, prepare_full(full))
+
+
+def take_time(name: str, side: int, times: Sequence[int], folders: Sequence[Path]) -> None:
+    measured = WORK / f'{name}.json'
+    run(MEASURE, 'clock', str(measured), str(side), *map(str, (*times, *folders)), log=WORK / f'{name}.log')
+    write_atomically(measured.read_bytes(), RESULTS / f'{name}.json')
+    print(f'{name} done', flush=True)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """AP and file size, or latency, of one detector's variants, for the experiment on dynamic and compressed.
 
     python tools/experiments/dynamic_compressed_measure.py ap OUT.json FOLDER
-    python tools/experiments/dynamic_compressed_measure.py clock OUT.json SIDE FOLDER FOLDER
+    python tools/experiments/dynamic_compressed_measure.py clock OUT.json SIDE IMAGES ROUNDS FOLDER FOLDER
 
 A FOLDER holds a calibrated dynamic detector: config.py, calibrated.pth, and graphs in float32/ and int8/. APs that are in
 OUT.json already are not measured again. Latencies are of all variants of all folders, in turns, on images of
@@ -45,10 +45,9 @@ FORMS: Dict[str, Optional[Tuple[str, ...]]] = dict(
 UNTIMED = ('eager_int8', 'int8_all')
 #: How the .ddz file of a form is written.
 LOSSY = dict(eager=Lossy(), eager_int8=Lossy(int8=[]))
-#: Sides at which latency is measured, and on how many test images: that of the experiment, and one at which
-#: networks outweigh what is around them, as on users' images. Then in how many rounds.
-SIDES = {128: 20, 640: 6}
-ROUNDS = 15
+#: Sides at which latency is measured: that of the experiment, and one at which networks outweigh what is around
+#: them, as on users' images; on how many test images, and in how many rounds.
+SIDES = {128: (20, 15), 640: (6, 15)}
 
 
 def load(folder: Path, form: str) -> Tuple[DynamicDetector, int]:
@@ -91,7 +90,7 @@ def judge(model: DynamicDetector, loader, coco: COCO) -> dict:
         for name, choice in choices.items()})
 
 
-def measure_latencies(folders: Sequence[Path], side: int, out: Path) -> None:
+def measure_latencies(folders: Sequence[Path], side: int, images: int, rounds: int, out: Path) -> None:
     """Seconds per image of all detectors at each exit and at half hard: batch 1, images of some side in
     memory, from preprocessing to boxes, all taking turns."""
     before = os.getloadavg()[0]
@@ -99,15 +98,15 @@ def measure_latencies(folders: Sequence[Path], side: int, out: Path) -> None:
     resize, = (step for step in cfg.test_dataloader.dataset.pipeline if step.type == 'Resize')
     resize.scale = (side, side)
     dataset = build_loader(dict(cfg.test_dataloader, num_workers=0, persistent_workers=False)).dataset
-    batches = [pseudo_collate([dataset[index]]) for index in range(min(SIDES[side], len(dataset)))]
+    batches = [pseudo_collate([dataset[index]]) for index in range(min(images, len(dataset)))]
     tasks = {}
     for folder in folders:
         for form in (form for form in FORMS if form not in UNTIMED):
             model, _ = load(folder, form)
             tasks.update({f'{folder.name}/{form}/{name}': task for name, task in tasks_of(model, batches)})
-    seconds = interleave(tasks, ROUNDS, cli.progress, 'latencies')
+    seconds = interleave(tasks, rounds, cli.progress, 'latencies')
     facts = dict(provenance(cfg, str(folders[0] / WEIGHTS), dataset, 'cpu'), images=len(batches), side=side,
-                 rounds=ROUNDS, vnni=not needs_reduced_range(), load_before=before,
+                 rounds=rounds, vnni=not needs_reduced_range(), load_before=before,
                  load_after=os.getloadavg()[0], onnxruntime=need('onnxruntime').__version__)
     points = {name: quartiles(values / len(batches)) for name, values in seconds.items()}
     write_atomically(json.dumps(dict(provenance=facts, points=points)).encode(), out)
@@ -126,7 +125,8 @@ def main() -> None:
     if what == 'ap':
         measure_ap(Path(more[0]), Path(out))
     else:
-        measure_latencies([Path(folder) for folder in more[1:]], int(more[0]), Path(out))
+        side, images, rounds, *folders = more
+        measure_latencies([Path(folder) for folder in folders], int(side), int(images), int(rounds), Path(out))
 
 
 if __name__ == '__main__':
