@@ -40,6 +40,9 @@ def parse_args() -> argparse.Namespace:
         '--reduce-range', choices=['auto', 'yes', 'no'], default='auto',
         help='weights of 7 bits, for x86 processors without VNNI; auto asks this machine')
     parser.add_argument(
+        '--float-between', action='store_true',
+        help='sums, joins, pooling and SiLU between layers stay float: slower, and a little closer to float32')
+    parser.add_argument(
         '--compress', action='store_true', help='graphs by zstd: smaller files, as fast once they are loaded')
     parser.add_argument('--cfg-options',
                         nargs='+',
@@ -82,7 +85,8 @@ def main() -> None:
         with cli.silence():
             loader = build_loader(settings)
     about = deploy(cfg, args.checkpoint, args.out, loader, cli.progress, args.calibrate_images, args.ranges,
-                   args.noise, args.float_share, dict(yes=True, no=False).get(args.reduce_range), args.compress)
+                   args.noise, args.float_share, dict(yes=True, no=False).get(args.reduce_range), args.compress,
+                   not args.float_between)
     for name, layers in about.get('layers', {}).items():
         print(
             f'{name}: noise {layers["noise_all_int8"]:.2g} of the signal in 8 bits; '

@@ -1,5 +1,6 @@
 """From a trained detector to a deployment folder."""
 import math
+from dataclasses import replace
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import torch
@@ -56,7 +57,8 @@ def deploy(cfg: Config,
            noise: float = 0.01,
            share: float = 0.1,
            reduced: Optional[bool] = None,
-           compress: bool = False) -> Dict[str, Any]:
+           compress: bool = False,
+           between: bool = True) -> Dict[str, Any]:
     """Write a detector as a deployment folder.
 
     Args:
@@ -72,6 +74,8 @@ def deploy(cfg: Config,
         reduced (bool, optional): Whether weights have 7 bits. Defaults to what this processor needs, or to
             what was trained with.
         compress (bool): Whether graphs are written by zstd. Defaults to False.
+        between (bool): Whether what is between layers has 8 bits, too, see `int8.BETWEEN`; trained ranges are of
+            layers alone. Defaults to True.
 
     Returns:
         dict: What was done, as in the manifest; with ``bytes``.
@@ -99,7 +103,7 @@ def deploy(cfg: Config,
         batches = _first(loader, images)
         shares = _hard_shares(deployed, batches, progress)
         contents, details = _int8(
-            deployed, stages, exported, batches, progress, trained, method, noise, share, reduced)
+            deployed, stages, exported, batches, progress, trained, method, noise, share, reduced, between)
         about.update(details)
         _place(stages, contents, exported)
         if shares is not None:
@@ -146,7 +150,7 @@ def _drive(model: BaseDetector, batches: Sequence[dict], progress: Progress, wha
 
 def _int8(model: BaseDetector, stages: Sequence[Stage], exported: Mapping[str, Exported],
           batches: Sequence[dict], progress: Progress, trained: Optional[Mapping[str, Any]], method: str,
-          noise: float, share: float, reduced: Optional[bool]) -> Tuple[Dict[str, bytes], Dict[str, Any]]:
+          noise: float, share: float, reduced: Optional[bool], between: bool) -> Tuple[Dict[str, bytes], Dict[str, Any]]:
     """Graphs in 8 bits, and what was found on the way."""
     observers = {stage.name: Observer() for stage in stages}
     feeds: Dict[str, List[Tuple[Tensor, ...]]] = {stage.name: [] for stage in stages}
@@ -169,12 +173,12 @@ def _int8(model: BaseDetector, stages: Sequence[Stage], exported: Mapping[str, E
                 sum(cost for name, cost in costs.items() if name not in spared) or 1)
         else:
             predictions, own = prediction_layers(content, costs, share) if stage.predicts else ((), 0.0)
-            recipe = Recipe(observers[stage.name].ranges(method), (*spared, *predictions), reduced)
+            recipe = Recipe(observers[stage.name].ranges(method), (*spared, *predictions), reduced, between)
             # Of the other layers, what is left of the share.
             result = choose_float(content, recipe, feeds[stage.name], costs, noise,
                                   max(0.0, share - own) / (1 - own) if own < 1 else 0.0)
             result.share = own + result.share * (1 - own)
-            recipe = Recipe(recipe.ranges, (*recipe.float_layers, *result.chosen), reduced)
+            recipe = replace(recipe, float_layers=(*recipe.float_layers, *result.chosen))
         contents[stage.name] = quantise_graph(content, recipe)
         found[stage.name] = dict(
             float_layers=list(recipe.float_layers), float_share=result.share,

@@ -7,7 +7,7 @@ Three steps, each on the graphs of all stages:
 3. `quantise_graph`.
 """
 import platform
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
@@ -20,6 +20,11 @@ from .stages import Stage
 
 #: Layers, that is what has weights, and what is part of them.
 LAYERS = ('Conv', 'Gemm')
+#: What may stay in 8 bits between layers: sums, joins, pooling, and SiLU, which is a sigmoid and a product. In float,
+#: SiLU takes as long as the convolutions in 8 bits.
+BETWEEN = ('Add', 'Concat', 'MaxPool', 'Mul', 'Resize', 'Sigmoid')
+#: Of these, what gives the values that it takes: scale and zero stay.
+_SAME = ('MaxPool', 'Resize')
 _BINS = 2048
 Range = Tuple[float, float]
 
@@ -117,9 +122,12 @@ def watched(content: bytes) -> bytes:
 
 
 def _activations(model: Any) -> List[str]:
-    """What enters and leaves layers, and ReLUs behind them; but what enters the graph is known already."""
+    """What enters and leaves layers, ReLUs behind them, and what is between; but what enters the graph is known
+    already."""
     inputs = {one.name for one in model.graph.input}
     names: Dict[str, None] = {}
+    for node in _between(model, {node.output[0] for node in layers_of(model)}):
+        names.update(dict.fromkeys((*_data_of(model, node), *node.output)))
     for node in layers_of(model):
         leaving = node.output[0]
         relu = only_relu(model, leaving)
@@ -133,6 +141,34 @@ def layers_of(model: Any) -> List[Any]:
     """Nodes with weights."""
     weights = {one.name for one in model.graph.initializer}
     return [node for node in model.graph.node if node.op_type in LAYERS and node.input[1] in weights]
+
+
+def _data_of(model: Any, node: Any) -> List[str]:
+    """What a node takes that is no constant."""
+    constants = {one.name for one in model.graph.initializer} | {
+        name for one in model.graph.node if one.op_type == 'Constant' for name in one.output}
+    return [name for name in node.input if name and name not in constants]
+
+
+def _between(model: Any, eight: Iterable[str]) -> List[Any]:
+    """Nodes of `BETWEEN`, and ReLUs, that take nothing but tensors in 8 bits and from which a layer is reached; in order.
+
+    Args:
+        model: The graph.
+        eight (Iterable[str]): What layers in 8 bits give.
+    """
+    eight, found = set(eight), []
+    for node in model.graph.node:
+        data = _data_of(model, node)
+        if node.op_type in (*BETWEEN, 'Relu') and data and all(name in eight for name in data):
+            found.append(node)
+            eight.update(node.output)
+    wanted, kept = {node.input[0] for node in layers_of(model)}, []
+    for node in reversed(found):
+        if wanted.intersection(node.output):
+            kept.append(node)
+            wanted.update(_data_of(model, node))
+    return kept[::-1]
 
 
 def only_relu(model: Any, name: str) -> Optional[Any]:
@@ -153,10 +189,12 @@ class Recipe:
         ranges (dict): Tensor -> lowest and highest value.
         float_layers (tuple[str]): Names of nodes that stay float.
         reduced (bool): Whether weights have 7 bits.
+        between (bool): Whether what is between layers in 8 bits is, too (`BETWEEN`).
     """
     ranges: Dict[str, Range]
     float_layers: Tuple[str, ...] = ()
     reduced: bool = False
+    between: bool = False
 
 
 def quantise_graph(content: bytes, recipe: Recipe) -> bytes:
@@ -172,14 +210,20 @@ def quantise_graph(content: bytes, recipe: Recipe) -> bytes:
     if not names:
         return content
     relus = [node.name for node in model.graph.node if node.op_type == 'Relu']
+    own = {node.output[0] for node in layers_of(model) if node.name in names}
+    between = [node for node in _between(model, own) if recipe.between and node.op_type in BETWEEN]
+    same = {name for node in between if node.op_type in _SAME for name in node.output}
     data, overrides = {}, {}
     for name, (low, high) in recipe.ranges.items():
+        if name in same:
+            continue
         scale, zero = activation_scale(low, high)
         data[name] = TensorData(lowest=np.float32(low), highest=np.float32(high))
         overrides[name] = [dict(scale=np.array(scale), zero_point=np.array(zero, np.uint8))]
     quantiser = QDQQuantizer(
-        model, True, recipe.reduced, QuantType.QInt8, QuantType.QUInt8, data, names + relus, [],
-        [*LAYERS, 'Relu'], dict(TensorQuantOverrides=overrides))
+        model, True, recipe.reduced, QuantType.QInt8, QuantType.QUInt8, data,
+        [*names, *relus, *(node.name for node in between)], [],
+        [*LAYERS, 'Relu', *{node.op_type for node in between}], dict(TensorQuantOverrides=overrides))
     quantiser.quantize_model()
     return quantiser.model.model.SerializeToString()
 
@@ -264,8 +308,7 @@ def choose_float(content: bytes,
     reference = [list(exact.arrays(*inputs).values()) for inputs in feeds]
 
     def measure(kept_float: Iterable[str]) -> float:
-        quantised = quantise_graph(content, Recipe(recipe.ranges, (*recipe.float_layers, *kept_float),
-                                                   recipe.reduced))
+        quantised = quantise_graph(content, replace(recipe, float_layers=(*recipe.float_layers, *kept_float)))
         return noise_of(reference, Graph(quantised, None), feeds)
 
     before = measure(())
