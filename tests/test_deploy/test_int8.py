@@ -1,11 +1,11 @@
-"""Which layers are predictions: found in the graph, spared as far as their cost allows."""
+"""Which layers are predictions: found in the graph, spared as far as their cost allows; and what is between layers."""
 import onnx
 import pytest
 import torch
 from torch import nn
 
-from dynamicdet.deploy.graphs import _export
-from dynamicdet.deploy.int8 import layers_of, prediction_layers
+from dynamicdet.deploy.graphs import Graph, _export
+from dynamicdet.deploy.int8 import Observer, Recipe, layers_of, prediction_layers, quantise_graph, watched
 from dynamicdet.deploy.stages import Stage, find_stages
 from dynamicdet.testing import tiny_detector
 from mmdet.registry import MODELS
@@ -54,3 +54,49 @@ def test_heads_predict_and_backbones_do_not():
     stages = find_stages(MODELS.build(tiny_detector('faster_rcnn')))
     assert [stage.name for stage in stages if stage.predicts] == ['branch0', 'branch0.bbox_head0']
     assert [stage.name for stage in stages if not stage.predicts] == ['first']
+
+
+class Between(nn.Module):
+    """SiLU, a sum, pooling, a join and an enlargement between convolutions; at the end a score of what is in float."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        one = nn.functional.silu(self.first(x))
+        two = one + nn.functional.silu(self.second(one))
+        pooled = nn.functional.max_pool2d(two, 3, 2, 1)
+        large = nn.functional.interpolate(pooled, scale_factor=2, mode='nearest')
+        return self.last(torch.cat([two, large], dim=1)), two.mean(dim=(2, 3)).sigmoid()
+
+
+def test_what_is_between_layers_stays_in_8_bits():
+    torch.manual_seed(0)
+    module, images = Between().eval(), torch.randn(2, 3, 8, 8)
+    content = _export(Stage('between', module, lambda run: None, (module, )), (images, )).content
+    observer = Observer()
+    observer(dict(in0=images.numpy(), **Graph(watched(content), None).arrays(images)))
+    ranges = observer.ranges('minmax')
+    found = {between: quantise_graph(content, Recipe(ranges, between=between)) for between in (False, True)}
+    assert kinds_in_float(found[False]) >= {'Sigmoid', 'Mul', 'Add', 'MaxPool', 'Concat', 'Resize'}
+    # The score is none of it: no layer reads it.
+    assert kinds_in_float(found[True]) & {'Sigmoid', 'Mul', 'Add', 'MaxPool', 'Concat', 'Resize'} == {'Sigmoid'}
+    exact = list(Graph(content, None).arrays(images).values())
+    for one in found.values():
+        for got, wanted in zip(Graph(one, None).arrays(images).values(), exact):
+            assert 0 < ((got - wanted)**2).sum() / (wanted**2).sum() < 1e-3
+    # A layer that stays float, and what it gives.
+    names = [node.name for node in layers_of(onnx.load_from_string(content))]
+    spared = quantise_graph(content, Recipe(ranges, tuple(names[1:2]), between=True))
+    assert {'Add', 'Concat'} <= kinds_in_float(spared)
+
+
+def kinds_in_float(content):
+    """Operators that take what was not in 8 bits before."""
+    model = onnx.load_from_string(content)
+    whole = {name for node in model.graph.node if node.op_type == 'DequantizeLinear' for name in node.output}
+    constants = {one.name for one in model.graph.initializer} | {
+        name for node in model.graph.node if node.op_type == 'Constant' for name in node.output}
+    return {node.op_type for node in model.graph.node if node.op_type not in ('QuantizeLinear', 'DequantizeLinear')
+            and any(name not in whole and name not in constants for name in node.input if name)}

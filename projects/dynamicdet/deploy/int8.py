@@ -144,10 +144,11 @@ def layers_of(model: Any) -> List[Any]:
 
 
 def _data_of(model: Any, node: Any) -> List[str]:
-    """What a node takes that is no constant."""
+    """What a node takes that is no constant; of an enlargement the map, not the size."""
     constants = {one.name for one in model.graph.initializer} | {
         name for one in model.graph.node if one.op_type == 'Constant' for name in one.output}
-    return [name for name in node.input if name and name not in constants]
+    taken = node.input[:1] if node.op_type == 'Resize' else node.input
+    return [name for name in taken if name and name not in constants]
 
 
 def _between(model: Any, eight: Iterable[str]) -> List[Any]:
