@@ -74,8 +74,8 @@ def deploy(cfg: Config,
         reduced (bool, optional): Whether weights have 7 bits. Defaults to what this processor needs, or to
             what was trained with.
         compress (bool): Whether graphs are written by zstd. Defaults to False.
-        between (bool): Whether what is between layers has 8 bits, too, see `int8.BETWEEN`; trained ranges are of
-            layers alone. Defaults to True.
+        between (bool): Whether what is between layers has 8 bits, too, see `int8.BETWEEN`, in stages that do not
+            predict; trained ranges are of layers alone. Defaults to True.
 
     Returns:
         dict: What was done, as in the manifest; with ``bytes``.
@@ -173,7 +173,9 @@ def _int8(model: BaseDetector, stages: Sequence[Stage], exported: Mapping[str, E
                 sum(cost for name, cost in costs.items() if name not in spared) or 1)
         else:
             predictions, own = prediction_layers(content, costs, share) if stage.predicts else ((), 0.0)
-            recipe = Recipe(observers[stage.name].ranges(method), (*spared, *predictions), reduced, between)
+            # A head's SiLU is what predictions are made of: see docs/int8.md for what rounding it costs.
+            recipe = Recipe(observers[stage.name].ranges(method), (*spared, *predictions), reduced,
+                            between and not stage.predicts)
             # Of the other layers, what is left of the share.
             result = choose_float(content, recipe, feeds[stage.name], costs, noise,
                                   max(0.0, share - own) / (1 - own) if own < 1 else 0.0)
