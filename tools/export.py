@@ -81,7 +81,8 @@ def main() -> None:
         cli.require_settings(cfg, 'val_dataloader')
         cli.check_data(cfg, 'val')
         settings = copy.deepcopy(cfg.val_dataloader)
-        settings.update(num_workers=0, persistent_workers=False)
+        # One by one: what all layers of an image give is kept until its ranges are known.
+        settings.update(num_workers=0, persistent_workers=False, batch_size=1)
         with cli.silence():
             loader = build_loader(settings)
     about = deploy(cfg, args.checkpoint, args.out, loader, cli.progress, args.calibrate_images, args.ranges,

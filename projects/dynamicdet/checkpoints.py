@@ -152,7 +152,7 @@ def require_complete(model: nn.Module,
     said = [f'{len(keys)} {what} (such as {", ".join(keys[:3])})'
             for what, keys in (('missing', missing), ('unknown', unknown), ('of another shape', shaped))
             if keys]
-    if _has_lost_channels(given, wanted):
+    if _lost_channels(given, wanted):
         said.append(_LOST)
     if said:
         raise UsageError(f'the checkpoint does not fit this config; its keys: {"; ".join(said)}')
@@ -161,12 +161,13 @@ def require_complete(model: nn.Module,
 _LOST = 'it looks like a detector that has lost channels: use the config that tools/prune.py wrote beside it'
 
 
-def _has_lost_channels(given: Mapping[str, tuple], wanted: Mapping[str, tuple]) -> bool:
-    """Whether shapes are those of a detector with fewer channels: more than a head for other classes."""
+def _lost_channels(given: Mapping[str, tuple], wanted: Mapping[str, tuple]) -> List[str]:
+    """Keys with fewer channels, if so many have that it is more than a head for other classes."""
     shaped = [key for key in given if key in wanted and given[key] != wanted[key] and key != 'difficulties']
-    return 4 * len(shaped) > len(wanted) and all(
+    fewer = 4 * len(shaped) > len(wanted) and all(
         len(given[key]) == len(wanted[key]) and all(a <= b for a, b in zip(given[key], wanted[key]))
         for key in shaped)
+    return shaped if fewer else []
 
 
 def require_all_channels(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
@@ -184,8 +185,10 @@ def require_all_channels(model: nn.Module, state: Mapping[str, torch.Tensor]) ->
     if hasattr(model, 'spread_plain_weights'):
         state = model.spread_plain_weights(state)
     given, wanted = ({key: tuple(value.shape) for key, value in one.items()} for one in (state, model.state_dict()))
-    if _has_lost_channels(given, wanted):
-        raise UsageError(f'the checkpoint does not fit this config: {_LOST}')
+    shaped = _lost_channels(given, wanted)
+    if shaped:
+        raise UsageError(f'the checkpoint does not fit this config; its keys: {len(shaped)} of another shape (such as '
+                         f'{", ".join(shaped[:3])}); {_LOST}')
 
 
 def is_plain(state: Mapping[str, torch.Tensor]) -> bool:

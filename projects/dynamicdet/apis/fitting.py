@@ -154,13 +154,15 @@ def ground_truths(records: Sequence[Mapping], objective: Objective) -> Optional[
     """
     if GAINS[objective.gain].values != 'ap':
         return None
-    return [_ground_truth(record.get('provenance', {})) for record in records]
+    facts = [record.get('provenance', {}) for record in records]
+    named = [(str(one.get('ann_file', '')), tuple(one.get('categories', ()))) for one in facts]
+    cocos = {one: _ground_truth(*one) for one in set(named)}
+    return [cocos[one] for one in named]
 
 
-def _ground_truth(facts: Mapping):
-    path = str(facts.get('ann_file', ''))
+def _ground_truth(path: str, categories: Sequence[int]):
     try:
-        return read_truth(path, facts.get('categories') or None)
+        return read_truth(path, categories or None)
     except OSError:
         raise UsageError(f"there is no annotation file at '{path}', where the record is from: gain 'ap' "
                          'needs it') from None

@@ -26,7 +26,7 @@ from .stages import Stage, find_stages
 
 Progress = Callable[[Iterable, str], Iterable]
 #: Batches on which layers are tried in 8 bits.
-_TRIED = 4
+_TRIED = 16
 
 
 def load_detector(cfg: Config, path: str) -> Tuple[BaseDetector, dict]:
