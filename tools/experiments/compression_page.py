@@ -181,7 +181,8 @@ def picture(points: Points) -> bytes:
                                   color=f'C{index}', alpha=0.15)
         axes.set(title=block.replace('_', ' '), xlabel='pruned, %', ylabel='AP50, %')
         axes.grid(alpha=0.3)
-    panels[0].legend(fontsize=8)
+    lines = {line.get_label(): line for axes in panels[:-1] for line in axes.lines}
+    panels[0].legend(lines.values(), lines, fontsize=7)
     families = {'shared values': 'values/share-', 'shared values, tuned': 'tuned-share-',
                 'int8': 'values/int8', 'L1 global (both), tuned': 'tuned-prune-both-',
                 'binary': 'values/binary-', 'as it was': 'base/'}
