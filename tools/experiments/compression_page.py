@@ -27,7 +27,7 @@ and AP50 on {images} test images of the built-in data, seed {seed}; {device}, {t
 differences are paired. Fine-tuning: one epoch on {tuning} training images, at a learning rate of 3e-4, of
 shared values 1e-4. MB are of whole `.ddz` files (1 MB = 1e6 bytes); in float32 it is {dense:.2f} MB.
 
-"No loss" means that zero, or more, lies within the interval of the difference, at this share and all below.
+"No loss" means that zero, or more, lies within the interval of the difference, at this share and all measured ones below.
 The **knee** is the share at which the curve is farthest above the straight line between its ends, both axes
 scaled to [0, 1] (Satopää et al. 2011).
 """
