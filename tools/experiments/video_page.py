@@ -165,7 +165,9 @@ def main() -> None:
                       'Least time for at most 1 AP lost, from records:\n', gates_table(runs[name])]
         if f'{name}_clock' in runs:
             clock = runs[f'{name}_clock']
-            parts += [CLOCK.format(**{**clock['provenance'], **clock}),
+            # Files of before say neither.
+            facts = dict(runs[name]['provenance'], load_before=float('nan'))
+            parts += [CLOCK.format(**{**facts, **clock.get('provenance', {}), **clock}),
                       clock_table(clock)]
     write_atomically(picture(runs), PICTURE)
     write_atomically('\n'.join(parts).encode(), PAGE)
