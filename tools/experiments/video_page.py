@@ -28,7 +28,7 @@ of 95 %, by {resamples} resamples of whole videos, the same for all runs, so tha
 multiply-adds. Gates are fitted to one half of the validation videos, and their thresholds are chosen on the other.
 """
 CLOCK = """By the clock, frame by frame, batch 1, videos in turn by all ways, {threads} threads, {device}, torch {torch}; load
-average {load_before:.2f} before; energy {energy}:
+average {load} before; energy {energy}:
 """
 #: How runs differ, and which other run each is held against.
 LABELS: Dict[str, tuple] = dict(
@@ -165,9 +165,9 @@ def main() -> None:
                       'Least time for at most 1 AP lost, from records:\n', gates_table(runs[name])]
         if f'{name}_clock' in runs:
             clock = runs[f'{name}_clock']
-            # Files of before say neither.
-            facts = dict(runs[name]['provenance'], load_before=float('nan'))
-            parts += [CLOCK.format(**{**facts, **clock.get('provenance', {}), **clock}),
+            # Files of before say neither machine nor load.
+            load = f"{clock['load_before']:.2f}" if 'load_before' in clock else 'not noted'
+            parts += [CLOCK.format(**{**runs[name]['provenance'], **clock.get('provenance', {}), **clock, 'load': load}),
                       clock_table(clock)]
     write_atomically(picture(runs), PICTURE)
     write_atomically('\n'.join(parts).encode(), PAGE)
