@@ -11,9 +11,9 @@ from dynamicdet.apis.fitting import require_own
 from dynamicdet.checkpoints import write_checkpoint
 from dynamicdet.errors import UsageError
 from dynamicdet.video.analysis import decision_seconds, load_truth
-from dynamicdet.video.building import learner
 from dynamicdet.video.calibration import calibrate_gate, put_calibration
-from dynamicdet.video.fitting import fit_learned_gate
+from dynamicdet.video.gates import name_of
+from dynamicdet.video.fitting import fit_parts
 from dynamicdet.video.record import read_video_record
 from dynamicdet.video.recording import load_early_exit_detector
 from dynamicdet.video.simulation import evidences
@@ -62,23 +62,22 @@ def main() -> None:
     model, checkpoint = load_early_exit_detector(cfg, args.checkpoint, fused=False)
     if model.gate is None:
         raise UsageError("the config's model has no gate: --cfg-options model.gate.type=AgreementGate")
-    if learner(model.gate) is not None and not args.fit_record and not any(
-            key.startswith('gate.') for key in checkpoint['state_dict']):
-        raise UsageError(f'the checkpoint has no trained {type(model.gate).__name__}: fit it by --fit-record')
+    untrained = model.gate.state_dict().keys() - {
+        key.removeprefix('gate.') for key in checkpoint['state_dict'] if key.startswith('gate.')}
+    if untrained and not args.fit_record:
+        raise UsageError(f'the checkpoint has no trained {name_of(model.gate)}: fit it by --fit-record')
     require_own([record], model.num_exits, args.checkpoint)
     facts = dict(record=args.record, wish=wish_of(args), config=args.config, frames=len(record['images']),
                  device=str(record['provenance'].get('device', '')))
     if args.fit_record:
-        if learner(model.gate) is None:
-            raise UsageError(f'{type(model.gate).__name__} does not learn: leave out --fit-record')
         other = read_video_record(args.fit_record)
         require_own([other], model.num_exits, args.checkpoint)
-        fit = fit_learned_gate(learner(model.gate),
-                               other,
-                               load_truth(other, args.fit_ann_file),
-                               seed=args.seed,
-                               progress=cli.counter('fits'))
-        facts.update(fit=dict(fit._asdict(), record=args.fit_record, seed=args.seed))
+        fits = fit_parts(model.gate, other, load_truth(other, args.fit_ann_file), seed=args.seed,
+                         progress=cli.counter('fits'))
+        if not fits:
+            raise UsageError(f'{name_of(model.gate)} does not learn: leave out --fit-record')
+        facts.update(fit={name: dict(own._asdict(), record=args.fit_record, seed=args.seed)
+                          for name, own in fits.items()})
     seconds = decision_seconds(model.gate, evidences(record))
     found = calibrate_gate(record, coco, model.gate, facts['wish'], args.by, seconds,
                            progress=cli.counter('settings'))

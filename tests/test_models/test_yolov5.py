@@ -234,7 +234,7 @@ def test_predictions_by_hand():
     torch.testing.assert_close(found.bboxes, torch.tensor([[0., 8.75, 27.5, 31.25]]))
 
 
-@pytest.mark.parametrize('name', ['yolov5_s', 'yolov5_m'])
+@pytest.mark.parametrize('name', [*(f'yolov5_{arch}' for arch in SIZES), 'video/yolov5_digits', 'video/yolov5_digits_video'])
 def test_a_config_trains_a_step_and_predicts(name):
     """Shrunk, with its own optimiser."""
     cfg = Config.fromfile(ROOT / f'configs/{name}.py')

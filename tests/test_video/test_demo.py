@@ -120,6 +120,20 @@ def test_frames_lines_film_and_timeline(detector, tmp_path):
     assert lines_of(tmp_path / 'again.jsonl')[0]['exit'] == 2
 
 
+def test_a_film_of_a_fast_camera_is_shown_slower(detector, tmp_path):
+    with av.open(str(tmp_path / 'fast.mp4'), 'w') as container:
+        stream = container.add_stream('libx264', rate=2000)
+        stream.width, stream.height = 64, 48
+        for seed in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(noise(seed), format='bgr24')))
+        container.mux(stream.encode(None))
+    said = []
+    summary = run_demo(detector, open_source(tmp_path / 'fast.mp4'), tmp_path / 'out.mp4', say=said.append)
+    assert summary.frames == len(film_of(tmp_path / 'out.mp4')) == 3
+    assert said == ['the source has 2000 frames per second: they are shown at 1000']
+    assert [line['time'] for line in lines_of(tmp_path / 'out.jsonl')] == [0, 0.0005, 0.001]
+
+
 def test_a_target_is_held_on_the_frames_that_come(tmp_path):
     """Of two settings, one gives boxes again at 0.1, the other looks at each frame, at 0.4: 0.25 by turns."""
     points = [[1.0, -1.0, -1.0, 0.1, 0.001], [-1.0, -1.0, -1.0, 0.4, 0.004]]

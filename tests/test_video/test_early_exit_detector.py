@@ -159,6 +159,41 @@ def test_change_counts_from_the_frame_that_was_computed():
     assert results[0].exit == 4 and results[1].exit == -1 and 4 in [one.exit for one in results[2:]]
 
 
+def test_what_shows_nothing_is_not_computed_and_remembered_as_empty():
+    gate = dict(type='TemporalGate', nothing=dict(type='Presence'))
+    model = tiny(gate=gate, budget=dict(threshold=[0.05, -1, -1, -1, -1]))
+    assert model.gate.nothing.in_channels == model.table[0].channels
+    # Told by the one number: what is below it is empty.
+    early = {seed: model.predict_all(*frames((seed, 'x', 0))).early for seed in (1, 2)}
+    model.reset()
+    model.gate.nothing.level.fill_(1.0)
+    model.gate.nothing.forward = lambda seen: torch.tensor(
+        [0.0 if torch.allclose(one, early[2][0], atol=1e-5) else 2.0 for one in seen])
+    seen = counted(model)
+    marks = ((1, 'a', 0), (2, 'a', 1), (2, 'a', 2), (1, 'a', 3), (1, 'a', 4), (2, 'b', 0))
+    results = [predict(model, *frames(mark))[0] for mark in marks]
+    assert [one.exit for one in results] == [4, -1, -1, 4, -1, -1]
+    assert [len(one.pred_instances) > 0 for one in results] == [True, False, False, True, True, False]
+    assert [one.difficulty for one in results] == [1, 0, 0, results[3].difficulty, 0, 0]
+    assert seen['backbone.layers.1'] == seen['final'] == 2
+    # All in one batch; and at a threshold of -1 all are computed.
+    model.reset()
+    batch = predict(model, *frames((2, 'a', 0), (1, 'b', 0), (2, 'c', 0)))
+    assert [one.exit for one in batch] == [-1, 4, -1] and len(batch[1].pred_instances)
+    model.set_budget(threshold=-1)
+    assert predict(model, *frames((2, 'a', 1)))[0].exit == 4
+
+
+def test_what_tells_nothing_is_not_trained_with_the_detector():
+    """DDP waits for the gradient of every parameter that asks for one."""
+    model = tiny(gate=dict(type='TemporalGate', gate=LEARNED, nothing=dict(type='Presence'))).train()
+    assert not any(own.requires_grad for own in model.gate.nothing.parameters())
+    assert all(own.requires_grad for own in model.gate.gate.parameters())
+    data = model.data_preprocessor(training(), True)
+    model.parse_losses(model.loss(*data.values()))[0].backward()
+    assert all(own.grad is None for own in model.gate.nothing.parameters())
+
+
 def test_leaving_first_without_detections_gives_none():
     model = tiny(gate=dict(type='TemporalGate'), budget=dict(threshold=1))
     own, = predict(model, *frames((1, 'a', 0)))
@@ -336,6 +371,21 @@ def test_clips_in_a_batch_learn_as_each_alone():
              for part in (slice(0, 2), slice(2, 4))]
     for name in ('exit0.loss_obj', 'exit3.loss_obj'):
         assert both[name].item() == pytest.approx(sum(own[name].item() for own in parts) / 2, rel=1e-4)
+
+
+def test_a_cut_inside_a_clip_begins_anew_in_training():
+    # Its second frame then learns as a first one does.
+    model = propagating(cut=0.0)
+    data = model.data_preprocessor(training(marks=((1, 'a', 0), (2, 'a', 1)), objects=(2, 1)), True)
+    cut = model.loss(*copy.deepcopy(data).values())
+    for sample in data['data_samples']:
+        sample.set_metainfo(dict(clip_step=0))
+    assert model.loss(*copy.deepcopy(data).values()) == cut
+    for step, sample in enumerate(data['data_samples']):
+        sample.set_metainfo(dict(clip_step=step))
+    for other in (None, 0.99):
+        model.cut = other
+        assert model.loss(*copy.deepcopy(data).values()) != cut
 
 
 def test_clips_of_mmdets_video_data_sets():

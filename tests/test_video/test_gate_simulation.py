@@ -10,7 +10,7 @@ from dynamicdet.errors import UsageError
 from dynamicdet.video.curves import between, curve, fixed_exits, front, line_at, settings_of
 from dynamicdet.video.oracle import (oracle_rows, plan_with_reuse, plan_without_memory, values_by_age)
 from dynamicdet.video.simulation import (Replays, changes, difficulties_of, evidences, exit_costs, reuse,
-                                         row_of, shown_exits, simulate, streams, take_exits)
+                                         nothing_seen, row_of, shown_exits, simulate, streams, take_exits)
 from mmdet.registry import MODELS
 
 
@@ -55,6 +55,37 @@ def test_reuse_ends_with_the_video_and_never_begins_at_one():
     assert reuse(record, 0.5).tolist() == [0, 0, 2, 2]
     # Only at threshold 1 does a first frame leave: with nothing.
     assert reuse(record, 1).tolist() == [-1] * 4
+
+
+def test_nothing_is_seen_and_shown_until_the_scene_changes():
+    # Dark frames are empty: the second is told by its early map, the third is like it, the fourth is not.
+    found = [[], [], [detection()]]
+    record = make_video_record([[(5.0, found), (1.0, found), (1.05, found), (5.0, found)]])
+    nothing = np.array([False, True, True, False])
+    assert reuse(record, 0.1, nothing).tolist() == [0, -1, -1, 3]
+    assert reuse(record, 0.0, nothing).tolist() == [0, -1, -1, 3]
+    assert reuse(record, 0.9, nothing).tolist() == [0, 0, 0, 0]
+    assert reuse(record, -1, nothing).tolist() == [0, 1, 2, 3]
+    gate = build('TemporalGate', nothing=dict(type='Presence', in_channels=2))
+    sees_level(gate.nothing)
+    assert nothing_seen(record, gate).tolist() == nothing.tolist()
+    run = simulate(record, gate, np.ones((2, 4), np.float32), [0.0, -1, -1])
+    assert run.exits.tolist() == [2, -1, -1, 2] and run.source.tolist() == [0, -1, -1, 3]
+    assert run.gflops.tolist() == [10, 1, 1, 10]
+    coco = truth(record, [[BOX], [], [], [BOX]])
+    assert Replays(record, coco).ap(run) == pytest.approx(100)
+    # Without a threshold on change, too, there is such a setting.
+    assert [0.0, -1, -1] in settings_of(record, gate, np.ones((2, 4), np.float32))
+    assert not nothing_seen(record, build('TemporalGate')).any()
+
+
+def sees_level(presence):
+    """Let frames of a level below about 3 be empty."""
+    for own in presence.parameters():
+        torch.nn.init.zeros_(own)
+    presence.hidden.weight[0, 0] = presence.output.weight[0, 0] = 1
+    presence.output.bias.fill_(-3)
+    presence.level.fill_(0.5)
 
 
 def test_single_frame():

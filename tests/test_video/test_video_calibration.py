@@ -10,8 +10,9 @@ from dynamicdet.errors import UsageError
 from dynamicdet.video.budgets import resolve_budget
 from dynamicdet.video.calibration import OnlineThresholds, calibrate_gate, operating_points, put_calibration
 from dynamicdet.video.curves import curve, settings_of
-from dynamicdet.video.fitting import fit_gumbel_gate, fit_halting_gate, oracle_targets
-from dynamicdet.video.simulation import Replays, difficulties_of, evidences, simulate
+from dynamicdet.video.fitting import (fit_gumbel_gate, fit_halting_gate, fit_parts, fit_presence, oracle_targets,
+                                       shows_objects)
+from dynamicdet.video.simulation import Replays, difficulties_of, evidences, nothing_seen, simulate
 from mmdet.registry import MODELS
 
 
@@ -204,3 +205,61 @@ def test_a_long_video_is_cut_into_folds():
     record, coco = random_case(videos=1, length=80)
     found = fit_halting_gate(build('HaltingGate', in_channels=[4, 5], width=8), record, coco, steps=(15, ))
     assert found.loss < found.untrained
+
+
+# Whether a frame shows anything.
+
+
+def empty_case(videos=6, length=10, told=True):
+    """Frames with an object have a bright part in their early map, if it can be told; the first half of each video
+    shows none."""
+    generator, found, boxes = np.random.default_rng(0), [], []
+    for _ in range(videos):
+        found.append([(1.0, [[], [], []])] * length)
+        boxes += [[]] * (length // 2) + [[BOX]] * (length - length // 2)
+    record = make_video_record(found)
+    for image, own in zip(record['images'], boxes):
+        image['early'] = generator.uniform(0.5, 1.5, len(image['early'])).astype(np.float32)
+        if own and told:
+            image['early'][generator.integers(64)] = 5
+    return record, truth(record, boxes)
+
+
+def test_presence_is_learned():
+    record, coco = empty_case()
+    assert shows_objects(record, coco).sum() == 30
+    gate = build('TemporalGate', nothing=dict(type='Presence', in_channels=2))
+    fit = fit_parts(gate, record, coco)['nothing']
+    assert fit.missed == 0 and fit.spared > 0.9 and 0 < fit.level < 1
+    assert not any(own.requires_grad for own in gate.parameters())
+    other, coco = empty_case(videos=3)
+    assert (nothing_seen(other, gate) == ~shows_objects(other, coco)).mean() > 0.9
+    again = build('TemporalGate', nothing=dict(type='Presence', in_channels=2))
+    assert fit_parts(again, record, empty_case()[1])['nothing'] == fit
+    assert all(torch.equal(one, again.state_dict()[name]) for name, one in gate.state_dict().items())
+
+
+def test_presence_that_cannot_tell_spares_little():
+    record, coco = empty_case(told=False)
+    fit = fit_presence(build('Presence', in_channels=2), record, coco, missed=0.1)
+    assert fit.missed <= 0.1 and fit.spared < 0.5
+
+
+def test_presence_needs_both_kinds_of_frames():
+    record, _ = empty_case()
+    presence = build('Presence', in_channels=2)
+    for boxes in ([], [BOX]):
+        with pytest.raises(UsageError, match='frames with objects and frames without'):
+            fit_presence(presence, record, truth(record, [boxes] * 60))
+    assert presence.level == -1
+    # Crowds are no objects.
+    coco = truth(record, [[BOX]] * 60)
+    for one in coco.dataset['annotations'][:5]:
+        one['iscrowd'] = 1
+    assert shows_objects(record, coco).sum() == 55
+    with pytest.raises(UsageError, match='too few'):
+        fit_presence(presence, *empty_case(videos=1))
+
+
+def test_nothing_to_fit():
+    assert fit_parts(build('TemporalGate', gate=dict(type='ScoreGate')), *empty_case()) == {}

@@ -146,15 +146,24 @@ def alike(instances, results):
 
 @pytest.mark.parametrize('config', [
     dict(type='ScoreGate', kind='confidence'), dict(type='AgreementGate', iou=0.0), dict(type='TemporalGate'),
-    dict(type='HaltingGate'), dict(type='TemporalGate', gate=dict(type='ScoreGate', over='sum'))
-], ids=lambda config: config['type'] + ' wrapping' * ('gate' in config))
+    dict(type='HaltingGate'), dict(type='TemporalGate', gate=dict(type='ScoreGate', over='sum')),
+    dict(type='TemporalGate', nothing=dict(type='Presence'))
+], ids=lambda config: config['type'] + ' wrapping' * ('gate' in config) + ' nothing' * ('nothing' in config))
 def test_simulation_is_what_the_detector_does(world, config):
     model, record, dataset, in_order = world
     config = dict(config)
     if config['type'] == 'HaltingGate':
         config['in_channels'] = [model.table[layer].channels for layer in model.exit_layers]
+    if 'nothing' in config:
+        config['nothing'] = dict(config['nothing'], in_channels=model.table[0].channels)
     torch.manual_seed(0)
     gate = MODELS.build(config).eval()
+    if 'nothing' in config:
+        # Half of the frames, by weights that were drawn.
+        early = torch.from_numpy(np.stack([image['early'] for image in record['images']]))
+        gate.nothing.standardise(early)
+        chances = gate.nothing(early).sort().values
+        gate.nothing.level.fill_(chances[len(chances) // 2 - 1:][:2].mean())
     for layer in getattr(gate, 'go', ()):
         torch.nn.init.normal_(layer.weight, std=3.0)
     difficulties = difficulties_of(gate, evidences(record))
@@ -209,7 +218,7 @@ def test_from_a_checkpoint_to_a_calibrated_one(cfg, tmp_path, capsys):
     done, checkpoint = load_early_exit_detector(cfg, str(tmp_path / 'done.pth'), fused=False)
     assert done.gflops.isfinite().all() and done.latencies.isfinite().all()
     assert done.operating_points[0].isfinite().all() and done.gate.go[0].weight.abs().sum() > 0
-    assert checkpoint['meta']['calibration']['fit']['record'].endswith('val.npz')
+    assert checkpoint['meta']['calibration']['fit']['gate']['record'].endswith('val.npz')
     dearest = done.operating_points[done.operating_points[:, -1].nan_to_num(nan=-1).argmax()]
     assert done.set_budget(target_latency=dearest[-1].item()) == pytest.approx(dearest[:4].tolist())
     assert call('analyze_gates.py', tmp_path / 'test.npz', '--val-record', tmp_path / 'val.npz',

@@ -4,9 +4,10 @@ from .evidence import AllExits, Evidence
 from .gates import AgreementGate, FixedExit, Gate, ScoreGate, TemporalGate
 from .heads import ExitHead
 from .learned_gates import GumbelGate, HaltingGate
+from .presence import Presence
 from .propagation import Propagation
 
 __all__ = [
     'AgreementGate', 'AllExits', 'EarlyExitDetector', 'Evidence', 'ExitHead', 'FixedExit', 'Gate',
-    'GumbelGate', 'HaltingGate', 'Propagation', 'ScoreGate', 'TemporalGate'
+    'GumbelGate', 'HaltingGate', 'Presence', 'Propagation', 'ScoreGate', 'TemporalGate'
 ]

@@ -15,10 +15,11 @@ from ..errors import UsageError
 from ..routing.evaluation import check_truth, read_truth
 from .curves import curve, fixed_exits, front, line_at, settings_of
 from .evidence import Evidence
-from .fitting import fit_halting_gate
+from .fitting import fit_halting_gate, fit_parts, shows_objects
 from .gates import Gate
 from .oracle import oracle_rows
 from .simulation import Replays, difficulties_of, evidences, exit_costs
+from .streams import GRID
 
 #: Gates that need no training: name -> config.
 RULES: Dict[str, dict] = {
@@ -56,9 +57,16 @@ def load_truth(record: Mapping, path: Optional[str] = None) -> COCO:
 
 
 def fitted_gates(record: Mapping, coco: COCO, seed: int = 0, by: str = 'latencies') -> Dict[str, Gate]:
-    """Halting gates, with and without a look at detections, fitted to a record."""
+    """Gates that are fitted to a record: halting gates, with and without a look at detections; and, if some of its
+    frames show no object and others do, a temporal one that knows *no detection*."""
     channels = [len(one) for one in record['images'][0]['pooled']]
     found = {}
+    shown = shows_objects(record, coco)
+    if shown.any() and not shown.all():
+        parts = len(record['images'][0]['early']) // GRID**2
+        found['temporal, nothing'] = MODELS.build(
+            dict(type='TemporalGate', nothing=dict(type='Presence', in_channels=parts)))
+        fit_parts(found['temporal, nothing'], record, coco, by, seed)
     for name, looks in (('halting', False), ('halting, looking', True)):
         found[name] = MODELS.build(dict(type='HaltingGate', in_channels=channels, looks_at_detections=looks))
         fit_halting_gate(found[name], record, coco, kind=by, seed=seed)

@@ -64,13 +64,14 @@ def build_propagation(propagation: Optional[dict], heads: Sequence[nn.Module]) -
                       for head in heads)
 
 
-def build_gate(gate: Optional[dict], channels: Sequence[int]) -> Optional[Gate]:
-    """The gate of a config, or None. One that learns is told the channels of the heads' layers, if its config
-    does not say them; also inside another.
+def build_gate(gate: Optional[dict], channels: Sequence[int], early_channels: int) -> Optional[Gate]:
+    """The gate of a config, or None. What learns is told the channels of what it looks at, if its config does
+    not say them; also inside another.
 
     Args:
         gate (dict, optional): The config; it stays as it is.
         channels (Sequence[int]): C_l of the heads, (E - 1,), in order.
+        early_channels (int): Of the early map.
     """
     if not gate:
         return None
@@ -80,6 +81,8 @@ def build_gate(gate: Optional[dict], channels: Sequence[int]) -> Optional[Gate]:
         kind = MODELS.get(kind) if isinstance(kind, str) else kind
         if isinstance(kind, type) and issubclass(kind, LearnedGate):
             own.setdefault('in_channels', list(channels))
+    if gate.get('nothing'):
+        gate['nothing'].setdefault('in_channels', early_channels)
     return MODELS.build(gate)
 
 

@@ -8,7 +8,7 @@ from typing import Callable, List, Mapping, Optional, Sequence
 import numpy as np
 
 from .gates import Gate
-from .simulation import Replays, Run, changes, exit_costs, row_of, simulate
+from .simulation import Replays, Run, changes, exit_costs, nothing_seen, row_of, simulate
 
 #: How many thresholds on difficulty, and how many on change, a curve tries.
 LEVELS, CHANGE_LEVELS = 21, 8
@@ -51,6 +51,8 @@ def settings_of(record: Mapping, gate: Gate, difficulties: np.ndarray, count: in
         seen = np.concatenate([changes(record, lag) for lag in _LAGS])
         if len(seen):
             early += between(np.quantile(seen, np.linspace(0, 1, 4 * change_count + 1)), change_count)
+        if nothing_seen(record, gate).any():
+            early.append(0.0)
     # Above the change that is taken for a cut the detector has nothing left to show again.
     cut = record['provenance'].get('cut', 1.0)
     early = [change for change in early if change < cut]

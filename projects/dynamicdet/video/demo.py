@@ -28,14 +28,14 @@ from .gates import name_of
 from .overlay import colours_of, draw_frame
 from .sources import Frame, Source
 from .timeline import Timeline, draw_timeline
-from .writer import VideoWriter
+from .writer import MAX_FPS, VideoWriter
 
 
 class Seen(NamedTuple):
     """What a detector made of a frame.
 
     Attributes:
-        exit (int, optional): Taken; -1: the detections of an earlier frame. None: the detector has no exits.
+        exit (int, optional): Taken; -1: the detections of an earlier frame, or none. None: the detector has no exits.
         difficulty (float, optional): In [0, 1].
         gflops (float, optional): Mean cost of that exit, as calibrated; None if it is not.
         seconds (float): From the picture, as the pipeline gives it, to the boxes.
@@ -188,7 +188,7 @@ class FrameDetector(DetInferencer):
 def _try_gate(gate: Mapping) -> None:
     """Raise a `UsageError` if a gate cannot be built."""
     try:
-        build_gate(dict(gate), [1])
+        build_gate(dict(gate), [1], 1)
     except Exception as error:
         # Its constructor may raise anything.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -287,7 +287,11 @@ def run_demo(detector: FrameDetector,
     out = Path(out)
     files = [out, out.with_suffix('.jsonl'), out.with_suffix('.png')]
     detector.forget(source.name)
-    with source, Lines(files[1]) as lines, VideoWriter(files[0], source.fps, fragmented=True) as writer:
+    fps = min(source.fps, MAX_FPS)
+    if fps < source.fps:
+        say(f'the source has {source.fps:g} frames per second: they are shown at {fps}')
+    # The writer first: one that cannot begin must leave no file of lines.
+    with source, VideoWriter(files[0], fps, fragmented=True) as writer, Lines(files[1]) as lines:
         show = _Show(detector, writer, lines, _Limited(say))
         try:
             for frame in source:
@@ -380,7 +384,8 @@ class _Show:
     def _text(self, frame: Frame, seen: Seen) -> List[str]:
         first = f'frame {frame.number}  {frame.time:.2f} s'
         if seen.exit is not None:
-            taken = f'{seen.exit} of {self.detector.exits - 1}' if seen.exit >= 0 else '-1, boxes as before'
+            taken = (f'{seen.exit} of {self.detector.exits - 1}' if seen.exit >= 0 else
+                     '-1, boxes as before' if seen.detections else '-1, nothing there')
             first += f'  exit {taken}  difficulty {seen.difficulty:.2f}'
         second = f'{1e3 * seen.seconds:.1f} ms, mean {1e3 * self.summary.seconds / self.summary.frames:.1f}'
         if seen.gflops is not None:

@@ -2,7 +2,7 @@
 
 Letters: N images, E exits: the auxiliary heads, 0 to E - 2 in the order of their layers, and last the
 detector's own output. Exit -1 is before the first: nothing ran but the early layer, and the stream's last
-detections are given again.
+detections are given again, or none.
 """
 import copy
 from typing import Dict, Hashable, List, Mapping, Optional, Sequence, Union
@@ -21,7 +21,7 @@ from ..errors import UsageError
 from .budgets import POINTS, check_budget, resolve_budget
 from .building import build_gate, build_heads, build_propagation, learner
 from .evidence import AllExits, Evidence
-from .frames import Frames, last_found, scale_of, to_original
+from .frames import Frames, last_found, nothing_found, scale_of, to_original
 from .lazy import LazyLayers
 from .losses import training_losses
 from .propagation import carry_on
@@ -101,11 +101,14 @@ class EarlyExitDetector(BaseDetector):
                              'EarlyExitDetector takes YOLOv5 or YOLOv7, or another whose '
                              'neck.architecture has layers()')
         self.table, self.output_layers = architecture.layers(), architecture.output_layers
+        if not 0 <= early_layer < len(self.table):
+            raise UsageError(f'early_layer is a position in a table of {len(self.table)}, got {early_layer}')
         self.exit_layers, self.head_weights, built = build_heads(heads, self.detector, self.table)
         self.heads = ModuleList(built)
         self.num_exits = len(built) + 1
         self.propagation = build_propagation(propagation, built)
-        self.gate = build_gate(gate, [self.table[one].channels for one in self.exit_layers])
+        self.gate = build_gate(gate, [self.table[one].channels for one in self.exit_layers],
+                               self.table[early_layer].channels)
         self.distillation = distillation
         self.early_layer, self.cut = early_layer, cut
         self.mode = mode
@@ -131,9 +134,6 @@ class EarlyExitDetector(BaseDetector):
         if mode == 'gate' and learner(self.gate) is None:
             raise UsageError("mode='gate' needs a gate that learns, such as "
                              "gate=dict(type='HaltingGate', ...)")
-        if not 0 <= self.early_layer < len(self.table):
-            raise UsageError(f'early_layer is a position in a table of {len(self.table)}, got '
-                             f'{self.early_layer}')
         if budget:
             check_budget(budget, self.num_exits)
 
@@ -305,7 +305,8 @@ class EarlyExitDetector(BaseDetector):
     def _predict_wave(self, images: Tensor, samples: SampleList, rescale: bool) -> None:
         frames = self._start(images, samples, self.decides_early or self.cut is not None)
         if self.decides_early:
-            frames = self._decide(frames, Evidence(-1, None, None, [], frames.change), None, rescale)
+            frames = self._decide(frames, Evidence(-1, None, None, [], frames.change, frames.early),
+                                  None, rescale)
         if self.gate is not None:
             for exit, layer in enumerate(self.exit_layers):
                 if not frames.samples:
@@ -334,13 +335,18 @@ class EarlyExitDetector(BaseDetector):
             return frames
         samples, streams = ([values[one] for one in places] for values in (frames.samples, frames.streams))
         if exit < 0:
-            found = [last_found(stream, sample, rescale) for stream, sample in zip(streams, samples)]
+            # That a frame which changed shows nothing is news, and remembered as such.
+            news = self.gate.sees_nothing(evidence.early) & (evidence.change > self.thresholds[0])
+            news = news[leaving].tolist()
+            found = [nothing_found() if new else last_found(stream, sample, rescale)
+                     for new, stream, sample in zip(news, streams, samples)]
         else:
             found = ([evidence.detections[one] for one in places] if evidence.detections
                      else self._detect(exit, x[leaving], samples, streams))
             found = [to_original(one, sample) if rescale else one for one, sample in zip(found, samples)]
-        for place, own in zip(places, found):
-            self._leave(frames, place, exit, own, rescale)
+            news = [True] * len(found)
+        for place, own, new in zip(places, found, news):
+            self._leave(frames, place, exit, own, rescale, new)
         return frames.part(staying)
 
     def _finish(self, frames: Frames, rescale: bool) -> None:
@@ -348,13 +354,15 @@ class EarlyExitDetector(BaseDetector):
         maps = [frames.layers.take(position) for position in self.output_layers]
         found = self.detector.bbox_head.predict(maps, frames.samples, rescale=rescale)
         for place, own in enumerate(found):
-            self._leave(frames, place, self.num_exits - 1, own, rescale)
+            self._leave(frames, place, self.num_exits - 1, own, rescale, new=True)
 
-    def _leave(self, frames: Frames, place: int, exit: int, found: InstanceData, rescale: bool) -> None:
+    def _leave(self, frames: Frames, place: int, exit: int, found: InstanceData, rescale: bool,
+               new: bool) -> None:
+        """``new``: what was found is of this frame, and to be remembered."""
         sample, stream = frames.samples[place], frames.streams[place]
         sample.pred_instances = found
         sample.set_metainfo(dict(exit=exit, difficulty=frames.difficulties[place]))
-        if exit >= 0:
+        if new:
             # A copy: whoever evaluates moves results to where they want them.
             stream.found, stream.rescaled, stream.scale = found.clone(), rescale, scale_of(sample)
             stream.early = None if frames.early is None else frames.early[place]

@@ -1,25 +1,31 @@
-"""Fit a learned gate to a recorded video run: seconds, no detector.
+"""Fit what a gate learns to a recorded video run: seconds, no detector.
 
 Letters: n frames, E exits. What a gate learns from is each exit's AP on each frame by itself.
 """
 import copy
-from typing import Callable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pycocotools.coco import COCO
 from torch import Tensor
 
 from ..errors import UsageError
 from ..routing.evaluation import Mixtures
 from ..routing.oracle import allocate, object_count
+from .building import learner
+from .gates import Gate
 from .learned_gates import HaltingGate, LearnedGate, goes_on, look
+from .presence import Presence
 from .simulation import evidences, exit_costs, streams
 
 #: Weight decays and numbers of updates that cross-validation chooses among.
 WEIGHT_DECAYS, STEPS = (0.01, 1.0), (10, 20, 40, 80, 160)
 #: Frames per update, AdamW's learning rate, and how many budgets the oracle has by default.
 _BATCH, _LR, _BUDGETS = 256, 1e-2, 8
+#: Share of frames with objects that a `Presence` may take for empty.
+MISSED = 0.01
 #: Frames in a row that stay together in cross-validation where there are too few videos.
 _BLOCK = 25
 
@@ -117,11 +123,92 @@ def fit_gumbel_gate(gate: LearnedGate,
     return fit_gate(gate, record, loss, seed, steps, progress=progress)
 
 
-def fit_learned_gate(gate: LearnedGate, record: Mapping, coco: COCO, kind: str = 'latencies', seed: int = 0,
-                     progress: Optional[Callable[[int, int], None]] = None) -> GateFit:
-    """Fit whichever gate it is; arguments as of `fit_halting_gate`."""
-    fit = fit_halting_gate if isinstance(gate, HaltingGate) else fit_gumbel_gate
-    return fit(gate, record, coco, kind=kind, seed=seed, progress=progress)
+def fit_parts(gate: Gate, record: Mapping, coco: COCO, kind: str = 'latencies', seed: int = 0,
+              progress: Optional[Callable[[int, int], None]] = None) -> Dict[str, NamedTuple]:
+    """Fit all that learns in a gate: how each part was fitted, ``gate`` and ``nothing``; none where nothing does.
+    Arguments as of `fit_halting_gate`."""
+    found: Dict[str, NamedTuple] = {}
+    learns, nothing = learner(gate), getattr(gate, 'nothing', None)
+    if learns is not None:
+        fit = fit_halting_gate if isinstance(learns, HaltingGate) else fit_gumbel_gate
+        found['gate'] = fit(learns, record, coco, kind=kind, seed=seed, progress=progress)
+    if nothing is not None:
+        found['nothing'] = fit_presence(nothing, record, coco, seed, progress=progress)
+    return found
+
+
+class PresenceFit(NamedTuple):
+    """How a `Presence` was fitted: its ``level``; and at that level, on frames that it was not fit to, the shares of
+    frames with objects that it ``missed``, and of frames without that it ``spared``."""
+    level: float
+    missed: float
+    spared: float
+
+
+def fit_presence(presence: Presence, record: Mapping, coco: COCO, seed: int = 0, missed: float = MISSED,
+                 folds: int = 3, steps: int = STEPS[-1],
+                 progress: Optional[Callable[[int, int], None]] = None) -> PresenceFit:
+    """Fit a `Presence`: its weights, anew, by cross entropy on all frames; and its level, as the highest at which
+    no more than a share of the frames with objects would be taken for empty by one fitted to other videos.
+
+    The same seed gives the same.
+
+    Args:
+        presence (Presence): On the CPU. It is changed.
+        record (Mapping): Of a video run.
+        coco (COCO): Its ground truth. Annotations that are ``iscrowd`` are no objects.
+        seed (int): Of weights and folds. Defaults to 0.
+        missed (float): The share, in [0, 1). Defaults to 0.01.
+        folds (int): 2 or more, of whole videos (shorter stretches where there are few). Defaults to 3.
+        steps (int): Updates, each on all frames. Defaults to 160.
+        progress (Callable, optional): Called with (fits done, fits in all) after each.
+
+    Raises:
+        UsageError: If all frames show objects or none does, or there are too few.
+    """
+    shown = shows_objects(record, coco)
+    if shown.all() or not shown.any():
+        raise UsageError('whether a frame shows nothing is learned from frames with objects and frames without: '
+                         f"{int(shown.sum())} of the record's {len(shown)} have some")
+    early = torch.from_numpy(np.stack([image['early'] for image in record['images']]))
+    labels = torch.from_numpy(shown).float()
+    chances, everyone = np.empty(len(shown), np.float32), np.arange(len(shown))
+    parts = _folds(record, folds, seed)
+    for done, part in enumerate(parts, 1):
+        rest = torch.from_numpy(np.setdiff1d(everyone, part))
+        own = _train_presence(copy.deepcopy(presence), early[rest], labels[rest], steps, seed)
+        with torch.no_grad():
+            chances[part] = own(early[torch.from_numpy(part)]).numpy()
+        if progress:
+            progress(done, folds + 1)
+    presence.load_state_dict(_train_presence(copy.deepcopy(presence), early, labels, steps, seed).state_dict())
+    of_shown = np.sort(chances[shown])
+    # Just below the first that must not be missed.
+    level = np.nextafter(of_shown[int(missed * len(of_shown))], np.float32(-1))
+    presence.level.fill_(float(level))
+    if progress:
+        progress(folds + 1, folds + 1)
+    return PresenceFit(float(level), float((of_shown <= level).mean()), float((chances[~shown] <= level).mean()))
+
+
+def shows_objects(record: Mapping, coco: COCO) -> np.ndarray:
+    """Whether each frame has an annotation that is not ``iscrowd``, (n,), bool."""
+    own = [coco.loadAnns(coco.getAnnIds(imgIds=[image['id']])) for image in record['images']]
+    return np.array([any(not one.get('iscrowd', 0) for one in annotations) for annotations in own])
+
+
+def _train_presence(presence: Presence, early: Tensor, labels: Tensor, steps: int, seed: int) -> Presence:
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.default_generator.manual_seed(seed)
+        presence.reset()
+        presence.standardise(early)
+        weights = [own.requires_grad_(True) for own in presence.parameters()]
+        optimiser = torch.optim.AdamW(weights, lr=_LR, fused=True)
+        for _ in range(steps):
+            optimiser.zero_grad()
+            F.binary_cross_entropy_with_logits(presence.logits(early), labels).backward()
+            optimiser.step()
+    return presence.requires_grad_(False)
 
 
 Loss = Callable[[LearnedGate, Tensor, List[Tensor], Optional[List[Tensor]]], Tensor]

@@ -62,11 +62,15 @@ def to_original(found: InstanceData, sample: DetDataSample) -> InstanceData:
     return found
 
 
+def nothing_found() -> InstanceData:
+    """No detections."""
+    return InstanceData(bboxes=torch.zeros(0, 4), scores=torch.zeros(0), labels=torch.zeros(0, dtype=torch.long))
+
+
 def last_found(stream: Stream, sample: DetDataSample, rescale: bool) -> InstanceData:
     """A stream's last detections; none where there are none."""
     if stream.found is None:
-        return InstanceData(bboxes=torch.zeros(0, 4), scores=torch.zeros(0),
-                            labels=torch.zeros(0, dtype=torch.long))
+        return nothing_found()
     found = stream.found.clone()
     # By way of the network's frame, so that boxes stay on what they were found on where the picture's size changes.
     before, now = stream.scale if stream.rescaled else (1.0, 1.0), scale_of(sample) if rescale else (1.0, 1.0)

@@ -17,6 +17,7 @@ from mmdet.structures.bbox import bbox_overlaps
 
 from ..errors import UsageError
 from .evidence import Evidence
+from .presence import Presence
 
 #: Detections below this score are no evidence: exits report hundreds of them to fill the curve of recall.
 MIN_SCORE = 0.05
@@ -30,7 +31,7 @@ class Gate(BaseModule):
     Attributes:
         looks_at_detections (bool): Whether each head that is passed must be evaluated; its cost is then paid.
         early (bool): Whether the gate also decides before the first exit, by change. The image then leaves
-            with the last detections of its stream, which may be none.
+            with the last detections of its stream, or without any, see `sees_nothing`.
     """
     looks_at_detections = False
     early = False
@@ -38,6 +39,11 @@ class Gate(BaseModule):
     def difficulty(self, evidence: Evidence) -> Tensor:
         """How much it is worth to go on, (N,), float32, in [0, 1], large is hard; see `Evidence`."""
         raise NotImplementedError
+
+    def sees_nothing(self, early: Tensor) -> Tensor:
+        """Of a gate that decides early: which frames show no object, (N,), bool; from summaries of their early
+        maps, (N, d). They leave before the first exit, without detections (*no detection*)."""
+        return early.new_zeros(len(early), dtype=torch.bool)
 
 
 def _images(evidence: Evidence) -> int:
@@ -214,17 +220,22 @@ def agreement(one: Found, other: Found, iou: float = 0.3) -> float:
 class TemporalGate(Gate):
     """Where the scene has not changed, look no further: before the first exit, difficulty is the change.
 
-    The image then leaves with the last detections of its stream: none, if nothing was found (*no detection*).
-    A stream's first frame has change 1. Frames that go on are for another gate.
+    The image then leaves with the last detections of its stream. A stream's first frame has change 1. Frames
+    that go on are for another gate.
+
+    Where the early map changed, but shows nothing, there is no need to look either (*no detection*): at
+    difficulty 0, if ``nothing`` says so.
 
     Args:
         gate (dict, optional): Config of the gate for what goes on. Defaults to none: it runs to the last exit
             (difficulty 1).
+        nothing (dict, optional): Config of a `Presence`. Defaults to none: a frame that changed is looked at.
     """
     early = True
 
-    def __init__(self, gate: Optional[dict] = None) -> None:
+    def __init__(self, gate: Optional[dict] = None, nothing: Optional[dict] = None) -> None:
         super().__init__()
+        self.nothing: Optional[Presence] = MODELS.build(nothing) if nothing else None
         self.gate: Optional[Gate] = None
         if gate:
             self.wrap(MODELS.build(gate))
@@ -239,18 +250,29 @@ class TemporalGate(Gate):
         if evidence.exit < 0:
             if evidence.change is None:
                 raise ValueError('a TemporalGate decides by change, and was shown none')
-            return evidence.change.float()
+            change = evidence.change.float()
+            if self.nothing is None:
+                return change
+            if evidence.early is None:
+                raise ValueError('a TemporalGate that may see nothing was not shown the early map')
+            return change.masked_fill(self.sees_nothing(evidence.early), 0)
         if self.gate is None:
             return _alike(evidence, [1.0] * _images(evidence))
         return self.gate.difficulty(evidence)
 
+    def sees_nothing(self, early: Tensor) -> Tensor:
+        if self.nothing is None:
+            return super().sees_nothing(early)
+        return self.nothing(early) <= self.nothing.level
+
 
 def name_of(gate: Optional[Gate]) -> str:
-    """What a gate is, with the one that it wraps: ``TemporalGate(AgreementGate)``."""
+    """What a gate is, with what it is made of: ``TemporalGate(AgreementGate)``."""
     if gate is None:
         return 'no gate'
-    inner = getattr(gate, 'gate', None)
-    return type(gate).__name__ + (f'({name_of(inner)})' if inner is not None else '')
+    parts = [getattr(gate, name, None) for name in ('gate', 'nothing')]
+    names = ', '.join(name_of(part) for part in parts if part is not None)
+    return type(gate).__name__ + (f'({names})' if names else '')
 
 
 def _require_share(name: str, value: float) -> None:

@@ -77,7 +77,8 @@ def gate_of_checkpoint(cfg: Config, path: str) -> Gate:
     own = {key.removeprefix('gate.'): value for key, value in state.items() if key.startswith('gate.')}
     # One number for each head, in order.
     channels = [value.shape[1] for key, value in own.items() if re.search(r'project\.\d+\.weight$', key)]
-    gate = build_gate(cfg.model.gate, channels)
+    moments = own.get('nothing.mean')
+    gate = build_gate(cfg.model.gate, channels, 0 if moments is None else len(moments) // 2)
     require_complete(gate, own)
     gate.load_state_dict(own)
     return gate.eval()

@@ -6,8 +6,8 @@ carry older features than the record's, where every head ran at every frame.
 
 Letters: n frames in the record's order, E exits. ``difficulties``: (E - 1, n), of exits 0 to E - 2.
 ``thresholds``: (E,), of exit -1 (before the first; reuse the last detections when ``change <= threshold``),
-then of exits 0 to E - 2. ``source``: (n,), the frame whose detections are shown at a frame: itself, or one
-before, or -1: none.
+then of exits 0 to E - 2. ``nothing``: (n,), whether the gate sees at the early map that a frame shows nothing.
+``source``: (n,), the frame whose detections are shown at a frame: itself, or one before, or -1: none.
 """
 from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence
 
@@ -27,7 +27,7 @@ class Run(NamedTuple):
     """What a gate did.
 
     Attributes:
-        exits (np.ndarray): (n,), -1 where the last detections were reused.
+        exits (np.ndarray): (n,), -1 where the last detections were reused, or nothing is shown.
         source (np.ndarray): (n,), see the top of this file.
         gflops (np.ndarray): (n,), of each frame; heads that were looked at are paid.
         latencies (np.ndarray): (n,), seconds, likewise.
@@ -103,24 +103,33 @@ def streams(record: Mapping) -> List[List[int]]:
     return [[index for _, index in sorted(own)] for own in by_video.values()]
 
 
-def reuse(record: Mapping, threshold: float) -> np.ndarray:
-    """Whose detections are shown where frames that changed by at most a threshold reuse the last ones:
-    ``source``.
+def nothing_seen(record: Mapping, gate: Gate) -> np.ndarray:
+    """Where a gate that decides early sees that a frame shows nothing, (n,), bool."""
+    early = torch.from_numpy(np.stack([image['early'] for image in record['images']]))
+    with torch.no_grad():
+        return gate.sees_nothing(early).numpy()
 
-    Each frame is compared with the last one that was computed, however long ago. A video's first frame has
-    change 1, so at threshold 1 nothing is ever computed.
+
+def reuse(record: Mapping, threshold: float, nothing: Optional[np.ndarray] = None) -> np.ndarray:
+    """Whose detections are shown where frames that changed by at most a threshold reuse the last ones, and
+    others may show nothing: ``source``.
+
+    Each frame is compared with the last one that was computed, or seen to show nothing, however long ago. A
+    video's first frame has change 1, so at threshold 1 nothing is ever computed.
     """
     source = np.arange(len(record['images']))
     if threshold < 0:
         return source
     threshold = np.float32(threshold)
+    nothing = np.zeros(len(source), bool) if nothing is None else nothing
     for frames in streams(record):
         last = -1
         for index in frames:
             if _change(record, index, last) <= threshold:
-                source[index] = last
+                source[index] = source[last] if last >= 0 else -1
             else:
                 last = index
+                source[index] = -1 if nothing[index] else index
     return source
 
 
@@ -160,7 +169,9 @@ def simulate(record: Mapping, gate: Gate, difficulties: np.ndarray, thresholds: 
         thresholds (Sequence[float]): (E,); the first is not looked at unless the gate decides early.
         seconds (float): That one decision of the gate takes. Defaults to 0.
     """
-    source = reuse(record, thresholds[0]) if gate.early else np.arange(difficulties.shape[1])
+    source = np.arange(difficulties.shape[1])
+    if gate.early:
+        source = reuse(record, thresholds[0], nothing_seen(record, gate))
     own = take_exits(difficulties, thresholds)
     exits = np.where(source == np.arange(len(source)), own, -1)
     decisions = np.where(exits < 0, 0, np.minimum(exits + 1, len(difficulties)))

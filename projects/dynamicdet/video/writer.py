@@ -10,6 +10,8 @@ import numpy as np
 
 from ..errors import UsageError, need
 
+#: Frames per second that a file may have.
+MAX_FPS = 1000
 CRF = 20  # x264's quality, 0 (lossless) to 51; below 20 no difference is seen at this size of boxes and text
 
 
@@ -38,8 +40,8 @@ class VideoWriter:
     def __init__(self, path: Union[str, Path], fps: float = 25, fragmented: bool = False) -> None:
         self._av = need_av()
         # Not `fps <= 0`, which lets NaN pass.
-        if not 0 < fps <= 1000:
-            raise UsageError(f'frames per second must be above 0 and at most 1000; got {fps}')
+        if not 0 < fps <= MAX_FPS:
+            raise UsageError(f'frames per second must be above 0 and at most {MAX_FPS}; got {fps}')
         self.path, self.size = Path(path), None  # type: Path, Optional[Tuple[int, int]]
         self._part = self.path.with_name(f'.{self.path.name}.part')
         self._rate, self._fragmented = Fraction(fps).limit_denominator(1001), fragmented
