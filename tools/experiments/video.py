@@ -44,20 +44,20 @@ STILLS = {
     'param_scheduler.1.T_max': 2,
 }
 SHORT = {'train_dataloader.sampler.frames': 4}
-#: What others start from first.
+#: What others start from first, and not right before them: a run that waits for its start keeps a core idle.
 RUNS: Dict[str, Run] = dict(
     stills=Run('yolov5_digits', options=STILLS),
     plain=Run('yolov5_digits_video', 'stills'),
     joint=Run('early_exit_yolov5_digits', 'stills'),
+    heads=Run('early_exit_yolov5_digits_heads', 'plain'),
     propagation=Run('early_exit_yolov5_digits_propagation', 'joint'),
-    all=Run('early_exit_yolov5_digits_all', 'propagation'),
+    heads_distilled=Run('early_exit_yolov5_digits_heads_distilled', 'plain'),
     # On clips of no more frames than gradients pass through.
     propagation_short=Run('early_exit_yolov5_digits_propagation', 'joint', SHORT),
-    all_short=Run('early_exit_yolov5_digits_all', 'propagation_short', SHORT),
-    heads=Run('early_exit_yolov5_digits_heads', 'plain'),
-    heads_distilled=Run('early_exit_yolov5_digits_heads_distilled', 'plain'),
     distilled=Run('early_exit_yolov5_digits_distilled', 'stills'),
-    gumbel=Run('early_exit_yolov5_digits_gumbel', 'stills'))
+    gumbel=Run('early_exit_yolov5_digits_gumbel', 'stills'),
+    all=Run('early_exit_yolov5_digits_all', 'propagation'),
+    all_short=Run('early_exit_yolov5_digits_all', 'propagation_short', SHORT))
 #: Runs without early exits.
 DETECTORS = ('stills', 'plain')
 #: Whose gates are compared, and run by the clock.
