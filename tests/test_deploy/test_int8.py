@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dynamicdet.deploy.graphs import Graph, _export
-from dynamicdet.deploy.int8 import Observer, Recipe, layers_of, prediction_layers, quantise_graph, watched
+from dynamicdet.deploy.int8 import BETWEEN, Observer, Recipe, layers_of, prediction_layers, quantise_graph, watched
 from dynamicdet.deploy.stages import Stage, find_stages
 from dynamicdet.testing import tiny_detector
 from mmdet.registry import MODELS
@@ -52,8 +52,8 @@ def test_costs_that_are_not_known_are_nothing(graph):
 
 def test_heads_predict_and_backbones_do_not():
     stages = find_stages(MODELS.build(tiny_detector('faster_rcnn')))
-    assert [stage.name for stage in stages if stage.predicts] == ['branch0', 'branch0.bbox_head0']
-    assert [stage.name for stage in stages if not stage.predicts] == ['first']
+    assert [stage.name for stage in stages if stage.predicts] == ['branch0.bbox_head0']
+    assert [stage.name for stage in stages if not stage.predicts] == ['first', 'branch0']
 
 
 class Between(nn.Module):
@@ -78,7 +78,7 @@ def test_what_is_between_layers_stays_in_8_bits():
     observer = Observer()
     observer(dict(in0=images.numpy(), **Graph(watched(content), None).arrays(images)))
     ranges = observer.ranges('minmax')
-    found = {between: quantise_graph(content, Recipe(ranges, between=between)) for between in (False, True)}
+    found = {between: quantise_graph(content, Recipe(ranges, between=BETWEEN if between else ())) for between in (False, True)}
     assert kinds_in_float(found[False]) >= {'Sigmoid', 'Mul', 'Add', 'MaxPool', 'Concat', 'Resize'}
     # The score is none of it: no layer reads it.
     assert kinds_in_float(found[True]) & {'Sigmoid', 'Mul', 'Add', 'MaxPool', 'Concat', 'Resize'} == {'Sigmoid'}
@@ -88,7 +88,7 @@ def test_what_is_between_layers_stays_in_8_bits():
             assert 0 < ((got - wanted)**2).sum() / (wanted**2).sum() < 1e-3
     # A layer that stays float, and what it gives.
     names = [node.name for node in layers_of(onnx.load_from_string(content))]
-    spared = quantise_graph(content, Recipe(ranges, tuple(names[1:2]), between=True))
+    spared = quantise_graph(content, Recipe(ranges, tuple(names[1:2]), between=BETWEEN))
     assert {'Add', 'Concat'} <= kinds_in_float(spared)
 
 

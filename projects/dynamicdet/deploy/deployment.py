@@ -20,8 +20,9 @@ from ..models import DynamicDetector
 from ..models.online import kept_speed
 from .folder import require_new, write_folder
 from .graphs import Exported, Graph, export_stages, need, release_weights
-from .int8 import (Observer, Recipe, choose_float, multiply_adds, needs_reduced_range,
+from .int8 import (BETWEEN, PLAIN_BETWEEN, Observer, Recipe, choose_float, multiply_adds, needs_reduced_range,
                    prediction_layers, quantise_graph, spared_layers, trained_ranges, watched)
+from .joins import join_graphs, joined_ranges, joins_of
 from .stages import Stage, find_stages
 
 Progress = Callable[[Iterable, str], Iterable]
@@ -161,6 +162,10 @@ def _int8(model: BaseDetector, stages: Sequence[Stage], exported: Mapping[str, E
     _drive(model, batches, progress, 'calibration')
     if reduced is None:
         reduced = trained['reduced'] if trained else needs_reduced_range()
+    ranges = {name: observer.ranges(method) for name, observer in observers.items()}
+    joins = joins_of({(stage.name, index): stage.source(index) for stage in stages
+                      for index in range(len(exported[stage.name].inputs)) if stage.source(index)})
+    ends = joined_ranges(joins, ranges)
     contents, found = {}, {}
     for stage in progress(stages, 'layers'):
         content = exported[stage.name].content
@@ -173,9 +178,8 @@ def _int8(model: BaseDetector, stages: Sequence[Stage], exported: Mapping[str, E
                 sum(cost for name, cost in costs.items() if name not in spared) or 1)
         else:
             predictions, own = prediction_layers(content, costs, share) if stage.predicts else ((), 0.0)
-            # A head's SiLU is what predictions are made of: see docs/int8.md for what rounding it costs.
-            recipe = Recipe(observers[stage.name].ranges(method), (*spared, *predictions), reduced,
-                            between and not stage.predicts)
+            recipe = Recipe({**ranges[stage.name], **ends[stage.name]}, (*spared, *predictions), reduced,
+                            (PLAIN_BETWEEN if stage.predicts else BETWEEN) if between else (), tuple(ends[stage.name]))
             # Of the other layers, what is left of the share.
             result = choose_float(content, recipe, feeds[stage.name], costs, noise,
                                   max(0.0, share - own) / (1 - own) if own < 1 else 0.0)
@@ -186,7 +190,7 @@ def _int8(model: BaseDetector, stages: Sequence[Stage], exported: Mapping[str, E
             float_layers=list(recipe.float_layers), float_share=result.share,
             noise_all_int8=result.before, noise=result.after)
     images = sum(len(batch['inputs']) for batch in batches)
-    return contents, dict(
+    return join_graphs(contents, joins), dict(
         reduced_range=reduced, calibration=dict(images=images, ranges='trained' if trained else method),
         layers=found)
 

@@ -26,9 +26,10 @@ from mmdet.registry import MODELS
 from ..checkpoints import weights_only
 from ..errors import UsageError
 from .graphs import Graph, need, release_weights
+from .rois import place_roi_aligns
 from .stages import find_stages
 
-FORMAT, VERSION = 'dynamicdet.deployed', 3
+FORMAT, VERSION = 'dynamicdet.deployed', 4
 MANIFEST, CONFIG, STATE = 'manifest.json', 'config.json', 'state.pth'
 #: How graphs are called, as they are and by zstd.
 _GRAPH, _SMALL = '.onnx', '.onnx.zst'
@@ -153,6 +154,7 @@ def load_deployed(folder: str, threads: Optional[int] = None) -> BaseDetector:
     for stage, one in zip(stages, manifest['stages']):
         stage.place(Graph(_read_graph(Path(folder) / one['file'], one['size']), one['form'], threads))
     release_weights(stages)
+    place_roi_aligns(model, threads)
     with weights_only():
         state = torch.load(Path(folder) / STATE, map_location='cpu', weights_only=True)
     model.load_state_dict(state)

@@ -5,7 +5,7 @@ import logging
 import warnings
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Callable, Dict, Optional, Sequence
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple
 
 import torch
 from mmcv.cnn import fuse_conv_bn
@@ -141,6 +141,9 @@ class Graph:
         form: How its outputs are nested; see `stages.flatten`.
         threads (int, optional): Defaults to torch's.
         watch (Callable, optional): Is shown all that enters and leaves, arrays by name.
+
+    Attributes:
+        steps (dict[int, tuple]): Scale and zero point of outputs in 8 bits, see `joins`.
     """
 
     def __init__(self, content: bytes, form: Form, threads: Optional[int] = None,
@@ -156,6 +159,7 @@ class Graph:
         self._names = [(one.name, int(one.name.removeprefix('in'))) for one in self._session.get_inputs()]
         self._outputs = [one.name for one in self._session.get_outputs()]
         self._form, self._watch = form, watch
+        self.steps = _given_steps(self._session.get_modelmeta().custom_metadata_map)
 
     def arrays(self, *inputs: Tensor) -> Dict[str, Any]:
         """All outputs, as numpy arrays by name, in order."""
@@ -170,6 +174,16 @@ class Graph:
             self._watch({**self._feed(inputs), **arrays})
         own = [torch.from_numpy(array) for name, array in arrays.items() if is_output(name)]
         return unflatten(own, self._form)
+
+
+def _given_steps(metadata: Mapping[str, str]) -> Dict[int, Tuple[float, int]]:
+    """Steps of outputs in 8 bits, from a graph's metadata."""
+    found = {}
+    for key, value in metadata.items():
+        if key.startswith('out'):
+            scale, zero = value.split()
+            found[int(key.removeprefix('out'))] = float(scale), int(zero)
+    return found
 
 
 def is_output(name: str) -> bool:

@@ -23,6 +23,8 @@ LAYERS = ('Conv', 'Gemm')
 #: What may stay in 8 bits between layers: sums, joins, pooling, and SiLU, which is a sigmoid and a product. In float,
 #: SiLU takes as long as the convolutions in 8 bits.
 BETWEEN = ('Add', 'Concat', 'MaxPool', 'Mul', 'Resize', 'Sigmoid')
+#: Without SiLU: a head's predictions are made of it, see docs/int8.md for what rounding it costs there.
+PLAIN_BETWEEN = tuple(kind for kind in BETWEEN if kind not in ('Mul', 'Sigmoid'))
 #: Of these, what gives the values that it takes: scale and zero stay.
 _SAME = ('MaxPool', 'Resize')
 _BINS = 2048
@@ -124,17 +126,16 @@ def watched(content: bytes) -> bytes:
 def _activations(model: Any) -> List[str]:
     """What enters and leaves layers, ReLUs behind them, and what is between; but what enters the graph is known
     already."""
-    inputs = {one.name for one in model.graph.input}
+    inputs, outputs = {one.name for one in model.graph.input}, [one.name for one in model.graph.output]
     names: Dict[str, None] = {}
-    for node in _between(model, {node.output[0] for node in layers_of(model)}):
+    for node in _between(model, {*inputs, *(node.output[0] for node in layers_of(model))}, outputs):
         names.update(dict.fromkeys((*_data_of(model, node), *node.output)))
     for node in layers_of(model):
         leaving = node.output[0]
         relu = only_relu(model, leaving)
         for name in (node.input[0], leaving, *([relu.output[0]] if relu is not None else [])):
-            if name not in inputs:
-                names[name] = None
-    return list(names)
+            names[name] = None
+    return [name for name in names if name not in inputs]
 
 
 def layers_of(model: Any) -> List[Any]:
@@ -151,20 +152,24 @@ def _data_of(model: Any, node: Any) -> List[str]:
     return [name for name in taken if name and name not in constants]
 
 
-def _between(model: Any, eight: Iterable[str]) -> List[Any]:
-    """Nodes of `BETWEEN`, and ReLUs, that take nothing but tensors in 8 bits and from which a layer is reached; in order.
+def _between(model: Any, eight: Iterable[str], wanted: Iterable[str] = (),
+             kinds: Sequence[str] = BETWEEN) -> List[Any]:
+    """Nodes of some kinds, and ReLUs, that take nothing but tensors in 8 bits and from which a layer, or a tensor that is
+    wanted, is reached; in order.
 
     Args:
         model: The graph.
-        eight (Iterable[str]): What layers in 8 bits give.
+        eight (Iterable[str]): What layers in 8 bits give, and what comes in so.
+        wanted (Iterable[str]): Tensors.
+        kinds (Sequence[str]): Operators.
     """
     eight, found = set(eight), []
     for node in model.graph.node:
         data = _data_of(model, node)
-        if node.op_type in (*BETWEEN, 'Relu') and data and all(name in eight for name in data):
+        if node.op_type in (*kinds, 'Relu') and data and all(name in eight for name in data):
             found.append(node)
             eight.update(node.output)
-    wanted, kept = {node.input[0] for node in layers_of(model)}, []
+    wanted, kept = {*wanted, *(node.input[0] for node in layers_of(model))}, []
     for node in reversed(found):
         if wanted.intersection(node.output):
             kept.append(node)
@@ -190,12 +195,14 @@ class Recipe:
         ranges (dict): Tensor -> lowest and highest value.
         float_layers (tuple[str]): Names of nodes that stay float.
         reduced (bool): Whether weights have 7 bits.
-        between (bool): Whether what is between layers in 8 bits is, too (`BETWEEN`).
+        between (tuple[str]): What is in 8 bits, too, between layers that are (of `BETWEEN`).
+        ends (tuple[str]): Inputs that come in 8 bits, and outputs that had better leave so.
     """
     ranges: Dict[str, Range]
     float_layers: Tuple[str, ...] = ()
     reduced: bool = False
-    between: bool = False
+    between: Tuple[str, ...] = ()
+    ends: Tuple[str, ...] = ()
 
 
 def quantise_graph(content: bytes, recipe: Recipe) -> bytes:
@@ -212,7 +219,9 @@ def quantise_graph(content: bytes, recipe: Recipe) -> bytes:
         return content
     relus = [node.name for node in model.graph.node if node.op_type == 'Relu']
     own = {node.output[0] for node in layers_of(model) if node.name in names}
-    between = [node for node in _between(model, own) if recipe.between and node.op_type in BETWEEN]
+    inputs = {one.name for one in model.graph.input}
+    between = [node for node in _between(model, own | inputs.intersection(recipe.ends), recipe.ends, recipe.between)
+               if node.op_type in recipe.between]
     same = {name for node in between if node.op_type in _SAME for name in node.output}
     data, overrides = {}, {}
     for name, (low, high) in recipe.ranges.items():

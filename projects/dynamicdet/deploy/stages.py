@@ -8,7 +8,8 @@ on to the next exit, stays as it is and notices nothing.
     branch0, branch1, ...     neck and dense head (two-stage: RPN) of an exit
     branch0.bbox_head0, ...   heads on RoIs, and what they share
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -17,10 +18,13 @@ from torch import Tensor, nn
 from mmdet.models.detectors import BaseDetector
 
 from ..errors import UsageError
-from ..models import DynamicDetector
+from ..models import CompositeBackbone, DynamicDetector
 
 #: Tensors -> any nesting of lists and tuples of tensors.
 Run = Callable[..., Any]
+#: A stage, and the number of one of its outputs.
+Output = Tuple[str, int]
+Source = Callable[[int], Tuple[Output, ...]]
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Stage:
         modules (tuple[nn.Module]): All that it computes with.
         spared (tuple[nn.Module]): What of it is never quantised.
         predicts (bool): Whether what it gives are predictions, such as scores and boxes.
+        source (Callable): Number of an input -> the outputs of stages before that it may be; several, where exits
+            share what comes behind them.
     """
     name: str
     run: Run
@@ -41,6 +47,7 @@ class Stage:
     modules: Tuple[nn.Module, ...]
     spared: Tuple[nn.Module, ...] = ()
     predicts: bool = False
+    source: Source = lambda index: ()
 
 
 class Features(tuple):
@@ -61,15 +68,30 @@ def find_stages(model: BaseDetector) -> List[Stage]:
     Raises:
         UsageError: If it is no single- or two-stage detector, such as DETR.
     """
-    if isinstance(model, DynamicDetector):
-        stages = [_first(model)]
-        stages += _deeper(model) if len(model.backbone.names) > 1 else []
-        branches = list(model.branches)
-    else:
-        stages, branches = [_plain_backbone(model)], [model]
-    for index, branch in enumerate(branches):
-        stages += _branch(f'branch{index}', branch)
+    if not isinstance(model, DynamicDetector):
+        return [_plain_backbone(model), *_branch('branch0', model, lambda index: (('first', index), ))]
+    backbone, maps = model.backbone, _maps_of(model.backbone)
+    stages = [_first(model), *_deeper(model, maps)]
+    # Of one backbone alone the exits differ by resolution.
+    seen = [backbone.select(maps[min(exit, len(maps) - 1)]) for exit in range(model.num_exits)]
+    for number, branch in enumerate(model.branches):
+        own = [one for exit, one in enumerate(seen) if model.branch(exit) is branch]
+        stages += _branch(f'branch{number}', branch, partial(_sources, own))
     return stages
+
+
+def _sources(maps: Sequence[Sequence[Output]], index: int) -> Tuple[Output, ...]:
+    """Where an input comes from if it is of one of several sets of maps; those come first of all inputs."""
+    return tuple(dict.fromkeys(own[index] for own in maps if index < len(own)))
+
+
+def _maps_of(backbone: CompositeBackbone) -> List[Tuple[Output, ...]]:
+    """Where the maps of each backbone come from."""
+    count, reused = len(backbone.channels), backbone.reuse_stages
+    maps = [tuple(('first', index) for index in range(count))]
+    for name in backbone.names[1:]:
+        maps.append((*maps[-1][:reused], *((name, index) for index in range(count - reused))))
+    return maps
 
 
 def _plain_backbone(model: BaseDetector) -> Stage:
@@ -93,24 +115,34 @@ def _first(model: DynamicDetector) -> Stage:
     """
     backbone, router = model.backbone, model.router
     first_maps, score = backbone.first_maps, router.forward
+    placed: List[Run] = []
 
     def run(images: Tensor) -> tuple:
         maps = first_maps(images)
         return maps, score(maps)
 
     def place(run: Run) -> None:
+        placed.append(run)
         backbone.first_maps = lambda images: Features.of(*run(images))
         router.forward = forward
 
     def forward(maps: Sequence[Tensor], valid: Optional[Sequence[Tuple[float, float]]] = None) -> Tensor:
         whole = valid is None or all(high == wide == 1 for high, wide in valid)
-        return maps.found if whole and isinstance(maps, Features) else score(maps, valid)
+        if whole and isinstance(maps, Features):
+            return maps.found
+        steps = getattr(placed[-1], 'steps', {})
+        return score([_in_float(one, steps.get(index)) for index, one in enumerate(maps)], valid)
 
     # Its cost is nothing, and who goes on depends on it.
     return Stage('first', run, place, (backbone.first, router), (router, ))
 
 
-def _deeper(model: DynamicDetector) -> List[Stage]:
+def _in_float(values: Tensor, step: Optional[Tuple[float, int]]) -> Tensor:
+    """What values in 8 bits stand for, if they are."""
+    return values if step is None else (values.float() - step[1]) * step[0]
+
+
+def _deeper(model: DynamicDetector, maps: Sequence[Sequence[Output]]) -> List[Stage]:
     backbone = model.backbone
     deeper_maps, reused = backbone.deeper_maps, backbone.reuse_stages
     placed: Dict[int, Run] = {}
@@ -132,12 +164,13 @@ def _deeper(model: DynamicDetector) -> List[Stage]:
 
     return [
         Stage(name, lambda *inputs, index=index: run(index, *inputs),
-              lambda other, index=index: place(index, other), (backbone.nets[index], backbone.connections))
+              lambda other, index=index: place(index, other), (backbone.nets[index], backbone.connections),
+              source=partial(_sources, [maps[index - 1]]))
         for index, name in enumerate(backbone.names) if index
     ]
 
 
-def _branch(name: str, branch: BaseDetector) -> List[Stage]:
+def _branch(name: str, branch: BaseDetector, source: Source) -> List[Stage]:
     """Neck with dense head, and the heads on RoIs."""
     two_stage = getattr(branch, 'roi_head', None) is not None
     head = getattr(branch, 'rpn_head' if two_stage else 'bbox_head', None)
@@ -145,7 +178,7 @@ def _branch(name: str, branch: BaseDetector) -> List[Stage]:
         raise UsageError(
             f'{type(branch).__name__} cannot be cut into graphs: it has no dense head; single- and '
             'two-stage detectors have')
-    stages = [_dense(name, branch, head, two_stage)]
+    stages = [replace(_dense(name, branch, head, two_stage), source=source)]
     if two_stage:
         for kind in ('shared_head', 'bbox_head', 'mask_head'):
             part = getattr(branch.roi_head, kind, None)
@@ -172,7 +205,8 @@ def _dense(name: str, branch: BaseDetector, head: nn.Module, two_stage: bool) ->
         neck.forward = lambda maps: Features.of(*other(*maps))
         head.forward = lambda features: features.found
 
-    return Stage(name, run, place, (neck, head), predicts=True)
+    # What an RPN gives are proposals, which the heads on RoIs judge anew.
+    return Stage(name, run, place, (neck, head), predicts=not two_stage)
 
 
 def _module(name: str, module: nn.Module, predicts: bool) -> Stage:
