@@ -58,7 +58,7 @@ def test_with_the_weights_only_what_is_missing_is_done(folders):
     have(*(name for name in RUNS if name not in video.DETECTORS))
     (video.RESULTS / 'distilled.json').unlink()
     (video.RESULTS / 'all_clock.json').unlink()
-    assert video.to_do(list(RUNS)) == ['all', 'distilled']
+    assert video.to_do(list(RUNS)) == ['distilled', 'all']
     video.forget(['all', 'distilled'])
     assert (video.RESULTS / 'all.json').exists()
 

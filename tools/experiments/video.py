@@ -56,12 +56,11 @@ RUNS: Dict[str, Run] = dict(
     propagation_short=Run('early_exit_yolov5_digits_propagation', 'joint', SHORT),
     distilled=Run('early_exit_yolov5_digits_distilled', 'stills'),
     gumbel=Run('early_exit_yolov5_digits_gumbel', 'stills'),
-    all=Run('early_exit_yolov5_digits_all', 'propagation'),
-    all_short=Run('early_exit_yolov5_digits_all', 'propagation_short', SHORT))
+    all=Run('early_exit_yolov5_digits_all', 'propagation'))
 #: Runs without early exits.
 DETECTORS = ('stills', 'plain')
 #: Whose gates are compared, and run by the clock.
-GATED = ('joint', 'all', 'gumbel')
+GATED = ('joint', 'gumbel', 'all')
 
 
 def parse_args() -> argparse.Namespace:

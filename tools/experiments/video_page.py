@@ -38,7 +38,6 @@ LABELS: Dict[str, tuple] = dict(
     propagation=('+ propagation, trained alone', 'joint'),
     all=('+ propagation, then all trained', 'joint'),
     propagation_short=('+ propagation on short clips', 'joint'),
-    all_short=('+ propagation on short clips, then all trained', 'joint'),
     heads=('heads on a frozen detector', 'joint'),
     heads_distilled=('the same, with distillation', 'heads'))
 
