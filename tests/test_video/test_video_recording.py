@@ -246,11 +246,16 @@ def test_tools_say_what_is_wrong(cfg, tmp_path, capsys):
     assert call('calibrate_video.py', *both, '--record', tmp_path / 'a.npz') == 2
     assert call('calibrate_video.py', *both, '--record', tmp_path / 'a.npz', '--cfg-options',
                 'model.gate.type=HalingGate') == 2
+    cfg.model.gate = dict(type='TemporalGate', nothing=dict(type='Presence'))
+    cfg.dump(tmp_path / 'config.py')
+    assert call('calibrate_video.py', *both, '--record', tmp_path / 'a.npz') == 2
+    # Its few frames are all with digits, or too few.
+    assert call('calibrate_video.py', *both, '--record', tmp_path / 'a.npz', '--fit-record', tmp_path / 'a.npz') == 2
     errors = capsys.readouterr().err.splitlines()
     said = [line for line in errors if line.startswith('error: ')]
     assert [part in line for part, line in zip(
-        ('record_video.py', '1 or more', 'has no gate', 'no trained HaltingGate', 'cannot be built'),
-        said)] == [True] * 5
+        ('record_video.py', '1 or more', 'has no gate', 'no trained HaltingGate', 'cannot be built',
+         'no trained TemporalGate(Presence)', 'frames'), said)] == [True] * 7
 
 
 def test_what_the_experiment_measures_of_a_run(tmp_path, monkeypatch):
