@@ -12,8 +12,8 @@ from dynamicdet.checkpoints import write_checkpoint
 from dynamicdet.errors import UsageError
 from dynamicdet.video.analysis import decision_seconds, load_truth
 from dynamicdet.video.calibration import calibrate_gate, put_calibration
+from dynamicdet.video.fitting import fit_parts, untrained_parts
 from dynamicdet.video.gates import name_of
-from dynamicdet.video.fitting import fit_parts
 from dynamicdet.video.record import read_video_record
 from dynamicdet.video.recording import load_early_exit_detector
 from dynamicdet.video.simulation import evidences
@@ -62,8 +62,7 @@ def main() -> None:
     model, checkpoint = load_early_exit_detector(cfg, args.checkpoint, fused=False)
     if model.gate is None:
         raise UsageError("the config's model has no gate: --cfg-options model.gate.type=AgreementGate")
-    untrained = model.gate.state_dict().keys() - {
-        key.removeprefix('gate.') for key in checkpoint['state_dict'] if key.startswith('gate.')}
+    untrained = untrained_parts(model.gate, checkpoint['state_dict'])
     if untrained and not args.fit_record:
         raise UsageError(f'the checkpoint has no trained {name_of(model.gate)}: fit it by --fit-record')
     require_own([record], model.num_exits, args.checkpoint)
@@ -72,16 +71,17 @@ def main() -> None:
     if args.fit_record:
         other = read_video_record(args.fit_record)
         require_own([other], model.num_exits, args.checkpoint)
+        # What was trained with the detector stays, if there is something else to fit.
         fits = fit_parts(model.gate, other, load_truth(other, args.fit_ann_file), seed=args.seed,
-                         progress=cli.counter('fits'))
+                         parts=untrained or ('gate', 'nothing'), progress=cli.counter('fits'))
         if not fits:
             raise UsageError(f'{name_of(model.gate)} does not learn: leave out --fit-record')
         facts.update(fit={name: dict(own._asdict(), record=args.fit_record, seed=args.seed)
                           for name, own in fits.items()})
-    seconds = decision_seconds(model.gate, evidences(record))
+    seconds = decision_seconds(model.gate, record, evidences(record))
     found = calibrate_gate(record, coco, model.gate, facts['wish'], args.by, seconds,
                            progress=cli.counter('settings'))
-    write_checkpoint(put_calibration(checkpoint, found, model.gate, dict(facts, decision_seconds=seconds)),
+    write_checkpoint(put_calibration(checkpoint, found, model.gate, dict(facts, decision_seconds=list(seconds))),
                      out)
     row, last, thresholds = found.row, found.last, ', '.join(f'{one:.4f}' for one in found.thresholds)
     print(f"{type(model.gate).__name__} on {len(record['images'])} frames: AP {row['ap']:.2f} (last exit "

@@ -102,7 +102,7 @@ def test_costs_by_hand():
     assert exit_costs(record, 'gflops', looks=True).tolist() == [1, 2, 5, 13]
     difficulties = np.array([[0.9, 0.9, 0.1], [0.2, 0.9, 0.9]], np.float32)
     looking = build('TemporalGate', gate=dict(type='ScoreGate'))
-    run = simulate(record, looking, difficulties, [0.1, 0.5, 0.5], seconds=0.001)
+    run = simulate(record, looking, difficulties, [0.1, 0.5, 0.5], seconds=(0.0, 0.001))
     # Exit 1 after two decisions; reused; exit 0 after one.
     assert run.exits.tolist() == [1, -1, 0] and run.source.tolist() == [0, 0, 2]
     assert run.gflops.tolist() == [5, 1, 2]

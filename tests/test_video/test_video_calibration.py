@@ -52,7 +52,7 @@ def test_best_ap_for_a_cost_by_hand(two_kinds):
 
 def test_a_gate_that_costs_too_much_is_paid_in_full(two_kinds):
     # Half a second per decision: an exit at once is the only one below a second.
-    found = calibrate_gate(*two_kinds, build('ScoreGate'), dict(target_latency=0.6), seconds=0.5)
+    found = calibrate_gate(*two_kinds, build('ScoreGate'), dict(target_latency=0.6), seconds=(0.0, 0.5))
     assert found.row['shares'] == [0, 1, 0, 0] and found.row['latency'] == pytest.approx(0.52)
 
 

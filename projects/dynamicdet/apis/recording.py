@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mmdet.structures import SampleList
@@ -175,8 +175,13 @@ def _every_exit(model: DynamicDetector, inputs: Tensor, samples: SampleList,
 def _watched_features(model: DynamicDetector) -> Iterator[List[Tensor]]:
     """What the router is shown while this is open: (N, d) for each time it is asked."""
     seen: List[Tensor] = []
-    hook = model.router.register_forward_pre_hook(
-        lambda router, arguments: seen.append(router.pool(*arguments).float()))
+
+    def watch(router: nn.Module, arguments: tuple) -> None:
+        if not arguments[0][0].is_floating_point():
+            raise UsageError('a deployed detector in 8 bits shows no features: record the one that it was made from')
+        seen.append(router.pool(*arguments).float())
+
+    hook = model.router.register_forward_pre_hook(watch)
     try:
         yield seen
     finally:

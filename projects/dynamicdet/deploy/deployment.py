@@ -23,6 +23,7 @@ from .graphs import Exported, Graph, export_stages, need, release_weights
 from .int8 import (BETWEEN, PLAIN_BETWEEN, Observer, Recipe, choose_float, multiply_adds, needs_reduced_range,
                    prediction_layers, quantise_graph, spared_layers, trained_ranges, watched)
 from .joins import join_graphs, joined_ranges, joins_of
+from .rois import place_roi_aligns
 from .stages import Stage, find_stages
 
 Progress = Callable[[Iterable, str], Iterable]
@@ -75,8 +76,8 @@ def deploy(cfg: Config,
         reduced (bool, optional): Whether weights have 7 bits. Defaults to what this processor needs, or to
             what was trained with.
         compress (bool): Whether graphs are written by zstd. Defaults to False.
-        between (bool): Whether what is between layers has 8 bits, too, see `int8.BETWEEN`, in stages that do not
-            predict; trained ranges are of layers alone. Defaults to True.
+        between (bool): Whether what is between layers has 8 bits, too, see `int8.BETWEEN`; but for SiLU where
+            predictions are made. Trained ranges are of layers alone. Defaults to True.
 
     Returns:
         dict: What was done, as in the manifest; with ``bytes``.
@@ -107,6 +108,7 @@ def deploy(cfg: Config,
             deployed, stages, exported, batches, progress, trained, method, noise, share, reduced, between)
         about.update(details)
         _place(stages, contents, exported)
+        place_roi_aligns(deployed)
         if shares is not None:
             _recalibrate(deployed, batches, loader.dataset, shares, progress)
     else:

@@ -224,8 +224,10 @@ def quantise_graph(content: bytes, recipe: Recipe) -> bytes:
                if node.op_type in recipe.between]
     same = {name for node in between if node.op_type in _SAME for name in node.output}
     data, overrides = {}, {}
+    # An input that changes nothing is not in the graph.
+    known = inputs | {name for node in model.graph.node for name in node.output}
     for name, (low, high) in recipe.ranges.items():
-        if name in same:
+        if name in same or name not in known:
             continue
         scale, zero = activation_scale(low, high)
         data[name] = TensorData(lowest=np.float32(low), highest=np.float32(high))
@@ -233,7 +235,9 @@ def quantise_graph(content: bytes, recipe: Recipe) -> bytes:
     quantiser = QDQQuantizer(
         model, True, recipe.reduced, QuantType.QInt8, QuantType.QUInt8, data,
         [*names, *relus, *(node.name for node in between)], [],
-        [*LAYERS, 'Relu', *{node.op_type for node in between}], dict(TensorQuantOverrides=overrides))
+        [*LAYERS, 'Relu', *{node.op_type for node in between}],
+        # Pooling and enlarging, also before a layer has made 8 bits of what they take.
+        dict(TensorQuantOverrides=overrides, ForceQuantizeNoInputCheck=True))
     quantiser.quantize_model()
     return quantiser.model.model.SerializeToString()
 

@@ -105,6 +105,9 @@ def _give(model: Any, name: str, step: Step) -> None:
 def _take(model: Any, name: str, step: Step) -> None:
     """Let an input be in 8 bits: for those who would make just these, and in float for all others."""
     onnx = need('onnx')
+    value = next((one for one in model.graph.input if one.name == name), None)
+    if value is None:  # it changes nothing there, so it is not in the graph
+        return
     readers = [node for node in model.graph.node if name in node.input]
     for node in readers:
         if node.op_type == 'QuantizeLinear' and _constants(model, node.input[1:]) == step:
@@ -119,7 +122,7 @@ def _take(model: Any, name: str, step: Step) -> None:
             onnx.numpy_helper.from_array(np.array(step[0], np.float32), scale),
             onnx.numpy_helper.from_array(np.array(step[1], np.uint8), zero)])
         model.graph.node.insert(0, onnx.helper.make_node('DequantizeLinear', [name, scale, zero], [whole]))
-    _as_eight(next(one for one in model.graph.input if one.name == name))
+    _as_eight(value)
 
 
 def _spare_shapes(model: Any) -> None:

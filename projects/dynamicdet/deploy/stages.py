@@ -1,8 +1,8 @@
 """Where a detector is cut: the parts that are computed on tensors alone, between mmdet's own Python.
 
 A stage takes tensors and gives tensors. `Stage.place` puts another computation in its place, for good: an
-ONNX graph, or the same in 8 bits. What lies between, such as proposals, RoIAlign, decoding, NMS and who goes
-on to the next exit, stays as it is and notices nothing.
+ONNX graph, or the same in 8 bits. What lies between, such as proposals, decoding, NMS and who goes on to the
+next exit, stays as it is and notices nothing; RoIAlign is replaced in `rois`.
 
     first, second, ...        the backbones; the first with the router, if there is one
     branch0, branch1, ...     neck and dense head (two-stage: RPN) of an exit

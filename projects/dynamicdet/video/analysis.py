@@ -18,7 +18,7 @@ from .evidence import Evidence
 from .fitting import fit_halting_gate, fit_parts, shows_objects
 from .gates import Gate
 from .oracle import oracle_rows
-from .simulation import Replays, difficulties_of, evidences, exit_costs
+from .simulation import Replays, Seconds, difficulties_of, evidences, exit_costs
 from .streams import GRID
 
 #: Gates that need no training: name -> config.
@@ -75,9 +75,10 @@ def fitted_gates(record: Mapping, coco: COCO, seed: int = 0, by: str = 'latencie
     return found
 
 
-def decision_seconds(gate: Gate, shown: Sequence[Evidence], frames: int = 20) -> float:
-    """Median time of one decision about one frame, on this machine."""
+def decision_seconds(gate: Gate, record: Mapping, shown: Sequence[Evidence], frames: int = 20) -> Seconds:
+    """Median times on this machine, of one frame: to see whether there is nothing, and to decide at an exit."""
     times: List[float] = []
+    looks: List[float] = []
     with torch.no_grad():
         for index in range(min(frames, len(shown[0].detections))):
             for one in shown:
@@ -87,7 +88,12 @@ def decision_seconds(gate: Gate, shown: Sequence[Evidence], frames: int = 20) ->
                 start = time.perf_counter()
                 gate.difficulty(own)
                 times.append(time.perf_counter() - start)
-    return float(np.median(times))
+            if getattr(gate, 'nothing', None) is not None:
+                early = torch.from_numpy(record['images'][index]['early'])[None]
+                start = time.perf_counter()
+                gate.sees_nothing(early)
+                looks.append(time.perf_counter() - start)
+    return float(np.median(looks)) if looks else 0.0, float(np.median(times))
 
 
 def analyse(record: Mapping, coco: COCO, gates: Mapping[str, Gate], chosen_on: Optional[tuple] = None,
@@ -119,7 +125,7 @@ def analyse(record: Mapping, coco: COCO, gates: Mapping[str, Gate], chosen_on: O
     val = chosen_on and (chosen_on[0], Replays(*chosen_on), evidences(chosen_on[0]))
     for name, gate in gates.items():
         say(name)
-        seconds = decision_seconds(gate.eval(), shown) if timed else 0.0
+        seconds = decision_seconds(gate.eval(), record, shown) if timed else (0.0, 0.0)
         found['gates'][name] = _one_gate(gate, (record, replays, shown), val, by, seconds)
     kind = 'gflops' if by == 'gflops' else 'latencies'
     costs = exit_costs(record, kind, looks=False)
@@ -130,7 +136,7 @@ def analyse(record: Mapping, coco: COCO, gates: Mapping[str, Gate], chosen_on: O
     return found
 
 
-def _one_gate(gate: Gate, test: tuple, val: Optional[tuple], by: str, seconds: float) -> dict:
+def _one_gate(gate: Gate, test: tuple, val: Optional[tuple], by: str, seconds: Seconds) -> dict:
     """Settings are chosen on one record, and run on the other."""
     record, replays, shown = val or test
     difficulties = difficulties_of(gate, shown)

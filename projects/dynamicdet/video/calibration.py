@@ -12,7 +12,7 @@ from ..routing.controller import Controller
 from .budgets import POINTS
 from .curves import CHANGE_LEVELS, Progress, curve, fixed_exits, front, settings_of
 from .gates import Gate, name_of
-from .simulation import Replays, difficulties_of, evidences, exit_costs
+from .simulation import Replays, Seconds, difficulties_of, evidences, exit_costs
 
 #: Levels that a calibration tries: finer than a curve.
 LEVELS = 61
@@ -44,7 +44,7 @@ def calibrate_gate(record: Mapping,
                    gate: Gate,
                    wish: Mapping[str, float],
                    by: Optional[str] = None,
-                   seconds: float = 0.0,
+                   seconds: Seconds = (0.0, 0.0),
                    count: int = LEVELS,
                    change_count: int = CHANGE_LEVELS,
                    progress: Optional[Progress] = None) -> Calibration:
@@ -59,7 +59,7 @@ def calibrate_gate(record: Mapping,
             last exit's.
         by (str, optional): The cost that counts for ``max_drop``: 'gflops' or 'latency'. Defaults to
             'gflops'.
-        seconds (float): That one decision of the gate takes. Defaults to 0.
+        seconds (tuple[float, float]): See `simulation.simulate`. Defaults to none.
         count (int): Levels to try. Defaults to 61.
         change_count (int): Thresholds on change to try. Defaults to 16.
         progress (Callable, optional): Called with (settings done, settings in all).

@@ -8,7 +8,8 @@ from typing import Callable, List, Mapping, Optional, Sequence
 import numpy as np
 
 from .gates import Gate
-from .simulation import Replays, Run, changes, exit_costs, nothing_seen, row_of, simulate
+from .simulation import (Replays, Run, Seconds, changes, exit_costs, nothing_seen, row_of,
+                         simulate)
 
 #: How many thresholds on difficulty, and how many on change, a curve tries.
 LEVELS, CHANGE_LEVELS = 21, 16
@@ -64,7 +65,7 @@ def curve(record: Mapping,
           gate: Gate,
           difficulties: np.ndarray,
           settings: Sequence[Setting],
-          seconds: float = 0.0,
+          seconds: Seconds = (0.0, 0.0),
           progress: Optional[Progress] = None) -> List[dict]:
     """A row for each setting, with it as ``thresholds``.
 
@@ -74,12 +75,12 @@ def curve(record: Mapping,
         gate (Gate): The gate.
         difficulties (np.ndarray): (E - 1, n), its own.
         settings (Sequence[Setting]): Those that share a threshold on change are best next to each other.
-        seconds (float): That one decision of the gate takes. Defaults to 0.
+        seconds (tuple[float, float]): See `simulation.simulate`. Defaults to none.
         progress (Callable, optional): Called with (settings done, settings in all).
     """
-    rows = []
+    rows, nothing = [], nothing_seen(record, gate)
     for setting in settings:
-        run = simulate(record, gate, difficulties, setting, seconds)
+        run = simulate(record, gate, difficulties, setting, seconds, nothing)
         rows.append(dict(row_of(run, replays.ap(run), len(record['gflops'])), thresholds=list(setting)))
         if progress:
             progress(len(rows), len(settings))

@@ -305,8 +305,7 @@ class EarlyExitDetector(BaseDetector):
     def _predict_wave(self, images: Tensor, samples: SampleList, rescale: bool) -> None:
         frames = self._start(images, samples, self.decides_early or self.cut is not None)
         if self.decides_early:
-            frames = self._decide(frames, Evidence(-1, None, None, [], frames.change, frames.early),
-                                  None, rescale)
+            frames = self._decide(frames, Evidence(-1, None, None, [], frames.change), None, rescale)
         if self.gate is not None:
             for exit, layer in enumerate(self.exit_layers):
                 if not frames.samples:
@@ -327,6 +326,10 @@ class EarlyExitDetector(BaseDetector):
     def _decide(self, frames: Frames, evidence: Evidence, x: Optional[Tensor], rescale: bool) -> Frames:
         """Let those leave whose difficulty is not above the threshold; the others."""
         exit, difficulty = evidence.exit, self.gate.difficulty(evidence)
+        # Only before the first exit: that a frame which changed shows nothing is news, and remembered as such.
+        nothing = self.gate.sees_nothing(frames.early) & (difficulty > self.thresholds[0]) if exit < 0 else None
+        if nothing is not None:
+            difficulty = difficulty.masked_fill(nothing, 0)
         frames.difficulties = difficulty.tolist()
         leaves = difficulty <= self.thresholds[exit + 1]
         leaving, staying = (mask.nonzero().squeeze(1) for mask in (leaves, ~leaves))
@@ -335,9 +338,7 @@ class EarlyExitDetector(BaseDetector):
             return frames
         samples, streams = ([values[one] for one in places] for values in (frames.samples, frames.streams))
         if exit < 0:
-            # That a frame which changed shows nothing is news, and remembered as such.
-            news = self.gate.sees_nothing(evidence.early) & (evidence.change > self.thresholds[0])
-            news = news[leaving].tolist()
+            news = nothing[leaving].tolist()
             found = [nothing_found() if new else last_found(stream, sample, rescale)
                      for new, stream, sample in zip(news, streams, samples)]
         else:

@@ -23,14 +23,12 @@ class Evidence(NamedTuple):
         change (Tensor, optional): (N,), in [0, 1]: of the early map against that of the frame at which the
             stream's detections were last computed; 1 where there is no such frame. None at exits from 0 on,
             or if the gate does not decide early.
-        early (Tensor, optional): (N, d), summary of the early map; where there is a change.
     """
     exit: int
     detections: Optional[List[InstanceData]]
     earlier: Optional[List[InstanceData]]
     pooled: List[Tensor]
     change: Optional[Tensor]
-    early: Optional[Tensor] = None
 
 
 class AllExits(NamedTuple):

@@ -3,6 +3,7 @@
 Letters: n frames, E exits. What a gate learns from is each exit's AP on each frame by itself.
 """
 import copy
+import itertools
 from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
@@ -24,8 +25,8 @@ from .simulation import evidences, exit_costs, streams
 WEIGHT_DECAYS, STEPS = (0.01, 1.0), (10, 20, 40, 80, 160)
 #: Frames per update, AdamW's learning rate, and how many budgets the oracle has by default.
 _BATCH, _LR, _BUDGETS = 256, 1e-2, 8
-#: Share of frames with objects that a `Presence` may take for empty.
-MISSED = 0.01
+#: Share of frames with objects that a `Presence` may take for empty; frames that its moments are of.
+MISSED, _MOMENTS = 0.01, 2048
 #: Frames in a row that stay together in cross-validation where there are too few videos.
 _BLOCK = 25
 
@@ -124,17 +125,30 @@ def fit_gumbel_gate(gate: LearnedGate,
 
 
 def fit_parts(gate: Gate, record: Mapping, coco: COCO, kind: str = 'latencies', seed: int = 0,
+              parts: Sequence[str] = ('gate', 'nothing'),
               progress: Optional[Callable[[int, int], None]] = None) -> Dict[str, NamedTuple]:
-    """Fit all that learns in a gate: how each part was fitted, ``gate`` and ``nothing``; none where nothing does.
-    Arguments as of `fit_halting_gate`."""
+    """Fit those parts of a gate that learn: how each was fitted; nothing where none does. Other arguments as of
+    `fit_halting_gate`."""
     found: Dict[str, NamedTuple] = {}
-    learns, nothing = learner(gate), getattr(gate, 'nothing', None)
+    learns = learner(gate) if 'gate' in parts else None
+    nothing = getattr(gate, 'nothing', None) if 'nothing' in parts else None
     if learns is not None:
         fit = fit_halting_gate if isinstance(learns, HaltingGate) else fit_gumbel_gate
         found['gate'] = fit(learns, record, coco, kind=kind, seed=seed, progress=progress)
     if nothing is not None:
         found['nothing'] = fit_presence(nothing, record, coco, seed, progress=progress)
     return found
+
+
+def untrained_parts(gate: Gate, state: Mapping[str, Tensor]) -> List[str]:
+    """Parts of a detector's gate that its checkpoint has no trained weights of: 'gate', 'nothing'."""
+    missing = gate.state_dict().keys() - {
+        key.removeprefix('gate.') for key in state if key.startswith('gate.')}
+    kinds = {'nothing' if key.startswith('nothing.') else 'gate' for key in missing}
+    # Trained with the detector, it is there, but was never fitted.
+    if getattr(gate, 'nothing', None) is not None and gate.nothing.level < 0:
+        kinds.add('nothing')
+    return sorted(kinds)
 
 
 class PresenceFit(NamedTuple):
@@ -148,7 +162,7 @@ class PresenceFit(NamedTuple):
 def fit_presence(presence: Presence, record: Mapping, coco: COCO, seed: int = 0, missed: float = MISSED,
                  folds: int = 3, steps: int = STEPS[-1],
                  progress: Optional[Callable[[int, int], None]] = None) -> PresenceFit:
-    """Fit a `Presence`: its weights, anew, by cross entropy on all frames; and its level, as the highest at which
+    """Fit a `Presence`: its weights, anew, by cross entropy; and its level, as the highest at which
     no more than a share of the frames with objects would be taken for empty by one fitted to other videos.
 
     The same seed gives the same.
@@ -160,7 +174,7 @@ def fit_presence(presence: Presence, record: Mapping, coco: COCO, seed: int = 0,
         seed (int): Of weights and folds. Defaults to 0.
         missed (float): The share, in [0, 1). Defaults to 0.01.
         folds (int): 2 or more, of whole videos (shorter stretches where there are few). Defaults to 3.
-        steps (int): Updates, each on all frames. Defaults to 160.
+        steps (int): Updates, each on 256 frames. Defaults to 160.
         progress (Callable, optional): Called with (fits done, fits in all) after each.
 
     Raises:
@@ -178,7 +192,7 @@ def fit_presence(presence: Presence, record: Mapping, coco: COCO, seed: int = 0,
         rest = torch.from_numpy(np.setdiff1d(everyone, part))
         own = _train_presence(copy.deepcopy(presence), early[rest], labels[rest], steps, seed)
         with torch.no_grad():
-            chances[part] = own(early[torch.from_numpy(part)]).numpy()
+            chances[part] = np.concatenate([own(early[rows]).numpy() for rows in torch.from_numpy(part).split(_BATCH)])
         if progress:
             progress(done, folds + 1)
     presence.load_state_dict(_train_presence(copy.deepcopy(presence), early, labels, steps, seed).state_dict())
@@ -201,12 +215,13 @@ def _train_presence(presence: Presence, early: Tensor, labels: Tensor, steps: in
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.default_generator.manual_seed(seed)
         presence.reset()
-        presence.standardise(early)
+        # Of so many frames alone: moments need no more, and each frame has many parts.
+        presence.standardise(early[::max(1, len(early) // _MOMENTS)])
         weights = [own.requires_grad_(True) for own in presence.parameters()]
         optimiser = torch.optim.AdamW(weights, lr=_LR, fused=True)
-        for _ in range(steps):
+        for rows in itertools.islice(_batches(torch.arange(len(early))), steps):
             optimiser.zero_grad()
-            F.binary_cross_entropy_with_logits(presence.logits(early), labels).backward()
+            F.binary_cross_entropy_with_logits(presence.logits(early[rows]), labels[rows]).backward()
             optimiser.step()
     return presence.requires_grad_(False)
 

@@ -223,8 +223,8 @@ class TemporalGate(Gate):
     The image then leaves with the last detections of its stream. A stream's first frame has change 1. Frames
     that go on are for another gate.
 
-    Where the early map changed, but shows nothing, there is no need to look either (*no detection*): at
-    difficulty 0, if ``nothing`` says so.
+    Where the early map changed, but shows nothing, there is no need to look either (*no detection*), if
+    ``nothing`` says so: difficulty is then 0.
 
     Args:
         gate (dict, optional): Config of the gate for what goes on. Defaults to none: it runs to the last exit
@@ -250,12 +250,7 @@ class TemporalGate(Gate):
         if evidence.exit < 0:
             if evidence.change is None:
                 raise ValueError('a TemporalGate decides by change, and was shown none')
-            change = evidence.change.float()
-            if self.nothing is None:
-                return change
-            if evidence.early is None:
-                raise ValueError('a TemporalGate that may see nothing was not shown the early map')
-            return change.masked_fill(self.sees_nothing(evidence.early), 0)
+            return evidence.change.float()
         if self.gate is None:
             return _alike(evidence, [1.0] * _images(evidence))
         return self.gate.difficulty(evidence)

@@ -78,6 +78,8 @@ def gate_of_checkpoint(cfg: Config, path: str) -> Gate:
     # One number for each head, in order.
     channels = [value.shape[1] for key, value in own.items() if re.search(r'project\.\d+\.weight$', key)]
     moments = own.get('nothing.mean')
+    if cfg.model.gate.get('nothing') and moments is None:
+        raise UsageError(f"'{path}' has no trained Presence: fit it by tools/calibrate_video.py --fit-record")
     gate = build_gate(cfg.model.gate, channels, 0 if moments is None else len(moments) // 2)
     require_complete(gate, own)
     gate.load_state_dict(own)

@@ -9,7 +9,7 @@ Letters: n frames in the record's order, E exits. ``difficulties``: (E - 1, n), 
 then of exits 0 to E - 2. ``nothing``: (n,), whether the gate sees at the early map that a frame shows nothing.
 ``source``: (n,), the frame whose detections are shown at a frame: itself, or one before, or -1: none.
 """
-from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -21,6 +21,12 @@ from ..routing.evaluation import Mixtures
 from .evidence import Evidence
 from .gates import Gate
 from .streams import early_change
+
+
+#: Frames that a gate is shown at a time.
+_BATCH = 256
+#: Seconds that a gate takes: to see that there is nothing, and to decide at an exit.
+Seconds = Tuple[float, float]
 
 
 class Run(NamedTuple):
@@ -105,9 +111,13 @@ def streams(record: Mapping) -> List[List[int]]:
 
 def nothing_seen(record: Mapping, gate: Gate) -> np.ndarray:
     """Where a gate that decides early sees that a frame shows nothing, (n,), bool."""
-    early = torch.from_numpy(np.stack([image['early'] for image in record['images']]))
+    images = record['images']
+    if getattr(gate, 'nothing', None) is None:
+        return np.zeros(len(images), bool)
     with torch.no_grad():
-        return gate.sees_nothing(early).numpy()
+        return np.concatenate([
+            gate.sees_nothing(torch.from_numpy(np.stack([image['early'] for image in images[start:start + _BATCH]]))
+                              ).numpy() for start in range(0, len(images), _BATCH)])
 
 
 def reuse(record: Mapping, threshold: float, nothing: Optional[np.ndarray] = None) -> np.ndarray:
@@ -159,7 +169,7 @@ def exit_costs(record: Mapping, kind: str, looks: bool) -> np.ndarray:
 
 
 def simulate(record: Mapping, gate: Gate, difficulties: np.ndarray, thresholds: Sequence[float],
-             seconds: float = 0.0) -> Run:
+             seconds: Seconds = (0.0, 0.0), nothing: Optional[np.ndarray] = None) -> Run:
     """Let a gate run through a record.
 
     Args:
@@ -167,16 +177,19 @@ def simulate(record: Mapping, gate: Gate, difficulties: np.ndarray, thresholds: 
         gate (Gate): Says whether it decides early and looks at detections.
         difficulties (np.ndarray): Its own, see `difficulties_of`.
         thresholds (Sequence[float]): (E,); the first is not looked at unless the gate decides early.
-        seconds (float): That one decision of the gate takes. Defaults to 0.
+        seconds (tuple[float, float]): That the gate takes on each frame, and for each decision at an exit. Defaults
+            to none.
+        nothing (np.ndarray, optional): See `nothing_seen`, which makes it otherwise.
     """
     source = np.arange(difficulties.shape[1])
     if gate.early:
-        source = reuse(record, thresholds[0], nothing_seen(record, gate))
+        source = reuse(record, thresholds[0], nothing_seen(record, gate) if nothing is None else nothing)
     own = take_exits(difficulties, thresholds)
     exits = np.where(source == np.arange(len(source)), own, -1)
     decisions = np.where(exits < 0, 0, np.minimum(exits + 1, len(difficulties)))
     return Run(exits, source, exit_costs(record, 'gflops', gate.looks_at_detections)[exits + 1],
-               exit_costs(record, 'latencies', gate.looks_at_detections)[exits + 1] + seconds * decisions)
+               exit_costs(record, 'latencies', gate.looks_at_detections)[exits + 1] + seconds[0] +
+               seconds[1] * decisions)
 
 
 # What that finds.
@@ -191,7 +204,7 @@ class Replays:
         record (Mapping): Of a video run.
         coco (COCO): Its ground truth.
     """
-    _KEPT = 16
+    _KEPT = 20
 
     def __init__(self, record: Mapping, coco: COCO) -> None:
         self._record, self._coco = record, coco
