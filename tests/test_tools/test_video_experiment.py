@@ -57,10 +57,10 @@ def test_with_the_weights_only_what_is_missing_is_done(folders):
     have(*video.DETECTORS, results=False)
     have(*(name for name in RUNS if name not in video.DETECTORS))
     (video.RESULTS / 'distilled.json').unlink()
-    (video.RESULTS / 'all_clock.json').unlink()
-    assert video.to_do(list(RUNS)) == ['distilled', 'all']
-    video.forget(['all', 'distilled'])
-    assert (video.RESULTS / 'all.json').exists()
+    (video.RESULTS / 'gumbel_clock.json').unlink()
+    assert video.to_do(list(RUNS)) == ['distilled', 'gumbel']
+    video.forget(['gumbel', 'distilled'])
+    assert (video.RESULTS / 'gumbel.json').exists()
 
 
 def test_energys_counter_begins_anew(tmp_path, monkeypatch):

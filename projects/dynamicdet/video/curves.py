@@ -8,11 +8,11 @@ from typing import Callable, List, Mapping, Optional, Sequence
 import numpy as np
 
 from .gates import Gate
-from .simulation import (Replays, Run, Seconds, changes, exit_costs, nothing_seen, row_of,
-                         simulate)
+from .simulation import (Replays, Run, Seconds, changes, exit_costs, nothing_seen, reuse,
+                         row_of, simulate)
 
 #: How many thresholds on difficulty, and how many on change, a curve tries.
-LEVELS, CHANGE_LEVELS = 21, 16
+LEVELS, CHANGE_LEVELS = 21, 8
 #: Frames later at which changes are looked at: a scene that drifts changes little from one frame to the next.
 _LAGS = (1, 4)
 
@@ -42,7 +42,7 @@ def settings_of(record: Mapping, gate: Gate, difficulties: np.ndarray, count: in
         gate (Gate): The gate.
         difficulties (np.ndarray): (E - 1, n), its own.
         count (int): Levels between the ends. Defaults to 21.
-        change_count (int): Thresholds on change, besides none. Defaults to 16.
+        change_count (int): Thresholds on change, besides none. Defaults to 8.
     """
     # By quantile of all difficulties, each as often as it occurs: where many frames are, steps are small.
     quantiles = np.quantile(difficulties, np.linspace(0, 1, 4 * count + 1))
@@ -78,9 +78,12 @@ def curve(record: Mapping,
         seconds (tuple[float, float]): See `simulation.simulate`. Defaults to none.
         progress (Callable, optional): Called with (settings done, settings in all).
     """
-    rows, nothing = [], nothing_seen(record, gate)
+    rows, sources, nothing = [], {}, nothing_seen(record, gate)
     for setting in settings:
-        run = simulate(record, gate, difficulties, setting, seconds, nothing)
+        change = setting[0]
+        if gate.early and change not in sources:
+            sources[change] = reuse(record, change, nothing)
+        run = simulate(record, gate, difficulties, setting, seconds, sources.get(change))
         rows.append(dict(row_of(run, replays.ap(run), len(record['gflops'])), thresholds=list(setting)))
         if progress:
             progress(len(rows), len(settings))

@@ -169,7 +169,7 @@ def exit_costs(record: Mapping, kind: str, looks: bool) -> np.ndarray:
 
 
 def simulate(record: Mapping, gate: Gate, difficulties: np.ndarray, thresholds: Sequence[float],
-             seconds: Seconds = (0.0, 0.0), nothing: Optional[np.ndarray] = None) -> Run:
+             seconds: Seconds = (0.0, 0.0), source: Optional[np.ndarray] = None) -> Run:
     """Let a gate run through a record.
 
     Args:
@@ -179,11 +179,12 @@ def simulate(record: Mapping, gate: Gate, difficulties: np.ndarray, thresholds: 
         thresholds (Sequence[float]): (E,); the first is not looked at unless the gate decides early.
         seconds (tuple[float, float]): That the gate takes on each frame, and for each decision at an exit. Defaults
             to none.
-        nothing (np.ndarray, optional): See `nothing_seen`, which makes it otherwise.
+        source (np.ndarray, optional): Of a gate that decides early, see `reuse`, which makes it otherwise.
     """
-    source = np.arange(difficulties.shape[1])
-    if gate.early:
-        source = reuse(record, thresholds[0], nothing_seen(record, gate) if nothing is None else nothing)
+    if not gate.early:
+        source = np.arange(difficulties.shape[1])
+    elif source is None:
+        source = reuse(record, thresholds[0], nothing_seen(record, gate))
     own = take_exits(difficulties, thresholds)
     exits = np.where(source == np.arange(len(source)), own, -1)
     decisions = np.where(exits < 0, 0, np.minimum(exits + 1, len(difficulties)))
@@ -204,7 +205,7 @@ class Replays:
         record (Mapping): Of a video run.
         coco (COCO): Its ground truth.
     """
-    _KEPT = 20
+    _KEPT = 24
 
     def __init__(self, record: Mapping, coco: COCO) -> None:
         self._record, self._coco = record, coco
