@@ -138,7 +138,10 @@ class Clock:
     def sums(self, ap: Optional[float]) -> dict:
         frames = len(self.seconds)
         joules = self.joules if energy() is not None else self.cpu * WATTS_PER_CORE
+        exits = np.array(self.exits)
+        by_exit = {str(exit): float(np.mean(np.array(self.seconds)[exits == exit])) for exit in np.unique(exits)}
         return dict(
+            by_exit=by_exit,
             ap=ap, seconds=sum(self.seconds) / frames, median=float(np.median(self.seconds)),
             joules_per_1000=1000 * joules / frames, exits=np.bincount(np.array(self.exits) + 1).tolist())
 
