@@ -127,6 +127,19 @@ def test_thresholds(threshold, exit):
     assert {one.exit for one in predict(model, images, samples)} == {exit}
 
 
+def test_no_exit_is_asked_where_none_lets_leave():
+    model = tiny(gate=dict(type='MarkedGate'))
+    images, samples = frames((1, ), (2, ))
+    model.set_budget(threshold=-1)
+    results = predict(model, images, samples)
+    assert [one.exit for one in results] == [4, 4] and [one.difficulty for one in results] == [1, 1]
+    assert not model.gate.shown
+    # But heads that are looked at are run, and paid.
+    model = tiny(gate=dict(type='MarkedGate', looks=True), budget=dict(threshold=-1))
+    predict(model, images, samples)
+    assert len(model.gate.shown) == 4
+
+
 # Streams.
 
 

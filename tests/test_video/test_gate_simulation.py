@@ -111,6 +111,9 @@ def test_costs_by_hand():
     blind = build('TemporalGate', gate=dict(type='HaltingGate', in_channels=[4, 5]))
     assert simulate(record, blind, difficulties, [0.1, 0.5, 0.5]).gflops.tolist() == [4, 1, 2]
     # A gate that does not decide early does not, whatever the first threshold.
+    # Nobody is asked where nobody may leave.
+    assert simulate(record, blind, difficulties, [0.1, -1, -1], seconds=(0.0, 1.0)).latencies.tolist() == pytest.approx(
+        [0.1, 0.01, 0.1])
     plain = build('ScoreGate')
     assert simulate(record, plain, difficulties, [1, 0.5, 0.5]).exits.tolist() == [1, 2, 0]
     assert simulate(record, plain, difficulties, [-1, -1, -1]).gflops.tolist() == [13] * 3

@@ -306,7 +306,8 @@ class EarlyExitDetector(BaseDetector):
         frames = self._start(images, samples, self.decides_early or self.cut is not None)
         if self.decides_early:
             frames = self._decide(frames, Evidence(-1, None, None, [], frames.change), None, rescale)
-        if self.gate is not None:
+        # Where no threshold lets a frame leave, there is nothing to ask; but heads that a gate looks at are run.
+        if self.gate is not None and (self.gate.looks_at_detections or (self.thresholds[1:] >= 0).any()):
             for exit, layer in enumerate(self.exit_layers):
                 if not frames.samples:
                     return

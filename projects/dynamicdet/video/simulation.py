@@ -188,6 +188,8 @@ def simulate(record: Mapping, gate: Gate, difficulties: np.ndarray, thresholds: 
     own = take_exits(difficulties, thresholds)
     exits = np.where(source == np.arange(len(source)), own, -1)
     decisions = np.where(exits < 0, 0, np.minimum(exits + 1, len(difficulties)))
+    # As the detector, which asks at no exit where no threshold lets a frame leave, unless heads are run anyway.
+    decisions *= gate.looks_at_detections or max(thresholds[1:]) >= 0
     return Run(exits, source, exit_costs(record, 'gflops', gate.looks_at_detections)[exits + 1],
                exit_costs(record, 'latencies', gate.looks_at_detections)[exits + 1] + seconds[0] +
                seconds[1] * decisions)
