@@ -109,11 +109,13 @@ def _take(model: Any, name: str, step: Step) -> None:
     if value is None:  # it changes nothing there, so it is not in the graph
         return
     readers = [node for node in model.graph.node if name in node.input]
+    others = []
     for node in readers:
         if node.op_type == 'QuantizeLinear' and _constants(model, node.input[1:]) == step:
             model.graph.node.remove(node)
             _rename(model, node.output[0], name)
-    others = [node for node in readers if node.op_type != 'QuantizeLinear' or _constants(model, node.input[1:]) != step]
+        else:
+            others.append(node)
     if others:
         whole, scale, zero = f'{name}_float', f'{name}_given_scale', f'{name}_given_zero'
         for node in others:

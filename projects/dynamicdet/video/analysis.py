@@ -61,17 +61,18 @@ def fitted_gates(record: Mapping, coco: COCO, seed: int = 0, by: str = 'latencie
     frames show no object and others do, a temporal one that knows *no detection*."""
     channels = [len(one) for one in record['images'][0]['pooled']]
     found = {}
-    shown = shows_objects(record, coco)
-    if shown.any() and not shown.all():
-        parts = len(record['images'][0]['early']) // GRID**2
-        found['temporal, nothing'] = MODELS.build(
-            dict(type='TemporalGate', nothing=dict(type='Presence', in_channels=parts)))
-        fit_parts(found['temporal, nothing'], record, coco, by, seed)
     for name, looks in (('halting', False), ('halting, looking', True)):
         found[name] = MODELS.build(dict(type='HaltingGate', in_channels=channels, looks_at_detections=looks))
         fit_halting_gate(found[name], record, coco, kind=by, seed=seed)
         found[f'temporal + {name}'] = MODELS.build(dict(type='TemporalGate'))
         found[f'temporal + {name}'].wrap(found[name])
+    shown = shows_objects(record, coco)
+    if shown.any() and not shown.all():
+        # Last: what it repeats is not what the other temporal gates do, which is matched once for all of them.
+        parts = len(record['images'][0]['early']) // GRID**2
+        found['temporal, nothing'] = MODELS.build(
+            dict(type='TemporalGate', nothing=dict(type='Presence', in_channels=parts)))
+        fit_parts(found['temporal, nothing'], record, coco, by, seed)
     return found
 
 

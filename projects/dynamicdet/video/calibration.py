@@ -61,7 +61,7 @@ def calibrate_gate(record: Mapping,
             'gflops'.
         seconds (tuple[float, float]): See `simulation.simulate`. Defaults to none.
         count (int): Levels to try. Defaults to 61.
-        change_count (int): Thresholds on change to try. Defaults to 8.
+        change_count (int): Thresholds on change to try. Defaults to 16.
         progress (Callable, optional): Called with (settings done, settings in all).
 
     Raises:

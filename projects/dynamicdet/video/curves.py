@@ -12,7 +12,7 @@ from .simulation import (Replays, Run, Seconds, changes, exit_costs, nothing_see
                          row_of, simulate)
 
 #: How many thresholds on difficulty, and how many on change, a curve tries.
-LEVELS, CHANGE_LEVELS = 21, 8
+LEVELS, CHANGE_LEVELS = 21, 16
 #: Frames later at which changes are looked at: a scene that drifts changes little from one frame to the next.
 _LAGS = (1, 4)
 
@@ -42,7 +42,7 @@ def settings_of(record: Mapping, gate: Gate, difficulties: np.ndarray, count: in
         gate (Gate): The gate.
         difficulties (np.ndarray): (E - 1, n), its own.
         count (int): Levels between the ends. Defaults to 21.
-        change_count (int): Thresholds on change, besides none. Defaults to 8.
+        change_count (int): Thresholds on change, besides none. Defaults to 16.
     """
     # By quantile of all difficulties, each as often as it occurs: where many frames are, steps are small.
     quantiles = np.quantile(difficulties, np.linspace(0, 1, 4 * count + 1))

@@ -327,10 +327,11 @@ class EarlyExitDetector(BaseDetector):
     def _decide(self, frames: Frames, evidence: Evidence, x: Optional[Tensor], rescale: bool) -> Frames:
         """Let those leave whose difficulty is not above the threshold; the others."""
         exit, difficulty = evidence.exit, self.gate.difficulty(evidence)
-        # Only before the first exit: that a frame which changed shows nothing is news, and remembered as such.
-        nothing = self.gate.sees_nothing(frames.early) & (difficulty > self.thresholds[0]) if exit < 0 else None
-        if nothing is not None:
-            difficulty = difficulty.masked_fill(nothing, 0)
+        # Whose detections are of this frame. Before the first exit only: that it changed, and shows nothing.
+        news = torch.ones_like(difficulty, dtype=torch.bool)
+        if exit < 0:
+            news = self.gate.sees_nothing(frames.early) & (difficulty > self.thresholds[0])
+            difficulty = difficulty.masked_fill(news, 0)
         frames.difficulties = difficulty.tolist()
         leaves = difficulty <= self.thresholds[exit + 1]
         leaving, staying = (mask.nonzero().squeeze(1) for mask in (leaves, ~leaves))
@@ -338,15 +339,14 @@ class EarlyExitDetector(BaseDetector):
         if not places:
             return frames
         samples, streams = ([values[one] for one in places] for values in (frames.samples, frames.streams))
+        news = news[leaving].tolist()
         if exit < 0:
-            news = nothing[leaving].tolist()
             found = [nothing_found() if new else last_found(stream, sample, rescale)
                      for new, stream, sample in zip(news, streams, samples)]
         else:
             found = ([evidence.detections[one] for one in places] if evidence.detections
                      else self._detect(exit, x[leaving], samples, streams))
             found = [to_original(one, sample) if rescale else one for one, sample in zip(found, samples)]
-            news = [True] * len(found)
         for place, own, new in zip(places, found, news):
             self._leave(frames, place, exit, own, rescale, new)
         return frames.part(staying)
