@@ -126,6 +126,14 @@ def test_seeds_without_a_figure_are_named():
     assert routing_page.with_interval(found, 'gain') == '+0.20 (+0.10 to +0.30), 2 of 3 seeds'
 
 
+def test_runs_of_another_machine_are_marked():
+    """A seed comes to other weights there: such runs are not held against the plain detectors of this one."""
+    here, there = ([dict(provenance=dict(device=device))] for device in ('here', 'there'))
+    assert not routing_page.ran_elsewhere(here, {'96': here[0]})
+    assert routing_page.ran_elsewhere(here + there, {'96': here[0]})
+    assert not routing_page.ran_elsewhere(there, {})
+
+
 def plain(*points):
     return [dict(gflops=cost, ap=ap, resampled=[ap - 1, ap + 1]) for cost, ap in points]
 

@@ -103,9 +103,15 @@ def do(one: Run) -> None:
     wait_for(one.start, *one.needs)
     checkpoint = train(one)
     record(one, checkpoint)
+    if is_done(one):  # only its weights or records were gone: its numbers are those of the ones before
+        return
     options = {k: v for k, v in one.options.items() if 'ann_file' not in k and 'data_root' not in k}
     numbers = dict(run=one.name, config=one.config, options=options, **sum_up(one))
     write_atomically(json.dumps(numbers, default=str).encode(), RESULTS / f'{one.name}.json')
+
+
+def is_done(one: Run) -> bool:
+    return (RESULTS / f'{one.name}.json').exists()
 
 
 def main() -> None:
@@ -113,7 +119,7 @@ def main() -> None:
     # As the runs: more threads than cores make everything slow.
     torch.set_num_threads(1)
     runs: List[Run] = [one for one in all_runs() if any(part in one.name for part in args.only)]
-    waiting = [one for one in runs if not (RESULTS / f'{one.name}.json').exists()]
+    waiting = [one for one in runs if not is_done(one)]
     names = {one.name for one in waiting}
     # The weights that others start from may be gone, also where their numbers are there.
     needed = {name for one in waiting for name in (one.start, *one.needs)}

@@ -33,7 +33,9 @@ seeds. A figure that not all seeds have (efficacy, where the honest oracle gains
 at half hard, against "{router}" at the share at which it costs as much; routers that look at exit 0's detections run its
 neck and heads on every image. Three exits: routed between the first and the last alone. The oracle chooses by the true
 AP of each image under each exit, luck included, the honest one by that of another view. GFLOPs: 2 x multiply-adds;
-latency: batch 1, one thread, in the run's own process, on machines that did other things too.
+latency: batch 1, one thread, in the run's own process, on machines that did other things too. A variant with * ran on
+another machine than the plain detectors, from weights that the same command trained there: the same seed comes to other
+weights, so its exits and routers compare with each other, and not with other rows.
 """
 
 Runs = Dict[Tuple[str, str], List[dict]]
@@ -108,11 +110,15 @@ def lead(run: Mapping, plain: Sequence[Mapping]) -> Tuple[float, float, float, f
     return gflops, own - front(plain, gflops), low, high
 
 
-def exits_table(runs: Runs, detector: str) -> str:
+def ran_elsewhere(found: Sequence[Mapping], plain: Mapping[str, Mapping]) -> bool:
+    """Whether one of these ran on another machine than the plain detectors, if there are any."""
+    own, its = ({run['provenance']['device'] for run in one} for one in (found, plain.values()))
+    return bool(plain) and not own <= its
+
+
+def exits_table(dynamic: Mapping[str, Sequence[Mapping]]) -> str:
     rows = []
-    for (own, variant), found in runs.items():
-        if own != detector or 'exits' not in found[0]:
-            continue
+    for variant, found in dynamic.items():
         rows.append([
             variant, str(len(found)),
             ', '.join(several([run['exits'][k]['ap'] for run in found]) for k in range(len(found[0]['exits']))),
@@ -199,18 +205,19 @@ def plain_table(plain: Mapping[str, Mapping]) -> str:
     return table(['plain detector', 'GFLOPs', 'AP', 'interval'], rows)
 
 
-def leads_table(runs: Runs, detector: str, plain: Sequence[Mapping]) -> str:
+def leads_table(dynamic: Mapping[str, Sequence[Mapping]], plain: Mapping[str, Mapping]) -> str:
     rows = []
-    for (own, variant), found in runs.items():
-        if own == detector and 'exits' in found[0]:
-            leads = [one for one in (lead(run, plain) for run in found) if np.isfinite(one[1])]
-            if not leads:
-                rows.append([variant, '-', 'no plain detector is as dear, or none as cheap', '-'])
-                continue
-            ends = f'{leads[0][2]:+.2f} to {leads[0][3]:+.2f}' if len(leads) == 1 else \
-                '; '.join(f'{low:+.2f} to {high:+.2f}' for _, _, low, high in leads)
-            rows.append([variant, f'{np.mean([one[0] for one in leads]):.3f}',
-                         several([one[1] for one in leads], sign='+'), ends])
+    for variant, found in dynamic.items():
+        if ran_elsewhere(found, plain):
+            continue
+        leads = [one for one in (lead(run, list(plain.values())) for run in found) if np.isfinite(one[1])]
+        if not leads:
+            rows.append([variant, '-', 'no plain detector is as dear, or none as cheap', '-'])
+            continue
+        ends = f'{leads[0][2]:+.2f} to {leads[0][3]:+.2f}' if len(leads) == 1 else \
+            '; '.join(f'{low:+.2f} to {high:+.2f}' for _, _, low, high in leads)
+        rows.append([variant, f'{np.mean([one[0] for one in leads]):.3f}',
+                     several([one[1] for one in leads], sign='+'), ends])
     return table(['variant', 'GFLOPs at half hard', 'AP above the static front', 'interval, seed by seed'], rows)
 
 
@@ -228,7 +235,7 @@ def picture(runs: Runs) -> bytes:
         axes.plot(costs, [front(list(plain.values()), cost) for cost in costs], 'k:', label='static front')
         for (own, variant), found in runs.items():
             # Those on few images are compared with each other, not with detectors of more.
-            if own == detector and variant in DYNAMIC:
+            if own == detector and variant in DYNAMIC and not ran_elsewhere(found, plain):
                 colour = f'C{list(DYNAMIC).index(variant)}'
                 axes.plot(*curve(found[0]), colour, marker='.', label=variant.replace('_', ' '))
         axes.set(title=detector.replace('_', ' '), xlabel='GFLOPs per image', ylabel='AP, %')
@@ -249,14 +256,14 @@ def main() -> None:
     parts = [HEAD.format(resamples=100, router=ROUTER), '![AP against GFLOPs](../images/routing_front.png)\n']
     for detector in DETECTORS:
         plain = plain_runs(runs, detector)
-        dynamic = {variant: found for (own, variant), found in runs.items()
+        dynamic = {variant + '*' * ran_elsewhere(found, plain): found for (own, variant), found in runs.items()
                    if own == detector and 'exits' in found[0]}
         if not dynamic:
             continue
-        parts += [f'## {detector}\n', '### Exits\n', exits_table(runs, detector), strata_table(dynamic)]
+        parts += [f'## {detector}\n', '### Exits\n', exits_table(dynamic), strata_table(dynamic)]
         if plain:
             parts += ['### Against plain detectors\n', plain_table(plain),
-                      f'\nThe router is "{ROUTER}".\n', leads_table(runs, detector, list(plain.values()))]
+                      f'\nThe router is "{ROUTER}".\n', leads_table(dynamic, plain)]
         for variant, found in dynamic.items():
             parts += [f'### Routers of `{variant}`\n', routers_table(found)]
             if 'all_exits' in found[0]:
