@@ -116,7 +116,7 @@ $(READY): Makefile setup.py setup.cfg $(wildcard requirements/*.txt)
 	step "PyTorch and the other libraries: downloads of 200 MB and more"
 	install -r requirements/build.txt || fail
 	install -r requirements/runtime.txt -r requirements/mm-deps.txt \
-	  -r requirements/compression.txt -r requirements/deploy.txt -r requirements/video.txt \
+	  -r requirements/compression.txt -r requirements/deploy.txt -r requirements/openvino.txt -r requirements/video.txt \
 	  -r requirements/tests.txt || fail
 	took
 	step "mmengine, mmcv and mmdet"

@@ -16,5 +16,5 @@ setup(
     package_dir={'': 'projects'},
     packages=find_packages('projects'),
     install_requires=requirements('runtime'),
-    extras_require={name: requirements(name) for name in ('mm', 'compression', 'video', 'deploy', 'tests')},
+    extras_require={name: requirements(name) for name in ('mm', 'compression', 'video', 'deploy', 'openvino', 'tests')},
 )

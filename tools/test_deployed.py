@@ -10,6 +10,7 @@ from mmengine.runner import Runner
 from dynamicdet.apis import cli
 from dynamicdet.apis.calibration import build_loader
 from dynamicdet.deploy.folder import load_deployed, read_config
+from dynamicdet.deploy.runtimes import RUNTIMES
 from dynamicdet.deploy.timing import measure_latency
 from dynamicdet.engine import write_atomically
 from dynamicdet.errors import UsageError
@@ -19,6 +20,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('folder', help='deployment folder')
     cli.add_budget_arguments(parser)
+    parser.add_argument('--runtime', default='onnxruntime', choices=list(RUNTIMES), help='what runs the graphs: onnxruntime')
     parser.add_argument('--threads', type=int, default=1, help='CPU threads of graphs and of torch: 1')
     parser.add_argument(
         '--images', type=int, default=20, help='how many images are timed, at all exits: 20; 0 times none')
@@ -39,7 +41,8 @@ def load(args: argparse.Namespace) -> Config:
     cli.override(cfg, args.cfg_options, args.folder)
     cli.require_settings(cfg, 'test_dataloader', 'test_evaluator', 'test_cfg')
     budget = cli.budget_from(args) or None
-    cfg.model = ConfigDict(type='DeployedDetector', folder=args.folder, threads=args.threads, budget=budget)
+    cfg.model = ConfigDict(type='DeployedDetector', folder=args.folder, threads=args.threads, runtime=args.runtime,
+                           budget=budget)
     # What a training needs has no part in this.
     cfg.custom_hooks, cfg.load_from, cfg.resume, cfg.launcher = [], None, False, 'none'
     for name in ('train', 'val'):
@@ -59,7 +62,7 @@ def main() -> None:
     if args.out:
         cli.require_writable(args.out)
     torch.set_num_threads(args.threads)
-    figures: Dict[str, object] = dict(folder=args.folder, threads=args.threads)
+    figures: Dict[str, object] = dict(folder=args.folder, runtime=args.runtime, threads=args.threads)
     cfg = load(args)
     cli.check_data(cfg, 'test')
     if args.images:
@@ -67,7 +70,7 @@ def main() -> None:
         with cli.silence():
             dataset = build_loader(settings).dataset
         latencies: List[float] = measure_latency(
-            load_deployed(args.folder, args.threads), dataset, cli.progress, args.images)
+            load_deployed(args.folder, args.threads, args.runtime), dataset, cli.progress, args.images)
         figures['milliseconds'] = [1e3 * seconds for seconds in latencies]
         print(*(f'exit {exit}: {1e3 * seconds:.1f} ms' for exit, seconds in enumerate(latencies)), sep='\n')
     if not args.no_ap:

@@ -99,11 +99,13 @@ def test_trained_ranges_are_exported_and_the_graphs_compute_what_was_trained(tra
     assert noise(maps[0], maps[1]) < noise(maps[1], maps[2]) / 10
 
 
-def test_a_folder_is_tested_by_the_tool(folder, tmp_path):
+@pytest.mark.parametrize('runtime', ('onnxruntime', 'openvino'))
+def test_a_folder_is_tested_by_the_tool(runtime, folder, tmp_path):
     done = run_tool('test_deployed.py', folder[0], '--images', 1, '--out', tmp_path / 'f.json', '--work-dir',
-                    tmp_path)
+                    tmp_path, '--runtime', runtime)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / 'f.json').read_text())
+    assert figures['runtime'] == runtime
     # Two epochs find nothing, of which mmdet gives no AP.
     assert len(figures['milliseconds']) == 1 and figures['milliseconds'][0] > 0 and 'metrics' in figures
 

@@ -79,16 +79,19 @@ def whole(digits, tmp_path_factory):
 def test_aps_are_measured_once(whole, tmp_path, monkeypatch):
     out = tmp_path / 'points.json'
     monkeypatch.setattr(measure, 'FORMS', {form: measure.FORMS[form] for form in ('eager', 'float32')})
+    monkeypatch.setattr(measure, 'RUN_BY', dict(by_openvino=('float32', 'openvino')))
     measure.measure_ap(whole, out)
     found = json.loads(out.read_text())
     points = found['points']
-    assert list(points) == ['eager', 'float32'] and found['provenance']['images'] == 6
+    assert list(points) == ['eager', 'float32', 'by_openvino'] and found['provenance']['images'] == 6
     for one in points.values():
         assert 0 <= one['hard_share'] <= 1
         assert all(set(one[mode]) == {'ap', 'ap50', 'resampled_ap'} for mode in page.MODES)
         assert len(one['half']['resampled_ap']) == 100
     # The same detector, up to the last digits of floats.
     assert points['eager']['exit1']['ap'] == pytest.approx(points['float32']['exit1']['ap'], abs=0.5)
+    assert points['by_openvino']['exit1']['ap'] == pytest.approx(points['float32']['exit1']['ap'], abs=0.5)
+    assert points['by_openvino']['bytes'] == points['float32']['bytes']
     assert points['eager']['bytes'] < found['original_bytes']
     assert points['float32']['bytes'] == sum(path.stat().st_size for path in (whole / 'float32').iterdir())
     # What is there is kept; what a file in 8 bits holds is added.
@@ -109,7 +112,7 @@ def test_latencies_of_all_folders_in_turns(whole, tmp_path, monkeypatch):
                                     for form in ('eager', 'float32') for mode in page.MODES}
     assert all(0 < one['median'] < 60 for one in found['points'].values())
     assert found['provenance']['images'] == 2 and found['provenance']['side'] == 96
-    assert isinstance(found['provenance']['vnni'], bool)
+    assert all(isinstance(found['provenance'][name], bool) for name in ('vnni', 'amx'))
 
 
 # The page.
@@ -126,8 +129,11 @@ def known(detector, kind, **points):
 
 
 def clock(detector, milliseconds, side=128):
-    facts = dict(images=2, side=side, rounds=1, vnni=False, load_before=0.1, load_after=1.0, onnxruntime='1', torch='2',
-                 device='a machine', threads=1)
+    facts = dict(images=2, side=side, rounds=1, vnni=False, amx=True, load_before=0.1, load_after=1.0, onnxruntime='1',
+                 openvino='3', torch='2', device='a machine', threads=1)
+    # OpenVINO takes four fifths.
+    milliseconds = {**milliseconds, **{(kind, f'{form}_openvino'): 0.8 * one for (kind, form), one in milliseconds.items()
+                                       if form == 'int8'}}
     return {f'{detector}-clock_{side}': dict(provenance=facts, points={
         f'{detector}-{kind}/{form}/{mode}': dict(median=one * share / 1e3)
         for (kind, form), one in milliseconds.items()
@@ -166,7 +172,7 @@ def test_a_page_by_hand(tmp_path, monkeypatch):
         **clock('yolox', {name: 10 * one - (name[1] == 'int8') * 5 * one for name, one in times.items()}, 640)}
     text = write(results, tmp_path, monkeypatch)
     assert (tmp_path / 'page.png').read_bytes().startswith(b'\x89PNG')
-    assert 'a machine, 1 thread(s), without VNNI' in text
+    assert 'a machine, 1 thread(s), without VNNI, with AMX' in text and 'OpenVINO 3;' in text
     rows = rows_of(text)
     assert rows['pruned + int8'] == [
         '28.80', '43.80', '48.80', '-1.20 (-1.20 to -1.20)', '-1.20 (-1.20 to -1.20)', '50%', '2.20 (11.0%)',

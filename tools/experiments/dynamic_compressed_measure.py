@@ -41,6 +41,8 @@ CONFIG, WEIGHTS = 'config.py', 'calibrated.pth'
 FORMS: Dict[str, Optional[Tuple[str, ...]]] = dict(
     eager=None, eager_int8=None, float32=(), int8=('--int8', '--compress'),
     int8_all=('--int8', '--compress', '--float-share=0'))
+#: Graphs that another library runs, too: form -> the form they were exported as, and what runs them.
+RUN_BY = dict(int8_openvino=('int8', 'openvino'))
 #: What a .ddz file held is as fast as before; graphs without a float layer say what keeping some is worth.
 UNTIMED = ('eager_int8', 'int8_all')
 #: How the .ddz file of a form is written.
@@ -50,11 +52,16 @@ LOSSY = dict(eager=Lossy(), eager_int8=Lossy(int8=[]))
 SIDES = {128: (20, 15), 640: (6, 15)}
 
 
+def all_forms() -> List[str]:
+    return [*FORMS, *(form for form, (exported, _) in RUN_BY.items() if exported in FORMS)]
+
+
 def load(folder: Path, form: str) -> Tuple[DynamicDetector, int]:
     """A detector, and the bytes of what a user would be handed."""
-    if FORMS[form] is not None:
-        files = [path.stat().st_size for path in (folder / form).iterdir()]
-        return load_deployed(str(folder / form), threads=1), sum(files)
+    exported, runtime = RUN_BY.get(form, (form, 'onnxruntime'))
+    if FORMS[exported] is not None:
+        files = [path.stat().st_size for path in (folder / exported).iterdir()]
+        return load_deployed(str(folder / exported), 1, runtime), sum(files)
     content = compress(read_checkpoint(str(folder / WEIGHTS)), LOSSY[form]).content
     return build(Config.fromfile(folder / CONFIG), decompress(content)['state_dict'], 'cpu'), len(content)
 
@@ -68,8 +75,9 @@ def measure_ap(folder: Path, out: Path) -> None:
         coco = COCO(cfg.test_evaluator.ann_file)
     found.update(original_bytes=(folder / WEIGHTS).stat().st_size, resamples=RESAMPLES,
                  provenance=provenance(cfg, str(folder / WEIGHTS), loader.dataset, 'cpu'))
-    for form, options in FORMS.items():
-        is_there = options is None or (folder / form).exists()
+    for form in all_forms():
+        exported, _ = RUN_BY.get(form, (form, None))
+        is_there = FORMS[exported] is None or (folder / exported).exists()
         if is_there and form not in found['points']:
             model, size = load(folder, form)
             found['points'][form] = dict(bytes=size, **judge(model, loader, coco))
@@ -101,15 +109,22 @@ def measure_latencies(folders: Sequence[Path], side: int, images: int, rounds: i
     batches = [pseudo_collate([dataset[index]]) for index in range(min(images, len(dataset)))]
     tasks = {}
     for folder in folders:
-        for form in (form for form in FORMS if form not in UNTIMED):
+        for form in (form for form in all_forms() if form not in UNTIMED):
             model, _ = load(folder, form)
             tasks.update({f'{folder.name}/{form}/{name}': task for name, task in tasks_of(model, batches)})
     seconds = interleave(tasks, rounds, cli.progress, 'latencies')
     facts = dict(provenance(cfg, str(folders[0] / WEIGHTS), dataset, 'cpu'), images=len(batches), side=side,
                  rounds=rounds, vnni=not needs_reduced_range(), load_before=before,
-                 load_after=os.getloadavg()[0], onnxruntime=need('onnxruntime').__version__)
+                 load_after=os.getloadavg()[0], amx=has_amx(), onnxruntime=need('onnxruntime').__version__,
+                 openvino=need('openvino').__version__.split('-')[0])
     points = {name: quartiles(values / len(batches)) for name, values in seconds.items()}
     write_atomically(json.dumps(dict(provenance=facts, points=points)).encode(), out)
+
+
+def has_amx() -> bool:
+    """Whether the processor multiplies tiles of 8 bits."""
+    cpu = Path('/proc/cpuinfo')
+    return cpu.exists() and 'amx_int8' in cpu.read_text()
 
 
 def tasks_of(model: DynamicDetector, batches: List[dict]) -> List[Tuple[str, Task]]:

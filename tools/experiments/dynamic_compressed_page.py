@@ -36,7 +36,7 @@ epoch of {tuning:,} images; "tuned alike" is the detector with all channels afte
 is told from what more training gives. MB are 1e6 bytes, of a `.ddz` file for torch and of all files
 of a deployment folder for ONNX Runtime (in 8 bits with `--compress`); shares are of the whole detector's checkpoint in float32.
 """
-CLOCK = """Latencies: {device}, {threads} thread(s), {vnni} VNNI, torch {torch}, ONNX Runtime {onnxruntime};
+CLOCK = """Latencies: {machine};
 batch 1, mean of {images} test images of {side} x {side} pixels in memory, from preprocessing to boxes, median
 of {rounds} rounds in which all variants took turns; half hard is half of these images. Load average
 {load_before:.2f} before, {load_after:.2f} after (this measurement alone makes 1).
@@ -45,12 +45,14 @@ LARGE = """The same detectors on the same images, enlarged to {side} x {side} pi
 preprocessing, proposals and NMS, which are Python in all variants: {images} images, median of {rounds} rounds,
 load average {load_before:.2f} and {load_after:.2f}. They were not trained at that size: latencies alone.
 """
+MACHINE = ('{device}, {threads} thread(s), {vnni} VNNI, {amx} AMX, torch {torch}, ONNX Runtime {onnxruntime}, '
+           'OpenVINO {openvino}')
 NO_CLOCK = 'Latencies are not measured yet: `python tools/experiments/dynamic_compressed.py --clock`.\n'
 
 
 FULL_SIZE = """## {name}, of the size that users have
 
-Random weights, so latencies alone; {device}, {threads} thread(s), {vnni} VNNI, torch {torch}, ONNX Runtime {onnxruntime};
+Random weights, so latencies alone; {machine};
 batch 1, {images} images of {side} x {side} pixels, median of {rounds} rounds, load average {load_before:.2f} before. No
 layer was tried in 8 bits by itself.
 """
@@ -70,12 +72,14 @@ VARIANTS = (
     Variant('float32 eager, file in int8', 'whole', 'eager_int8', 'eager'),
     Variant('ONNX Runtime float32', 'whole', 'float32', 'float32'),
     Variant('int8', 'whole', 'int8', 'int8'),
+    Variant('int8, OpenVINO', 'whole', 'int8_openvino', 'int8_openvino'),
     Variant('int8, predictions too', 'whole', 'int8_all', None),
     Variant('tuned alike, not pruned', 'tuned', 'eager', None),
     Variant('pruned, eager', 'pruned', 'eager', 'eager'),
     Variant('pruned, eager, file in int8', 'pruned', 'eager_int8', 'eager'),
     Variant('pruned, ONNX Runtime float32', 'pruned', 'float32', 'float32'),
     Variant('pruned + int8', 'pruned', 'int8', 'int8'),
+    Variant('pruned + int8, OpenVINO', 'pruned', 'int8_openvino', 'int8_openvino'),
     Variant('pruned + int8, predictions too', 'pruned', 'int8_all', None))
 
 #: The side that the detectors were trained at, and the larger one.
@@ -104,6 +108,10 @@ def milliseconds(results: Results, detector: str, variant: Variant, mode: str,
 def below(own: Mapping, base: Mapping, mode: str) -> str:
     """How far a variant's AP is from that of float32 eager."""
     return '{:+.2f} ({:+.2f} to {:+.2f})'.format(*difference(own[mode], base[mode], 'ap'))
+
+
+def machine_of(facts: Mapping) -> str:
+    return MACHINE.format(**dict(facts, **{name: 'with' if facts[name] else 'without' for name in ('vnni', 'amx')}))
 
 
 def table_of(results: Results, detector: str) -> str:
@@ -143,8 +151,9 @@ def goals(results: Results, detector: str) -> str:
     if small and control:
         rows.append(['the same against "tuned alike"', 'not asked for',
                      f"{control['exit1']['ap'] - small['exit1']['ap']:.2f}"])
-    for side, (fast, slow, goal) in itertools.product(
-            SIDES, (('int8', 'ONNX Runtime float32', '3, with VNNI'), ('pruned + int8', 'float32 eager', '8'))):
+    asked = (('int8', 'ONNX Runtime float32', '3, with VNNI'), ('pruned + int8', 'float32 eager', '8'))
+    for side, runtime, (fast, slow, goal) in itertools.product(SIDES, ('', ', OpenVINO'), asked):
+        fast += runtime
         times = [milliseconds(results, detector, by_label[label], 'exit1', side) for label in (slow, fast)]
         if None not in times:
             rows.append([f'{fast}: times as fast as {slow}, exit 1, {side} pixels', f'at least {goal}',
@@ -198,7 +207,7 @@ def main() -> None:
         parts.append(f'![AP against latency](../images/{PICTURE.name})\n')
     for detector in known:
         clock, larger = (results.get(f'{detector}-clock_{side}') for side in SIDES)
-        facts = clock and dict(clock['provenance'], vnni='with' if clock['provenance']['vnni'] else 'without')
+        facts = clock and dict(clock['provenance'], machine=machine_of(clock['provenance']))
         parts += [f'## {NAMES[detector]}\n', CLOCK.format(**facts) if facts else NO_CLOCK,
                   table_of(results, detector)]
         if larger:
@@ -206,7 +215,7 @@ def main() -> None:
         parts.append(goals(results, detector))
     for full in (full for full in FULL if f'{full}-clock_{FULL_SIDE}' in results):
         facts = results[f'{full}-clock_{FULL_SIDE}']['provenance']
-        parts += [FULL_SIZE.format(**dict(facts, vnni='with' if facts['vnni'] else 'without', name=NAMES[full])),
+        parts += [FULL_SIZE.format(**dict(facts, machine=machine_of(facts), name=NAMES[full])),
                   large_table(results, full)]
     write_atomically('\n'.join(parts).encode(), PAGE)
     print(PAGE)

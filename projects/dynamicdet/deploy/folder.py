@@ -134,16 +134,17 @@ def read_config(folder: str) -> Config:
     return Config(_restored(json.loads((Path(folder) / CONFIG).read_text(encoding='utf-8'))))
 
 
-def load_deployed(folder: str, threads: Optional[int] = None) -> BaseDetector:
-    """Load a detector that ONNX Runtime computes. It is used as any other: `predict`, `test_step`, mmdet's
+def load_deployed(folder: str, threads: Optional[int] = None, runtime: str = 'onnxruntime') -> BaseDetector:
+    """Load a detector that graphs compute. It is used as any other: `predict`, `test_step`, mmdet's
     `inference_detector`, budgets.
 
     Args:
         folder (str): As tools/export.py writes it.
         threads (int, optional): Of each graph. Defaults to torch's.
+        runtime (str): What runs the graphs, see `runtimes.open_graph`. Defaults to 'onnxruntime'.
 
     Raises:
-        UsageError: If it is no deployment folder, was changed, or ONNX Runtime is missing.
+        UsageError: If it is no deployment folder, was changed, or a library is missing.
     """
     manifest, cfg = read_manifest(folder), read_config(folder)
     init_default_scope('mmdet')
@@ -152,7 +153,7 @@ def load_deployed(folder: str, threads: Optional[int] = None) -> BaseDetector:
     if [stage.name for stage in stages] != [one['name'] for one in manifest['stages']]:
         raise UsageError(f"'{folder}' is of another version of this package: export the detector again")
     for stage, one in zip(stages, manifest['stages']):
-        stage.place(Graph(_read_graph(Path(folder) / one['file'], one['size']), one['form'], threads))
+        stage.place(Graph(_read_graph(Path(folder) / one['file'], one['size']), one['form'], threads, runtime=runtime))
     release_weights(stages)
     place_roi_aligns(model, threads)
     with weights_only():
@@ -164,15 +165,15 @@ def load_deployed(folder: str, threads: Optional[int] = None) -> BaseDetector:
 
 @MODELS.register_module()
 def DeployedDetector(folder: str, threads: Optional[int] = None, budget: Optional[dict] = None,
-                     data_preprocessor: Optional[dict] = None) -> BaseDetector:
+                     data_preprocessor: Optional[dict] = None, runtime: str = 'onnxruntime') -> BaseDetector:
     """`load_deployed` for configs: ``model=dict(type='DeployedDetector', folder=...)``.
 
     Args:
-        folder, threads: See there.
+        folder, threads, runtime: See there.
         budget (dict, optional): A dynamic detector's speed; see `DynamicDetector`.
         data_preprocessor: The folder's counts; Runners fill this in.
     """
-    model = load_deployed(folder, threads)
+    model = load_deployed(folder, threads, runtime)
     if budget:
         if not hasattr(model, 'set_budget'):
             raise UsageError(f"'{folder}' holds a plain detector, which has no budget")

@@ -1,4 +1,4 @@
-"""Stages as ONNX graphs: made, and run by ONNX Runtime."""
+"""Stages as ONNX graphs: made, and run."""
 import contextlib
 import io
 import logging
@@ -20,6 +20,7 @@ from .. import errors
 from ..apis.calibration import force_exit
 from ..errors import UsageError
 from ..models import DynamicDetector, can_fuse
+from .runtimes import open_graph
 from .stages import Form, Stage, find_stages, flatten, record_inputs, unflatten
 
 #: Operators of 2021, which have scales for each channel. ONNX Runtime quantises them, and reads them for
@@ -134,39 +135,31 @@ def _quiet():
 
 
 class Graph:
-    """A stage, run by ONNX Runtime on the CPU.
+    """A stage, run on the CPU.
 
     Args:
         content (bytes): An ONNX file.
         form: How its outputs are nested; see `stages.flatten`.
         threads (int, optional): Defaults to torch's.
         watch (Callable, optional): Is shown all that enters and leaves, arrays by name.
+        runtime (str): What runs it, see `open_graph`. Defaults to 'onnxruntime'.
 
     Attributes:
         steps (dict[int, tuple]): Scale and zero point of outputs in 8 bits, see `joins`.
     """
 
     def __init__(self, content: bytes, form: Form, threads: Optional[int] = None,
-                 watch: Optional[Callable[[Dict[str, Any]], None]] = None) -> None:
-        runtime = need('onnxruntime')
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = threads or torch.get_num_threads()
-        # Graphs take turns: threads of one that wait in a loop would take time from the next.
-        options.add_session_config_entry('session.intra_op.allow_spinning', '0')
-        options.log_severity_level = 3
-        self._session = runtime.InferenceSession(content, options, providers=['CPUExecutionProvider'])
-        # Inputs that change nothing are not in the graph.
-        self._names = [(one.name, int(one.name.removeprefix('in'))) for one in self._session.get_inputs()]
-        self._outputs = [one.name for one in self._session.get_outputs()]
+                 watch: Optional[Callable[[Dict[str, Any]], None]] = None, runtime: str = 'onnxruntime') -> None:
+        self._graph = open_graph(content, runtime, threads)
         self._form, self._watch = form, watch
-        self.steps = _given_steps(self._session.get_modelmeta().custom_metadata_map)
+        self.steps = _given_steps(self._graph.metadata)
 
     def arrays(self, *inputs: Tensor) -> Dict[str, Any]:
         """All outputs, as numpy arrays by name, in order."""
-        return dict(zip(self._outputs, self._session.run(None, self._feed(inputs))))
+        return dict(zip(self._graph.outputs, self._graph.run(self._feed(inputs))))
 
     def _feed(self, inputs: Sequence[Tensor]) -> Dict[str, Any]:
-        return {name: inputs[index].detach().contiguous().numpy() for name, index in self._names}
+        return {name: inputs[int(name.removeprefix('in'))].detach().contiguous().numpy() for name in self._graph.inputs}
 
     def __call__(self, *inputs: Tensor) -> Any:
         arrays = self.arrays(*inputs)
