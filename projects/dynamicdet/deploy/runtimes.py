@@ -4,6 +4,7 @@ import threading
 from functools import lru_cache
 from typing import Any, Dict, List, Mapping, Optional, Tuple, Type
 
+import numpy as np
 import torch
 
 from .. import errors
@@ -40,12 +41,17 @@ class OnnxRuntime:
 
 
 class OpenVino:
-    """The same in OpenVINO, whose integers use AMX where the processor has it. Of each size of its inputs, but for the
-    first axis, a graph is made ready when it first comes, which takes a second: free heights and widths gave wrong
-    maps (2025.4 to 2026.4)."""
+    """The same in OpenVINO, whose integers use AMX where the processor has it.
+
+    For each size of its inputs a graph is made ready when that first comes, which takes a second: with free heights and
+    widths maps came out wrong (2025.4 to 2026.4), with a free first axis it is slower. Of many RoIs some more are
+    computed, so that their numbers are few.
+    """
 
     #: How many sizes are kept, those that came last.
     KEPT = 16
+    #: More rows than `FEW` are made a multiple of `STEP`; 1000, what detectors often propose, is one.
+    FEW, STEP = 16, 100
 
     def __init__(self, content: bytes, threads: int) -> None:
         openvino = errors.need('openvino', 'graphs in OpenVINO', 'openvino')
@@ -69,7 +75,7 @@ class OpenVino:
 
     def _compile(self, *sizes: Tuple[int, ...]) -> Any:
         model = self._model.clone()
-        model.reshape({name: [-1, *size] for name, size in zip(self.inputs, sizes)})
+        model.reshape(dict(zip(self.inputs, sizes)))
         return self._core.compile_model(model, 'CPU', self._settings)
 
     def _request(self, *sizes: Tuple[int, ...]) -> Any:
@@ -81,9 +87,20 @@ class OpenVino:
 
     def run(self, feed: Mapping[str, Any]) -> List[Any]:
         """All outputs, in order, for numpy arrays by name."""
-        request = self._request(*(feed[name].shape[1:] for name in self.inputs))
-        found = request.infer(dict(feed), share_inputs=True)
-        return [found[index] for index in range(len(self.outputs))]
+        rows = len(feed[self.inputs[0]])
+        count = max(rows, 1) if rows <= self.FEW else -(-rows // self.STEP) * self.STEP
+        whole = {name: _lengthened(array, count) for name, array in feed.items()}
+        found = self._request(*(whole[name].shape for name in self.inputs)).infer(whole, share_inputs=True)
+        return [found[index][:rows] for index in range(len(self.outputs))]
+
+
+def _lengthened(array: np.ndarray, count: int) -> np.ndarray:
+    """With rows of zeros at its end."""
+    if len(array) == count:
+        return array
+    whole = np.zeros((count, *array.shape[1:]), array.dtype)
+    whole[:len(array)] = array
+    return whole
 
 
 RUNTIMES: Dict[str, Type] = dict(onnxruntime=OnnxRuntime, openvino=OpenVino)
