@@ -155,7 +155,7 @@ def load_deployed(folder: str, threads: Optional[int] = None, runtime: str = 'on
     for stage, one in zip(stages, manifest['stages']):
         stage.place(Graph(_read_graph(Path(folder) / one['file'], one['size']), one['form'], threads, runtime=runtime))
     release_weights(stages)
-    place_roi_aligns(model, threads)
+    place_roi_aligns(model, threads, runtime)
     with weights_only():
         state = torch.load(Path(folder) / STATE, map_location='cpu', weights_only=True)
     model.load_state_dict(state)

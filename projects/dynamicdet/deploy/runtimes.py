@@ -86,21 +86,22 @@ class OpenVino:
             return self._own.request(*sizes)
 
     def run(self, feed: Mapping[str, Any]) -> List[Any]:
-        """All outputs, in order, for numpy arrays by name."""
-        rows = len(feed[self.inputs[0]])
-        count = max(rows, 1) if rows <= self.FEW else -(-rows // self.STEP) * self.STEP
-        whole = {name: _lengthened(array, count) for name, array in feed.items()}
+        """All outputs, in order, for numpy arrays by name. They have as many rows as the last input: all have, but for
+        the maps that RoIs are taken from."""
+        whole = {name: self._lengthened(array) for name, array in feed.items()}
         found = self._request(*(whole[name].shape for name in self.inputs)).infer(whole, share_inputs=True)
+        rows = len(feed[self.inputs[-1]])
         return [found[index][:rows] for index in range(len(self.outputs))]
 
-
-def _lengthened(array: np.ndarray, count: int) -> np.ndarray:
-    """With rows of zeros at its end."""
-    if len(array) == count:
-        return array
-    whole = np.zeros((count, *array.shape[1:]), array.dtype)
-    whole[:len(array)] = array
-    return whole
+    def _lengthened(self, array: np.ndarray) -> np.ndarray:
+        """With rows of zeros at its end."""
+        rows = len(array)
+        count = max(rows, 1) if rows <= self.FEW else -(-rows // self.STEP) * self.STEP
+        if rows == count:
+            return array
+        whole = np.zeros((count, *array.shape[1:]), array.dtype)
+        whole[:rows] = array
+        return whole
 
 
 RUNTIMES: Dict[str, Type] = dict(onnxruntime=OnnxRuntime, openvino=OpenVino)
