@@ -179,9 +179,9 @@ def picture(results: Results, detectors: List[str]) -> bytes:
     from matplotlib.figure import Figure
     figure = Figure(figsize=(6.5 * len(detectors), 4.4), layout='constrained')
     for axes, detector in zip(figure.subplots(1, len(detectors), squeeze=False)[0], detectors):
-        for index, variant in enumerate(VARIANTS):
+        for index, variant in enumerate(one for one in VARIANTS if one.form == one.timed):
             own = point(results, detector, variant)
-            if own is None or variant.form != variant.timed:
+            if own is None:
                 continue
             axes.plot([milliseconds(results, detector, variant, mode) for mode in MODES],
                       [own[mode]['ap'] for mode in MODES], f'C{index}', marker='.', label=variant.label)
