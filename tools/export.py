@@ -1,4 +1,4 @@
-"""Export a detector to ONNX Runtime: a folder with a graph for each stage, in float32 or in 8 bits.
+"""Export a detector to ONNX Runtime or OpenVINO: a folder with a graph for each stage, in float32 or in 8 bits.
 
 Dynamic detectors stay dynamic. In 8 bits, ranges are measured on validation images that pass through the
 exported detector by the config's test pipeline, layers that suffer too much stay float, and a calibrated

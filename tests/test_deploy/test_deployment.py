@@ -19,6 +19,7 @@ from dynamicdet.deploy.folder import load_deployed
 from dynamicdet.deploy.graphs import Graph, _export
 from dynamicdet.deploy.int8 import (Observer, Recipe, choose_float, least_error, multiply_adds,
                                     quantise_graph, watched)
+from dynamicdet.deploy.runtimes import RUNTIMES
 from dynamicdet.deploy.stages import Stage
 from dynamicdet.errors import UsageError
 from dynamicdet.testing import randomise, tiny_batch
@@ -99,7 +100,7 @@ def test_trained_ranges_are_exported_and_the_graphs_compute_what_was_trained(tra
     assert noise(maps[0], maps[1]) < noise(maps[1], maps[2]) / 10
 
 
-@pytest.mark.parametrize('runtime', ('onnxruntime', 'openvino'))
+@pytest.mark.parametrize('runtime', RUNTIMES)
 def test_a_folder_is_tested_by_the_tool(runtime, folder, tmp_path):
     done = run_tool('test_deployed.py', folder[0], '--images', 1, '--out', tmp_path / 'f.json', '--work-dir',
                     tmp_path, '--runtime', runtime)

@@ -165,9 +165,11 @@ def test_roi_align_is_mmcvs(aligned, ratio, runtime):
     maps = torch.randn(2, 6, 20, 24, generator=generator)
     corners = torch.rand(40, 2, generator=generator) * 110 - 10
     sizes = torch.rand(40, 2, generator=generator) * 60
+    # No width, no height, neither.
+    sizes[3, 0], sizes[5, 1], sizes[7] = 0, 0, 0
     rois = torch.cat([torch.arange(40)[:, None] % 2, corners, corners + sizes], dim=1).float()
     # ONNX Runtime's is the same to the last bit.
-    for some in (rois, rois[:9], rois[30:]):
+    for some in (rois, rois[:9], rois[30:], rois[3:4]):
         torch.testing.assert_close(model[0](maps, some), layer(maps, some), rtol=0,
                                    atol=1e-5 if runtime == 'openvino' else 0)
     assert model[0](maps, rois[:0]).shape == (0, 6, 7, 5)

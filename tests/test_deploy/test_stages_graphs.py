@@ -11,7 +11,7 @@ from dynamicdet.apis.calibration import force_exit
 from dynamicdet.compression.quantisation import Simulation
 from dynamicdet.deploy.graphs import Graph, example_inputs, export_stages, release_weights
 from dynamicdet.deploy.int8 import Recipe, quantise_graph, trained_ranges
-from dynamicdet.deploy.runtimes import RUNTIMES, open_graph
+from dynamicdet.deploy.runtimes import RUNTIMES, OpenVino, open_graph
 from dynamicdet.deploy.stages import find_stages, flatten, unflatten
 from dynamicdet.errors import UsageError
 from dynamicdet.testing import randomise, shrink, tiny_batch, tiny_detector, tiny_dynamic
@@ -166,7 +166,7 @@ def test_no_object_is_proposed_or_many(exported):
     """The head on RoIs, of which an image may have none, and each has another number."""
     one = exported('faster_rcnn')['branch0.bbox_head0']
     graphs = [Graph(one.content, one.form, runtime=runtime) for runtime in RUNTIMES]
-    for count in (0, 1, 300, 7, 0):
+    for count in (0, 1, 300, 7, 17, 100, 101, 0):
         rois = torch.rand(count, *one.inputs[0].shape[1:])
         mine, its = (flatten(graph(rois))[0] for graph in graphs)
         assert [len(tensor) for tensor in its] == [count] * 2
@@ -189,10 +189,22 @@ def test_a_graph_serves_several_threads_and_keeps_what_it_gave(runtime, exported
         assert all(torch.equal(got, want) for times in own for got, want in zip(times, wanted))
 
 
+def test_of_many_sizes_the_last_are_kept(exported, monkeypatch):
+    monkeypatch.setattr(OpenVino, 'KEPT', 2)
+    one = exported('faster_rcnn')['first']
+    graph, exact = (Graph(one.content, one.form, runtime=runtime) for runtime in ('openvino', 'onnxruntime'))
+    for width in (32, 64, 96, 32, 32, 64):
+        image = torch.rand(1, 3, 64, width)
+        assert all(close(*both) for both in zip(flatten(graph(image))[0], flatten(exact(image))[0]))
+    assert [sizes[0][-1] for sizes in graph._graph._requests] == [32, 64]
+
+
 def test_a_runtime_that_is_not_there_is_one_line(exported, monkeypatch):
     content = exported('faster_rcnn')['first'].content
     with pytest.raises(UsageError, match="runtime must be one of onnxruntime, openvino, got 'tensorrt'"):
         open_graph(content, 'tensorrt')
+    with pytest.raises(UsageError, match='threads must not be negative, got -1'):
+        open_graph(content, threads=-1)
     monkeypatch.setitem(sys.modules, 'openvino', None)
     with pytest.raises(UsageError, match="need 'openvino'.*requirements/openvino.txt"):
         open_graph(content, 'openvino')

@@ -1,1 +1,1 @@
-"""Detectors in ONNX Runtime, in float32 and in integers of 8 bits."""
+"""Detectors in ONNX Runtime or OpenVINO, in float32 and in integers of 8 bits."""

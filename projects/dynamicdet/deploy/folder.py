@@ -144,7 +144,7 @@ def load_deployed(folder: str, threads: Optional[int] = None, runtime: str = 'on
         runtime (str): What runs the graphs, see `runtimes.open_graph`. Defaults to 'onnxruntime'.
 
     Raises:
-        UsageError: If it is no deployment folder, was changed, or a library is missing.
+        UsageError: If it is no deployment folder, was changed, a library is missing, or there is no such runtime.
     """
     manifest, cfg = read_manifest(folder), read_config(folder)
     init_default_scope('mmdet')

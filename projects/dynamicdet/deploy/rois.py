@@ -22,36 +22,50 @@ class _Align:
     """One of them."""
 
     def __init__(self, layer: RoIAlign, threads: Optional[int], runtime: str) -> None:
+        need('onnx')
+
         def graph(channels: int) -> Graph:
             content = _graph_of(layer, channels if runtime == 'openvino' else 0)
             return Graph(content, ['tuple', [0]], threads, runtime=runtime)
 
+        # How many channels maps have is known when they come.
         self._graph, self._size = lru_cache(graph), layer.output_size
+        # There OpenVINO divides by no samples at all, where others give 0.
+        self._spares_empty = runtime == 'openvino' and layer.aligned and layer.sampling_ratio == 0
 
     def __call__(self, maps: Tensor, rois: Tensor) -> Tensor:
         """(N, C, H, W) and (K, 5) to (K, C, h, w)."""
+        if self._spares_empty:
+            full = (rois[:, 3:] > rois[:, 1:3]).all(dim=1)
+            if not full.all():
+                found = maps.new_zeros(len(rois), maps.shape[1], *self._size)
+                found[full] = self._aligned(maps, rois[full])
+                return found
+        return self._aligned(maps, rois)
+
+    def _aligned(self, maps: Tensor, rois: Tensor) -> Tensor:
         if not len(rois):
             return maps.new_zeros(0, maps.shape[1], *self._size)
         found, = self._graph(maps.shape[1])(maps, rois[:, 1:], rois[:, 0].long())
         return found
 
 
-def _graph_of(layer: RoIAlign, copied: int) -> bytes:
-    """The operator as a graph. So many channels, where not 0, are copied by a convolution with ones first: behind one
-    OpenVINO keeps channels next to each other, and RoIAlign takes a tenth of the time."""
+def _graph_of(layer: RoIAlign, channels: int) -> bytes:
+    """The operator as a graph. If there are so many channels, and not 0, a depthwise 1x1 convolution with ones comes first:
+    behind one OpenVINO keeps channels next to each other, and RoIAlign takes a tenth of the time."""
     onnx = need('onnx')
     make, kinds = onnx.helper, onnx.TensorProto
-    copy = make.make_node('Conv', ['in0', 'ones'], ['maps'], group=copied, kernel_shape=[1, 1])
-    ones = onnx.numpy_helper.from_array(np.ones((copied, 1, 1, 1), np.float32), 'ones')
+    copy = make.make_node('Conv', ['in0', 'ones'], ['maps'], group=channels, kernel_shape=[1, 1])
+    ones = onnx.numpy_helper.from_array(np.ones((channels, 1, 1, 1), np.float32), 'ones')
     node = make.make_node(
-        'RoiAlign', ['maps' if copied else 'in0', 'in1', 'in2'], ['out0'], mode='avg', output_height=layer.output_size[0],
+        'RoiAlign', ['maps' if channels else 'in0', 'in1', 'in2'], ['out0'], mode='avg', output_height=layer.output_size[0],
         output_width=layer.output_size[1], sampling_ratio=layer.sampling_ratio, spatial_scale=layer.spatial_scale,
         # Pixels are areas, of which the middle counts; before Detectron2 they were points.
         coordinate_transformation_mode='half_pixel' if layer.aligned else 'output_half_pixel')
     inputs = [make.make_tensor_value_info('in0', kinds.FLOAT, [None] * 4),
               make.make_tensor_value_info('in1', kinds.FLOAT, [None, 4]),
               make.make_tensor_value_info('in2', kinds.INT64, [None])]
-    graph = make.make_graph([copy, node] if copied else [node], 'roi_align', inputs,
-                            [make.make_tensor_value_info('out0', kinds.FLOAT, None)], [ones] if copied else [])
+    graph = make.make_graph([copy, node] if channels else [node], 'roi_align', inputs,
+                            [make.make_tensor_value_info('out0', kinds.FLOAT, None)], [ones] if channels else [])
     model = make.make_model(graph, opset_imports=[make.make_opsetid('', 17)], ir_version=8)
     return model.SerializeToString()

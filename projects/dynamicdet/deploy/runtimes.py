@@ -1,7 +1,7 @@
 """What computes a graph on a CPU: ONNX Runtime, or OpenVINO, from the same file."""
 import io
 import threading
-from functools import lru_cache
+from collections import OrderedDict
 from typing import Any, Dict, List, Mapping, Optional, Tuple, Type
 
 import numpy as np
@@ -43,15 +43,15 @@ class OnnxRuntime:
 class OpenVino:
     """The same in OpenVINO, whose integers use AMX where the processor has it.
 
-    For each size of its inputs a graph is made ready when that first comes, which takes a second: with free heights and
-    widths maps came out wrong (2025.4 to 2026.4), with a free first axis it is slower. Of many RoIs some more are
-    computed, so that their numbers are few.
+    A graph is compiled for each size of its inputs when that first comes, in about a second: with free heights and widths
+    maps came out wrong (2025.4 to 2026.4), with a free first axis it is slower. Rows are added where there are many, so
+    that few sizes occur. One call at a time.
+
+    Args, attributes: See `OnnxRuntime`.
     """
 
     #: How many sizes are kept, those that came last.
-    KEPT = 16
-    #: More rows than `FEW` are made a multiple of `STEP`; 1000, what detectors often propose, is one.
-    FEW, STEP = 16, 100
+    KEPT = 32
 
     def __init__(self, content: bytes, threads: int) -> None:
         openvino = errors.need('openvino', 'graphs in OpenVINO', 'openvino')
@@ -70,38 +70,39 @@ class OpenVino:
             # What is float stays float32: by default it would be bfloat16 where the processor has that.
             'INFERENCE_PRECISION_HINT': 'f32',
         }
-        self._compiled = lru_cache(self.KEPT)(self._compile)
-        self._lock, self._own = threading.Lock(), threading.local()
-
-    def _compile(self, *sizes: Tuple[int, ...]) -> Any:
-        model = self._model.clone()
-        model.reshape(dict(zip(self.inputs, sizes)))
-        return self._core.compile_model(model, 'CPU', self._settings)
-
-    def _request(self, *sizes: Tuple[int, ...]) -> Any:
-        """A request is of one thread at a time."""
-        if not hasattr(self._own, 'request'):
-            self._own.request = lru_cache(self.KEPT)(lambda *sizes: self._compiled(*sizes).create_infer_request())
-        with self._lock:
-            return self._own.request(*sizes)
+        self._requests: OrderedDict = OrderedDict()
+        self._lock = threading.Lock()
 
     def run(self, feed: Mapping[str, Any]) -> List[Any]:
-        """All outputs, in order, for numpy arrays by name. They have as many rows as the last input: all have, but for
-        the maps that RoIs are taken from."""
-        whole = {name: self._lengthened(array) for name, array in feed.items()}
-        found = self._request(*(whole[name].shape for name in self.inputs)).infer(whole, share_inputs=True)
+        """All outputs, in order, for numpy arrays by name. They have as many rows as the last input; all inputs have, but
+        for the maps that RoIs are of."""
+        whole = {name: _lengthened(array) for name, array in feed.items()}
+        with self._lock:
+            found = self._request(tuple(whole[name].shape for name in self.inputs)).infer(whole, share_inputs=True)
         rows = len(feed[self.inputs[-1]])
         return [found[index][:rows] for index in range(len(self.outputs))]
 
-    def _lengthened(self, array: np.ndarray) -> np.ndarray:
-        """With rows of zeros at its end."""
-        rows = len(array)
-        count = max(rows, 1) if rows <= self.FEW else -(-rows // self.STEP) * self.STEP
-        if rows == count:
-            return array
-        whole = np.zeros((count, *array.shape[1:]), array.dtype)
-        whole[:rows] = array
-        return whole
+    def _request(self, sizes: Tuple[Tuple[int, ...], ...]) -> Any:
+        if sizes not in self._requests:
+            model = self._model.clone()
+            model.reshape(dict(zip(self.inputs, sizes)))
+            self._requests[sizes] = self._core.compile_model(model, 'CPU', self._settings).create_infer_request()
+            if len(self._requests) > self.KEPT:
+                self._requests.popitem(last=False)
+        self._requests.move_to_end(sizes)
+        return self._requests[sizes]
+
+
+def _lengthened(array: np.ndarray) -> np.ndarray:
+    """With rows of zeros at its end: 1 to 8, a multiple of 8, from 64 on one of 100 (RPNs propose 1000)."""
+    rows = len(array)
+    step = 1 if rows <= 8 else 8 if rows <= 64 else 100
+    count = max(-(-rows // step) * step, 1)
+    if rows == count:
+        return array
+    whole = np.zeros((count, *array.shape[1:]), array.dtype)
+    whole[:rows] = array
+    return whole
 
 
 RUNTIMES: Dict[str, Type] = dict(onnxruntime=OnnxRuntime, openvino=OpenVino)
@@ -116,8 +117,10 @@ def open_graph(content: bytes, runtime: str = 'onnxruntime', threads: Optional[i
         threads (int, optional): Defaults to torch's.
 
     Raises:
-        UsageError: If there is no such runtime, or it is not installed.
+        UsageError: If there is no such runtime, it is not installed, or threads are negative.
     """
+    if threads is not None and threads < 0:
+        raise UsageError(f'threads must not be negative, got {threads}')
     if runtime not in RUNTIMES:
         raise UsageError(f"runtime must be one of {', '.join(RUNTIMES)}, got {runtime!r}")
     return RUNTIMES[runtime](content, threads or torch.get_num_threads())

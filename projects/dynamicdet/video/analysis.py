@@ -68,7 +68,7 @@ def fitted_gates(record: Mapping, coco: COCO, seed: int = 0, by: str = 'latencie
         found[f'temporal + {name}'].wrap(found[name])
     shown = shows_objects(record, coco)
     if shown.any() and not shown.all():
-        # Last: what it repeats is not what the other temporal gates do, which is matched once for all of them.
+        # Last: it repeats other frames than the temporal gates above, whose repeats are matched with the truth once.
         parts = len(record['images'][0]['early']) // GRID**2
         found['temporal, nothing'] = MODELS.build(
             dict(type='TemporalGate', nothing=dict(type='Presence', in_channels=parts)))

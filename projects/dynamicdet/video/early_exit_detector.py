@@ -327,7 +327,8 @@ class EarlyExitDetector(BaseDetector):
     def _decide(self, frames: Frames, evidence: Evidence, x: Optional[Tensor], rescale: bool) -> Frames:
         """Let those leave whose difficulty is not above the threshold; the others."""
         exit, difficulty = evidence.exit, self.gate.difficulty(evidence)
-        # Whose detections are of this frame. Before the first exit only: that it changed, and shows nothing.
+        # Which detections are of the frame itself, not repeated: behind an exit all; before the first one only those of a
+        # frame that changed and shows nothing.
         news = torch.ones_like(difficulty, dtype=torch.bool)
         if exit < 0:
             news = self.gate.sees_nothing(frames.early) & (difficulty > self.thresholds[0])
