@@ -24,6 +24,10 @@ torch.set_num_threads(1)
 os.environ['OMP_NUM_THREADS'] = '1'
 
 
+#: For tests of what runs graphs; see test_deploy/test_openvino.py.
+RUNTIMES_TO_TRY = ('onnxruntime', pytest.param('openvino', marks=pytest.mark.openvino))
+
+
 @pytest.fixture(autouse=True)
 def mmdet_scope():
     register_all_modules(init_default_scope=True)

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from conftest import RUNTIMES_TO_TRY
 from mmengine.config import ConfigDict
 
 from dynamicdet.apis.calibration import force_exit
@@ -58,7 +59,7 @@ def close(one, other, tolerance=1e-4):
     return (one - other).abs().max() <= tolerance * other.abs().max().clamp(min=1e-6)
 
 
-@pytest.mark.parametrize('runtime', RUNTIMES)
+@pytest.mark.parametrize('runtime', RUNTIMES_TO_TRY)
 @pytest.mark.parametrize('name', MODELS_TO_TRY)
 def test_graphs_give_what_torch_gives_at_other_sizes_and_counts(name, runtime, exported):
     graphs, model = exported(name), build(name)
@@ -78,7 +79,7 @@ def test_graphs_give_what_torch_gives_at_other_sizes_and_counts(name, runtime, e
 
 @pytest.mark.parametrize('name', ('faster_rcnn', 'retinanet', 'dynamic yolox', 'dynamic faster_rcnn'))
 @pytest.mark.parametrize('padded', (False, True))
-@pytest.mark.parametrize('runtime', RUNTIMES)
+@pytest.mark.parametrize('runtime', RUNTIMES_TO_TRY)
 def test_a_detector_on_graphs_detects_the_same(name, padded, runtime, exported):
     model, deployed = build(name), build(name)
     stages = find_stages(deployed)
@@ -121,10 +122,11 @@ def noise(got, expected):
             / sum(two.double().square().sum() for two in expected)).item()
 
 
+@pytest.mark.parametrize('runtime', RUNTIMES_TO_TRY)
 @pytest.mark.parametrize('name', MODELS_TO_TRY)
-def test_the_simulation_is_what_the_int8_graph_computes(name, exported):
+def test_the_simulation_is_what_the_int8_graph_computes(name, runtime, exported):
     """What remains are ties of rounding: sums in another order. Random weights make much of them, layer by
-    layer. OpenVINO rounds less often, and is no further from float32."""
+    layer. OpenVINO rounds less often, and is hardly further from float32."""
     graphs, model = exported(name), build(name)
     stages = find_stages(model)
     inputs = example_inputs(model, stages, (64, 96))
@@ -144,11 +146,11 @@ def test_the_simulation_is_what_the_int8_graph_computes(name, exported):
             graphs[stage.name].content, simulation.plan(*given),
             {key: value.tolist() for key, value in simulation.ranges.values.items()})
         content = quantise_graph(graphs[stage.name].content, Recipe(ranges, unknown, True))
-        got, by_openvino = (flatten(Graph(content, form, runtime=runtime)(*given))[0] for runtime in RUNTIMES)
+        got, _ = flatten(Graph(content, form, runtime=runtime)(*given))
         changed = noise(simulated, exact)
         assert changed > 1e-5
-        assert noise(simulated, got) < changed / 4
-        assert noise(by_openvino, exact) < 1.2 * changed and noise(by_openvino, got) < changed
+        assert noise(simulated, got) < (changed / 4 if runtime == 'onnxruntime' else changed)
+        assert noise(got, exact) < 1.2 * changed
 
 
 def test_nested_tensors_come_back_as_they_were():
@@ -162,6 +164,7 @@ def test_nested_tensors_come_back_as_they_were():
         flatten((one, dict(two=two)))
 
 
+@pytest.mark.openvino
 def test_no_object_is_proposed_or_many(exported):
     """The head on RoIs, of which an image may have none, and each has another number."""
     one = exported('faster_rcnn')['branch0.bbox_head0']
@@ -173,7 +176,7 @@ def test_no_object_is_proposed_or_many(exported):
         assert all(close(two, one) for one, two in zip(mine, its) if count)
 
 
-@pytest.mark.parametrize('runtime', RUNTIMES)
+@pytest.mark.parametrize('runtime', RUNTIMES_TO_TRY)
 def test_a_graph_serves_several_threads_and_keeps_what_it_gave(runtime, exported):
     one = exported('faster_rcnn')['first']
     graph = Graph(one.content, one.form, threads=1, runtime=runtime)
@@ -189,6 +192,7 @@ def test_a_graph_serves_several_threads_and_keeps_what_it_gave(runtime, exported
         assert all(torch.equal(got, want) for times in own for got, want in zip(times, wanted))
 
 
+@pytest.mark.openvino
 def test_of_many_sizes_the_last_are_kept(exported, monkeypatch):
     monkeypatch.setattr(OpenVino, 'KEPT', 2)
     one = exported('faster_rcnn')['first']

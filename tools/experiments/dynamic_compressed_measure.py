@@ -10,6 +10,7 @@ SIDE x SIDE pixels.
 import json
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
@@ -28,7 +29,6 @@ from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.compression.checkpoint import compress, decompress
 from dynamicdet.compression.encoding import Lossy
 from dynamicdet.deploy.folder import load_deployed
-from dynamicdet.deploy.graphs import need
 from dynamicdet.deploy.int8 import needs_reduced_range
 from dynamicdet.engine.atomic_backend import write_atomically
 from dynamicdet.models import DynamicDetector
@@ -115,8 +115,8 @@ def measure_latencies(folders: Sequence[Path], side: int, images: int, rounds: i
     seconds = interleave(tasks, rounds, cli.progress, 'latencies')
     facts = dict(provenance(cfg, str(folders[0] / WEIGHTS), dataset, 'cpu'), images=len(batches), side=side,
                  rounds=rounds, vnni=not needs_reduced_range(), load_before=before,
-                 load_after=os.getloadavg()[0], amx=has_amx(), onnxruntime=need('onnxruntime').__version__,
-                 openvino=need('openvino').__version__.split('-')[0])
+                 load_after=os.getloadavg()[0], amx=has_amx(), onnxruntime=version('onnxruntime'),
+                 openvino=version('openvino'))
     points = {name: quartiles(values / len(batches)) for name, values in seconds.items()}
     write_atomically(json.dumps(dict(provenance=facts, points=points)).encode(), out)
 
