@@ -175,6 +175,15 @@ def test_roi_align_is_mmcvs(aligned, ratio, runtime):
     assert model[0](maps, rois[:0]).shape == (0, 6, 7, 5)
 
 
+@pytest.mark.parametrize('runtime', RUNTIMES_TO_TRY)
+def test_rois_of_negative_size_are_0(runtime):
+    """mmcv raises; OpenVINO by itself ends the process."""
+    model = nn.Sequential(RoIAlign((7, 7), 0.25, 0, 'avg', True))
+    place_roi_aligns(model, 1, runtime)
+    found = model[0](torch.ones(1, 3, 20, 24), torch.tensor([[0, 50., 50, 20, 20], [0, 10., 10, 40, 40]]))
+    assert (found[0] == 0).all() and torch.allclose(found[1], torch.ones(()))
+
+
 def test_roi_align_of_maxima_stays_mmcvs():
     model = nn.Sequential(RoIAlign(7, 0.25, 2, 'max', True))
     place_roi_aligns(model)
