@@ -237,6 +237,27 @@ def test_a_calibration_is_forgotten_when_a_router_is_trained(digits, finished, l
     assert torch.equal(state['delta'], finished.model.delta)
 
 
+def test_a_router_with_other_pools_starts_from_the_cascade(digits, cascade, tmp_path):
+    """Step 1 leaves a router that sees means alone; trying another costs no step 1."""
+    cfg = load_small_router(digits, tmp_path, cascade)
+    cfg.model.router = dict(type='Router', pools=('mean', 'max'))
+    runner = train(cfg)
+    before = read_checkpoint(latest_checkpoint(cascade))['state_dict']
+    after = read_checkpoint(str(tmp_path / 'epoch_1.pth'))['state_dict']
+    assert len(after['router.mean']) == 2 * len(before['router.mean'])
+    assert 'it starts anew' in log_of(runner)
+    rest = [key for key in before if key.startswith(('backbone', 'branches'))]
+    assert rest and all(torch.equal(before[key], after[key]) for key in rest)
+
+
+def test_a_router_of_the_same_shape_is_kept(digits, finished, last, tmp_path):
+    cfg = load_small_router(digits, tmp_path, None)
+    cfg.load_from, cfg.optim_wrapper.optimizer.lr = str(last), 0.0
+    assert 'it starts anew' not in log_of(train(cfg))
+    before, after = (read_checkpoint(str(path))['state_dict'] for path in (last, tmp_path / 'epoch_1.pth'))
+    assert torch.equal(before['router.fc1.weight'], after['router.fc1.weight'])
+
+
 def test_quantiles_of_the_gains_are_kept_in_the_checkpoint(finished, last, differences):
     gains = finished.model.gains
     assert gains.tolist() == pytest.approx(np.percentile(differences, range(101)), rel=1e-4)

@@ -71,6 +71,8 @@ class RouterHook(Hook):
         model = _model(runner)
         state = checkpoint.get('state_dict', checkpoint)
         starting = self.training and not runner._resume
+        if starting:
+            forget_other_router(runner, model, state)
         if self.training:
             require_complete(model, state, optional=('router.', ) if starting else ())
         if starting:
@@ -120,6 +122,16 @@ class RouterHook(Hook):
         checkpoint['router_gain'] = model.objective.gain
         if self.delta == 'online':
             checkpoint['router_differences'] = list(self.window)
+
+
+def forget_other_router(runner: Runner, model, state: Dict[str, Tensor]) -> None:
+    """Let go of a cascade's router that has other shapes than this config's, such as other pools: step 2
+    trains one anyway."""
+    own = {f'router.{name}': value.shape for name, value in model.router.state_dict().items()}
+    if any(state[name].shape != shape for name, shape in own.items() if name in state):
+        for name in [name for name in state if name.startswith('router.')]:
+            del state[name]
+        runner.logger.info("the cascade's router has other shapes than this config's: it starts anew")
 
 
 def set_gains(model, gains: Sequence[float]) -> None:
