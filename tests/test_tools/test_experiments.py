@@ -10,6 +10,7 @@ from dynamicdet.apis import recording
 from mmdet.registry import MODELS
 
 sys.path.insert(0, str(ROOT / 'tools' / 'experiments'))
+import routing_hook  # noqa: E402
 import routing_page  # noqa: E402
 from routing_results import over_all_exits, with_losses_of  # noqa: E402
 from routing_runs import AUGMENTED, DATA, HELD_OUT, all_runs  # noqa: E402
@@ -92,6 +93,28 @@ def test_augmented_images_are_recorded_augmented():
         recording.build_record_loader(cfg, 'train')
     assert [step['type'] for step in seen['pipeline']] == [step['type'] for step in AUGMENTED]
     assert 'RandomShift' in [step['type'] for step in AUGMENTED]
+
+
+@pytest.mark.parametrize('one', routing_hook.cascades()[2:4], ids=lambda one: one.name)
+def test_step_2_of_the_experiment_has_the_cascades_model(one):
+    """Of other shape it would not load; of another objective the numbers would be of something else."""
+    cfg = routing_hook.router_config(one, 'rank', -1000)
+    router, (cascade, _) = MODELS.build(cfg.model), config_of(one)
+    shapes = {key: value.shape for key, value in MODELS.build(cascade.model).state_dict().items()
+              if not key.startswith('router.')}
+    assert shapes == {key: value.shape for key, value in router.state_dict().items()
+                      if not key.startswith('router.')}
+    assert router.objective.gain == 'loss_sum' and router.first_scale == cascade.model.first_scale
+    assert cfg.custom_hooks[-1].type == 'RouterHook' and cfg.custom_hooks[-1].cascade.endswith(one.name)
+    assert cfg.train_dataloader.dataset.indices == -1000
+    assert cfg.train_dataloader.dataset.data_root == f"{DATA['root']}/"
+
+
+def test_routers_are_compared_with_the_papers_of_the_same_images_and_seed():
+    own = [dict(ap=[3.0, 5.0], resampled_mean=[4.0, 4.2]), dict(ap=[2.0, 2.0], resampled_mean=[2.0, 2.2])]
+    paper = [dict(ap=[1.0, 4.0], resampled_mean=[3.0, 3.2]), dict(ap=[2.0, 1.0], resampled_mean=[1.0, 1.2])]
+    assert routing_page.difference(own, paper, 0) == '+1.00 (+0.00 to +2.00)'
+    assert routing_page.difference(own, paper, None) == '+1.00 (+0.50 to +1.50); interval +1.00 to +1.00'
 
 
 def test_peers_pay_for_what_they_look_at():

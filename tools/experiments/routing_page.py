@@ -16,6 +16,8 @@ from dynamicdet.routing.curve import SHARES, interval
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / 'docs' / 'results' / 'routing'
+#: Of tools/experiments/routing_hook.py.
+HOOK_RESULTS = ROOT / 'docs' / 'results' / 'routing_hook'
 PAGE = ROOT / 'docs' / 'results' / 'routing.md'
 #: The router that a run is judged by: chosen before the test set was looked at.
 ROUTER = 'rank, held out'
@@ -36,6 +38,12 @@ AP of each image under each exit, luck included, the honest one by that of anoth
 latency: batch 1, one thread, in the run's own process, on machines that did other things too. A variant with * ran on
 another machine than the plain detectors, from weights that the same command trained there: the same seed comes to other
 weights, so its exits and routers compare with each other, and not with other rows.
+"""
+#: Of routers that users' way trains.
+HOOK_HEAD = """### Routers of `depth_resolution`, trained by RouterHook
+
+`python tools/experiments/routing_hook.py`: step 2 for four epochs of 1,000 images that step 1 did not see ("held out") or
+saw, on cascades of {seeds} seeds of the machine marked *. Exits: {ends} AP; random routing, half hard: {random}.
 """
 
 Runs = Dict[Tuple[str, str], List[dict]]
@@ -193,6 +201,31 @@ def all_exits_table(runs: Sequence[Mapping]) -> str:
     return table(['hard share', 'GFLOPs', 'AP', 'AP of the first and the last exit at that cost'], rows)
 
 
+def hook_table(runs: Sequence[Mapping]) -> str:
+    """Routers of `RouterHook`, a cascade for each seed; as `routers_table`."""
+    rows = []
+    for name in runs[0]['routers']:
+        found = [run['routers'][name] for run in runs]
+        above = ['-'] * 2
+        if not name.startswith('paper'):
+            papers = [run['routers'][name.replace('rank', 'paper')] for run in runs]
+            above = [difference(found, papers, place) for place in (0, None)]
+        rows.append([name, *(several([one['ap'][place] for one in found]) for place in (4, 2, 0)), *above,
+                     several([one['earning'] for one in found])])
+    return table(['router', 'AP, half hard', 'AP, 30 % hard', 'AP, 10 % hard', "above the paper's, 10 % hard",
+                  'mean over shares', 'correlation of its rank with loss saved x objects'], rows)
+
+
+def difference(own: Sequence[Mapping], other: Sequence[Mapping], place: Optional[int]) -> str:
+    """AP of some runs above others' at a share; or in the mean over shares, with its interval over images."""
+    pairs = list(zip(own, other))
+    if place is not None:
+        return several([a['ap'][place] - b['ap'][place] for a, b in pairs], sign='+')
+    mean = several([np.mean(np.subtract(a['ap'], b['ap'])) for a, b in pairs], sign='+')
+    low, high = interval(np.mean([np.subtract(a['resampled_mean'], b['resampled_mean']) for a, b in pairs], axis=0))
+    return f'{mean}; interval {low:+.2f} to {high:+.2f}'
+
+
 def correlations(values: Sequence[Optional[float]]) -> str:
     """A router that gives all images the same score has none."""
     known = [value for value in values if value is not None]
@@ -268,6 +301,11 @@ def main() -> None:
             parts += [f'### Routers of `{variant}`\n', routers_table(found)]
             if 'all_exits' in found[0]:
                 parts += ['Over all exits, a threshold for each, by "' + ROUTER + '":\n', all_exits_table(found)]
+        trained = [json.loads(path.read_text()) for path in sorted(HOOK_RESULTS.glob(f'{detector}-*.json'))]
+        if trained:
+            parts += [HOOK_HEAD.format(ends=', '.join(several([run['exits'][k] for run in trained]) for k in range(2)),
+                                       random=several([run['random'][4] for run in trained]), seeds=len(trained)),
+                      hook_table(trained)]
     write_atomically(picture(runs), ROOT / 'docs' / 'images' / 'routing_front.png')
     write_atomically('\n'.join(parts).encode(), PAGE)
     print(PAGE)
