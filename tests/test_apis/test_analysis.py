@@ -205,6 +205,20 @@ def test_peers_pay_for_what_they_look_at(analysis):
     assert analysis['left_out'] == {}
 
 
+def test_all_parts_of_the_page_agree_on_what_large_images_cost(perfect, coco):
+    """The hard half is four times as dear: what half hard costs is not half way between the exits' means."""
+    sizes = [1.0 if index < IMAGES / 2 else 4.0 for index in range(IMAGES)]
+    images = [dict(image, gflops=[size, 2 * size], latencies=[size / 100, size / 50])
+              for image, size in zip(perfect['images'], sizes)]
+    found = analyse(dict(perfect, images=images, gflops=[2.5, 5.0], latencies=[0.025, 0.05]), coco, bootstrap=0)
+    middle, = (point for point in found['thresholds'] if point['hard_share'] == 0.5)
+    routed = [found['curves']['router'][5], found['router']['half'], middle]
+    assert [one['gflops'] for one in routed] == pytest.approx([4.5] * 3)
+    assert [one['latency'] for one in routed] == pytest.approx([0.045] * 3)
+    assert found['curves']['random'][5]['gflops'] == pytest.approx(3.75)
+    assert [found['curves'][name][-1]['gflops'] for name in ('router', 'random', 'oracle')] == pytest.approx([5] * 3)
+
+
 def test_old_records_say_less(perfect, coco):
     record = without(perfect, 'view', 'losses', 'features', 'objects', 'entropy')
     record['provenance'] = {}

@@ -160,10 +160,12 @@ def test_images_cost_what_their_size_costs(run, monkeypatch):
 
     for name in ('measure_gflops', 'measure_latencies'):
         monkeypatch.setattr(recording, name, measured)
+    monkeypatch.setattr(recording, '_measure_routing', lambda model, dataset, rows: (0.25, 2.0))
     divisor = run.model.data_preprocessor.pad_size_divisor
     sides = [2 * divisor, 3 * divisor - 1, 2 * divisor - 1, 3 * divisor]
     images = [dict(shape=(side, divisor)) for side in sides]
-    recording._add_costs(images, run.model, None, plain)
+    # Heads cost 0.75 GFLOPs at one size, and nothing, not less, at the other.
+    assert recording._add_costs(images, run.model, None, plain) == (0.375, 0.0)
     assert asked == [[0, 2]] * 2 + [[1, 3]] * 2
     assert [image['gflops'] for image in images] == [[0, 0], [1, 10], [0, 0], [1, 10]]
     assert all(set(image) == {'gflops', 'latencies'} for image in images)

@@ -9,8 +9,8 @@ from pycocotools.cocoeval import COCOeval
 from routing_cases import BOX, found, ground_truth, make_record, random_case
 
 from dynamicdet.errors import UsageError
-from dynamicdet.routing.curve import (AREAS, Chance, bootstrap_weights, check_record, choose, evaluate,
-                                      gain_over_random, interval, mix, split, trade_off)
+from dynamicdet.routing.curve import (AREAS, Chance, bootstrap_weights, check_record, choose, costs_of, evaluate,
+                                      gain_over_random, hard_for, interval, mix, split, trade_off)
 from dynamicdet.routing.evaluation import Mixtures
 
 #: Precision 1 up to a recall of one half: 51 of the 101 recalls that COCO looks at.
@@ -315,3 +315,26 @@ def test_hard_images_that_are_dearer_cost_more():
         image.update(gflops=[2.0, 4.0] if large else [1.0, 2.0], latencies=[0.02, 0.04] if large else [0.01, 0.02])
     row = trade_off(record, coco, shares=[0.5])[0]
     assert (row['gflops'], row['latency']) == pytest.approx((2.5, 0.025))
+
+
+def of_two_sizes():
+    """Four images; the two with the higher score are four times as dear."""
+    images = [dict(gflops=[cost, 2 * cost], latencies=[cost / 10, cost / 5]) for cost in (1.0, 1.0, 4.0, 4.0)]
+    return dict(images=images, gflops=[2.5, 5.0], latencies=[0.25, 0.5]), np.array([0.1, 0.2, 0.8, 0.9])
+
+
+def test_a_choice_costs_what_its_images_cost():
+    record, scores = of_two_sizes()
+    assert costs_of(record, scores > 0.5) == pytest.approx(dict(gflops=4.5, latency=0.45))
+    assert costs_of(record, scores < 0.5) == pytest.approx(dict(gflops=3.0, latency=0.30))
+    # Half of them drawn at random.
+    assert costs_of(record, 0.5) == pytest.approx(dict(gflops=3.75, latency=0.375))
+    alike = dict(record, images=[{}] * 4)
+    assert costs_of(alike, scores > 0.5)['gflops'] == pytest.approx(3.75)
+
+
+@pytest.mark.parametrize('gflops, hard', [(2.0, 0), (2.5, 0), (3.4, 0), (3.5, 1), (4.5, 2), (4.7, 2), (4.75, 3),
+                                          (5.0, 4), (9.0, 4)])
+def test_what_a_router_can_afford(gflops, hard):
+    record, scores = of_two_sizes()
+    assert hard_for(record, scores, gflops).tolist() == [place >= 4 - hard for place in range(4)]

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from dynamicdet.errors import UsageError
-from dynamicdet.routing.peers import (PEERS, charge, charged_share, cross_fit, fit_adaptive_feeding,
-                                      fit_ridge, mean_gflops, peer_scores)
+from dynamicdet.routing.peers import PEERS, charge, cross_fit, fit_adaptive_feeding, fit_ridge, peer_scores
 
 
 def boxes(*scores, side=10):
@@ -181,15 +180,3 @@ def test_charge(record):
     record['provenance']['branch0_gflops'] = 4
     assert charge('detections', record) == 4
     assert charge('adaptive_feeding', record, branch_gflops=6) == 6
-
-
-def test_cost_of_a_charged_peer(record):
-    assert mean_gflops(record, 0.5) == 20
-    assert mean_gflops(record, 0.5, charged=4) == 22
-    # The free router affords 60 % hard images for that.
-    assert charged_share(record, 0.5, 4) == pytest.approx(0.6)
-    assert mean_gflops(record, charged_share(record, 0.5, 4)) == pytest.approx(22)
-    assert charged_share(record, 1, 4) > 1
-    record['gflops'] = [10.0, 10.0]
-    with pytest.raises(UsageError, match='no price'):
-        charged_share(record, 0.5, 4)

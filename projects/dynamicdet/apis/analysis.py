@@ -120,7 +120,7 @@ def analyse(record: Mapping,
     analysis = dict(
         images=len(record['images']),
         ends=_ends(record, rows),
-        curves=dict(router=curves.router_curve(rows), random=curves.random_curve(rows), **drawn),
+        curves=dict(router=curves.router_curve(rows), random=curves.random_curve(record, rows), **drawn),
         thresholds=curves.threshold_points(record, chance, scores),
         merit=list(merit.values()),
         router=curves.judge(record, chance, curves.choices_of(scores)),

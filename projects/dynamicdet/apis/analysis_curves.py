@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from scipy.stats import rankdata
 
 from ..errors import UsageError
-from ..routing.curve import SHARES, Chance, interval, split
+from ..routing.curve import SHARES, Chance, costs_of, interval, split
 from ..routing.evaluation import Mixtures
 from ..routing.merit import efficacy, normalised_gain
 from ..routing.oracle import allocate, honest_choices, object_count, oracle_choices, refine
@@ -61,7 +61,7 @@ def image_values(record: Mapping, coco: COCO, mixtures: Mixtures) -> np.ndarray:
 def certificate(record: Mapping, values: np.ndarray) -> Dict[str, float]:
     """What the oracle's programme comes to where half of the images may be hard: ``value`` per image, of whole
     images; ``bound``, the optimum of the linear programme, in which an image may be split; ``price``, in
-    value per GFLOP."""
+    value per GFLOP. The budget is what half of all images, drawn at random, cost; an image counts by its mean."""
     found = allocate(values, record['gflops'], float(np.mean(record['gflops'])))
     images = values.shape[1]
     return dict(value=found.value / images, bound=found.bound / images, price=found.price)
@@ -74,11 +74,12 @@ def router_curve(rows: Sequence[Mapping]) -> List[dict]:
                  latency=row['latency']) for row in rows]
 
 
-def random_curve(rows: Sequence[Mapping]) -> List[dict]:
-    """Random routing at the same shares; ends are two standard deviations away: how far a draw may fall."""
+def random_curve(record: Mapping, rows: Sequence[Mapping]) -> List[dict]:
+    """Random routing at the same shares; ends are two standard deviations away: how far a draw may fall. It
+    pays the mean over all images, whatever those cost that a router calls hard."""
     return [dict(share=row['share'], hard_share=row['hard_share'], ap=row['random_ap'],
                  low=row['random_ap'] - 2 * row['random_std'], high=row['random_ap'] + 2 * row['random_std'],
-                 gflops=row['gflops'], latency=row['latency']) for row in rows]
+                 **costs_of(record, row['hard_share'])) for row in rows]
 
 
 def curve_of(record: Mapping,
@@ -91,7 +92,7 @@ def curve_of(record: Mapping,
     for share, is_hard in zip(SHARES, choices):
         choice, got = chance.choice(is_hard), float(np.mean(is_hard))
         low, high = interval(chance.resampled(choice)) if intervals else (None, None)
-        costs = {name: cost + got * extra[name] for name, cost in _costs(record, got).items()}
+        costs = {name: cost + got * extra[name] for name, cost in costs_of(record, is_hard).items()}
         points.append(dict(share=share, hard_share=got, ap=chance.mixtures.ap(choice), low=low, high=high,
                            **costs))
     return points
@@ -109,18 +110,9 @@ def threshold_points(record: Mapping, chance: Chance, scores: np.ndarray) -> Lis
         threshold, is_hard = split(scores, share)
         count = int(is_hard.sum())
         if count not in points:
-            got = count / len(scores)
-            points[count] = dict(threshold=float(threshold), hard_share=got, hard=count,
-                                 ap=chance.mixtures.ap(chance.choice(is_hard)), **_costs(record, got))
+            points[count] = dict(threshold=float(threshold), hard_share=count / len(scores), hard=count,
+                                 ap=chance.mixtures.ap(chance.choice(is_hard)), **costs_of(record, is_hard))
     return [points[count] for count in sorted(points)]
-
-
-def _costs(record: Mapping, share: float) -> Dict[str, float]:
-    """Per image, between the two exits."""
-    return {
-        name: (1 - share) * values[0] + share * values[1]
-        for name, values in (('gflops', record['gflops']), ('latency', record['latencies']))
-    }
 
 
 def merit(chance: Chance, scores: np.ndarray, rows: Sequence[Mapping],

@@ -3,8 +3,8 @@ from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
-from ..routing.curve import Chance, bootstrap_weights, interval, split
-from ..routing.peers import PEERS, charge, charged_share
+from ..routing.curve import Chance, bootstrap_weights, costs_of, hard_for, interval, split
+from ..routing.peers import PEERS, charge
 from ..routing.record import require
 from ..routing.strata import OBJECTS
 from ..routing.thresholds import threshold_for_share
@@ -104,9 +104,8 @@ def peer_leads(record: Mapping, chance: Chance, scores: np.ndarray,
         if PEERS[name].reference:
             continue
         is_hard = split(own, 0.5)[1]
-        charged = charge(name, record)
-        share = charged_share(record, float(is_hard.mean()), charged) if charged else float(is_hard.mean())
-        router = split(scores, min(1.0, share))[1]
+        paid = costs_of(record, is_hard)['gflops'] + charge(name, record) * is_hard.mean()
+        router = hard_for(record, scores, paid)
         leads[name.replace('_', ' ')] = difference(chance, chance.choice(is_hard), chance.choice(router))
     return leads
 

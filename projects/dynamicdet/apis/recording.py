@@ -6,7 +6,7 @@ import contextlib
 import copy
 import time
 import warnings
-from typing import Callable, Dict, Iterator, List, NamedTuple, Tuple
+from typing import Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -94,15 +94,14 @@ def record_data_set(model: DynamicDetector,
         force_exit(model, 0)
         for batch in progress(loader, 'every exit'):
             images.extend(_record_batch(model, batch, loader.dataset.cat_ids, annotated, view))
-    _add_costs(images, model, loader.dataset, progress)
+    branch_gflops, branch_latency = _add_costs(images, model, loader.dataset, progress)
     gflops, latencies = (np.mean([image[name] for image in images], axis=0).tolist() for name in ('gflops', 'latencies'))
     device = str(model.threshold.device)
-    routing_gflops, routing_seconds = _measure_routing(model, loader.dataset)
     facts = dict(
         provenance(cfg, checkpoint, loader.dataset, device),
         view=VIEWS[view].said if view in VIEWS else 'none',
-        branch0_gflops=max(0.0, gflops[0] - routing_gflops),
-        branch0_latency=max(0.0, latencies[0] - routing_seconds),
+        branch0_gflops=branch_gflops,
+        branch0_latency=branch_latency,
         router='trained' if torch.isfinite(model.delta) else 'NOT trained')
     return dict(
         images=images,
@@ -142,22 +141,30 @@ def _record_batch(model: DynamicDetector, batch: dict, category_ids: List[int], 
     return entries
 
 
-def _add_costs(images: List[dict], model: DynamicDetector, dataset, progress: Progress) -> None:
+def _add_costs(images: List[dict], model: DynamicDetector, dataset, progress: Progress) -> Tuple[float, float]:
     """GFLOPs and latency of each image under each exit, at batch 1: those of its size.
 
     Images of one size, padded as the network sees it, cost the same but for a two-stage head's proposals; some of
     each size are measured.
+
+    Returns:
+        tuple: GFLOPs and seconds of exit 0's neck and heads, the mean over the images: what a router that looks at
+        exit 0's detections pays for every image.
     """
     divisor = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
     rows: Dict[tuple, List[int]] = {}
     for row, image in enumerate(images):
         rows.setdefault(tuple(-(-side // divisor) for side in image.pop('shape')), []).append(row)
+    branch = np.zeros(2)
     for own in progress(list(rows.values()), 'costs of sizes'):
-        gflops = measure_gflops(model, dataset, rows=own[:max(_COUNTED // len(rows), _LEAST)])
-        latencies = measure_latencies(model, dataset, lambda steps, what: steps,
-                                      rows=own[:max(_TIMED // len(rows), _LEAST)])
+        counted, timed = (own[:max(number // len(rows), _LEAST)] for number in (_COUNTED, _TIMED))
+        gflops = measure_gflops(model, dataset, rows=counted)
+        latencies = measure_latencies(model, dataset, lambda steps, what: steps, rows=timed)
+        routing = _measure_routing(model, dataset, counted)
+        branch += len(own) * np.maximum(0, np.subtract((gflops[0], latencies[0]), routing))
         for row in own:
             images[row].update(gflops=list(gflops), latencies=list(latencies))
+    return tuple((branch / len(images)).tolist())
 
 
 def _every_exit(model: DynamicDetector, inputs: Tensor, samples: SampleList,
@@ -191,14 +198,11 @@ def _watched_features(model: DynamicDetector) -> Iterator[List[Tensor]]:
 @torch.no_grad()
 def _measure_routing(model: DynamicDetector,
                      dataset,
-                     images: int = 10,
+                     rows: Sequence[int],
                      rounds: int = 3) -> Tuple[float, float]:
-    """What the first backbone and the router cost: mean GFLOPs and median seconds per image.
-
-    What exit 0 costs beyond is its neck and heads: a router that looks at exit 0's detections pays that for
-    every image.
-    """
-    batches = [pseudo_collate([dataset[row]]) for row in range(min(images, len(dataset)))]
+    """What the first backbone and the router cost: mean GFLOPs and median seconds per image. What exit 0 costs
+    beyond is its neck and heads."""
+    batches = [pseudo_collate([dataset[row]]) for row in rows]
     synchronise = torch.cuda.synchronize if model.threshold.is_cuda else lambda: None
 
     def run(batch: dict) -> float:

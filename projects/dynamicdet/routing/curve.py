@@ -14,8 +14,8 @@ from .evaluation import AREAS, Mixtures, check_record, difficulties_of, evaluate
 from .thresholds import threshold_for_share
 
 __all__ = [
-    'AREAS', 'Chance', 'SHARES', 'bootstrap_weights', 'check_record', 'choose', 'difficulties_of', 'evaluate',
-    'gain_over_random', 'interval', 'mix', 'split', 'trade_off'
+    'AREAS', 'Chance', 'SHARES', 'bootstrap_weights', 'check_record', 'choose', 'costs_of', 'difficulties_of',
+    'evaluate', 'gain_over_random', 'hard_for', 'interval', 'mix', 'split', 'trade_off'
 ]
 
 SHARES = tuple(tenth / 10 for tenth in range(11))
@@ -217,8 +217,8 @@ def trade_off(record: Mapping,
     rows = []
     for share in shares:
         threshold, is_hard = split(scores, share)
-        rows.append(dict(share=share, threshold=threshold, **_costs(record, is_hard, chance.exits),
-                         **_worth(chance, is_hard)))
+        rows.append(dict(share=share, threshold=threshold, hard_share=float(is_hard.mean()),
+                         **costs_of(record, is_hard, chance.exits), **_worth(chance, is_hard)))
         if progress:
             progress(len(rows), len(shares))
     return rows
@@ -254,13 +254,43 @@ def _exit(exit: int, exits: int) -> int:
     return exit % exits
 
 
-def _costs(record: Mapping, is_hard: np.ndarray, exits: Tuple[int, int]) -> dict:
-    """Means over the images, each by its own cost where the record has it."""
-    means = {}
+def costs_of(record: Mapping, is_hard: np.ndarray, exits: Tuple[int, int] = (0, -1)) -> Dict[str, float]:
+    """What a choice costs per image: ``gflops`` and ``latency``, seconds; each image by its own where the
+    record has that.
+
+    Args:
+        record (Mapping): See `record`.
+        is_hard (np.ndarray): (n,) bools; or, of images drawn at random, the share that is hard.
+        exits (tuple[int, int]): Where easy and hard images leave. Defaults to the first and the last.
+    """
+    costs = {}
     for name, key in (('gflops', 'gflops'), ('latency', 'latencies')):
-        each = np.array([image.get(key, record[key]) for image in record['images']], float)[:, list(exits)]
-        means[name] = float(np.where(is_hard, each[:, 1], each[:, 0]).mean())
-    return dict(hard_share=float(is_hard.mean()), **means)
+        easy, hard = _each(record, key)[:, list(exits)].T
+        costs[name] = float((easy + (hard - easy) * is_hard).mean())
+    return costs
+
+
+def hard_for(record: Mapping, scores: Sequence[float], gflops: float) -> np.ndarray:
+    """The hardest images that a router may send from the first to the last exit for so many GFLOPs per image.
+
+    Args:
+        record (Mapping): See `record`.
+        scores (Sequence[float]): (n,), large is hard.
+        gflops (float): Per image, on average over all.
+
+    Returns:
+        np.ndarray: (n,) bools; all images where that costs less, none where nothing is left.
+    """
+    each, scores = _each(record, 'gflops'), np.asarray(scores)
+    order = np.argsort(-scores, kind='stable')
+    spent = each[:, 0].mean() + np.cumsum((each[:, -1] - each[:, 0])[order]) / len(scores)
+    count = int((spent <= gflops * (1 + 1e-9)).sum())
+    return split(scores, count / len(scores))[1]
+
+
+def _each(record: Mapping, key: str) -> np.ndarray:
+    """(n, K): each image's own cost; the mean where the record has no other."""
+    return np.array([image.get(key, record[key]) for image in record['images']], float)
 
 
 def _worth(chance: Chance, is_hard: np.ndarray) -> dict:

@@ -255,24 +255,6 @@ def charge(name: str, record: Mapping, branch_gflops: Optional[float] = None) ->
     return float(branch_gflops)
 
 
-def mean_gflops(record: Mapping, share: float, charged: float = 0.0) -> float:
-    """GFLOPs per image at a hard share in [0, 1], between the first and the last exit, with a `charge`."""
-    return (1 - share) * record['gflops'][0] + share * (record['gflops'][-1] + charged)
-
-
-def charged_share(record: Mapping, share: float, charged: float) -> float:
-    """The hard share at which a router that is free costs what a charged peer costs at ``share``.
-
-    At equal cost the free router affords more hard images: ``share * (1 + charged / (last - first))``, with
-    the GFLOPs of the exits. Above 1, the peer costs more than sending every image to the last exit.
-    """
-    first, last = record['gflops'][0], record['gflops'][-1]
-    if last <= first:
-        raise UsageError(f'the last exit costs no more than the first ({last:g} and {first:g} GFLOPs): a '
-                         'hard share has no price')
-    return share * (1 + charged / (last - first))
-
-
 def _first_scores(record: Mapping) -> list:
     """Scores of exit 0's detections, a list per image, the surest first."""
     return [sorted((detection['score'] for detection in image['detections'][0]), reverse=True)
