@@ -4,12 +4,13 @@ from typing import Dict, List, Mapping, Sequence
 import numpy as np
 from pycocotools.coco import COCO
 
+from dynamicdet.apis.analysis import pair_of
+from dynamicdet.apis.analysis_curves import oracles
 from dynamicdet.routing import build_objective
 from dynamicdet.routing.curve import SHARES, Chance, split
 from dynamicdet.routing.evaluation import Mixtures
 from dynamicdet.routing.fitting import features_of, fit_router, gains_of, rank_correlation
 from dynamicdet.routing.merit import efficacy, normalised_gain
-from dynamicdet.routing.oracle import honest_choices, oracle_choices
 from dynamicdet.routing.peers import PEERS, charge, peer_scores
 from dynamicdet.routing.strata import benefits, by_objects, by_size, rank_correlations
 from dynamicdet.routing.thresholds import shares_beyond
@@ -53,10 +54,10 @@ def dynamic_results(test: Mapping, test_coco: COCO, sources: Mapping[str, Mappin
     """
     mixtures = Mixtures(test, test_coco)
     chance = Chance(mixtures, resamples=RESAMPLES)
-    last = mixtures.exits - 1
     exits = [_one_exit(chance, exit) for exit in range(mixtures.exits)]
-    honest = _honest(test, test_coco)
-    luck = oracle_choices(mixtures.image_ap()[[0, last]], INNER).astype(bool)
+    pair = pair_of(test)
+    honest, luck = (choices[1:-1] for choices in
+                    map(oracles(pair, test_coco, Mixtures(pair, test_coco)).get, ('honest', 'oracle')))
     routers = {}
     for source, record in sources.items():
         for name, objective in OBJECTIVES.items():
@@ -69,7 +70,7 @@ def dynamic_results(test: Mapping, test_coco: COCO, sources: Mapping[str, Mappin
         random=[chance.at(round(share * mixtures.images))[0] for share in INNER],
         by_size=by_size(mixtures), by_objects=by_objects(test, mixtures),
         share_gaining={name: _share_gaining(record) for name, record in {**sources, 'test': test}.items()},
-        honest=_judge(chance, honest, honest), oracle=_judge(chance, luck, honest),
+        honest=_judge(chance, honest, honest), oracle=dict(_judge(chance, luck, honest), refined=True),
         routers={name: _judge_scores(chance, scores, honest, gained) for name, scores in routers.items()},
         peers=_peers(test, sources, train_coco, chance, honest, gained, seed))
     if mixtures.exits > 2:
@@ -106,15 +107,6 @@ def with_losses_of(record: Mapping, others: Sequence[Mapping]) -> dict:
 def _one_exit(chance: Chance, exit: int) -> dict:
     choice = np.full(chance.mixtures.images, exit)
     return dict(ap=chance.mixtures.ap(choice), resampled=_short(chance.resampled(choice)))
-
-
-def _honest(test: Mapping, coco: COCO) -> np.ndarray:
-    """Choices by the other view: AP of the image times its objects, as the set's AP counts."""
-    first_and_last = dict(test, images=[
-        dict(image, view=[image['view'][0], image['view'][-1]],
-             detections=[image['detections'][0], image['detections'][-1]]) for image in test['images']
-    ])
-    return honest_choices(first_and_last, coco, INNER, by_objects=True).astype(bool)
 
 
 def _fitted(record: Mapping, coco: COCO, test: Mapping, objective, seed: int, pools: int) -> np.ndarray:
@@ -157,13 +149,14 @@ def _judge(chance: Chance, choices: np.ndarray, honest: np.ndarray) -> dict:
 
 def _peers(test: Mapping, sources: Mapping[str, Mapping], train_coco: COCO, chance: Chance, honest: np.ndarray,
            gained: Mapping[str, np.ndarray], seed: int) -> Dict[str, dict]:
-    """Other routers; those that are fitted are fitted to the held-out images."""
+    """Other routers; those that are fitted are fitted to the held-out images, Adaptive Feeding to the AP that each
+    gains, as published."""
     held = sources[HELD_OUT]
-    target = gains_of(held, 'loss_sum')
     found = {}
     for name in PEERS:
-        scores = peer_scores(name, test, held, target, seed)
-        found[name] = dict(_judge_scores(chance, scores, honest, gained), charge=charge(name, test))
+        target = 'ap' if name == 'adaptive_feeding' else 'loss_sum'
+        scores = peer_scores(name, test, held, gains_of(held, target, train_coco), seed)
+        found[name] = dict(_judge_scores(chance, scores, honest, gained), charge=charge(name, test), target=target)
     return found
 
 
