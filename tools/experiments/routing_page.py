@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
-from routing_runs import DETECTORS, DYNAMIC
+from routing_runs import DETECTORS, DYNAMIC, SIZES
 
 from dynamicdet.engine.atomic_backend import write_atomically
 from dynamicdet.routing.curve import SHARES, interval
@@ -18,6 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / 'docs' / 'results' / 'routing'
 #: Of tools/experiments/routing_hook.py.
 HOOK_RESULTS = ROOT / 'docs' / 'results' / 'routing_hook'
+#: Of tools/experiments/routing_clock.py: setting -> what it is.
+CLOCK_RESULTS = ROOT / 'docs' / 'results' / 'routing_clock'
+SETTINGS = dict(small='128 pixels, batch 1', batch='128 pixels, batch 8', large='640 pixels, batch 1')
 PAGE = ROOT / 'docs' / 'results' / 'routing.md'
 #: The router that a run is judged by: chosen before the test set was looked at.
 ROUTER = 'rank, held out'
@@ -28,16 +31,27 @@ HEAD = """# The experiment on routing: numbers
 Written by `python tools/experiments/routing_page.py` from the files in [routing/](routing), one per run of
 `python tools/experiments/routing.py`; what it says is in [benchmarks.md](../benchmarks.md). AP on 1,000 test images
 of the built-in data. Intervals are of 95 %, by {resamples} resamples of the test images, the same for all runs; where
-there are several seeds, figures are means over them, with the least and the largest in brackets. Routers are fitted
+there are several seeds, figures are means over them, with the least and the largest in brackets; behind a semicolon, the
+least and the largest end of the seeds' intervals ("no interval": of one the honest oracle's own area is not clear of 0). Routers are fitted
 to 1,000 images that no detector saw ("held out") or to 1,000 that it was trained on. "AP above the paper's": mean over
 nine hard shares, against the paper's objective on images that the detector was trained on; intervals are of the mean over
 seeds. A figure that not all seeds have (efficacy, where the honest oracle gains nothing) says how many have. "At equal cost":
 at half hard, against "{router}" at the share at which it costs as much; routers that look at exit 0's detections run its
-neck and heads on every image. Three exits: routed between the first and the last alone. The oracle chooses by the true
-AP of each image under each exit, luck included, the honest one by that of another view. GFLOPs: 2 x multiply-adds;
+neck and heads on every image; "Adaptive Feeding, by loss" was given the sign of the loss difference, not of the AP that
+an image gains, as published: it is worse for it. Three exits: routed between the first and the last alone. The oracle
+chooses by the true AP of each image under each exit, luck included, times its objects, and is refined on the set's AP (those
+with † by the AP alone, not refined: no ceiling), the honest one by the AP of another view times its objects. The static
+front: straight lines between plain detectors, as of two that share the images at random; a cheaper one that is better
+takes the place of a dearer one. GFLOPs: 2 x multiply-adds;
 latency: batch 1, one thread, in the run's own process, on machines that did other things too. A variant with * ran on
 another machine than the plain detectors, from weights that the same command trained there: the same seed comes to other
 weights, so its exits and routers compare with each other, and not with other rows.
+"""
+CLOCK_HEAD = """### By the clock
+
+`python tools/experiments/routing_clock.py`, ms per image: plain detectors at 64, 96, 128 and 160 pixels (five times that in
+the last row), exits, and half hard. Last column: AP above what plain detectors reach in the same time, by the APs of the
+tables above; those of images five times as large were not measured, so there it says what the same APs would mean.
 """
 #: Of routers that users' way trains.
 HOOK_HEAD = """### Routers of `depth_resolution`, trained by RouterHook
@@ -66,16 +80,18 @@ def several(values: Sequence[float], digits: int = 2, sign: str = '') -> str:
 
 
 def with_interval(found: Sequence[Mapping], name: str) -> str:
-    """A figure of merit; its interval where there is one run."""
+    """A figure of merit; its interval, of several seeds from the least to the largest end of theirs."""
     known = [one for one in found if one[name] is not None]
     if not known:
         return '-'
     text = several([one[name] for one in known], sign='+')
     if len(known) < len(found):
         text += f', {len(known)} of {len(found)} seeds'
-    elif len(known) == 1 and known[0]['low'] is not None:
-        text += f" ({known[0]['low']:+.2f} to {known[0]['high']:+.2f})"
-    return text
+    ends = [(one['low'], one['high']) for one in known]
+    if None in np.ravel(ends):
+        return text + '; no interval'
+    lows, highs = zip(*ends)
+    return text + f'; {min(lows):+.2f} to {max(highs):+.2f}'
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -132,7 +148,8 @@ def exits_table(dynamic: Mapping[str, Sequence[Mapping]]) -> str:
             ', '.join(several([run['exits'][k]['ap'] for run in found]) for k in range(len(found[0]['exits']))),
             ', '.join(f'{cost:.3f}' for cost in found[0]['gflops']),
             ', '.join(several([1e3 * run['latencies'][k] for run in found], 1) for k in range(len(found[0]['exits']))),
-            several([run['oracle']['ap'][4] for run in found]), several([run['honest']['ap'][4] for run in found]),
+            several([run['oracle']['ap'][4] for run in found]) + ' †' * (not all('refined' in run['oracle'] for run in found)),
+            several([run['honest']['ap'][4] for run in found]),
             several([run['random'][4] for run in found]),
             ', '.join(f"{name} {np.mean([run['share_gaining'][name] for run in found]):.0%}"
                       for name in found[0]['share_gaining'])
@@ -162,7 +179,7 @@ def routers_table(runs: Sequence[Mapping]) -> str:
         for name in runs[0][kind]:
             found = [run[kind][name] for run in runs]
             rows.append([
-                name.replace('_', ' '), several([one['ap'][4] for one in found]),
+                words(name, found), several([one['ap'][4] for one in found]),
                 several([one['ap'][0] for one in found]),
                 with_interval([one['normalised_gain'] for one in found], 'gain'),
                 with_interval([one['efficacy'] for one in found], 'efficacy'), above_paper(runs, kind, name),
@@ -170,6 +187,12 @@ def routers_table(runs: Sequence[Mapping]) -> str:
             ])
     return table(['router', 'AP, half hard', 'AP, 10 % hard', 'normalised gain, half hard', 'efficacy',
                   "AP above the paper's", 'AP above ours at equal cost', 'rank correlation with loss saved x objects'], rows)
+
+
+def words(name: str, found: Sequence[Mapping]) -> str:
+    """A router's name. Runs from before Adaptive Feeding was given the AP gained say of no target."""
+    by_loss = name == 'adaptive_feeding' and not all('target' in one for one in found)
+    return name.replace('_', ' ') + ', by loss' * by_loss
 
 
 def at_equal_cost(run: Mapping, found: Mapping) -> float:
@@ -254,6 +277,24 @@ def leads_table(dynamic: Mapping[str, Sequence[Mapping]], plain: Mapping[str, Ma
     return table(['variant', 'GFLOPs at half hard', 'AP above the static front', 'interval, seed by seed'], rows)
 
 
+def clock_table(detector: str, dynamic: Mapping[str, Sequence[Mapping]], plain: Mapping[str, Mapping]) -> str:
+    """Times of plain detectors and of exits, and the lead over the static front in time."""
+    rows = []
+    for name, said in SETTINGS.items():
+        path = CLOCK_RESULTS / f'{detector}-{name}.json'
+        if not path.exists():
+            continue
+        points = {key: 1e3 * one['median'] for key, one in json.loads(path.read_text())['points'].items()}
+        timed = [dict(plain[own], gflops=points[f'plain_{own}']) for own in SIZES]
+        for variant in sorted({key.rsplit('_', 1)[0] for key in points} & set(dynamic)):
+            half = points[f'{variant}_half']
+            leads = [run['routers'][ROUTER]['ap'][4] - front(timed, half) for run in dynamic[variant]]
+            rows.append([said, variant, ', '.join(f"{one['gflops']:.1f}" for one in timed),
+                         *(f'{points[f"{variant}_{end}"]:.1f}' for end in ('exit0', 'half', 'exit1')),
+                         several(leads, sign='+')])
+    return table(['images', 'variant', 'plain', 'exit 0', 'half hard', 'exit 1', 'AP above the static front in time'], rows)
+
+
 def picture(runs: Runs) -> bytes:
     """AP against GFLOPs: plain detectors, their front, dynamic ones of seed 0."""
     from matplotlib.figure import Figure
@@ -297,6 +338,8 @@ def main() -> None:
         if plain:
             parts += ['### Against plain detectors\n', plain_table(plain),
                       f'\nThe router is "{ROUTER}".\n', leads_table(dynamic, plain)]
+            if list(CLOCK_RESULTS.glob(f'{detector}-*.json')):
+                parts += [CLOCK_HEAD, clock_table(detector, dynamic, plain)]
         for variant, found in dynamic.items():
             parts += [f'### Routers of `{variant}`\n', routers_table(found)]
             if 'all_exits' in found[0]:
