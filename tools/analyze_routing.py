@@ -13,6 +13,7 @@ from pycocotools.coco import COCO
 
 from dynamicdet.apis import cli
 from dynamicdet.apis.analysis import analyse, format_analysis, pair_of, write_analysis
+from dynamicdet.apis.fitting import require_own
 from dynamicdet.errors import UsageError
 from dynamicdet.routing.evaluation import read_truth
 from dynamicdet.routing.record import read_record
@@ -67,6 +68,8 @@ def main() -> None:
         raise UsageError('the validation record has other exits than the test record: record both by the same '
                          'detector')
     training = pair_of(read_record(args.train_record), tuple(args.exits)) if args.train_record else None
+    others = [one for one in (val[0] if val else None, training) if one]
+    require_own(others, 2, str(record['provenance'].get('checkpoint', '')))
     out_dir = args.out_dir or str(Path(args.record).with_suffix(''))
     cli.make_folder(out_dir)
     analysis = analyse(record, coco, val, args.bootstrap, args.seed, training,

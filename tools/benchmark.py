@@ -71,6 +71,8 @@ def parse_args() -> argparse.Namespace:
 def check(args: argparse.Namespace) -> None:
     if min(args.rounds, args.batch_rounds, args.batches, *(args.threads or [1])) < 1:
         raise UsageError('--rounds, --batch-rounds, --batches and --threads must be 1 or more')
+    if args.seed < 0:
+        raise UsageError('--seed must be 0 or more')
     if min(args.size) < MIN_IMAGE_SIZE:
         raise UsageError(f'--size must be {MIN_IMAGE_SIZE} {MIN_IMAGE_SIZE} or more')
     cli.require_device(args.device)

@@ -36,7 +36,7 @@ def main() -> None:
     cfg = cli.load_config(args)
     cli.require_device(args.device)
     cli.require_writable(args.out)
-    model, _ = load_model(cfg, args.checkpoint, args.device)
+    model, _ = load_model(cfg, args.checkpoint, args.device, any_router=True)
     if not args.no_data_check:
         cli.check_data(cfg, args.split)
     loader = build_record_loader(cfg, args.split)

@@ -48,8 +48,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    if min(args.images, args.batch_size, args.mean_over) < 1 or args.delay < 0:
-        raise UsageError('--images, --batch-size and --mean-over must be 1 or more, --delay 0 or more')
+    if min(args.images, args.batch_size, args.mean_over) < 1 or min(args.delay, args.seed) < 0:
+        raise UsageError('--images, --batch-size and --mean-over must be 1 or more, --delay and --seed 0 or more')
     for name in ('period', 'load'):
         if not 0 < getattr(args, name) < math.inf:
             raise UsageError(f'--{name} must be above 0')

@@ -158,6 +158,21 @@ def require_complete(model: nn.Module,
         raise UsageError(f'the checkpoint does not fit this config; its keys: {"; ".join(said)}')
 
 
+def forget_other_router(model: nn.Module, state: Dict[str, torch.Tensor]) -> bool:
+    """Remove a state dict's router where it is another than the model's: of other shapes, as other pools have, or
+    with entries that the model's lacks.
+
+    Returns:
+        bool: Whether it was.
+    """
+    own = {f'router.{name}': value.shape for name, value in model.router.state_dict().items()}
+    theirs = {key: key.removeprefix('module.') for key in state if key.removeprefix('module.').startswith('router.')}
+    other = any(own.get(name) != state[key].shape for key, name in theirs.items())
+    for key in theirs if other else ():
+        del state[key]
+    return other
+
+
 _LOST = 'it looks like a detector that has lost channels: use the config that tools/prune.py wrote beside it'
 
 

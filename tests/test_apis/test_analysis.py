@@ -68,6 +68,11 @@ def rerouted(record, difficulties):
                                 for image, difficulty in zip(record['images'], difficulties)])
 
 
+def elsewhere(record):
+    """The same of other images."""
+    return dict(record, images=[dict(image, file=f"other/{image['file']}") for image in record['images']])
+
+
 def without(record, *names):
     return dict(record, images=[{name: value for name, value in image.items() if name not in names}
                                 for image in record['images']])
@@ -75,7 +80,7 @@ def without(record, *names):
 
 @pytest.fixture(scope='module')
 def analysis(perfect, coco):
-    return analyse(perfect, coco, (perfect, coco), bootstrap=20)
+    return analyse(perfect, coco, (elsewhere(perfect), coco), bootstrap=20)
 
 
 def merit(analysis, name):
@@ -163,10 +168,36 @@ def test_the_oracles_programme_is_certified(analysis, perfect, coco):
 def test_memory_of_training_images_is_told(perfect, coco):
     memorised = dict(perfect, images=[dict(image, losses=[2.0, 1.0]) for image in perfect['images']])
     new = dict(perfect, images=[dict(image, losses=[1.0, 2.0]) for image in perfect['images']])
-    said = analyse(new, coco, bootstrap=20, training=memorised)['diagnosis']
+    said = analyse(new, coco, bootstrap=20, training=elsewhere(memorised))['diagnosis']
     assert any('remember their training images' in sentence for sentence in said)
-    said = analyse(new, coco, bootstrap=20, training=new)['diagnosis']
+    said = analyse(new, coco, bootstrap=20, training=elsewhere(new))['diagnosis']
     assert not any('remember their training images' in sentence for sentence in said)
+
+
+def test_records_that_do_not_go_together_are_refused(perfect, coco):
+    for others in (dict(validation=(perfect, coco)), dict(training=perfect)):
+        with pytest.raises(UsageError, match='40 images .* are in the record that is judged and in the'):
+            analyse(perfect, coco, bootstrap=0, **others)
+    with pytest.raises(UsageError, match='the training record lacks losses'):
+        analyse(perfect, coco, bootstrap=0, training=elsewhere(without(perfect, 'losses')))
+    other = elsewhere(perfect)
+    other['images'] = [dict(image, id=image['id'] + 1000) for image in other['images']]
+    with pytest.raises(UsageError, match='another number of objects'):
+        analyse(perfect, coco, (other, coco), bootstrap=0)
+
+
+def test_a_peer_that_learned_from_other_features_is_left_out(perfect, coco):
+    wider = elsewhere(perfect)
+    wider['images'] = [dict(image, features=np.ones(7, np.float32)) for image in wider['images']]
+    assert 'learns from 7 features per image' in analyse(perfect, coco, (wider, coco), bootstrap=0)['left_out']['ridge']
+
+
+def test_a_router_without_a_choice_is_not_compared_at_its_cost(perfect, coco):
+    """All difficulties are equal: it sends all images or none, and costs what no peer costs."""
+    for difficulties in ([0.5] * IMAGES, [0.2] * 12 + [1.0] * 28):
+        said = ' '.join(analyse(rerouted(perfect, difficulties), coco, bootstrap=20)['diagnosis'])
+        assert 'A simpler router is better' not in said
+    assert 'At 70% hard, the nearest to half that ties allow' in said
 
 
 def test_the_slider_has_each_share_once(analysis, perfect, coco):

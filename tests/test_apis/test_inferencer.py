@@ -217,6 +217,31 @@ def test_a_stream_gives_what_calls_give(checkpoints, paths):
         np.testing.assert_allclose(one['scores'], other['scores'], atol=1e-4)
 
 
+def test_a_stream_goes_on_behind_what_cannot_be_read(checkpoints, paths, tmp_path):
+    detector = DynamicInferencer(CONFIG, checkpoints['calibrated'], 'cpu', hard_share=1, show_progress=False)
+    (tmp_path / 'broken.jpg').write_bytes(Path(paths[0]).read_bytes()[:200])
+    faulty = [str(tmp_path / 'broken.jpg'), str(tmp_path / 'none.jpg')]
+    missed, mixed = [], [Path(paths[0]), faulty[0], None, paths[1], faulty[1], paths[2]]
+    found = list(detector.stream(mixed, batch_size=2, on_unreadable=lambda path, reason: missed.append(path)))
+    assert len(found) == 3 and missed == faulty
+    kept = []
+    with pytest.raises(FileNotFoundError):
+        for result in detector.stream([*paths[:3], faulty[1], paths[3]], batch_size=2):
+            kept.append(result)
+    assert len(kept) == 3
+
+
+def test_a_call_within_an_online_stream_has_its_own_speed(checkpoints, paths):
+    detector = DynamicInferencer(
+        CONFIG, checkpoints['plain'], 'cpu', hard_share=1, online=True, show_progress=False)
+    stream = detector.stream(paths, batch_size=2)
+    assert next(stream)['exit'] == 1
+    seen = detector.controller.status()['images']
+    assert exits(detector(paths[0], threshold=EASY)) == [0] and exits(detector(paths[0], threshold=-1)) == [1]
+    assert detector.controller.status()['images'] == seen
+    assert [result['exit'] for result in stream] == [1] * 3
+
+
 def test_an_online_budget(checkpoints, paths):
     """It needs no calibration, goes on from call to call and into streams, and lets a call have its own."""
     detector = DynamicInferencer(

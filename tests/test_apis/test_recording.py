@@ -1,5 +1,6 @@
 """One pass through every exit: what stands in the record is what the detector itself says."""
 import copy
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -146,6 +147,29 @@ def test_costs_and_provenance(run):
     assert facts['view'] == 'flipped from left to right' and facts['router'] == 'NOT trained'
     assert facts['categories'] == run.loader.dataset.cat_ids
     assert all(isinstance(value, (str, int, float, list)) for value in facts.values())
+
+
+def test_an_untrained_router_may_be_another(run):
+    """Other pools are tried on a cascade of step 1, without a step 2."""
+    cfg = copy.deepcopy(run.cfg)
+    cfg.model.router = dict(type='Router', pools=('mean', 'max'))
+    with pytest.raises(UsageError, match='of another shape'):
+        load_model(cfg, run.path, 'cpu')
+    model, _ = load_model(cfg, run.path, 'cpu', any_router=True)
+    assert len(model.router.mean) == 2 * len(run.model.router.mean)
+    kept = dict(model.branches.named_parameters())
+    for name, value in run.model.branches.named_parameters():
+        assert torch.equal(kept[name], value)
+
+
+def test_all_classes_must_be_in_the_annotations(run, digits, tmp_path):
+    content = json.loads((digits / 'annotations/instances_test.json').read_text())
+    content['categories'] = content['categories'][1:]
+    (tmp_path / 'nine.json').write_text(json.dumps(content))
+    cfg = copy.deepcopy(run.cfg)
+    cfg.test_dataloader.dataset.ann_file = str(tmp_path / 'nine.json')
+    with pytest.raises(UsageError, match='has 9 of the 10 classes'):
+        build_record_loader(cfg, 'test')
 
 
 def test_images_cost_what_their_size_costs(run, monkeypatch):

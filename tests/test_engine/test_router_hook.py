@@ -1,5 +1,6 @@
 """Step 2 starts from a cascade, and measures, keeps and logs delta."""
 import json
+import logging
 import re
 import shutil
 from collections import Counter
@@ -248,6 +249,21 @@ def test_a_router_with_other_pools_starts_from_the_cascade(digits, cascade, tmp_
     assert 'it starts anew' in log_of(runner)
     rest = [key for key in before if key.startswith(('backbone', 'branches'))]
     assert rest and all(torch.equal(before[key], after[key]) for key in rest)
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+@pytest.mark.parametrize('delta, level', [(float('nan'), logging.INFO), (0.3, logging.WARNING)])
+def test_letting_go_of_a_trained_router_is_said_louder(prefix, delta, level):
+    model = MODELS.build(tiny_dynamic('retinanet'))
+    logged = []
+    runner = SimpleNamespace(logger=SimpleNamespace(log=lambda *said: logged.append(said)))
+    state = {f'{prefix}{key}': value for key, value in model.state_dict().items()}
+    state[f'{prefix}delta'] = torch.tensor(delta)
+    router_hook.say_if_forgotten(runner, model, state)
+    assert not logged
+    state[f'{prefix}router.fc3.weight'] = torch.zeros(1)
+    router_hook.say_if_forgotten(runner, model, state)
+    assert [said[0] for said in logged] == [level] and not any('router.' in key for key in state)
 
 
 def test_a_router_of_the_same_shape_is_kept(digits, finished, last, tmp_path):

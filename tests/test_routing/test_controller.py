@@ -234,3 +234,16 @@ def test_the_machine_under_load():
 
 def test_running_mean_by_hand():
     assert running_mean([1, 3, 5, 7], 2).tolist() == [1, 2, 4, 6]
+
+
+def test_a_state_of_what_numpy_measured_is_plain():
+    controller = Controller(target_latency=0.02)
+    controller.decide(np.float32([0.1, 0.9]))
+    controller.measure(np.float32(0.02), np.int64(1))
+    assert json.loads(json.dumps(controller.state_dict())) == controller.state_dict()
+
+
+@pytest.mark.parametrize('throughput', [0, -3, 1e-320, float('inf'), float('nan')])
+def test_a_throughput_is_called_by_its_name(throughput):
+    with pytest.raises(UsageError, match='throughput is in images per second'):
+        Controller(throughput=throughput)

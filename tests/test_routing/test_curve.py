@@ -317,6 +317,15 @@ def test_hard_images_that_are_dearer_cost_more():
     assert (row['gflops'], row['latency']) == pytest.approx((2.5, 0.025))
 
 
+@pytest.mark.parametrize('scores', [1e9 + np.arange(10), -3.0 + np.arange(10), np.arange(10) / 10, np.arange(10) - 1e6])
+def test_scores_of_any_scale_are_parted(scores):
+    for hard in range(11):
+        threshold, is_hard = split(scores, hard / 10)
+        assert is_hard.tolist() == [place >= 10 - hard for place in range(10)]
+        if 0 < hard < 10:
+            assert ((scores > threshold) == is_hard).all()
+
+
 def of_two_sizes():
     """Four images; the two with the higher score are four times as dear."""
     images = [dict(gflops=[cost, 2 * cost], latencies=[cost / 10, cost / 5]) for cost in (1.0, 1.0, 4.0, 4.0)]

@@ -57,6 +57,7 @@ CASES = [
     (dict(correlation=dict(val=OPEN), honest_gain=DOWN), 'cannot be told on val', 'how the views are made'),
     (dict(correlation=dict(val=UP, test=OPEN), images=500), 'cannot be told on test', 'four times the 500'),
     (dict(router_gain=UP), 'worth 2.0 (1.0 to 3.0) AP over random', None),
+    (dict(router_gain=UP, half_share=0.69), 'At 69% hard, the nearest to half that ties allow, the router is worth', None),
     (dict(router_gain=DOWN), 'costs 2.0 (1.0 to 3.0) AP', 'counts what AP counts'),
     (dict(router_gain=OPEN), 'difference from random routing cannot be told', None),
     (dict(normalised_gain=(0.5, 0.3, 0.7)),

@@ -69,7 +69,11 @@ def test_from_a_checkpoint_to_a_page(recorded, capsys):
     assert set(record['images'][0]) == {'id', 'file', 'difficulty', 'detections', 'features', 'entropy', 'gflops', 'latencies',
                                         'view', 'losses', 'objects'}
     capsys.readouterr()
-    assert call('analyze_routing.py', recorded, '--val-record', recorded, '--bootstrap', 5) == 0
+    val = dict(record, images=[dict(image, file=f"val/{image['file']}") for image in record['images']],
+               provenance=dict(record['provenance'], checkpoint='other.pth'))
+    write_record(val, recorded.with_name('val.npz'))
+    with pytest.warns(UserWarning, match="a record is of 'other.pth', not of .*random.pth'"):
+        assert call('analyze_routing.py', recorded, '--val-record', recorded.with_name('val.npz'), '--bootstrap', 5) == 0
     said = capsys.readouterr()
     page = recorded.with_suffix('') / 'routing.html'
     assert f'The same with pictures: {page}' in said.out and 'Diagnosis' in said.out

@@ -140,6 +140,9 @@ def test_features_from_another_record():
         fit(model, folds, features_from=[make_record(model)])
     with pytest.raises(UsageError, match=r'image 0 \(a/0.jpg\) is twice'):
         fit(model, folds, features_from=[whole, make_record(model)])
+    # Data sets number their images alike.
+    with pytest.raises(UsageError, match=r"image 0 is 'a/0.jpg', and 'b/0.jpg' in the records of features"):
+        fit(model, folds[:1], features_from=[make_record(model, folder='b')])
 
 
 def test_other_widths_are_refused():

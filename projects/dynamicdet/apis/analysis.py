@@ -11,6 +11,7 @@ from ..errors import UsageError
 from ..routing.curve import Chance, difficulties_of, trade_off
 from ..routing.diagnosis import diagnose
 from ..routing.evaluation import AREAS, Mixtures, check_record, check_truth
+from ..routing.record import require
 from ..routing.strata import (benefits, by_difficulty, by_objects, by_size, rank_correlations,
                               threshold_transfer)
 from . import analysis_curves as curves
@@ -100,6 +101,12 @@ def analyse(record: Mapping,
     """
     check_record(record, coco)
     check_truth(record, coco)
+    if validation:
+        check_truth(*validation)
+        require_apart(record, validation[0], 'validation')
+    if training:
+        require(training, 'losses', what='the training record')
+        require_apart(record, training, 'training')
     if len(record['gflops']) != 2:
         raise UsageError(f"routing is between two exits, the record has {len(record['gflops'])}: choose two")
     say('matching detections with objects')
@@ -140,6 +147,7 @@ def analyse(record: Mapping,
         strata=estimates.strata_gaps(record, chance),
         correlation=_benefit_correlations(correlations, validation, bootstrap, seed),
         router_gain=_estimate(merit['gain']),
+        half_share=rows[curves.HALF]['hard_share'],
         normalised_gain=_estimate(merit['normalised_gain']),
         spread=estimates.spread(scores),
         peers=estimates.peer_leads(record, chance, scores, peers))
@@ -153,6 +161,15 @@ def analyse(record: Mapping,
     if validation:
         figures['transfer'] = estimates.transfer(difficulties_of(validation[0]), scores, chance)
     return _plain(dict(analysis, diagnosis=diagnose(figures)))
+
+
+def require_apart(record: Mapping, other: Mapping, name: str) -> None:
+    """Refuse a record that shares images with the one that is judged."""
+    files = {image['file'] for image in record['images']}
+    shared = [image['file'] for image in other['images'] if image['file'] in files]
+    if shared:
+        raise UsageError(f"{len(shared)} images (such as '{shared[0]}') are in the record that is judged and in the "
+                         f'{name} record: routers that learn there would know the answers; record another split')
 
 
 def write_analysis(record: Mapping,

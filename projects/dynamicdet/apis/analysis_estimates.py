@@ -9,6 +9,9 @@ from ..routing.record import require
 from ..routing.strata import OBJECTS
 from ..routing.thresholds import threshold_for_share
 
+#: Costs this near to each other, as a share of what parts the exits, are equal.
+_NEAR = 0.02
+
 #: A value and the ends of its interval, None without.
 Estimate = Tuple[float, Optional[float], Optional[float]]
 #: Strata of fewer images are not spoken of.
@@ -97,7 +100,8 @@ def peer_leads(record: Mapping, chance: Chance, scores: np.ndarray,
         record (Mapping): Of two exits.
         chance (Chance): Of the record.
         scores (np.ndarray): The router's difficulties, (n,).
-        peers (Mapping[str, np.ndarray]): Key of `PEERS` -> scores, (n,). References are left out.
+        peers (Mapping[str, np.ndarray]): Key of `PEERS` -> scores, (n,). References are left out, and those whose
+            cost the router cannot have, because many of its difficulties are equal.
     """
     leads = {}
     for name, own in peers.items():
@@ -106,6 +110,10 @@ def peer_leads(record: Mapping, chance: Chance, scores: np.ndarray,
         is_hard = split(own, 0.5)[1]
         paid = costs_of(record, is_hard)['gflops'] + charge(name, record) * is_hard.mean()
         router = hard_for(record, scores, paid)
+        # Equal difficulties go together: there may be no choice at that cost.
+        spent, most = (costs_of(record, choice)['gflops'] for choice in (router, 1.0))
+        if not router.all() and abs(spent - paid) > _NEAR * (most - costs_of(record, 0.0)['gflops']):
+            continue
         leads[name.replace('_', ' ')] = difference(chance, chance.choice(is_hard), chance.choice(router))
     return leads
 

@@ -155,6 +155,6 @@ def _difference(aps: Sequence[Optional[float]]) -> str:
 def _bars(aps: Sequence[Optional[float]], top: float) -> str:
     """AP of both exits as lengths, against the largest of the page."""
     bars = ''.join(
-        f'<span class="bar" style="width:{100 * (ap or 0) / top:.0f}%;background:{colour}"></span>'
-        for ap, colour in zip(aps, EXIT_COLOURS))
+        f'<span class="bar" style="width:{100 * ap / top:.0f}%;background:{colour}"></span>'
+        for ap, colour in zip(aps, EXIT_COLOURS) if ap is not None)
     return f'<div class="bars" aria-hidden="true">{bars}</div>'

@@ -13,7 +13,7 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from ..checkpoints import is_plain, read_checkpoint, require_complete
+from ..checkpoints import forget_other_router, is_plain, read_checkpoint, require_complete
 from ..datasets.check import is_of_empty_set
 from ..errors import UsageError
 from ..models import DynamicDetector, fuse
@@ -36,8 +36,15 @@ def require_dynamic(cfg: Config) -> None:
         raise UsageError(f"the config's model must be a DynamicDetector, not {whole_model(cfg).type}")
 
 
-def load_model(cfg: Config, path: str, device: str) -> Tuple[DynamicDetector, dict]:
+def load_model(cfg: Config, path: str, device: str, any_router: bool = False) -> Tuple[DynamicDetector, dict]:
     """Build a dynamic detector and fill it from its own checkpoint.
+
+    Args:
+        cfg (Config): Of a dynamic detector.
+        path (str): Its checkpoint.
+        device (str): Such as 'cpu'.
+        any_router (bool): Whether a router that is not trained may be another than the config's, which then
+            is as random. Defaults to False.
 
     Returns:
         tuple: The model, in eval mode and fused where it can be, and the checkpoint.
@@ -51,7 +58,9 @@ def load_model(cfg: Config, path: str, device: str) -> Tuple[DynamicDetector, di
         raise UsageError(f"'{path}' is a plain detector's: train the cascade and the router first")
     init_default_scope('mmdet')
     model = cli.build_model(cfg).eval()
-    require_complete(model, checkpoint['state_dict'])
+    delta = checkpoint['state_dict'].get('delta', torch.tensor(torch.nan))
+    other = any_router and bool(delta.isnan()) and forget_other_router(model, checkpoint['state_dict'])
+    require_complete(model, checkpoint['state_dict'], ('router.', ) if other else ())
     model.load_state_dict(checkpoint['state_dict'], strict=False)
     meta = checkpoint.get('meta', {}).get('dataset_meta')
     if meta:
@@ -77,6 +86,12 @@ def build_loader(dataloader: dict) -> DataLoader:
             f'the data set of the config cannot be built: {type(error).__name__}: {error}') from error
     if loader is None or not len(loader.dataset):
         raise UsageError('the validation set is empty: there is nothing to measure on')
+    classes = getattr(loader.dataset, 'metainfo', {}).get('classes', ())
+    known = getattr(loader.dataset, 'cat_ids', classes)
+    if len(known) < len(classes):
+        # mmdet then gives the labels that are left other numbers.
+        raise UsageError(f"'{getattr(loader.dataset, 'ann_file', '')}' has {len(known)} of the {len(classes)} classes "
+                         "of the config's metainfo: it must name all of them in its categories")
     return loader
 
 

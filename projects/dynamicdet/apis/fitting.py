@@ -55,7 +55,7 @@ def fit_to_records(router: nn.Module,
     if features_from is None:
         features = _stacked([features_of(record) for record in records])
     else:
-        features = _by_id(features_from, [image['id'] for image in images])
+        features = _by_id(features_from, images)
     wanted = len(router.mean)
     if features.shape[1] != wanted:
         raise UsageError(f'the records have {features.shape[1]} features per image, and the router of this '
@@ -67,18 +67,23 @@ def fit_to_records(router: nn.Module,
     return fit, int(groups.max()) + 1
 
 
-def _by_id(records: Sequence[Mapping], ids: Sequence[int]) -> np.ndarray:
+def _by_id(records: Sequence[Mapping], images: Sequence[Mapping]) -> np.ndarray:
     """Features of some images, (n, d), looked up in records."""
     rows = _stacked([features_of(record) for record in records])
     known: Dict[int, np.ndarray] = {}
+    files = {}
     for image, row in zip((image for record in records for image in record['images']), rows):
         if image['id'] in known:
             raise UsageError(f"image {image['id']} ({image['file']}) is twice in the records of features")
-        known[image['id']] = row
-    missing = [one for one in ids if one not in known]
+        known[image['id']], files[image['id']] = row, image['file']
+    missing = [one['id'] for one in images if one['id'] not in known]
     if missing:
         raise UsageError(f'{len(missing)} images (such as {missing[0]}) are not in the records of features')
-    return np.stack([known[one] for one in ids])
+    for one in images:
+        if files[one['id']] != one['file']:
+            raise UsageError(f"image {one['id']} is '{one['file']}', and '{files[one['id']]}' in the records of "
+                             'features: they are of other images')
+    return np.stack([known[one['id']] for one in images])
 
 
 def _stacked(parts: List[np.ndarray]) -> np.ndarray:

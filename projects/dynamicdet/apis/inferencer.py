@@ -2,6 +2,7 @@
 import contextlib
 import http.client
 import io
+import os
 import os.path as osp
 from typing import Callable, Dict, Iterable, Iterator, List, Optional, Union
 
@@ -139,11 +140,12 @@ class DynamicInferencer(DetInferencer):
             yield
 
     def stream(self,
-               images: Iterable[Optional[Union[str, np.ndarray]]],
+               images: Iterable[Optional[Union[str, os.PathLike, np.ndarray]]],
                batch_size: int = 8,
                hard_batch: Optional[int] = None,
                collect_easy: bool = False,
-               deadline: Optional[float] = None) -> Iterator[dict]:
+               deadline: Optional[float] = None,
+               on_unreadable: Optional[Callable[[str, str], None]] = None) -> Iterator[dict]:
         """Detect in images as they come: hard images of several batches run together.
 
         Args:
@@ -153,11 +155,17 @@ class DynamicInferencer(DetInferencer):
             hard_batch (int, optional): Images of the later passes. Defaults to ``batch_size``.
             collect_easy (bool): Whether easy images wait for a full batch, too. Defaults to False.
             deadline (float, optional): Seconds after which an image waits for no other. Defaults to None.
+            on_unreadable (callable, optional): Called with the path of a picture that cannot be read and the
+                reason; it has no result, and the stream goes on. Without it, the stream ends there with an
+                error, once all before it have their results.
 
         Yields:
             dict: Each image's result, in the order of the images, as in ``predictions``: labels, scores,
             bboxes, ``difficulty`` and ``exit``.
         """
+        images = (os.fspath(image) if isinstance(image, os.PathLike) else image for image in images)
+        if on_unreadable is not None:
+            images = _readable(images, on_unreadable)
         batches = (None if image is None else next(iter(self.preprocess([image])))[1] for image in images)
         with Stream(self.model, batch_size, hard_batch, collect_easy, deadline,
                     controller=self.controller) as stream:

@@ -5,6 +5,7 @@ batch; the others wait, feature maps in memory, until a full batch of them is th
 long.
 """
 import contextlib
+import numbers
 import queue
 import threading
 import time
@@ -80,16 +81,17 @@ class Stream:
                  controller: Optional[Controller] = None,
                  clock: Callable[[], float] = time.monotonic) -> None:
         hard_batch = batch_size if hard_batch is None else hard_batch
-        if min(batch_size, hard_batch, most_behind) < 1:
-            raise UsageError(f'batch_size, hard_batch and most_behind must be 1 or more; got {batch_size}, '
-                             f'{hard_batch} and {most_behind}')
+        if not all(isinstance(one, numbers.Integral) and one >= 1 for one in (batch_size, hard_batch, most_behind)):
+            raise UsageError('batch_size, hard_batch and most_behind must be whole numbers, 1 or more; got '
+                             f'{batch_size}, {hard_batch} and {most_behind}')
         # Not `deadline < 0`, which lets NaN pass.
         if deadline is not None and not deadline >= 0:
             raise UsageError(f'a deadline is seconds, 0 or more; got {deadline}')
         self.model, self.controller, self.clock = model, controller, clock
         self.batch_size, self.hard_batch, self.collect_easy = batch_size, hard_batch, collect_easy
         self.deadline, self.most_behind = deadline, most_behind
-        self._stack = contextlib.ExitStack()
+        # Around each first pass alone: between batches the detector is its owner's.
+        self._routing = contextlib.nullcontext() if controller is None else Online(model, controller, timed=False)
         self._arrived: List[_Arrived] = []
         # By what can be joined: those before a backbone, and those before an exit's neck and heads.
         self._groups: Dict[tuple, List[_Waiting]] = {}
@@ -97,13 +99,10 @@ class Stream:
         self._count, self._next, self._busy = 0, 0, 0.0
 
     def __enter__(self) -> 'Stream':
-        if self.controller is not None:
-            self._stack.enter_context(Online(self.model, self.controller, timed=False))
         return self
 
     def __exit__(self, *_) -> None:
         """Forget what still waits."""
-        self._stack.close()
         self._arrived, self._groups, self._done = [], {}, {}
         self._next = self._count
 
@@ -116,11 +115,18 @@ class Stream:
                 that the deadline holds while it pauses.
 
         Yields:
-            DetDataSample: As ``predict`` gives it, as soon as it and all before it are done.
+            DetDataSample: As ``predict`` gives it, as soon as it and all before it are done. Where the source
+            fails, all that came before first; then its error is raised.
         """
-        if self.deadline is not None:
-            batches = _watch(batches, self.due)
-        for batch in batches:
+        batches = iter(batches) if self.deadline is None else _watch(batches, self.due)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                break
+            except Exception:
+                yield from self.flush()
+                raise
             yield from self.poll() if batch is None else self.put(batch)
         yield from self.flush()
 
@@ -189,7 +195,8 @@ class Stream:
         with self._working():
             data = dict(inputs=[one.image for one in images], data_samples=[one.sample for one in images])
             data = self.model.data_preprocessor(data, False)
-            passage = self.model.start(data['inputs'], data['data_samples'])
+            with self._routing:
+                passage = self.model.start(data['inputs'], data['data_samples'])
             self._part(passage, images, self.collect_easy)
         while True:
             # Full ones, or the largest where too many wait in all.
@@ -273,7 +280,8 @@ def _watch(source: Iterable, due: Callable[[], Optional[float]]) -> Iterator:
     try:
         while True:
             try:
-                item, error = items.get(timeout=due())
+                wait = due()
+                item, error = items.get(timeout=None if wait is None else min(wait, threading.TIMEOUT_MAX))
             except queue.Empty:
                 yield None
                 continue

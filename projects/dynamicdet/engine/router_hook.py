@@ -1,4 +1,5 @@
 """Step 2: start from a cascade, measure the gains, keep them."""
+import logging
 import time
 from collections import deque
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from mmdet.registry import HOOKS
 
-from ..checkpoints import require_complete
+from ..checkpoints import forget_other_router, require_complete
 from ..errors import UsageError
 from ..routing import GAINS, quantiles_of
 
@@ -72,7 +73,7 @@ class RouterHook(Hook):
         state = checkpoint.get('state_dict', checkpoint)
         starting = self.training and not runner._resume
         if starting:
-            forget_other_router(runner, model, state)
+            say_if_forgotten(runner, model, state)
         if self.training:
             require_complete(model, state, optional=('router.', ) if starting else ())
         if starting:
@@ -124,14 +125,14 @@ class RouterHook(Hook):
             checkpoint['router_differences'] = list(self.window)
 
 
-def forget_other_router(runner: Runner, model, state: Dict[str, Tensor]) -> None:
-    """Let go of a cascade's router that has other shapes than this config's, such as other pools: step 2
-    trains one anyway."""
-    own = {f'router.{name}': value.shape for name, value in model.router.state_dict().items()}
-    if any(state[name].shape != shape for name, shape in own.items() if name in state):
-        for name in [name for name in state if name.startswith('router.')]:
-            del state[name]
-        runner.logger.info("the cascade's router has other shapes than this config's: it starts anew")
+def say_if_forgotten(runner: Runner, model, state: Dict[str, Tensor]) -> None:
+    """Let go of a checkpoint's router that is another than this config's: step 2 trains one anyway."""
+    deltas = [value for key, value in state.items() if key.removeprefix('module.') == 'delta']
+    if forget_other_router(model, state):
+        trained = bool(deltas) and bool(deltas[0].isfinite().all())
+        runner.logger.log(logging.WARNING if trained else logging.INFO,
+                          f"the checkpoint's {'' if trained else 'un'}trained router is another than this config's "
+                          '(such as other pools): it starts anew')
 
 
 def set_gains(model, gains: Sequence[float]) -> None:

@@ -12,7 +12,8 @@ from typing import Dict, Mapping, Optional, Sequence
 import numpy as np
 
 from ..errors import UsageError
-from .thresholds import Thresholds, check_budget, share_for_gflops, share_for_latency, thresholds_for_share
+from .thresholds import (Thresholds, check_budget, latency_of, share_for_gflops, share_for_latency,
+                         thresholds_for_share)
 
 #: A single measurement counts as no more spans than this above or below the target: a machine that was
 #: suspended, or a first call that compiles, moves the share by a little, not to its end.
@@ -169,7 +170,8 @@ class Controller:
         if not (_is_number(seconds) and math.isfinite(seconds) and seconds > 0 and images > 0):
             self.ignored += 1
             return
-        self._correct(seconds / images, images)
+        # Not numpy's: a state is plain numbers.
+        self._correct(float(seconds / images), int(images))
 
     def _quantile(self) -> Thresholds:
         return thresholds_for_share(list(self._recent), self.share, self.exits)
@@ -239,12 +241,14 @@ class Controller:
 
 def _check_target(aim: str, value: float) -> float:
     """The target in the unit of the costs."""
-    check_budget({'target_latency' if aim == 'throughput' else aim: value})
+    if aim == 'throughput' and _is_number(value):
+        return float(latency_of(value))
+    check_budget({aim: value})
     if aim != 'hard_share' and not math.isfinite(value):
         raise UsageError(f'{aim} must be finite, got {value}')
     if not _is_number(value):
         raise UsageError(f'{aim} must be one number, got {value}')
-    return 1 / value if aim == 'throughput' else float(value)
+    return float(value)
 
 
 def _is_number(value: object) -> bool:

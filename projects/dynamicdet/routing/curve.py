@@ -65,7 +65,10 @@ def split(scores: Sequence[float], share: float) -> Tuple[float, np.ndarray]:
     if not np.isfinite(scores).all():
         raise UsageError('some scores of the router are not finite: was it trained?')
     # Difficulties, in [0, 1], stay as they are.
-    low, high = min(0, scores.min(initial=0)), max(1, scores.max(initial=1))
+    low, high = 0, 1
+    if len(scores) and not (scores.min() >= 0 and scores.max() <= 1):
+        # By their own range, or large scores that hardly differ would all be one in float32.
+        low, high = scores.min(), scores.max() + (scores.max() == scores.min())
     scaled = ((scores - low) / (high - low)).astype(np.float32)
     threshold = threshold_for_share(scaled, share)
     return low + threshold * (high - low), scaled > np.float32(threshold)

@@ -13,6 +13,7 @@ whose value or ends are None or NaN settles nothing.
 * ``honest_gain``: estimate of the AP that the honest oracle gains over random routing at the same hard share.
 * ``correlation``: estimates of difficulty's rank correlation with benefit: ``dict(val, test)``, or either.
 * ``router_gain``: estimate of the router's AP minus random routing's at half hard.
+* ``half_share``: the hard share that this is at, a half but for ties; a half where it is left out.
 * ``normalised_gain``: the same as a share of the gap, see `merit`; left out where the gap is not above 0.
 * ``efficacy``: estimate, see `merit`.
 * ``bootstrap``: how many resamples the intervals are from; at 0 there are none.
@@ -33,6 +34,8 @@ Estimate = Sequence[Optional[float]]
 _NORMAL_95 = 1.96
 #: A 90 % range of difficulties below this is next to nothing: thresholds then hang on the third digit.
 _NARROW = 0.02
+#: A hard share this far from a half still is one.
+_NEAR = 0.02
 #: The paper's own normalised gain at 50 % hard (DynamicDet's table: 0.18, 0.22, 0.18).
 _PAPERS_GAIN = 0.2
 
@@ -63,7 +66,7 @@ def diagnose(figures: Mapping) -> List[str]:
     Raises:
         UsageError: If a key is unknown or an estimate is not of three numbers.
     """
-    unknown = set(figures) - {'images', 'bootstrap', *_QUESTIONS}
+    unknown = set(figures) - {'images', 'bootstrap', 'half_share', *_QUESTIONS}
     if unknown:
         raise UsageError(f"the diagnosis knows no figure named {', '.join(sorted(unknown))}")
     said, advice = [], []
@@ -162,9 +165,12 @@ def _correlation(figures: Mapping) -> Tuple[list, list]:
 
 def _router_gain(figures: Mapping) -> Tuple[list, list]:
     gain, told = figures['router_gain'], side(figures['router_gain'])
-    said = {1: f'At half hard the router is worth {_show(gain)} AP over random routing.',
-            -1: f'At half hard the router costs {_show(gain, sign=-1)} AP against random routing.',
-            0: f'At half hard a difference from random routing cannot be told ({_show(gain)} AP).'}[told]
+    share = figures.get('half_share', 0.5)
+    # Equal difficulties are not parted.
+    at = 'At half hard' if abs(share - 0.5) <= _NEAR else f'At {share:.0%} hard, the nearest to half that ties allow,'
+    said = {1: f'{at} the router is worth {_show(gain)} AP over random routing.',
+            -1: f'{at} the router costs {_show(gain, sign=-1)} AP against random routing.',
+            0: f'{at} a difference from random routing cannot be told ({_show(gain)} AP).'}[told]
     return [said], [_COUNT, _HELD_OUT] if told < 0 else []
 
 

@@ -197,6 +197,11 @@ def peer_scores(name: str,
     if training is None:
         return cross_fit(peer.function, record, benefit, seed=seed)
     require(training, *peer.needs)
+    if 'features' in peer.needs:
+        widths = [len(one['images'][0]['features']) for one in (record, training)]
+        if widths[0] != widths[1]:
+            raise UsageError(f"peer '{name}' learns from {widths[1]} features per image, and these images have "
+                             f'{widths[0]}: record both by one detector')
     return peer.function(training, benefit)(record)
 
 

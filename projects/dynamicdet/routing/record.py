@@ -90,11 +90,11 @@ def read_record(path: Union[str, Path]) -> dict:
     return _from_arrays(arrays, provenance)
 
 
-def require(record: Mapping, *names: str) -> None:
+def require(record: Mapping, *names: str, what: str = 'the record') -> None:
     """Raise a `UsageError` unless all images have, say, ``losses``, which old records may lack."""
     for name in names:
         if not all(name in image for image in record['images']):
-            raise UsageError(f'the record lacks {name} of its images: make it anew with '
+            raise UsageError(f'{what} lacks {name} of its images: make it anew with '
                              'tools/record.py')
 
 

@@ -184,7 +184,7 @@ def latency_of(throughput: float) -> float:
     Raises:
         UsageError: If it is not a finite number above 0.
     """
-    if not 0 < throughput < math.inf:
+    if not (0 < throughput < math.inf and math.isfinite(1 / throughput)):
         raise UsageError(f'throughput is in images per second and must be above 0, got {throughput}')
     return 1 / throughput
 
