@@ -98,7 +98,7 @@ def test_augmented_images_are_recorded_augmented():
 @pytest.mark.parametrize('one', routing_hook.cascades()[2:4], ids=lambda one: one.name)
 def test_step_2_of_the_experiment_has_the_cascades_model(one):
     """Of other shape it would not load; of another objective the numbers would be of something else."""
-    cfg = routing_hook.router_config(one, 'rank', -1000)
+    cfg = routing_hook.router_config(one, 'rank')
     router, (cascade, _) = MODELS.build(cfg.model), config_of(one)
     shapes = {key: value.shape for key, value in MODELS.build(cascade.model).state_dict().items()
               if not key.startswith('router.')}
@@ -106,7 +106,7 @@ def test_step_2_of_the_experiment_has_the_cascades_model(one):
                       if not key.startswith('router.')}
     assert router.objective.gain == 'loss_sum' and router.first_scale == cascade.model.first_scale
     assert cfg.custom_hooks[-1].type == 'RouterHook' and cfg.custom_hooks[-1].cascade.endswith(one.name)
-    assert cfg.train_dataloader.dataset.indices == -1000
+    assert cfg.train_dataloader.dataset.indices == 1000
     assert cfg.train_dataloader.dataset.data_root == f"{DATA['root']}/"
 
 

@@ -6,7 +6,6 @@ step by step, several at a time; each cascade leaves a small file in docs/result
 like and start it again.
 """
 import argparse
-import itertools
 import json
 from pathlib import Path
 from typing import List
@@ -38,8 +37,8 @@ RESULTS = ROOT / 'docs' / 'results' / 'routing_hook'
 VARIANT = 'depth_resolution'
 #: The paper's objective, and the one that is held against it.
 OBJECTIVES = ('paper', 'rank')
-#: Where step 2 takes its images: as many that step 1 did not see, or saw.
-SOURCES = {'held out': -HELD_OUT, 'trained on': HELD_OUT}
+#: As the configs for COCO do, step 2 takes images that step 1 saw: so many of them.
+IMAGES = HELD_OUT
 
 
 def parse_args() -> argparse.Namespace:
@@ -57,14 +56,14 @@ def cascades() -> List[Run]:
                   key=lambda one: one.start is not None)
 
 
-def router_config(one: Run, objective: str, images: int) -> Config:
+def router_config(one: Run, objective: str) -> Config:
     """Step 2 of a cascade: its detector's usual config, on this experiment's data."""
     with reading:
         cfg = Config.fromfile(ROOT / DETECTORS[one.detector].dynamic.replace('.py', '_router.py'))
     cfg.merge_from_dict({
         **data_options(DATA['root'], DATA['size']), **DYNAMIC[VARIANT],
         'model.objective': objective,
-        'train_dataloader.dataset.indices': images,
+        'train_dataloader.dataset.indices': IMAGES,
         'randomness.seed': one.seed,
         'custom_hooks.%d.cascade' % (len(cfg.custom_hooks) - 1): str(ROUTING / one.name),
     })
@@ -73,12 +72,12 @@ def router_config(one: Run, objective: str, images: int) -> Config:
     return cfg
 
 
-def train_router(one: Run, objective: str, source: str) -> Path:
+def train_router(one: Run, objective: str) -> Path:
     """Step 2, or go on with it; its last checkpoint."""
-    folder = WORK / one.name / f'{objective}-{source}'.replace(' ', '_')
+    folder = WORK / one.name / objective
     if not (folder / 'trained').exists():
         folder.mkdir(parents=True, exist_ok=True)
-        router_config(one, objective, SOURCES[source]).dump(folder / 'config.py')
+        router_config(one, objective).dump(folder / 'config.py')
         run('tools/train.py', str(folder / 'config.py'), '--no-data-check', '--resume', f'--work-dir={folder}',
             log=folder / 'train.log')
         (folder / 'trained').touch()
@@ -131,8 +130,7 @@ def do(one: Run) -> None:
     train_cascade(one)
     if one.variant != VARIANT:
         return
-    trained = {f'{objective}, {source}': train_router(one, objective, source)
-               for objective, source in itertools.product(OBJECTIVES, SOURCES)}
+    trained = {objective: train_router(one, objective) for objective in OBJECTIVES}
     checkpoint = next(iter(trained.values()))
     numbers = judge(record_test(one, checkpoint.with_name('config.py'), checkpoint), trained)
     write_atomically(json.dumps(dict(run=one.name, **numbers)).encode(), RESULTS / f'{one.name}.json')

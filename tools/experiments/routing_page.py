@@ -56,8 +56,8 @@ tables above; those of images five times as large were not measured, so there it
 #: Of routers that users' way trains.
 HOOK_HEAD = """### Routers of `depth_resolution`, trained by RouterHook
 
-`python tools/experiments/routing_hook.py`: step 2 for four epochs of 1,000 images that step 1 did not see ("held out") or
-saw, on cascades of {seeds} seeds of the machine marked *. Exits: {ends} AP; random routing, half hard: {random}.
+`python tools/experiments/routing_hook.py`: step 2 for four epochs of 1,000 images that step 1 saw, on cascades of {seeds}
+seeds, trained on the machine marked *. Exits: {ends} AP; random routing, half hard: {random}.
 """
 
 Runs = Dict[Tuple[str, str], List[dict]]
@@ -230,8 +230,8 @@ def hook_table(runs: Sequence[Mapping]) -> str:
     for name in runs[0]['routers']:
         found = [run['routers'][name] for run in runs]
         above = ['-'] * 2
-        if not name.startswith('paper'):
-            papers = [run['routers'][name.replace('rank', 'paper')] for run in runs]
+        if name != 'paper':
+            papers = [run['routers']['paper'] for run in runs]
             above = [difference(found, papers, place) for place in (0, None)]
         rows.append([name, *(several([one['ap'][place] for one in found]) for place in (4, 2, 0)), *above,
                      several([one['earning'] for one in found])])
