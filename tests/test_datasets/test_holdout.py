@@ -1,8 +1,10 @@
 import copy
 
 import pytest
+from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
 
+from dynamicdet.apis.cli import hold_out
 from dynamicdet.datasets.check import check_dataloaders
 from dynamicdet.errors import UsageError
 from mmdet.datasets.samplers import AspectRatioBatchSampler
@@ -98,3 +100,22 @@ def test_what_is_refused(whole, settings, said):
         part(whole, 'router', **settings)
     with pytest.raises(UsageError, match="part 'cascade' or 'router'"):
         part(whole, 'test')
+
+
+@pytest.mark.parametrize('wrapped', [lambda one: one, lambda one: dict(type='RepeatDataset', times=2, dataset=one),
+                                     lambda one: dict(type='ConcatDataset', datasets=[one])])
+def test_one_line_of_a_config_holds_images_out(whole, wrapped):
+    """No image is in both steps, and none is lost."""
+    seen = {}
+    for step, settings in dict(cascade={}, router=dict(train_router=True)).items():
+        cfg = Config(dict(router_holdout=0.4, model=dict(type='DynamicDetector', **settings),
+                          train_dataloader=dict(dataset=wrapped(copy.deepcopy(whole)))))
+        hold_out(cfg)
+        data = DATASETS.build(cfg.train_dataloader.dataset)
+        seen[step] = [data.get_data_info(index)['img_id'] for index in range(len(data))]
+    assert seen['cascade'] and seen['router'] and not set(seen['cascade']) & set(seen['router'])
+    assert sorted({*seen['cascade'], *seen['router']}) == sorted(ids(DATASETS.build(whole)))
+    hold_out(cfg)
+    cfg.router_holdout = 0.4
+    with pytest.raises(UsageError, match='HoldOut already'):
+        hold_out(cfg)

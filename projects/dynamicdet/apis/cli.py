@@ -112,6 +112,7 @@ def load_config(args: argparse.Namespace) -> Config:
             f"the config '{args.config}' cannot be read: {_reason(error)}") from error
     override(cfg, args.cfg_options, args.config)
     _require_model(cfg, args.config)
+    hold_out(cfg)
     cfg.launcher = getattr(args, 'launcher', 'none')
     if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
         _join_on_cpu(cfg)
@@ -147,6 +148,29 @@ def _move_data(cfg: Config, root: Any) -> None:
         return new + value[len(root):] if isinstance(value, str) and value.startswith(root) else value
 
     moved(cfg._cfg_dict)
+
+
+def hold_out(cfg: Config) -> None:
+    """Let ``router_holdout``, a share of the training images in (0, 1), count: step 1 does not see them, and step 2
+    (``model.train_router``) sees no others. As if each training set were wrapped in `HoldOut`."""
+    # Taken out, or a config that a run leaves would hold out twice.
+    share = cfg.pop('router_holdout', None)
+    if share is None or not cfg.get('train_dataloader'):
+        return
+    part = 'router' if cfg.model.get('train_router') else 'cascade'
+
+    def held(dataset: dict) -> dict:
+        if dataset['type'] == 'HoldOut':
+            raise UsageError('the training data are wrapped in HoldOut already: take that or router_holdout away')
+        if 'datasets' in dataset:
+            dataset['datasets'] = [held(one) for one in dataset['datasets']]
+        elif 'dataset' in dataset:
+            dataset['dataset'] = held(dataset['dataset'])
+        else:
+            return dict(type='HoldOut', dataset=dataset, share=share, part=part)
+        return dataset
+
+    cfg.train_dataloader.dataset = held(cfg.train_dataloader.dataset)
 
 
 def _join_on_cpu(cfg: Config) -> None:
