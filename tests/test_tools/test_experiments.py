@@ -146,7 +146,13 @@ def test_images_go_over_three_exits_by_rank():
 
 def test_seeds_without_a_figure_are_named():
     found = [dict(gain=value, low=None, high=None) for value in (0.1, None, 0.3)]
-    assert routing_page.with_interval(found, 'gain') == '+0.20 (+0.10 to +0.30), 2 of 3 seeds'
+    assert routing_page.with_interval(found, 'gain') == '+0.20 (+0.10 to +0.30), 2 of 3 seeds; no interval'
+
+
+def test_intervals_of_several_seeds_are_the_widest():
+    found = [dict(gain=0.1, low=-0.1, high=0.2), dict(gain=0.3, low=0.2, high=0.6)]
+    assert routing_page.with_interval(found, 'gain') == '+0.20 (+0.10 to +0.30); -0.10 to +0.60'
+    assert routing_page.with_interval(found[:1], 'gain') == '+0.10; -0.10 to +0.20'
 
 
 def test_runs_of_another_machine_are_marked():
