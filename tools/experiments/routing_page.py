@@ -32,7 +32,7 @@ Written by `python tools/experiments/routing_page.py` from the files in [routing
 `python tools/experiments/routing.py`; what it says is in [benchmarks.md](../benchmarks.md). AP on 1,000 test images
 of the built-in data. Intervals are of 95 %, by {resamples} resamples of the test images, the same for all runs; where
 there are several seeds, figures are means over them, with the least and the largest in brackets; behind a semicolon, the
-least and the largest end of the seeds' intervals ("no interval": of one the honest oracle's own area is not clear of 0). Routers are fitted
+least and the largest end of the seeds' intervals ("no interval": of a seed it is a ratio to what may be 0). Routers are fitted
 to 1,000 images that no detector saw ("held out") or to 1,000 that it was trained on. "AP above the paper's": mean over
 nine hard shares, against the paper's objective on images that the detector was trained on; "above ours": the same, against
 "{router}"; intervals are of the mean over seeds. A figure that not all seeds have (efficacy, where the honest oracle gains nothing) says how many have. "At equal cost":
