@@ -259,10 +259,10 @@ def test_letting_go_of_a_trained_router_is_said_louder(prefix, delta, level):
     runner = SimpleNamespace(logger=SimpleNamespace(log=lambda *said: logged.append(said)))
     state = {f'{prefix}{key}': value for key, value in model.state_dict().items()}
     state[f'{prefix}delta'] = torch.tensor(delta)
-    router_hook.say_if_forgotten(runner, model, state)
+    router_hook.drop_other_router(runner, model, state)
     assert not logged
     state[f'{prefix}router.fc3.weight'] = torch.zeros(1)
-    router_hook.say_if_forgotten(runner, model, state)
+    router_hook.drop_other_router(runner, model, state)
     assert [said[0] for said in logged] == [level] and not any('router.' in key for key in state)
 
 

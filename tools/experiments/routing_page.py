@@ -208,11 +208,14 @@ def above(runs: Sequence[Mapping], kind: str, name: str, other: str) -> str:
 
     All runs have the same resamples of the same images, so differences are paired, also over seeds.
     """
-    own, its = (np.array([run[one][router]['ap'] for run in runs]) for one, router in
-                ((kind, name), ('routers', other)))
-    ends = interval(np.mean([np.subtract(run[kind][name]['resampled_mean'], run['routers'][other]['resampled_mean'])
-                             for run in runs], axis=0))
-    return f'{(own - its).mean():+.2f} ({ends[0]:+.2f} to {ends[1]:+.2f})'
+    pairs = [(run[kind][name], run['routers'][other]) for run in runs]
+    low, high = paired_interval(pairs)
+    return f"{np.mean([np.subtract(a['ap'], b['ap']) for a, b in pairs]):+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def paired_interval(pairs: Sequence[Tuple[Mapping, Mapping]]) -> Tuple[float, float]:
+    """Of the difference of two routers' AP, in the mean over shares and runs, over images."""
+    return interval(np.mean([np.subtract(a['resampled_mean'], b['resampled_mean']) for a, b in pairs], axis=0))
 
 
 def all_exits_table(runs: Sequence[Mapping]) -> str:
@@ -231,11 +234,11 @@ def hook_table(runs: Sequence[Mapping]) -> str:
     rows = []
     for name in runs[0]['routers']:
         found = [run['routers'][name] for run in runs]
-        above = ['-'] * 2
+        leads = ['-'] * 2
         if name != 'paper':
             papers = [run['routers']['paper'] for run in runs]
-            above = [difference(found, papers, place) for place in (0, None)]
-        rows.append([name, *(several([one['ap'][place] for one in found]) for place in (4, 2, 0)), *above,
+            leads = [difference(found, papers, place) for place in (0, None)]
+        rows.append([name, *(several([one['ap'][place] for one in found]) for place in (4, 2, 0)), *leads,
                      several([one['earning'] for one in found])])
     return table(['router', 'AP, half hard', 'AP, 30 % hard', 'AP, 10 % hard', "above the paper's, 10 % hard",
                   'mean over shares', 'correlation of its rank with loss saved x objects'], rows)
@@ -247,7 +250,7 @@ def difference(own: Sequence[Mapping], other: Sequence[Mapping], place: Optional
     if place is not None:
         return several([a['ap'][place] - b['ap'][place] for a, b in pairs], sign='+')
     mean = several([np.mean(np.subtract(a['ap'], b['ap'])) for a, b in pairs], sign='+')
-    low, high = interval(np.mean([np.subtract(a['resampled_mean'], b['resampled_mean']) for a, b in pairs], axis=0))
+    low, high = paired_interval(pairs)
     return f'{mean}; interval {low:+.2f} to {high:+.2f}'
 
 

@@ -73,7 +73,7 @@ class RouterHook(Hook):
         state = checkpoint.get('state_dict', checkpoint)
         starting = self.training and not runner._resume
         if starting:
-            say_if_forgotten(runner, model, state)
+            drop_other_router(runner, model, state)
         if self.training:
             require_complete(model, state, optional=('router.', ) if starting else ())
         if starting:
@@ -125,7 +125,7 @@ class RouterHook(Hook):
             checkpoint['router_differences'] = list(self.window)
 
 
-def say_if_forgotten(runner: Runner, model, state: Dict[str, Tensor]) -> None:
+def drop_other_router(runner: Runner, model, state: Dict[str, Tensor]) -> None:
     """Let go of a checkpoint's router that is another than this config's: step 2 trains one anyway."""
     deltas = [value for key, value in state.items() if key.removeprefix('module.') == 'delta']
     if forget_other_router(model, state):
