@@ -5,7 +5,6 @@ it when you like and start it again. Steps that have one are not done again; rem
 detector is that of the experiment on routing, trained first where its weights are not in work_dirs/routing.
 """
 # Not named compression.py: Python 3.14 has a module of that name, which libraries look for on any.
-import argparse
 from pathlib import Path
 from typing import List
 
@@ -15,7 +14,7 @@ from routing import WORK as ROUTING
 from routing import make_data
 from routing import train as train_run
 from routing_runs import all_runs
-from steps import ROOT, do_all, reading, run, wait_for
+from steps import ROOT, do_all, make_parser, reading, run, wait_for
 
 from dynamicdet.apis import cli
 from dynamicdet.engine import latest_checkpoint
@@ -23,14 +22,6 @@ from dynamicdet.engine.atomic_backend import write_atomically
 
 WORK = ROOT / 'work_dirs' / 'compression'
 RESULTS = ROOT / 'docs' / 'results' / 'compression'
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--only', nargs='+', default=[''], help='steps whose names contain one of these')
-    parser.add_argument('--jobs', type=int, default=2, help='steps at a time, of one thread each')
-    parser.add_argument('--list', action='store_true', help='say what there is to do, and stop')
-    return parser.parse_args()
 
 
 def prepare_start() -> None:
@@ -95,7 +86,7 @@ def to_do(only: List[str]) -> List[Step]:
 
 
 def main() -> None:
-    args = parse_args()
+    args = make_parser(__doc__, 'steps').parse_args()
     waiting = to_do(args.only)
     print(f'{len(waiting)} steps to do: ' + ', '.join(step.name for step in waiting), flush=True)
     if args.list or not waiting:

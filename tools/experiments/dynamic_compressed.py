@@ -18,7 +18,7 @@ from routing import WORK as ROUTING
 from routing import make_data
 from routing import train as train_run
 from routing_runs import DATA, DETECTORS, HELD_OUT, PRETRAINING, SEEDS, all_runs, data_options
-from steps import ROOT, do_all, reading, run, wait_for
+from steps import ROOT, do_all, make_parser, reading, run, wait_for
 
 from dynamicdet.apis import cli
 from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
@@ -49,10 +49,7 @@ TUNING = (f'train_dataloader.dataset.indices={PRETRAINING}', 'val_dataloader=Non
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--only', nargs='+', default=[''], help='steps whose names contain one of these')
-    parser.add_argument('--jobs', type=int, default=2, help='steps at a time, of one thread each')
-    parser.add_argument('--list', action='store_true', help='say what there is to do, and stop')
+    parser = make_parser(__doc__, 'steps')
     parser.add_argument('--clock', action='store_true', help='measure latencies, when all else is done')
     return parser.parse_args()
 

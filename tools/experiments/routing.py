@@ -4,7 +4,6 @@ Hours on two cores, so it goes step by step, several at a time, and each step le
 you like and start it again. What a run came to is a small file in docs/results/routing; runs that have
 one are not trained again. Remove the file to do so.
 """
-import argparse
 import json
 from pathlib import Path
 from typing import List, Mapping
@@ -14,7 +13,7 @@ from mmengine.config import Config
 from pycocotools.coco import COCO
 from routing_results import dynamic_results, plain_results, together, with_losses_of
 from routing_runs import DATA, Run, all_runs
-from steps import ROOT, do_all, reading, run, wait_for
+from steps import ROOT, do_all, make_parser, reading, run, wait_for
 
 from dynamicdet.apis import cli
 from dynamicdet.engine import latest_checkpoint
@@ -23,14 +22,6 @@ from dynamicdet.routing.record import read_record
 
 WORK = ROOT / 'work_dirs' / 'routing'
 RESULTS = ROOT / 'docs' / 'results' / 'routing'
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--only', nargs='+', default=[''], help='runs whose names contain one of these')
-    parser.add_argument('--jobs', type=int, default=2, help='runs at a time, of one thread each')
-    parser.add_argument('--list', action='store_true', help='say what there is to do, and stop')
-    return parser.parse_args()
 
 
 def make_data() -> None:
@@ -115,7 +106,7 @@ def is_done(one: Run) -> bool:
 
 
 def main() -> None:
-    args = parse_args()
+    args = make_parser(__doc__, 'runs').parse_args()
     # As the runs: more threads than cores make everything slow.
     torch.set_num_threads(1)
     runs: List[Run] = [one for one in all_runs() if any(part in one.name for part in args.only)]

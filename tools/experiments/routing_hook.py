@@ -5,7 +5,6 @@ its variant `depth_resolution`; these are trained first where their weights are 
 step by step, several at a time; each cascade leaves a small file in docs/results/routing_hook: stop it when you
 like and start it again.
 """
-import argparse
 import json
 from pathlib import Path
 from typing import List
@@ -19,7 +18,7 @@ from routing import make_data
 from routing import train as train_cascade
 from routing_results import INNER, RESAMPLES
 from routing_runs import DATA, DETECTORS, DYNAMIC, HELD_OUT, SEEDS, Run, all_runs, data_options
-from steps import ROOT, do_all, reading, run, wait_for
+from steps import ROOT, do_all, make_parser, reading, run, wait_for
 
 from dynamicdet.apis import cli
 from dynamicdet.checkpoints import read_checkpoint
@@ -41,19 +40,12 @@ OBJECTIVES = ('paper', 'rank')
 IMAGES = HELD_OUT
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--only', nargs='+', default=[''], help='cascades whose names contain one of these')
-    parser.add_argument('--jobs', type=int, default=2, help='cascades at a time, of one thread each')
-    parser.add_argument('--list', action='store_true', help='say what there is to do, and stop')
-    return parser.parse_args()
-
-
 def cascades() -> List[Run]:
-    """The cascades, and what they start from."""
-    own = [one for one in all_runs() if one.variant == VARIANT]
-    return sorted((one for one in all_runs() if one.variant == VARIANT or one.name in {run.start for run in own}),
-                  key=lambda one: one.start is not None)
+    """The cascades, behind what they start from."""
+    runs = all_runs()
+    own = [one for one in runs if one.variant == VARIANT]
+    starts = {one.start for one in own}
+    return [one for one in runs if one.name in starts] + own
 
 
 def router_config(one: Run, objective: str) -> Config:
@@ -137,7 +129,7 @@ def do(one: Run) -> None:
 
 
 def main() -> None:
-    args = parse_args()
+    args = make_parser(__doc__, 'cascades').parse_args()
     torch.set_num_threads(1)
     own = [one for one in cascades() if one.variant == VARIANT and any(part in one.name for part in args.only)]
     waiting = {one.name for one in own if not (RESULTS / f'{one.name}.json').exists()}

@@ -1,4 +1,5 @@
 """What the experiments share: steps that run tools, several at a time, and wait for each other."""
+import argparse
 import os
 import subprocess
 import sys
@@ -12,6 +13,15 @@ ROOT = Path(__file__).resolve().parents[2]
 #: mmengine reads a config as a module of a fixed name: one at a time.
 reading = threading.Lock()
 _started: Dict[str, Future] = {}
+
+
+def make_parser(said: str, what: str) -> argparse.ArgumentParser:
+    """The command line of an experiment whose steps are called ``what``."""
+    parser = argparse.ArgumentParser(description=said)
+    parser.add_argument('--only', nargs='+', default=[''], help=f'{what} whose names contain one of these')
+    parser.add_argument('--jobs', type=int, default=2, help=f'{what} at a time, of one thread each')
+    parser.add_argument('--list', action='store_true', help='say what there is to do, and stop')
+    return parser
 
 
 def run(*command: str, log: Path) -> None:
