@@ -14,8 +14,8 @@ from urllib.parse import unquote, urlparse
 import mmengine
 
 from dynamicdet.apis import DynamicInferencer, cli
+from dynamicdet.datasets.picture_formats import has_picture_suffix, picture_suffixes
 from dynamicdet.errors import UsageError
-from mmdet.apis.det_inferencer import IMG_EXTENSIONS
 
 
 def positive(text: str) -> int:
@@ -52,7 +52,7 @@ def parse_args() -> argparse.Namespace:
 def download(url: str, folder: Path) -> Path:
     """Get a picture; in a folder of its own, under a name that can be written again."""
     path = Path(unquote(urlparse(url).path))
-    suffix = path.suffix if path.suffix.lower() in IMG_EXTENSIONS else '.jpg'
+    suffix = path.suffix if has_picture_suffix(path) else '.jpg'
     target = Path(tempfile.mkdtemp(dir=folder)) / f'{path.stem or "picture"}{suffix}'
     try:
         target.write_bytes(mmengine.fileio.get(url))
@@ -69,15 +69,15 @@ def find_pictures(inputs: List[str], folder: Path) -> Dict[str, str]:
         if '://' in item:
             found[str(download(item, folder))] = item
         elif path.is_dir():
-            inside = [str(p) for p in sorted(path.iterdir()) if p.suffix.lower() in IMG_EXTENSIONS]
+            inside = [str(p) for p in sorted(path.iterdir()) if has_picture_suffix(p)]
             if not inside:
                 raise UsageError(f"there is no picture in '{item}': looked for "
-                                 f"{', '.join(IMG_EXTENSIONS)}")
+                                 f"{', '.join(picture_suffixes())}")
             found.update(zip(inside, inside))
         elif not path.is_file():
             raise UsageError(f"there is no picture or folder at '{item}'")
-        elif path.suffix.lower() not in IMG_EXTENSIONS:
-            raise UsageError(f"the name of '{item}' must end in one of {', '.join(IMG_EXTENSIONS)}")
+        elif not has_picture_suffix(path):
+            raise UsageError(f"the name of '{item}' must end in one of {', '.join(picture_suffixes())}")
         else:
             found[item] = item
     return found

@@ -11,9 +11,8 @@ from typing import Iterator, NamedTuple, Optional, Tuple, Union
 import cv2
 import numpy as np
 
-from mmdet.apis.det_inferencer import IMG_EXTENSIONS
-
 from ..apis.inferencer import picture_fault
+from ..datasets.picture_formats import has_picture_suffix, picture_suffixes
 from ..errors import UsageError
 from .writer import need_av
 
@@ -106,10 +105,10 @@ class Folder(Source):
         if not 0 < fps < float('inf'):
             raise UsageError(f'frames per second must be above 0; got {fps}')
         self.name, self.fps = str(path), fps
-        self._files = sorted((file for file in Path(path).iterdir() if file.suffix.lower() in IMG_EXTENSIONS),
+        self._files = sorted((file for file in Path(path).iterdir() if has_picture_suffix(file)),
                              key=lambda file: _natural(file.name))
         if not self._files:
-            raise UsageError(f"there is no picture in '{path}': looked for {', '.join(IMG_EXTENSIONS)}")
+            raise UsageError(f"there is no picture in '{path}': looked for {', '.join(picture_suffixes())}")
         self.length = len(self._files)
 
     def _read(self):
