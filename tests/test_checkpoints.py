@@ -17,8 +17,10 @@ from mmengine.runner import Runner
 from torch import nn
 
 import dynamicdet
-from dynamicdet.checkpoints import read_checkpoint, require_complete, write_checkpoint
+from dynamicdet.checkpoints import exits_digest, fit_weights, read_checkpoint, require_complete, write_checkpoint
 from dynamicdet.errors import UsageError
+from dynamicdet.testing import tiny_detector, tiny_dynamic
+from mmdet.registry import MODELS
 
 
 class Line(BaseModel):
@@ -239,3 +241,56 @@ def test_a_kill_never_leaves_half_a_file(tmp_path):
             process.kill()
             process.wait()
             process.stdout.close()
+
+
+# Weights to start from.
+
+
+def plain_weights(**changes):
+    """A plain detector's weights for `tiny_dynamic('fcos')`."""
+    torch.manual_seed(1)
+    state = MODELS.build(tiny_detector('fcos')).state_dict()
+    return {**state, **changes}
+
+
+def test_weights_of_other_classes_fill_both_exits_in_one_line(caplog):
+    model = MODELS.build(tiny_dynamic('fcos', shared=False))
+    state = plain_weights(**{'bbox_head.conv_cls.weight': torch.zeros(7, 64, 3, 3),
+                             'bbox_head.conv_cls.bias': torch.zeros(7)})
+    fresh = {key: value.clone() for key, value in model.state_dict().items() if 'conv_cls' in key}
+    fitted, line = fit_weights(model, state)
+    assert 'a plain detector fills both exits' in line and '\n' not in line
+    assert line.count('bbox_head.conv_cls') == 1 and 'other classes' in line
+    assert 'backbone.connections' in line and 'router' in line and 'not used' not in line
+    loaded = model.load_state_dict(fitted, strict=True)
+    assert not loaded.missing_keys and not loaded.unexpected_keys
+    for exit in (0, 1):
+        kept = model.branches[exit].bbox_head
+        assert torch.equal(kept.conv_cls.weight, fresh[f'branches.{exit}.bbox_head.conv_cls.weight'])
+        assert torch.equal(kept.conv_reg.weight, state['bbox_head.conv_reg.weight'])
+
+
+def test_entries_that_match_nothing_are_named_and_left_to_the_loader():
+    model = MODELS.build(tiny_dynamic('fcos'))
+    fitted, line = fit_weights(model, plain_weights(**{'mask_head.conv.weight': torch.zeros(1)}))
+    assert 'not used: mask_head.conv' in line
+    # A layer may know old names: its own entries must not be taken for the loaded ones.
+    assert 'mask_head.conv.weight' in fitted and not any(key.startswith('router.') for key in fitted)
+
+
+def test_a_dynamic_detectors_weights_are_taken_whole():
+    model = MODELS.build(tiny_dynamic('fcos'))
+    fitted, line = fit_weights(model, {f'module.{key}': value for key, value in model.state_dict().items()})
+    assert line.startswith('a checkpoint fills the detector, ') and ';' not in line
+    assert fitted.keys() == model.state_dict().keys()
+
+
+def test_the_digest_is_of_the_weights_that_detect():
+    model = MODELS.build(tiny_dynamic('fcos'))
+    state = model.state_dict()
+    router = dict(state, delta=torch.tensor(1.0), threshold=torch.tensor(0.2), difficulties=torch.ones(9))
+    router['router.fc1.weight'] = router['router.fc1.weight'] + 1
+    wrapped = {f'module.{key}': value for key, value in reversed(router.items())}
+    assert exits_digest(wrapped) == exits_digest(state)
+    key = next(key for key in state if key.startswith('backbone.second'))
+    assert exits_digest({**state, key: state[key] + 1e-3}) != exits_digest(state)

@@ -69,7 +69,8 @@ def main() -> None:
                          'detector')
     training = pair_of(read_record(args.train_record), tuple(args.exits)) if args.train_record else None
     others = [one for one in (val[0] if val else None, training) if one]
-    require_own(others, 2, str(record['provenance'].get('checkpoint', '')))
+    facts = record['provenance']
+    require_own(others, 2, str(facts.get('checkpoint', '')), str(facts.get('exits_digest', '')))
     out_dir = args.out_dir or str(Path(args.record).with_suffix(''))
     cli.make_folder(out_dir)
     analysis = analyse(record, coco, val, args.bootstrap, args.seed, training,

@@ -8,7 +8,7 @@ import argparse
 
 from dynamicdet.apis import cli
 from dynamicdet.apis.fitting import require_own
-from dynamicdet.checkpoints import write_checkpoint
+from dynamicdet.checkpoints import exits_digest, write_checkpoint
 from dynamicdet.errors import UsageError
 from dynamicdet.video.analysis import decision_seconds, load_truth
 from dynamicdet.video.calibration import calibrate_gate, put_calibration
@@ -65,12 +65,13 @@ def main() -> None:
     untrained = untrained_parts(model.gate, checkpoint['state_dict'])
     if untrained and not args.fit_record:
         raise UsageError(f'the checkpoint has no trained {name_of(model.gate)}: fit it by --fit-record')
-    require_own([record], model.num_exits, args.checkpoint)
+    digest = exits_digest(checkpoint['state_dict'])
+    require_own([record], model.num_exits, args.checkpoint, digest)
     facts = dict(record=args.record, wish=wish_of(args), config=args.config, frames=len(record['images']),
                  device=str(record['provenance'].get('device', '')))
     if args.fit_record:
         other = read_video_record(args.fit_record)
-        require_own([other], model.num_exits, args.checkpoint)
+        require_own([other], model.num_exits, args.checkpoint, digest)
         # What was trained with the detector stays, if there is something else to fit.
         fits = fit_parts(model.gate, other, load_truth(other, args.fit_ann_file), seed=args.seed,
                          parts=untrained or ('gate', 'nothing'), progress=cli.counter('fits'))

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from mmengine.registry import init_default_scope
 
-import mmdet
 from dynamicdet.apis import cli
 from dynamicdet.checkpoints import write_checkpoint
 from dynamicdet.errors import UsageError
@@ -35,8 +34,6 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     cli.prepare()
-    if args.config.startswith('mmdet::'):
-        args.config = str(Path(mmdet.__file__).parent / '.mim/configs' / args.config[len('mmdet::'):])
     cfg = cli.load_config(args)
     if Path(args.out).exists() and Path(args.source).exists() and Path(args.out).samefile(args.source):
         raise UsageError(f"--out would overwrite '{args.source}'")

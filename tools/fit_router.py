@@ -10,7 +10,7 @@ from dynamicdet.apis import cli
 from dynamicdet.apis.calibration import require_dynamic, whole_model
 from dynamicdet.apis.fitting import (describe, fit_to_records, ground_truths, put_router, require_own,
                                      wanted_objective)
-from dynamicdet.checkpoints import write_checkpoint
+from dynamicdet.checkpoints import exits_digest, write_checkpoint
 from dynamicdet.errors import UsageError
 from dynamicdet.routing import OBJECTIVES
 from dynamicdet.routing.record import read_record
@@ -45,7 +45,8 @@ def main() -> None:
     checkpoint = cli.require_checkpoint(args.checkpoint)
     model = cli.build_model(cfg)
     # Folds' records are of other cascades: then those that give the features must be of this one.
-    require_own(seen or records, model.num_exits, args.checkpoint)
+    digest = exits_digest(checkpoint['state_dict'])
+    require_own(seen or records, model.num_exits, args.checkpoint, digest)
     with cli.silence():
         cocos = ground_truths(records, objective)
     fit, images = fit_to_records(

@@ -10,6 +10,7 @@ from mmengine.device import get_device
 from dynamicdet.apis import cli
 from dynamicdet.apis.calibration import load_model
 from dynamicdet.apis.recording import build_record_loader, record_data_set
+from dynamicdet.checkpoints import exits_digest
 from dynamicdet.routing.record import write_record
 
 
@@ -36,12 +37,14 @@ def main() -> None:
     cfg = cli.load_config(args)
     cli.require_device(args.device)
     cli.require_writable(args.out)
-    model, _ = load_model(cfg, args.checkpoint, args.device, any_router=True)
+    model, checkpoint = load_model(cfg, args.checkpoint, args.device, any_router=True)
+    digest = exits_digest(checkpoint['state_dict'])
     if not args.no_data_check:
         cli.check_data(cfg, args.split)
     loader = build_record_loader(cfg, args.split)
     record = record_data_set(
         model, cfg, loader, cli.progress, view=args.view, checkpoint=args.checkpoint)
+    record['provenance']['exits_digest'] = digest
     write_record(record, args.out)
     print(f"{len(record['images'])} images, {len(record['gflops'])} exits: {args.out}")
 

@@ -10,6 +10,7 @@ from mmengine.device import get_device
 
 from dynamicdet.apis import cli
 from dynamicdet.apis.recording import build_record_loader
+from dynamicdet.checkpoints import exits_digest
 from dynamicdet.errors import UsageError
 from dynamicdet.video.record import write_video_record
 from dynamicdet.video.recording import load_early_exit_detector, record_videos
@@ -38,11 +39,13 @@ def main() -> None:
     cli.require_writable(args.out)
     if args.frames < 1 or args.rounds < 1:
         raise UsageError('--frames and --rounds must be 1 or more')
-    model, _ = load_early_exit_detector(cfg, args.checkpoint, args.device)
+    model, checkpoint = load_early_exit_detector(cfg, args.checkpoint, args.device)
+    digest = exits_digest(checkpoint['state_dict'])
     if not args.no_data_check:
         cli.check_data(cfg, args.split)
     loader = build_record_loader(cfg, args.split)
     record = record_videos(model, cfg, loader, cli.progress, args.checkpoint, args.frames, args.rounds)
+    record['provenance']['exits_digest'] = digest
     write_video_record(record, args.out)
     videos = len({image['video'] for image in record['images']})
     print(f"{len(record['images'])} frames of {videos} videos, {len(record['gflops'])} exits: {args.out}")

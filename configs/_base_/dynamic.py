@@ -2,4 +2,4 @@
 # key, so the hooks have a name of their own here.
 custom_imports = dict(imports=['dynamicdet'])
 randomness = dict(seed=0)
-dynamic_hooks = [dict(type='ResumeHook'), dict(type='FiniteLossHook')]
+dynamic_hooks = [dict(type='ResumeHook'), dict(type='FiniteLossHook'), dict(type='LoadedWeightsHook')]

@@ -1,11 +1,13 @@
 """Read checkpoints without executing them, check them, write them whole."""
 import collections
 import contextlib
+import hashlib
 import io
 import os
 import pickle
+import re
 import threading
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -15,6 +17,8 @@ from torch import nn
 
 from .errors import UsageError
 
+#: What step 2 and calibration set in a dynamic detector, beside the router.
+SETTINGS = ('delta', 'difficulties', 'gflops', 'latencies', 'threshold')
 #: torch's own switch.
 _WEIGHTS_ONLY = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
 #: Who uses it now, an entry each, and what it was before.
@@ -140,7 +144,7 @@ def require_complete(model: nn.Module,
     state = {key.removeprefix('module.'): value for key, value in state.items()}
     if hasattr(model, 'spread_plain_weights'):
         state = model.spread_plain_weights(state)
-        optional = (*optional, 'delta', 'difficulties', 'gflops', 'latencies', 'threshold')
+        optional = (*optional, *SETTINGS)
     given = {key: tuple(value.shape) for key, value in state.items()}
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     missing = [key for key in wanted if key not in given and not key.startswith(tuple(optional))
@@ -156,6 +160,49 @@ def require_complete(model: nn.Module,
         said.append(_LOST)
     if said:
         raise UsageError(f'the checkpoint does not fit this config; its keys: {"; ".join(said)}')
+
+
+def fit_weights(model: nn.Module, state: Mapping[str, torch.Tensor]) -> Tuple[Dict[str, torch.Tensor], str]:
+    """Make a state dict one that loads into a model without a complaint, unless it has entries that match nothing.
+
+    Args:
+        model (nn.Module): The model, initialized.
+        state (Mapping[str, Tensor]): Weights to start from. A plain detector's fill all exits of a dynamic one.
+
+    Returns:
+        tuple[dict, str]: Entries of the same shape as the model's, and those that match nothing, which may be old
+        names that a layer renames as it loads; if there are none of these, also the model's own entries for all that
+        is missing. And a line that says what was filled and what starts afresh.
+    """
+    state = {key.removeprefix('module.'): value for key, value in state.items()}
+    plain = hasattr(model, 'spread_plain_weights') and is_plain(state)
+    if hasattr(model, 'spread_plain_weights'):
+        state = model.spread_plain_weights(state)
+    initialized = model.state_dict()
+    unknown = [key for key in state if key not in initialized]
+    fitting = [key for key in state if key in initialized
+               and (key == 'difficulties' or state[key].shape == initialized[key].shape)]
+    reshaped = [key for key in state if key in initialized and key not in set(fitting)]
+    missing = [key for key in initialized if key not in state and key.split('.')[-1] != 'num_batches_tracked'
+               and key not in SETTINGS]
+    fitted = {key: state[key] for key in (*fitting, *unknown)}
+    if not unknown:
+        fitted = {**initialized, **fitted}
+    filled = 'the detector'
+    if plain and hasattr(model, 'num_exits'):
+        filled = 'both exits' if model.num_exits == 2 else f'all {model.num_exits} exits'
+    line = f"{'a plain detector' if plain else 'a checkpoint'} fills {filled}, {len(fitting)} of {len(initialized)} entries"
+    for keys, said in ((reshaped, 'afresh, since of another shape (other classes?)'), (missing, 'afresh, since missing'),
+                       (unknown, 'not used')):
+        if keys:
+            line += f'; {said}: {", ".join(dict.fromkeys(map(_layer, keys)))}'
+    return fitted, line
+
+
+def _layer(key: str) -> str:
+    """The layer of an entry, whichever exit it is of: such as 'bbox_head.fc_cls'; of a whole part, the part."""
+    names = re.sub(r'^branches\.\d+\.', '', key).split('.')
+    return names[0] if names[0] in ('router', 'gate') else '.'.join(names[:2] if names[0] == 'backbone' else names[:-1])
 
 
 def forget_other_router(model: nn.Module, state: Dict[str, torch.Tensor]) -> bool:
@@ -204,6 +251,21 @@ def require_all_channels(model: nn.Module, state: Mapping[str, torch.Tensor]) ->
     if shaped:
         raise UsageError(f'the checkpoint does not fit this config; its keys: {len(shaped)} of another shape (such as '
                          f'{", ".join(shaped[:3])}); {_LOST}')
+
+
+def exits_digest(state: Mapping[str, torch.Tensor]) -> str:
+    """A hash of the weights that detect, 16 hexadecimal digits: the same before and after step 2 and calibration,
+    which change the router or the gate and settings alone.
+
+    Args:
+        state (Mapping[str, Tensor]): The state dict of a dynamic detector; a ``module.`` in front is ignored.
+    """
+    digest = hashlib.sha256()
+    for key, value in sorted((key.removeprefix('module.'), value) for key, value in state.items()):
+        if not key.startswith(('router.', 'gate.')) and key not in (*SETTINGS, 'thresholds', 'operating_points'):
+            digest.update(f'{key} {value.dtype} {tuple(value.shape)}'.encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def is_plain(state: Mapping[str, torch.Tensor]) -> bool:

@@ -4,9 +4,11 @@ import torch
 from conftest import load_small
 from pycocotools.coco import COCO
 
+from dynamicdet.apis import worth
 from dynamicdet.apis.calibration import build_loader, coco_results
 from dynamicdet.apis.worth import build, measure, metric
 from dynamicdet.checkpoints import read_checkpoint
+from dynamicdet.compression.report import BlockSize, table
 from dynamicdet.engine import latest_checkpoint
 from dynamicdet.errors import UsageError
 from dynamicdet.routing.evaluation import evaluate
@@ -32,16 +34,40 @@ def test_ap_is_cocos(on_training_images, cascade):
     cfg, annotations = on_training_images
     state = read_checkpoint(latest_checkpoint(cascade))['state_dict']
     blind = {key: torch.zeros_like(value) if 'fc_cls' in key else value for key, value in state.items()}
-    worth = measure(cfg, dict(one=state, blind=blind), plain)
+    found = measure(cfg, dict(one=state, blind=blind), plain)
     model, loader = build(cfg, state, 'cpu'), build_loader(cfg.test_dataloader)
     results = [dict(one, image_id=sample.img_id) for batch in loader for sample in model.test_step(batch)
                for one in coco_results(sample, loader.dataset.cat_ids)]
     wanted = evaluate(COCO(annotations), results)
     # mmdet rounds to three digits.
-    assert worth['one'].ap == pytest.approx(wanted['ap'], abs=0.051) and wanted['ap'] > 1
-    assert worth['one'].ap50 == pytest.approx(wanted['ap50'], abs=0.051)
-    assert not worth['blind'].ap or worth['blind'].ap < worth['one'].ap / 2
-    assert all(one.latency > 0 for one in worth.values())
+    assert found['one'].ap == pytest.approx(wanted['ap'], abs=0.051) and wanted['ap'] > 1
+    assert found['one'].ap50 == pytest.approx(wanted['ap50'], abs=0.051)
+    assert not found['blind'].ap or found['blind'].ap < found['one'].ap / 2
+    assert all(one.latency > 0 for one in found.values())
+
+
+@pytest.mark.parametrize('threshold, shares, seconds', [(1.0, [1, 0], 0.25), (-1.0, [0, 1], 0.75)])
+def test_the_latency_is_that_of_the_exits_taken(on_training_images, cascade, monkeypatch, threshold, shares, seconds):
+    cfg, _ = on_training_images
+    cfg.model.budget = dict(threshold=threshold)
+    state = read_checkpoint(latest_checkpoint(cascade))['state_dict']
+    monkeypatch.setattr(worth, 'latencies', lambda *_: dict(one=[0.25, 0.75]))
+    found = measure(cfg, dict(one=state), plain)['one']
+    assert (found.shares, found.latency) == (shares, seconds)
+    sizes = [BlockSize('backbone', 4, 0, 16)]
+    assert table(sizes, 20, found)[-1].endswith(f'ms ({shares[0]:.0%} at exit 0, {shares[1]:.0%} at exit 1)')
+
+
+@torch.no_grad()
+def test_each_exit_is_timed(on_training_images, cascade):
+    cfg, _ = on_training_images
+    model = build(cfg, read_checkpoint(latest_checkpoint(cascade))['state_dict'], 'cpu')
+    exits = []
+    model.data_preprocessor.register_forward_pre_hook(lambda *_: exits.append(float(model.threshold)))
+    loader = build_loader(cfg.test_dataloader)
+    seconds = worth.latencies(dict(one=model), loader.dataset, plain)['one']
+    assert len(seconds) == 2 and min(seconds) > 0
+    assert exits == [1.0, -1.0] * (len(exits) // 2) and model.threshold == 1.0
 
 
 def test_a_checkpoint_of_another_detector(on_training_images):

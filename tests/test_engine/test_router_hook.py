@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_small, load_small_router, train
+from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner, load_state_dict
 from mmengine.structures import InstanceData
 
 from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
 from dynamicdet.engine import RouterHook, latest_checkpoint, router_hook
+from dynamicdet.engine.router_hook import inherits_load_from
 from dynamicdet.errors import UsageError
 from dynamicdet.routing import build_objective
-from dynamicdet.testing import randomise, tiny_batch, tiny_dynamic
+from dynamicdet.testing import randomise, tiny_batch, tiny_detector, tiny_dynamic
 from mmdet.registry import MODELS
 
 
@@ -196,6 +198,36 @@ def test_step_2_on_another_architecture_is_refused(digits, tmp_path):
     for said in ('missing', 'unknown', 'of another shape'):
         assert re.search(rf'\d+ {said} \(such as (backbone|branches)\.', message), message
     assert 'branches.0.bbox_head.cls_convs.0.conv.weight' in message
+
+
+def inherited(folder, own=''):
+    """A config of step 2, as a file, on one of step 1 that starts from published weights."""
+    (folder / 'step1.py').write_text("load_from = 'published.pth'\nmodel = dict()\n")
+    (folder / 'step2.py').write_text(f"_base_ = './step1.py'\n{own}")
+    return Config.fromfile(folder / 'step2.py')
+
+
+def test_load_from_of_step_1_is_known_as_inherited(tmp_path):
+    assert inherits_load_from(inherited(tmp_path))
+    assert not inherits_load_from(inherited(tmp_path, "load_from = 'published.pth'\n"))
+    assert not inherits_load_from(inherited(tmp_path, 'load_from = None\n'))
+    overridden = inherited(tmp_path)
+    overridden.merge_from_dict(dict(load_from='cascade.pth'))
+    assert not inherits_load_from(overridden)
+    assert not inherits_load_from(Config(dict(load_from='cascade.pth')))
+
+
+def test_step_2_does_not_start_from_what_step_1_started_from(digits, cascade, tmp_path):
+    cfg = load_small_router(digits, tmp_path / 'work', cascade, load_from='published.pth')
+    runner = train(Config(cfg._cfg_dict, filename=inherited(tmp_path).filename))
+    assert runner._load_from == latest_checkpoint(cascade)
+    assert "step 2 does not start from load_from='published.pth'" in log_of(runner)
+
+
+def test_weights_that_are_no_cascade_are_named(digits, cascade, tmp_path):
+    write_checkpoint(dict(state_dict=MODELS.build(tiny_detector('fcos')).state_dict()), str(tmp_path / 'plain.pth'))
+    message = refusal(load_small_router(digits, tmp_path / 'work', cascade, load_from=str(tmp_path / 'plain.pth')))
+    assert "plain.pth': " in message and 'missing' in message and 'remove load_from' in message
 
 
 @pytest.mark.parametrize('note', [None, '', '/nowhere/epoch_3.pth'])

@@ -96,6 +96,18 @@ def test_each_branch(figures, sentence, advice):
         assert len(diagnose(figures)) <= len(figures) + (sentence == 'does harm on easy')
 
 
+def test_exits_that_differ_by_resolution_are_not_told_to():
+    figures = dict(gap=OPEN, honest_gain=OPEN, images=100)
+    assert 'exits of different resolution' in text(**figures)
+    said = text(first_scale=0.5, **figures)
+    assert 'exits of different resolution' not in said and 'another first_scale than 0.5' in said
+
+
+def test_without_intervals_nothing_is_called_unsure():
+    said = text(honest_gain=(3.0, None, None), bootstrap=0)
+    assert 'nothing sure' not in said and '--bootstrap' in said
+
+
 def test_wide_enough_difficulties_are_not_spoken_of():
     assert diagnose(dict(spread=0.4)) == []
 

@@ -70,9 +70,9 @@ def test_from_a_checkpoint_to_a_page(recorded, capsys):
                                         'view', 'losses', 'objects'}
     capsys.readouterr()
     val = dict(record, images=[dict(image, file=f"val/{image['file']}") for image in record['images']],
-               provenance=dict(record['provenance'], checkpoint='other.pth'))
+               provenance=dict(record['provenance'], checkpoint='other.pth', exits_digest='other'))
     write_record(val, recorded.with_name('val.npz'))
-    with pytest.warns(UserWarning, match="a record is of 'other.pth', not of .*random.pth'"):
+    with pytest.warns(UserWarning, match="a record is of 'other.pth', whose exits have other weights than those of .*random.pth'"):
         assert call('analyze_routing.py', recorded, '--val-record', recorded.with_name('val.npz'), '--bootstrap', 5) == 0
     said = capsys.readouterr()
     page = recorded.with_suffix('') / 'routing.html'

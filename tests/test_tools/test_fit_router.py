@@ -1,6 +1,7 @@
 """A router fitted to records ends up in the checkpoint, whole and with where it comes from."""
 import copy
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -93,6 +94,15 @@ def test_records_of_another_detector_are_refused():
     with pytest.warns(UserWarning, match="of 'b.pth', not of 'a.pth'"):
         require_own([dict(record, provenance=dict(checkpoint='b.pth'))], 2, 'a.pth')
     require_own([record], 2, 'a.pth')
+
+
+def test_records_are_known_by_weights_whatever_their_files_are_called():
+    record = dict(make_record(build()), provenance=dict(checkpoint='calibrated.pth', exits_digest='0123'))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        require_own([record], 2, 'epoch_2.pth', '0123')
+    with pytest.warns(UserWarning, match="other weights than those of 'calibrated.pth'"):
+        require_own([record], 2, 'calibrated.pth', '4567')
 
 
 def test_the_router_is_put_into_the_checkpoint():

@@ -142,6 +142,7 @@ def analyse(record: Mapping,
     figures = dict(
         images=len(record['images']),
         bootstrap=bootstrap,
+        first_scale=float(record['provenance'].get('first_scale', 1.0)),
         exits=estimates.exit_estimates(chance),
         gap=estimates.gap(chance),
         strata=estimates.strata_gaps(record, chance),

@@ -120,24 +120,32 @@ def merit(chance: Chance, scores: np.ndarray, rows: Sequence[Mapping],
     """Figures of merit: ``gain``, ``normalised_gain`` and, given the honest oracle's choices, ``efficacy``.
 
     Returns:
-        dict: Each ``name``, ``value``, ``low``, ``high`` (None where not defined) and ``meaning``.
+        dict: Each ``name``, ``value``, ``low``, ``high`` (None where not defined) and ``meaning``. A ratio is not
+        defined where intervals were asked for and what it is divided by cannot be told from zero.
     """
     choices, half = choices_of(scores), rows[HALF]
     gain = normalised_gain(chance, choices[HALF])
+    resampled = bool(len(chance.weights))
     found = dict(
         gain=dict(name='gain at half hard, AP', value=half['ap'] - half['random_ap'], low=half['gain_low'],
                   high=half['gain_high'], meaning='AP above random routing of as many images.'),
         normalised_gain=dict(
-            name='normalised gain at half hard', value=gain['gain'], low=gain['low'], high=gain['high'],
+            name='normalised gain at half hard', value=_settled(gain, 'gain', resampled), low=gain['low'],
+            high=gain['high'],
             meaning='How far the AP lies above the straight line between the exits, as a share of the AP '
             "between them. 0: no better than chance; the paper's own table implies 0.18 to 0.22."))
     if oracle is not None:
         own = efficacy(chance, choices, oracle)
         found['efficacy'] = dict(
-            name='efficacy', value=own['efficacy'], low=own['low'], high=own['high'],
+            name='efficacy', value=_settled(own, 'efficacy', resampled), low=own['low'], high=own['high'],
             meaning='The area between router and random routing, over all shares, as a share of the honest '
             "oracle's. 1: as good as knowing another view of the image; 0: chance; below 0: worse.")
     return found
+
+
+def _settled(ratio: Mapping, name: str, resampled: bool) -> Optional[float]:
+    """A ratio, unless resamples say that what it is divided by may be nothing: it then has no interval."""
+    return None if resampled and ratio['low'] is None else ratio[name]
 
 
 def score_peers(record: Mapping, validation: Validation, gained: Mapping[str, np.ndarray],
@@ -176,6 +184,7 @@ def judge(record: Mapping,
     and ``high``."""
     curve = curve_of(record, chance, choices, intervals=False, extra=extra)
     gain = normalised_gain(chance, choices[HALF])
+    resampled = bool(len(chance.weights))
     return dict(curve=curve, half=curve[HALF], gain=gain['gain'], low=gain['low'], high=gain['high'])
 
 

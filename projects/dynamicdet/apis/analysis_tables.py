@@ -1,6 +1,6 @@
 """The tables of the routing page: numbers of an analysis -> HTML, each with what it means in a sentence."""
 import html
-from typing import Iterable, List, Mapping, Optional, Sequence
+from typing import Dict, Iterable, List, Mapping, Optional, Sequence
 
 from .report_figures import EXIT_COLOURS
 
@@ -94,10 +94,17 @@ def transfer_table(analysis: Mapping) -> str:
     return said + _table(['wanted', 'threshold', 'hard here', 'AP here', 'AP at own threshold'], rows)
 
 
+def shown_facts(provenance: Mapping[str, object]) -> Dict[str, str]:
+    """A provenance as a reader wants it: classes by name, not by the annotation file's numbers."""
+    hidden = ('categories', ) if provenance.get('classes') else ()
+    return {name: ', '.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+            for name, value in provenance.items() if name not in hidden}
+
+
 def facts_list(provenance: Mapping) -> str:
     """Where the numbers come from."""
     pairs = (f'<dt>{html.escape(str(name))}</dt><dd>{html.escape(str(value))}</dd>'
-             for name, value in sorted(provenance.items()))
+             for name, value in sorted(shown_facts(provenance).items()))
     return f'<dl class="facts">{"".join(pairs)}</dl>'
 
 

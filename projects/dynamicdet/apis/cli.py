@@ -13,6 +13,7 @@ from mmengine.config import Config, DictAction
 from torch import nn
 from tqdm import tqdm
 
+import mmdet
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 
@@ -20,6 +21,9 @@ from ..checkpoints import read_checkpoint, weights_only
 from ..datasets.check import check_dataloaders, is_of_empty_set
 from ..errors import UsageError
 from ..routing.thresholds import latency_of
+
+#: In front of the path of one of mmdet's configs, as in ``_base_``.
+_OF_MMDET = 'mmdet::'
 
 
 def run(main: Callable[[], Optional[int]]) -> NoReturn:
@@ -92,7 +96,7 @@ def budget_from(args: argparse.Namespace) -> dict:
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """Read a config with the command line's overrides.
+    """Read a config with the command line's overrides; ``mmdet::PATH`` is one of MMDetection.
 
     Sets ``launcher``, ``work_dir`` (command line, else config, else ``work_dirs/NAME``) and the rank, as
     mmdet's tools do.
@@ -102,6 +106,8 @@ def load_config(args: argparse.Namespace) -> Config:
     """
     os.environ.setdefault('LOCAL_RANK', str(getattr(args, 'local_rank', 0)))
     register_all_modules(init_default_scope=False)
+    if args.config.startswith(_OF_MMDET):
+        args.config = str(Path(mmdet.__file__).parent / '.mim/configs' / args.config[len(_OF_MMDET):])
     if not Path(args.config).is_file():
         raise UsageError(f"there is no config at '{args.config}'")
     try:

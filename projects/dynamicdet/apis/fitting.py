@@ -93,13 +93,15 @@ def _stacked(parts: List[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def require_own(records: Sequence[Mapping], exits: int, checkpoint: str) -> None:
-    """Refuse records that cannot be of a detector, and warn of those that name another checkpoint.
+def require_own(records: Sequence[Mapping], exits: int, checkpoint: str, digest: str = '') -> None:
+    """Refuse records that cannot be of a detector, and warn of those that are of other weights.
 
     Args:
         records (Sequence[Mapping]): See `routing.record`.
         exits (int): How many the detector has.
         checkpoint (str): Its file, '' if that is not known.
+        digest (str): Its `exits_digest`, '' if that is not known. Records that lack theirs go by the name of
+            their file. Defaults to ''.
 
     Raises:
         UsageError: If a record has another number of exits.
@@ -109,7 +111,11 @@ def require_own(records: Sequence[Mapping], exits: int, checkpoint: str) -> None
         if len(record['gflops']) != exits:
             raise UsageError(f"a record, of '{other}', has {len(record['gflops'])} exits and this detector {exits}: "
                              'record with this config and checkpoint')
-        if checkpoint and Path(other).name != Path(checkpoint).name:
+        recorded = record['provenance'].get('exits_digest')
+        if recorded and digest:
+            if recorded != digest:
+                warnings.warn(f"a record is of '{other}', whose exits have other weights than those of '{checkpoint}'")
+        elif checkpoint and Path(other).name != Path(checkpoint).name:
             warnings.warn(f"a record is of '{other}', not of '{checkpoint}': is it the same detector?")
 
 

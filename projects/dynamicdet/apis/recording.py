@@ -100,6 +100,7 @@ def record_data_set(model: DynamicDetector,
     facts = dict(
         provenance(cfg, checkpoint, loader.dataset, device),
         view=VIEWS[view].said if view in VIEWS else 'none',
+        first_scale=model.first_scale,
         branch0_gflops=branch_gflops,
         branch0_latency=branch_latency,
         router='trained' if torch.isfinite(model.delta) else 'NOT trained')

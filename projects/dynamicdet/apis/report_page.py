@@ -3,6 +3,7 @@ import base64
 import html
 from typing import Mapping, Optional, Sequence, Tuple
 
+from .analysis_tables import shown_facts
 from .report_figures import MIN_SCORE
 
 
@@ -95,7 +96,7 @@ def make_page(title: str, lead: Sequence[str], rows: Sequence[Mapping],
 {''.join(_plot(*plot) for plot in plots)}
 {shown}
 <h2>What the columns mean</h2>{_definitions(meanings)}
-<h2>Where the numbers come from</h2>{_definitions(provenance.items())}
+<h2>Where the numbers come from</h2>{_definitions(shown_facts(provenance).items())}
 </body></html>
 """
 

@@ -1,6 +1,6 @@
 """What a compressed detector is worth: AP on the test set, and latency, beside the original's."""
-import time
-from typing import Dict, List, Mapping, Optional
+import contextlib
+from typing import Dict, List, Mapping, Optional, Tuple
 
 import numpy as np
 import torch
@@ -15,8 +15,10 @@ from mmdet.models.detectors import BaseDetector
 
 from ..checkpoints import require_complete
 from ..compression.report import Worth
+from ..models import DynamicDetector
+from ..models.online import kept_speed, now
 from . import cli
-from .calibration import Progress, build_loader
+from .calibration import Progress, build_loader, force_exit
 
 #: Images that are timed, and how often each, after one untimed round.
 _IMAGES, _ROUNDS = 20, 5
@@ -39,10 +41,11 @@ def measure(cfg: Config,
     """
     models = {name: build(cfg, state, device) for name, state in states.items()}
     loader = build_loader(cfg.test_dataloader)
-    found = {name: evaluate(cfg, model, loader, progress, name) for name, model in models.items()}
+    tested = {name: evaluate(cfg, model, loader, progress, name) for name, model in models.items()}
     seconds = latencies(models, loader.dataset, progress)
-    return {name: Worth(metric(own, 'mAP', 'AP'), metric(own, 'mAP_50', 'AP50'), seconds[name])
-            for name, own in found.items()}
+    return {name: Worth(metric(metrics, 'mAP', 'AP'), metric(metrics, 'mAP_50', 'AP50'),
+                        float(np.dot(shares, seconds[name])), shares if len(shares) > 1 else ())
+            for name, (metrics, shares) in tested.items()}
 
 
 def build(cfg: Config, state: Mapping[str, Tensor], device: str) -> BaseDetector:
@@ -59,13 +62,17 @@ def build(cfg: Config, state: Mapping[str, Tensor], device: str) -> BaseDetector
 
 
 @torch.no_grad()
-def evaluate(cfg: Config, model: BaseDetector, loader: DataLoader, progress: Progress, name: str) -> dict:
-    """What the config's evaluator says of the test set."""
+def evaluate(cfg: Config, model: BaseDetector, loader: DataLoader, progress: Progress,
+             name: str) -> Tuple[Dict[str, float], List[float]]:
+    """What the config's evaluator says of the test set; and the share of images that left at each exit, (K,)."""
     evaluator = Evaluator(cfg.test_evaluator)
     evaluator.dataset_meta = loader.dataset.metainfo
+    counts = np.zeros(_exits(model))
     for batch in progress(loader, f'test set, {name}'):
-        evaluator.process(data_samples=model.test_step(batch), data_batch=batch)
-    return evaluator.evaluate(len(loader.dataset))
+        samples = model.test_step(batch)
+        np.add.at(counts, [sample.exit if len(counts) > 1 else 0 for sample in samples], 1)
+        evaluator.process(data_samples=samples, data_batch=batch)
+    return evaluator.evaluate(len(loader.dataset)), (counts / counts.sum()).tolist()
 
 
 def metric(found: Mapping[str, float], *names: str) -> Optional[float]:
@@ -78,17 +85,33 @@ def metric(found: Mapping[str, float], *names: str) -> Optional[float]:
 
 
 @torch.no_grad()
-def latencies(models: Mapping[str, BaseDetector], dataset, progress: Progress) -> Dict[str, float]:
-    """Median seconds of an image: batch 1, data in memory, detectors taking turns."""
+def latencies(models: Mapping[str, BaseDetector], dataset, progress: Progress) -> Dict[str, List[float]]:
+    """Median seconds of an image under each exit, (K,): batch 1, data in memory, detectors taking turns."""
     batches = [pseudo_collate([dataset[index]]) for index in range(min(_IMAGES, len(dataset)))]
-    times: Dict[str, List[float]] = {name: [] for name in models}
-    for turn in progress(range(_ROUNDS + 1), 'latencies'):
-        for batch in batches:
-            for name, model in models.items():
-                synchronise = torch.cuda.synchronize if next(model.parameters()).is_cuda else lambda: None
-                synchronise()
-                start = time.perf_counter()
-                model.test_step(batch)
-                synchronise()
-                times[name] += [time.perf_counter() - start] * bool(turn)
-    return {name: float(np.median(own)) for name, own in times.items()}
+    turns = [(name, exit) for name, model in models.items() for exit in range(_exits(model))]
+    times: Dict[Tuple[str, int], List[float]] = {turn: [] for turn in turns}
+    with contextlib.ExitStack() as stack:
+        for model in models.values():
+            if _exits(model) > 1:
+                stack.enter_context(kept_speed(model))
+        for round_ in progress(range(_ROUNDS + 1), 'latencies'):
+            for batch in batches:
+                for name, exit in turns:
+                    times[name, exit] += [_time(models[name], exit, batch)] * bool(round_)
+    return {name: [float(np.median(times[name, exit])) for exit in range(_exits(model))]
+            for name, model in models.items()}
+
+
+def _exits(model: BaseDetector) -> int:
+    """Exits among which a router chooses; 1 of a detector without one."""
+    return model.num_exits if isinstance(model, DynamicDetector) else 1
+
+
+def _time(model: BaseDetector, exit: int, batch: dict) -> float:
+    """Seconds of a batch at an exit."""
+    if _exits(model) > 1:
+        force_exit(model, exit)
+    device = next(model.parameters()).device
+    start = now(device)
+    model.test_step(batch)
+    return now(device) - start

@@ -19,10 +19,12 @@ MEGABYTE = 1e6
 
 
 class Worth(NamedTuple):
-    """AP and AP50 in percent, None where the evaluator has none; median seconds of an image at batch 1."""
+    """AP and AP50 in percent, None where the evaluator has none; seconds of an image at batch 1, the mean over the
+    exits that images took; and these shares, (K,), in [0, 1], empty where a detector has one exit."""
     ap: Optional[float]
     ap50: Optional[float]
     latency: float
+    shares: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -138,4 +140,5 @@ def table(sizes: Sequence[BlockSize],
 
 def _worth(worth: Worth) -> str:
     points = ''.join(f'{"-" if value is None else f"{value:.2f}":>8}' for value in (worth.ap, worth.ap50))
-    return f'{points}  {1e3 * worth.latency:6.1f} ms'
+    exits = ', '.join(f'{share:.0%} at exit {exit}' for exit, share in enumerate(worth.shares))
+    return f'{points}  {1e3 * worth.latency:6.1f} ms' + (f' ({exits})' if exits else '')

@@ -6,6 +6,7 @@ should know is which *new* images it serves.
 import hashlib
 
 from mmengine.dataset import BaseDataset
+from mmengine.logging import print_log
 
 from mmdet.registry import DATASETS
 
@@ -56,6 +57,8 @@ def hold_out(dataset: dict, share: float = 0.1, part: str = 'cascade', seed: int
         raise UsageError(f'a share of {share} of {len(ids)} images leaves a part without any: take another '
                          'share or seed')
     whole.get_subset_(rows)
+    print_log(f'HoldOut: {len(rows)} of {len(ids)} training images are for the {part}, {len(ids) - len(rows)} for the '
+              f"{'router' if part == 'cascade' else 'cascade'}", 'current')
     return whole
 
 

@@ -5,6 +5,7 @@ from .complete_checkpoint_hook import CompleteCheckpointHook
 from .exit_curve_hook import ExitCurveHook
 from .finite_loss_hook import FiniteLossHook
 from .fuse_hook import FuseHook
+from .loaded_weights_hook import LoadedWeightsHook
 from .online_hook import OnlineHook
 from .pruning_hook import PruningHook
 from .quantization_hook import QuantizationHook
@@ -14,6 +15,6 @@ from .weight_sharing_hook import WeightSharingHook
 
 __all__ = [
     'AtomicBackend', 'BranchModeSwitchHook', 'CompleteCheckpointHook', 'FiniteLossHook', 'FuseHook',
-    'OnlineHook', 'PruningHook', 'QuantizationHook', 'ResumeHook', 'RouterHook', 'WeightSharingHook',
+    'LoadedWeightsHook', 'OnlineHook', 'PruningHook', 'QuantizationHook', 'ResumeHook', 'RouterHook', 'WeightSharingHook',
     'latest_checkpoint', 'write_atomically'
 ]

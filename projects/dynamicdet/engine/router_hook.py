@@ -1,4 +1,5 @@
 """Step 2: start from a cascade, measure the gains, keep them."""
+import ast
 import logging
 import time
 from collections import deque
@@ -7,6 +8,7 @@ from typing import Dict, Iterable, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
+from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
 from mmengine.dist import all_gather_object
 from mmengine.hooks import Hook
@@ -59,6 +61,10 @@ class RouterHook(Hook):
         """Find what to start from: this run's own last checkpoint, or step 1's."""
         # Built by now when training; still a config when testing.
         self.training = isinstance(runner._train_loop, BaseLoop)
+        if self.training and self.cascade and not runner._resume and inherits_load_from(runner.cfg):
+            runner.logger.info(f"step 2 does not start from load_from='{runner._load_from}', which its config inherits "
+                               f"from step 1's, but from step 1's last checkpoint in {self.cascade}")
+            runner._load_from = None
         if not self.training or runner._load_from is not None:
             return
         if runner._resume:
@@ -75,7 +81,12 @@ class RouterHook(Hook):
         if starting:
             drop_other_router(runner, model, state)
         if self.training:
-            require_complete(model, state, optional=('router.', ) if starting else ())
+            try:
+                require_complete(model, state, optional=('router.', ) if starting else ())
+            except UsageError as error:
+                raise UsageError(f"'{runner._load_from}': {error}" + (
+                    "; step 2 starts from step 1's result: remove load_from, or name a checkpoint of step 1"
+                    if starting else '')) from None
         if starting:
             for name in ('delta', 'difficulties', 'gflops', 'latencies', 'threshold'):
                 state[name] = getattr(model, name).detach().clone()
@@ -123,6 +134,17 @@ class RouterHook(Hook):
         checkpoint['router_gain'] = model.objective.gain
         if self.delta == 'online':
             checkpoint['router_differences'] = list(self.window)
+
+
+def inherits_load_from(cfg: Config) -> bool:
+    """Whether a config's ``load_from`` is that of a config it is built on: what step 1 started from, where the config is
+    step 2's. One that the config's own file sets, or that a command line set, is meant."""
+    path, value = Path(cfg.filename or ''), cfg.get('load_from')
+    if not value or path.suffix != '.py' or not path.is_file():
+        return False
+    own = {target.id for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))) if isinstance(node, ast.Assign)
+           for target in node.targets if isinstance(target, ast.Name)}
+    return 'load_from' not in own and Config.fromfile(path).get('load_from') == value
 
 
 def drop_other_router(runner: Runner, model, state: Dict[str, Tensor]) -> None:

@@ -7,6 +7,7 @@ whose value or ends are None or NaN settles nothing.
 `diagnose` takes a dictionary; what is not in it is not spoken of:
 
 * ``images`` (int): number of images that were measured.
+* ``first_scale``: how large exit 0 sees the image, as a share of its sides; 1, as the last exit, where left out.
 * ``exits``: estimates of the AP of each exit, percent, the first first.
 * ``gap``: estimate of AP(last) - AP(first), on paired resamples.
 * ``strata``: per stratum ``dict(name, gap)``, the gap an estimate; strata of different images.
@@ -66,7 +67,7 @@ def diagnose(figures: Mapping) -> List[str]:
     Raises:
         UsageError: If a key is unknown or an estimate is not of three numbers.
     """
-    unknown = set(figures) - {'images', 'bootstrap', 'half_share', *_QUESTIONS}
+    unknown = set(figures) - {'images', 'bootstrap', 'half_share', 'first_scale', *_QUESTIONS}
     if unknown:
         raise UsageError(f"the diagnosis knows no figure named {', '.join(sorted(unknown))}")
     said, advice = [], []
@@ -74,8 +75,14 @@ def diagnose(figures: Mapping) -> List[str]:
         if figures.get(name) is not None:
             sentences, hints = question(figures)
             said += sentences
-            advice += hints
+            advice += [_other_scale(figures) if hint == _RESOLUTION else hint for hint in hints]
     return said + list(dict.fromkeys(advice))
+
+
+def _other_scale(figures: Mapping) -> str:
+    """Advice to change the resolution of the exits, by what it is now."""
+    scale = figures.get('first_scale', 1.0)
+    return _RESOLUTION if scale == 1 else f'Try another first_scale than {scale:g}, which the exits have now.'
 
 
 def side(estimate: Optional[Estimate], of: float = 0.0) -> int:
@@ -133,9 +140,10 @@ def _honest_gain(figures: Mapping) -> Tuple[list, list]:
     if told < 0:
         return [f'An oracle that saw another view of each image loses {_show(gain, sign=-1)} AP against '
                 'random routing: what looks like a benefit in one view is a harm in the other.'], [_VIEWS]
-    return [f'Whether the benefit differs by image at all cannot be told: an oracle that saw another view of '
-            f'each image has {_show(gain)} AP over random routing. A router has nothing sure to learn.'], [
-                _RESOLUTION, _more(figures)]
+    unsure = 'Without intervals it' if figures.get('bootstrap') == 0 else 'Whether the benefit differs by image at all'
+    rest = '' if figures.get('bootstrap') == 0 else ' A router has nothing sure to learn.'
+    return [f'{unsure} cannot be told: an oracle that saw another view of '
+            f'each image has {_show(gain)} AP over random routing.{rest}'], [_RESOLUTION, _more(figures)]
 
 
 def _loss_shares(figures: Mapping) -> Tuple[list, list]:

@@ -1,0 +1,34 @@
+"""Say in one line what the weights that a run starts from fill."""
+from typing import Any, Dict
+
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import BaseLoop, Runner
+
+from mmdet.registry import HOOKS
+
+from ..checkpoints import fit_weights
+
+
+@HOOKS.register_module()
+class LoadedWeightsHook(Hook):
+    """Start a training from weights of another detector, such as a published one with other classes.
+
+    What fits is taken, what does not starts as initialized, and the log says in one line which is which. Without
+    this hook mmengine lists each entry, for each exit and for each copy of the weights.
+    """
+
+    # After RouterHook, which changes what is loaded; before EMAHook (49), which loads it a second time.
+    priority = 45
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: Dict[str, Any]) -> None:
+        # A loop that is not run is still a config.
+        if runner._resume or not isinstance(runner._train_loop, BaseLoop):
+            return
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        fitted, line = fit_weights(model, checkpoint.get('state_dict', checkpoint))
+        if 'state_dict' not in checkpoint:
+            # Bare weights, which EMAHook does not take.
+            checkpoint.clear()
+        checkpoint['state_dict'] = fitted
+        runner.logger.info(f"load_from '{runner._load_from}': {line}")

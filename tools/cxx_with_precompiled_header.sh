@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# A C++ compiler for mmcv's operators that reads torch's headers once instead of 77 times: a quarter of the time.
+#     CXX=tools/cxx_with_precompiled_header.sh pip install --no-build-isolation mmcv
+# REAL_CXX (default c++) does the work. Whatever goes wrong with the header, it then compiles without.
+real=${REAL_CXX:-c++}
+header=pytorch_cpp_helper.hpp # what nearly all of mmcv's operators include first
+
+source= flags=()
+for ((at = 1; at <= $#; at++)); do
+  case ${!at} in
+    -c | -MMD) ;;
+    -o | -MF) ((at++)) ;;
+    *.cpp) source=${!at} ;;
+    *) flags+=("${!at}") ;;
+  esac
+done
+[[ $source == *mmcv/ops/csrc/*.cpp ]] || exec $real "$@"
+
+# One for each set of flags, which it depends on; made by the first that needs it while others wait.
+key=$(printf '%s\n' "$PWD" "$($real --version)" "${flags[@]}" | sha256sum | cut -c1-16)
+folder=${TMPDIR:-/tmp}/precompiled-$(id -u)-$key
+make_header() {
+  exec 9>"$folder/lock" && flock 9 || return
+  [[ -e $folder/all.hpp.gch || -e $folder/failed ]] && return
+  echo "#include <$header>" >"$folder/all.hpp"
+  $real "${flags[@]}" -x c++-header "$folder/all.hpp" -o "$folder/part" || touch "$folder/failed"
+  [[ -e $folder/failed ]] || mv "$folder/part" "$folder/all.hpp.gch"
+}
+mkdir -p -m 700 "$folder" && [[ -O $folder ]] && (make_header) >/dev/null 2>&1
+[[ -e $folder/all.hpp.gch ]] && $real -include "$folder/all.hpp" "$@" 2>/dev/null && exit
+exec $real "$@"
