@@ -1,4 +1,6 @@
-"""Dy-YOLOv7 against the numbers of the published implementation; keys of all of its family."""
+"""Dy-YOLOv7 and X against the numbers of the published implementation; keys of all of its family."""
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
@@ -15,24 +17,30 @@ from mmdet.structures import DetDataSample
 REFERENCE = reference('dy-yolov7')
 
 
-@pytest.fixture(scope='module')
-def model(tmp_path_factory):
-    """Dy-YOLOv7, from a file as it is released, by the converter."""
-    path = tmp_path_factory.mktemp('weights') / 'dy-yolov7-step2.pt'
+class Published(NamedTuple):
+    """A detector with the weights of a published file, and the numbers of the published implementation."""
+    model: torch.nn.Module
+    numbers: dict
+    outputs: dict
+
+
+@pytest.fixture(scope='module', params=[('dy_yolov7', 'dy-yolov7'), ('dy_yolov7_x', 'dy-yolov7x')],
+                ids=lambda names: names[0])
+def published(request, tmp_path_factory):
+    """From a file as it is released, by the converter."""
+    config, file = request.param
+    path = tmp_path_factory.mktemp('weights') / f'{file}-step2.pt'
     state = {key: torch.from_numpy(np.asarray(value))
-             for key, value in weights.checkpoint(DATA / 'dy-yolov7.json').items()}
+             for key, value in weights.checkpoint(DATA / f'{file}.json').items()}
     torch.save({'model': state}, path)
-    model = build('dy_yolov7')
+    model = build(config)
     checkpoint, _ = convert_checkpoint(str(path), 'dynamicdet', model)
+    path.unlink()  # hundreds of MB
     model.load_state_dict(checkpoint['state_dict'])
-    return model.eval()
-
-
-@pytest.fixture(scope='module')
-def outputs(model):
-    images = torch.from_numpy(weights.inputs(REFERENCE['input']))
+    numbers = reference(file)
     with torch.no_grad():
-        return model._forward(images)
+        outputs = model.eval()._forward(torch.from_numpy(weights.inputs(numbers['input'])))
+    return Published(model, numbers, outputs)
 
 
 def theirs(head, exit):
@@ -62,21 +70,20 @@ def assert_close(got, want, tolerance=1e-3):
     np.testing.assert_allclose(got.std(correction=0), want['std'], rtol=tolerance)
 
 
-def test_difficulty_is_one_less_their_score(outputs):
-    assert outputs['difficulty'].item() == pytest.approx(1 - REFERENCE['router_score'], abs=1e-3)
+def test_difficulty_is_one_less_their_score(published):
+    assert published.outputs['difficulty'].item() == pytest.approx(1 - published.numbers['router_score'], abs=1e-3)
 
 
 @pytest.mark.parametrize('exit, name', enumerate(('first', 'second')))
-def test_maps_and_boxes(model, outputs, exit, name):
-    head = model.branch(exit).bbox_head
-    maps = theirs(head, outputs['exits'][exit])
-    for got, want in zip(maps, REFERENCE[name]['raw'], strict=True):
+def test_maps_and_boxes(published, exit, name):
+    head, wanted = published.model.branch(exit).bbox_head, published.numbers[name]
+    maps = theirs(head, published.outputs['exits'][exit])
+    for got, want in zip(maps, wanted['raw'], strict=True):
         assert_close(got, want)
-    assert_close(decoded(head, maps), REFERENCE[name]['decoded'])
+    assert_close(decoded(head, maps), wanted['decoded'])
 
 
-def targets():
-    spec = REFERENCE['loss']
+def targets(spec):
     rows = torch.tensor(spec['targets_image_class_cxcywh_normalised'])
     height, width = spec['images']['shape'][2:]
     instances = []
@@ -89,16 +96,16 @@ def targets():
     return instances
 
 
-def test_losses(model):
+def test_losses(published):
     """Of the batch and of each image, both detectors: box, objectness, class, sum."""
-    spec, instances = REFERENCE['loss'], targets()
-    images = torch.from_numpy(weights.inputs(spec['images']))
+    spec = published.numbers['loss']
+    instances, images = targets(spec), torch.from_numpy(weights.inputs(spec['images']))
     with torch.no_grad():
-        exits = model._forward(images)['exits']
+        exits = published.model._forward(images)['exits']
 
     def losses(exit, rows):
         parts = [[level[rows] for level in part] for part in exits[exit]]
-        own = model.branch(exit).bbox_head.loss_by_feat(*parts, instances[rows], [{}] * 2)
+        own = published.model.branch(exit).bbox_head.loss_by_feat(*parts, instances[rows], [{}] * 2)
         values = [own[f'loss_{name}'].item() for name in ('bbox', 'obj', 'cls')]
         return values + [sum(values)]
 
@@ -108,28 +115,28 @@ def test_losses(model):
             assert losses(exit, slice(image, image + 1)) == pytest.approx(one[name], rel=1e-3)
 
 
-def test_step_2_sees_these_losses(model):
+def test_step_2_sees_these_losses(published):
     """What the router learns from: each image's sum, under both exits, from a batch."""
-    spec = REFERENCE['loss']
+    model, spec = published.model, published.numbers['loss']
     images = torch.from_numpy(weights.inputs(spec['images']))
     shape = tuple(images.shape[2:])
     samples = [DetDataSample(gt_instances=own, metainfo=dict(img_shape=shape, batch_input_shape=shape))
-               for own in targets()]
+               for own in targets(spec)]
     losses, features = model.exit_losses(images, samples)
     for exit, name in enumerate(('first', 'second')):
         wanted = [one[name][-1] for one in spec['per_image']]
         assert losses[exit].tolist() == pytest.approx(wanted, rel=1e-3)
-    assert features.shape == (2, 2880)
+    assert features.shape == (2, sum(model.backbone.channels))
 
 
-def test_fused_boxes_are_the_same(model, outputs):
+def test_fused_boxes_are_the_same(published):
     """Last: it changes the model for good."""
-    images = torch.from_numpy(weights.inputs(REFERENCE['input']))
+    model, images = published.model, torch.from_numpy(weights.inputs(published.numbers['input']))
     with torch.no_grad():
         after = fuse(model)._forward(images)
     for exit in range(2):
         head = model.branch(exit).bbox_head
-        old, new = (decoded(head, theirs(head, one['exits'][exit])) for one in (outputs, after))
+        old, new = (decoded(head, theirs(head, one['exits'][exit])) for one in (published.outputs, after))
         torch.testing.assert_close(new, old, atol=1e-3, rtol=1e-3)
 
 
@@ -171,7 +178,7 @@ def test_the_static_release(tmp_path, config, kind):
 
 
 @pytest.mark.parametrize('name, file, backbone', [
-    ('yolov7', 'dy-yolov7', 51), ('yolov7_x', 'dy-yolov7x.keys', 59), ('yolov7_w6', 'dy-yolov7-w6.keys', 47)])
+    ('yolov7', 'dy-yolov7', 51), ('yolov7_x', 'dy-yolov7x', 59), ('yolov7_w6', 'dy-yolov7-w6.keys', 47)])
 def test_all_keys_of_the_static_family(name, file, backbone):
     with torch.device('meta'):
         model = build(name)
@@ -210,7 +217,7 @@ def test_w6_of_training():
 
 @pytest.mark.parametrize('name, file', [
     ('dy_yolov7', 'dy-yolov7'),
-    ('dy_yolov7_x', 'dy-yolov7x.keys'),
+    ('dy_yolov7_x', 'dy-yolov7x'),
     ('dy_yolov7_w6', 'dy-yolov7-w6.keys'),
 ])
 @pytest.mark.parametrize('step', [1, 2])

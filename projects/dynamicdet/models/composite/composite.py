@@ -174,6 +174,10 @@ class CompositeBackbone(BaseModule):
         """Run one stage: its map, and what enters the next stage."""
         raise NotImplementedError
 
+    def deeper_stage(self, net: nn.Module, index: int, x: Tensor, before: Tensor) -> Tuple[Tensor, Tensor]:
+        """As `stage`, of a later backbone; ``before`` is that stage's map of the backbone before."""
+        return self.stage(net, index, x)
+
     def unconnected_stages(self, net: nn.Module) -> int:
         """How many leading stages have no connection."""
         return 0
@@ -220,7 +224,7 @@ class CompositeBackbone(BaseModule):
         for stage in range(reused, len(maps)):
             if stage >= self.connected:
                 x = self.connections[offset + stage](maps[stage:], x)
-            output, x = self.stage(net, stage, x)
+            output, x = self.deeper_stage(net, stage, x, maps[stage])
             outputs.append(output)
         return tuple(outputs)
 

@@ -34,3 +34,9 @@ class CompositeYOLOV7(CompositeBackbone):
     def stage(self, net: nn.Module, index: int, x: Tensor) -> Tuple[Tensor, Tensor]:
         x = net.blocks[index](x)
         return x, net.downs[index + 1](x) if index + 1 < len(net.blocks) else x
+
+    def deeper_stage(self, net: nn.Module, index: int, x: Tensor, before: Tensor) -> Tuple[Tensor, Tensor]:
+        if index + 1 != net.crossed_stage:
+            return self.stage(net, index, x)
+        x = net.blocks[index](x)
+        return x, net.downs[index + 1](x, before)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mmdet.registry import MODELS
 
+from ...errors import UsageError
 from ..yolo import conv
 from .architecture import Elan, architecture
 from .blocks import ElanBlock, down
@@ -22,6 +23,9 @@ class YOLOV7Backbone(BaseModule):
         depth (float): Factor on the length of the ELAN blocks. Defaults to 1.
         out_indices (Sequence[int], optional): Stages whose maps are given; stage 0 has stride 2.
             Defaults to those that the neck takes, from stride 8 on.
+        crossed_stage (int, optional): Of a second backbone of a cascade: the stage in front of which the convolution
+            that halves the resolution is given the first backbone's map in the place of its own, as in the released
+            Dy-YOLOv7-X; a 'pool' row. On its own a backbone ignores it. Defaults to None.
         init_cfg (dict, optional): As in mmengine. Defaults to None.
     """
 
@@ -30,9 +34,15 @@ class YOLOV7Backbone(BaseModule):
                  width: float = 1.0,
                  depth: float = 1.0,
                  out_indices: Optional[Sequence[int]] = None,
+                 crossed_stage: Optional[int] = None,
                  init_cfg: Optional[dict] = None) -> None:
         super().__init__(init_cfg)
         table = architecture(arch, width, depth)
+        if crossed_stage is not None and not (
+                1 <= crossed_stage < len(table.stages) and table.stages[crossed_stage].down == 'pool'):
+            raise UsageError(f"crossed_stage must be a stage of '{arch}' that convolution and pooling enter side by side; "
+                             f'got {crossed_stage}')
+        self.crossed_stage = crossed_stage
         self.pixel_unshuffle = table.pixel_unshuffle
         self.stem = conv(12 if table.pixel_unshuffle else 3, table.stem, 3)
         self.downs, self.blocks = ModuleList(), ModuleList()

@@ -1,4 +1,6 @@
 """What YOLOv7 is built of. Letters: N images, C channels, H x W the map's size."""
+from typing import Optional
+
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import ConvModule
@@ -43,8 +45,10 @@ class PoolDown(BaseModule):
         self.entry = conv(in_channels, width)
         self.strided = conv(width, width, 3, 2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.strided(self.entry(x)), self.pooled(F.max_pool2d(x, 2))], dim=1)
+    def forward(self, x: Tensor, convolved: Optional[Tensor] = None) -> Tensor:
+        """The convolution may be given another map than the pooling, of the same shape."""
+        entering = x if convolved is None else convolved
+        return torch.cat([self.strided(self.entry(entering)), self.pooled(F.max_pool2d(x, 2))], dim=1)
 
 
 def down(kind: str, in_channels: int, width: int) -> nn.Module:
