@@ -1,3 +1,7 @@
+import argparse
+import collections
+import datetime
+import enum
 import functools
 import http.server
 import os
@@ -6,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+import types
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +19,7 @@ import pytest
 import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel
-from mmengine.runner import Runner
+from mmengine.runner import Runner, load_checkpoint
 from torch import nn
 
 import dynamicdet
@@ -241,6 +247,45 @@ def test_a_kill_never_leaves_half_a_file(tmp_path):
             process.kill()
             process.wait()
             process.stdout.close()
+
+
+def test_harmless_objects_beside_the_weights(tmp_path):
+    """A training's settings stop no reading, by this package or by mmengine's Runner, and come out as text."""
+    absent = types.ModuleType('absent_package')
+    absent.Settings = type('Settings', (argparse.Namespace, ), dict(__module__='absent_package'))
+    absent.Stage = enum.Enum('Stage', dict(LAST=1), module='absent_package')
+    odd = dict(path=Path('work_dirs') / 'a', settings=absent.Settings(lr=0.1), stage=absent.Stage.LAST,
+               objects=np.array([dict(a=1)], object), steps=collections.defaultdict(list, a=[1]),
+               last=collections.deque([1, 2]), when=datetime.datetime.now(), pair=(Path('a'), 1), same=[])
+    odd['same'].append(odd['same'])
+    sys.modules['absent_package'] = absent
+    try:
+        torch.save(dict(state_dict=Line().state_dict(), meta=odd, optimizer=dict(state=Path('b'))), tmp_path / 'a.pth')
+    finally:
+        del sys.modules['absent_package']
+    checkpoint = read_checkpoint(str(tmp_path / 'a.pth'))
+    require_complete(Line(), checkpoint['state_dict'])
+    meta = checkpoint['meta']
+    assert meta['path'] == '<pathlib.PosixPath>' and meta['settings'] == '<absent_package.Settings>'
+    assert meta['steps'] == dict(a=[1]) and meta['last'] == [1, 2] and meta['pair'] == ('<pathlib.PosixPath>', 1)
+    assert meta['same'][0] is meta['same'] and list(meta) == list(odd)
+    write_checkpoint(checkpoint, str(tmp_path / 'b.pth'))
+    assert read_checkpoint(str(tmp_path / 'b.pth'))['meta']['stage'] == meta['stage']
+    model = Line()
+    load_checkpoint(model, str(tmp_path / 'a.pth'))
+    assert torch.equal(model.linear.weight, checkpoint['state_dict']['linear.weight'])
+
+
+def test_arrays_are_written_as_they_came(tmp_path):
+    """Arrays that were read are numpy's own for whoever reads what is written next, the package there or not."""
+    log = HistoryBuffer([1.0, 2.0], [1, 1])
+    write_checkpoint(dict(state_dict=dict(a=torch.ones(1)), message_hub=dict(log=log)), str(tmp_path / 'a.pth'))
+    write_checkpoint(read_checkpoint(str(tmp_path / 'a.pth')), str(tmp_path / 'b.pth'))
+    a, b = (zipfile.ZipFile(tmp_path / f'{name}.pth').read('archive/data.pkl') for name in 'ab')
+    assert b'dynamicdet' not in b and a == b
+    again = read_checkpoint(str(tmp_path / 'b.pth'))['message_hub']['log']
+    again.update(3.0)
+    assert again.mean() == 2 and again.data[0].tolist() == [1, 2, 3]
 
 
 # Weights to start from.

@@ -1,5 +1,4 @@
 """Read checkpoints without executing them, check them, write them whole."""
-import collections
 import contextlib
 import hashlib
 import io
@@ -7,7 +6,7 @@ import os
 import pickle
 import re
 import threading
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from .errors import UsageError
+from .stand_ins import StandIn, as_text, asked_classes, read_with_stand_ins, why_unread
 
 #: What step 2 and calibration set in a dynamic detector, beside the router.
 SETTINGS = ('delta', 'difficulties', 'gflops', 'latencies', 'threshold')
@@ -31,23 +31,65 @@ def allow_mmengine_classes() -> None:
     """Let ``torch.load(weights_only=True)`` read the checkpoints that mmengine writes.
 
     mmengine 0.10.7 stores its log (`HistoryBuffer`, numpy arrays and scalars) beside the weights.
-    These classes hold data and run nothing.
+    These classes hold data and run nothing. What numpy makes of a file is limited to plain numbers.
     """
-    numpy_core = (getattr(np, '_core', None) or np.core).multiarray
-    kinds = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
+    kinds = [type(np.dtype(kind)) for kind in (*'?bBhHiIlLqQefd', )]
+    numpy_functions = dict(_reconstruct=_new_array, scalar=_scalar)
     torch.serialization.add_safe_globals([
-        HistoryBuffer, np.ndarray, np.dtype, numpy_core._reconstruct, numpy_core.scalar,
-        collections.deque, (_history_method, 'builtins.getattr'), *kinds,
-        # As files name them that were written beside numpy 1.
-        *[(getattr(numpy_core, name), f'numpy.core.multiarray.{name}') for name in ('_reconstruct', 'scalar')]
+        HistoryBuffer, (_history_method, 'builtins.getattr'), _NoNumbers, *kinds,
+        (PlainArray, 'numpy.ndarray'), (_dtype, 'numpy.dtype'), (_no_bytes, 'builtins.bytes'),
+        # As files name them that were written beside numpy 1, and 2.
+        *[(function, f'numpy.{core}.multiarray.{name}')
+          for core in ('core', '_core') for name, function in numpy_functions.items()]
     ])
 
 
-def _history_method(owner: type, name: str) -> Callable:
+class PlainArray(np.ndarray):
+    """An array as a file gives it. It is written as what it is: `numpy.ndarray`."""
+
+    def __setstate__(self, state: Sequence[Any]) -> None:
+        # Of what is no number nothing is read: numpy would take pointers from a file.
+        if isinstance(state[2], np.dtype):
+            super().__setstate__(state)
+
+    def __reduce__(self) -> tuple:
+        return np.asarray(self).__reduce__()
+
+
+class _NoNumbers:
+    """Stands in for a type of objects, text or records."""
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+def _dtype(code: Any, *_: Any) -> Union[np.dtype, _NoNumbers]:
+    """Stands in for ``numpy.dtype``."""
+    plain = isinstance(code, str) and re.fullmatch('b1|[iu][1248]|f[248]', code)
+    return np.dtype(code, copy=True) if plain else _NoNumbers()
+
+
+def _new_array(*_: Any) -> PlainArray:
+    """An array to be."""
+    return PlainArray(0, np.int8)
+
+
+def _scalar(dtype: Any, data: Any = None) -> Optional[np.generic]:
+    return np.frombuffer(data, dtype)[0] if isinstance(dtype, np.dtype) else None
+
+
+def _no_bytes() -> bytes:
+    """Stands in for ``bytes``, by which files name none: those of an empty array."""
+    return b''
+
+
+def _history_method(owner: type, name: str) -> Any:
     """Stands in for ``getattr``, by which a pickled `HistoryBuffer` names its four statistics: gives
-    those and nothing else."""
+    those and nothing else; of a class that is stood in for, such as an enumeration, a stand-in."""
     if owner is HistoryBuffer and name in ('min', 'max', 'current', 'mean'):
         return getattr(HistoryBuffer, name)
+    if isinstance(owner, type) and issubclass(owner, StandIn):
+        return owner()
     raise pickle.UnpicklingError(f'refused: getattr({owner!r}, {name!r})')
 
 
@@ -90,6 +132,19 @@ def load_from_ddz(filename: str, map_location: Any = None) -> Dict[str, Any]:
     return checkpoint
 
 
+# As mmengine's for files on this machine, so that what lies beside the weights stops no reading: `load_from` and
+# `resume` neither.
+@CheckpointLoader.register_scheme(prefixes='', force=True)
+def load_from_file(filename: str, map_location: Any = None) -> Any:
+    """Let mmengine read checkpoints without executing them, and with stand-ins for harmless objects in them, which
+    come out as text; see `stand_ins`."""
+    filename = os.path.expanduser(filename)
+    if not os.path.isfile(filename):
+        raise FileNotFoundError(f'{filename} can not be found.')
+    return as_text(read_with_stand_ins(
+        lambda: torch.load(filename, map_location=map_location, weights_only=True), asked_classes(filename)))
+
+
 def read_checkpoint(path: str) -> Dict[str, Any]:
     """Read a checkpoint from a path or URL, on the CPU, without executing what is in it.
 
@@ -101,15 +156,15 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
     """
     try:
         with weights_only():
-            checkpoint = CheckpointLoader.load_checkpoint(path, map_location='cpu')
+            checkpoint = as_text(read_with_stand_ins(
+                lambda: CheckpointLoader.load_checkpoint(path, map_location='cpu')))
     except FileNotFoundError:
         raise UsageError(f"there is no checkpoint at '{path}'") from None
     except UsageError:
         raise
     except Exception as error:
         # Whatever the unpickler or the archive reader stumbles on.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"'{path}' is no checkpoint that can be read safely: {reason[:200]}") from None
+        raise UsageError(f"'{path}' is no checkpoint that can be read safely: {why_unread(error)}") from None
     state = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not state or not all(
             isinstance(value, torch.Tensor) for value in state.values()):

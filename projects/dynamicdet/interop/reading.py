@@ -2,7 +2,6 @@
 import collections
 import pickle
 import re
-import zipfile
 from pathlib import Path
 from typing import Any, Dict, Iterator, Mapping, Optional, Sequence, Tuple, Union
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..stand_ins import StandIn, asked_classes, is_data, read_with_stand_ins, refusal, stand_in, why_unread
 
 
 def read_weights(path: str) -> Dict[str, Tensor]:
@@ -29,8 +29,11 @@ def read_weights(path: str) -> Dict[str, Tensor]:
         state = _find_state(_read_arrays(path) if path.endswith('.pkl') else _read_torch(path))
     except Exception as error:
         # Whatever the unpickler or the archive reader stumbles on.
-        raise UsageError(
-            f"'{path}' is no checkpoint that can be read safely: {_reason(error)}") from None
+        raise UsageError(f"'{path}' is no checkpoint that can be read safely: {why_unread(error)}") from None
+    odd = [key for key, value in state.items() if isinstance(value, StandIn)]
+    if odd:
+        raise UsageError(f"'{path}' is no checkpoint that can be read safely: its entry {odd[0]!r} "
+                         f'{refusal(state[odd[0]].name)}')
     if not state or not all(_is_array(value) and isinstance(key, str) for key, value in state.items()):
         raise UsageError(f"'{path}' is no checkpoint: it holds no 'model' or 'state_dict' of arrays")
     return state
@@ -38,9 +41,10 @@ def read_weights(path: str) -> Dict[str, Tensor]:
 
 def _find_state(content: Any) -> Dict[str, Any]:
     for name in ('ema', 'model', 'state_dict'):
-        if isinstance(content, Mapping) and isinstance(content.get(name), (Mapping, _Module)):
-            content = content[name]
-    if isinstance(content, _Module):
+        held = content.get(name) if isinstance(content, Mapping) else None
+        if isinstance(held, Mapping) or isinstance(held, StandIn) and held.is_module:
+            content = held
+    if isinstance(content, StandIn) and content.is_module:
         content = dict(_entries(content))
     if not isinstance(content, Mapping):
         return {}
@@ -60,38 +64,17 @@ def _to_tensor(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def _reason(error: Exception) -> str:
-    """In one line; torch's says in several what it refused."""
-    text = str(error).strip()
-    refused = re.search(r'GLOBAL (\S+)', text)
-    if refused:
-        return _refusal(refused[1])
-    return (text.splitlines() or [type(error).__name__])[0][:200]
-
-
-def _refusal(name: str) -> str:
-    return f'it asks for {name}, which is no array'
-
-
 # torch's files.
-
-class _Module:
-    """Stands in for all classes of modules where a file holds a whole one, as YOLOv7's do: takes what
-    the object held, and has nothing of what it did."""
 
 
 def _read_torch(path: str) -> Any:
-    # Before zip archives, torch cannot say without reading.
-    zipped = zipfile.is_zipfile(path)
-    asked = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
-    modules = [(_Module, name) for name in asked if re.match(r'(models|torch\.nn\.modules)\.', name)]
-    with torch.serialization.safe_globals(modules):
-        return torch.load(path, map_location='cpu', weights_only=True)
+    return read_with_stand_ins(
+        lambda: torch.load(path, map_location='cpu', weights_only=True), asked_classes(path))
 
 
-def _entries(module: _Module, prefix: str = '') -> Iterator[Tuple[str, Tensor]]:
-    """What ``state_dict`` of the real one would give."""
-    held = vars(module)
+def _entries(module: StandIn, prefix: str = '') -> Iterator[Tuple[str, Tensor]]:
+    """What ``state_dict`` of a whole module, as YOLOv7's files hold one, would give."""
+    held = module.state
     for name, value in {**held['_parameters'], **held['_buffers']}.items():
         if value is not None and name not in held.get('_non_persistent_buffers_set', ()):
             yield prefix + name, value
@@ -114,16 +97,15 @@ def _read_arrays(path: str) -> Any:
 
 
 class _Dtype:
-    """Stands in for ``numpy.dtype``: plain numbers alone."""
+    """Stands in for ``numpy.dtype``: plain numbers; without a ``code`` it is one of anything else."""
 
     def __init__(self, code: str, align: bool = False, copy: bool = False) -> None:
-        if not re.fullmatch('b1|[iu][1248]|f[248]', code):
-            raise pickle.UnpicklingError(f'it holds an array of type {code!r}')
-        self.code = code
+        self.code = code if re.fullmatch('b1|[iu][1248]|f[248]', code) else None
 
     def __setstate__(self, state: Sequence[Any]) -> None:
         order = state[1]
-        self.code = (order if order in ('<', '>') else '') + self.code[-2:]
+        if self.code is not None:
+            self.code = (order if order in ('<', '>') else '') + self.code[-2:]
 
 
 class _Array:
@@ -135,7 +117,9 @@ class _Array:
         self.values = _decode(data, dtype, shape, 'F' if by_columns else 'C')
 
 
-def _decode(data: Union[bytes, str], dtype: _Dtype, shape: Sequence[int], order: str) -> np.ndarray:
+def _decode(data: Union[bytes, str], dtype: _Dtype, shape: Sequence[int], order: str) -> Optional[np.ndarray]:
+    if dtype.code is None:
+        return None
     # Python 2's bytes come as text.
     data = data.encode('latin1') if isinstance(data, str) else data
     return np.frombuffer(data, np.dtype(dtype.code)).reshape(shape, order=order)
@@ -153,8 +137,9 @@ def _frombuffer(data: bytes, dtype: _Dtype, shape: Sequence[int], order: str, *_
     return array
 
 
-def _scalar(dtype: _Dtype, data: Union[bytes, str]) -> np.generic:
-    return _decode(data, dtype, (), 'C')[()]
+def _scalar(dtype: _Dtype, data: Union[bytes, str]) -> Optional[np.generic]:
+    value = _decode(data, dtype, (), 'C')
+    return None if value is None else value[()]
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -167,6 +152,8 @@ def _encode(text: str, encoding: str) -> bytes:
 _ALLOWED = {
     'collections.OrderedDict': collections.OrderedDict,
     '_codecs.encode': _encode,
+    # By which enumerations name their members.
+    'builtins.getattr': lambda *_: StandIn(),
     'numpy.ndarray': _Array,
     'numpy.dtype': _Dtype,
     **{
@@ -180,9 +167,12 @@ _ALLOWED = {
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads text, numbers, their containers and arrays, and refuses all else before it is imported."""
+    """Reads text, numbers, their containers and arrays. All else is stood in for or refused, and never imported."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if f'{module}.{name}' not in _ALLOWED:
-            raise pickle.UnpicklingError(_refusal(f'{module}.{name}'))
-        return _ALLOWED[f'{module}.{name}']
+        full = f'{module}.{name}'
+        if full in _ALLOWED:
+            return _ALLOWED[full]
+        if not is_data(full):
+            raise pickle.UnpicklingError(refusal(full))
+        return stand_in(full)
