@@ -11,17 +11,14 @@ pipeline's ``meta_keys``):
 
 The order of frames is the samplers' business: `samplers.py`.
 """
-import contextlib
 import os.path as osp
-import random
-from typing import Dict, Iterator, List, NamedTuple, Optional, Union
-
-import numpy as np
+from typing import Dict, List, NamedTuple, Optional, Union
 
 from mmdet.datasets import BaseVideoDataset
 from mmdet.registry import DATASETS
 
 from ..errors import UsageError
+from .seeding import drawing_from
 
 
 class ClipFrame(NamedTuple):
@@ -98,7 +95,7 @@ class VideoDataset(BaseVideoDataset):
         """
         if not isinstance(idx, ClipFrame):
             return self.pipeline(self.get_data_info(idx))
-        with _seeded(idx.seed):
+        with drawing_from(idx.seed):
             data = self.pipeline(dict(self.get_data_info(idx.row), clip_step=idx.step))
         if data is None:
             raise UsageError('a pipeline must not leave out frames of a clip: give FilterAnnotations '
@@ -145,16 +142,3 @@ def _in_order(video: dict) -> List[dict]:
         dict(frame, video_id=video['video_id'], video_length=len(frames),
              frame_id=frame.get('frame_id', start + place) - start) for place, frame in enumerate(frames)
     ]
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Draw the random numbers of a pipeline from a seed, and go on outside as if nothing had been drawn."""
-    states = random.getstate(), np.random.get_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])

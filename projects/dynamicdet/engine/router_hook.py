@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from mmdet.registry import HOOKS
 
 from ..checkpoints import forget_other_router, require_complete
+from ..datasets.seeding import SeededBatchSampler, seed_samples
 from ..errors import UsageError
 from ..routing import GAINS, quantiles_of
 
@@ -222,13 +223,16 @@ def measure_training_set(runner: Runner) -> Tuple[Dict[tuple, float], Tensor, Te
 def every_image(loader: DataLoader) -> DataLoader:
     """This rank's part of a loader's data, in order. The loader's own samplers may be endless, as
     those of iteration-based loops are, or leave images out."""
-    return DataLoader(
+    every = DataLoader(
         loader.dataset,
         batch_size=getattr(loader.batch_sampler, 'batch_size', 1),
         sampler=DefaultSampler(loader.dataset, shuffle=False),
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         worker_init_fn=loader.worker_init_fn)
+    if isinstance(loader.batch_sampler, SeededBatchSampler):
+        seed_samples(every, loader.batch_sampler.seed, loader.batch_sampler.rank)
+    return every
 
 
 def with_progress(runner: Runner, batches: Iterable, what: str, every: float = 10.0) -> Iterable:
