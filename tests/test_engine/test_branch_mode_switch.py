@@ -1,8 +1,11 @@
 """YOLOX's last epochs: the L1 loss comes on in every branch, the mosaic goes."""
+import logging
 from types import SimpleNamespace
 
 import pytest
+from mmengine.runner import IterBasedTrainLoop
 
+from dynamicdet.errors import UsageError
 from dynamicdet.testing import tiny_dynamic
 from mmdet.datasets import MultiImageMixDataset
 from mmdet.registry import HOOKS, MODELS
@@ -35,3 +38,51 @@ def test_last_epochs(dataset, epoch, switched, shared):
     assert [branch.bbox_head.use_l1 for branch in model.branches] == [switched] * len(model.branches)
     side = 64 if switched else 128
     assert dataset[0]['inputs'].shape == (3, side, side)
+
+
+def start(caplog, dataset, max_epochs=300, name='yolox', **settings):
+    """The model, after the first epoch's start; and what was said."""
+    hook = HOOKS.build(dict(type='BranchModeSwitchHook', **settings))
+    model = MODELS.build(tiny_dynamic(name))
+    loader = SimpleNamespace(dataset=dataset, _iterator='workers')
+    runner = SimpleNamespace(epoch=0, max_epochs=max_epochs, model=model, train_loop=None, train_dataloader=loader,
+                             logger=logging.getLogger('switch'))
+    hook.before_train(runner)
+    hook.before_train_epoch(runner)
+    return model, loader, caplog.messages
+
+
+def test_a_long_run_says_nothing(dataset, caplog):
+    model, loader, said = start(caplog, dataset)
+    assert not said and not model.branch(0).bbox_head.use_l1 and loader._iterator == 'workers'
+
+
+def test_a_run_shorter_than_its_last_epochs(dataset, caplog):
+    model, loader, (said, ) = start(caplog, dataset, max_epochs=12)
+    assert 'all of the 12 epochs' in said and 'num_last_epochs=15' in said
+    # Workers that have the old pipeline are let go.
+    assert model.branch(0).bbox_head.use_l1 and loader._iterator is None
+    assert dataset[0]['inputs'].shape == (3, 64, 64)
+
+
+def test_no_mosaic(dataset, caplog):
+    """The loss comes on all the same."""
+    model, loader, said = start(caplog, dataset.dataset, max_epochs=1, num_last_epochs=0)
+    assert 'no mosaic to end' in said[-1]
+    assert model.branch(0).bbox_head.use_l1 and loader._iterator == 'workers'
+
+
+def test_a_wrapped_mosaic(dataset, caplog):
+    start(caplog, SimpleNamespace(dataset=dataset), max_epochs=12)
+    assert dataset[0]['inputs'].shape == (3, 64, 64)
+
+
+def test_no_head_with_such_a_loss(dataset, caplog):
+    _, _, said = start(caplog, dataset, name='faster_rcnn')
+    assert len(said) == 1 and "for YOLOX's" in said[0]
+
+
+def test_iterations_have_no_last_epochs():
+    hook = HOOKS.build(dict(type='BranchModeSwitchHook'))
+    with pytest.raises(UsageError, match='counts epochs'):
+        hook.before_train(SimpleNamespace(train_loop=IterBasedTrainLoop.__new__(IterBasedTrainLoop)))

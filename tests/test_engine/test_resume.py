@@ -134,8 +134,7 @@ def test_a_killed_run_ends_as_one_that_was_not(ends, name):
     assert whole['state_dict']['delta'].isnan() == (name != 'router')
 
 
-def test_the_runs_are_random(ends):
-    """With workers other flips are drawn: were nothing random, the test above would show little."""
+def test_data_workers_change_nothing(ends):
+    """Flips are drawn in a worker that lives on between epochs, or in the process itself."""
     first, second = (ends[name][1]['state_dict'] for name in ('random', 'workers'))
-    entry = 'backbone.first.conv1.weight'
-    assert not torch.equal(first[entry], second[entry])
+    assert all(torch.equal(value.nan_to_num(), second[entry].nan_to_num()) for entry, value in first.items())
