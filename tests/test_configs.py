@@ -117,6 +117,49 @@ def test_it_trains_and_predicts(loaded, path, offline):
         assert any(len(sample.pred_instances) for sample in results)
 
 
+#: One of each kind of detector and backbone.
+KINDS = ['faster_rcnn', 'mask_rcnn', 'mask_rcnn_swin-t', 'cascade_mask_rcnn_swin-s', 'retinanet', 'fcos', 'atss', 'gfl',
+         'yolox_s', 'rtmdet_s', 'rtmdet-ins_s', 'yolov7', 'yolov7_w6', 'dino_r50']
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_three_exits_learn_as_each_alone(name, offline):
+    """Heads write into the samples that they are given: each exit has its own, and the batch stays as it was."""
+    cfg = Config.fromfile(ROOT / 'configs' / f'dy_{name}.py')
+    model = randomise(MODELS.build({**shrink(cfg.model), 'backbones': 3})).train()
+    for branch in model.branches:
+        branch.loss = seeded(branch.loss)
+    data = model.data_preprocessor(tiny_batch((2, 1), masks='loss_mask' in str(cfg)), True)
+    inputs, samples = data['inputs'], data['data_samples']
+    before = copy.deepcopy(samples)
+    torch.manual_seed(1)
+    together = model.loss(inputs, samples)
+    assert {key.split('.')[0] for key in together} == {'exit0', 'exit1', 'exit2'}
+    for sample, own in zip(samples, before):
+        assert sample.keys() == own.keys() and sample.gt_instances.keys() == own.gt_instances.keys()
+        assert torch.equal(sample.gt_instances.bboxes, own.gt_instances.bboxes)
+        if 'masks' in own.gt_instances:
+            assert (sample.gt_instances.masks.masks == own.gt_instances.masks.masks).all()
+    torch.manual_seed(1)
+    for exit, (maps, given, _) in enumerate(model._all_exits(inputs, copy.deepcopy(before))):
+        alone = model.branch(exit).loss(model.backbone.select(maps), given)
+        torch.testing.assert_close({f'exit{exit}.{key}': value for key, value in alone.items()},
+                                   {key: value for key, value in together.items() if key.startswith(f'exit{exit}.')})
+    # Looks at the first exit's samples again.
+    model.specialise = 1.0
+    assert torch.isfinite(model.parse_losses(model.loss(inputs, samples))[0])
+
+
+def seeded(loss):
+    """The same loss, always under the same draw."""
+
+    def run(*arguments):
+        torch.manual_seed(0)
+        return loss(*arguments)
+
+    return run
+
+
 @names
 def test_step_2_inherits_step_1(loaded, path):
     hooks = [hook for hook in loaded.custom_hooks if hook.type == 'RouterHook']

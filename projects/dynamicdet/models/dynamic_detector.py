@@ -242,12 +242,13 @@ class DynamicDetector(BaseDetector):
         return self.backbone.deeper_maps(batch_inputs, maps, exit)
 
     def _all_exits(self, batch_inputs: Tensor, samples: OptSampleList) -> List[tuple]:
-        """Maps, data samples and ratio of each exit: as the exit sees the batch."""
+        """Maps, data samples and ratio of each exit: as the exit sees the batch. Each has samples of its own, since
+        heads write into them."""
         maps, ratio = self._first_maps(batch_inputs)
         exits = [(maps, reduce_samples(samples, ratio), ratio)]
         for exit in range(1, self.num_exits):
             maps = self.deeper_maps(exit, batch_inputs, maps)
-            exits.append((maps, samples, (1.0, 1.0)))
+            exits.append((maps, reduce_samples(samples, (1.0, 1.0)), (1.0, 1.0)))
         return exits
 
     def loss(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> Dict[str, Tensor]:
@@ -263,7 +264,8 @@ class DynamicDetector(BaseDetector):
                 maps, samples, ratio) in enumerate(self._all_exits(batch_inputs, batch_data_samples))
         ]
         first, *later = views
-        every = [first.branch.loss(first.maps, first.sample)]
+        # A copy, since specialised losses look at these samples again.
+        every = [first.branch.loss(first.maps, reduce_samples(first.sample, (1.0, 1.0)))]
         if self.specialise:
             every += specialised_losses(first, later, self.specialise)
         else:

@@ -45,7 +45,7 @@ def reduce_samples(samples: SampleList, ratio: Ratio) -> SampleList:
 
     Returns:
         list[DetDataSample]: New objects, also where the ratio is 1: heads write into what they are
-        given (RTMDet-Ins its masks), and two exits read the same batch.
+        given (RTMDet-Ins its masks), and several exits read the same batch.
     """
     if samples is None:
         return None

@@ -177,8 +177,7 @@ class AnchorHead(BaseDenseHead):
             overlap = ciou(self.decode(raw, level, *at[1:]), own.boxes)
             boxes.append(_mean(1 - overlap, raw))
             logits = objectnesses[level].float()
-            target = torch.zeros_like(logits)
-            target[at] = overlap.detach().clamp(min=0)
+            target = _in_cells(overlap.detach().clamp(min=0), at, logits)
             objects.append(F.binary_cross_entropy_with_logits(logits, target))
             logits = _anchors_apart(cls_scores[level], self.num_anchors)
             logits = logits[own.image, own.anchor, :, own.row, own.column].float()
@@ -211,6 +210,21 @@ def _clip(boxes: Tensor, meta: dict) -> Tensor:
         scale = meta.get('scale_factor', (1.0, 1.0))
         height, width = meta['ori_shape'][0] * scale[1], meta['ori_shape'][1] * scale[0]
     return boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
+
+
+def _in_cells(values: Tensor, at: Tuple[Tensor, ...], like: Tensor) -> Tensor:
+    """Zeros, but for values, (M,), in the cells that indices, (M,) for each dimension, name.
+
+    A cell may be there several times, since objects lie close together: its last value counts, on any device. So
+    it is in the published code on a CPU; on a GPU one counts there by chance.
+    """
+    filled = like.new_zeros(like.shape)
+    cells = sum(index * step for index, step in zip(at, filled.stride()))
+    last = cells.new_zeros(filled.numel()).scatter_reduce_(
+        0, cells, torch.arange(len(cells), device=cells.device), 'amax')
+    # Whoever writes into a cell writes the same.
+    filled.view(-1)[cells] = values[last[cells]]
+    return filled
 
 
 def _anchors_apart(maps: Tensor, anchors: int) -> Tensor:
