@@ -1,4 +1,5 @@
 """Two processes over gloo on loopback do what one does."""
+import copy
 import json
 import os
 import pickle
@@ -29,12 +30,16 @@ class SaveStates(Hook):
     """Saves each rank's own model when training has ended."""
 
     def __init__(self, folder):
-        self.folder = folder
+        self.folder, self.flips = folder, []
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.flips.append([sample.get('flip') for sample in data_batch['data_samples']])
 
     def after_train(self, runner):
         assert type(runner.model).__name__ == 'MMDistributedDataParallel'
         assert not runner.model.find_unused_parameters
         torch.save(runner.model.module.state_dict(), f'{self.folder}/rank{runner.rank}.pth')
+        torch.save(self.flips, f'{self.folder}/flips{runner.rank}.pth')
 '''
 
 
@@ -66,9 +71,9 @@ def ranks(folder):
     return [torch.load(folder / f'rank{rank}.pth') for rank in (0, 1)]
 
 
-def train_on_two(cfg, folder):
+def train_on_two(cfg, folder, *arguments):
     cfg.custom_hooks.append(dict(type='SaveStates', folder=str(folder)))
-    return run_on_two('train.py', cfg, folder)
+    return run_on_two('train.py', cfg, folder, *arguments)
 
 
 def differing(first, second):
@@ -104,14 +109,26 @@ def test_online_delta_on_two_processes(digits, cascade, tmp_path):
 
 
 def test_step_1_on_two_processes(digits, tmp_path):
-    """Every trained parameter takes part: DDP needs no search for unused ones."""
-    cfg = load_small('dy_faster_rcnn_digits', digits, tmp_path, **{'train_cfg.max_epochs': 2})
+    """Every trained parameter takes part: DDP needs no search for unused ones. Ranks and epochs draw other flips, in
+    workers that live on, and a resumed run the same."""
+    cfg = load_small('dy_faster_rcnn_digits', digits, tmp_path, **{
+        'train_cfg.max_epochs': 2, 'train_dataloader.num_workers': 1, 'train_dataloader.persistent_workers': True})
+    cfg.train_dataloader.dataset.pipeline.insert(3, dict(type='RandomFlip', prob=0.5))
+    resumed = copy.deepcopy(cfg)
     train_on_two(cfg, tmp_path)
     first, second = ranks(tmp_path)
     # As in any DDP run without SyncBN, statistics are each rank's own.
     assert all('.running_' in name for name in differing(first, second))
     state = read_checkpoint(latest_checkpoint(tmp_path / 'work'))['state_dict']
     assert not differing(first, state)
+    flips = [torch.load(tmp_path / f'flips{rank}.pth') for rank in (0, 1)]
+    epochs = [own[half:half + 2] for own in flips for half in (0, 2)]
+    assert all(len(own) == 4 for own in flips) and len({str(epoch) for epoch in epochs}) == 4
+    again = tmp_path / 'again'
+    again.mkdir()
+    train_on_two(resumed, again, '--resume', tmp_path / 'work' / 'epoch_1.pth')
+    assert [torch.load(again / f'flips{rank}.pth') for rank in (0, 1)] == [own[2:] for own in flips]
+    assert not differing(ranks(again)[0], first)
 
 
 def metrics(work_dir):

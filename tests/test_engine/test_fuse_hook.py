@@ -5,7 +5,10 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from mmdet.registry import HOOKS
+from dynamicdet.engine import QuantizationHook
+from dynamicdet.models import can_fuse, fuse
+from dynamicdet.testing import tiny_detector
+from mmdet.registry import HOOKS, MODELS
 
 
 @HOOKS.register_module()
@@ -48,3 +51,16 @@ def test_a_fused_copy_finds_the_same(digits, tmp_path):
         assert len(one) > 10
         torch.testing.assert_close(other.scores[:10], one.scores[:10], atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(other.bboxes[:10], one.bboxes[:10], atol=1e-3, rtol=1e-3)
+
+
+def test_a_part_with_something_called_fuse():
+    """Such as the layer where a neck joins its maps: nothing to call, and no reason to refuse 8 bits."""
+    model = MODELS.build(tiny_detector('retinanet'))
+    model.neck.fuse = torch.nn.Conv2d(64, 64, 1)
+    assert not can_fuse(model)
+    norms = [module for module in fuse(model).modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert norms
+    hook = QuantizationHook()
+    hook._install(model)
+    assert hook.simulations
+    hook._remove()

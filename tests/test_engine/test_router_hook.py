@@ -1,4 +1,6 @@
 """Step 2 starts from a cascade, and measures, keeps and logs delta."""
+import contextlib
+import copy
 import json
 import logging
 import re
@@ -12,9 +14,12 @@ import pytest
 import torch
 from conftest import load_small, load_small_router, train
 from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
 from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner, load_state_dict
 from mmengine.structures import InstanceData
+from torch.utils.data import DataLoader
 
 from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
 from dynamicdet.engine import RouterHook, latest_checkpoint, router_hook
@@ -427,3 +432,28 @@ def test_a_resume_with_another_gain_is_refused():
     assert model.gains.tolist() == saved['router_gains']
     with pytest.raises(UsageError, match="kind 'loss_sum'.*'loss'.*start step 2 anew"):
         hook.after_load_checkpoint(runner, dict(saved, router_gain='loss_sum'))
+
+
+class AutocastOptimWrapper(OptimWrapper):
+    """As mmengine's ``AmpOptimWrapper``, which takes a GPU."""
+
+    @contextlib.contextmanager
+    def optim_context(self, model):
+        with super().optim_context(model), torch.autocast('cpu', torch.bfloat16):
+            yield
+
+
+def test_gains_are_measured_in_the_precision_of_the_training():
+    """Those measured before training are those of an iteration on the same images."""
+    model = randomise(MODELS.build(tiny_dynamic('atss', shared=False, train_router=True)))
+    batch = tiny_batch((2, 1, 3))
+    images = [{key: value[index] for key, value in batch.items()} for index in range(3)]
+    wrapper = AutocastOptimWrapper(torch.optim.SGD(model.router.parameters(), lr=0.1))
+    gains, _, _ = router_hook.measure_training_set(SimpleNamespace(
+        model=model, optim_wrapper=wrapper, logger=logging.getLogger('delta'),
+        train_dataloader=DataLoader(images, batch_size=3, collate_fn=pseudo_collate)))
+    model.train_step(copy.deepcopy(batch), wrapper)
+    assert list(gains.values()) == model.last_gains.tolist()
+    data = model.data_preprocessor(batch, True)
+    in_float32, _ = model.exit_gains(data['inputs'], data['data_samples'])
+    assert list(gains.values()) != in_float32.tolist()

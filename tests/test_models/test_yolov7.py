@@ -12,6 +12,7 @@ from mmengine.structures import InstanceData
 from dynamicdet.apis.flops import count_flops
 from dynamicdet.models import Router, build_composite, can_fuse, fuse
 from dynamicdet.models.resolution import reduce_samples
+from dynamicdet.models.yolo.head import in_cells
 from dynamicdet.models.yolov7 import ARCHITECTURES, YOLOV7PAFPN, YOLOV7Backbone, YOLOV7Head
 from dynamicdet.models.yolov7.assigner import sim_ota
 from dynamicdet.testing import randomise, shrink
@@ -249,3 +250,12 @@ def test_scaled_tables_fit_together(arch, width, depth):
 def test_an_unknown_architecture_is_named():
     with pytest.raises(ValueError, match='v7, x, w6'):
         YOLOV7Backbone('v9')
+
+
+def test_a_cell_of_several_objects_takes_the_last_ones_value():
+    """As the published code on a CPU, on any device."""
+    at = tuple(torch.tensor(one) for one in ([0, 1, 0, 0], [0, 0, 0, 1], [1, 0, 1, 0]))
+    filled = in_cells(torch.tensor([0.9, 0.2, 0.5, 0.7]), at, torch.zeros(2, 2, 2))
+    assert torch.equal(filled, torch.tensor([[[0, 0.5], [0.7, 0]], [[0.2, 0], [0, 0]]]))
+    nothing = torch.zeros(0, dtype=torch.long)
+    assert not in_cells(torch.zeros(0), (nothing, ) * 3, torch.ones(2, 2, 2)).any()

@@ -20,6 +20,7 @@ from .. import errors
 from ..apis.calibration import force_exit
 from ..errors import UsageError
 from ..models import DynamicDetector, can_fuse
+from ..models.fusing import fusible_parts
 from .runtimes import open_graph
 from .stages import Form, Stage, find_stages, flatten, record_inputs, unflatten
 
@@ -72,9 +73,8 @@ def export_stages(model: BaseDetector, size: Sequence[int] = EXAMPLE_SIZE,
     if fuse and can_fuse(model):
         # As `models.fuse`, but for what is made for torch on a CPU alone.
         fuse_conv_bn(model)
-        for module in list(model.modules()):
-            if hasattr(module, 'fuse'):
-                module.fuse()
+        for part in fusible_parts(model):
+            part.fuse()
     stages = find_stages(model)
     inputs = example_inputs(model, stages, size)
     return {stage.name: _export(stage, inputs[stage.name]) for stage in stages}

@@ -37,7 +37,8 @@ class RouterHook(Hook):
       ``cascade``. It refuses to train a router on anything else.
     * It measures the training set's gains, ``L1 - L2`` or whatever the objective counts, before training
       (``exact``) or while training (``online``): their quantiles, which ranks and offsets follow from, and
-      delta, their median. They are the same on all ranks and are kept over a resume.
+      delta, their median, both in the precision of the training (``--amp``: autocast). They are the same on all
+      ranks and are kept over a resume.
       The pass before training also standardises what the router sees.
 
     Args:
@@ -197,8 +198,10 @@ def measure_training_set(runner: Runner) -> Tuple[Dict[tuple, float], Tensor, Te
     # Count, sum and sum of squares, in double precision: one pass, bounded memory.
     moments = [0, 0.0, 0.0]
     for batch in with_progress(runner, every_image(runner.train_dataloader), 'delta'):
-        data = model.data_preprocessor(batch, training=True)
-        gains, features = model.exit_gains(data['inputs'], data['data_samples'])
+        # In the precision of the training, as its iterations measure gains.
+        with runner.optim_wrapper.optim_context(runner.model):
+            data = model.data_preprocessor(batch, training=True)
+            gains, features = model.exit_gains(data['inputs'], data['data_samples'])
         for sample, gain in zip(data['data_samples'], gains.tolist()):
             # By both: data sets that are concatenated may use an id twice.
             own[sample.get('img_id', len(own)), sample.get('img_path')] = gain

@@ -1,5 +1,6 @@
 """Fewer operations for the same result, at inference."""
-from typing import Optional, Tuple
+from abc import abstractmethod
+from typing import List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +11,22 @@ from torch import Tensor, nn
 _PACKED = getattr(torch.ops.mkldnn, '_convolution_pointwise', None)
 
 
+class Fusible:
+    """A part that knows to fuse itself. Others may have an attribute of that name which is something else."""
+
+    @abstractmethod
+    def fuse(self) -> None:
+        """Become a part with fewer operations and the same result. Norms were put into convolutions before."""
+
+
+def fusible_parts(model: nn.Module) -> List[Fusible]:
+    """A model's own parts to fuse, as YOLOv5 and YOLOv7 have; none in others."""
+    return [module for module in model.modules() if isinstance(module, Fusible)]
+
+
 def can_fuse(model: nn.Module) -> bool:
-    """Whether a model has parts of its own to fuse, as YOLOv5 and YOLOv7 have."""
-    return any(hasattr(module, 'fuse') for module in model.modules())
+    """Whether a model has parts of its own to fuse."""
+    return bool(fusible_parts(model))
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -33,9 +47,8 @@ def fuse(model: nn.Module) -> nn.Module:
         return model
     # mmcv's walks over everything; parts rely on their norms being gone.
     fuse_conv_bn(model)
-    for module in model.modules():
-        if hasattr(module, 'fuse'):
-            module.fuse()
+    for part in fusible_parts(model):
+        part.fuse()
     _replace_convolutions(model)
     return model
 

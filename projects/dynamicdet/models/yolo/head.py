@@ -17,6 +17,7 @@ from mmdet.models.utils import filter_scores_and_topk
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
 from mmdet.utils import ConfigType, InstanceList, OptConfigType, OptInstanceList
 
+from ..fusing import Fusible
 from .assigner import candidates
 
 #: What each level's objectness counts, shallow to deep, by the number of levels.
@@ -34,7 +35,7 @@ class Matches(NamedTuple):
     labels: Tensor
 
 
-class AnchorHead(BaseDenseHead):
+class AnchorHead(Fusible, BaseDenseHead):
     """One convolution per level. Its channels are A times 4 for boxes, then A for objectness, then A times C
     for classes.
 
@@ -177,7 +178,7 @@ class AnchorHead(BaseDenseHead):
             overlap = ciou(self.decode(raw, level, *at[1:]), own.boxes)
             boxes.append(_mean(1 - overlap, raw))
             logits = objectnesses[level].float()
-            target = _in_cells(overlap.detach().clamp(min=0), at, logits)
+            target = in_cells(overlap.detach().clamp(min=0), at, logits)
             objects.append(F.binary_cross_entropy_with_logits(logits, target))
             logits = _anchors_apart(cls_scores[level], self.num_anchors)
             logits = logits[own.image, own.anchor, :, own.row, own.column].float()
@@ -212,7 +213,7 @@ def _clip(boxes: Tensor, meta: dict) -> Tensor:
     return boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
 
 
-def _in_cells(values: Tensor, at: Tuple[Tensor, ...], like: Tensor) -> Tensor:
+def in_cells(values: Tensor, at: Tuple[Tensor, ...], like: Tensor) -> Tensor:
     """Zeros, but for values, (M,), in the cells that indices, (M,) for each dimension, name.
 
     A cell may be there several times, since objects lie close together: its last value counts, on any device. So

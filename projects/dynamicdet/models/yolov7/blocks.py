@@ -7,6 +7,7 @@ from mmcv.cnn import ConvModule
 from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
 
+from ..fusing import Fusible
 from ..yolo import ACTIVATION, NORM, conv
 from .architecture import Elan
 
@@ -78,7 +79,7 @@ class SppCsp(BaseModule):
         return self.out(torch.cat([self.fused(torch.cat(pooled, dim=1)), self.shortcut(x)], dim=1))
 
 
-class RepConv(BaseModule):
+class RepConv(Fusible, BaseModule):
     """A 3x3 and a 1x1 convolution side by side in training, one 3x3 after `fuse` (RepVGG, arXiv
     2101.03697; without its identity branch, which YOLOv7's outputs do not have)."""
 
