@@ -1,5 +1,6 @@
 """Train either step of a dynamic detector, or any other MMDetection config."""
 import argparse
+import sys
 
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
@@ -8,6 +9,7 @@ from mmengine.runner import Runner
 from dynamicdet.apis import cli
 from dynamicdet.checkpoints import require_all_channels
 from dynamicdet.engine import latest_checkpoint
+from dynamicdet.engine.switches import check_switches
 from dynamicdet.errors import UsageError
 
 
@@ -62,6 +64,8 @@ def main() -> None:
                              f'one by --cfg-options load_from={cfg.load_from}')
     if not args.no_data_check:
         cli.check_data(cfg, 'train', *(['val'] if cfg.get('val_dataloader') else []))
+    for line in check_switches(cfg):
+        print(f'data: {line}', file=sys.stderr)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     if cfg.get('load_from'):
         require_all_channels(getattr(runner.model, 'module', runner.model), checkpoint['state_dict'])

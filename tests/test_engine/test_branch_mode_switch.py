@@ -3,8 +3,11 @@ import logging
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
+from mmengine.config import Config
 from mmengine.runner import IterBasedTrainLoop
 
+from dynamicdet.engine.switches import check_switches
 from dynamicdet.errors import UsageError
 from dynamicdet.testing import tiny_dynamic
 from mmdet.datasets import MultiImageMixDataset
@@ -86,3 +89,43 @@ def test_iterations_have_no_last_epochs():
     hook = HOOKS.build(dict(type='BranchModeSwitchHook'))
     with pytest.raises(UsageError, match='counts epochs'):
         hook.before_train(SimpleNamespace(train_loop=IterBasedTrainLoop.__new__(IterBasedTrainLoop)))
+
+
+def switching(name, **options):
+    """A shipped config and what `check_switches` says of it."""
+    cfg = Config.fromfile(ROOT / 'configs' / f'{name}.py')
+    cfg.merge_from_dict(options)
+    return cfg, lambda: check_switches(cfg)
+
+
+@pytest.mark.parametrize('name', ['dy_yolox_s', 'dy_rtmdet_s', 'dy_yolox_s_router', 'dy_faster_rcnn'])
+def test_shipped_configs_switch_as_they_should(name):
+    _, check = switching(name)
+    assert check() == []
+
+
+def test_mmdets_switch_on_a_dynamic_detector():
+    cfg, check = switching('dy_yolox_s')
+    cfg.custom_hooks[0].type = 'YOLOXModeSwitchHook'
+    with pytest.raises(UsageError, match='name BranchModeSwitchHook instead'):
+        check()
+
+
+def test_mmdets_switch_without_a_mosaic():
+    cfg, check = switching('yolox_nano_digits')
+    cfg.custom_hooks.append(dict(type='mmdet.YOLOXModeSwitchHook'))
+    with pytest.raises(UsageError, match='are a CocoDataset: take the hook out'):
+        check()
+
+
+def test_a_pipeline_that_would_never_be_switched():
+    _, check = switching('dy_rtmdet_s', **{'train_cfg.max_epochs': 20})
+    line, = check()
+    assert 'after 280 epochs, and this run has 20' in line
+
+
+def test_a_wrapper_has_no_pipeline_to_switch():
+    cfg, check = switching('dy_rtmdet_s')
+    cfg.train_dataloader.dataset = dict(type='RepeatDataset', times=2, dataset=cfg.train_dataloader.dataset)
+    with pytest.raises(UsageError, match='RepeatDataset has no pipeline'):
+        check()
