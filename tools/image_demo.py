@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlparse
 import mmengine
 
 from dynamicdet.apis import DynamicInferencer, cli
+from dynamicdet.apis.pictures import pictures_in
 from dynamicdet.datasets.picture_formats import has_picture_suffix, picture_suffixes
 from dynamicdet.errors import UsageError
 
@@ -69,10 +70,7 @@ def find_pictures(inputs: List[str], folder: Path) -> Dict[str, str]:
         if '://' in item:
             found[str(download(item, folder))] = item
         elif path.is_dir():
-            inside = [str(p) for p in sorted(path.iterdir()) if has_picture_suffix(p)]
-            if not inside:
-                raise UsageError(f"there is no picture in '{item}': looked for "
-                                 f"{', '.join(picture_suffixes())}")
+            inside = pictures_in(item)
             found.update(zip(inside, inside))
         elif not path.is_file():
             raise UsageError(f"there is no picture or folder at '{item}'")

@@ -171,7 +171,7 @@ def test_budget_of_the_constructor_is_restored(checkpoints, paths):
         CONFIG, checkpoints['calibrated'], 'cpu', hard_share=0.25, show_progress=False)
     assert sum(exits(detector(paths))) == 1
     assert sum(exits(detector(paths, threshold=HARD))) == 4
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UsageError, match="no picture at 'missing.png'"):
         detector('missing.png', threshold=HARD)
     with pytest.raises(UsageError):
         detector(paths, hard_share=2)
@@ -225,7 +225,7 @@ def test_a_stream_goes_on_behind_what_cannot_be_read(checkpoints, paths, tmp_pat
     found = list(detector.stream(mixed, batch_size=2, on_unreadable=lambda path, reason: missed.append(path)))
     assert len(found) == 3 and missed == faulty
     kept = []
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UsageError, match='there is no picture at'):
         for result in detector.stream([*paths[:3], faulty[1], paths[3]], batch_size=2):
             kept.append(result)
     assert len(kept) == 3

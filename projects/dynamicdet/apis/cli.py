@@ -1,9 +1,11 @@
 """What the command line tools share."""
 import argparse
+import ast
 import contextlib
 import io
 import os
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any, Callable, Iterable, NoReturn, Optional
@@ -19,6 +21,7 @@ from mmdet.utils import register_all_modules
 
 from ..checkpoints import read_checkpoint, weights_only
 from ..datasets.check import check_dataloaders, is_of_empty_set
+from ..datasets.opening import SEVERAL_FILES
 from ..errors import UsageError
 from ..routing.thresholds import latency_of
 
@@ -33,29 +36,66 @@ def run(main: Callable[[], Optional[int]]) -> NoReturn:
             sys.exit(main())
     except UsageError as error:
         print(f'error: {error}', file=sys.stderr)
-    except ValueError as error:
-        if not is_of_empty_set(error):
+    except Exception as error:
+        if is_of_empty_set(error):
+            print('error: a data set of the config is empty: it has no image that can be used', file=sys.stderr)
+        elif _is_of_building(error):
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            print(f'error: what the config describes cannot be built: {_reason(error)} (in {Path(frame.filename).name}, '
+                  f'line {frame.lineno})', file=sys.stderr)
+        else:
             raise
-        print('error: a data set of the config is empty: it has no image that can be used', file=sys.stderr)
     sys.exit(2)
 
 
+#: Last names of keys whose value is a path: text as it stands, whatever is in it.
+PATHS = ('ann_file', 'cascade', 'checkpoint', 'data_root', 'folder', 'img', 'img_path', 'load_from', 'outfile_prefix',
+         'proposal_file', 'seg', 'sub_data_root', 'work_dir')
+
+
+def _is_of_building(error: Exception) -> bool:
+    """Whether an error came up while mmengine built what a config names, not while it ran."""
+    return any(frame.filename.endswith('registry/build_functions.py') or frame.name == 'from_cfg'
+               for frame in traceback.extract_tb(error.__traceback__))
+
+
 class ConfigOptions(DictAction):
-    """mmengine's; but a single value keeps its spaces, as paths need, and mistakes are said."""
+    """mmengine's; but paths and single values are taken as they are, quoted elements of a list are text, and mistakes
+    are said."""
 
     @staticmethod
     def _parse_iterable(value: str) -> Any:
+        with contextlib.suppress(ValueError, SyntaxError):
+            # ["0", "a, b"]. A single one in parentheses stays a list for mmengine.
+            listed = ast.literal_eval(value.strip()) if value.strip()[:1] in tuple('[(\'"') else None
+            if isinstance(listed, (list, tuple)):
+                return list(listed) if value.strip()[0] in '\'"' else listed
         value = value.strip('\'"')
         if ',' in value or value.startswith(('(', '[')):
             return DictAction._parse_iterable(value)
         return DictAction._parse_int_float_bool(value)
 
+    @classmethod
+    def _parse(cls, key: str, value: str) -> Any:
+        if key.rpartition('.')[2] not in PATHS or value.startswith('[') and value.endswith(']'):
+            return cls._parse_iterable(value)
+        return None if value == 'None' else value.strip('\'"')
+
     def __call__(self, parser, namespace, values, option_string=None) -> None:
-        try:
-            super().__call__(parser, namespace, values, option_string)
-        except (ValueError, AssertionError):
-            raise argparse.ArgumentError(
-                self, f'needs KEY=VALUE pairs, brackets balanced; got {" ".join(values)}') from None
+        options = dict(getattr(namespace, self.dest, None) or {})
+        for pair in values:
+            key, equals, value = pair.partition('=')
+            if not equals or not all(key.split('.')):
+                raise argparse.ArgumentError(self, f'needs KEY=VALUE pairs; got {pair}')
+            if value.startswith(('{', 'dict(')):
+                raise argparse.ArgumentError(self, f'takes no dictionary ({pair}): give its entries one by one, as '
+                                             f'{key}.NAME=VALUE')
+            try:
+                options[key] = self._parse(key, value)
+            except (ValueError, AssertionError, RecursionError):
+                raise argparse.ArgumentError(
+                    self, f'needs KEY=VALUE pairs, brackets balanced and around all of a list; got {pair}') from None
+        setattr(namespace, self.dest, options)
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,30 +170,35 @@ def load_config(args: argparse.Namespace) -> Config:
 
 def override(cfg: Config, options: Optional[dict], name: str) -> None:
     """Let ``--cfg-options`` count, the data's root wherever it was used; or raise a `UsageError`."""
-    root = cfg.get('data_root')
+    for key, value in (options or {}).items():
+        if key.rpartition('.')[2] in PATHS and not isinstance(value, (str, type(None))):
+            raise UsageError(f'--cfg-options {key} takes one path, not {value}' + SEVERAL_FILES * key.endswith('ann_file'))
+    if 'data_root' in (options or {}):
+        # First: what is named beside it is meant as it stands.
+        _move_data(cfg, cfg.get('data_root'), options['data_root'])
     try:
         cfg.merge_from_dict(options or {})
     except Exception as error:
         raise UsageError(f"--cfg-options do not fit '{name}': {_reason(error)}") from error
-    _move_data(cfg, root)
 
 
-def _move_data(cfg: Config, root: Any) -> None:
+def _move_data(cfg: Config, root: Any, new: Any) -> None:
     """Let an overridden ``data_root`` count wherever a config has used it: mmengine changes the name alone."""
-    new = cfg.get('data_root')
-    if not isinstance(root, str) or not root or not isinstance(new, str) or new == root:
+    root = root.rstrip('/') if isinstance(root, str) else ''
+    if not root or not isinstance(new, str):
         return
-    new = new.rstrip('/') + '/' if root.endswith('/') else new
 
     def moved(value: Any) -> Any:
+        # New containers: one that is used twice would be moved twice.
         if isinstance(value, dict):
-            for key in value:
-                value[key] = moved(value[key])
-        elif isinstance(value, (list, tuple)):
+            return type(value)({key: moved(one) for key, one in value.items()})
+        if isinstance(value, (list, tuple)):
             return type(value)(map(moved, value))
-        return new + value[len(root):] if isinstance(value, str) and value.startswith(root) else value
+        inside = isinstance(value, str) and f'{value}/'.startswith(f'{root}/')
+        return os.path.join(new, value[len(root) + 1:]) if inside else value
 
-    moved(cfg._cfg_dict)
+    for key, value in cfg.items():
+        cfg[key] = moved(value)
 
 
 def hold_out(cfg: Config) -> None:
@@ -259,10 +304,11 @@ def require_device(device: str) -> None:
         raise UsageError(f"the device '{device}' cannot be used: {_reason(error)}") from error
 
 
-def check_data(cfg: Config, *splits: str) -> None:
-    """Look through the data before a run; on rank 0, which prints what is odd."""
+def check_data(cfg: Config, *splits: str, files: bool = True) -> None:
+    """Look through the data before a run, or without ``files`` through their settings alone; on rank 0, which prints
+    what is odd."""
     if int(os.environ.get('RANK', 0)) == 0:
-        for line in check_dataloaders(cfg, splits, progress=counter('image files')):
+        for line in check_dataloaders(cfg, splits, counter('image files'), files):
             print(f'data: {line}', file=sys.stderr)
 
 
@@ -279,8 +325,10 @@ def silence() -> contextlib.AbstractContextManager:
 
 
 def progress(steps: Iterable, what: str) -> tqdm:
-    """A progress bar with an ETA; a line every ten seconds where the output is no terminal."""
-    return tqdm(steps, desc=what, mininterval=0.5 if sys.stderr.isatty() else 10, leave=False)
+    """A progress bar with an ETA; where the output is no terminal, one every ten seconds, and a line's end behind it."""
+    if sys.stderr.isatty():
+        return tqdm(steps, desc=what, mininterval=0.5, leave=False)
+    return tqdm(steps, desc=what, mininterval=10, delay=10)
 
 
 def counter(what: str) -> Callable[[int, int], None]:

@@ -22,6 +22,7 @@ from ..errors import UsageError
 from ..models import fuse
 from ..models.online import Online, build_controller, kept_speed
 from ..routing.thresholds import check_budget, latency_of
+from .pictures import Picture, pictures_of
 from .stream import Stream
 
 
@@ -102,6 +103,8 @@ class DynamicInferencer(DetInferencer):
         fuse(model)
 
     def __call__(self,
+                 inputs: Union[Picture, os.PathLike, Iterable[Union[Picture, os.PathLike]]],
+                 batch_size: int = 1,
                  *args,
                  threshold: Optional[float] = None,
                  hard_share: Optional[float] = None,
@@ -113,6 +116,9 @@ class DynamicInferencer(DetInferencer):
         does not see it.
 
         Args:
+            inputs (str, path, np.ndarray or iterable): A picture, many, or a folder of them. Arrays are as
+                cv2.imread gives them: uint8, (H, W, 3), blue, green, red.
+            batch_size (int): Pictures at a time. Defaults to 1.
             threshold (float, optional): In [-1, 1]. Hard when the difficulty is above it.
             hard_share (float, optional): Share of hard images, in [0, 1].
             target_latency (float, optional): Mean seconds per image.
@@ -125,8 +131,12 @@ class DynamicInferencer(DetInferencer):
             dict: ``predictions``, one per picture, each with ``difficulty`` and ``exit``; and
             ``visualization``, the drawn pictures, if ``return_vis``.
         """
-        with self._speed(_given(threshold, hard_share, target_latency, throughput, target_gflops)):
-            return super().__call__(*args, **kwargs)
+        budget = _given(threshold, hard_share, target_latency, throughput, target_gflops)
+        inputs = pictures_of(inputs, skip_missing=kwargs.get('on_unreadable') is not None)
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise UsageError(f'batch_size must be a whole number, 1 or more; got {batch_size}')
+        with self._speed(budget):
+            return super().__call__(inputs, batch_size, *args, **kwargs)
 
     @contextlib.contextmanager
     def _speed(self, budget: Dict[str, float]) -> Iterator[None]:
@@ -163,7 +173,7 @@ class DynamicInferencer(DetInferencer):
             dict: Each image's result, in the order of the images, as in ``predictions``: labels, scores,
             bboxes, ``difficulty`` and ``exit``.
         """
-        images = (os.fspath(image) if isinstance(image, os.PathLike) else image for image in images)
+        images = (image if image is None else pictures_of([image], on_unreadable is not None)[0] for image in images)
         if on_unreadable is not None:
             images = _readable(images, on_unreadable)
         batches = (None if image is None else next(iter(self.preprocess([image])))[1] for image in images)

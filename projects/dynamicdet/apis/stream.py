@@ -9,6 +9,7 @@ import numbers
 import queue
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Callable, Dict, Iterable, Iterator, List, Optional
 
@@ -138,7 +139,11 @@ class Stream:
 
         Returns:
             list[DetDataSample]: Results of this and earlier calls, in the order of the images.
+
+        Raises:
+            UsageError: If it is no such batch.
         """
+        _require_batch(batch)
         arrival = self.clock()
         for image, sample in zip(batch['inputs'], batch['data_samples']):
             self._arrived.append(_Arrived(self._count, arrival, image, sample))
@@ -251,6 +256,18 @@ class Stream:
         start = now(self.model.threshold.device)
         yield
         self._busy += now(self.model.threshold.device) - start
+
+
+def _require_batch(batch: dict) -> None:
+    """Refuse what is no batch before any of it is taken: later it would fail among other images."""
+    images, samples = (batch.get(key) if isinstance(batch, Mapping) else None for key in ('inputs', 'data_samples'))
+    if images is None or samples is None or len(images) != len(samples):
+        raise UsageError('a batch has inputs and data_samples, one of each for an image, as a data loader gives them; '
+                         f'got {batch if images is None else f"{len(images)} and {len(samples or ())}"}'[:200])
+    for image in images:
+        if not isinstance(image, Tensor) or image.dim() != 3 or image.shape[0] != 3 or not image.numel():
+            shape = f'{type(image).__name__} {tuple(getattr(image, "shape", ()))}'
+            raise UsageError(f'an image of a stream is a tensor (3, height, width); got {shape}')
 
 
 def _watch(source: Iterable, due: Callable[[], Optional[float]]) -> Iterator:
