@@ -8,7 +8,8 @@ import argparse
 from mmengine.device import get_device
 
 from dynamicdet.apis import cli
-from dynamicdet.apis.calibration import build_loader, calibrate, load_model, provenance
+from dynamicdet.apis.calibration import (build_loader, calibrate, load_model, provenance, require_dynamic,
+                                         require_trained_router)
 from dynamicdet.checkpoints import write_checkpoint
 from dynamicdet.errors import UsageError
 from dynamicdet.routing.thresholds import check_budget
@@ -37,7 +38,10 @@ def main() -> None:
         raise UsageError('a checkpoint from a URL is not written back: name a file by --out')
     check_budget(dict(hard_share=args.hard_share))
     cli.require_writable(out)
+    require_dynamic(cfg)
+    cli.check_data(cfg, 'val', files=False)
     model, checkpoint = load_model(cfg, args.checkpoint, args.device)
+    require_trained_router(model)
     if not args.no_data_check:
         cli.check_data(cfg, 'val')
     loader = build_loader(cfg.val_dataloader)

@@ -8,8 +8,8 @@ import argparse
 from mmengine.device import get_device
 
 from dynamicdet.apis import cli
-from dynamicdet.apis.calibration import load_model
-from dynamicdet.apis.recording import build_record_loader, record_data_set
+from dynamicdet.apis.calibration import load_model, require_dynamic
+from dynamicdet.apis.recording import build_record_loader, record_data_set, require_recordable
 from dynamicdet.checkpoints import exits_digest
 from dynamicdet.routing.record import write_record
 
@@ -37,6 +37,9 @@ def main() -> None:
     cfg = cli.load_config(args)
     cli.require_device(args.device)
     cli.require_writable(args.out)
+    require_dynamic(cfg)
+    require_recordable(cfg, args.split)
+    cli.check_data(cfg, args.split, files=False)
     model, checkpoint = load_model(cfg, args.checkpoint, args.device, any_router=True)
     digest = exits_digest(checkpoint['state_dict'])
     if not args.no_data_check:

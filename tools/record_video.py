@@ -9,7 +9,7 @@ import argparse
 from mmengine.device import get_device
 
 from dynamicdet.apis import cli
-from dynamicdet.apis.recording import build_record_loader
+from dynamicdet.apis.recording import build_record_loader, require_recordable
 from dynamicdet.checkpoints import exits_digest
 from dynamicdet.errors import UsageError
 from dynamicdet.video.record import write_video_record
@@ -39,6 +39,8 @@ def main() -> None:
     cli.require_writable(args.out)
     if args.frames < 1 or args.rounds < 1:
         raise UsageError('--frames and --rounds must be 1 or more')
+    require_recordable(cfg, args.split)
+    cli.check_data(cfg, args.split, files=False)
     model, checkpoint = load_early_exit_detector(cfg, args.checkpoint, args.device)
     digest = exits_digest(checkpoint['state_dict'])
     if not args.no_data_check:

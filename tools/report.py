@@ -11,8 +11,9 @@ from mmengine.device import get_device
 from dynamicdet.apis import cli
 from dynamicdet.apis.analysis import pair_of
 from dynamicdet.apis.calibration import (build_loader, load_model, measure_gflops, measure_latencies,
-                                         provenance, record_exits)
+                                         provenance, record_exits, require_dynamic)
 from dynamicdet.apis.report import format_table, write_report
+from dynamicdet.datasets.opening import require_one_coco
 from dynamicdet.routing.curve import trade_off
 from dynamicdet.routing.evaluation import read_truth
 
@@ -32,10 +33,13 @@ def main() -> None:
     args = parse_args()
     cli.prepare()
     cfg = cli.load_config(args)
-    if not args.no_data_check:
-        cli.check_data(cfg, args.split)
+    require_dynamic(cfg)
+    cli.require_settings(cfg, f'{args.split}_dataloader')
+    cli.require_device(args.device)
+    dataset = require_one_coco(cfg, args.split, 'a report is made')
+    cli.check_data(cfg, args.split, files=not args.no_data_check)
     model, _ = load_model(cfg, args.checkpoint, args.device)
-    loader = build_loader(cfg[f'{args.split}_dataloader'])
+    loader = build_loader(dict(cfg[f'{args.split}_dataloader'], dataset=dataset))
     record = dict(
         images=record_exits(model, loader, cli.progress),
         gflops=measure_gflops(model, loader.dataset),

@@ -13,6 +13,7 @@ from dynamicdet.apis.calibration import build_loader
 from dynamicdet.apis.sensitivity import blocks_of, draw, identity_of, load, measure, parts_of, truth_of
 from dynamicdet.compression.blocks import Block
 from dynamicdet.compression.sensitivity import suggest, table
+from dynamicdet.datasets.opening import require_one_coco
 from dynamicdet.engine import write_atomically
 from dynamicdet.errors import UsageError
 
@@ -58,6 +59,7 @@ def main() -> None:
         Block('--shares', ['*'], share)
     if args.images < 0:
         raise UsageError(f'--images must be 1 or more, or 0 for all; got {args.images}')
+    dataset = require_one_coco(cfg, 'val', 'sensitivity is measured')
     cli.check_data(cfg, 'val')
     model = load(cfg, args.checkpoint, args.device)
     blocks = {}
@@ -72,7 +74,7 @@ def main() -> None:
         print(*(f'{part.name}: {part.weights:,} weights' for part in parts), sep='\n')
         print(f'each at {", ".join(f"{share:.0%}" for share in args.shares)}; results to {out}')
         return
-    loader = build_loader(cfg.val_dataloader)
+    loader = build_loader(dict(cfg.val_dataloader, dataset=dataset))
     truth_of(loader.dataset)
     identity = identity_of(args.checkpoint, str(loader.dataset.ann_file), args.images, args.metric,
                            args.structured)

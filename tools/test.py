@@ -102,8 +102,7 @@ def main() -> None:
         draw_predictions(cfg, args)
     if args.tta:
         augment(cfg)
-    if not args.no_data_check:
-        cli.check_data(cfg, 'test')
+    cli.check_data(cfg, 'test', files=not args.no_data_check)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     if args.out:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))

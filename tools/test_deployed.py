@@ -40,6 +40,8 @@ def load(args: argparse.Namespace) -> Config:
     cfg = read_config(args.folder)
     cli.override(cfg, args.cfg_options, args.folder)
     cli.require_settings(cfg, 'test_dataloader', 'test_evaluator', 'test_cfg')
+    # Of its heads, before they are the folder's.
+    cli.check_data(cfg, 'test', files=False)
     budget = cli.budget_from(args) or None
     cfg.model = ConfigDict(type='DeployedDetector', folder=args.folder, threads=args.threads, runtime=args.runtime,
                            budget=budget)

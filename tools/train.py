@@ -62,8 +62,7 @@ def main() -> None:
         if cfg.get('resume') and not {'meta', 'optimizer'} <= checkpoint.keys():
             raise UsageError(f"'{cfg.load_from}' holds weights alone, from which no run goes on: start "
                              f'one by --cfg-options load_from={cfg.load_from}')
-    if not args.no_data_check:
-        cli.check_data(cfg, 'train', *(['val'] if cfg.get('val_dataloader') else []))
+    cli.check_data(cfg, 'train', *(['val'] if cfg.get('val_dataloader') else []), files=not args.no_data_check)
     for line in check_switches(cfg):
         print(f'data: {line}', file=sys.stderr)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)

@@ -3,6 +3,7 @@ import json
 import cv2
 import numpy as np
 import pytest
+import torch
 from mmengine.config import Config
 
 from dynamicdet.datasets.check import check_coco, check_dataloaders
@@ -360,17 +361,26 @@ def test_evaluators(tmp_path):
 
 def test_other_data_sets_are_named(tmp_path):
     cfg = config(tmp_path)
-    for kind in ('VOCDataset', 'LVISV1Dataset', 'CocoPanopticDataset', 'NoSuchDataset'):
+    built = cfg.train_dataloader.dataset
+    # Of a class of the user's own, which mmengine's runner takes as it is.
+    cfg.train_dataloader = dict(dataset=torch.utils.data.TensorDataset(torch.zeros(3)))
+    line, = check_dataloaders(cfg, ('train', ))
+    assert line == 'train_dataloader.dataset: data sets of type TensorDataset are not checked'
+    cfg.train_dataloader = dict(dataset=built)
+    for kind in ('VOCDataset', 'LVISV1Dataset', 'CocoPanopticDataset'):
         cfg.train_dataloader.dataset.type = kind
-        line, = check_dataloaders(cfg, ('train', ))
-        assert line == f'train_dataloader.dataset: data sets of type {kind} are not checked'
+        assert str(tmp_path / 'train.json') in refusal(cfg, ('train', ))
     cfg.train_dataloader.dataset.type = CocoDataset
     assert check_dataloaders(cfg, ('train', )) == []
-    cfg.train_dataloader.dataset.data_root = 's3://bucket'
+    cfg.train_dataloader.dataset.update(data_root='', ann_file='https://x.org/train.json')
     line, = check_dataloaders(cfg, ('train', ))
     assert 'is not on this disk' in line
+    # What its backend needs is needed by a run, too.
+    cfg.train_dataloader.dataset.update(data_root='s3://bucket', ann_file='train.json')
+    assert 'install petrel_client' in refusal(cfg, ('train', ))
+    cfg.train_dataloader.dataset.update(data_root=str(tmp_path), ann_file='train.json')
     cfg.train_dataloader.dataset.data_prefix = dict(img_path='train')
-    assert "needs data_prefix=dict(img=" in refusal(cfg)
+    assert "needs data_prefix=dict(img=" in refusal(cfg, ('train', ))
 
 
 def test_each_line_names_its_split(tmp_path):

@@ -1,6 +1,7 @@
 """CocoVID and MOT sequences as frames: order, metainfo, filters, evaluation."""
 import json
 import random
+import shutil
 
 import cv2
 import numpy as np
@@ -225,7 +226,8 @@ def test_mot_15_has_pedestrians_alone(sequences):
     (lambda root: (root / 'B' / 'seqinfo.ini').write_text('[Sequence]\nname=B\n'), 'no description'),
     (lambda root: (root / 'B' / 'seqinfo.ini').write_text('name=B\n'), 'no description'),
     (lambda root: [file.unlink() for file in (root / 'A' / 'img1').iterdir()], 'has no frames'),
-    (lambda root: [(root / name / 'seqinfo.ini').unlink() for name in 'AB'], 'no MOT sequence'),
+    (lambda root: (root / 'A' / 'seqinfo.ini').unlink(), 'has img1 and no seqinfo.ini'),
+    (lambda root: [shutil.rmtree(root / name) for name in 'AB'], 'no MOT sequence'),
 ])
 def test_mot_mistakes_are_said(sequences, spoil, words):
     spoil(sequences)

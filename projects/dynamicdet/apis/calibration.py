@@ -237,6 +237,12 @@ def _cpu_name() -> str:
     return f'{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores'
 
 
+def require_trained_router(model: DynamicDetector) -> None:
+    """Raise a `UsageError` if a model is from step 1."""
+    if model.delta.isnan():
+        raise UsageError('this checkpoint is from step 1: train the router (step 2) before calibrating')
+
+
 def calibrate(model: DynamicDetector,
               loader: DataLoader,
               progress: Progress,
@@ -256,8 +262,7 @@ def calibrate(model: DynamicDetector,
     Raises:
         UsageError: If the router was not trained.
     """
-    if model.delta.isnan():
-        raise UsageError('this checkpoint is from step 1: train the router (step 2) before calibrating')
+    require_trained_router(model)
     difficulties = measure_difficulties(model, loader, progress)
     latencies = measure_latencies(model, loader.dataset, progress)
     gflops = measure_gflops(model, loader.dataset)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from mmdet.structures import SampleList
 
+from ..datasets.opening import require_one_coco
 from ..errors import UsageError
 from ..models import DynamicDetector
 from ..models.online import kept_speed
@@ -33,6 +34,20 @@ _COUNTED, _TIMED, _LEAST = 10, 20, 2
 _GREY = (0.299, 0.587, 0.114)
 
 
+def require_recordable(cfg: Config, split: str) -> None:
+    """Raise a `UsageError` unless a split of a config's data can be recorded, before a model is loaded."""
+    for name in dict.fromkeys((split, _like(split))):
+        if not cfg.get(f'{name}_dataloader'):
+            raise UsageError(f"the config '{cfg.filename}' has no {name}_dataloader, which a record of its "
+                             f'{split} data needs')
+        require_one_coco(cfg, name, 'a record is made', file=False)
+
+
+def _like(split: str) -> str:
+    """The split whose pipeline a record takes."""
+    return 'val' if split == 'train' else split
+
+
 def build_record_loader(cfg: Config, split: str) -> DataLoader:
     """A loader of a config's data, as a record wants it: in order, each image once, as in a test, with
     its annotations in the frame of the delivered image.
@@ -45,14 +60,10 @@ def build_record_loader(cfg: Config, split: str) -> DataLoader:
         split (str): 'train', 'val' or 'test'.
 
     Raises:
-        UsageError: If the config lacks the split's data, or they are empty.
+        UsageError: If the config lacks the split's data, or they are empty, several or not in COCO format.
     """
-    like = 'val' if split == 'train' else split
-    for name in {split, like}:
-        if not cfg.get(f'{name}_dataloader'):
-            raise UsageError(f"the config '{cfg.filename}' has no {name}_dataloader, which a record of its "
-                             f'{split} data needs')
-    dataloader = copy.deepcopy(cfg[f'{like}_dataloader'])
+    require_recordable(cfg, split)
+    dataloader = copy.deepcopy(cfg[f'{_like(split)}_dataloader'])
     source = _plain_data_set(cfg[f'{split}_dataloader'].dataset)
     pipeline = _annotated_first(_plain_data_set(dataloader.dataset).pipeline, _loads_masks(cfg))
     dataloader.dataset = dict(copy.deepcopy(source), pipeline=pipeline)
@@ -309,9 +320,6 @@ def _plain_data_set(dataset: dict) -> dict:
     """Config of the data set inside those that repeat, balance or mix it."""
     while 'dataset' in dataset:
         dataset = dataset['dataset']
-    if 'datasets' in dataset:
-        raise UsageError('a record is of one data set, and the config concatenates several: name one by '
-                         '--cfg-options')
     return dataset
 
 

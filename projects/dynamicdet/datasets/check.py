@@ -6,14 +6,16 @@ that cannot be read when its turn comes, hours into a run. Both are said here, b
 import os
 import os.path as osp
 import traceback
-from types import SimpleNamespace
-from typing import Any, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, List, Mapping, Optional, Sequence
 
 from ..errors import UsageError
 from .check_annotations import Place, check_annotations, some
+from .check_classes import require_same_classes
 from .check_images import Progress, find_unreadable
-
-_SPLITS = dict(train='training', val='validation', test='test')
+from .check_others import check_built
+from .mot import MOTSequenceDataset
+from .opening import Opened, is_coco_format, open_data_sets
+from .video import VideoDataset
 
 
 def check_coco(ann_file: str,
@@ -45,14 +47,17 @@ def check_coco(ann_file: str,
 
 def check_dataloaders(cfg: Mapping,
                       splits: Sequence[str] = ('train', 'val'),
-                      progress: Optional[Progress] = None) -> List[str]:
-    """Look through the COCO-format data sets of a config, and for the files of its evaluators.
+                      progress: Optional[Progress] = None,
+                      files: bool = True) -> List[str]:
+    """Look through the data sets of a config, and for the files of its evaluators. What takes no time comes first:
+    settings, and whether the detector's heads and all data sets have the same classes.
 
     Args:
         cfg (Config): mmengine's config; ``train_dataloader``, ``val_evaluator`` and so on are
             looked at where they are there.
         splits (Sequence[str]): Which, of 'train', 'val' and 'test'.
         progress (callable, optional): See `check_coco`; starts anew with each data set.
+        files (bool): Whether to look into annotations and image files. Defaults to True.
 
     Returns:
         list[str]: Warnings, a line each, and a line for each data set that was left alone.
@@ -60,78 +65,56 @@ def check_dataloaders(cfg: Mapping,
     Raises:
         UsageError: See `check_coco`; the message names the key of the config to change.
     """
+    opened = {split: open_data_sets(cfg, split) for split in splits}
+    require_same_classes(cfg.get('model'), [one for own in opened.values() for one in own])
     lines: List[str] = []
-    done = set()
-    for split in splits:
-        loader = cfg.get(f'{split}_dataloader') or {}
-        files = []
-        for key, dataset in _leaves(loader.get('dataset'), f'{split}_dataloader.dataset'):
-            place = Place(f'the {_SPLITS[split]} set', key, split == 'train')
-            found = _resolve(dataset, place)
-            if isinstance(found, str):
-                lines.append(found)
-                continue
-            files.append(osp.realpath(found[0]))
+    done: List[tuple] = []
+    for split in splits if files else ():
+        for one in opened[split]:
             # Validation and test are often the same files.
-            if (*found, place.training) not in done:
-                done.add((*found, place.training))
-                lines += _check(*found, progress, place)
-        lines += _check_evaluators(cfg.get(f'{split}_evaluator'), split, files)
+            if _identity(one) not in done:
+                done.append(_identity(one))
+                lines += _check_opened(one, progress)
+        seen = [osp.realpath(one.dataset.ann_file) for one in opened[split] if is_coco_format(one.dataset)]
+        lines += _check_evaluators(cfg.get(f'{split}_evaluator'), split, seen)
     return lines
 
 
-def is_of_empty_set(error: ValueError) -> bool:
+def is_of_empty_set(error: Exception) -> bool:
     """Whether an error is mmengine's of a data set without images, which it packs by np.concatenate."""
     return any(frame.name == '_serialize_data' for frame in traceback.extract_tb(error.__traceback__))
 
 
-def _leaves(dataset: Any, key: str) -> Iterator[Tuple[str, Any]]:
-    """The data sets inside RepeatDataset, ConcatDataset and the like, and their keys."""
-    if isinstance(dataset, Mapping) and 'datasets' in dataset:
-        for index, inner in enumerate(dataset['datasets']):
-            yield from _leaves(inner, f'{key}.datasets.{index}')
-    elif isinstance(dataset, Mapping) and 'dataset' in dataset:
-        yield from _leaves(dataset['dataset'], f'{key}.dataset')
-    elif dataset is not None:
-        yield key, dataset
+def _identity(one: Opened) -> tuple:
+    """What is looked at, and what for."""
+    own = one.dataset
+    return (one.split == 'train', one.classes) + (
+        (one.key, ) if own is None else (type(own), own.ann_file, own.data_prefix, own.filter_cfg))
 
 
-def _resolve(dataset: Any, place: Place):
-    """A data set's annotation file, image folder and classes; or a line that says why not."""
-    kind = _coco_class(dataset)
-    if kind is None:
-        name = dataset.get('type') if isinstance(dataset, Mapping) else type(dataset).__name__
-        return f'{place.key}: data sets of type {name} are not checked'
-    prefix = dict(dataset.get('data_prefix') or {})
-    paths = SimpleNamespace(
-        ann_file=dataset.get('ann_file') or '',
-        data_root=dataset.get('data_root') or '',
-        data_prefix=prefix)
-    if 'img' not in prefix:
-        raise UsageError(
-            f"{place.key}: CocoDataset needs data_prefix=dict(img='folder of the images')")
-    backend = (dataset.get('backend_args') or {}).get('backend', 'local')
-    if backend != 'local' or '://' in paths.data_root + paths.ann_file + prefix['img']:
-        return f"{place.key}: '{paths.ann_file}' is not on this disk and is not checked"
-    # mmdet's own rules, by its own methods: where paths begin, and whose classes count.
-    kind._join_prefix(paths)
-    classes = kind._load_metainfo(dataset.get('metainfo')).get('classes')
-    if classes is not None and not isinstance(classes, str):
-        classes = tuple(classes)
-    return paths.ann_file, paths.data_prefix['img'], classes
-
-
-def _coco_class(dataset: Any) -> Optional[type]:
-    """The class of a config's data set, if it reads its file as CocoDataset does."""
-    from mmdet.datasets import CocoDataset, CocoPanopticDataset, LVISV05Dataset
-    from mmdet.registry import DATASETS
-    kind = dataset.get('type') if isinstance(dataset, Mapping) else None
-    kind = DATASETS.get(kind) if isinstance(kind, str) else kind
-    # Subclasses by name, but with annotations or file names of another form.
-    others = (CocoPanopticDataset, LVISV05Dataset)
-    if isinstance(kind, type) and issubclass(kind, CocoDataset) and not issubclass(kind, others):
-        return kind
-    return None
+def _check_opened(one: Opened, progress: Optional[Progress]) -> List[str]:
+    """Look through a data set by what its class reads."""
+    from mmdet.datasets import CocoDataset, LVISV05Dataset, Objects365V2Dataset
+    dataset = one.dataset
+    if dataset is None:
+        return [f'{one.key}: data sets of type {one.kind} are not checked']
+    filters = {} if dataset.test_mode or one.split != 'train' else dict(dataset.filter_cfg or {})
+    place = Place(one.name, one.key, one.split == 'train', filters)
+    folder = dataset.data_prefix.get('img', dataset.data_prefix.get('img_path', ''))
+    if (getattr(dataset, 'backend_args', None) or {}).get('backend', 'local') != 'local' or '://' in ''.join(
+            [dataset.ann_file or '', dataset.data_root or '', folder]):
+        return [f"{one.key}: '{dataset.ann_file}' is not on this disk and is not checked"]
+    if isinstance(dataset, VideoDataset) and not one.classes:
+        raise UsageError(f'{one.key}: {one.kind} needs the classes: metainfo=dict(classes=(...))')
+    if isinstance(dataset, MOTSequenceDataset):
+        with dataset.as_cocovid() as ann_file:
+            return _check(ann_file, folder, one.classes, progress, place)
+    if not is_coco_format(dataset) or isinstance(dataset, (LVISV05Dataset, Objects365V2Dataset)):
+        # Some read another form, and are a CocoDataset by name alone.
+        return [f'{place.name}: {line}' for line in check_built(dataset, place, progress)]
+    if isinstance(dataset, CocoDataset) and 'img' not in dataset.data_prefix:
+        raise UsageError(f"{one.key}: CocoDataset needs data_prefix=dict(img='folder of the images')")
+    return _check(dataset.ann_file, folder, one.classes, progress, place)
 
 
 def _check_evaluators(evaluators: Any, split: str, files: Sequence[str]) -> List[str]:
@@ -146,10 +129,14 @@ def _check_evaluators(evaluators: Any, split: str, files: Sequence[str]) -> List
         if not osp.isfile(ann_file):
             raise UsageError(f"{key}: there is no annotation file at '{ann_file}': "
                              + _remedy(ann_file, f'{key}.ann_file'))
-        if str(evaluator.get('type')).endswith('CocoMetric') and files \
-                and osp.realpath(ann_file) not in files:
+        if not str(evaluator.get('type')).endswith('CocoMetric') or not files:
+            continue
+        if osp.realpath(ann_file) not in files:
             lines.append(f"{key}: compares with '{ann_file}', which is not the annotation file of "
                          f'{split}_dataloader: the ids of the images must be the same')
+        elif len(files) > 1:
+            lines.append(f"{key}: compares with '{ann_file}' alone, one of {len(files)} annotation files of "
+                         f'{split}_dataloader: what is found in images of the others counts where ids are the same')
     return lines
 
 

@@ -1,7 +1,7 @@
 """Find what mmdet refuses in a COCO annotation file, and what it leaves out without a word."""
 import json
 from collections import Counter
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -18,6 +18,7 @@ class Place(NamedTuple):
     name: str
     key: str = ''  # such as 'train_dataloader.dataset'; empty: no config
     training: bool = False
+    filter_cfg: Mapping = {}  # what a training leaves out
 
 
 def check_annotations(ann_file: str, classes: Optional[Sequence[str]],
@@ -217,11 +218,32 @@ def _check_boxes(images: List[dict], annotations: List[dict], used: Dict[int, st
     _require(left.any() or not place.training,
              f'{place.name} has no annotation that training can use: {"; ".join(lines) or "none"}')
     # As filter_data: any annotation of a class counts, one that is not used too.
-    empty = len(images) - len(np.unique(image[(image >= 0) & ~unused]))
+    full = np.zeros(len(images), dtype=bool)
+    full[image[(image >= 0) & ~unused]] = True
+    empty = len(images) - full.sum()
     if empty:
         lines.append(f'{empty} of {len(images)} images without an annotation of the classes: '
                      'validation uses them, training leaves them out where filter_cfg has '
                      'filter_empty_gt=True')
+    return lines + _check_filters(images, sizes, full, place)
+
+
+def _check_filters(images: List[dict], sizes: np.ndarray, full: np.ndarray, place: Place) -> List[str]:
+    """Say what a training leaves out for its size or for lack of a mark, as ``filter_data`` of `CocoDataset` and
+    `VideoDataset` do."""
+    kept = full | (not place.filter_cfg.get('filter_empty_gt', False))
+    least, mark = place.filter_cfg.get('min_size', 0), place.filter_cfg.get('marked')
+    small = sizes.min(1) < least
+    lines = []
+    if small.any():
+        lines.append(f'{small.sum()} of {len(images)} images are smaller than filter_cfg.min_size={least}: training leaves '
+                     'them out')
+    unmarked = np.array([mark is not None and not image.get(mark) for image in images], dtype=bool)
+    if unmarked.any():
+        lines.append(f'{unmarked.sum()} of {len(images)} images have no mark {mark}, which filter_cfg wants: training '
+                     'leaves them out')
+    _require((kept & ~small & ~unmarked).any(), f'{place.name}: filter_cfg={dict(place.filter_cfg)} leaves none of its '
+             f'{len(images)} images')
     return lines
 
 
