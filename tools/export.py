@@ -12,8 +12,7 @@ from dynamicdet.apis import cli
 from dynamicdet.apis.calibration import build_loader
 from dynamicdet.deploy.deployment import deploy, load_detector
 from dynamicdet.deploy.folder import require_new
-from dynamicdet.deploy.graphs import need
-from dynamicdet.deploy.stages import find_stages
+from dynamicdet.deploy.graphs import exportable_stages, need
 from dynamicdet.errors import UsageError
 
 
@@ -72,7 +71,7 @@ def main() -> None:
     check(args)
     cfg = cli.load_config(args)
     if args.dry_run:
-        stages = find_stages(load_detector(cfg, args.checkpoint)[0])
+        stages = exportable_stages(load_detector(cfg, args.checkpoint)[0])
         kind = 'int8' if args.int8 else 'float32'
         print(f'would write {args.out}, {kind}: {", ".join(stage.name for stage in stages)}')
         return

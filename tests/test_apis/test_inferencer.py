@@ -16,6 +16,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import save_checkpoint
 from mmengine.structures import InstanceData
+from PIL import Image
 
 from dynamicdet.apis import DynamicInferencer, DynamicVisualizer
 from dynamicdet.errors import UsageError
@@ -294,6 +295,38 @@ def test_unreadable_pictures_are_left_out(detector, paths, tmp_path):
     assert list(faults) == [mixed[0], mixed[2], mixed[4]]
     assert 'no picture' in faults[mixed[0]] and 'truncated' in faults[mixed[2]]
     assert 'No such file' in faults[mixed[4]]
+
+
+def test_each_picture_is_decoded_once(detector, paths, tmp_path, monkeypatch):
+    """For the check, the detector and the drawing together; the same is found and drawn as by mmdet's way."""
+    jpeg = str(tmp_path / 'a.jpg')
+    cv2.imwrite(jpeg, cv2.imread(paths[3]))
+    whole, faults = [], []
+    for name, options in (('once', dict(on_unreadable=lambda *fault: faults.append(fault))), ('plain', {})):
+        counted = []
+        decode, load = cv2.imdecode, Image.open
+        with monkeypatch.context() as patch:
+            patch.setattr(cv2, 'imdecode', lambda *args: counted.append('cv2') or decode(*args))
+            patch.setattr(Image, 'open', lambda *args: counted.append('Pillow') or load(*args))
+            whole.append(detector([*paths, jpeg], out_dir=str(tmp_path / name), return_vis=True, batch_size=2, **options))
+        assert counted == ['cv2'] * 5 and not faults
+        assert sorted(os.listdir(tmp_path / name / 'vis')) == ['0.png', '1.png', '2.png', '3.png', 'a.jpg']
+    assert whole[0]['predictions'] == whole[1]['predictions']
+    assert all((one == two).all() for one, two in zip(*(one['visualization'] for one in whole)))
+
+
+def test_pictures_of_other_kinds_are_detected_in_and_drawn(detector, paths, tmp_path):
+    """As mmcv reads and cannot always write, such as small JPEG 2000."""
+    mixed = []
+    for ending in ('avif', 'gif', 'jp2'):
+        mixed.append(str(tmp_path / f'{ending}.{ending}'))
+        assert cv2.imwrite(mixed[-1], cv2.imread(paths[1]))
+    cut = tmp_path / 'cut.avif'
+    cut.write_bytes(Path(mixed[0]).read_bytes()[:-500])
+    faults = {}
+    results = detector([*mixed, str(cut)], out_dir=str(tmp_path / 'out'), on_unreadable=faults.__setitem__)
+    assert len(results['predictions']) == 3 and list(faults) == [str(cut)]
+    assert sorted(os.listdir(tmp_path / 'out/vis')) == ['avif.avif.jpg', 'gif.gif.jpg', 'jp2.jp2.jpg']
 
 
 # The corner.

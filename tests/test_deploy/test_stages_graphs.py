@@ -6,7 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import RUNTIMES_TO_TRY
+from mmcv.ops import ModulatedDeformConv2dPack, deform_conv2d
 from mmengine.config import ConfigDict
+from torch import nn
 
 from dynamicdet.apis.calibration import force_exit
 from dynamicdet.compression.quantisation import Simulation
@@ -212,3 +214,43 @@ def test_a_runtime_that_is_not_there_is_one_line(exported, monkeypatch):
     monkeypatch.setitem(sys.modules, 'openvino', None)
     with pytest.raises(UsageError, match="need 'openvino'.*requirements/openvino.txt"):
         open_graph(content, 'openvino')
+
+
+def test_layers_without_an_operator_are_named_before_anything_runs(monkeypatch):
+    model = build('dynamic yolox')
+    for block in model.backbone.first.layer4:
+        block.conv2 = ModulatedDeformConv2dPack(64, 64, 3, padding=1)
+    monkeypatch.setattr(model, 'predict', None)
+    with pytest.raises(UsageError) as caught:
+        export_stages(model, (64, 96))
+    said = str(caught.value)
+    assert 'ModulatedDeformConv2dPack (backbone.first.layer4.0.conv2' in said and 'ONNX Runtime' in said
+    assert '\n' not in said
+
+
+class Deformed(nn.Module):
+    """Calls mmcv's operator as a function: no type of a layer tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(8, 8, 3, 3))
+
+    def forward(self, x):
+        return x + deform_conv2d(x, x.new_zeros(len(x), 18, *x.shape[2:]), self.weight, 1, 1, 1, 1, 1)
+
+
+class Unknown(nn.Module):
+    """torch's exporter knows no such operator either."""
+
+    def forward(self, x):
+        return torch.ops.aten.special_bessel_j0(x)
+
+
+@pytest.mark.parametrize('layer, said', [
+    (Deformed, 'MMCVDeformConv2d (first: layer1/layer1.2)'), (Unknown, "the stage 'first' cannot be exported")])
+def test_operators_that_only_the_graph_shows_are_named(layer, said):
+    model = build('retinanet')
+    model.backbone.layer1.append(layer())
+    with pytest.raises(UsageError) as caught:
+        export_stages(model, (64, 96))
+    assert said in str(caught.value) and '\n' not in str(caught.value)

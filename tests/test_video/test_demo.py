@@ -74,7 +74,7 @@ class Pictures(Source):
         for picture in self.pictures:
             if isinstance(picture, BaseException):
                 raise picture
-            yield None, picture, 'is broken' if picture is None else None
+            yield None, picture, 'is broken' if picture is None else None, None
 
 
 def noise(seed, height=48, width=64):
@@ -257,7 +257,7 @@ def test_memory_stays_flat(detector, tmp_path):
         def _read(self):
             while True:
                 picture[:8] += 1  # one frame after the other changes
-                yield None, picture.copy(), None
+                yield None, picture.copy(), None, None
 
     def measure(done):
         if done % 100 == 0:
@@ -339,3 +339,27 @@ def test_a_real_file_goes_through(detector, tmp_path):
     summary = run_demo(detector, open_source(str(tmp_path / 'in.mp4')), tmp_path / 'out.mp4')
     assert summary.frames == 6 and summary.ended is None
     assert [line['time'] for line in lines_of(tmp_path / 'out.jsonl')] == [0, 0.1, 0.2, 0.3, 0.4, 0.5]
+
+
+def test_the_film_shows_frames_at_the_times_of_their_lines(detector, tmp_path):
+    """Also behind frames that cannot be read, at the beginning too."""
+
+    class Uneven(Source):
+        name = 'uneven'
+
+        def _read(self):
+            yield None, None, 'is broken', None
+            for number, time in enumerate((1.0, 1.04, 6.0, 6.5)):
+                yield time, noise(number), None, 2.0
+                if number == 1:
+                    yield None, None, 'is broken', None
+
+    out = tmp_path / 'out.mp4'
+    run_demo(detector, Uneven(), out)
+    times = [line['time'] for line in lines_of(out.with_suffix('.jsonl'))]
+    assert times == pytest.approx([0, 0.04, 0.08, 0.12, 5.04, 5.54])
+    with av.open(str(out)) as container:
+        assert [frame.time for frame in container.decode(video=0)] == pytest.approx(times[1:], abs=2e-4)
+    with av.open(str(out)) as container:
+        *_, last = (packet for packet in container.demux(video=0) if packet.size)
+        assert float((last.pts + last.duration) * last.time_base) == pytest.approx(7.54, abs=1e-3)

@@ -1,9 +1,11 @@
 """Frames from real files: whole, cut short, damaged, turned, of changing size."""
 import struct
+from fractions import Fraction
 
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from dynamicdet.errors import UsageError
 from dynamicdet.video import sources
@@ -189,3 +191,129 @@ def test_no_camera_and_no_server_are_said():
 def test_rates_are_checked(tmp_path, fps):
     with pytest.raises(UsageError, match='above 0'):
         sources.Folder(tmp_path, fps)
+
+
+def film(path, times=(0, 40, 80, 120), streams=((48, 64), )):
+    """A film whose frames have times, in milliseconds."""
+    import av
+    with av.open(str(path), 'w') as container:
+        outs = []
+        for height, width in streams:
+            out = container.add_stream('libx264', rate=25, options=dict(bf='0'))
+            out.height, out.width, out.pix_fmt = height, width, 'yuv420p'
+            out.time_base = out.codec_context.time_base = Fraction(1, 1000)
+            outs.append((out, height, width))
+        for out, height, width in outs:
+            for number, time in enumerate(times):
+                one = av.VideoFrame.from_ndarray(picture(number, height, width), format='bgr24')
+                one.pts, one.time_base = time, Fraction(1, 1000)
+                container.mux(out.encode(one))
+            container.mux(out.encode(None))
+    return path
+
+
+def box(kind, content):
+    return struct.pack('>I4s', 8 + len(content), kind) + content
+
+
+def add_cover(path):
+    """A preview picture in the film's metadata, as telephones and drones put it there; FFmpeg lists it first."""
+    jpeg = cv2.imencode('.jpg', np.full((30, 40, 3), 200, np.uint8))[1].tobytes()
+    handler = box(b'hdlr', struct.pack('>II4s4sII', 0, 0, b'mdir', b'appl', 0, 0) + b'\0')
+    items = box(b'ilst', box(b'covr', box(b'data', struct.pack('>II', 13, 0) + jpeg)))
+    cover = box(b'udta', box(b'meta', struct.pack('>I', 0) + handler + items))
+    content = path.read_bytes()
+    at = content.index(b'moov') - 4
+    head, index = content[:at], content[at + 8:]
+    first = struct.unpack('>I', index[:4])[0]
+    # Behind the first box, in front of all that FFmpeg wrote of its own.
+    index = index.replace(b'udta', b'free')
+    path.write_bytes(head + box(b'moov', index[:first] + cover + index[first:]))
+
+
+def test_a_preview_picture_is_no_film(tmp_path):
+    import av
+    add_cover(film(tmp_path / 'a.mp4'))
+    with av.open(str(tmp_path / 'a.mp4')) as container:
+        assert [stream.width for stream in container.streams.video] == [40, 64]
+    source = open_source(str(tmp_path / 'a.mp4'))
+    frames = read(source)
+    assert len(frames) == 4 and frames[0].picture.shape == (48, 64, 3) and source.ended is None and not source.notes
+
+
+def test_of_several_films_one_is_looked_at_and_it_is_said(tmp_path):
+    source = open_source(str(film(tmp_path / 'a.mkv', streams=[(48, 64), (96, 128)])))
+    frames = read(source)
+    note, = source.notes
+    height, width = frames[0].picture.shape[:2]
+    assert 'has 2 films' in note and f'{width} x {height} pixels' in note and len(frames) == 4
+
+
+@pytest.mark.parametrize('name', ['a.mp4', 'a.mkv'])
+def test_times_are_the_films(tmp_path, name):
+    frames = read(open_source(str(film(tmp_path / name, [200, 240, 5200, 5240, 10200]))))
+    assert [frame.time for frame in frames] == pytest.approx([0, 0.04, 5, 5.04, 10], abs=2e-3)
+
+
+def test_times_go_on_where_a_film_is_joined_from_two(tmp_path):
+    joined = film(tmp_path / 'a.ts').read_bytes() + film(tmp_path / 'b.ts', [0, 40, 1080]).read_bytes()
+    (tmp_path / 'c.ts').write_bytes(joined)
+    times = [frame.time for frame in read(open_source(str(tmp_path / 'c.ts')))]
+    assert len(times) == 7 and all(one < two for one, two in zip(times, times[1:])) and times[-1] < 1.5
+    assert np.diff(times)[-1] == pytest.approx(1.04, abs=1e-3)
+
+
+@pytest.mark.parametrize('said, wanted', [
+    ([None, None, 7.0, 7.5, None], [0, 0.1, 0.2, 0.7, 0.8]), ([-3, -2, -2, -2.5, -1], [0, 1, 1.1, 1.2, 2.7]),
+    ([4, 5, 6], [0, 1, 2])])
+def test_clocks_go_forward(said, wanted):
+    clock = sources._Clock(10)
+    assert [clock.time(one) for one in said] == pytest.approx(wanted)
+
+
+def test_frames_that_cannot_be_read_take_their_time():
+    clock = sources._Clock(10)
+    times = [clock.time_of_fault(), clock.time_of_fault(), clock.time(9.0), clock.time_of_fault(), clock.time(9.2)]
+    assert times == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+
+
+@pytest.mark.parametrize('matrix, expected', [
+    ((-1, 0, 0, 1), lambda one: one[:, ::-1]), ((1, 0, 0, -1), lambda one: one[::-1]),
+    ((0, 1, 1, 0), lambda one: one.transpose(1, 0, 2)), ((0, -1, -1, 0), lambda one: one.transpose(1, 0, 2)[::-1, ::-1])])
+def test_films_that_are_mirrored_are_mirrored_back(tmp_path, matrix, expected):
+    one = np.zeros((32, 64, 3), np.uint8)
+    one[:16, :32] = 255
+    with VideoWriter(tmp_path / 'a.mp4') as writer:
+        writer.write(one)
+    content = bytearray((tmp_path / 'a.mp4').read_bytes())
+    at = content.index(b'tkhd') + 4 + 40
+    a, b, c, d = (value << 16 for value in matrix)
+    content[at:at + 36] = struct.pack('>9i', a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    (tmp_path / 'a.mp4').write_bytes(content)
+    frame, = read(open_source(str(tmp_path / 'a.mp4')))
+    wanted = expected(one)
+    assert frame.picture.shape == wanted.shape and np.abs(frame.picture.astype(int) - wanted).mean() < 5
+
+
+def test_an_animated_picture_has_its_own_times(tmp_path):
+    pages = [Image.fromarray(picture(number)) for number in (1, 9, 20)]
+    pages[0].save(tmp_path / 'a.gif', save_all=True, append_images=pages[1:], duration=[100, 700, 300])
+    frames = read(open_source(str(tmp_path / 'a.gif')))
+    assert [frame.time for frame in frames] == pytest.approx([0, 0.1, 0.8]) and frames[0].picture.shape == (48, 64, 3)
+
+
+def test_a_camera_has_the_walls_clock(tmp_path, monkeypatch):
+    """Of a slow reader frames come late, whatever rate the driver says."""
+    path = str(film(tmp_path / 'a.mp4'))
+    opened = cv2.VideoCapture
+    monkeypatch.setattr(cv2, 'VideoCapture', lambda number: opened(path))
+    now = iter([50.0, 50.5, 50.6, 53.0])
+    monkeypatch.setattr(sources, 'monotonic', lambda: next(now))
+    assert [frame.time for frame in read(sources.Camera(0))] == pytest.approx([0, 0.5, 0.6, 3.0])
+
+
+def test_folders_of_all_that_opencv_reads(tmp_path):
+    for number, ending in enumerate(('avif', 'gif', 'jp2', 'JPG')):
+        assert cv2.imwrite(str(tmp_path / f'{number}.{ending}'), np.full((64, 64, 3), 50 * number, np.uint8))
+    frames = read(open_source(str(tmp_path)))
+    assert [round(frame.picture.mean() / 50) for frame in frames] == [0, 1, 2, 3]

@@ -132,3 +132,41 @@ def test_mistakes_are_said(tmp_path):
     with VideoWriter(tmp_path / 'file' / 'a.mp4') as writer:
         with pytest.raises(UsageError, match='cannot be written'):
             writer.write(flat(1))
+
+
+@pytest.mark.parametrize('fragmented', [False, True])
+def test_frames_are_shown_at_their_times(tmp_path, fragmented):
+    """Pauses, also in front of a key frame (every 250), times between frames, and how long the last one stays."""
+    times = [0.5, 0.54, 0.5401, 3.0, *(3.04 + 0.04 * number for number in range(246)), 100.0, 100.04, 3700.0]
+    with VideoWriter(tmp_path / 'a.mp4', 25, fragmented) as writer:
+        for time in times:
+            writer.write(flat(90), time, 2.5)
+    with av.open(str(tmp_path / 'a.mp4')) as container:
+        frames = list(container.decode(video=0))
+        assert [frame.time for frame in frames] == pytest.approx(times, abs=1e-4)
+        assert frames[250].key_frame
+    with av.open(str(tmp_path / 'a.mp4')) as container:
+        *_, last = (packet for packet in container.demux(video=0) if packet.size)
+        assert float((last.pts + last.duration) * last.time_base) == pytest.approx(3702.5, abs=1e-3)
+
+
+@pytest.mark.parametrize('fragmented', [False, True])
+def test_times_by_the_rate_and_given_ones_agree(tmp_path, fragmented):
+    for fps in (25, 30000 / 1001, 0.5, 1000):
+        for name, step in (('rate', None), ('time', 1 / fps)):
+            with VideoWriter(tmp_path / f'{name}.mp4', fps, fragmented) as writer:
+                for number in range(5):
+                    writer.write(flat(50 * number), None if step is None else number * step, step)
+        assert (tmp_path / 'rate.mp4').read_bytes() == (tmp_path / 'time.mp4').read_bytes()
+        with av.open(str(tmp_path / 'rate.mp4')) as container:
+            assert [frame.time for frame in container.decode(video=0)] == pytest.approx(
+                [number / fps for number in range(5)], rel=1e-3, abs=1e-4)
+
+
+def test_times_that_do_not_go_on_are_the_next_moment(tmp_path):
+    with VideoWriter(tmp_path / 'a.mp4') as writer:
+        for time in (1.0, 1.0, 0.2, 1.04):
+            writer.write(flat(9), time)
+    with av.open(str(tmp_path / 'a.mp4')) as container:
+        times = [frame.time for frame in container.decode(video=0)]
+    assert times == pytest.approx([1, 1, 1, 1.04], abs=1e-3) and len(set(times)) == 4

@@ -1,29 +1,54 @@
 """mmdet's inferencer, at any speed."""
 import contextlib
-import http.client
-import io
+import itertools
 import os
 import os.path as osp
-from typing import Callable, Dict, Iterable, Iterator, List, Optional, Union
+from dataclasses import dataclass
+from typing import Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
 import mmcv
 import mmengine
 import numpy as np
+from mmcv.transforms import Compose
 from mmengine.infer.infer import ModelType
-from PIL import Image
 from torch import nn
 
 from mmdet.apis import DetInferencer
+from mmdet.apis.det_inferencer import IMG_EXTENSIONS
+from mmdet.datasets.transforms import InferencerLoader
 from mmdet.structures import DetDataSample
 
 from ..checkpoints import is_plain, require_complete
-from ..datasets.check_annotations import LONGEST
+from ..datasets.picture_reading import read_picture
 from ..errors import UsageError
 from ..models import fuse
 from ..models.online import Online, build_controller, kept_speed
 from ..routing.thresholds import check_budget, latency_of
 from .pictures import Picture, pictures_of
 from .stream import Stream
+
+
+@dataclass
+class _Shown:
+    """A picture to draw on: its path, if it has one, and what the pipeline decoded."""
+    path: Optional[str]
+    decoded: np.ndarray
+
+    @property
+    def name(self) -> Optional[str]:
+        """Of the drawn picture: of a kind that can be written whatever its size."""
+        name = self.path and osp.basename(self.path)
+        return name if not name or name.lower().endswith(IMG_EXTENSIONS) else f'{name}.jpg'
+
+    def pixels(self) -> np.ndarray:
+        """(H, W, 3) uint8; red first, of a file."""
+        if self.path is None:
+            # As mmdet draws on arrays.
+            return self.decoded.copy()
+        plain = self.decoded.dtype == np.uint8 and self.decoded.ndim == 3 and self.decoded.shape[2] == 3
+        # Pipelines may ask for other than mmdet draws on.
+        picture = self.decoded if plain else mmcv.imfrombytes(mmengine.fileio.get(self.path))
+        return picture[:, :, ::-1]
 
 
 class DynamicInferencer(DetInferencer):
@@ -174,31 +199,73 @@ class DynamicInferencer(DetInferencer):
             bboxes, ``difficulty`` and ``exit``.
         """
         images = (image if image is None else pictures_of([image], on_unreadable is not None)[0] for image in images)
-        if on_unreadable is not None:
-            images = _readable(images, on_unreadable)
-        batches = (None if image is None else next(iter(self.preprocess([image])))[1] for image in images)
+        batches = self._batches_of_one(images, on_unreadable)
         with Stream(self.model, batch_size, hard_batch, collect_easy, deadline,
                     controller=self.controller) as stream:
             for sample in stream.run(batches):
                 yield self.pred2dict(sample)
 
+    def _batches_of_one(self, images: Iterable, on_unreadable: Optional[Callable]) -> Iterator[Optional[dict]]:
+        for image in images:
+            if image is None:
+                yield None
+            else:
+                yield from (data for _, data in self.preprocess([image], on_unreadable=on_unreadable))
+
     def preprocess(self,
-                   inputs: Iterable[Union[str, np.ndarray]],
+                   inputs: Iterable[Union[str, np.ndarray, dict]],
                    batch_size: int = 1,
                    on_unreadable: Optional[Callable[[str, str], None]] = None,
                    **kwargs) -> Iterator:
-        """As mmdet's; see `__call__` for ``on_unreadable``."""
-        if on_unreadable is not None:
-            inputs = _readable(inputs, on_unreadable)
-        return super().preprocess(inputs, batch_size, **kwargs)
+        """As mmdet's, but each picture is decoded once, for the detector and for drawing; see `__call__` for
+        ``on_unreadable``."""
+        load, *rest = self.pipeline.transforms
+        loaded = self._loaded(inputs, load, on_unreadable)
+        while batch := list(itertools.islice(loaded, batch_size)):
+            yield self.collate_fn([(shown, Compose(rest)(results)) for shown, results in batch])
+
+    @staticmethod
+    def _loaded(inputs: Iterable[Union[str, np.ndarray, dict]], load: InferencerLoader,
+                on_unreadable: Optional[Callable[[str, str], None]]) -> Iterator[Tuple['_Shown', dict]]:
+        """Of each picture what is drawn on, and what the pipeline's first step makes of it."""
+
+        def decode(data: bytes) -> Optional[np.ndarray]:
+            return mmcv.imfrombytes(data, flag=load.from_file.color_type, backend=load.from_file.imdecode_backend)
+
+        for item in inputs:
+            if on_unreadable is not None and isinstance(item, str):
+                picture, fault = read_picture(item, decode)
+                if fault is not None:
+                    on_unreadable(item, fault)
+                    continue
+                results = dict(load(dict(img=picture)), img_path=item)
+            else:
+                results = load(dict(item) if isinstance(item, dict) else item)
+            yield _Shown(results.get('img_path'), results['img']), results
 
     def visualize(self,
-                  inputs: list,
+                  inputs: List['_Shown'],
                   preds: List[DetDataSample],
                   return_vis: bool = False,
-                  **kwargs) -> Optional[List[np.ndarray]]:
-        """As mmdet's, which keeps every drawn picture of a folder in memory, asked for or not."""
-        drawn = super().visualize(inputs, preds, return_vis=return_vis, **kwargs)
+                  show: bool = False,
+                  wait_time: int = 0,
+                  draw_pred: bool = True,
+                  pred_score_thr: float = 0.3,
+                  no_save_vis: bool = False,
+                  img_out_dir: str = '') -> Optional[List[np.ndarray]]:
+        """As mmdet's, which decodes every picture once more, and keeps every drawn one of a folder in memory, asked for
+        or not."""
+        out_dir = '' if no_save_vis else img_out_dir
+        if not (show or out_dir or return_vis):
+            return None
+        drawn = []
+        for shown, pred in zip(inputs, preds):
+            name = shown.name or f'{self.num_visualized_imgs:08}.jpg'
+            self.visualizer.add_datasample(
+                name, shown.pixels(), pred, show=show, wait_time=wait_time, draw_gt=False, draw_pred=draw_pred,
+                pred_score_thr=pred_score_thr, out_file=osp.join(out_dir, 'vis', name) if out_dir else None)
+            drawn += [self.visualizer.get_image()] if return_vis else []
+            self.num_visualized_imgs += 1
         return drawn if return_vis else None
 
     def pred2dict(self, data_sample: DetDataSample, pred_out_dir: str = '') -> dict:
@@ -225,34 +292,3 @@ def _given(threshold: Optional[float], hard_share: Optional[float], target_laten
     if len(budget) > 1:
         raise UsageError(f'a budget is exactly one of {", ".join(given)}; got {budget}')
     return dict(target_latency=latency_of(throughput)) if throughput is not None else budget
-
-
-def _readable(inputs: Iterable[Union[str, np.ndarray]],
-              on_unreadable: Callable[[str, str], None]) -> Iterator[Union[str, np.ndarray]]:
-    for item in inputs:
-        reason = picture_fault(item) if isinstance(item, str) else None
-        if reason is None:
-            yield item
-        else:
-            on_unreadable(item, reason)
-
-
-def picture_fault(path: str) -> Optional[str]:
-    """Say why a picture, by path or URL, cannot be read; None if it can."""
-    try:
-        data = mmengine.fileio.get(path)
-    except (OSError, http.client.HTTPException) as error:
-        # urllib's errors are OSErrors too.
-        return f'cannot be read: {getattr(error, "strerror", None) or error}'
-    # OpenCV fills what a truncated file lacks with grey; Pillow says that it is truncated.
-    try:
-        with Image.open(io.BytesIO(data)) as picture:
-            picture.load()
-            if max(picture.size) > LONGEST * min(picture.size):
-                return f'is more than {LONGEST} times as long as wide'
-    except Exception as error:
-        # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more.
-        return f'is damaged: {error}' if 'truncated' in str(error) else 'is no picture, or damaged'
-    if mmcv.imfrombytes(data) is None:
-        return 'is of a kind that OpenCV does not decode'
-    return None

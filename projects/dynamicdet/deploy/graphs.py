@@ -2,10 +2,11 @@
 import contextlib
 import io
 import logging
+import sys
 import warnings
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from mmcv.cnn import fuse_conv_bn
@@ -67,9 +68,10 @@ def export_stages(model: BaseDetector, size: Sequence[int] = EXAMPLE_SIZE,
         fuse (bool): Whether a model's own parts are fused before, as YOLOv7's.
 
     Raises:
-        UsageError: If a library is missing, or the detector cannot be cut.
+        UsageError: If a library is missing, the detector cannot be cut, or one of its layers cannot be in a graph.
     """
     need('onnx')
+    exportable_stages(model)
     if fuse and can_fuse(model):
         # As `models.fuse`, but for what is made for torch on a CPU alone.
         fuse_conv_bn(model)
@@ -78,6 +80,35 @@ def export_stages(model: BaseDetector, size: Sequence[int] = EXAMPLE_SIZE,
     stages = find_stages(model)
     inputs = example_inputs(model, stages, size)
     return {stage.name: _export(stage, inputs[stage.name]) for stage in stages}
+
+
+def exportable_stages(model: BaseDetector) -> List[Stage]:
+    """`find_stages`, if all of their layers can be in a graph, as far as their types tell.
+
+    Raises:
+        UsageError: Names the layers that cannot.
+    """
+    stages = find_stages(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    odd = {id(module): module for stage in stages for whole in stage.modules for module in whole.modules()
+           if _is_mmcvs(type(module))}
+    if odd:
+        raise _no_operator(sorted({type(module).__name__ for module in odd.values()}),
+                           [names.get(key, '?') for key in odd])
+    return stages
+
+
+def _is_mmcvs(kind: type) -> bool:
+    """Whether a layer is computed by mmcv's own C++ operators, such as deformable convolution; losses are no layers."""
+    files = (sys.modules.get(base.__module__) for base in kind.__mro__)
+    return any(file.__name__.startswith('mmcv.ops.') and hasattr(file, 'ext_module') for file in files
+               if file is not None) and not kind.__name__.endswith('Loss')
+
+
+def _no_operator(kinds: Sequence[str], layers: Sequence[str]) -> UsageError:
+    more = f' and {len(layers) - 3} more' if len(layers) > 3 else ''
+    return UsageError(f'{", ".join(kinds)} ({", ".join(layers[:3])}{more}) cannot be exported: ONNX Runtime has no such '
+                      'operator; train the detector with plain layers in their place')
 
 
 def example_inputs(model: BaseDetector, stages: Sequence[Stage], size: Sequence[int]) -> Dict[str, tuple]:
@@ -114,10 +145,26 @@ def _export(stage: Stage, inputs: Sequence[Tensor]) -> Exported:
             for name, tensor in zip(given + made, [*inputs, *tensors])}
     file = io.BytesIO()
     # By tracing: with torch.export a graph takes twenty times as long, and is the same.
-    with _quiet():
-        torch.onnx.export(_Flat(stage).eval(), tuple(inputs), file, input_names=given, output_names=made,
-                          dynamic_axes=axes, opset_version=OPSET, dynamo=False)
+    try:
+        with _quiet():
+            torch.onnx.export(_Flat(stage).eval(), tuple(inputs), file, input_names=given, output_names=made,
+                              dynamic_axes=axes, opset_version=OPSET, dynamo=False)
+    except Exception as error:
+        # Operators of others fail in their own ways.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UsageError(f"the stage '{stage.name}' cannot be exported: {reason}") from error
+    _require_standard(file.getvalue(), stage.name)
     return Exported(file.getvalue(), form, inputs)
+
+
+def _require_standard(content: bytes, stage: str) -> None:
+    """Raise a `UsageError` if a graph has operators of another's, which ONNX Runtime lacks: of functions that are no
+    layers, and so not seen before."""
+    odd = [node for node in need('onnx').load_from_string(content).graph.node if node.domain not in ('', 'ai.onnx')]
+    if odd:
+        # Nodes are named by the layers that they were traced in.
+        layers = dict.fromkeys(f'{stage}: {node.name.rpartition("/")[0].strip("/") or node.name}' for node in odd)
+        raise _no_operator(sorted({node.op_type for node in odd}), list(layers))
 
 
 @contextlib.contextmanager

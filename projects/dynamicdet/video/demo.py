@@ -269,8 +269,8 @@ def run_demo(detector: FrameDetector,
 
     Writes the drawn video ``out`` (H.264), a JSON line per frame beside it (``.jsonl``), and a picture of
     exits and costs over time (``.png``). All have what was done until then when the run is interrupted or
-    fails. A frame that cannot be read is said, takes its place in the lines and, as the frame before once
-    more, in the video; what the detector remembers of the stream stays.
+    fails. The video shows each frame at the time of its line. A frame that cannot be read is said, takes its place
+    in the lines and, as the frame before once more, in the video; what the detector remembers of the stream stays.
 
     Args:
         detector (FrameDetector): Detects.
@@ -290,9 +290,11 @@ def run_demo(detector: FrameDetector,
     fps = min(source.fps, MAX_FPS)
     if fps < source.fps:
         say(f'the source has {source.fps:g} frames per second: they are shown at {fps}')
+    for note in source.notes:
+        say(note)
     # The writer first: one that cannot begin must leave no file of lines.
     with source, VideoWriter(files[0], fps, fragmented=True) as writer, Lines(files[1]) as lines:
-        show = _Show(detector, writer, lines, _Limited(say))
+        show = _Show(detector, writer, lines, _Limited(say), source.fps / fps)
         try:
             for frame in source:
                 show.take(frame, source.name)
@@ -336,6 +338,7 @@ class _Show:
     writer: VideoWriter
     lines: Lines
     say: _Limited
+    slower: float = 1.0  # the film than the source
     timeline: Timeline = field(default_factory=Timeline)
     summary: Summary = field(default_factory=Summary)
     _size: Optional[tuple] = None
@@ -360,7 +363,11 @@ class _Show:
         depth = None if seen.exit is None else (seen.exit + 1) / self.detector.exits
         self._drawn = draw_frame(frame.picture, seen.detections, self.detector.classes, self.detector.colours,
                                  self._text(frame, seen), depth)
-        self.writer.write(self._drawn)
+        self._film(frame)
+
+    def _film(self, frame: Frame) -> None:
+        """Show what was drawn last at a frame's time."""
+        self.writer.write(self._drawn, self.slower * frame.time, frame.duration)
 
     def _skip(self, frame: Frame, entry: dict) -> None:
         self.summary.faults += 1
@@ -368,7 +375,7 @@ class _Show:
         self.timeline.add_fault(frame.time)
         self.lines.write(dict(entry, fault=frame.fault))
         if self._drawn is not None:
-            self.writer.write(self._drawn)
+            self._film(frame)
 
     def _count(self, frame: Frame, seen: Seen) -> None:
         summary = self.summary

@@ -6,15 +6,16 @@ do.
 import os
 import re
 from pathlib import Path
-from typing import Iterator, NamedTuple, Optional, Tuple, Union
+from time import monotonic
+from typing import Any, Iterator, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 import cv2
 import numpy as np
 
-from ..apis.inferencer import picture_fault
 from ..datasets.picture_formats import has_picture_suffix, picture_suffixes
+from ..datasets.picture_reading import read_picture
 from ..errors import UsageError
-from .writer import need_av
+from .writer import MAX_FPS, need_av
 
 #: Frames per second where a source does not say.
 DEFAULT_FPS = 25.0
@@ -29,14 +30,39 @@ class Frame(NamedTuple):
 
     Attributes:
         number (int): From 0 on, without gaps: frames that cannot be read count.
-        time (float): Seconds from the first frame on.
+        time (float): Seconds from the first frame on, more for each frame that can be read.
         picture (ndarray, optional): (H, W, 3) uint8, BGR. None if it cannot be read.
         fault (str, optional): Why not.
+        duration (float, optional): Seconds for which it is to be shown, where the source says.
     """
     number: int
     time: float
     picture: Optional[np.ndarray]
     fault: Optional[str] = None
+    duration: Optional[float] = None
+
+
+class _Clock:
+    """Times of frames, whatever a source says: from 0 on, always forward."""
+
+    def __init__(self, fps: float) -> None:
+        self._step = 1 / fps
+        self._last = self._last_read = self._shift = None
+
+    def time(self, said: Optional[float]) -> float:
+        """Of a frame that can be read, for which the source says a time, or None."""
+        now = None if said is None or self._shift is None else said + self._shift
+        # Of cut and joined films times start anew, or stand still: they go on from where they are.
+        if now is None or self._last_read is not None and now <= self._last_read:
+            now = self.time_of_fault()
+            self._shift = self._shift if said is None else now - said
+        self._last = self._last_read = now
+        return now
+
+    def time_of_fault(self) -> float:
+        """Of a frame that cannot be read: files have it in another order."""
+        self._last = 0.0 if self._last is None else self._last + self._step
+        return self._last
 
 
 class Source:
@@ -47,12 +73,14 @@ class Source:
         name (str): For messages.
         fps (float): Frames per second.
         length (int, optional): Number of frames, as far as the source says; None: not known, or without end.
+        notes (list[str]): What is odd about it, a line each.
         ended (str, optional): After the last frame: why there are no more, if that was not expected.
     """
     name = ''
     fps = DEFAULT_FPS
     length: Optional[int] = None
     ended: Optional[str] = None
+    notes: Sequence[str] = ()
 
     def __enter__(self) -> 'Source':
         return self
@@ -61,9 +89,10 @@ class Source:
         self.close()
 
     def __iter__(self) -> Iterator[Frame]:
-        faults = 0
-        for number, (time, picture, fault) in enumerate(self._read()):
-            yield Frame(number, number / self.fps if time is None else time, picture, fault)
+        faults, clock = 0, _Clock(self.fps)
+        for number, (said, picture, fault, duration) in enumerate(self._read()):
+            time = clock.time(said) if fault is None else clock.time_of_fault()
+            yield Frame(number, time, picture, fault, duration)
             faults = 0 if fault is None else faults + 1
             if faults >= MOST_FAULTS:
                 self.ended = f'{faults} frames in a row cannot be read'
@@ -72,8 +101,8 @@ class Source:
     def close(self) -> None:
         """Let go of what is open."""
 
-    def _read(self) -> Iterator[Tuple[Optional[float], Optional[np.ndarray], Optional[str]]]:
-        """Time (None: by number and rate), picture and fault of each frame."""
+    def _read(self) -> Iterator[Tuple[Optional[float], Optional[np.ndarray], Optional[str], Optional[float]]]:
+        """Time (None: one frame after the one before), picture, fault and duration of each frame."""
         raise NotImplementedError
 
 
@@ -113,16 +142,15 @@ class Folder(Source):
 
     def _read(self):
         for file in self._files:
-            fault = picture_fault(str(file))
-            picture = None if fault else cv2.imread(str(file))
-            yield None, picture, fault and f"'{file.name}' {fault}"
+            picture, fault = read_picture(str(file))
+            yield None, picture, fault and f"'{file.name}' {fault}", None
 
 
 class VideoFile(Source):
     """A video file or network stream, by PyAV.
 
     A frame that the decoder refuses, or marks as damaged, is one that cannot be read. Films that a phone
-    recorded upright are turned.
+    recorded upright are turned, and those that it mirrored are mirrored back. A preview picture is no film.
     """
 
     def __init__(self, path: str) -> None:
@@ -134,24 +162,41 @@ class VideoFile(Source):
             self._container = av.open(path, options=options, timeout=PATIENCE if '://' in path else None)
         except self._error as error:
             raise UsageError(f"'{path}' cannot be opened as a video: {error.strerror}") from None
-        if not self._container.streams.video:
-            self.close()
-            raise UsageError(f"'{path}' has no pictures, only sound or text")
-        self._stream = self._container.streams.video[0]
-        self.fps = float(self._stream.average_rate or self._stream.guessed_rate or DEFAULT_FPS)
+        self._stream = self._film()
+        rate = self._stream.average_rate or self._stream.guessed_rate
+        self.fps = float(rate) if rate and 0 < rate <= MAX_FPS else DEFAULT_FPS
         self.length = self._stream.frames or None
+
+    def _film(self) -> Any:
+        """Of its streams the one that a player shows."""
+        pictures = self._container.streams.video
+        films = [one for one in pictures if not {'attached_pic', 'timed_thumbnails'} & _flags(one)]
+        if not films:
+            self.close()
+            raise UsageError(f"'{self.name}' has no pictures, only " + ('a preview' if pictures else 'sound or text'))
+        best = self._container.streams.best('video')
+        film = next((one for one in films if one.index == best.index), films[0])
+        if len(films) > 1:
+            self.notes = [f'it has {len(films)} films: the one of {film.width} x {film.height} pixels, stream '
+                          f'{film.index}, is looked at']
+        return film
 
     def close(self) -> None:
         self._container.close()
 
     def _read(self):
-        start, count = None, 0
+        first = last = None
+        count = 0
         for picture, fault in self._decoded():
-            time = picture.time if picture is not None else None
-            start = time if start is None else start
+            time = None if picture is None else picture.time
+            if time is not None:
+                first, last = time if first is None else first, time
             count += 1
-            yield (None if time is None else time - start), (None if fault else _upright(picture)), fault
-        if self.length and count < self.length and self.ended is None:
+            yield time, (None if fault else _upright(picture)), fault, _duration(picture)
+        # The index of a trimmed film counts frames that are not shown.
+        length = self._stream.duration and float(self._stream.duration * self._stream.time_base)
+        shown = length and last is not None and last - first > length - 2 / self.fps
+        if self.length and count < self.length and not shown and self.ended is None:
             self.ended = f'it ended after {count} of {self.length} frames'
 
     def _decoded(self) -> Iterator[tuple]:
@@ -180,7 +225,8 @@ class Camera(Source):
         self._camera = cv2.VideoCapture(number)
         if not self._camera.isOpened():
             raise UsageError(f'there is no camera {number}, or it is in use')
-        self.fps = self._camera.get(cv2.CAP_PROP_FPS) or DEFAULT_FPS
+        rate = self._camera.get(cv2.CAP_PROP_FPS)
+        self.fps = rate if 0 < rate <= MAX_FPS else DEFAULT_FPS
 
     def close(self) -> None:
         self._camera.release()
@@ -191,7 +237,8 @@ class Camera(Source):
             if not there:
                 self.ended = 'it gives no more pictures'
                 return
-            yield None, picture, None
+            # Drivers say a rate, and give what the light and the reader's pace allow.
+            yield monotonic(), picture, None, None
 
 
 def _natural(name: str) -> list:
@@ -199,7 +246,24 @@ def _natural(name: str) -> list:
     return [int(part) if part.isdigit() else part for part in re.split(r'(\d+)', name)]
 
 
-def _upright(frame) -> np.ndarray:
-    """A frame of PyAV as (H, W, 3) BGR, turned as the file says."""
+def _flags(stream: Any) -> Set[str]:
+    """What a container says of a stream, by FFmpeg's names."""
+    return {flag.name for flag in type(stream.disposition) if flag & stream.disposition}
+
+
+def _duration(frame: Any) -> Optional[float]:
+    """Seconds for which a frame of PyAV is to be shown, if it says so."""
+    return float(frame.duration * frame.time_base) if frame is not None and frame.duration else None
+
+
+def _upright(frame: Any) -> np.ndarray:
+    """A frame of PyAV as (H, W, 3) BGR, turned and mirrored as the file says, by quarters."""
     picture = frame.to_ndarray(format='bgr24')
-    return np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90) % 4))
+    matrix = frame.side_data.get('DISPLAYMATRIX')
+    if matrix is None:
+        return np.ascontiguousarray(picture)
+    # x goes to (a, b), y to (c, d), both down and to the right (ISO 14496-12, 6.2.2).
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    if abs(b) > abs(a):
+        picture, a, d = picture.transpose(1, 0, 2), c, b
+    return np.ascontiguousarray(picture[::-1 if d < 0 else 1, ::-1 if a < 0 else 1])

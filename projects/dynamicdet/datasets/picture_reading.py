@@ -1,0 +1,60 @@
+"""Read a picture, and say why where it cannot be read."""
+import contextlib
+import http.client
+import io
+from typing import Callable, Optional, Tuple
+
+import cv2
+import mmcv
+import mmengine
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from .check_annotations import LONGEST
+
+
+def read_picture(path: str, decode: Callable[[bytes], Optional[np.ndarray]] = mmcv.imfrombytes
+                 ) -> Tuple[Optional[np.ndarray], Optional[str]]:
+    """Decode a picture, by path or URL: once, where it ends as pictures of its kind do.
+
+    Args:
+        path (str): The picture's.
+        decode (Callable): The bytes of a file -> a picture, None if it has none. Defaults to mmcv's, by OpenCV.
+
+    Returns:
+        tuple: The picture, (H, W, 3) uint8, BGR, and None; or None, and why it cannot be read.
+    """
+    try:
+        data = mmengine.fileio.get(path)
+    except (OSError, http.client.HTTPException) as error:
+        # urllib's errors are OSErrors too.
+        return None, f'cannot be read: {getattr(error, "strerror", None) or error}'
+    picture = None
+    with contextlib.suppress(cv2.error):
+        picture = decode(data) if data else None
+    # OpenCV fills what a truncated file lacks with grey; Pillow says that it is truncated.
+    fault = None if picture is not None and _is_whole(data) else _fault(data, picture is not None)
+    if fault is None and max(picture.shape[:2]) > LONGEST * min(picture.shape[:2]):
+        fault = f'is more than {LONGEST} times as long as wide'
+    return (None, fault) if fault else (picture, None)
+
+
+def _is_whole(data: bytes) -> bool:
+    """Whether a JPEG or PNG file, which most are, has its end."""
+    if data.startswith(b'\xff\xd8'):
+        # Behind the last scan: a preview in the head has scans and an end of its own.
+        return data.rfind(b'\xff\xd9') > data.rfind(b'\xff\xda')
+    return data.startswith(b'\x89PNG') and data.rfind(b'IEND') > len(data) - 64
+
+
+def _fault(data: bytes, decoded: bool) -> Optional[str]:
+    """What is wrong with a file, by Pillow, whether OpenCV decodes it or not; None if nothing is."""
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            picture.load()
+    except UnidentifiedImageError:
+        return None if decoded else 'is no picture, or damaged'
+    except Exception as error:
+        # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more.
+        return f'is damaged: {error}' if 'truncated' in str(error) else 'is no picture, or damaged'
+    return None if decoded else 'is of a kind that OpenCV does not decode'
