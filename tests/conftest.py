@@ -1,4 +1,9 @@
-"""What tests share: mmdet's scope, a small copy of the built-in data, a small run."""
+"""What tests share: mmdet's scope, a small copy of the built-in data, a small run.
+
+``TEST_THREADS`` (1) and ``TEST_SEED`` (0) in the environment run the suite with other threads, and train from
+another seed: no test may hang on either.
+"""
+import json
 import os
 import subprocess
 import sys
@@ -6,22 +11,28 @@ import uuid
 from pathlib import Path
 from typing import Optional
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
+from scipy.optimize import linear_sum_assignment
 
 import dynamicdet  # noqa: F401  (registers)
+from dynamicdet.apis.calibration import build_loader, load_model, record_exits
 from dynamicdet.datasets.digits import make_digits
+from dynamicdet.engine import latest_checkpoint
 from mmdet.utils import register_all_modules
 
 ROOT = Path(__file__).parents[1]
-#: Enough for an AP above 0 on the training images.
+#: Exits differ after so many, and routers tell images apart; what they find is left to chance, see `findable`.
 CASCADE_EPOCHS = 12
 
 # Two threads that wait for each other cost more than one on models this small.
-torch.set_num_threads(1)
-os.environ['OMP_NUM_THREADS'] = '1'
+THREADS = int(os.environ.get('TEST_THREADS', 1))
+SEED = int(os.environ.get('TEST_SEED', 0))
+torch.set_num_threads(THREADS)
+os.environ['OMP_NUM_THREADS'] = str(THREADS)
 
 
 #: For tests of what runs graphs; see test_deploy/test_openvino.py.
@@ -43,6 +54,7 @@ def digits(tmp_path_factory):
 def shrink_options(digits: Path) -> dict:
     """Overrides that make the digits configs run in seconds on the small data."""
     options = {
+        'randomness.seed': SEED,
         'data_root': f'{digits}/',
         'model.backbone.base_channels': 8,
         'model.detector.neck.in_channels': [8, 16, 32, 64],
@@ -122,7 +134,7 @@ def train(cfg: Config) -> Runner:
 
 @pytest.fixture(scope='session')
 def cascade(digits, tmp_path_factory) -> Path:
-    """Work dir of a step 1 that was trained until it finds some of its training images' digits."""
+    """Work dir of a step 1 that was trained a little."""
     register_all_modules(init_default_scope=True)
     work_dir = tmp_path_factory.mktemp('cascade')
     train(load_small('dy_faster_rcnn_digits', digits, work_dir, **{
@@ -132,3 +144,56 @@ def cascade(digits, tmp_path_factory) -> Path:
         'default_hooks.checkpoint.interval': CASCADE_EPOCHS,
     }))
     return work_dir
+
+
+def on_findable(findable: Path) -> dict:
+    """Overrides that make `findable` the test set, and let the detector show even what it is hardly sure of."""
+    return {
+        'test_dataloader.dataset.ann_file': str(findable),
+        'test_dataloader.dataset.data_prefix.img': 'train/',
+        'test_evaluator.ann_file': str(findable),
+        'model.detector.test_cfg.rcnn.score_thr': 0.0,
+    }
+
+
+@pytest.fixture(scope='session')
+def findable(digits, cascade, tmp_path_factory) -> Path:
+    """Annotations of the training images whose objects are what the cascade finds first in them, so that its AP is
+    far from 0 and from 100, whatever it has learned: three boxes of one exit and one of the other, by turns. Every
+    second box is narrowed to an IoU of 0.775."""
+    register_all_modules(init_default_scope=True)
+    path = digits / 'annotations' / 'instances_train.json'
+    cfg = load_small('dy_faster_rcnn_digits', digits, cascade, **on_findable(path))
+    model, _ = load_model(cfg, latest_checkpoint(cascade), 'cpu')
+    images = record_exits(model, build_loader(cfg.test_dataloader), lambda steps, _: steps)
+    content, objects = json.loads(path.read_text()), []
+    for row, image in enumerate(images):
+        for exit, found in enumerate(image['detections']):
+            for one in found[:3 if row % 2 == exit else 1]:
+                left, top, width, height = one['bbox']
+                width *= 0.775 if len(objects) % 2 else 1
+                objects.append(dict(id=len(objects) + 1, image_id=image['id'], bbox=[left, top, width, height],
+                                    area=width * height, iscrowd=0, category_id=one['category_id']))
+    path = tmp_path_factory.mktemp('findable') / 'findable.json'
+    path.write_text(json.dumps({**content, 'annotations': objects}))
+    return path
+
+
+def _rows(detections) -> np.ndarray:
+    """Box, score and label of each, (n, 6), of an ``InstanceData`` or of COCO's results without image ids."""
+    if isinstance(detections, list):
+        return np.array([[*one['bbox'], one['score'], one['category_id']] for one in detections]).reshape(-1, 6)
+    found = detections.detach().cpu()
+    return np.column_stack([found.bboxes, found.scores, found.labels])
+
+
+def same_detections(found, wanted) -> bool:
+    """Whether two results are the same, one to one: label, score within 0.001, box within 0.01 pixels and a thousandth
+    of how far it reaches (random weights make much of rounding). Order counts where scores differ by more."""
+    found, wanted = _rows(found), _rows(wanted)
+    if len(found) != len(wanted) or (np.abs(found[:, 4] - wanted[:, 4]) > 1e-3).any():
+        return False
+    large = np.abs(wanted[:, :4]).max(1, initial=0)
+    near = np.column_stack([1e-2 + 1e-3 * large] * 4 + [np.full((len(wanted), 2), [1e-3, 0.5])])
+    apart = (np.abs(found[:, None] - wanted) > near).any(2)
+    return not apart[linear_sum_assignment(apart)].any()

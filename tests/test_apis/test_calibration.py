@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, shrink_options
+from conftest import ROOT, SEED, THREADS, shrink_options
 from mmengine.config import Config
 
 from dynamicdet.apis.calibration import (build_loader, calibrate, load_model, measure_difficulties,
@@ -103,13 +103,13 @@ def test_latencies_are_told_apart_and_leave_the_budget(model, loader, monkeypatc
     second = model.backbone.deeper_maps
 
     def slow(*args):
-        time.sleep(0.05)
+        time.sleep(0.2)
         return second(*args)
 
     monkeypatch.setattr(model.backbone, 'deeper_maps', slow)
     model.set_budget(threshold=0.25)
     easy, hard = measure_latencies(model, loader.dataset, plain, images=2, rounds=2)
-    assert 0 < easy < hard - 0.03
+    assert 0 < easy < hard - 0.1
     assert model.budget == dict(threshold=0.25) and model.threshold == 0.25
 
 
@@ -217,7 +217,7 @@ def test_where_figures_come_from(cfg, loader, path):
     found = provenance(cfg, path, loader.dataset, 'cpu')
     assert found['checkpoint'] == path and found['config'].endswith('_digits_router.py')
     assert found['ann_file'].endswith('instances_val.json') and found['images'] == 6
-    assert found['threads'] == 1 and found['seed'] == 0 and 'cores' in found['device']
+    assert found['threads'] == THREADS and found['seed'] == SEED and 'cores' in found['device']
     assert {'torch', 'date', 'dtype', 'batch_size'} <= set(found)
 
 

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import same_detections
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import save_checkpoint
@@ -213,9 +214,8 @@ def test_a_stream_gives_what_calls_give(checkpoints, paths):
     assert len(found) == 8 and sum(result['exit'] for result in found) == 4
     for one, other in zip(found, wanted):
         assert one.keys() == other.keys() and one['exit'] == other['exit']
-        assert one['labels'] == other['labels']
-        np.testing.assert_allclose(one['bboxes'], other['bboxes'], atol=1e-2)
-        np.testing.assert_allclose(one['scores'], other['scores'], atol=1e-4)
+        assert same_detections(*(InstanceData(**{
+            key: torch.tensor(result[key]) for key in ('bboxes', 'scores', 'labels')}) for result in (one, other)))
 
 
 def test_a_stream_goes_on_behind_what_cannot_be_read(checkpoints, paths, tmp_path):

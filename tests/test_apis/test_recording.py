@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, shrink_options
+from conftest import ROOT, same_detections, shrink_options
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 
 from dynamicdet.apis import recording
-from dynamicdet.apis.calibration import load_model, measure_gflops, record_exits
+from dynamicdet.apis.calibration import coco_results, load_model, measure_gflops, record_exits
 from dynamicdet.apis.recording import (build_record_loader, flip_detection, flip_images, grey_entropy,
                                        record_data_set, shift_detection, shift_images)
 from dynamicdet.errors import UsageError
@@ -66,14 +66,6 @@ def run(request, digits, tmp_path_factory):
     return SimpleNamespace(cfg=cfg, model=model, loader=loader, record=record, path=path)
 
 
-def close(found, expected, tolerance=1e-3):
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected):
-        assert one['category_id'] == other['category_id']
-        np.testing.assert_allclose([*one['bbox'], one['score']], [*other['bbox'], other['score']],
-                                   atol=tolerance)
-
-
 # What is recorded.
 
 
@@ -84,7 +76,7 @@ def test_detections_are_both_exits_own(run):
         assert (image['id'], image['file']) == (other['id'], other['file'])
         assert image['difficulty'] == pytest.approx(other['difficulty'], abs=1e-6)
         for found, own in zip(image['detections'], other['detections']):
-            close(found, own)
+            assert same_detections(found, own)
 
 
 def test_the_model_stays_as_it_was(run):
@@ -125,14 +117,12 @@ def test_the_view_is_the_flipped_image(run):
     for exit, threshold in enumerate((1.0, -1.0)):
         run.model.set_budget(threshold=threshold)
         with torch.no_grad():
-            found = run.model.test_step(batch)[0].pred_instances
-        view = run.record['images'][0]['view'][exit]
-        assert len(view) == len(found) > 0
-        for one, box, score in zip(view, found.bboxes.tolist(), found.scores.tolist()):
-            left, top, right, bottom = box
-            np.testing.assert_allclose(
-                [*one['bbox'], one['score']],
-                [wide - right, top, right - left, bottom - top, score], atol=1e-3)
+            found = coco_results(run.model.test_step(batch)[0], dataset.cat_ids)
+        assert len(found) > 0
+        for one in found:
+            left, top, width, height = one['bbox']
+            one['bbox'] = [wide - left - width, top, width, height]
+        assert same_detections(run.record['images'][0]['view'][exit], found)
     run.model.set_budget(threshold=0.25)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, load_small, load_small_router, run_tool, train
+from conftest import ROOT, load_small, load_small_router, on_findable, run_tool, train
 
 from dynamicdet.apis.calibration import build_loader, load_model, measure_difficulties
 from dynamicdet.checkpoints import read_checkpoint
@@ -90,7 +90,8 @@ def test_step_2_on_two_processes(digits, cascade, tmp_path):
     first, second = ranks(tmp_path)
     assert not differing(first, second)
     alone = train(load_small_router(digits, tmp_path / 'alone', cascade, **options)).model
-    assert first['delta'].item() == pytest.approx(alone.delta.item(), rel=1e-5)
+    # Other images are in a batch together: sums of losses are rounded otherwise.
+    assert first['delta'].item() == pytest.approx(alone.delta.item(), abs=1e-5)
     assert 'the median of L1 - L2 over 11 training images' in printed
     before = read_checkpoint(latest_checkpoint(cascade))['state_dict']
     # All that training has changed, on either rank.
@@ -143,14 +144,10 @@ def by_image(path):
         return {result['img_id']: result for result in pickle.load(file)}
 
 
-def test_testing_on_two_processes(digits, cascade, tmp_path):
+def test_testing_on_two_processes(digits, findable, cascade, tmp_path):
     """Same AP, and image by image the same boxes, with 11 images of which half are hard."""
     cfg = load_small('dy_faster_rcnn_digits', digits, tmp_path, **{
-        'test_dataloader.batch_size': 1,
-        'test_dataloader.dataset.indices': 11,
-        'test_dataloader.dataset.ann_file': 'annotations/instances_train.json',
-        'test_dataloader.dataset.data_prefix.img': 'train/',
-        'test_evaluator.ann_file': f'{digits}/annotations/instances_train.json'})
+        **on_findable(findable), 'test_dataloader.batch_size': 1, 'test_dataloader.dataset.indices': 11})
     checkpoint = latest_checkpoint(cascade)
     model, _ = load_model(cfg, checkpoint, 'cpu')
     scores = measure_difficulties(model, build_loader(cfg.test_dataloader), lambda steps, _: steps)

@@ -86,11 +86,12 @@ def differences(digits, cascade):
 
 def test_delta_is_the_median_over_the_training_set(finished, differences):
     assert len(differences) == 12
-    median = np.median(differences)
-    assert finished.model.delta.item() == pytest.approx(median, rel=1e-5)
-    # No other middle would pass: the values differ by far more than the tolerance.
-    assert abs(np.mean(differences) - median) > 1e-3 * abs(median)
-    assert min(abs(np.diff(np.sort(differences)))) > 1e-5 * abs(median)
+    median, (below, above) = np.median(differences), np.sort(differences)[5:7]
+    # Sums of losses, each rounded.
+    missed = abs(finished.model.delta.item() - median)
+    assert missed < 1e-5
+    # No other middle is as near.
+    assert all(abs(finished.model.delta.item() - other) > 10 * missed for other in (np.mean(differences), below, above))
 
 
 def test_delta_is_logged_with_progress_and_saved(finished, last):
@@ -129,7 +130,7 @@ def test_endless_samplers_do_not_make_an_endless_measurement(digits, cascade, fi
     cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=1)
     runner = train(cfg)
     assert 'over 12 training images' in log_of(runner)
-    assert runner.model.delta.item() == pytest.approx(finished.model.delta.item(), rel=1e-5)
+    assert runner.model.delta.item() == pytest.approx(finished.model.delta.item(), abs=1e-5)
 
 
 def test_online_delta_is_the_median_of_a_bounded_window(digits, cascade, tmp_path, monkeypatch):
@@ -313,7 +314,7 @@ def test_a_router_of_the_same_shape_is_kept(digits, finished, last, tmp_path):
 
 def test_quantiles_of_the_gains_are_kept_in_the_checkpoint(finished, last, differences):
     gains = finished.model.gains
-    assert gains.tolist() == pytest.approx(np.percentile(differences, range(101)), rel=1e-4)
+    assert gains.tolist() == pytest.approx(np.percentile(differences, range(101)), rel=1e-4, abs=1e-5)
     assert gains[50] == finished.model.delta
     checkpoint = read_checkpoint(str(last))
     assert checkpoint['router_gains'] == gains.tolist()
@@ -340,21 +341,22 @@ def test_delta_is_the_median_of_what_the_objective_counts(digits, cascade, tmp_p
                 for difference, image in zip(differences, annotations['images'])]
     assert len(set(objects.values())) > 1
     runner = train(load_small_router(digits, tmp_path, cascade, **{'model.objective': 'loss_sum'}))
-    assert runner.model.delta.item() == pytest.approx(np.median(expected), rel=1e-4)
+    assert runner.model.delta.item() == pytest.approx(np.median(expected), rel=1e-4, abs=1e-4)
     assert 'the median of (L1 - L2) x objects over 12 training images' in log_of(runner)
 
 
 @pytest.mark.parametrize('delta', ['exact', 'online'])
 @pytest.mark.parametrize('objective', ['ap', 'pairwise'])
-def test_other_objectives_train(digits, cascade, tmp_path, objective, delta):
+def test_other_objectives_train(digits, findable, cascade, tmp_path, objective, delta):
     """Chosen by one line; the router and nothing else changes."""
-    runner = train(load_small_router(
-        digits, tmp_path, cascade, delta=delta, **{'model.objective': objective}))
+    runner = train(load_small_router(digits, tmp_path, cascade, delta=delta, **{
+        'model.objective': objective, 'train_dataloader.dataset.ann_file': str(findable),
+        'model.detector.test_cfg.rcnn.score_thr': 0.0}))
     gains = runner.model.gains
     assert gains.shape == (101, ) and gains.isfinite().all() and (gains.diff() >= 0).all()
     if objective == 'ap':
-        # Percent, and not all the same: the cascade finds some of its training images' digits.
-        assert -100 <= gains[0] < gains[100] <= 100
+        # Percent: either exit finds more in some images.
+        assert -100 <= gains[0] < 0 < gains[100] <= 100
     before = read_checkpoint(latest_checkpoint(cascade))['state_dict']
     after = runner.model.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])

@@ -1,6 +1,7 @@
 """What an exit may be: one of several backbones in a row, or one backbone at another resolution."""
 import pytest
 import torch
+from conftest import same_detections
 from mmengine.runner.checkpoint import load_state_dict
 
 from dynamicdet.errors import UsageError
@@ -23,11 +24,6 @@ def build(name='faster_rcnn', **settings):
 
 def batch(model, objects=(2, 1, 3)):
     return model.data_preprocessor(tiny_batch(objects), True)
-
-
-def fingerprint(found):
-    """Boxes and scores of detections in an order that rounding does not change, (n, 2)."""
-    return torch.stack([found.bboxes.sum(1).sort().values, found.scores.sort().values], 1)
 
 
 @pytest.mark.parametrize('settings', KINDS.values(), ids=KINDS)
@@ -70,7 +66,7 @@ def test_images_leave_at_the_exit_that_their_difficulty_says(settings):
             for row, sample in enumerate(model.predict(data['inputs'], data['data_samples'])):
                 assert sample.exit == exit
                 if wanted[row] == exit:
-                    assert torch.allclose(fingerprint(sample.pred_instances), fingerprint(mixed[row]), atol=1e-2)
+                    assert same_detections(sample.pred_instances, mixed[row])
 
 
 def test_nothing_behind_the_last_exit_needed_is_run():

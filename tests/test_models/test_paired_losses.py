@@ -61,7 +61,6 @@ def atss_losses(objects, seed):
 
 def rank_losses(rank, folder):
     register_all_modules(init_default_scope=True)
-    torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2)
     # Ranks with images of their own, and a rank that has one more.
     losses = [atss_losses(1 + 3 * rank, seed) for seed in range(1 + rank)]

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, same_detections
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 
@@ -14,6 +14,7 @@ import dynamicdet.datasets.samplers  # noqa: F401  (these register)
 import dynamicdet.datasets.video  # noqa: F401
 import dynamicdet.engine.all_exits  # noqa: F401
 import dynamicdet.engine.exit_curve_hook  # noqa: F401
+from dynamicdet.apis.calibration import coco_results
 from dynamicdet.apis.recording import build_record_loader
 from dynamicdet.datasets.digits_video import make_digits_video
 from dynamicdet.errors import UsageError
@@ -132,18 +133,6 @@ def run_lazily(model, dataset, rows):
     return found
 
 
-def alike(instances, results):
-    """Whether the same was found, in any order: of equal scores either may be first."""
-    boxes = np.array([one['bbox'] for one in results]).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    one = np.column_stack([instances.bboxes.numpy(), 10 * instances.scores.numpy()])
-    other = np.column_stack([boxes, [10 * one['score'] for one in results]])
-    if len(one) != len(other) or not len(one):
-        return len(one) == len(other)
-    apart = np.abs(one[:, None] - other[None]).max(axis=2)
-    return max(apart.min(axis=0).max(), apart.min(axis=1).max()) < 1e-2
-
-
 @pytest.mark.parametrize('config', [
     dict(type='ScoreGate', kind='confidence'), dict(type='AgreementGate', iou=0.0), dict(type='TemporalGate'),
     dict(type='HaltingGate'), dict(type='TemporalGate', gate=dict(type='ScoreGate', over='sum')),
@@ -178,7 +167,7 @@ def test_simulation_is_what_the_detector_does(world, config):
         for sample, at in zip(found, in_order):
             source = run.source[at]
             shown = record['images'][source]['detections'][run.exits[source]] if source >= 0 else []
-            assert alike(sample.pred_instances, shown)
+            assert same_detections(coco_results(sample, dataset.cat_ids), shown)
     assert len(seen) > 1
 
 
