@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from conftest import SEED
 from pycocotools.coco import COCO
 
 from dynamicdet.errors import UsageError
@@ -14,7 +15,7 @@ from dynamicdet.routing.fitting import _best_constant, features_of, fit_router, 
 
 
 #: Half of the fits of the defaults.
-QUICK = dict(weight_decays=(0.01, 1.0), folds=2)
+QUICK = dict(weight_decays=(0.01, 1.0), folds=2, seed=SEED)
 
 
 def problem(n, noise=0.0, seed=0):
