@@ -7,7 +7,7 @@ from mmengine.runner import Runner
 
 from dynamicdet.engine import QuantizationHook
 from dynamicdet.models import can_fuse, fuse
-from dynamicdet.testing import tiny_detector
+from dynamicdet.testing import randomise, tiny_detector
 from mmdet.registry import HOOKS, MODELS
 
 
@@ -29,13 +29,28 @@ def small(digits, folder, *hooks):
                  cfg.model.detector.bbox_head):
         node.width = 0.0625
     cfg.model.budget = dict(threshold=-1)
+    # Nothing is suppressed: which of two nearly equal boxes would be is a matter of rounding.
+    cfg.model.detector.test_cfg.nms.iou_threshold = 1.0
     cfg.work_dir = str(folder)
     cfg.custom_hooks += [dict(type=hook) for hook in hooks]
     return cfg
 
 
+def all_among(few, many):
+    """Whether each detection is one of many: label, 0.01 pixels, 1e-4 in score."""
+    few, many = (torch.cat([one.bboxes, 100 * one.scores[:, None], one.labels[:, None]], 1) for one in (few, many))
+    return (few[:, None] - many).abs().amax(2).amin(1).max() < 1e-2
+
+
 def test_a_fused_copy_finds_the_same(digits, tmp_path):
-    Runner.from_cfg(small(digits, tmp_path)).train()
+    cfg = small(digits, tmp_path)
+    model = randomise(MODELS.build(cfg.model))
+    # Or all scores would be alike.
+    for conv in model.branches[1].bbox_head.convs:
+        conv.weight.data *= 10
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'random.pth')
+    cfg.load_from = str(tmp_path / 'random.pth')
+    Runner.from_cfg(cfg).train()
     runs = []
     for hooks in (['Watch'], ['Watch', 'FuseHook']):
         cfg = small(digits, tmp_path, *hooks)
@@ -48,9 +63,8 @@ def test_a_fused_copy_finds_the_same(digits, tmp_path):
         runs.append(Watch.found)
     assert [norms for norms, _ in runs[0]] == [True] * 6 and [norms for norms, _ in runs[1]] == [False] * 6
     for (_, one), (_, other) in zip(*runs):
-        assert len(one) > 10
-        torch.testing.assert_close(other.scores[:10], one.scores[:10], atol=1e-3, rtol=1e-3)
-        torch.testing.assert_close(other.bboxes[:10], one.bboxes[:10], atol=1e-3, rtol=1e-3)
+        assert len(one) > 10 and one.scores[0] > one.scores[-1] + 0.01
+        assert all_among(one[:10], other) and all_among(other[:10], one)
 
 
 def test_a_part_with_something_called_fuse():

@@ -84,7 +84,7 @@ def kill_at_random(run, kills=3):
     # At least an epoch of 3 iterations, so that there is something to resume from.
     for more in rng.integers(3, 6, kills):
         goal = run.iterations() + more
-        run.kill_when(lambda: run.iterations() >= goal, '--resume', then=rng.uniform(0, 0.3))
+        run.kill_when(lambda: run.iterations() >= goal, '--resume', then=rng.uniform(0, 0.1))
         for path in run.work_dir.glob('epoch_*.pth'):
             read_checkpoint(str(path))
     assert run.log.read_text().count('resumed epoch:') >= kills - 1
