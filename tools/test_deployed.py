@@ -21,6 +21,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('folder', help='deployment folder')
     cli.add_budget_arguments(parser)
     parser.add_argument('--runtime', default='onnxruntime', choices=list(RUNTIMES), help='what runs the graphs: onnxruntime')
+    parser.add_argument(
+        '--providers', nargs='+', metavar='NAME',
+        help='what ONNX Runtime computes with, such as CPUExecutionProvider: the best that is there')
     parser.add_argument('--threads', type=int, default=1, help='CPU threads of graphs and of torch: 1')
     parser.add_argument(
         '--images', type=int, default=20, help='how many images are timed, at all exits: 20; 0 times none')
@@ -44,7 +47,7 @@ def load(args: argparse.Namespace) -> Config:
     cli.check_data(cfg, 'test', files=False)
     budget = cli.budget_from(args) or None
     cfg.model = ConfigDict(type='DeployedDetector', folder=args.folder, threads=args.threads, runtime=args.runtime,
-                           budget=budget)
+                           providers=args.providers, budget=budget)
     # What a training needs has no part in this.
     cfg.custom_hooks, cfg.load_from, cfg.resume, cfg.launcher = [], None, False, 'none'
     for name in ('train', 'val'):
@@ -72,7 +75,7 @@ def main() -> None:
         with cli.silence():
             dataset = build_loader(settings).dataset
         latencies: List[float] = measure_latency(
-            load_deployed(args.folder, args.threads, args.runtime), dataset, cli.progress, args.images)
+            load_deployed(args.folder, args.threads, args.runtime, args.providers), dataset, cli.progress, args.images)
         figures['milliseconds'] = [1e3 * seconds for seconds in latencies]
         print(*(f'exit {exit}: {1e3 * seconds:.1f} ms' for exit, seconds in enumerate(latencies)), sep='\n')
     if not args.no_ap:

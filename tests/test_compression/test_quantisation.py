@@ -145,7 +145,7 @@ def test_the_gradient_of_a_learned_range_by_hand():
     # Steps of 1, zero at 100.
     bounds = torch.tensor([-100.0, 155.0], requires_grad=True)
     x = torch.tensor([-150.0, -100.0, 0.25, 10.0, 155.0, 200.0], requires_grad=True)
-    y = LearnedRange.apply(x, bounds, 1.0, 100)
+    y = LearnedRange.apply(x, bounds, torch.tensor(1.0), torch.tensor(100, dtype=torch.int32))
     assert y.tolist() == [-100, -100, 0, 10, 155, 155]
     # Residual blocks add to it in place.
     y += 1

@@ -119,9 +119,8 @@ def test_agreement_is_symmetric_and_bounded():
     def draw():
         corner = generator.uniform(0, 20, (8, 2))
         boxes = np.concatenate([corner, corner + generator.uniform(5, 20, (8, 2))], axis=1)
-        return surest(
-            found(*zip(boxes.tolist(), generator.uniform(0.1, 1, 8),
-                       generator.integers(0, 2, 8).tolist())))
+        own, = surest([found(*zip(boxes.tolist(), generator.uniform(0.1, 1, 8), generator.integers(0, 2, 8).tolist()))])
+        return own
 
     for _ in range(20):
         one, other = draw(), draw()

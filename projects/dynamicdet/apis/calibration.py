@@ -2,7 +2,6 @@
 import datetime
 import os
 import platform
-import time
 from typing import Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -17,8 +16,9 @@ from ..checkpoints import forget_other_router, is_plain, read_checkpoint, requir
 from ..datasets.check import is_of_empty_set
 from ..errors import UsageError
 from ..models import DynamicDetector, fuse
-from ..models.online import kept_speed
+from ..models.online import kept_speed, now
 from ..routing.thresholds import ALL_EASY, ALL_HARD
+from ..transfers import to_host
 from . import cli
 from .flops import count_flops
 
@@ -124,18 +124,17 @@ def measure_latencies(model: DynamicDetector,
     """
     batches = _single_batches(dataset, images, rows)
     times: List[List[float]] = [[] for _ in range(model.num_exits)]
-    synchronise = torch.cuda.synchronize if model.threshold.is_cuda else lambda: None
+    device = model.threshold.device
     with kept_speed(model):
         for turn in progress(range(rounds + 1), 'latencies'):
             for batch in batches:
                 for exit in range(model.num_exits):
                     force_exit(model, exit)
-                    synchronise()
-                    start = time.perf_counter()
+                    start = now(device)
                     model.test_step(batch)
-                    synchronise()
+                    seconds = now(device) - start
                     if turn:
-                        times[exit].append(time.perf_counter() - start)
+                        times[exit].append(seconds)
     return tuple(float(np.median(own)) for own in times)
 
 
@@ -200,12 +199,12 @@ def record_exits(model: DynamicDetector, loader: DataLoader, progress: Progress)
 
 
 def coco_results(sample, category_ids: List[int]) -> List[dict]:
-    found = sample.pred_instances.cpu()
-    boxes = found.bboxes.clone()
+    """Detections of an image as COCO has them; masks are left out, and left where they are."""
+    (boxes, scores, labels), = to_host([sample.pred_instances])
     boxes[:, 2:] -= boxes[:, :2]
     return [
-        dict(bbox=box, score=score, category_id=category_ids[label]) for box, score, label in zip(
-            boxes.tolist(), found.scores.tolist(), found.labels.tolist())
+        dict(bbox=box, score=score, category_id=category_ids[label])
+        for box, score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist())
     ]
 
 

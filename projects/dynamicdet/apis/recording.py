@@ -4,7 +4,6 @@ All that a router is judged by, or trained on, follows from it; see `routing.rec
 """
 import contextlib
 import copy
-import time
 import warnings
 from typing import Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
@@ -21,7 +20,7 @@ from mmdet.structures import SampleList
 from ..datasets.opening import require_one_coco
 from ..errors import UsageError
 from ..models import DynamicDetector
-from ..models.online import kept_speed
+from ..models.online import kept_speed, now
 from .calibration import (Progress, build_loader, coco_results, force_exit, measure_gflops,
                           measure_latencies, provenance)
 from .flops import count_flops
@@ -130,6 +129,7 @@ def _record_batch(model: DynamicDetector, batch: dict, category_ids: List[int], 
     inputs, samples = data['inputs'], data['data_samples']
     with _watched_features(model) as features:
         detections = _every_exit(model, inputs, samples, category_ids)
+    seen_by_router = features[0].cpu().numpy()
     entries = [
         dict(
             id=int(sample.img_id),
@@ -137,7 +137,7 @@ def _record_batch(model: DynamicDetector, batch: dict, category_ids: List[int], 
             difficulty=float(sample.difficulty),
             shape=tuple(sample.img_shape[:2]),
             detections=[per_image[row] for per_image in detections],
-            features=features[0][row].cpu().numpy(),
+            features=seen_by_router[row].copy(),
             entropy=grey_entropy(pixels[row])) for row, sample in enumerate(samples)
     ]
     if view != 'none':
@@ -215,15 +215,13 @@ def _measure_routing(model: DynamicDetector,
     """What the first backbone and the router cost: mean GFLOPs and median seconds per image. What exit 0 costs
     beyond is its neck and heads."""
     batches = [pseudo_collate([dataset[row]]) for row in rows]
-    synchronise = torch.cuda.synchronize if model.threshold.is_cuda else lambda: None
+    device = model.threshold.device
 
     def run(batch: dict) -> float:
-        synchronise()
-        start = time.perf_counter()
+        start = now(device)
         data = model.data_preprocessor(batch, False)
         model.score(data['inputs'], data['data_samples'])
-        synchronise()
-        return time.perf_counter() - start
+        return now(device) - start
 
     flops, _ = count_flops(lambda: [run(batch) for batch in batches])
     seconds = [run(batch) for _ in range(rounds) for batch in batches]

@@ -117,9 +117,10 @@ def _flat(outputs: Any) -> List[Tensor]:
     return [one for output in outputs if output is not None for one in _flat(output)]
 
 
-def example(size: int = 64) -> Tensor:
-    """An image to trace with, (1, 3, size, size)."""
-    return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+def example(model: nn.Module, size: int = 64) -> Tensor:
+    """An image to trace a model with, (1, 3, size, size), where the model is."""
+    noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return noise.to(next(model.parameters()).device)
 
 
 def find_clusters(model: BaseDetector) -> List[Cluster]:
@@ -137,7 +138,7 @@ def find_clusters(model: BaseDetector) -> List[Cluster]:
     library = need('torch_pruning', 'tools that remove channels', 'compression')
     traced = _Traced(model)
     with torch.enable_grad():
-        graph = library.DependencyGraph().build_dependency(traced, example(), verbose=False)
+        graph = library.DependencyGraph().build_dependency(traced, example(traced), verbose=False)
     names = _Names(traced)
     spreads: List[_Spread] = []
     seen: Dict[str, set] = {}
@@ -161,8 +162,9 @@ class _Traced(nn.Module):
     def __init__(self, model: BaseDetector) -> None:
         super().__init__()
         self.model = copy.deepcopy(model).eval()
+        device = next(model.parameters()).device
         self.probes = nn.ModuleList(
-            nn.Linear(count, 1)
+            nn.Linear(count, 1, device=device)
             for count in _routed_channels(model)) if isinstance(model, DynamicDetector) else None
         self.requires_grad_(True)
 
@@ -180,7 +182,7 @@ class _Traced(nn.Module):
 @torch.no_grad()
 def _routed_channels(model: DynamicDetector) -> List[int]:
     """Channels of the maps that a router sees."""
-    return [one.shape[1] for one in copy.deepcopy(model.backbone).eval().first_maps(example())]
+    return [one.shape[1] for one in copy.deepcopy(model.backbone).eval().first_maps(example(model))]
 
 
 class _Names:

@@ -23,6 +23,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from ..transfers import Followed
+
 #: Share of a batch's range in the running one.
 MOMENTUM = 0.1
 _CONVS, _LINEARS, _NORMS = (torch.conv2d, F.conv2d), (F.linear, ), (F.batch_norm, )
@@ -41,6 +43,16 @@ def activation_scale(low: float, high: float) -> Tuple[np.float32, int]:
     if not scale > np.finfo(np.float32).tiny:
         return np.float32(1), 0
     return scale, int(np.clip(np.rint(-low / float(scale)), 0, 255))
+
+
+def activation_step(bounds: Tensor) -> Tuple[Tensor, Tensor]:
+    """`activation_scale` of a range that is a tensor, (2, ), on its device: the host would wait for each. The
+    same to the last bit; both are of no dimension."""
+    low, high = bounds.detach().double().unbind()
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = ((high - low) / 255).float()
+    scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, 1.0)
+    return scale, (low / -scale.double()).round().clamp(0, 255).int()
 
 
 def weight_scale(weight: Tensor, reduced: bool = False) -> Tensor:
@@ -62,7 +74,8 @@ def fake_quantise_weight(weight: Tensor, reduced: bool = False, noise: float = 1
         return weight
     scale = weight_scale(weight, reduced)
     most = 64 if reduced else 127
-    zeros = torch.zeros(len(scale), dtype=torch.int32, device=weight.device)
+    # Zero points that are floats: those that are integers torch looks at on the host, two times a layer.
+    zeros = torch.zeros_like(scale)
     rounded = torch.fake_quantize_per_channel_affine(weight, scale, zeros, 0, -most, most)
     return rounded if noise >= 1 else torch.where(torch.rand_like(weight) < noise, rounded, weight)
 
@@ -284,15 +297,14 @@ class LearnedRange(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(context: Any, x: Tensor, bounds: Tensor, scale: float, zero: int) -> Tensor:
+    def forward(context: Any, x: Tensor, bounds: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         # Not what it gives: residual blocks and pyramids add to that in place.
-        context.save_for_backward(x)
-        context.scale, context.zero = scale, zero
+        context.save_for_backward(x, scale, zero)
         return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255)
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple:
-        (x, ), scale, zero = context.saved_tensors, context.scale, context.zero
+        x, scale, zero = context.saved_tensors
         steps = torch.round(x / scale)
         below, above = steps + zero < 0, steps + zero > 255
         inside = gradient * ~(below | above)
@@ -334,6 +346,7 @@ class Ranges:
 
     def __init__(self, values: Optional[Dict[str, Tensor]] = None) -> None:
         self.values = dict(values or {})
+        self._steps: Dict[str, Followed] = {}
         self.observing, self.rounding, self.learning = False, True, False
 
     @torch.no_grad()
@@ -344,19 +357,19 @@ class Ranges:
         before = self.values.get(key)
         self.values[key] = now if before is None else before.to(now.device).lerp_(now, MOMENTUM)
 
-    def scale(self, key: str) -> Tuple[np.float32, int]:
+    def step(self, key: str) -> Tuple[Tensor, Tensor]:
         """Scale and zero point of a known range."""
-        return activation_scale(*self.values[key].tolist())
+        return self._steps.setdefault(key, Followed(activation_step))(self.values[key])
 
     def quantise(self, key: str, x: Tensor) -> Tensor:
         """Round activations to what 8 bits hold; as they are where no range is known."""
         self.observe(key, x)
         if key not in self.values or not self.rounding:
             return x
-        scale, zero = self.scale(key)
+        scale, zero = self.step(key)
         if self.learning and torch.is_grad_enabled():
-            return LearnedRange.apply(x, self.values[key].requires_grad_(), float(scale), zero)
-        return torch.fake_quantize_per_tensor_affine(x, float(scale), zero, 0, 255)
+            return LearnedRange.apply(x, self.values[key].requires_grad_(), scale, zero)
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255)
 
 
 class _Simulator(_Counted):
@@ -374,7 +387,7 @@ class _Simulator(_Counted):
             if layer.norm is not None:
                 weight, bias = fold(weight, bias, layer.norm)
             if bias is not None and layer.entering in self.ranges.values and self.ranges.rounding:
-                step = float(self.ranges.scale(layer.entering)[0]) * weight_scale(weight, self.reduced)
+                step = self.ranges.step(layer.entering)[0] * weight_scale(weight, self.reduced)
                 bias = round_bias(bias, step)
             result = function(x, fake_quantise_weight(weight, self.reduced, self.noise), bias, *rest,
                               **kwargs)

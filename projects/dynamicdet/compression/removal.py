@@ -260,7 +260,7 @@ def _same(model: BaseDetector, kept: Mapping[str, Kept]) -> bool:
 
 
 def _run(model: BaseDetector) -> List[Tensor]:
-    return raw_outputs(model, example().to(next(model.parameters()).device))
+    return raw_outputs(model, example(model))
 
 
 @torch.no_grad()

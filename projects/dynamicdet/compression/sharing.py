@@ -6,7 +6,7 @@ its ordinary weights, tied: those of one index are equal. So an optimiser, DDP, 
 model that they know, and a ``.ddz`` file finds the table by itself.
 """
 from dataclasses import dataclass, field
-from typing import NamedTuple, Sequence, Tuple
+from typing import NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -47,10 +47,12 @@ class Sharing(NamedTuple):
         indices (Tensor): uint8 (n, ), in the order of the weight's elements, on its device.
         members (Tensor): int64 (k, ), how many elements have each index.
         pruned (bool): Whether index 0 is of weights that are zero and stay so.
+        order (Tensor, optional): int32 (n, ), elements by their index; None on a CPU, which adds in order anyway.
     """
     indices: Tensor
     members: Tensor
     pruned: bool
+    order: Optional[Tensor] = None
 
 
 def share_weight(weight: Tensor, bits: int) -> Sharing:
@@ -71,7 +73,8 @@ def share_weight(weight: Tensor, bits: int) -> Sharing:
 
 def sharing_of(indices: Tensor, pruned: bool) -> Sharing:
     """Who shares, by indices."""
-    return Sharing(indices, torch.bincount(indices), pruned)
+    order = None if indices.device.type == 'cpu' else indices.argsort(stable=True).int()
+    return Sharing(indices, torch.bincount(indices), pruned, order)
 
 
 def tie(weight: Tensor, sharing: Sharing) -> None:
@@ -96,8 +99,13 @@ def tie_gradient(gradient: Tensor, sharing: Sharing, reduction: str = 'sum') -> 
 
 
 def _sums(values: Tensor, sharing: Sharing) -> Tensor:
-    """Sums over the elements of each index, float64 (k, )."""
-    return torch.bincount(sharing.indices, values.detach().flatten().double(), minlength=len(sharing.members))
+    """Sums over the elements of each index, float64 (k, ); the same each time."""
+    values = values.detach().flatten()
+    if sharing.order is None:
+        return torch.bincount(sharing.indices, values.double(), minlength=len(sharing.members))
+    # There bincount adds as threads come by.
+    ordered = values.index_select(0, sharing.order).double()
+    return torch.segment_reduce(ordered, 'sum', lengths=sharing.members, unsafe=True)
 
 
 @torch.no_grad()

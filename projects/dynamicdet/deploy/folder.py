@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Dict, Mapping, Optional, Sequence
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -134,7 +134,8 @@ def read_config(folder: str) -> Config:
     return Config(_restored(json.loads((Path(folder) / CONFIG).read_text(encoding='utf-8'))))
 
 
-def load_deployed(folder: str, threads: Optional[int] = None, runtime: str = 'onnxruntime') -> BaseDetector:
+def load_deployed(folder: str, threads: Optional[int] = None, runtime: str = 'onnxruntime',
+                  providers: Optional[Sequence[str]] = None) -> BaseDetector:
     """Load a detector that graphs compute. It is used as any other: `predict`, `test_step`, mmdet's
     `inference_detector`, budgets.
 
@@ -142,9 +143,11 @@ def load_deployed(folder: str, threads: Optional[int] = None, runtime: str = 'on
         folder (str): As tools/export.py writes it.
         threads (int, optional): Of each graph. Defaults to torch's.
         runtime (str): What runs the graphs, see `runtimes.open_graph`. Defaults to 'onnxruntime'.
+        providers (Sequence[str], optional): Of ONNX Runtime, see there. Defaults to the best that is there.
 
     Raises:
-        UsageError: If it is no deployment folder, was changed, a library is missing, or there is no such runtime.
+        UsageError: If it is no deployment folder, was changed, a library is missing, or there is no such runtime or
+            provider.
     """
     manifest, cfg = read_manifest(folder), read_config(folder)
     init_default_scope('mmdet')
@@ -153,7 +156,8 @@ def load_deployed(folder: str, threads: Optional[int] = None, runtime: str = 'on
     if [stage.name for stage in stages] != [one['name'] for one in manifest['stages']]:
         raise UsageError(f"'{folder}' is of another version of this package: export the detector again")
     for stage, one in zip(stages, manifest['stages']):
-        stage.place(Graph(_read_graph(Path(folder) / one['file'], one['size']), one['form'], threads, runtime=runtime))
+        stage.place(Graph(_read_graph(Path(folder) / one['file'], one['size']), one['form'], threads, runtime=runtime,
+                          providers=providers))
     release_weights(stages)
     place_roi_aligns(model, threads, runtime)
     with weights_only():
@@ -165,15 +169,16 @@ def load_deployed(folder: str, threads: Optional[int] = None, runtime: str = 'on
 
 @MODELS.register_module()
 def DeployedDetector(folder: str, threads: Optional[int] = None, budget: Optional[dict] = None,
-                     data_preprocessor: Optional[dict] = None, runtime: str = 'onnxruntime') -> BaseDetector:
+                     data_preprocessor: Optional[dict] = None, runtime: str = 'onnxruntime',
+                     providers: Optional[Sequence[str]] = None) -> BaseDetector:
     """`load_deployed` for configs: ``model=dict(type='DeployedDetector', folder=...)``.
 
     Args:
-        folder, threads, runtime: See there.
+        folder, threads, runtime, providers: See there.
         budget (dict, optional): A dynamic detector's speed; see `DynamicDetector`.
         data_preprocessor: The folder's counts; Runners fill this in.
     """
-    model = load_deployed(folder, threads, runtime)
+    model = load_deployed(folder, threads, runtime, providers)
     if budget:
         if not hasattr(model, 'set_budget'):
             raise UsageError(f"'{folder}' holds a plain detector, which has no budget")

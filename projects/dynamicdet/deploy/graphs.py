@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 from mmcv.cnn import fuse_conv_bn
 from mmengine.structures import InstanceData
@@ -182,7 +183,8 @@ def _quiet():
 
 
 class Graph:
-    """A stage, run on the CPU.
+    """A stage, run by a runtime. What it is given may be on any device and of any type; what it gives is on the same
+    device.
 
     Args:
         content (bytes): An ONNX file.
@@ -190,14 +192,16 @@ class Graph:
         threads (int, optional): Defaults to torch's.
         watch (Callable, optional): Is shown all that enters and leaves, arrays by name.
         runtime (str): What runs it, see `open_graph`. Defaults to 'onnxruntime'.
+        providers (Sequence[str], optional): Of ONNX Runtime, see `open_graph`.
 
     Attributes:
         steps (dict[int, tuple]): Scale and zero point of outputs in 8 bits, see `joins`.
     """
 
     def __init__(self, content: bytes, form: Form, threads: Optional[int] = None,
-                 watch: Optional[Callable[[Dict[str, Any]], None]] = None, runtime: str = 'onnxruntime') -> None:
-        self._graph = open_graph(content, runtime, threads)
+                 watch: Optional[Callable[[Dict[str, Any]], None]] = None, runtime: str = 'onnxruntime',
+                 providers: Optional[Sequence[str]] = None) -> None:
+        self._graph = open_graph(content, runtime, threads, providers)
         self._form, self._watch = form, watch
         self.steps = _given_steps(self._graph.metadata)
 
@@ -206,14 +210,21 @@ class Graph:
         return dict(zip(self._graph.outputs, self._graph.run(self._feed(inputs))))
 
     def _feed(self, inputs: Sequence[Tensor]) -> Dict[str, Any]:
-        return {name: inputs[int(name.removeprefix('in'))].detach().contiguous().numpy() for name in self._graph.inputs}
+        return {name: _as_array(inputs[int(name.removeprefix('in'))]) for name in self._graph.inputs}
 
     def __call__(self, *inputs: Tensor) -> Any:
         arrays = self.arrays(*inputs)
         if self._watch is not None:
             self._watch({**self._feed(inputs), **arrays})
-        own = [torch.from_numpy(array) for name, array in arrays.items() if is_output(name)]
+        device = inputs[0].device
+        own = [torch.from_numpy(array).to(device) for name, array in arrays.items() if is_output(name)]
         return unflatten(own, self._form)
+
+
+def _as_array(value: Tensor) -> np.ndarray:
+    """On the CPU; graphs know no floats but float32, also under AMP."""
+    value = value.detach().float() if value.is_floating_point() else value.detach()
+    return value.cpu().contiguous().numpy()
 
 
 def _given_steps(metadata: Mapping[str, str]) -> Dict[int, Tuple[float, int]]:

@@ -247,7 +247,7 @@ def spared_layers(content: bytes, stage: Stage) -> Tuple[str, ...]:
     onnx = need('onnx')
     model = onnx.load_from_string(content)
     weights = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
-    spared = [one.detach().numpy() for module in stage.spared for one in module.parameters() if one.dim() > 1]
+    spared = [one.detach().cpu().numpy() for module in stage.spared for one in module.parameters() if one.dim() > 1]
     return tuple(node.name for node in layers_of(model)
                  if any(_equal(weights[node.input[1]], one) for one in spared))
 
@@ -391,4 +391,4 @@ def trained_ranges(content: bytes, plan: Plan,
 
 def _folded(layer: Layer) -> np.ndarray:
     weight = layer.weight if layer.norm is None else fold(layer.weight, None, layer.norm)[0]
-    return weight.detach().numpy()
+    return weight.detach().cpu().numpy()

@@ -8,11 +8,12 @@ from mmcv.ops import RoIAlign
 from torch import Tensor, nn
 
 from .graphs import Graph, need
+from .runtimes import CPU
 
 
 def place_roi_aligns(model: nn.Module, threads: Optional[int] = None, runtime: str = 'onnxruntime') -> None:
-    """Let a runtime, see `runtimes.open_graph`, compute a detector's RoIAligns, where its operator is the same: means of
-    each bin."""
+    """Let a runtime, see `runtimes.open_graph`, compute a detector's RoIAligns on a CPU, where its operator is the same:
+    means of each bin. Elsewhere maps would have to be copied, and mmcv's own is fast."""
     for module in model.modules():
         if isinstance(module, RoIAlign) and module.pool_mode == 'avg':
             module.forward = _Align(module, threads, runtime)
@@ -26,15 +27,18 @@ class _Align:
 
         def graph(channels: int) -> Graph:
             content = _graph_of(layer, channels if runtime == 'openvino' else 0)
-            return Graph(content, ['tuple', [0]], threads, runtime=runtime)
+            return Graph(content, ['tuple', [0]], threads, runtime=runtime,
+                         providers=CPU if runtime == 'onnxruntime' else None)
 
         # How many channels maps have is known when they come.
-        self._graph, self._size = lru_cache(graph), layer.output_size
+        self._graph, self._size, self._own = lru_cache(graph), layer.output_size, layer.forward
         # There OpenVINO divides by no samples at all, where others give 0.
         self._spares_empty = runtime == 'openvino' and layer.aligned and layer.sampling_ratio == 0
 
     def __call__(self, maps: Tensor, rois: Tensor) -> Tensor:
         """(N, C, H, W) and (K, 5) to (K, C, h, w)."""
+        if maps.device.type != 'cpu':
+            return self._own(maps, rois)
         if self._spares_empty:
             full = (rois[:, 3:] > rois[:, 1:3]).all(dim=1)
             if not full.all():

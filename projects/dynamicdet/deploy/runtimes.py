@@ -1,8 +1,8 @@
-"""What computes a graph on a CPU: ONNX Runtime, or OpenVINO, from the same file."""
+"""What computes a graph: ONNX Runtime, or on a CPU OpenVINO, from the same file."""
 import io
 import threading
 from collections import OrderedDict
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Type
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type
 
 import numpy as np
 import torch
@@ -11,26 +11,37 @@ from .. import errors
 from ..errors import UsageError
 
 
+#: ONNX Runtime's providers: on a CPU, and those that are taken unasked where they are there, the first that can.
+CPU = ('CPUExecutionProvider', )
+PREFERRED = ('CUDAExecutionProvider', *CPU)
+
+
 class OnnxRuntime:
     """A graph in ONNX Runtime.
 
     Args:
         content (bytes): An ONNX file.
         threads (int): How many.
+        providers (Sequence[str], optional): See `open_graph`.
 
     Attributes:
         inputs, outputs (list[str]): Their names. Inputs that change nothing are not in a graph.
         metadata (dict[str, str]): The file's.
     """
 
-    def __init__(self, content: bytes, threads: int) -> None:
+    def __init__(self, content: bytes, threads: int, providers: Optional[Sequence[str]] = None) -> None:
         runtime = errors.need('onnxruntime', 'graphs', 'deploy')
+        there = runtime.get_available_providers()
+        providers = [one for one in PREFERRED if one in there] if providers is None else list(providers)
+        unknown = [one for one in providers if one not in there]
+        if unknown or not providers:
+            raise UsageError(f"ONNX Runtime's providers here are {', '.join(there)}; got {', '.join(providers) or 'none'}")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         # Graphs take turns: threads of one that wait in a loop would take time from the next.
         options.add_session_config_entry('session.intra_op.allow_spinning', '0')
         options.log_severity_level = 3
-        self._session = runtime.InferenceSession(content, options, providers=['CPUExecutionProvider'])
+        self._session = runtime.InferenceSession(content, options, providers=providers)
         self.inputs = [one.name for one in self._session.get_inputs()]
         self.outputs = [one.name for one in self._session.get_outputs()]
         self.metadata = self._session.get_modelmeta().custom_metadata_map
@@ -53,7 +64,9 @@ class OpenVino:
     #: How many sizes are kept, those that came last.
     KEPT = 32
 
-    def __init__(self, content: bytes, threads: int) -> None:
+    def __init__(self, content: bytes, threads: int, providers: Optional[Sequence[str]] = None) -> None:
+        if providers is not None:
+            raise UsageError('providers are of ONNX Runtime; OpenVINO runs on the CPU')
         openvino = errors.need('openvino', 'graphs in OpenVINO', 'openvino')
         file = errors.need('onnx', 'graphs', 'deploy').load_model_from_string(content)
         self._core = openvino.Core()
@@ -108,19 +121,22 @@ def _lengthened(array: np.ndarray) -> np.ndarray:
 RUNTIMES: Dict[str, Type] = dict(onnxruntime=OnnxRuntime, openvino=OpenVino)
 
 
-def open_graph(content: bytes, runtime: str = 'onnxruntime', threads: Optional[int] = None) -> Any:
+def open_graph(content: bytes, runtime: str = 'onnxruntime', threads: Optional[int] = None,
+               providers: Optional[Sequence[str]] = None) -> Any:
     """A graph, ready to run.
 
     Args:
         content (bytes): An ONNX file.
         runtime (str): 'onnxruntime' (the default) or 'openvino'.
         threads (int, optional): Defaults to torch's.
+        providers (Sequence[str], optional): What ONNX Runtime computes with, the first that can, such as
+            'CUDAExecutionProvider'. Defaults to CUDA's, where its package has it, and then the CPU's.
 
     Raises:
-        UsageError: If there is no such runtime, it is not installed, or threads are negative.
+        UsageError: If there is no such runtime or provider, it is not installed, or threads are negative.
     """
     if threads is not None and threads < 0:
         raise UsageError(f'threads must not be negative, got {threads}')
     if runtime not in RUNTIMES:
         raise UsageError(f"runtime must be one of {', '.join(RUNTIMES)}, got {runtime!r}")
-    return RUNTIMES[runtime](content, threads or torch.get_num_threads())
+    return RUNTIMES[runtime](content, threads or torch.get_num_threads(), providers)

@@ -1,5 +1,4 @@
 """How long a deployed detector takes."""
-import time
 from typing import Any, List
 
 import numpy as np
@@ -10,6 +9,7 @@ from mmdet.models.detectors import BaseDetector
 
 from ..apis.calibration import Progress, measure_latencies
 from ..models import DynamicDetector
+from ..models.online import now
 
 
 @torch.no_grad()
@@ -19,7 +19,7 @@ def measure_latency(model: BaseDetector, dataset: Any, progress: Progress, image
     preprocessing to boxes.
 
     Args:
-        model (BaseDetector): In eval mode, on the CPU.
+        model (BaseDetector): In eval mode.
         dataset: The data set; its first ``images`` are timed.
         progress (Callable): Wraps what is iterated over.
         images (int): How many images. Defaults to 20.
@@ -31,8 +31,9 @@ def measure_latency(model: BaseDetector, dataset: Any, progress: Progress, image
     times: List[float] = []
     for turn in progress(range(rounds + 1), 'latencies'):
         for batch in batches:
-            start = time.perf_counter()
+            start = now(model.data_preprocessor.device)
             model.test_step(batch)
+            seconds = now(model.data_preprocessor.device) - start
             if turn:
-                times.append(time.perf_counter() - start)
+                times.append(seconds)
     return [float(np.median(times))]

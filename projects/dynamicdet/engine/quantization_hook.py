@@ -1,8 +1,8 @@
 """Train for integers of 8 bits: when, not what."""
-from typing import Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
-from mmengine.dist import all_reduce, get_world_size
+from mmengine.dist import all_gather_object, all_reduce, get_world_size
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop, Runner
@@ -181,36 +181,46 @@ class QuantizationHook(Hook):
     def _agree(self) -> None:
         """The mean of the ranges over the ranks, which see other images."""
         if get_world_size() > 1:
-            for one, key, value in self._means(lambda value: value):
+            for one, key, value in self._means(self._keys(), lambda value: value):
                 one.values[key] = value
 
     def _learn(self) -> None:
         """A step of descent; the gradient is the mean over the ranks, as of weights. What came into being on
         one rank alone, at a RoI head that had RoIs there alone, comes to all."""
-        gradients = [*self._means(lambda value: value.new_zeros(2) if value.grad is None else value.grad)]
-        for one, key, value in self._means(lambda value: value):
+        keys = self._keys()
+        gradients = [*self._means(keys, lambda value: value.new_zeros(2) if value.grad is None else value.grad)]
+        for one, key, value in self._means(keys, lambda value: value):
             one.values[key] = value
         for one, key, gradient in gradients:
             one.values[key] = move_range(one.values[key], gradient, self.rate)
 
-    def _means(self, of: Callable[[Tensor], Tensor]) -> Iterator[Tuple[Ranges, str, Tensor]]:
+    def _keys(self) -> List[Tuple[str, str]]:
+        """Stage and key of each range that any rank knows, the same on all: a rank may have come by a stage that
+        others have not, such as a RoI head that had no RoIs there."""
+        own = [(name, key) for name, one in self.simulations.items() for key in one.ranges.values]
+        return sorted({tuple(one) for every in all_gather_object(own) for one in every})
+
+    def _means(self, keys: Sequence[Tuple[str, str]],
+               of: Callable[[Tensor], Tensor]) -> Iterator[Tuple[Ranges, str, Tensor]]:
         """The mean over the ranks of something of each range, of those ranks that know the range: ranges,
         key, (2, )."""
-        # Keys are the same on all ranks, as all pass through all stages; but a RoI head may have had no RoIs.
-        names: List[tuple] = [(one.ranges, key) for _, one in sorted(self.simulations.items())
-                              for key in one.keys]
+        named = [(self.simulations[name].ranges, key) for name, key in keys]
+        if not named:
+            return
         first = next(iter(self.simulations.values()))
         device = next(first.modules[0].parameters()).device
         empty = torch.full((2, ), float('nan'), device=device)
         every = torch.stack([of(one.values[key]).detach() if key in one.values else empty
-                             for one, key in names])
+                             for one, key in named])
         known = every.isfinite().float()
         every = every.nan_to_num()
         all_reduce(every)
         all_reduce(known)
-        for (one, key), value, count in zip(names, every, known):
-            if count[0] > 0:
-                yield one, key, value / count.clamp(min=1)
+        means = every / known.clamp(min=1)
+        # One look for all of them.
+        for (one, key), mean, count in zip(named, means, known[:, 0].tolist()):
+            if count > 0:
+                yield one, key, mean
 
 
 def _plain(runner: Runner) -> nn.Module:

@@ -15,6 +15,7 @@ from typing import Dict, List, Mapping, Optional, Sequence, Tuple, Union
 import numpy as np
 import torch
 from mmengine.model import ModuleList
+from mmengine.structures import InstanceData
 from torch import Tensor
 
 from mmdet.models.detectors import BaseDetector
@@ -24,8 +25,10 @@ from mmdet.structures import OptSampleList, SampleList
 
 from ..checkpoints import is_plain
 from ..errors import UsageError
+from ..precision import KeepsTypeOfBuffers
 from ..routing import GAINS, build_objective, image_aps, quantiles_of, resolve_threshold
 from ..routing.thresholds import Thresholds, check_budget
+from ..transfers import to_host
 from .branch import build_branch
 from .composite import build_composite
 from .paired_losses import View, paired_losses
@@ -35,7 +38,7 @@ from .specialisation import specialised_losses
 
 
 @MODELS.register_module()
-class DynamicDetector(BaseDetector):
+class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
     """Make any mmdet detector dynamic.
 
     Trained in two steps: first the cascade (both exits, ``train_router=False``), then the router
@@ -315,7 +318,7 @@ class DynamicDetector(BaseDetector):
             # Copies: predictions are written into the samples.
             own = self.branch(exit).predict(
                 self.backbone.select(maps), reduce_samples(samples, (1.0, 1.0)), rescale=False)
-            found.append([_as_arrays(sample.pred_instances) for sample in own])
+            found.append(_as_arrays([sample.pred_instances for sample in own]))
             truths.append([_annotations(sample) for sample in samples])
         features = self.router.pool(every[0][0], _valid(batch_inputs, batch_data_samples))
         return features.new_tensor(image_aps(found, truths)), features
@@ -432,18 +435,19 @@ def _valid(batch_inputs: Tensor, samples: SampleList) -> List[Tuple[float, float
     return [(sample.img_shape[0] / height, sample.img_shape[1] / width) for sample in samples]
 
 
-def _as_arrays(instances) -> Dict[str, np.ndarray]:
-    """Boxes, labels and, of detections, scores, as `image_aps` takes them."""
-    fields = {name: instances[name] for name in ('bboxes', 'labels', 'scores') if name in instances}
-    fields['bboxes'] = getattr(fields['bboxes'], 'tensor', fields['bboxes'])
-    return {name: value.float().cpu().numpy() for name, value in fields.items()}
+def _as_arrays(instances: Sequence[InstanceData]) -> List[Dict[str, np.ndarray]]:
+    """Boxes, labels and scores of images, as `image_aps` takes them."""
+    return [dict(bboxes=boxes.numpy(), labels=labels.numpy(), scores=scores.numpy())
+            for boxes, scores, labels in to_host(instances)]
 
 
 def _annotations(sample) -> Dict[str, np.ndarray]:
     """What an image holds, as `image_aps` takes it: what mmdet ignores are crowds."""
-    parts = [_as_arrays(sample.gt_instances)]
+    every = [sample.gt_instances]
     if len(sample.get('ignored_instances', ())):
-        parts.append(_as_arrays(sample.ignored_instances))
+        every.append(sample.ignored_instances)
+    # Annotations have no scores, and nobody looks at them.
+    parts = _as_arrays([InstanceData(bboxes=one.bboxes, labels=one.labels, scores=one.labels) for one in every])
     crowds = [np.full(len(part['labels']), bool(index)) for index, part in enumerate(parts)]
     return dict(
         bboxes=np.concatenate([part['bboxes'].reshape(-1, 4) for part in parts]),

@@ -6,7 +6,6 @@ import torch
 import torch.distributed as dist
 from mmengine.structures import InstanceData
 from torch import Tensor
-from torch.distributed import GroupMember
 
 from mmdet.models.detectors import BaseDetector, TwoStageDetector
 from mmdet.structures import DetDataSample
@@ -48,15 +47,16 @@ def paired_losses(views: List[View]) -> List[Dict[str, Tensor]]:
 def alone() -> Iterator[None]:
     """As if there were no other ranks: mmdet's heads average what they divide by over all of them, and an
     image's loss would depend on images elsewhere."""
-    world = GroupMember.WORLD if dist.is_available() else None
-    if world is None:
+    # Where torch has no processes, its package has no groups either.
+    group = dist.GroupMember if dist.is_available() else None
+    if group is None or group.WORLD is None:
         yield
         return
-    GroupMember.WORLD = None
+    world, group.WORLD = group.WORLD, None
     try:
         yield
     finally:
-        GroupMember.WORLD = world
+        group.WORLD = world
 
 
 @contextlib.contextmanager

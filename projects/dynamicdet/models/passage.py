@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mmdet.structures import SampleList
 
+from ..transfers import take_rows
 from .resolution import Ratio
 
 
@@ -47,8 +48,8 @@ class Passage:
             return self
         return replace(
             self,
-            images=None if self.images is None else self.images[rows],
-            maps=tuple(m[rows] for m in self.maps),
+            images=None if self.images is None else take_rows(self.images, rows),
+            maps=tuple(take_rows(m, rows) for m in self.maps),
             samples=[self.samples[row] for row in rows],
             difficulties=[self.difficulties[row] for row in rows],
             exits=[self.exits[row] for row in rows])

@@ -88,7 +88,9 @@ def _reduce_instances(instances: InstanceData, ratio: Ratio) -> InstanceData:
 def scale_boxes(boxes, ratio: Ratio):
     """Boxes, (n, 4) as a tensor or mmdet's box type, in the frame of a resized image."""
     if isinstance(boxes, Tensor):
-        return boxes * torch.as_tensor(ratio * 2, dtype=boxes.dtype, device=boxes.device)
+        # No tensor of factors: it would have to be copied to the device.
+        wide, high = ratio
+        return torch.stack([boxes[:, 0] * wide, boxes[:, 1] * high, boxes[:, 2] * wide, boxes[:, 3] * high], dim=1)
     scaled = boxes.clone()
     scaled.rescale_(ratio)
     return scaled

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mmdet.registry import MODELS
 
 from ..errors import UsageError
+from ..precision import KeepsType
 
 #: Name -> what is kept of each channel of a map: a function of (M, C, H, W) that gives (M, C), float32.
 POOLS: Dict[str, Callable[[Tensor], Tensor]] = {
@@ -21,7 +22,7 @@ POOLS: Dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @MODELS.register_module()
-class Router(BaseModule):
+class Router(KeepsType, BaseModule):
     """Predict how much an image needs the second detector (DynamicDet, equations 6 to 8).
 
     Global average pooling of each map, concatenated to a vector of width d; ``fc d -> floor(d/4)``,
@@ -31,6 +32,8 @@ class Router(BaseModule):
     router; `RouterHook` sets them to the training set's. Pooled maps are all positive, and what is
     common to all images would otherwise move every difficulty together, to 0 or 1, before the
     router tells images apart.
+
+    It stays in float32 whatever type the detector is turned into.
 
     It sees the first backbone's maps alone. What an RPN or a head says of objects would tell it more, but is
     not free: it takes neck and RPN of exit 0, which a hard image does not run.
@@ -85,12 +88,11 @@ class Router(BaseModule):
 
     def logits(self, features: Tensor) -> Tensor:
         """What the sigmoid makes difficulties of, (N,), float32, of pooled features, (N, d)."""
-        # In float32 also under AMP and in models of half precision, which has too few values near 1 to
-        # rank images by.
+        # In float32 also under AMP: half precision has too few values near 1 to rank images by.
         with torch.autocast(features.device.type, enabled=False):
             features = (features - self.mean) / self.std
-            hidden = F.linear(features, self.fc1.weight.float(), self.fc1.bias.float()).relu()
-            return F.linear(hidden, self.fc2.weight.float(), self.fc2.bias.float()).squeeze(1)
+            hidden = F.linear(features, self.fc1.weight, self.fc1.bias).relu()
+            return F.linear(hidden, self.fc2.weight, self.fc2.bias).squeeze(1)
 
     def pool(self,
              maps: Sequence[Tensor],

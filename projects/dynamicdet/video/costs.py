@@ -4,7 +4,6 @@ FLOPs are 2 x multiply-adds, as in `apis.flops`: norms, activations, resizing an
 detections count as none.
 """
 import statistics
-import time
 from typing import TYPE_CHECKING, Callable, List, NamedTuple, Optional, Sequence
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..apis.flops import Part, count_flops, count_parameters
+from ..models.online import now
 
 if TYPE_CHECKING:
     from .early_exit_detector import EarlyExitDetector
@@ -187,8 +187,6 @@ def _cell(part: Optional[Part], seconds: Sequence[float]) -> str:
 
 
 def _timed(run: Callable[[], Tensor], images: Tensor) -> tuple:
-    start = time.perf_counter()
+    start = now(images.device)
     result = run()
-    if images.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, result
+    return now(images.device) - start, result

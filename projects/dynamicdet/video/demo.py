@@ -22,6 +22,7 @@ from ..checkpoints import read_checkpoint, require_complete
 from ..errors import UsageError
 from ..models import fuse
 from ..models.online import now
+from ..transfers import Followed, to_host
 from .building import build_gate
 from .calibration import OnlineThresholds
 from .gates import name_of
@@ -102,6 +103,7 @@ class FrameDetector(DetInferencer):
         if not 0 <= score <= 1:
             raise UsageError(f'detections are left out below a score in [0, 1]; got {score}')
         self._gate, self._budget, self.score, self._warm = gate, budget, score, False
+        self._costs = Followed(torch.Tensor.tolist)
         if gate:
             if cfg.model.get('type') != 'EarlyExitDetector':
                 raise UsageError('only an EarlyExitDetector takes a gate; the config has a '
@@ -181,7 +183,7 @@ class FrameDetector(DetInferencer):
         if exit is None or costs is None:
             return None
         # An early-exit detector's begin with exit -1.
-        cost = float(costs[exit + len(costs) - self.exits])
+        cost = self._costs(costs)[exit + len(costs) - self.exits]
         return None if math.isnan(cost) else cost
 
 
@@ -211,9 +213,10 @@ def _set_budget(model: nn.Module, budget: Mapping) -> None:
 
 
 def _detections(found, score: float) -> List[dict]:
-    order = found.scores.argsort(descending=True)
-    order = order[found.scores[order] >= score]
-    rows = zip(*(values[order].tolist() for values in (found.bboxes, found.labels, found.scores)))
+    (boxes, scores, labels), = to_host([found])
+    order = scores.argsort(descending=True)
+    order = order[scores[order] >= score]
+    rows = zip(*(values[order].tolist() for values in (boxes, labels, scores)))
     return [
         dict(bbox=[round(edge, 2) for edge in box], label=label, score=round(value, 4))
         for box, label, value in rows

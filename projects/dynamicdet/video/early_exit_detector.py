@@ -18,6 +18,8 @@ from mmdet.structures import OptSampleList, SampleList
 
 from ..checkpoints import is_plain
 from ..errors import UsageError
+from ..precision import KeepsTypeOfBuffers
+from ..transfers import Followed, take_rows
 from .budgets import POINTS, check_budget, resolve_budget
 from .building import build_gate, build_heads, build_propagation, learner
 from .evidence import AllExits, Evidence
@@ -36,7 +38,7 @@ TRAINED = dict(
 
 
 @MODELS.register_module()
-class EarlyExitDetector(BaseDetector):
+class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
     """Make a detector leave early (Gay 2022).
 
     The detector's neck offers a table of its layers: ``neck.architecture.layers()`` and ``output_layers``, as
@@ -114,6 +116,8 @@ class EarlyExitDetector(BaseDetector):
         self.mode = mode
         self._check(mode, budget)
         self._streams = Streams(max_streams)
+        #: Of the thresholds: the host decides, and would wait for them at every exit.
+        self._levels = Followed(Tensor.tolist)
         self.register_buffer('thresholds', torch.full((self.num_exits, ), 0.5))
         for name in ('gflops', 'latencies'):
             self.register_buffer(name, torch.full((self.num_exits + 1, ), float('nan')))
@@ -279,35 +283,31 @@ class EarlyExitDetector(BaseDetector):
 
     def _waves(self, inputs: Tensor, samples: SampleList):
         for part in self._parts(samples):
-            images = inputs if len(part) == len(samples) else inputs[torch.tensor(part, device=inputs.device)]
+            images = inputs if len(part) == len(samples) else take_rows(inputs, part)
             yield images, [samples[one] for one in part]
 
     def _start(self, images: Tensor, samples: SampleList, look: bool) -> Frames:
-        """Frames before the first exit; with the change if it is looked at."""
+        """Frames before the first exit; with change and cuts if they are looked at."""
         frames = Frames(self.lazy(images), samples, self._streams.at(samples, images.shape[-2:]),
                          [1.0] * len(samples))
         if look:
             frames.early = early_summary(frames.layers.take(self.early_layer))
-            frames.change = frames.early.new_ones(len(samples))
             seen = [place for place, stream in enumerate(frames.streams) if stream.early is not None]
+            change, cut = frames.early.new_ones(len(samples)), frames.early.new_zeros(len(samples), dtype=torch.bool)
             if seen:
-                last = torch.stack([frames.streams[place].early for place in seen])
-                frames.change[seen] = early_change(frames.early[seen], last)
-                self._forget_at_cuts([frames.streams[place] for place in seen], frames.early[seen], last)
+                own, last = take_rows(frames.early, seen), torch.stack([frames.streams[place].early for place in seen])
+                change = _with_rows(change, seen, early_change(own, last))
+                if self.cut is not None:
+                    cut = _with_rows(cut, seen, is_cut(own, last, self.cut))
+            frames.change, frames.cut = change, cut
         return frames
-
-    def _forget_at_cuts(self, streams: List[Stream], early: Tensor, last: Tensor) -> None:
-        if self.cut is not None:
-            for stream, cut in zip(streams, is_cut(early, last, self.cut).tolist()):
-                if cut:
-                    stream.forget()
 
     def _predict_wave(self, images: Tensor, samples: SampleList, rescale: bool) -> None:
         frames = self._start(images, samples, self.decides_early or self.cut is not None)
-        if self.decides_early:
-            frames = self._decide(frames, Evidence(-1, None, None, [], frames.change), None, rescale)
+        if frames.change is not None:
+            frames = self._decide_early(frames, rescale)
         # Where no threshold lets a frame leave, there is nothing to ask; but heads that a gate looks at are run.
-        if self.gate is not None and (self.gate.looks_at_detections or (self.thresholds[1:] >= 0).any()):
+        if self.gate is not None and (self.gate.looks_at_detections or max(self._levels(self.thresholds)[1:]) >= 0):
             for exit, layer in enumerate(self.exit_layers):
                 if not frames.samples:
                     return
@@ -317,40 +317,52 @@ class EarlyExitDetector(BaseDetector):
 
     def _pass(self, exit: int, frames: Frames, x: Tensor, rescale: bool) -> Frames:
         """Decide at an exit; those that leave do."""
-        frames.pooled.append(x.mean(dim=(2, 3)))
+        frames.pooled.append(x.mean(dim=(2, 3), dtype=torch.float32))
         looks = self.gate.looks_at_detections
         found = self._detect(exit, x, frames.samples, frames.streams) if looks else None
         evidence = Evidence(exit, found, frames.earlier, frames.pooled, None)
         frames.earlier = found
         return self._decide(frames, evidence, x, rescale)
 
-    def _decide(self, frames: Frames, evidence: Evidence, x: Optional[Tensor], rescale: bool) -> Frames:
-        """Let those leave whose difficulty is not above the threshold; the others."""
-        exit, difficulty = evidence.exit, self.gate.difficulty(evidence)
-        # Which detections are of the frame itself, not repeated: behind an exit all; before the first one only those of a
-        # frame that changed and shows nothing.
-        news = torch.ones_like(difficulty, dtype=torch.bool)
-        if exit < 0:
-            news = self.gate.sees_nothing(frames.early) & (difficulty > self.thresholds[0])
-            difficulty = difficulty.masked_fill(news, 0)
-        frames.difficulties = difficulty.tolist()
-        leaves = difficulty <= self.thresholds[exit + 1]
-        leaving, staying = (mask.nonzero().squeeze(1) for mask in (leaves, ~leaves))
-        places = leaving.tolist()
+    def _decide_early(self, frames: Frames, rescale: bool) -> Frames:
+        """Before the first exit: let streams begin anew at cuts, and, where the gate decides, those frames leave whose
+        difficulty is not above the threshold; the others. All comes to the host at once."""
+        asked = [frames.cut]
+        if self.decides_early:
+            asked += [self.gate.difficulty(Evidence(-1, None, None, [], frames.change)),
+                      self.gate.sees_nothing(frames.early)]
+        cuts, *decided = torch.stack([one.float() for one in asked]).tolist()
+        for stream, cut in zip(frames.streams, cuts):
+            if cut:
+                stream.forget()
+        if not decided:
+            return frames
+        level = self._levels(self.thresholds)[0]
+        # Detections of the frame itself, not repeated: of one that changed and shows nothing.
+        news = [bool(nothing) and difficulty > level for difficulty, nothing in zip(*decided)]
+        frames.difficulties = [0.0 if new else difficulty for difficulty, new in zip(decided[0], news)]
+        places = [place for place, difficulty in enumerate(frames.difficulties) if difficulty <= level]
+        for place in places:
+            sample, stream, device = frames.samples[place], frames.streams[place], frames.early.device
+            found = nothing_found(device) if news[place] else last_found(stream, sample, rescale, device)
+            self._leave(frames, place, -1, found, rescale, news[place])
+        return frames.without(places) if places else frames
+
+    def _decide(self, frames: Frames, evidence: Evidence, x: Tensor, rescale: bool) -> Frames:
+        """Let those leave whose difficulty is not above the threshold; the others. The difficulties are all that the
+        host waits for."""
+        exit, level = evidence.exit, self._levels(self.thresholds)[evidence.exit + 1]
+        frames.difficulties = self.gate.difficulty(evidence).float().tolist()
+        places = [place for place, difficulty in enumerate(frames.difficulties) if difficulty <= level]
         if not places:
             return frames
         samples, streams = ([values[one] for one in places] for values in (frames.samples, frames.streams))
-        news = news[leaving].tolist()
-        if exit < 0:
-            found = [nothing_found() if new else last_found(stream, sample, rescale)
-                     for new, stream, sample in zip(news, streams, samples)]
-        else:
-            found = ([evidence.detections[one] for one in places] if evidence.detections
-                     else self._detect(exit, x[leaving], samples, streams))
-            found = [to_original(one, sample) if rescale else one for one, sample in zip(found, samples)]
-        for place, own, new in zip(places, found, news):
-            self._leave(frames, place, exit, own, rescale, new)
-        return frames.part(staying)
+        x = x if len(places) == len(frames.samples) else take_rows(x, places)
+        found = ([evidence.detections[one] for one in places] if evidence.detections
+                 else self._detect(exit, x, samples, streams))
+        for place, own, sample in zip(places, found, samples):
+            self._leave(frames, place, exit, to_original(own, sample) if rescale else own, rescale, new=True)
+        return frames.without(places)
 
     def _finish(self, frames: Frames, rescale: bool) -> None:
         """The last exit: the detector's own output."""
@@ -372,9 +384,13 @@ class EarlyExitDetector(BaseDetector):
 
     def _all_of_wave(self, images: Tensor, samples: SampleList, rescale: bool) -> AllExits:
         frames, detections, pooled = self._start(images, samples, True), [], []
+        if self.cut is not None:
+            for stream, cut in zip(frames.streams, frames.cut.tolist()):
+                if cut:
+                    stream.forget()
         for exit, layer in enumerate(self.exit_layers):
             x = frames.layers.take(layer)
-            pooled.append(x.mean(dim=(2, 3)))
+            pooled.append(x.mean(dim=(2, 3), dtype=torch.float32))
             found = self._detect(exit, x, samples, frames.streams)
             detections.append([to_original(one, sample) if rescale else one
                                for one, sample in zip(found, samples)])
@@ -399,3 +415,11 @@ class EarlyExitDetector(BaseDetector):
                  for head, position in zip(self.heads, self.exit_layers)]
         maps = [layers.take(position) for position in self.output_layers]
         return dict(exits=[*exits, self.detector.bbox_head(maps)])
+
+
+def _with_rows(values: Tensor, rows: Sequence[int], new: Tensor) -> Tensor:
+    """Numbers, (N,), some of which are others."""
+    every = list(values.unbind())
+    for row, one in zip(rows, new.unbind()):
+        every[row] = one
+    return torch.stack(every)

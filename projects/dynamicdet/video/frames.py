@@ -1,6 +1,6 @@
 """Frames on their way through the layers, and their detections."""
 from dataclasses import dataclass, field
-from typing import List, Optional, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 from mmengine.structures import InstanceData
@@ -9,6 +9,7 @@ from torch import Tensor
 from mmdet.structures import DetDataSample, SampleList
 from mmdet.structures.bbox import scale_boxes
 
+from ..transfers import take_rows
 from .lazy import LazyLayers
 from .streams import Stream
 
@@ -24,6 +25,7 @@ class Frames:
         difficulties (list[float]): As the gate saw them last; 1 where it has not.
         early (Tensor, optional): Summary of the early map, (N, d).
         change (Tensor, optional): (N,).
+        cut (Tensor, optional): (N,), bool: where the scene is another.
         pooled (list[Tensor]): As of `Evidence`.
         earlier (list[InstanceData], optional): As of `Evidence`.
     """
@@ -33,21 +35,23 @@ class Frames:
     difficulties: List[float]
     early: Optional[Tensor] = None
     change: Optional[Tensor] = None
+    cut: Optional[Tensor] = None
     pooled: List[Tensor] = field(default_factory=list)
     earlier: Optional[List[InstanceData]] = None
 
-    def part(self, index: Tensor) -> 'Frames':
-        """Some of them go on; the layers are of those alone from now on."""
-        kept = index.tolist()
-        self.layers.keep(index)
+    def without(self, places: Sequence[int]) -> 'Frames':
+        """All but some of them; the layers are of those alone from now on."""
+        gone = set(places)
+        kept = [place for place in range(len(self.samples)) if place not in gone]
+        self.layers.keep(kept)
 
         def some(values: Optional[list]) -> Optional[list]:
             return values and [values[one] for one in kept]
 
         return Frames(
             self.layers, some(self.samples), some(self.streams), some(self.difficulties),
-            None if self.early is None else self.early[index], None,
-            [one[index] for one in self.pooled], some(self.earlier))
+            None if self.early is None else take_rows(self.early, kept), None, None,
+            [take_rows(one, kept) for one in self.pooled], some(self.earlier))
 
 
 def scale_of(sample: DetDataSample) -> Tuple[float, ...]:
@@ -62,15 +66,16 @@ def to_original(found: InstanceData, sample: DetDataSample) -> InstanceData:
     return found
 
 
-def nothing_found() -> InstanceData:
+def nothing_found(device: torch.device) -> InstanceData:
     """No detections."""
-    return InstanceData(bboxes=torch.zeros(0, 4), scores=torch.zeros(0), labels=torch.zeros(0, dtype=torch.long))
+    return InstanceData(bboxes=torch.zeros(0, 4, device=device), scores=torch.zeros(0, device=device),
+                        labels=torch.zeros(0, dtype=torch.long, device=device))
 
 
-def last_found(stream: Stream, sample: DetDataSample, rescale: bool) -> InstanceData:
-    """A stream's last detections; none where there are none."""
+def last_found(stream: Stream, sample: DetDataSample, rescale: bool, device: torch.device) -> InstanceData:
+    """A stream's last detections; none, on a device, where there are none."""
     if stream.found is None:
-        return nothing_found()
+        return nothing_found(device)
     found = stream.found.clone()
     # By way of the network's frame, so that boxes stay on what they were found on where the picture's size changes.
     before, now = stream.scale if stream.rescaled else (1.0, 1.0), scale_of(sample) if rescale else (1.0, 1.0)

@@ -16,6 +16,7 @@ from mmdet.registry import MODELS
 from mmdet.structures.bbox import bbox_overlaps
 
 from ..errors import UsageError
+from ..transfers import to_host
 from .evidence import Evidence
 from .presence import Presence
 
@@ -37,7 +38,8 @@ class Gate(BaseModule):
     early = False
 
     def difficulty(self, evidence: Evidence) -> Tensor:
-        """How much it is worth to go on, (N,), float32, in [0, 1], large is hard; see `Evidence`."""
+        """How much it is worth to go on, (N,), float32, in [0, 1], large is hard; see `Evidence`. On the CPU where
+        that is where it is known: the detector decides there."""
         raise NotImplementedError
 
     def sees_nothing(self, early: Tensor) -> Tensor:
@@ -52,14 +54,6 @@ def _images(evidence: Evidence) -> int:
         if seen is not None:
             return len(seen)
     raise ValueError('there is no evidence of any image')
-
-
-def _alike(evidence: Evidence, values: Sequence[float]) -> Tensor:
-    """Values of the images, (N,), where the detector computes."""
-    for seen in (evidence.change, *evidence.pooled[:1]):
-        if seen is not None:
-            return seen.new_tensor(values, dtype=torch.float32)
-    return torch.tensor(values, dtype=torch.float32)
 
 
 def _require_detections(evidence: Evidence) -> List[InstanceData]:
@@ -88,7 +82,7 @@ class FixedExit(Gate):
         self.looks_at_detections = looks_at_detections
 
     def difficulty(self, evidence: Evidence) -> Tensor:
-        return _alike(evidence, [float(evidence.exit < self.exit)] * _images(evidence))
+        return torch.full((_images(evidence), ), float(evidence.exit < self.exit))
 
 
 class Found(NamedTuple):
@@ -98,13 +92,16 @@ class Found(NamedTuple):
     labels: np.ndarray
 
 
-def surest(detections: InstanceData, min_score: float = MIN_SCORE) -> Found:
-    """Detections from a score on, at most `MOST`: boxes (D, 4), scores (D,) and labels (D,), on the CPU."""
-    scores = detections.scores.detach().float().cpu().numpy()
+def surest(detections: Sequence[InstanceData], min_score: float = MIN_SCORE) -> List[Found]:
+    """Of each image the detections from a score on, at most `MOST`: boxes (D, 4), scores (D,) and labels (D,), on the
+    CPU."""
+    return [_surest(*(one.numpy() for one in own), min_score) for own in to_host(detections)]
+
+
+def _surest(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, min_score: float) -> Found:
     order = np.argsort(-scores, kind='stable')[:MOST]
     order = order[scores[order] >= min_score]
-    boxes = getattr(detections.bboxes, 'tensor', detections.bboxes).detach().float().cpu().numpy()
-    return Found(boxes.reshape(-1, 4)[order], scores[order], detections.labels.detach().cpu().numpy()[order])
+    return Found(boxes[order], scores[order], labels[order])
 
 
 def coin_entropy(scores: np.ndarray) -> np.ndarray:
@@ -147,8 +144,8 @@ class ScoreGate(Gate):
         self.kind, self.over, self.min_score, self.empty = kind, over, min_score, empty
 
     def difficulty(self, evidence: Evidence) -> Tensor:
-        return _alike(evidence, [self._of_image(surest(own, self.min_score).scores)
-                                 for own in _require_detections(evidence)])
+        found = surest(_require_detections(evidence), self.min_score)
+        return torch.tensor([self._of_image(own.scores) for own in found])
 
     def _of_image(self, scores: np.ndarray) -> float:
         if not len(scores):
@@ -191,9 +188,10 @@ class AgreementGate(Gate):
     def difficulty(self, evidence: Evidence) -> Tensor:
         detections = _require_detections(evidence)
         if evidence.earlier is None:
-            return _alike(evidence, [1.0] * len(detections))
-        return _alike(evidence, [1 - agreement(*(surest(one, self.min_score) for one in pair), self.iou)
-                                 for pair in zip(detections, evidence.earlier)])
+            return torch.ones(len(detections))
+        found = surest([*detections, *evidence.earlier], self.min_score)
+        return torch.tensor([1 - agreement(own, before, self.iou)
+                             for own, before in zip(found, found[len(detections):])])
 
 
 def agreement(one: Found, other: Found, iou: float = 0.3) -> float:
@@ -252,7 +250,7 @@ class TemporalGate(Gate):
                 raise ValueError('a TemporalGate decides by change, and was shown none')
             return evidence.change.float()
         if self.gate is None:
-            return _alike(evidence, [1.0] * _images(evidence))
+            return torch.ones(_images(evidence))
         return self.gate.difficulty(evidence)
 
     def sees_nothing(self, early: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Dict, List, Sequence, Set
 from torch import Tensor, nn
 
 from ..models.yolo import Layer, join
+from ..transfers import take_rows
 
 
 class LazyLayers:
@@ -47,9 +48,9 @@ class LazyLayers:
         self._let_go((position, ))
         return taken
 
-    def keep(self, index: Tensor) -> None:
-        """Go on with some of the images alone: their indices, (n,)."""
-        self._maps = {position: one[index] for position, one in self._maps.items()}
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with some of the images alone."""
+        self._maps = {position: take_rows(one, rows) for position, one in self._maps.items()}
 
     @property
     def held(self) -> List[int]:

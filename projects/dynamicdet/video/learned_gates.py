@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmdet.registry import MODELS
 
 from ..errors import UsageError
+from ..precision import KeepsType
 from .evidence import Evidence
 from .gates import Gate, agreement, coin_entropy, squash, surest
 
@@ -22,7 +23,7 @@ from .gates import Gate, agreement, coin_entropy, squash, surest
 _LOOKS = 4
 
 
-class LearnedGate(Gate):
+class LearnedGate(KeepsType, Gate):
     """A small recurrent network over the exits' pooled features.
 
     Each exit's pooled features x_l, (N, C_l), standardised, go through a linear layer of their own into a
@@ -133,14 +134,13 @@ class LearnedGate(Gate):
 def look(evidence: Evidence) -> Tensor:
     """Four numbers in [0, 1] of each image's detections, (N, 4): mean and sum s, as ``s / (1 + s)``, of the
     scores' entropies, the best score, and the disagreement with the exit before (1 if there is none)."""
-    earlier = evidence.earlier or [None] * len(evidence.detections)
-    rows = []
-    for own, before in zip(evidence.detections, earlier):
-        found = surest(own)
+    count, rows = len(evidence.detections), []
+    every = surest([*evidence.detections, *(evidence.earlier or ())])
+    for found, before in zip(every[:count], every[count:] or [None] * count):
         doubts = coin_entropy(found.scores)
         rows.append(
             (doubts.mean() if len(doubts) else 0.0, squash(doubts.sum()), found.scores.max(initial=0.0),
-             1.0 if before is None else 1 - agreement(found, surest(before))))
+             1.0 if before is None else 1 - agreement(found, before)))
     return torch.from_numpy(np.array(rows, np.float32).reshape(-1, _LOOKS))
 
 
@@ -236,14 +236,17 @@ class GumbelGate(LearnedGate):
 
         Gradients reach the gate, and through ``losses`` the exits, each by how often it was drawn.
         """
-        shares = (costs / costs[-1]).to(losses)
-        drawn = F.gumbel_softmax(log_exits(self.logits(pooled, looks)).T, self.temperature,
-                                 hard=True)  # (N, E)
-        numbers = torch.arange(len(costs), dtype=drawn.dtype, device=drawn.device)
-        return dict(
-            loss_gate_task=(drawn * losses.T).sum(dim=1).mean(),
-            loss_gate_cost=self.cost_weight * (drawn @ shares).mean(),
-            gate_exit=(drawn.detach() @ numbers).mean())
+        # Products are in half precision under AMP.
+        with torch.autocast(losses.device.type, enabled=False):
+            losses = losses.float()
+            shares = (costs / costs[-1]).to(losses)
+            drawn = F.gumbel_softmax(log_exits(self.logits(pooled, looks)).T, self.temperature,
+                                     hard=True)  # (N, E)
+            numbers = torch.arange(len(costs), dtype=drawn.dtype, device=drawn.device)
+            return dict(
+                loss_gate_task=(drawn * losses.T).sum(dim=1).mean(),
+                loss_gate_cost=self.cost_weight * (drawn @ shares).mean(),
+                gate_exit=(drawn.detach() @ numbers).mean())
 
 
 def log_exits(go: Tensor) -> Tensor:

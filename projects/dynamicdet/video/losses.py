@@ -9,6 +9,7 @@ from mmdet.structures import SampleList
 
 from ..errors import UsageError
 from ..models.yolo import AnchorHead
+from ..transfers import take_rows
 from .building import learner
 from .costs import exit_gflops
 from .distillation import Distillation, distillation_losses, make_lesson
@@ -77,13 +78,16 @@ def _features(model: 'EarlyExitDetector', maps: Sequence[Tensor], samples: Sampl
         steps += [[]] * (step == len(steps))
         steps[step] = steps[step] + [index]
     parts: List[List[Tensor]] = [[] for _ in features]
+    cuts = _cuts(early, numbers, model.cut)
     for step, frames in enumerate(steps):
         own = [streams[numbers[index]] for index in frames]
         for stream, index in zip(own, frames):
-            _advance(stream, samples[index].metainfo.get('frame_id', step), model.cut,
-                     None if early is None else early[index])
+            if cuts[index]:
+                stream.forget()
+            stream.frame = samples[index].metainfo.get('frame_id', step)
+        rows = torch.tensor(frames, device=maps[0].device)
         for exit, whole in enumerate(features):
-            x = whole if len(frames) == len(samples) else whole[frames]
+            x = whole if len(frames) == len(samples) else whole[rows]
             parts[exit].append(carry_on(model.propagation[exit], exit, x, own))
     order = torch.tensor([index for frames in steps for index in frames], device=maps[0].device).argsort()
     # Where nothing was remembered, parameters still get a gradient, of 0: DDP waits for each.
@@ -91,13 +95,17 @@ def _features(model: 'EarlyExitDetector', maps: Sequence[Tensor], samples: Sampl
             for part, mix in zip(parts, model.propagation)]
 
 
-def _advance(stream: Stream, frame: int, cut: Optional[float], early: Optional[Tensor]) -> None:
-    """Let a training clip's stream go to its next frame; at a cut it begins anew, as in `predict`."""
-    if early is not None:
-        if stream.early is not None and is_cut(stream.early[None], early[None], cut):
-            stream.forget()
-        stream.early = early
-    stream.frame = frame
+def _cuts(early: Optional[Tensor], numbers: Sequence[int], cut: Optional[float]) -> List[bool]:
+    """Before which frames there is a cut, (N,): their clip's stream begins anew, as in `predict`."""
+    found = [False] * len(numbers)
+    # A clip's frames are in their order.
+    later = [(at, at - 1 - numbers[:at][::-1].index(number)) for at, number in enumerate(numbers)
+             if number in numbers[:at]]
+    if early is not None and later:
+        own, before = (take_rows(early, rows) for rows in zip(*later))
+        for (at, _), is_one in zip(later, is_cut(own, before, cut).tolist()):
+            found[at] = is_one
+    return found
 
 
 def _gate_losses(model: 'EarlyExitDetector', maps: Sequence[Tensor], raws: Sequence,
@@ -111,7 +119,7 @@ def _gate_losses(model: 'EarlyExitDetector', maps: Sequence[Tensor], raws: Seque
         own.append(model.detector.bbox_head.loss([x[index:index + 1] for x in outputs], [sample]))
         rows.append(torch.stack([_total(losses) for losses in own]))
     return learner(model.gate).loss(
-        [x.mean(dim=(2, 3)) for x in maps], torch.stack(rows, dim=1), _costs(model, shape))
+        [x.mean(dim=(2, 3), dtype=torch.float32) for x in maps], torch.stack(rows, dim=1), _costs(model, shape))
 
 
 def _costs(model: 'EarlyExitDetector', shape: Sequence[int]) -> Tensor:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from mmdet.registry import MODELS
 
 from ..errors import UsageError
+from ..precision import KeepsType
 from .streams import GRID
 
 
 @MODELS.register_module()
-class Presence(BaseModule):
+class Presence(KeepsType, BaseModule):
     """Chance that a frame shows an object, from the summary of its early map.
 
     Each part's means, and what they are above the means of the whole scene, both standardised, go through two

@@ -122,11 +122,13 @@ def carry_on(mix: Propagation, exit: int, features: Tensor, streams: Sequence[St
     """
     known = [place for place, stream in enumerate(streams) if exit in stream.memories]
     if known:
-        index = torch.tensor(known, device=features.device)
         told = [streams[place] for place in known]
-        gaps = index.new_tensor([stream.frame - stream.memories[exit].frame for stream in told])
-        mixed = mix(features[index], torch.stack([one.memories[exit].map for one in told]), gaps)
-        features = features.index_copy(0, index, mixed.to(features))
+        # One copy to the device for both.
+        index, gaps = torch.tensor(
+            [known, [stream.frame - stream.memories[exit].frame for stream in told]], device=features.device)
+        every = len(known) == len(features)
+        mixed = mix(features if every else features[index], torch.stack([one.memories[exit].map for one in told]), gaps)
+        features = mixed.to(features) if every else features.index_copy(0, index, mixed.to(features))
     for stream, kept in zip(streams, mix.remember(features)):
         depth = stream.memories[exit].depth + 1 if exit in stream.memories else 1
         if depth >= mix.truncate:

@@ -1,7 +1,6 @@
 """One pass of an early-exit detector over videos, every frame through every exit: a record. See `record`."""
 import contextlib
 import re
-import time
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -18,6 +17,7 @@ from ..apis.calibration import Progress, coco_results, provenance
 from ..checkpoints import is_plain, read_checkpoint, require_complete
 from ..errors import UsageError
 from ..models import fuse
+from ..models.online import now
 from .building import build_gate
 from .costs import exit_gflops
 from .early_exit_detector import EarlyExitDetector
@@ -138,15 +138,17 @@ def _record_batch(model: EarlyExitDetector, batch: dict, category_ids: Sequence[
                 f"frames do not say their {', '.join(missing)}: name them in the meta_keys of the "
                 'pipeline\'s PackDetInputs')
     found = model.predict_all(inputs, samples)
+    change, early = found.change.tolist(), found.early.cpu().numpy()
+    pooled = [one.cpu().numpy() for one in found.pooled]
     return [
         dict(
             id=int(sample.img_id),
             file=str(sample.img_path),
             video=int(sample.video_id),
             frame=int(sample.frame_id),
-            change=float(found.change[row]),
-            early=found.early[row].float().cpu().numpy(),
-            pooled=[one[row].float().cpu().numpy() for one in found.pooled],
+            change=change[row],
+            early=early[row].copy(),
+            pooled=[one[row].copy() for one in pooled],
             detections=[coco_results(DetDataSample(pred_instances=own[row]), category_ids)
                         for own in found.detections]) for row, sample in enumerate(samples)
     ]
@@ -207,17 +209,16 @@ def measure_exit_latencies(model: EarlyExitDetector, dataset, progress: Progress
     # With one head looking or not is the same.
     forced = [(-1, False), *((exit, False) for exit in exits), *((exit, True) for exit in exits if exit)]
     times: Dict[tuple, List[float]] = {one: [] for one in forced}
-    synchronise = torch.cuda.synchronize if model.thresholds.is_cuda else lambda: None
+    device = model.thresholds.device
     for turn in progress(range(rounds + 1), 'latencies'):
         for one in forced:
             with force_exit(model, *one):
                 for batch in batches:
-                    synchronise()
-                    start = time.perf_counter()
+                    start = now(device)
                     model.test_step(batch)
-                    synchronise()
+                    seconds = now(device) - start
                     if turn:
-                        times[one].append(time.perf_counter() - start)
+                        times[one].append(seconds)
     medians = {one: float(np.median(own)) for one, own in times.items()}
     return dict(
         early=medians[-1, False],

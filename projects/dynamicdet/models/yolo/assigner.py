@@ -7,9 +7,6 @@ from typing import Tuple
 import torch
 from torch import Tensor
 
-#: A cell and its two nearest neighbours: in units of a cell, (x, y); YOLOv5 and YOLOv7.
-_OFFSETS = ((0, 0), (0.5, 0), (0, 0.5), (-0.5, 0), (0, -0.5))
-
 
 def candidates(boxes: Tensor, anchors: Tensor, stride: int, size: Tuple[int, int],
                max_ratio: float) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -33,10 +30,14 @@ def candidates(boxes: Tensor, anchors: Tensor, stride: int, size: Tuple[int, int
     centre, extent = boxes[:, :2] / stride, boxes[:, 2:]
     ratio = extent[None] / anchors[:, None]
     fits = torch.maximum(ratio, 1 / ratio).amax(dim=2) < max_ratio  # (A, G)
-    limit = centre.new_tensor([columns, rows])
+    # No tensors of what the host knows: they would have to be copied to the device.
+    rest = torch.stack([columns - centre[:, 0], rows - centre[:, 1]], dim=1)
     low = (centre % 1 < 0.5) & (centre > 1)
-    high = ((limit - centre) % 1 < 0.5) & (limit - centre > 1)
+    high = (rest % 1 < 0.5) & (rest > 1)
     near = torch.stack([torch.ones_like(low[:, 0]), *low.T, *high.T])  # (5, G)
-    offset, anchor, index = (near[:, None] & fits).nonzero(as_tuple=True)
-    cell = (centre[index] - centre.new_tensor(_OFFSETS)[offset]).long()
+    neighbour, anchor, index = (near[:, None] & fits).nonzero(as_tuple=True)
+    # The cell itself; half a cell to the left, upwards, to the right, downwards.
+    across = (neighbour == 1).to(centre) - (neighbour == 3).to(centre)
+    down = (neighbour == 2).to(centre) - (neighbour == 4).to(centre)
+    cell = (centre[index] - torch.stack([across, down], dim=1) / 2).long()
     return anchor, cell[:, 1].clamp(0, rows - 1), cell[:, 0].clamp(0, columns - 1), index

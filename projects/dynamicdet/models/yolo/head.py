@@ -210,7 +210,10 @@ def _clip(boxes: Tensor, meta: dict) -> Tensor:
     if 'ori_shape' in meta:
         scale = meta.get('scale_factor', (1.0, 1.0))
         height, width = meta['ori_shape'][0] * scale[1], meta['ori_shape'][1] * scale[0]
-    return boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
+    boxes = boxes.clamp(min=0)
+    # By numbers: a tensor of them would have to be copied to the device.
+    return torch.stack([boxes[:, 0].clamp(max=width), boxes[:, 1].clamp(max=height),
+                        boxes[:, 2].clamp(max=width), boxes[:, 3].clamp(max=height)], dim=1)
 
 
 def in_cells(values: Tensor, at: Tuple[Tensor, ...], like: Tensor) -> Tensor:

@@ -35,8 +35,7 @@ def sim_ota(boxes: Tensor, labels: Tensor, predicted: Tensor,
     cls = absent.sum(dim=1) + (present - absent)[:, labels].T
     cost = cls - 3 * (overlaps + 1e-8).log()
     taken = cost.argsort(dim=1).argsort(dim=1) < count[:, None]
-    contested = taken.sum(dim=0) > 1
-    taken[:, contested] = False
-    taken[cost[:, contested].argmin(dim=0), contested.nonzero().squeeze(1)] = True
+    cheapest = torch.zeros_like(taken).scatter_(0, cost.argmin(dim=0, keepdim=True), True)
+    taken = torch.where(taken.sum(dim=0) > 1, cheapest, taken)
     index = taken.any(dim=0).nonzero().squeeze(1)
     return index, taken[:, index].int().argmax(dim=0)

@@ -101,10 +101,8 @@ class YOLOV7Head(AnchorHead):
         if cells.shape[1]:
             taken, owner = sim_ota(corners, instances.labels, torch.cat(predicted),
                                    torch.cat(probabilities))
-        matches = []
-        for level in range(len(outputs)):
-            own = cells[0, taken] == level
-            anchor, row, column = cells[1:, taken[own]]
-            matches.append(Matches(torch.full_like(anchor, index), anchor, row, column,
-                                   boxes[owner[own]], instances.labels[owner[own]]))
-        return matches
+        # Level by level, as candidates are.
+        level, anchor, row, column = cells[:, taken]
+        counts = (level == torch.arange(len(outputs), device=level.device)[:, None]).sum(dim=1).tolist()
+        whole = (torch.full_like(anchor, index), anchor, row, column, boxes[owner], instances.labels[owner])
+        return [Matches(*own) for own in zip(*(one.split(counts) for one in whole))]
