@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import RUNTIMES_TO_TRY, same_detections
-from mmcv.ops import ModulatedDeformConv2dPack, deform_conv2d
+from far_device import counted, far_device
+from mmcv.ops import ModulatedDeformConv2dPack, RoIAlign, deform_conv2d
 from mmengine.config import ConfigDict
 from torch import nn
 
@@ -14,7 +15,8 @@ from dynamicdet.apis.calibration import force_exit
 from dynamicdet.compression.quantisation import Simulation
 from dynamicdet.deploy.graphs import Graph, example_inputs, export_stages, release_weights
 from dynamicdet.deploy.int8 import Recipe, quantise_graph, trained_ranges
-from dynamicdet.deploy.runtimes import RUNTIMES, OpenVino, open_graph
+from dynamicdet.deploy.rois import _graph_of, place_roi_aligns
+from dynamicdet.deploy.runtimes import CPU, RUNTIMES, OnnxRuntime, OpenVino, open_graph
 from dynamicdet.deploy.stages import find_stages, flatten, unflatten
 from dynamicdet.errors import UsageError
 from dynamicdet.testing import randomise, shrink, tiny_batch, tiny_detector, tiny_dynamic
@@ -246,3 +248,38 @@ def test_operators_that_only_the_graph_shows_are_named(layer, said):
     with pytest.raises(UsageError) as caught:
         export_stages(model, (64, 96))
     assert said in str(caught.value) and '\n' not in str(caught.value)
+
+
+def test_graphs_on_another_device(monkeypatch):
+    """What a stage is given may be elsewhere and of half the digits; RoIs are aligned where their maps are."""
+    layer = RoIAlign(3, spatial_scale=0.5)
+    maps, rois = torch.rand(2, 4, 8, 8), torch.tensor([[0, 1.0, 1, 9, 9], [1, 0, 0, 15, 7]])
+    expected = layer(maps, rois)
+    graph = Graph(_graph_of(layer, 0), ['tuple', [0]], 1)
+    holder = torch.nn.ModuleList([layer])
+    with far_device(monkeypatch) as far:
+        found, = graph(maps.to(far), rois[:, 1:].double().to(far), rois[:, 0].long().to(far))
+        assert found.device.type == far
+        torch.testing.assert_close(found.cpu(), expected)
+        place_roi_aligns(holder)
+        with counted() as seen:
+            found = layer(maps.to(far), rois.to(far))
+        # There and not back: by mmcv's own.
+        assert dict(seen) == {'to device': 2}
+        torch.testing.assert_close(found.cpu(), expected)
+    torch.testing.assert_close(layer(maps, rois), expected)
+
+
+def test_providers_are_what_there_is(monkeypatch):
+    content = _graph_of(RoIAlign(3), 0)
+    import onnxruntime
+    there = onnxruntime.get_available_providers()
+    wanted = [one for one in ('CUDAExecutionProvider', 'CPUExecutionProvider') if one in there]
+    graph = OnnxRuntime(content, 1)
+    assert graph._session.get_providers() == wanted and wanted[-1] == 'CPUExecutionProvider'
+    assert OnnxRuntime(content, 1, CPU)._session.get_providers() == list(CPU)
+    for providers in (['NoSuchProvider'], []):
+        with pytest.raises(UsageError, match='providers here are .*CPUExecutionProvider'):
+            open_graph(content, providers=providers)
+    with pytest.raises(UsageError, match='OpenVINO runs on the CPU'):
+        RUNTIMES['openvino'](content, 1, CPU)

@@ -17,6 +17,7 @@ from mmdet.models.utils import filter_scores_and_topk
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
 from mmdet.utils import ConfigType, InstanceList, OptConfigType, OptInstanceList
 
+from ...precision import KeepsTypeOfBuffers
 from ..fusing import Fusible
 from .assigner import candidates
 
@@ -35,9 +36,9 @@ class Matches(NamedTuple):
     labels: Tensor
 
 
-class AnchorHead(Fusible, BaseDenseHead):
+class AnchorHead(KeepsTypeOfBuffers, Fusible, BaseDenseHead):
     """One convolution per level. Its channels are A times 4 for boxes, then A for objectness, then A times C
-    for classes.
+    for classes. Boxes are decoded in float32 whatever type the head is turned into.
 
     Args:
         num_classes (int): C.
