@@ -147,6 +147,9 @@ def _near(value: Any) -> Any:
 def _note(name: str, args: tuple) -> None:
     if name == '_local_scalar_dense' or name in _SIZED_BY_VALUES:
         events[name] += 1
+    if name == 'fake_quantize_per_channel_affine_cachemask' and not args[2].is_floating_point():
+        # Of zero points that are integers it looks at the least and the largest.
+        events['_local_scalar_dense'] += 2
     if name in ('index', 'index_put', 'index_put_', '_index_put_impl_'):
         masks = [one for one in args[1] if one is not None and one.dtype in (torch.bool, torch.uint8)]
         # One value for all is filled in without looking.
