@@ -153,7 +153,8 @@ def test_a_step_in_eight_bits_waits_for_nothing(learning, far):
     assert not seen and layers.one.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize('low, high', [(0.0, 255.0), (-127.5, 127.5), (5.0, 51.0), (-51.0, -5.0), (0.0, 0.0), (0.0, 1e-45)])
+@pytest.mark.parametrize('low, high', [
+    (0.0, 255.0), (-127.5, 127.5), (5.0, 51.0), (-51.0, -5.0), (0.0, 0.0), (0.0, 1e-45)])
 def test_steps_are_those_of_the_host(low, high):
     draws = torch.randn(200, 2, generator=torch.Generator().manual_seed(0)) * 10
     for bounds in (torch.tensor([low, high]), *draws.sort(dim=1).values):

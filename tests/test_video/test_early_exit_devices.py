@@ -94,8 +94,7 @@ def test_training_elsewhere(far):
 
 
 def test_nothing_found_is_where_the_frames_are(far):
-    assert {one.device.type for one in (nothing_found(torch.device(far)).bboxes, nothing_found(torch.device(far)).scores,
-                                        nothing_found(torch.device(far)).labels)} == {far}
+    assert {value.device.type for value in nothing_found(torch.device(far)).values()} == {far}
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])

@@ -12,8 +12,8 @@ from .runtimes import CPU
 
 
 def place_roi_aligns(model: nn.Module, threads: Optional[int] = None, runtime: str = 'onnxruntime') -> None:
-    """Let a runtime, see `runtimes.open_graph`, compute a detector's RoIAligns on a CPU, where its operator is the same:
-    means of each bin. Elsewhere maps would have to be copied, and mmcv's own is fast."""
+    """Let a runtime, see `runtimes.open_graph`, compute a detector's RoIAligns on a CPU, where its operator is the
+    same: means of each bin. Elsewhere maps would have to be copied, and mmcv's own is fast."""
     for module in model.modules():
         if isinstance(module, RoIAlign) and module.pool_mode == 'avg':
             module.forward = _Align(module, threads, runtime)

@@ -35,7 +35,8 @@ class OnnxRuntime:
         providers = [one for one in PREFERRED if one in there] if providers is None else list(providers)
         unknown = [one for one in providers if one not in there]
         if unknown or not providers:
-            raise UsageError(f"ONNX Runtime's providers here are {', '.join(there)}; got {', '.join(providers) or 'none'}")
+            raise UsageError(
+                f"ONNX Runtime's providers here are {', '.join(there)}; got {', '.join(providers) or 'none'}")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         # Graphs take turns: threads of one that wait in a loop would take time from the next.
