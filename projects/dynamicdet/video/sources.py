@@ -163,8 +163,7 @@ class VideoFile(Source):
         except self._error as error:
             raise UsageError(f"'{path}' cannot be opened as a video: {error.strerror}") from None
         self._stream = self._film()
-        rate = self._stream.average_rate or self._stream.guessed_rate
-        self.fps = float(rate) if rate and 0 < rate <= MAX_FPS else DEFAULT_FPS
+        self.fps = float(self._stream.average_rate or self._stream.guessed_rate or DEFAULT_FPS)
         self.length = self._stream.frames or None
 
     def _film(self) -> Any:
