@@ -4,7 +4,6 @@ Prints tables and a diagnosis; writes routing.json and routing.html, a page with
 slider over the threshold, and images. Takes no model: seconds to minutes.
 """
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Mapping
@@ -46,8 +45,8 @@ def load_annotations(record: Mapping, ann_file: str, option: str) -> COCO:
         raise UsageError(f"there is no annotation file '{path}': name it by {option}")
     try:
         return read_truth(path, record['provenance'].get('categories') or None)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AssertionError) as error:
-        raise UsageError(f"'{path}' is no COCO annotation file: name one by {option}") from error
+    except UsageError as error:
+        raise UsageError(f'{error}; or name another by {option}') from None
 
 
 def load(path: str, ann_file: str, option: str, exits: list) -> tuple:

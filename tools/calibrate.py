@@ -42,8 +42,7 @@ def main() -> None:
     cli.check_data(cfg, 'val', files=False)
     model, checkpoint = load_model(cfg, args.checkpoint, args.device)
     require_trained_router(model)
-    if not args.no_data_check:
-        cli.check_data(cfg, 'val')
+    cli.check_data(cfg, 'val', files=not args.no_data_check)
     loader = build_loader(cfg.val_dataloader)
     found = calibrate(model, loader, cli.progress, args.hard_share)
     for name in ('difficulties', 'gflops', 'latencies', 'threshold'):

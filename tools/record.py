@@ -42,8 +42,7 @@ def main() -> None:
     cli.check_data(cfg, args.split, files=False)
     model, checkpoint = load_model(cfg, args.checkpoint, args.device, any_router=True)
     digest = exits_digest(checkpoint['state_dict'])
-    if not args.no_data_check:
-        cli.check_data(cfg, args.split)
+    cli.check_data(cfg, args.split, files=not args.no_data_check)
     loader = build_record_loader(cfg, args.split)
     record = record_data_set(
         model, cfg, loader, cli.progress, view=args.view, checkpoint=args.checkpoint)

@@ -43,8 +43,7 @@ def main() -> None:
     cli.check_data(cfg, args.split, files=False)
     model, checkpoint = load_early_exit_detector(cfg, args.checkpoint, args.device)
     digest = exits_digest(checkpoint['state_dict'])
-    if not args.no_data_check:
-        cli.check_data(cfg, args.split)
+    cli.check_data(cfg, args.split, files=not args.no_data_check)
     loader = build_record_loader(cfg, args.split)
     record = record_videos(model, cfg, loader, cli.progress, args.checkpoint, args.frames, args.rounds)
     record['provenance']['exits_digest'] = digest

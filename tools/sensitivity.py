@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mmengine.device import get_device
 
+from dynamicdet.annotations import original_of
 from dynamicdet.apis import cli
 from dynamicdet.apis.calibration import build_loader
 from dynamicdet.apis.sensitivity import blocks_of, draw, identity_of, load, measure, parts_of, truth_of
@@ -76,7 +77,7 @@ def main() -> None:
         return
     loader = build_loader(dict(cfg.val_dataloader, dataset=dataset))
     truth_of(loader.dataset)
-    identity = identity_of(args.checkpoint, str(loader.dataset.ann_file), args.images, args.metric,
+    identity = identity_of(args.checkpoint, original_of(str(loader.dataset.ann_file)), args.images, args.metric,
                            args.structured)
     curves = measure(model, loader, parts, args.shares, args.images, args.metric, out, identity, cli.progress)
     print(*table(curves), sep='\n')

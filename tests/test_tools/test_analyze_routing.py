@@ -125,7 +125,7 @@ def test_annotations_that_were_moved(record, digits, tmp_path, capsys):
     (['{folder}/none.npz'], "there is no record '{folder}/none.npz'"),
     (['{folder}/broken.npz'], "'{folder}/broken.npz' is no record, or was cut short"),
     (['{record}', '--exits', '0', '3'], 'two different exits are wanted, 0 to 2; got 0 and 3'),
-    (['{record}', '--ann-file', '{folder}/broken.npz'], 'is no COCO annotation file: name one by --ann-file'),
+    (['{record}', '--ann-file', '{folder}/broken.npz'], 'download or make it again; or name another by --ann-file'),
     (['{record}', '--val-record', '{record}', '--val-ann-file', '{folder}/none'],
      'name it by --val-ann-file'),
     (['{record}', '--bootstrap', '-1'], '--bootstrap must be 0 or more'),

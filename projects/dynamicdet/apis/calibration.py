@@ -12,6 +12,7 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
+from ..annotations import original_of
 from ..checkpoints import forget_other_router, is_plain, read_checkpoint, require_complete
 from ..datasets.check import is_of_empty_set
 from ..errors import UsageError
@@ -214,7 +215,7 @@ def provenance(cfg: Config, checkpoint: str, dataset, device: str) -> Dict[str, 
     return dict(
         config=str(cfg.filename),
         checkpoint=str(checkpoint),
-        ann_file=str(getattr(dataset, 'ann_file', '')),
+        ann_file=original_of(str(getattr(dataset, 'ann_file', ''))),
         categories=list(getattr(dataset, 'cat_ids', ())),
         classes=list(getattr(dataset, 'metainfo', {}).get('classes', ())),
         images=len(dataset),

@@ -21,6 +21,7 @@ from mmdet.utils import register_all_modules
 
 from ..checkpoints import read_checkpoint, weights_only
 from ..datasets.check import check_dataloaders, is_of_empty_set
+from ..datasets.mending import mend_annotations
 from ..datasets.opening import SEVERAL_FILES
 from ..errors import UsageError
 from ..routing.thresholds import latency_of
@@ -305,11 +306,23 @@ def require_device(device: str) -> None:
 
 
 def check_data(cfg: Config, *splits: str, files: bool = True) -> None:
-    """Look through the data before a run, or without ``files`` through their settings alone; on rank 0, which prints
-    what is odd."""
-    if int(os.environ.get('RANK', 0)) == 0:
-        for line in check_dataloaders(cfg, splits, counter('image files'), files):
-            print(f'data: {line}', file=sys.stderr)
+    """Look through the data before a run; rank 0 prints what is odd.
+
+    Annotation files are read in any case, and on every rank: what is mended in them, the config then has.
+
+    Args:
+        cfg (Config): mmengine's config.
+        splits (str): Which, of 'train', 'val' and 'test'.
+        files (bool): Whether to look at boxes and image files, too, not at settings alone. Defaults to True.
+    """
+    speaks = int(os.environ.get('RANK', 0)) == 0
+    if speaks:
+        check_dataloaders(cfg, splits, files=False)
+    read, lines = mend_annotations(cfg, splits, Path(cfg.get('work_dir') or 'work_dirs') / 'annotations')
+    if speaks and files:
+        lines += check_dataloaders(cfg, splits, counter('image files'), read=read)
+    for line in lines if speaks else ():
+        print(f'data: {line}', file=sys.stderr)
 
 
 def prepare() -> None:

@@ -172,11 +172,10 @@ def ground_truths(records: Sequence[Mapping], objective: Objective) -> Optional[
 
 
 def _ground_truth(path: str, categories: Sequence[int]):
-    try:
-        return read_truth(path, categories or None)
-    except OSError:
+    if not Path(path).is_file():
         raise UsageError(f"there is no annotation file at '{path}', where the record is from: gain 'ap' "
-                         'needs it') from None
+                         'needs it')
+    return read_truth(path, categories or None)
 
 
 def describe(objective: Objective) -> dict:

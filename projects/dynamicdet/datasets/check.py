@@ -8,11 +8,13 @@ import os.path as osp
 import traceback
 from typing import Any, List, Mapping, Optional, Sequence
 
+from ..annotations import AnnotationFile, original_of
 from ..errors import UsageError
 from .check_annotations import Place, check_annotations, some
 from .check_classes import require_same_classes
-from .check_images import Progress, find_unreadable
+from .check_images import Progress, check_image_files
 from .check_others import check_built
+from .mending import is_turned, learns_masks, read_for
 from .mot import MOTSequenceDataset
 from .opening import Opened, is_coco_format, open_data_sets
 from .video import VideoDataset
@@ -48,7 +50,8 @@ def check_coco(ann_file: str,
 def check_dataloaders(cfg: Mapping,
                       splits: Sequence[str] = ('train', 'val'),
                       progress: Optional[Progress] = None,
-                      files: bool = True) -> List[str]:
+                      files: bool = True,
+                      read: Optional[Mapping[str, AnnotationFile]] = None) -> List[str]:
     """Look through the data sets of a config, and for the files of its evaluators. What takes no time comes first:
     settings, and whether the detector's heads and all data sets have the same classes.
 
@@ -58,6 +61,8 @@ def check_dataloaders(cfg: Mapping,
         splits (Sequence[str]): Which, of 'train', 'val' and 'test'.
         progress (callable, optional): See `check_coco`; starts anew with each data set.
         files (bool): Whether to look into annotations and image files. Defaults to True.
+        read (Mapping[str, AnnotationFile], optional): Annotation files by path, as `mend_annotations` has read
+            them and has said what it mended.
 
     Returns:
         list[str]: Warnings, a line each, and a line for each data set that was left alone.
@@ -74,7 +79,7 @@ def check_dataloaders(cfg: Mapping,
             # Validation and test are often the same files.
             if _identity(one) not in done:
                 done.append(_identity(one))
-                lines += _check_opened(one, progress)
+                lines += _check_opened(one, progress, learns_masks(cfg), read or {})
         seen = [osp.realpath(one.dataset.ann_file) for one in opened[split] if is_coco_format(one.dataset)]
         lines += _check_evaluators(cfg.get(f'{split}_evaluator'), split, seen)
     return lines
@@ -92,14 +97,14 @@ def _identity(one: Opened) -> tuple:
         (one.key, ) if own is None else (type(own), own.ann_file, own.data_prefix, own.filter_cfg))
 
 
-def _check_opened(one: Opened, progress: Optional[Progress]) -> List[str]:
+def _check_opened(one: Opened, progress: Optional[Progress], masks: bool, read: Mapping[str, AnnotationFile]) -> List[str]:
     """Look through a data set by what its class reads."""
     from mmdet.datasets import CocoDataset, LVISV05Dataset, Objects365V2Dataset
     dataset = one.dataset
     if dataset is None:
         return [f'{one.key}: data sets of type {one.kind} are not checked']
     filters = {} if dataset.test_mode or one.split != 'train' else dict(dataset.filter_cfg or {})
-    place = Place(one.name, one.key, one.split == 'train', filters)
+    place = Place(one.name, one.key, one.split == 'train', filters, masks, is_turned(dataset))
     folder = dataset.data_prefix.get('img', dataset.data_prefix.get('img_path', ''))
     if (getattr(dataset, 'backend_args', None) or {}).get('backend', 'local') != 'local' or '://' in ''.join(
             [dataset.ann_file or '', dataset.data_root or '', folder]):
@@ -114,7 +119,7 @@ def _check_opened(one: Opened, progress: Optional[Progress]) -> List[str]:
         return [f'{place.name}: {line}' for line in check_built(dataset, place, progress)]
     if isinstance(dataset, CocoDataset) and 'img' not in dataset.data_prefix:
         raise UsageError(f"{one.key}: CocoDataset needs data_prefix=dict(img='folder of the images')")
-    return _check(dataset.ann_file, folder, one.classes, progress, place)
+    return _check(dataset.ann_file, folder, one.classes, progress, place, read.get(dataset.ann_file))
 
 
 def _check_evaluators(evaluators: Any, split: str, files: Sequence[str]) -> List[str]:
@@ -132,29 +137,28 @@ def _check_evaluators(evaluators: Any, split: str, files: Sequence[str]) -> List
         if not str(evaluator.get('type')).endswith('CocoMetric') or not files:
             continue
         if osp.realpath(ann_file) not in files:
-            lines.append(f"{key}: compares with '{ann_file}', which is not the annotation file of "
+            lines.append(f"{key}: compares with '{original_of(ann_file)}', which is not the annotation file of "
                          f'{split}_dataloader: the ids of the images must be the same')
         elif len(files) > 1:
-            lines.append(f"{key}: compares with '{ann_file}' alone, one of {len(files)} annotation files of "
+            lines.append(f"{key}: compares with '{original_of(ann_file)}' alone, one of {len(files)} annotation files of "
                          f'{split}_dataloader: what is found in images of the others counts where ids are the same')
     return lines
 
 
 def _check(ann_file: str, image_root: str, classes: Optional[Sequence[str]],
-           progress: Optional[Progress], place: Place) -> List[str]:
+           progress: Optional[Progress], place: Place, file: Optional[AnnotationFile] = None) -> List[str]:
     if not osp.isfile(ann_file):
         raise UsageError(f"{place.name}: there is no annotation file at '{ann_file}': "
                          + _remedy(ann_file, place.key and f'{place.key}.data_root'))
-    names, lines = check_annotations(ann_file, classes, place)
+    lines = []
+    if file is None:
+        file = read_for(place.name, ann_file, place.masks)
+        lines += file.mended
+    lines += check_annotations(file.data, classes, place)
     if not osp.isdir(image_root or '.'):
         raise UsageError(f"{place.name}: there is no image folder '{image_root}': "
                          + _remedy(image_root, place.key and f'{place.key}.data_prefix.img'))
-    missing, damaged = find_unreadable(image_root, names, progress)
-    said = [f'{len(files)} of {len(names)} image files {what} ({some(files)})'
-            for files, what in ((missing, 'are missing'), (damaged, 'are damaged')) if files]
-    if said:
-        raise UsageError(f"{place.name}: {' and '.join(said)} in '{image_root}': get them again, "
-                         'or take them out of the annotation file')
+    lines += check_image_files(image_root, file.data['images'], place, progress)
     return [f'{place.name}: {line}' for line in lines]
 
 

@@ -1,16 +1,19 @@
 """Find what mmdet refuses in a COCO annotation file, and what it leaves out without a word."""
-import json
+import os.path as osp
 from collections import Counter
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
 from ..errors import UsageError
+from .check_masks import check_outlines
 
 #: How many times as long as wide an image may be. `Resize` to common sizes leaves no pixel of those beyond.
 LONGEST = 100
 #: Boxes of many tools, COCO's too, are off by rounding; less than this is not worth a line.
 _ROUNDING = 0.5  # pixels
+#: An area may be so many times that of its box, a pixel more on each side: it is counted in whole pixels.
+_SLACK = 1.01
 
 
 class Place(NamedTuple):
@@ -19,24 +22,32 @@ class Place(NamedTuple):
     key: str = ''  # such as 'train_dataloader.dataset'; empty: no config
     training: bool = False
     filter_cfg: Mapping = {}  # what a training leaves out
+    masks: bool = False  # whether outlines of objects are learned or evaluated
+    turned: bool = True  # whether pictures are loaded as EXIF's orientation wants
 
 
-def check_annotations(ann_file: str, classes: Optional[Sequence[str]],
-                      place: Place) -> Tuple[List[str], List[str]]:
-    """Look through an annotation file.
+def check_annotations(data: Dict[str, Any], classes: Optional[Sequence[str]], place: Place) -> List[str]:
+    """Look through the content of an annotation file.
+
+    Args:
+        data (dict): As `read_annotations` gives it; with ``segmentation`` if the place learns masks.
+        classes (Sequence[str], optional): Classes of the detector; None: all of the file.
+        place (Place): What the data are for.
 
     Returns:
-        tuple: Names of the image files; and warnings.
+        list[str]: Warnings.
 
     Raises:
         UsageError: If mmdet cannot use it.
     """
-    data = _read(ann_file, place)
-    images, annotations = data['images'], data.get('annotations') or []
-    _check_images(images, place)
-    categories, lines = _match_classes(data.get('categories'), classes, place)
+    images, annotations = data['images'], data['annotations']
+    _require_thick(images, place)
+    categories, lines = _match_classes(data['categories'], classes, place)
+    lines += _check_names(images)
     lines += _check_boxes(images, annotations, categories, data['categories'], place)
-    return [image['file_name'] for image in images], lines
+    if place.masks:
+        lines += check_outlines(images, [one for one in annotations if one['category_id'] in categories], place.name)
+    return lines
 
 
 def _require(condition: Any, message: str) -> None:
@@ -49,53 +60,22 @@ def some(values: Sequence[Any], count: int = 3) -> str:
     return ', '.join(map(str, values[:count])) + (', ...' if len(values) > count else '')
 
 
-def _read(ann_file: str, place: Place) -> Dict[str, Any]:
-    try:
-        with open(ann_file, encoding='utf-8') as file:
-            data = json.load(file, object_hook=_without_outline)
-    except ValueError as error:
-        # Of text that is not UTF-8 too. The error of a binary file would quote all of it.
-        reason = str(error) if isinstance(error, json.JSONDecodeError) else 'not text'
-        raise UsageError(f"{place.name}: '{ann_file}' is not JSON, or was cut short ({reason}): "
-                         'download or make it again') from None
-    except OSError as error:
-        raise UsageError(
-            f"{place.name}: '{ann_file}' cannot be read: {error.strerror}") from None
-    images = data.get('images') if isinstance(data, dict) else None
-    _require(isinstance(images, list),
-             f"{place.name}: '{ann_file}' is no COCO annotation file: it has no list of 'images'")
-    _require(images, f"{place.name} is empty: there are no images in '{ann_file}'")
-    return data
-
-
-def _without_outline(entry: Dict[str, Any]) -> Dict[str, Any]:
-    """Drop what is not looked at and is most of a file: of COCO, two thirds of the memory."""
-    entry.pop('segmentation', None)
-    return entry
-
-
-def _check_images(images: List[dict], place: Place) -> None:
-    """Refuse entries that mmdet cannot read, and ids that two images share."""
-    _require_keys(images, ('id', 'file_name', 'height', 'width'), 'image', place)
-    sizes = _numbers(images, lambda image: (image['width'], image['height']), 2, 'image', place)
-    for index in np.flatnonzero((sizes <= 0).any(1))[:1]:
-        raise UsageError(f"{place.name}: image '{images[index]['file_name']}' has no width or "
-                         'height above 0 in the annotation file')
+def _require_thick(images: List[dict], place: Place) -> None:
+    sizes = np.array([(image['width'], image['height']) for image in images])
     thin = np.flatnonzero(sizes.max(1) > LONGEST * sizes.min(1))
     _require(not len(thin), f'{place.name}: {len(thin)} image(s) are more than {LONGEST} times as long as '
              f"wide ({some([images[index]['file_name'] for index in thin])}), and resizing leaves nothing of "
              'them: crop them, or take them out of the annotation file')
-    _require_unique((image['id'] for image in images), 'images', 'id', place)
 
 
-def _require_keys(entries: Sequence[dict], keys: Sequence[str], what: str, place: Place) -> None:
-    for index, entry in enumerate(entries):
-        missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
-        if missing:
-            said = {key: entry[key] for key in ('id', 'image_id', 'name', 'file_name')
-                    if isinstance(entry, dict) and key in entry}
-            raise UsageError(f"{place.name}: {what} number {index} {said} has no '{missing[0]}', "
-                             'which mmdet needs')
+def _check_names(images: List[dict]) -> List[str]:
+    """Say where entries share a file: exports that leave folders away do that."""
+    counts = Counter(osp.normpath(image['file_name']) for image in images)
+    if len(counts) == len(images):
+        return []
+    shared = [image['file_name'] for image in images if counts[osp.normpath(image['file_name'])] > 1]
+    return [f'{len(shared)} of {len(images)} images have a file name of another entry ({some(list(dict.fromkeys(shared)))}): '
+            'one picture stands for all of them, each with other boxes']
 
 
 def _require_unique(values: Iterator[Any], things: str, what: str, place: Place) -> None:
@@ -104,42 +84,13 @@ def _require_unique(values: Iterator[Any], things: str, what: str, place: Place)
              f'(such as {some(shared)}): each needs its own')
 
 
-def _numbers(entries: Sequence[dict], values: Callable[[dict], Any], width: int, what: str,
-             place: Place) -> np.ndarray:
-    """Values of all entries, (len(entries), width), refused where they are not finite numbers."""
-    try:
-        array = np.array([values(entry) for entry in entries], dtype=np.float64)
-        array = array.reshape(len(entries), width)
-        bad = ~np.isfinite(array).all(1)
-    except (TypeError, ValueError):
-        # Of unequal lengths, or no numbers: slowly, to find which.
-        bad = np.array([not _are_finite(values(entry), width) for entry in entries])
-    for index in np.flatnonzero(bad)[:1]:
-        entry = entries[index]
-        raise UsageError(f"{place.name}: {what} {entry['id']} (image "
-                         f"{entry.get('file_name', entry.get('image_id'))}) has "
-                         f'{values(entry)} where {width} finite number(s) are needed')
-    return array
-
-
-def _are_finite(values: Any, width: int) -> bool:
-    try:
-        array = np.array(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        return False
-    return array.size == width and bool(np.isfinite(array).all())
-
-
-def _match_classes(categories: Any, classes: Optional[Sequence[str]],
+def _match_classes(categories: List[dict], classes: Optional[Sequence[str]],
                    place: Place) -> Tuple[Dict[int, str], List[str]]:
     """Find the classes among a file's categories.
 
     Returns:
         tuple: Id -> name of the categories that are used, in the file's order; and warnings.
     """
-    _require(isinstance(categories, list) and categories,
-             f"{place.name}: the annotation file has no 'categories'")
-    _require_keys(categories, ('id', 'name'), 'category', place)
     # ('cat') is a word, and mmdet would look for categories within it.
     _require(not isinstance(classes, str),
              f"{place.name}: classes must be a list of names, not '{classes}': ('{classes}', )")
@@ -172,10 +123,6 @@ def _check_boxes(images: List[dict], annotations: List[dict], used: Dict[int, st
 
     Follows ``CocoDataset.parse_data_info`` and ``filter_data`` of mmdet 3.3.0.
     """
-    keys = ('id', 'image_id', 'category_id', 'bbox', 'area')
-    _require_keys(annotations, keys, 'annotation', place)
-    # mmdet asserts this.
-    _require_unique((entry['id'] for entry in annotations), 'annotations', 'id', place)
     index_of = {image['id']: index for index, image in enumerate(images)}
     # -1: of no image. Its size is then the last image's, which is never looked at.
     image = np.array([index_of.get(entry['image_id'], -1) for entry in annotations], dtype=np.int64)
@@ -184,8 +131,8 @@ def _check_boxes(images: List[dict], annotations: List[dict], used: Dict[int, st
     unknown = np.array([key not in known for key in category], dtype=bool)
     unused = np.array([key not in used for key in category], dtype=bool)
     ignored = np.array([bool(entry.get('ignore')) for entry in annotations], dtype=bool)
-    boxes = _numbers(annotations, lambda entry: entry['bbox'], 4, 'annotation', place)
-    area = _numbers(annotations, lambda entry: entry['area'], 1, 'annotation', place)[:, 0]
+    boxes = np.array([entry['bbox'] for entry in annotations], dtype=np.float64).reshape(-1, 4)
+    area = np.array([entry['area'] for entry in annotations], dtype=np.float64)
     sizes = np.array([(entry['width'], entry['height']) for entry in images], dtype=np.float64)
     size = sizes[image]
     start, extent = boxes[:, :2], boxes[:, 2:]
@@ -215,6 +162,9 @@ def _check_boxes(images: List[dict], annotations: List[dict], used: Dict[int, st
     text = ('box(es) partly outside their image: used, and clipped only where the pipeline does it '
             '(Resize does)')
     lines += _line(np.flatnonzero(partly), text, images, annotations, image)
+    larger = left & (area > _SLACK * (extent + 1).prod(1))
+    text = "annotation(s) have an 'area' larger than their box: AP by size follows it"
+    lines += _line(np.flatnonzero(larger), text, images, annotations, image)
     _require(left.any() or not place.training,
              f'{place.name} has no annotation that training can use: {"; ".join(lines) or "none"}')
     # As filter_data: any annotation of a class counts, one that is not used too.

@@ -12,7 +12,8 @@ from mmengine.dataset import BaseDataset
 
 from ..errors import UsageError
 from .check_annotations import Place, some
-from .check_images import Progress, find_unreadable
+from .check_images import Progress, check_image_files
+from .mending import is_turned
 
 
 def check_built(dataset: BaseDataset, place: Place, progress: Optional[Progress] = None) -> List[str]:
@@ -37,13 +38,9 @@ def check_built(dataset: BaseDataset, place: Place, progress: Optional[Progress]
              f'({some(list(unknown))}): not used'] if unknown else []
     lines += _check_boxes(entries, place)
     lines += _check_filters(dataset, len(entries), place)
-    names = [entry['img_path'] for entry in entries if isinstance(entry.get('img_path'), str)]
-    missing, damaged = find_unreadable('', [name for name in names if '://' not in name], progress)
-    said = [f'{len(files)} of {len(names)} image files {what} ({some(files)})'
-            for files, what in ((missing, 'are missing'), (damaged, 'are damaged')) if files]
-    if said:
-        raise UsageError(f"{place.name}: {' and '.join(said)}: get them again, or take them out of '{dataset.ann_file}'")
-    return lines
+    pictures = [dict(file_name=path, width=entry.get('width'), height=entry.get('height')) for entry in entries
+                if isinstance(path := entry.get('img_path'), str) and '://' not in path]
+    return lines + check_image_files('', pictures, place._replace(turned=is_turned(dataset)), progress, f"'{dataset.ann_file}'")
 
 
 def _load(dataset: BaseDataset, place: Place, unknown: Counter) -> List[dict]:

@@ -18,6 +18,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from ..annotations import read_annotations
 from ..errors import UsageError
 
 #: As in pycocotools: areas in square pixels, both ends included.
@@ -55,24 +56,26 @@ def evaluate(coco: COCO,
 
 
 def read_truth(path: str, categories: Optional[Iterable[int]] = None) -> COCO:
-    """Ground truth of a COCO file, silently.
+    """Ground truth of a COCO file, silently, mended as `read_annotations` does; without outlines.
 
     Args:
         path (str): The file.
         categories (Iterable[int], optional): A detector of some of the file's categories is judged by no
             others, as by mmdet's ``CocoMetric``: their ids. Defaults to all.
+
+    Raises:
+        UsageError: If it is no annotation file that can be used.
     """
+    data = read_annotations(path).data
+    known = {one['id'] for one in data['categories']} if categories is None else set(categories)
+    coco = COCO()
+    coco.dataset = dict(
+        data,
+        categories=[one for one in data['categories'] if one['id'] in known],
+        annotations=[one for one in data['annotations'] if categories is None or one['category_id'] in known])
     with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO(path)
-        if categories is None or set(coco.cats) <= (known := set(categories)):
-            return coco
-        found = COCO()
-        found.dataset = dict(
-            coco.dataset,
-            categories=[one for one in coco.dataset['categories'] if one['id'] in known],
-            annotations=[one for one in coco.dataset['annotations'] if one['category_id'] in known])
-        found.createIndex()
-    return found
+        coco.createIndex()
+    return coco
 
 
 def mix(record: Mapping, choice: Sequence[int]) -> List[dict]:

@@ -50,8 +50,8 @@ def load_truth(record: Mapping, path: Optional[str] = None) -> COCO:
         raise UsageError(f"there is no annotation file '{path}' of the record: name it by --ann-file")
     try:
         coco = read_truth(path, record['provenance'].get('categories') or None)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AssertionError) as error:
-        raise UsageError(f"'{path}' is no COCO annotation file: name one by --ann-file") from error
+    except UsageError as error:
+        raise UsageError(f'{error}; or name another by --ann-file') from None
     check_truth(record, coco)
     return coco
 
