@@ -11,7 +11,8 @@ from mmengine.config import Config, ConfigDict
 from torch import nn
 
 from dynamicdet.compression.coupling import example, raw_outputs
-from dynamicdet.compression.quantisation import Simulation, activation_scale, activation_step, move_range
+from dynamicdet.compression.quantisation import (Simulation, activation_scale, activation_step, move_range,
+                                                 step_on_device)
 from dynamicdet.compression.sharing import sharing_of, tie, tie_gradient
 from dynamicdet.engine import quantization_hook
 from dynamicdet.engine.quantization_hook import QuantizationHook
@@ -158,8 +159,9 @@ def test_a_step_in_eight_bits_waits_for_nothing(learning, far):
 def test_steps_are_those_of_the_host(low, high):
     draws = torch.randn(200, 2, generator=torch.Generator().manual_seed(0)) * 10
     for bounds in (torch.tensor([low, high]), *draws.sort(dim=1).values):
-        scale, zero = activation_step(bounds)
-        assert (scale.item(), zero.item()) == activation_scale(*bounds.tolist()) and scale.dtype == torch.float32
+        for scale, zero in (activation_step(bounds), step_on_device(bounds)):
+            assert (scale.item(), zero.item()) == activation_scale(*bounds.tolist())
+            assert (scale.dtype, zero.dtype) == (torch.float32, torch.int32)
 
 
 def test_what_follows_a_tensor_is_computed_when_it_changes():

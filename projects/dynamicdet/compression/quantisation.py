@@ -46,8 +46,15 @@ def activation_scale(low: float, high: float) -> Tuple[np.float32, int]:
 
 
 def activation_step(bounds: Tensor) -> Tuple[Tensor, Tensor]:
-    """`activation_scale` of a range that is a tensor, (2, ), on its device: the host would wait for each. The
-    same to the last bit; both are of no dimension."""
+    """`activation_scale` of a range that is a tensor, (2, ), on its device; both are of no dimension."""
+    if bounds.device.type != 'cpu':
+        return step_on_device(bounds)
+    scale, zero = activation_scale(*bounds.tolist())
+    return torch.tensor(scale), torch.tensor(zero, dtype=torch.int32)
+
+
+def step_on_device(bounds: Tensor) -> Tuple[Tensor, Tensor]:
+    """`activation_step` where the host would wait for each range: the same to the last bit, by more operations."""
     low, high = bounds.detach().double().unbind()
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = ((high - low) / 255).float()
