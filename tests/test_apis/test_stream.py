@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from conftest import same_detections
+from conftest import same_detections, spread_scores
 
 from dynamicdet.apis.stream import Stream
 from dynamicdet.errors import UsageError
@@ -46,7 +46,7 @@ def cut(batches, size):
 
 def build(kind='two_stage', share=0.5):
     """A detector whose router parts `images` in about equal numbers for all exits."""
-    model = randomise(MODELS.build(tiny_dynamic(**KINDS[kind]))).eval()
+    model = spread_scores(randomise(MODELS.build(tiny_dynamic(**KINDS[kind])))).eval()
     with torch.no_grad():
         data = [model.data_preprocessor(batch, False) for batch in images(20)]
         scores = [model.score(one['inputs'], one['data_samples']).item() for one in data]

@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 import torch
-from conftest import same_detections
+from conftest import same_detections, spread_scores
 from mmengine.runner.checkpoint import load_state_dict
 
 from dynamicdet.errors import UsageError
@@ -18,7 +18,7 @@ TWO_STAGE = ('faster_rcnn', 'mask_rcnn', 'cascade_rcnn')
 def build(name='faster_rcnn', seed=0, **settings):
     """A dynamic detector with random weights, none of them zero."""
     settings.setdefault('shared', name in TWO_STAGE)
-    return randomise(MODELS.build(tiny_dynamic(name, **settings)), seed).eval()
+    return spread_scores(randomise(MODELS.build(tiny_dynamic(name, **settings)), seed)).eval()
 
 
 def fresh(model, batch):
