@@ -2,4 +2,9 @@
 # key, so the hooks have a name of their own here.
 custom_imports = dict(imports=['dynamicdet'])
 randomness = dict(seed=0)
-dynamic_hooks = [dict(type='ResumeHook'), dict(type='FiniteLossHook'), dict(type='LoadedWeightsHook')]
+dynamic_hooks = [
+    dict(type='ResumeHook'),
+    dict(type='FiniteLossHook'),
+    dict(type='LoadedWeightsHook'),
+    dict(type='ValidationExitsHook')
+]

@@ -11,10 +11,11 @@ from .pruning_hook import PruningHook
 from .quantization_hook import QuantizationHook
 from .resume_hook import ResumeHook
 from .router_hook import RouterHook, latest_checkpoint
+from .validation_exits_hook import ValidationExitsHook
 from .weight_sharing_hook import WeightSharingHook
 
 __all__ = [
     'AtomicBackend', 'BranchModeSwitchHook', 'CompleteCheckpointHook', 'FiniteLossHook', 'FuseHook',
-    'LoadedWeightsHook', 'OnlineHook', 'PruningHook', 'QuantizationHook', 'ResumeHook', 'RouterHook', 'WeightSharingHook',
+    'LoadedWeightsHook', 'OnlineHook', 'PruningHook', 'QuantizationHook', 'ResumeHook', 'RouterHook', 'ValidationExitsHook', 'WeightSharingHook',
     'latest_checkpoint', 'write_atomically'
 ]
