@@ -62,7 +62,8 @@ MENDED = dict(
     ids_repeated=(changed(lambda one, _: one.update(id=7)), '3 of 4 annotations have an id'),
     ids_text=(changed(lambda one, index: one.update(id=f'a{index}')), '4 of 4 annotations have an id'),
     ids_huge=(changed(lambda one, index: one.update(id=10**30 + index)), '4 of 4 annotations have an id'),
-    annotation_names_image_as_text=(changed(lambda one, _: as_text(one, 'image_id')), '4 of 4 entries of annotation have'),
+    annotation_names_image_as_text=(
+        changed(lambda one, _: as_text(one, 'image_id')), '4 of 4 annotations have image_id'),
     byte_order_mark=('\ufeff' + json.dumps(coco()), 'the file is in UTF-8-SIG'),
     name_of_a_number=({**coco(), 'categories': [dict(id=5, name=0), dict(id=7, name='dog')]}, '1 of 2 categories'))
 
@@ -79,12 +80,12 @@ def renamed(of_image, of_category=lambda number: number):
 
 
 MENDED.update(
-    image_ids_of_digits=(renamed(str), "3 of 3 entries of image have an id that is text of a number"),
-    image_ids_with_a_point=(renamed(float), '3 of 3 entries of image have an id'),
-    image_ids_of_text=(renamed('img_{:04d}'.format), 'numbered from 1 in the order of the file, in results and records'),
-    image_ids_beyond_64_bits=(renamed((2**64).__add__), '3 of 3 entries of image'),
-    one_image_id_of_text=(renamed(lambda number: 'b' if number == 2 else number), '1 of 3 entries of image'),
-    category_ids_of_text=(renamed(int, 'c{}'.format), '2 of 2 entries of category'))
+    image_ids_of_digits=(renamed(str), "3 of 3 images have id of text or with a point"),
+    image_ids_with_a_point=(renamed(float), '3 of 3 images have id'),
+    image_ids_of_text=(renamed('img_{:04d}'.format), 'numbered from 1 in the order of the file, in results'),
+    image_ids_beyond_64_bits=(renamed((2**64).__add__), '3 of 3 images have id'),
+    one_image_id_of_text=(renamed(lambda number: 'b' if number == 2 else number), '1 of 3 images have id'),
+    category_ids_of_text=(renamed(int, 'c{}'.format), '2 of 2 categories have id'))
 
 
 def test_a_sound_file_stays_as_it_is(write):
@@ -132,25 +133,26 @@ def set_one(group, key, value):
 
 
 @pytest.mark.parametrize('content, said', [
-    (set_one('annotations', 'bbox', [[1, 2, 3, 4]]), "annotation number 1 {'id': 2, 'image_id': 1} has the bbox [[1, 2, 3, 4]]"),
-    (set_one('annotations', 'bbox', None), 'has the bbox None'),
-    (set_one('annotations', 'bbox', dict(x=1, y=2, w=3, h=4)), 'has the bbox {'),
-    (set_one('annotations', 'bbox', [1, 2, 3, True]), 'has the bbox [1, 2, 3, True]'),
+    (set_one('annotations', 'bbox', [[1, 2, 3, 4]]),
+     "annotation number 1 {'id': 2, 'image_id': 1} has bbox [[1, 2, 3, 4]]"),
+    (set_one('annotations', 'bbox', None), 'has bbox None'),
+    (set_one('annotations', 'bbox', dict(x=1, y=2, w=3, h=4)), 'has bbox {'),
+    (set_one('annotations', 'bbox', [1, 2, 3, True]), 'has bbox [1, 2, 3, True]'),
     (set_one('annotations', 'bbox', [1, 2, 3, '4px']), "'4px'"),
     (set_one('annotations', 'bbox', [1, 2, 3, float('inf')]), 'inf'),
-    (set_one('annotations', 'bbox', [1, 2, 3, 10**400]), 'has the bbox [1, 2, 3, 1000'),
+    (set_one('annotations', 'bbox', [1, 2, 3, 10**400]), 'has bbox [1, 2, 3, 1000'),
     (set_one('annotations', 'bbox', [1, 2, 3, '1_0']), "'1_0'"),
-    (set_one('annotations', 'area', [4]), 'has the area [4]'),
-    (set_one('annotations', 'area', float('nan')), 'has the area nan'),
-    (set_one('annotations', 'area', False), 'has the area False'),
+    (set_one('annotations', 'area', [4]), 'has area [4]'),
+    (set_one('annotations', 'area', float('nan')), 'has area nan'),
+    (set_one('annotations', 'area', False), 'has area False'),
     (set_one('annotations', 'iscrowd', 2), 'has iscrowd 2, where 0 or 1'),
     (set_one('annotations', 'iscrowd', 'maybe'), "has iscrowd 'maybe'"),
     (set_one('annotations', 'ignore', [0]), 'has ignore [0]'),
-    (set_one('annotations', 'image_id', None), 'has the image_id None'),
-    (set_one('annotations', 'image_id', [1]), 'has the image_id [1]'),
-    (set_one('annotations', 'category_id', True), 'has the category_id True'),
-    (set_one('images', 'id', True), 'has the id True'),
-    (set_one('images', 'id', None), 'has the id None'),
+    (set_one('annotations', 'image_id', None), 'has image_id None'),
+    (set_one('annotations', 'image_id', [1]), 'has image_id [1]'),
+    (set_one('annotations', 'category_id', True), 'has category_id True'),
+    (set_one('images', 'id', True), 'has id True'),
+    (set_one('images', 'id', None), 'has id None'),
     (set_one('images', 'id', '1'), '1 id(s) belong to several images (such as 1)'),
     (set_one('images', 'id', 1.0), '1 id(s) belong to several images (such as 1)'),
     (set_one('images', 'width', 48.5), "image number 1 {'id': 2, 'file_name': '1.jpg'} has width 48.5"),
@@ -158,8 +160,8 @@ def set_one(group, key, value):
     (set_one('images', 'height', -50), "image '1.jpg' has no width or height above 0"),
     (set_one('images', 'height', 10**12), "image '1.jpg' has no width or height above 0 (or one above 1048576)"),
     (set_one('images', 'height', 10**400), 'or one above 1048576'),
-    (set_one('images', 'file_name', 7), 'file_name must be text'),
-    (set_one('categories', 'name', None), 'name must be text'),
+    (set_one('images', 'file_name', 7), 'has file_name 7, where text'),
+    (set_one('categories', 'name', None), 'has name None, where text'),
     ({**coco(), 'categories': {'5': 'cat'}}, "no 'categories', a list"),
     ({**coco(), 'annotations': {}}, "'annotations' must be a list"),
     ({**coco(), 'annotations': ['x']}, "annotation number 0 is 'x', where a dictionary is needed"),

@@ -31,6 +31,7 @@ _NUMBER = re.compile(r'\s*[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?\s*
 _WHOLE = re.compile(r'-?(0|[1-9][0-9]{0,19})', re.ASCII)
 #: Changes with what `_mend` does, so that copies of an older version are not taken.
 _VERSION = 1
+_PLURALS = dict(image='images', annotation='annotations', category='categories')
 #: Copy -> the file that it was made of.
 _ORIGINALS: Dict[str, str] = {}
 
@@ -201,6 +202,10 @@ def _place(what: str, index: int, entry: Dict[str, Any]) -> str:
     return f'{what} number {index} {_shown(said)}'
 
 
+def _refusal(what: str, index: int, entry: Dict[str, Any], key: str, wanted: str) -> UsageError:
+    return UsageError(f'{_place(what, index, entry)} has {key} {_shown(entry[key])}, where {wanted} is needed')
+
+
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 200 else f'{text[:200]} ...'
@@ -208,7 +213,9 @@ def _shown(value: Any) -> str:
 
 def _line(entries: Sequence[dict], what: str, odd: Sequence[int], text: str) -> List[str]:
     """A line about entries by their indices; none if there are none."""
-    return [f'{len(odd)} of {len(entries)} {text} (first: {_place(what, odd[0], entries[odd[0]])})'] if odd else []
+    if not odd:
+        return []
+    return [f'{len(odd)} of {len(entries)} {_PLURALS[what]} {text} (first: {_place(what, odd[0], entries[odd[0]])})']
 
 
 def _number_from(value: Any) -> Optional[Union[int, float]]:
@@ -234,34 +241,34 @@ def _all_numbers(values: Iterable[Any]) -> bool:
 def _mend_names(images: List[dict], categories: List[dict]) -> List[str]:
     for index, entry in enumerate(images):
         if not isinstance(entry['file_name'], str) or not entry['file_name']:
-            raise UsageError(f"{_place('image', index, entry)}: file_name must be text, relative to the folder of images")
+            raise _refusal('image', index, entry, 'file_name', 'text, relative to the folder of images,')
     odd = []
     for index, entry in enumerate(categories):
         if not isinstance(entry['name'], str):
             if _number_from(entry['name']) is None:
-                raise UsageError(f"{_place('category', index, entry)}: name must be text")
+                raise _refusal('category', index, entry, 'name', 'text')
             entry['name'] = str(entry['name'])
             odd.append(index)
-    return _line(categories, 'category', odd, 'categories have a number as name: read as text')
+    return _line(categories, 'category', odd, 'have a number as name: read as text')
 
 
 def _mend_sizes(images: List[dict]) -> List[str]:
     if set(map(type, chain.from_iterable(map(itemgetter('width', 'height'), images)))) == {int}:
         odd = []
     else:
-        odd = [index for index, entry in enumerate(images) if not all(type(entry[key]) is int for key in ('width', 'height'))]
+        odd = [index for index, entry in enumerate(images)
+               if not all(type(entry[key]) is int for key in ('width', 'height'))]
     for index in odd:
         for key in ('width', 'height'):
             number = _number_from(images[index][key])
             if number is None or number != int(number):
-                raise UsageError(f"{_place('image', index, images[index])} has {key} {_shown(images[index][key])}, where "
-                                 'a whole number of pixels is needed')
+                raise _refusal('image', index, images[index], key, 'a whole number of pixels')
             images[index][key] = int(number)
     for index, entry in enumerate(images):
         if not (0 < entry['width'] <= _LONGEST_SIDE and 0 < entry['height'] <= _LONGEST_SIDE):
             raise UsageError(f"image '{entry['file_name']}' has no width or height above 0 (or one above "
                              f'{_LONGEST_SIDE}) in the annotation file')
-    return _line(images, 'image', odd, 'images have width or height as text or with a point: read as whole numbers')
+    return _line(images, 'image', odd, 'have width or height as text or with a point: read as whole numbers')
 
 
 def _id_from(value: Any) -> Union[int, str, None]:
@@ -302,10 +309,11 @@ def _mend_ids(entries: List[dict], annotations: List[dict], what: str) -> Tuple[
     for some, ids, own_key, kind in ((entries, own, 'id', what), (annotations, named, key, 'annotation')):
         odd = [index for index, (entry, one) in enumerate(zip(some, ids)) if type(entry[own_key]) is not type(one) or
                renumbered and not isinstance(one, int)]
-        text = ('that is text of a number, or with a point: read as the whole number that it is' if not renumbered else
-                'that is no whole number of 64 bits: all are numbered from 1 in the order of the file, in results and records too')
+        text = ('of text or with a point: read as the whole number that it is' if not renumbered else
+                'that is no whole number of 64 bits: all are numbered from 1 in the order of the file, in results and '
+                'records too')
         if kind == what or not renumbered:
-            lines += _line(some, kind, odd, f'entries of {kind} have an {own_key} {text}')
+            lines += _line(some, kind, odd, f'have {own_key} {text}')
         for entry, one in zip(some, ids):
             # Of nothing that the file has: not used, and must not be taken for a new number.
             entry[own_key] = new[one] if one in new else str(one) if renumbered else one
@@ -316,8 +324,7 @@ def _ids_of(entries: List[dict], key: str, what: str) -> List[Union[int, str]]:
     ids = [_id_from(entry[key]) for entry in entries]
     if None in ids:
         index = ids.index(None)
-        raise UsageError(f'{_place(what, index, entries[index])} has the {key} {_shown(entries[index][key])}, where a number '
-                         'or text is needed')
+        raise _refusal(what, index, entries[index], key, 'a number or text')
     return ids
 
 
@@ -325,12 +332,13 @@ def _require_unique(ids: Sequence[Any], what: str) -> None:
     # Categories that the detector does not know may share an id: the check looks at those that it does.
     if what == 'image' and len(set(ids)) < len(ids):
         shared = [one for one, count in Counter(ids).items() if count > 1]
-        raise UsageError(f"{len(shared)} id(s) belong to several images (such as {', '.join(map(str, shared[:3]))}): each "
-                         'needs its own')
+        some = ', '.join(map(str, shared[:3]))
+        raise UsageError(f'{len(shared)} id(s) belong to several images (such as {some}): each needs its own')
 
 
 def _number_annotations(annotations: List[dict]) -> List[str]:
-    """Annotations need ids of their own, and COCO's evaluation takes one of 0 for "not matched". Nobody else uses them."""
+    """Annotations need ids of their own, and COCO's evaluation takes one of 0 for "not matched". No other use is
+    made of them."""
     ids = [entry.get('id') for entry in annotations]
     if _are_plain(ids) and len(unique := set(ids)) == len(ids) and 0 not in unique:
         return []
@@ -341,7 +349,7 @@ def _number_annotations(annotations: List[dict]) -> List[str]:
             odd.append(index)
         else:
             seen.add(one)
-    lines = _line(annotations, 'annotation', odd, 'annotations have an id that is 0 (not matched, to COCO\'s evaluation), '
+    lines = _line(annotations, 'annotation', odd, 'have an id that is 0 ("not matched", to COCO), '
                   'missing, repeated or no number: all are numbered from 1 in the order of the file')
     for number, entry in enumerate(annotations, 1):
         entry['id'] = number
@@ -356,12 +364,11 @@ def _mend_boxes(annotations: List[dict]) -> List[str]:
     for index, (entry, box) in enumerate(zip(annotations, boxes)):
         numbers = list(map(_number_from, box)) if isinstance(box, list) else [None]
         if len(numbers) != 4 or None in numbers:
-            raise UsageError(f"{_place('annotation', index, entry)} has the bbox {_shown(box)}, where 4 finite number(s) are needed: "
-                             '[x, y, width, height]')
+            raise _refusal('annotation', index, entry, 'bbox', 'a list of 4 finite numbers (x, y, width, height)')
         if numbers != box:
             entry['bbox'] = numbers
             odd.append(index)
-    return _line(annotations, 'annotation', odd, 'annotations have numbers as text in bbox: read as numbers')
+    return _line(annotations, 'annotation', odd, 'have numbers as text in bbox: read as numbers')
 
 
 def _mend_areas(annotations: List[dict]) -> List[str]:
@@ -374,13 +381,12 @@ def _mend_areas(annotations: List[dict]) -> List[str]:
             absent.append(index)
             entry['area'] = entry['bbox'][2] * entry['bbox'][3]
         elif (number := _number_from(area)) is None:
-            raise UsageError(f"{_place('annotation', index, entry)} has the area {_shown(area)}, where a finite number is "
-                             'needed')
+            raise _refusal('annotation', index, entry, 'area', 'a finite number')
         elif isinstance(area, str):
             entry['area'] = number
             odd.append(index)
-    return (_line(annotations, 'annotation', odd, 'annotations have an area that is text: read as a number') +
-            _line(annotations, 'annotation', absent, "annotations have no 'area': that of their box is taken"))
+    return (_line(annotations, 'annotation', odd, 'have an area that is text: read as a number') +
+            _line(annotations, 'annotation', absent, "have no 'area': that of their box is taken"))
 
 
 #: What means yes or no, as other tools write it.
@@ -402,6 +408,6 @@ def _mend_flags(annotations: List[dict], key: str, default: Optional[int] = None
             entry[key] = _FLAGS[value.lower()]
             odd.append(index)
         else:
-            raise UsageError(f"{_place('annotation', index, entry)} has {key} {_shown(value)}, where 0 or 1 is needed")
-    return (_line(annotations, 'annotation', absent, f'annotations have no {key}: taken as 0') +
-            _line(annotations, 'annotation', odd, f'annotations have {key} as text: read as 0 or 1'))
+            raise _refusal('annotation', index, entry, key, '0 or 1')
+    return (_line(annotations, 'annotation', absent, f'have no {key}: taken as 0') +
+            _line(annotations, 'annotation', odd, f'have {key} as text: read as 0 or 1'))

@@ -119,8 +119,8 @@ def broken(**changes):
     (dict(images_2_width=3000, images_2_height=8), '1 image(s) are more than 100 times as long as wide (2.jpg)'),
     (dict(images_2_height='tall'), "image number 2 {'id': 2, 'file_name': '2.jpg'} has height 'tall', where a whole"),
     (dict(annotations_3_bbox=None), "annotation number 3 {'id': 4, 'image_id': 3} has no 'bbox'"),
-    (dict(annotations_3_bbox=[1, 2, 3]), "{'id': 4, 'image_id': 3} has the bbox [1, 2, 3], where 4 finite number(s)"),
-    (dict(annotations_3_bbox=[1, 2, 3, float('nan')]), "has the bbox [1, 2, 3, nan]"),
+    (dict(annotations_3_bbox=[1, 2, 3]), "{'id': 4, 'image_id': 3} has bbox [1, 2, 3], where a list of 4"),
+    (dict(annotations_3_bbox=[1, 2, 3, float('nan')]), "has bbox [1, 2, 3, nan]"),
     (dict(categories_1_name='cat'), '1 name(s) belong to several categories (such as cat)'),
     (dict(categories_1_id=5), '1 id(s) belong to several categories'),
 ])

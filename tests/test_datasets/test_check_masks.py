@@ -25,10 +25,12 @@ def test_outlines_that_mmdet_reads(outline):
 
 
 @pytest.mark.parametrize('outline, said', [
-    (None, "has no 'segmentation'"), ([], "has no 'segmentation'"), (POLYGON, 'no list of polygons'), ('RLE', 'no list of polygons'),
+    (None, "has no 'segmentation'"), ([], "has no 'segmentation'"),
+    (POLYGON, 'no list of polygons'), ('RLE', 'no list of polygons'),
     ([[1, 1, 5, 1]], 'fewer than three points'), ([[]], 'fewer than three points'), ([POLYGON + [1]], 'odd count'),
     ([[1, 1, 5, 1, 5, '3']], 'no finite numbers'), ([[1, 1, 5, 1, 5, float('nan')]], 'no finite numbers'),
-    ([[1, 1, 5, 1, 5, [3]]], 'no finite numbers'), ({**COMPRESSED, 'size': [6, 4]}, 'has run lengths of the size [6, 4]'),
+    ([[1, 1, 5, 1, 5, [3]]], 'no finite numbers'),
+    ({**COMPRESSED, 'size': [6, 4]}, 'has run lengths of the size [6, 4]'),
     (dict(size=[4, 6]), 'has no run lengths'), (dict(size=[4, 6], counts=[4, 13, 8]), 'not those of its image'),
     (dict(size=[4, 6], counts='~~~~~~~~'), 'cannot be decoded')])
 def test_outlines_that_nobody_reads(outline, said):
@@ -44,8 +46,9 @@ def test_polygons_that_training_leaves_out():
 
 def test_who_needs_them():
     def cfg(mask, metric):
-        return Config(dict(train_dataloader=dict(dataset=dict(dataset=dict(pipeline=[dict(type='LoadAnnotations', with_mask=mask)]))),
+        steps = [dict(type='LoadAnnotations', with_mask=mask)]
+        return Config(dict(train_dataloader=dict(dataset=dict(dataset=dict(pipeline=steps))),
                            val_evaluator=[dict(metric=metric)]))
 
-    assert [learns_masks(cfg(*one)) for one in ((False, 'bbox'), (True, 'bbox'), (False, 'segm'), (False, ['bbox', 'segm']))] == [
-        False, True, True, True]
+    kinds = (False, 'bbox'), (True, 'bbox'), (False, 'segm'), (False, ['bbox', 'segm'])
+    assert [learns_masks(cfg(*one)) for one in kinds] == [False, True, True, True]

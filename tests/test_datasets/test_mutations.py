@@ -1,5 +1,5 @@
-"""One reader, one verdict: a mutant of a good annotation file is refused in one line, or serves every reader as the good
-file does, to the same AP."""
+"""One reader, one verdict: a mutant of a good annotation file is refused in one line, or serves every reader as the
+good file does, to the same AP."""
 import contextlib
 import copy
 import io
@@ -21,17 +21,21 @@ from mmdet.evaluation import CocoMetric
 
 #: What users write where a file has other values; what means the same comes first.
 SAME = dict(
-    images=dict(id=(str, float, lambda one: one + 2**64, 'img{}'.format), width=(str, float, ' {} '.format), height=(str, '{}.0'.format),
+    images=dict(id=(str, float, lambda one: one + 2**64, 'img{}'.format),
+                width=(str, float, ' {} '.format), height=(str, '{}.0'.format),
                 file_name=('./{}'.format, )),
     annotations=dict(id=(str, lambda one: 0, lambda one: 7, lambda one: one - 1, lambda one: None, lambda one: True),
                      bbox=(lambda box: list(map(str, box)), lambda box: [f'{one:e}' for one in box]),
-                     area=(str, float, lambda one: None), iscrowd=(str, bool, float, lambda one: None, lambda one: 'false'),
+                     area=(str, float, lambda one: None),
+                     iscrowd=(str, bool, float, lambda one: None, lambda one: 'false'),
                      ignore=(lambda one: 0, lambda one: None, lambda one: '0', lambda one: False)),
     categories=dict(id=(str, float, 'c{}'.format, lambda one: one + 2**70)))
 #: Values that are none of these.
 NONSENSE = st.one_of(
-    st.none(), st.booleans(), st.just([]), st.just({}), st.just('x'), st.just(''), st.just(float('nan')), st.just(float('inf')),
-    st.just(10**400), st.just(-1), st.just([[1, 2, 3, 4]]), st.just(['1', '2', None, '4']), st.just([1, 2, 3]), st.just({'a': 1}))
+    st.none(), st.booleans(), st.just([]), st.just({}), st.just('x'), st.just(''),
+    st.just(float('nan')), st.just(float('inf')), st.just(10**400), st.just(-1), st.just([[1, 2, 3, 4]]),
+    st.just(['1', '2', None, '4']),
+    st.just([1, 2, 3]), st.just({'a': 1}))
 #: Where nonsense that is taken would mean something else: an area, a mark or an id that counts.
 FIELDS = [(group, key) for group in SAME for key in SAME[group] if key not in ('id', 'ignore', 'iscrowd', 'area')]
 
@@ -89,8 +93,9 @@ def good(digits):
 def ap_of_mmdet(path, images, found, classes):
     """By mmdet's own data set, with all its items loaded, and its metric."""
     with contextlib.redirect_stdout(io.StringIO()):
-        dataset = CocoDataset(ann_file=path, data_prefix=dict(img=images), metainfo=dict(classes=classes), test_mode=True,
-                              pipeline=[dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True)])
+        steps = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True)]
+        dataset = CocoDataset(ann_file=path, data_prefix=dict(img=images), metainfo=dict(classes=classes),
+                              test_mode=True, pipeline=steps)
         metric = CocoMetric(ann_file=path)
         metric.dataset_meta = dataset.metainfo
         boxes = 0
@@ -106,19 +111,21 @@ def ap_of_mmdet(path, images, found, classes):
 
 
 def judge(path, folder, images, found, classes):
-    """What each reader makes of a file: AP by mmdet and by us, from a record as well, and the number of boxes that mmdet
-    trains on. ``found`` names images and categories by their place."""
+    """What each reader makes of a file: AP by mmdet and by us, from a record as well, and the number of boxes that
+    mmdet trains on. ``found`` names images and categories by their place."""
     data = read_annotations(path).data
     ids, categories = ([one['id'] for one in data[group]] for group in ('images', 'categories'))
-    results = [dict(image_id=ids[image], category_id=categories[label], bbox=box, score=score) for image, label, box, score in found]
+    results = [dict(image_id=ids[image], category_id=categories[label], bbox=box, score=score)
+               for image, label, box, score in found]
     truth = read_truth(path)
     record = dict(gflops=[1.0, 2.0], latencies=[1.0, 2.0], provenance={}, images=[
-        dict(id=one, file='', difficulty=0.5, detections=2 * [[dict(bbox=each['bbox'], score=each['score'], category_id=each['category_id'])
-                                                               for each in results if each['image_id'] == one]]) for one in ids])
+        dict(id=one, file='', difficulty=0.5, detections=2 * [[each for each in results if each['image_id'] == one]])
+        for one in ids])
     write_record(record, folder / 'record.npz')
     recorded = Mixtures(read_record(folder / 'record.npz'), truth).ap([0] * len(ids))
     copied = mended_copy(path, folder)
-    return dict(ours=evaluate(truth, results)['ap'], recorded=recorded, mmdet=ap_of_mmdet(copied, images, found, classes))
+    return dict(ours=evaluate(truth, results)['ap'], recorded=recorded,
+                mmdet=ap_of_mmdet(copied, images, found, classes))
 
 
 @settings(derandomize=True, max_examples=40, deadline=None, database=None,
@@ -144,5 +151,6 @@ def test_a_mutant_is_refused_or_means_the_same(good, tmp_path, changes):
         assert '\n' not in str(error) and str(path) in str(error) and len(str(error)) < 1000
         return
     wanted, said = json.loads((tmp_path / 'judged').read_text()), judge(str(path), tmp_path, images, found, classes)
-    assert said['ours'] == pytest.approx(wanted['ours'], abs=1e-9) and said['recorded'] == pytest.approx(wanted['ours'], abs=1e-6)
+    assert said['ours'] == pytest.approx(wanted['ours'], abs=1e-9)
+    assert said['recorded'] == pytest.approx(wanted['ours'], abs=1e-6)
     assert list(said['mmdet']) == wanted['mmdet'] and 0 < wanted['ours'] < 100

@@ -58,8 +58,10 @@ def test_headers_longer_than_a_page(tmp_path):
 
 
 @pytest.mark.parametrize('name, mode', [
-    ('gray.jpg', 'L'), ('cmyk.jpg', 'CMYK'), ('palette.png', 'P'), ('alpha.png', 'RGBA'), ('bit.png', '1'), ('deep.png', 'I;16'),
-    ('gray.webp', 'L'), ('a.gif', 'P'), ('a.jp2', 'RGB'), ('a.bmp', 'RGB'), ('a.ppm', 'RGB'), ('a.avif', 'RGBA'), ('a.tiff', 'CMYK'),
+    ('gray.jpg', 'L'), ('cmyk.jpg', 'CMYK'), ('palette.png', 'P'), ('alpha.png', 'RGBA'),
+    ('bit.png', '1'), ('deep.png', 'I;16'),
+    ('gray.webp', 'L'), ('a.gif', 'P'), ('a.jp2', 'RGB'), ('a.bmp', 'RGB'), ('a.ppm', 'RGB'),
+    ('a.avif', 'RGBA'), ('a.tiff', 'CMYK'),
 ])
 def test_kinds_that_opencv_reads(tmp_path, name, mode):
     if mode == 'I;16':
@@ -103,10 +105,12 @@ def test_cut_files_of_other_formats(tmp_path, ending):
     assert look(tmp_path, f'a.{ending}').damaged == [f'a.{ending}: truncated or damaged']
 
 
-def check(folder, *names, images=None, **kwargs):
+def check(folder, *names, **kwargs):
     images = [dict(entry(name, **kwargs), id=index + 1) for index, name in enumerate(names)]
-    annotations = [dict(id=one['id'], image_id=one['id'], category_id=1, bbox=[2, 2, 9, 9], area=81, iscrowd=0) for one in images]
-    (folder / 'a.json').write_text(json.dumps(dict(images=images, annotations=annotations, categories=[dict(id=1, name='a')])))
+    boxes = [dict(id=one['id'], image_id=one['id'], category_id=1, bbox=[2, 2, 9, 9], area=81, iscrowd=0)
+             for one in images]
+    content = dict(images=images, annotations=boxes, categories=[dict(id=1, name='a')])
+    (folder / 'a.json').write_text(json.dumps(content))
     return check_coco(str(folder / 'a.json'), str(folder))
 
 
@@ -115,13 +119,15 @@ def test_lines_of_sizes_and_names(tmp_path):
     save(tmp_path / 'b.jpg')
     assert check(tmp_path, 'a.jpg', 'b.jpg') == []
     line, = check(tmp_path, 'a.jpg', 'b.jpg', width=2 * WIDTH, height=2 * HEIGHT)
-    assert '2 of 2 images have another size than their entry in the annotation file (first: a.jpg is 40 x 24, the file says 80 x 48)' in line
+    assert ('2 of 2 images have another size than their entry in the annotation file (first: a.jpg is 40 x 24, the '
+            'file says 80 x 48)') in line
     line, = check(tmp_path, 'a.jpg', './a.jpg', 'b.jpg')
     assert '2 of 3 images have a file name of another entry (a.jpg, ./a.jpg)' in line
 
 
 @pytest.mark.parametrize('name, there', [('A.JPG', 'a.jpg'), ('sub\\b.jpg', 'sub/b.jpg'), ('gone/a.jpg', 'a.jpg'),
-                                         ('cafe\u0301.jpg', 'caf\xe9.jpg'), ('SUB/c.png', ''), ('\0.jpg', ''), ('\ud800', '')])
+                                         ('cafe\u0301.jpg', 'caf\xe9.jpg'), ('SUB/c.png', ''),
+                                         ('\0.jpg', ''), ('\ud800', '')])
 def test_names_that_are_nearly_right(tmp_path, name, there):
     (tmp_path / 'sub').mkdir()
     for own in ('a.jpg', 'sub/b.jpg', 'caf\xe9.jpg'):

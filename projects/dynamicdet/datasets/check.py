@@ -97,7 +97,8 @@ def _identity(one: Opened) -> tuple:
         (one.key, ) if own is None else (type(own), own.ann_file, own.data_prefix, own.filter_cfg))
 
 
-def _check_opened(one: Opened, progress: Optional[Progress], masks: bool, read: Mapping[str, AnnotationFile]) -> List[str]:
+def _check_opened(one: Opened, progress: Optional[Progress], masks: bool,
+                  read: Mapping[str, AnnotationFile]) -> List[str]:
     """Look through a data set by what its class reads."""
     from mmdet.datasets import CocoDataset, LVISV05Dataset, Objects365V2Dataset
     dataset = one.dataset
@@ -140,8 +141,8 @@ def _check_evaluators(evaluators: Any, split: str, files: Sequence[str]) -> List
             lines.append(f"{key}: compares with '{original_of(ann_file)}', which is not the annotation file of "
                          f'{split}_dataloader: the ids of the images must be the same')
         elif len(files) > 1:
-            lines.append(f"{key}: compares with '{original_of(ann_file)}' alone, one of {len(files)} annotation files of "
-                         f'{split}_dataloader: what is found in images of the others counts where ids are the same')
+            lines.append(f"{key}: compares with '{original_of(ann_file)}' alone, one of {len(files)} annotation files "
+                         f'of {split}_dataloader: what is found in images of the others counts where ids are the same')
     return lines
 
 

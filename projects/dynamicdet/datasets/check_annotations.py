@@ -74,8 +74,9 @@ def _check_names(images: List[dict]) -> List[str]:
     if len(counts) == len(images):
         return []
     shared = [image['file_name'] for image in images if counts[osp.normpath(image['file_name'])] > 1]
-    return [f'{len(shared)} of {len(images)} images have a file name of another entry ({some(list(dict.fromkeys(shared)))}): '
-            'one picture stands for all of them, each with other boxes']
+    named = some(list(dict.fromkeys(shared)))
+    return [f'{len(shared)} of {len(images)} images have a file name of another entry ({named}): one'
+            ' picture stands for all of them, each with other boxes']
 
 
 def _require_unique(values: Iterator[Any], things: str, what: str, place: Place) -> None:

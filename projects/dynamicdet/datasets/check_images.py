@@ -63,7 +63,8 @@ def look_at_images(image_root: str, images: Sequence[Mapping[str, Any]], progres
 
     Args:
         image_root (str): Folder to which the names are relative.
-        images (Sequence[dict]): ``file_name``, ``width`` and ``height`` of each, as in an annotation file; None: not known.
+        images (Sequence[dict]): ``file_name``, ``width`` and ``height`` of each, as in an annotation file; None:
+            not known.
         progress (callable, optional): Called as ``progress(done, total)``, counts of files.
         turned (bool): Whether they are loaded as EXIF's orientation wants, as mmcv does. Defaults to True.
     """
@@ -92,8 +93,8 @@ def _sort_in(found: Pictures, image: Mapping[str, Any], look: Look) -> None:
                              f"{image['height']}{exif}")
 
 
-def check_image_files(image_root: str, images: Sequence[Mapping[str, Any]], place: Place, progress: Optional[Progress] = None,
-                      listed: str = 'the annotation file') -> List[str]:
+def check_image_files(image_root: str, images: Sequence[Mapping[str, Any]], place: Place,
+                      progress: Optional[Progress] = None, listed: str = 'the annotation file') -> List[str]:
     """Refuse image files that no run gets through; say where they have another size than the annotations.
 
     Args:
@@ -107,7 +108,8 @@ def check_image_files(image_root: str, images: Sequence[Mapping[str, Any]], plac
     Raises:
         UsageError: If files are missing, damaged or of a format that OpenCV does not read.
     """
-    found, count, inside = look_at_images(image_root, images, progress, place.turned), len(images), f" in '{image_root}'" * bool(image_root)
+    found, count = look_at_images(image_root, images, progress, place.turned), len(images)
+    inside = f" in '{image_root}'" if image_root else ''
     said = [f'{len(files)} of {count} image files {what} ({some(files)})' for files, what in
             ((found.missing, 'are missing'), (found.damaged, 'are damaged')) if files]
     if said:
@@ -116,8 +118,8 @@ def check_image_files(image_root: str, images: Sequence[Mapping[str, Any]], plac
                          + (f"'{similar}' is there: correct the names in {listed}" if similar else
                             f'get them again, or take them out of {listed}'))
     if found.foreign:
-        raise UsageError(f'{place.name}: {len(found.foreign)} of {count} image files are of a format that the installed OpenCV '
-                         f'does not read ({some(found.foreign)}){inside}: convert them to JPEG or PNG')
+        raise UsageError(f'{place.name}: {len(found.foreign)} of {count} image files are of a format that the '
+                         f'installed OpenCV does not read ({some(found.foreign)}){inside}: convert them to JPEG or PNG')
     if not found.resized:
         return []
     return [f'{len(found.resized)} of {count} images have another size than their entry in {listed} (first: '

@@ -11,7 +11,8 @@ from ..errors import UsageError
 _LEAST = 6
 
 
-def check_outlines(images: Sequence[Mapping[str, Any]], annotations: Sequence[Mapping[str, Any]], name: str) -> List[str]:
+def check_outlines(images: Sequence[Mapping[str, Any]], annotations: Sequence[Mapping[str, Any]],
+                   name: str) -> List[str]:
     """Look through the ``segmentation`` of annotations.
 
     Args:
@@ -31,15 +32,15 @@ def check_outlines(images: Sequence[Mapping[str, Any]], annotations: Sequence[Ma
         size = sizes.get(entry['image_id'])
         trouble = _trouble(entry.get('segmentation'), size) if size else ''
         if trouble:
-            raise UsageError(f"{name}: annotation {entry['id']} (image {entry['image_id']}) {trouble}: the masks of this config need "
-                             'polygons [[x, y, x, y, x, y, ...], ...] or run lengths of the size of the image; correct it, or '
-                             'take a detector of boxes')
+            raise UsageError(f"{name}: annotation {entry['id']} (image {entry['image_id']}) {trouble}: the masks of "
+                             'this config need polygons [[x, y, x, y, x, y, ...], ...] or run lengths of the size of the '
+                             'image; correct it, or take a detector of boxes')
         if size and isinstance(entry['segmentation'], list) and not all(map(_has_area, entry['segmentation'])):
             odd.append(entry)
     if not odd:
         return []
-    return [f'{len(odd)} annotation(s) have a polygon of fewer than three points or of an odd count of numbers beside others: '
-            f"training leaves it out (first: image {odd[0]['image_id']}, annotation {odd[0]['id']})"]
+    return [f'{len(odd)} annotation(s) have a polygon of fewer than three points or of an odd count of numbers beside '
+            f"others: training leaves it out (first: image {odd[0]['image_id']}, annotation {odd[0]['id']})"]
 
 
 def _has_area(polygon: list) -> bool:
@@ -72,6 +73,7 @@ def _trouble_of_runs(outline: dict, size: Sequence[int]) -> str:
         return '' if whole else 'has run lengths that are not those of its image'
     try:
         # pycocotools itself refuses what would reach beyond the image.
-        return '' if isinstance(counts, str) and mask_utils.decode(outline).shape == tuple(size) else 'has no run lengths'
+        found = isinstance(counts, str) and mask_utils.decode(outline).shape == tuple(size)
+        return '' if found else 'has no run lengths'
     except (ValueError, TypeError):
         return 'has run lengths that cannot be decoded'

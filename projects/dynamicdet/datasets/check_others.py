@@ -40,7 +40,8 @@ def check_built(dataset: BaseDataset, place: Place, progress: Optional[Progress]
     lines += _check_filters(dataset, len(entries), place)
     pictures = [dict(file_name=path, width=entry.get('width'), height=entry.get('height')) for entry in entries
                 if isinstance(path := entry.get('img_path'), str) and '://' not in path]
-    return lines + check_image_files('', pictures, place._replace(turned=is_turned(dataset)), progress, f"'{dataset.ann_file}'")
+    place = place._replace(turned=is_turned(dataset))
+    return lines + check_image_files('', pictures, place, progress, f"'{dataset.ann_file}'")
 
 
 def _load(dataset: BaseDataset, place: Place, unknown: Counter) -> List[dict]:

@@ -69,8 +69,8 @@ def learns_masks(cfg: Mapping) -> bool:
     def wants(node: Any) -> bool:
         if isinstance(node, Mapping):
             metric = node.get('metric')
-            return bool(node.get('with_mask')) or 'segm' in (metric if isinstance(metric, (list, tuple)) else [metric]) \
-                or any(map(wants, node.values()))
+            metrics = metric if isinstance(metric, (list, tuple)) else [metric]
+            return bool(node.get('with_mask')) or 'segm' in metrics or any(map(wants, node.values()))
         return isinstance(node, (list, tuple)) and any(map(wants, node))
 
     return any(wants(cfg.get(f'{split}_{part}')) for split in SPLITS for part in ('dataloader', 'evaluator'))
@@ -89,7 +89,8 @@ def _readers(node: Any, registry: Registry) -> Iterator[dict]:
         for inner in node:
             yield from _readers(inner, registry)
     elif isinstance(node, dict):
-        if isinstance(node.get('ann_file'), str) and _reads_coco(node.get('type'), registry) and osp.isfile(_path_of(node)):
+        named = isinstance(node.get('ann_file'), str) and _reads_coco(node.get('type'), registry)
+        if named and osp.isfile(_path_of(node)):
             yield node
         for key in ('dataset', 'datasets'):
             yield from _readers(node.get(key), registry)
@@ -109,10 +110,13 @@ def _path_of(node: Mapping) -> str:
     return osp.join(root, path) if root and isinstance(root, str) else path
 
 
-def _require_same_numbers(name: str, path: str, copy: str, used: Sequence[str], read: Mapping[str, AnnotationFile]) -> None:
+def _require_same_numbers(name: str, path: str, copy: str, used: Sequence[str],
+                          read: Mapping[str, AnnotationFile]) -> None:
     """Refuse an evaluator's file whose images have other new numbers than those of the data set."""
     own, *others = ({image['id']: image['file_name'] for image in read[one].data['images']} for one in (copy, *used))
     named = {number: file for other in others for number, file in other.items()}
-    if any(read[one].renumbered for one in (copy, *used)) and any(named.get(number, file) != file for number, file in own.items()):
-        raise UsageError(f"{name}: '{path}' is not the annotation file of the data set, and the ids of its images are no numbers by "
-                         'which the two could be compared: name the same file, or give the images whole numbers as ids')
+    differ = any(named.get(number, file) != file for number, file in own.items())
+    if differ and any(read[one].renumbered for one in (copy, *used)):
+        raise UsageError(f"{name}: '{path}' is not the annotation file of the data set, and the ids of its images are "
+                         'no numbers by which the two could be compared: name the same file, or give the images whole '
+                         'numbers as ids')
