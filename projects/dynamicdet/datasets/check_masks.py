@@ -33,8 +33,8 @@ def check_outlines(images: Sequence[Mapping[str, Any]], annotations: Sequence[Ma
         trouble = _trouble(entry.get('segmentation'), size) if size else ''
         if trouble:
             raise UsageError(f"{name}: annotation {entry['id']} (image {entry['image_id']}) {trouble}: the masks of "
-                             'this config need polygons [[x, y, x, y, x, y, ...], ...] or run lengths of the size of the '
-                             'image; correct it, or take a detector of boxes')
+                             'this config need polygons [[x, y, x, y, x, y, ...], ...] or run lengths of the size of '
+                             'the image; correct it, or take a detector of boxes')
         if size and isinstance(entry['segmentation'], list) and not all(map(_has_area, entry['segmentation'])):
             odd.append(entry)
     if not odd:
