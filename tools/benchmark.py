@@ -119,6 +119,7 @@ def main() -> None:
     machine = dict(
         provenance(cfg, weights, images['inputs'], args.device),
         cpu=provenance(cfg, weights, images['inputs'], 'cpu')['device'],
+        threads=threads[0] if len(threads) == 1 else threads,
         load_before=load,
         seed=args.seed,
         size=args.size,

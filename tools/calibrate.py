@@ -8,7 +8,7 @@ import argparse
 from mmengine.device import get_device
 
 from dynamicdet.apis import cli
-from dynamicdet.apis.calibration import (build_loader, calibrate, load_model, provenance, require_dynamic,
+from dynamicdet.apis.calibration import (build_loader, calibrate, load_model, passed, provenance, require_dynamic,
                                          require_trained_router)
 from dynamicdet.checkpoints import write_checkpoint
 from dynamicdet.errors import UsageError
@@ -48,7 +48,8 @@ def main() -> None:
     for name in ('difficulties', 'gflops', 'latencies', 'threshold'):
         checkpoint['state_dict'][name] = getattr(model, name).cpu()
     checkpoint.setdefault('meta', {})['calibration'] = dict(
-        found, hard_share=args.hard_share, **provenance(cfg, args.checkpoint, loader.dataset, args.device))
+        found, hard_share=args.hard_share, **provenance(cfg, args.checkpoint, loader.dataset, args.device),
+        **passed(model, loader))
     write_checkpoint(checkpoint, out)
     costs = [f'{found[f"lat{exit + 1}"] * 1e3:.1f} ms, {found[f"g{exit}"]:.2f} GFLOPs'
              for exit in range(model.num_exits)]

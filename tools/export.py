@@ -2,17 +2,23 @@
 
 Dynamic detectors stay dynamic. In 8 bits, ranges are measured on validation images that pass through the
 exported detector by the config's test pipeline, layers that suffer too much stay float, and a calibrated
-dynamic detector is calibrated anew: as many images are hard as before.
+dynamic detector is calibrated anew: as many images are hard as before. The latency of each exit is measured on the same
+images, as this machine runs the graphs (OMP_NUM_THREADS threads): budgets in time go by it.
 """
 import argparse
 import copy
+import sys
 from pathlib import Path
+
+from mmengine.config import Config
+from torch.utils.data import DataLoader
 
 from dynamicdet.apis import cli
 from dynamicdet.apis.calibration import build_loader
 from dynamicdet.deploy.deployment import deploy, load_detector
 from dynamicdet.deploy.folder import require_new
 from dynamicdet.deploy.graphs import exportable_stages, need
+from dynamicdet.deploy.timing import said
 from dynamicdet.errors import UsageError
 
 
@@ -65,6 +71,17 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError('--noise must not be negative, and --float-share be in [0, 1]')
 
 
+def build_val_loader(cfg: Config) -> DataLoader:
+    """Over the config's validation images, one by one: what all layers of an image give is kept until its ranges are
+    known."""
+    cli.require_settings(cfg, 'val_dataloader')
+    cli.check_data(cfg, 'val')
+    settings = copy.deepcopy(cfg.val_dataloader)
+    settings.update(num_workers=0, persistent_workers=False, batch_size=1)
+    with cli.silence():
+        return build_loader(settings)
+
+
 def main() -> None:
     args = parse_args()
     cli.prepare()
@@ -75,18 +92,19 @@ def main() -> None:
         kind = 'int8' if args.int8 else 'float32'
         print(f'would write {args.out}, {kind}: {", ".join(stage.name for stage in stages)}')
         return
-    loader = None
-    if args.int8:
-        cli.require_settings(cfg, 'val_dataloader')
-        cli.check_data(cfg, 'val')
-        settings = copy.deepcopy(cfg.val_dataloader)
-        # One by one: what all layers of an image give is kept until its ranges are known.
-        settings.update(num_workers=0, persistent_workers=False, batch_size=1)
-        with cli.silence():
-            loader = build_loader(settings)
-    about = deploy(cfg, args.checkpoint, args.out, loader, cli.progress, args.calibrate_images, args.ranges,
-                   args.noise, args.float_share, dict(yes=True, no=False).get(args.reduce_range), args.compress,
-                   not args.float_between)
+    loader, fault = None, None
+    try:
+        loader = build_val_loader(cfg)
+    except UsageError as error:
+        if args.int8:
+            raise
+        fault = str(error)
+    about = deploy(cfg, args.checkpoint, args.out, loader if args.int8 else None, cli.progress,
+                   args.calibrate_images, args.ranges, args.noise, args.float_share,
+                   dict(yes=True, no=False).get(args.reduce_range), args.compress, not args.float_between,
+                   None if loader is None else loader.dataset)
+    if fault:
+        print(f'warning: latencies are not measured, and the folder takes no budget in time: {fault}', file=sys.stderr)
     for name, layers in about.get('layers', {}).items():
         print(
             f'{name}: noise {layers["noise_all_int8"]:.2g} of the signal in 8 bits; '
@@ -95,6 +113,8 @@ def main() -> None:
     if about.get('reduced_range'):
         print('weights have 7 bits, since x86 processors without VNNI add products in 16 bits; export on the '
               'machine that counts, or with --reduce-range no')
+    if about['latencies']:
+        print(said(about['latencies']))
     print(f'written to {args.out}: {about["bytes"] / 1e6:.2f} MB')
 
 

@@ -101,7 +101,8 @@ def build_detector(args: argparse.Namespace) -> DynamicInferencer:
 
 def detect(args: argparse.Namespace, pictures: Dict[str, str]) -> int:
     faults = {}
-    results = build_detector(args)(
+    detector = build_detector(args)
+    results = detector(
         list(pictures),
         batch_size=args.batch_size,
         show=args.show,
@@ -115,10 +116,10 @@ def detect(args: argparse.Namespace, pictures: Dict[str, str]) -> int:
         print(f"error: '{pictures[path]}' {fault}", file=sys.stderr)
     if not results:
         return 2
-    hard = sum(result['exit'] for result in results)
     saved = not (args.no_save_vis and args.no_save_pred)
-    print(f'{len(results)} images, {hard / len(results):.0%} hard; '
-          + (f'results in {args.out_dir}' if saved else 'nothing written'))
+    if detector.served is not None:
+        print(*detector.served.lines(), sep='\n')
+    print(f'{len(results)} images; ' + (f'results in {args.out_dir}' if saved else 'nothing written'))
     return 1 if faults else 0
 
 

@@ -4,6 +4,7 @@ routing, the difficulties, the easiest and hardest images, and both exits' AP by
 One pass over the test set runs every image through both exits; every mix of the two follows from it.
 """
 import argparse
+import sys
 from pathlib import Path
 
 from mmengine.device import get_device
@@ -11,11 +12,11 @@ from mmengine.device import get_device
 from dynamicdet.apis import cli
 from dynamicdet.apis.analysis import pair_of
 from dynamicdet.apis.calibration import (build_loader, load_model, measure_gflops, measure_latencies,
-                                         provenance, record_exits, require_dynamic)
-from dynamicdet.apis.report import format_table, write_report
+                                         passed, provenance, record_exits, require_dynamic)
+from dynamicdet.apis.report import BY_CALIBRATION, BY_QUANTILE, format_table, misses, write_report
 from dynamicdet.datasets.opening import require_one_coco
-from dynamicdet.routing.curve import trade_off
-from dynamicdet.routing.evaluation import read_truth
+from dynamicdet.routing.curve import Chance, by_calibration, trade_off
+from dynamicdet.routing.evaluation import Mixtures, check_record, read_truth
 
 
 def parse_args() -> argparse.Namespace:
@@ -44,14 +45,24 @@ def main() -> None:
         images=record_exits(model, loader, cli.progress),
         gflops=measure_gflops(model, loader.dataset),
         latencies=measure_latencies(model, loader.dataset, cli.progress),
-        provenance=provenance(cfg, args.checkpoint, loader.dataset, args.device))
+        provenance=dict(provenance(cfg, args.checkpoint, loader.dataset, args.device), **passed(model, loader)))
     if model.num_exits > 2:
         # The page is about two: where easy and where hard images leave.
         record = pair_of(record)
     coco = read_truth(loader.dataset.ann_file, loader.dataset.cat_ids)
-    rows = trade_off(record, coco, progress=cli.counter('evaluations'))
-    page = write_report(record, coco, args.out_dir or Path(cfg.work_dir) / 'report', rows)
-    print(format_table(rows))
+    check_record(record, coco)
+    chance = Chance(Mixtures(record, coco))
+    rows = trade_off(record, coco, progress=cli.counter('evaluations'), chance=chance)
+    difficulties = model.difficulties.tolist()
+    calibrated = by_calibration(record, chance, difficulties) if difficulties else []
+    page = write_report(record, coco, args.out_dir or Path(cfg.work_dir) / 'report', rows, calibrated=calibrated)
+    print(f'{BY_QUANTILE}\n\n{format_table(rows)}')
+    if calibrated:
+        print(f'\n{BY_CALIBRATION}\n\n{format_table(calibrated, calibrated=True)}')
+    else:
+        print('\nThe checkpoint is not calibrated: there is no threshold to serve a hard share by (tools/calibrate.py)')
+    for miss in misses(calibrated):
+        print(f'warning: {miss}', file=sys.stderr)
     print(f'\nThe same with pictures: {page}')
 
 

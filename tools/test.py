@@ -9,6 +9,7 @@ from mmengine.runner import Runner
 
 from dynamicdet.apis import cli
 from dynamicdet.apis.calibration import whole_model
+from dynamicdet.engine import BudgetHook
 from dynamicdet.errors import UsageError
 from dynamicdet.routing.thresholds import check_budget
 from mmdet.evaluation import DumpDetResults
@@ -94,7 +95,7 @@ def main() -> None:
     cfg.load_from = args.checkpoint
     cfg.resume = False
     cfg.custom_hooks = cfg.get('custom_hooks', []) + [
-        dict(type='CompleteCheckpointHook'), dict(type='FuseHook')
+        dict(type='CompleteCheckpointHook'), dict(type='FuseHook'), dict(type='BudgetHook')
     ]
     if args.online:
         hold_online(cfg, budget)
@@ -107,6 +108,7 @@ def main() -> None:
     if args.out:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
     runner.test()
+    cli.say_served(next(hook for hook in runner.hooks if isinstance(hook, BudgetHook)).served)
 
 
 if __name__ == '__main__':

@@ -11,8 +11,8 @@ from dynamicdet.apis import cli
 from dynamicdet.apis.calibration import build_loader
 from dynamicdet.deploy.folder import load_deployed, read_config
 from dynamicdet.deploy.runtimes import RUNTIMES
-from dynamicdet.deploy.timing import measure_latency
-from dynamicdet.engine import write_atomically
+from dynamicdet.deploy.timing import conditions, measure_latency, said
+from dynamicdet.engine import BudgetHook, write_atomically
 from dynamicdet.errors import UsageError
 
 
@@ -26,7 +26,8 @@ def parse_args() -> argparse.Namespace:
         help='what ONNX Runtime computes with, such as CPUExecutionProvider: the best that is there')
     parser.add_argument('--threads', type=int, default=1, help='CPU threads of graphs and of torch: 1')
     parser.add_argument(
-        '--images', type=int, default=20, help='how many images are timed, at all exits: 20; 0 times none')
+        '--images', type=int, default=20,
+        help='how many images are timed, at all exits: 20; a budget in time goes by that. 0 times none')
     parser.add_argument('--no-ap', action='store_true', help='measure latencies alone')
     parser.add_argument('--work-dir', default='work_dirs/test_deployed', help='where logs go')
     parser.add_argument('--cfg-options',
@@ -45,11 +46,10 @@ def load(args: argparse.Namespace) -> Config:
     cli.require_settings(cfg, 'test_dataloader', 'test_evaluator', 'test_cfg')
     # Of its heads, before they are the folder's.
     cli.check_data(cfg, 'test', files=False)
-    budget = cli.budget_from(args) or None
     cfg.model = ConfigDict(type='DeployedDetector', folder=args.folder, threads=args.threads, runtime=args.runtime,
-                           providers=args.providers, budget=budget)
+                           providers=args.providers, budget=cli.budget_from(args) or None)
     # What a training needs has no part in this.
-    cfg.custom_hooks, cfg.load_from, cfg.resume, cfg.launcher = [], None, False, 'none'
+    cfg.custom_hooks, cfg.load_from, cfg.resume, cfg.launcher = [dict(type='BudgetHook')], None, False, 'none'
     for name in ('train', 'val'):
         for part in ('dataloader', 'cfg', 'evaluator'):
             cfg.pop(f'{name}_{part}', None)
@@ -77,12 +77,17 @@ def main() -> None:
         latencies: List[float] = measure_latency(
             load_deployed(args.folder, args.threads, args.runtime, args.providers), dataset, cli.progress, args.images)
         figures['milliseconds'] = [1e3 * seconds for seconds in latencies]
-        print(*(f'exit {exit}: {1e3 * seconds:.1f} ms' for exit, seconds in enumerate(latencies)), sep='\n')
+        print(said(dict(conditions(args.runtime, args.threads, args.providers), seconds=latencies)))
+        # A budget in time goes by what runs the graphs now.
+        cfg.model.latencies = latencies
     if not args.no_ap:
         cli.make_folder(cfg.work_dir)
-        figures['metrics'] = {key: float(value) for key, value in Runner.from_cfg(cfg).test().items()}
+        runner = Runner.from_cfg(cfg)
+        figures['metrics'] = {key: float(value) for key, value in runner.test().items()}
         for key, value in figures['metrics'].items():
-            print(f'{key}: {value:.4f}')
+            if not key.startswith('budget/'):
+                print(f'{key}: {value:.4f}')
+        cli.say_served(next(hook for hook in runner.hooks if isinstance(hook, BudgetHook)).served)
     if args.out:
         write_atomically(json.dumps(figures, indent=1).encode(), args.out)
 

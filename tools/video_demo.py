@@ -6,6 +6,7 @@ costs over time).
 import argparse
 import sys
 import warnings
+from typing import Mapping
 
 from mmengine.config import Config
 
@@ -71,14 +72,18 @@ def build_detector(args: argparse.Namespace) -> FrameDetector:
                          args.online)
 
 
-def describe(summary: Summary) -> str:
+def describe(summary: Summary, budget: Mapping[str, object]) -> str:
     """A line or two on what was done."""
     frames = summary.frames
     if not frames:
         return 'no frame could be read'
     parts = [f'{frames} frames, {1e3 * summary.seconds / frames:.1f} ms each']
+    if 'target_latency' in budget:
+        parts[0] += f' ({1e3 * budget["target_latency"]:.1f} wanted)'
     if summary.gflops is not None:
         parts.append(f'{summary.gflops:.3g} GFLOPs each')
+        if 'target_gflops' in budget:
+            parts[-1] += f' ({budget["target_gflops"]:.3g} wanted)'
     parts += [f'exit {exit}: {count / frames:.0%}' for exit, count in sorted(summary.exits.items())]
     return f'{", ".join(parts)}\nwritten: {", ".join(summary.files)}'
 
@@ -104,7 +109,11 @@ def main() -> int:
             detector, source, args.out, args.frames, say, lambda done: bar.update(done - bar.n))
     if summary.ended:
         print(f'{source.name}: {summary.ended}', file=sys.stderr)
-    print(('interrupted: ' if summary.stopped else '') + describe(summary))
+    print(('interrupted: ' if summary.stopped else '') + describe(summary, args.budget or {}))
+    served = detector.served(summary)
+    cli.say_served(served)
+    for above in summary.above(args.budget or {}) if served is None else []:
+        print(f'warning: {above}', file=sys.stderr)
     if not summary.frames:
         raise UsageError(f"'{source.name}' has no frame that can be read")
     return 1 if summary.faults or summary.ended else 0

@@ -10,8 +10,8 @@ from conftest import ROOT, SEED, THREADS, shrink_options
 from mmengine.config import Config
 
 from dynamicdet.apis.calibration import (build_loader, calibrate, load_model, measure_difficulties,
-                                         measure_gflops, measure_latencies, provenance,
-                                         record_exits)
+                                         measure_gflops, measure_latencies, passed,
+                                         provenance, record_exits)
 from dynamicdet.errors import UsageError
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
@@ -218,7 +218,15 @@ def test_where_figures_come_from(cfg, loader, path):
     assert found['checkpoint'] == path and found['config'].endswith('_digits_router.py')
     assert found['ann_file'].endswith('instances_val.json') and found['images'] == 6
     assert found['threads'] == THREADS and found['seed'] == SEED and 'cores' in found['device']
-    assert {'torch', 'date', 'dtype', 'batch_size'} <= set(found)
+    # What passes through which model is another matter.
+    assert {'torch', 'date'} <= set(found) and not {'dtype', 'batch_size'} & set(found)
+
+
+@pytest.mark.parametrize('batch_size, dtype', [(1, 'float32'), (4, 'float64')])
+def test_how_images_passed(model, digits, batch_size, dtype):
+    loader = build_loader(load_config(digits, **{'val_dataloader.batch_size': batch_size}).val_dataloader)
+    assert passed(model.to(getattr(torch, dtype)), loader) == dict(
+        dtype=dtype, batch_size=batch_size, latency_batch_size=1)
 
 
 # Loading.

@@ -168,6 +168,28 @@ def test_budget_of_a_call(detector, paths, budget, hard):
     assert detector(paths) == before
 
 
+def test_a_call_says_what_it_served_and_warns_where_chance_does_not_explain_it(detector, paths):
+    detector(paths, batch_size=4, hard_share=0.5)
+    assert detector.served.counts == (2, 2) and detector.served.budget == dict(hard_share=0.5)
+    # A calibration on images that were all easier.
+    known, detector.model.difficulties = detector.model.difficulties, torch.linspace(0, 1e-4, 1000)
+    try:
+        with pytest.warns(UserWarning, match='100.0% of these 4 images are hard, and 10.0% were wanted'):
+            detector(paths, hard_share=0.1)
+    finally:
+        detector.model.difficulties = known
+    assert detector.served.doubts() and detector.served.counts == (0, 4)
+
+
+def test_latencies_of_another_machine_are_said_to_who_asks_for_time(checkpoints, paths, tmp_path):
+    checkpoint = torch.load(checkpoints['calibrated'], weights_only=False)
+    checkpoint['meta']['calibration'] = dict(device='another machine', threads=64, batch_size=8)
+    torch.save(checkpoint, tmp_path / 'elsewhere.pth')
+    other = DynamicInferencer(CONFIG, str(tmp_path / 'elsewhere.pth'), 'cpu', show_progress=False, hard_share=0.5)
+    with pytest.warns(UserWarning, match='device another machine, threads 64, and here it is device'):
+        other(paths[0], target_latency=0.02)
+
+
 def test_budget_of_the_constructor_is_restored(checkpoints, paths):
     detector = DynamicInferencer(
         CONFIG, checkpoints['calibrated'], 'cpu', hard_share=0.25, show_progress=False)
@@ -426,7 +448,10 @@ def test_demo_on_a_folder(demo, pictures, checkpoints):
         pictures, CONFIG, checkpoints['calibrated'], '--batch-size', 3, '--hard-share', 0.5,
         '--device', 'cpu')
     assert status == 0, err
-    assert out.splitlines()[-1] == '4 images, 50% hard; results in outputs'
+    hard, cost, last = out.splitlines()[-3:]
+    assert (hard, last) == ('hard: 50.0% wanted, 50.0% served (2 of 4 images)', '4 images; results in outputs')
+    # The first batch of 3 is no measure.
+    assert cost.startswith("per image: 20.0 ms by the exits' own latencies, ") and cost.endswith(' ms by the clock')
     assert written('outputs/vis') == [f'{index}.png' for index in range(4)]
     results = [json.loads(path.read_text()) for path in Path('outputs/preds').iterdir()]
     assert sum(result['exit'] for result in results) == 2
@@ -444,7 +469,7 @@ def test_demo_goes_on_after_a_broken_picture(demo, pictures, checkpoints, paths,
         '--no-save-vis')
     assert status == 1
     assert err.splitlines() == [f"error: '{folder / 'a.png'}' is no picture, or damaged"]
-    assert out.splitlines()[-1] == '2 images, 0% hard; results in there'
+    assert 'hard: 0.0% served (0 of 2 images)' in out and out.splitlines()[-1] == '2 images; results in there'
     assert written('there') == ['preds'] and written('there/preds') == ['b.json', 'c.json']
 
 
@@ -463,7 +488,7 @@ def test_demo_on_urls_and_files(demo, server, checkpoints, paths):
         f'{server}/0.png?size=full', f'{server}/1.png', paths[2], CONFIG, checkpoints['plain'],
         '--no-save-pred')
     assert status == 0, err
-    assert out.splitlines()[-1].startswith('3 images, ')
+    assert out.splitlines()[-1].startswith('3 images; ')
     assert written('outputs/vis') == ['0.png', '1.png', '2.png']
     assert written('outputs') == ['vis']
     status, _, err = demo(f'{server}/gone.png', CONFIG, checkpoints['plain'])

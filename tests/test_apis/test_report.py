@@ -1,4 +1,5 @@
 import contextlib
+import html
 import io
 import json
 import re
@@ -8,10 +9,12 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from dynamicdet.apis.report import format_table, sentences, write_report
+from dynamicdet.apis.report import BY_CALIBRATION, BY_QUANTILE, format_table, misses, sentences, write_report
 from dynamicdet.apis.report_figures import picture_figure, png
 from dynamicdet.errors import UsageError
-from dynamicdet.routing.curve import trade_off
+from dynamicdet.routing.curve import Chance, by_calibration, trade_off
+from dynamicdet.routing.evaluation import Mixtures
+from dynamicdet.routing.served import chance_interval
 
 IMAGES = 14
 BOX = [10, 12, 20, 20]
@@ -64,6 +67,8 @@ def test_the_page_and_its_files(coco, record, tmp_path, capsys):
         'report.html', 'report.json', *plots, *gallery}
     assert text.count('src="data:image/png;base64,') == len(plots | gallery)
     assert '<h1>Digits &amp; &lt;more&gt;</h1>' in text and 'a&lt;b&gt;.py' in text
+    # Not calibrated: one table, and nothing is missed.
+    assert BY_CALIBRATION not in text and misses(()) == []
     assert 'Spearman&#x27;s rank correlation: 1.00' in text
     assert capsys.readouterr().out == ''
 
@@ -162,6 +167,33 @@ def test_table():
     assert first.split() == [
         '50%', '0.4000', '31.50', '60.00', '2.00', '15.0', '30.00', '±', '0.25', '+1.50']
     assert second.split()[:3] == ['34%', '(asked', '30%)'] and second.endswith('-1.00')
+
+
+def test_what_calibrated_thresholds_serve_stands_beside_what_this_set_would(coco, record, tmp_path):
+    """The calibration's images were all easier: for half of them hard, all of these are."""
+    chance = Chance(Mixtures(record, coco), draws=2, resamples=0)
+    rows = trade_off(record, coco, shares=(0, 0.5, 1), chance=chance)
+    served = by_calibration(record, chance, np.linspace(0, 0.04, 100), (0, 0.5, 1))
+    assert [one['hard_share'] for one in served] == [0, 1, 1] and [one['hard_share'] for one in rows] == [0, 0.5, 1]
+    assert [one['gflops'] for one in served] == [1, 3, 3] and served[1]['ap'] == rows[2]['ap'] == pytest.approx(100)
+    low, high = chance_interval(50, 100, IMAGES)
+    lines = format_table(served, calibrated=True).splitlines()
+    assert lines[3].split()[:2] == ['50%', f"{served[1]['threshold']:.4f}"]
+    assert f'100.0%  {low:.1%} to {high:.1%} !' in lines[3] and '!' not in lines[2] + lines[4]
+    sentence, = misses(served)
+    assert 'for 50% hard sends 100.0% of these images on' in sentence
+    page = write_report(record, coco, tmp_path / 'report', rows, calibrated=served).read_text()
+    assert html.escape(sentence) in page and all(html.escape(title) in page for title in (BY_QUANTILE, BY_CALIBRATION))
+    assert json.loads((tmp_path / 'report' / 'report.json').read_text())['calibrated'] == served
+
+
+def test_on_its_own_images_a_calibration_serves_what_was_asked_for(coco, record):
+    chance = Chance(Mixtures(record, coco), draws=2, resamples=0)
+    own = [image['difficulty'] for image in record['images']]
+    rows, served = trade_off(record, coco, chance=chance), by_calibration(record, chance, own)
+    for name in ('threshold', 'hard_share', 'ap', 'gflops', 'latency'):
+        assert [one[name] for one in served] == [one[name] for one in rows]
+    assert misses(served) == []
 
 
 def test_boxes_below_the_score_are_not_drawn():

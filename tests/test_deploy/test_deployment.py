@@ -2,12 +2,16 @@
 import builtins
 import copy
 import json
+import os
+import runpy
+import sys
+import warnings
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import load_small, run_tool, train
+from conftest import ROOT, THREADS, load_small, run_tool, train
 from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import Runner
 from torch import nn
@@ -21,9 +25,11 @@ from dynamicdet.deploy.int8 import (Observer, Recipe, choose_float, least_error,
                                     quantise_graph, watched)
 from dynamicdet.deploy.runtimes import RUNTIMES
 from dynamicdet.deploy.stages import Stage
+from dynamicdet.deploy.timing import put_latencies
 from dynamicdet.errors import UsageError
 from dynamicdet.testing import randomise, tiny_batch
 from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
 
 
 @pytest.fixture(scope='module')
@@ -132,7 +138,7 @@ def test_what_was_changed_or_cut_is_refused(folder, tmp_path):
     import shutil
     for number, (name, change) in enumerate([
             ('first.onnx', lambda content: content[:-1]), ('state.pth', lambda content: b'x' + content[1:]),
-            ('manifest.json', lambda content: content.replace(b'"version": 4', b'"version": 1')),
+            ('manifest.json', lambda content: content.replace(b'"version": 5', b'"version": 1')),
             ('manifest.json', lambda content: content[:100]), ('config.json', lambda content: None)]):
         copy = tmp_path / str(number)
         shutil.copytree(folder[0], copy)
@@ -389,21 +395,115 @@ def test_settings_that_cannot_be_are_one_line(settings, message):
         QuantizationHook(**settings)
 
 
-def test_a_calibrated_detector_is_calibrated_anew(digits, tmp_path):
-    cfg = load_small('dy_faster_rcnn_digits', digits, tmp_path, val=True)
+@pytest.fixture(scope='module')
+def calibrated(digits, tmp_path_factory):
+    """Config and checkpoint of a dynamic detector: two of six images are hard; torch took a minute for each."""
+    folder = tmp_path_factory.mktemp('calibrated')
+    register_all_modules(init_default_scope=True)
+    cfg = load_small('dy_faster_rcnn_digits', digits, folder, val=True)
     model = randomise(MODELS.build(cfg.model), seed=3)
     model.difficulties, model.delta = torch.linspace(0, 1, 9), torch.tensor(0.0)
     scores = measure_difficulties(model.eval(), val_loader(cfg), lambda steps, what: steps)
-    # Two of six are hard.
     model.threshold.fill_(float(scores[3] + scores[4]) / 2)
-    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'calibrated.pth')
-    about = deploy(cfg, str(tmp_path / 'calibrated.pth'), str(tmp_path / 'out'), val_loader(cfg), images=6)
+    model.latencies.copy_(torch.tensor([60., 120.]))
+    torch.save(dict(state_dict=model.state_dict()), folder / 'calibrated.pth')
+    return cfg, str(folder / 'calibrated.pth'), scores
+
+
+def test_a_calibrated_detector_is_calibrated_anew(calibrated, tmp_path):
+    cfg, path, scores = calibrated
+    about = deploy(cfg, path, str(tmp_path / 'out'), val_loader(cfg), images=6)
     assert about['calibration'] == dict(images=6, ranges='mse')
     # The router's two layers.
     assert len(about['layers']['first']['float_layers']) >= 2
     deployed = load_deployed(str(tmp_path / 'out'))
     assert len(deployed.difficulties) == 6 and not torch.equal(deployed.difficulties, torch.from_numpy(scores))
     assert (deployed.difficulties > deployed.threshold).sum() == 2
-    assert deployed.latencies.isfinite().all()
+    assert (deployed.latencies < 30).all()
     exits = [sample.exit for batch in val_loader(cfg) for sample in deployed.test_step(batch)]
     assert sorted(exits) == [0, 0, 0, 0, 1, 1]
+
+
+@pytest.fixture(scope='module')
+def timed(calibrated, tmp_path_factory):
+    """A float32 folder, whose latencies were measured; its path and what was done."""
+    out = str(tmp_path_factory.mktemp('timed') / 'float32')
+    return out, deploy(*calibrated[:2], out, timed=val_loader(calibrated[0]).dataset)
+
+
+def test_a_float_folder_has_its_own_latencies(timed):
+    """Not torch's: what it can reach is taken, and what it cannot is refused."""
+    out, about = timed
+    facts = about['latencies']
+    assert (facts['images'], facts['batch_size'], facts['runtime'], facts['threads']) == (6, 1, 'onnxruntime', THREADS)
+    assert 'cores' in facts['device']
+    deployed = load_deployed(out)
+    assert deployed.latencies.tolist() == pytest.approx(facts['seconds']) and 0 < max(facts['seconds']) < 30
+    with pytest.warns(UserWarning) as said:
+        deployed.set_budget(target_latency=30)
+    assert ['every image takes the hard path' in str(one.message) for one in said] == [True]
+    with pytest.raises(UsageError, match='cannot be met'):
+        deployed.set_budget(target_latency=min(facts['seconds']) / 2)
+    # As many are hard as before.
+    before = torch.load(os.path.join(out, 'state.pth'), weights_only=True)
+    assert len(before['difficulties']) == 9
+
+
+@pytest.mark.parametrize('settings, said', [
+    (dict(threads=THREADS + 1), f'threads {THREADS}, and here it is threads {THREADS + 1}'),
+    pytest.param(dict(runtime='openvino'), 'runtime onnxruntime, and here it is runtime openvino',
+                 marks=pytest.mark.openvino)])
+def test_what_runs_a_folder_otherwise_than_it_was_measured_is_said(timed, settings, said):
+    deployed = load_deployed(timed[0], **settings)
+    # All hard; how long that takes is not the point.
+    with pytest.warns(UserWarning, match=said):
+        deployed.set_budget(target_latency=100)
+    # Measured anew, there is nothing to say.
+    put_latencies(deployed, [0.01, 0.03])
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert deployed.set_budget(target_latency=0.02) == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_folder_without_images_to_measure_on_takes_no_budget_in_time(calibrated, tmp_path):
+    """And a config's own budget in time, which torch could not meet, is no hindrance to the export."""
+    cfg = copy.deepcopy(calibrated[0])
+    cfg.model.budget = dict(target_latency=0.1)
+    with pytest.raises(UsageError, match='cannot be met'):
+        load_detector(cfg, calibrated[1])
+    assert deploy(cfg, calibrated[1], str(tmp_path / 'out'))['latencies'] is None
+    with pytest.raises(UsageError, match='tools/export.py'):
+        load_deployed(str(tmp_path / 'out'))
+
+
+def test_the_tool_serves_a_budget_in_time_by_what_it_measured(timed, tmp_path):
+    """Another number of threads than the folder's: nothing is left to say but what was served."""
+    done = run_tool('test_deployed.py', timed[0], '--images', 2, '--target-latency', 20, '--threads', THREADS + 1,
+                    '--work-dir', tmp_path, '--out', tmp_path / 'f.json')
+    assert done.returncode == 0, done.stderr
+    assert 'latencies: exit 0 ' in done.stdout
+    assert f'onnxruntime, threads {THREADS + 1}, one image at a time' in done.stdout
+    assert 'hard: 100.0% wanted, 100.0% served (6 of 6 images)' in done.stdout and '20000.0 ms wanted' in done.stdout
+    assert 'were measured with' not in done.stderr
+    figures = json.loads((tmp_path / 'f.json').read_text())
+    assert figures['metrics']['budget/milliseconds'] == pytest.approx(figures['milliseconds'][1])
+
+
+@pytest.mark.parametrize('options, said', [
+    ([], 'latencies: exit 0 '),
+    (['--cfg-options', 'val_dataloader.dataset.ann_file=gone.json'], 'warning: latencies are not measured'),
+])
+def test_the_tool_measures_what_it_exports_or_says_why_not(calibrated, options, said, tmp_path, monkeypatch, capfd):
+    cfg, path, _ = calibrated
+    cfg.dump(tmp_path / 'config.py')
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    monkeypatch.setattr(sys, 'argv', ['export.py', *map(str, (tmp_path / 'config.py', path, '--out', tmp_path / 'out')),
+                                      *options])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / 'tools/export.py'), run_name='__main__')
+    out, err = capfd.readouterr()
+    assert not end.value.code and said in out + err
+    manifest = json.loads((tmp_path / 'out' / 'manifest.json').read_text())
+    assert bool(options) == (manifest['latencies'] is None)
+    # Nothing was looked at.
+    assert not {'dtype', 'batch_size', 'images', 'ann_file'} & set(manifest['provenance'])

@@ -132,11 +132,11 @@ def test_step_1_on_two_processes(digits, tmp_path):
     assert not differing(ranks(again)[0], first)
 
 
-def metrics(work_dir):
+def metrics(work_dir, kind='coco/'):
     """What ``tools/test.py`` left in its JSON log."""
     path, = Path(work_dir).glob('2*/2*.json')
     found = json.loads(path.read_text().splitlines()[-1])
-    return {name: value for name, value in found.items() if name.startswith('coco/')}
+    return {name: value for name, value in found.items() if name.startswith(kind)}
 
 
 def by_image(path):
@@ -163,6 +163,11 @@ def test_testing_on_two_processes(digits, findable, cascade, tmp_path):
                              '--out', tmp_path / 'both.pkl')
         assert alone.result().returncode == 0, alone.result().stderr[-3000:]
     one, two = metrics(tmp_path / 'alone'), metrics(tmp_path / 'work')
+    # Of both ranks together, the image that both see once.
+    served = [metrics(tmp_path / name, 'budget/') for name in ('alone', 'work')]
+    assert [found['budget/exit1_share'] for found in served] == [pytest.approx(6 / 11)] * 2
+    assert all(found['budget/clock_milliseconds'] > 0 for found in served)
+    assert printed.count('hard: 54.5% served (6 of 11 images)') == 1
     assert one == two and len(one) >= 6 and 0 < one['coco/bbox_mAP'] < 1
     assert re.search(r'Epoch\(test\) *\[6/6\]', printed)
     one, two = by_image(tmp_path / 'alone.pkl'), by_image(tmp_path / 'both.pkl')

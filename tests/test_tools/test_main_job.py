@@ -1,4 +1,5 @@
 """From a data set to a detector at any speed, by the command lines that the README shows."""
+import json
 import os
 import pickle
 import runpy
@@ -222,6 +223,26 @@ def clear(job, tmp_path):
     checkpoint['state_dict']['difficulties'] = torch.linspace(0, 1, 5)
     torch.save(checkpoint, tmp_path / 'clear.pth')
     return tmp_path / 'clear.pth'
+
+
+def test_a_budget_that_is_missed_is_said(clear, digits, inside, tmp_path, capfd):
+    """Calibrated on images that were all easier, on another machine."""
+    checkpoint = read_checkpoint(str(clear))
+    checkpoint['state_dict'].update(difficulties=torch.linspace(0, 1e-6, 1000), gflops=torch.tensor([1., 2.]))
+    checkpoint['meta']['calibration'].update(device='another machine')
+    torch.save(checkpoint, tmp_path / 'other.pth')
+    inside(ROOT / 'tools/test.py', STEP_2, tmp_path / 'other.pth', '--target-latency', 0.012, '--work-dir',
+           tmp_path / 'run', *options(digits, **{'test_dataloader.batch_size': 2}))
+    out, err = capfd.readouterr()
+    hard, cost = out.splitlines()[-2:]
+    assert hard == 'hard: 10.0% wanted, 100.0% served (6 of 6 images)'
+    assert cost.startswith("per image: 2 GFLOPs, 12.0 ms wanted, 30.0 ms by the exits' own latencies, ")
+    assert cost.endswith(' ms by the clock')
+    warned = [line for line in err.splitlines() if line.startswith('warning: ')]
+    assert 'were measured with device another machine' in warned[0]
+    assert '100.0% of these 6 images are hard, and 10.0% were wanted' in warned[1]
+    logged, = (json.loads(path.read_text().splitlines()[-1]) for path in (tmp_path / 'run').glob('2*/2*.json'))
+    assert logged['budget/exit1_share'] == 1 and logged['budget/exit1_wanted'] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize('target, threshold', [(0.01, 1), (0.018, 0.625), (0.03, -1)])

@@ -1,7 +1,5 @@
 """Measure what the thresholds of a trained dynamic detector follow from."""
 import datetime
-import os
-import platform
 from typing import Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -19,6 +17,7 @@ from ..errors import UsageError
 from ..models import DynamicDetector, fuse
 from ..models.online import kept_speed, now
 from ..routing.thresholds import ALL_EASY, ALL_HARD
+from ..timing import dtype_of, machine_of
 from ..transfers import to_host
 from . import cli
 from .flops import count_flops
@@ -210,8 +209,7 @@ def coco_results(sample, category_ids: List[int]) -> List[dict]:
 
 
 def provenance(cfg: Config, checkpoint: str, dataset, device: str) -> Dict[str, object]:
-    """Where figures come from: what was measured, on which data and which machine."""
-    cuda = torch.device(device).type == 'cuda'
+    """Where figures come from: what was measured, on which data and which machine. See also `passed`."""
     return dict(
         config=str(cfg.filename),
         checkpoint=str(checkpoint),
@@ -219,22 +217,16 @@ def provenance(cfg: Config, checkpoint: str, dataset, device: str) -> Dict[str, 
         categories=list(getattr(dataset, 'cat_ids', ())),
         classes=list(getattr(dataset, 'metainfo', {}).get('classes', ())),
         images=len(dataset),
-        device=torch.cuda.get_device_name(device) if cuda else _cpu_name(),
-        threads=torch.get_num_threads(),
+        **machine_of(device),
         torch=str(torch.__version__),
-        dtype='float32',
-        batch_size=1,
         seed=cfg.get('randomness', {}).get('seed'),
         date=datetime.datetime.now().isoformat(timespec='seconds'))
 
 
-def _cpu_name() -> str:
-    try:
-        with open('/proc/cpuinfo') as file:
-            names = [line.split(':')[1].strip() for line in file if line.startswith('model name')]
-    except OSError:
-        names = []
-    return f'{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores'
+def passed(model: torch.nn.Module, loader: DataLoader) -> Dict[str, object]:
+    """How images passed through a model: in which numbers, and how many at a time. Latencies are of one at a time."""
+    batch_size = getattr(loader.batch_sampler, 'batch_size', loader.batch_size)
+    return dict(dtype=dtype_of(model), batch_size=batch_size, latency_batch_size=1)
 
 
 def require_trained_router(model: DynamicDetector) -> None:

@@ -24,6 +24,7 @@ from ..datasets.check import check_dataloaders, is_of_empty_set
 from ..datasets.mending import mend_annotations
 from ..datasets.opening import SEVERAL_FILES
 from ..errors import UsageError
+from ..routing.served import Served
 from ..routing.thresholds import latency_of
 
 #: In front of the path of one of mmdet's configs, as in ``_base_``.
@@ -325,8 +326,24 @@ def check_data(cfg: Config, *splits: str, files: bool = True) -> None:
         print(f'data: {line}', file=sys.stderr)
 
 
+def say_served(served: Optional[Served]) -> None:
+    """What was wanted and served, and what it cost; a warning where chance does not explain the difference."""
+    if served is not None:
+        print(*served.lines(), sep='\n')
+        for doubt in served.doubts():
+            warnings.warn(doubt)
+
+
+def _say_warning(message: Any, category: type, filename: str, *args: Any) -> None:
+    """The package's own warnings are a line without a place in its code."""
+    own = Path(filename).is_relative_to(Path(__file__).parents[1])
+    print(f'warning: {message}' if own else warnings.formatwarning(message, category, filename, *args[:1]).rstrip(),
+          file=sys.stderr)
+
+
 def prepare() -> None:
-    """Hide what libraries say of each other and no user can change."""
+    """Hide what libraries say of each other and no user can change, and say warnings in a line."""
+    warnings.showwarning = _say_warning
     for pattern in ('.*pkg_resources.*', '.*torch.meshgrid.*', '.*FileClient.*', '.*num_anchors.*',
                     'checkpoint is None.*', 'Detected pickle protocol.*'):
         warnings.filterwarnings('ignore', message=pattern)

@@ -3,6 +3,7 @@ import contextlib
 import itertools
 import os
 import os.path as osp
+import warnings
 from dataclasses import dataclass
 from typing import Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
@@ -21,9 +22,11 @@ from mmdet.structures import DetDataSample
 from ..checkpoints import is_plain, require_complete
 from ..datasets.picture_reading import read_picture
 from ..errors import UsageError
-from ..models import fuse
-from ..models.online import Online, build_controller, kept_speed
+from ..models import DynamicDetector, fuse
+from ..models.online import Online, build_controller, kept_speed, timed_calls
+from ..routing.served import Served, account
 from ..routing.thresholds import check_budget, latency_of
+from ..timing import dtype_of, machine_of, timed_elsewhere
 from .pictures import Picture, pictures_of
 from .stream import Stream
 
@@ -75,6 +78,10 @@ class DynamicInferencer(DetInferencer):
             difficulty and the machine's load: any but ``threshold``. It is ``self.controller``, see
             `routing.controller.Controller`, and goes on from call to call. Defaults to False.
 
+    Attributes:
+        served (Served, optional): What the last call served: pictures at each exit, against what was wanted,
+            and their mean cost. Where more than chance parts them, the call warns.
+
     Raises:
         UsageError: If the model is not dynamic, the checkpoint does not fill it, more than one of
             the five is given, it is out of range, or it needs a calibrated checkpoint.
@@ -84,9 +91,12 @@ class DynamicInferencer(DetInferencer):
         ...     'configs/dy_faster_rcnn_router.py', 'checkpoint.pth', hard_share=0.5)
         >>> result, = detector('image.jpg')['predictions']
         >>> result['difficulty'], result['exit']
+        >>> print(*detector.served.lines(), sep='\\n')
     """
 
     preprocess_kwargs = {'on_unreadable'}
+    #: How the checkpoint was calibrated.
+    _calibration: dict = {}
 
     def __init__(self,
                  model: Optional[Union[ModelType, str]] = None,
@@ -112,7 +122,11 @@ class DynamicInferencer(DetInferencer):
         if not hasattr(self.model, 'set_budget'):
             raise UsageError(f"this config's model, {type(self.model).__name__}, is not dynamic: "
                              "use mmdet's DetInferencer")
+        device = next(self.model.parameters()).device
+        self.model.timed_elsewhere = timed_elsewhere(
+            self._calibration, dict(machine_of(device), dtype=dtype_of(self.model)))
         self.controller = build_controller(self.model, budget) if online else None
+        self._online_budget, self.served = budget, None
         if budget and not online:
             self.model.set_budget(**budget)
 
@@ -124,6 +138,7 @@ class DynamicInferencer(DetInferencer):
             # A plain detector's fills both exits but for these.
             optional = ('backbone.connections.', 'router.') if is_plain(state) else ()
             require_complete(model, state, optional)
+            self._calibration = checkpoint.get('meta', {}).get('calibration', {})
         super()._load_weights_to_model(model, checkpoint, cfg)
         fuse(model)
 
@@ -160,8 +175,34 @@ class DynamicInferencer(DetInferencer):
         inputs = pictures_of(inputs, skip_missing=kwargs.get('on_unreadable') is not None)
         if not isinstance(batch_size, int) or batch_size < 1:
             raise UsageError(f'batch_size must be a whole number, 1 or more; got {batch_size}')
-        with self._speed(budget):
-            return super().__call__(inputs, batch_size, *args, **kwargs)
+        with self._speed(budget), self._watched() as calls:
+            results = super().__call__(inputs, batch_size, *args, **kwargs)
+            self.served = self._account(results['predictions'], budget, calls)
+        for doubt in self.served.doubts() if self.served else ():
+            warnings.warn(doubt)
+        return results
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[List[Tuple[float, int]]]:
+        """A list of calls of the model: seconds, and of how many pictures."""
+        calls: List[Tuple[float, int]] = []
+        watch = isinstance(self.model, DynamicDetector)
+        with timed_calls(self.model, lambda *call: calls.append(call)) if watch else contextlib.nullcontext():
+            yield calls
+
+    def _account(self, predictions: List[Union[dict, DetDataSample]], budget: Dict[str, float],
+                 calls: List[Tuple[float, int]]) -> Optional[Served]:
+        model, online = self.model, not budget and self.controller is not None
+        if not isinstance(model, DynamicDetector):
+            return None
+        exits = [one['exit'] if isinstance(one, dict) else one.exit for one in predictions]
+        # What a first run takes is no cost of an image.
+        timed = calls[1:]
+        return account([exits.count(exit) for exit in range(model.num_exits)],
+                       self._online_budget if online else model.budget,
+                       None if online else model.threshold.reshape(-1).tolist(), model.difficulties.tolist(),
+                       model.latencies.tolist(), model.gflops.tolist(),
+                       sum(seconds for seconds, _ in timed) / sum(images for _, images in timed) if timed else None)
 
     @contextlib.contextmanager
     def _speed(self, budget: Dict[str, float]) -> Iterator[None]:

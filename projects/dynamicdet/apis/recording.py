@@ -22,7 +22,7 @@ from ..errors import UsageError
 from ..models import DynamicDetector
 from ..models.online import kept_speed, now
 from .calibration import (Progress, build_loader, coco_results, force_exit, measure_gflops,
-                          measure_latencies, provenance)
+                          measure_latencies, passed, provenance)
 from .flops import count_flops
 
 #: How far an image is shifted for a second view: no multiple of any map's stride, so that maps differ.
@@ -109,6 +109,7 @@ def record_data_set(model: DynamicDetector,
     device = str(model.threshold.device)
     facts = dict(
         provenance(cfg, checkpoint, loader.dataset, device),
+        **passed(model, loader),
         view=VIEWS[view].said if view in VIEWS else 'none',
         first_scale=model.first_scale,
         branch0_gflops=branch_gflops,

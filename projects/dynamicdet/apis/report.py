@@ -15,9 +15,9 @@ from ..routing.curve import (AREAS, check_record, difficulties_of, evaluate, gai
 from ..routing.thresholds import hard_share, threshold_for_share
 from .report_figures import (agreement_figure, histogram_figure, picture_figure, png, sizes_figure,
                              trade_off_figure)
-from .report_page import format_table, make_page
+from .report_page import BY_CALIBRATION, BY_QUANTILE, format_table, is_missed, make_page
 
-__all__ = ['format_table', 'sentences', 'write_report']
+__all__ = ['BY_CALIBRATION', 'BY_QUANTILE', 'format_table', 'misses', 'sentences', 'write_report']
 
 #: So many of the easiest and of the hardest images are shown.
 _GALLERY = 6
@@ -27,7 +27,8 @@ def write_report(record: Mapping,
                  coco: COCO,
                  out_dir: Union[str, Path],
                  rows: Optional[Sequence[Mapping]] = None,
-                 title: str = 'What the router is worth') -> Path:
+                 title: str = 'What the router is worth',
+                 calibrated: Sequence[Mapping] = ()) -> Path:
     """Write ``report.html``, self-contained, its pictures as PNG files, and ``report.json``.
 
     Args:
@@ -39,6 +40,8 @@ def write_report(record: Mapping,
         rows (Sequence[Mapping], optional): As `routing.curve.trade_off` gives them. Defaults to
             its rows for this record.
         title (str): Title of the page.
+        calibrated (Sequence[Mapping]): The rows of `routing.curve.by_calibration`. Defaults to none: the
+            checkpoint is not calibrated.
 
     Returns:
         Path: The page.
@@ -54,9 +57,9 @@ def write_report(record: Mapping,
     correlation = _rank_correlation(record, coco)
     plots = _plots(record, coco, rows, exits, correlation)
     gallery = _gallery(record, coco)
-    page = make_page(title, sentences(rows, record, exits), rows, list(plots.values()), gallery,
-                     record['provenance'])
-    numbers = dict(rows=list(rows), exits=exits, gain=gain_over_random(rows),
+    page = make_page(title, [*sentences(rows, record, exits), *misses(calibrated)], rows, list(plots.values()), gallery,
+                     record['provenance'], calibrated)
+    numbers = dict(rows=list(rows), calibrated=list(calibrated), exits=exits, gain=gain_over_random(rows),
                    rank_correlation=correlation, provenance=record['provenance'])
     out_dir = Path(out_dir)
     for name, (_, content, _) in plots.items():
@@ -96,6 +99,21 @@ def sentences(rows: Sequence[Mapping], record: Mapping, exits: Sequence[Mapping]
         told.append(f'At half hard, its AP is {side} the straight line between the exits by '
                     f"{abs(gain['half']):.0%} of their difference.")
     return told
+
+
+def misses(calibrated: Sequence[Mapping]) -> List[str]:
+    """A sentence on the hard share that calibrated thresholds miss most, if they miss any by more than chance.
+
+    Args:
+        calibrated (Sequence[Mapping]): As `routing.curve.by_calibration` gives them.
+    """
+    missed = [row for row in calibrated if is_missed(row)]
+    if not missed:
+        return []
+    worst = max(missed, key=lambda row: abs(row['hard_share'] - row['share']))
+    return [f"The calibrated threshold for {worst['share']:.0%} hard sends {worst['hard_share']:.1%} of these "
+            f"images on, where chance explains {worst['chance_low']:.1%} to {worst['chance_high']:.1%}: they differ "
+            'from those of the calibration. Calibrate on images like these, or hold the budget online.']
 
 
 def _verdict(row: Mapping) -> str:

@@ -12,7 +12,7 @@ def _share_cell(row: Mapping) -> str:
     return got if got == asked else f'{got} (asked {asked})'
 
 
-#: Heading, what a row shows there, what it means.
+#: Heading, what a row shows there, what it means. By this set's quantile.
 _COLUMNS = (
     ('hard share', _share_cell, 'share of the images that leave at exit 1, the slow one'),
     ('threshold', lambda row: f"{row['threshold']:.4f}",
@@ -29,6 +29,20 @@ _COLUMNS = (
     ('gain', lambda row: f"{row['ap'] - row['random_ap']:+.2f}",
      'AP minus random AP: what the router is worth at this share'),
 )
+
+#: The same, by the calibrated threshold.
+_CALIBRATED = (
+    ('wanted', lambda row: f"{row['share']:.0%}", 'hard share that was asked for'),
+    ('calibrated threshold', lambda row: f"{row['threshold']:.4f}",
+     "what the calibration's images give for it, and tools/test.py goes by"),
+    ('served', lambda row: f"{row['hard_share']:.1%}", 'hard share of these images by that threshold'),
+    ('chance explains', lambda row: f"{row['chance_low']:.1%} to {row['chance_high']:.1%}{' !' * is_missed(row)}",
+     "hard shares to be expected, 99 in 100 times, on images like the calibration's; !: it was another"),
+    *(column for column in _COLUMNS if column[0] in ('AP', 'AP50', 'GFLOPs/image', 'latency, ms')))
+
+#: Titles of both tables.
+BY_QUANTILE = "By this set's quantile: thresholds that give these images the hard share"
+BY_CALIBRATION = "By the calibrated threshold: what is served when the hard share is asked for"
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 60rem;
@@ -55,14 +69,21 @@ dt { font-weight: 600; } dd { margin: 0; overflow-wrap: anywhere; }
 """
 
 
-def format_table(rows: Sequence[Mapping]) -> str:
+def is_missed(row: Mapping) -> bool:
+    """Whether more than chance parts the hard share that a calibrated threshold serves from the wanted one."""
+    return not row['chance_low'] <= row['hard_share'] <= row['chance_high']
+
+
+def format_table(rows: Sequence[Mapping], calibrated: bool = False) -> str:
     """The trade-off as a table of plain text.
 
     Args:
-        rows (Sequence[Mapping]): As `routing.curve.trade_off` gives them.
+        rows (Sequence[Mapping]): As `routing.curve.trade_off` gives them, or `routing.curve.by_calibration`.
+        calibrated (bool): Whether they are of the latter. Defaults to False.
     """
-    lines = [[heading for heading, _, _ in _COLUMNS]]
-    lines += [[cell(row) for _, cell, _ in _COLUMNS] for row in rows]
+    columns = _CALIBRATED if calibrated else _COLUMNS
+    lines = [[heading for heading, _, _ in columns]]
+    lines += [[cell(row) for _, cell, _ in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ['-' * width for width in widths])
     return '\n'.join('  '.join(text.rjust(width) for text, width in zip(line, widths))
@@ -71,7 +92,7 @@ def format_table(rows: Sequence[Mapping]) -> str:
 
 def make_page(title: str, lead: Sequence[str], rows: Sequence[Mapping],
               plots: Sequence[Tuple[str, bytes, str]], gallery: Mapping[str, Sequence[tuple]],
-              provenance: Mapping) -> str:
+              provenance: Mapping, calibrated: Sequence[Mapping] = ()) -> str:
     """The report as self-contained HTML.
 
     Args:
@@ -82,17 +103,23 @@ def make_page(title: str, lead: Sequence[str], rows: Sequence[Mapping],
         gallery (Mapping[str, Sequence[tuple]]): 'easiest', 'hardest' -> per image its name, PNG
             (None if the picture could not be read) and caption.
         provenance (Mapping): Name -> value.
+        calibrated (Sequence[Mapping]): As `routing.curve.by_calibration` gives them; none without a calibration.
     """
     shown = ''.join(_pictures(end, pictures) for end, pictures in gallery.items())
-    meanings = [(heading, meaning) for heading, _, meaning in _COLUMNS]
+    columns = (*_COLUMNS, *_CALIBRATED) if calibrated else _COLUMNS
+    meanings = dict((heading, meaning) for heading, _, meaning in columns).items()
+    served = ''
+    if calibrated:
+        served = f'<h2>{html.escape(BY_CALIBRATION)}</h2><div class="wide">{_table(calibrated, _CALIBRATED)}</div>'
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
 <p class="lead">{html.escape(' '.join(lead))}</p>
-<h2>AP and cost by hard share</h2>
-<div class="wide">{_table(rows)}</div>
+<h2>{html.escape(BY_QUANTILE)}</h2>
+<div class="wide">{_table(rows, _COLUMNS)}</div>
+{served}
 {''.join(_plot(*plot) for plot in plots)}
 {shown}
 <h2>What the columns mean</h2>{_definitions(meanings)}
@@ -101,10 +128,10 @@ def make_page(title: str, lead: Sequence[str], rows: Sequence[Mapping],
 """
 
 
-def _table(rows: Sequence[Mapping]) -> str:
+def _table(rows: Sequence[Mapping], columns: Sequence[tuple]) -> str:
     head = ''.join(f'<th>{html.escape(heading).replace("/", "/<wbr>")}</th>'
-                   for heading, _, _ in _COLUMNS)
-    body = ''.join('<tr>' + ''.join(f'<td>{html.escape(cell(row))}</td>' for _, cell, _ in _COLUMNS)
+                   for heading, _, _ in columns)
+    body = ''.join('<tr>' + ''.join(f'<td>{html.escape(cell(row))}</td>' for _, cell, _ in columns)
                    + '</tr>' for row in rows)
     return f'<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 

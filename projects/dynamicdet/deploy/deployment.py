@@ -1,4 +1,5 @@
 """From a trained detector to a deployment folder."""
+import copy
 import math
 from dataclasses import replace
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
@@ -7,12 +8,12 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from mmdet.models.detectors import BaseDetector
 
 from ..apis import cli
-from ..apis.calibration import force_exit, measure_difficulties, measure_latencies, provenance
+from ..apis.calibration import force_exit, measure_difficulties, provenance, whole_model
 from ..checkpoints import read_checkpoint, require_complete
 from ..compression.quantisation import trace
 from ..errors import UsageError
@@ -25,10 +26,13 @@ from .int8 import (BETWEEN, PLAIN_BETWEEN, Observer, Recipe, choose_float, multi
 from .joins import join_graphs, joined_ranges, joins_of
 from .rois import place_roi_aligns
 from .stages import Stage, find_stages
+from .timing import conditions, measure_latency, put_latencies
 
 Progress = Callable[[Iterable, str], Iterable]
 #: Batches on which layers are tried in 8 bits.
 _TRIED = 16
+#: Images that are timed at each exit, and how often.
+_TIMED, _ROUNDS = 10, 3
 
 
 def load_detector(cfg: Config, path: str) -> Tuple[BaseDetector, dict]:
@@ -60,7 +64,8 @@ def deploy(cfg: Config,
            share: float = 0.1,
            reduced: Optional[bool] = None,
            compress: bool = False,
-           between: bool = True) -> Dict[str, Any]:
+           between: bool = True,
+           timed: Optional[Dataset] = None) -> Dict[str, Any]:
     """Write a detector as a deployment folder.
 
     Args:
@@ -78,6 +83,9 @@ def deploy(cfg: Config,
         compress (bool): Whether graphs are written by zstd. Defaults to False.
         between (bool): Whether what is between layers has 8 bits, too, see `int8.BETWEEN`; but for SiLU where
             predictions are made. Trained ranges are of layers alone. Defaults to True.
+        timed (Dataset, optional): Images on which the latency of each exit is measured, in ONNX Runtime with
+            torch's number of threads. Defaults to the loader's. Without any a folder has no latencies, and takes
+            no budget in time.
 
     Returns:
         dict: What was done, as in the manifest; with ``bytes``.
@@ -90,10 +98,13 @@ def deploy(cfg: Config,
     require_new(out)
     if loader is not None and (images < 1 or not len(loader.dataset)):
         raise UsageError('int8 needs validation images to calibrate on, and there is none')
-    model, checkpoint = load_detector(cfg, path)
+    bare = copy.deepcopy(cfg)
+    # It goes by latencies that are not measured yet; who loads the folder has it.
+    whole_model(bare).pop('budget', None)
+    model, checkpoint = load_detector(bare, path)
     trained = checkpoint.get('quantization') if loader is not None else None
     exported = export_stages(model, fuse=trained is None)
-    deployed, _ = load_detector(cfg, path)
+    deployed, _ = load_detector(bare, path)
     stages = find_stages(deployed)
     contents = {name: one.content for name, one in exported.items()}
     about: Dict[str, Any] = dict(
@@ -101,18 +112,22 @@ def deploy(cfg: Config,
         versions={name: need(name).__version__
                   for name in ('torch', 'onnx', 'onnxruntime')},
         provenance=provenance(cfg, path, loader.dataset if loader is not None else (), 'cpu'))
+    if loader is None:
+        # Nothing was looked at.
+        for name in ('ann_file', 'categories', 'classes', 'images'):
+            del about['provenance'][name]
     if loader is not None:
         batches = _first(loader, images)
         shares = _hard_shares(deployed, batches, progress)
         contents, details = _int8(
             deployed, stages, exported, batches, progress, trained, method, noise, share, reduced, between)
         about.update(details)
-        _place(stages, contents, exported)
-        place_roi_aligns(deployed)
-        if shares is not None:
-            _recalibrate(deployed, batches, loader.dataset, shares, progress)
-    else:
-        _place(stages, contents, exported)
+        about['provenance'].update(images=details['calibration']['images'])
+    _place(stages, contents, exported)
+    place_roi_aligns(deployed)
+    if loader is not None and shares is not None:
+        _recalibrate(deployed, batches, shares, progress)
+    about['latencies'] = _time(deployed, timed if timed is not None or loader is None else loader.dataset, progress)
     release_weights(stages)
     about['bytes'] = write_folder(
         out, cfg, deployed, contents, {name: one.form for name, one in exported.items()}, about, compress)
@@ -228,9 +243,18 @@ def _hard_shares(model: BaseDetector, batches: Sequence[dict], progress: Progres
     return [(difficulties > threshold).float().mean().item() for threshold in model.threshold.reshape(-1)]
 
 
-def _recalibrate(model: DynamicDetector, batches: Sequence[dict], dataset: Any, shares: List[float],
-                 progress: Progress) -> None:
-    """Difficulties and latencies are others in 8 bits; as many images go on as before."""
+def _time(model: BaseDetector, dataset: Optional[Dataset], progress: Progress) -> Optional[Dict[str, Any]]:
+    """Measure the latency of each exit where graphs compute, in the place of torch's; None without images."""
+    if dataset is None:
+        put_latencies(model, [math.nan] * getattr(model, 'num_exits', 1))
+        return None
+    images = min(_TIMED, len(dataset))
+    seconds = measure_latency(model, dataset, progress, images, _ROUNDS)
+    put_latencies(model, seconds)
+    return dict(seconds=seconds, images=images, batch_size=1, **conditions())
+
+
+def _recalibrate(model: DynamicDetector, batches: Sequence[dict], shares: List[float], progress: Progress) -> None:
+    """Difficulties are others in 8 bits; as many images go on as before."""
     model.difficulties = torch.from_numpy(measure_difficulties(model, batches, progress))
-    model.latencies.copy_(torch.tensor(measure_latencies(model, dataset, progress)))
     model.set_budget(hard_share=shares[0] if len(shares) == 1 else shares)

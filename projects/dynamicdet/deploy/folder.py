@@ -1,6 +1,7 @@
 """A folder that holds a detector for use: graphs, a config, what torch still needs, and a manifest.
 
-    manifest.json      stages and how their outputs are nested, versions, provenance, SHA-256 of all files
+    manifest.json      stages and how their outputs are nested, versions, provenance, latencies and what they
+                       were measured with, SHA-256 of all files
     config.json        the config, as data: reading it runs nothing
     state.pth          what is not in the graphs: router, thresholds, calibration
     first.onnx, ...    a graph for each stage; first.onnx.zst, ... by zstd
@@ -25,11 +26,14 @@ from mmdet.registry import MODELS
 
 from ..checkpoints import weights_only
 from ..errors import UsageError
+from ..models import DynamicDetector
+from ..timing import timed_elsewhere
 from .graphs import Graph, need, release_weights
 from .rois import place_roi_aligns
 from .stages import find_stages
+from .timing import conditions, put_latencies
 
-FORMAT, VERSION = 'dynamicdet.deployed', 4
+FORMAT, VERSION = 'dynamicdet.deployed', 5
 MANIFEST, CONFIG, STATE = 'manifest.json', 'config.json', 'state.pth'
 #: How graphs are called, as they are and by zstd.
 _GRAPH, _SMALL = '.onnx', '.onnx.zst'
@@ -137,7 +141,9 @@ def read_config(folder: str) -> Config:
 def load_deployed(folder: str, threads: Optional[int] = None, runtime: str = 'onnxruntime',
                   providers: Optional[Sequence[str]] = None) -> BaseDetector:
     """Load a detector that graphs compute. It is used as any other: `predict`, `test_step`, mmdet's
-    `inference_detector`, budgets.
+    `inference_detector`, budgets. One in time goes by the folder's latencies, and warns where they were measured
+    by another runtime, with other threads or on another machine; `timing.measure_latency` and
+    `timing.put_latencies` measure anew.
 
     Args:
         folder (str): As tools/export.py writes it.
@@ -162,6 +168,8 @@ def load_deployed(folder: str, threads: Optional[int] = None, runtime: str = 'on
     place_roi_aligns(model, threads, runtime)
     with weights_only():
         state = torch.load(Path(folder) / STATE, map_location='cpu', weights_only=True)
+    if isinstance(model, DynamicDetector):
+        model.timed_elsewhere = timed_elsewhere(manifest['latencies'] or {}, conditions(runtime, threads, providers))
     model.load_state_dict(state)
     model.cfg, model.dataset_meta = cfg, _restored(manifest['dataset_meta'])
     return model
@@ -170,15 +178,20 @@ def load_deployed(folder: str, threads: Optional[int] = None, runtime: str = 'on
 @MODELS.register_module()
 def DeployedDetector(folder: str, threads: Optional[int] = None, budget: Optional[dict] = None,
                      data_preprocessor: Optional[dict] = None, runtime: str = 'onnxruntime',
-                     providers: Optional[Sequence[str]] = None) -> BaseDetector:
+                     providers: Optional[Sequence[str]] = None,
+                     latencies: Optional[Sequence[float]] = None) -> BaseDetector:
     """`load_deployed` for configs: ``model=dict(type='DeployedDetector', folder=...)``.
 
     Args:
         folder, threads, runtime, providers: See there.
         budget (dict, optional): A dynamic detector's speed; see `DynamicDetector`.
         data_preprocessor: The folder's counts; Runners fill this in.
+        latencies (Sequence[float], optional): Of each exit, seconds, measured anew. Defaults to the folder's.
     """
     model = load_deployed(folder, threads, runtime, providers)
+    if latencies:
+        put_latencies(model, latencies)
+        budget = budget or getattr(model, 'budget', None)
     if budget:
         if not hasattr(model, 'set_budget'):
             raise UsageError(f"'{folder}' holds a plain detector, which has no budget")

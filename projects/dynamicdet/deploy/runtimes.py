@@ -16,6 +16,15 @@ CPU = ('CPUExecutionProvider', )
 PREFERRED = ('CUDAExecutionProvider', *CPU)
 
 
+def chosen_providers(providers: Optional[Sequence[str]] = None) -> List[str]:
+    """ONNX Runtime's providers that are asked for, or, unasked, the best that are there; see `open_graph`."""
+    there = errors.need('onnxruntime', 'graphs', 'deploy').get_available_providers()
+    providers = [one for one in PREFERRED if one in there] if providers is None else list(providers)
+    if not providers or not set(providers) <= set(there):
+        raise UsageError(f"ONNX Runtime's providers here are {', '.join(there)}; got {', '.join(providers) or 'none'}")
+    return providers
+
+
 class OnnxRuntime:
     """A graph in ONNX Runtime.
 
@@ -31,12 +40,7 @@ class OnnxRuntime:
 
     def __init__(self, content: bytes, threads: int, providers: Optional[Sequence[str]] = None) -> None:
         runtime = errors.need('onnxruntime', 'graphs', 'deploy')
-        there = runtime.get_available_providers()
-        providers = [one for one in PREFERRED if one in there] if providers is None else list(providers)
-        unknown = [one for one in providers if one not in there]
-        if unknown or not providers:
-            raise UsageError(
-                f"ONNX Runtime's providers here are {', '.join(there)}; got {', '.join(providers) or 'none'}")
+        providers = chosen_providers(providers)
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         # Graphs take turns: threads of one that wait in a loop would take time from the next.

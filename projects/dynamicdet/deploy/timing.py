@@ -1,5 +1,5 @@
 """How long a deployed detector takes."""
-from typing import Any, List
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
@@ -10,6 +10,8 @@ from mmdet.models.detectors import BaseDetector
 from ..apis.calibration import Progress, measure_latencies
 from ..models import DynamicDetector
 from ..models.online import now
+from ..timing import machine_of
+from .runtimes import chosen_providers
 
 
 @torch.no_grad()
@@ -37,3 +39,24 @@ def measure_latency(model: BaseDetector, dataset: Any, progress: Progress, image
             if turn:
                 times.append(seconds)
     return [float(np.median(times))]
+
+
+def conditions(runtime: str = 'onnxruntime', threads: Optional[int] = None,
+               providers: Optional[Sequence[str]] = None) -> Dict[str, object]:
+    """What graphs are timed under: ``runtime``, of ONNX Runtime with its ``provider``, ``device`` and ``threads``.
+    Arguments as of `runtimes.open_graph`."""
+    facts = dict(runtime=runtime, **machine_of('cpu', threads))
+    return dict(facts, provider=chosen_providers(providers)[0]) if runtime == 'onnxruntime' else facts
+
+
+def put_latencies(model: BaseDetector, seconds: Sequence[float]) -> None:
+    """Let budgets in time go by latencies that were measured here; those of a dynamic detector's exits."""
+    if isinstance(model, DynamicDetector):
+        model.latencies.copy_(torch.tensor(seconds))
+        model.timed_elsewhere = None
+
+
+def said(latencies: Mapping[str, Any]) -> str:
+    """Latencies and what they were measured with, in one line; see `conditions`."""
+    each = ', '.join(f'exit {exit} {1e3 * seconds:.1f} ms' for exit, seconds in enumerate(latencies['seconds']))
+    return f'latencies: {each}; {latencies["runtime"]}, threads {latencies["threads"]}, one image at a time'

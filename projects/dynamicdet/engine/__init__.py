@@ -1,6 +1,7 @@
 from .all_exits import AllExitsTestLoop, AllExitsValLoop, ExitsMetric
 from .atomic_backend import AtomicBackend, write_atomically
 from .branch_mode_switch_hook import BranchModeSwitchHook
+from .budget_hook import BudgetHook
 from .complete_checkpoint_hook import CompleteCheckpointHook
 from .exit_curve_hook import ExitCurveHook
 from .finite_loss_hook import FiniteLossHook
@@ -15,7 +16,8 @@ from .validation_exits_hook import ValidationExitsHook
 from .weight_sharing_hook import WeightSharingHook
 
 __all__ = [
-    'AtomicBackend', 'BranchModeSwitchHook', 'CompleteCheckpointHook', 'FiniteLossHook', 'FuseHook',
-    'LoadedWeightsHook', 'OnlineHook', 'PruningHook', 'QuantizationHook', 'ResumeHook', 'RouterHook', 'ValidationExitsHook', 'WeightSharingHook',
+    'AtomicBackend', 'BranchModeSwitchHook', 'BudgetHook', 'CompleteCheckpointHook', 'FiniteLossHook', 'FuseHook',
+    'LoadedWeightsHook', 'OnlineHook', 'PruningHook', 'QuantizationHook', 'ResumeHook', 'RouterHook',
+    'ValidationExitsHook', 'WeightSharingHook',
     'latest_checkpoint', 'write_atomically'
 ]

@@ -7,8 +7,7 @@ from mmengine.runner import Runner
 from mmdet.registry import HOOKS
 
 from ..errors import UsageError
-from ..models import DynamicDetector
-from ..models.online import Online, build_controller
+from ..models.online import Online, build_controller, dynamic_part
 
 
 @HOOKS.register_module()
@@ -41,8 +40,7 @@ class OnlineHook(Hook):
         self._online = None
 
     def before_test_epoch(self, runner: Runner) -> None:
-        # It may be in a wrapper, for several processes or for test-time augmentation.
-        model = next((part for part in runner.model.modules() if isinstance(part, DynamicDetector)), None)
+        model = dynamic_part(runner.model)
         if model is None:
             raise UsageError('an online budget is for dynamic detectors, not for '
                              f'{type(runner.model).__name__}')

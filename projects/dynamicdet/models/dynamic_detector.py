@@ -9,6 +9,7 @@ Letters, as in the paper (DynamicDet, arXiv 2304.05552):
 """
 import copy
 import math
+import warnings
 from dataclasses import replace
 from typing import Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -132,6 +133,8 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         self.register_buffer('difficulties', torch.zeros(0))
         self.register_buffer('latencies', torch.full((self.num_exits, ), float('nan')))
         self.register_buffer('gflops', torch.full((self.num_exits, ), float('nan')))
+        #: Said to who asks for a mean latency: how these differ from those here. See `timing.timed_elsewhere`.
+        self.timed_elsewhere: Optional[str] = None
         self._apply_budget()
         # Each step trains its own part. Here and not in a hook: the optimiser and DDP look at
         # `requires_grad` before any hook runs.
@@ -208,6 +211,8 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
                                   self.gflops.tolist())
         self.threshold.copy_(torch.tensor(found))
         self.budget, self._budget_waits = budget, False
+        if target_latency is not None and self.timed_elsewhere:
+            warnings.warn(self.timed_elsewhere)
         return found
 
     def _apply_budget(self) -> None:

@@ -1,12 +1,19 @@
 """Let a controller set a detector's thresholds while it works."""
 import contextlib
 import time
-from typing import Iterator, Mapping, Optional
+from typing import Callable, Iterator, Mapping, Optional
 
 import torch
+from torch import nn
 
 from ..routing.controller import Controller
 from .dynamic_detector import DynamicDetector
+
+
+def dynamic_part(model: nn.Module) -> Optional[DynamicDetector]:
+    """The dynamic detector in a model, which may wrap it for several processes or for test-time augmentation; None
+    if there is none."""
+    return next((part for part in model.modules() if isinstance(part, DynamicDetector)), None)
 
 
 def build_controller(model: DynamicDetector, budget: Mapping[str, float]) -> Controller:
@@ -51,7 +58,6 @@ class Online:
     def __init__(self, model: DynamicDetector, controller: Controller, timed: bool = True) -> None:
         self.model, self.controller, self.timed = model, controller, timed
         self._stack: Optional[contextlib.ExitStack] = None
-        self._started, self._images = None, 0
 
     def __enter__(self) -> Controller:
         model = self.model
@@ -61,8 +67,7 @@ class Online:
             model.budget, model._budget_waits = None, False
             stack.callback(model.router.register_forward_hook(self._decide).remove)
             if self.timed and self.controller.measures:
-                stack.callback(model.data_preprocessor.register_forward_pre_hook(self._start).remove)
-                stack.callback(model.register_forward_hook(self._stop).remove)
+                stack.enter_context(timed_calls(model, self.controller.measure))
             self._stack = stack.pop_all()
         return self.controller
 
@@ -72,15 +77,25 @@ class Online:
     def _decide(self, router, inputs, difficulties: torch.Tensor) -> None:
         threshold = self.controller.decide(difficulties.tolist())
         self.model.threshold.copy_(torch.tensor(threshold))
-        self._images = len(difficulties)
 
-    def _start(self, *_) -> None:
-        self._started = now(self.model.threshold.device)
 
-    def _stop(self, *_) -> None:
-        if self._started is not None:
-            self.controller.measure(now(self.model.threshold.device) - self._started, self._images)
-            self._started = None
+@contextlib.contextmanager
+def timed_calls(model: DynamicDetector, tell: Callable[[float, int], None]) -> Iterator[None]:
+    """While this is entered, ``tell`` learns of each call of a detector how many seconds it took, from preprocessing to
+    boxes, and of how many images it was."""
+    device, started = model.threshold.device, []
+
+    def start(*_) -> None:
+        started[:] = [now(device)]
+
+    def stop(model: nn.Module, inputs: tuple, samples: list) -> None:
+        if started:
+            tell(now(device) - started.pop(), len(samples))
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(model.data_preprocessor.register_forward_pre_hook(start).remove)
+        stack.callback(model.register_forward_hook(stop).remove)
+        yield
 
 
 def now(device: torch.device) -> float:

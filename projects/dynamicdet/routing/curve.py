@@ -11,11 +11,12 @@ from pycocotools.coco import COCO
 
 from ..errors import UsageError
 from .evaluation import AREAS, Mixtures, check_record, difficulties_of, evaluate, mix
+from .served import chance_interval
 from .thresholds import threshold_for_share
 
 __all__ = [
-    'AREAS', 'Chance', 'SHARES', 'bootstrap_weights', 'check_record', 'choose', 'costs_of', 'difficulties_of',
-    'evaluate', 'gain_over_random', 'hard_for', 'interval', 'mix', 'split', 'trade_off'
+    'AREAS', 'Chance', 'SHARES', 'bootstrap_weights', 'by_calibration', 'check_record', 'choose', 'costs_of',
+    'difficulties_of', 'evaluate', 'gain_over_random', 'hard_for', 'interval', 'mix', 'split', 'trade_off'
 ]
 
 SHARES = tuple(tenth / 10 for tenth in range(11))
@@ -224,6 +225,36 @@ def trade_off(record: Mapping,
                          **costs_of(record, is_hard, chance.exits), **_worth(chance, is_hard)))
         if progress:
             progress(len(rows), len(shares))
+    return rows
+
+
+def by_calibration(record: Mapping,
+                   chance: Chance,
+                   difficulties: Sequence[float],
+                   shares: Sequence[float] = SHARES) -> List[dict]:
+    """AP and cost at several hard shares by the thresholds that a calibration gives for them, on images which it may
+    not have seen: what is served, where `trade_off` takes the quantiles of the record itself.
+
+    Args:
+        record (Mapping): See `record`.
+        chance (Chance): Of it; its exits and its evaluation are used.
+        difficulties (Sequence[float]): The calibration's, (n,), n > 0.
+        shares (Sequence[float]): Wanted hard shares, in [0, 1]. Defaults to 0, 0.1, ... 1.
+
+    Returns:
+        list[dict]: Per share ``share``, ``threshold``, ``hard_share`` that is served, ``chance_low`` and
+        ``chance_high``, the shares that chance explains (`served.chance_interval`), ``ap``, ``ap50``, ``gflops`` and
+        ``latency`` as of `trade_off`.
+    """
+    own, rows = difficulties_of(record), []
+    for share in shares:
+        threshold = threshold_for_share(difficulties, share)
+        is_hard = own > np.float32(threshold)
+        above = int((np.asarray(difficulties, np.float32) > np.float32(threshold)).sum())
+        low, high = chance_interval(above, len(difficulties), len(own))
+        rows.append(dict(share=share, threshold=threshold, hard_share=float(is_hard.mean()), chance_low=low,
+                         chance_high=high, **costs_of(record, is_hard, chance.exits),
+                         **chance.mixtures.scores(chance.choice(is_hard), sizes=False)))
     return rows
 
 

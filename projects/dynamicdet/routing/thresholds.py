@@ -91,8 +91,18 @@ def mean_cost(share: float, costs: Sequence[float]) -> float:
         share (float): In [0, 1].
         costs (Sequence[float]): Of each exit, (K,), any unit.
     """
-    beyond = [1.0, *shares_beyond(share, len(costs)), 0.0]
-    return math.fsum((more - less) * cost for more, less, cost in zip(beyond, beyond[1:], costs))
+    return mean_of_shares(_at_exits(shares_beyond(share, len(costs))), costs)
+
+
+def mean_of_shares(shares: Sequence[float], costs: Sequence[float]) -> float:
+    """Mean cost per image where each exit, (K,), has a share of the images and costs so much."""
+    return math.fsum(share * cost for share, cost in zip(shares, costs))
+
+
+def _at_exits(beyond: Sequence[float]) -> List[float]:
+    """Shares that leave at each exit, (K,), from those that go beyond each but the last, (K - 1,)."""
+    ends = [1.0, *beyond, 0.0]
+    return [more - less for more, less in zip(ends, ends[1:])]
 
 
 def thresholds_for_share(difficulties: Sequence[float], share: float, exits: int = 2) -> Thresholds:
@@ -222,6 +232,26 @@ def resolve_threshold(budget: Mapping[str, Union[float, Sequence[float]]],
     return found[0] if exits == 2 else found
 
 
+def wanted_shares(budget: Mapping[str, Union[float, Sequence[float]]],
+                  exits: int = 2,
+                  latencies: Optional[Sequence[float]] = None,
+                  gflops: Optional[Sequence[float]] = None) -> List[float]:
+    """The share of images that a budget wants at each exit, (K,).
+
+    Args:
+        budget (Mapping): One of ``hard_share``, ``target_latency`` and ``target_gflops``; see `check_budget`.
+        exits (int): K. Defaults to 2.
+        latencies, gflops (Sequence[float], optional): The calibration's, (K,), which a target needs.
+
+    Raises:
+        UsageError: As `resolve_threshold`.
+    """
+    check_budget(budget)
+    (name, value), = budget.items()
+    beyond = _per_exit(_beyond(name, value, exits, latencies, gflops), exits, name)
+    return _at_exits([beyond] if exits == 2 else beyond)
+
+
 def _beyond(name: str, value: Union[float, Sequence[float]], exits: int, latencies: Optional[Sequence[float]],
             gflops: Optional[Sequence[float]]) -> Union[float, Sequence[float]]:
     """The share of images that goes beyond each exit but the last."""
@@ -236,7 +266,8 @@ def _beyond(name: str, value: Union[float, Sequence[float]], exits: int, latenci
 
 def _measured(costs: Optional[Sequence[float]], name: str) -> Sequence[float]:
     if costs is None or not np.isfinite(costs).all():
-        raise UsageError(f'{name} needs a checkpoint calibrated for it: run tools/calibrate.py on it again')
+        raise UsageError(f'{name} needs a checkpoint calibrated for it: run tools/calibrate.py on it again; a folder '
+                         'needs latencies: run tools/export.py where its validation images are')
     return costs
 
 

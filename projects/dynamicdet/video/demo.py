@@ -20,8 +20,9 @@ from mmdet.apis import DetInferencer
 from ..apis import cli
 from ..checkpoints import read_checkpoint, require_complete
 from ..errors import UsageError
-from ..models import fuse
+from ..models import DynamicDetector, fuse
 from ..models.online import now
+from ..routing.served import Served, account
 from ..transfers import Followed, to_host
 from .building import build_gate
 from .calibration import OnlineThresholds
@@ -72,6 +73,16 @@ class Summary:
     ended: Optional[str] = None
     stopped: bool = False
     files: List[str] = field(default_factory=list)
+
+    def above(self, budget: Mapping[str, object]) -> List[str]:
+        """A sentence where the mean cost of frames, in GFLOPs or by the clock, is above a target by a tenth or more."""
+        if not self.frames:
+            return []
+        means = dict(target_gflops=(self.gflops, 1, 'GFLOPs'), target_latency=(self.seconds / self.frames, 1e3, 'ms'))
+        return [f'frames cost {scale * mean:.3g} {unit} in the mean, and {scale * budget[name]:.3g} were wanted: '
+                'calibrate on videos like this one, or hold the target on it (--online)'
+                for name, (mean, scale, unit) in means.items()
+                if name in budget and mean is not None and mean > 1.1 * budget[name]]
 
 
 class FrameDetector(DetInferencer):
@@ -177,6 +188,15 @@ class FrameDetector(DetInferencer):
         """Let a detector that remembers streams forget one."""
         if hasattr(self.model, 'reset'):
             self.model.reset(stream)
+
+    def served(self, summary: Summary) -> Optional[Served]:
+        """What a `DynamicDetector` served of its budget; None of other detectors."""
+        model = self.model
+        if not isinstance(model, DynamicDetector):
+            return None
+        return account([summary.exits[exit] for exit in range(model.num_exits)], model.budget,
+                       model.threshold.reshape(-1).tolist(), model.difficulties.tolist(), model.latencies.tolist(),
+                       model.gflops.tolist(), summary.seconds / summary.frames if summary.frames else None)
 
     def _gflops(self, exit: Optional[int]) -> Optional[float]:
         costs = getattr(self.model, 'gflops', None)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from mmdet.structures import DetDataSample
 
 from ..apis import cli
-from ..apis.calibration import Progress, coco_results, provenance
+from ..apis.calibration import Progress, coco_results, passed, provenance
 from ..checkpoints import is_plain, read_checkpoint, require_complete
 from ..errors import UsageError
 from ..models import fuse
@@ -121,7 +121,8 @@ def record_videos(model: EarlyExitDetector,
         lean[kind] = list(own['alone'])
     costs = {kind: dict(early=own['early'], looked=list(own['looked']))
              for kind, own in (('gflops', gflops), ('latencies', seconds))}
-    facts = dict(provenance(cfg, checkpoint, loader.dataset, str(model.thresholds.device)), cut=model.cut)
+    facts = dict(provenance(cfg, checkpoint, loader.dataset, str(model.thresholds.device)), **passed(model, loader),
+                 cut=model.cut)
     return dict(images=images, gflops=lean['gflops'], latencies=lean['latencies'], costs=costs,
                 provenance={name: value for name, value in facts.items() if value is not None})
 

@@ -1,0 +1,45 @@
+"""What seconds were measured on, and whether they hold here."""
+import os
+import platform
+from typing import Dict, Mapping, Optional, Union
+
+import torch
+
+#: What seconds depend on, beside the detector.
+_CONDITIONS = ('runtime', 'provider', 'device', 'threads', 'dtype')
+
+
+def machine_of(device: Union[str, torch.device], threads: Optional[int] = None) -> Dict[str, object]:
+    """``device``, by the processor's name, and ``threads`` (torch's by default)."""
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else _cpu_name()
+    return dict(device=name, threads=threads or torch.get_num_threads())
+
+
+def dtype_of(model: torch.nn.Module) -> str:
+    """What a model computes in as it stands, such as 'float32'."""
+    own = next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)
+    return str(own).removeprefix('torch.')
+
+
+def _cpu_name() -> str:
+    try:
+        with open('/proc/cpuinfo') as file:
+            names = [line.split(':')[1].strip() for line in file if line.startswith('model name')]
+    except OSError:
+        names = []
+    return f'{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores'
+
+
+def timed_elsewhere(then: Mapping[str, object], here: Mapping[str, object]) -> Optional[str]:
+    """A sentence where latencies were measured under other conditions than those here; None where they were not, or
+    where nothing says how they were measured.
+
+    Args:
+        then, here (Mapping): ``runtime``, ``provider``, ``device``, ``threads``, ``dtype``: those that are known.
+    """
+    odd = [name for name in _CONDITIONS if name in then and name in here and then[name] != here[name]]
+    if not odd:
+        return None
+    was, now = (', '.join(f'{name} {facts[name]}' for name in odd) for facts in (then, here))
+    return f'latencies were measured with {was}, and here it is {now}: a target latency is met only if measured anew'
