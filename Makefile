@@ -104,7 +104,13 @@ $(READY): Makefile setup.py setup.cfg $(wildcard requirements/*.txt)
 	    done
 	}
 	install_mmcv() {
-	  MAX_JOBS=$(MAX_JOBS) MMCV_WITH_OPS=1 install -v --no-deps --no-build-isolation "$$@" || fail
+	  # Compilers are split at spaces, so a folder that has some keeps the plain one.
+	  real="$${CXX:-c++}" compiler="$(CURDIR)/tools/cxx_with_precompiled_header.sh"
+	  [[ $$compiler != *' '* ]] || compiler=$$real
+	  CXX="$$compiler" REAL_CXX="$$real" MAX_JOBS=$(MAX_JOBS) MMCV_WITH_OPS=1 \
+	    install -v --no-deps --no-build-isolation "$$@" || fail
+	  # Half a gigabyte.
+	  rm -rf "$${TMPDIR:-/tmp}/precompiled-$$(id -u)-"*
 	}
 
 	# 3. The environment.
