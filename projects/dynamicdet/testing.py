@@ -1,12 +1,15 @@
 """Real mmdet configs, shrunk until a CPU runs them in a second; and inputs for them."""
 import copy
-from typing import Any, List, Sequence
+import warnings
+from collections import Counter
+from typing import Any, Callable, List, NamedTuple, Sequence
 
 import numpy as np
 import torch
 from mmengine.config import ConfigDict
 from mmengine.hub import get_config
 from mmengine.structures import InstanceData
+from scipy.optimize import linear_sum_assignment
 
 from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
@@ -208,3 +211,72 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
                 # Negative distances to a box's sides would make no box.
                 value.copy_(0.1 * (noise.abs() if regresses else noise))
     return model
+
+
+class Agreement(NamedTuple):
+    """How far two sets of detections of the same images agree; see `agreement`.
+
+    Attributes:
+        detections (int): Of both sides, all together.
+        unmatched (float): Share of them, in [0, 1], that have no counterpart on the other side.
+        box (float): Largest difference of a box's side between counterparts, in pixels.
+        score (float): Largest difference of their scores.
+    """
+    detections: int
+    unmatched: float
+    box: float
+    score: float
+
+
+def agreement(ones: Sequence[Sequence[dict]], others: Sequence[Sequence[dict]], near: float = 2.0,
+              alike: float = 0.1) -> Agreement:
+    """Compare detections, whatever their order: by image, those of one category are paired so that boxes and scores differ
+    least.
+
+    Args:
+        ones, others (Sequence[Sequence[dict]]): Per image COCO results: ``bbox`` [x, y, w, h], ``score``, ``category_id``.
+        near (float): Counterparts' boxes differ by at most so many pixels. Defaults to 2.
+        alike (float): And their scores by at most so much. Defaults to 0.1.
+    """
+    pairs, count = [], 0
+    for one, other in zip(ones, others, strict=True):
+        count += len(one) + len(other)
+        if one and other:
+            pairs.append(_counterparts(one, other, near, alike))
+    box, score = np.concatenate([np.zeros((0, 2)), *pairs]).T
+    return Agreement(count, 1 - 2 * len(box) / count if count else 0.0, float(box.max(initial=0)),
+                     float(score.max(initial=0)))
+
+
+def _counterparts(one: Sequence[dict], other: Sequence[dict], near: float, alike: float) -> np.ndarray:
+    """Differences of box and score of each pair, (n, 2)."""
+    boxes, scores, labels = zip(*(
+        (np.array([found['bbox'] for found in side]), np.array([found['score'] for found in side]),
+         np.array([found['category_id'] for found in side])) for side in (one, other)))
+    box = np.abs(boxes[0][:, None] - boxes[1]).max(-1)
+    score = np.abs(scores[0][:, None] - scores[1])
+    possible = (box <= near) & (score <= alike) & (labels[0][:, None] == labels[1])
+    # What cannot be costs more than all that can.
+    cost = np.where(possible, box / near + score / alike, 2.0 * (1 + min(box.shape)))
+    rows, columns = linear_sum_assignment(cost)
+    kept = possible[rows, columns]
+    return np.stack([box[rows, columns][kept], score[rows, columns][kept]], 1)
+
+
+def count_waits(run: Callable[[], Any]) -> Counter:
+    """What makes the CPU wait for the GPU while something runs.
+
+    Args:
+        run (Callable): It should have run before: first calls wait for more.
+
+    Returns:
+        Counter: How often, by ``file:line`` of Python.
+    """
+    torch.cuda.set_sync_debug_mode('warn')
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter('always')
+            run()
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    return Counter(f'{one.filename}:{one.lineno}' for one in said if 'synchroniz' in str(one.message))

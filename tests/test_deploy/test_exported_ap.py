@@ -1,0 +1,100 @@
+"""Exported detectors, in float32 and in 8 bits, find what torch finds: AP by the tool's path, and detection by detection.
+
+What torch is sure of is the ground truth: AP then tells how far an exported detector is from torch's, however good that is.
+"""
+import json
+import runpy
+import sys
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, load_small, train
+
+from dynamicdet.apis import cli
+from dynamicdet.apis.calibration import build_loader, record_exits
+from dynamicdet.deploy.deployment import deploy, load_detector
+from dynamicdet.deploy.folder import load_deployed
+from dynamicdet.engine import latest_checkpoint
+from dynamicdet.testing import agreement
+from mmdet.utils import register_all_modules
+
+IMAGES = 2
+#: Above it torch is sure.
+SURE = 0.5
+#: Thresholds that send every image to an exit.
+FORCED = (1, -1)
+
+
+def loader_of(cfg):
+    with cli.silence():
+        return build_loader(dict(cfg.test_dataloader, num_workers=0, persistent_workers=False))
+
+
+def record(cfg, model):
+    """All exits' detections of the images."""
+    return record_exits(model, loader_of(cfg), lambda steps, what: steps)
+
+
+def as_annotations(images, exit, source, path):
+    """What an exit is sure of, as the annotations of its images."""
+    sure = [(image['id'], one) for image in images for one in image['detections'][exit] if one['score'] > SURE]
+    assert len({image for image, _ in sure}) == IMAGES and len(sure) > IMAGES
+    path.write_text(json.dumps(dict(
+        source, images=[one for one in source['images'] if one['id'] <= IMAGES],
+        annotations=[dict(id=number, image_id=image, bbox=one['bbox'], category_id=one['category_id'], iscrowd=0,
+                          area=one['bbox'][2] * one['bbox'][3]) for number, (image, one) in enumerate(sure, 1)])))
+    return path
+
+
+@pytest.fixture(scope='module')
+def exported(digits, cascade, tmp_path_factory):
+    """A cascade that is sure of what it finds in two images; exported to the folders ``float32`` and ``int8``."""
+    register_all_modules(init_default_scope=True)
+    folder = tmp_path_factory.mktemp('exported')
+    options = {'test_dataloader.dataset.indices': IMAGES, 'test_dataloader.dataset.data_prefix.img': 'train/',
+               'test_dataloader.dataset.ann_file': 'annotations/instances_train.json',
+               'test_evaluator.ann_file': f'{digits}/annotations/instances_train.json'}
+    train(load_small('dy_faster_rcnn_digits', digits, folder / 'work', **{
+        'param_scheduler': [], 'optim_wrapper.optimizer.lr': 3e-3, 'train_dataloader.dataset.indices': IMAGES,
+        'train_cfg.max_epochs': 40, 'default_hooks.checkpoint.interval': 40, 'load_from': latest_checkpoint(cascade)}))
+    cfg = load_small('dy_faster_rcnn_digits', digits, folder / 'work', val=True, **options)
+    checkpoint = latest_checkpoint(folder / 'work')
+    deploy(cfg, checkpoint, str(folder / 'float32'))
+    # With weights of 7 bits, as processors without VNNI need: the same on all.
+    deploy(cfg, checkpoint, str(folder / 'int8'), loader_of(cfg), images=IMAGES, reduced=True)
+    images = record(cfg, load_detector(cfg, checkpoint)[0])
+    source = json.loads((digits / 'annotations/instances_train.json').read_text())
+    return SimpleNamespace(cfg=cfg, folder=folder, images=images,
+                           truths=[as_annotations(images, exit, source, folder / f'exit{exit}.json') for exit in (0, 1)])
+
+
+def ap_by_the_tool(exported, kind, exit, truth, monkeypatch):
+    """In percent, of tools/test_deployed.py."""
+    monkeypatch.chdir(exported.folder)
+    monkeypatch.setattr(sys, 'argv', [
+        'test_deployed.py', kind, f'--threshold={FORCED[exit]}', '--images', '0', '--work-dir', 'tested', '--out',
+        'figures.json', '--cfg-options', f'test_dataloader.dataset.ann_file={truth}', f'test_evaluator.ann_file={truth}'])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / 'tools/test_deployed.py'), run_name='__main__')
+    assert not ended.value.code
+    return 100 * json.loads((exported.folder / 'figures.json').read_text())['metrics']['coco/bbox_mAP']
+
+
+@pytest.mark.parametrize('exit', [0, 1])
+@pytest.mark.parametrize('kind, least', [('float32', 99), ('int8', 50)])
+def test_the_ap_is_torchs(exported, kind, least, exit, monkeypatch):
+    """100 is torch's own. In 8 bits it was 76 and 80 when this was written; what the other exit finds has 36 and 14."""
+    assert ap_by_the_tool(exported, kind, exit, exported.truths[exit], monkeypatch) >= least
+
+
+def test_the_other_exit_would_be_noticed(exported, monkeypatch):
+    assert ap_by_the_tool(exported, 'float32', 0, exported.truths[1], monkeypatch) < 50
+
+
+def test_float32_finds_the_same_detections(exported):
+    images = record(exported.cfg, load_deployed(str(exported.folder / 'float32')))
+    for exit in (0, 1):
+        same = agreement(*([image['detections'][exit] for image in side] for side in (exported.images, images)))
+        assert same.unmatched < 0.05 and same.box < 0.05 and same.score < 0.005
+    assert [image['difficulty'] for image in images] == pytest.approx(
+        [image['difficulty'] for image in exported.images], abs=1e-4)
