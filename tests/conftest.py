@@ -39,6 +39,20 @@ os.environ['OMP_NUM_THREADS'] = str(THREADS)
 RUNTIMES_TO_TRY = ('onnxruntime', pytest.param('openvino', marks=pytest.mark.openvino))
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leave out what needs a GPU where there is none; `pytest_terminal_summary` says so."""
+    if torch.cuda.is_available():
+        return
+    left_out = [item for item in items if item.get_closest_marker('gpu')]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not torch.cuda.is_available():
+        terminalreporter.write_line('tests marked gpu were left out: torch sees no GPU (tools/check_gpu.sh)')
+
+
 @pytest.fixture(autouse=True)
 def mmdet_scope():
     register_all_modules(init_default_scope=True)

@@ -35,3 +35,9 @@ def test_detections_count_by_image():
 def test_as_many_find_a_counterpart_as_can():
     """The nearest pair would leave two alone."""
     assert agreement([[found(0), found(2)]], [[found(2), found(3.9)]]).unmatched == 0
+
+
+def test_infinite_boxes_are_equal_and_what_is_no_number_is_not():
+    assert agreement([[found(float('inf'))]], [[found(float('inf'))]]) == (2, 0.0, 0.0, 0.0)
+    assert agreement([[found(float('nan'))]], [[found(0)]]).unmatched == 1
+    assert agreement([[found(float('inf'))]], [[found(0)]]).unmatched == 1

@@ -230,11 +230,12 @@ class Agreement(NamedTuple):
 
 def agreement(ones: Sequence[Sequence[dict]], others: Sequence[Sequence[dict]], near: float = 2.0,
               alike: float = 0.1) -> Agreement:
-    """Compare detections, whatever their order: by image, those of one category are paired so that boxes and scores differ
-    least.
+    """Compare detections, whatever their order: by image, those of one category are paired so that boxes and scores
+    differ least.
 
     Args:
-        ones, others (Sequence[Sequence[dict]]): Per image COCO results: ``bbox`` [x, y, w, h], ``score``, ``category_id``.
+        ones, others (Sequence[Sequence[dict]]): Per image COCO results: ``bbox`` [x, y, w, h], ``score``,
+            ``category_id``.
         near (float): Counterparts' boxes differ by at most so many pixels. Defaults to 2.
         alike (float): And their scores by at most so much. Defaults to 0.1.
     """
@@ -253,7 +254,10 @@ def _counterparts(one: Sequence[dict], other: Sequence[dict], near: float, alike
     boxes, scores, labels = zip(*(
         (np.array([found['bbox'] for found in side]), np.array([found['score'] for found in side]),
          np.array([found['category_id'] for found in side])) for side in (one, other)))
-    box = np.abs(boxes[0][:, None] - boxes[1]).max(-1)
+    ends = boxes[0][:, None], boxes[1]
+    # Random weights may make infinite boxes, which are equal.
+    with np.errstate(invalid='ignore'):
+        box = np.where(ends[0] == ends[1], 0, np.abs(ends[0] - ends[1])).max(-1)
     score = np.abs(scores[0][:, None] - scores[1])
     possible = (box <= near) & (score <= alike) & (labels[0][:, None] == labels[1])
     # What cannot be costs more than all that can.

@@ -1,6 +1,7 @@
-"""Exported detectors, in float32 and in 8 bits, find what torch finds: AP by the tool's path, and detection by detection.
+"""Exported detectors, in float32 and in 8 bits, find what torch finds: AP by the tool's path, and by detection.
 
-What torch is sure of is the ground truth: AP then tells how far an exported detector is from torch's, however good that is.
+What torch is sure of is the ground truth: AP then tells how far an exported detector is from torch's, however good
+that is.
 """
 import json
 import runpy
@@ -64,8 +65,8 @@ def exported(digits, cascade, tmp_path_factory):
     deploy(cfg, checkpoint, str(folder / 'int8'), loader_of(cfg), images=IMAGES, reduced=True)
     images = record(cfg, load_detector(cfg, checkpoint)[0])
     source = json.loads((digits / 'annotations/instances_train.json').read_text())
-    return SimpleNamespace(cfg=cfg, folder=folder, images=images,
-                           truths=[as_annotations(images, exit, source, folder / f'exit{exit}.json') for exit in (0, 1)])
+    truths = [as_annotations(images, exit, source, folder / f'exit{exit}.json') for exit in (0, 1)]
+    return SimpleNamespace(cfg=cfg, folder=folder, images=images, truths=truths)
 
 
 def ap_by_the_tool(exported, kind, exit, truth, monkeypatch):
@@ -73,7 +74,8 @@ def ap_by_the_tool(exported, kind, exit, truth, monkeypatch):
     monkeypatch.chdir(exported.folder)
     monkeypatch.setattr(sys, 'argv', [
         'test_deployed.py', kind, f'--threshold={FORCED[exit]}', '--images', '0', '--work-dir', 'tested', '--out',
-        'figures.json', '--cfg-options', f'test_dataloader.dataset.ann_file={truth}', f'test_evaluator.ann_file={truth}'])
+        'figures.json', '--cfg-options', f'test_dataloader.dataset.ann_file={truth}',
+        f'test_evaluator.ann_file={truth}'])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / 'tools/test_deployed.py'), run_name='__main__')
     assert not ended.value.code
