@@ -24,7 +24,7 @@ import numpy as np
 from .errors import UsageError
 
 #: Sides of an image beyond this OpenCV does not read (its CV_IO_MAX_IMAGE_WIDTH).
-_LONGEST_SIDE = 2**20
+LONGEST_SIDE = 2**20
 #: No coordinate or area comes near it; sums and products of smaller ones are exact enough in float64.
 _LARGEST = 1e12
 _NUMBER = re.compile(r'\s*[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?\s*', re.ASCII)
@@ -227,13 +227,13 @@ def _number_from(value: Any) -> Optional[Union[int, float]]:
     return value
 
 
-def _all_numbers(values: Iterable[Any]) -> bool:
-    """Whether these are numbers within bounds; without a loop in Python."""
+def all_numbers(values: Iterable[Any], largest: float = _LARGEST) -> bool:
+    """Whether these are numbers from -largest to largest; without a loop in Python."""
     values = list(values)
     if not set(map(type, values)) <= {int, float}:
         return False
     try:
-        return bool((np.abs(np.array(values, np.float64)) <= _LARGEST).all())
+        return bool((np.abs(np.array(values, np.float64)) <= largest).all())
     except OverflowError:
         return False
 
@@ -265,9 +265,9 @@ def _mend_sizes(images: List[dict]) -> List[str]:
                 raise _refusal('image', index, images[index], key, 'a whole number of pixels')
             images[index][key] = int(number)
     for index, entry in enumerate(images):
-        if not (0 < entry['width'] <= _LONGEST_SIDE and 0 < entry['height'] <= _LONGEST_SIDE):
+        if not (0 < entry['width'] <= LONGEST_SIDE and 0 < entry['height'] <= LONGEST_SIDE):
             raise UsageError(f"image '{entry['file_name']}' has no width or height above 0 (or one above "
-                             f'{_LONGEST_SIDE}) in the annotation file')
+                             f'{LONGEST_SIDE}) in the annotation file')
     return _line(images, 'image', odd, 'have width or height as text or with a point: read as whole numbers')
 
 
@@ -358,7 +358,7 @@ def _number_annotations(annotations: List[dict]) -> List[str]:
 
 def _mend_boxes(annotations: List[dict]) -> List[str]:
     boxes = list(map(itemgetter('bbox'), annotations))
-    if set(map(type, boxes)) <= {list} and set(map(len, boxes)) <= {4} and _all_numbers(chain.from_iterable(boxes)):
+    if set(map(type, boxes)) <= {list} and set(map(len, boxes)) <= {4} and all_numbers(chain.from_iterable(boxes)):
         return []
     odd = []
     for index, (entry, box) in enumerate(zip(annotations, boxes)):
@@ -373,7 +373,7 @@ def _mend_boxes(annotations: List[dict]) -> List[str]:
 
 def _mend_areas(annotations: List[dict]) -> List[str]:
     areas = [entry.get('area') for entry in annotations]
-    if _all_numbers(areas):
+    if all_numbers(areas):
         return []
     odd, absent = [], []
     for index, (entry, area) in enumerate(zip(annotations, areas)):

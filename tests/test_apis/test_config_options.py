@@ -33,6 +33,7 @@ def parse(*pairs):
     ('["a, b","c d"]', ['a, b', 'c d']),
     ('[[0.5,"1"],2]', [[0.5, '1'], 2]),
     ('[{"type":"SyncBuffersHook"}]', [dict(type='SyncBuffersHook')]),
+    ('[{[]:1}]', ['{[]:1}']),
     ('[]', []),
 ])
 def test_values(text, value):

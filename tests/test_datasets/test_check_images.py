@@ -127,7 +127,8 @@ def test_lines_of_sizes_and_names(tmp_path):
 
 @pytest.mark.parametrize('name, there', [('A.JPG', 'a.jpg'), ('sub\\b.jpg', 'sub/b.jpg'), ('gone/a.jpg', 'a.jpg'),
                                          ('cafe\u0301.jpg', 'caf\xe9.jpg'), ('SUB/c.png', ''),
-                                         ('\0.jpg', ''), ('\ud800', '')])
+                                         ('a.jpg\n', 'a.jpg'), (' sub/b.jpg ', 'sub/b.jpg'),
+                                         ('\0.jpg', ''), ('\ud800', ''), ('\n', '')])
 def test_names_that_are_nearly_right(tmp_path, name, there):
     (tmp_path / 'sub').mkdir()
     for own in ('a.jpg', 'sub/b.jpg', 'caf\xe9.jpg'):
@@ -136,3 +137,4 @@ def test_names_that_are_nearly_right(tmp_path, name, there):
     with pytest.raises(UsageError, match='1 of 1 image files are missing') as error:
         check(tmp_path, name)
     assert (f"'{there}' is there: correct the names" in str(error.value)) == bool(there)
+    assert '\n' not in str(error.value) and (name.isprintable() or repr(name) in str(error.value))

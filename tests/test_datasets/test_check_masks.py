@@ -29,14 +29,29 @@ def test_outlines_that_mmdet_reads(outline):
     (POLYGON, 'no list of polygons'), ('RLE', 'no list of polygons'),
     ([[1, 1, 5, 1]], 'fewer than three points'), ([[]], 'fewer than three points'), ([POLYGON + [1]], 'odd count'),
     ([[1, 1, 5, 1, 5, '3']], 'no finite numbers'), ([[1, 1, 5, 1, 5, float('nan')]], 'no finite numbers'),
-    ([[1, 1, 5, 1, 5, [3]]], 'no finite numbers'),
+    ([[1, 1, 5, 1, 5, [3]]], 'no finite numbers'), ([[1e9, 1, 5, 1, 5, 3]], 'or beyond 1048576'),
+    ([[-10**400, 1, 5, 1, 5, 3]], 'or beyond 1048576'),
     ({**COMPRESSED, 'size': [6, 4]}, 'has run lengths of the size [6, 4]'),
     (dict(size=[4, 6]), 'has no run lengths'), (dict(size=[4, 6], counts=[4, 13, 8]), 'not those of its image'),
-    (dict(size=[4, 6], counts='~~~~~~~~'), 'cannot be decoded')])
+    (dict(size=[4, 6], counts='~~~~~~~~'), 'cannot be decoded'), (dict(size=[4, 6], counts='01P'), 'cannot be decoded'),
+    (dict(size=[4, 6], counts='ü'), 'cannot be decoded'), (dict(size=[4, 6], counts=5), 'has no run lengths'),
+    # Cut short, or too long: what pycocotools would make of memory that is not the mask's.
+    (dict(size=[4, 6], counts=''), 'not those of its image'),
+    (dict(size=[4, 6], counts=COMPRESSED['counts'][:-1]), 'not those of its image'),
+    (dict(size=[4, 6], counts=COMPRESSED['counts'] + '4'), 'not those of its image')])
 def test_outlines_that_nobody_reads(outline, said):
     with pytest.raises(UsageError, match='the set: annotation 3 .image 1.') as error:
         check(outline)
     assert said in str(error.value) and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('share', [0, 0.003, 0.5, 1])
+def test_run_lengths_as_pycocotools_writes_them(share):
+    mask = np.asfortranarray(np.random.default_rng(0).random((90, 130)) < share).astype(np.uint8, order='F')
+    runs = mask_utils.encode(mask)
+    image = dict(id=1, width=130, height=90)
+    outline = dict(size=[90, 130], counts=runs['counts'].decode())
+    assert check_outlines([image], [dict(id=3, image_id=1, segmentation=outline)], 'the set') == []
 
 
 def test_polygons_that_training_leaves_out():

@@ -102,6 +102,16 @@ def test_what_is_refused(whole, settings, said):
         part(whole, 'test')
 
 
+@pytest.mark.parametrize('share, loader, said', [
+    (1.5, dict(dataset=dict(type='CocoDataset')), 'got 1.5'), ('x', dict(dataset=dict(type='CocoDataset')), 'got x'),
+    (0.5, 5, 'has 5'), (0.5, dict(batch_size=2), 'has None'), (0.5, dict(dataset=[]), r'has \[\]'),
+    (0.5, dict(dataset=dict(ann_file='a.json')), 'a.json'),
+    (0.5, dict(dataset=dict(type='ConcatDataset', datasets=[7])), 'has 7')])
+def test_what_cannot_be_held_out_of_is_said(share, loader, said):
+    with pytest.raises(UsageError, match=f'router_holdout .*{said}'):
+        hold_out(Config(dict(router_holdout=share, model=dict(type='DynamicDetector'), train_dataloader=loader)))
+
+
 @pytest.mark.parametrize('wrapped', [lambda one: one, lambda one: dict(type='RepeatDataset', times=2, dataset=one),
                                      lambda one: dict(type='ConcatDataset', datasets=[one])])
 def test_one_line_of_a_config_holds_images_out(whole, wrapped):

@@ -67,7 +67,7 @@ class ConfigOptions(DictAction):
 
     @staticmethod
     def _parse_iterable(value: str) -> Any:
-        with contextlib.suppress(ValueError, SyntaxError):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError):
             # ["0", "a, b"]. A single one in parentheses stays a list for mmengine.
             listed = ast.literal_eval(value.strip()) if value.strip()[:1] in tuple('[(\'"') else None
             if isinstance(listed, (list, tuple)):
@@ -210,12 +210,17 @@ def hold_out(cfg: Config) -> None:
     share = cfg.pop('router_holdout', None)
     if share is None or not cfg.get('train_dataloader'):
         return
-    part = 'router' if cfg.model.get('train_router') else 'cascade'
+    if not isinstance(share, (int, float)) or not 0 < share < 1:
+        raise UsageError(f'router_holdout is a share of the training images in (0, 1); got {share}')
+    part, loader = 'router' if cfg.model.get('train_router') else 'cascade', cfg.train_dataloader
 
-    def held(dataset: dict) -> dict:
+    def held(dataset: Any) -> dict:
+        if not isinstance(dataset, dict) or 'type' not in dataset:
+            raise UsageError('router_holdout takes images out of data sets that are dicts with a type; '
+                             f'train_dataloader has {str(dataset)[:100]}')
         if dataset['type'] == 'HoldOut':
             raise UsageError('the training data are wrapped in HoldOut already: take that or router_holdout away')
-        if 'datasets' in dataset:
+        if isinstance(dataset.get('datasets'), (list, tuple)):
             dataset['datasets'] = [held(one) for one in dataset['datasets']]
         elif 'dataset' in dataset:
             dataset['dataset'] = held(dataset['dataset'])
@@ -223,7 +228,8 @@ def hold_out(cfg: Config) -> None:
             return dict(type='HoldOut', dataset=dataset, share=share, part=part)
         return dataset
 
-    cfg.train_dataloader.dataset = held(cfg.train_dataloader.dataset)
+    held_out = held(loader.get('dataset') if isinstance(loader, dict) else loader)
+    loader['dataset'] = held_out
 
 
 def _join_on_cpu(cfg: Config) -> None:

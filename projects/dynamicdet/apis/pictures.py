@@ -57,8 +57,12 @@ def as_picture(item: Any) -> Picture:
         # Views with steps backwards, such as image[:, :, ::-1], are none for OpenCV.
         return np.ascontiguousarray(item)
     if isinstance(item, dict) and ('img' in item or 'img_path' in item):
-        key = 'img' if 'img' in item else 'img_path'
-        return {**item, key: as_picture(item[key])}
+        key, kind = ('img', np.ndarray) if 'img' in item else ('img_path', str)
+        own = as_picture(item[key])
+        if not isinstance(own, kind):
+            raise UsageError(f"{_WANTED}; of a picture's dict, 'img' is an array and 'img_path' a path or URL; got "
+                             f'{key} of type {_described(item[key])}')
+        return {**item, key: own}
     if not isinstance(item, str):
         raise UsageError(f'{_WANTED}; got {_described(item)}')
     return item
@@ -77,6 +81,8 @@ def _require_image(array: np.ndarray) -> None:
 def _remedy(array: np.ndarray) -> str:
     if array.ndim == 4:
         return ': several pictures are a list'
+    if array.dtype.kind not in 'biuf':
+        return ''
     if array.dtype != np.uint8:
         return ': scale it to 0 to 255, and .astype(numpy.uint8)'
     channels = array.shape[2] if array.ndim == 3 else 1

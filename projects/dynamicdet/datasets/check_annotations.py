@@ -56,8 +56,9 @@ def _require(condition: Any, message: str) -> None:
 
 
 def some(values: Sequence[Any], count: int = 3) -> str:
-    """The first few of them, in words."""
-    return ', '.join(map(str, values[:count])) + (', ...' if len(values) > count else '')
+    """The first few of them, in words; in quotes where blanks or line ends would not be seen."""
+    said = (text if text.isprintable() and text == text.strip() else repr(text) for text in map(str, values[:count]))
+    return ', '.join(said) + (', ...' if len(values) > count else '')
 
 
 def _require_thick(images: List[dict], place: Place) -> None:

@@ -128,8 +128,8 @@ def check_image_files(image_root: str, images: Sequence[Mapping[str, Any]], plac
 
 def similar_file(image_root: str, name: str) -> str:
     """A file that a name which is none may mean: with slashes of the other kind, another case, another form of its
-    accents, or without its folders. Empty: none."""
-    plain = name.replace('\\', '/')
+    accents, without its folders, or without blanks and line ends around it. Empty: none."""
+    plain = name.replace('\\', '/').strip()
     for other in (plain, *(unicodedata.normalize(form, plain) for form in ('NFC', 'NFD')), osp.basename(plain)):
         if other != name and osp.isfile(osp.join(image_root, other)):
             return other
