@@ -9,6 +9,7 @@ from mmengine.runner import Runner
 from dynamicdet.apis import cli
 from dynamicdet.checkpoints import require_all_channels
 from dynamicdet.engine import latest_checkpoint
+from dynamicdet.engine.router_hook import leaves_load_from_unused
 from dynamicdet.engine.switches import check_switches
 from dynamicdet.errors import UsageError
 
@@ -55,7 +56,8 @@ def main() -> None:
     if last:
         # Without one, the run was killed before its first checkpoint, and starts as it did.
         cfg.resume, cfg.load_from = True, last
-    if cfg.get('load_from'):
+    checkpoint = None
+    if cfg.get('load_from') and not leaves_load_from_unused(cfg):
         checkpoint = cli.require_checkpoint(cfg.load_from)
         if checkpoint.get('meta', {}).get('channels') and cfg.model.type != 'PrunedDetector':
             raise UsageError(f"'{cfg.load_from}' has lost channels: use the config that tools/prune.py wrote beside it")
@@ -66,7 +68,7 @@ def main() -> None:
     for line in check_switches(cfg):
         print(f'data: {line}', file=sys.stderr)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-    if cfg.get('load_from'):
+    if checkpoint:
         require_all_channels(getattr(runner.model, 'module', runner.model), checkpoint['state_dict'])
     if args.dry_run:
         say_what_is_compressed(runner)

@@ -148,6 +148,13 @@ def test_step_2_without_step_1(tool):
     assert 'load_from=' in line
 
 
+def test_step_2_opens_no_weights_that_it_does_not_use(tool, tmp_path):
+    (tmp_path / 'published.py').write_text(f"_base_ = '{STEP_2}'\nload_from = 'gone.pth'")
+    (tmp_path / 'step2.py').write_text("_base_ = './published.py'")
+    assert 'run step 1 first' in error_of(tool('train', tmp_path / 'step2.py'))
+    assert "'gone.pth'" in error_of(tool('train', tmp_path / 'published.py'))
+
+
 def test_calibrating_step_1(tool, checkpoints):
     before = checkpoints['cascade'].read_bytes()
     line = error_of(tool('calibrate', STEP_2, checkpoints['cascade']))

@@ -149,6 +149,13 @@ def inherits_load_from(cfg: Config) -> bool:
     return 'load_from' not in own and Config.fromfile(path).get('load_from') == value
 
 
+def leaves_load_from_unused(cfg: Config) -> bool:
+    """Whether a config is of a step 2 that starts from its `RouterHook`'s ``cascade``, and not from the ``load_from``
+    that it inherits."""
+    return not cfg.get('resume') and inherits_load_from(cfg) and any(
+        hook.get('type') == 'RouterHook' and hook.get('cascade') for hook in cfg.get('custom_hooks') or ())
+
+
 def drop_other_router(runner: Runner, model, state: Dict[str, Tensor]) -> None:
     """Let go of a checkpoint's router that is another than this config's: step 2 trains one anyway."""
     deltas = [value for key, value in state.items() if key.removeprefix('module.') == 'delta']
