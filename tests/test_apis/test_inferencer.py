@@ -20,6 +20,7 @@ from mmengine.structures import InstanceData
 from PIL import Image
 
 from dynamicdet.apis import DynamicInferencer, DynamicVisualizer
+from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.errors import UsageError
 from mmdet.apis import DetInferencer, inference_detector, init_detector
 from mmdet.registry import MODELS
@@ -182,7 +183,7 @@ def test_a_call_says_what_it_served_and_warns_where_chance_does_not_explain_it(d
 
 
 def test_latencies_of_another_machine_are_said_to_who_asks_for_time(checkpoints, paths, tmp_path):
-    checkpoint = torch.load(checkpoints['calibrated'], weights_only=False)
+    checkpoint = read_checkpoint(str(checkpoints['calibrated']))
     checkpoint['meta']['calibration'] = dict(device='another machine', threads=64, batch_size=8)
     torch.save(checkpoint, tmp_path / 'elsewhere.pth')
     other = DynamicInferencer(CONFIG, str(tmp_path / 'elsewhere.pth'), 'cpu', show_progress=False, hard_share=0.5)
