@@ -224,7 +224,7 @@ def test_data_sets_inside_others(digits):
     cfg.train_dataloader.dataset = dict(type='RepeatDataset', times=3, dataset=inner)
     assert len(build_record_loader(cfg, 'train').dataset) == 12
     cfg.train_dataloader.dataset = dict(type='ConcatDataset', datasets=[inner, inner])
-    with pytest.raises(UsageError, match='concatenates several'):
+    with pytest.raises(UsageError, match='made on one data set in COCO format, and train_dataloader has 2'):
         build_record_loader(cfg, 'train')
     cfg.pop('train_dataloader')
     with pytest.raises(UsageError, match='no train_dataloader'):

@@ -144,6 +144,7 @@ class Pooled(nn.Module):
 def test_what_comes_in_8_bits_may_be_pooled_first():
     from dynamicdet.deploy.graphs import _export
     from dynamicdet.deploy.stages import Stage
+    torch.manual_seed(0)
     module, images = Pooled().eval(), (torch.randn(1, 4, 8, 8), torch.randn(1, 4, 2, 2))
     content = _export(Stage('pooled', module, lambda run: None, (module, )), images).content
     observer = Observer()

@@ -15,7 +15,7 @@ def build_coco(ids, annotations, categories=(CATEGORY, )):
     coco = COCO()
     coco.dataset = dict(
         info={},
-        images=[dict(id=identity, width=200, height=200) for identity in ids],
+        images=[dict(id=identity, file_name=f'{identity}.jpg', width=200, height=200) for identity in ids],
         categories=[dict(id=category, name=f'thing {category}') for category in categories],
         annotations=[dict(iscrowd=0, area=own['bbox'][2] * own['bbox'][3], id=index) | own
                      for index, own in enumerate(annotations, 1)])

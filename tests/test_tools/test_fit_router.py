@@ -175,7 +175,8 @@ def test_gains_in_ap_come_from_the_record_s_own_annotations(tmp_path):
     annotations = [dict(box, id=index, image_id=image['id'], area=100, iscrowd=0)
                    for index, image in enumerate(record['images'], 1)]
     (tmp_path / 'truth.json').write_text(json.dumps(dict(
-        images=[dict(id=image['id']) for image in record['images']], annotations=annotations,
+        images=[dict(id=image['id'], file_name=f'{image["id"]}.png', width=64, height=64) for image in record['images']],
+        annotations=annotations,
         categories=[dict(id=1, name='it')])))
     record['provenance']['ann_file'] = str(tmp_path / 'truth.json')
     objective = build_objective('ap')

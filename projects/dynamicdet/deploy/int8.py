@@ -194,13 +194,13 @@ class Recipe:
     Attributes:
         ranges (dict): Tensor -> lowest and highest value.
         float_layers (tuple[str]): Names of nodes that stay float.
-        reduced (bool): Whether weights have 7 bits.
+        reduced (bool): Whether weights have 7 bits. Defaults to what this processor needs.
         between (tuple[str]): What is in 8 bits, too, between layers that are (of `BETWEEN`).
         ends (tuple[str]): Inputs that come in 8 bits, and outputs that had better leave so.
     """
     ranges: Dict[str, Range]
     float_layers: Tuple[str, ...] = ()
-    reduced: bool = False
+    reduced: bool = field(default_factory=needs_reduced_range)
     between: Tuple[str, ...] = ()
     ends: Tuple[str, ...] = ()
 
