@@ -39,7 +39,7 @@ demo: $(READY)
 	@"$(PY)" tools/demo.py $(ARGS)
 
 test: $(READY)
-	@"$(PY)" -m pytest -q -n 2 --dist loadfile tests $(ARGS)
+	@"$(PY)" -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 benchmark: $(READY)
 	@"$(PY)" tools/benchmark.py $(ARGS)

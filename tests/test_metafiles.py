@@ -6,8 +6,8 @@ import yaml
 from conftest import ROOT
 from mmengine.infer import BaseInferencer
 
-from dynamicdet.apis.model_zoo import COUNTED, read_models
 from dynamicdet.errors import UsageError
+from dynamicdet.measuring.model_zoo import COUNTED, read_models
 
 INDEX = yaml.safe_load((ROOT / 'model-index.yml').read_text())
 FILES = {name: yaml.safe_load((ROOT / name).read_text()) for name in INDEX['Import']}

@@ -5,11 +5,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from dynamicdet.apis import cli
-from dynamicdet.apis.fitting import require_own
+from dynamicdet import cli
 from dynamicdet.errors import UsageError
-from dynamicdet.video.analysis import (RULES, analyse, fitted_gates, format_analysis, load_truth,
-                                       write_analysis)
+from dynamicdet.measuring.fit_router import require_own
+from dynamicdet.video.analysis import RULES, analyse, fitted_gates, format_analysis, load_truth, write_analysis
 from dynamicdet.video.record import read_video_record
 from dynamicdet.video.recording import gate_of_checkpoint
 from mmdet.registry import MODELS

@@ -10,10 +10,10 @@ from typing import Mapping
 
 from pycocotools.coco import COCO
 
-from dynamicdet.apis import cli
-from dynamicdet.apis.analysis import analyse, format_analysis, pair_of, write_analysis
-from dynamicdet.apis.fitting import require_own
+from dynamicdet import cli
 from dynamicdet.errors import UsageError
+from dynamicdet.measuring.fit_router import require_own
+from dynamicdet.reports.analysis import analyse, format_analysis, pair_of, write_analysis
 from dynamicdet.routing.evaluation import read_truth
 from dynamicdet.routing.record import read_record
 

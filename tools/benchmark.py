@@ -14,13 +14,12 @@ from pathlib import Path
 import torch
 from mmengine.device import get_device
 
-from dynamicdet.apis import cli
-from dynamicdet.apis.benchmark import (BATCH_SIZE, DTYPES, FORMATS, WANTED, Setting, build_pair, make_batch,
-                                       measure)
-from dynamicdet.apis.calibration import provenance
+from dynamicdet import cli
 from dynamicdet.datasets.digits import MIN_IMAGE_SIZE
-from dynamicdet.engine import write_atomically
 from dynamicdet.errors import UsageError
+from dynamicdet.files import write_atomically
+from dynamicdet.measuring.benchmark import BATCH_SIZE, DTYPES, FORMATS, WANTED, Setting, build_pair, make_batch, measure
+from dynamicdet.measuring.calibration import provenance
 
 CONFIG = Path(__file__).parents[1] / 'configs' / 'dy_faster_rcnn.py'
 #: What was timed on all batches; on one image it was the stock detector and each exit.

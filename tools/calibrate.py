@@ -7,11 +7,11 @@ import argparse
 
 from mmengine.device import get_device
 
-from dynamicdet.apis import cli
-from dynamicdet.apis.calibration import (build_loader, calibrate, load_model, passed, provenance, require_dynamic,
-                                         require_trained_router)
+from dynamicdet import cli
+from dynamicdet.building import build_loader, load_dynamic_detector, require_dynamic
 from dynamicdet.checkpoints import write_checkpoint
 from dynamicdet.errors import UsageError
+from dynamicdet.measuring.calibration import calibrate, passed, provenance, require_trained_router
 from dynamicdet.routing.thresholds import check_budget
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     cli.require_writable(out)
     require_dynamic(cfg)
     cli.check_data(cfg, 'val', files=False)
-    model, checkpoint = load_model(cfg, args.checkpoint, args.device)
+    model, checkpoint = load_dynamic_detector(cfg, args.checkpoint, args.device)
     require_trained_router(model)
     cli.check_data(cfg, 'val', files=not args.no_data_check)
     loader = build_loader(cfg.val_dataloader)

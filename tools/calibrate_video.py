@@ -6,10 +6,11 @@ The gate is the config's: --cfg-options model.gate.type=AgreementGate takes anot
 """
 import argparse
 
-from dynamicdet.apis import cli
-from dynamicdet.apis.fitting import require_own
-from dynamicdet.checkpoints import exits_digest, write_checkpoint
+from dynamicdet import cli
+from dynamicdet.checkpoints import write_checkpoint
 from dynamicdet.errors import UsageError
+from dynamicdet.measuring.fit_router import require_own
+from dynamicdet.models.weights import exits_digest
 from dynamicdet.video.analysis import decision_seconds, load_truth
 from dynamicdet.video.calibration import calibrate_gate, put_calibration
 from dynamicdet.video.fitting import fit_parts, untrained_parts

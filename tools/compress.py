@@ -10,14 +10,13 @@ from typing import Dict, List, Optional
 
 from mmengine.config import Config
 
-from dynamicdet.apis import cli
-from dynamicdet.apis.worth import measure
+from dynamicdet import cli
 from dynamicdet.compression import entropy
-from dynamicdet.compression.checkpoint import (Compressed, compress, decompress, require_suffix,
-                                               write_compressed)
+from dynamicdet.compression.checkpoint import Compressed, compress, decompress, require_suffix, write_compressed
 from dynamicdet.compression.encoding import Lossy
 from dynamicdet.compression.report import TWO_STAGE, BlockSize, block_sizes, table
 from dynamicdet.errors import UsageError
+from dynamicdet.measuring.worth import measure
 
 
 def parse_args() -> argparse.Namespace:

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from mmengine.registry import init_default_scope
 
-from dynamicdet.apis import cli
+from dynamicdet import cli
+from dynamicdet.building import build_model
 from dynamicdet.checkpoints import write_checkpoint
 from dynamicdet.errors import UsageError
 from dynamicdet.interop import SOURCES, convert_checkpoint
@@ -39,7 +40,7 @@ def main() -> None:
         raise UsageError(f"--out would overwrite '{args.source}'")
     init_default_scope('mmdet')
     torch.manual_seed(cfg.get('randomness', {}).get('seed') or 0)
-    checkpoint, lines = convert_checkpoint(args.source, args.family, cli.build_model(cfg))
+    checkpoint, lines = convert_checkpoint(args.source, args.family, build_model(cfg))
     cli.require_writable(args.out)
     write_checkpoint(checkpoint, args.out)
     print(*lines, f'written to {args.out}', sep='\n')

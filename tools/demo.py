@@ -11,8 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-from dynamicdet.apis import cli
-from dynamicdet.engine import latest_checkpoint
+from dynamicdet import cli
+from dynamicdet.files import latest_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = 'configs/dy_faster_rcnn_digits.py'

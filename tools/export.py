@@ -13,12 +13,12 @@ from pathlib import Path
 from mmengine.config import Config
 from torch.utils.data import DataLoader
 
-from dynamicdet.apis import cli
-from dynamicdet.apis.calibration import build_loader
-from dynamicdet.deploy.deployment import deploy, load_detector
+from dynamicdet import cli
+from dynamicdet.building import build_loader, load_detector
+from dynamicdet.deploy.deployment import deploy
 from dynamicdet.deploy.folder import require_new
 from dynamicdet.deploy.graphs import exportable_stages, need
-from dynamicdet.deploy.timing import said
+from dynamicdet.deploy.latencies import said
 from dynamicdet.errors import UsageError
 
 

@@ -6,12 +6,19 @@ without it, with --features-from a record of all of them by CHECKPOINT itself.
 """
 import argparse
 
-from dynamicdet.apis import cli
-from dynamicdet.apis.calibration import require_dynamic, whole_model
-from dynamicdet.apis.fitting import (describe, fit_to_records, ground_truths, put_router, require_own,
-                                     wanted_objective)
-from dynamicdet.checkpoints import exits_digest, write_checkpoint
+from dynamicdet import cli
+from dynamicdet.building import build_model, require_dynamic, whole_model
+from dynamicdet.checkpoints import write_checkpoint
 from dynamicdet.errors import UsageError
+from dynamicdet.measuring.fit_router import (
+    describe,
+    fit_to_records,
+    ground_truths,
+    put_router,
+    require_own,
+    wanted_objective,
+)
+from dynamicdet.models.weights import exits_digest
 from dynamicdet.routing import OBJECTIVES
 from dynamicdet.routing.record import read_record
 
@@ -43,7 +50,7 @@ def main() -> None:
     records = [read_record(path) for path in args.records]
     seen = [read_record(path) for path in args.features_from] if args.features_from else None
     checkpoint = cli.require_checkpoint(args.checkpoint)
-    model = cli.build_model(cfg)
+    model = build_model(cfg)
     # Folds' records are of other cascades: then those that give the features must be of this one.
     digest = exits_digest(checkpoint['state_dict'])
     require_own(seen or records, model.num_exits, args.checkpoint, digest)

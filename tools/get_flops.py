@@ -6,12 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Sequence
 
-from dynamicdet.apis import cli
-from dynamicdet.apis.flops import (Costs, build_detector, count_parameters, measure_costs,
-                                   stated_shape)
-from dynamicdet.apis.model_zoo import SHARES, count_row, make_page, read_models
-from dynamicdet.engine import write_atomically
+from dynamicdet import cli
 from dynamicdet.errors import UsageError
+from dynamicdet.files import write_atomically
+from dynamicdet.measuring.flops import Costs, build_detector, count_parameters, measure_costs, stated_shape
+from dynamicdet.measuring.model_zoo import SHARES, count_row, make_page, read_models
 from dynamicdet.models import can_fuse, fuse
 from dynamicdet.video import EarlyExitDetector
 from dynamicdet.video.costs import as_table, layer_costs, layer_seconds

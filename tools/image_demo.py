@@ -13,7 +13,8 @@ from urllib.parse import unquote, urlparse
 
 import mmengine
 
-from dynamicdet.apis import DynamicInferencer, cli
+from dynamicdet import cli
+from dynamicdet.apis import DynamicInferencer
 from dynamicdet.apis.pictures import pictures_in
 from dynamicdet.datasets.picture_formats import has_picture_suffix, picture_suffixes
 from dynamicdet.errors import UsageError

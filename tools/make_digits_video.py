@@ -1,7 +1,7 @@
 """Make the built-in data set `digits-video`: handwriting moving over photographs, in CocoVID format."""
 import argparse
 
-from dynamicdet.datasets.digits_video import SIZES, make_digits_video
+from dynamicdet.video.digits_video import SIZES, make_digits_video
 
 
 def parse_args():

@@ -7,8 +7,9 @@ and starts from the checkpoint.
 import argparse
 from pathlib import Path
 
-from dynamicdet.apis import cli
-from dynamicdet.apis.removing import describe, load_trained, parse_blocks, prune, write
+from dynamicdet import cli
+from dynamicdet.building import load_detector
+from dynamicdet.deploy.removing import describe, parse_blocks, prune, write
 
 
 def parse_args() -> argparse.Namespace:
@@ -57,7 +58,7 @@ def main() -> None:
     blocks = parse_blocks(args.block or ['*=0.3'], args.exclude, args.over, args.norm, args.random)
     if not args.dry_run:
         cli.make_folder(args.out)
-    model, checkpoint = load_trained(cfg, args.checkpoint)
+    model, checkpoint = load_detector(cfg, args.checkpoint, plain=True)
     made = prune(cfg, model, blocks, args.round_to, args.seed)
     print(*describe(cfg, made, args.shape), sep='\n')
     name = args.name or f'{Path(args.config).stem}_pruned'

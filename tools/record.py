@@ -7,10 +7,10 @@ import argparse
 
 from mmengine.device import get_device
 
-from dynamicdet.apis import cli
-from dynamicdet.apis.calibration import load_model, require_dynamic
-from dynamicdet.apis.recording import build_record_loader, record_data_set, require_recordable
-from dynamicdet.checkpoints import exits_digest
+from dynamicdet import cli
+from dynamicdet.building import load_dynamic_detector, require_dynamic
+from dynamicdet.measuring.recording import build_record_loader, record_data_set, require_recordable
+from dynamicdet.models.weights import exits_digest
 from dynamicdet.routing.record import write_record
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     require_dynamic(cfg)
     require_recordable(cfg, args.split)
     cli.check_data(cfg, args.split, files=False)
-    model, checkpoint = load_model(cfg, args.checkpoint, args.device, any_router=True)
+    model, checkpoint = load_dynamic_detector(cfg, args.checkpoint, args.device, any_router=True)
     digest = exits_digest(checkpoint['state_dict'])
     cli.check_data(cfg, args.split, files=not args.no_data_check)
     loader = build_record_loader(cfg, args.split)

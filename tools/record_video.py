@@ -8,10 +8,10 @@ import argparse
 
 from mmengine.device import get_device
 
-from dynamicdet.apis import cli
-from dynamicdet.apis.recording import build_record_loader, require_recordable
-from dynamicdet.checkpoints import exits_digest
+from dynamicdet import cli
 from dynamicdet.errors import UsageError
+from dynamicdet.measuring.recording import build_record_loader, require_recordable
+from dynamicdet.models.weights import exits_digest
 from dynamicdet.video.record import write_video_record
 from dynamicdet.video.recording import load_early_exit_detector, record_videos
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from mmengine.device import get_device
 
-from dynamicdet.apis import cli
-from dynamicdet.apis.analysis import pair_of
-from dynamicdet.apis.calibration import (build_loader, load_model, measure_gflops, measure_latencies,
-                                         passed, provenance, record_exits, require_dynamic)
-from dynamicdet.apis.report import BY_CALIBRATION, BY_QUANTILE, format_table, misses, write_report
+from dynamicdet import cli
+from dynamicdet.building import build_loader, load_dynamic_detector, require_dynamic
 from dynamicdet.datasets.opening import require_one_coco
+from dynamicdet.measuring.calibration import measure_gflops, measure_latencies, passed, provenance, record_exits
+from dynamicdet.reports.analysis import pair_of
+from dynamicdet.reports.report import BY_CALIBRATION, BY_QUANTILE, format_table, misses, write_report
 from dynamicdet.routing.curve import Chance, by_calibration, trade_off
 from dynamicdet.routing.evaluation import Mixtures, check_record, read_truth
 
@@ -39,7 +39,7 @@ def main() -> None:
     cli.require_device(args.device)
     dataset = require_one_coco(cfg, args.split, 'a report is made')
     cli.check_data(cfg, args.split, files=not args.no_data_check)
-    model, _ = load_model(cfg, args.checkpoint, args.device)
+    model, _ = load_dynamic_detector(cfg, args.checkpoint, args.device)
     loader = build_loader(dict(cfg[f'{args.split}_dataloader'], dataset=dataset))
     record = dict(
         images=record_exits(model, loader, cli.progress),

@@ -8,15 +8,15 @@ from pathlib import Path
 
 from mmengine.device import get_device
 
+from dynamicdet import cli
 from dynamicdet.annotations import original_of
-from dynamicdet.apis import cli
-from dynamicdet.apis.calibration import build_loader
-from dynamicdet.apis.sensitivity import blocks_of, draw, identity_of, load, measure, parts_of, truth_of
+from dynamicdet.building import build_loader
 from dynamicdet.compression.blocks import Block
 from dynamicdet.compression.sensitivity import suggest, table
 from dynamicdet.datasets.opening import require_one_coco
-from dynamicdet.engine import write_atomically
 from dynamicdet.errors import UsageError
+from dynamicdet.files import write_atomically
+from dynamicdet.measuring.sensitivity import blocks_of, draw, identity_of, load, measure, parts_of, truth_of
 
 
 def parse_args() -> argparse.Namespace:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dynamicdet.apis import cli
-from dynamicdet.engine import write_atomically
+from dynamicdet import cli
 from dynamicdet.errors import UsageError
+from dynamicdet.files import write_atomically
 from dynamicdet.routing.controller import Controller
 from dynamicdet.routing.simulation import drifting, drifting_order, machine, running_mean, simulate
 

@@ -7,8 +7,8 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from dynamicdet.apis import cli
-from dynamicdet.apis.calibration import whole_model
+from dynamicdet import cli
+from dynamicdet.building import whole_model
 from dynamicdet.engine import BudgetHook
 from dynamicdet.errors import UsageError
 from dynamicdet.routing.thresholds import check_budget

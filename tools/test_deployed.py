@@ -7,13 +7,14 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
 
-from dynamicdet.apis import cli
-from dynamicdet.apis.calibration import build_loader
+from dynamicdet import cli
+from dynamicdet.building import build_loader
 from dynamicdet.deploy.folder import load_deployed, read_config
+from dynamicdet.deploy.latencies import conditions, measure_latency, said
 from dynamicdet.deploy.runtimes import RUNTIMES
-from dynamicdet.deploy.timing import conditions, measure_latency, said
-from dynamicdet.engine import BudgetHook, write_atomically
+from dynamicdet.engine import BudgetHook
 from dynamicdet.errors import UsageError
+from dynamicdet.files import write_atomically
 
 
 def parse_args() -> argparse.Namespace:

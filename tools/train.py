@@ -6,12 +6,12 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from dynamicdet.apis import cli
-from dynamicdet.checkpoints import require_all_channels
-from dynamicdet.engine import latest_checkpoint
+from dynamicdet import cli
 from dynamicdet.engine.router_hook import leaves_load_from_unused
 from dynamicdet.engine.switches import check_switches
 from dynamicdet.errors import UsageError
+from dynamicdet.files import latest_checkpoint
+from dynamicdet.models.weights import require_all_channels
 
 
 def parse_args() -> argparse.Namespace:

@@ -10,7 +10,7 @@ from typing import Mapping
 
 from mmengine.config import Config
 
-from dynamicdet.apis import cli
+from dynamicdet import cli
 from dynamicdet.errors import UsageError
 from dynamicdet.video.demo import FrameDetector, Summary, require_film, run_demo
 from dynamicdet.video.sources import open_source

@@ -1,13 +1,18 @@
 """Object detectors that spend compute where the image needs it, for MMDetection.
 
-Importing the package registers all it has; configs say ``custom_imports = dict(imports=['dynamicdet'])``.
+Importing the package registers all it has; configs say ``custom_imports = dict(imports=['dynamicdet'])``. Without
+MMDetection, `dynamicdet.routing` and `dynamicdet.compression` are what there is.
 """
-from . import apis, engine, models, video  # noqa: F401  (they register themselves)
-from .checkpoints import allow_mmengine_classes
-from .compression import shrinking  # noqa: F401  (likewise)
-from .datasets import holdout, mot, samplers  # noqa: F401  (likewise)
-from .deploy import folder  # noqa: F401  (likewise)
+import importlib.util
 
-__version__ = '0.1.0'
+from .version import __version__  # noqa: F401
 
-allow_mmengine_classes()
+if importlib.util.find_spec('mmdet'):
+    # These register themselves.
+    from . import apis, engine, models, video  # noqa: F401
+    from .checkpoints import allow_mmengine_classes
+    from .compression import mmengine_format  # noqa: F401
+    from .datasets import holdout, mot, samplers  # noqa: F401
+    from .deploy import folder  # noqa: F401
+
+    allow_mmengine_classes()

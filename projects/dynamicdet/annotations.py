@@ -11,7 +11,6 @@ import hashlib
 import json
 import locale
 import math
-import os
 import re
 from collections import Counter
 from itertools import chain
@@ -98,7 +97,7 @@ def mended_copy(path: str, folder: Union[str, Path]) -> str:
     Returns:
         str: The absolute path of the copy. `original_of` knows what it was made of.
     """
-    from .engine.atomic_backend import write_atomically
+    from .files import write_atomically
     digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=8, salt=b'%d' % _VERSION).hexdigest()
     copy = Path(folder).absolute() / f'{Path(path).stem}.{digest}.json'
     if not copy.is_file():

@@ -22,3 +22,9 @@ def need(name: str, whose: str, extra: str) -> ModuleType:
     except ImportError:
         raise UsageError(f"{whose} need '{name}', which is not installed: "
                          f'pip install -r requirements/{extra}.txt') from None
+
+
+def reason_of(error: Exception) -> str:
+    """An error of a library in one line."""
+    lines = str(error).strip().splitlines()
+    return f'{type(error).__name__}: {lines[0]}' if lines else type(error).__name__

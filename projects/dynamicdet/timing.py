@@ -1,12 +1,20 @@
-"""What seconds were measured on, and whether they hold here."""
+"""The clock; what seconds were measured on, and whether they hold here."""
 import os
 import platform
+import time
 from typing import Dict, Mapping, Optional, Union
 
 import torch
 
 #: What seconds depend on, beside the detector.
 _CONDITIONS = ('runtime', 'provider', 'device', 'threads', 'dtype')
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once a device has done all it was given."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def machine_of(device: Union[str, torch.device], threads: Optional[int] = None) -> Dict[str, object]:

@@ -9,11 +9,12 @@ import pytest
 import torch
 from mmengine.runner import CheckpointLoader
 
-from dynamicdet.checkpoints import read_checkpoint, require_complete
+from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.compression.checkpoint import compress, read_compressed, write_compressed
 from dynamicdet.compression.encoding import Lossy
 from dynamicdet.compression.pruning import Block, prune
 from dynamicdet.errors import UsageError
+from dynamicdet.models.weights import require_complete
 from dynamicdet.testing import randomise, tiny_dynamic
 from mmdet.registry import MODELS
 

@@ -6,9 +6,21 @@ import torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
-from dynamicdet.compression.pruning import (Block, apply_masks, emptied, find_layers, layers_of,
-                                            layers_of_blocks, matches, pack, prune, prune_block,
-                                            pruned_share, share_at, unpack)
+from dynamicdet.compression.pruning import (
+    Block,
+    apply_masks,
+    emptied,
+    find_layers,
+    layers_of,
+    layers_of_blocks,
+    matches,
+    pack,
+    prune,
+    prune_block,
+    pruned_share,
+    share_at,
+    unpack,
+)
 from dynamicdet.compression.scores import Statistics, activation_scores
 from dynamicdet.errors import UsageError
 from dynamicdet.testing import shrink, tiny_detector

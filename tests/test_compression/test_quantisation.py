@@ -5,9 +5,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dynamicdet.compression.quantisation import (LearnedRange, Ranges, Simulation, activation_scale,
-                                                 fake_quantise_weight, fold, move_range, round_bias, trace,
-                                                 weight_scale)
+from dynamicdet.compression.quantisation import (
+    LearnedRange,
+    Ranges,
+    Simulation,
+    activation_scale,
+    fake_quantise_weight,
+    fold,
+    move_range,
+    round_bias,
+    trace,
+    weight_scale,
+)
 
 
 @pytest.mark.parametrize('low, high, scale, zero', [

@@ -8,13 +8,13 @@ from conftest import ROOT
 from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
 
-from dynamicdet.checkpoints import require_complete
 from dynamicdet.compression.blocks import Block
 from dynamicdet.compression.coupling import find_clusters, raw_outputs
 from dynamicdet.compression.removal import Row, plan_removal, remove_channels
-from dynamicdet.compression.shrinking import build_pruned, channels_of, resize
+from dynamicdet.compression.shrinking import channels_of, resize
 from dynamicdet.errors import UsageError
-from dynamicdet.models import DynamicDetector
+from dynamicdet.models import DynamicDetector, build_pruned
+from dynamicdet.models.weights import require_complete
 from dynamicdet.testing import randomise, shrink, tiny_batch, tiny_detector
 from mmdet.registry import MODELS
 
@@ -245,7 +245,7 @@ def test_a_detector_of_another_kind():
 
 
 def test_early_exits_are_neither_removed_nor_exported():
-    from dynamicdet.deploy.stages import find_stages
+    from dynamicdet.models.stages import find_stages
     model = MODELS.build(
         shrink(Config.fromfile(ROOT / 'configs/video/early_exit_yolov5_digits.py').model))
     with pytest.raises(UsageError, match='EarlyExitDetector cannot be removed: only those of'):

@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import load_small, on_findable
 
-from dynamicdet.apis.calibration import build_loader
-from dynamicdet.apis.sensitivity import blocks_of, draw, load, measure, parts_of
+from dynamicdet.building import build_loader
 from dynamicdet.compression.sensitivity import Curve, suggest, table
-from dynamicdet.engine import latest_checkpoint
 from dynamicdet.errors import UsageError
+from dynamicdet.files import latest_checkpoint
+from dynamicdet.measuring.sensitivity import blocks_of, draw, load, measure, parts_of
 from dynamicdet.testing import tiny_detector
 from mmdet.registry import MODELS
 

@@ -39,7 +39,7 @@ def test_shared_values_are_means_of_their_weights(bits):
 
 
 def test_more_bits_lose_less():
-    value = torch.randn(100, 100)
+    value = torch.randn(200, 200)
     losses = []
     for bits in range(2, 9):
         table, indices = share(value, bits)

@@ -4,7 +4,7 @@ import pytest
 from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
 
-from dynamicdet.apis.cli import hold_out
+from dynamicdet.cli import hold_out
 from dynamicdet.datasets.check import check_dataloaders
 from dynamicdet.errors import UsageError
 from mmdet.datasets.samplers import AspectRatioBatchSampler

@@ -16,17 +16,17 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import Runner
 from torch import nn
 
-from dynamicdet.apis.calibration import build_loader, measure_difficulties
+from dynamicdet.building import build_loader, load_detector
 from dynamicdet.compression.quantisation import activation_scale
-from dynamicdet.deploy.deployment import deploy, load_detector
+from dynamicdet.deploy.deployment import deploy
 from dynamicdet.deploy.folder import load_deployed
 from dynamicdet.deploy.graphs import Graph, _export
-from dynamicdet.deploy.int8 import (Observer, Recipe, choose_float, least_error, multiply_adds,
-                                    quantise_graph, watched)
+from dynamicdet.deploy.int8 import Observer, Recipe, choose_float, least_error, multiply_adds, quantise_graph, watched
+from dynamicdet.deploy.latencies import put_latencies
 from dynamicdet.deploy.runtimes import RUNTIMES
-from dynamicdet.deploy.stages import Stage
-from dynamicdet.deploy.timing import put_latencies
 from dynamicdet.errors import UsageError
+from dynamicdet.measuring.calibration import measure_difficulties
+from dynamicdet.models.stages import Stage
 from dynamicdet.testing import randomise, tiny_batch
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules

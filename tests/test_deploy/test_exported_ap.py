@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, load_small, train
 
-from dynamicdet.apis import cli
-from dynamicdet.apis.calibration import build_loader, record_exits
-from dynamicdet.deploy.deployment import deploy, load_detector
+from dynamicdet import cli
+from dynamicdet.building import build_loader, load_detector
+from dynamicdet.deploy.deployment import deploy
 from dynamicdet.deploy.folder import load_deployed
-from dynamicdet.engine import latest_checkpoint
+from dynamicdet.files import latest_checkpoint
+from dynamicdet.measuring.calibration import record_exits
 from dynamicdet.testing import agreement
 from mmdet.utils import register_all_modules
 

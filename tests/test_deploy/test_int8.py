@@ -6,7 +6,7 @@ from torch import nn
 
 from dynamicdet.deploy.graphs import Graph, _export
 from dynamicdet.deploy.int8 import BETWEEN, Observer, Recipe, layers_of, prediction_layers, quantise_graph, watched
-from dynamicdet.deploy.stages import Stage, find_stages
+from dynamicdet.models.stages import Stage, find_stages
 from dynamicdet.testing import tiny_detector
 from mmdet.registry import MODELS
 

@@ -8,13 +8,13 @@ from conftest import RUNTIMES_TO_TRY
 from mmcv.ops import RoIAlign
 from torch import nn
 
-from dynamicdet.apis.calibration import force_exit
 from dynamicdet.deploy.deployment import _place
 from dynamicdet.deploy.graphs import Graph, example_inputs, export_stages
 from dynamicdet.deploy.int8 import BETWEEN, Observer, Recipe, quantise_graph, watched
 from dynamicdet.deploy.joins import Join, join_graphs, joined_ranges, joins_of
 from dynamicdet.deploy.rois import place_roi_aligns
-from dynamicdet.deploy.stages import find_stages
+from dynamicdet.measuring.calibration import force_exit
+from dynamicdet.models.stages import find_stages
 from dynamicdet.testing import randomise, tiny_batch, tiny_detector, tiny_dynamic
 from mmdet.registry import MODELS
 
@@ -115,7 +115,7 @@ class Sized(nn.Module):
 
 def test_nothing_is_made_float_for_its_size():
     from dynamicdet.deploy.graphs import _export
-    from dynamicdet.deploy.stages import Stage
+    from dynamicdet.models.stages import Stage
     module, images = Sized().eval(), torch.randn(1, 3, 8, 8)
     content = _export(Stage('sized', module, lambda run: None, (module, )), (images, )).content
     observer = Observer()
@@ -143,7 +143,7 @@ class Pooled(nn.Module):
 
 def test_what_comes_in_8_bits_may_be_pooled_first():
     from dynamicdet.deploy.graphs import _export
-    from dynamicdet.deploy.stages import Stage
+    from dynamicdet.models.stages import Stage
     torch.manual_seed(0)
     module, images = Pooled().eval(), (torch.randn(1, 4, 8, 8), torch.randn(1, 4, 2, 2))
     content = _export(Stage('pooled', module, lambda run: None, (module, )), images).content

@@ -11,14 +11,14 @@ from mmcv.ops import ModulatedDeformConv2dPack, RoIAlign, deform_conv2d
 from mmengine.config import ConfigDict
 from torch import nn
 
-from dynamicdet.apis.calibration import force_exit
 from dynamicdet.compression.quantisation import Simulation
 from dynamicdet.deploy.graphs import Graph, example_inputs, export_stages, release_weights
 from dynamicdet.deploy.int8 import Recipe, quantise_graph, trained_ranges
 from dynamicdet.deploy.rois import _graph_of, place_roi_aligns
 from dynamicdet.deploy.runtimes import CPU, RUNTIMES, OnnxRuntime, OpenVino, open_graph
-from dynamicdet.deploy.stages import find_stages, flatten, unflatten
 from dynamicdet.errors import UsageError
+from dynamicdet.measuring.calibration import force_exit
+from dynamicdet.models.stages import find_stages, flatten, unflatten
 from dynamicdet.testing import randomise, shrink, tiny_batch, tiny_detector, tiny_dynamic
 from mmdet.registry import MODELS
 

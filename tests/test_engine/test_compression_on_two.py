@@ -4,9 +4,9 @@ import torch
 from test_distributed import differing, ranks, train_on_two
 from test_pruning_hook import BACKBONE, config
 
-from dynamicdet.apis.removing import parse_blocks, prune
 from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
-from dynamicdet.engine import latest_checkpoint
+from dynamicdet.deploy.removing import parse_blocks, prune
+from dynamicdet.files import latest_checkpoint
 from dynamicdet.testing import randomise
 from mmdet.registry import MODELS
 

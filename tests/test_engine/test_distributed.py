@@ -14,9 +14,10 @@ import pytest
 import torch
 from conftest import ROOT, load_small, load_small_router, on_findable, run_tool, train
 
-from dynamicdet.apis.calibration import build_loader, load_model, measure_difficulties
+from dynamicdet.building import build_loader, load_dynamic_detector
 from dynamicdet.checkpoints import read_checkpoint
-from dynamicdet.engine import latest_checkpoint
+from dynamicdet.files import latest_checkpoint
+from dynamicdet.measuring.calibration import measure_difficulties
 
 # Imported by each process through the config's `custom_imports`.
 _STATES = '''
@@ -149,7 +150,7 @@ def test_testing_on_two_processes(digits, findable, cascade, tmp_path):
     cfg = load_small('dy_faster_rcnn_digits', digits, tmp_path, **{
         **on_findable(findable), 'test_dataloader.batch_size': 1, 'test_dataloader.dataset.indices': 11})
     checkpoint = latest_checkpoint(cascade)
-    model, _ = load_model(cfg, checkpoint, 'cpu')
+    model, _ = load_dynamic_detector(cfg, checkpoint, 'cpu')
     scores = measure_difficulties(model, build_loader(cfg.test_dataloader), lambda steps, _: steps)
     # Between two scores: no image's exit may hang on the last bit.
     threshold = float(scores[4] + scores[5]) / 2

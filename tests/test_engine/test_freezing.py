@@ -6,7 +6,7 @@ import torch
 from conftest import load_small, load_small_router, train
 
 from dynamicdet.checkpoints import read_checkpoint
-from dynamicdet.engine import latest_checkpoint
+from dynamicdet.files import latest_checkpoint
 
 #: Few images and batches of two; decay that would be felt; statistics that would move.
 _OPTIONS = {

@@ -22,9 +22,10 @@ from mmengine.structures import InstanceData
 from torch.utils.data import DataLoader
 
 from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
-from dynamicdet.engine import RouterHook, latest_checkpoint, router_hook
+from dynamicdet.engine import RouterHook, router_hook
 from dynamicdet.engine.router_hook import inherits_load_from
 from dynamicdet.errors import UsageError
+from dynamicdet.files import latest_checkpoint
 from dynamicdet.routing import build_objective
 from dynamicdet.testing import randomise, tiny_batch, tiny_detector, tiny_dynamic
 from mmdet.registry import MODELS

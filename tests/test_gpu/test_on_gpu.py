@@ -14,12 +14,12 @@ from conftest import ROOT, load_small, load_small_router, train
 from mmengine.config import Config
 from test_video.exit_cases import tiny as tiny_early_exit
 
-from dynamicdet.apis.benchmark import build_pair
-from dynamicdet.apis.calibration import coco_results, force_exit
 from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.deploy.deployment import deploy
 from dynamicdet.deploy.folder import load_deployed
-from dynamicdet.engine import latest_checkpoint
+from dynamicdet.files import latest_checkpoint
+from dynamicdet.measuring.benchmark import build_pair
+from dynamicdet.measuring.calibration import coco_results, force_exit
 from dynamicdet.testing import STOCK, agreement, count_waits, randomise, tiny_batch, tiny_detector, tiny_dynamic
 from mmdet.registry import MODELS
 

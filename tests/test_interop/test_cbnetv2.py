@@ -2,14 +2,15 @@
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from foreign import DATA, build, build_shapes, cbnetv2_swin_shapes, convert, reference, weights
 from mmengine.config import Config
 
-from conftest import ROOT
-from dynamicdet.checkpoints import read_checkpoint, require_complete
+from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.errors import UsageError
 from dynamicdet.interop.cbnetv2 import CBNETV2, unfold_order
 from dynamicdet.interop.rules import apply_rules
+from dynamicdet.models.weights import require_complete
 from mmdet.models.backbones.swin import swin_converter
 from mmdet.models.layers import PatchMerging
 from mmdet.registry import MODELS

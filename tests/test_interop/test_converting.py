@@ -6,14 +6,15 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from foreign import convert, detectron2_shapes
 from mmengine.config import Config
 
 import dynamicdet
-from conftest import ROOT
-from dynamicdet.checkpoints import is_plain, read_checkpoint
+from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.interop.detectron2 import DETECTRON2
 from dynamicdet.interop.rules import apply_rules
+from dynamicdet.models.weights import is_plain
 from mmdet.registry import MODELS
 
 CONFIG = ROOT / 'configs/dy_faster_rcnn_detectron2.py'

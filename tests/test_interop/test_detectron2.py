@@ -4,16 +4,17 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from foreign import DATA, build, build_shapes, convert, detectron2_shapes, reference, weights
-
 from conftest import ROOT
-from dynamicdet.checkpoints import read_checkpoint, require_complete
+from foreign import DATA, build, build_shapes, convert, detectron2_shapes, reference, weights
+from mmengine.hub import get_config
+
+from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.errors import UsageError
 from dynamicdet.interop.detectron2 import DETECTRON2
 from dynamicdet.interop.rules import apply_rules
+from dynamicdet.models.weights import require_complete
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
-from mmengine.hub import get_config
 
 REFERENCE = 'detectron2_faster_rcnn_r_50_fpn_3x'
 MASKS = 'detectron2_mask_rcnn_r_50_fpn_3x.keys'

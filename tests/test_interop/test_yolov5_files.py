@@ -8,11 +8,12 @@ from conftest import ROOT
 from foreign import build, convert
 from torch import nn
 
-from dynamicdet.checkpoints import read_checkpoint, require_complete
+from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.errors import UsageError
 from dynamicdet.interop.convert import convert_checkpoint
 from dynamicdet.interop.rules import apply_rules
 from dynamicdet.interop.yolov5 import rules
+from dynamicdet.models.weights import require_complete
 from dynamicdet.models.yolo import join
 
 #: Their layers with weights: number, kind, sources, channels, and kernel or count.

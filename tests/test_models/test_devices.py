@@ -11,8 +11,13 @@ from mmengine.config import Config, ConfigDict
 from torch import nn
 
 from dynamicdet.compression.coupling import example, raw_outputs
-from dynamicdet.compression.quantisation import (Simulation, activation_scale, activation_step, move_range,
-                                                 step_on_device)
+from dynamicdet.compression.quantisation import (
+    Simulation,
+    activation_scale,
+    activation_step,
+    move_range,
+    step_on_device,
+)
 from dynamicdet.compression.sharing import sharing_of, tie, tie_gradient
 from dynamicdet.engine import quantization_hook
 from dynamicdet.engine.quantization_hook import QuantizationHook

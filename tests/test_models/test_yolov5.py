@@ -9,8 +9,8 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.structures import InstanceData
 from torch import nn
 
-from dynamicdet.apis.flops import build_detector, count_flops, count_parameters, measure_costs, stated_shape
-from dynamicdet.models import YOLOV5Backbone, YOLOV5Head, YOLOV5PAFPN, can_fuse, fuse
+from dynamicdet.measuring.flops import build_detector, count_flops, count_parameters, measure_costs, stated_shape
+from dynamicdet.models import YOLOV5PAFPN, YOLOV5Backbone, YOLOV5Head, can_fuse, fuse
 from dynamicdet.models.yolo import join
 from dynamicdet.models.yolov5 import SIZES, architecture
 from dynamicdet.testing import randomise, shrink, tiny_batch

@@ -9,7 +9,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.model import revert_sync_batchnorm
 from mmengine.structures import InstanceData
 
-from dynamicdet.apis.flops import count_flops
+from dynamicdet.measuring.flops import count_flops
 from dynamicdet.models import Router, build_composite, can_fuse, fuse
 from dynamicdet.models.resolution import reduce_samples
 from dynamicdet.models.yolo.head import in_cells

@@ -7,8 +7,7 @@ import pytest
 
 from dynamicdet.errors import UsageError
 from dynamicdet.routing.controller import Controller
-from dynamicdet.routing.simulation import (drifting, drifting_order, machine, running_mean, simulate,
-                                           stepping)
+from dynamicdet.routing.simulation import drifting, drifting_order, machine, running_mean, simulate, stepping
 from dynamicdet.routing.thresholds import hard_share
 
 LATENCIES = (0.010, 0.030)

@@ -9,8 +9,21 @@ from pycocotools.cocoeval import COCOeval
 from routing_cases import BOX, found, ground_truth, make_record, random_case
 
 from dynamicdet.errors import UsageError
-from dynamicdet.routing.curve import (AREAS, Chance, bootstrap_weights, check_record, choose, costs_of, evaluate,
-                                      gain_over_random, hard_for, interval, mix, split, trade_off)
+from dynamicdet.routing.curve import (
+    AREAS,
+    Chance,
+    bootstrap_weights,
+    check_record,
+    choose,
+    costs_of,
+    evaluate,
+    gain_over_random,
+    hard_for,
+    interval,
+    mix,
+    split,
+    trade_off,
+)
 from dynamicdet.routing.evaluation import Mixtures
 
 #: Precision 1 up to a recall of one half: 51 of the 101 recalls that COCO looks at.

@@ -13,7 +13,6 @@ from dynamicdet.models import Router
 from dynamicdet.routing import build_objective, quantiles_of
 from dynamicdet.routing.fitting import _best_constant, features_of, fit_router, gains_of, rank_correlation
 
-
 #: Half of the fits of the defaults.
 QUICK = dict(weight_decays=(0.01, 1.0), folds=2, seed=SEED)
 

@@ -3,8 +3,7 @@ import pytest
 import torch
 
 from dynamicdet.errors import UsageError
-from dynamicdet.routing import (OBJECTIVES, build_objective, image_aps, offset_of, quantiles_of,
-                                ranks_of)
+from dynamicdet.routing import OBJECTIVES, build_objective, image_aps, offset_of, quantiles_of, ranks_of
 
 #: 0, 1, ... 100: each percent is its own quantile.
 PERCENT = torch.arange(101.0)

@@ -7,8 +7,15 @@ from routing_cases import BOX, found, ground_truth, make_record, random_case
 from dynamicdet.errors import UsageError
 from dynamicdet.routing.curve import Chance
 from dynamicdet.routing.evaluation import Mixtures, evaluate, mix
-from dynamicdet.routing.strata import (OBJECTS, benefits, by_difficulty, by_objects, by_size,
-                                       rank_correlations, threshold_transfer)
+from dynamicdet.routing.strata import (
+    OBJECTS,
+    benefits,
+    by_difficulty,
+    by_objects,
+    by_size,
+    rank_correlations,
+    threshold_transfer,
+)
 
 LARGE = [50, 50, 120, 120]
 

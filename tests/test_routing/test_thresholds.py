@@ -4,9 +4,17 @@ import numpy as np
 import pytest
 
 from dynamicdet.errors import UsageError
-from dynamicdet.routing.thresholds import (check_budget, hard_share, mean_cost, resolve_threshold,
-                                           share_for_gflops, share_for_latency, shares_beyond,
-                                           threshold_for_share, thresholds_for_share)
+from dynamicdet.routing.thresholds import (
+    check_budget,
+    hard_share,
+    mean_cost,
+    resolve_threshold,
+    share_for_gflops,
+    share_for_latency,
+    shares_beyond,
+    threshold_for_share,
+    thresholds_for_share,
+)
 
 SCORES = [0.1, 0.2, 0.3, 0.4]
 

@@ -9,9 +9,9 @@ import torch
 from conftest import run_tool
 from mmengine.config import Config
 
-from dynamicdet.apis.fitting import fit_to_records, ground_truths, put_router, require_own
 from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
 from dynamicdet.errors import UsageError
+from dynamicdet.measuring.fit_router import fit_to_records, ground_truths, put_router, require_own
 from dynamicdet.routing import build_objective
 from dynamicdet.routing.fitting import rank_correlation
 from dynamicdet.routing.record import write_record

@@ -11,10 +11,17 @@ from conftest import ROOT
 from mmengine.config import Config
 from torch import nn
 
-from dynamicdet.apis.flops import (Costs, Part, build_detector, count_flops, count_parameters,
-                                   measure_costs, stated_shape)
-from dynamicdet.apis.model_zoo import COUNTED, count_row, make_page, make_row, read_models
 from dynamicdet.errors import UsageError
+from dynamicdet.measuring.flops import (
+    Costs,
+    Part,
+    build_detector,
+    count_flops,
+    count_parameters,
+    measure_costs,
+    stated_shape,
+)
+from dynamicdet.measuring.model_zoo import COUNTED, count_row, make_page, make_row, read_models
 from dynamicdet.models import fuse
 from dynamicdet.testing import tiny_detector, tiny_dynamic
 

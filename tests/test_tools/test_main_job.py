@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import mmdet
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_tool, shrink_options
 
+import mmdet
 from dynamicdet.checkpoints import read_checkpoint
 
 STEP_1 = ROOT / 'configs/dy_faster_rcnn_digits.py'

@@ -11,9 +11,9 @@ from conftest import ROOT, load_small, run_tool
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from dynamicdet.apis import cli
-from dynamicdet.apis.removing import parse_blocks
+from dynamicdet import cli
 from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
+from dynamicdet.deploy.removing import parse_blocks
 from dynamicdet.errors import UsageError
 from dynamicdet.models import DynamicDetector
 from dynamicdet.testing import randomise

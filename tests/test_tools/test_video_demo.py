@@ -9,7 +9,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from dynamicdet.datasets import samplers  # noqa: F401  (registers)
-from dynamicdet.datasets.digits_video import make_digits_video
+from dynamicdet.video.digits_video import make_digits_video
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 

@@ -8,9 +8,21 @@ from video_cases import BOX, detection, make_video_record, random_case, truth
 
 from dynamicdet.errors import UsageError
 from dynamicdet.video.curves import between, curve, fixed_exits, front, line_at, settings_of
-from dynamicdet.video.oracle import (oracle_rows, plan_with_reuse, plan_without_memory, values_by_age)
-from dynamicdet.video.simulation import (Replays, changes, difficulties_of, evidences, exit_costs, reuse,
-                                         nothing_seen, row_of, shown_exits, simulate, streams, take_exits)
+from dynamicdet.video.oracle import oracle_rows, plan_with_reuse, plan_without_memory, values_by_age
+from dynamicdet.video.simulation import (
+    Replays,
+    changes,
+    difficulties_of,
+    evidences,
+    exit_costs,
+    nothing_seen,
+    reuse,
+    row_of,
+    shown_exits,
+    simulate,
+    streams,
+    take_exits,
+)
 from mmdet.registry import MODELS
 
 

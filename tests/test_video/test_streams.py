@@ -2,8 +2,17 @@
 import pytest
 import torch
 
-from dynamicdet.video.streams import (GRID, Streams, as_frames, clips, early_change, early_summary, is_cut,
-                                      part_changes, waves)
+from dynamicdet.video.streams import (
+    GRID,
+    Streams,
+    as_frames,
+    clips,
+    early_change,
+    early_summary,
+    is_cut,
+    part_changes,
+    waves,
+)
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample, TrackDataSample
 

@@ -11,8 +11,14 @@ from dynamicdet.errors import UsageError
 from dynamicdet.video.budgets import resolve_budget
 from dynamicdet.video.calibration import OnlineThresholds, calibrate_gate, operating_points, put_calibration
 from dynamicdet.video.curves import curve, settings_of
-from dynamicdet.video.fitting import (fit_gumbel_gate, fit_halting_gate, fit_parts, fit_presence, oracle_targets,
-                                       shows_objects)
+from dynamicdet.video.fitting import (
+    fit_gumbel_gate,
+    fit_halting_gate,
+    fit_parts,
+    fit_presence,
+    oracle_targets,
+    shows_objects,
+)
 from dynamicdet.video.simulation import Replays, difficulties_of, evidences, nothing_seen, simulate
 from mmdet.registry import MODELS
 

@@ -12,14 +12,14 @@ from mmengine.dataset import pseudo_collate
 
 import dynamicdet.datasets.samplers  # noqa: F401  (these register)
 import dynamicdet.datasets.video  # noqa: F401
-import dynamicdet.engine.all_exits  # noqa: F401
-import dynamicdet.engine.exit_curve_hook  # noqa: F401
-from dynamicdet.apis.calibration import coco_results
-from dynamicdet.apis.recording import build_record_loader
-from dynamicdet.datasets.digits_video import make_digits_video
+import dynamicdet.video.all_exits  # noqa: F401
+import dynamicdet.video.exit_curve_hook  # noqa: F401
 from dynamicdet.errors import UsageError
+from dynamicdet.measuring.calibration import coco_results
+from dynamicdet.measuring.recording import build_record_loader
 from dynamicdet.testing import randomise
 from dynamicdet.video.curves import settings_of
+from dynamicdet.video.digits_video import make_digits_video
 from dynamicdet.video.record import read_video_record, write_video_record
 from dynamicdet.video.recording import borrowed, force_exit, load_early_exit_detector, record_videos
 from dynamicdet.video.simulation import difficulties_of, evidences, simulate
@@ -248,8 +248,8 @@ def test_tools_say_what_is_wrong(cfg, tmp_path, capsys):
 
 
 def test_what_the_experiment_measures_of_a_run(tmp_path, monkeypatch):
-    """Exits, gates and both by the clock, from a config and a checkpoint, as tools/experiments/video.py asks for."""
-    sys.path.insert(0, str(ROOT / 'tools' / 'experiments'))
+    """Exits, gates and both by the clock, from a config and a checkpoint, as experiments/video.py asks for."""
+    sys.path.insert(0, str(ROOT / 'experiments'))
     import video_results
     monkeypatch.setattr(video_results, 'RESAMPLES', 3)
     # Gates are fitted to three folds of every second video.

@@ -11,16 +11,16 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from mmengine.config import Config
+from steps import ON_TRAINING_PICTURES
 
-from dynamicdet.apis import cli
-from dynamicdet.apis.benchmark import (Setting, Task, build_pair, interleave, make_batch, quartiles, split_batch)
-from dynamicdet.apis.calibration import build_loader, force_exit, load_model, record_exits
+from dynamicdet import cli
+from dynamicdet.building import build_loader, load_dynamic_detector
 from dynamicdet.deploy.folder import load_deployed
+from dynamicdet.measuring.benchmark import Setting, Task, build_pair, interleave, make_batch, quartiles, split_batch
+from dynamicdet.measuring.calibration import force_exit, record_exits
 from dynamicdet.routing.evaluation import evaluate, mix, read_truth
 from dynamicdet.routing.thresholds import ALL_EASY, ALL_HARD
 from dynamicdet.testing import agreement, count_waits, randomise
-
-from steps import ON_TRAINING_PICTURES
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Real sizes, by batch and pixels; and small ones, for a machine without a GPU.
@@ -85,7 +85,7 @@ def compare(config: str, checkpoint: str) -> Figures:
     """A checkpoint's detections on the GPU and on the CPU."""
     torch.backends.cudnn.allow_tf32 = False
     cfg = load_config(config)
-    records = [record(cfg, load_model(copy.deepcopy(cfg), checkpoint, device)[0]) for device in ('cpu', 'cuda')]
+    records = [record(cfg, load_dynamic_detector(copy.deepcopy(cfg), checkpoint, device)[0]) for device in ('cpu', 'cuda')]
     rows = compare_exits(cfg, *records)
     difficulty = max(abs(one['difficulty'] - other['difficulty'])
                      for one, other in zip(*(side['images'] for side in records)))
@@ -98,7 +98,7 @@ def compare(config: str, checkpoint: str) -> Figures:
 def compare_exported(config: str, checkpoint: str, folder: str, provider: str) -> Figures:
     """An exported detector's detections and those of torch on the CPU."""
     cfg = load_config(config)
-    exact = record(cfg, load_model(copy.deepcopy(cfg), checkpoint, 'cpu')[0])
+    exact = record(cfg, load_dynamic_detector(copy.deepcopy(cfg), checkpoint, 'cpu')[0])
     rows = {}
     for name in dict.fromkeys(('CPUExecutionProvider', provider)):
         found = record(cfg, load_deployed(folder, providers=[name]))

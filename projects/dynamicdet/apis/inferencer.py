@@ -19,11 +19,11 @@ from mmdet.apis.det_inferencer import IMG_EXTENSIONS
 from mmdet.datasets.transforms import InferencerLoader
 from mmdet.structures import DetDataSample
 
-from ..checkpoints import is_plain, require_complete
 from ..datasets.picture_reading import read_picture
 from ..errors import UsageError
 from ..models import DynamicDetector, fuse
 from ..models.online import Online, build_controller, kept_speed, timed_calls
+from ..models.weights import is_plain, require_complete
 from ..routing.served import Served, account
 from ..routing.thresholds import check_budget, latency_of
 from ..timing import dtype_of, machine_of, timed_elsewhere

@@ -20,9 +20,10 @@ from mmdet.structures import DetDataSample, SampleList
 
 from ..errors import UsageError
 from ..models import DynamicDetector
-from ..models.online import Online, now
+from ..models.online import Online
 from ..models.passage import Passage, join
 from ..routing.controller import Controller
+from ..timing import now
 
 
 @dataclass

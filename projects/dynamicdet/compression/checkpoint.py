@@ -11,13 +11,14 @@ import struct
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping
+from typing import Any, Callable, Dict, List, Mapping, Optional
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..files import write_atomically
 from .encoding import Entry, Frames, Lossy, decode, digest, encode_state, need
 
 FORMAT, VERSION = 'dynamicdet.ddz', '1'
@@ -74,7 +75,6 @@ def write_compressed(compressed: Compressed, path: str) -> None:
     Raises:
         UsageError: If it does not.
     """
-    from ..engine import write_atomically
     require_suffix(path)
     write_atomically(compressed.content, path)
 
@@ -85,8 +85,12 @@ def require_suffix(path: str) -> None:
         raise UsageError(f"'{path}' must end in {SUFFIX}: that is how a compressed checkpoint is recognised")
 
 
-def read_compressed(path: str) -> Dict[str, Any]:
-    """Read a ``.ddz`` file, from a path or URL; every entry is checked.
+def read_compressed(path: str, fetch: Optional[Callable[[str], bytes]] = None) -> Dict[str, Any]:
+    """Read a ``.ddz`` file; every entry is checked.
+
+    Args:
+        path (str): Of the file, or a URL that ``fetch`` takes.
+        fetch (Callable, optional): Gives the bytes behind a URL. Defaults to None: files alone.
 
     Returns:
         dict: ``state_dict`` and ``meta``; ``quantization`` if it was there.
@@ -95,13 +99,12 @@ def read_compressed(path: str) -> Dict[str, Any]:
         FileNotFoundError: If there is none.
         UsageError: If it is something else, truncated or altered, or a library is missing.
     """
-    from mmengine.fileio import get
     need('zstandard')
     need('safetensors')
-    path = str(path) if '://' in str(path) else str(Path(path).expanduser())
-    if '://' not in path and not Path(path).is_file():
+    path = str(path) if fetch and '://' in str(path) else str(Path(path).expanduser())
+    if not (fetch and '://' in path) and not Path(path).is_file():
         raise FileNotFoundError(path)
-    content = get(path)
+    content = fetch(path) if fetch and '://' in path else Path(path).read_bytes()
     try:
         return decompress(content)
     except UsageError as error:

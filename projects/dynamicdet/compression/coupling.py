@@ -10,21 +10,13 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
-from mmengine.structures import InstanceData
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
-from mmdet.models.detectors import BaseDetector
-from mmdet.structures import DetDataSample
-
 from ..errors import UsageError, need
-from ..models.dynamic_detector import DynamicDetector
 from .shrinking import channels_of, get
 
-#: Sides of the regions that a two-stage detector's heads are traced with: two for each level of its maps,
-#: since torch-pruning takes what autograd does with a single one for a flattening.
-_SIDES = (32., 33., 150., 151., 300., 301., 600., 601.)
 #: Why prediction layers stay as they are.
 GIVEN = 'the detector gives them'
 _CONVS = (nn.Conv2d, nn.ConvTranspose2d)
@@ -66,47 +58,27 @@ class Cluster:
         return [one.layer for one in self.members if one.leaving]
 
 
-def raw_outputs(model: BaseDetector, images: Tensor, routed: Optional[Callable] = None) -> List[Tensor]:
-    """What a detector's heads say of images, all exits, with regions that do not depend on the images: each
+#: Kinds of detectors -> what gives all raw outputs of one: (detector, images, routed) -> tensors or containers of them.
+#: The framework that has them registers them; see `raw_outputs`.
+OUTPUT_RULES: Dict[type, Callable[[nn.Module, Tensor, Optional[Callable]], Any]] = {}
+
+
+def raw_outputs(model: nn.Module, images: Tensor, routed: Optional[Callable] = None) -> List[Tensor]:
+    """Outputs of a detector's heads for images, at all exits, with regions that do not depend on the images: each
     value is a function of all that a channel can reach, and no detection is made.
 
     Args:
-        model (BaseDetector): Dynamic or not.
-        images (Tensor): (N, 3, H, W), normalised.
-        routed (Callable, optional): What a dynamic detector's first maps are given to, in place of its
-            router.
+        model (nn.Module): A detector of a registered kind, dynamic or not.
+        images (Tensor): (N, 3, H, W), normalized.
+        routed (Callable, optional): Is given a dynamic detector's first maps, in place of its router.
 
     Raises:
-        UsageError: If the detector is of a kind that this does not know.
+        UsageError: If the detector is of a kind that is not known.
     """
-    if not isinstance(model, DynamicDetector):
-        if not hasattr(model, 'backbone'):
-            raise _unknown(model)
-        return _flat(_heads(model, model.backbone(images)))
-    maps = model.backbone.first_maps(images)
-    outputs = [(routed or (lambda maps: model.router.logits(model.router.pool(maps))))(maps)]
-    for exit in range(model.num_exits):
-        maps = model.deeper_maps(exit, images, maps) if exit else maps
-        outputs += _flat(_heads(model.branch(exit), model.backbone.select(maps)))
-    return outputs
-
-
-def _heads(detector: BaseDetector, maps: Tuple[Tensor, ...]) -> Any:
-    maps = detector.neck(maps) if detector.with_neck else maps
-    if getattr(detector, 'with_rpn', False) and detector.with_roi_head:
-        boxes = maps[0].new_tensor([[0, 0, side, side] for side in _SIDES])
-        regions = [InstanceData(bboxes=boxes) for _ in range(len(maps[0]))]
-        samples = [DetDataSample(metainfo=dict(img_shape=(600, 600))) for _ in regions]
-        return detector.rpn_head(maps), detector.roi_head.forward(maps, regions, samples)
-    if not hasattr(detector, 'bbox_head') or hasattr(detector, 'encoder'):
-        raise _unknown(detector)
-    return detector.bbox_head(maps)
-
-
-def _unknown(detector: BaseDetector) -> UsageError:
-    return UsageError(
-        f'channels of a {type(detector).__name__} cannot be removed: only those of one-stage and '
-        'two-stage detectors of convolutions, plain or dynamic, can')
+    for kind, outputs_of in OUTPUT_RULES.items():
+        if isinstance(model, kind):
+            return _flat(outputs_of(model, images, routed))
+    raise UsageError(f'channels of a {type(model).__name__} cannot be removed: no rule for it is registered')
 
 
 def _flat(outputs: Any) -> List[Tensor]:
@@ -123,7 +95,7 @@ def example(model: nn.Module, size: int = 64) -> Tensor:
     return noise.to(next(model.parameters()).device)
 
 
-def find_clusters(model: BaseDetector) -> List[Cluster]:
+def find_clusters(model: nn.Module) -> List[Cluster]:
     """All clusters of a detector; the model is left as it is.
 
     The graph is torch-pruning's (Fang et al. 2023, DepGraph), which follows autograd through one forward: so
@@ -159,13 +131,13 @@ class _Traced(nn.Module):
     ``probes`` stand for a router's first layer, one for each map; joined in a vector the maps could not be
     told apart."""
 
-    def __init__(self, model: BaseDetector) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = copy.deepcopy(model).eval()
         device = next(model.parameters()).device
         self.probes = nn.ModuleList(
             nn.Linear(count, 1, device=device)
-            for count in _routed_channels(model)) if isinstance(model, DynamicDetector) else None
+            for count in _routed_channels(model)) if hasattr(model, 'router') else None
         self.requires_grad_(True)
 
     def train(self, mode: bool = True) -> '_Traced':
@@ -180,7 +152,7 @@ class _Traced(nn.Module):
 
 
 @torch.no_grad()
-def _routed_channels(model: DynamicDetector) -> List[int]:
+def _routed_channels(model: nn.Module) -> List[int]:
     """Channels of the maps that a router sees."""
     return [one.shape[1] for one in copy.deepcopy(model.backbone).eval().first_maps(example(model))]
 

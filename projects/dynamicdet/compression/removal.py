@@ -11,16 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmdet.models.detectors import BaseDetector
-from mmdet.models.roi_heads.roi_extractors import BaseRoIExtractor
-
 from ..errors import UsageError
-from ..models.dynamic_detector import DynamicDetector
 from .blocks import Block, Layer, find_layers
 from .coupling import GIVEN, Cluster, example, find_clusters, raw_outputs
 from .pruning import layers_of_blocks
 from .scores import magnitude_scores, random_scores
-from .shrinking import Channels, Kept, channels_of, get, shrink
+from .shrinking import Channels, Kept, channels_of, get, rule_of, shrink
 
 #: Channels that vector units of processors and accelerators take at a time.
 ROUND_TO = 16
@@ -54,7 +50,7 @@ class Plan:
     alone: Dict[str, str] = field(default_factory=dict)
 
 
-def plan_removal(model: BaseDetector,
+def plan_removal(model: nn.Module,
                  blocks: Sequence[Block],
                  round_to: int = ROUND_TO,
                  seed: int = 0) -> Plan:
@@ -64,7 +60,7 @@ def plan_removal(model: BaseDetector,
     fails the check is left alone.
 
     Args:
-        model (BaseDetector): With the weights by which channels are ranked; those that a mask has set to zero
+        model (nn.Module): With the weights by which channels are ranked; those that a mask has set to zero
             come first.
         blocks (Sequence[Block]): Of ``structured`` ones, with scores by magnitude or at random.
             ``over='layer'`` takes the same share from every cluster, ``'block'`` the weakest of all.
@@ -120,11 +116,11 @@ def plan_removal(model: BaseDetector,
     return Plan(_kept(model, sound), rows, alone)
 
 
-def remove_channels(model: BaseDetector, plan: Plan) -> Channels:
+def remove_channels(model: nn.Module, plan: Plan) -> Channels:
     """Carry a plan out, in place.
 
     Returns:
-        dict: The description, by which `shrinking.build_pruned` builds such a detector. It stands in
+        dict: The description, by which `models.build_pruned` builds such a detector. It stands in
         ``removed_channels`` of the model, too.
     """
     channels = {
@@ -207,7 +203,7 @@ def _kept(model: nn.Module, chosen: Sequence[Tuple[Cluster, np.ndarray]]) -> Dic
         entering, leaving, _ = channels_of(get(model, name))
         kept[name] = Kept(*(_without(sides.get(side), count)
                             for side, count in ((False, entering), (True, leaving))))
-    if isinstance(model, DynamicDetector) and 'router.fc1' in kept:
+    if 'router.fc1' in kept:
         # What standardises the router's features is as long as they are.
         kept['router'] = Kept(entering=kept['router.fc1'].entering)
     return {name: one for name, one in kept.items() if one.entering is not None or one.leaving is not None}
@@ -221,7 +217,7 @@ def _without(gone: Optional[set], count: int) -> Optional[Tensor]:
 # The check.
 
 
-def _sound(model: BaseDetector, chosen: List[Tuple[Cluster, np.ndarray]]) -> List[Tuple[Cluster, np.ndarray]]:
+def _sound(model: nn.Module, chosen: List[Tuple[Cluster, np.ndarray]]) -> List[Tuple[Cluster, np.ndarray]]:
     """Those of the clusters without whose units the rest computes what it did."""
     if not chosen or _same(model, _kept(model, chosen)):
         return chosen
@@ -236,7 +232,7 @@ def _sound(model: BaseDetector, chosen: List[Tuple[Cluster, np.ndarray]]) -> Lis
 
 
 @torch.no_grad()
-def _same(model: BaseDetector, kept: Mapping[str, Kept]) -> bool:
+def _same(model: nn.Module, kept: Mapping[str, Kept]) -> bool:
     """Whether a detector without channels says of noise what it says where nothing takes them in."""
     whole, small = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
     for name, one in kept.items():
@@ -259,19 +255,24 @@ def _same(model: BaseDetector, kept: Mapping[str, Kept]) -> bool:
                for one, other in zip(found, wanted))
 
 
-def _run(model: BaseDetector) -> List[Tensor]:
+def _run(model: nn.Module) -> List[Tensor]:
     return raw_outputs(model, example(model))
 
 
+def _is_told(module: nn.Module) -> bool:
+    rule = rule_of(module)
+    return rule is not None and rule.is_told
+
+
 @torch.no_grad()
-def _fit_extractors(model: BaseDetector) -> Channels:
+def _fit_extractors(model: nn.Module) -> Channels:
     """Tell RoI extractors how many channels the maps have that they are given.
 
     Returns:
         dict: The description of those that were told something new.
     """
     told: Channels = {}
-    names = {module: name for name, module in model.named_modules() if isinstance(module, BaseRoIExtractor)}
+    names = {module: name for name, module in model.named_modules() if _is_told(module)}
 
     def tell(module: nn.Module, inputs: tuple) -> None:
         count = inputs[0][0].shape[1]

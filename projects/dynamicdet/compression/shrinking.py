@@ -5,19 +5,13 @@ that have lost some alone. A norm has as many channels in as out; so has a param
 and a RoI extractor, which has no weights but knows how many channels it gives. Layers are named by their
 first name.
 """
-import copy
-from typing import Any, Dict, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Sequence, Type
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdet.models.detectors import BaseDetector
-from mmdet.models.roi_heads.roi_extractors import BaseRoIExtractor
-from mmdet.registry import MODELS
-
 from ..errors import UsageError
-from ..models.router import Router
 
 Channels = Dict[str, Sequence[int]]
 
@@ -26,6 +20,45 @@ class Kept(NamedTuple):
     """Channels of a layer that stay, ascending; None where all do."""
     entering: Optional[Tensor] = None
     leaving: Optional[Tensor] = None
+
+
+class ChannelRule(NamedTuple):
+    """How modules that are no layers of torch, such as a RoI extractor, go along when channels are removed.
+
+    Attributes:
+        channels (Callable): Module -> how many channels it is given, which are those that it gives.
+        select (Callable): (module, `Kept`) -> None: keeps these, in place.
+        is_told (bool): Whether it has no weights, and knows only how many channels it is given.
+    """
+    channels: Callable[[Any], int]
+    select: Callable[[Any, Kept], None]
+    is_told: bool = False
+
+
+#: Kinds of modules beside torch's own layers. The framework that has them registers them.
+CHANNEL_RULES: Dict[Type[nn.Module], ChannelRule] = {}
+
+
+def rule_of(layer: Any) -> Optional[ChannelRule]:
+    """The rule of a module; None of one that needs none."""
+    return next((rule for kind, rule in CHANNEL_RULES.items() if isinstance(layer, kind)), None)
+
+
+def select_channels(layer: nn.Module, name: str, dim: int, kept: Optional[Tensor]) -> None:
+    """Keep some indices of a dimension of a parameter or buffer, in place.
+
+    Args:
+        layer (nn.Module): Whose it is.
+        name (str): Of the parameter or buffer; nothing happens where there is none.
+        dim (int): The dimension.
+        kept (Tensor, optional): The indices, int64; None for all.
+    """
+    value = getattr(layer, name, None)
+    if value is None or kept is None:
+        return
+    chosen = value.detach().index_select(dim, kept.to(value.device)).clone()
+    setattr(layer, name,
+            nn.Parameter(chosen, value.requires_grad) if isinstance(value, nn.Parameter) else chosen)
 
 
 def get(model: nn.Module, name: str) -> Any:
@@ -46,10 +79,8 @@ def channels_of(layer: Any) -> Optional[tuple]:
     own = None
     if isinstance(layer, _BatchNorm):
         own = layer.num_features
-    elif isinstance(layer, Router):
-        own = len(layer.mean)
-    elif isinstance(layer, BaseRoIExtractor):
-        own = layer.out_channels
+    elif rule_of(layer):
+        own = rule_of(layer).channels(layer)
     elif isinstance(layer, nn.Parameter) and layer.dim() == 4 and layer.numel() == layer.shape[1]:
         own = layer.shape[1]
     return None if own is None else (own, own, 1)
@@ -73,28 +104,15 @@ def shrink(model: nn.Module, kept: Mapping[str, Kept]) -> Channels:
         elif isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
             _shrink_conv(layer, one)
         elif isinstance(layer, nn.Linear):
-            _select(layer, 'weight', 0, one.leaving)
-            _select(layer, 'weight', 1, one.entering)
-            _select(layer, 'bias', 0, one.leaving)
+            select_channels(layer, 'weight', 0, one.leaving)
+            select_channels(layer, 'weight', 1, one.entering)
+            select_channels(layer, 'bias', 0, one.leaving)
             layer.out_features, layer.in_features = layer.weight.shape
-        elif isinstance(layer, Router):
-            _select(layer, 'mean', 0, one.entering)
-            _select(layer, 'std', 0, one.entering)
-        elif isinstance(layer, BaseRoIExtractor):
-            layer.out_channels = len(one.leaving)
+        elif rule_of(layer):
+            rule_of(layer).select(layer, one)
         else:
             _shrink_norm(layer, one.leaving)
     return {name: list(channels_of(get(model, name))) for name in kept}
-
-
-def _select(layer: nn.Module, name: str, dim: int, kept: Optional[Tensor]) -> None:
-    """Keep some indices of a parameter's or buffer's dimension."""
-    value = getattr(layer, name, None)
-    if value is None or kept is None:
-        return
-    chosen = value.detach().index_select(dim, kept.to(value.device)).clone()
-    setattr(layer, name,
-            nn.Parameter(chosen, value.requires_grad) if isinstance(value, nn.Parameter) else chosen)
 
 
 def _shrink_conv(layer: nn.Module, kept: Kept) -> None:
@@ -105,10 +123,10 @@ def _shrink_conv(layer: nn.Module, kept: Kept) -> None:
         layer.in_channels = layer.in_channels // layer.groups * groups
         layer.groups = groups
     else:
-        _select(layer, 'weight', entering, kept.entering)
+        select_channels(layer, 'weight', entering, kept.entering)
         layer.in_channels = layer.weight.shape[entering]
-    _select(layer, 'weight', out, kept.leaving)
-    _select(layer, 'bias', 0, kept.leaving)
+    select_channels(layer, 'weight', out, kept.leaving)
+    select_channels(layer, 'bias', 0, kept.leaving)
     layer.out_channels = layer.weight.shape[out]
 
 
@@ -119,7 +137,7 @@ def _shrink_norm(layer: nn.Module, kept: Tensor) -> None:
     else:
         layer.num_features = len(kept)
     for name in ('weight', 'bias', 'running_mean', 'running_var'):
-        _select(layer, name, 0, kept)
+        select_channels(layer, name, 0, kept)
 
 
 def _shrink_parameter(model: nn.Module, name: str, kept: Tensor) -> None:
@@ -159,55 +177,3 @@ def resize(model: nn.Module, channels: Channels) -> None:
             raise UsageError(
                 f"channels: '{name}' cannot have {list(wanted)} channels in, out and groups: these do "
                 'not go together')
-
-
-def build_pruned(detector: dict,
-                 channels: Channels,
-                 backbone: Optional[dict] = None,
-                 budget: Optional[dict] = None) -> BaseDetector:
-    """Build a detector some of whose channels were removed: what ``type='PrunedDetector'`` stands for in
-    configs, as tools/prune.py writes them.
-
-    It is the detector's own class, with its own keys; nothing is around it. It has its size before a Runner
-    builds optimiser and DDP.
-
-    Args:
-        detector (dict): Config of the detector as it was, dynamic or not.
-        channels (dict): Layer name -> [channels in, channels out, groups], of layers that have lost some.
-        backbone (dict, optional): Not looked at; mmdet's ``init_detector`` asks for ``model.backbone``.
-        budget (dict, optional): Of a dynamic detector, in place of its own.
-
-    Returns:
-        BaseDetector: With ``removed_channels``, the description.
-
-    Raises:
-        UsageError: If the description is of another detector.
-    """
-    detector = copy.deepcopy(detector)
-    if budget is not None:
-        detector['budget'] = budget
-    model = MODELS.build(detector)
-    resize(model, channels)
-    model.removed_channels = {name: list(counts) for name, counts in channels.items()}
-    model.register_load_state_dict_pre_hook(_require_removed)
-    return model
-
-
-MODELS.register_module('PrunedDetector', module=build_pruned)
-
-
-def _require_removed(model: nn.Module, state: Mapping[str, Tensor], prefix: str, *_) -> None:
-    """Refuse the checkpoint of a detector that has all of its channels, or has lost others. A few other
-    shapes are let pass, as everywhere: a head for other classes is one of fine-tuning."""
-    own, wrong, there = model.state_dict(), [], 0
-    for name in model.removed_channels:
-        key = next((key for key in (f'{name}.weight', f'{name}.mean', name) if key in own), None)
-        if key is not None and prefix + key in state:
-            there += 1
-            wrong += [key] if own[key].shape != state[prefix + key].shape else []
-    if 2 * len(wrong) > there:
-        raise UsageError(
-            'the config is of a detector some of whose channels were removed, and this checkpoint has '
-            f'others: {len(wrong)} of {there} layers do not fit, such as {wrong[0]}, '
-            f'{tuple(state[prefix + wrong[0]].shape)} for {tuple(own[wrong[0]].shape)}; take the checkpoint '
-            'that tools/prune.py wrote beside the config')

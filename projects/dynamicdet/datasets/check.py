@@ -10,9 +10,10 @@ from typing import Any, List, Mapping, Optional, Sequence
 
 from ..annotations import AnnotationFile, original_of
 from ..errors import UsageError
-from .check_annotations import Place, check_annotations, some
+from ..progress import CountProgress
+from .check_annotations import Place, check_annotations
 from .check_classes import require_same_classes
-from .check_images import Progress, check_image_files
+from .check_images import check_image_files
 from .check_others import check_built
 from .mending import is_turned, learns_masks, read_for
 from .mot import MOTSequenceDataset
@@ -23,7 +24,7 @@ from .video import VideoDataset
 def check_coco(ann_file: str,
                image_root: str,
                classes: Optional[Sequence[str]] = None,
-               progress: Optional[Progress] = None) -> List[str]:
+               progress: Optional[CountProgress] = None) -> List[str]:
     """Look through a COCO-format annotation file and the image files that it lists.
 
     Of each image file the head and the tail are read, not what is between: a full decode of COCO
@@ -49,7 +50,7 @@ def check_coco(ann_file: str,
 
 def check_dataloaders(cfg: Mapping,
                       splits: Sequence[str] = ('train', 'val'),
-                      progress: Optional[Progress] = None,
+                      progress: Optional[CountProgress] = None,
                       files: bool = True,
                       read: Optional[Mapping[str, AnnotationFile]] = None) -> List[str]:
     """Look through the data sets of a config, and for the files of its evaluators. What takes no time comes first:
@@ -97,7 +98,7 @@ def _identity(one: Opened) -> tuple:
         (one.key, ) if own is None else (type(own), own.ann_file, own.data_prefix, own.filter_cfg))
 
 
-def _check_opened(one: Opened, progress: Optional[Progress], masks: bool,
+def _check_opened(one: Opened, progress: Optional[CountProgress], masks: bool,
                   read: Mapping[str, AnnotationFile]) -> List[str]:
     """Look through a data set by what its class reads."""
     from mmdet.datasets import CocoDataset, LVISV05Dataset, Objects365V2Dataset
@@ -147,7 +148,7 @@ def _check_evaluators(evaluators: Any, split: str, files: Sequence[str]) -> List
 
 
 def _check(ann_file: str, image_root: str, classes: Optional[Sequence[str]],
-           progress: Optional[Progress], place: Place, file: Optional[AnnotationFile] = None) -> List[str]:
+           progress: Optional[CountProgress], place: Place, file: Optional[AnnotationFile] = None) -> List[str]:
     if not osp.isfile(ann_file):
         raise UsageError(f"{place.name}: there is no annotation file at '{ann_file}': "
                          + _remedy(ann_file, place.key and f'{place.key}.data_root'))

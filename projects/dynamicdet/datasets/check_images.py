@@ -6,17 +6,16 @@ import os.path as osp
 import struct
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import cv2
 import numpy as np
 from PIL import Image
 
 from ..errors import UsageError
+from ..progress import CountProgress
 from .check_annotations import Place, some
 from .picture_formats import is_picture
-
-Progress = Callable[[int, int], None]
 
 #: Bytes at the end of an image file in which its end marker must be: the size of one page. As many of its head are
 #: looked at first; most have their size in it.
@@ -57,7 +56,7 @@ class Pictures(NamedTuple):
     resized: List[str]
 
 
-def look_at_images(image_root: str, images: Sequence[Mapping[str, Any]], progress: Optional[Progress] = None,
+def look_at_images(image_root: str, images: Sequence[Mapping[str, Any]], progress: Optional[CountProgress] = None,
                    turned: bool = True) -> Pictures:
     """Look at image files.
 
@@ -94,7 +93,7 @@ def _sort_in(found: Pictures, image: Mapping[str, Any], look: Look) -> None:
 
 
 def check_image_files(image_root: str, images: Sequence[Mapping[str, Any]], place: Place,
-                      progress: Optional[Progress] = None, listed: str = 'the annotation file') -> List[str]:
+                      progress: Optional[CountProgress] = None, listed: str = 'the annotation file') -> List[str]:
     """Refuse image files that no run gets through; say where they have another size than the annotations.
 
     Args:

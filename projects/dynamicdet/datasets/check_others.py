@@ -11,12 +11,13 @@ import numpy as np
 from mmengine.dataset import BaseDataset
 
 from ..errors import UsageError
+from ..progress import CountProgress
 from .check_annotations import Place, some
-from .check_images import Progress, check_image_files
+from .check_images import check_image_files
 from .mending import is_turned
 
 
-def check_built(dataset: BaseDataset, place: Place, progress: Optional[Progress] = None) -> List[str]:
+def check_built(dataset: BaseDataset, place: Place, progress: Optional[CountProgress] = None) -> List[str]:
     """Let a data set read its annotations, and look for its image files.
 
     Args:

@@ -11,7 +11,6 @@ from mmdet.evaluation import CocoMetric, LVISMetric
 from mmdet.registry import DATASETS, METRICS
 
 from ..annotations import AnnotationFile, mended_copy, read_annotations
-from ..engine.all_exits import ExitsMetric
 from ..errors import UsageError
 from .opening import SPLITS
 from .video import VideoDataset
@@ -100,8 +99,8 @@ def _reads_coco(kind: Any, registry: Registry) -> bool:
     kind = registry.get(kind) if isinstance(kind, str) else kind
     # Subclasses by name, but with annotations of another form.
     others = (CocoPanopticDataset, LVISV05Dataset, LVISMetric)
-    return isinstance(kind, type) and issubclass(kind, (CocoDataset, VideoDataset, CocoMetric, ExitsMetric)) and \
-        not issubclass(kind, others)
+    return isinstance(kind, type) and not issubclass(kind, others) and (
+        issubclass(kind, (CocoDataset, VideoDataset, CocoMetric)) or getattr(kind, 'reads_coco_annotations', False))
 
 
 def _path_of(node: Mapping) -> str:

@@ -19,8 +19,8 @@ from typing import Any, Dict, Iterator, List, Sequence, Tuple, Union
 from mmdet.datasets import MOTChallengeDataset
 from mmdet.registry import DATASETS
 
-from ..engine.atomic_backend import write_atomically
 from ..errors import UsageError
+from ..files import write_atomically
 from .video import VideoDataset
 
 #: Of MOT16, 17 and 20, in the order of their numbers, 1 first. MOT15 has pedestrians alone.

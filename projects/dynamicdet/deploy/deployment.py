@@ -2,55 +2,47 @@
 import copy
 import math
 from dataclasses import replace
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mmdet.models.detectors import BaseDetector
 
-from ..apis import cli
-from ..apis.calibration import force_exit, measure_difficulties, provenance, whole_model
-from ..checkpoints import read_checkpoint, require_complete
+from ..building import load_detector, whole_model
 from ..compression.quantisation import trace
 from ..errors import UsageError
+from ..measuring.calibration import force_exit, measure_difficulties, provenance
 from ..models import DynamicDetector
 from ..models.online import kept_speed
+from ..models.stages import Stage, find_stages
+from ..progress import Progress
 from .folder import require_new, write_folder
 from .graphs import Exported, Graph, export_stages, need, release_weights
-from .int8 import (BETWEEN, PLAIN_BETWEEN, Observer, Recipe, choose_float, multiply_adds, needs_reduced_range,
-                   prediction_layers, quantise_graph, spared_layers, trained_ranges, watched)
+from .int8 import (
+    BETWEEN,
+    PLAIN_BETWEEN,
+    Observer,
+    Recipe,
+    choose_float,
+    multiply_adds,
+    needs_reduced_range,
+    prediction_layers,
+    quantise_graph,
+    spared_layers,
+    trained_ranges,
+    watched,
+)
 from .joins import join_graphs, joined_ranges, joins_of
+from .latencies import conditions, measure_latency, put_latencies
 from .rois import place_roi_aligns
-from .stages import Stage, find_stages
-from .timing import conditions, measure_latency, put_latencies
 
-Progress = Callable[[Iterable, str], Iterable]
 #: Batches on which layers are tried in 8 bits.
 _TRIED = 16
 #: Images that are timed at each exit, and how often.
 _TIMED, _ROUNDS = 10, 3
-
-
-def load_detector(cfg: Config, path: str) -> Tuple[BaseDetector, dict]:
-    """A config's detector, plain or dynamic, filled from its own checkpoint, on the CPU in eval mode.
-
-    Raises:
-        UsageError: If the checkpoint does not fit.
-    """
-    checkpoint = read_checkpoint(path)
-    init_default_scope('mmdet')
-    model = cli.build_model(cfg)
-    require_complete(model, checkpoint['state_dict'])
-    model.load_state_dict(
-        {key.removeprefix('module.'): value for key, value in checkpoint['state_dict'].items()}, strict=False)
-    meta = checkpoint.get('meta', {}).get('dataset_meta')
-    if meta:
-        model.dataset_meta = meta
-    return model.eval(), checkpoint
 
 
 def deploy(cfg: Config,

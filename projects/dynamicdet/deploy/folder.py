@@ -27,11 +27,11 @@ from mmdet.registry import MODELS
 from ..checkpoints import weights_only
 from ..errors import UsageError
 from ..models import DynamicDetector
+from ..models.stages import find_stages
 from ..timing import timed_elsewhere
 from .graphs import Graph, need, release_weights
+from .latencies import conditions, put_latencies
 from .rois import place_roi_aligns
-from .stages import find_stages
-from .timing import conditions, put_latencies
 
 FORMAT, VERSION = 'dynamicdet.deployed', 5
 MANIFEST, CONFIG, STATE = 'manifest.json', 'config.json', 'state.pth'

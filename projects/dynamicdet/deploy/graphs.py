@@ -19,12 +19,12 @@ from mmdet.models.detectors import BaseDetector
 from mmdet.structures import DetDataSample
 
 from .. import errors
-from ..apis.calibration import force_exit
 from ..errors import UsageError
+from ..measuring.calibration import force_exit
 from ..models import DynamicDetector, can_fuse
 from ..models.fusing import fusible_parts
+from ..models.stages import Form, Stage, find_stages, flatten, record_inputs, unflatten
 from .runtimes import open_graph
-from .stages import Form, Stage, find_stages, flatten, record_inputs, unflatten
 
 #: Operators of 2021, which have scales for each channel. ONNX Runtime quantises them, and reads them for
 #: long.

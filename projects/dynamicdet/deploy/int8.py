@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..compression.quantisation import Layer, Plan, activation_scale, fold, last_layers
 from ..errors import UsageError
+from ..models.stages import Stage
 from .graphs import Graph, is_output, need
-from .stages import Stage
 
 #: Layers, that is what has weights, and what is part of them.
 LAYERS = ('Conv', 'Gemm')

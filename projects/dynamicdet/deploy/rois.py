@@ -3,7 +3,6 @@ from functools import lru_cache
 from typing import Optional
 
 import numpy as np
-import torch
 from mmcv.ops import RoIAlign
 from torch import Tensor, nn
 

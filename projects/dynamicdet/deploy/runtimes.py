@@ -10,7 +10,6 @@ import torch
 from .. import errors
 from ..errors import UsageError
 
-
 #: ONNX Runtime's providers: on a CPU, and those that are taken unasked where they are there, the first that can.
 CPU = ('CPUExecutionProvider', )
 PREFERRED = ('CUDAExecutionProvider', *CPU)

@@ -4,7 +4,7 @@ from mmengine.runner import Runner
 
 from mmdet.registry import HOOKS
 
-from ..checkpoints import is_plain, require_complete
+from ..models.weights import is_plain, require_complete
 
 
 @HOOKS.register_module()

@@ -7,7 +7,7 @@ from mmengine.runner import BaseLoop, Runner
 
 from mmdet.registry import HOOKS
 
-from ..checkpoints import fit_weights
+from ..models.weights import fit_weights
 
 
 @HOOKS.register_module()

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from mmdet.registry import HOOKS
 
 from ..compression.quantisation import Ranges, Simulation, move_range
-from ..deploy.stages import find_stages
 from ..errors import UsageError
 from ..models import can_fuse
+from ..models.stages import find_stages
 
 
 @HOOKS.register_module()

@@ -13,15 +13,16 @@ from mmengine.dataset import DefaultSampler
 from mmengine.dist import all_gather_object
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
-from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
+from mmengine.runner import BaseLoop, Runner
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mmdet.registry import HOOKS
 
-from ..checkpoints import forget_other_router, require_complete
 from ..datasets.seeding import SeededBatchSampler, seed_samples
 from ..errors import UsageError
+from ..files import latest_checkpoint
+from ..models.weights import forget_other_router, require_complete
 from ..routing import GAINS, quantiles_of
 
 #: How many of the latest gains the online estimate looks at. The released code lets its
@@ -175,20 +176,6 @@ def set_gains(model, gains: Sequence[float]) -> None:
 
 def _model(runner: Runner):
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
-
-
-def latest_checkpoint(work_dir: str) -> Optional[str]:
-    """The newest whole checkpoint in a work dir, or None.
-
-    mmengine's note of the last one is taken where it names a file; a kill may have come between.
-    """
-    noted = find_latest_checkpoint(work_dir) if Path(work_dir).is_dir() else None
-    # The note holds the path of when it was written; the folder may have moved.
-    own = Path(work_dir) / Path(noted or '').name
-    if own.is_file():
-        return str(own)
-    files = [file for kind in ('epoch', 'iter') for file in Path(work_dir).glob(f'{kind}_*.pth')]
-    return str(max(files, key=lambda file: file.stat().st_mtime)) if files else None
 
 
 @torch.no_grad()

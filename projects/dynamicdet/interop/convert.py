@@ -6,8 +6,9 @@ from typing import Iterable, List, Tuple
 
 from torch import nn
 
-from ..checkpoints import require_complete
 from ..errors import UsageError
+from ..models.weights import require_complete
+from ..version import __version__
 from .cbnetv2 import CBNETV2
 from .detectron2 import DETECTRON2
 from .reading import read_weights
@@ -37,7 +38,6 @@ def convert_checkpoint(path: str, family: str, model: nn.Module) -> Tuple[dict, 
         UsageError: If the file cannot be read, one of its entries is unknown, or the model is not
             filled by them exactly.
     """
-    from .. import __version__
     source, state = SOURCES[family], read_weights(path)
     try:
         found, skipped = apply_rules(source.rules(model), state)

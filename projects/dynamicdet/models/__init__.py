@@ -2,6 +2,8 @@ from .branch import PassThroughBackbone, build_branch
 from .composite import CompositeBackbone, build_composite, register_family
 from .dynamic_detector import DynamicDetector
 from .fusing import can_fuse, fuse
+from .pruned_detector import build_pruned
+from .raw_outputs import detector_outputs
 from .router import Router
 from .yolov5 import YOLOV5PAFPN, YOLOV5Backbone, YOLOV5Head
 from .yolov7 import YOLOV7PAFPN, YOLOV7Backbone, YOLOV7Head
@@ -9,5 +11,5 @@ from .yolov7 import YOLOV7PAFPN, YOLOV7Backbone, YOLOV7Head
 __all__ = [
     'CompositeBackbone', 'DynamicDetector', 'PassThroughBackbone', 'Router', 'YOLOV5Backbone',
     'YOLOV5Head', 'YOLOV5PAFPN', 'YOLOV7Backbone', 'YOLOV7Head', 'YOLOV7PAFPN', 'build_branch',
-    'build_composite', 'can_fuse', 'fuse', 'register_family'
+    'build_composite', 'build_pruned', 'detector_outputs', 'can_fuse', 'fuse', 'register_family'
 ]

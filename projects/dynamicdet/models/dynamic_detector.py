@@ -24,7 +24,6 @@ from mmdet.models.utils import rename_loss_dict
 from mmdet.registry import MODELS
 from mmdet.structures import OptSampleList, SampleList
 
-from ..checkpoints import is_plain
 from ..errors import UsageError
 from ..precision import KeepsTypeOfBuffers
 from ..routing import GAINS, build_objective, image_aps, quantiles_of, resolve_threshold
@@ -36,6 +35,7 @@ from .paired_losses import View, paired_losses
 from .passage import Passage
 from .resolution import Ratio, reduce_images, reduce_samples, scale_boxes
 from .specialisation import specialised_losses
+from .weights import is_plain
 
 
 @MODELS.register_module()

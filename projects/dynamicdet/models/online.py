@@ -1,12 +1,12 @@
 """Let a controller set a detector's thresholds while it works."""
 import contextlib
-import time
 from typing import Callable, Iterator, Mapping, Optional
 
 import torch
 from torch import nn
 
 from ..routing.controller import Controller
+from ..timing import now
 from .dynamic_detector import DynamicDetector
 
 
@@ -96,10 +96,3 @@ def timed_calls(model: DynamicDetector, tell: Callable[[float, int], None]) -> I
         stack.callback(model.data_preprocessor.register_forward_pre_hook(start).remove)
         stack.callback(model.register_forward_hook(stop).remove)
         yield
-
-
-def now(device: torch.device) -> float:
-    """Seconds, once a device has done all it was given."""
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

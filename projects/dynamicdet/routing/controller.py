@@ -12,8 +12,7 @@ from typing import Dict, Mapping, Optional, Sequence
 import numpy as np
 
 from ..errors import UsageError
-from .thresholds import (Thresholds, check_budget, latency_of, share_for_gflops, share_for_latency,
-                         thresholds_for_share)
+from .thresholds import Thresholds, check_budget, latency_of, share_for_gflops, share_for_latency, thresholds_for_share
 
 #: A single measurement counts as no more spans than this above or below the target: a machine that was
 #: suspended, or a first call that compiles, moves the share by a little, not to its end.

@@ -55,7 +55,7 @@ def write_record(record: Mapping, path: Union[str, Path]) -> None:
             or a number is not finite.
     """
     # Here, because it registers with mmengine, which reading does not need.
-    from ..engine.atomic_backend import write_atomically
+    from ..files import write_atomically
     arrays = _to_arrays(record)
     _check(arrays, 'the record')
     buffer = io.BytesIO()

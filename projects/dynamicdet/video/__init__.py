@@ -1,6 +1,8 @@
 """Early exits in video: a detector that computes no further than a frame needs."""
+from .all_exits import AllExitsTestLoop, AllExitsValLoop, ExitsMetric
 from .early_exit_detector import EarlyExitDetector
 from .evidence import AllExits, Evidence
+from .exit_curve_hook import ExitCurveHook
 from .gates import AgreementGate, FixedExit, Gate, ScoreGate, TemporalGate
 from .heads import ExitHead
 from .learned_gates import GumbelGate, HaltingGate
@@ -8,6 +10,7 @@ from .presence import Presence
 from .propagation import Propagation
 
 __all__ = [
-    'AgreementGate', 'AllExits', 'EarlyExitDetector', 'Evidence', 'ExitHead', 'FixedExit', 'Gate',
+    'AgreementGate', 'AllExits', 'AllExitsTestLoop', 'AllExitsValLoop', 'EarlyExitDetector', 'Evidence',
+    'ExitCurveHook', 'ExitHead', 'ExitsMetric', 'FixedExit', 'Gate',
     'GumbelGate', 'HaltingGate', 'Presence', 'Propagation', 'ScoreGate', 'TemporalGate'
 ]

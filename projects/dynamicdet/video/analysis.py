@@ -181,7 +181,7 @@ def _line(name: str, row: Mapping, last: Mapping, fixed: Sequence[Mapping], by: 
 
 def write_analysis(analysis: Mapping, folder: str) -> Path:
     """Write ``gates.json`` and ``gates.png``; the picture's path."""
-    from ..engine.atomic_backend import write_atomically
+    from ..files import write_atomically
     write_atomically(json.dumps(analysis, default=str).encode(), Path(folder) / 'gates.json')
     write_atomically(draw_analysis(analysis), Path(folder) / 'gates.png')
     return Path(folder) / 'gates.png'

@@ -8,9 +8,10 @@ import torch
 from pycocotools.coco import COCO
 
 from ..errors import UsageError
+from ..progress import CountProgress
 from ..routing.controller import Controller
 from .budgets import POINTS
-from .curves import CHANGE_LEVELS, Progress, curve, fixed_exits, front, settings_of
+from .curves import CHANGE_LEVELS, curve, fixed_exits, front, settings_of
 from .gates import Gate, name_of
 from .simulation import Replays, Seconds, difficulties_of, evidences, exit_costs
 
@@ -47,7 +48,7 @@ def calibrate_gate(record: Mapping,
                    seconds: Seconds = (0.0, 0.0),
                    count: int = LEVELS,
                    change_count: int = CHANGE_LEVELS,
-                   progress: Optional[Progress] = None) -> Calibration:
+                   progress: Optional[CountProgress] = None) -> Calibration:
     """Choose thresholds: one level for all exits and, for a gate that decides early, one on change, together.
 
     Args:

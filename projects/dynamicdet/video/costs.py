@@ -1,20 +1,17 @@
 """What the layers, heads and exits of an early-exit detector cost.
 
-FLOPs are 2 x multiply-adds, as in `apis.flops`: norms, activations, resizing and what turns outputs into
+FLOPs are 2 x multiply-adds, as in `measuring.flops`: norms, activations, resizing and what turns outputs into
 detections count as none.
 """
 import statistics
-from typing import TYPE_CHECKING, Callable, List, NamedTuple, Optional, Sequence
+from typing import Callable, List, NamedTuple, Optional, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..apis.flops import Part, count_flops, count_parameters
-from ..models.online import now
-
-if TYPE_CHECKING:
-    from .early_exit_detector import EarlyExitDetector
+from ..measuring.flops import Part, count_flops, count_parameters
+from ..timing import now
 
 
 class LayerCosts(NamedTuple):
@@ -41,7 +38,7 @@ class LayerCosts(NamedTuple):
 
 
 @torch.no_grad()
-def layer_costs(model: 'EarlyExitDetector', shape: Sequence[int]) -> List[LayerCosts]:
+def layer_costs(model: nn.Module, shape: Sequence[int]) -> List[LayerCosts]:
     """Of each layer, by running them without values.
 
     Args:
@@ -68,19 +65,19 @@ def layer_costs(model: 'EarlyExitDetector', shape: Sequence[int]) -> List[LayerC
     return rows
 
 
-def _all_layers(model: 'EarlyExitDetector', images: Tensor):
+def _all_layers(model: nn.Module, images: Tensor):
     """Like ``model.lazy``, but every layer's map may be taken, and a second time as an output."""
     from .lazy import LazyLayers
     return LazyLayers(model.detector, model.table, images, (*range(len(model.table)), *model.output_layers))
 
 
-def _propagation_flops(module: torch.nn.Module, features: Tensor) -> int:
+def _propagation_flops(module: nn.Module, features: Tensor) -> int:
     gap = torch.ones(len(features), dtype=torch.long, device=features.device)
     return count_flops(lambda: module(features, module.remember(features), gap))[0]
 
 
 @torch.no_grad()
-def final_flops(model: 'EarlyExitDetector', shape: Sequence[int]) -> int:
+def final_flops(model: nn.Module, shape: Sequence[int]) -> int:
     """FLOPs of the detector's own head for one image."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         device = next(model.parameters()).device
@@ -89,7 +86,7 @@ def final_flops(model: 'EarlyExitDetector', shape: Sequence[int]) -> int:
         return count_flops(lambda: model.detector.bbox_head(maps))[0]
 
 
-def exit_gflops(model: 'EarlyExitDetector', shape: Sequence[int],
+def exit_gflops(model: nn.Module, shape: Sequence[int],
                 rows: Optional[Sequence[LayerCosts]] = None) -> List[float]:
     """GFLOPs of a frame that leaves at exit -1, 0, ..., E - 1, all heads included that the gate looks at on
     the way, and propagation as if every frame had a memory: (E + 1,).
@@ -112,7 +109,7 @@ def exit_gflops(model: 'EarlyExitDetector', shape: Sequence[int],
     return [flops / 1e9 for flops in found]
 
 
-def _flops_up_to(model: 'EarlyExitDetector', rows: Sequence[LayerCosts], positions: Sequence[int]) -> int:
+def _flops_up_to(model: nn.Module, rows: Sequence[LayerCosts], positions: Sequence[int]) -> int:
     """Of all layers that some need, themselves included."""
     needed, waiting = set(), list(positions)
     while waiting:
@@ -124,7 +121,7 @@ def _flops_up_to(model: 'EarlyExitDetector', rows: Sequence[LayerCosts], positio
 
 
 @torch.no_grad()
-def layer_seconds(model: 'EarlyExitDetector', rows: Sequence[LayerCosts], shape: Sequence[int],
+def layer_seconds(model: nn.Module, rows: Sequence[LayerCosts], shape: Sequence[int],
                   repeats: int = 5) -> List[LayerCosts]:
     """The same rows with what each part took for one image on the model's device: medians of some runs."""
     device = next(model.parameters()).device
@@ -134,7 +131,7 @@ def layer_seconds(model: 'EarlyExitDetector', rows: Sequence[LayerCosts], shape:
             for row, own in zip(rows, zip(*every))]
 
 
-def _seconds_once(model: 'EarlyExitDetector', images: Tensor) -> List[tuple]:
+def _seconds_once(model: nn.Module, images: Tensor) -> List[tuple]:
     exits = dict(zip(model.exit_layers, range(len(model.heads))))
     layers, rows = _all_layers(model, images), []
     gap = torch.ones(1, dtype=torch.long, device=images.device)
@@ -151,7 +148,7 @@ def _seconds_once(model: 'EarlyExitDetector', images: Tensor) -> List[tuple]:
     return rows
 
 
-def as_table(model: 'EarlyExitDetector', rows: Sequence[LayerCosts], shape: Sequence[int]) -> str:
+def as_table(model: nn.Module, rows: Sequence[LayerCosts], shape: Sequence[int]) -> str:
     """The seed's table as plain text: of each layer time, GFLOPs and parameters of the main branch, of its
     head and of the head's propagation; sums; and what exits cost."""
     parts = ('main branch', 'head') + ('propagation', ) * (model.propagation is not None)

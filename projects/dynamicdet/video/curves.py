@@ -3,13 +3,13 @@
 A *setting* is E thresholds, as in `simulation`. A *row* is a point of a curve, see `simulation.row_of`; costs
 are 'gflops' or 'latency'.
 """
-from typing import Callable, List, Mapping, Optional, Sequence
+from typing import List, Mapping, Optional, Sequence
 
 import numpy as np
 
+from ..progress import CountProgress
 from .gates import Gate
-from .simulation import (Replays, Run, Seconds, changes, exit_costs, nothing_seen, reuse,
-                         row_of, simulate)
+from .simulation import Replays, Run, Seconds, changes, exit_costs, nothing_seen, reuse, row_of, simulate
 
 #: How many thresholds on difficulty, and how many on change, a curve tries.
 LEVELS, CHANGE_LEVELS = 21, 16
@@ -17,7 +17,6 @@ LEVELS, CHANGE_LEVELS = 21, 16
 _LAGS = (1, 4)
 
 Setting = List[float]
-Progress = Callable[[int, int], None]
 
 
 def between(values: Sequence[float], count: int) -> List[float]:
@@ -66,7 +65,7 @@ def curve(record: Mapping,
           difficulties: np.ndarray,
           settings: Sequence[Setting],
           seconds: Seconds = (0.0, 0.0),
-          progress: Optional[Progress] = None) -> List[dict]:
+          progress: Optional[CountProgress] = None) -> List[dict]:
     """A row for each setting, with it as ``thresholds``.
 
     Args:

@@ -17,12 +17,13 @@ from torch import nn
 
 from mmdet.apis import DetInferencer
 
-from ..apis import cli
-from ..checkpoints import read_checkpoint, require_complete
+from ..building import build_model
+from ..checkpoints import read_checkpoint
 from ..errors import UsageError
 from ..models import DynamicDetector, fuse
-from ..models.online import now
+from ..models.weights import require_complete
 from ..routing.served import Served, account
+from ..timing import now
 from ..transfers import Followed, to_host
 from .building import build_gate
 from .calibration import OnlineThresholds
@@ -132,7 +133,7 @@ class FrameDetector(DetInferencer):
     def _init_model(self, cfg: Config, weights: str, device: str = 'cpu') -> nn.Module:
         """As mmengine's, but a model that cannot be built is said in one line."""
         checkpoint = read_checkpoint(weights)
-        model = cli.build_model(cfg)
+        model = build_model(cfg)
         model.cfg = cfg
         self._load_weights_to_model(model, checkpoint, cfg)
         return model.to(device).eval()

@@ -16,8 +16,8 @@ from mmdet.models.detectors import BaseDetector
 from mmdet.registry import MODELS
 from mmdet.structures import OptSampleList, SampleList
 
-from ..checkpoints import is_plain
 from ..errors import UsageError
+from ..models.weights import is_plain
 from ..precision import KeepsTypeOfBuffers
 from ..transfers import Followed, take_rows
 from .budgets import POINTS, check_budget, resolve_budget

@@ -1,8 +1,8 @@
 """What an early-exit detector learns from. Letters: N images or frames, E exits."""
-from typing import TYPE_CHECKING, Dict, List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmdet.models.utils import rename_loss_dict, unpack_gt_instances
 from mmdet.structures import SampleList
@@ -16,11 +16,8 @@ from .distillation import Distillation, distillation_losses, make_lesson
 from .propagation import carry_on
 from .streams import Stream, clips, early_summary, is_cut
 
-if TYPE_CHECKING:
-    from .early_exit_detector import EarlyExitDetector
 
-
-def training_losses(model: 'EarlyExitDetector', images: Tensor, samples: SampleList) -> Dict[str, Tensor]:
+def training_losses(model: nn.Module, images: Tensor, samples: SampleList) -> Dict[str, Tensor]:
     """Losses by the model's mode; see `EarlyExitDetector.loss`.
 
     The layers run once, on all frames; propagation goes through each clip in order.
@@ -41,7 +38,7 @@ def training_losses(model: 'EarlyExitDetector', images: Tensor, samples: SampleL
     return losses
 
 
-def _head_losses(model: 'EarlyExitDetector', raws: Sequence, outputs: Sequence[Tensor],
+def _head_losses(model: nn.Module, raws: Sequence, outputs: Sequence[Tensor],
                  samples: SampleList) -> Dict[str, Tensor]:
     """Of all heads, from the annotations and from the detector's own output."""
     truths, ignored, metas = unpack_gt_instances(samples)
@@ -57,14 +54,14 @@ def _head_losses(model: 'EarlyExitDetector', raws: Sequence, outputs: Sequence[T
     return losses
 
 
-def _require_anchors(head: torch.nn.Module) -> AnchorHead:
+def _require_anchors(head: nn.Module) -> AnchorHead:
     if not isinstance(head, AnchorHead):
         raise UsageError(f'distillation needs a detector with the anchor head of YOLOv5 or YOLOv7, not '
                          f'{type(head).__name__}')
     return head
 
 
-def _features(model: 'EarlyExitDetector', maps: Sequence[Tensor], samples: SampleList,
+def _features(model: nn.Module, maps: Sequence[Tensor], samples: SampleList,
               early: Optional[Tensor]) -> List[Tensor]:
     """Of all heads, (N, C, H, W), carried on from frame to frame of each clip."""
     features = [head.features(own) for head, own in zip(model.heads, maps)]
@@ -108,7 +105,7 @@ def _cuts(early: Optional[Tensor], numbers: Sequence[int], cut: Optional[float])
     return found
 
 
-def _gate_losses(model: 'EarlyExitDetector', maps: Sequence[Tensor], raws: Sequence,
+def _gate_losses(model: nn.Module, maps: Sequence[Tensor], raws: Sequence,
                  outputs: Sequence[Tensor], samples: SampleList, shape: Sequence[int]) -> Dict[str, Tensor]:
     """What the gate learns from the loss of each image at each exit."""
     rows = []
@@ -122,7 +119,7 @@ def _gate_losses(model: 'EarlyExitDetector', maps: Sequence[Tensor], raws: Seque
         [x.mean(dim=(2, 3), dtype=torch.float32) for x in maps], torch.stack(rows, dim=1), _costs(model, shape))
 
 
-def _costs(model: 'EarlyExitDetector', shape: Sequence[int]) -> Tensor:
+def _costs(model: nn.Module, shape: Sequence[int]) -> Tensor:
     """GFLOPs of the exits, (E,): as calibrated, or else counted once, at the first batch's size."""
     if not model.gflops[1:].isnan().any():
         return model.gflops[1:]

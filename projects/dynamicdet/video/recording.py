@@ -12,12 +12,14 @@ from torch.utils.data import DataLoader
 
 from mmdet.structures import DetDataSample
 
-from ..apis import cli
-from ..apis.calibration import Progress, coco_results, passed, provenance
-from ..checkpoints import is_plain, read_checkpoint, require_complete
+from ..building import build_model, load_detector
+from ..checkpoints import read_checkpoint
 from ..errors import UsageError
+from ..measuring.calibration import coco_results, passed, provenance
 from ..models import fuse
-from ..models.online import now
+from ..models.weights import is_plain, require_complete
+from ..progress import Progress
+from ..timing import now
 from .building import build_gate
 from .costs import exit_gflops
 from .early_exit_detector import EarlyExitDetector
@@ -52,17 +54,12 @@ def load_early_exit_detector(cfg: Config, path: str, device: str = 'cpu',
     if is_plain(state) and not any(key.startswith('heads.') for key in state):
         raise UsageError(f"'{path}' is a plain detector's: train the heads first")
     init_default_scope('mmdet')
-    model = cli.build_model(cfg)
-    model.cfg = cfg
     # Another gate than that of the checkpoint may be asked for.
-    own = {key for key in model.state_dict() if key.startswith('gate.')}
+    own = {key for key in build_model(cfg).state_dict() if key.startswith('gate.')}
     state = {key: value for key, value in state.items() if not key.startswith('gate.') or key in own}
-    require_complete(model, state, optional=('gate.', ))
-    model.load_state_dict(state, strict=False)
-    meta = checkpoint.get('meta', {}).get('dataset_meta')
-    if meta:
-        model.dataset_meta = meta
-    return (fuse(model) if fused else model.eval()).to(device), dict(checkpoint, state_dict=state)
+    model, checkpoint = load_detector(cfg, dict(checkpoint, state_dict=state), device, ('gate.', ))
+    model.cfg = cfg
+    return fuse(model) if fused else model, checkpoint
 
 
 def gate_of_checkpoint(cfg: Config, path: str) -> Gate:

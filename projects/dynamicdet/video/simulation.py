@@ -22,7 +22,6 @@ from .evidence import Evidence
 from .gates import Gate
 from .streams import early_change
 
-
 #: Frames that a gate is shown at a time.
 _BATCH = 256
 #: Seconds that a gate takes: to see that there is nothing, and to decide at an exit.

@@ -6,7 +6,6 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Dict, Hashable, List, NamedTuple, Optional, Sequence, Tuple
 
-import torch
 import torch.nn.functional as F
 from mmengine.structures import InstanceData
 from torch import Tensor

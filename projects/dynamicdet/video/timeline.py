@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from ..apis.report_figures import png
-from ..engine.atomic_backend import write_atomically
+from ..files import write_atomically
+from ..reports.figures import png
 
 #: More than a picture has pixels for.
 MOST_BINS = 1000

@@ -1,0 +1,96 @@
+"""AP, AP50 and file size of a detector, compressed in several ways, for the experiment on compression.
+
+    python experiments/compression_measure.py CONFIG CHECKPOINT STEP OUT.json
+
+The test images are loaded once. What is in OUT.json already is not measured again.
+"""
+import json
+import sys
+from pathlib import Path
+from typing import Dict, List, Mapping, Optional, Sequence
+
+import torch
+from compression_runs import SEED, all_steps
+from mmengine.config import Config
+from pycocotools.coco import COCO
+
+from dynamicdet import cli
+from dynamicdet.building import build_loader, load_detector
+from dynamicdet.checkpoints import read_checkpoint
+from dynamicdet.compression.checkpoint import compress, decompress
+from dynamicdet.compression.encoding import Lossy
+from dynamicdet.compression.pruning import Block, prune
+from dynamicdet.compression.report import BlockSize, block_sizes, total
+from dynamicdet.files import write_atomically
+from dynamicdet.measuring.calibration import coco_results, provenance
+from dynamicdet.routing.curve import bootstrap_weights
+from dynamicdet.routing.evaluation import Mixtures
+
+#: Of the test images, all with seed 0, so that points are compared on the same images.
+RESAMPLES = 100
+
+
+def measure_points(config: str, checkpoint: str, points: Mapping[str, dict], out: Path) -> None:
+    """Measure all points, and write what is known after each."""
+    found = json.loads(out.read_text()) if out.exists() else dict(points={})
+    waiting = [name for name in points if name not in found['points']]
+    if not waiting:
+        return
+    cfg = Config.fromfile(config)
+    state = read_checkpoint(checkpoint)['state_dict']
+    model = load_detector(cfg, dict(state_dict=state))[0]
+    loader = build_loader(cfg.test_dataloader)
+    with cli.silence():
+        coco = COCO(cfg.test_evaluator.ann_file)
+    batches = list(cli.progress(loader, 'test images'))
+    found.update(seed=SEED, resamples=RESAMPLES,
+                 provenance=provenance(cfg, checkpoint, loader.dataset, 'cpu'))
+    for name in cli.progress(waiting, 'points'):
+        model.load_state_dict(state, strict=False)
+        size = _apply(model, **points[name])
+        found['points'][name] = dict(
+            bytes=size.in_file, float32_megabytes=size.megabytes, pruned=size.pruned, error=size.error,
+            **judge(model, batches, coco, loader.dataset.cat_ids))
+        write_atomically(json.dumps(found).encode(), out)
+
+
+def _apply(model, blocks: Sequence[dict] = (), lossy: Optional[Mapping[str, object]] = None) -> BlockSize:
+    """Compress a model, in place; what its file would hold."""
+    if blocks:
+        prune(model, [Block(**block) for block in blocks], SEED)
+    state = model.state_dict()
+    compressed = compress(dict(state_dict=state), Lossy(**lossy or {}))
+    size = total(block_sizes(state, compressed.entries), len(compressed.content))
+    model.load_state_dict(decompress(compressed.content)['state_dict'])
+    return size
+
+
+@torch.no_grad()
+def judge(model, batches: Sequence[dict], coco: COCO, category_ids: List[int]) -> Dict[str, object]:
+    """AP and AP50, in percent, on the images and on resamples of them."""
+    images = []
+    for batch in batches:
+        for sample in model.test_step(batch):
+            found = coco_results(sample, category_ids)
+            # A record has two exits or more.
+            images.append(
+                dict(id=sample.img_id, file=sample.img_path, difficulty=0.5, detections=[found] * 2))
+    mixtures = Mixtures(dict(images=images), coco)
+    choice = [0] * len(images)
+    resampled = [mixtures.scores(choice, weights, sizes=False)
+                 for weights in bootstrap_weights(len(images), RESAMPLES)]
+    return dict(mixtures.scores(choice, sizes=False),
+                resampled_ap=[round(one['ap'], 3) for one in resampled],
+                resampled_ap50=[round(one['ap50'], 3) for one in resampled])
+
+
+def main() -> None:
+    cli.prepare()
+    torch.set_num_threads(1)
+    config, checkpoint, name, out = sys.argv[1:]
+    step, = (step for step in all_steps() if step.name == name)
+    measure_points(config, checkpoint, step.points, Path(out))
+
+
+if __name__ == '__main__':
+    cli.run(main)

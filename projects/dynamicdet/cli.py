@@ -1,0 +1,327 @@
+"""What the command line tools share."""
+import argparse
+import ast
+import contextlib
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any, Callable, NoReturn, Optional
+
+import torch
+from mmengine.config import Config, DictAction
+
+import mmdet
+from mmdet.utils import register_all_modules
+
+from .building import require_model
+from .checkpoints import read_checkpoint, weights_only
+from .datasets.check import check_dataloaders, is_of_empty_set
+from .datasets.mending import mend_annotations
+from .datasets.opening import SEVERAL_FILES
+from .errors import UsageError, reason_of
+from .progress import counter, progress, silence  # noqa: F401  (tools have them from here)
+from .routing.served import Served
+from .routing.thresholds import latency_of
+
+#: In front of the path of one of mmdet's configs, as in ``_base_``.
+_OF_MMDET = 'mmdet::'
+
+
+def run(main: Callable[[], Optional[int]]) -> NoReturn:
+    """Run a tool. What its user got wrong is one line on stderr and status 2, not a trace."""
+    try:
+        with weights_only():
+            sys.exit(main())
+    except UsageError as error:
+        print(f'error: {error}', file=sys.stderr)
+    except Exception as error:
+        if is_of_empty_set(error):
+            print('error: a data set of the config is empty: it has no image that can be used', file=sys.stderr)
+        elif _is_of_building(error):
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            print(f'error: what the config describes cannot be built: {reason_of(error)} (in {Path(frame.filename).name}, '
+                  f'line {frame.lineno})', file=sys.stderr)
+        else:
+            raise
+    sys.exit(2)
+
+
+#: Last names of keys whose value is a path: text as it stands, whatever is in it.
+PATHS = ('ann_file', 'cascade', 'checkpoint', 'data_root', 'folder', 'img', 'img_path', 'load_from', 'outfile_prefix',
+         'proposal_file', 'seg', 'sub_data_root', 'work_dir')
+
+
+def _is_of_building(error: Exception) -> bool:
+    """Whether an error came up while mmengine built what a config names, not while it ran."""
+    return any(frame.filename.endswith('registry/build_functions.py') or frame.name == 'from_cfg'
+               for frame in traceback.extract_tb(error.__traceback__))
+
+
+class ConfigOptions(DictAction):
+    """mmengine's; but paths and single values are taken as they are, quoted elements of a list are text, and mistakes
+    are said."""
+
+    @staticmethod
+    def _parse_iterable(value: str) -> Any:
+        with contextlib.suppress(ValueError, SyntaxError, TypeError):
+            # ["0", "a, b"]. A single one in parentheses stays a list for mmengine.
+            listed = ast.literal_eval(value.strip()) if value.strip()[:1] in tuple('[(\'"') else None
+            if isinstance(listed, (list, tuple)):
+                return list(listed) if value.strip()[0] in '\'"' else listed
+        value = value.strip('\'"')
+        if ',' in value or value.startswith(('(', '[')):
+            return DictAction._parse_iterable(value)
+        return DictAction._parse_int_float_bool(value)
+
+    @classmethod
+    def _parse(cls, key: str, value: str) -> Any:
+        if key.rpartition('.')[2] not in PATHS or value.startswith('[') and value.endswith(']'):
+            return cls._parse_iterable(value)
+        return None if value == 'None' else value.strip('\'"')
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        options = dict(getattr(namespace, self.dest, None) or {})
+        for pair in values:
+            key, equals, value = pair.partition('=')
+            if not equals or not all(key.split('.')):
+                raise argparse.ArgumentError(self, f'needs KEY=VALUE pairs; got {pair}')
+            if value.startswith(('{', 'dict(')):
+                raise argparse.ArgumentError(self, f'takes no dictionary ({pair}): give its entries one by one, as '
+                                             f'{key}.NAME=VALUE')
+            try:
+                options[key] = self._parse(key, value)
+            except (ValueError, AssertionError, RecursionError):
+                raise argparse.ArgumentError(
+                    self, f'needs KEY=VALUE pairs, brackets balanced and around all of a list; got {pair}') from None
+        setattr(namespace, self.dest, options)
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that mmdet's train and test tools share."""
+    parser.add_argument('--work-dir', help='where logs and checkpoints go')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=ConfigOptions,
+        help='override settings of the config: key=value pairs, such as model.budget.threshold=0.4; '
+        'a list is key="[a,b]" or key=a,b')
+    parser.add_argument(
+        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
+    # torch.distributed.launch passes it; the environment variable is what is read.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    parser.add_argument(
+        '--no-data-check',
+        action='store_true',
+        help='start without looking through annotations and image files first')
+
+
+def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
+    """The wanted speed, one way of five."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument('--hard-share', type=float, help='share of hard images, 0 to 1')
+    group.add_argument('--target-latency', type=float, help='mean seconds per image')
+    group.add_argument('--throughput', type=float, help='images per second: a latency of 1 / THROUGHPUT')
+    group.add_argument('--target-gflops', type=float, help='mean GFLOPs per image, 2 x multiply-adds')
+    group.add_argument('--threshold', type=float, help='hard above this difficulty, -1 to 1')
+
+
+def budget_from(args: argparse.Namespace) -> dict:
+    """The budget that was asked for: no entry or one."""
+    if args.throughput is not None:
+        return dict(target_latency=latency_of(args.throughput))
+    names = ('hard_share', 'target_latency', 'target_gflops', 'threshold')
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read a config with the command line's overrides; ``mmdet::PATH`` is one of MMDetection.
+
+    Sets ``launcher``, ``work_dir`` (command line, else config, else ``work_dirs/NAME``) and the rank, as
+    mmdet's tools do.
+
+    Raises:
+        UsageError: If the config is missing or cannot be read.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(getattr(args, 'local_rank', 0)))
+    register_all_modules(init_default_scope=False)
+    if args.config.startswith(_OF_MMDET):
+        args.config = str(Path(mmdet.__file__).parent / '.mim/configs' / args.config[len(_OF_MMDET):])
+    if not Path(args.config).is_file():
+        raise UsageError(f"there is no config at '{args.config}'")
+    try:
+        cfg = Config.fromfile(args.config)
+    except Exception as error:
+        # A config is a program: it may raise anything.
+        raise UsageError(
+            f"the config '{args.config}' cannot be read: {reason_of(error)}") from error
+    override(cfg, args.cfg_options, args.config)
+    require_model(cfg, args.config)
+    hold_out(cfg)
+    cfg.launcher = getattr(args, 'launcher', 'none')
+    if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
+        _join_on_cpu(cfg)
+    cfg.work_dir = (
+        getattr(args, 'work_dir', None) or cfg.get('work_dir')
+        or str(Path('work_dirs') / Path(args.config).stem))
+    return cfg
+
+
+def override(cfg: Config, options: Optional[dict], name: str) -> None:
+    """Let ``--cfg-options`` count, the data's root wherever it was used; or raise a `UsageError`."""
+    for key, value in (options or {}).items():
+        if key.rpartition('.')[2] in PATHS and not isinstance(value, (str, type(None))):
+            raise UsageError(f'--cfg-options {key} takes one path, not {value}' + SEVERAL_FILES * key.endswith('ann_file'))
+    if 'data_root' in (options or {}):
+        # First: what is named beside it is meant as it stands.
+        _move_data(cfg, cfg.get('data_root'), options['data_root'])
+    try:
+        cfg.merge_from_dict(options or {})
+    except Exception as error:
+        raise UsageError(f"--cfg-options do not fit '{name}': {reason_of(error)}") from error
+
+
+def _move_data(cfg: Config, root: Any, new: Any) -> None:
+    """Let an overridden ``data_root`` count wherever a config has used it: mmengine changes the name alone."""
+    root = root.rstrip('/') if isinstance(root, str) else ''
+    if not root or not isinstance(new, str):
+        return
+
+    def moved(value: Any) -> Any:
+        # New containers: one that is used twice would be moved twice.
+        if isinstance(value, dict):
+            return type(value)({key: moved(one) for key, one in value.items()})
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(moved, value))
+        inside = isinstance(value, str) and f'{value}/'.startswith(f'{root}/')
+        return os.path.join(new, value[len(root) + 1:]) if inside else value
+
+    for key, value in cfg.items():
+        cfg[key] = moved(value)
+
+
+def hold_out(cfg: Config) -> None:
+    """Let ``router_holdout``, a share of the training images in (0, 1), count: step 1 does not see them, and step 2
+    (``model.train_router``) sees no others. As if each training set were wrapped in `HoldOut`."""
+    # Taken out, or a config that a run leaves would hold out twice.
+    share = cfg.pop('router_holdout', None)
+    if share is None or not cfg.get('train_dataloader'):
+        return
+    if not isinstance(share, (int, float)) or not 0 < share < 1:
+        raise UsageError(f'router_holdout is a share of the training images in (0, 1); got {share}')
+    part, loader = 'router' if cfg.model.get('train_router') else 'cascade', cfg.train_dataloader
+
+    def held(dataset: Any) -> dict:
+        if not isinstance(dataset, dict) or 'type' not in dataset:
+            raise UsageError('router_holdout takes images out of data sets that are dicts with a type; '
+                             f'train_dataloader has {str(dataset)[:100]}')
+        if dataset['type'] == 'HoldOut':
+            raise UsageError('the training data are wrapped in HoldOut already: take that or router_holdout away')
+        if isinstance(dataset.get('datasets'), (list, tuple)):
+            dataset['datasets'] = [held(one) for one in dataset['datasets']]
+        elif 'dataset' in dataset:
+            dataset['dataset'] = held(dataset['dataset'])
+        else:
+            return dict(type='HoldOut', dataset=dataset, share=share, part=part)
+        return dataset
+
+    held_out = held(loader.get('dataset') if isinstance(loader, dict) else loader)
+    loader['dataset'] = held_out
+
+
+def _join_on_cpu(cfg: Config) -> None:
+    """Join the processes of a run over gloo. Left to itself, mmengine does it by way of CUDA."""
+    torch.distributed.init_process_group('gloo')
+    cfg.setdefault('model_wrapper_cfg', dict(
+        type='MMDistributedDataParallel',
+        device_ids=None,
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False)))
+
+
+def require_settings(cfg: Config, *names: str) -> None:
+    """Raise a `UsageError` if a config lacks what a tool works on."""
+    missing = [name for name in names if not cfg.get(name)]
+    if missing:
+        raise UsageError(f"the config '{cfg.filename}' has no {', no '.join(missing)}")
+
+
+def require_checkpoint(path: str) -> dict:
+    """Read a checkpoint before mmengine does, which would answer with a trace. The path may be a URL
+    or a name that mmengine resolves.
+
+    Raises:
+        UsageError: If there is none, or it is no checkpoint.
+    """
+    if '://' not in path and not Path(path).is_file():
+        raise UsageError(f"there is no checkpoint at '{path}'")
+    return read_checkpoint(path)
+
+
+def require_writable(path: str) -> None:
+    """Raise a `UsageError` if a file could not be written: better before hours of work than after."""
+    if Path(path).is_dir():
+        raise UsageError(f"'{path}' is a folder, not a file to write")
+    make_folder(str(Path(path).parent))
+
+
+def make_folder(path: str) -> None:
+    """Make a folder for results, or raise a `UsageError`."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"the folder '{path}' cannot be made: {error.strerror}") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UsageError(f"the folder '{path}' cannot be written to")
+
+
+def require_device(device: str) -> None:
+    """Raise a `UsageError` unless torch can compute on a device."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"the device '{device}' cannot be used: {reason_of(error)}") from error
+
+
+def check_data(cfg: Config, *splits: str, files: bool = True) -> None:
+    """Look through the data before a run; rank 0 prints what is odd.
+
+    Annotation files are read in any case, and on every rank: what is mended in them, the config then has.
+
+    Args:
+        cfg (Config): mmengine's config.
+        splits (str): Which, of 'train', 'val' and 'test'.
+        files (bool): Whether to look at boxes and image files, too, not at settings alone. Defaults to True.
+    """
+    speaks = int(os.environ.get('RANK', 0)) == 0
+    if speaks:
+        check_dataloaders(cfg, splits, files=False)
+    read, lines = mend_annotations(cfg, splits, Path(cfg.get('work_dir') or 'work_dirs') / 'annotations')
+    if speaks and files:
+        lines += check_dataloaders(cfg, splits, counter('image files'), read=read)
+    for line in lines if speaks else ():
+        print(f'data: {line}', file=sys.stderr)
+
+
+def say_served(served: Optional[Served]) -> None:
+    """What was wanted and served, and what it cost; a warning where chance does not explain the difference."""
+    if served is not None:
+        print(*served.lines(), sep='\n')
+        for doubt in served.doubts():
+            warnings.warn(doubt)
+
+
+def _say_warning(message: Any, category: type, filename: str, *args: Any) -> None:
+    """The package's own warnings are a line without a place in its code."""
+    own = Path(filename).is_relative_to(Path(__file__).parent)
+    print(f'warning: {message}' if own else warnings.formatwarning(message, category, filename, *args[:1]).rstrip(),
+          file=sys.stderr)
+
+
+def prepare() -> None:
+    """Hide what libraries say of each other and no user can change, and say warnings in a line."""
+    warnings.showwarning = _say_warning
+    for pattern in ('.*pkg_resources.*', '.*torch.meshgrid.*', '.*FileClient.*', '.*num_anchors.*',
+                    'checkpoint is None.*', 'Detected pickle protocol.*'):
+        warnings.filterwarnings('ignore', message=pattern)

@@ -1,0 +1,430 @@
+"""What being dynamic costs, in time.
+
+Overheads, all on inputs in memory and from preprocessing to boxes:
+
+* exit 0 against the stock detector on what exit 0 sees: the router and the bookkeeping, at batch 1;
+* batches of which half is hard against the mean of all-easy and all-hard ones: the parting of the batches,
+  and two smaller passes in place of one;
+* the same with hard images, or both kinds, collected over batches: see `apis.stream`.
+
+And the same under other settings of the machine: numbers of threads, data types, memory formats.
+"""
+import contextlib
+import copy
+import itertools
+from typing import Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from torch import nn
+
+from mmdet.models.detectors import BaseDetector
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+
+from ..apis.stream import Stream
+from ..building import require_dynamic
+from ..checkpoints import read_checkpoint
+from ..compression.shrinking import resize
+from ..datasets.digits import load_sources, make_image
+from ..errors import UsageError
+from ..models import DynamicDetector
+from ..models.online import Online, build_controller
+from ..models.resolution import reduce_images, reduce_samples
+from ..models.weights import is_plain, require_complete
+from ..progress import Progress
+from ..routing.thresholds import ALL_EASY, ALL_HARD, Thresholds, threshold_for_share
+from ..testing import randomise
+from ..timing import now
+
+#: The overheads that the project allows itself (docs/benchmarks.md).
+WANTED = dict(exit0_to_stock=1.03, mixed_to_mean=1.1, stream_to_mean=1.05)
+#: Images of a mixed batch.
+BATCH_SIZE = 8
+#: Untimed rounds: memory is allocated in the first; cuDNN chooses its algorithms in it.
+_WARM_UP = 2
+
+
+#: How a list of batches is worked off: batch by batch at a fixed threshold (a hard share of a calibration is
+#: one, too); so, with a controller that holds half hard; as a stream that collects hard images; one that
+#: collects easy ones, too.
+POLICIES = ('threshold', 'online', 'stream', 'stream_all')
+
+DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
+FORMATS = dict(contiguous=torch.contiguous_format, channels_last=torch.channels_last)
+
+
+class Setting(NamedTuple):
+    """How the machine is used.
+
+    Attributes:
+        threads (int): Of torch on the CPU.
+        dtype (str): A key of `DTYPES`; all but float32 by autocast, as AMP does.
+        memory_format (str): A key of `FORMATS`, of images and weights.
+    """
+    threads: int
+    dtype: str = 'float32'
+    memory_format: str = 'contiguous'
+
+    @contextlib.contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            with torch.autocast(device.type, DTYPES[self.dtype], enabled=self.dtype != 'float32'):
+                yield
+        finally:
+            torch.set_num_threads(before)
+
+
+class Task(NamedTuple):
+    """What is timed: one detector on some batches.
+
+    Attributes:
+        detector (BaseDetector): In eval mode.
+        batches (list[dict]): Each as a data loader gives it.
+        threshold (float or list[float], optional): Set before the clock starts. None for stock detectors.
+        policy (str): One of `POLICIES`.
+        setting (Setting, optional): Defaults to what torch is set to.
+    """
+    detector: BaseDetector
+    batches: List[dict]
+    threshold: Optional[Thresholds] = None
+    policy: str = 'threshold'
+    setting: Optional[Setting] = None
+
+
+def build_pair(cfg: Config,
+               checkpoint: Optional[str] = None,
+               device: str = 'cpu',
+               seed: int = 0) -> Tuple[DynamicDetector, BaseDetector]:
+    """Build a config's dynamic detector, and the stock detector that its exit 0 is.
+
+    Args:
+        cfg (Config): Of a dynamic detector.
+        checkpoint (str, optional): Its checkpoint, or the plain detector's. Defaults to random
+            weights.
+        device (str): Such as 'cpu' or 'cuda:0'.
+        seed (int): Of the random weights.
+
+    Returns:
+        tuple: Both in eval mode, over the same tensors.
+
+    Raises:
+        UsageError: If the config is of no dynamic detector or the checkpoint does not fit.
+    """
+    require_dynamic(cfg)
+    init_default_scope('mmdet')
+    torch.manual_seed(seed)
+    model = MODELS.build(cfg.model)
+    if checkpoint:
+        state = read_checkpoint(checkpoint)['state_dict']
+        # A plain detector has no more than the two exits share with it.
+        own = ('backbone.connections.', 'router.') if is_plain(state) else ()
+        require_complete(model, state, own)
+        model.load_state_dict(state, strict=False)
+    else:
+        randomise(model, seed)
+    model = model.to(device).eval()
+    return model, build_stock(cfg.model, model).to(device).eval()
+
+
+def build_stock(settings: Mapping, model: DynamicDetector) -> BaseDetector:
+    """Build the stock detector of a dynamic one's config, over the tensors of its exit 0.
+
+    The same tensors, not copies: where a tensor lies in memory has an effect on speed. Where exit 0
+    sees a smaller image, so does the stock detector; where it has lost channels, so has the stock detector.
+    """
+    whole = settings['detector'] if settings['type'] == 'PrunedDetector' else settings
+    detector = copy.deepcopy(whole['detector'])
+    detector['backbone'] = copy.deepcopy(whole.get('backbone') or detector['backbone'])
+    stock = MODELS.build(detector)
+    resize(stock, _of_exit0(getattr(model, 'removed_channels', {})))
+    stock.load_state_dict(_of_exit0(model.state_dict()), assign=True)
+    stock.data_preprocessor = _FirstView(model)
+    return stock
+
+
+def _of_exit0(named: Mapping[str, object]) -> Dict[str, object]:
+    """What belongs to exit 0, by the stock detector's names."""
+    return {plain + name[len(own):]: value for name, value in named.items()
+            for own, plain in (('backbone.first.', 'backbone.'), ('branches.0.', '')) if name.startswith(own)}
+
+
+class _Refused(UsageError):
+    """A setting that this detector cannot have."""
+
+
+def reformat(model: DynamicDetector, memory_format: str) -> DynamicDetector:
+    """A detector whose weights and images lie in memory as asked for: itself if contiguous, else a copy.
+
+    Raises:
+        UsageError: If it has a RoI head: mmcv's RoIAlign misreads maps that are not contiguous, on the CPU.
+    """
+    if memory_format == 'contiguous':
+        return model
+    if hasattr(model.branches[0], 'roi_head'):
+        raise _Refused(f"{memory_format} is for one-stage detectors: mmcv's RoIAlign takes contiguous maps "
+                       'only')
+    model = copy.deepcopy(model).to(memory_format=FORMATS[memory_format])
+
+    def lay_out(module, inputs, data: dict) -> dict:
+        return dict(data, inputs=data['inputs'].contiguous(memory_format=FORMATS[memory_format]))
+
+    model.data_preprocessor.register_forward_hook(lay_out)
+    return model
+
+
+class _FirstView(nn.Module):
+    """A dynamic detector's preprocessing, down to what its exit 0 sees."""
+
+    def __init__(self, model: DynamicDetector) -> None:
+        super().__init__()
+        self.preprocessor, self.scale, self.stride = model.data_preprocessor, model.first_scale, model.stride
+
+    def forward(self, data: dict, training: bool = False) -> dict:
+        data = self.preprocessor(data, training)
+        images, ratio = reduce_images(data['inputs'], self.scale, self.stride)
+        return dict(inputs=images, data_samples=reduce_samples(data['data_samples'], ratio))
+
+
+def make_batch(size: Sequence[int], count: int = BATCH_SIZE, seed: int = 0) -> dict:
+    """Pictures of the built-in data set, every other one hard, without annotations.
+
+    Args:
+        size (Sequence[int]): Height and width. Pictures are made square and cut.
+        count (int): How many.
+        seed (int): Of the pictures.
+
+    Returns:
+        dict: As a data loader gives it: ``inputs``, uint8 (3, H, W) each, and ``data_samples``.
+    """
+    height, width = size
+    sources = load_sources()
+    batch = dict(inputs=[], data_samples=[])
+    for index in range(count):
+        picture = make_image(sources, 'val', index, max(size), seed)[0][:height, :width]
+        batch['inputs'].append(torch.from_numpy(picture.transpose(2, 0, 1).copy()))
+        batch['data_samples'].append(
+            DetDataSample(
+                metainfo=dict(
+                    img_id=index,
+                    img_shape=(height, width),
+                    ori_shape=(height, width),
+                    scale_factor=(1.0, 1.0))))
+    return batch
+
+
+def split_batch(batch: dict) -> List[dict]:
+    """The images of a batch as batches of one."""
+    return [dict(inputs=[image], data_samples=[sample])
+            for image, sample in zip(batch['inputs'], batch['data_samples'])]
+
+
+@torch.no_grad()
+def require_equal(stock: BaseDetector, model: DynamicDetector, batches: Sequence[dict]) -> int:
+    """Check that exit 0 does the stock detector's work: bit-equal boxes, scores and labels.
+
+    Returns:
+        int: How many boxes were compared.
+
+    Raises:
+        RuntimeError: If anything differs. Times would not be comparable.
+    """
+    compared = 0
+    model.set_budget(threshold=ALL_EASY)
+    for batch in batches:
+        pairs = zip(stock.test_step(batch), model.test_step(batch))
+        for one, other in ((a.pred_instances, b.pred_instances) for a, b in pairs):
+            if not all(torch.equal(one[key], other[key]) for key in ('bboxes', 'scores', 'labels')):
+                raise RuntimeError('exit 0 does not find what the stock detector finds: '
+                                   'their times cannot be compared')
+            compared += len(one)
+    return compared
+
+
+@torch.no_grad()
+def half_hard_threshold(model: DynamicDetector, batches: Sequence[dict]) -> float:
+    """The median difficulty of all images of some batches.
+
+    Raises:
+        UsageError: If that does not part them in halves.
+    """
+    scores = []
+    for batch in batches:
+        data = model.data_preprocessor(batch, False)
+        scores += model.score(data['inputs'], data['data_samples']).tolist()
+    threshold = threshold_for_share(scores, 0.5)
+    hard = sum(score > threshold for score in scores)
+    if 2 * hard != len(scores):
+        raise UsageError(f'{hard} of {len(scores)} images are hard, not half of them: too many '
+                         'have the same difficulty; try another checkpoint or another seed')
+    return threshold
+
+
+@torch.no_grad()
+def interleave(tasks: Mapping[object, Task],
+               rounds: int,
+               progress: Progress,
+               what: str) -> Dict[object, np.ndarray]:
+    """Time tasks in turns: each once a round, in many orders one after the other.
+
+    Args:
+        tasks (Mapping[object, Task]): What to time, by name.
+        rounds (int): Timed rounds; some untimed ones come first.
+        progress (Callable): Wraps what is iterated over.
+        what (str): What the progress says.
+
+    Returns:
+        dict: Name -> seconds in each round, (rounds,). Those of one round belong together.
+    """
+    orders = _orders(list(tasks))
+    times: Dict[object, List[float]] = {name: [] for name in tasks}
+    for turn in progress(range(-_WARM_UP, rounds), what):
+        for name in orders[turn % len(orders)]:
+            seconds = _time(tasks[name])
+            if turn >= 0:
+                times[name].append(seconds)
+    return {name: np.asarray(values) for name, values in times.items()}
+
+
+def _orders(names: list) -> List[list]:
+    """All of them for a few; for many, those where each comes first once, forwards and backwards."""
+    if len(names) <= 3:
+        return [list(order) for order in itertools.permutations(names)]
+    turned = [names[at:] + names[:at] for at in range(len(names))]
+    return [order for one in turned for order in (one, one[::-1])]
+
+
+def _time(task: Task) -> float:
+    detector = task.detector
+    if task.threshold is not None:
+        detector.set_budget(threshold=task.threshold)
+    device = next(detector.parameters()).device
+    with contextlib.ExitStack() as stack:
+        if task.setting is not None:
+            stack.enter_context(task.setting.on(device))
+        if task.policy == 'online':
+            stack.enter_context(Online(detector, build_controller(detector, dict(hard_share=0.5))))
+        start = now(device)
+        if task.policy.startswith('stream'):
+            size = len(task.batches[0]['inputs'])
+            with Stream(detector, size, collect_easy=task.policy == 'stream_all') as stream:
+                for _ in stream.run(task.batches):
+                    pass
+        else:
+            for batch in task.batches:
+                detector.test_step(batch)
+        return now(device) - start
+
+
+def quartiles(values: Sequence[float]) -> Dict[str, float]:
+    """Median and quartiles."""
+    low, median, high = np.percentile(values, (25, 50, 75)).tolist()
+    return dict(median=median, q1=low, q3=high)
+
+
+def measure(model: DynamicDetector,
+            settings: Mapping,
+            batches: Sequence[dict],
+            rounds: int,
+            batch_rounds: int,
+            progress: Progress,
+            ways: Sequence[Setting] = ()) -> List[dict]:
+    """Measure all overheads, and the latency of each exit, under each setting, all taking turns.
+
+    Args:
+        model (DynamicDetector): In eval mode.
+        settings (Mapping): The config's model, for the stock detector.
+        batches (Sequence[dict]): See `make_batch`; of one size. At batch 1, the first image counts.
+        rounds (int): Timed rounds at batch 1.
+        batch_rounds (int): Timed rounds of all batches.
+        progress (Callable): Wraps what is iterated over.
+        ways (Sequence[Setting]): Defaults to what torch is set to, alone.
+
+    Returns:
+        list[dict]: Per setting ``threads``, ``dtype``, ``memory_format``; ``seconds`` per call (of one image,
+        of all batches), by what was timed; ``ratios``, by the keys of `WANTED`, both sides of each from one
+        round; all with ``median``, ``q1`` and ``q3``; ``boxes_compared``. Or ``refused``, why that setting
+        cannot be.
+
+    Raises:
+        RuntimeError: If exit 0 and the stock detector differ.
+        UsageError: If the images' difficulties do not part the batches in halves.
+    """
+    ways = list(ways) or [Setting(torch.get_num_threads())]
+    found, single, whole, formatted = {}, {}, {}, {}
+    for way in ways:
+        try:
+            if way.memory_format not in formatted:
+                own = reformat(model, way.memory_format)
+                formatted[way.memory_format] = own, build_stock(settings, own).to(_device(own)).eval()
+            boxes, tasks, batch_tasks = _tasks(*formatted[way.memory_format], batches, way)
+        except (UsageError, RuntimeError, NotImplementedError) as error:
+            if not _is_refusal(error):
+                raise
+            reason = str(error).splitlines()[0]
+            if not isinstance(error, UsageError):
+                reason = f"an operator of mmcv's lacks {way.dtype} on this device: {reason}"
+            found[way] = dict(way._asdict(), refused=reason)
+            continue
+        found[way] = dict(way._asdict(), boxes_compared=boxes)
+        single.update(tasks)
+        whole.update(batch_tasks)
+    seconds = interleave(single, rounds, progress, 'batch 1')
+    seconds.update(interleave(whole, batch_rounds, progress, 'whole batches'))
+    for way, one in found.items():
+        if 'refused' not in one:
+            one.update(_summary({name: values for (owner, name), values in seconds.items() if owner == way}))
+    return list(found.values())
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether an operator lacks a data type, or a format was refused, rather than something being wrong."""
+    said = str(error)
+    return isinstance(error, _Refused) or 'not implemented for' in said or 'expected scalar type' in said
+
+
+@torch.no_grad()
+def _tasks(model: DynamicDetector, stock: BaseDetector, batches: Sequence[dict],
+           way: Setting) -> Tuple[int, Dict[tuple, Task], Dict[tuple, Task]]:
+    """Boxes that were compared; what is timed on one image; what on all batches."""
+    one, *others = split_batch(batches[0])
+    with way.on(_device(model)):
+        boxes = require_equal(stock, model, [one, *others, batches[0]])
+        middle = half_hard_threshold(model, batches)
+        # Every operator once, under the data type.
+        model.set_budget(threshold=ALL_HARD)
+        model.test_step(one)
+    single = dict(stock=Task(stock, [one]))
+    single.update({f'exit{exit}': Task(model, [one], _leaving_at(exit, model.num_exits))
+                   for exit in range(model.num_exits)})
+    whole = dict(all_easy=Task(model, batches, ALL_EASY), half_hard=Task(model, batches, middle),
+                 all_hard=Task(model, batches, ALL_HARD))
+    whole.update({policy: Task(model, batches, middle, policy) for policy in POLICIES[1:]})
+    return boxes, *({(way, name): task._replace(setting=way) for name, task in tasks.items()}
+                    for tasks in (single, whole))
+
+
+def _leaving_at(exit: int, exits: int) -> Thresholds:
+    """Thresholds with which every image leaves at one exit."""
+    found = [ALL_HARD] * exit + [ALL_EASY] * (exits - 1 - exit)
+    return found[0] if exits == 2 else found
+
+
+def _summary(seconds: Mapping[str, np.ndarray]) -> Dict[str, dict]:
+    ideal = (seconds['all_easy'] + seconds['all_hard']) / 2
+    ratios = dict(
+        exit0_to_stock=seconds['exit0'] / seconds['stock'],
+        mixed_to_mean=seconds['half_hard'] / ideal,
+        stream_to_mean=seconds['stream'] / ideal,
+        stream_all_to_mean=seconds['stream_all'] / ideal)
+    return dict(
+        seconds={name: quartiles(values) for name, values in seconds.items()},
+        ratios={name: quartiles(values) for name, values in ratios.items()})

@@ -1,0 +1,272 @@
+"""Where a detector is cut: the parts that are computed on tensors alone, between mmdet's own Python.
+
+A stage takes tensors and gives tensors. `Stage.place` puts another computation in its place, for good: an
+ONNX graph, or the same in 8 bits. What lies between, such as proposals, decoding, NMS and who goes on to the
+next exit, stays as it is and notices nothing; RoIAlign is replaced in `rois`.
+
+    first, second, ...        the backbones; the first with the router, if there is one
+    branch0, branch1, ...     neck and dense head (two-stage: RPN) of an exit
+    branch0.bbox_head0, ...   heads on RoIs, and what they share
+"""
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from mmdet.models.detectors import BaseDetector
+
+from ..errors import UsageError
+from . import CompositeBackbone, DynamicDetector
+
+#: Tensors -> any nesting of lists and tuples of tensors.
+Run = Callable[..., Any]
+#: A stage, and the number of one of its outputs.
+Output = Tuple[str, int]
+Source = Callable[[int], Tuple[Output, ...]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a detector.
+
+    Attributes:
+        name (str): As above.
+        run (Callable): Tensors -> nested tensors, as the detector was built.
+        place (Callable): Takes what is to be run instead.
+        modules (tuple[nn.Module]): All that it computes with.
+        spared (tuple[nn.Module]): What of it is never quantised.
+        predicts (bool): Whether what it gives are predictions, such as scores and boxes.
+        source (Callable): Number of an input -> the outputs of stages before that it may be; several, where exits
+            share what comes behind them.
+    """
+    name: str
+    run: Run
+    place: Callable[[Run], None]
+    modules: Tuple[nn.Module, ...]
+    spared: Tuple[nn.Module, ...] = ()
+    predicts: bool = False
+    source: Source = lambda index: ()
+
+
+class Features(tuple):
+    """Maps, with what the same stage found from them: a head's outputs or difficulties."""
+
+    found: Any = None
+
+    @classmethod
+    def of(cls, maps: Sequence[Tensor], found: Any) -> 'Features':
+        features = cls(maps)
+        features.found = found
+        return features
+
+
+def find_stages(model: BaseDetector) -> List[Stage]:
+    """The stages of a detector, in the order in which an image reaches them.
+
+    Raises:
+        UsageError: If it is no single- or two-stage detector, such as DETR.
+    """
+    if not isinstance(model, DynamicDetector):
+        return [_plain_backbone(model), *_branch('branch0', model, lambda index: (('first', index), ))]
+    backbone, maps = model.backbone, _maps_of(model.backbone)
+    stages = [_first(model), *_deeper(model, maps)]
+    # Of one backbone alone the exits differ by resolution.
+    seen = [backbone.select(maps[min(exit, len(maps) - 1)]) for exit in range(model.num_exits)]
+    for number, branch in enumerate(model.branches):
+        own = [one for exit, one in enumerate(seen) if model.branch(exit) is branch]
+        stages += _branch(f'branch{number}', branch, partial(_sources, own))
+    return stages
+
+
+def _sources(maps: Sequence[Sequence[Output]], index: int) -> Tuple[Output, ...]:
+    """Where an input comes from if it is of one of several sets of maps; those come first of all inputs."""
+    return tuple(dict.fromkeys(own[index] for own in maps if index < len(own)))
+
+
+def _maps_of(backbone: CompositeBackbone) -> List[Tuple[Output, ...]]:
+    """Where the maps of each backbone come from."""
+    count, reused = len(backbone.channels), backbone.reuse_stages
+    maps = [tuple(('first', index) for index in range(count))]
+    for name in backbone.names[1:]:
+        maps.append((*maps[-1][:reused], *((name, index) for index in range(count - reused))))
+    return maps
+
+
+def _plain_backbone(model: BaseDetector) -> Stage:
+    backbone = getattr(model, 'backbone', None)
+    if backbone is None:
+        raise UsageError(
+            f'{type(model).__name__} cannot be cut into graphs: only single- and two-stage detectors, plain '
+            'or dynamic, can')
+    forward = backbone.forward
+
+    def place(run: Run) -> None:
+        backbone.forward = run
+
+    return Stage('first', lambda images: tuple(forward(images)), place, (backbone, ))
+
+
+def _first(model: DynamicDetector) -> Stage:
+    """The first backbone and, for images without padding, the router.
+
+    Padding differs from image to image, and is left out by torch.
+    """
+    backbone, router = model.backbone, model.router
+    first_maps, score = backbone.first_maps, router.forward
+    placed: List[Run] = []
+
+    def run(images: Tensor) -> tuple:
+        maps = first_maps(images)
+        return maps, score(maps)
+
+    def place(run: Run) -> None:
+        placed.append(run)
+        backbone.first_maps = lambda images: Features.of(*run(images))
+        router.forward = forward
+
+    def forward(maps: Sequence[Tensor], valid: Optional[Sequence[Tuple[float, float]]] = None) -> Tensor:
+        whole = valid is None or all(high == wide == 1 for high, wide in valid)
+        if whole and isinstance(maps, Features):
+            return maps.found
+        steps = getattr(placed[-1], 'steps', {})
+        return score([_in_float(one, steps.get(index)) for index, one in enumerate(maps)], valid)
+
+    # Its cost is nothing, and who goes on depends on it.
+    return Stage('first', run, place, (backbone.first, router), (router, ))
+
+
+def _in_float(values: Tensor, step: Optional[Tuple[float, int]]) -> Tensor:
+    """What values in 8 bits stand for, if they are."""
+    return values if step is None else (values.float() - step[1]) * step[0]
+
+
+def _deeper(model: DynamicDetector, maps: Sequence[Sequence[Output]]) -> List[Stage]:
+    backbone = model.backbone
+    deeper_maps, reused = backbone.deeper_maps, backbone.reuse_stages
+    placed: Dict[int, Run] = {}
+
+    def place(index: int, run: Run) -> None:
+        placed[index] = run
+        backbone.deeper_maps = dispatch
+
+    def dispatch(images: Optional[Tensor], maps: Sequence[Tensor], index: int = 1) -> tuple:
+        if index not in placed:
+            return deeper_maps(images, maps, index)
+        inputs = (*maps, images) if backbone.needs_images else maps
+        # What it takes over it need not give back.
+        return (*maps[:reused], *placed[index](*inputs))
+
+    def run(index: int, *inputs: Tensor) -> tuple:
+        *maps, images = inputs if backbone.needs_images else (*inputs, None)
+        return tuple(deeper_maps(images, tuple(maps), index)[reused:])
+
+    return [
+        Stage(name, lambda *inputs, index=index: run(index, *inputs),
+              lambda other, index=index: place(index, other), (backbone.nets[index], backbone.connections),
+              source=partial(_sources, [maps[index - 1]]))
+        for index, name in enumerate(backbone.names) if index
+    ]
+
+
+def _branch(name: str, branch: BaseDetector, source: Source) -> List[Stage]:
+    """Neck with dense head, and the heads on RoIs."""
+    two_stage = getattr(branch, 'roi_head', None) is not None
+    head = getattr(branch, 'rpn_head' if two_stage else 'bbox_head', None)
+    if head is None or not hasattr(head, 'predict_by_feat'):
+        raise UsageError(
+            f'{type(branch).__name__} cannot be cut into graphs: it has no dense head; single- and '
+            'two-stage detectors have')
+    stages = [replace(_dense(name, branch, head, two_stage), source=source)]
+    if two_stage:
+        for kind in ('shared_head', 'bbox_head', 'mask_head'):
+            part = getattr(branch.roi_head, kind, None)
+            every = part if isinstance(part, nn.ModuleList) else [part]
+            # Cascades may hold one head several times.
+            unique = {id(one): one for one in every if one is not None}.values()
+            stages += [_module(f'{name}.{kind}{index}', one, kind != 'shared_head')
+                       for index, one in enumerate(unique)]
+    return stages
+
+
+def _dense(name: str, branch: BaseDetector, head: nn.Module, two_stage: bool) -> Stage:
+    if getattr(branch, 'neck', None) is None:
+        branch.neck = nn.Identity()
+    neck = branch.neck
+    through, outputs = neck.forward, head.forward
+
+    def run(*maps: Tensor) -> tuple:
+        features = through(maps)
+        # A single-stage detector looks at nothing but its head's outputs.
+        return tuple(features) if two_stage else (), outputs(features)
+
+    def place(other: Run) -> None:
+        neck.forward = lambda maps: Features.of(*other(*maps))
+        head.forward = lambda features: features.found
+
+    # What an RPN gives are proposals, which the heads on RoIs judge anew.
+    return Stage(name, run, place, (neck, head), predicts=not two_stage)
+
+
+def _module(name: str, module: nn.Module, predicts: bool) -> Stage:
+
+    def place(run: Run) -> None:
+        module.forward = run
+
+    return Stage(name, module.forward, place, (module, ), predicts=predicts)
+
+
+# Nested tensors, flat, for a graph.
+
+Form = Any
+
+
+def flatten(value: Any) -> Tuple[List[Tensor], Form]:
+    """Tensors, each once, and how they are nested: an index, None, or ['list' or 'tuple', parts]."""
+    tensors: List[Tensor] = []
+
+    def visit(node: Any) -> Form:
+        if isinstance(node, Tensor):
+            for index, known in enumerate(tensors):
+                if known is node:
+                    return index
+            tensors.append(node)
+            return len(tensors) - 1
+        if node is None:
+            return None
+        if isinstance(node, (list, tuple)):
+            return ['list' if isinstance(node, list) else 'tuple', [visit(one) for one in node]]
+        raise UsageError(f'a stage gives a {type(node).__name__}, which is no tensor: it cannot be a graph')
+
+    form = visit(value)
+    return tensors, form
+
+
+def unflatten(tensors: Sequence[Tensor], form: Form) -> Any:
+    """The opposite of `flatten`."""
+    if form is None:
+        return None
+    if isinstance(form, int):
+        return tensors[form]
+    parts = [unflatten(tensors, one) for one in form[1]]
+    return parts if form[0] == 'list' else tuple(parts)
+
+
+@torch.no_grad()
+def record_inputs(stages: Sequence[Stage], drive: Callable[[], None]) -> Dict[str, Tuple[Tensor, ...]]:
+    """What reaches each stage first, while something drives the detector. Stages stay watched."""
+    seen: Dict[str, Tuple[Tensor, ...]] = {}
+
+    def watch(stage: Stage) -> None:
+
+        def run(*tensors: Tensor) -> Any:
+            seen.setdefault(stage.name, tensors)
+            return stage.run(*tensors)
+
+        stage.place(run)
+
+    for stage in stages:
+        watch(stage)
+    drive()
+    return seen

@@ -1,0 +1,77 @@
+"""AP and latency of a report: what COCO says of the same detections."""
+import pytest
+import torch
+from conftest import load_small, on_findable
+from pycocotools.coco import COCO
+
+from dynamicdet.building import build_loader, load_detector
+from dynamicdet.checkpoints import read_checkpoint
+from dynamicdet.compression.report import BlockSize, table
+from dynamicdet.errors import UsageError
+from dynamicdet.files import latest_checkpoint
+from dynamicdet.measuring import worth
+from dynamicdet.measuring.calibration import coco_results
+from dynamicdet.measuring.worth import measure, metric
+from dynamicdet.routing.evaluation import evaluate
+
+
+def plain(steps, _):
+    return steps
+
+
+@pytest.fixture
+def cfg(digits, findable, tmp_path):
+    """A dynamic detector's config whose test set has objects that it finds; all images are easy."""
+    return load_small('dy_faster_rcnn_digits', digits, tmp_path, **{
+        **on_findable(findable), 'model.budget': dict(threshold=1.0)})
+
+
+@torch.no_grad()
+def test_ap_is_cocos(cfg, findable, cascade):
+    state = read_checkpoint(latest_checkpoint(cascade))['state_dict']
+    blind = {key: torch.zeros_like(value) if 'fc_cls' in key else value for key, value in state.items()}
+    found = measure(cfg, dict(one=state, blind=blind), plain)
+    model, loader = load_detector(cfg, dict(state_dict=state))[0], build_loader(cfg.test_dataloader)
+    results = [dict(one, image_id=sample.img_id) for batch in loader for sample in model.test_step(batch)
+               for one in coco_results(sample, loader.dataset.cat_ids)]
+    wanted = evaluate(COCO(str(findable)), results)
+    # mmdet rounds to three digits.
+    assert found['one'].ap == pytest.approx(wanted['ap'], abs=0.051)
+    assert found['one'].ap50 == pytest.approx(wanted['ap50'], abs=0.051)
+    # Of each figure its own, and of each detector.
+    assert 5 < wanted['ap'] < wanted['ap50'] - 1
+    assert found['blind'].ap < found['one'].ap / 2
+    assert all(one.latency > 0 for one in found.values())
+
+
+@pytest.mark.parametrize('threshold, shares, seconds', [(1.0, [1, 0], 0.25), (-1.0, [0, 1], 0.75)])
+def test_the_latency_is_that_of_the_exits_taken(cfg, cascade, monkeypatch, threshold, shares, seconds):
+    cfg.model.budget = dict(threshold=threshold)
+    state = read_checkpoint(latest_checkpoint(cascade))['state_dict']
+    monkeypatch.setattr(worth, 'latencies', lambda *_: dict(one=[0.25, 0.75]))
+    found = measure(cfg, dict(one=state), plain)['one']
+    assert (found.shares, found.latency) == (shares, seconds)
+    sizes = [BlockSize('backbone', 4, 0, 16)]
+    assert table(sizes, 20, found)[-1].endswith(f'ms ({shares[0]:.0%} at exit 0, {shares[1]:.0%} at exit 1)')
+
+
+@torch.no_grad()
+def test_each_exit_is_timed(cfg, cascade):
+    model = load_detector(cfg, latest_checkpoint(cascade))[0]
+    exits = []
+    model.data_preprocessor.register_forward_pre_hook(lambda *_: exits.append(float(model.threshold)))
+    loader = build_loader(cfg.test_dataloader)
+    seconds = worth.latencies(dict(one=model), loader.dataset, plain)['one']
+    assert len(seconds) == 2 and min(seconds) > 0
+    assert exits == [1.0, -1.0] * (len(exits) // 2) and model.threshold == 1.0
+
+
+def test_a_checkpoint_of_another_detector(cfg):
+    with pytest.raises(UsageError, match='does not fit this config'):
+        measure(cfg, dict(one={'w': torch.ones(1)}), plain)
+
+
+def test_other_evaluators():
+    assert metric({'pascal_voc/mAP': 0.25, 'pascal_voc/AP50': 0.5}, 'mAP', 'AP') == 25
+    assert metric({'pascal_voc/mAP': 0.25, 'pascal_voc/AP50': 0.5}, 'mAP_50', 'AP50') == 50
+    assert metric({}, 'mAP') is None
