@@ -1,8 +1,9 @@
 """What tests share: mmdet's scope, a small copy of the built-in data, a small run.
 
-``TEST_THREADS`` (1) and ``TEST_SEED`` (0) in the environment run the suite with other threads, and train and draw
-from another seed: no test may hang on either.
+``TEST_THREADS`` (1) and ``TEST_SEED`` (0) in the environment run the suite with other threads, and
+train and draw from another seed: no test may hang on either.
 """
+
 import json
 import os
 import random
@@ -10,7 +11,6 @@ import subprocess
 import sys
 import uuid
 from pathlib import Path
-from typing import Optional
 
 import numpy as np
 import pytest
@@ -27,7 +27,8 @@ from dynamicdet.measuring.calibration import record_exits
 from mmdet.utils import register_all_modules
 
 ROOT = Path(__file__).parent
-#: Exits differ after so many, and routers tell images apart; what they find is left to chance, see `findable`.
+#: Exits differ after so many, and routers tell images apart; what they find is left to chance, see
+#: `findable`.
 CASCADE_EPOCHS = 12
 
 # Two threads that wait for each other cost more than one on models this small.
@@ -43,7 +44,8 @@ RUNTIMES_TO_TRY = ('onnxruntime', pytest.param('openvino', marks=pytest.mark.ope
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """Whatever a test or its fixtures draw without a seed of their own, they draw in any order of tests."""
+    """Whatever a test or its fixtures draw without a seed of their own, they draw in any order of
+    tests."""
     random.seed(SEED)
     np.random.seed(SEED)
     torch.manual_seed(SEED)
@@ -60,7 +62,9 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_terminal_summary(terminalreporter):
     if not torch.cuda.is_available():
-        terminalreporter.write_line('tests marked gpu were left out: torch sees no GPU (tools/check_gpu.sh)')
+        terminalreporter.write_line(
+            'tests marked gpu were left out: torch sees no GPU (tools/check_gpu.sh)'
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +102,8 @@ def shrink_options(digits: Path) -> dict:
 
 @pytest.fixture
 def small_config(digits, tmp_path):
-    """``small_config(name, **options)``: a digits config, shrunk, whose work dir is ``tmp_path/name``."""
+    """``small_config(name, **options)``: a digits config, shrunk, whose work dir is
+    ``tmp_path/name``."""
 
     def load(name: str, **options) -> Config:
         cfg = Config.fromfile(ROOT / 'configs' / f'{name}.py')
@@ -115,9 +120,14 @@ def run_tool(name: str, *arguments: object, timeout: float = 300, cwd: Path = RO
     Returns:
         subprocess.CompletedProcess: With ``returncode``, ``stdout`` and ``stderr``.
     """
-    return subprocess.run([sys.executable, str(ROOT / 'tools' / name), *map(str, arguments)],
-                          cwd=cwd, env={**os.environ, **environment}, timeout=timeout,
-                          capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, str(ROOT / 'tools' / name), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+    )
 
 
 def load_small(name: str, digits: Path, work_dir: Path, val: bool = False, **options) -> Config:
@@ -132,19 +142,22 @@ def load_small(name: str, digits: Path, work_dir: Path, val: bool = False, **opt
     return cfg
 
 
-def load_small_router(digits: Path,
-                      work_dir: Path,
-                      cascade: Optional[Path],
-                      delta: str = 'exact',
-                      **options) -> Config:
+def load_small_router(
+    digits: Path, work_dir: Path, cascade: Path | None, delta: str = 'exact', **options
+) -> Config:
     """Step 2, shrunk: from the last checkpoint in ``cascade``, with a learning rate to be felt."""
-    cfg = load_small('dy_faster_rcnn_digits_router', digits, work_dir, **{
-        'param_scheduler': [],
-        'optim_wrapper.accumulative_counts': 1,
-        'optim_wrapper.optimizer.lr': 1e-2,
-        'train_cfg.max_epochs': 1,
-        **options
-    })
+    cfg = load_small(
+        'dy_faster_rcnn_digits_router',
+        digits,
+        work_dir,
+        **{
+            'param_scheduler': [],
+            'optim_wrapper.accumulative_counts': 1,
+            'optim_wrapper.optimizer.lr': 1e-2,
+            'train_cfg.max_epochs': 1,
+            **options,
+        },
+    )
     cfg.custom_hooks[-1].update(cascade=str(cascade) if cascade else None, delta=delta)
     return cfg
 
@@ -161,17 +174,25 @@ def cascade(digits, tmp_path_factory) -> Path:
     """Work dir of a step 1 that was trained a little."""
     register_all_modules(init_default_scope=True)
     work_dir = tmp_path_factory.mktemp('cascade')
-    train(load_small('dy_faster_rcnn_digits', digits, work_dir, **{
-        'param_scheduler': [],
-        'optim_wrapper.optimizer.lr': 2e-3,
-        'train_cfg.max_epochs': CASCADE_EPOCHS,
-        'default_hooks.checkpoint.interval': CASCADE_EPOCHS,
-    }))
+    train(
+        load_small(
+            'dy_faster_rcnn_digits',
+            digits,
+            work_dir,
+            **{
+                'param_scheduler': [],
+                'optim_wrapper.optimizer.lr': 2e-3,
+                'train_cfg.max_epochs': CASCADE_EPOCHS,
+                'default_hooks.checkpoint.interval': CASCADE_EPOCHS,
+            },
+        )
+    )
     return work_dir
 
 
 def on_findable(findable: Path) -> dict:
-    """Overrides that make `findable` the test set, and let the detector show even what it is hardly sure of."""
+    """Overrides that make `findable` the test set, and let the detector show even what it is hardly
+    sure of."""
     return {
         'test_dataloader.dataset.ann_file': str(findable),
         'test_dataloader.dataset.data_prefix.img': 'train/',
@@ -182,8 +203,9 @@ def on_findable(findable: Path) -> dict:
 
 @pytest.fixture(scope='session')
 def findable(digits, cascade, tmp_path_factory) -> Path:
-    """Annotations of the training images whose objects are what the cascade finds first in them, so that its AP is
-    far from 0 and from 100, whatever it has learned: three boxes of one exit and one of the other, by turns. Every
+    """Annotations of the training images whose objects are what the cascade finds first in them, so
+    that its AP is far from 0 and from 100, whatever it has learned: three boxes of one exit and one
+        of the other, by turns. Every
     second box is narrowed to an IoU of 0.775."""
     register_all_modules(init_default_scope=True)
     path = digits / 'annotations' / 'instances_train.json'
@@ -193,19 +215,27 @@ def findable(digits, cascade, tmp_path_factory) -> Path:
     content, objects = json.loads(path.read_text()), []
     for row, image in enumerate(images):
         for exit, found in enumerate(image['detections']):
-            for one in found[:3 if row % 2 == exit else 1]:
+            for one in found[: 3 if row % 2 == exit else 1]:
                 left, top, width, height = one['bbox']
                 width *= 0.775 if len(objects) % 2 else 1
-                objects.append(dict(id=len(objects) + 1, image_id=image['id'], bbox=[left, top, width, height],
-                                    area=width * height, iscrowd=0, category_id=one['category_id']))
+                objects.append(
+                    dict(
+                        id=len(objects) + 1,
+                        image_id=image['id'],
+                        bbox=[left, top, width, height],
+                        area=width * height,
+                        iscrowd=0,
+                        category_id=one['category_id'],
+                    )
+                )
     path = tmp_path_factory.mktemp('findable') / 'findable.json'
     path.write_text(json.dumps({**content, 'annotations': objects}))
     return path
 
 
 def spread_scores(model: torch.nn.Module) -> torch.nn.Module:
-    """Of a RetinaNet with random weights, whose scores would all be 1: which comes first, and so what is suppressed,
-    would be a matter of rounding."""
+    """Of a RetinaNet with random weights, whose scores would all be 1: which comes first, and so
+    what is suppressed, would be a matter of rounding."""
     for name, weight in model.named_parameters():
         if name.endswith('retina_cls.weight'):
             weight.data *= 0.03
@@ -213,16 +243,20 @@ def spread_scores(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _rows(detections) -> np.ndarray:
-    """Box, score and label of each, (n, 6), of an ``InstanceData`` or of COCO's results without image ids."""
+    """Box, score and label of each, (n, 6), of an ``InstanceData`` or of COCO's results without
+    image ids."""
     if isinstance(detections, list):
-        return np.array([[*one['bbox'], one['score'], one['category_id']] for one in detections]).reshape(-1, 6)
+        return np.array(
+            [[*one['bbox'], one['score'], one['category_id']] for one in detections]
+        ).reshape(-1, 6)
     found = detections.detach().cpu()
     return np.column_stack([found.bboxes, found.scores, found.labels])
 
 
 def same_detections(found, wanted) -> bool:
-    """Whether two results are the same, one to one: label, score within 0.001, box within 0.01 pixels and a thousandth
-    of how far it reaches (random weights make much of rounding). Order counts where scores differ by more."""
+    """Whether two results are the same, one to one: label, score within 0.001, box within 0.01
+    pixels and a thousandth of how far it reaches (random weights make much of rounding). Order
+    counts where scores differ by more."""
     found, wanted = _rows(found), _rows(wanted)
     if len(found) != len(wanted) or (np.abs(found[:, 4] - wanted[:, 4]) > 1e-3).any():
         return False

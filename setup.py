@@ -1,4 +1,5 @@
 """The package lives in projects/dynamicdet; setup.cfg holds its metadata."""
+
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -16,5 +17,8 @@ setup(
     package_dir={'': 'projects'},
     packages=find_packages('projects'),
     install_requires=requirements('runtime'),
-    extras_require={name: requirements(name) for name in ('mm', 'compression', 'video', 'deploy', 'openvino', 'tests')},
+    extras_require={
+        name: requirements(name)
+        for name in ('mm', 'compression', 'video', 'deploy', 'openvino', 'tests')
+    },
 )

@@ -1,6 +1,6 @@
 # A small Faster R-CNN on the built-in data set, from scratch: the plain detector behind
 # dy_faster_rcnn_digits.py. 600 of the 3,000 training images are kept for step 2: a router learns little
-# from images that the detectors have memorised.
+# from images that the detectors have memorized.
 _base_ = ['./_base_/digits.py', './_base_/digits_faster_rcnn.py', './_base_/dynamic.py']
 train_dataloader = dict(dataset=dict(indices=2400))
 custom_hooks = _base_.dynamic_hooks

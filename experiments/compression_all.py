@@ -1,12 +1,13 @@
-"""The experiment on compression, docs/benchmarks.md: prune, share, quantise, fine-tune, measure.
+"""The experiment on compression, docs/benchmarks.md: prune, share, quantize, fine-tune, measure.
 
-It goes step by step, several at a time, and each step leaves a small file in experiments/results/compression: stop
-it when you like and start it again. Steps that have one are not done again; remove the file to do so. The
-detector is that of the experiment on routing, trained first where its weights are not in work_dirs/routing.
+It goes step by step, several at a time, and each step leaves a small file in
+experiments/results/compression: stop it when you like and start it again. Steps that have one are
+not done again; remove the file to do so. The detector is that of the experiment on routing, trained
+first where its weights are not in work_dirs/routing.
 """
+
 # Not named compression.py: Python 3.14 has a module of that name, which libraries look for on any.
 from pathlib import Path
-from typing import List
 
 from compression_runs import START, TUNING, Step, all_steps
 from mmengine.config import Config
@@ -56,8 +57,14 @@ def tune(step: Step) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         return folder_of(step.start)
     if not (folder / 'trained').exists():
-        run('tools/train.py', str(write_config(step)), '--no-data-check', '--resume', f'--work-dir={folder}',
-            log=folder / 'train.log')
+        run(
+            'tools/train.py',
+            str(write_config(step)),
+            '--no-data-check',
+            '--resume',
+            f'--work-dir={folder}',
+            log=folder / 'train.log',
+        )
         (folder / 'trained').touch()
     return folder
 
@@ -67,8 +74,14 @@ def do(step: Step) -> None:
     wait_for(step.start)
     checkpoint = latest_checkpoint(str(tune(step)))
     measured = WORK / step.name / 'points.json'
-    run('experiments/compression_measure.py', str(ROUTING / START / 'config.py'), checkpoint, step.name,
-        str(measured), log=WORK / step.name / 'measure.log')
+    run(
+        'experiments/compression_measure.py',
+        str(ROUTING / START / 'config.py'),
+        checkpoint,
+        step.name,
+        str(measured),
+        log=WORK / step.name / 'measure.log',
+    )
     write_atomically(measured.read_bytes(), RESULTS / f'{step.name}.json')
 
 
@@ -76,10 +89,13 @@ def is_done(step: Step) -> bool:
     return (RESULTS / f'{step.name}.json').exists()
 
 
-def to_do(only: List[str]) -> List[Step]:
-    """Steps that were asked for and have no result; and what they start from, where its weights are gone."""
+def to_do(only: list[str]) -> list[Step]:
+    """Steps that were asked for and have no result; and what they start from, where its weights are
+    gone."""
     steps = all_steps()
-    waiting = [step for step in steps if any(part in step.name for part in only) and not is_done(step)]
+    waiting = [
+        step for step in steps if any(part in step.name for part in only) and not is_done(step)
+    ]
     needed = {step.start for step in waiting if not (folder_of(step.start) / 'trained').exists()}
     return [step for step in steps if step in waiting or step.name in needed]
 

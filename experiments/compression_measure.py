@@ -1,13 +1,15 @@
-"""AP, AP50 and file size of a detector, compressed in several ways, for the experiment on compression.
+"""AP, AP50 and file size of a detector, compressed in several ways, for the experiment on
+compression.
 
     python experiments/compression_measure.py CONFIG CHECKPOINT STEP OUT.json
 
 The test images are loaded once. What is in OUT.json already is not measured again.
 """
+
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional, Sequence
 
 import torch
 from compression_runs import SEED, all_steps
@@ -43,18 +45,27 @@ def measure_points(config: str, checkpoint: str, points: Mapping[str, dict], out
     with cli.silence():
         coco = COCO(cfg.test_evaluator.ann_file)
     batches = list(cli.progress(loader, 'test images'))
-    found.update(seed=SEED, resamples=RESAMPLES,
-                 provenance=provenance(cfg, checkpoint, loader.dataset, 'cpu'))
+    found.update(
+        seed=SEED,
+        resamples=RESAMPLES,
+        provenance=provenance(cfg, checkpoint, loader.dataset, 'cpu'),
+    )
     for name in cli.progress(waiting, 'points'):
         model.load_state_dict(state, strict=False)
         size = _apply(model, **points[name])
         found['points'][name] = dict(
-            bytes=size.in_file, float32_megabytes=size.megabytes, pruned=size.pruned, error=size.error,
-            **judge(model, batches, coco, loader.dataset.cat_ids))
+            bytes=size.in_file,
+            float32_megabytes=size.megabytes,
+            pruned=size.pruned,
+            error=size.error,
+            **judge(model, batches, coco, loader.dataset.cat_ids),
+        )
         write_atomically(json.dumps(found).encode(), out)
 
 
-def _apply(model, blocks: Sequence[dict] = (), lossy: Optional[Mapping[str, object]] = None) -> BlockSize:
+def _apply(
+    model, blocks: Sequence[dict] = (), lossy: Mapping[str, object] | None = None
+) -> BlockSize:
     """Compress a model, in place; what its file would hold."""
     if blocks:
         prune(model, [Block(**block) for block in blocks], SEED)
@@ -66,7 +77,7 @@ def _apply(model, blocks: Sequence[dict] = (), lossy: Optional[Mapping[str, obje
 
 
 @torch.no_grad()
-def judge(model, batches: Sequence[dict], coco: COCO, category_ids: List[int]) -> Dict[str, object]:
+def judge(model, batches: Sequence[dict], coco: COCO, category_ids: list[int]) -> dict[str, object]:
     """AP and AP50, in percent, on the images and on resamples of them."""
     images = []
     for batch in batches:
@@ -74,21 +85,26 @@ def judge(model, batches: Sequence[dict], coco: COCO, category_ids: List[int]) -
             found = coco_results(sample, category_ids)
             # A record has two exits or more.
             images.append(
-                dict(id=sample.img_id, file=sample.img_path, difficulty=0.5, detections=[found] * 2))
+                dict(id=sample.img_id, file=sample.img_path, difficulty=0.5, detections=[found] * 2)
+            )
     mixtures = Mixtures(dict(images=images), coco)
     choice = [0] * len(images)
-    resampled = [mixtures.scores(choice, weights, sizes=False)
-                 for weights in bootstrap_weights(len(images), RESAMPLES)]
-    return dict(mixtures.scores(choice, sizes=False),
-                resampled_ap=[round(one['ap'], 3) for one in resampled],
-                resampled_ap50=[round(one['ap50'], 3) for one in resampled])
+    resampled = [
+        mixtures.scores(choice, weights, sizes=False)
+        for weights in bootstrap_weights(len(images), RESAMPLES)
+    ]
+    return dict(
+        mixtures.scores(choice, sizes=False),
+        resampled_ap=[round(one['ap'], 3) for one in resampled],
+        resampled_ap50=[round(one['ap50'], 3) for one in resampled],
+    )
 
 
 def main() -> None:
     cli.prepare()
     torch.set_num_threads(1)
     config, checkpoint, name, out = sys.argv[1:]
-    step, = (step for step in all_steps() if step.name == name)
+    (step,) = (step for step in all_steps() if step.name == name)
     measure_points(config, checkpoint, step.points, Path(out))
 
 

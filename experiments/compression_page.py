@@ -1,11 +1,12 @@
 """The page of the experiment on compression: experiments/results/compression.md and its picture.
 
-    python experiments/compression_page.py
+python experiments/compression_page.py
 """
+
 import io
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 from compression_runs import BITS, BLOCKS, METHODS, SHARES, TUNING
@@ -31,16 +32,22 @@ shared values 1e-4. MB are of whole `.ddz` files (1 MB = 1e6 bytes); in float32 
 The **knee** is the share at which the curve is farthest above the straight line between its ends, both axes
 scaled to [0, 1] (Satopää et al. 2011).
 """
-#: Curves of a block: label -> what its steps are called, where the share is to be filled in; the point.
+#: Curves of a block: label -> what its steps are called, where the share is to be filled in; the
+#: point.
 CURVES = {
-    'L1 global': 'prune-l1_global-{block}', 'L1 local': 'prune-l1_local-{block}',
-    'random': 'prune-random-{block}', 'structured': 'prune-structured-{block}',
+    'L1 global': 'prune-l1_global-{block}',
+    'L1 local': 'prune-l1_local-{block}',
+    'random': 'prune-random-{block}',
+    'structured': 'prune-structured-{block}',
     'L1 global, tuned': 'tuned-prune-{block}-{share}',
-    **{f"{method.replace('_', ' ').replace('l1', 'L1')}, tuned": f'tuned-prune-{method}-{{block}}-{{share}}'
-       for method in METHODS if method != 'l1_global'}
+    **{
+        f'{method.replace("_", " ").replace("l1", "L1")}, tuned': f'tuned-prune-{method}-{{block}}-{{share}}'
+        for method in METHODS
+        if method != 'l1_global'
+    },
 }
 
-Points = Dict[str, dict]
+Points = dict[str, dict]
 
 
 def read_points() -> Points:
@@ -52,7 +59,7 @@ def read_points() -> Points:
     return points
 
 
-def at(points: Points, label: str, block: str, share: int) -> Optional[dict]:
+def at(points: Points, label: str, block: str, share: int) -> dict | None:
     """A point of a curve, or None. At 0 % it is the detector as it was, or fine-tuned alike."""
     tuned = label.endswith('tuned')
     if share == 0:
@@ -61,7 +68,7 @@ def at(points: Points, label: str, block: str, share: int) -> Optional[dict]:
     return points.get(f'{step}/exact' if tuned else f'{step}/{share}')
 
 
-def difference(point: Mapping, base: Mapping, name: str) -> Tuple[float, float, float]:
+def difference(point: Mapping, base: Mapping, name: str) -> tuple[float, float, float]:
     """By how much a point is above another, and the ends of the paired interval."""
     pairs = np.array(point[f'resampled_{name}'], float) - np.array(base[f'resampled_{name}'], float)
     return (point[name] - base[name], *interval(pairs))
@@ -81,20 +88,21 @@ def without_loss(points: Points, label: str, block: str, base: Mapping, name: st
 
 
 def knee(shares: Sequence[float], values: Sequence[float]) -> float:
-    """The share at which a falling curve is farthest above the line between its ends (see `HEAD`)."""
+    """The share at which a falling curve is farthest above the line between its ends (see
+    `HEAD`)."""
     x, y = (np.asarray(one, float) for one in (shares, values))
     if y[0] <= y[-1]:
         return float(x[-1])
     return float(x[np.argmax((y - y[-1]) / (y[0] - y[-1]) - (x[-1] - x) / (x[-1] - x[0]))])
 
 
-def curve(points: Points, label: str, block: str) -> List[Tuple[int, dict]]:
+def curve(points: Points, label: str, block: str) -> list[tuple[int, dict]]:
     """(share, point) of all that is known."""
     found = [(share, at(points, label, block, share)) for share in (0, *SHARES)]
     return [(share, point) for share, point in found if point is not None]
 
 
-def known(points: Points, block: str) -> List[str]:
+def known(points: Points, block: str) -> list[str]:
     """Curves of which a block has more than the end that all share."""
     return [label for label in CURVES if len(curve(points, label, block)) > 1]
 
@@ -104,8 +112,8 @@ def with_ends(point: Mapping, name: str) -> str:
     return f'{point[name]:.2f} ({low:.2f} to {high:.2f})'
 
 
-def megabytes(point: Optional[Mapping]) -> str:
-    return f"{point['bytes'] / 1e6:.2f}" if point else '-'
+def megabytes(point: Mapping | None) -> str:
+    return f'{point["bytes"] / 1e6:.2f}' if point else '-'
 
 
 def block_tables(points: Points, block: str) -> str:
@@ -115,8 +123,14 @@ def block_tables(points: Points, block: str) -> str:
         rows = []
         for share in (0, *SHARES):
             own = {label: at(points, label, block, share) for label in labels}
-            cells = ['-' if point is None else with_ends(point, name) if label.startswith('L1 global')
-                     else f'{point[name]:.2f}' for label, point in own.items()]
+            cells = [
+                '-'
+                if point is None
+                else with_ends(point, name)
+                if label.startswith('L1 global')
+                else f'{point[name]:.2f}'
+                for label, point in own.items()
+            ]
             files = [megabytes(own.get(label)) for label in ('L1 global', 'L1 global, tuned')]
             rows.append([f'{share} %', *cells, *files])
         parts += [f'{name.upper()}:\n', table(['pruned', *labels, 'MB', 'MB, tuned'], rows)]
@@ -128,14 +142,27 @@ def knees(points: Points, block: str) -> str:
     for label in known(points, block):
         found = curve(points, label, block)
         base = points['base/exact']
-        rows.append([label, f'{knee(*zip(*((share, point["ap50"]) for share, point in found))):.0f} %',
-                     *(f'{without_loss(points, label, block, base, name)} %' for name in ('ap50', 'ap')),
-                     *tuned_alike(points, label, block)])
-    return table(['method', 'knee (AP50)', 'no loss of AP50 up to', 'no loss of AP up to',
-                  'no loss of AP50 against the unpruned, fine-tuned alike, up to'], rows)
+        rows.append(
+            [
+                label,
+                f'{knee(*zip(*((share, point["ap50"]) for share, point in found))):.0f} %',
+                *(f'{without_loss(points, label, block, base, name)} %' for name in ('ap50', 'ap')),
+                *tuned_alike(points, label, block),
+            ]
+        )
+    return table(
+        [
+            'method',
+            'knee (AP50)',
+            'no loss of AP50 up to',
+            'no loss of AP up to',
+            'no loss of AP50 against the unpruned, fine-tuned alike, up to',
+        ],
+        rows,
+    )
 
 
-def tuned_alike(points: Points, label: str, block: str) -> List[str]:
+def tuned_alike(points: Points, label: str, block: str) -> list[str]:
     control = points.get('tuned-base/exact')
     if not label.endswith('tuned') or control is None:
         return ['-']
@@ -145,28 +172,51 @@ def tuned_alike(points: Points, label: str, block: str) -> List[str]:
 def values_table(points: Points) -> str:
     """Weights that take few values: without fine-tuning and with."""
     base = points['base/exact']
-    names = {'values/int8': 'int8', **{f'values/share-{bits}': f'{2**bits} shared values ({bits} bits)'
-                                       for bits in reversed(BITS)},
-             **{f'tuned-share-{bits}/exact': f'{2**bits} shared values, tuned' for bits in (4, 3, 2)},
-             **{f'tuned-share-4-pruned-{share}/exact': f'{share} % pruned, 16 shared values, tuned'
-                for share in (50, 70)},
-             **{f'tuned-prune-both-{share}/int8': f'{share} % pruned, tuned, int8' for share in (30, 50, 70)},
-             'values/binary-fc': 'binary: linear layers',
-             'values/binary-backbone': 'binary: stages of the backbone', 'values/binary-all': 'binary: all',
-             'tuned-base/exact': 'fine-tuned alike, nothing else'}
-    rows = [['as it was', with_ends(base, 'ap50'), with_ends(base, 'ap'), '-', '-', megabytes(base)]]
+    names = {
+        'values/int8': 'int8',
+        **{
+            f'values/share-{bits}': f'{2**bits} shared values ({bits} bits)'
+            for bits in reversed(BITS)
+        },
+        **{f'tuned-share-{bits}/exact': f'{2**bits} shared values, tuned' for bits in (4, 3, 2)},
+        **{
+            f'tuned-share-4-pruned-{share}/exact': f'{share} % pruned, 16 shared values, tuned'
+            for share in (50, 70)
+        },
+        **{
+            f'tuned-prune-both-{share}/int8': f'{share} % pruned, tuned, int8'
+            for share in (30, 50, 70)
+        },
+        'values/binary-fc': 'binary: linear layers',
+        'values/binary-backbone': 'binary: stages of the backbone',
+        'values/binary-all': 'binary: all',
+        'tuned-base/exact': 'fine-tuned alike, nothing else',
+    }
+    rows = [
+        ['as it was', with_ends(base, 'ap50'), with_ends(base, 'ap'), '-', '-', megabytes(base)]
+    ]
     for name, label in names.items():
         if name in points:
             point = points[name]
-            rows.append([label, with_ends(point, 'ap50'), with_ends(point, 'ap'),
-                         '{:+.2f} ({:+.2f} to {:+.2f})'.format(*difference(point, base, 'ap')),
-                         f"{point['error']:.1%}", megabytes(point)])
-    return table(['weights', 'AP50', 'AP', 'AP against as it was', 'relative error in the file', 'MB'], rows)
+            rows.append(
+                [
+                    label,
+                    with_ends(point, 'ap50'),
+                    with_ends(point, 'ap'),
+                    '{:+.2f} ({:+.2f} to {:+.2f})'.format(*difference(point, base, 'ap')),
+                    f'{point["error"]:.1%}',
+                    megabytes(point),
+                ]
+            )
+    return table(
+        ['weights', 'AP50', 'AP', 'AP against as it was', 'relative error in the file', 'MB'], rows
+    )
 
 
 def picture(points: Points) -> bytes:
     """AP50 against the share pruned, block by block; AP against the size of the file."""
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(18, 4.4), layout='constrained')
     panels = figure.subplots(1, len(BLOCKS) + 1)
     for axes, block in zip(panels, BLOCKS):
@@ -175,22 +225,38 @@ def picture(points: Points) -> bytes:
                 continue
             found = curve(points, label, block)
             shares = [share for share, _ in found]
-            axes.plot(shares, [point['ap50'] for _, point in found], f'C{index}', marker='.', label=label)
+            axes.plot(
+                shares, [point['ap50'] for _, point in found], f'C{index}', marker='.', label=label
+            )
             if label.startswith('L1 global') and found:
-                axes.fill_between(shares, *zip(*(interval(point['resampled_ap50']) for _, point in found)),
-                                  color=f'C{index}', alpha=0.15)
+                axes.fill_between(
+                    shares,
+                    *zip(*(interval(point['resampled_ap50']) for _, point in found)),
+                    color=f'C{index}',
+                    alpha=0.15,
+                )
         axes.set(title=block.replace('_', ' '), xlabel='pruned, %', ylabel='AP50, %')
         axes.grid(alpha=0.3)
     lines = {line.get_label(): line for axes in panels[:-1] for line in axes.lines}
     panels[0].legend(lines.values(), lines, fontsize=7)
-    families = {'shared values': 'values/share-', 'shared values, tuned': 'tuned-share-',
-                'int8': 'values/int8', 'L1 global (both), tuned': 'tuned-prune-both-',
-                'binary': 'values/binary-', 'as it was': 'base/'}
+    families = {
+        'shared values': 'values/share-',
+        'shared values, tuned': 'tuned-share-',
+        'int8': 'values/int8',
+        'L1 global (both), tuned': 'tuned-prune-both-',
+        'binary': 'values/binary-',
+        'as it was': 'base/',
+    }
     for index, (label, prefix) in enumerate(families.items()):
-        own = sorted((point['bytes'] / 1e6, point['ap'])
-                     for name, point in points.items() if name.startswith(prefix))
+        own = sorted(
+            (point['bytes'] / 1e6, point['ap'])
+            for name, point in points.items()
+            if name.startswith(prefix)
+        )
         if own:
-            panels[-1].plot(*zip(*own), f'C{index}', marker='o', markersize=4, linestyle='none', label=label)
+            panels[-1].plot(
+                *zip(*own), f'C{index}', marker='o', markersize=4, linestyle='none', label=label
+            )
     panels[-1].set(title='files', xlabel='MB of the .ddz file', ylabel='AP, %', xscale='log')
     panels[-1].grid(alpha=0.3)
     panels[-1].legend(fontsize=8)
@@ -202,13 +268,19 @@ def picture(points: Points) -> bytes:
 def main() -> None:
     points = read_points()
     first = json.loads((RESULTS / 'base.json').read_text())
-    head = HEAD.format(**first['provenance'] | dict(seed=first['seed']), resamples=first['resamples'],
-                       tuning=TUNING['train_dataloader.dataset.indices'],
-                       dense=points['base/exact']['float32_megabytes'])
+    head = HEAD.format(
+        **first['provenance'] | dict(seed=first['seed']),
+        resamples=first['resamples'],
+        tuning=TUNING['train_dataloader.dataset.indices'],
+        dense=points['base/exact']['float32_megabytes'],
+    )
     parts = [head, f'![AP against pruned share and size](../../docs/images/{PICTURE.name})\n']
     for block in BLOCKS:
-        parts += [f'## Pruned: {block.replace("_", " ")}\n', block_tables(points, block),
-                  knees(points, block)]
+        parts += [
+            f'## Pruned: {block.replace("_", " ")}\n',
+            block_tables(points, block),
+            knees(points, block),
+        ]
     parts += ['## Few values\n', values_table(points)]
     write_atomically(picture(points), PICTURE)
     write_atomically('\n'.join(parts).encode(), PAGE)

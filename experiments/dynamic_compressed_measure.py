@@ -1,18 +1,20 @@
-"""AP and file size, or latency, of one detector's variants, for the experiment on dynamic and compressed.
+"""AP and file size, or latency, of one detector's variants, for the experiment on dynamic and
+compressed.
 
     python experiments/dynamic_compressed_measure.py ap OUT.json FOLDER
     python experiments/dynamic_compressed_measure.py clock OUT.json SIDE IMAGES ROUNDS FOLDER FOLDER
 
-A FOLDER holds a calibrated dynamic detector: config.py, calibrated.pth, and graphs in float32/ and int8/. APs that are in
-OUT.json already are not measured again. Latencies are of all variants of all folders, in turns, on images of
-SIDE x SIDE pixels.
+A FOLDER holds a calibrated dynamic detector: config.py, calibrated.pth, and graphs in float32/ and
+int8/. APs that are in OUT.json already are not measured again. Latencies are of all variants of all
+folders, in turns, on images of SIDE x SIDE pixels.
 """
+
 import json
 import os
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -37,26 +39,33 @@ from dynamicdet.routing.evaluation import Mixtures, difficulties_of
 from dynamicdet.routing.thresholds import ALL_EASY, ALL_HARD
 
 CONFIG, WEIGHTS = 'config.py', 'calibrated.pth'
-#: How a detector is handed over: form -> options of tools/export.py; None for torch, from a .ddz file.
-FORMS: Dict[str, Optional[Tuple[str, ...]]] = dict(
-    eager=None, eager_int8=None, float32=(), int8=('--int8', '--compress'),
-    int8_all=('--int8', '--compress', '--float-share=0'))
-#: Graphs that another library runs, too: form -> the form they were exported as, and what runs them.
+#: How a detector is handed over: form -> options of tools/export.py; None for torch, from a .ddz
+#: file.
+FORMS: dict[str, tuple[str, ...] | None] = dict(
+    eager=None,
+    eager_int8=None,
+    float32=(),
+    int8=('--int8', '--compress'),
+    int8_all=('--int8', '--compress', '--float-share=0'),
+)
+#: Graphs that another library runs, too: form -> the form they were exported as, and what runs
+#: them.
 RUN_BY = dict(int8_openvino=('int8', 'openvino'))
-#: What a .ddz file held is as fast as before; graphs without a float layer say what keeping some is worth.
+#: What a .ddz file held is as fast as before; graphs without a float layer say what keeping some is
+#: worth.
 UNTIMED = ('eager_int8', 'int8_all')
 #: How the .ddz file of a form is written.
 LOSSY = dict(eager=Lossy(), eager_int8=Lossy(int8=[]))
-#: Sides at which latency is measured: that of the experiment, and one at which networks outweigh what is around
-#: them, as on users' images; on how many test images, and in how many rounds.
+#: Sides at which latency is measured: that of the experiment, and one at which networks outweigh
+#: what is around them, as on users' images; on how many test images, and in how many rounds.
 SIDES = {128: (20, 15), 640: (6, 15)}
 
 
-def all_forms() -> List[str]:
+def all_forms() -> list[str]:
     return [*FORMS, *(form for form, (exported, _) in RUN_BY.items() if exported in FORMS)]
 
 
-def load(folder: Path, form: str) -> Tuple[DynamicDetector, int]:
+def load(folder: Path, form: str) -> tuple[DynamicDetector, int]:
     """A detector, and the bytes of what a user would be handed."""
     exported, runtime = RUN_BY.get(form, (form, 'onnxruntime'))
     if FORMS[exported] is not None:
@@ -73,8 +82,11 @@ def measure_ap(folder: Path, out: Path) -> None:
     loader = build_loader(dict(cfg.test_dataloader, num_workers=0, persistent_workers=False))
     with cli.silence():
         coco = COCO(cfg.test_evaluator.ann_file)
-    found.update(original_bytes=(folder / WEIGHTS).stat().st_size, resamples=RESAMPLES,
-                 provenance=provenance(cfg, str(folder / WEIGHTS), loader.dataset, 'cpu'))
+    found.update(
+        original_bytes=(folder / WEIGHTS).stat().st_size,
+        resamples=RESAMPLES,
+        provenance=provenance(cfg, str(folder / WEIGHTS), loader.dataset, 'cpu'),
+    )
     for form in all_forms():
         exported, _ = RUN_BY.get(form, (form, None))
         is_there = FORMS[exported] is None or (folder / exported).exists()
@@ -85,38 +97,58 @@ def measure_ap(folder: Path, out: Path) -> None:
 
 
 def judge(model: DynamicDetector, loader, coco: COCO) -> dict:
-    """``exit0``, ``half`` and ``exit1``: AP, AP50 and AP on resamples of the images; ``hard_share`` of the
-    second."""
+    """``exit0``, ``half`` and ``exit1``: AP, AP50 and AP on resamples of the images; ``hard_share``
+    of the second."""
     record = dict(images=record_exits(model, loader, cli.progress))
     mixtures = Mixtures(record, coco)
     hard = difficulties_of(record) > model.threshold.item()
     choices = dict(exit0=np.zeros(len(hard), int), half=hard, exit1=np.ones(len(hard), int))
     weights = bootstrap_weights(len(hard), RESAMPLES)
-    return dict(hard_share=float(hard.mean()), **{
-        name: dict(mixtures.scores(choice, sizes=False),
-                   resampled_ap=[round(mixtures.ap(choice, one), 3) for one in weights])
-        for name, choice in choices.items()})
+    return dict(
+        hard_share=float(hard.mean()),
+        **{
+            name: dict(
+                mixtures.scores(choice, sizes=False),
+                resampled_ap=[round(mixtures.ap(choice, one), 3) for one in weights],
+            )
+            for name, choice in choices.items()
+        },
+    )
 
 
-def measure_latencies(folders: Sequence[Path], side: int, images: int, rounds: int, out: Path) -> None:
-    """Seconds per image of all detectors at each exit and at half hard: batch 1, images of some side in
-    memory, from preprocessing to boxes, all taking turns."""
+def measure_latencies(
+    folders: Sequence[Path], side: int, images: int, rounds: int, out: Path
+) -> None:
+    """Seconds per image of all detectors at each exit and at half hard: batch 1, images of some
+    side in memory, from preprocessing to boxes, all taking turns."""
     before = os.getloadavg()[0]
     cfg = Config.fromfile(folders[0] / CONFIG)
-    resize, = (step for step in cfg.test_dataloader.dataset.pipeline if step.type == 'Resize')
+    (resize,) = (step for step in cfg.test_dataloader.dataset.pipeline if step.type == 'Resize')
     resize.scale = (side, side)
-    dataset = build_loader(dict(cfg.test_dataloader, num_workers=0, persistent_workers=False)).dataset
+    dataset = build_loader(
+        dict(cfg.test_dataloader, num_workers=0, persistent_workers=False)
+    ).dataset
     batches = [pseudo_collate([dataset[index]]) for index in range(min(images, len(dataset)))]
     tasks = {}
     for folder in folders:
         for form in (form for form in all_forms() if form not in UNTIMED):
             model, _ = load(folder, form)
-            tasks.update({f'{folder.name}/{form}/{name}': task for name, task in tasks_of(model, batches)})
+            tasks.update(
+                {f'{folder.name}/{form}/{name}': task for name, task in tasks_of(model, batches)}
+            )
     seconds = interleave(tasks, rounds, cli.progress, 'latencies')
-    facts = dict(provenance(cfg, str(folders[0] / WEIGHTS), dataset, 'cpu'), images=len(batches), side=side,
-                 rounds=rounds, vnni=not needs_reduced_range(), load_before=before,
-                 load_after=os.getloadavg()[0], amx=has_amx(), onnxruntime=version('onnxruntime'),
-                 openvino=version('openvino'))
+    facts = dict(
+        provenance(cfg, str(folders[0] / WEIGHTS), dataset, 'cpu'),
+        images=len(batches),
+        side=side,
+        rounds=rounds,
+        vnni=not needs_reduced_range(),
+        load_before=before,
+        load_after=os.getloadavg()[0],
+        amx=has_amx(),
+        onnxruntime=version('onnxruntime'),
+        openvino=version('openvino'),
+    )
     points = {name: quartiles(values / len(batches)) for name, values in seconds.items()}
     write_atomically(json.dumps(dict(provenance=facts, points=points)).encode(), out)
 
@@ -127,7 +159,7 @@ def has_amx() -> bool:
     return cpu.exists() and 'amx_int8' in cpu.read_text()
 
 
-def tasks_of(model: DynamicDetector, batches: List[dict]) -> List[Tuple[str, Task]]:
+def tasks_of(model: DynamicDetector, batches: list[dict]) -> list[tuple[str, Task]]:
     """The same images, all easy, half of them hard, all hard."""
     thresholds = dict(exit0=ALL_EASY, half=half_hard_threshold(model, batches), exit1=ALL_HARD)
     return [(name, Task(model, batches, threshold)) for name, threshold in thresholds.items()]
@@ -141,7 +173,9 @@ def main() -> None:
         measure_ap(Path(more[0]), Path(out))
     else:
         side, images, rounds, *folders = more
-        measure_latencies([Path(folder) for folder in folders], int(side), int(images), int(rounds), Path(out))
+        measure_latencies(
+            [Path(folder) for folder in folders], int(side), int(images), int(rounds), Path(out)
+        )
 
 
 if __name__ == '__main__':

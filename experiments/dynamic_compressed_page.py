@@ -1,12 +1,14 @@
 """The page of the experiment on dynamic and compressed together, and its picture.
 
-    python experiments/dynamic_compressed_page.py        # experiments/results/dynamic_compressed.md
+python experiments/dynamic_compressed_page.py        # experiments/results/dynamic_compressed.md
 """
+
 import io
 import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Dict, List, Mapping, NamedTuple, Optional
+from typing import NamedTuple
 
 from compression_page import difference
 from dynamic_compressed import FULL, FULL_SIDE, SHARE
@@ -22,7 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'experiments' / 'results' / 'dynamic_compressed'
 PAGE = ROOT / 'experiments' / 'results' / 'dynamic_compressed.md'
 PICTURE = ROOT / 'docs' / 'images' / 'dynamic_compressed.png'
-NAMES = dict(yolox='Dy-YOLOX-nano', faster_rcnn='Dy-Faster R-CNN', faster_rcnn_r50='Dy-Faster R-CNN R-50')
+NAMES = dict(
+    yolox='Dy-YOLOX-nano', faster_rcnn='Dy-Faster R-CNN', faster_rcnn_r50='Dy-Faster R-CNN R-50'
+)
 MODES = dict(exit0='exit 0', half='half hard', exit1='exit 1')
 HEAD = """# The experiment on dynamic and compressed together: numbers
 
@@ -45,8 +49,11 @@ LARGE = """The same detectors on the same images, enlarged to {side} x {side} pi
 preprocessing, proposals and NMS, which are Python in all variants: {images} images, median of {rounds} rounds,
 load average {load_before:.2f} and {load_after:.2f}. They were not trained at that size: latencies alone.
 """
-MACHINE = ('{device}, {threads} thread(s), {vnni} VNNI, {amx} AMX, torch {torch}, ONNX Runtime {onnxruntime}, '
-           'OpenVINO {openvino}')
+MACHINE = (
+    '{device}, {threads} thread(s), {vnni} VNNI, {amx} AMX, torch {torch}, ONNX Runtime '
+    '{onnxruntime}, '
+    'OpenVINO {openvino}'
+)
 NO_CLOCK = 'Latencies are not measured yet: `python experiments/dynamic_compressed.py --clock`.\n'
 
 
@@ -60,11 +67,12 @@ layer was tried in 8 bits by itself.
 
 class Variant(NamedTuple):
     """A row of the table and, where it is timed, a line of the picture."""
+
     label: str
     kind: str
     form: str
     #: Which form is as fast; None is not timed.
-    timed: Optional[str]
+    timed: str | None
 
 
 VARIANTS = (
@@ -80,12 +88,13 @@ VARIANTS = (
     Variant('pruned, ONNX Runtime float32', 'pruned', 'float32', 'float32'),
     Variant('pruned + int8', 'pruned', 'int8', 'int8'),
     Variant('pruned + int8, OpenVINO', 'pruned', 'int8_openvino', 'int8_openvino'),
-    Variant('pruned + int8, predictions too', 'pruned', 'int8_all', None))
+    Variant('pruned + int8, predictions too', 'pruned', 'int8_all', None),
+)
 
 #: The side that the detectors were trained at, and the larger one.
 SMALL, LARGER = SIDES
 
-Results = Dict[str, dict]
+Results = dict[str, dict]
 
 
 def read_results() -> Results:
@@ -93,13 +102,14 @@ def read_results() -> Results:
     return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob('*.json'))}
 
 
-def point(results: Results, detector: str, variant: Variant) -> Optional[dict]:
+def point(results: Results, detector: str, variant: Variant) -> dict | None:
     step = results.get(f'{detector}-{variant.kind}')
     return step and step['points'].get(variant.form)
 
 
-def milliseconds(results: Results, detector: str, variant: Variant, mode: str,
-                 side: int = SMALL) -> Optional[float]:
+def milliseconds(
+    results: Results, detector: str, variant: Variant, mode: str, side: int = SMALL
+) -> float | None:
     step = results.get(f'{detector}-clock_{side}')
     name = f'{detector}-{variant.kind}/{variant.timed}/{mode}'
     return step and variant.timed and 1e3 * step['points'][name]['median']
@@ -111,7 +121,9 @@ def below(own: Mapping, base: Mapping, mode: str) -> str:
 
 
 def machine_of(facts: Mapping) -> str:
-    return MACHINE.format(**dict(facts, **{name: 'with' if facts[name] else 'without' for name in ('vnni', 'amx')}))
+    return MACHINE.format(
+        **dict(facts, **{name: 'with' if facts[name] else 'without' for name in ('vnni', 'amx')})
+    )
 
 
 def table_of(results: Results, detector: str) -> str:
@@ -123,41 +135,83 @@ def table_of(results: Results, detector: str) -> str:
         if own is None:
             continue
         times = [milliseconds(results, detector, variant, mode) for mode in MODES]
-        rows.append([
-            variant.label, *(f"{own[mode]['ap']:.2f}" for mode in MODES),
-            *(below(own, base, mode) for mode in ('half', 'exit1')), f"{own['hard_share']:.0%}",
-            f"{own['bytes'] / 1e6:.2f} ({own['bytes'] / original:.1%})",
-            *('-' if one is None else f'{one:.1f}' for one in times)])
+        rows.append(
+            [
+                variant.label,
+                *(f'{own[mode]["ap"]:.2f}' for mode in MODES),
+                *(below(own, base, mode) for mode in ('half', 'exit1')),
+                f'{own["hard_share"]:.0%}',
+                f'{own["bytes"] / 1e6:.2f} ({own["bytes"] / original:.1%})',
+                *('-' if one is None else f'{one:.1f}' for one in times),
+            ]
+        )
     ap, times = ([f'{what}, {mode}' for mode in MODES.values()] for what in ('AP', 'ms'))
-    return table(['variant', *ap, 'half hard, against float32 eager', 'exit 1, against float32 eager',
-                  'hard share', 'file, MB', *times], rows)
+    return table(
+        [
+            'variant',
+            *ap,
+            'half hard, against float32 eager',
+            'exit 1, against float32 eager',
+            'hard share',
+            'file, MB',
+            *times,
+        ],
+        rows,
+    )
 
 
 def goals(results: Results, detector: str) -> str:
     """What the issue asks for, and what there is, at exit 1."""
     by_label = {variant.label: variant for variant in VARIANTS}
-    base, quantised, small, control = (
+    base, quantized, small, control = (
         point(results, detector, by_label[label])
-        for label in ('float32 eager', 'int8', 'pruned + int8', 'tuned alike, not pruned'))
+        for label in ('float32 eager', 'int8', 'pruned + int8', 'tuned alike, not pruned')
+    )
     original = results[f'{detector}-whole']['original_bytes']
     rows = []
-    if quantised:
-        rows.append(['int8: AP lost, exit 1', 'at most 0.5',
-                     f"{base['exit1']['ap'] - quantised['exit1']['ap']:.2f}"])
+    if quantized:
+        rows.append(
+            [
+                'int8: AP lost, exit 1',
+                'at most 0.5',
+                f'{base["exit1"]["ap"] - quantized["exit1"]["ap"]:.2f}',
+            ]
+        )
     if small:
-        rows += [['pruned + int8: AP lost, exit 1', 'at most 1.0',
-                  f"{base['exit1']['ap'] - small['exit1']['ap']:.2f}"],
-                 ['pruned + int8: file', 'at most 12 %', f"{small['bytes'] / original:.1%}"]]
+        rows += [
+            [
+                'pruned + int8: AP lost, exit 1',
+                'at most 1.0',
+                f'{base["exit1"]["ap"] - small["exit1"]["ap"]:.2f}',
+            ],
+            ['pruned + int8: file', 'at most 12 %', f'{small["bytes"] / original:.1%}'],
+        ]
     if small and control:
-        rows.append(['the same against "tuned alike"', 'not asked for',
-                     f"{control['exit1']['ap'] - small['exit1']['ap']:.2f}"])
-    asked = (('int8', 'ONNX Runtime float32', '3, with VNNI'), ('pruned + int8', 'float32 eager', '8'))
+        rows.append(
+            [
+                'the same against "tuned alike"',
+                'not asked for',
+                f'{control["exit1"]["ap"] - small["exit1"]["ap"]:.2f}',
+            ]
+        )
+    asked = (
+        ('int8', 'ONNX Runtime float32', '3, with VNNI'),
+        ('pruned + int8', 'float32 eager', '8'),
+    )
     for side, runtime, (fast, slow, goal) in itertools.product(SIDES, ('', ', OpenVINO'), asked):
         fast += runtime
-        times = [milliseconds(results, detector, by_label[label], 'exit1', side) for label in (slow, fast)]
+        times = [
+            milliseconds(results, detector, by_label[label], 'exit1', side)
+            for label in (slow, fast)
+        ]
         if None not in times:
-            rows.append([f'{fast}: times as fast as {slow}, exit 1, {side} pixels', f'at least {goal}',
-                         f'{times[0] / times[1]:.2f}'])
+            rows.append(
+                [
+                    f'{fast}: times as fast as {slow}, exit 1, {side} pixels',
+                    f'at least {goal}',
+                    f'{times[0] / times[1]:.2f}',
+                ]
+            )
     return table(['goal', 'wanted', 'measured'], rows)
 
 
@@ -165,26 +219,43 @@ def large_table(results: Results, detector: str) -> str:
     """Latencies at the larger side, and how often as fast as the same without compression."""
     # A file in 8 bits is as fast as what it was made from.
     timed = [variant for variant in VARIANTS if variant.form == variant.timed]
-    times = {variant.label: [milliseconds(results, detector, variant, mode, LARGER) for mode in MODES]
-             for variant in timed}
+    times = {
+        variant.label: [milliseconds(results, detector, variant, mode, LARGER) for mode in MODES]
+        for variant in timed
+    }
     eager, graphs = (times[label][-1] for label in ('float32 eager', 'ONNX Runtime float32'))
-    rows = [[label, *(f'{one:.1f}' for one in own), f'{eager / own[-1]:.2f}', f'{graphs / own[-1]:.2f}']
-            for label, own in times.items()]
-    return table(['variant', *(f'ms, {mode}' for mode in MODES.values()), 'times as fast as eager, exit 1',
-                  'as ONNX Runtime float32'], rows)
+    rows = [
+        [label, *(f'{one:.1f}' for one in own), f'{eager / own[-1]:.2f}', f'{graphs / own[-1]:.2f}']
+        for label, own in times.items()
+    ]
+    return table(
+        [
+            'variant',
+            *(f'ms, {mode}' for mode in MODES.values()),
+            'times as fast as eager, exit 1',
+            'as ONNX Runtime float32',
+        ],
+        rows,
+    )
 
 
-def picture(results: Results, detectors: List[str]) -> bytes:
+def picture(results: Results, detectors: list[str]) -> bytes:
     """AP against latency: a line for each variant, from exit 0 through half hard to exit 1."""
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6.5 * len(detectors), 4.4), layout='constrained')
     for axes, detector in zip(figure.subplots(1, len(detectors), squeeze=False)[0], detectors):
         for index, variant in enumerate(one for one in VARIANTS if one.form == one.timed):
             own = point(results, detector, variant)
             if own is None:
                 continue
-            axes.plot([milliseconds(results, detector, variant, mode) for mode in MODES],
-                      [own[mode]['ap'] for mode in MODES], f'C{index}', marker='.', label=variant.label)
+            axes.plot(
+                [milliseconds(results, detector, variant, mode) for mode in MODES],
+                [own[mode]['ap'] for mode in MODES],
+                f'C{index}',
+                marker='.',
+                label=variant.label,
+            )
         axes.set(title=NAMES[detector], xlabel='latency, ms', ylabel='AP, %')
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
@@ -200,23 +271,34 @@ def main() -> None:
         raise UsageError(f'{RESULTS} has no results: run experiments/dynamic_compressed.py first')
     first = results[f'{known[0]}-whole']
     timed = [detector for detector in known if f'{detector}-clock_{SMALL}' in results]
-    parts = [HEAD.format(images=first['provenance']['images'], resamples=first['resamples'],
-                         share=SHARE, tuning=PRETRAINING)]
+    parts = [
+        HEAD.format(
+            images=first['provenance']['images'],
+            resamples=first['resamples'],
+            share=SHARE,
+            tuning=PRETRAINING,
+        )
+    ]
     if timed:
         write_atomically(picture(results, timed), PICTURE)
         parts.append(f'![AP against latency](../../docs/images/{PICTURE.name})\n')
     for detector in known:
         clock, larger = (results.get(f'{detector}-clock_{side}') for side in SIDES)
         facts = clock and dict(clock['provenance'], machine=machine_of(clock['provenance']))
-        parts += [f'## {NAMES[detector]}\n', CLOCK.format(**facts) if facts else NO_CLOCK,
-                  table_of(results, detector)]
+        parts += [
+            f'## {NAMES[detector]}\n',
+            CLOCK.format(**facts) if facts else NO_CLOCK,
+            table_of(results, detector),
+        ]
         if larger:
             parts += [LARGE.format(**larger['provenance']), large_table(results, detector)]
         parts.append(goals(results, detector))
     for full in (full for full in FULL if f'{full}-clock_{FULL_SIDE}' in results):
         facts = results[f'{full}-clock_{FULL_SIDE}']['provenance']
-        parts += [FULL_SIZE.format(**dict(facts, machine=machine_of(facts), name=NAMES[full])),
-                  large_table(results, full)]
+        parts += [
+            FULL_SIZE.format(**dict(facts, machine=machine_of(facts), name=NAMES[full])),
+            large_table(results, full),
+        ]
     write_atomically('\n'.join(parts).encode(), PAGE)
     print(PAGE)
 

@@ -1,12 +1,13 @@
 """The experiment on routing, docs/benchmarks.md: train, record, fit routers, sum up.
 
-Hours on two cores, so it goes step by step, several at a time, and each step leaves a file: stop it when
-you like and start it again. What a run came to is a small file in experiments/results/routing; runs that have
-one are not trained again. Remove the file to do so.
+Hours on two cores, so it goes step by step, several at a time, and each step leaves a file: stop it
+when you like and start it again. What a run came to is a small file in experiments/results/routing;
+runs that have one are not trained again. Remove the file to do so.
 """
+
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import List, Mapping
 
 import torch
 from mmengine.config import Config
@@ -25,8 +26,13 @@ RESULTS = ROOT / 'experiments' / 'results' / 'routing'
 
 def make_data() -> None:
     sizes = [f'--{split}={DATA[split]}' for split in ('train', 'val', 'test')]
-    run('tools/make_digits.py', f"--root={DATA['root']}", f"--size={DATA['size']}", *sizes,
-        log=WORK / 'data.log')
+    run(
+        'tools/make_digits.py',
+        f'--root={DATA["root"]}',
+        f'--size={DATA["size"]}',
+        *sizes,
+        log=WORK / 'data.log',
+    )
 
 
 def train(one: Run) -> str:
@@ -34,8 +40,14 @@ def train(one: Run) -> str:
     folder = WORK / one.name
     if not (folder / 'trained').exists():
         config = write_config(one, 'config', {})
-        run('tools/train.py', str(config), '--no-data-check', '--resume', f'--work-dir={folder}',
-            log=folder / 'train.log')
+        run(
+            'tools/train.py',
+            str(config),
+            '--no-data-check',
+            '--resume',
+            f'--work-dir={folder}',
+            log=folder / 'train.log',
+        )
         (folder / 'trained').touch()
     return latest_checkpoint(str(folder))
 
@@ -63,11 +75,24 @@ def record(one: Run, checkpoint: str) -> None:
         if one.is_dynamic:
             # Shifted, not flipped: a digit's mirror image is none.
             split, view = ('test', 'shift') if name == 'test' else ('train', 'none')
-            run('tools/record.py', str(config), checkpoint, f'--out={path}', f'--split={split}',
-                f'--view={view}', '--no-data-check', log=path.with_name('record.log'))
+            run(
+                'tools/record.py',
+                str(config),
+                checkpoint,
+                f'--out={path}',
+                f'--split={split}',
+                f'--view={view}',
+                '--no-data-check',
+                log=path.with_name('record.log'),
+            )
         else:
-            run('experiments/routing_plain.py', str(config), checkpoint, str(path),
-                log=path.with_name('record.log'))
+            run(
+                'experiments/routing_plain.py',
+                str(config),
+                checkpoint,
+                str(path),
+                log=path.with_name('record.log'),
+            )
 
 
 def sum_up(one: Run) -> dict:
@@ -76,8 +101,10 @@ def sum_up(one: Run) -> dict:
     if 'test' not in records:
         return {}
     with cli.silence():
-        test, train = (COCO(ROOT / DATA['root'] / f'annotations/instances_{split}.json')
-                       for split in ('test', 'train'))
+        test, train = (
+            COCO(ROOT / DATA['root'] / f'annotations/instances_{split}.json')
+            for split in ('test', 'train')
+        )
     if not one.is_dynamic:
         return plain_results(records['test'], test)
     sources = {'held out': records['held_out'], 'trained on': records['train']}
@@ -93,7 +120,9 @@ def do(one: Run) -> None:
     wait_for(one.start, *one.needs)
     checkpoint = train(one)
     record(one, checkpoint)
-    if is_done(one):  # only its weights or records were gone: its numbers are those of the ones before
+    if is_done(
+        one
+    ):  # only its weights or records were gone: its numbers are those of the ones before
         return
     options = {k: v for k, v in one.options.items() if 'ann_file' not in k and 'data_root' not in k}
     numbers = dict(run=one.name, config=one.config, options=options, **sum_up(one))
@@ -108,13 +137,16 @@ def main() -> None:
     args = make_parser(__doc__, 'runs').parse_args()
     # As the runs: more threads than cores make everything slow.
     torch.set_num_threads(1)
-    runs: List[Run] = [one for one in all_runs() if any(part in one.name for part in args.only)]
+    runs: list[Run] = [one for one in all_runs() if any(part in one.name for part in args.only)]
     waiting = [one for one in runs if not is_done(one)]
     names = {one.name for one in waiting}
     # The weights that others start from may be gone, also where their numbers are there.
     needed = {name for one in waiting for name in (one.start, *one.needs)}
     waiting = [one for one in all_runs() if one.name in names | needed]
-    print(f'{len(runs)} runs, {len(waiting)} to do: ' + ', '.join(one.name for one in waiting), flush=True)
+    print(
+        f'{len(runs)} runs, {len(waiting)} to do: ' + ', '.join(one.name for one in waiting),
+        flush=True,
+    )
     if args.list or not waiting:
         return
     make_data()

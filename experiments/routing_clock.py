@@ -1,16 +1,19 @@
-"""What the detectors of the experiment on routing cost by the clock: plain ones at each size, and exits.
+"""What the detectors of the experiment on routing cost by the clock: plain ones at each size, and
+exits.
 
     python experiments/routing_clock.py
 
-On a machine that does nothing else. All detectors of a setting take turns in one process of one thread, on the test
-images in memory, from preprocessing to boxes; those that are done are not measured again. A setting leaves a file in
-experiments/results/routing_clock. Weights are those that all runs start from, trained by experiments/routing.py where they
-are not in work_dirs/routing; how long a detector takes hardly depends on how well it was trained.
+On a machine that does nothing else. All detectors of a setting take turns in one process of one
+thread, on the test images in memory, from preprocessing to boxes; those that are done are not
+measured again. A setting leaves a file in experiments/results/routing_clock. Weights are those that
+all runs start from, trained by experiments/routing.py where they are not in work_dirs/routing; how
+long a detector takes hardly depends on how well it was trained.
 """
+
 import json
 import os
 from pathlib import Path
-from typing import Dict, List, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +28,13 @@ from dynamicdet import cli
 from dynamicdet.building import build_loader
 from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.files import latest_checkpoint, write_atomically
-from dynamicdet.measuring.benchmark import Task, build_pair, half_hard_threshold, interleave, quartiles
+from dynamicdet.measuring.benchmark import (
+    Task,
+    build_pair,
+    half_hard_threshold,
+    interleave,
+    quartiles,
+)
 from dynamicdet.measuring.calibration import provenance
 from dynamicdet.measuring.flops import count_flops
 from dynamicdet.routing.thresholds import ALL_EASY, ALL_HARD
@@ -37,42 +46,56 @@ VARIANTS = ('depth_resolution', 'own')
 
 
 class Setting(NamedTuple):
-    """Images as large as the experiment's, times ``scale``; so many at a time, and in all; timed rounds."""
+    """Images as large as the experiment's, times ``scale``; so many at a time, and in all; timed
+    rounds."""
+
     scale: int
     batch: int
     images: int
     rounds: int
 
 
-#: The experiment's own images; the same in batches, where what is around the networks counts less; and images of
-#: the size that users have.
+#: The experiment's own images; the same in batches, where what is around the networks counts less;
+#: and images of the size that users have.
 SETTINGS = dict(small=Setting(1, 1, 20, 15), batch=Setting(1, 8, 32, 15), large=Setting(5, 1, 6, 9))
 
 
-def load_batches(detector: str, side: int, setting: Setting) -> List[dict]:
+def load_batches(detector: str, side: int, setting: Setting) -> list[dict]:
     """The first test images at a side."""
     cfg = Config.fromfile(ROOT / DETECTORS[detector].plain)
     cfg.merge_from_dict(data_options(DATA['root'], side * setting.scale))
-    dataset = build_loader(dict(cfg.test_dataloader, num_workers=0, persistent_workers=False)).dataset
+    dataset = build_loader(
+        dict(cfg.test_dataloader, num_workers=0, persistent_workers=False)
+    ).dataset
     images = [dataset[index] for index in range(setting.images)]
-    return [pseudo_collate(images[at:at + setting.batch]) for at in range(0, len(images), setting.batch)]
+    return [
+        pseudo_collate(images[at : at + setting.batch])
+        for at in range(0, len(images), setting.batch)
+    ]
 
 
-def plain_tasks(detector: str, checkpoint: str, setting: Setting) -> Dict[str, Task]:
+def plain_tasks(detector: str, checkpoint: str, setting: Setting) -> dict[str, Task]:
     model = MODELS.build(Config.fromfile(ROOT / DETECTORS[detector].plain).model)
     model.load_state_dict(read_checkpoint(checkpoint)['state_dict'])
-    return {f'plain_{name}': Task(model.eval(), load_batches(detector, side, setting))
-            for name, (side, _) in SIZES.items()}
+    return {
+        f'plain_{name}': Task(model.eval(), load_batches(detector, side, setting))
+        for name, (side, _) in SIZES.items()
+    }
 
 
-def dynamic_tasks(detector: str, variant: str, checkpoint: str, setting: Setting) -> Dict[str, Task]:
+def dynamic_tasks(
+    detector: str, variant: str, checkpoint: str, setting: Setting
+) -> dict[str, Task]:
     """All images at exit 0, half of them hard, all at exit 1."""
     cfg = Config.fromfile(ROOT / DETECTORS[detector].dynamic)
     cfg.merge_from_dict(DYNAMIC[variant])
     model, _ = build_pair(cfg, checkpoint)
     batches = load_batches(detector, DATA['size'], setting)
     thresholds = dict(exit0=ALL_EASY, half=half_hard_threshold(model, batches), exit1=ALL_HARD)
-    return {f'{variant}_{name}': Task(model, batches, threshold) for name, threshold in thresholds.items()}
+    return {
+        f'{variant}_{name}': Task(model, batches, threshold)
+        for name, threshold in thresholds.items()
+    }
 
 
 @torch.no_grad()
@@ -93,11 +116,20 @@ def measure(detector: str, name: str, checkpoint: str) -> dict:
         tasks.update(dynamic_tasks(detector, variant, checkpoint, setting))
     seconds = interleave(tasks, setting.rounds, cli.progress, f'{detector}, {name}')
     cfg = Config.fromfile(ROOT / DETECTORS[detector].plain)
-    facts = dict(provenance(cfg, Path(checkpoint).name, range(setting.images), 'cpu'), **setting._asdict(),
-                 batch_size=setting.batch, load_before=before, load_after=os.getloadavg()[0])
-    return dict(provenance=facts, points={
-        key: dict(quartiles(np.asarray(values) / setting.images), gflops=gflops_of(tasks[key]))
-        for key, values in seconds.items()})
+    facts = dict(
+        provenance(cfg, Path(checkpoint).name, range(setting.images), 'cpu'),
+        **setting._asdict(),
+        batch_size=setting.batch,
+        load_before=before,
+        load_after=os.getloadavg()[0],
+    )
+    return dict(
+        provenance=facts,
+        points={
+            key: dict(quartiles(np.asarray(values) / setting.images), gflops=gflops_of(tasks[key]))
+            for key, values in seconds.items()
+        },
+    )
 
 
 def main() -> None:

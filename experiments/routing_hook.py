@@ -1,13 +1,14 @@
-"""What a router trained as users train it, by `RouterHook` in step 2, is worth under each objective.
+"""What a router trained as users train it, by `RouterHook` in step 2, is worth under each
+objective.
 
-The experiment on routing fits its routers to records. Here they are trained epoch by epoch, on the cascades of
-its variant `depth_resolution`; these are trained first where their weights are not in work_dirs/routing. It goes
-step by step, several at a time; each cascade leaves a small file in experiments/results/routing_hook: stop it when you
-like and start it again.
+The experiment on routing fits its routers to records. Here they are trained epoch by epoch, on the
+cascades of its variant `depth_resolution`; these are trained first where their weights are not in
+work_dirs/routing. It goes step by step, several at a time; each cascade leaves a small file in
+experiments/results/routing_hook: stop it when you like and start it again.
 """
+
 import json
 from pathlib import Path
-from typing import List
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ OBJECTIVES = ('paper', 'rank')
 IMAGES = HELD_OUT
 
 
-def cascades() -> List[Run]:
+def cascades() -> list[Run]:
     """The cascades, behind what they start from."""
     runs = all_runs()
     own = [one for one in runs if one.variant == VARIANT]
@@ -51,13 +52,16 @@ def router_config(one: Run, objective: str) -> Config:
     """Step 2 of a cascade: its detector's usual config, on this experiment's data."""
     with reading:
         cfg = Config.fromfile(ROOT / DETECTORS[one.detector].dynamic.replace('.py', '_router.py'))
-    cfg.merge_from_dict({
-        **data_options(DATA['root'], DATA['size']), **DYNAMIC[VARIANT],
-        'model.objective': objective,
-        'train_dataloader.dataset.indices': IMAGES,
-        'randomness.seed': one.seed,
-        'custom_hooks.%d.cascade' % (len(cfg.custom_hooks) - 1): str(ROUTING / one.name),
-    })
+    cfg.merge_from_dict(
+        {
+            **data_options(DATA['root'], DATA['size']),
+            **DYNAMIC[VARIANT],
+            'model.objective': objective,
+            'train_dataloader.dataset.indices': IMAGES,
+            'randomness.seed': one.seed,
+            f'custom_hooks.{len(cfg.custom_hooks) - 1}.cascade': str(ROUTING / one.name),
+        }
+    )
     # A validation tells nothing that the test set does not.
     cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
     return cfg
@@ -69,8 +73,14 @@ def train_router(one: Run, objective: str) -> Path:
     if not (folder / 'trained').exists():
         folder.mkdir(parents=True, exist_ok=True)
         router_config(one, objective).dump(folder / 'config.py')
-        run('tools/train.py', str(folder / 'config.py'), '--no-data-check', '--resume', f'--work-dir={folder}',
-            log=folder / 'train.log')
+        run(
+            'tools/train.py',
+            str(folder / 'config.py'),
+            '--no-data-check',
+            '--resume',
+            f'--work-dir={folder}',
+            log=folder / 'train.log',
+        )
         (folder / 'trained').touch()
     return Path(latest_checkpoint(str(folder)))
 
@@ -79,8 +89,15 @@ def record_test(one: Run, config: Path, checkpoint: Path) -> Path:
     """The cascade's record of the test set; all of its routers see the same features."""
     path = WORK / one.name / 'test.npz'
     if not path.exists():
-        run('tools/record.py', str(config), str(checkpoint), f'--out={path}', '--view=none', '--no-data-check',
-            log=path.with_name('record.log'))
+        run(
+            'tools/record.py',
+            str(config),
+            str(checkpoint),
+            f'--out={path}',
+            '--view=none',
+            '--no-data-check',
+            log=path.with_name('record.log'),
+        )
     return path
 
 
@@ -88,14 +105,20 @@ def logits(checkpoint: Path, features: np.ndarray) -> np.ndarray:
     """What a trained router makes of pooled features: it ranks as the difficulty does."""
     state = read_checkpoint(str(checkpoint))['state_dict']
     router = Router([features.shape[1]])
-    router.load_state_dict({key.removeprefix('router.'): value for key, value in state.items()
-                            if key.startswith('router.')})
+    router.load_state_dict(
+        {
+            key.removeprefix('router.'): value
+            for key, value in state.items()
+            if key.startswith('router.')
+        }
+    )
     with torch.no_grad():
         return router.logits(torch.from_numpy(features)).numpy()
 
 
 def judge(path: Path, routers: dict) -> dict:
-    """AP of each router at each share; on each resample of the test set, in the mean over shares."""
+    """AP of each router at each share; on each resample of the test set, in the mean over
+    shares."""
     record = read_record(path)
     with cli.silence():
         coco = COCO(ROOT / DATA['root'] / 'annotations/instances_test.json')
@@ -107,12 +130,17 @@ def judge(path: Path, routers: dict) -> dict:
         scores = logits(checkpoint, features)
         choices = [chance.choice(split(scores, share)[1]) for share in INNER]
         resampled = np.mean([chance.resampled(choice) for choice in choices], axis=0)
-        found[name] = dict(ap=[mixtures.ap(choice) for choice in choices],
-                           resampled_mean=[round(float(value), 3) for value in resampled],
-                           earning=rank_correlation(scores, gained))
-    return dict(exits=[mixtures.ap(np.full(mixtures.images, exit)) for exit in range(mixtures.exits)],
-                random=[chance.at(round(share * mixtures.images))[0] for share in INNER],
-                provenance=record['provenance'], routers=found)
+        found[name] = dict(
+            ap=[mixtures.ap(choice) for choice in choices],
+            resampled_mean=[round(float(value), 3) for value in resampled],
+            earning=rank_correlation(scores, gained),
+        )
+    return dict(
+        exits=[mixtures.ap(np.full(mixtures.images, exit)) for exit in range(mixtures.exits)],
+        random=[chance.at(round(share * mixtures.images))[0] for share in INNER],
+        provenance=record['provenance'],
+        routers=found,
+    )
 
 
 def do(one: Run) -> None:
@@ -124,17 +152,26 @@ def do(one: Run) -> None:
     trained = {objective: train_router(one, objective) for objective in OBJECTIVES}
     checkpoint = next(iter(trained.values()))
     numbers = judge(record_test(one, checkpoint.with_name('config.py'), checkpoint), trained)
-    write_atomically(json.dumps(dict(run=one.name, **numbers)).encode(), RESULTS / f'{one.name}.json')
+    write_atomically(
+        json.dumps(dict(run=one.name, **numbers)).encode(), RESULTS / f'{one.name}.json'
+    )
 
 
 def main() -> None:
     args = make_parser(__doc__, 'cascades').parse_args()
     torch.set_num_threads(1)
-    own = [one for one in cascades() if one.variant == VARIANT and any(part in one.name for part in args.only)]
+    own = [
+        one
+        for one in cascades()
+        if one.variant == VARIANT and any(part in one.name for part in args.only)
+    ]
     waiting = {one.name for one in own if not (RESULTS / f'{one.name}.json').exists()}
     needed = {one.start for one in own if one.name in waiting}
     todo = {one.name: one for one in cascades() if one.name in waiting | needed}
-    print(f'{len(own)} cascades of {len(SEEDS)} seeds, {len(todo)} runs to do: ' + ', '.join(todo), flush=True)
+    print(
+        f'{len(own)} cascades of {len(SEEDS)} seeds, {len(todo)} runs to do: ' + ', '.join(todo),
+        flush=True,
+    )
     if args.list or not todo:
         return
     make_data()

@@ -1,12 +1,14 @@
-"""The page of the experiment on routing: experiments/results/routing.md and its picture, from the runs' numbers.
+"""The page of the experiment on routing: experiments/results/routing.md and its picture, from the
+runs' numbers.
 
-    python experiments/routing_page.py
+python experiments/routing_page.py
 """
+
 import io
 import json
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 from routing_runs import DETECTORS, DYNAMIC, SIZES
@@ -20,11 +22,14 @@ RESULTS = ROOT / 'experiments' / 'results' / 'routing'
 HOOK_RESULTS = ROOT / 'experiments' / 'results' / 'routing_hook'
 #: Of experiments/routing_clock.py: setting -> what it is.
 CLOCK_RESULTS = ROOT / 'experiments' / 'results' / 'routing_clock'
-SETTINGS = dict(small='128 pixels, batch 1', batch='128 pixels, batch 8', large='640 pixels, batch 1')
+SETTINGS = dict(
+    small='128 pixels, batch 1', batch='128 pixels, batch 8', large='640 pixels, batch 1'
+)
 PAGE = ROOT / 'experiments' / 'results' / 'routing.md'
 #: The router that a run is judged by: chosen before the test set was looked at.
 ROUTER = 'rank, held out'
-#: What others are held against: the paper's objective on the images that the detector was trained on.
+#: What others are held against: the paper's objective on the images that the detector was trained
+#: on.
 PAPER = 'paper, trained on'
 HEAD = """# The experiment on routing: numbers
 
@@ -60,7 +65,7 @@ HOOK_HEAD = """### Routers of `depth_resolution`, trained by RouterHook
 seeds, trained on the machine marked *. Exits: {ends} AP; random routing, half hard: {random}.
 """
 
-Runs = Dict[Tuple[str, str], List[dict]]
+Runs = dict[tuple[str, str], list[dict]]
 
 
 def read_runs() -> Runs:
@@ -75,12 +80,16 @@ def read_runs() -> Runs:
 def several(values: Sequence[float], digits: int = 2, sign: str = '') -> str:
     """Mean, and range where there are several."""
     text = f'{np.mean(values):{sign}.{digits}f}'
-    return text if len(values) == 1 else \
-        f'{text} ({min(values):{sign}.{digits}f} to {max(values):{sign}.{digits}f})'
+    return (
+        text
+        if len(values) == 1
+        else f'{text} ({min(values):{sign}.{digits}f} to {max(values):{sign}.{digits}f})'
+    )
 
 
 def with_interval(found: Sequence[Mapping], name: str) -> str:
-    """A figure of merit; its interval, of several seeds from the least to the largest end of theirs."""
+    """A figure of merit; its interval, of several seeds from the least to the largest end of
+    theirs."""
     known = [one for one in found if one[name] is not None]
     if not known:
         return '-'
@@ -99,17 +108,18 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines) + '\n'
 
 
-def curve(run: Mapping, router: str = ROUTER) -> Tuple[np.ndarray, np.ndarray]:
+def curve(run: Mapping, router: str = ROUTER) -> tuple[np.ndarray, np.ndarray]:
     """GFLOPs and AP at all shares."""
     first, last = run['gflops'][0], run['gflops'][-1]
     ap = [run['exits'][0]['ap'], *run['routers'][router]['ap'], run['exits'][-1]['ap']]
     return first + np.array(SHARES) * (last - first), np.array(ap)
 
 
-def front(plain: Sequence[Mapping], gflops: float, resample: Optional[int] = None) -> float:
+def front(plain: Sequence[Mapping], gflops: float, resample: int | None = None) -> float:
     """AP that plain detectors reach at a cost, on the upper hull of theirs; NaN outside of it.
 
-    Between two of them a straight line: a fleet that runs both, images drawn at random. A cheaper one that is better
+    Between two of them a straight line: a fleet that runs both, images drawn at random. A cheaper
+        one that is better
     takes the place of a dearer one.
     """
     costs = [run['gflops'] for run in plain]
@@ -124,7 +134,7 @@ def front(plain: Sequence[Mapping], gflops: float, resample: Optional[int] = Non
     return best
 
 
-def lead(run: Mapping, plain: Sequence[Mapping]) -> Tuple[float, float, float, float]:
+def lead(run: Mapping, plain: Sequence[Mapping]) -> tuple[float, float, float, float]:
     """At half hard: GFLOPs, AP above the static front, and the ends of its interval."""
     gflops = (run['gflops'][0] + run['gflops'][-1]) / 2
     router = run['routers'][ROUTER]
@@ -143,33 +153,59 @@ def ran_elsewhere(found: Sequence[Mapping], plain: Mapping[str, Mapping]) -> boo
 def exits_table(dynamic: Mapping[str, Sequence[Mapping]]) -> str:
     rows = []
     for variant, found in dynamic.items():
-        rows.append([
-            variant, str(len(found)),
-            ', '.join(several([run['exits'][k]['ap'] for run in found]) for k in range(len(found[0]['exits']))),
-            ', '.join(f'{cost:.3f}' for cost in found[0]['gflops']),
-            ', '.join(several([1e3 * run['latencies'][k] for run in found], 1) for k in range(len(found[0]['exits']))),
-            several([run['oracle']['ap'][4] for run in found]) + ' †' * (not all('refined' in run['oracle'] for run in found)),
-            several([run['honest']['ap'][4] for run in found]),
-            several([run['random'][4] for run in found]),
-            ', '.join(f"{name} {np.mean([run['share_gaining'][name] for run in found]):.0%}"
-                      for name in found[0]['share_gaining'])
-        ])
-    head = ['variant', 'seeds', 'AP of each exit', 'GFLOPs', 'ms', 'oracle, half hard', 'honest oracle, half hard',
-            'random, half hard', 'images with L1 > L2']
+        rows.append(
+            [
+                variant,
+                str(len(found)),
+                ', '.join(
+                    several([run['exits'][k]['ap'] for run in found])
+                    for k in range(len(found[0]['exits']))
+                ),
+                ', '.join(f'{cost:.3f}' for cost in found[0]['gflops']),
+                ', '.join(
+                    several([1e3 * run['latencies'][k] for run in found], 1)
+                    for k in range(len(found[0]['exits']))
+                ),
+                several([run['oracle']['ap'][4] for run in found])
+                + ' †' * (not all('refined' in run['oracle'] for run in found)),
+                several([run['honest']['ap'][4] for run in found]),
+                several([run['random'][4] for run in found]),
+                ', '.join(
+                    f'{name} {np.mean([run["share_gaining"][name] for run in found]):.0%}'
+                    for name in found[0]['share_gaining']
+                ),
+            ]
+        )
+    head = [
+        'variant',
+        'seeds',
+        'AP of each exit',
+        'GFLOPs',
+        'ms',
+        'oracle, half hard',
+        'honest oracle, half hard',
+        'random, half hard',
+        'images with L1 > L2',
+    ]
     return table(head, rows)
 
 
 def strata_table(dynamic: Mapping[str, Sequence[Mapping]]) -> str:
-    """AP of each exit by size, and by number of objects, of the kinds that the test set has; means over seeds."""
+    """AP of each exit by size, and by number of objects, of the kinds that the test set has; means
+    over seeds."""
     first = next(iter(dynamic.values()))[0]
     sizes = [size for size, ap in first['by_size'].items() if ap[0] is not None]
     counts = [row['objects'] for row in first['by_objects'] if row['images']]
     rows = []
     for variant, found in dynamic.items():
         strata = [[run['by_size'][size] for run in found] for size in sizes]
-        strata += [[row['ap'] for run in found for row in run['by_objects'] if row['objects'] == count]
-                   for count in counts]
-        rows.append([variant, *(', '.join(f'{ap:.1f}' for ap in np.mean(own, axis=0)) for own in strata)])
+        strata += [
+            [row['ap'] for run in found for row in run['by_objects'] if row['objects'] == count]
+            for count in counts
+        ]
+        rows.append(
+            [variant, *(', '.join(f'{ap:.1f}' for ap in np.mean(own, axis=0)) for own in strata)]
+        )
     return table(['AP of each exit', *sizes, *(f'objects: {count}' for count in counts)], rows)
 
 
@@ -178,55 +214,85 @@ def routers_table(runs: Sequence[Mapping]) -> str:
     for kind in ('routers', 'peers'):
         for name in runs[0][kind]:
             found = [run[kind][name] for run in runs]
-            rows.append([
-                words(name, found), several([one['ap'][4] for one in found]),
-                several([one['ap'][0] for one in found]),
-                with_interval([one['normalised_gain'] for one in found], 'gain'),
-                with_interval([one['efficacy'] for one in found], 'efficacy'), above(runs, kind, name, PAPER),
-                above(runs, kind, name, ROUTER),
-                several([at_equal_cost(run, run[kind][name]) for run in runs], sign='+'),
-                correlations([one['correlation']['loss_objects'] for one in found])
-            ])
-    return table(['router', 'AP, half hard', 'AP, 10 % hard', 'normalised gain, half hard', 'efficacy',
-                  "AP above the paper's", 'AP above ours', 'AP above ours at equal cost', 'rank correlation with loss saved x objects'], rows)
+            rows.append(
+                [
+                    words(name, found),
+                    several([one['ap'][4] for one in found]),
+                    several([one['ap'][0] for one in found]),
+                    with_interval([one['normalized_gain'] for one in found], 'gain'),
+                    with_interval([one['efficacy'] for one in found], 'efficacy'),
+                    above(runs, kind, name, PAPER),
+                    above(runs, kind, name, ROUTER),
+                    several([at_equal_cost(run, run[kind][name]) for run in runs], sign='+'),
+                    correlations([one['correlation']['loss_objects'] for one in found]),
+                ]
+            )
+    return table(
+        [
+            'router',
+            'AP, half hard',
+            'AP, 10 % hard',
+            'normalized gain, half hard',
+            'efficacy',
+            "AP above the paper's",
+            'AP above ours',
+            'AP above ours at equal cost',
+            'rank correlation with loss saved x objects',
+        ],
+        rows,
+    )
 
 
 def words(name: str, found: Sequence[Mapping]) -> str:
-    """A router's name. Runs from before Adaptive Feeding was given the AP gained say of no target."""
+    """A router's name. Runs from before Adaptive Feeding was given the AP gained say of no
+    target."""
     by_loss = name == 'adaptive_feeding' and not all('target' in one for one in found)
     return name.replace('_', ' ') + ', by loss' * by_loss
 
 
 def at_equal_cost(run: Mapping, found: Mapping) -> float:
-    """At half hard: AP above the router that runs are judged by, at its share that costs as much."""
+    """At half hard: AP above the router that runs are judged by, at its share that costs as
+    much."""
     first, last = run['gflops'][0], run['gflops'][-1]
     return found['ap'][4] - np.interp((first + last + found.get('charge', 0.0)) / 2, *curve(run))
 
 
 def above(runs: Sequence[Mapping], kind: str, name: str, other: str) -> str:
-    """AP above another router, at equal shares: mean over shares and seeds, and its interval over images.
+    """AP above another router, at equal shares: mean over shares and seeds, and its interval over
+    images.
 
     All runs have the same resamples of the same images, so differences are paired, also over seeds.
     """
     pairs = [(run[kind][name], run['routers'][other]) for run in runs]
     low, high = paired_interval(pairs)
-    return f"{np.mean([np.subtract(a['ap'], b['ap']) for a, b in pairs]):+.2f} ({low:+.2f} to {high:+.2f})"
+    return f'{np.mean([np.subtract(a["ap"], b["ap"]) for a, b in pairs]):+.2f} ({low:+.2f} to {high:+.2f})'
 
 
-def paired_interval(pairs: Sequence[Tuple[Mapping, Mapping]]) -> Tuple[float, float]:
+def paired_interval(pairs: Sequence[tuple[Mapping, Mapping]]) -> tuple[float, float]:
     """Of the difference of two routers' AP, in the mean over shares and runs, over images."""
-    return interval(np.mean([np.subtract(a['resampled_mean'], b['resampled_mean']) for a, b in pairs], axis=0))
+    return interval(
+        np.mean([np.subtract(a['resampled_mean'], b['resampled_mean']) for a, b in pairs], axis=0)
+    )
 
 
 def all_exits_table(runs: Sequence[Mapping]) -> str:
-    """AP and cost along the shares, beside those of the first and the last exit alone at the same cost."""
+    """AP and cost along the shares, beside those of the first and the last exit alone at the same
+    cost."""
     rows = []
     for place, share in enumerate(SHARES[1:-1]):
         own = [run['all_exits'][ROUTER] for run in runs]
         pairs = [np.interp(one['gflops'][place], *curve(run)) for one, run in zip(own, runs)]
-        rows.append([f'{share:.0%}', several([one['gflops'][place] for one in own], 3),
-                     several([one['ap'][place] for one in own]), several(pairs)])
-    return table(['hard share', 'GFLOPs', 'AP', 'AP of the first and the last exit at that cost'], rows)
+        rows.append(
+            [
+                f'{share:.0%}',
+                several([one['gflops'][place] for one in own], 3),
+                several([one['ap'][place] for one in own]),
+                several(pairs),
+            ]
+        )
+    return table(
+        ['hard share', 'GFLOPs', 'AP', 'AP of the first and the last exit at that cost'], rows
+    )
 
 
 def hook_table(runs: Sequence[Mapping]) -> str:
@@ -238,14 +304,31 @@ def hook_table(runs: Sequence[Mapping]) -> str:
         if name != 'paper':
             papers = [run['routers']['paper'] for run in runs]
             leads = [difference(found, papers, place) for place in (0, None)]
-        rows.append([name, *(several([one['ap'][place] for one in found]) for place in (4, 2, 0)), *leads,
-                     several([one['earning'] for one in found])])
-    return table(['router', 'AP, half hard', 'AP, 30 % hard', 'AP, 10 % hard', "above the paper's, 10 % hard",
-                  'mean over shares', 'correlation of its rank with loss saved x objects'], rows)
+        rows.append(
+            [
+                name,
+                *(several([one['ap'][place] for one in found]) for place in (4, 2, 0)),
+                *leads,
+                several([one['earning'] for one in found]),
+            ]
+        )
+    return table(
+        [
+            'router',
+            'AP, half hard',
+            'AP, 30 % hard',
+            'AP, 10 % hard',
+            "above the paper's, 10 % hard",
+            'mean over shares',
+            'correlation of its rank with loss saved x objects',
+        ],
+        rows,
+    )
 
 
-def difference(own: Sequence[Mapping], other: Sequence[Mapping], place: Optional[int]) -> str:
-    """AP of some runs above others' at a share; or in the mean over shares, with its interval over images."""
+def difference(own: Sequence[Mapping], other: Sequence[Mapping], place: int | None) -> str:
+    """AP of some runs above others' at a share; or in the mean over shares, with its interval over
+    images."""
     pairs = list(zip(own, other))
     if place is not None:
         return several([a['ap'][place] - b['ap'][place] for a, b in pairs], sign='+')
@@ -254,15 +337,22 @@ def difference(own: Sequence[Mapping], other: Sequence[Mapping], place: Optional
     return f'{mean}; interval {low:+.2f} to {high:+.2f}'
 
 
-def correlations(values: Sequence[Optional[float]]) -> str:
+def correlations(values: Sequence[float | None]) -> str:
     """A router that gives all images the same score has none."""
     known = [value for value in values if value is not None]
     return several(known) if known else '-'
 
 
 def plain_table(plain: Mapping[str, Mapping]) -> str:
-    rows = [[name, f"{run['gflops']:.3f}", f"{run['ap']:.2f}", '{:.2f} to {:.2f}'.format(*interval(run['resampled']))]
-            for name, run in sorted(plain.items(), key=lambda item: item[1]['gflops'])]
+    rows = [
+        [
+            name,
+            f'{run["gflops"]:.3f}',
+            f'{run["ap"]:.2f}',
+            '{:.2f} to {:.2f}'.format(*interval(run['resampled'])),
+        ]
+        for name, run in sorted(plain.items(), key=lambda item: item[1]['gflops'])
+    ]
     return table(['plain detector', 'GFLOPs', 'AP', 'interval'], rows)
 
 
@@ -271,52 +361,100 @@ def leads_table(dynamic: Mapping[str, Sequence[Mapping]], plain: Mapping[str, Ma
     for variant, found in dynamic.items():
         if ran_elsewhere(found, plain):
             continue
-        leads = [one for one in (lead(run, list(plain.values())) for run in found) if np.isfinite(one[1])]
+        leads = [
+            one for one in (lead(run, list(plain.values())) for run in found) if np.isfinite(one[1])
+        ]
         if not leads:
             rows.append([variant, '-', 'no plain detector is as dear, or none as cheap', '-'])
             continue
-        ends = f'{leads[0][2]:+.2f} to {leads[0][3]:+.2f}' if len(leads) == 1 else \
-            '; '.join(f'{low:+.2f} to {high:+.2f}' for _, _, low, high in leads)
-        rows.append([variant, f'{np.mean([one[0] for one in leads]):.3f}',
-                     several([one[1] for one in leads], sign='+'), ends])
-    return table(['variant', 'GFLOPs at half hard', 'AP above the static front', 'interval, seed by seed'], rows)
+        ends = (
+            f'{leads[0][2]:+.2f} to {leads[0][3]:+.2f}'
+            if len(leads) == 1
+            else '; '.join(f'{low:+.2f} to {high:+.2f}' for _, _, low, high in leads)
+        )
+        rows.append(
+            [
+                variant,
+                f'{np.mean([one[0] for one in leads]):.3f}',
+                several([one[1] for one in leads], sign='+'),
+                ends,
+            ]
+        )
+    return table(
+        ['variant', 'GFLOPs at half hard', 'AP above the static front', 'interval, seed by seed'],
+        rows,
+    )
 
 
-def clock_table(detector: str, dynamic: Mapping[str, Sequence[Mapping]], plain: Mapping[str, Mapping]) -> str:
+def clock_table(
+    detector: str, dynamic: Mapping[str, Sequence[Mapping]], plain: Mapping[str, Mapping]
+) -> str:
     """Times of plain detectors and of exits, and the lead over the static front in time."""
     rows = []
     for name, said in SETTINGS.items():
         path = CLOCK_RESULTS / f'{detector}-{name}.json'
         if not path.exists():
             continue
-        points = {key: 1e3 * one['median'] for key, one in json.loads(path.read_text())['points'].items()}
+        points = {
+            key: 1e3 * one['median'] for key, one in json.loads(path.read_text())['points'].items()
+        }
         timed = [dict(plain[own], gflops=points[f'plain_{own}']) for own in SIZES]
         for variant in sorted({key.rsplit('_', 1)[0] for key in points} & set(dynamic)):
             half = points[f'{variant}_half']
-            leads = [run['routers'][ROUTER]['ap'][4] - front(timed, half) for run in dynamic[variant]]
-            rows.append([said, variant, ', '.join(f"{one['gflops']:.1f}" for one in timed),
-                         *(f'{points[f"{variant}_{end}"]:.1f}' for end in ('exit0', 'half', 'exit1')),
-                         several(leads, sign='+')])
-    return table(['images', 'variant', 'plain', 'exit 0', 'half hard', 'exit 1', 'AP above the static front in time'], rows)
+            leads = [
+                run['routers'][ROUTER]['ap'][4] - front(timed, half) for run in dynamic[variant]
+            ]
+            rows.append(
+                [
+                    said,
+                    variant,
+                    ', '.join(f'{one["gflops"]:.1f}' for one in timed),
+                    *(f'{points[f"{variant}_{end}"]:.1f}' for end in ('exit0', 'half', 'exit1')),
+                    several(leads, sign='+'),
+                ]
+            )
+    return table(
+        [
+            'images',
+            'variant',
+            'plain',
+            'exit 0',
+            'half hard',
+            'exit 1',
+            'AP above the static front in time',
+        ],
+        rows,
+    )
 
 
 def picture(runs: Runs) -> bytes:
     """AP against GFLOPs: plain detectors, their front, dynamic ones of seed 0."""
     from matplotlib.figure import Figure
+
     known = [name for name in DETECTORS if any(own == name for own, _ in runs)]
     figure = Figure(figsize=(6.2 * len(known), 4.6), layout='constrained')
     for axes, detector in zip(np.atleast_1d(figure.subplots(1, len(known))), known):
         plain = plain_runs(runs, detector)
         for name, run in plain.items():
             axes.plot(run['gflops'], run['ap'], 'ks', markersize=4)
-            axes.annotate(name, (run['gflops'], run['ap']), textcoords='offset points', xytext=(5, -9), fontsize=8)
-        costs = np.linspace(*[end(run['gflops'] for run in plain.values()) for end in (min, max)], 200)
-        axes.plot(costs, [front(list(plain.values()), cost) for cost in costs], 'k:', label='static front')
+            axes.annotate(
+                name,
+                (run['gflops'], run['ap']),
+                textcoords='offset points',
+                xytext=(5, -9),
+                fontsize=8,
+            )
+        costs = np.linspace(
+            *[end(run['gflops'] for run in plain.values()) for end in (min, max)], 200
+        )
+        axes.plot(
+            costs, [front(list(plain.values()), cost) for cost in costs], 'k:', label='static front'
+        )
         for (own, variant), found in runs.items():
             # Those on few images are compared with each other, not with detectors of more.
             if own == detector and variant in DYNAMIC and not ran_elsewhere(found, plain):
-                colour = f'C{list(DYNAMIC).index(variant)}'
-                axes.plot(*curve(found[0]), colour, marker='.', label=variant.replace('_', ' '))
+                color = f'C{list(DYNAMIC).index(variant)}'
+                axes.plot(*curve(found[0]), color, marker='.', label=variant.replace('_', ' '))
         axes.set(title=detector.replace('_', ' '), xlabel='GFLOPs per image', ylabel='AP, %')
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
@@ -325,35 +463,58 @@ def picture(runs: Runs) -> bytes:
     return file.getvalue()
 
 
-def plain_runs(runs: Runs, detector: str) -> Dict[str, dict]:
-    return {variant.removeprefix('plain_'): found[0] for (own, variant), found in runs.items()
-            if own == detector and variant.startswith('plain_')}
+def plain_runs(runs: Runs, detector: str) -> dict[str, dict]:
+    return {
+        variant.removeprefix('plain_'): found[0]
+        for (own, variant), found in runs.items()
+        if own == detector and variant.startswith('plain_')
+    }
 
 
 def main() -> None:
     runs = read_runs()
-    parts = [HEAD.format(resamples=100, router=ROUTER), '![AP against GFLOPs](../../docs/images/routing_front.png)\n']
+    parts = [
+        HEAD.format(resamples=100, router=ROUTER),
+        '![AP against GFLOPs](../../docs/images/routing_front.png)\n',
+    ]
     for detector in DETECTORS:
         plain = plain_runs(runs, detector)
-        dynamic = {variant + '*' * ran_elsewhere(found, plain): found for (own, variant), found in runs.items()
-                   if own == detector and 'exits' in found[0]}
+        dynamic = {
+            variant + '*' * ran_elsewhere(found, plain): found
+            for (own, variant), found in runs.items()
+            if own == detector and 'exits' in found[0]
+        }
         if not dynamic:
             continue
         parts += [f'## {detector}\n', '### Exits\n', exits_table(dynamic), strata_table(dynamic)]
         if plain:
-            parts += ['### Against plain detectors\n', plain_table(plain),
-                      f'\nThe router is "{ROUTER}".\n', leads_table(dynamic, plain)]
+            parts += [
+                '### Against plain detectors\n',
+                plain_table(plain),
+                f'\nThe router is "{ROUTER}".\n',
+                leads_table(dynamic, plain),
+            ]
             if list(CLOCK_RESULTS.glob(f'{detector}-*.json')):
                 parts += [CLOCK_HEAD, clock_table(detector, dynamic, plain)]
         for variant, found in dynamic.items():
             parts += [f'### Routers of `{variant}`\n', routers_table(found)]
             if 'all_exits' in found[0]:
-                parts += ['Over all exits, a threshold for each, by "' + ROUTER + '":\n', all_exits_table(found)]
-        trained = [json.loads(path.read_text()) for path in sorted(HOOK_RESULTS.glob(f'{detector}-*.json'))]
+                parts += [
+                    'Over all exits, a threshold for each, by "' + ROUTER + '":\n',
+                    all_exits_table(found),
+                ]
+        trained = [
+            json.loads(path.read_text()) for path in sorted(HOOK_RESULTS.glob(f'{detector}-*.json'))
+        ]
         if trained:
-            parts += [HOOK_HEAD.format(ends=', '.join(several([run['exits'][k] for run in trained]) for k in range(2)),
-                                       random=several([run['random'][4] for run in trained]), seeds=len(trained)),
-                      hook_table(trained)]
+            parts += [
+                HOOK_HEAD.format(
+                    ends=', '.join(several([run['exits'][k] for run in trained]) for k in range(2)),
+                    random=several([run['random'][4] for run in trained]),
+                    seeds=len(trained),
+                ),
+                hook_table(trained),
+            ]
     write_atomically(picture(runs), ROOT / 'docs' / 'images' / 'routing_front.png')
     write_atomically('\n'.join(parts).encode(), PAGE)
     print(PAGE)

@@ -1,10 +1,10 @@
 """The record of a plain detector, so that the same functions judge it: one exit, named twice.
 
-    python experiments/routing_plain.py CONFIG CHECKPOINT OUT.npz
+python experiments/routing_plain.py CONFIG CHECKPOINT OUT.npz
 """
+
 import sys
 import time
-from typing import List, Tuple
 
 import numpy as np
 import torch
@@ -24,25 +24,36 @@ from mmdet.apis import init_detector
 
 @torch.no_grad()
 def record_plain(config: str, checkpoint: str) -> dict:
-    """Detections of the test set, latency at batch 1 (median over 100 images) and mean GFLOPs of 10."""
+    """Detections of the test set, latency at batch 1 (median over 100 images) and mean GFLOPs of
+    10."""
     cfg = Config.fromfile(config)
     model = init_detector(cfg, checkpoint=None, device='cpu')
     state = read_checkpoint(checkpoint)['state_dict']
     require_complete(model, state)
     model.load_state_dict(state, strict=False)
     loader = build_loader(cfg.test_dataloader)
-    images: List[dict] = []
+    images: list[dict] = []
     for batch in cli.progress(loader, 'test set'):
         for sample in model.test_step(batch):
             found = coco_results(sample, loader.dataset.cat_ids)
             images.append(
-                dict(id=sample.img_id, file=sample.img_path, difficulty=0.5, detections=[found, found]))
+                dict(
+                    id=sample.img_id,
+                    file=sample.img_path,
+                    difficulty=0.5,
+                    detections=[found, found],
+                )
+            )
     latency, gflops = _costs(model, loader.dataset)
-    return dict(images=images, gflops=[gflops] * 2, latencies=[latency] * 2,
-                provenance=provenance(cfg, checkpoint, loader.dataset, 'cpu'))
+    return dict(
+        images=images,
+        gflops=[gflops] * 2,
+        latencies=[latency] * 2,
+        provenance=provenance(cfg, checkpoint, loader.dataset, 'cpu'),
+    )
 
 
-def _costs(model, dataset) -> Tuple[float, float]:
+def _costs(model, dataset) -> tuple[float, float]:
     batches = [pseudo_collate([dataset[index]]) for index in range(20)]
     seconds = []
     for turn in range(6):

@@ -1,5 +1,6 @@
 """What a run of the experiment on routing came to: from records to numbers."""
-from typing import Dict, List, Mapping, Sequence
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -10,12 +11,13 @@ from dynamicdet.routing import build_objective
 from dynamicdet.routing.curve import SHARES, Chance, split
 from dynamicdet.routing.evaluation import Mixtures
 from dynamicdet.routing.fitting import features_of, fit_router, gains_of, rank_correlation
-from dynamicdet.routing.merit import efficacy, normalised_gain
+from dynamicdet.routing.merit import efficacy, normalized_gain
 from dynamicdet.routing.peers import PEERS, charge, peer_scores
 from dynamicdet.routing.strata import benefits, by_objects, by_size, rank_correlations
 from dynamicdet.routing.thresholds import shares_beyond
 
-#: Bootstrap resamples, all with seed 0: AP on each is kept, so that runs compare on the same images.
+#: Bootstrap resamples, all with seed 0: AP on each is kept, so that runs compare on the same
+#: images.
 RESAMPLES = 100
 #: Objectives that are compared; lambda of the hand-set cost in units of the loss.
 OBJECTIVES = {
@@ -28,7 +30,8 @@ OBJECTIVES = {
     'ap': 'ap',
     'gain': 'gain',
 }
-#: Name of the images that step 1 did not see: all objectives are fitted to them, some also to others.
+#: Name of the images that step 1 did not see: all objectives are fitted to them, some also to
+#: others.
 HELD_OUT = 'held out'
 #: The shares at which routers are judged; the ends are the exits.
 INNER = SHARES[1:-1]
@@ -37,12 +40,17 @@ INNER = SHARES[1:-1]
 def plain_results(record: Mapping, coco: COCO) -> dict:
     """AP of a plain detector, with resamples, and what it costs. Its record has one exit, twice."""
     chance = Chance(Mixtures(record, coco), resamples=RESAMPLES)
-    return dict(gflops=record['gflops'][0], latency=record['latencies'][0], provenance=record['provenance'],
-                **_one_exit(chance, 0))
+    return dict(
+        gflops=record['gflops'][0],
+        latency=record['latencies'][0],
+        provenance=record['provenance'],
+        **_one_exit(chance, 0),
+    )
 
 
-def dynamic_results(test: Mapping, test_coco: COCO, sources: Mapping[str, Mapping], train_coco: COCO,
-                    seed: int) -> dict:
+def dynamic_results(
+    test: Mapping, test_coco: COCO, sources: Mapping[str, Mapping], train_coco: COCO, seed: int
+) -> dict:
     """All figures of a dynamic detector whose router is still to be found.
 
     Args:
@@ -56,34 +64,56 @@ def dynamic_results(test: Mapping, test_coco: COCO, sources: Mapping[str, Mappin
     chance = Chance(mixtures, resamples=RESAMPLES)
     exits = [_one_exit(chance, exit) for exit in range(mixtures.exits)]
     pair = pair_of(test)
-    honest, luck = (choices[1:-1] for choices in
-                    map(oracles(pair, test_coco, Mixtures(pair, test_coco)).get, ('honest', 'oracle')))
+    honest, luck = (
+        choices[1:-1]
+        for choices in map(
+            oracles(pair, test_coco, Mixtures(pair, test_coco)).get, ('honest', 'oracle')
+        )
+    )
     routers = {}
     for source, record in sources.items():
         for name, objective in OBJECTIVES.items():
             if source == HELD_OUT or name in ('paper', 'loss_sum', 'rank'):
-                routers[f'{name}, {source}'] = _fitted(record, train_coco, test, objective, seed, pools=1)
-    routers['rank, more pools'] = _fitted(sources[HELD_OUT], train_coco, test, 'rank', seed, pools=3)
+                routers[f'{name}, {source}'] = _fitted(
+                    record, train_coco, test, objective, seed, pools=1
+                )
+    routers['rank, more pools'] = _fitted(
+        sources[HELD_OUT], train_coco, test, 'rank', seed, pools=3
+    )
     gained = benefits(test, mixtures)
     found = dict(
-        gflops=test['gflops'], latencies=test['latencies'], provenance=test['provenance'], exits=exits,
+        gflops=test['gflops'],
+        latencies=test['latencies'],
+        provenance=test['provenance'],
+        exits=exits,
         random=[chance.at(round(share * mixtures.images))[0] for share in INNER],
-        by_size=by_size(mixtures), by_objects=by_objects(test, mixtures),
-        share_gaining={name: _share_gaining(record) for name, record in {**sources, 'test': test}.items()},
-        honest=_judge(chance, honest, honest), oracle=dict(_judge(chance, luck, honest), refined=True),
-        routers={name: _judge_scores(chance, scores, honest, gained) for name, scores in routers.items()},
-        peers=_peers(test, sources, train_coco, chance, honest, gained, seed))
+        by_size=by_size(mixtures),
+        by_objects=by_objects(test, mixtures),
+        share_gaining={
+            name: _share_gaining(record) for name, record in {**sources, 'test': test}.items()
+        },
+        honest=_judge(chance, honest, honest),
+        oracle=dict(_judge(chance, luck, honest), refined=True),
+        routers={
+            name: _judge_scores(chance, scores, honest, gained) for name, scores in routers.items()
+        },
+        peers=_peers(test, sources, train_coco, chance, honest, gained, seed),
+    )
     if mixtures.exits > 2:
-        found['all_exits'] = {name: over_all_exits(mixtures, scores, test['gflops'])
-                              for name, scores in routers.items()}
+        found['all_exits'] = {
+            name: over_all_exits(mixtures, scores, test['gflops'])
+            for name, scores in routers.items()
+        }
     return found
 
 
-def over_all_exits(mixtures: Mixtures, scores: np.ndarray, gflops: Sequence[float]) -> Dict[str, List[float]]:
-    """AP, and mean GFLOPs, where a threshold for each exit shares the images out as one hard share has it (see
-    `shares_beyond`)."""
+def over_all_exits(
+    mixtures: Mixtures, scores: np.ndarray, gflops: Sequence[float]
+) -> dict[str, list[float]]:
+    """AP, and mean GFLOPs, where a threshold for each exit shares the images out as one hard share
+    has it (see `shares_beyond`)."""
     rank = np.argsort(np.argsort(-np.asarray(scores), kind='stable'), kind='stable')
-    found: Dict[str, List[float]] = dict(ap=[], gflops=[])
+    found: dict[str, list[float]] = dict(ap=[], gflops=[])
     for share in INNER:
         counts = [round(beyond * len(rank)) for beyond in shares_beyond(share, mixtures.exits)]
         choice = sum((rank < count).astype(int) for count in counts)
@@ -98,10 +128,12 @@ def together(*records: Mapping) -> dict:
 
 
 def with_losses_of(record: Mapping, others: Sequence[Mapping]) -> dict:
-    """A record with the losses that each of its images has in one of others: of detectors that were trained
-    without it. What the router sees stays."""
+    """A record with the losses that each of its images has in one of others: of detectors that were
+    trained without it. What the router sees stays."""
     losses = {image['id']: image['losses'] for other in others for image in other['images']}
-    return dict(record, images=[dict(image, losses=losses[image['id']]) for image in record['images']])
+    return dict(
+        record, images=[dict(image, losses=losses[image['id']]) for image in record['images']]
+    )
 
 
 def _one_exit(chance: Chance, exit: int) -> dict:
@@ -109,16 +141,24 @@ def _one_exit(chance: Chance, exit: int) -> dict:
     return dict(ap=chance.mixtures.ap(choice), resampled=_short(chance.resampled(choice)))
 
 
-def _fitted(record: Mapping, coco: COCO, test: Mapping, objective, seed: int, pools: int) -> np.ndarray:
-    """Difficulties of the test images by a router fitted to a record; ``pools`` of its three are seen."""
+def _fitted(
+    record: Mapping, coco: COCO, test: Mapping, objective, seed: int, pools: int
+) -> np.ndarray:
+    """Difficulties of the test images by a router fitted to a record; ``pools`` of its three are
+    seen."""
     objective = build_objective(objective)
     features, own = features_of(record), features_of(test)
     width = features.shape[1] // 3 * pools
     ids = [image['id'] for image in record['images']]
     # Views of one image stay together.
     groups = ids if len(set(ids)) < len(ids) else None
-    fit = fit_router(features[:, :width], gains_of(record, objective.gain, coco), objective, groups=groups,
-                     seed=seed)
+    fit = fit_router(
+        features[:, :width],
+        gains_of(record, objective.gain, coco),
+        objective,
+        groups=groups,
+        seed=seed,
+    )
     state = {name: value.numpy() for name, value in fit.state.items()}
     inputs = (own[:, :width] - state['mean']) / state['std']
     hidden = np.maximum(inputs @ state['fc1.weight'].T + state['fc1.bias'], 0)
@@ -126,37 +166,53 @@ def _fitted(record: Mapping, coco: COCO, test: Mapping, objective, seed: int, po
     return (hidden @ state['fc2.weight'].T + state['fc2.bias'])[:, 0]
 
 
-def _judge_scores(chance: Chance, scores: np.ndarray, honest: np.ndarray,
-                  gained: Mapping[str, np.ndarray]) -> dict:
+def _judge_scores(
+    chance: Chance, scores: np.ndarray, honest: np.ndarray, gained: Mapping[str, np.ndarray]
+) -> dict:
     choices = np.array([split(scores, share)[1] for share in INNER])
-    return dict(_judge(chance, choices, honest),
-                correlation={name: one['correlation'] for name, one in
-                             rank_correlations(scores, gained, resamples=0).items()},
-                earning={name: rank_correlation(scores, values) for name, values in gained.items()})
+    return dict(
+        _judge(chance, choices, honest),
+        correlation={
+            name: one['correlation']
+            for name, one in rank_correlations(scores, gained, resamples=0).items()
+        },
+        earning={name: rank_correlation(scores, values) for name, values in gained.items()},
+    )
 
 
 def _judge(chance: Chance, choices: np.ndarray, honest: np.ndarray) -> dict:
-    """AP at each share; on each resample at half hard and in the mean over shares; both figures of merit."""
+    """AP at each share; on each resample at half hard and in the mean over shares; both figures of
+    merit."""
     half = choices[len(choices) // 2]
     resampled = [chance.resampled(chance.choice(choice)) for choice in choices]
     return dict(
         ap=[chance.mixtures.ap(chance.choice(choice)) for choice in choices],
         resampled_half=_short(chance.resampled(chance.choice(half))),
         resampled_mean=_short(np.mean(resampled, axis=0)),
-        normalised_gain=normalised_gain(chance, half),
-        efficacy=efficacy(chance, choices, honest))
+        normalized_gain=normalized_gain(chance, half),
+        efficacy=efficacy(chance, choices, honest),
+    )
 
 
-def _peers(test: Mapping, sources: Mapping[str, Mapping], train_coco: COCO, chance: Chance, honest: np.ndarray,
-           gained: Mapping[str, np.ndarray], seed: int) -> Dict[str, dict]:
-    """Other routers; those that are fitted are fitted to the held-out images, Adaptive Feeding to the AP that each
-    gains, as published."""
+def _peers(
+    test: Mapping,
+    sources: Mapping[str, Mapping],
+    train_coco: COCO,
+    chance: Chance,
+    honest: np.ndarray,
+    gained: Mapping[str, np.ndarray],
+    seed: int,
+) -> dict[str, dict]:
+    """Other routers; those that are fitted are fitted to the held-out images, Adaptive Feeding to
+    the AP that each gains, as published."""
     held = sources[HELD_OUT]
     found = {}
     for name in PEERS:
         target = 'ap' if name == 'adaptive_feeding' else 'loss_sum'
         scores = peer_scores(name, test, held, gains_of(held, target, train_coco), seed)
-        found[name] = dict(_judge_scores(chance, scores, honest, gained), charge=charge(name, test), target=target)
+        found[name] = dict(
+            _judge_scores(chance, scores, honest, gained), charge=charge(name, test), target=target
+        )
     return found
 
 
@@ -166,5 +222,5 @@ def _share_gaining(record: Mapping) -> float:
     return float((losses[:, 0] > losses[:, -1]).mean())
 
 
-def _short(values: Sequence[float]) -> List[float]:
+def _short(values: Sequence[float]) -> list[float]:
     return [round(float(value), 3) for value in values]

@@ -1,24 +1,27 @@
 """What the experiments share: steps that run tools, several at a time, and wait for each other."""
+
 import argparse
 import os
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Callable, Dict, Optional, Sequence
 
 ROOT = Path(__file__).resolve().parents[1]
 #: mmengine reads a config as a module of a fixed name: one at a time.
 reading = threading.Lock()
-_started: Dict[str, Future] = {}
+_started: dict[str, Future] = {}
 
 
 def make_parser(said: str, what: str) -> argparse.ArgumentParser:
     """The command line of an experiment whose steps are called ``what``."""
     parser = argparse.ArgumentParser(description=said)
-    parser.add_argument('--only', nargs='+', default=[''], help=f'{what} whose names contain one of these')
+    parser.add_argument(
+        '--only', nargs='+', default=[''], help=f'{what} whose names contain one of these'
+    )
     parser.add_argument('--jobs', type=int, default=2, help=f'{what} at a time, of one thread each')
     parser.add_argument('--list', action='store_true', help='say what there is to do, and stop')
     return parser
@@ -28,13 +31,18 @@ def run(*command: str, log: Path) -> None:
     """Run a tool in the repository's root, its output into a file; end with it if it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, 'a') as file:
-        code = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-                              env={**os.environ, 'OMP_NUM_THREADS': '1'}).returncode
+        code = subprocess.run(
+            [sys.executable, *command],
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        ).returncode
     if code:
         raise RuntimeError(f'{command[0]} failed with status {code}: see the end of {log}')
 
 
-def wait_for(*names: Optional[str]) -> None:
+def wait_for(*names: str | None) -> None:
     """Until these steps of this call are done; those that are none of it are done."""
     for name in names:
         if name in _started:
@@ -49,6 +57,7 @@ def do_all(names: Sequence[str], do: Callable[[str], None], jobs: int) -> None:
         do (Callable): Does one.
         jobs (int): At a time.
     """
+
     def timed(name: str) -> str:
         begin = time.monotonic()
         do(name)

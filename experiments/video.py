@@ -1,15 +1,19 @@
-"""The experiment on early exit in video, docs/benchmarks.md: train, record, compare gates, and run them by the clock.
+"""The experiment on early exit in video, docs/benchmarks.md: train, record, compare gates, and run
+them by the clock.
 
-It goes step by step, several at a time, and each step leaves a small file in experiments/results/video: stop it when you
-like and start it again. Steps that have one are not done again; remove the file to do so. But what starts from
-weights that have to be trained again is done again, too: runs are compared with each other. Detectors whose gates are
-compared come last and alone, since what they are compared by is time.
+It goes step by step, several at a time, and each step leaves a small file in
+experiments/results/video: stop it when you like and start it again. Steps that have one are not
+done again; remove the file to do so. But what starts from weights that have to be trained again is
+done again, too: runs are compared with each other. Detectors whose gates are compared come last and
+alone, since what they are compared by is time.
 """
+
 import argparse
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence
+from typing import NamedTuple
 
 import torch
 from mmengine.config import Config
@@ -27,14 +31,16 @@ RESULTS = ROOT / 'experiments' / 'results' / 'video'
 
 
 class Run(NamedTuple):
-    """A training: its config below configs/video, the run whose weights it starts from, and options."""
+    """A training: its config below configs/video, the run whose weights it starts from, and
+    options."""
+
     config: str
-    start: Optional[str] = None
+    start: str | None = None
     options: Mapping[str, object] = {}
 
 
-#: The weights that all start from, as users start from published ones: two epochs on the pictures of the
-#: experiment on routing.
+#: The weights that all start from, as users start from published ones: two epochs on the pictures
+#: of the experiment on routing.
 STILLS = {
     **data_options(DATA['root'], DATA['size']),
     'train_dataloader.dataset.indices': PRETRAINING,
@@ -43,8 +49,9 @@ STILLS = {
     'param_scheduler.1.T_max': 2,
 }
 SHORT = {'train_dataloader.sampler.frames': 4}
-#: What others start from first, and not right before them: a run that waits for its start keeps a core idle.
-RUNS: Dict[str, Run] = dict(
+#: What others start from first, and not right before them: a run that waits for its start keeps a
+#: core idle.
+RUNS: dict[str, Run] = dict(
     stills=Run('yolov5_digits', options=STILLS),
     plain=Run('yolov5_digits_video', 'stills'),
     joint=Run('early_exit_yolov5_digits', 'stills'),
@@ -55,7 +62,8 @@ RUNS: Dict[str, Run] = dict(
     propagation_short=Run('early_exit_yolov5_digits_propagation', 'joint', SHORT),
     distilled=Run('early_exit_yolov5_digits_distilled', 'stills'),
     gumbel=Run('early_exit_yolov5_digits_gumbel', 'stills'),
-    all=Run('early_exit_yolov5_digits_all', 'propagation'))
+    all=Run('early_exit_yolov5_digits_all', 'propagation'),
+)
 #: Runs without early exits.
 DETECTORS = ('stills', 'plain')
 #: Whose gates are compared, and run by the clock.
@@ -66,9 +74,13 @@ TIMED = dict(gumbel=('temporal', "the config's"))
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--only', nargs='+', default=list(RUNS), choices=list(RUNS), help='these runs')
+    parser.add_argument(
+        '--only', nargs='+', default=list(RUNS), choices=list(RUNS), help='these runs'
+    )
     parser.add_argument('--jobs', type=int, default=2, help='runs at a time, of one thread each')
-    parser.add_argument('--no-clock', action='store_true', help='compare gates, but do not run them by the clock')
+    parser.add_argument(
+        '--no-clock', action='store_true', help='compare gates, but do not run them by the clock'
+    )
     parser.add_argument('--list', action='store_true', help='say what there is to do, and stop')
     return parser.parse_args()
 
@@ -89,8 +101,14 @@ def train(name: str) -> str:
     """Train a run, or go on with it; its last checkpoint."""
     folder = WORK / name
     if not (folder / 'trained').exists():
-        run('tools/train.py', str(write_config(name)), '--no-data-check', '--resume', f'--work-dir={folder}',
-            log=folder / 'train.log')
+        run(
+            'tools/train.py',
+            str(write_config(name)),
+            '--no-data-check',
+            '--resume',
+            f'--work-dir={folder}',
+            log=folder / 'train.log',
+        )
         (folder / 'trained').touch()
     return latest_checkpoint(str(folder))
 
@@ -99,8 +117,15 @@ def record(name: str, split: str, checkpoint: str) -> dict:
     """All exits on all frames of a split."""
     path = WORK / name / f'{split}.npz'
     if not path.exists():
-        run('tools/record_video.py', str(WORK / name / 'config.py'), checkpoint, f'--split={split}', f'--out={path}',
-            '--no-data-check', log=path.with_name('record.log'))
+        run(
+            'tools/record_video.py',
+            str(WORK / name / 'config.py'),
+            checkpoint,
+            f'--split={split}',
+            f'--out={path}',
+            '--no-data-check',
+            log=path.with_name('record.log'),
+        )
     return read_video_record(path)
 
 
@@ -121,23 +146,34 @@ def do_gates(name: str, by_the_clock: bool) -> None:
     if not by_the_clock:
         return
     numbers = json.loads((RESULTS / f'{name}.json').read_text())
-    numbers['gates'] = {gate: own for gate, own in numbers['gates'].items() if gate in TIMED.get(name, numbers['gates'])}
+    numbers['gates'] = {
+        gate: own
+        for gate, own in numbers['gates'].items()
+        if gate in TIMED.get(name, numbers['gates'])
+    }
     write(f'{name}_clock', clock_results(cfg, checkpoint, numbers, val, os.cpu_count()))
     print(f'{name} by the clock', flush=True)
 
 
 def write(name: str, numbers: dict) -> None:
-    write_atomically(json.dumps(dict(run=name, **numbers), default=str).encode(), RESULTS / f'{name}.json')
+    write_atomically(
+        json.dumps(dict(run=name, **numbers), default=str).encode(), RESULTS / f'{name}.json'
+    )
 
 
 def is_done(name: str) -> bool:
     return (RESULTS / f'{name}.json').exists()
 
 
-def to_do(names: Sequence[str]) -> List[str]:
-    """Runs without results; what they start from, where its weights are gone; and all that starts from that."""
-    waiting = {name for name in names if name not in DETECTORS
-               and not (is_done(name) and (name not in GATED or is_done(f'{name}_clock')))}
+def to_do(names: Sequence[str]) -> list[str]:
+    """Runs without results; what they start from, where its weights are gone; and all that starts
+    from that."""
+    waiting = {
+        name
+        for name in names
+        if name not in DETECTORS
+        and not (is_done(name) and (name not in GATED or is_done(f'{name}_clock')))
+    }
     # Backwards, so that a start's own start is looked at after it.
     gone = set()
     for name in reversed(RUNS):
@@ -164,7 +200,7 @@ def main() -> None:
     torch.set_num_threads(1)
     waiting = to_do(args.only)
     timed = [name for name in GATED if name in waiting]
-    print(f"to do: {', '.join(waiting)}; by the clock: {', '.join(timed)}", flush=True)
+    print(f'to do: {", ".join(waiting)}; by the clock: {", ".join(timed)}', flush=True)
     if args.list:
         return
     make_data()

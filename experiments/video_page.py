@@ -1,10 +1,11 @@
 """The page of the experiment on early exit in video: experiments/results/video.md and its picture.
 
-    python experiments/video_page.py
+python experiments/video_page.py
 """
+
 import io
 import json
-from typing import Dict, List, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from routing_page import table
@@ -30,7 +31,7 @@ CLOCK = """By the clock, frame by frame, batch 1, videos in turn by all ways, {t
 average {load} before; energy {energy}:
 """
 #: How runs differ, and which other run each is held against.
-LABELS: Dict[str, tuple] = dict(
+LABELS: dict[str, tuple] = dict(
     joint=('all trained together', None),
     distilled=('together, with distillation', 'joint'),
     gumbel=('together, with gates', 'joint'),
@@ -38,9 +39,10 @@ LABELS: Dict[str, tuple] = dict(
     all=('+ propagation, then all trained', 'joint'),
     propagation_short=('+ propagation on short clips', 'joint'),
     heads=('heads on a frozen detector', 'joint'),
-    heads_distilled=('the same, with distillation', 'heads'))
+    heads_distilled=('the same, with distillation', 'heads'),
+)
 
-Runs = Dict[str, dict]
+Runs = dict[str, dict]
 
 
 def read_runs() -> Runs:
@@ -50,8 +52,11 @@ def read_runs() -> Runs:
 def exits_table(runs: Runs) -> str:
     """AP of each exit of each run."""
     first = next(runs[name] for name in LABELS if name in runs)
-    rows = [[label, *(f"{exit['ap']:.2f}" for exit in runs[name]['exits'])]
-            for name, (label, _) in LABELS.items() if name in runs]
+    rows = [
+        [label, *(f'{exit["ap"]:.2f}' for exit in runs[name]['exits'])]
+        for name, (label, _) in LABELS.items()
+        if name in runs
+    ]
     return table(['', *(f'exit {number}' for number in range(len(first['exits'])))], rows)
 
 
@@ -61,55 +66,103 @@ def differences_table(runs: Runs) -> str:
     for name, (label, base) in LABELS.items():
         if name in runs and base in runs:
             pairs = zip(runs[name]['exits'], runs[base]['exits'])
-            rows.append([f'{label}, against: {LABELS[base][0]}', *(difference(*pair) for pair in pairs)])
+            rows.append(
+                [f'{label}, against: {LABELS[base][0]}', *(difference(*pair) for pair in pairs)]
+            )
     exits = len(next(runs[name] for name in LABELS if name in runs)['exits'])
     return table(['', *(f'exit {number}' for number in range(exits))], rows)
 
 
 def difference(one: Mapping, other: Mapping) -> str:
     low, high = interval(np.subtract(one['resampled'], other['resampled']))
-    return f"{one['ap'] - other['ap']:+.2f} ({low:+.2f} to {high:+.2f})"
+    return f'{one["ap"] - other["ap"]:+.2f} ({low:+.2f} to {high:+.2f})'
 
 
 def costs_table(run: Mapping) -> str:
     """What leaving at an exit costs: with its head alone, and with all heads on the way."""
-    rows = [[str(number), f"{exit['gflops']:.4f}", f"{run['costs']['gflops']['looked'][number]:.4f}",
-             f"{1e3 * exit['latency']:.2f}", f"{1e3 * run['costs']['latencies']['looked'][number]:.2f}"]
-            for number, exit in enumerate(run['exits'])]
-    return table(['exit', 'GFLOPs', 'with all heads on the way', 'ms', 'with all heads on the way'], rows)
+    rows = [
+        [
+            str(number),
+            f'{exit["gflops"]:.4f}',
+            f'{run["costs"]["gflops"]["looked"][number]:.4f}',
+            f'{1e3 * exit["latency"]:.2f}',
+            f'{1e3 * run["costs"]["latencies"]["looked"][number]:.2f}',
+        ]
+        for number, exit in enumerate(run['exits'])
+    ]
+    return table(
+        ['exit', 'GFLOPs', 'with all heads on the way', 'ms', 'with all heads on the way'], rows
+    )
 
 
 def gates_table(run: Mapping) -> str:
-    """Each gate where it loses at most 1 AP on the validation videos, and the oracles where they do here."""
+    """Each gate where it loses at most 1 AP on the validation videos, and the oracles where they do
+    here."""
     last = run['fixed'][-1]
-    rows = [[f"exit {row['exit']}", *cells(row, run['fixed'])] for row in run['fixed']]
+    rows = [[f'exit {row["exit"]}', *cells(row, run['fixed'])] for row in run['fixed']]
     for name, own in run['gates'].items():
         rows.append([name, *(cells(own['within'], run['fixed']) if own['within'] else ['-'] * 6)])
     for name, found in run['oracles'].items():
         good = [row for row in found if row['ap'] >= last['ap'] - 1]
         rows.append([name, *(cells(good[0], run['fixed']) if good else ['-'] * 6)])
-    return table(['', 'AP', 'GFLOPs', 'ms', 'time saved', 'above the line of fixed exits',
-                  'frames at exits -1, 0, 1, ...'], rows)
+    return table(
+        [
+            '',
+            'AP',
+            'GFLOPs',
+            'ms',
+            'time saved',
+            'above the line of fixed exits',
+            'frames at exits -1, 0, 1, ...',
+        ],
+        rows,
+    )
 
 
-def cells(row: Mapping, fixed: Sequence[Mapping]) -> List[str]:
+def cells(row: Mapping, fixed: Sequence[Mapping]) -> list[str]:
     above = row['ap'] - line_at(fixed, row['latency'], 'latency')
-    return [f"{row['ap']:.2f}", f"{row['gflops']:.4f}", f"{1e3 * row['latency']:.2f}",
-            f"{1 - row['latency'] / fixed[-1]['latency']:.0%}",
-            # There is none below the first exit's cost.
-            f'{above:+.2f}' if np.isfinite(above) else '-',
-            ', '.join(f'{share:.0%}' for share in row['shares'])]
+    return [
+        f'{row["ap"]:.2f}',
+        f'{row["gflops"]:.4f}',
+        f'{1e3 * row["latency"]:.2f}',
+        f'{1 - row["latency"] / fixed[-1]["latency"]:.0%}',
+        # There is none below the first exit's cost.
+        f'{above:+.2f}' if np.isfinite(above) else '-',
+        ', '.join(f'{share:.0%}' for share in row['shares']),
+    ]
 
 
 def clock_table(clock: Mapping) -> str:
     """The same, run frame by frame."""
-    last = list(clock['ways'].values())[-1 - sum(not name.startswith('exit ') for name in clock['ways'])]
-    rows = [[name, f"{way['ap']:.2f}", f"{1e3 * way['seconds']:.2f}", f"{1e3 * way['median']:.2f}",
-             f"{1 - way['seconds'] / last['seconds']:.0%}", f"{way['joules_per_1000']:.0f}",
-             line_by_the_clock(clock, way), ', '.join(f"{count / clock['frames']:.0%}" for count in way['exits'])]
-            for name, way in clock['ways'].items()]
-    return table(['', 'AP', 'ms, mean', 'ms, median', 'time saved', 'J per 1,000 frames', 'above the line of fixed exits',
-                  'frames at exits -1, 0, 1, ...'], rows)
+    last = list(clock['ways'].values())[
+        -1 - sum(not name.startswith('exit ') for name in clock['ways'])
+    ]
+    rows = [
+        [
+            name,
+            f'{way["ap"]:.2f}',
+            f'{1e3 * way["seconds"]:.2f}',
+            f'{1e3 * way["median"]:.2f}',
+            f'{1 - way["seconds"] / last["seconds"]:.0%}',
+            f'{way["joules_per_1000"]:.0f}',
+            line_by_the_clock(clock, way),
+            ', '.join(f'{count / clock["frames"]:.0%}' for count in way['exits']),
+        ]
+        for name, way in clock['ways'].items()
+    ]
+    return table(
+        [
+            '',
+            'AP',
+            'ms, mean',
+            'ms, median',
+            'time saved',
+            'J per 1,000 frames',
+            'above the line of fixed exits',
+            'frames at exits -1, 0, 1, ...',
+        ],
+        rows,
+    )
 
 
 def line_by_the_clock(clock: Mapping, way: Mapping) -> str:
@@ -123,23 +176,33 @@ def picture(runs: Runs) -> bytes:
     """AP against latency of all gates, fixed exits and oracles, run by run."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
+
     known = [name for name in GATED if name in runs]
     figure = Figure(figsize=(5.2 * len(known) + 2, 4.6), layout='constrained')
     grid = np.atleast_1d(figure.subplots(1, len(known), sharey=True))
-    colours = colormaps['tab20'].colors
+    colors = colormaps['tab20'].colors
     names = list(dict.fromkeys(gate for name in known for gate in runs[name]['gates']))
     for axes, name in zip(grid, known):
         run = runs[name]
         draw(axes, run['fixed'], 's--', color='#222222', label='fixed exits')
-        for (oracle, rows), colour in zip(run['oracles'].items(), ('#8a8a8a', '#c0c0c0')):
-            draw(axes, rows, ':', color=colour, linewidth=2, label=oracle)
+        for (oracle, rows), color in zip(run['oracles'].items(), ('#8a8a8a', '#c0c0c0')):
+            draw(axes, rows, ':', color=color, linewidth=2, label=oracle)
         for gate, own in run['gates'].items():
-            draw(axes, own['rows'], '.-', markersize=4, color=colours[names.index(gate) % 20], label=gate)
+            draw(
+                axes,
+                own['rows'],
+                '.-',
+                markersize=4,
+                color=colors[names.index(gate) % 20],
+                label=gate,
+            )
         axes.set(title=LABELS[name][0], xlabel='ms per frame')
         axes.grid(alpha=0.3)
     grid[0].set_ylabel('AP, %')
     lines = {line.get_label(): line for axes in grid for line in axes.lines}
-    grid[-1].legend(lines.values(), lines, fontsize=8, frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
+    grid[-1].legend(
+        lines.values(), lines, fontsize=8, frameon=False, loc='center left', bbox_to_anchor=(1, 0.5)
+    )
     file = io.BytesIO()
     figure.savefig(file, format='png', dpi=110)
     return file.getvalue()
@@ -153,20 +216,45 @@ def main() -> None:
     runs = read_runs()
     first = next(runs[name] for name in RUNS if name in runs)
     provenance = first['provenance']
-    head = HEAD.format(frames=provenance['images'], device=provenance['device'], torch=provenance['torch'],
-                       threads=provenance['threads'], resamples=len(first['exits'][0]['resampled']))
-    parts = [head, f'![AP against time per frame](../../docs/images/{PICTURE.name})\n', '## Exits\n', 'AP:\n', exits_table(runs),
-             'AP above the run that it is held against:\n', differences_table(runs)]
+    head = HEAD.format(
+        frames=provenance['images'],
+        device=provenance['device'],
+        torch=provenance['torch'],
+        threads=provenance['threads'],
+        resamples=len(first['exits'][0]['resampled']),
+    )
+    parts = [
+        head,
+        f'![AP against time per frame](../../docs/images/{PICTURE.name})\n',
+        '## Exits\n',
+        'AP:\n',
+        exits_table(runs),
+        'AP above the run that it is held against:\n',
+        differences_table(runs),
+    ]
     for name in GATED:
         if name in runs:
-            parts += [f'## Gates: {LABELS[name][0]}\n', costs_table(runs[name]),
-                      'Least time for at most 1 AP lost, from records:\n', gates_table(runs[name])]
+            parts += [
+                f'## Gates: {LABELS[name][0]}\n',
+                costs_table(runs[name]),
+                'Least time for at most 1 AP lost, from records:\n',
+                gates_table(runs[name]),
+            ]
         if f'{name}_clock' in runs:
             clock = runs[f'{name}_clock']
             # Files of before say neither machine nor load.
-            load = f"{clock['load_before']:.2f}" if 'load_before' in clock else 'not noted'
-            parts += [CLOCK.format(**{**runs[name]['provenance'], **clock.get('provenance', {}), **clock, 'load': load}),
-                      clock_table(clock)]
+            load = f'{clock["load_before"]:.2f}' if 'load_before' in clock else 'not noted'
+            parts += [
+                CLOCK.format(
+                    **{
+                        **runs[name]['provenance'],
+                        **clock.get('provenance', {}),
+                        **clock,
+                        'load': load,
+                    }
+                ),
+                clock_table(clock),
+            ]
     write_atomically(picture(runs), PICTURE)
     write_atomically('\n'.join(parts).encode(), PAGE)
     print(PAGE)

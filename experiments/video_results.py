@@ -1,8 +1,10 @@
-"""What a run of the experiment on early exit in video came to: from records, and from the clock, to numbers."""
+"""What a run of the experiment on early exit in video came to: from records, and from the clock, to
+numbers."""
+
 import os
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Dict, Iterator, List, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
@@ -13,13 +15,19 @@ from dynamicdet import cli
 from dynamicdet.building import build_loader
 from dynamicdet.measuring.calibration import coco_results, provenance
 from dynamicdet.routing.evaluation import evaluate
-from dynamicdet.video.analysis import RULES, analyse, fitted_gates, load_truth
+from dynamicdet.video.analysis import RULES, analyze, fitted_gates, load_truth
 from dynamicdet.video.gates import Gate
-from dynamicdet.video.recording import borrowed, force_exit, gate_of_checkpoint, load_early_exit_detector
+from dynamicdet.video.recording import (
+    borrowed,
+    force_exit,
+    gate_of_checkpoint,
+    load_early_exit_detector,
+)
 from dynamicdet.video.simulation import Replays, Run, streams
 from mmdet.registry import MODELS
 
-#: Bootstrap resamples of whole videos, since frames of one are alike; seed 0, the same for all runs.
+#: Bootstrap resamples of whole videos, since frames of one are alike; seed 0, the same for all
+#: runs.
 RESAMPLES = 100
 #: Joules per second of a busy core: an assumption, for machines that do not say what they use.
 WATTS_PER_CORE = 10.0
@@ -36,9 +44,14 @@ def head_results(test: Mapping) -> dict:
     found = []
     for exit in range(exits):
         run = Run(np.full(len(source), exit), source, np.zeros(len(source)), np.zeros(len(source)))
-        found.append(dict(
-            ap=replays.ap(run), gflops=test['gflops'][exit], latency=test['latencies'][exit],
-            resampled=[round(replays.ap(run, own), 3) for own in weights]))
+        found.append(
+            dict(
+                ap=replays.ap(run),
+                gflops=test['gflops'][exit],
+                latency=test['latencies'][exit],
+                resampled=[round(replays.ap(run, own), 3) for own in weights],
+            )
+        )
     return dict(exits=found, costs=test['costs'], provenance=test['provenance'])
 
 
@@ -47,20 +60,28 @@ def resampled_videos(record: Mapping) -> np.ndarray:
     videos, generator = streams(record), np.random.default_rng(0)
     weights = np.zeros((RESAMPLES, len(record['images'])), int)
     for own in weights:
-        for video, times in zip(videos, np.bincount(generator.integers(len(videos), size=len(videos)),
-                                                    minlength=len(videos))):
+        for video, times in zip(
+            videos,
+            np.bincount(generator.integers(len(videos), size=len(videos)), minlength=len(videos)),
+        ):
             own[video] = times
     return weights
 
 
-def halves(record: Mapping) -> List[dict]:
-    """Two records: of every second video, and of the others. Gates are fitted to one, and set on the other."""
+def halves(record: Mapping) -> list[dict]:
+    """Two records: of every second video, and of the others. Gates are fitted to one, and set on
+    the other."""
     videos = sorted({image['video'] for image in record['images']})
-    return [dict(record, images=[image for image in record['images'] if image['video'] in videos[part::2]])
-            for part in (0, 1)]
+    return [
+        dict(
+            record,
+            images=[image for image in record['images'] if image['video'] in videos[part::2]],
+        )
+        for part in (0, 1)
+    ]
 
 
-def gates_of(val: Mapping, config: str, checkpoint: str) -> Dict[str, Gate]:
+def gates_of(val: Mapping, config: str, checkpoint: str) -> dict[str, Gate]:
     """All gates: by rule, fitted to a part of the validation videos, and the config's own."""
     fit, _ = halves(val)
     gates = {name: MODELS.build(own) for name, own in RULES.items()}
@@ -72,9 +93,10 @@ def gates_of(val: Mapping, config: str, checkpoint: str) -> Dict[str, Gate]:
 
 
 def gate_results(test: Mapping, val: Mapping, config: str, checkpoint: str) -> dict:
-    """Curves of all gates, of the oracle and of fixed exits; settings are chosen on the other validation videos."""
+    """Curves of all gates, of the oracle and of fixed exits; settings are chosen on the other
+    validation videos."""
     gates, chosen_on = gates_of(val, config, checkpoint), (halves(val)[1], load_truth(val))
-    found = analyse(test, load_truth(test), gates, chosen_on, 'latency')
+    found = analyze(test, load_truth(test), gates, chosen_on, 'latency')
     return {name: found[name] for name in ('fixed', 'gates', 'oracles')}
 
 
@@ -82,15 +104,19 @@ def gate_results(test: Mapping, val: Mapping, config: str, checkpoint: str) -> d
 
 
 @torch.no_grad()
-def clock_results(config: str, checkpoint: str, numbers: Mapping, val: Mapping, threads: int) -> dict:
-    """Run the test videos frame by frame, batch 1, by each gate at its setting and by each exit alone; videos in
-    turn, so that what else the machine does meets all alike."""
+def clock_results(
+    config: str, checkpoint: str, numbers: Mapping, val: Mapping, threads: int
+) -> dict:
+    """Run the test videos frame by frame, batch 1, by each gate at its setting and by each exit
+    alone; videos in turn, so that what else the machine does meets all alike."""
     before, own_threads = os.getloadavg()[0], torch.get_num_threads()
     cfg = Config.fromfile(config)
     cli.prepare()
     model, _ = load_early_exit_detector(cfg, checkpoint)
     gates = gates_of(val, config, checkpoint)
-    ways = {f'exit {exit}': lambda exit=exit: force_exit(model, exit) for exit in range(model.num_exits)}
+    ways = {
+        f'exit {exit}': lambda exit=exit: force_exit(model, exit) for exit in range(model.num_exits)
+    }
     for name, own in numbers['gates'].items():
         if own['within']:
             gate, thresholds = gates[name].eval(), own['within']['thresholds']
@@ -110,15 +136,22 @@ def clock_results(config: str, checkpoint: str, numbers: Mapping, val: Mapping, 
     coco = load_truth(dict(images=[], provenance={}), dataset.ann_file)
     ids = [dataset.get_data_info(index)['img_id'] for index in range(len(dataset))]
     return dict(
-        threads=threads, frames=len(ids), load_before=before, load_after=os.getloadavg()[0],
-        provenance=provenance(cfg, checkpoint, dataset, 'cpu'), energy='RAPL' if energy() is not None else
-        f'estimated: {WATTS_PER_CORE:g} W per busy core',
-        ways={name: clock.sums(evaluate(coco, clock.results, ids)['ap']) for name, clock in clocks.items()})
+        threads=threads,
+        frames=len(ids),
+        load_before=before,
+        load_after=os.getloadavg()[0],
+        provenance=provenance(cfg, checkpoint, dataset, 'cpu'),
+        energy='RAPL' if energy() is not None else f'estimated: {WATTS_PER_CORE:g} W per busy core',
+        ways={
+            name: clock.sums(evaluate(coco, clock.results, ids)['ap'])
+            for name, clock in clocks.items()
+        },
+    )
 
 
-def videos_of(dataset) -> Iterator[List[int]]:
+def videos_of(dataset) -> Iterator[list[int]]:
     """Numbers of the frames of each video, in order."""
-    by_video: Dict[int, list] = {}
+    by_video: dict[int, list] = {}
     for index in range(len(dataset)):
         info = dataset.get_data_info(index)
         by_video.setdefault(info['video_id'], []).append((info['frame_id'], index))
@@ -130,42 +163,53 @@ class Clock:
     """What one way of exiting took, and found."""
 
     def __init__(self) -> None:
-        self.seconds: List[float] = []
+        self.seconds: list[float] = []
         self.cpu = 0.0
         self.joules = 0.0
-        self.exits: List[int] = []
-        self.results: List[dict] = []
+        self.exits: list[int] = []
+        self.results: list[dict] = []
 
-    def sums(self, ap: Optional[float]) -> dict:
+    def sums(self, ap: float | None) -> dict:
         frames = len(self.seconds)
         joules = self.joules if energy() is not None else self.cpu * WATTS_PER_CORE
         exits = np.array(self.exits)
-        by_exit = {str(exit): float(np.mean(np.array(self.seconds)[exits == exit])) for exit in np.unique(exits)}
+        by_exit = {
+            str(exit): float(np.mean(np.array(self.seconds)[exits == exit]))
+            for exit in np.unique(exits)
+        }
         return dict(
             by_exit=by_exit,
-            ap=ap, seconds=sum(self.seconds) / frames, median=float(np.median(self.seconds)),
-            joules_per_1000=1000 * joules / frames, exits=np.bincount(np.array(self.exits) + 1).tolist())
+            ap=ap,
+            seconds=sum(self.seconds) / frames,
+            median=float(np.median(self.seconds)),
+            joules_per_1000=1000 * joules / frames,
+            exits=np.bincount(np.array(self.exits) + 1).tolist(),
+        )
 
 
 def run_video(model, batches: Sequence[dict], category_ids: Sequence[int], clock: Clock) -> None:
     """One video, frame after frame."""
     for batch in batches:
         before, cpu, start = energy(), time.process_time(), time.perf_counter()
-        sample, = model.test_step(batch)
+        (sample,) = model.test_step(batch)
         clock.seconds.append(time.perf_counter() - start)
         clock.cpu += time.process_time() - cpu
         clock.joules += joules_since(before) if before is not None else 0
         clock.exits.append(int(sample.exit))
-        clock.results += [dict(one, image_id=sample.img_id) for one in coco_results(sample, category_ids)]
+        clock.results += [
+            dict(one, image_id=sample.img_id) for one in coco_results(sample, category_ids)
+        ]
 
 
 def joules_since(before: float) -> float:
     """The counter begins anew at its largest value."""
     used = energy() - before
-    return used if used >= 0 else used + int((RAPL.parent / 'max_energy_range_uj').read_text()) / 1e6
+    return (
+        used if used >= 0 else used + int((RAPL.parent / 'max_energy_range_uj').read_text()) / 1e6
+    )
 
 
-def energy() -> Optional[float]:
+def energy() -> float | None:
     """Joules that the processor has used so far; None where it does not say."""
     try:
         return int(RAPL.read_text()) / 1e6

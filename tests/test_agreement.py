@@ -1,4 +1,5 @@
 """Detections compared whatever their order: by hand."""
+
 import pytest
 
 from dynamicdet.testing import agreement
@@ -26,7 +27,9 @@ def test_what_is_far_or_of_another_class_is_no_counterpart(other):
 
 def test_detections_count_by_image():
     assert agreement([[found(0)], []], [[], [found(0)]]).unmatched == 1
-    assert agreement([[found(0), found(40)], [found(0)]], [[found(0)], []]).unmatched == pytest.approx(0.5)
+    assert agreement(
+        [[found(0), found(40)], [found(0)]], [[found(0)], []]
+    ).unmatched == pytest.approx(0.5)
     assert agreement([[], []], [[], []]) == (0, 0.0, 0.0, 0.0)
     with pytest.raises(ValueError):
         agreement([[]], [[], []])

@@ -54,14 +54,16 @@ def trained(tmp_path_factory):
             num_workers=0,
             sampler=dict(type='DefaultSampler', shuffle=True),
             collate_fn=lambda batch: dict(inputs=batch),
-            dataset=list(torch.randn(12, 2))),
+            dataset=list(torch.randn(12, 2)),
+        ),
         train_cfg=dict(by_epoch=True, max_epochs=2),
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9)),
         param_scheduler=dict(type='LinearLR', start_factor=0.1),
         default_hooks=dict(logger=dict(type='LoggerHook', interval=1)),
         default_scope='mmdet',
         experiment_name='line',
-        randomness=dict(seed=0))
+        randomness=dict(seed=0),
+    )
     runner.train()
     return work_dir / 'epoch_2.pth'
 
@@ -87,8 +89,9 @@ def test_a_runners_checkpoint(trained):
 
 def test_numpy_values_are_read(tmp_path):
     values = [np.float64(1.5), np.float32(2.5), np.int64(3), np.int32(4), np.bool_(True)]
-    write_checkpoint(dict(state_dict=dict(a=torch.ones(1)), meta=dict(values=values)),
-                     str(tmp_path / 'a.pth'))
+    write_checkpoint(
+        dict(state_dict=dict(a=torch.ones(1)), meta=dict(values=values)), str(tmp_path / 'a.pth')
+    )
     assert read_checkpoint(str(tmp_path / 'a.pth'))['meta']['values'] == values
 
 
@@ -106,14 +109,18 @@ class Evil:
         self.marker = marker
 
     def __reduce__(self):
-        return os.system, (f'touch {self.marker}', )
+        return os.system, (f'touch {self.marker}',)
 
 
-@pytest.mark.parametrize('save', [
-    lambda value, path: torch.save(value, path),
-    lambda value, path: torch.save(value, path, _use_new_zipfile_serialization=False),
-    lambda value, path: path.write_bytes(pickle.dumps(value)),
-], ids=['zip', 'legacy', 'pickle'])
+@pytest.mark.parametrize(
+    'save',
+    [
+        lambda value, path: torch.save(value, path),
+        lambda value, path: torch.save(value, path, _use_new_zipfile_serialization=False),
+        lambda value, path: path.write_bytes(pickle.dumps(value)),
+    ],
+    ids=['zip', 'legacy', 'pickle'],
+)
 def test_nothing_in_a_checkpoint_runs(tmp_path, save):
     marker, path = tmp_path / 'marker', tmp_path / 'evil.pth'
     save(dict(state_dict=dict(a=torch.ones(1)), meta=Evil(marker)), path)
@@ -146,22 +153,39 @@ def write_truncated(path):
     path.write_bytes(path.read_bytes()[:-500])
 
 
-@pytest.mark.parametrize('write', [
-    lambda path: path.write_text('This is no checkpoint.\nNor is this.\n'),
-    lambda path: path.write_bytes(b''),
-    write_truncated,
-    lambda path: path.write_bytes(pickle.dumps([1, 2, 3])),
-    lambda path: path.write_bytes(pickle.dumps(dict(a=1))),
-    lambda path: torch.save([1, 2, 3], path),
-    lambda path: torch.save({}, path),
-    lambda path: torch.save(dict(state_dict=dict()), path),
-    lambda path: torch.save(dict(state_dict=[1, 2]), path),
-    lambda path: torch.save(dict(state_dict=None), path),
-    lambda path: torch.save(dict(state_dict=dict(a=1)), path),
-    lambda path: torch.save(torch.ones(3), path),
-    lambda path: path.mkdir(),
-], ids=['text', 'empty', 'truncated', 'pickled list', 'pickled dict', 'list', 'empty dict',
-        'empty state', 'state is a list', 'state is None', 'state of numbers', 'tensor', 'folder'])
+@pytest.mark.parametrize(
+    'write',
+    [
+        lambda path: path.write_text('This is no checkpoint.\nNor is this.\n'),
+        lambda path: path.write_bytes(b''),
+        write_truncated,
+        lambda path: path.write_bytes(pickle.dumps([1, 2, 3])),
+        lambda path: path.write_bytes(pickle.dumps(dict(a=1))),
+        lambda path: torch.save([1, 2, 3], path),
+        lambda path: torch.save({}, path),
+        lambda path: torch.save(dict(state_dict=dict()), path),
+        lambda path: torch.save(dict(state_dict=[1, 2]), path),
+        lambda path: torch.save(dict(state_dict=None), path),
+        lambda path: torch.save(dict(state_dict=dict(a=1)), path),
+        lambda path: torch.save(torch.ones(3), path),
+        lambda path: path.mkdir(),
+    ],
+    ids=[
+        'text',
+        'empty',
+        'truncated',
+        'pickled list',
+        'pickled dict',
+        'list',
+        'empty dict',
+        'empty state',
+        'state is a list',
+        'state is None',
+        'state of numbers',
+        'tensor',
+        'folder',
+    ],
+)
 def test_files_that_are_no_checkpoint(tmp_path, write):
     path = tmp_path / 'a.pth'
     write(path)
@@ -189,12 +213,12 @@ def test_what_is_excused():
     require_complete(model, state)
     state.pop('module.linear.bias')
     assert '1 missing (such as linear.bias)' in refusal(require_complete, model, state)
-    require_complete(model, state, ('linear.', ))
+    require_complete(model, state, ('linear.',))
 
 
 def test_write_makes_folders_and_leaves_no_litter(tmp_path):
     path = tmp_path / 'new' / 'a.pth'
-    for value in (1., 2.):
+    for value in (1.0, 2.0):
         write_checkpoint(dict(state_dict=dict(a=torch.tensor([value]))), str(path))
         assert read_checkpoint(str(path))['state_dict']['a'] == value
     assert [file.name for file in path.parent.iterdir()] == ['a.pth']
@@ -227,8 +251,12 @@ while True:
 def test_a_kill_never_leaves_half_a_file(tmp_path):
     path = tmp_path / 'a.pth'
     package = str(Path(dynamicdet.__file__).parent)
-    processes = [subprocess.Popen([sys.executable, '-c', _WRITER, package, str(path)],
-                                  stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, '-c', _WRITER, package, str(path)], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
     try:
         # Killed one by one, at moments that a seed draws; while others write the same name too.
         for process in processes:
@@ -251,24 +279,40 @@ def test_a_kill_never_leaves_half_a_file(tmp_path):
 
 
 def test_harmless_objects_beside_the_weights(tmp_path):
-    """A training's settings stop no reading, by this package or by mmengine's Runner, and come out as text."""
+    """A training's settings stop no reading, by this package or by mmengine's Runner, and come out
+    as text."""
     absent = types.ModuleType('absent_package')
-    absent.Settings = type('Settings', (argparse.Namespace, ), dict(__module__='absent_package'))
+    absent.Settings = type('Settings', (argparse.Namespace,), dict(__module__='absent_package'))
     absent.Stage = enum.Enum('Stage', dict(LAST=1), module='absent_package')
-    odd = dict(path=Path('work_dirs') / 'a', settings=absent.Settings(lr=0.1), stage=absent.Stage.LAST,
-               objects=np.array([dict(a=1)], object), steps=collections.defaultdict(list, a=[1]),
-               last=collections.deque([1, 2]), when=datetime.datetime.now(), pair=(Path('a'), 1), same=[])
+    odd = dict(
+        path=Path('work_dirs') / 'a',
+        settings=absent.Settings(lr=0.1),
+        stage=absent.Stage.LAST,
+        objects=np.array([dict(a=1)], object),
+        steps=collections.defaultdict(list, a=[1]),
+        last=collections.deque([1, 2]),
+        when=datetime.datetime.now(),
+        pair=(Path('a'), 1),
+        same=[],
+    )
     odd['same'].append(odd['same'])
     sys.modules['absent_package'] = absent
     try:
-        torch.save(dict(state_dict=Line().state_dict(), meta=odd, optimizer=dict(state=Path('b'))), tmp_path / 'a.pth')
+        torch.save(
+            dict(state_dict=Line().state_dict(), meta=odd, optimizer=dict(state=Path('b'))),
+            tmp_path / 'a.pth',
+        )
     finally:
         del sys.modules['absent_package']
     checkpoint = read_checkpoint(str(tmp_path / 'a.pth'))
     require_complete(Line(), checkpoint['state_dict'])
     meta = checkpoint['meta']
     assert meta['path'] == '<pathlib.PosixPath>' and meta['settings'] == '<absent_package.Settings>'
-    assert meta['steps'] == dict(a=[1]) and meta['last'] == [1, 2] and meta['pair'] == ('<pathlib.PosixPath>', 1)
+    assert (
+        meta['steps'] == dict(a=[1])
+        and meta['last'] == [1, 2]
+        and meta['pair'] == ('<pathlib.PosixPath>', 1)
+    )
     assert meta['same'][0] is meta['same'] and list(meta) == list(odd)
     write_checkpoint(checkpoint, str(tmp_path / 'b.pth'))
     assert read_checkpoint(str(tmp_path / 'b.pth'))['meta']['stage'] == meta['stage']
@@ -278,9 +322,12 @@ def test_harmless_objects_beside_the_weights(tmp_path):
 
 
 def test_arrays_are_written_as_they_came(tmp_path):
-    """Arrays that were read are numpy's own for whoever reads what is written next, the package there or not."""
+    """Arrays that were read are numpy's own for whoever reads what is written next, the package
+    there or not."""
     log = HistoryBuffer([1.0, 2.0], [1, 1])
-    write_checkpoint(dict(state_dict=dict(a=torch.ones(1)), message_hub=dict(log=log)), str(tmp_path / 'a.pth'))
+    write_checkpoint(
+        dict(state_dict=dict(a=torch.ones(1)), message_hub=dict(log=log)), str(tmp_path / 'a.pth')
+    )
     write_checkpoint(read_checkpoint(str(tmp_path / 'a.pth')), str(tmp_path / 'b.pth'))
     a, b = (zipfile.ZipFile(tmp_path / f'{name}.pth').read('archive/data.pkl') for name in 'ab')
     assert b'dynamicdet' not in b and a == b
@@ -301,8 +348,12 @@ def plain_weights(**changes):
 
 def test_weights_of_other_classes_fill_both_exits_in_one_line(caplog):
     model = MODELS.build(tiny_dynamic('fcos', shared=False))
-    state = plain_weights(**{'bbox_head.conv_cls.weight': torch.zeros(7, 64, 3, 3),
-                             'bbox_head.conv_cls.bias': torch.zeros(7)})
+    state = plain_weights(
+        **{
+            'bbox_head.conv_cls.weight': torch.zeros(7, 64, 3, 3),
+            'bbox_head.conv_cls.bias': torch.zeros(7),
+        }
+    )
     fresh = {key: value.clone() for key, value in model.state_dict().items() if 'conv_cls' in key}
     fitted, line = fit_weights(model, state)
     assert 'a plain detector fills both exits' in line and '\n' not in line
@@ -312,7 +363,9 @@ def test_weights_of_other_classes_fill_both_exits_in_one_line(caplog):
     assert not loaded.missing_keys and not loaded.unexpected_keys
     for exit in (0, 1):
         kept = model.branches[exit].bbox_head
-        assert torch.equal(kept.conv_cls.weight, fresh[f'branches.{exit}.bbox_head.conv_cls.weight'])
+        assert torch.equal(
+            kept.conv_cls.weight, fresh[f'branches.{exit}.bbox_head.conv_cls.weight']
+        )
         assert torch.equal(kept.conv_reg.weight, state['bbox_head.conv_reg.weight'])
 
 
@@ -321,12 +374,16 @@ def test_entries_that_match_nothing_are_named_and_left_to_the_loader():
     fitted, line = fit_weights(model, plain_weights(**{'mask_head.conv.weight': torch.zeros(1)}))
     assert 'not used: mask_head.conv' in line
     # A layer may know old names: its own entries must not be taken for the loaded ones.
-    assert 'mask_head.conv.weight' in fitted and not any(key.startswith('router.') for key in fitted)
+    assert 'mask_head.conv.weight' in fitted and not any(
+        key.startswith('router.') for key in fitted
+    )
 
 
 def test_a_dynamic_detectors_weights_are_taken_whole():
     model = MODELS.build(tiny_dynamic('fcos'))
-    fitted, line = fit_weights(model, {f'module.{key}': value for key, value in model.state_dict().items()})
+    fitted, line = fit_weights(
+        model, {f'module.{key}': value for key, value in model.state_dict().items()}
+    )
     assert line.startswith('a checkpoint fills the detector, ') and ';' not in line
     assert fitted.keys() == model.state_dict().keys()
 
@@ -334,7 +391,9 @@ def test_a_dynamic_detectors_weights_are_taken_whole():
 def test_the_digest_is_of_the_weights_that_detect():
     model = MODELS.build(tiny_dynamic('fcos'))
     state = model.state_dict()
-    router = dict(state, delta=torch.tensor(1.0), threshold=torch.tensor(0.2), difficulties=torch.ones(9))
+    router = dict(
+        state, delta=torch.tensor(1.0), threshold=torch.tensor(0.2), difficulties=torch.ones(9)
+    )
     router['router.fc1.weight'] = router['router.fc1.weight'] + 1
     wrapped = {f'module.{key}': value for key, value in reversed(router.items())}
     assert exits_digest(wrapped) == exits_digest(state)

@@ -1,4 +1,5 @@
 """Every shipped config loads, is short, builds the detector that it says, trains and predicts."""
+
 import copy
 import os
 import re
@@ -6,13 +7,13 @@ import socket
 
 import pytest
 import torch
-from conftest import ROOT
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from torch import nn
 
+from conftest import ROOT
 from dynamicdet.models import DynamicDetector
-from dynamicdet.testing import randomise, shrink, tiny_batch
+from dynamicdet.testing import randomize, shrink, tiny_batch
 from mmdet.registry import DATASETS, MODELS
 
 CONFIGS = sorted((ROOT / 'configs').glob('dy_*.py'))
@@ -81,14 +82,19 @@ def test_static_detectors_build(loaded, path, offline):
 
 @names
 def test_it_trains_and_predicts(loaded, path, offline):
-    """Shrunk: a step of its own optimiser moves its own part and nothing else; both exits detect."""
-    model = randomise(MODELS.build(shrink(loaded.model))).train()
+    """Shrunk: a step of its own optimizer moves its own part and nothing else; both exits
+    detect."""
+    model = randomize(MODELS.build(shrink(loaded.model))).train()
     step_2 = path.stem.endswith('_router')
-    parts = ['router.'] if step_2 else [
-        *(f'backbone.{name}.' for name in model.backbone.names),
-        *['backbone.connections.'] * (len(model.backbone.names) > 1),
-        *(f'branches.{index}.' for index in range(len(model.branches)))
-    ]
+    parts = (
+        ['router.']
+        if step_2
+        else [
+            *(f'backbone.{name}.' for name in model.backbone.names),
+            *['backbone.connections.'] * (len(model.backbone.names) > 1),
+            *(f'branches.{index}.' for index in range(len(model.branches))),
+        ]
+    )
     # Mixed precision needs a GPU; an update each step shows what moves.
     loaded.optim_wrapper.update(type='OptimWrapper', accumulative_counts=1)
     before = copy.deepcopy(model.state_dict())
@@ -97,14 +103,18 @@ def test_it_trains_and_predicts(loaded, path, offline):
     optimizer.zero_grad = lambda: None
     log = model.train_step(copy.deepcopy(batch), optimizer)
     # DDP waits for each.
-    assert not [key for key, value in model.named_parameters()
-                if value.requires_grad and value.grad is None]
+    assert not [
+        key for key, value in model.named_parameters() if value.requires_grad and value.grad is None
+    ]
     kinds = {key.split('.')[0] for key in log if 'loss' in key and key != 'loss'}
     assert kinds == ({'loss_router'} if step_2 else {f'exit{k}' for k in range(model.num_exits)})
     assert all(torch.isfinite(value).all() for value in log.values())
     # Delta and latencies are NaN, which is not equal to itself.
-    moved = {key for key, value in model.state_dict().items()
-             if not torch.equal(value.nan_to_num(), before[key].nan_to_num())}
+    moved = {
+        key
+        for key, value in model.state_dict().items()
+        if not torch.equal(value.nan_to_num(), before[key].nan_to_num())
+    }
     assert all(any(key.startswith(part) for key in moved) for part in parts)
     assert all(key.startswith(tuple(parts)) for key in moved)
     model.load_state_dict(before)
@@ -118,15 +128,30 @@ def test_it_trains_and_predicts(loaded, path, offline):
 
 
 #: One of each kind of detector and backbone.
-KINDS = ['faster_rcnn', 'mask_rcnn', 'mask_rcnn_swin-t', 'cascade_mask_rcnn_swin-s', 'retinanet', 'fcos', 'atss', 'gfl',
-         'yolox_s', 'rtmdet_s', 'rtmdet-ins_s', 'yolov7', 'yolov7_w6', 'dino_r50']
+KINDS = [
+    'faster_rcnn',
+    'mask_rcnn',
+    'mask_rcnn_swin-t',
+    'cascade_mask_rcnn_swin-s',
+    'retinanet',
+    'fcos',
+    'atss',
+    'gfl',
+    'yolox_s',
+    'rtmdet_s',
+    'rtmdet-ins_s',
+    'yolov7',
+    'yolov7_w6',
+    'dino_r50',
+]
 
 
 @pytest.mark.parametrize('name', KINDS)
 def test_three_exits_learn_as_each_alone(name, offline):
-    """Heads write into the samples that they are given: each exit has its own, and the batch stays as it was."""
+    """Heads write into the samples that they are given: each exit has its own, and the batch stays
+    as it was."""
     cfg = Config.fromfile(ROOT / 'configs' / f'dy_{name}.py')
-    model = randomise(MODELS.build({**shrink(cfg.model), 'backbones': 3})).train()
+    model = randomize(MODELS.build({**shrink(cfg.model), 'backbones': 3})).train()
     for branch in model.branches:
         branch.loss = seeded(branch.loss)
     data = model.data_preprocessor(tiny_batch((2, 1), masks='loss_mask' in str(cfg)), True)
@@ -145,10 +170,12 @@ def test_three_exits_learn_as_each_alone(name, offline):
     torch.manual_seed(1)
     for exit, (maps, given, _) in enumerate(model._all_exits(inputs, copy.deepcopy(before))):
         alone = model.branch(exit).loss(model.backbone.select(maps), given)
-        torch.testing.assert_close({f'exit{exit}.{key}': value for key, value in alone.items()},
-                                   {key: value for key, value in together.items() if key.startswith(f'exit{exit}.')})
+        torch.testing.assert_close(
+            {f'exit{exit}.{key}': value for key, value in alone.items()},
+            {key: value for key, value in together.items() if key.startswith(f'exit{exit}.')},
+        )
     # Looks at the first exit's samples again.
-    model.specialise = 1.0
+    model.specialize = 1.0
     assert torch.isfinite(model.parse_losses(model.loss(inputs, samples))[0])
 
 
@@ -177,7 +204,9 @@ def test_step_2_inherits_step_1(loaded, path):
     assert {key: value for key, value in changed.items() if value is not None} == first.to_dict()
 
 
-@parametrize([path for path in CONFIGS if path.stem.endswith('_router') and 'digits' not in path.stem])
+@parametrize(
+    [path for path in CONFIGS if path.stem.endswith('_router') and 'digits' not in path.stem]
+)
 def test_step_2_sees_64_images_per_update_and_no_mixtures(loaded, path):
     """On the 8 GPUs that mmdet's configs are for; without what only makes sense in step 1."""
     assert 8 * loaded.train_dataloader.batch_size * loaded.optim_wrapper.accumulative_counts == 64
@@ -185,8 +214,13 @@ def test_step_2_sees_64_images_per_update_and_no_mixtures(loaded, path):
     assert not re.search('EMAHook|SwitchHook|SyncNormHook', str(loaded.custom_hooks))
 
 
-@parametrize([path for path in FIRST_STEPS if 'digits' not in path.stem and 'yolo' in path.stem
-              or 'rtmdet' in path.stem])
+@parametrize(
+    [
+        path
+        for path in FIRST_STEPS
+        if 'digits' not in path.stem and 'yolo' in path.stem or 'rtmdet' in path.stem
+    ]
+)
 def test_step_1_keeps_the_baselines_hooks(loaded, path):
     kinds = {hook.type for hook in loaded.custom_hooks}
     switches = {'BranchModeSwitchHook', 'PipelineSwitchHook'}
@@ -203,7 +237,8 @@ def test_step_2s_pipeline_of_the_yolos(name, digits):
         ann_file='annotations/instances_train.json',
         data_prefix=dict(img='train/'),
         filter_cfg=None,
-        metainfo=dict(classes=tuple('0123456789')))
+        metainfo=dict(classes=tuple('0123456789')),
+    )
     dataset = DATASETS.build(dataset)
     boxes = []
     for index in range(6):

@@ -1,4 +1,5 @@
 """What may import what: each row of `ROOMS` only from rows above it, and no files in a circle."""
+
 import ast
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -6,7 +7,9 @@ from pathlib import Path
 from conftest import ROOT
 
 PACKAGE = ROOT / 'projects' / 'dynamicdet'
-ROOMS = [line.split() for line in '''
+ROOMS = [
+    line.split()
+    for line in """
     errors version
     files timing transfers precision stand_ins progress
     annotations
@@ -21,7 +24,8 @@ ROOMS = [line.split() for line in '''
     measuring
     deploy video
     cli
-'''.strip().splitlines()]
+""".strip().splitlines()
+]
 
 
 def imports_of(path: Path) -> set:
@@ -31,7 +35,11 @@ def imports_of(path: Path) -> set:
         if isinstance(node, ast.ImportFrom) and node.level:
             base = path.parents[node.level - 1].joinpath(*(node.module or '').split('.'))
             for names in ([base / alias.name, base] for alias in node.names):
-                files = [file for name in names for file in (name.with_suffix('.py'), name / '__init__.py')]
+                files = [
+                    file
+                    for name in names
+                    for file in (name.with_suffix('.py'), name / '__init__.py')
+                ]
                 found.add(next(file for file in files if file.is_file()))
     return found
 
@@ -43,14 +51,24 @@ def test_rooms_import_from_rooms_above_alone():
     level = {room: number for number, rooms in enumerate(ROOMS) for room in rooms}
     room_of = {path: path.relative_to(PACKAGE).parts[0].removesuffix('.py') for path in FILES}
     assert set(room_of.values()) == {*level, '__init__'}
-    wrong = [f'{path.relative_to(PACKAGE)} imports {other.relative_to(PACKAGE)}' for path, others in FILES.items()
-             for other in others if room_of[path] not in (room_of[other], '__init__')
-             and (room_of[other] == '__init__' or level[room_of[other]] >= level[room_of[path]])]
+    wrong = [
+        f'{path.relative_to(PACKAGE)} imports {other.relative_to(PACKAGE)}'
+        for path, others in FILES.items()
+        for other in others
+        if room_of[path] not in (room_of[other], '__init__')
+        and (room_of[other] == '__init__' or level[room_of[other]] >= level[room_of[path]])
+    ]
     assert not wrong
 
 
 def test_no_files_import_each_other_in_a_circle():
     # A package and its own modules import each other by nature: ``__init__`` names what is public.
-    graph = {path: {other for other in others if other.name != '__init__.py' or other.parent not in path.parents}
-             for path, others in FILES.items()}
+    graph = {
+        path: {
+            other
+            for other in others
+            if other.name != '__init__.py' or other.parent not in path.parents
+        }
+        for path, others in FILES.items()
+    }
     TopologicalSorter(graph).prepare()

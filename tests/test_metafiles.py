@@ -1,11 +1,12 @@
 """The metafiles name every shipped detector once, in the form that OpenMMLab's tools read."""
+
 from collections import Counter
 
 import pytest
 import yaml
-from conftest import ROOT
 from mmengine.infer import BaseInferencer
 
+from conftest import ROOT
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.model_zoo import COUNTED, read_models
 
@@ -17,13 +18,17 @@ PAPERS = [model['Figures Of The Paper'] for model in MODELS if 'Figures Of The P
 
 def test_every_metafile_is_imported():
     assert list(INDEX) == ['Import']
-    assert sorted(FILES) == [f'configs/metafiles/{path.name}' for path in sorted(
-        (ROOT / 'configs/metafiles').iterdir())]
+    assert sorted(FILES) == [
+        f'configs/metafiles/{path.name}' for path in sorted((ROOT / 'configs/metafiles').iterdir())
+    ]
 
 
 def test_every_detector_is_named_once():
-    shipped = [f'configs/{path.name}' for path in (ROOT / 'configs').glob('dy_*.py')
-               if not path.stem.endswith(('_router', '_digits'))]
+    shipped = [
+        f'configs/{path.name}'
+        for path in (ROOT / 'configs').glob('dy_*.py')
+        if not path.stem.endswith(('_router', '_digits'))
+    ]
     assert Counter(model['Config'] for model in MODELS) == Counter(shipped)
     assert max(Counter(model['Name'] for model in MODELS).values()) == 1
     assert list(read_models(ROOT)) == [model['Config'] for model in MODELS]
@@ -43,7 +48,7 @@ def test_the_form(name):
         assert set(collection['Paper']) == {'URL', 'Title'}
         assert collection['Metadata']['FLOPs Counted As'] in COUNTED
     for model in file['Models']:
-        assert model['Config'] == f"configs/{model['Name']}.py"
+        assert model['Config'] == f'configs/{model["Name"]}.py'
         assert model['In Collection'] in collections
         # What would be taken for ours.
         assert not {'Results', 'Weights'} & set(model)

@@ -1,6 +1,8 @@
-"""Compare all ways to exit early, on a record of test videos (tools/record_video.py): AP against GFLOPs and
-latency of each gate, of fixed exits and of the oracle. Prints a table; writes gates.json and gates.png.
+"""Compare all ways to exit early, on a record of test videos (tools/record_video.py): AP against
+GFLOPs and latency of each gate, of fixed exits and of the oracle. Prints a table; writes gates.json
+and gates.png.
 """
+
 import argparse
 import sys
 from pathlib import Path
@@ -8,7 +10,14 @@ from pathlib import Path
 from dynamicdet import cli
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.fit_router import require_own
-from dynamicdet.video.analysis import RULES, analyse, fitted_gates, format_analysis, load_truth, write_analysis
+from dynamicdet.video.analysis import (
+    RULES,
+    analyze,
+    fitted_gates,
+    format_analysis,
+    load_truth,
+    write_analysis,
+)
 from dynamicdet.video.record import read_video_record
 from dynamicdet.video.recording import gate_of_checkpoint
 from mmdet.registry import MODELS
@@ -18,19 +27,23 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('record', help='record of the test videos')
     parser.add_argument('--ann-file', help='its annotations: what was recorded by default')
-    parser.add_argument('--val-record', help='record of other videos, on which thresholds are chosen')
+    parser.add_argument(
+        '--val-record', help='record of other videos, on which thresholds are chosen'
+    )
     parser.add_argument('--val-ann-file', help='its annotations')
-    parser.add_argument('--fit-record',
-                        help='record that halting gates are fitted to; without, there are none')
+    parser.add_argument(
+        '--fit-record', help='record that halting gates are fitted to; without, there are none'
+    )
     parser.add_argument('--fit-ann-file', help='its annotations')
-    parser.add_argument('--gate-of',
-                        nargs=2,
-                        metavar=('CONFIG', 'CHECKPOINT'),
-                        help="also the config's gate, as it was trained")
-    parser.add_argument('--by',
-                        choices=['gflops', 'latency'],
-                        default='latency',
-                        help='cost to save: latency')
+    parser.add_argument(
+        '--gate-of',
+        nargs=2,
+        metavar=('CONFIG', 'CHECKPOINT'),
+        help="also the config's gate, as it was trained",
+    )
+    parser.add_argument(
+        '--by', choices=['gflops', 'latency'], default='latency', help='cost to save: latency'
+    )
     parser.add_argument('--seed', type=int, default=0, help='of the fits: 0')
     parser.add_argument('--out-dir', help="where files go: a folder of the record's name beside it")
     return parser.parse_args()
@@ -64,8 +77,10 @@ def main() -> None:
         gates["the config's"] = gate_of_checkpoint(cfg, checkpoint)
     if args.fit_record:
         say('fitting')
-        gates.update(fitted_gates(*load(args.fit_record, args.fit_ann_file, exits, own), seed=args.seed))
-    analysis = analyse(record, coco, gates, val, args.by, say=say)
+        gates.update(
+            fitted_gates(*load(args.fit_record, args.fit_ann_file, exits, own), seed=args.seed)
+        )
+    analysis = analyze(record, coco, gates, val, args.by, say=say)
     picture = write_analysis(analysis, out_dir)
     print(format_analysis(analysis))
     print(f'\nThe same as a picture: {picture}')

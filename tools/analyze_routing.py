@@ -1,19 +1,20 @@
 """Say what the router of a dynamic detector is worth, from a record that tools/record.py made.
 
-Prints tables and a diagnosis; writes routing.json and routing.html, a page with the trade-off curve, a
-slider over the threshold, and images. Takes no model: seconds to minutes.
+Prints tables and a diagnosis; writes routing.json and routing.html, a page with the trade-off
+curve, a slider over the threshold, and images. Takes no model: seconds to minutes.
 """
+
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Mapping
 
 from pycocotools.coco import COCO
 
 from dynamicdet import cli
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.fit_router import require_own
-from dynamicdet.reports.analysis import analyse, format_analysis, pair_of, write_analysis
+from dynamicdet.reports.analysis import analyze, format_analysis, pair_of, write_analysis
 from dynamicdet.routing.evaluation import read_truth
 from dynamicdet.routing.record import read_record
 
@@ -22,17 +23,31 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('record', help='record of the test data, by tools/record.py')
     parser.add_argument(
-        '--val-record', help='record of the validation data: thresholds chosen on it are tried on the other')
+        '--val-record',
+        help='record of the validation data: thresholds chosen on it are tried on the other',
+    )
     parser.add_argument(
-        '--train-record', help='record of images that the detectors were trained on, for the diagnosis')
-    parser.add_argument('--ann-file', help='annotations of the test data: what was recorded by default')
+        '--train-record',
+        help='record of images that the detectors were trained on, for the diagnosis',
+    )
+    parser.add_argument(
+        '--ann-file', help='annotations of the test data: what was recorded by default'
+    )
     parser.add_argument('--val-ann-file', help='the same for the validation data')
-    parser.add_argument('--out-dir', help="where the page goes: a folder of the record's name beside it")
     parser.add_argument(
-        '--exits', nargs=2, type=int, default=[0, -1], metavar=('EASY', 'HARD'),
-        help='the exits to choose between, where there are more than two: the first and the last')
+        '--out-dir', help="where the page goes: a folder of the record's name beside it"
+    )
     parser.add_argument(
-        '--bootstrap', type=int, default=200, help='resamples for 95 %% intervals: 200; 0 for none')
+        '--exits',
+        nargs=2,
+        type=int,
+        default=[0, -1],
+        metavar=('EASY', 'HARD'),
+        help='the exits to choose between, where there are more than two: the first and the last',
+    )
+    parser.add_argument(
+        '--bootstrap', type=int, default=200, help='resamples for 95 %% intervals: 200; 0 for none'
+    )
     parser.add_argument('--seed', type=int, default=0, help='of resamples and random routing: 0')
     parser.add_argument('--title', default='What routing is worth', help='of the page')
     return parser.parse_args()
@@ -62,18 +77,33 @@ def main() -> None:
         if getattr(args, name) < 0:
             raise UsageError(f'--{name} must be 0 or more')
     record, coco = load(args.record, args.ann_file, '--ann-file', args.exits)
-    val = load(args.val_record, args.val_ann_file, '--val-ann-file', args.exits) if args.val_record else None
+    val = (
+        load(args.val_record, args.val_ann_file, '--val-ann-file', args.exits)
+        if args.val_record
+        else None
+    )
     if val and val[0]['provenance']['exits'] != record['provenance']['exits']:
-        raise UsageError('the validation record has other exits than the test record: record both by the same '
-                         'detector')
-    training = pair_of(read_record(args.train_record), tuple(args.exits)) if args.train_record else None
+        raise UsageError(
+            'the validation record has other exits than the test record: record both by the same '
+            'detector'
+        )
+    training = (
+        pair_of(read_record(args.train_record), tuple(args.exits)) if args.train_record else None
+    )
     others = [one for one in (val[0] if val else None, training) if one]
     facts = record['provenance']
     require_own(others, 2, str(facts.get('checkpoint', '')), str(facts.get('exits_digest', '')))
     out_dir = args.out_dir or str(Path(args.record).with_suffix(''))
     cli.make_folder(out_dir)
-    analysis = analyse(record, coco, val, args.bootstrap, args.seed, training,
-                       say=lambda what: print(f'{what} ...', file=sys.stderr, flush=True))
+    analysis = analyze(
+        record,
+        coco,
+        val,
+        args.bootstrap,
+        args.seed,
+        training,
+        say=lambda what: print(f'{what} ...', file=sys.stderr, flush=True),
+    )
     page = write_analysis(record, coco, analysis, out_dir, args.title)
     print(format_analysis(analysis))
     print(f'\nThe same with pictures: {page}')

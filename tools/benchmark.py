@@ -5,6 +5,7 @@ Detectors take turns in one process, on the same weights and pictures in memory.
 smaller image (model.first_scale), the stock detector gets the same one. Run it on a machine that
 does nothing else.
 """
+
 import argparse
 import itertools
 import json
@@ -18,7 +19,16 @@ from dynamicdet import cli
 from dynamicdet.datasets.digits import MIN_IMAGE_SIZE
 from dynamicdet.errors import UsageError
 from dynamicdet.files import write_atomically
-from dynamicdet.measuring.benchmark import BATCH_SIZE, DTYPES, FORMATS, WANTED, Setting, build_pair, make_batch, measure
+from dynamicdet.measuring.benchmark import (
+    BATCH_SIZE,
+    DTYPES,
+    FORMATS,
+    WANTED,
+    Setting,
+    build_pair,
+    make_batch,
+    measure,
+)
 from dynamicdet.measuring.calibration import provenance
 
 CONFIG = Path(__file__).parents[1] / 'configs' / 'dy_faster_rcnn.py'
@@ -29,40 +39,64 @@ WHOLE = dict(
     online='half hard, online budget',
     stream='half hard, stream collects hard',
     stream_all='half hard, stream collects both',
-    all_hard='all hard')
+    all_hard='all hard',
+)
 RATIOS = dict(
     exit0_to_stock='exit 0 / stock detector',
     mixed_to_mean='half hard / mean of all easy and all hard',
     stream_to_mean='stream, collects hard / the same mean',
-    stream_all_to_mean='stream, collects both / the same mean')
+    stream_all_to_mean='stream, collects both / the same mean',
+)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('config', nargs='?', default=str(CONFIG), help='config: dy_faster_rcnn.py')
     parser.add_argument(
-        '--checkpoint', help="its checkpoint, or the plain detector's; random weights without")
+        '--checkpoint', help="its checkpoint, or the plain detector's; random weights without"
+    )
     parser.add_argument(
-        '--size', nargs=2, type=int, default=[800, 1333], metavar=('H', 'W'),
-        help="height and width of the pictures: 800 1333, mmdet's for COCO")
+        '--size',
+        nargs=2,
+        type=int,
+        default=[800, 1333],
+        metavar=('H', 'W'),
+        help="height and width of the pictures: 800 1333, mmdet's for COCO",
+    )
     parser.add_argument('--rounds', type=int, default=30, help='timed rounds at batch 1: 30')
     parser.add_argument(
-        '--batch-rounds', type=int, default=6, help=f'timed rounds of all batches of {BATCH_SIZE}: 6')
+        '--batch-rounds',
+        type=int,
+        default=6,
+        help=f'timed rounds of all batches of {BATCH_SIZE}: 6',
+    )
     parser.add_argument('--batches', type=int, default=2, help='how many batches: 2')
     parser.add_argument('--device', default=get_device(), help='such as cpu or cuda:0')
     parser.add_argument(
-        '--threads', nargs='+', type=int, help='CPU threads of torch; its own choice without')
+        '--threads', nargs='+', type=int, help='CPU threads of torch; its own choice without'
+    )
     parser.add_argument(
-        '--dtype', nargs='+', choices=DTYPES, default=['float32'],
-        help='data types, all but float32 by autocast: float32')
+        '--dtype',
+        nargs='+',
+        choices=DTYPES,
+        default=['float32'],
+        help='data types, all but float32 by autocast: float32',
+    )
     parser.add_argument(
-        '--memory-format', nargs='+', choices=FORMATS, default=['contiguous'],
-        help='of images and weights: contiguous')
+        '--memory-format',
+        nargs='+',
+        choices=FORMATS,
+        default=['contiguous'],
+        help='of images and weights: contiguous',
+    )
     parser.add_argument('--seed', type=int, default=0, help='of random weights and pictures: 0')
     parser.add_argument(
-        '--out', default='work_dirs/benchmark.json',
-        help='where figures go: work_dirs/benchmark.json')
+        '--out',
+        default='work_dirs/benchmark.json',
+        help='where figures go: work_dirs/benchmark.json',
+    )
     parser.set_defaults(cfg_options=None)
     return parser.parse_args()
 
@@ -88,10 +122,13 @@ def table(run: dict, batches: int) -> str:
     for key, name in dict(stock='stock detector', **single, **WHOLE).items():
         whole = key in WHOLE
         images = batches * BATCH_SIZE if whole else 1
-        low, median, high = (1e3 * run['seconds'][key][part] / images for part in ('q1', 'median', 'q3'))
+        low, median, high = (
+            1e3 * run['seconds'][key][part] / images for part in ('q1', 'median', 'q3')
+        )
         spread = f'{low:.1f} to {high:.1f}'
         lines.append(
-            f'{name:<42}{BATCH_SIZE if whole else 1:>6}{median:>10.1f}{spread:>20}{1e3 / median:>10.2f}')
+            f'{name:<42}{BATCH_SIZE if whole else 1:>6}{median:>10.1f}{spread:>20}{1e3 / median:>10.2f}'
+        )
     lines.append(f'\n{"":<42}{"":>6}{"ratio":>10}{"quartiles":>20}{"wanted":>10}')
     for key, name in RATIOS.items():
         low, median, high = (run['ratios'][key][part] for part in ('q1', 'median', 'q3'))
@@ -112,8 +149,10 @@ def main() -> None:
     load = os.getloadavg()[0]
     model, _ = build_pair(cfg, args.checkpoint, args.device, args.seed)
     images = make_batch(args.size, args.batches * BATCH_SIZE, args.seed)
-    batches = [{key: values[at:at + BATCH_SIZE] for key, values in images.items()}
-               for at in range(0, args.batches * BATCH_SIZE, BATCH_SIZE)]
+    batches = [
+        {key: values[at : at + BATCH_SIZE] for key, values in images.items()}
+        for at in range(0, args.batches * BATCH_SIZE, BATCH_SIZE)
+    ]
     weights = args.checkpoint or 'random weights'
     machine = dict(
         provenance(cfg, weights, images['inputs'], args.device),
@@ -126,10 +165,13 @@ def main() -> None:
         rounds=args.rounds,
         batch_rounds=args.batch_rounds,
         batches=args.batches,
-        batch_size=BATCH_SIZE)
+        batch_size=BATCH_SIZE,
+    )
     runs = measure(model, cfg.model, batches, args.rounds, args.batch_rounds, cli.progress, ways)
-    print(f'{args.config}, {weights}, {args.size[0]} x {args.size[1]} pixels\n'
-          f'{machine["device"]}; torch {machine["torch"]}; load before: {load:.2f}')
+    print(
+        f'{args.config}, {weights}, {args.size[0]} x {args.size[1]} pixels\n'
+        f'{machine["device"]}; torch {machine["torch"]}; load before: {load:.2f}'
+    )
     for run in runs:
         print(f'\n{table(run, args.batches)}')
         if 'refused' not in run:

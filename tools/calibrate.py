@@ -1,8 +1,9 @@
 """Measure a trained dynamic detector on its validation set, so that it can be run at any speed.
 
-Writes difficulties, latencies of each exit on this device, their GFLOPs, and the threshold of a hard share
-into the checkpoint.
+Writes difficulties, latencies of each exit on this device, their GFLOPs, and the threshold of a
+hard share into the checkpoint.
 """
+
 import argparse
 
 from mmengine.device import get_device
@@ -23,7 +24,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out', help='write here instead of into the checkpoint')
     parser.add_argument('--device', default=get_device(), help='device whose latencies count')
     parser.add_argument(
-        '--hard-share', type=float, default=0.5, help='default hard share of the checkpoint: 0.5')
+        '--hard-share', type=float, default=0.5, help='default hard share of the checkpoint: 0.5'
+    )
     return parser.parse_args()
 
 
@@ -48,15 +50,23 @@ def main() -> None:
     for name in ('difficulties', 'gflops', 'latencies', 'threshold'):
         checkpoint['state_dict'][name] = getattr(model, name).cpu()
     checkpoint.setdefault('meta', {})['calibration'] = dict(
-        found, hard_share=args.hard_share, **provenance(cfg, args.checkpoint, loader.dataset, args.device),
-        **passed(model, loader))
+        found,
+        hard_share=args.hard_share,
+        **provenance(cfg, args.checkpoint, loader.dataset, args.device),
+        **passed(model, loader),
+    )
     write_checkpoint(checkpoint, out)
-    costs = [f'{found[f"lat{exit + 1}"] * 1e3:.1f} ms, {found[f"g{exit}"]:.2f} GFLOPs'
-             for exit in range(model.num_exits)]
+    costs = [
+        f'{found[f"lat{exit + 1}"] * 1e3:.1f} ms, {found[f"g{exit}"]:.2f} GFLOPs'
+        for exit in range(model.num_exits)
+    ]
     thresholds = ', '.join(f'{value:.4f}' for value in model.threshold.reshape(-1).tolist())
-    print(f'calibrated on {len(loader.dataset)} images: ' + '; '.join(
-        f'exit {exit} {cost}' for exit, cost in enumerate(costs)) + f' per image; hard share '
-        f'{args.hard_share:g} is threshold {thresholds}; written to {out}')
+    print(
+        f'calibrated on {len(loader.dataset)} images: '
+        + '; '.join(f'exit {exit} {cost}' for exit, cost in enumerate(costs))
+        + f' per image; hard share '
+        f'{args.hard_share:g} is threshold {thresholds}; written to {out}'
+    )
 
 
 if __name__ == '__main__':

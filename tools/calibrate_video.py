@@ -1,9 +1,11 @@
 """Choose the thresholds of an early-exit detector's gate on a record of validation videos
-(tools/record_video.py), for a wished cost or an allowed loss of AP, and write them into the checkpoint; a
-gate that learns can be fitted to a record first. Needs no pass over the data: seconds.
+(tools/record_video.py), for a wished cost or an allowed loss of AP, and write them into the
+checkpoint; a gate that learns can be fitted to a record first. Needs no pass over the data:
+seconds.
 
 The gate is the config's: --cfg-options model.gate.type=AgreementGate takes another.
 """
+
 import argparse
 
 from dynamicdet import cli
@@ -28,17 +30,22 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--record', required=True, help='record of the validation videos')
     parser.add_argument('--ann-file', help='its annotations: what was recorded by default')
     wish = parser.add_mutually_exclusive_group()
-    wish.add_argument('--max-drop',
-                      type=float,
-                      help='AP that may be lost against the last exit: 1 by default')
-    wish.add_argument('--target-gflops', type=float, help='mean GFLOPs per frame, 2 x multiply-adds')
+    wish.add_argument(
+        '--max-drop', type=float, help='AP that may be lost against the last exit: 1 by default'
+    )
+    wish.add_argument(
+        '--target-gflops', type=float, help='mean GFLOPs per frame, 2 x multiply-adds'
+    )
     wish.add_argument('--target-latency', type=float, help='mean seconds per frame')
-    parser.add_argument('--by',
-                        choices=['gflops', 'latency'],
-                        default='latency',
-                        help='the cost that --max-drop makes least: latency')
-    parser.add_argument('--fit-record',
-                        help='record to fit a gate to that learns; other videos than --record')
+    parser.add_argument(
+        '--by',
+        choices=['gflops', 'latency'],
+        default='latency',
+        help='the cost that --max-drop makes least: latency',
+    )
+    parser.add_argument(
+        '--fit-record', help='record to fit a gate to that learns; other videos than --record'
+    )
     parser.add_argument('--fit-ann-file', help='its annotations')
     parser.add_argument('--seed', type=int, default=0, help='of the fit: 0')
     parser.add_argument('--out', help='write here instead of into the checkpoint')
@@ -62,35 +69,64 @@ def main() -> None:
     coco = load_truth(record, args.ann_file)
     model, checkpoint = load_early_exit_detector(cfg, args.checkpoint, fused=False)
     if model.gate is None:
-        raise UsageError("the config's model has no gate: --cfg-options model.gate.type=AgreementGate")
+        raise UsageError(
+            "the config's model has no gate: --cfg-options model.gate.type=AgreementGate"
+        )
     untrained = untrained_parts(model.gate, checkpoint['state_dict'])
     if untrained and not args.fit_record:
-        raise UsageError(f'the checkpoint has no trained {name_of(model.gate)}: fit it by --fit-record')
+        raise UsageError(
+            f'the checkpoint has no trained {name_of(model.gate)}: fit it by --fit-record'
+        )
     digest = exits_digest(checkpoint['state_dict'])
     require_own([record], model.num_exits, args.checkpoint, digest)
-    facts = dict(record=args.record, wish=wish_of(args), config=args.config, frames=len(record['images']),
-                 device=str(record['provenance'].get('device', '')))
+    facts = dict(
+        record=args.record,
+        wish=wish_of(args),
+        config=args.config,
+        frames=len(record['images']),
+        device=str(record['provenance'].get('device', '')),
+    )
     if args.fit_record:
         other = read_video_record(args.fit_record)
         require_own([other], model.num_exits, args.checkpoint, digest)
         # What was trained with the detector stays, if there is something else to fit.
-        fits = fit_parts(model.gate, other, load_truth(other, args.fit_ann_file), seed=args.seed,
-                         parts=untrained or ('gate', 'nothing'), progress=cli.counter('fits'))
+        fits = fit_parts(
+            model.gate,
+            other,
+            load_truth(other, args.fit_ann_file),
+            seed=args.seed,
+            parts=untrained or ('gate', 'nothing'),
+            progress=cli.counter('fits'),
+        )
         if not fits:
             raise UsageError(f'{name_of(model.gate)} does not learn: leave out --fit-record')
-        facts.update(fit={name: dict(own._asdict(), record=args.fit_record, seed=args.seed)
-                          for name, own in fits.items()})
+        facts.update(
+            fit={
+                name: dict(own._asdict(), record=args.fit_record, seed=args.seed)
+                for name, own in fits.items()
+            }
+        )
     seconds = decision_seconds(model.gate, record, evidences(record))
-    found = calibrate_gate(record, coco, model.gate, facts['wish'], args.by, seconds,
-                           progress=cli.counter('settings'))
-    write_checkpoint(put_calibration(checkpoint, found, model.gate, dict(facts, decision_seconds=list(seconds))),
-                     out)
-    row, last, thresholds = found.row, found.last, ', '.join(f'{one:.4f}' for one in found.thresholds)
-    print(f"{type(model.gate).__name__} on {len(record['images'])} frames: AP {row['ap']:.2f} (last exit "
-          f"{last['ap']:.2f}), per frame {row['gflops']:.3f} GFLOPs ({last['gflops']:.3f}) and "
-          f"{1e3 * row['latency']:.2f} ms ({1e3 * last['latency']:.2f}); thresholds {thresholds}; written to "
-          f'{out}')
-
+    found = calibrate_gate(
+        record, coco, model.gate, facts['wish'], args.by, seconds, progress=cli.counter('settings')
+    )
+    write_checkpoint(
+        put_calibration(checkpoint, found, model.gate, dict(facts, decision_seconds=list(seconds))),
+        out,
+    )
+    row, last, thresholds = (
+        found.row,
+        found.last,
+        ', '.join(f'{one:.4f}' for one in found.thresholds),
+    )
+    print(
+        f'{type(model.gate).__name__} on {len(record["images"])} frames: AP {row["ap"]:.2f} (last '
+        'exit '
+        f'{last["ap"]:.2f}), per frame {row["gflops"]:.3f} GFLOPs ({last["gflops"]:.3f}) and '
+        f'{1e3 * row["latency"]:.2f} ms ({1e3 * last["latency"]:.2f}); thresholds {thresholds}; '
+        'written to '
+        f'{out}'
+    )
 
 
 if __name__ == '__main__':

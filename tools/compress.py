@@ -1,18 +1,24 @@
 """Write a checkpoint as a compressed one (.ddz), which loads wherever a checkpoint does.
 
-Without --int8, --codebook and --binary every weight comes back bit for bit: zeros of pruned weights are
-stored as bits, weights that are shared already by a table. The optimiser's state is left out.
+Without --int8, --codebook and --binary every weight comes back bit for bit: zeros of pruned weights
+are stored as bits, weights that are shared already by a table. The optimizer's state is left out.
 """
+
 import argparse
 from collections import Counter
 from pathlib import Path
-from typing import Dict, List, Optional
 
 from mmengine.config import Config
 
 from dynamicdet import cli
 from dynamicdet.compression import entropy
-from dynamicdet.compression.checkpoint import Compressed, compress, decompress, require_suffix, write_compressed
+from dynamicdet.compression.checkpoint import (
+    Compressed,
+    compress,
+    decompress,
+    require_suffix,
+    write_compressed,
+)
 from dynamicdet.compression.encoding import Lossy
 from dynamicdet.compression.report import TWO_STAGE, BlockSize, block_sizes, table
 from dynamicdet.errors import UsageError
@@ -28,36 +34,47 @@ def parse_args() -> argparse.Namespace:
         nargs='*',
         metavar='PATTERN',
         help='store weights as integers of 8 bits, one scale per channel; with patterns of keys '
-        "('backbone.*'), only those")
+        "('backbone.*'), only those",
+    )
     parser.add_argument(
         '--codebook',
         nargs='+',
         metavar=('BITS', 'PATTERN'),
-        help='let the weights of a layer share 2^BITS values, found by k-means; BITS is 2 to 8')
+        help='let the weights of a layer share 2^BITS values, found by k-means; BITS is 2 to 8',
+    )
     parser.add_argument(
         '--binary',
         nargs='+',
         metavar='PATTERN',
-        help='store of weights only their signs, and one scale per channel, the mean magnitude')
+        help='store of weights only their signs, and one scale per channel, the mean magnitude',
+    )
     parser.add_argument('--report', action='store_true', help='print a table of blocks')
     parser.add_argument(
         '--config',
-        help="the detector's config: --report, with AP on its test set and latency (batch 1, median, in "
-        'turns) of the checkpoint and of what the file holds')
+        help="the detector's config: --report, with AP on its test set and latency (batch 1, "
+        'median, in '
+        'turns) of the checkpoint and of what the file holds',
+    )
     parser.add_argument(
-        '--cfg-options', nargs='+', action=cli.ConfigOptions, help='override settings of the config')
+        '--cfg-options', nargs='+', action=cli.ConfigOptions, help='override settings of the config'
+    )
     parser.add_argument('--device', default='cpu', help='where --config measures')
     parser.add_argument(
         '--entropy',
         action='store_true',
-        help="print what zstd, as in the file, and Huffman's code make of each kind of stream")
+        help="print what zstd, as in the file, and Huffman's code make of each kind of stream",
+    )
     parser.add_argument(
         '--group',
         action='append',
         metavar='NAME=PATTERN,...',
-        help="a row of the table, such as heads='rpn_head,roi_head'; again for more. two-stage stands for "
-        'backbone with neck, proposals and RoI heads. Else rows go by first names')
-    parser.add_argument('--dry-run', action='store_true', help='say what would be written; write nothing')
+        help="a row of the table, such as heads='rpn_head,roi_head'; again for more. two-stage "
+        'stands for '
+        'backbone with neck, proposals and RoI heads. Else rows go by first names',
+    )
+    parser.add_argument(
+        '--dry-run', action='store_true', help='say what would be written; write nothing'
+    )
     return parser.parse_args()
 
 
@@ -68,13 +85,15 @@ def lossy_from(args: argparse.Namespace) -> Lossy:
     try:
         bits = int(args.codebook[0])
     except ValueError:
-        raise UsageError(f"--codebook begins with a number of bits, not with '{args.codebook[0]}'") from None
+        raise UsageError(
+            f"--codebook begins with a number of bits, not with '{args.codebook[0]}'"
+        ) from None
     return Lossy(int8=args.int8, codebook=bits, codebook_keys=args.codebook[1:], binary=args.binary)
 
 
-def groups_from(given: Optional[List[str]]) -> Dict[str, List[str]]:
+def groups_from(given: list[str] | None) -> dict[str, list[str]]:
     """What --group asks for."""
-    groups: Dict[str, List[str]] = {}
+    groups: dict[str, list[str]] = {}
     for one in given or []:
         name, equals, patterns = one.partition('=')
         if one == 'two-stage':
@@ -86,7 +105,7 @@ def groups_from(given: Optional[List[str]]) -> Dict[str, List[str]]:
     return groups
 
 
-def config_from(args: argparse.Namespace) -> Optional[Config]:
+def config_from(args: argparse.Namespace) -> Config | None:
     """The config to measure on, if one is given."""
     if not args.config:
         return None
@@ -97,13 +116,20 @@ def config_from(args: argparse.Namespace) -> Optional[Config]:
     return cfg
 
 
-def report(args: argparse.Namespace, cfg: Optional[Config], checkpoint: dict, compressed: Compressed,
-           sizes: List[BlockSize]) -> List[str]:
+def report(
+    args: argparse.Namespace,
+    cfg: Config | None,
+    checkpoint: dict,
+    compressed: Compressed,
+    sizes: list[BlockSize],
+) -> list[str]:
     """The table of blocks; with what the detectors are worth if there is a config."""
     size = len(compressed.content)
     if cfg is None:
         return table(sizes, size)
-    states = dict(original=checkpoint['state_dict'], compressed=decompress(compressed.content)['state_dict'])
+    states = dict(
+        original=checkpoint['state_dict'], compressed=decompress(compressed.content)['state_dict']
+    )
     worth = measure(cfg, states, cli.progress, args.device)
     before = Path(args.checkpoint).stat().st_size if Path(args.checkpoint).is_file() else 0
     return table(sizes, size, worth['compressed'], worth['original'], before)
@@ -115,8 +141,11 @@ def main() -> None:
     require_suffix(args.out)
     lossy, groups, cfg = lossy_from(args), groups_from(args.group), config_from(args)
     checkpoint = cli.require_checkpoint(args.checkpoint)
-    if Path(args.out).exists() and Path(args.checkpoint).exists() and Path(args.out).samefile(
-            args.checkpoint):
+    if (
+        Path(args.out).exists()
+        and Path(args.checkpoint).exists()
+        and Path(args.out).samefile(args.checkpoint)
+    ):
         raise UsageError(f"--out would overwrite '{args.checkpoint}'")
     if not args.dry_run:
         cli.require_writable(args.out)
@@ -129,15 +158,19 @@ def main() -> None:
     if not args.dry_run:
         write_compressed(compressed, args.out)
     counts = Counter(entry.row['encoding'] for entry in compressed.entries)
-    lines.append('entries: ' + ', '.join(f'{count} {name}' for name, count in sorted(counts.items())))
+    lines.append(
+        'entries: ' + ', '.join(f'{count} {name}' for name, count in sorted(counts.items()))
+    )
     if compressed.dropped:
         lines.append('left out: ' + ', '.join(compressed.dropped))
     dense = 4e-6 * sum(size.parameters for size in sizes)
     size = len(compressed.content)
     print(*lines, sep='\n')
     print(
-        f'{"would write" if args.dry_run else "written to"} {args.out}: {size} bytes ({size / 1e6:.2f} MB), '
-        f'{size / 1e6 / dense:.1%} of {dense:.2f} MB in float32')
+        f'{"would write" if args.dry_run else "written to"} {args.out}: {size} bytes '
+        f'({size / 1e6:.2f} MB), '
+        f'{size / 1e6 / dense:.1%} of {dense:.2f} MB in float32'
+    )
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@
 Every entry of the file must be known and every entry of the config's model filled, or nothing is
 written. Nothing in the file is executed.
 """
+
 import argparse
 from pathlib import Path
 
@@ -20,15 +21,18 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('source', metavar='SRC', help='a torch file, or a .pkl of numpy arrays')
     parser.add_argument(
-        '--from', dest='family', required=True, choices=list(SOURCES), help='where it comes from')
+        '--from', dest='family', required=True, choices=list(SOURCES), help='where it comes from'
+    )
     parser.add_argument(
-        '--config', required=True, help='of the detector to fill; mmdet::PATH is one of MMDetection')
+        '--config', required=True, help='of the detector to fill; mmdet::PATH is one of MMDetection'
+    )
     parser.add_argument('--out', required=True, help='checkpoint to write')
     parser.add_argument(
         '--cfg-options',
         nargs='+',
         action=cli.ConfigOptions,
-        help='override settings of the config: key=value pairs, such as the number of classes')
+        help='override settings of the config: key=value pairs, such as the number of classes',
+    )
     return parser.parse_args()
 
 
@@ -36,7 +40,11 @@ def main() -> None:
     args = parse_args()
     cli.prepare()
     cfg = cli.load_config(args)
-    if Path(args.out).exists() and Path(args.source).exists() and Path(args.out).samefile(args.source):
+    if (
+        Path(args.out).exists()
+        and Path(args.source).exists()
+        and Path(args.out).samefile(args.source)
+    ):
         raise UsageError(f"--out would overwrite '{args.source}'")
     init_default_scope('mmdet')
     torch.manual_seed(cfg.get('randomness', {}).get('seed') or 0)

@@ -3,6 +3,7 @@
 Makes the data, trains the cascade and then the router, calibrates, tests at half hard, and writes
 the report. Killed, it goes on where it was; done, it only writes the report again.
 """
+
 import argparse
 import os
 import shlex
@@ -33,7 +34,9 @@ def run(title: str, *command: str, **environment: str) -> None:
     # This environment's python first, also where it was not activated.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
     start = time.monotonic()
-    code = subprocess.run(command, cwd=ROOT, env={**os.environ, 'PATH': path, **environment}).returncode
+    code = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, 'PATH': path, **environment}
+    ).returncode
     if code:
         sys.exit(code)
     print(f'   took {time.monotonic() - start:.0f} s', flush=True)
@@ -41,7 +44,15 @@ def run(title: str, *command: str, **environment: str) -> None:
 
 def train(title: str, config: str) -> None:
     """Train with two processes of one thread each: nearly twice as fast as one process with two."""
-    run(title, 'bash', 'tools/dist_train.sh', config, str(PROCESSES), '--resume', OMP_NUM_THREADS='1')
+    run(
+        title,
+        'bash',
+        'tools/dist_train.sh',
+        config,
+        str(PROCESSES),
+        '--resume',
+        OMP_NUM_THREADS='1',
+    )
 
 
 def main() -> None:
@@ -53,10 +64,24 @@ def main() -> None:
     checkpoint = latest_checkpoint(ROOT / 'work_dirs' / Path(ROUTER).stem)
     checkpoint = os.path.relpath(checkpoint, ROOT)
     run('4/6 calibration on the validation set', 'python', 'tools/calibrate.py', ROUTER, checkpoint)
-    run('5/6 test with half of the images hard', 'python', 'tools/test.py', ROUTER, checkpoint,
-        '--hard-share', '0.5')
-    run('6/6 report on the test set', 'python', 'tools/report.py', ROUTER, checkpoint, '--out-dir',
-        args.report)
+    run(
+        '5/6 test with half of the images hard',
+        'python',
+        'tools/test.py',
+        ROUTER,
+        checkpoint,
+        '--hard-share',
+        '0.5',
+    )
+    run(
+        '6/6 report on the test set',
+        'python',
+        'tools/report.py',
+        ROUTER,
+        checkpoint,
+        '--out-dir',
+        args.report,
+    )
     print(f'\nAll in {(time.monotonic() - start) / 60:.1f} minutes. Open {args.report}/report.html')
 
 

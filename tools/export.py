@@ -1,10 +1,13 @@
-"""Export a detector to ONNX Runtime or OpenVINO: a folder with a graph for each stage, in float32 or in 8 bits.
+"""Export a detector to ONNX Runtime or OpenVINO: a folder with a graph for each stage, in float32
+or in 8 bits.
 
-Dynamic detectors stay dynamic. In 8 bits, ranges are measured on validation images that pass through the
-exported detector by the config's test pipeline, layers that suffer too much stay float, and a calibrated
-dynamic detector is calibrated anew: as many images are hard as before. The latency of each exit is measured on the same
-images, as this machine runs the graphs (OMP_NUM_THREADS threads): budgets in time go by it.
+Dynamic detectors stay dynamic. In 8 bits, ranges are measured on validation images that pass
+through the exported detector by the config's test pipeline, layers that suffer too much stay float,
+and a calibrated dynamic detector is calibrated anew: as many images are hard as before. The latency
+of each exit is measured on the same images, as this machine runs the graphs (OMP_NUM_THREADS
+threads): budgets in time go by it.
 """
+
 import argparse
 import copy
 import sys
@@ -29,51 +32,79 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out', required=True, help='the folder to make')
     parser.add_argument('--int8', action='store_true', help='integers of 8 bits; float32 without')
     parser.add_argument(
-        '--calibrate-images', type=int, default=200, metavar='N', help='validation images to measure on: 200')
+        '--calibrate-images',
+        type=int,
+        default=200,
+        metavar='N',
+        help='validation images to measure on: 200',
+    )
     parser.add_argument(
-        '--ranges', choices=['mse', 'minmax'], default='mse',
-        help='a range of all that was seen (minmax), or of what has the least error: mse')
+        '--ranges',
+        choices=['mse', 'minmax'],
+        default='mse',
+        help='a range of all that was seen (minmax), or of what has the least error: mse',
+    )
     parser.add_argument(
         '--noise',
         type=float,
         default=0.01,
-        help=
-        "error of a stage's outputs to get down to by leaving layers float, as a share of their power: 0.01")
+        help="error of a stage's outputs to get down to by leaving layers float, as a share of "
+        'their power: 0.01',
+    )
     parser.add_argument(
-        '--float-share', type=float, default=0.1, help='of the multiply-adds, what may stay float: 0.1')
+        '--float-share',
+        type=float,
+        default=0.1,
+        help='of the multiply-adds, what may stay float: 0.1',
+    )
     parser.add_argument(
-        '--reduce-range', choices=['auto', 'yes', 'no'], default='auto',
-        help='weights of 7 bits, for x86 processors without VNNI; auto asks this machine')
+        '--reduce-range',
+        choices=['auto', 'yes', 'no'],
+        default='auto',
+        help='weights of 7 bits, for x86 processors without VNNI; auto asks this machine',
+    )
     parser.add_argument(
-        '--float-between', action='store_true',
-        help='sums, joins, pooling and SiLU between layers stay float: slower, and a little closer to float32')
+        '--float-between',
+        action='store_true',
+        help='sums, joins, pooling and SiLU between layers stay float: slower, and a little closer '
+        'to float32',
+    )
     parser.add_argument(
-        '--compress', action='store_true', help='graphs by zstd: smaller files, as fast once they are loaded')
-    parser.add_argument('--cfg-options',
-                        nargs='+',
-                        action=cli.ConfigOptions,
-                        help='override settings of the config: key=value pairs')
-    parser.add_argument('--dry-run', action='store_true', help='say what would be exported; write nothing')
+        '--compress',
+        action='store_true',
+        help='graphs by zstd: smaller files, as fast once they are loaded',
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=cli.ConfigOptions,
+        help='override settings of the config: key=value pairs',
+    )
+    parser.add_argument(
+        '--dry-run', action='store_true', help='say what would be exported; write nothing'
+    )
     return parser.parse_args()
 
 
 def check(args: argparse.Namespace) -> None:
-    for name in ('onnx', 'onnxruntime', *('zstandard', ) * args.compress):
+    for name in ('onnx', 'onnxruntime', *('zstandard',) * args.compress):
         need(name)
     require_new(args.out)
     if not args.dry_run:
         cli.make_folder(str(Path(args.out).absolute().parent))
     if args.calibrate_images < 1:
         raise UsageError(
-            f'--calibrate-images must be 1 or more, not {args.calibrate_images}: int8 needs images to '
-            'calibrate on')
+            f'--calibrate-images must be 1 or more, not {args.calibrate_images}: int8 needs images '
+            'to '
+            'calibrate on'
+        )
     if not 0 <= args.noise or not 0 <= args.float_share <= 1:
         raise UsageError('--noise must not be negative, and --float-share be in [0, 1]')
 
 
 def build_val_loader(cfg: Config) -> DataLoader:
-    """Over the config's validation images, one by one: what all layers of an image give is kept until its ranges are
-    known."""
+    """Over the config's validation images, one by one: what all layers of an image give is kept
+    until its ranges are known."""
     cli.require_settings(cfg, 'val_dataloader')
     cli.check_data(cfg, 'val')
     settings = copy.deepcopy(cfg.val_dataloader)
@@ -99,20 +130,39 @@ def main() -> None:
         if args.int8:
             raise
         fault = str(error)
-    about = deploy(cfg, args.checkpoint, args.out, loader if args.int8 else None, cli.progress,
-                   args.calibrate_images, args.ranges, args.noise, args.float_share,
-                   dict(yes=True, no=False).get(args.reduce_range), args.compress, not args.float_between,
-                   None if loader is None else loader.dataset)
+    about = deploy(
+        cfg,
+        args.checkpoint,
+        args.out,
+        loader if args.int8 else None,
+        cli.progress,
+        args.calibrate_images,
+        args.ranges,
+        args.noise,
+        args.float_share,
+        dict(yes=True, no=False).get(args.reduce_range),
+        args.compress,
+        not args.float_between,
+        None if loader is None else loader.dataset,
+    )
     if fault:
-        print(f'warning: latencies are not measured, and the folder takes no budget in time: {fault}', file=sys.stderr)
+        print(
+            f'warning: latencies are not measured, and the folder takes no budget in time: {fault}',
+            file=sys.stderr,
+        )
     for name, layers in about.get('layers', {}).items():
         print(
             f'{name}: noise {layers["noise_all_int8"]:.2g} of the signal in 8 bits; '
-            f'{len(layers["float_layers"])} layers float ({layers["float_share"]:.1%} of the multiply-adds), '
-            f'noise {layers["noise"]:.2g}')
+            f'{len(layers["float_layers"])} layers float ({layers["float_share"]:.1%} of the '
+            'multiply-adds), '
+            f'noise {layers["noise"]:.2g}'
+        )
     if about.get('reduced_range'):
-        print('weights have 7 bits, since x86 processors without VNNI add products in 16 bits; export on the '
-              'machine that counts, or with --reduce-range no')
+        print(
+            'weights have 7 bits, since x86 processors without VNNI add products in 16 bits; '
+            'export on the '
+            'machine that counts, or with --reduce-range no'
+        )
     if about['latencies']:
         print(said(about['latencies']))
     print(f'written to {args.out}: {about["bytes"] / 1e6:.2f} MB')

@@ -1,9 +1,10 @@
 """Fit the router of a trained cascade to records, in seconds: step 2 without a pass over the data.
 
-Records (tools/record.py) of images that step 1 did not see make the best target: of a held-out part of the
-training images, of several augmented passes over it, or of folds, each recorded by a cascade that was trained
-without it, with --features-from a record of all of them by CHECKPOINT itself.
+Records (tools/record.py) of images that step 1 did not see make the best target: of a held-out part
+of the training images, of several augmented passes over it, or of folds, each recorded by a cascade
+that was trained without it, with --features-from a record of all of them by CHECKPOINT itself.
 """
+
 import argparse
 
 from dynamicdet import cli
@@ -28,11 +29,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('config', help='config file of step 2')
     parser.add_argument('checkpoint', help='checkpoint file of step 1 or step 2; it stays as it is')
     cli.add_common_arguments(parser)
-    parser.add_argument('--records', nargs='+', required=True, help='files of tools/record.py to learn from')
-    parser.add_argument('--features-from', nargs='+', help='records that give what the router sees instead')
     parser.add_argument(
-        '--objective', choices=[name for name in OBJECTIVES if name != 'cost_weight'],
-        help="what the router learns; by default the config's, where it can also have numbers")
+        '--records', nargs='+', required=True, help='files of tools/record.py to learn from'
+    )
+    parser.add_argument(
+        '--features-from', nargs='+', help='records that give what the router sees instead'
+    )
+    parser.add_argument(
+        '--objective',
+        choices=[name for name in OBJECTIVES if name != 'cost_weight'],
+        help="what the router learns; by default the config's, where it can also have numbers",
+    )
     parser.add_argument('--seed', type=int, default=0, help='of weights, order and folds: 0')
     parser.add_argument('--out', required=True, help='checkpoint file to write')
     return parser.parse_args()
@@ -57,7 +64,8 @@ def main() -> None:
     with cli.silence():
         cocos = ground_truths(records, objective)
     fit, images = fit_to_records(
-        model.router, records, objective, cocos, seen, args.seed, cli.counter('fits'))
+        model.router, records, objective, cocos, seen, args.seed, cli.counter('fits')
+    )
     facts = dict(
         records=args.records,
         features_from=args.features_from or [],
@@ -65,12 +73,16 @@ def main() -> None:
         rows=sum(len(record['images']) for record in records),
         images=images,
         seed=args.seed,
-        cascade=args.checkpoint)
+        cascade=args.checkpoint,
+    )
     done = put_router(model, checkpoint, fit, facts)
     write_checkpoint(done, args.out)
-    print(f"router fitted to {facts['rows']} rows of {images} images ({fit.steps} steps, weight decay "
-          f"{fit.weight_decay:g}); correlation with the gain on images that it was not fit to: "
-          f"{fit.correlation:.3f}; delta {done['meta']['router']['delta']:.4f}; written to {args.out}")
+    print(
+        f'router fitted to {facts["rows"]} rows of {images} images ({fit.steps} steps, weight '
+        'decay '
+        f'{fit.weight_decay:g}); correlation with the gain on images that it was not fit to: '
+        f'{fit.correlation:.3f}; delta {done["meta"]["router"]["delta"]:.4f}; written to {args.out}'
+    )
 
 
 if __name__ == '__main__':

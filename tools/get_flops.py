@@ -2,14 +2,21 @@
 
 With --zoo instead of a config: count all shipped detectors and write docs/model_zoo.md.
 """
+
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 from dynamicdet import cli
 from dynamicdet.errors import UsageError
 from dynamicdet.files import write_atomically
-from dynamicdet.measuring.flops import Costs, build_detector, count_parameters, measure_costs, stated_shape
+from dynamicdet.measuring.flops import (
+    Costs,
+    build_detector,
+    count_parameters,
+    measure_costs,
+    stated_shape,
+)
 from dynamicdet.measuring.model_zoo import SHARES, count_row, make_page, read_models
 from dynamicdet.models import can_fuse, fuse
 from dynamicdet.video import EarlyExitDetector
@@ -19,20 +26,32 @@ ROOT = Path(__file__).parents[1]
 NOTES = """mmdet, Swin and CBNetV2 state multiply-adds, at 800 x 1280; papers about YOLO twice that.
 As torch counts: norms, activations, resizing and mmcv's own operators (RoIAlign; of deformable
 attention and convolution what is no linear layer or convolution) are 0."""
-CANNOT_FUSE = 'Not fused: this detector has only norms to fuse, and those count as 0 here in any case.'
+CANNOT_FUSE = (
+    'Not fused: this detector has only norms to fuse, and those count as 0 here in any case.'
+)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('config', nargs='?', help='config file of a detector, dynamic or not')
     cli.add_common_arguments(parser)
     parser.add_argument(
-        '--shape', nargs=2, type=int, metavar=('H', 'W'),
-        help="height and width; else the config's test size where that is square, and 800 1280")
+        '--shape',
+        nargs=2,
+        type=int,
+        metavar=('H', 'W'),
+        help="height and width; else the config's test size where that is square, and 800 1280",
+    )
     parser.add_argument(
-        '--hard-share', nargs='+', type=float, default=SHARES, metavar='SHARE',
-        help='shares of hard images, 0 to 1: 0 0.1 0.5 0.9 1')
+        '--hard-share',
+        nargs='+',
+        type=float,
+        default=SHARES,
+        metavar='SHARE',
+        help='shares of hard images, 0 to 1: 0 0.1 0.5 0.9 1',
+    )
     parser.add_argument('--fused', action='store_true', help='fuse it first, as for inference')
     parser.add_argument('--zoo', action='store_true', help='write docs/model_zoo.md')
     return parser.parse_args()
@@ -40,23 +59,30 @@ def parse_args() -> argparse.Namespace:
 
 def table(costs: Costs, shares: Sequence[float]) -> str:
     """The figures as plain text: parts, exits, mixes of the exits."""
-    rows = [(name, f'{part.parameters / 1e6:.2f}', part.flops)
-            for name, part in costs.parts.items()]
+    rows = [
+        (name, f'{part.parameters / 1e6:.2f}', part.flops) for name, part in costs.parts.items()
+    ]
     if len(costs.exits) > 1:
-        rows += [(f'exit {number}', f'{exit.parameters / 1e6:.2f}', exit.flops)
-                 for number, exit in enumerate(costs.exits)]
+        rows += [
+            (f'exit {number}', f'{exit.parameters / 1e6:.2f}', exit.flops)
+            for number, exit in enumerate(costs.exits)
+        ]
         rows += [(f'{100 * share:.4g}% hard', '', costs.at(share)) for share in shares]
     lines = [f'{"":<30}{"parameters, M":>15}{"G multiply-adds":>18}{"GFLOPs (2 x)":>15}']
-    lines += [f'{name:<30}{parameters:>15}{flops / 2e9:>18.2f}{flops / 1e9:>15.2f}'
-              for name, parameters, flops in rows]
+    lines += [
+        f'{name:<30}{parameters:>15}{flops / 2e9:>18.2f}{flops / 1e9:>15.2f}'
+        for name, parameters, flops in rows
+    ]
     return '\n'.join(lines)
 
 
 def rois(costs: Costs) -> str:
     """What the heads of a two-stage detector had to do."""
     given = ' and '.join(f'{count} {kind}' for kind, count in costs.rois.items())
-    return (f'The heads of an exit were given {given}, from random weights and noise; mmdet states '
-            '1000 boxes and 100 masks.')
+    return (
+        f'The heads of an exit were given {given}, from random weights and noise; mmdet states '
+        '1000 boxes and 100 masks.'
+    )
 
 
 def write_zoo() -> None:
@@ -78,11 +104,13 @@ def count_one(args: argparse.Namespace) -> None:
         fuse(model)
     costs = measure_costs(model, shape)
     if isinstance(model, EarlyExitDetector):
-        print(f"{args.config}{', fused' * fused}, an image of {shape[0]} x {shape[1]} pixels\n")
+        print(f'{args.config}{", fused" * fused}, an image of {shape[0]} x {shape[1]} pixels\n')
         print(as_table(model, layer_seconds(model, layer_costs(model, shape), shape), shape))
         return
-    print(f"{args.config}{', fused' * fused}: {count_parameters(model) / 1e6:.2f} M parameters; "
-          f'costs for an image of {shape[0]} x {shape[1]} pixels\n')
+    print(
+        f'{args.config}{", fused" * fused}: {count_parameters(model) / 1e6:.2f} M parameters; '
+        f'costs for an image of {shape[0]} x {shape[1]} pixels\n'
+    )
     print(table(costs, args.hard_share))
     print(f'\n{NOTES}')
     if costs.rois:

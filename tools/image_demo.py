@@ -2,13 +2,13 @@
 
 Writes pictures to OUT_DIR/vis and results, with difficulty and exit, to OUT_DIR/preds.
 """
+
 import argparse
 import sys
 import tempfile
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Dict, List
 from urllib.parse import unquote, urlparse
 
 import mmengine
@@ -28,7 +28,8 @@ def positive(text: str) -> int:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('inputs', nargs='+', help='picture files, folders of them, URLs')
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file or URL')
@@ -36,7 +37,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--device', help='such as cpu or cuda:0; the best that is there')
     parser.add_argument('--batch-size', type=positive, default=1, help='pictures at a time: 1')
     parser.add_argument(
-        '--pred-score-thr', type=float, default=0.3, help='draw boxes of at least this score: 0.3')
+        '--pred-score-thr', type=float, default=0.3, help='draw boxes of at least this score: 0.3'
+    )
     cli.add_budget_arguments(parser)
     parser.add_argument('--no-save-vis', action='store_true', help='write no pictures')
     parser.add_argument('--no-save-pred', action='store_true', help='write no results')
@@ -44,7 +46,8 @@ def parse_args() -> argparse.Namespace:
         '--palette',
         default='none',
         choices=['coco', 'voc', 'citys', 'random', 'none'],
-        help="colours of the boxes; by default the data set's")
+        help="colors of the boxes; by default the data set's",
+    )
     parser.add_argument('--show', action='store_true', help='show each picture in a window')
     parser.add_argument('--print-result', action='store_true', help='print the results')
     parser.set_defaults(cfg_options=None)
@@ -63,7 +66,7 @@ def download(url: str, folder: Path) -> Path:
     return target
 
 
-def find_pictures(inputs: List[str], folder: Path) -> Dict[str, str]:
+def find_pictures(inputs: list[str], folder: Path) -> dict[str, str]:
     """Path of each picture, to what its user calls it. Those of URLs are put into ``folder``."""
     found = {}
     for item in inputs:
@@ -76,19 +79,23 @@ def find_pictures(inputs: List[str], folder: Path) -> Dict[str, str]:
         elif not path.is_file():
             raise UsageError(f"there is no picture or folder at '{item}'")
         elif not has_picture_suffix(path):
-            raise UsageError(f"the name of '{item}' must end in one of {', '.join(picture_suffixes())}")
+            raise UsageError(
+                f"the name of '{item}' must end in one of {', '.join(picture_suffixes())}"
+            )
         else:
             found[item] = item
     return found
 
 
-def require_distinct(pictures: Dict[str, str]) -> None:
+def require_distinct(pictures: dict[str, str]) -> None:
     """Results are named after pictures: two of one name would leave one result."""
-    (stem, count), = Counter(Path(path).stem for path in pictures).most_common(1)
+    ((stem, count),) = Counter(Path(path).stem for path in pictures).most_common(1)
     if count > 1:
         names = [name for path, name in pictures.items() if Path(path).stem == stem]
-        raise UsageError(f"{' and '.join(names)} would write the same files: rename one, or give "
-                         'them to separate runs with an --out-dir each')
+        raise UsageError(
+            f'{" and ".join(names)} would write the same files: rename one, or give '
+            'them to separate runs with an --out-dir each'
+        )
 
 
 def build_detector(args: argparse.Namespace) -> DynamicInferencer:
@@ -97,10 +104,11 @@ def build_detector(args: argparse.Namespace) -> DynamicInferencer:
     if args.device:
         cli.require_device(args.device)
     return DynamicInferencer(
-        cfg, args.checkpoint, args.device, palette=args.palette, **cli.budget_from(args))
+        cfg, args.checkpoint, args.device, palette=args.palette, **cli.budget_from(args)
+    )
 
 
-def detect(args: argparse.Namespace, pictures: Dict[str, str]) -> int:
+def detect(args: argparse.Namespace, pictures: dict[str, str]) -> int:
     faults = {}
     detector = build_detector(args)
     results = detector(
@@ -112,7 +120,8 @@ def detect(args: argparse.Namespace, pictures: Dict[str, str]) -> int:
         print_result=args.print_result,
         no_save_pred=args.no_save_pred,
         out_dir=args.out_dir,
-        on_unreadable=faults.__setitem__)['predictions']
+        on_unreadable=faults.__setitem__,
+    )['predictions']
     for path, fault in faults.items():
         print(f"error: '{pictures[path]}' {fault}", file=sys.stderr)
     if not results:
@@ -120,7 +129,9 @@ def detect(args: argparse.Namespace, pictures: Dict[str, str]) -> int:
     saved = not (args.no_save_vis and args.no_save_pred)
     if detector.served is not None:
         print(*detector.served.lines(), sep='\n')
-    print(f'{len(results)} images; ' + (f'results in {args.out_dir}' if saved else 'nothing written'))
+    print(
+        f'{len(results)} images; ' + (f'results in {args.out_dir}' if saved else 'nothing written')
+    )
     return 1 if faults else 0
 
 

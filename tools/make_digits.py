@@ -1,4 +1,5 @@
 """Make the built-in data set `digits`: handwriting over photographs, in COCO format."""
+
 import argparse
 
 from dynamicdet.datasets.digits import SIZES, make_digits
@@ -6,7 +7,8 @@ from dynamicdet.datasets.digits import SIZES, make_digits
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument('--root', default='data/digits', help='folder to make')
     parser.add_argument('--seed', type=int, default=0, help='of every random choice')
     for split, count in SIZES.items():
@@ -26,7 +28,7 @@ def main():
     try:
         print(make_digits(args.root, sizes, args.size, args.seed, progress=show))
     except (ValueError, FileExistsError, ImportError) as error:
-        raise SystemExit(f'make_digits: {error}')
+        raise SystemExit(f'make_digits: {error}') from None
 
 
 if __name__ == '__main__':

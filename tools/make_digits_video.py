@@ -1,4 +1,6 @@
-"""Make the built-in data set `digits-video`: handwriting moving over photographs, in CocoVID format."""
+"""Make the built-in data set `digits-video`: handwriting moving over photographs, in CocoVID
+format."""
+
 import argparse
 
 from dynamicdet.video.digits_video import SIZES, make_digits_video
@@ -6,14 +8,17 @@ from dynamicdet.video.digits_video import SIZES, make_digits_video
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument('--root', default='data/digits_video', help='folder to make')
     parser.add_argument('--seed', type=int, default=0, help='of every random choice')
     for split, count in SIZES.items():
         parser.add_argument(f'--{split}', type=int, default=count, help=f'{split} videos')
     parser.add_argument('--length', type=int, default=60, help='frames per video')
     parser.add_argument('--size', type=int, default=128, help='height and width of the frames')
-    parser.add_argument('--no-mp4', action='store_true', help='leave out the H.264 files, which need PyAV')
+    parser.add_argument(
+        '--no-mp4', action='store_true', help='leave out the H.264 files, which need PyAV'
+    )
     return parser.parse_args()
 
 
@@ -25,10 +30,13 @@ def main():
     args = parse_args()
     sizes = {split: getattr(args, split) for split in SIZES}
     try:
-        print(make_digits_video(
-            args.root, sizes, args.length, args.size, args.seed, not args.no_mp4, progress=show))
+        print(
+            make_digits_video(
+                args.root, sizes, args.length, args.size, args.seed, not args.no_mp4, progress=show
+            )
+        )
     except (ValueError, FileExistsError, ImportError) as error:
-        raise SystemExit(f'make_digits_video: {error}')
+        raise SystemExit(f'make_digits_video: {error}') from None
 
 
 if __name__ == '__main__':

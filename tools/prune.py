@@ -1,9 +1,10 @@
 """Remove channels of a trained detector for good.
 
-Writes DIR/NAME.pth, with what is left of the checkpoint, and DIR/NAME.py, a config that builds such a
-detector: both are used like any other, for testing and for training on. The config has no pretrained weights
-and starts from the checkpoint.
+Writes DIR/NAME.pth, with what is left of the checkpoint, and DIR/NAME.py, a config that builds such
+a detector: both are used like any other, for testing and for training on. The config has no
+pretrained weights and starts from the checkpoint.
 """
+
 import argparse
 from pathlib import Path
 
@@ -22,32 +23,46 @@ def parse_args() -> argparse.Namespace:
         '--block',
         action='append',
         metavar='PATTERN,...=SHARE',
-        help='take this share of channels, in [0, 1), from the modules that match; again for more blocks. '
-        "'*=0.3' by default")
-    parser.add_argument('--exclude',
-                        nargs='+',
-                        default=[],
-                        metavar='PATTERN',
-                        help='modules that stay as they are, of all blocks')
+        help='take this share of channels, in [0, 1), from the modules that match; again for more '
+        'blocks. '
+        "'*=0.3' by default",
+    )
+    parser.add_argument(
+        '--exclude',
+        nargs='+',
+        default=[],
+        metavar='PATTERN',
+        help='modules that stay as they are, of all blocks',
+    )
     parser.add_argument(
         '--over',
         choices=['layer', 'block'],
         default='layer',
-        help='the same share of each layer (default), or the weakest channels of a whole block')
-    parser.add_argument('--norm', type=float, default=2, help='the n of the Ln norm that ranks channels: 2')
-    parser.add_argument('--random', action='store_true', help='take channels at random, not by their norm')
-    parser.add_argument('--round-to', type=int, default=16, help='channels left are multiples of this: 16')
+        help='the same share of each layer (default), or the weakest channels of a whole block',
+    )
+    parser.add_argument(
+        '--norm', type=float, default=2, help='the n of the Ln norm that ranks channels: 2'
+    )
+    parser.add_argument(
+        '--random', action='store_true', help='take channels at random, not by their norm'
+    )
+    parser.add_argument(
+        '--round-to', type=int, default=16, help='channels left are multiples of this: 16'
+    )
     parser.add_argument('--seed', type=int, default=0, help='of --random')
-    parser.add_argument('--shape',
-                        type=int,
-                        nargs=2,
-                        metavar=('H', 'W'),
-                        help='for GFLOPs; the size at which papers state them')
-    parser.add_argument('--dry-run', action='store_true', help='say what would be removed; write nothing')
-    parser.add_argument('--cfg-options',
-                        nargs='+',
-                        action=cli.ConfigOptions,
-                        help='override settings of the config')
+    parser.add_argument(
+        '--shape',
+        type=int,
+        nargs=2,
+        metavar=('H', 'W'),
+        help='for GFLOPs; the size at which papers state them',
+    )
+    parser.add_argument(
+        '--dry-run', action='store_true', help='say what would be removed; write nothing'
+    )
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=cli.ConfigOptions, help='override settings of the config'
+    )
     return parser.parse_args()
 
 
@@ -65,7 +80,9 @@ def main() -> None:
     if args.dry_run:
         print(f'would write {name}.py and {name}.pth to {args.out}')
     else:
-        print('written to ' + ' and '.join(write(made, checkpoint, args.checkpoint, args.out, name)))
+        print(
+            'written to ' + ' and '.join(write(made, checkpoint, args.checkpoint, args.out, name))
+        )
 
 
 if __name__ == '__main__':

@@ -1,8 +1,10 @@
-"""Run every image of a data set through every exit of a dynamic detector, once, and keep what comes out:
-detections, difficulties, losses, the router's features, GFLOPs and latencies, in one file.
+"""Run every image of a data set through every exit of a dynamic detector, once, and keep what comes
+out: detections, difficulties, losses, the router's features, GFLOPs and latencies, in one file.
 
-tools/analyze_routing.py says from it what the router is worth; routers are trained on it in seconds.
+tools/analyze_routing.py says from it what the router is worth; routers are trained on it in
+seconds.
 """
+
 import argparse
 
 from mmengine.device import get_device
@@ -17,17 +19,26 @@ from dynamicdet.routing.record import write_record
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='checkpoint file of step 2, or of step 1 to train routers on')
+    parser.add_argument(
+        'checkpoint', help='checkpoint file of step 2, or of step 1 to train routers on'
+    )
     cli.add_common_arguments(parser)
     parser.add_argument('--out', default='record.npz', help='file to write: record.npz')
     parser.add_argument(
-        '--split', choices=['train', 'val', 'test'], default='test',
-        help="data: test by default; train takes the training images under the test's pipeline")
+        '--split',
+        choices=['train', 'val', 'test'],
+        default='test',
+        help="data: test by default; train takes the training images under the test's pipeline",
+    )
     parser.add_argument('--device', default=get_device(), help='device whose latencies count')
     parser.add_argument(
-        '--view', choices=['flip', 'shift', 'none'], default='flip',
-        help='how each image is seen a second time, for the honest oracle: flipped by default; shifted, for '
-        'what has no mirror image, such as digits; or none, in half the time')
+        '--view',
+        choices=['flip', 'shift', 'none'],
+        default='flip',
+        help='how each image is seen a second time, for the honest oracle: flipped by default; '
+        'shifted, for '
+        'what has no mirror image, such as digits; or none, in half the time',
+    )
     return parser.parse_args()
 
 
@@ -45,10 +56,11 @@ def main() -> None:
     cli.check_data(cfg, args.split, files=not args.no_data_check)
     loader = build_record_loader(cfg, args.split)
     record = record_data_set(
-        model, cfg, loader, cli.progress, view=args.view, checkpoint=args.checkpoint)
+        model, cfg, loader, cli.progress, view=args.view, checkpoint=args.checkpoint
+    )
     record['provenance']['exits_digest'] = digest
     write_record(record, args.out)
-    print(f"{len(record['images'])} images, {len(record['gflops'])} exits: {args.out}")
+    print(f'{len(record["images"])} images, {len(record["gflops"])} exits: {args.out}')
 
 
 if __name__ == '__main__':

@@ -1,9 +1,10 @@
-"""Run every frame of videos through every exit of an early-exit detector, once, and keep what comes out:
-detections, pooled features, changes, GFLOPs and latencies, in one file.
+"""Run every frame of videos through every exit of an early-exit detector, once, and keep what comes
+out: detections, pooled features, changes, GFLOPs and latencies, in one file.
 
-tools/calibrate_video.py chooses thresholds from it, and fits gates to it; tools/analyze_gates.py compares
-gates.
+tools/calibrate_video.py chooses thresholds from it, and fits gates to it; tools/analyze_gates.py
+compares gates.
 """
+
 import argparse
 
 from mmengine.device import get_device
@@ -23,8 +24,11 @@ def parse_args() -> argparse.Namespace:
     cli.add_common_arguments(parser)
     parser.add_argument('--out', default='videos.npz', help='file to write: videos.npz')
     parser.add_argument(
-        '--split', choices=['train', 'val', 'test'], default='test',
-        help="data: test by default; train takes the training frames under the test's pipeline")
+        '--split',
+        choices=['train', 'val', 'test'],
+        default='test',
+        help="data: test by default; train takes the training frames under the test's pipeline",
+    )
     parser.add_argument('--device', default=get_device(), help='device whose latencies count')
     parser.add_argument('--frames', type=int, default=20, help='how many frames are timed: 20')
     parser.add_argument('--rounds', type=int, default=3, help='how often each is, at each exit: 3')
@@ -45,11 +49,16 @@ def main() -> None:
     digest = exits_digest(checkpoint['state_dict'])
     cli.check_data(cfg, args.split, files=not args.no_data_check)
     loader = build_record_loader(cfg, args.split)
-    record = record_videos(model, cfg, loader, cli.progress, args.checkpoint, args.frames, args.rounds)
+    record = record_videos(
+        model, cfg, loader, cli.progress, args.checkpoint, args.frames, args.rounds
+    )
     record['provenance']['exits_digest'] = digest
     write_video_record(record, args.out)
     videos = len({image['video'] for image in record['images']})
-    print(f"{len(record['images'])} frames of {videos} videos, {len(record['gflops'])} exits: {args.out}")
+    print(
+        f'{len(record["images"])} frames of {videos} videos, {len(record["gflops"])} exits: '
+        f'{args.out}'
+    )
 
 
 if __name__ == '__main__':

@@ -1,8 +1,10 @@
-"""Measure how AP falls where one part of a detector is pruned, and suggest what to prune for a wanted size.
+"""Measure how AP falls where one part of a detector is pruned, and suggest what to prune for a
+wanted size.
 
-Weights of the smallest magnitude are set to zero, without training on. Results go to a JSON file as they
-come: the same command goes on where it was stopped. A plot is beside it.
+Weights of the smallest magnitude are set to zero, without training on. Results go to a JSON file as
+they come: the same command goes on where it was stopped. A plot is beside it.
 """
+
 import argparse
 from pathlib import Path
 
@@ -16,7 +18,15 @@ from dynamicdet.compression.sensitivity import suggest, table
 from dynamicdet.datasets.opening import require_one_coco
 from dynamicdet.errors import UsageError
 from dynamicdet.files import write_atomically
-from dynamicdet.measuring.sensitivity import blocks_of, draw, identity_of, load, measure, parts_of, truth_of
+from dynamicdet.measuring.sensitivity import (
+    blocks_of,
+    draw,
+    identity_of,
+    load,
+    measure,
+    parts_of,
+    truth_of,
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -25,24 +35,37 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('checkpoint', metavar='CKPT', help='its checkpoint')
     parser.add_argument('--out', help='JSON file; work_dirs/NAME/sensitivity.json by default')
     parser.add_argument(
-        '--block', action='append', metavar='NAME=PATTERN,...',
-        help='a part, such as heads=rpn_head,roi_head; again for more. By default the parts of the detector')
+        '--block',
+        action='append',
+        metavar='NAME=PATTERN,...',
+        help='a part, such as heads=rpn_head,roi_head; again for more. By default the parts of the '
+        'detector',
+    )
     parser.add_argument('--layers', action='store_true', help='each layer of these blocks, too')
-    parser.add_argument('--shares',
-                        type=float,
-                        nargs='+',
-                        default=[0.1, 0.3, 0.5, 0.7, 0.9],
-                        help='what is pruned, in [0, 1)')
-    parser.add_argument('--structured', action='store_true', help='whole channels instead of single weights')
-    parser.add_argument('--images', type=int, default=0, help='how many of the validation images: all')
+    parser.add_argument(
+        '--shares',
+        type=float,
+        nargs='+',
+        default=[0.1, 0.3, 0.5, 0.7, 0.9],
+        help='what is pruned, in [0, 1)',
+    )
+    parser.add_argument(
+        '--structured', action='store_true', help='whole channels instead of single weights'
+    )
+    parser.add_argument(
+        '--images', type=int, default=0, help='how many of the validation images: all'
+    )
     parser.add_argument('--metric', choices=['AP', 'AP50'], default='AP', help='what is measured')
-    parser.add_argument('--size', type=float, default=0.7, help='share of the weights that may be left: 0.7')
+    parser.add_argument(
+        '--size', type=float, default=0.7, help='share of the weights that may be left: 0.7'
+    )
     parser.add_argument('--device', default=get_device(), help='where to run')
-    parser.add_argument('--dry-run', action='store_true', help='say what would be measured; measure nothing')
-    parser.add_argument('--cfg-options',
-                        nargs='+',
-                        action=cli.ConfigOptions,
-                        help='override settings of the config')
+    parser.add_argument(
+        '--dry-run', action='store_true', help='say what would be measured; measure nothing'
+    )
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=cli.ConfigOptions, help='override settings of the config'
+    )
     return parser.parse_args()
 
 
@@ -77,16 +100,25 @@ def main() -> None:
         return
     loader = build_loader(dict(cfg.val_dataloader, dataset=dataset))
     truth_of(loader.dataset)
-    identity = identity_of(args.checkpoint, original_of(str(loader.dataset.ann_file)), args.images, args.metric,
-                           args.structured)
-    curves = measure(model, loader, parts, args.shares, args.images, args.metric, out, identity, cli.progress)
+    identity = identity_of(
+        args.checkpoint,
+        original_of(str(loader.dataset.ann_file)),
+        args.images,
+        args.metric,
+        args.structured,
+    )
+    curves = measure(
+        model, loader, parts, args.shares, args.images, args.metric, out, identity, cli.progress
+    )
     print(*table(curves), sep='\n')
     # Of layers where they were measured: a block is what they add up to.
-    chosen = curves[len(blocks):] if args.layers else curves
+    chosen = curves[len(blocks) :] if args.layers else curves
     found = suggest(chosen, args.size)
     print(
-        f'for {found.left:.1%} of these weights, at a predicted loss of {found.loss:.2f} {args.metric} '
-        f'(at least {found.bound:.2f}), prune:')
+        f'for {found.left:.1%} of these weights, at a predicted loss of {found.loss:.2f} '
+        f'{args.metric} '
+        f'(at least {found.bound:.2f}), prune:'
+    )
     print(*(f'  {name}: {share:.0%}' for name, share in found.shares.items()), sep='\n')
     plot = Path(out).with_suffix('.png')
     write_atomically(draw(curves, found, args.metric), plot)

@@ -1,9 +1,10 @@
 """Try an online budget on a stream that drifts, without a model: draw what the controller does.
 
-Difficulty follows day and night, and twice the machine is under load. Without --record the stream is made up;
-with one, as tools/record.py writes it, its images come in an order in which their difficulties
-drift.
+Difficulty follows day and night, and twice the machine is under load. Without --record the stream
+is made up; with one, as tools/record.py writes it, its images come in an order in which their
+difficulties drift.
 """
+
 import argparse
 import io
 import json
@@ -25,23 +26,40 @@ LOADS = ((0.28, 0.38), (0.75, 0.85))
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--out', default='budget.png', help='the picture: budget.png')
     parser.add_argument('--record', help='a recorded pass (.npz): its difficulties and latencies')
     parser.add_argument(
-        '--latencies', nargs='+', type=float, help='seconds of each exit; 0.010 0.030 without a record')
+        '--latencies',
+        nargs='+',
+        type=float,
+        help='seconds of each exit; 0.010 0.030 without a record',
+    )
     group = parser.add_mutually_exclusive_group()
-    group.add_argument('--target-latency', type=float, help='mean seconds per image; half way by default')
+    group.add_argument(
+        '--target-latency', type=float, help='mean seconds per image; half way by default'
+    )
     group.add_argument('--throughput', type=float, help='images per second')
     group.add_argument('--hard-share', type=float, help='share of hard images, 0 to 1')
     parser.add_argument('--images', type=int, default=40000, help='length of the stream: 40000')
-    parser.add_argument('--period', type=float, default=10000, help='images from night to night: 10000')
-    parser.add_argument('--load', type=float, default=1.5, help='what load multiplies latencies by: 1.5')
+    parser.add_argument(
+        '--period', type=float, default=10000, help='images from night to night: 10000'
+    )
+    parser.add_argument(
+        '--load', type=float, default=1.5, help='what load multiplies latencies by: 1.5'
+    )
     parser.add_argument('--batch-size', type=int, default=8, help='8')
-    parser.add_argument('--delay', type=int, default=2, help='after how many batches a time is known: 2')
-    parser.add_argument('--window', type=int, default=256, help='difficulties that are remembered: 256')
+    parser.add_argument(
+        '--delay', type=int, default=2, help='after how many batches a time is known: 2'
+    )
+    parser.add_argument(
+        '--window', type=int, default=256, help='difficulties that are remembered: 256'
+    )
     parser.add_argument('--gain', type=float, default=0.01, help="the integral's, per image: 0.01")
-    parser.add_argument('--mean-over', type=int, default=1000, help='images of the running mean: 1000')
+    parser.add_argument(
+        '--mean-over', type=int, default=1000, help='images of the running mean: 1000'
+    )
     parser.add_argument('--seed', type=int, default=0, help='0')
     parser.add_argument('--json', help='write the trace here, too')
     return parser.parse_args()
@@ -49,12 +67,17 @@ def parse_args() -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     if min(args.images, args.batch_size, args.mean_over) < 1 or min(args.delay, args.seed) < 0:
-        raise UsageError('--images, --batch-size and --mean-over must be 1 or more, --delay and --seed 0 or more')
+        raise UsageError(
+            '--images, --batch-size and --mean-over must be 1 or more, --delay and --seed 0 or more'
+        )
     for name in ('period', 'load'):
         if not 0 < getattr(args, name) < math.inf:
             raise UsageError(f'--{name} must be above 0')
-    if args.latencies and (len(args.latencies) < 2 or sorted(args.latencies) != args.latencies
-                           or not 0 < args.latencies[0] < args.latencies[-1] < math.inf):
+    if args.latencies and (
+        len(args.latencies) < 2
+        or sorted(args.latencies) != args.latencies
+        or not 0 < args.latencies[0] < args.latencies[-1] < math.inf
+    ):
         raise UsageError('--latencies must be two numbers above 0 or more, rising')
     if Path(args.out).suffix not in ('.png', '.svg', '.pdf'):
         raise UsageError(f"--out must be a .png, .svg or .pdf file, not '{args.out}'")
@@ -68,6 +91,7 @@ def make_stream(args: argparse.Namespace) -> tuple:
         return drifting(args.images, args.period, seed=args.seed), args.latencies or [0.010, 0.030]
     # Where it is used: a record takes more than numpy.
     from dynamicdet.routing.record import read_record
+
     record = read_record(args.record)
     scores = np.array([image['difficulty'] for image in record['images']], np.float32)
     order = drifting_order(scores, args.images, args.period, args.seed)
@@ -79,31 +103,55 @@ def build(args: argparse.Namespace, latencies: list) -> Controller:
     if args.throughput is None and args.hard_share is None and target is None:
         target = (latencies[0] + latencies[-1]) / 2
     return Controller(
-        target_latency=target, throughput=args.throughput, hard_share=args.hard_share, costs=latencies,
-        window=args.window, gain=args.gain)
+        target_latency=target,
+        throughput=args.throughput,
+        hard_share=args.hard_share,
+        costs=latencies,
+        window=args.window,
+        gain=args.gain,
+    )
 
 
-def draw(trace: dict, controller: Controller, latencies: list, spikes: list,
-         args: argparse.Namespace) -> None:
+def draw(
+    trace: dict, controller: Controller, latencies: list, spikes: list, args: argparse.Namespace
+) -> None:
     import matplotlib
+
     matplotlib.use('Agg')
     from matplotlib import pyplot
+
     at = np.cumsum(trace['images'])
     count = max(1, args.mean_over // args.batch_size)
     figure, rows = pyplot.subplots(3, 1, figsize=(9, 7), sharex=True, constrained_layout=True)
-    rows[0].plot(at, running_mean(trace['difficulty'], count), color='tab:orange', label='mean difficulty')
-    rows[0].plot(at, trace['threshold'].clip(0, 1), color='tab:blue', linewidth=0.8, label='threshold')
+    rows[0].plot(
+        at, running_mean(trace['difficulty'], count), color='tab:orange', label='mean difficulty'
+    )
+    rows[0].plot(
+        at, trace['threshold'].clip(0, 1), color='tab:blue', linewidth=0.8, label='threshold'
+    )
     rows[1].plot(at, running_mean(trace['hard'], count), color='tab:red', label='hard share')
-    rows[1].plot(at, trace['share'], color='tab:grey', linewidth=0.8, label='share aimed at')
-    rows[2].plot(at, 1e3 * running_mean(trace['latency'], count), color='tab:green', label='mean latency')
+    rows[1].plot(at, trace['share'], color='tab:gray', linewidth=0.8, label='share aimed at')
+    rows[2].plot(
+        at, 1e3 * running_mean(trace['latency'], count), color='tab:green', label='mean latency'
+    )
     if controller.measures:
-        rows[2].axhline(1e3 * controller.target, color='black', linestyle='--', linewidth=0.8, label='target')
+        rows[2].axhline(
+            1e3 * controller.target, color='black', linestyle='--', linewidth=0.8, label='target'
+        )
     for row, label in zip(rows, ('difficulty', 'share', 'ms per image')):
         row.set_ylabel(label)
         row.set_ylim(0, 1.3 if row is not rows[2] else 1.1e3 * max(latencies))
         for number, (start, stop) in enumerate(spikes):
-            row.axvspan(start, stop, color='tab:grey', alpha=0.15, linewidth=0,
-                        label=f'load: {args.load:g} times as slow' if row is rows[2] and not number else None)
+            row.axvspan(
+                start,
+                stop,
+                color='tab:gray',
+                alpha=0.15,
+                linewidth=0,
+                label=f'load: {args.load:g} times as slow'
+                if row is rows[2] and not number
+                else None,
+            )
         row.legend(loc='upper right', ncols=3, frameon=False)
     rows[0].set_title(f'Means over the last {args.mean_over} images')
     rows[2].set_xlabel('images')
@@ -124,10 +172,13 @@ def main() -> None:
     draw(trace, controller, latencies, spikes, args)
     name, unit = ('latency', 1e3) if controller.measures else ('hard', 1)
     means = unit * running_mean(trace[name], max(1, args.mean_over // args.batch_size))
-    means = means[min(len(means) - 1, args.mean_over // args.batch_size):]
-    print(f'{args.images} images; {"ms per image" if controller.measures else "hard share"}, target '
-          f'{unit * controller.target:.4g}: mean {unit * trace[name].mean():.4g}, over any {args.mean_over} '
-          f'images {means.min():.4g} to {means.max():.4g}')
+    means = means[min(len(means) - 1, args.mean_over // args.batch_size) :]
+    print(
+        f'{args.images} images; {"ms per image" if controller.measures else "hard share"}, target '
+        f'{unit * controller.target:.4g}: mean {unit * trace[name].mean():.4g}, over any '
+        f'{args.mean_over} '
+        f'images {means.min():.4g} to {means.max():.4g}'
+    )
     print(f'picture in {args.out}')
     if args.json:
         content = {key: values.tolist() for key, values in trace.items()}

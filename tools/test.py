@@ -1,4 +1,5 @@
 """Test a detector at any speed."""
+
 import argparse
 from copy import deepcopy
 from pathlib import Path
@@ -24,8 +25,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--online',
         action='store_true',
-        help='hold the budget over the images as they come: thresholds follow their difficulties and, for '
-        '--target-latency or --throughput, the time that they take')
+        help='hold the budget over the images as they come: thresholds follow their difficulties '
+        'and, for '
+        '--target-latency or --throughput, the time that they take',
+    )
     parser.add_argument('--out', help='write the predictions to this .pkl file')
     parser.add_argument('--show', action='store_true', help='show the predictions')
     parser.add_argument('--show-dir', help='write pictures of the predictions, under the work dir')
@@ -37,8 +40,10 @@ def parse_args() -> argparse.Namespace:
 def hold_online(cfg: Config, budget: dict) -> None:
     """Let a controller hold the budget in place of the model's calibration."""
     if not budget or 'threshold' in budget:
-        raise UsageError('--online needs something to hold: --hard-share, --target-latency, '
-                         '--throughput or --target-gflops')
+        raise UsageError(
+            '--online needs something to hold: --hard-share, --target-latency, '
+            '--throughput or --target-gflops'
+        )
     cfg.model.budget = None
     cfg.custom_hooks.append(dict(type='OnlineHook', **budget))
 
@@ -47,23 +52,33 @@ def draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
     """Switch the config's visualization hook on."""
     hook = cfg.get('default_hooks', {}).get('visualization')
     if hook is None:
-        raise UsageError("--show and --show-dir need default_hooks.visualization in the config: "
-                         "dict(type='DetVisualizationHook')")
+        raise UsageError(
+            '--show and --show-dir need default_hooks.visualization in the config: '
+            "dict(type='DetVisualizationHook')"
+        )
     hook.update(draw=True, show=args.show, wait_time=args.wait_time, test_out_dir=args.show_dir)
 
 
 def augment(cfg: Config) -> None:
     """Wrap the model for test-time augmentation; a flip where the config says nothing else."""
     tta_model = cfg.get('tta_model') or dict(
-        type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
+        type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)
+    )
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:
         dataset = dataset.dataset
     pipeline = cfg.get('tta_pipeline')
     if pipeline is None:
         *steps, pack = deepcopy(dataset.pipeline)
-        pack.meta_keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip',
-                          'flip_direction')
+        pack.meta_keys = (
+            'img_id',
+            'img_path',
+            'ori_shape',
+            'img_shape',
+            'scale_factor',
+            'flip',
+            'flip_direction',
+        )
         flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
         steps = [step for step in steps if step.type != 'LoadAnnotations']
         # Flipped before padding, or it would change sides.
@@ -88,14 +103,18 @@ def main() -> None:
     budget = cli.budget_from(args)
     if budget:
         if whole_model(cfg).type != 'DynamicDetector':
-            raise UsageError(f'--{next(iter(budget)).replace("_", "-")} is for dynamic detectors; '
-                             f"this config's model is {cfg.model.type}")
+            raise UsageError(
+                f'--{next(iter(budget)).replace("_", "-")} is for dynamic detectors; '
+                f"this config's model is {cfg.model.type}"
+            )
         check_budget(budget)
         cfg.model.budget = budget
     cfg.load_from = args.checkpoint
     cfg.resume = False
     cfg.custom_hooks = cfg.get('custom_hooks', []) + [
-        dict(type='CompleteCheckpointHook'), dict(type='FuseHook'), dict(type='BudgetHook')
+        dict(type='CompleteCheckpointHook'),
+        dict(type='FuseHook'),
+        dict(type='BudgetHook'),
     ]
     if args.online:
         hold_online(cfg, budget)

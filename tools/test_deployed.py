@@ -1,7 +1,8 @@
-"""Test a deployment folder that tools/export.py made: AP, and the latency of each exit at batch 1."""
+"""Test a deployment folder that tools/export.py made: AP, and the latency of each exit at batch
+1."""
+
 import argparse
 import json
-from typing import Dict, List
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -21,20 +22,36 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('folder', help='deployment folder')
     cli.add_budget_arguments(parser)
-    parser.add_argument('--runtime', default='onnxruntime', choices=list(RUNTIMES), help='what runs the graphs: onnxruntime')
     parser.add_argument(
-        '--providers', nargs='+', metavar='NAME',
-        help='what ONNX Runtime computes with, such as CPUExecutionProvider: the best that is there')
-    parser.add_argument('--threads', type=int, default=1, help='CPU threads of graphs and of torch: 1')
+        '--runtime',
+        default='onnxruntime',
+        choices=list(RUNTIMES),
+        help='what runs the graphs: onnxruntime',
+    )
     parser.add_argument(
-        '--images', type=int, default=20,
-        help='how many images are timed, at all exits: 20; a budget in time goes by that. 0 times none')
+        '--providers',
+        nargs='+',
+        metavar='NAME',
+        help='what ONNX Runtime computes with, such as CPUExecutionProvider: the best that is there',
+    )
+    parser.add_argument(
+        '--threads', type=int, default=1, help='CPU threads of graphs and of torch: 1'
+    )
+    parser.add_argument(
+        '--images',
+        type=int,
+        default=20,
+        help='how many images are timed, at all exits: 20; a budget in time goes by that. 0 times '
+        'none',
+    )
     parser.add_argument('--no-ap', action='store_true', help='measure latencies alone')
     parser.add_argument('--work-dir', default='work_dirs/test_deployed', help='where logs go')
-    parser.add_argument('--cfg-options',
-                        nargs='+',
-                        action=cli.ConfigOptions,
-                        help='override settings of the config: key=value pairs')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=cli.ConfigOptions,
+        help='override settings of the config: key=value pairs',
+    )
     parser.add_argument('--out', help='write the figures to this .json file')
     return parser.parse_args()
 
@@ -47,10 +64,21 @@ def load(args: argparse.Namespace) -> Config:
     cli.require_settings(cfg, 'test_dataloader', 'test_evaluator', 'test_cfg')
     # Of its heads, before they are the folder's.
     cli.check_data(cfg, 'test', files=False)
-    cfg.model = ConfigDict(type='DeployedDetector', folder=args.folder, threads=args.threads, runtime=args.runtime,
-                           providers=args.providers, budget=cli.budget_from(args) or None)
+    cfg.model = ConfigDict(
+        type='DeployedDetector',
+        folder=args.folder,
+        threads=args.threads,
+        runtime=args.runtime,
+        providers=args.providers,
+        budget=cli.budget_from(args) or None,
+    )
     # What a training needs has no part in this.
-    cfg.custom_hooks, cfg.load_from, cfg.resume, cfg.launcher = [dict(type='BudgetHook')], None, False, 'none'
+    cfg.custom_hooks, cfg.load_from, cfg.resume, cfg.launcher = (
+        [dict(type='BudgetHook')],
+        None,
+        False,
+        'none',
+    )
     for name in ('train', 'val'):
         for part in ('dataloader', 'cfg', 'evaluator'):
             cfg.pop(f'{name}_{part}', None)
@@ -68,15 +96,21 @@ def main() -> None:
     if args.out:
         cli.require_writable(args.out)
     torch.set_num_threads(args.threads)
-    figures: Dict[str, object] = dict(folder=args.folder, runtime=args.runtime, threads=args.threads)
+    figures: dict[str, object] = dict(
+        folder=args.folder, runtime=args.runtime, threads=args.threads
+    )
     cfg = load(args)
     cli.check_data(cfg, 'test')
     if args.images:
         settings = dict(cfg.test_dataloader, num_workers=0, persistent_workers=False)
         with cli.silence():
             dataset = build_loader(settings).dataset
-        latencies: List[float] = measure_latency(
-            load_deployed(args.folder, args.threads, args.runtime, args.providers), dataset, cli.progress, args.images)
+        latencies: list[float] = measure_latency(
+            load_deployed(args.folder, args.threads, args.runtime, args.providers),
+            dataset,
+            cli.progress,
+            args.images,
+        )
         figures['milliseconds'] = [1e3 * seconds for seconds in latencies]
         print(said(dict(conditions(args.runtime, args.threads, args.providers), seconds=latencies)))
         # A budget in time goes by what runs the graphs now.

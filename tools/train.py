@@ -1,4 +1,5 @@
 """Train either step of a dynamic detector, or any other MMDetection config."""
+
 import argparse
 import sys
 
@@ -20,20 +21,27 @@ def parse_args() -> argparse.Namespace:
     cli.add_common_arguments(parser)
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
     parser.add_argument(
-        '--auto-scale-lr', action='store_true', help='scale the learning rate by the batch size')
+        '--auto-scale-lr', action='store_true', help='scale the learning rate by the batch size'
+    )
     parser.add_argument(
         '--resume',
         nargs='?',
         const='auto',
-        help='go on from this checkpoint, or from the last one in the work dir')
+        help='go on from this checkpoint, or from the last one in the work dir',
+    )
     parser.add_argument(
-        '--dry-run', action='store_true', help='say what would be pruned, shared or rounded; train nothing')
+        '--dry-run',
+        action='store_true',
+        help='say what would be pruned, shared or rounded; train nothing',
+    )
     return parser.parse_args()
 
 
 def say_what_is_compressed(runner: Runner) -> None:
     """Of the hooks that compress while a detector trains."""
-    lines = [line for hook in runner.hooks if hasattr(hook, 'describe') for line in hook.describe(runner)]
+    lines = [
+        line for hook in runner.hooks if hasattr(hook, 'describe') for line in hook.describe(runner)
+    ]
     print(*(lines or ['no hook of this config compresses anything']), sep='\n')
 
 
@@ -49,7 +57,9 @@ def main() -> None:
         cfg.optim_wrapper.loss_scale = 'dynamic'
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
-            raise UsageError(f"--auto-scale-lr needs auto_scale_lr.base_batch_size in '{args.config}'")
+            raise UsageError(
+                f"--auto-scale-lr needs auto_scale_lr.base_batch_size in '{args.config}'"
+            )
         cfg.auto_scale_lr.enable = True
     cli.make_folder(cfg.work_dir)
     last = latest_checkpoint(cfg.work_dir) if args.resume == 'auto' else args.resume
@@ -60,16 +70,25 @@ def main() -> None:
     if cfg.get('load_from') and not leaves_load_from_unused(cfg):
         checkpoint = cli.require_checkpoint(cfg.load_from)
         if checkpoint.get('meta', {}).get('channels') and cfg.model.type != 'PrunedDetector':
-            raise UsageError(f"'{cfg.load_from}' has lost channels: use the config that tools/prune.py wrote beside it")
+            raise UsageError(
+                f"'{cfg.load_from}' has lost channels: use the config that tools/prune.py wrote "
+                'beside it'
+            )
         if cfg.get('resume') and not {'meta', 'optimizer'} <= checkpoint.keys():
-            raise UsageError(f"'{cfg.load_from}' holds weights alone, from which no run goes on: start "
-                             f'one by --cfg-options load_from={cfg.load_from}')
-    cli.check_data(cfg, 'train', *(['val'] if cfg.get('val_dataloader') else []), files=not args.no_data_check)
+            raise UsageError(
+                f"'{cfg.load_from}' holds weights alone, from which no run goes on: start "
+                f'one by --cfg-options load_from={cfg.load_from}'
+            )
+    cli.check_data(
+        cfg, 'train', *(['val'] if cfg.get('val_dataloader') else []), files=not args.no_data_check
+    )
     for line in check_switches(cfg):
         print(f'data: {line}', file=sys.stderr)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     if checkpoint:
-        require_all_channels(getattr(runner.model, 'module', runner.model), checkpoint['state_dict'])
+        require_all_channels(
+            getattr(runner.model, 'module', runner.model), checkpoint['state_dict']
+        )
     if args.dry_run:
         say_what_is_compressed(runner)
         return
@@ -79,8 +98,10 @@ def main() -> None:
         # torch's, of an optimizer of other parameters.
         if 'loaded state dict' not in str(error):
             raise
-        raise UsageError(f"the optimizer in '{cfg.load_from}' is another run's: --resume goes on with "
-                         'the same config; to start from weights, --cfg-options load_from=...') from error
+        raise UsageError(
+            f"the optimizer in '{cfg.load_from}' is another run's: --resume goes on with "
+            'the same config; to start from weights, --cfg-options load_from=...'
+        ) from error
 
 
 if __name__ == '__main__':

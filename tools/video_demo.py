@@ -1,12 +1,13 @@
 """Detect in a video, a folder of frames, a camera or a network stream, and show exits and costs.
 
-Writes OUT.mp4 (boxes, the exit taken, the running cost), OUT.jsonl (a line per frame) and OUT.png (exits and
-costs over time).
+Writes OUT.mp4 (boxes, the exit taken, the running cost), OUT.jsonl (a line per frame) and OUT.png
+(exits and costs over time).
 """
+
 import argparse
 import sys
 import warnings
-from typing import Mapping
+from collections.abc import Mapping
 
 from mmengine.config import Config
 
@@ -36,29 +37,45 @@ def positive(text: str) -> int:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        'video', help='video file, folder of frames, number of a camera, or URL such as rtsp://...')
+        'video', help='video file, folder of frames, number of a camera, or URL such as rtsp://...'
+    )
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file or URL')
     parser.add_argument('--out', default='out.mp4', help='video to write: out.mp4')
     parser.add_argument(
-        '--gate', nargs='+', action=GateOptions, metavar=('TYPE', 'KEY=VALUE'),
-        help="another gate than the config's, such as: ScoreGate kind=confidence")
+        '--gate',
+        nargs='+',
+        action=GateOptions,
+        metavar=('TYPE', 'KEY=VALUE'),
+        help="another gate than the config's, such as: ScoreGate kind=confidence",
+    )
     parser.add_argument(
-        '--budget', nargs=1, action=cli.ConfigOptions, metavar='KEY=VALUE',
-        help='the wanted speed: target_gflops=2.5, target_latency=0.02 (seconds) or threshold=0.4')
+        '--budget',
+        nargs=1,
+        action=cli.ConfigOptions,
+        metavar='KEY=VALUE',
+        help='the wanted speed: target_gflops=2.5, target_latency=0.02 (seconds) or threshold=0.4',
+    )
     parser.add_argument(
-        '--online', action='store_true',
-        help='hold the target on the frames that come: thresholds follow what frames really cost')
+        '--online',
+        action='store_true',
+        help='hold the target on the frames that come: thresholds follow what frames really cost',
+    )
     parser.add_argument('--device', help='such as cpu or cuda:0; the best that is there')
     parser.add_argument(
-        '--pred-score-thr', type=float, default=0.3, help='leave out boxes of a lower score: 0.3')
+        '--pred-score-thr', type=float, default=0.3, help='leave out boxes of a lower score: 0.3'
+    )
     parser.add_argument('--frames', type=positive, help='stop after so many frames')
     parser.add_argument('--fps', type=float, help='frames per second of a folder: 25')
     parser.add_argument(
-        '--cfg-options', nargs='+', action=cli.ConfigOptions,
-        help='override settings of the config: KEY=VALUE')
+        '--cfg-options',
+        nargs='+',
+        action=cli.ConfigOptions,
+        help='override settings of the config: KEY=VALUE',
+    )
     return parser.parse_args()
 
 
@@ -68,8 +85,9 @@ def build_detector(args: argparse.Namespace) -> FrameDetector:
     cli.require_checkpoint(args.checkpoint)
     if args.device:
         cli.require_device(args.device)
-    return FrameDetector(cfg, args.checkpoint, args.device, args.gate, args.budget, args.pred_score_thr,
-                         args.online)
+    return FrameDetector(
+        cfg, args.checkpoint, args.device, args.gate, args.budget, args.pred_score_thr, args.online
+    )
 
 
 def describe(summary: Summary, budget: Mapping[str, object]) -> str:
@@ -106,7 +124,8 @@ def main() -> int:
             bar.write(f'{source.name}: {line}', file=sys.stderr)
 
         summary = run_demo(
-            detector, source, args.out, args.frames, say, lambda done: bar.update(done - bar.n))
+            detector, source, args.out, args.frames, say, lambda done: bar.update(done - bar.n)
+        )
     if summary.ended:
         print(f'{source.name}: {summary.ended}', file=sys.stderr)
     print(('interrupted: ' if summary.stopped else '') + describe(summary, args.budget or {}))

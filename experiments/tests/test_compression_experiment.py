@@ -1,17 +1,19 @@
-"""The experiment on compression: its table of steps, what it measures, the arithmetic of its page."""
+"""The experiment on compression: its table of steps, what it measures, the arithmetic of its
+page."""
+
 import json
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, load_small
 from mmengine.config import Config
 
+from conftest import ROOT, load_small
 from dynamicdet.checkpoints import write_checkpoint
 from dynamicdet.compression.encoding import Lossy
 from dynamicdet.compression.pruning import Block, layers_of_blocks
 from dynamicdet.engine import PruningHook, WeightSharingHook
-from dynamicdet.testing import randomise
+from dynamicdet.testing import randomize
 from mmdet.registry import MODELS
 
 sys.path.insert(0, str(ROOT / 'experiments'))
@@ -54,23 +56,39 @@ def test_what_steps_do_fits_the_detector():
 
 
 def test_points_are_measured_once(digits, tmp_path):
-    cfg = load_small('faster_rcnn_digits', digits, tmp_path, **{'model.neck.in_channels': [8, 16, 32, 64]})
+    cfg = load_small(
+        'faster_rcnn_digits', digits, tmp_path, **{'model.neck.in_channels': [8, 16, 32, 64]}
+    )
     cfg.model.pop('detector')
     cfg.dump(tmp_path / 'config.py')
-    model = randomise(MODELS.build(cfg.model))
+    model = randomize(MODELS.build(cfg.model))
     write_checkpoint(dict(state_dict=model.state_dict()), str(tmp_path / 'a.pth'))
     block = dict(name='all', modules=['*'], target=0.5)
     points = dict(as_it_is={}, half=dict(blocks=[block]), int8=dict(lossy=dict(int8=[])))
 
     def measured(*names):
-        measure_points(str(tmp_path / 'config.py'), str(tmp_path / 'a.pth'),
-                       {name: points[name] for name in names}, tmp_path / 'out.json')
+        measure_points(
+            str(tmp_path / 'config.py'),
+            str(tmp_path / 'a.pth'),
+            {name: points[name] for name in names},
+            tmp_path / 'out.json',
+        )
         return json.loads((tmp_path / 'out.json').read_text())['points']
 
     first = measured('as_it_is', 'half')
     assert list(first) == ['as_it_is', 'half'] and set(first['half']) == {
-        'ap', 'ap50', 'resampled_ap', 'resampled_ap50', 'bytes', 'float32_megabytes', 'pruned', 'error'}
-    assert first['as_it_is']['pruned'] == 0 and first['half']['pruned'] == pytest.approx(0.5, abs=0.02)
+        'ap',
+        'ap50',
+        'resampled_ap',
+        'resampled_ap50',
+        'bytes',
+        'float32_megabytes',
+        'pruned',
+        'error',
+    }
+    assert first['as_it_is']['pruned'] == 0 and first['half']['pruned'] == pytest.approx(
+        0.5, abs=0.02
+    )
     assert first['half']['bytes'] < 0.75 * first['as_it_is']['bytes']
     assert len(first['half']['resampled_ap']) == 100
     # The third is of the detector as it was, not of its half; those that are there are kept.
@@ -84,12 +102,21 @@ def test_points_are_measured_once(digits, tmp_path):
 
 def point(value, spread=0.0, **more):
     resampled = [value - spread, value, value + spread]
-    return dict(ap=value, ap50=value, resampled_ap=resampled, resampled_ap50=resampled, bytes=1e6, error=0.0,
-                float32_megabytes=13.0, **more)
+    return dict(
+        ap=value,
+        ap50=value,
+        resampled_ap=resampled,
+        resampled_ap50=resampled,
+        bytes=1e6,
+        error=0.0,
+        float32_megabytes=13.0,
+        **more,
+    )
 
 
 def test_the_knee_by_hand():
-    """Level up to 60, then down to 0 at 90: farthest above the line from (0, 80) to (90, 0) at 60."""
+    """Level up to 60, then down to 0 at 90: farthest above the line from (0, 80) to (90, 0) at
+    60."""
     assert page.knee([0, 30, 60, 90], [80, 80, 80, 0]) == 60
     assert page.knee([0, 30, 60, 90], [80, 79, 30, 0]) == 30
     # What never falls has none before its end.
@@ -103,7 +130,12 @@ def test_differences_are_paired():
 
 def test_no_loss_ends_where_the_interval_is_below_zero():
     base = point(50.0)
-    values = {10: point(50.0), 20: point(49.0, spread=2), 30: point(48.0, spread=1), 40: point(50.0)}
+    values = {
+        10: point(50.0),
+        20: point(49.0, spread=2),
+        30: point(48.0, spread=1),
+        40: point(50.0),
+    }
     points = {f'prune-l1_global-both/{share}': one for share, one in values.items()}
     assert page.without_loss(points, 'L1 global', 'both', base) == 20
     assert page.without_loss({}, 'L1 global', 'both', base) == 0
@@ -113,9 +145,14 @@ def test_no_loss_ends_where_the_interval_is_below_zero():
 
 
 def test_a_page_of_what_is_known(tmp_path, monkeypatch):
-    facts = dict(seed=0, resamples=3, provenance=dict(images=6, device='a machine', threads=1, torch='2'))
-    points = {step.name: {name: point(60.0 - index) for index, name in enumerate(step.points)}
-              for step in STEPS if not step.name.startswith('tuned-prune-both-9')}
+    facts = dict(
+        seed=0, resamples=3, provenance=dict(images=6, device='a machine', threads=1, torch='2')
+    )
+    points = {
+        step.name: {name: point(60.0 - index) for index, name in enumerate(step.points)}
+        for step in STEPS
+        if not step.name.startswith('tuned-prune-both-9')
+    }
     for name, own in points.items():
         (tmp_path / f'{name}.json').write_text(json.dumps(dict(facts, points=own)))
     monkeypatch.setattr(page, 'RESULTS', tmp_path)
@@ -136,6 +173,7 @@ def test_a_page_of_what_is_known(tmp_path, monkeypatch):
 
 def test_steps_to_do(tmp_path, monkeypatch):
     import compression_all as experiment
+
     for name in ('RESULTS', 'WORK', 'ROUTING'):
         monkeypatch.setattr(experiment, name, tmp_path / name)
         (tmp_path / name).mkdir()

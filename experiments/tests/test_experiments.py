@@ -1,11 +1,12 @@
 """The experiment on routing: its table of runs, and the arithmetic of its page."""
+
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from mmengine.config import Config
 
+from conftest import ROOT
 from dynamicdet.measuring import recording
 from mmdet.registry import MODELS
 
@@ -26,7 +27,13 @@ def config_of(run):
 
 def flat(node, prefix=''):
     """Paths of all values of a nested config."""
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, (list, tuple)) else ()
+    items = (
+        node.items()
+        if isinstance(node, dict)
+        else enumerate(node)
+        if isinstance(node, (list, tuple))
+        else ()
+    )
     for key, value in items:
         yield f'{prefix}{key}'
         yield from flat(value, f'{prefix}{key}.')
@@ -35,16 +42,22 @@ def flat(node, prefix=''):
 def test_runs_are_named_once_and_start_from_runs_before_them():
     names = [run.name for run in all_runs()]
     assert len(set(names)) == len(names)
-    for place, run in enumerate(all_runs()):
-        assert run.start is None or run.start in names[:place]
+    for place, one in enumerate(all_runs()):
+        assert one.start is None or one.start in names[:place]
 
 
 @pytest.mark.parametrize('run', all_runs(), ids=lambda run: run.name)
 def test_a_runs_options_are_those_of_its_config(run):
     """A misspelt option would change nothing, and the run be called what it is not."""
     cfg, before = config_of(run)
-    new = ('model.data_preprocessor.batch_augments', 'model.router', 'model.backbones', 'model.shared',
-           'model.specialise', 'train_dataloader.dataset.data_root')
+    new = (
+        'model.data_preprocessor.batch_augments',
+        'model.router',
+        'model.backbones',
+        'model.shared',
+        'model.specialize',
+        'train_dataloader.dataset.data_root',
+    )
     for option in run.options:
         assert option in before or option in new, option
     images = cfg.train_dataloader.dataset.indices
@@ -57,18 +70,26 @@ def test_what_one_half_is_asked_about_the_other_was_trained_on():
     for own, other in (('half_a', 'half_b'), ('half_b', 'half_a')):
         assert runs[own].records['other_half'][seen] == runs[other].options[seen]
         assert not set(runs[own].options[seen]) & set(runs[other].options[seen])
-    assert sorted(runs['half_a'].options[seen] + runs['half_b'].options[seen]) == list(range(
-        runs['few'].options[seen]))
+    assert sorted(runs['half_a'].options[seen] + runs['half_b'].options[seen]) == list(
+        range(runs['few'].options[seen])
+    )
 
 
 def test_cross_fitted_losses_are_those_of_the_other_half():
-    own = dict(images=[dict(id=1, losses=[9, 9], features='a'), dict(id=2, losses=[9, 9], features='b')])
+    own = dict(
+        images=[dict(id=1, losses=[9, 9], features='a'), dict(id=2, losses=[9, 9], features='b')]
+    )
     halves = [dict(images=[dict(id=2, losses=[3, 4])]), dict(images=[dict(id=1, losses=[1, 2])])]
     found = with_losses_of(own, halves)['images']
-    assert found == [dict(id=1, losses=[1, 2], features='a'), dict(id=2, losses=[3, 4], features='b')]
+    assert found == [
+        dict(id=1, losses=[1, 2], features='a'),
+        dict(id=2, losses=[3, 4], features='b'),
+    ]
 
 
-@pytest.mark.parametrize('run', [run for run in all_runs() if run.seed == 0], ids=lambda run: run.name)
+@pytest.mark.parametrize(
+    'run', [run for run in all_runs() if run.seed == 0], ids=lambda run: run.name
+)
 def test_a_runs_detector_builds(run):
     cfg, _ = config_of(run)
     model = MODELS.build(cfg.model)
@@ -79,7 +100,7 @@ def test_a_runs_detector_builds(run):
 
 def test_augmented_images_are_recorded_augmented():
     """A record of training images takes the pipeline of the validation's."""
-    run, = (run for run in all_runs(root='data/digits_routing') if run.variant == 'few')
+    (run,) = (run for run in all_runs(root='data/digits_routing') if run.variant == 'few')
     cfg, _ = config_of(run)
     cfg.merge_from_dict(run.records['augmented'])
     seen = {}
@@ -97,29 +118,47 @@ def test_augmented_images_are_recorded_augmented():
 
 @pytest.mark.parametrize('one', routing_hook.cascades()[2:4], ids=lambda one: one.name)
 def test_step_2_of_the_experiment_has_the_cascades_model(one):
-    """Of other shape it would not load; of another objective the numbers would be of something else."""
+    """Of other shape it would not load; of another objective the numbers would be of something
+    else."""
     cfg = routing_hook.router_config(one, 'rank')
     router, (cascade, _) = MODELS.build(cfg.model), config_of(one)
-    shapes = {key: value.shape for key, value in MODELS.build(cascade.model).state_dict().items()
-              if not key.startswith('router.')}
-    assert shapes == {key: value.shape for key, value in router.state_dict().items()
-                      if not key.startswith('router.')}
+    shapes = {
+        key: value.shape
+        for key, value in MODELS.build(cascade.model).state_dict().items()
+        if not key.startswith('router.')
+    }
+    assert shapes == {
+        key: value.shape
+        for key, value in router.state_dict().items()
+        if not key.startswith('router.')
+    }
     assert router.objective.gain == 'loss_sum' and router.first_scale == cascade.model.first_scale
-    assert cfg.custom_hooks[-1].type == 'RouterHook' and cfg.custom_hooks[-1].cascade.endswith(one.name)
+    assert cfg.custom_hooks[-1].type == 'RouterHook' and cfg.custom_hooks[-1].cascade.endswith(
+        one.name
+    )
     assert cfg.train_dataloader.dataset.indices == 1000
-    assert cfg.train_dataloader.dataset.data_root == f"{DATA['root']}/"
+    assert cfg.train_dataloader.dataset.data_root == f'{DATA["root"]}/'
 
 
 def test_routers_are_compared_with_the_papers_of_the_same_images_and_seed():
-    own = [dict(ap=[3.0, 5.0], resampled_mean=[4.0, 4.2]), dict(ap=[2.0, 2.0], resampled_mean=[2.0, 2.2])]
-    paper = [dict(ap=[1.0, 4.0], resampled_mean=[3.0, 3.2]), dict(ap=[2.0, 1.0], resampled_mean=[1.0, 1.2])]
+    own = [
+        dict(ap=[3.0, 5.0], resampled_mean=[4.0, 4.2]),
+        dict(ap=[2.0, 2.0], resampled_mean=[2.0, 2.2]),
+    ]
+    paper = [
+        dict(ap=[1.0, 4.0], resampled_mean=[3.0, 3.2]),
+        dict(ap=[2.0, 1.0], resampled_mean=[1.0, 1.2]),
+    ]
     assert routing_page.difference(own, paper, 0) == '+1.00 (+0.00 to +2.00)'
-    assert routing_page.difference(own, paper, None) == '+1.00 (+0.50 to +1.50); interval +1.00 to +1.00'
+    assert (
+        routing_page.difference(own, paper, None)
+        == '+1.00 (+0.50 to +1.50); interval +1.00 to +1.00'
+    )
 
 
 def test_peers_pay_for_what_they_look_at():
-    """Exits of 1 and 3 GFLOPs, 10 and 30 AP, a router on the straight line between them. At half hard, 2
-    GFLOPs; one that looks pays 1 for the hard half, and that buys 5 AP."""
+    """Exits of 1 and 3 GFLOPs, 10 and 30 AP, a router on the straight line between them. At half
+    hard, 2 GFLOPs; one that looks pays 1 for the hard half, and that buys 5 AP."""
     line = dict(ap=[12, 14, 16, 18, 20, 22, 24, 26, 28])
     run = dict(gflops=[1, 3], exits=[dict(ap=10), dict(ap=30)], routers={routing_page.ROUTER: line})
     assert routing_page.at_equal_cost(run, line) == 0
@@ -128,7 +167,8 @@ def test_peers_pay_for_what_they_look_at():
 
 
 def test_images_go_over_three_exits_by_rank():
-    """Of four images at half hard, a quarter stay at the first, a quarter go to the last; the hardest furthest."""
+    """Of four images at half hard, a quarter stay at the first, a quarter go to the last; the
+    hardest furthest."""
     seen = []
 
     class Mixtures:
@@ -146,7 +186,10 @@ def test_images_go_over_three_exits_by_rank():
 
 def test_seeds_without_a_figure_are_named():
     found = [dict(gain=value, low=None, high=None) for value in (0.1, None, 0.3)]
-    assert routing_page.with_interval(found, 'gain') == '+0.20 (+0.10 to +0.30), 2 of 3 seeds; no interval'
+    assert (
+        routing_page.with_interval(found, 'gain')
+        == '+0.20 (+0.10 to +0.30), 2 of 3 seeds; no interval'
+    )
 
 
 def test_intervals_of_several_seeds_are_the_widest():
@@ -156,7 +199,8 @@ def test_intervals_of_several_seeds_are_the_widest():
 
 
 def test_runs_of_another_machine_are_marked():
-    """A seed comes to other weights there: such runs are not held against the plain detectors of this one."""
+    """A seed comes to other weights there: such runs are not held against the plain detectors of
+    this one."""
     here, there = ([dict(provenance=dict(device=device))] for device in ('here', 'there'))
     assert not routing_page.ran_elsewhere(here, {'96': here[0]})
     assert routing_page.ran_elsewhere(here + there, {'96': here[0]})
@@ -173,9 +217,13 @@ def test_the_static_front_is_the_upper_hull():
     # Running the first and the last at random beats the second.
     assert routing_page.front(detectors, 2) == 20
     assert routing_page.front(detectors, 2, resample=1) == 21
-    assert np.isnan(routing_page.front(detectors, 0.5)) and np.isnan(routing_page.front(detectors, 3.5))
+    assert np.isnan(routing_page.front(detectors, 0.5)) and np.isnan(
+        routing_page.front(detectors, 3.5)
+    )
     # A dearer detector that is worse counts for nothing.
-    assert [routing_page.front(plain((1, 10), (2, 9), (3, 8)), cost) for cost in (1, 2, 3)] == [10] * 3
+    assert [routing_page.front(plain((1, 10), (2, 9), (3, 8)), cost) for cost in (1, 2, 3)] == [
+        10
+    ] * 3
 
 
 def test_the_lead_is_paired():
@@ -210,7 +258,15 @@ def test_a_tool_that_fails_ends_the_step_and_names_its_log(tmp_path):
         run('-c', 'raise SystemExit(3)', log=tmp_path / 'bad.log')
     done = []
     with pytest.raises(RuntimeError, match='status 3'):
-        do_all(['breaks', 'later', 'last'], lambda name: done.append(name) or run(
-            '-c', f'raise SystemExit({3 * (name == "breaks")})', log=tmp_path / 'bad.log'), jobs=1)
+        do_all(
+            ['breaks', 'later', 'last'],
+            lambda name: (
+                done.append(name)
+                or run(
+                    '-c', f'raise SystemExit({3 * (name == "breaks")})', log=tmp_path / 'bad.log'
+                )
+            ),
+            jobs=1,
+        )
     # What waits is not begun; one may have been, before the failure was seen.
     assert done in (['breaks'], ['breaks', 'later'])

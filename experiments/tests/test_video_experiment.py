@@ -1,9 +1,12 @@
-"""The experiment on early exit in video: its table of runs, its resamples, the arithmetic of its page."""
+"""The experiment on early exit in video: its table of runs, its resamples, the arithmetic of its
+page."""
+
 import json
 import sys
 
 import numpy as np
 import pytest
+
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / 'experiments'))
@@ -36,7 +39,7 @@ def have(*names, trained=True, results=True):
         if trained:
             (video.WORK / name).mkdir(exist_ok=True)
             (video.WORK / name / 'trained').touch()
-        for end in ('', '_clock') if results and name in GATED else ('', ) if results else ():
+        for end in ('', '_clock') if results and name in GATED else ('',) if results else ():
             (video.RESULTS / f'{name}{end}.json').touch()
 
 
@@ -72,8 +75,13 @@ def test_energys_counter_begins_anew(tmp_path, monkeypatch):
 
 
 def record(*lengths):
-    return dict(images=[dict(video=video, frame=frame) for video, length in enumerate(lengths)
-                        for frame in range(length)])
+    return dict(
+        images=[
+            dict(video=video, frame=frame)
+            for video, length in enumerate(lengths)
+            for frame in range(length)
+        ]
+    )
 
 
 def test_videos_are_resampled_whole():
@@ -85,12 +93,16 @@ def test_videos_are_resampled_whole():
 
 
 def test_gates_are_fitted_to_one_half_of_the_videos_and_set_on_the_other():
-    fit, choose = ({image['video'] for image in half['images']} for half in halves(record(1, 2, 1, 2, 3)))
+    fit, choose = (
+        {image['video'] for image in half['images']} for half in halves(record(1, 2, 1, 2, 3))
+    )
     assert fit == {0, 2, 4} and choose == {1, 3}
 
 
 def exit(ap, latency, resampled=None):
-    return dict(ap=ap, gflops=latency * 10, latency=latency, resampled=resampled or [ap - 1, ap + 1])
+    return dict(
+        ap=ap, gflops=latency * 10, latency=latency, resampled=resampled or [ap - 1, ap + 1]
+    )
 
 
 def row(ap, latency, **more):
@@ -99,8 +111,11 @@ def row(ap, latency, **more):
 
 def run_of(*exits):
     cost = dict(early=0.001, looked=[0.011, 0.021])
-    return dict(exits=list(exits), costs=dict(gflops=cost, latencies=cost),
-                provenance=dict(images=40, device='a machine', torch='2', threads=1))
+    return dict(
+        exits=list(exits),
+        costs=dict(gflops=cost, latencies=cost),
+        provenance=dict(images=40, device='a machine', torch='2', threads=1),
+    )
 
 
 def test_differences_are_paired():
@@ -119,14 +134,30 @@ def results(tmp_path, monkeypatch):
     for name, path in dict(RESULTS='video', PAGE='video.md', PICTURE='gates.png').items():
         monkeypatch.setattr(page, name, tmp_path / path)
     page.RESULTS.mkdir()
-    joint = dict(run_of(exit(10, 0.01), exit(30, 0.02)), fixed=[row(10, 0.01, exit=0), row(30, 0.02, exit=1)],
-                 gates={'entropy': dict(rows=[row(20, 0.012), row(29.5, 0.014)], within=row(29.5, 0.014)),
-                        'none': dict(rows=[row(12, 0.02)], within=None)},
-                 oracles={'oracle': [row(20, 0.01), row(35, 0.02)]})
-    clock = dict(threads=2, frames=10, energy='RAPL', load_before=0.1, provenance=dict(
-        device='a clock', torch='2', threads=1), ways={
-        name: dict(ap=ap, seconds=seconds, median=seconds, joules_per_1000=5, exits=[0, 10, 0])
-        for name, ap, seconds in (('exit 0', 10, 0.01), ('exit 1', 30, 0.02), ('entropy', 29, 0.01))})
+    joint = dict(
+        run_of(exit(10, 0.01), exit(30, 0.02)),
+        fixed=[row(10, 0.01, exit=0), row(30, 0.02, exit=1)],
+        gates={
+            'entropy': dict(rows=[row(20, 0.012), row(29.5, 0.014)], within=row(29.5, 0.014)),
+            'none': dict(rows=[row(12, 0.02)], within=None),
+        },
+        oracles={'oracle': [row(20, 0.01), row(35, 0.02)]},
+    )
+    clock = dict(
+        threads=2,
+        frames=10,
+        energy='RAPL',
+        load_before=0.1,
+        provenance=dict(device='a clock', torch='2', threads=1),
+        ways={
+            name: dict(ap=ap, seconds=seconds, median=seconds, joules_per_1000=5, exits=[0, 10, 0])
+            for name, ap, seconds in (
+                ('exit 0', 10, 0.01),
+                ('exit 1', 30, 0.02),
+                ('entropy', 29, 0.01),
+            )
+        },
+    )
     runs = dict(joint=joint, joint_clock=clock, distilled=run_of(exit(12, 0.01), exit(29, 0.02)))
     for name, run in runs.items():
         (page.RESULTS / f'{name}.json').write_text(json.dumps(dict(run, run=name)))
@@ -135,7 +166,10 @@ def results(tmp_path, monkeypatch):
 def test_the_page_says_what_was_found(results):
     page.main()
     text = page.PAGE.read_text()
-    assert '| together, with distillation, against: all trained together | +2.00 (+2.00 to +2.00) | -1.00 (' in text
+    assert (
+        '| together, with distillation, against: all trained together | +2.00 (+2.00 to +2.00) | '
+        '-1.00 (' in text
+    )
     assert '| entropy | 29.50 | 0.1400 | 14.00 | 30% | ' in text and '| none | - |' in text
     # The oracle's cheapest point that loses at most 1 AP.
     assert '| oracle | 35.00 |' in text

@@ -1,8 +1,10 @@
 """Object detectors that spend compute where the image needs it, for MMDetection.
 
-Importing the package registers all it has; configs say ``custom_imports = dict(imports=['dynamicdet'])``. Without
-MMDetection, `dynamicdet.routing` and `dynamicdet.compression` are what there is.
+Importing the package registers all it has; configs say ``custom_imports =
+dict(imports=['dynamicdet'])``. Without MMDetection, `dynamicdet.routing` and
+`dynamicdet.compression` are what there is.
 """
+
 import importlib.util
 
 from .version import __version__  # noqa: F401

@@ -1,10 +1,12 @@
-"""Read COCO annotation files as users have them: what all tools take, what none can, and what is mended on the way.
+"""Read COCO annotation files as users have them: what all tools take, what none can, and what is
+mended on the way.
 
-pycocotools, mmdet and the tools of this package differ in what they stumble over: text where a number belongs, an
-``iscrowd`` that is missing, ids of 0. So there is one reader. What it returns every one of them takes; what cannot be
-used it refuses, in one line. Files are never written to. Where mmdet reads a file itself, it is given a copy
-(`mended_copy`).
+pycocotools, mmdet and the tools of this package differ in what they stumble over: text where a
+number belongs, an ``iscrowd`` that is missing, ids of 0. So there is one reader. What it returns
+every one of them takes; what cannot be used it refuses, in one line. Files are never written to.
+Where mmdet reads a file itself, it is given a copy (`mended_copy`).
 """
+
 import contextlib
 import gc
 import hashlib
@@ -13,10 +15,11 @@ import locale
 import math
 import re
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,7 +27,8 @@ from .errors import UsageError
 
 #: Sides of an image beyond this OpenCV does not read (its CV_IO_MAX_IMAGE_WIDTH).
 LONGEST_SIDE = 2**20
-#: No coordinate or area comes near it; sums and products of smaller ones are exact enough in float64.
+#: No coordinate or area comes near it; sums and products of smaller ones are exact enough in
+#: float64.
 _LARGEST = 1e12
 _NUMBER = re.compile(r'\s*[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?\s*', re.ASCII)
 _WHOLE = re.compile(r'-?(0|[1-9][0-9]{0,19})', re.ASCII)
@@ -32,31 +36,34 @@ _WHOLE = re.compile(r'-?(0|[1-9][0-9]{0,19})', re.ASCII)
 _VERSION = 1
 _PLURALS = dict(image='images', annotation='annotations', category='categories')
 #: Copy -> the file that it was made of.
-_ORIGINALS: Dict[str, str] = {}
+_ORIGINALS: dict[str, str] = {}
 
 
 class AnnotationFile(NamedTuple):
     """A COCO annotation file that every tool takes.
 
     Attributes:
-        data (dict): ``images``, ``annotations`` and ``categories`` as in the file, but: all ids are whole numbers of
-            64 bits, those of images and annotations unique, of annotations never 0; ``width`` and ``height`` whole
-            numbers above 0; ``bbox`` four finite numbers; ``area`` a finite number; ``iscrowd`` 0 or 1; names text.
-        mended (list[str]): What was changed for it, a line each: how often, and where first. Empty: nothing.
+        data (dict): ``images``, ``annotations`` and ``categories`` as in the file, but: all ids are
+            whole numbers of 64 bits, those of images and annotations unique, of annotations never
+            0; ``width`` and ``height`` whole numbers above 0; ``bbox`` four finite numbers;
+            ``area`` a finite number; ``iscrowd`` 0 or 1; names text.
+        mended (list[str]): What was changed for it, a line each: how often, and where first. Empty:
+            nothing.
         renumbered (bool): Whether images have other ids than in the file. Defaults to False.
     """
-    data: Dict[str, Any]
-    mended: List[str]
+
+    data: dict[str, Any]
+    mended: list[str]
     renumbered: bool = False
 
 
-def read_annotations(path: Union[str, Path], outlines: bool = False) -> AnnotationFile:
+def read_annotations(path: str | Path, outlines: bool = False) -> AnnotationFile:
     """Read a COCO annotation file, and mend what can be mended without a guess.
 
     Args:
         path (str or Path): JSON.
-        outlines (bool): Whether to keep ``segmentation``, which of COCO is two thirds of the memory. Defaults to
-            False.
+        outlines (bool): Whether to keep ``segmentation``, which of COCO is two thirds of the
+            memory. Defaults to False.
 
     Raises:
         UsageError: If it cannot be used: the line names the file, the entry, and what it needs.
@@ -84,10 +91,11 @@ def _without_collection() -> Iterator[None]:
             gc.enable()
 
 
-def mended_copy(path: str, folder: Union[str, Path]) -> str:
+def mended_copy(path: str, folder: str | Path) -> str:
     """Write a file as `read_annotations` reads it, for those who read for themselves.
 
-    The copy is named by the content of the file, and appears whole or not at all: several processes may write it at
+    The copy is named by the content of the file, and appears whole or not at all: several processes
+        may write it at
     once, and what a killed one leaves is never read.
 
     Args:
@@ -98,15 +106,20 @@ def mended_copy(path: str, folder: Union[str, Path]) -> str:
         str: The absolute path of the copy. `original_of` knows what it was made of.
     """
     from .files import write_atomically
-    digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=8, salt=b'%d' % _VERSION).hexdigest()
+
+    digest = hashlib.blake2b(
+        Path(path).read_bytes(), digest_size=8, salt=b'%d' % _VERSION
+    ).hexdigest()
     copy = Path(folder).absolute() / f'{Path(path).stem}.{digest}.json'
     if not copy.is_file():
         content = json.dumps(read_annotations(path, outlines=True).data)
         try:
             write_atomically(content.encode(), copy)
         except OSError as error:
-            raise UsageError(f"'{path}' needs mending, and its copy cannot be written to '{folder}': "
-                             f'{error.strerror}') from None
+            raise UsageError(
+                f"'{path}' needs mending, and its copy cannot be written to '{folder}': "
+                f'{error.strerror}'
+            ) from None
     _ORIGINALS[str(copy)] = path
     return str(copy)
 
@@ -116,7 +129,7 @@ def original_of(path: str) -> str:
     return _ORIGINALS.get(path, path)
 
 
-def _parse(path: str, outlines: bool) -> Tuple[Dict[str, Any], List[str]]:
+def _parse(path: str, outlines: bool) -> tuple[dict[str, Any], list[str]]:
     try:
         with open(path, 'rb') as file:
             encoding = json.detect_encoding(start := file.read(4))
@@ -126,36 +139,46 @@ def _parse(path: str, outlines: bool) -> Tuple[Dict[str, Any], List[str]]:
             text = file.read()
         data = json.loads(text, object_hook=None if outlines else _without_outline)
     except UnicodeDecodeError:
-        raise UsageError(f"'{path}' is not JSON, or was cut short (not text in UTF-8): save it as UTF-8, or download "
-                         'or make it again') from None
+        raise UsageError(
+            f"'{path}' is not JSON, or was cut short (not text in UTF-8): save it as UTF-8, or "
+            'download '
+            'or make it again'
+        ) from None
     except (ValueError, RecursionError) as error:
         # Python's own words, to their first stop: the rest is advice to programmers.
-        raise UsageError(f"'{path}' is not JSON, or was cut short ({str(error).partition(';')[0]}): download or make "
-                         'it again') from None
+        raise UsageError(
+            f"'{path}' is not JSON, or was cut short ({str(error).partition(';')[0]}): download or "
+            'make '
+            'it again'
+        ) from None
     except OSError as error:
         raise UsageError(f"'{path}' cannot be read: {error.strerror}") from None
     if not isinstance(data, dict) or not isinstance(data.get('images'), list):
         raise UsageError(f"'{path}' is no COCO annotation file: it has no list of 'images'")
     # pycocotools opens files in the machine's encoding, whatever that is.
-    odd = encoding not in ('utf-8', ) or not text.isascii() and locale.getpreferredencoding(False).lower() != 'utf-8'
+    odd = (
+        encoding not in ('utf-8',)
+        or not text.isascii()
+        and locale.getpreferredencoding(False).lower() != 'utf-8'
+    )
     return data, [f'the file is in {encoding.upper()}: read as such'] if odd else []
 
 
-def _without_outline(entry: Dict[str, Any]) -> Dict[str, Any]:
+def _without_outline(entry: dict[str, Any]) -> dict[str, Any]:
     entry.pop('segmentation', None)
     return entry
 
 
-def _mend(data: Dict[str, Any]) -> Tuple[List[str], bool]:
+def _mend(data: dict[str, Any]) -> tuple[list[str], bool]:
     """Change what can be changed, and say so; refuse what cannot. Fast where nothing is odd.
 
     Returns:
         tuple: A line for each kind of change; and whether images have other ids.
     """
-    lines: List[str] = []
+    lines: list[str] = []
     images = data['images']
     if not images:
-        raise UsageError("there are no images: the set is empty")
+        raise UsageError('there are no images: the set is empty')
     if 'annotations' in data and data['annotations'] is None:
         lines.append("'annotations' is null: read as none")
         data['annotations'] = []
@@ -189,20 +212,24 @@ def _require_keys(entries: Sequence[Any], keys: Sequence[str], what: str) -> Non
         pass
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict):
-            raise UsageError(f'{what} number {index} is {_shown(entry)}, where a dictionary is needed')
+            raise UsageError(
+                f'{what} number {index} is {_shown(entry)}, where a dictionary is needed'
+            )
         for key in keys:
             if key not in entry:
                 raise UsageError(f"{_place(what, index, entry)} has no '{key}', which mmdet needs")
 
 
-def _place(what: str, index: int, entry: Dict[str, Any]) -> str:
+def _place(what: str, index: int, entry: dict[str, Any]) -> str:
     """An entry in words, by its place in the file and by what it calls itself."""
     said = {key: entry[key] for key in ('id', 'image_id', 'name', 'file_name') if key in entry}
     return f'{what} number {index} {_shown(said)}'
 
 
-def _refusal(what: str, index: int, entry: Dict[str, Any], key: str, wanted: str) -> UsageError:
-    return UsageError(f'{_place(what, index, entry)} has {key} {_shown(entry[key])}, where {wanted} is needed')
+def _refusal(what: str, index: int, entry: dict[str, Any], key: str, wanted: str) -> UsageError:
+    return UsageError(
+        f'{_place(what, index, entry)} has {key} {_shown(entry[key])}, where {wanted} is needed'
+    )
 
 
 def _shown(value: Any) -> str:
@@ -210,14 +237,17 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 200 else f'{text[:200]} ...'
 
 
-def _line(entries: Sequence[dict], what: str, odd: Sequence[int], text: str) -> List[str]:
+def _line(entries: Sequence[dict], what: str, odd: Sequence[int], text: str) -> list[str]:
     """A line about entries by their indices; none if there are none."""
     if not odd:
         return []
-    return [f'{len(odd)} of {len(entries)} {_PLURALS[what]} {text} (first: {_place(what, odd[0], entries[odd[0]])})']
+    return [
+        f'{len(odd)} of {len(entries)} {_PLURALS[what]} {text} (first: '
+        f'{_place(what, odd[0], entries[odd[0]])})'
+    ]
 
 
-def _number_from(value: Any) -> Optional[Union[int, float]]:
+def _number_from(value: Any) -> int | float | None:
     """A number that is one, or is written as text; None for all else."""
     if isinstance(value, str) and _NUMBER.fullmatch(value):
         value = int(value) if _WHOLE.fullmatch(value) else float(value)
@@ -237,10 +267,12 @@ def all_numbers(values: Iterable[Any], largest: float = _LARGEST) -> bool:
         return False
 
 
-def _mend_names(images: List[dict], categories: List[dict]) -> List[str]:
+def _mend_names(images: list[dict], categories: list[dict]) -> list[str]:
     for index, entry in enumerate(images):
         if not isinstance(entry['file_name'], str) or not entry['file_name']:
-            raise _refusal('image', index, entry, 'file_name', 'text, relative to the folder of images,')
+            raise _refusal(
+                'image', index, entry, 'file_name', 'text, relative to the folder of images,'
+            )
     odd = []
     for index, entry in enumerate(categories):
         if not isinstance(entry['name'], str):
@@ -251,12 +283,15 @@ def _mend_names(images: List[dict], categories: List[dict]) -> List[str]:
     return _line(categories, 'category', odd, 'have a number as name: read as text')
 
 
-def _mend_sizes(images: List[dict]) -> List[str]:
+def _mend_sizes(images: list[dict]) -> list[str]:
     if set(map(type, chain.from_iterable(map(itemgetter('width', 'height'), images)))) == {int}:
         odd = []
     else:
-        odd = [index for index, entry in enumerate(images)
-               if not all(type(entry[key]) is int for key in ('width', 'height'))]
+        odd = [
+            index
+            for index, entry in enumerate(images)
+            if not all(type(entry[key]) is int for key in ('width', 'height'))
+        ]
     for index in odd:
         for key in ('width', 'height'):
             number = _number_from(images[index][key])
@@ -265,14 +300,18 @@ def _mend_sizes(images: List[dict]) -> List[str]:
             images[index][key] = int(number)
     for index, entry in enumerate(images):
         if not (0 < entry['width'] <= LONGEST_SIDE and 0 < entry['height'] <= LONGEST_SIDE):
-            raise UsageError(f"image '{entry['file_name']}' has no width or height above 0 (or one above "
-                             f'{LONGEST_SIDE}) in the annotation file')
-    return _line(images, 'image', odd, 'have width or height as text or with a point: read as whole numbers')
+            raise UsageError(
+                f"image '{entry['file_name']}' has no width or height above 0 (or one above "
+                f'{LONGEST_SIDE}) in the annotation file'
+            )
+    return _line(
+        images, 'image', odd, 'have width or height as text or with a point: read as whole numbers'
+    )
 
 
-def _id_from(value: Any) -> Union[int, str, None]:
-    """What an id stands for, whatever its type: 1, 1.0 and '1' are one id. A number if 64 bits hold it, else text; None
-    for what is no id."""
+def _id_from(value: Any) -> int | str | None:
+    """What an id stands for, whatever its type: 1, 1.0 and '1' are one id. A number if 64 bits hold
+    it, else text; None for what is no id."""
     if isinstance(value, float) and math.isfinite(value):
         value = int(value) if value.is_integer() else str(value)
     if isinstance(value, str) and _WHOLE.fullmatch(value):
@@ -281,7 +320,7 @@ def _id_from(value: Any) -> Union[int, str, None]:
         return value or None
     if isinstance(value, bool) or not isinstance(value, int):
         return None
-    return value if -2**63 <= value < 2**63 else str(value)
+    return value if -(2**63) <= value < 2**63 else str(value)
 
 
 def _are_plain(ids: Sequence[Any]) -> bool:
@@ -289,7 +328,7 @@ def _are_plain(ids: Sequence[Any]) -> bool:
     return set(map(type, ids)) <= {int} and np.array(ids or [0]).dtype == np.int64
 
 
-def _mend_ids(entries: List[dict], annotations: List[dict], what: str) -> Tuple[List[str], bool]:
+def _mend_ids(entries: list[dict], annotations: list[dict], what: str) -> tuple[list[str], bool]:
     """Make the ids of images or categories whole numbers, there and where annotations name them.
 
     Returns:
@@ -305,12 +344,22 @@ def _mend_ids(entries: List[dict], annotations: List[dict], what: str) -> Tuple[
     renumbered = not all(isinstance(one, int) for one in own)
     new = {one: number if renumbered else one for number, one in enumerate(dict.fromkeys(own), 1)}
     lines = []
-    for some, ids, own_key, kind in ((entries, own, 'id', what), (annotations, named, key, 'annotation')):
-        odd = [index for index, (entry, one) in enumerate(zip(some, ids)) if type(entry[own_key]) is not type(one) or
-               renumbered and not isinstance(one, int)]
-        text = ('of text or with a point: read as the whole number that it is' if not renumbered else
-                'that is no whole number of 64 bits: all are numbered from 1 in the order of the file, in results and '
-                'records too')
+    for some, ids, own_key, kind in (
+        (entries, own, 'id', what),
+        (annotations, named, key, 'annotation'),
+    ):
+        odd = [
+            index
+            for index, (entry, one) in enumerate(zip(some, ids))
+            if type(entry[own_key]) is not type(one) or renumbered and not isinstance(one, int)
+        ]
+        text = (
+            'of text or with a point: read as the whole number that it is'
+            if not renumbered
+            else 'that is no whole number of 64 bits: all are numbered from 1 in the order of the '
+            'file, in results and '
+            'records too'
+        )
         if kind == what or not renumbered:
             lines += _line(some, kind, odd, f'have {own_key} {text}')
         for entry, one in zip(some, ids):
@@ -319,7 +368,7 @@ def _mend_ids(entries: List[dict], annotations: List[dict], what: str) -> Tuple[
     return lines, renumbered
 
 
-def _ids_of(entries: List[dict], key: str, what: str) -> List[Union[int, str]]:
+def _ids_of(entries: list[dict], key: str, what: str) -> list[int | str]:
     ids = [_id_from(entry[key]) for entry in entries]
     if None in ids:
         index = ids.index(None)
@@ -328,16 +377,19 @@ def _ids_of(entries: List[dict], key: str, what: str) -> List[Union[int, str]]:
 
 
 def _require_unique(ids: Sequence[Any], what: str) -> None:
-    # Categories that the detector does not know may share an id: the check looks at those that it does.
+    # Categories that the detector does not know may share an id: the check looks at those that it
+    # does.
     if what == 'image' and len(set(ids)) < len(ids):
         shared = [one for one, count in Counter(ids).items() if count > 1]
         some = ', '.join(map(str, shared[:3]))
-        raise UsageError(f'{len(shared)} id(s) belong to several images (such as {some}): each needs its own')
+        raise UsageError(
+            f'{len(shared)} id(s) belong to several images (such as {some}): each needs its own'
+        )
 
 
-def _number_annotations(annotations: List[dict]) -> List[str]:
-    """Annotations need ids of their own, and COCO's evaluation takes one of 0 for "not matched". No other use is
-    made of them."""
+def _number_annotations(annotations: list[dict]) -> list[str]:
+    """Annotations need ids of their own, and COCO's evaluation takes one of 0 for "not matched". No
+    other use is made of them."""
     ids = [entry.get('id') for entry in annotations]
     if _are_plain(ids) and len(unique := set(ids)) == len(ids) and 0 not in unique:
         return []
@@ -348,29 +400,44 @@ def _number_annotations(annotations: List[dict]) -> List[str]:
             odd.append(index)
         else:
             seen.add(one)
-    lines = _line(annotations, 'annotation', odd, 'have an id that is 0 ("not matched", to COCO), '
-                  'missing, repeated or no number: all are numbered from 1 in the order of the file')
+    lines = _line(
+        annotations,
+        'annotation',
+        odd,
+        'have an id that is 0 ("not matched", to COCO), '
+        'missing, repeated or no number: all are numbered from 1 in the order of the file',
+    )
     for number, entry in enumerate(annotations, 1):
         entry['id'] = number
     return lines
 
 
-def _mend_boxes(annotations: List[dict]) -> List[str]:
+def _mend_boxes(annotations: list[dict]) -> list[str]:
     boxes = list(map(itemgetter('bbox'), annotations))
-    if set(map(type, boxes)) <= {list} and set(map(len, boxes)) <= {4} and all_numbers(chain.from_iterable(boxes)):
+    if (
+        set(map(type, boxes)) <= {list}
+        and set(map(len, boxes)) <= {4}
+        and all_numbers(chain.from_iterable(boxes))
+    ):
         return []
     odd = []
     for index, (entry, box) in enumerate(zip(annotations, boxes)):
         numbers = list(map(_number_from, box)) if isinstance(box, list) else [None]
         if len(numbers) != 4 or None in numbers:
-            raise _refusal('annotation', index, entry, 'bbox', 'a list of 4 finite numbers (x, y, width, height)')
+            raise _refusal(
+                'annotation',
+                index,
+                entry,
+                'bbox',
+                'a list of 4 finite numbers (x, y, width, height)',
+            )
         if numbers != box:
             entry['bbox'] = numbers
             odd.append(index)
     return _line(annotations, 'annotation', odd, 'have numbers as text in bbox: read as numbers')
 
 
-def _mend_areas(annotations: List[dict]) -> List[str]:
+def _mend_areas(annotations: list[dict]) -> list[str]:
     areas = [entry.get('area') for entry in annotations]
     if all_numbers(areas):
         return []
@@ -384,15 +451,16 @@ def _mend_areas(annotations: List[dict]) -> List[str]:
         elif isinstance(area, str):
             entry['area'] = number
             odd.append(index)
-    return (_line(annotations, 'annotation', odd, 'have an area that is text: read as a number') +
-            _line(annotations, 'annotation', absent, "have no 'area': that of their box is taken"))
+    return _line(
+        annotations, 'annotation', odd, 'have an area that is text: read as a number'
+    ) + _line(annotations, 'annotation', absent, "have no 'area': that of their box is taken")
 
 
 #: What means yes or no, as other tools write it.
 _FLAGS = {'': 0, '0': 0, '1': 1, 'false': 0, 'true': 1}
 
 
-def _mend_flags(annotations: List[dict], key: str, default: Optional[int] = None) -> List[str]:
+def _mend_flags(annotations: list[dict], key: str, default: int | None = None) -> list[str]:
     """Make a mark 0 or 1; where it is missing, the default, if it must be there."""
     absent, odd = [], []
     for index, entry in enumerate(annotations):
@@ -408,5 +476,6 @@ def _mend_flags(annotations: List[dict], key: str, default: Optional[int] = None
             odd.append(index)
         else:
             raise _refusal('annotation', index, entry, key, '0 or 1')
-    return (_line(annotations, 'annotation', absent, f'have no {key}: taken as 0') +
-            _line(annotations, 'annotation', odd, f'have {key} as text: read as 0 or 1'))
+    return _line(annotations, 'annotation', absent, f'have no {key}: taken as 0') + _line(
+        annotations, 'annotation', odd, f'have {key} as text: read as 0 or 1'
+    )

@@ -1,5 +1,7 @@
 """From a config and a checkpoint to a model or a data loader."""
-from typing import Any, Dict, Mapping, Sequence, Tuple, Union
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from mmengine.config import Config
@@ -19,13 +21,16 @@ from .models.weights import forget_other_router, is_plain, require_complete
 
 
 def require_model(cfg: Config, path: str) -> None:
-    """Raise a `UsageError` unless a config, which was read from ``path``, names a model that is registered."""
+    """Raise a `UsageError` unless a config, which was read from ``path``, names a model that is
+    registered."""
     kind = cfg.model.get('type') if isinstance(cfg.get('model'), dict) else None
     if kind is None:
         raise UsageError(f"the config '{path}' has no model=dict(type=...)")
     if isinstance(kind, str) and MODELS.get(kind) is None:
-        raise UsageError(f"the config '{path}' names a model of type '{kind}', which nothing "
-                         'registers: is a package missing in custom_imports?')
+        raise UsageError(
+            f"the config '{path}' names a model of type '{kind}', which nothing "
+            'registers: is a package missing in custom_imports?'
+        )
 
 
 def build_model(cfg: Config) -> nn.Module:
@@ -36,37 +41,47 @@ def build_model(cfg: Config) -> nn.Module:
         raise
     except Exception as error:
         # Its parts are built by many constructors, which may raise anything.
-        raise UsageError(f"the model of '{cfg.filename}' cannot be built: {reason_of(error)}") from error
+        raise UsageError(
+            f"the model of '{cfg.filename}' cannot be built: {reason_of(error)}"
+        ) from error
 
 
 def whole_model(cfg: Config) -> dict:
-    """The config of a model; of one that has lost channels (`PrunedDetector`), that of the detector it was."""
+    """The config of a model; of one that has lost channels (`PrunedDetector`), that of the detector
+    it was."""
     return cfg.model.detector if cfg.model.type == 'PrunedDetector' else cfg.model
 
 
 def require_dynamic(cfg: Config) -> None:
     """Raise a `UsageError` unless a config is of a dynamic detector, whole or pruned."""
     if whole_model(cfg).type != 'DynamicDetector':
-        raise UsageError(f"the config's model must be a DynamicDetector, not {whole_model(cfg).type}")
+        raise UsageError(
+            f"the config's model must be a DynamicDetector, not {whole_model(cfg).type}"
+        )
 
 
-def load_detector(cfg: Config,
-                  checkpoint: Union[str, Mapping[str, Any]],
-                  device: str = 'cpu',
-                  optional: Sequence[str] = (),
-                  plain: bool = False) -> Tuple[BaseDetector, Dict[str, Any]]:
+def load_detector(
+    cfg: Config,
+    checkpoint: str | Mapping[str, Any],
+    device: str = 'cpu',
+    optional: Sequence[str] = (),
+    plain: bool = False,
+) -> tuple[BaseDetector, dict[str, Any]]:
     """Build a config's detector, of any kind, and fill it from a checkpoint of its own.
 
     Args:
         cfg (Config): Of a plain, dynamic, pruned or early-exit detector.
-        checkpoint (str or Mapping): Its checkpoint: a file, a URL, or what `read_checkpoint` made of one.
+        checkpoint (str or Mapping): Its checkpoint: a file, a URL, or what `read_checkpoint` made
+            of one.
         device (str): Where the detector goes. Defaults to 'cpu'.
-        optional (Sequence[str]): Prefixes of entries that may be missing; these stay as they were initialized.
-        plain (bool): Whether weights of a plain detector will do for a dynamic one, whose router and connections
-            then stay as they were initialized. Defaults to False.
+        optional (Sequence[str]): Prefixes of entries that may be missing; these stay as they were
+            initialized.
+        plain (bool): Whether weights of a plain detector will do for a dynamic one, whose router
+            and connections then stay as they were initialized. Defaults to False.
 
     Returns:
-        tuple: The detector, in eval mode and not fused, with the checkpoint's ``dataset_meta``; and the checkpoint.
+        tuple: The detector, in eval mode and not fused, with the checkpoint's ``dataset_meta``; and
+            the checkpoint.
 
     Raises:
         UsageError: If there is no checkpoint, or it does not fit.
@@ -85,16 +100,17 @@ def load_detector(cfg: Config,
     return model.to(device), checkpoint
 
 
-def load_dynamic_detector(cfg: Config, path: str, device: str,
-                          any_router: bool = False) -> Tuple[DynamicDetector, Dict[str, Any]]:
+def load_dynamic_detector(
+    cfg: Config, path: str, device: str, any_router: bool = False
+) -> tuple[DynamicDetector, dict[str, Any]]:
     """Build a dynamic detector and fill it from a checkpoint of its own, ready for inference.
 
     Args:
         cfg (Config): Of a dynamic detector.
         path (str): Its checkpoint.
         device (str): Such as 'cpu'.
-        any_router (bool): Whether a router that is not trained may be another than the config's, which then
-            is as random. Defaults to False.
+        any_router (bool): Whether a router that is not trained may be another than the config's,
+            which then is as random. Defaults to False.
 
     Returns:
         tuple: The model, in eval mode and fused where it can be, and the checkpoint.
@@ -110,7 +126,7 @@ def load_dynamic_detector(cfg: Config, path: str, device: str,
     untrained = bool(state.get('delta', torch.tensor(torch.nan)).isnan())
     init_default_scope('mmdet')
     other = any_router and untrained and forget_other_router(build_model(cfg), state)
-    model, checkpoint = load_detector(cfg, checkpoint, device, ('router.', ) if other else ())
+    model, checkpoint = load_detector(cfg, checkpoint, device, ('router.',) if other else ())
     return fuse(model), checkpoint
 
 
@@ -129,13 +145,17 @@ def build_loader(dataloader: dict) -> DataLoader:
         loader = None
     except (OSError, KeyError, TypeError) as error:
         raise UsageError(
-            f'the data set of the config cannot be built: {type(error).__name__}: {error}') from error
+            f'the data set of the config cannot be built: {type(error).__name__}: {error}'
+        ) from error
     if loader is None or not len(loader.dataset):
         raise UsageError('the validation set is empty: there is nothing to measure on')
     classes = getattr(loader.dataset, 'metainfo', {}).get('classes', ())
     known = getattr(loader.dataset, 'cat_ids', classes)
     if len(known) < len(classes):
         # mmdet then gives the labels that are left other numbers.
-        raise UsageError(f"'{getattr(loader.dataset, 'ann_file', '')}' has {len(known)} of the {len(classes)} classes "
-                         "of the config's metainfo: it must name all of them in its categories")
+        raise UsageError(
+            f"'{getattr(loader.dataset, 'ann_file', '')}' has {len(known)} of the {len(classes)} "
+            'classes '
+            "of the config's metainfo: it must name all of them in its categories"
+        )
     return loader

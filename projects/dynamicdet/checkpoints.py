@@ -1,11 +1,13 @@
 """Read checkpoints without executing them, check them, write them whole."""
+
 import contextlib
 import io
 import os
 import pickle
 import re
 import threading
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Union
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +21,8 @@ from .stand_ins import StandIn, as_text, asked_classes, read_with_stand_ins, why
 #: torch's own switch.
 _WEIGHTS_ONLY = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
 #: Who uses it now, an entry each, and what it was before.
-_inside: List[int] = []
-_before: Dict[str, str] = {}
+_inside: list[int] = []
+_before: dict[str, str] = {}
 _lock = threading.Lock()
 
 
@@ -30,15 +32,25 @@ def allow_mmengine_classes() -> None:
     mmengine 0.10.7 stores its log (`HistoryBuffer`, numpy arrays and scalars) beside the weights.
     These classes hold data and run nothing. What numpy makes of a file is limited to plain numbers.
     """
-    kinds = [type(np.dtype(kind)) for kind in (*'?bBhHiIlLqQefd', )]
+    kinds = [type(np.dtype(kind)) for kind in (*'?bBhHiIlLqQefd',)]
     numpy_functions = dict(_reconstruct=_new_array, scalar=_scalar)
-    torch.serialization.add_safe_globals([
-        HistoryBuffer, (_history_method, 'builtins.getattr'), _NoNumbers, *kinds,
-        (PlainArray, 'numpy.ndarray'), (_dtype, 'numpy.dtype'), (_no_bytes, 'builtins.bytes'),
-        # As files name them that were written beside numpy 1, and 2.
-        *[(function, f'numpy.{core}.multiarray.{name}')
-          for core in ('core', '_core') for name, function in numpy_functions.items()]
-    ])
+    torch.serialization.add_safe_globals(
+        [
+            HistoryBuffer,
+            (_history_method, 'builtins.getattr'),
+            _NoNumbers,
+            *kinds,
+            (PlainArray, 'numpy.ndarray'),
+            (_dtype, 'numpy.dtype'),
+            (_no_bytes, 'builtins.bytes'),
+            # As files name them that were written beside numpy 1, and 2.
+            *[
+                (function, f'numpy.{core}.multiarray.{name}')
+                for core in ('core', '_core')
+                for name, function in numpy_functions.items()
+            ],
+        ]
+    )
 
 
 class PlainArray(np.ndarray):
@@ -60,7 +72,7 @@ class _NoNumbers:
         pass
 
 
-def _dtype(code: Any, *_: Any) -> Union[np.dtype, _NoNumbers]:
+def _dtype(code: Any, *_: Any) -> np.dtype | _NoNumbers:
     """Stands in for ``numpy.dtype``."""
     plain = isinstance(code, str) and re.fullmatch('b1|[iu][1248]|f[248]', code)
     return np.dtype(code, copy=True) if plain else _NoNumbers()
@@ -71,7 +83,7 @@ def _new_array(*_: Any) -> PlainArray:
     return PlainArray(0, np.int8)
 
 
-def _scalar(dtype: Any, data: Any = None) -> Optional[np.generic]:
+def _scalar(dtype: Any, data: Any = None) -> np.generic | None:
     return np.frombuffer(data, dtype)[0] if isinstance(dtype, np.dtype) else None
 
 
@@ -81,8 +93,9 @@ def _no_bytes() -> bytes:
 
 
 def _history_method(owner: type, name: str) -> Any:
-    """Stands in for ``getattr``, by which a pickled `HistoryBuffer` names its four statistics: gives
-    those and nothing else; of a class that is stood in for, such as an enumeration, a stand-in."""
+    """Stands in for ``getattr``, by which a pickled `HistoryBuffer` names its four statistics:
+    gives those and nothing else; of a class that is stood in for, such as an enumeration, a
+    stand-in."""
     if owner is HistoryBuffer and name in ('min', 'max', 'current', 'mean'):
         return getattr(HistoryBuffer, name)
     if isinstance(owner, type) and issubclass(owner, StandIn):
@@ -101,7 +114,8 @@ def weights_only() -> Iterator[None]:
         # The first in remembers, the last out restores: threads may read at the same time.
         if not _inside:
             _before.update(
-                {name: value for name, value in os.environ.items() if name == _WEIGHTS_ONLY})
+                {name: value for name, value in os.environ.items() if name == _WEIGHTS_ONLY}
+            )
         _inside.append(1)
         os.environ[_WEIGHTS_ONLY] = '1'
     try:
@@ -115,20 +129,24 @@ def weights_only() -> Iterator[None]:
                 _before.clear()
 
 
-# As mmengine's for files on this machine, so that what lies beside the weights stops no reading: `load_from` and
-# `resume` neither.
+# As mmengine's for files on this machine, so that what lies beside the weights stops no reading:
+# `load_from` and `resume` neither.
 @CheckpointLoader.register_scheme(prefixes='', force=True)
 def load_from_file(filename: str, map_location: Any = None) -> Any:
-    """Let mmengine read checkpoints without executing them, and with stand-ins for harmless objects in them, which
-    come out as text; see `stand_ins`."""
+    """Let mmengine read checkpoints without executing them, and with stand-ins for harmless objects
+    in them, which come out as text; see `stand_ins`."""
     filename = os.path.expanduser(filename)
     if not os.path.isfile(filename):
         raise FileNotFoundError(f'{filename} can not be found.')
-    return as_text(read_with_stand_ins(
-        lambda: torch.load(filename, map_location=map_location, weights_only=True), asked_classes(filename)))
+    return as_text(
+        read_with_stand_ins(
+            lambda: torch.load(filename, map_location=map_location, weights_only=True),
+            asked_classes(filename),
+        )
+    )
 
 
-def read_checkpoint(path: str) -> Dict[str, Any]:
+def read_checkpoint(path: str) -> dict[str, Any]:
     """Read a checkpoint from a path or URL, on the CPU, without executing what is in it.
 
     Returns:
@@ -139,18 +157,26 @@ def read_checkpoint(path: str) -> Dict[str, Any]:
     """
     try:
         with weights_only():
-            checkpoint = as_text(read_with_stand_ins(
-                lambda: CheckpointLoader.load_checkpoint(path, map_location='cpu')))
+            checkpoint = as_text(
+                read_with_stand_ins(
+                    lambda: CheckpointLoader.load_checkpoint(path, map_location='cpu')
+                )
+            )
     except FileNotFoundError:
         raise UsageError(f"there is no checkpoint at '{path}'") from None
     except UsageError:
         raise
     except Exception as error:
         # Whatever the unpickler or the archive reader stumbles on.
-        raise UsageError(f"'{path}' is no checkpoint that can be read safely: {why_unread(error)}") from None
+        raise UsageError(
+            f"'{path}' is no checkpoint that can be read safely: {why_unread(error)}"
+        ) from None
     state = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else None
-    if not isinstance(state, dict) or not state or not all(
-            isinstance(value, torch.Tensor) for value in state.values()):
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(value, torch.Tensor) for value in state.values())
+    ):
         raise UsageError(f"'{path}' is no checkpoint: it holds no state_dict of tensors")
     return checkpoint if 'state_dict' in checkpoint else dict(state_dict=state)
 

@@ -1,4 +1,5 @@
 """What the command line tools share."""
+
 import argparse
 import ast
 import contextlib
@@ -6,8 +7,9 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, NoReturn, Optional
+from typing import Any, NoReturn
 
 import torch
 from mmengine.config import Config, DictAction
@@ -29,7 +31,7 @@ from .routing.thresholds import latency_of
 _OF_MMDET = 'mmdet::'
 
 
-def run(main: Callable[[], Optional[int]]) -> NoReturn:
+def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a tool. What its user got wrong is one line on stderr and status 2, not a trace."""
     try:
         with weights_only():
@@ -38,36 +40,60 @@ def run(main: Callable[[], Optional[int]]) -> NoReturn:
         print(f'error: {error}', file=sys.stderr)
     except Exception as error:
         if is_of_empty_set(error):
-            print('error: a data set of the config is empty: it has no image that can be used', file=sys.stderr)
+            print(
+                'error: a data set of the config is empty: it has no image that can be used',
+                file=sys.stderr,
+            )
         elif _is_of_building(error):
             frame = traceback.extract_tb(error.__traceback__)[-1]
-            print(f'error: what the config describes cannot be built: {reason_of(error)} (in {Path(frame.filename).name}, '
-                  f'line {frame.lineno})', file=sys.stderr)
+            print(
+                f'error: what the config describes cannot be built: {reason_of(error)} (in '
+                f'{Path(frame.filename).name}, '
+                f'line {frame.lineno})',
+                file=sys.stderr,
+            )
         else:
             raise
     sys.exit(2)
 
 
 #: Last names of keys whose value is a path: text as it stands, whatever is in it.
-PATHS = ('ann_file', 'cascade', 'checkpoint', 'data_root', 'folder', 'img', 'img_path', 'load_from', 'outfile_prefix',
-         'proposal_file', 'seg', 'sub_data_root', 'work_dir')
+PATHS = (
+    'ann_file',
+    'cascade',
+    'checkpoint',
+    'data_root',
+    'folder',
+    'img',
+    'img_path',
+    'load_from',
+    'outfile_prefix',
+    'proposal_file',
+    'seg',
+    'sub_data_root',
+    'work_dir',
+)
 
 
 def _is_of_building(error: Exception) -> bool:
     """Whether an error came up while mmengine built what a config names, not while it ran."""
-    return any(frame.filename.endswith('registry/build_functions.py') or frame.name == 'from_cfg'
-               for frame in traceback.extract_tb(error.__traceback__))
+    return any(
+        frame.filename.endswith('registry/build_functions.py') or frame.name == 'from_cfg'
+        for frame in traceback.extract_tb(error.__traceback__)
+    )
 
 
 class ConfigOptions(DictAction):
-    """mmengine's; but paths and single values are taken as they are, quoted elements of a list are text, and mistakes
-    are said."""
+    """mmengine's; but paths and single values are taken as they are, quoted elements of a list are
+    text, and mistakes are said."""
 
     @staticmethod
     def _parse_iterable(value: str) -> Any:
         with contextlib.suppress(ValueError, SyntaxError, TypeError):
             # ["0", "a, b"]. A single one in parentheses stays a list for mmengine.
-            listed = ast.literal_eval(value.strip()) if value.strip()[:1] in tuple('[(\'"') else None
+            listed = (
+                ast.literal_eval(value.strip()) if value.strip()[:1] in tuple('[(\'"') else None
+            )
             if isinstance(listed, (list, tuple)):
                 return list(listed) if value.strip()[0] in '\'"' else listed
         value = value.strip('\'"')
@@ -88,13 +114,18 @@ class ConfigOptions(DictAction):
             if not equals or not all(key.split('.')):
                 raise argparse.ArgumentError(self, f'needs KEY=VALUE pairs; got {pair}')
             if value.startswith(('{', 'dict(')):
-                raise argparse.ArgumentError(self, f'takes no dictionary ({pair}): give its entries one by one, as '
-                                             f'{key}.NAME=VALUE')
+                raise argparse.ArgumentError(
+                    self,
+                    f'takes no dictionary ({pair}): give its entries one by one, as '
+                    f'{key}.NAME=VALUE',
+                )
             try:
                 options[key] = self._parse(key, value)
             except (ValueError, AssertionError, RecursionError):
                 raise argparse.ArgumentError(
-                    self, f'needs KEY=VALUE pairs, brackets balanced and around all of a list; got {pair}') from None
+                    self,
+                    f'needs KEY=VALUE pairs, brackets balanced and around all of a list; got {pair}',
+                ) from None
         setattr(namespace, self.dest, options)
 
 
@@ -105,16 +136,23 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         '--cfg-options',
         nargs='+',
         action=ConfigOptions,
-        help='override settings of the config: key=value pairs, such as model.budget.threshold=0.4; '
-        'a list is key="[a,b]" or key=a,b')
+        help='override settings of the config: key=value pairs, such as '
+        'model.budget.threshold=0.4; '
+        'a list is key="[a,b]" or key=a,b',
+    )
     parser.add_argument(
-        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='job launcher',
+    )
     # torch.distributed.launch passes it; the environment variable is what is read.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
     parser.add_argument(
         '--no-data-check',
         action='store_true',
-        help='start without looking through annotations and image files first')
+        help='start without looking through annotations and image files first',
+    )
 
 
 def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,8 +160,12 @@ def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_mutually_exclusive_group()
     group.add_argument('--hard-share', type=float, help='share of hard images, 0 to 1')
     group.add_argument('--target-latency', type=float, help='mean seconds per image')
-    group.add_argument('--throughput', type=float, help='images per second: a latency of 1 / THROUGHPUT')
-    group.add_argument('--target-gflops', type=float, help='mean GFLOPs per image, 2 x multiply-adds')
+    group.add_argument(
+        '--throughput', type=float, help='images per second: a latency of 1 / THROUGHPUT'
+    )
+    group.add_argument(
+        '--target-gflops', type=float, help='mean GFLOPs per image, 2 x multiply-adds'
+    )
     group.add_argument('--threshold', type=float, help='hard above this difficulty, -1 to 1')
 
 
@@ -138,8 +180,8 @@ def budget_from(args: argparse.Namespace) -> dict:
 def load_config(args: argparse.Namespace) -> Config:
     """Read a config with the command line's overrides; ``mmdet::PATH`` is one of MMDetection.
 
-    Sets ``launcher``, ``work_dir`` (command line, else config, else ``work_dirs/NAME``) and the rank, as
-    mmdet's tools do.
+    Sets ``launcher``, ``work_dir`` (command line, else config, else ``work_dirs/NAME``) and the
+    rank, as mmdet's tools do.
 
     Raises:
         UsageError: If the config is missing or cannot be read.
@@ -147,7 +189,9 @@ def load_config(args: argparse.Namespace) -> Config:
     os.environ.setdefault('LOCAL_RANK', str(getattr(args, 'local_rank', 0)))
     register_all_modules(init_default_scope=False)
     if args.config.startswith(_OF_MMDET):
-        args.config = str(Path(mmdet.__file__).parent / '.mim/configs' / args.config[len(_OF_MMDET):])
+        args.config = str(
+            Path(mmdet.__file__).parent / '.mim/configs' / args.config[len(_OF_MMDET) :]
+        )
     if not Path(args.config).is_file():
         raise UsageError(f"there is no config at '{args.config}'")
     try:
@@ -155,7 +199,8 @@ def load_config(args: argparse.Namespace) -> Config:
     except Exception as error:
         # A config is a program: it may raise anything.
         raise UsageError(
-            f"the config '{args.config}' cannot be read: {reason_of(error)}") from error
+            f"the config '{args.config}' cannot be read: {reason_of(error)}"
+        ) from error
     override(cfg, args.cfg_options, args.config)
     require_model(cfg, args.config)
     hold_out(cfg)
@@ -163,16 +208,22 @@ def load_config(args: argparse.Namespace) -> Config:
     if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
         _join_on_cpu(cfg)
     cfg.work_dir = (
-        getattr(args, 'work_dir', None) or cfg.get('work_dir')
-        or str(Path('work_dirs') / Path(args.config).stem))
+        getattr(args, 'work_dir', None)
+        or cfg.get('work_dir')
+        or str(Path('work_dirs') / Path(args.config).stem)
+    )
     return cfg
 
 
-def override(cfg: Config, options: Optional[dict], name: str) -> None:
-    """Let ``--cfg-options`` count, the data's root wherever it was used; or raise a `UsageError`."""
+def override(cfg: Config, options: dict | None, name: str) -> None:
+    """Let ``--cfg-options`` count, the data's root wherever it was used; or raise a
+    `UsageError`."""
     for key, value in (options or {}).items():
         if key.rpartition('.')[2] in PATHS and not isinstance(value, (str, type(None))):
-            raise UsageError(f'--cfg-options {key} takes one path, not {value}' + SEVERAL_FILES * key.endswith('ann_file'))
+            raise UsageError(
+                f'--cfg-options {key} takes one path, not {value}'
+                + SEVERAL_FILES * key.endswith('ann_file')
+            )
     if 'data_root' in (options or {}):
         # First: what is named beside it is meant as it stands.
         _move_data(cfg, cfg.get('data_root'), options['data_root'])
@@ -183,7 +234,8 @@ def override(cfg: Config, options: Optional[dict], name: str) -> None:
 
 
 def _move_data(cfg: Config, root: Any, new: Any) -> None:
-    """Let an overridden ``data_root`` count wherever a config has used it: mmengine changes the name alone."""
+    """Let an overridden ``data_root`` count wherever a config has used it: mmengine changes the
+    name alone."""
     root = root.rstrip('/') if isinstance(root, str) else ''
     if not root or not isinstance(new, str):
         return
@@ -195,15 +247,16 @@ def _move_data(cfg: Config, root: Any, new: Any) -> None:
         if isinstance(value, (list, tuple)):
             return type(value)(map(moved, value))
         inside = isinstance(value, str) and f'{value}/'.startswith(f'{root}/')
-        return os.path.join(new, value[len(root) + 1:]) if inside else value
+        return os.path.join(new, value[len(root) + 1 :]) if inside else value
 
     for key, value in cfg.items():
         cfg[key] = moved(value)
 
 
 def hold_out(cfg: Config) -> None:
-    """Let ``router_holdout``, a share of the training images in (0, 1), count: step 1 does not see them, and step 2
-    (``model.train_router``) sees no others. As if each training set were wrapped in `HoldOut`."""
+    """Let ``router_holdout``, a share of the training images in (0, 1), count: step 1 does not see
+    them, and step 2 (``model.train_router``) sees no others. As if each training set were wrapped
+    in `HoldOut`."""
     # Taken out, or a config that a run leaves would hold out twice.
     share = cfg.pop('router_holdout', None)
     if share is None or not cfg.get('train_dataloader'):
@@ -214,10 +267,14 @@ def hold_out(cfg: Config) -> None:
 
     def held(dataset: Any) -> dict:
         if not isinstance(dataset, dict) or 'type' not in dataset:
-            raise UsageError('router_holdout takes images out of data sets that are dicts with a type; '
-                             f'train_dataloader has {str(dataset)[:100]}')
+            raise UsageError(
+                'router_holdout takes images out of data sets that are dicts with a type; '
+                f'train_dataloader has {str(dataset)[:100]}'
+            )
         if dataset['type'] == 'HoldOut':
-            raise UsageError('the training data are wrapped in HoldOut already: take that or router_holdout away')
+            raise UsageError(
+                'the training data are wrapped in HoldOut already: take that or router_holdout away'
+            )
         if isinstance(dataset.get('datasets'), (list, tuple)):
             dataset['datasets'] = [held(one) for one in dataset['datasets']]
         elif 'dataset' in dataset:
@@ -233,11 +290,15 @@ def hold_out(cfg: Config) -> None:
 def _join_on_cpu(cfg: Config) -> None:
     """Join the processes of a run over gloo. Left to itself, mmengine does it by way of CUDA."""
     torch.distributed.init_process_group('gloo')
-    cfg.setdefault('model_wrapper_cfg', dict(
-        type='MMDistributedDataParallel',
-        device_ids=None,
-        broadcast_buffers=False,
-        find_unused_parameters=cfg.get('find_unused_parameters', False)))
+    cfg.setdefault(
+        'model_wrapper_cfg',
+        dict(
+            type='MMDistributedDataParallel',
+            device_ids=None,
+            broadcast_buffers=False,
+            find_unused_parameters=cfg.get('find_unused_parameters', False),
+        ),
+    )
 
 
 def require_settings(cfg: Config, *names: str) -> None:
@@ -248,8 +309,8 @@ def require_settings(cfg: Config, *names: str) -> None:
 
 
 def require_checkpoint(path: str) -> dict:
-    """Read a checkpoint before mmengine does, which would answer with a trace. The path may be a URL
-    or a name that mmengine resolves.
+    """Read a checkpoint before mmengine does, which would answer with a trace. The path may be a
+    URL or a name that mmengine resolves.
 
     Raises:
         UsageError: If there is none, or it is no checkpoint.
@@ -260,7 +321,8 @@ def require_checkpoint(path: str) -> dict:
 
 
 def require_writable(path: str) -> None:
-    """Raise a `UsageError` if a file could not be written: better before hours of work than after."""
+    """Raise a `UsageError` if a file could not be written: better before hours of work than
+    after."""
     if Path(path).is_dir():
         raise UsageError(f"'{path}' is a folder, not a file to write")
     make_folder(str(Path(path).parent))
@@ -287,25 +349,30 @@ def require_device(device: str) -> None:
 def check_data(cfg: Config, *splits: str, files: bool = True) -> None:
     """Look through the data before a run; rank 0 prints what is odd.
 
-    Annotation files are read in any case, and on every rank: what is mended in them, the config then has.
+    Annotation files are read in any case, and on every rank: what is mended in them, the config
+        then has.
 
     Args:
         cfg (Config): mmengine's config.
         splits (str): Which, of 'train', 'val' and 'test'.
-        files (bool): Whether to look at boxes and image files, too, not at settings alone. Defaults to True.
+        files (bool): Whether to look at boxes and image files, too, not at settings alone. Defaults
+            to True.
     """
     speaks = int(os.environ.get('RANK', 0)) == 0
     if speaks:
         check_dataloaders(cfg, splits, files=False)
-    read, lines = mend_annotations(cfg, splits, Path(cfg.get('work_dir') or 'work_dirs') / 'annotations')
+    read, lines = mend_annotations(
+        cfg, splits, Path(cfg.get('work_dir') or 'work_dirs') / 'annotations'
+    )
     if speaks and files:
         lines += check_dataloaders(cfg, splits, counter('image files'), read=read)
     for line in lines if speaks else ():
         print(f'data: {line}', file=sys.stderr)
 
 
-def say_served(served: Optional[Served]) -> None:
-    """What was wanted and served, and what it cost; a warning where chance does not explain the difference."""
+def say_served(served: Served | None) -> None:
+    """What was wanted and served, and what it cost; a warning where chance does not explain the
+    difference."""
     if served is not None:
         print(*served.lines(), sep='\n')
         for doubt in served.doubts():
@@ -315,13 +382,23 @@ def say_served(served: Optional[Served]) -> None:
 def _say_warning(message: Any, category: type, filename: str, *args: Any) -> None:
     """The package's own warnings are a line without a place in its code."""
     own = Path(filename).is_relative_to(Path(__file__).parent)
-    print(f'warning: {message}' if own else warnings.formatwarning(message, category, filename, *args[:1]).rstrip(),
-          file=sys.stderr)
+    print(
+        f'warning: {message}'
+        if own
+        else warnings.formatwarning(message, category, filename, *args[:1]).rstrip(),
+        file=sys.stderr,
+    )
 
 
 def prepare() -> None:
     """Hide what libraries say of each other and no user can change, and say warnings in a line."""
     warnings.showwarning = _say_warning
-    for pattern in ('.*pkg_resources.*', '.*torch.meshgrid.*', '.*FileClient.*', '.*num_anchors.*',
-                    'checkpoint is None.*', 'Detected pickle protocol.*'):
+    for pattern in (
+        '.*pkg_resources.*',
+        '.*torch.meshgrid.*',
+        '.*FileClient.*',
+        '.*num_anchors.*',
+        'checkpoint is None.*',
+        'Detected pickle protocol.*',
+    ):
         warnings.filterwarnings('ignore', message=pattern)

@@ -1,4 +1,5 @@
 """What went wrong, in one line that says what to do."""
+
 from types import ModuleType
 
 
@@ -20,8 +21,10 @@ def need(name: str, whose: str, extra: str) -> ModuleType:
     try:
         return __import__(name)
     except ImportError:
-        raise UsageError(f"{whose} need '{name}', which is not installed: "
-                         f'pip install -r requirements/{extra}.txt') from None
+        raise UsageError(
+            f"{whose} need '{name}', which is not installed: "
+            f'pip install -r requirements/{extra}.txt'
+        ) from None
 
 
 def reason_of(error: Exception) -> str:

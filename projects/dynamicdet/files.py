@@ -1,12 +1,12 @@
 """Files that appear whole or not at all, and the newest checkpoint of a run."""
+
 import os
 import tempfile
 from pathlib import Path
-from typing import Optional, Union
 
 
-def write_atomically(content: bytes, path: Union[str, Path]) -> None:
-    """Write to a temporary neighbour, then rename."""
+def write_atomically(content: bytes, path: str | Path) -> None:
+    """Write to a temporary neighbor, then rename."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
@@ -25,7 +25,7 @@ def write_atomically(content: bytes, path: Union[str, Path]) -> None:
         raise
 
 
-def latest_checkpoint(work_dir: str) -> Optional[str]:
+def latest_checkpoint(work_dir: str) -> str | None:
     """The newest whole checkpoint in a work dir, or None.
 
     mmengine's note of the last one is taken where it names a file; a kill may have come between.

@@ -1,5 +1,7 @@
-"""What stays in float32 whatever type a detector is turned into, by ``half()``, ``double()`` or ``to(dtype)``."""
-from typing import Callable
+"""What stays in float32 whatever type a detector is turned into, by ``half()``, ``double()`` or
+``to(dtype)``."""
+
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -17,7 +19,8 @@ def _moved(convert: Convert) -> Convert:
 
 
 class KeepsType(nn.Module):
-    """A module that keeps its type, parts included: what it computes is compared with numbers that were measured."""
+    """A module that keeps its type, parts included: what it computes is compared with numbers that
+    were measured."""
 
     def _apply(self, fn: Convert, recurse: bool = True) -> nn.Module:
         return super()._apply(_moved(fn), recurse)

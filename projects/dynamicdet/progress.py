@@ -1,8 +1,9 @@
 """Progress with an ETA, on a terminal and in a log."""
+
 import contextlib
 import io
 import sys
-from typing import Callable, Iterable
+from collections.abc import Callable, Iterable
 
 from tqdm import tqdm
 
@@ -18,7 +19,8 @@ def silence() -> contextlib.AbstractContextManager:
 
 
 def progress(steps: Iterable, what: str) -> tqdm:
-    """A progress bar with an ETA; where the output is no terminal, one every ten seconds, and a line's end behind it."""
+    """A progress bar with an ETA; where the output is no terminal, one every ten seconds, and a
+    line's end behind it."""
     if sys.stderr.isatty():
         return tqdm(steps, desc=what, mininterval=0.5, leave=False)
     return tqdm(steps, desc=what, mininterval=10, delay=10)

@@ -1,10 +1,11 @@
 """Stand-ins for what lies in a file beside its weights: paths, settings, dates, whole modules.
 
-A checkpoint is read without executing what is in it: torch builds tensors and plain containers, and refuses all other
-classes. Users' files hold some, and need none of them built: a path in the options of a training, the class of a
-settings object. In the place of each comes a class that takes what it is given and does nothing; what the file names is
-neither imported nor called.
+A checkpoint is read without executing what is in it: torch builds tensors and plain containers, and
+refuses all other classes. Users' files hold some, and need none of them built: a path in the
+options of a training, the class of a settings object. In the place of each comes a class that takes
+what it is given and does nothing; what the file names is neither imported nor called.
 """
+
 import contextlib
 import pickle
 import re
@@ -12,19 +13,62 @@ import sys
 import threading
 import zipfile
 from collections import OrderedDict
-from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
-#: Of Python's own library: modules whose classes hold data, and single names. All else that it has is refused, as what
-#: a file that wants to do something would ask for.
-_DATA_MODULES = ('argparse', 'array', 'collections', 'dataclasses', 'datetime', 'decimal', 'enum', 'fractions',
-                 'ipaddress', 'pathlib', 'typing', 'uuid', 'zoneinfo')
-_DATA_NAMES = ('copyreg._reconstructor', 'copyreg.__newobj__', 'functools.partial', 'io.BytesIO', 'io.StringIO',
-               'logging.Logger', 'logging.getLogger', 'random.Random', 're._compile', 'time.struct_time',
-               'types.MappingProxyType', 'types.SimpleNamespace',
-               *(f'builtins.{name}' for name in ('bool', 'bytearray', 'bytes', 'complex', 'dict', 'float', 'frozenset',
-                                                 'int', 'list', 'object', 'range', 'set', 'slice', 'str', 'tuple')))
+#: Of Python's own library: modules whose classes hold data, and single names. All else that it has
+#: is refused, as what a file that wants to do something would ask for.
+_DATA_MODULES = (
+    'argparse',
+    'array',
+    'collections',
+    'dataclasses',
+    'datetime',
+    'decimal',
+    'enum',
+    'fractions',
+    'ipaddress',
+    'pathlib',
+    'typing',
+    'uuid',
+    'zoneinfo',
+)
+_DATA_NAMES = (
+    'copyreg._reconstructor',
+    'copyreg.__newobj__',
+    'functools.partial',
+    'io.BytesIO',
+    'io.StringIO',
+    'logging.Logger',
+    'logging.getLogger',
+    'random.Random',
+    're._compile',
+    'time.struct_time',
+    'types.MappingProxyType',
+    'types.SimpleNamespace',
+    *(
+        f'builtins.{name}'
+        for name in (
+            'bool',
+            'bytearray',
+            'bytes',
+            'complex',
+            'dict',
+            'float',
+            'frozenset',
+            'int',
+            'list',
+            'object',
+            'range',
+            'set',
+            'slice',
+            'str',
+            'tuple',
+        )
+    ),
+)
 #: A file cannot ask for more classes than this; each is one more reading at worst.
 _MOST = 500
 _lock = threading.RLock()
@@ -37,7 +81,8 @@ class StandIn:
         name (str): Of the class, as the file has it: module and name.
         state (dict): What the object held, as far as the file gives it as a dict.
     """
-    __slots__ = ('state', )
+
+    __slots__ = ('state',)
     name = 'object'
 
     def __new__(cls, *_: Any, **__: Any) -> 'StandIn':
@@ -67,25 +112,28 @@ class StandIn:
 
 
 def is_data(name: str) -> bool:
-    """Whether a class, ``module.name``, can be stood in for. Of other packages every class can, there or not."""
+    """Whether a class, ``module.name``, can be stood in for. Of other packages every class can,
+    there or not."""
     package = name.partition('.')[0]
     return name in _DATA_NAMES or package in _DATA_MODULES or package not in sys.stdlib_module_names
 
 
-def stand_in(name: str, container: Optional[type] = None) -> Callable:
+def stand_in(name: str, container: type | None = None) -> Callable:
     """What is called in the place of a class.
 
     Args:
         name (str): The class, ``module.name``.
-        container (type, optional): What it gives, where the file fills it: `list` or `OrderedDict`. Defaults to a
-            `StandIn`.
+        container (type, optional): What it gives, where the file fills it: `list` or `OrderedDict`.
+            Defaults to a `StandIn`.
     """
     if name in ('copyreg._reconstructor', 'copyreg.__newobj__'):
         return _made
-    members: Dict[str, Any] = dict(__slots__=(), name=name, __module__='stand-in', __qualname__=name)
+    members: dict[str, Any] = dict(
+        __slots__=(), name=name, __module__='stand-in', __qualname__=name
+    )
     if container is not None:
         members['__new__'] = lambda cls, *_, **__: container()
-    return type(name, (StandIn, ), members)
+    return type(name, (StandIn,), members)
 
 
 def _made(cls: Any, *_: Any) -> Any:
@@ -97,7 +145,8 @@ def read_with_stand_ins(load: Callable[[], Any], asked: Iterable[str] = ()) -> A
     """Read a file by torch, with stand-ins for the classes that it asks for.
 
     Args:
-        load (Callable): Calls ``torch.load`` with ``weights_only=True``; called again as long as it finds another class.
+        load (Callable): Calls ``torch.load`` with ``weights_only=True``; called again as long as it
+            finds another class.
         asked (Iterable[str]): Classes that are known before.
 
     Raises:
@@ -108,7 +157,10 @@ def read_with_stand_ins(load: Callable[[], Any], asked: Iterable[str] = ()) -> A
         try:
             known = [(StandIn, 'stand-in'), *((one, name) for name, one in stand_ins.items())]
             # torch's list is one for all threads.
-            with _lock if stand_ins else contextlib.nullcontext(), torch.serialization.safe_globals(known):
+            with (
+                _lock if stand_ins else contextlib.nullcontext(),
+                torch.serialization.safe_globals(known),
+            ):
                 return load()
         except pickle.UnpicklingError as error:
             name, container = _missing(str(error))
@@ -118,9 +170,9 @@ def read_with_stand_ins(load: Callable[[], Any], asked: Iterable[str] = ()) -> A
     raise pickle.UnpicklingError(f'it asks for more than {_MOST} classes')
 
 
-def asked_classes(path: str) -> List[str]:
-    """The classes that a torch file asks for and torch does not build. Files before zip archives do not say without
-    being read."""
+def asked_classes(path: str) -> list[str]:
+    """The classes that a torch file asks for and torch does not build. Files before zip archives do
+    not say without being read."""
     if not zipfile.is_zipfile(path):
         return []
     return torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -129,20 +181,24 @@ def asked_classes(path: str) -> List[str]:
 _CONTAINERS = {'collections.deque': list, 'collections.defaultdict': OrderedDict}
 
 
-def _missing(message: str) -> Tuple[Optional[str], Optional[type]]:
-    """Which class torch lacks, by what it says; and what its stand-in must give, if it is a list or mapping."""
+def _missing(message: str) -> tuple[str | None, type | None]:
+    """Which class torch lacks, by what it says; and what its stand-in must give, if it is a list or
+    mapping."""
     asked = re.search(r'GLOBAL (\S+) was not an allowed global', message)
     if asked:
         name = asked[1] if '.' in asked[1] else f'builtins.{asked[1]}'
         return name, _CONTAINERS.get(name)
-    filled = re.search(r"Can only (append|extend|SETITEM).* but got <class 'stand-in\.(\S+)'>", message)
+    filled = re.search(
+        r"Can only (append|extend|SETITEM).* but got <class 'stand-in\.(\S+)'>", message
+    )
     if filled:
         return filled[2], OrderedDict if filled[1] == 'SETITEM' else list
     return None, None
 
 
 def why_unread(error: Exception) -> str:
-    """What a reader of files stumbled on, in one line; torch says it in many, and what to do about it wrongly."""
+    """What a reader of files stumbled on, in one line; torch says it in many, and what to do about
+    it wrongly."""
     message = str(error).strip()
     refused = re.search(r'GLOBAL (\S+)', message)
     if refused:
@@ -159,11 +215,12 @@ def refusal(name: str) -> str:
 
 
 def as_text(content: Any) -> Any:
-    """The same containers, in which stand-ins have become text, their names in brackets: it can be written again."""
+    """The same containers, in which stand-ins have become text, their names in brackets: it can be
+    written again."""
     return _as_text(content, {})
 
 
-def _as_text(content: Any, done: Dict[int, Any]) -> Any:
+def _as_text(content: Any, done: dict[int, Any]) -> Any:
     if isinstance(content, StandIn) or isinstance(content, type) and issubclass(content, StandIn):
         return f'<{content.name}>'
     kind = type(content)

@@ -1,8 +1,10 @@
 """Real mmdet configs, shrunk until a CPU runs them in a second; and inputs for them."""
+
 import copy
 import warnings
 from collections import Counter
-from typing import Any, Callable, List, NamedTuple, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +27,8 @@ STOCK = dict(
     fcos='mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py',
     atss='mmdet::atss/atss_r50_fpn_1x_coco.py',
     gfl='mmdet::gfl/gfl_r50_fpn_1x_coco.py',
-    yolox='mmdet::yolox/yolox_s_8xb8-300e_coco.py')
+    yolox='mmdet::yolox/yolox_s_8xb8-300e_coco.py',
+)
 
 #: Width of a shrunk neck and of the heads on it: two channels for each of GroupNorm's 32 groups.
 _WIDTH = 64
@@ -35,15 +38,19 @@ _NARROW = dict(
     feat_channels=_WIDTH,
     conv_out_channels=_WIDTH,
     fc_out_channels=64,
-    num_classes=3)
+    num_classes=3,
+)
 
 
 def _narrow(node: Any) -> Any:
     """Replace, anywhere below, widths of 128 or more and the number of classes."""
     if isinstance(node, dict):
         for key, value in node.items():
-            wide = key in _NARROW and isinstance(value, int) and (
-                value >= 128 or key == 'num_classes' and value == 80)
+            wide = (
+                key in _NARROW
+                and isinstance(value, int)
+                and (value >= 128 or key == 'num_classes' and value == 80)
+            )
             node[key] = _NARROW[key] if wide else _narrow(value)
     elif isinstance(node, (list, tuple)):
         return type(node)(_narrow(item) for item in node)
@@ -53,8 +60,13 @@ def _narrow(node: Any) -> Any:
 def tiny_backbone(out_indices: Sequence[int] = (0, 1, 2, 3), **settings) -> ConfigDict:
     """A ResNet-18 with 8, 16, 32 and 64 channels."""
     return ConfigDict(
-        type='ResNet', depth=18, base_channels=8, out_indices=tuple(out_indices), init_cfg=None,
-        **settings)
+        type='ResNet',
+        depth=18,
+        base_channels=8,
+        out_indices=tuple(out_indices),
+        init_cfg=None,
+        **settings,
+    )
 
 
 def tiny_detector(name: str) -> ConfigDict:
@@ -88,7 +100,8 @@ def tiny_dynamic(name: str, **settings) -> ConfigDict:
     """A dynamic detector's model config over `tiny_detector`."""
     detector = tiny_detector(name)
     return ConfigDict(
-        type='DynamicDetector', detector=detector, backbone=detector.backbone, **settings)
+        type='DynamicDetector', detector=detector, backbone=detector.backbone, **settings
+    )
 
 
 #: What makes each part small that has no width to narrow.
@@ -103,7 +116,8 @@ _SMALL = dict(
     YOLOV5Head=dict(width=0.25),
     YOLOV7Backbone=dict(width=0.125, depth=0.25),
     YOLOV7PAFPN=dict(width=0.125, depth=0.25),
-    YOLOV7Head=dict(width=0.125))
+    YOLOV7Head=dict(width=0.125),
+)
 
 
 def shrink(model: ConfigDict) -> ConfigDict:
@@ -112,7 +126,8 @@ def shrink(model: ConfigDict) -> ConfigDict:
     model = copy.deepcopy(model)
     detector = model.get('detector', model)
     if 'encoder' in detector:
-        # DINO's width is a constant in mmdet. As many queries as three classes need for its 300 results.
+        # DINO's width is a constant in mmdet. As many queries as three classes need for its 300
+        # results.
         detector.encoder.num_layers = detector.decoder.num_layers = 1
         detector.num_queries = 100
         detector.bbox_head.num_classes = 3
@@ -129,10 +144,12 @@ def shrink(model: ConfigDict) -> ConfigDict:
     return model
 
 
-def tiny_batch(objects: Sequence[int] = (2, 1),
-               size: Sequence[int] = (96, 128),
-               seed: int = 0,
-               masks: bool = True) -> dict:
+def tiny_batch(
+    objects: Sequence[int] = (2, 1),
+    size: Sequence[int] = (96, 128),
+    seed: int = 0,
+    masks: bool = True,
+) -> dict:
     """A batch as a data loader gives it.
 
     Args:
@@ -146,15 +163,16 @@ def tiny_batch(objects: Sequence[int] = (2, 1),
     """
     rng = np.random.default_rng(seed)
     height, width = size
-    inputs: List[torch.Tensor] = []
-    samples: List[DetDataSample] = []
+    inputs: list[torch.Tensor] = []
+    samples: list[DetDataSample] = []
     for index, count in enumerate(objects):
         inputs.append(torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8)))
         corner = rng.random((count, 2)) * 0.5 * (width, height)
         extent = (0.2 + 0.3 * rng.random((count, 2))) * (width, height)
         boxes = np.concatenate([corner, corner + extent], axis=1).astype(np.float32)
         instances = InstanceData(
-            bboxes=torch.from_numpy(boxes), labels=torch.from_numpy(rng.integers(0, 3, count)))
+            bboxes=torch.from_numpy(boxes), labels=torch.from_numpy(rng.integers(0, 3, count))
+        )
         if masks:
             instances.masks = BitmapMasks(_box_masks(boxes, height, width), height, width)
         sample = DetDataSample(
@@ -163,10 +181,13 @@ def tiny_batch(objects: Sequence[int] = (2, 1),
                 img_path=f'{index}.jpg',
                 img_shape=(height, width),
                 ori_shape=(height, width),
-                scale_factor=(1.0, 1.0)))
+                scale_factor=(1.0, 1.0),
+            )
+        )
         sample.gt_instances = instances
         sample.ignored_instances = InstanceData(
-            bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
+            bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long)
+        )
         samples.append(sample)
     return dict(inputs=inputs, data_samples=samples)
 
@@ -179,14 +200,26 @@ def _box_masks(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 #: Entries that hold settings, not weights.
-_KEPT = ('threshold', 'thresholds', 'operating_points', 'delta', 'gains', 'difficulties', 'latencies', 'gflops',
-         'mean', 'std', 'project', 'anchors')
+_KEPT = (
+    'threshold',
+    'thresholds',
+    'operating_points',
+    'delta',
+    'gains',
+    'difficulties',
+    'latencies',
+    'gflops',
+    'mean',
+    'std',
+    'project',
+    'anchors',
+)
 
 
-def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Give every parameter and statistic a value that depends on the seed, none of them zero.
 
-    Fresh detectors have zero-initialised norms, under which much of a network does nothing.
+    Fresh detectors have zero-initialized norms, under which much of a network does nothing.
     Activations stay near unit size, regressed boxes near their anchors.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -202,7 +235,7 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
                 value.copy_(1 + 0.1 * noise.abs())
             elif value.dim() > 1:
                 small = 0.1 if regresses or own[0] == 'router' else 1
-                value.copy_(small * noise * (2 / value[0].numel())**0.5)
+                value.copy_(small * noise * (2 / value[0].numel()) ** 0.5)
             elif own[-1] == 'weight':
                 # What a residual branch or a connection adds must not drown what it is added to.
                 adds = own[-2] in ('bn2', 'bn3') or 'connections' in own
@@ -222,20 +255,25 @@ class Agreement(NamedTuple):
         box (float): Largest difference of a box's side between counterparts, in pixels.
         score (float): Largest difference of their scores.
     """
+
     detections: int
     unmatched: float
     box: float
     score: float
 
 
-def agreement(ones: Sequence[Sequence[dict]], others: Sequence[Sequence[dict]], near: float = 2.0,
-              alike: float = 0.1) -> Agreement:
-    """Compare detections, whatever their order: by image, those of one category are paired so that boxes and scores
-    differ least.
+def agreement(
+    ones: Sequence[Sequence[dict]],
+    others: Sequence[Sequence[dict]],
+    near: float = 2.0,
+    alike: float = 0.1,
+) -> Agreement:
+    """Compare detections, whatever their order: by image, those of one category are paired so that
+    boxes and scores differ least.
 
     Args:
-        ones, others (Sequence[Sequence[dict]]): Per image COCO results: ``bbox`` [x, y, w, h], ``score``,
-            ``category_id``.
+        ones, others (Sequence[Sequence[dict]]): Per image COCO results: ``bbox`` [x, y, w, h],
+            ``score``, ``category_id``.
         near (float): Counterparts' boxes differ by at most so many pixels. Defaults to 2.
         alike (float): And their scores by at most so much. Defaults to 0.1.
     """
@@ -245,15 +283,28 @@ def agreement(ones: Sequence[Sequence[dict]], others: Sequence[Sequence[dict]], 
         if one and other:
             pairs.append(_counterparts(one, other, near, alike))
     box, score = np.concatenate([np.zeros((0, 2)), *pairs]).T
-    return Agreement(count, 1 - 2 * len(box) / count if count else 0.0, float(box.max(initial=0)),
-                     float(score.max(initial=0)))
+    return Agreement(
+        count,
+        1 - 2 * len(box) / count if count else 0.0,
+        float(box.max(initial=0)),
+        float(score.max(initial=0)),
+    )
 
 
-def _counterparts(one: Sequence[dict], other: Sequence[dict], near: float, alike: float) -> np.ndarray:
+def _counterparts(
+    one: Sequence[dict], other: Sequence[dict], near: float, alike: float
+) -> np.ndarray:
     """Differences of box and score of each pair, (n, 2)."""
-    boxes, scores, labels = zip(*(
-        (np.array([found['bbox'] for found in side]), np.array([found['score'] for found in side]),
-         np.array([found['category_id'] for found in side])) for side in (one, other)))
+    boxes, scores, labels = zip(
+        *(
+            (
+                np.array([found['bbox'] for found in side]),
+                np.array([found['score'] for found in side]),
+                np.array([found['category_id'] for found in side]),
+            )
+            for side in (one, other)
+        )
+    )
     ends = boxes[0][:, None], boxes[1]
     # Random weights may make infinite boxes, which are equal.
     with np.errstate(invalid='ignore'):
@@ -283,4 +334,6 @@ def count_waits(run: Callable[[], Any]) -> Counter:
             run()
     finally:
         torch.cuda.set_sync_debug_mode('default')
-    return Counter(f'{one.filename}:{one.lineno}' for one in said if 'synchroniz' in str(one.message))
+    return Counter(
+        f'{one.filename}:{one.lineno}' for one in said if 'synchroniz' in str(one.message)
+    )

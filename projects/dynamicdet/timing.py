@@ -1,8 +1,9 @@
 """The clock; what seconds were measured on, and whether they hold here."""
+
 import os
 import platform
 import time
-from typing import Dict, Mapping, Optional, Union
+from collections.abc import Mapping
 
 import torch
 
@@ -17,7 +18,7 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def machine_of(device: Union[str, torch.device], threads: Optional[int] = None) -> Dict[str, object]:
+def machine_of(device: str | torch.device, threads: int | None = None) -> dict[str, object]:
     """``device``, by the processor's name, and ``threads`` (torch's by default)."""
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else _cpu_name()
@@ -39,14 +40,17 @@ def _cpu_name() -> str:
     return f'{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores'
 
 
-def timed_elsewhere(then: Mapping[str, object], here: Mapping[str, object]) -> Optional[str]:
-    """A sentence where latencies were measured under other conditions than those here; None where they were not, or
-    where nothing says how they were measured.
+def timed_elsewhere(then: Mapping[str, object], here: Mapping[str, object]) -> str | None:
+    """A sentence where latencies were measured under other conditions than those here; None where
+    they were not, or where nothing says how they were measured.
 
     Args:
-        then, here (Mapping): ``runtime``, ``provider``, ``device``, ``threads``, ``dtype``: those that are known.
+        then, here (Mapping): ``runtime``, ``provider``, ``device``, ``threads``, ``dtype``: those
+            that are known.
     """
-    odd = [name for name in _CONDITIONS if name in then and name in here and then[name] != here[name]]
+    odd = [
+        name for name in _CONDITIONS if name in then and name in here and then[name] != here[name]
+    ]
     if not odd:
         return None
     was, now = (', '.join(f'{name} {facts[name]}' for name in odd) for facts in (then, here))

@@ -1,5 +1,8 @@
-"""Between a device and the host: what would make one wait for the other, done once for a batch, or once at all."""
-from typing import TYPE_CHECKING, Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
+"""Between a device and the host: what would make one wait for the other, done once for a batch, or
+once at all."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,26 +12,40 @@ if TYPE_CHECKING:
 
 
 def take_rows(values: Tensor, rows: Sequence[int]) -> Tensor:
-    """``values[rows]``, a copy. An index that is a list would be copied to the device, and waited for."""
-    return torch.cat([values[row:row + 1] for row in rows]) if len(rows) else values[:0]
+    """``values[rows]``, a copy. An index that is a list would be copied to the device, and waited
+    for."""
+    return torch.cat([values[row : row + 1] for row in rows]) if len(rows) else values[:0]
 
 
 class HostDetections(NamedTuple):
-    """Detections of an image on the CPU: boxes, (D, 4), and scores, (D,), float32; labels, (D,), int64."""
+    """Detections of an image on the CPU: boxes, (D, 4), and scores, (D,), float32; labels, (D,),
+    int64."""
+
     boxes: Tensor
     scores: Tensor
     labels: Tensor
 
 
-def to_host(instances: Sequence['InstanceData']) -> List[HostDetections]:
-    """Boxes, scores and labels of some images, by one copy from the device; masks stay where they are."""
+def to_host(instances: Sequence['InstanceData']) -> list[HostDetections]:
+    """Boxes, scores and labels of some images, by one copy from the device; masks stay where they
+    are."""
     # Labels are whole numbers, which float32 holds up to 2^24.
-    packed = [torch.cat([getattr(one.bboxes, 'tensor', one.bboxes).detach().float().reshape(-1, 4),
-                         one.scores.detach().float()[:, None], one.labels.detach().float()[:, None]], dim=1)
-              for one in instances]
+    packed = [
+        torch.cat(
+            [
+                getattr(one.bboxes, 'tensor', one.bboxes).detach().float().reshape(-1, 4),
+                one.scores.detach().float()[:, None],
+                one.labels.detach().float()[:, None],
+            ],
+            dim=1,
+        )
+        for one in instances
+    ]
     whole = torch.cat(packed).cpu() if packed else torch.zeros(0, 6)
-    return [HostDetections(own[:, :4], own[:, 4], own[:, 5].long())
-            for own in whole.split([len(one) for one in packed])]
+    return [
+        HostDetections(own[:, :4], own[:, 4], own[:, 5].long())
+        for own in whole.split([len(one) for one in packed])
+    ]
 
 
 class Followed:
@@ -40,7 +57,7 @@ class Followed:
 
     def __init__(self, function: Callable[[Tensor], Any]) -> None:
         self._function = function
-        self._seen: Optional[Tuple[Tensor, int, Any]] = None
+        self._seen: tuple[Tensor, int, Any] | None = None
 
     def __call__(self, tensor: Tensor) -> Any:
         # Those of inference mode count no changes.

@@ -1,1 +1,3 @@
+"""Of the package."""
+
 __version__ = '0.1.0'

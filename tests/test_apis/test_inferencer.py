@@ -12,13 +12,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import same_detections
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import save_checkpoint
 from mmengine.structures import InstanceData
 from PIL import Image
 
+from conftest import same_detections
 from dynamicdet.apis import DynamicInferencer, DynamicVisualizer
 from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.errors import UsageError
@@ -93,7 +93,8 @@ def exits(results):
 def test_mmdets_inferencer(config, checkpoints, paths, tmp_path):
     inferencer = DetInferencer(config, checkpoints['calibrated'], 'cpu', show_progress=False)
     results = inferencer(
-        paths, batch_size=3, return_datasamples=True, return_vis=True, out_dir=str(tmp_path))
+        paths, batch_size=3, return_datasamples=True, return_vis=True, out_dir=str(tmp_path)
+    )
     for path, sample, drawn in zip(paths, results['predictions'], results['visualization']):
         assert sample.img_path == path
         assert 0 <= sample.difficulty <= 1 and sample.exit == int(sample.difficulty > 0.5)
@@ -108,7 +109,8 @@ def test_init_detector_takes_a_budget(checkpoints, paths):
             CONFIG,
             checkpoints['calibrated'],
             device='cpu',
-            cfg_options={'model.budget': dict(hard_share=share)})
+            cfg_options={'model.budget': dict(hard_share=share)},
+        )
         chosen.append(sum(sample.exit for sample in inference_detector(model, paths)))
     assert chosen == [0, 2, 4]
     assert tuple(model.dataset_meta['classes']) == CLASSES
@@ -117,12 +119,15 @@ def test_init_detector_takes_a_budget(checkpoints, paths):
 
 def test_three_lines_in_another_process(checkpoints, paths, tmp_path):
     checkpoint = checkpoints['calibrated']
-    code = ('from dynamicdet.apis import DynamicInferencer\n'
-            f'detector = DynamicInferencer({CONFIG!r}, {checkpoint!r}, hard_share=1)\n'
-            f'results = detector({paths[0]!r})\n'
-            'print(results["predictions"][0]["exit"], end="")')
+    code = (
+        'from dynamicdet.apis import DynamicInferencer\n'
+        f'detector = DynamicInferencer({CONFIG!r}, {checkpoint!r}, hard_share=1)\n'
+        f'results = detector({paths[0]!r})\n'
+        'print(results["predictions"][0]["exit"], end="")'
+    )
     done = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=tmp_path)
+        [sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith('1')
     assert not list(tmp_path.iterdir())
@@ -135,14 +140,16 @@ def test_results_and_files_carry_difficulty_and_exit(detector, checkpoints, path
     stock = DetInferencer(CONFIG, checkpoints['calibrated'], 'cpu', show_progress=False)
     results = detector(paths, no_save_pred=False, out_dir=str(tmp_path), batch_size=2)
     singly = detector(paths)['predictions']
-    for path, result, single, theirs in zip(paths, results['predictions'], singly,
-                                            stock(paths)['predictions']):
+    for path, result, single, theirs in zip(
+        paths, results['predictions'], singly, stock(paths)['predictions']
+    ):
         assert json.loads((tmp_path / 'preds' / f'{Path(path).stem}.json').read_text()) == result
         assert result['difficulty'] == pytest.approx(single['difficulty'], abs=1e-5)
         assert single.keys() - theirs.keys() == {'difficulty', 'exit'}
         assert {key: single[key] for key in theirs} == theirs
     assert sorted(path.name for path in (tmp_path / 'vis').iterdir()) == [
-        f'{index}.png' for index in range(4)]
+        f'{index}.png' for index in range(4)
+    ]
     assert results['visualization'] == []  # a folder's pictures do not pile up in memory
 
 
@@ -153,19 +160,22 @@ def test_arrays(detector, paths, tmp_path):
         assert json.loads((tmp_path / 'preds' / f'{index}.json').read_text()) == result
 
 
-@pytest.mark.parametrize('budget, hard', [
-    (dict(threshold=HARD), 4),
-    (dict(threshold=EASY), 0),
-    (dict(hard_share=0.5), 2),
-    (dict(hard_share=0.25), 1),
-    (dict(target_latency=0.025), 3),
-])
+@pytest.mark.parametrize(
+    'budget, hard',
+    [
+        (dict(threshold=HARD), 4),
+        (dict(threshold=EASY), 0),
+        (dict(hard_share=0.5), 2),
+        (dict(hard_share=0.25), 1),
+        (dict(target_latency=0.025), 3),
+    ],
+)
 def test_budget_of_a_call(detector, paths, budget, hard):
     before = detector(paths)
     results = detector(paths, batch_size=4, **budget)
     assert sum(exits(results)) == hard
     scores = [result['difficulty'] for result in results['predictions']]
-    assert exits(results) == [int(score in sorted(scores)[4 - hard:]) for score in scores]
+    assert exits(results) == [int(score in sorted(scores)[4 - hard :]) for score in scores]
     assert detector(paths) == before
 
 
@@ -175,7 +185,9 @@ def test_a_call_says_what_it_served_and_warns_where_chance_does_not_explain_it(d
     # A calibration on images that were all easier.
     known, detector.model.difficulties = detector.model.difficulties, torch.linspace(0, 1e-4, 1000)
     try:
-        with pytest.warns(UserWarning, match='100.0% of these 4 images are hard, and 10.0% were wanted'):
+        with pytest.warns(
+            UserWarning, match='100.0% of these 4 images are hard, and 10.0% were wanted'
+        ):
             detector(paths, hard_share=0.1)
     finally:
         detector.model.difficulties = known
@@ -186,14 +198,19 @@ def test_latencies_of_another_machine_are_said_to_who_asks_for_time(checkpoints,
     checkpoint = read_checkpoint(str(checkpoints['calibrated']))
     checkpoint['meta']['calibration'] = dict(device='another machine', threads=64, batch_size=8)
     torch.save(checkpoint, tmp_path / 'elsewhere.pth')
-    other = DynamicInferencer(CONFIG, str(tmp_path / 'elsewhere.pth'), 'cpu', show_progress=False, hard_share=0.5)
-    with pytest.warns(UserWarning, match='device another machine, threads 64, and here it is device'):
+    other = DynamicInferencer(
+        CONFIG, str(tmp_path / 'elsewhere.pth'), 'cpu', show_progress=False, hard_share=0.5
+    )
+    with pytest.warns(
+        UserWarning, match='device another machine, threads 64, and here it is device'
+    ):
         other(paths[0], target_latency=0.02)
 
 
 def test_budget_of_the_constructor_is_restored(checkpoints, paths):
     detector = DynamicInferencer(
-        CONFIG, checkpoints['calibrated'], 'cpu', hard_share=0.25, show_progress=False)
+        CONFIG, checkpoints['calibrated'], 'cpu', hard_share=0.25, show_progress=False
+    )
     assert sum(exits(detector(paths))) == 1
     assert sum(exits(detector(paths, threshold=HARD))) == 4
     with pytest.raises(UsageError, match="no picture at 'missing.png'"):
@@ -213,15 +230,18 @@ def test_waiting_budget_of_the_config_is_restored(checkpoints, paths):
         detector(paths[0])
 
 
-@pytest.mark.parametrize('budget, said', [
-    (dict(threshold=0.5, hard_share=0.5), 'exactly one'),
-    (dict(throughput=30, target_latency=0.1), 'exactly one'),
-    (dict(throughput=0), 'throughput .* above 0'),
-    (dict(throughput=1000), 'lat1'),
-    (dict(hard_share=1.5), r'\[0, 1\]'),
-    (dict(threshold=float('nan')), r'\[-1, 1\]'),
-    (dict(target_latency=0.001), 'lat1'),
-])
+@pytest.mark.parametrize(
+    'budget, said',
+    [
+        (dict(threshold=0.5, hard_share=0.5), 'exactly one'),
+        (dict(throughput=30, target_latency=0.1), 'exactly one'),
+        (dict(throughput=0), 'throughput .* above 0'),
+        (dict(throughput=1000), 'lat1'),
+        (dict(hard_share=1.5), r'\[0, 1\]'),
+        (dict(threshold=float('nan')), r'\[-1, 1\]'),
+        (dict(target_latency=0.001), 'lat1'),
+    ],
+)
 def test_bad_budget(detector, checkpoints, paths, budget, said):
     with pytest.raises(UsageError, match=said):
         detector(paths[0], **budget)
@@ -231,22 +251,35 @@ def test_bad_budget(detector, checkpoints, paths, budget, said):
 
 def test_a_stream_gives_what_calls_give(checkpoints, paths):
     detector = DynamicInferencer(
-        CONFIG, checkpoints['calibrated'], 'cpu', hard_share=0.5, show_progress=False)
+        CONFIG, checkpoints['calibrated'], 'cpu', hard_share=0.5, show_progress=False
+    )
     wanted = [detector(path)['predictions'][0] for path in paths] * 2
-    found = list(detector.stream(iter([*paths, None, *map(cv2.imread, paths)]), batch_size=1, hard_batch=3))
+    found = list(
+        detector.stream(iter([*paths, None, *map(cv2.imread, paths)]), batch_size=1, hard_batch=3)
+    )
     assert len(found) == 8 and sum(result['exit'] for result in found) == 4
     for one, other in zip(found, wanted):
         assert one.keys() == other.keys() and one['exit'] == other['exit']
-        assert same_detections(*(InstanceData(**{
-            key: torch.tensor(result[key]) for key in ('bboxes', 'scores', 'labels')}) for result in (one, other)))
+        assert same_detections(
+            *(
+                InstanceData(
+                    **{key: torch.tensor(result[key]) for key in ('bboxes', 'scores', 'labels')}
+                )
+                for result in (one, other)
+            )
+        )
 
 
 def test_a_stream_goes_on_behind_what_cannot_be_read(checkpoints, paths, tmp_path):
-    detector = DynamicInferencer(CONFIG, checkpoints['calibrated'], 'cpu', hard_share=1, show_progress=False)
+    detector = DynamicInferencer(
+        CONFIG, checkpoints['calibrated'], 'cpu', hard_share=1, show_progress=False
+    )
     (tmp_path / 'broken.jpg').write_bytes(Path(paths[0]).read_bytes()[:200])
     faulty = [str(tmp_path / 'broken.jpg'), str(tmp_path / 'none.jpg')]
     missed, mixed = [], [Path(paths[0]), faulty[0], None, paths[1], faulty[1], paths[2]]
-    found = list(detector.stream(mixed, batch_size=2, on_unreadable=lambda path, reason: missed.append(path)))
+    found = list(
+        detector.stream(mixed, batch_size=2, on_unreadable=lambda path, reason: missed.append(path))
+    )
     assert len(found) == 3 and missed == faulty
     kept = []
     with pytest.raises(UsageError, match='there is no picture at'):
@@ -257,25 +290,36 @@ def test_a_stream_goes_on_behind_what_cannot_be_read(checkpoints, paths, tmp_pat
 
 def test_a_call_within_an_online_stream_has_its_own_speed(checkpoints, paths):
     detector = DynamicInferencer(
-        CONFIG, checkpoints['plain'], 'cpu', hard_share=1, online=True, show_progress=False)
+        CONFIG, checkpoints['plain'], 'cpu', hard_share=1, online=True, show_progress=False
+    )
     stream = detector.stream(paths, batch_size=2)
     assert next(stream)['exit'] == 1
     seen = detector.controller.status()['images']
-    assert exits(detector(paths[0], threshold=EASY)) == [0] and exits(detector(paths[0], threshold=-1)) == [1]
+    assert exits(detector(paths[0], threshold=EASY)) == [0] and exits(
+        detector(paths[0], threshold=-1)
+    ) == [1]
     assert detector.controller.status()['images'] == seen
     assert [result['exit'] for result in stream] == [1] * 3
 
 
 def test_an_online_budget(checkpoints, paths):
-    """It needs no calibration, goes on from call to call and into streams, and lets a call have its own."""
+    """It needs no calibration, goes on from call to call and into streams, and lets a call have its
+    own."""
     detector = DynamicInferencer(
-        CONFIG, checkpoints['plain'], 'cpu', hard_share=1, online=True, show_progress=False)
+        CONFIG, checkpoints['plain'], 'cpu', hard_share=1, online=True, show_progress=False
+    )
     assert exits(detector(paths)) == [1] * 4
     assert [result['exit'] for result in detector.stream(paths, batch_size=2)] == [1] * 4
     assert exits(detector(paths, threshold=EASY)) == [0] * 4
     assert detector.controller.status()['images'] == 8 and detector.controller.mean == 1
     timed = DynamicInferencer(
-        CONFIG, checkpoints['calibrated'], 'cpu', target_latency=1e-6, online=True, show_progress=False)
+        CONFIG,
+        checkpoints['calibrated'],
+        'cpu',
+        target_latency=1e-6,
+        online=True,
+        show_progress=False,
+    )
     # Below what is possible: not refused, since load may change; all are easy soon.
     assert timed.controller.share == 0 and exits(timed(paths)) == [0] * 4
     assert timed.controller.mean > 1e-4
@@ -321,19 +365,37 @@ def test_unreadable_pictures_are_left_out(detector, paths, tmp_path):
 
 
 def test_each_picture_is_decoded_once(detector, paths, tmp_path, monkeypatch):
-    """For the check, the detector and the drawing together; the same is found and drawn as by mmdet's way."""
+    """For the check, the detector and the drawing together; the same is found and drawn as by
+    mmdet's way."""
     jpeg = str(tmp_path / 'a.jpg')
     cv2.imwrite(jpeg, cv2.imread(paths[3]))
     whole, faults = [], []
-    for name, options in (('once', dict(on_unreadable=lambda *fault: faults.append(fault))), ('plain', {})):
+    for name, options in (
+        ('once', dict(on_unreadable=lambda *fault: faults.append(fault))),
+        ('plain', {}),
+    ):
         counted = []
         decode, load = cv2.imdecode, Image.open
         with monkeypatch.context() as patch:
             patch.setattr(cv2, 'imdecode', lambda *args: counted.append('cv2') or decode(*args))
             patch.setattr(Image, 'open', lambda *args: counted.append('Pillow') or load(*args))
-            whole.append(detector([*paths, jpeg], out_dir=str(tmp_path / name), return_vis=True, batch_size=2, **options))
+            whole.append(
+                detector(
+                    [*paths, jpeg],
+                    out_dir=str(tmp_path / name),
+                    return_vis=True,
+                    batch_size=2,
+                    **options,
+                )
+            )
         assert counted == ['cv2'] * 5 and not faults
-        assert sorted(os.listdir(tmp_path / name / 'vis')) == ['0.png', '1.png', '2.png', '3.png', 'a.jpg']
+        assert sorted(os.listdir(tmp_path / name / 'vis')) == [
+            '0.png',
+            '1.png',
+            '2.png',
+            '3.png',
+            'a.jpg',
+        ]
     assert whole[0]['predictions'] == whole[1]['predictions']
     assert all((one == two).all() for one, two in zip(*(one['visualization'] for one in whole)))
 
@@ -347,9 +409,15 @@ def test_pictures_of_other_kinds_are_detected_in_and_drawn(detector, paths, tmp_
     cut = tmp_path / 'cut.avif'
     cut.write_bytes(Path(mixed[0]).read_bytes()[:-500])
     faults = {}
-    results = detector([*mixed, str(cut)], out_dir=str(tmp_path / 'out'), on_unreadable=faults.__setitem__)
+    results = detector(
+        [*mixed, str(cut)], out_dir=str(tmp_path / 'out'), on_unreadable=faults.__setitem__
+    )
     assert len(results['predictions']) == 3 and list(faults) == [str(cut)]
-    assert sorted(os.listdir(tmp_path / 'out/vis')) == ['avif.avif.jpg', 'gif.gif.jpg', 'jp2.jp2.jpg']
+    assert sorted(os.listdir(tmp_path / 'out/vis')) == [
+        'avif.avif.jpg',
+        'gif.gif.jpg',
+        'jp2.jp2.jpg',
+    ]
 
 
 # The corner.
@@ -360,8 +428,9 @@ def prediction(size, boxes, **facts):
     corners = torch.tensor([[0.4, 0.4, 0.9, 0.9]] * boxes).view(-1, 4)
     sample.pred_instances = InstanceData(
         bboxes=corners * torch.tensor([size[1], size[0]] * 2),
-        scores=torch.full((boxes, ), 0.9),
-        labels=torch.zeros(boxes, dtype=torch.long))
+        scores=torch.full((boxes,), 0.9),
+        labels=torch.zeros(boxes, dtype=torch.long),
+    )
     return sample
 
 
@@ -371,7 +440,8 @@ def draw(size, boxes, gt=False, **facts):
     sample = prediction(size, boxes, **facts)
     if gt:
         sample.gt_instances = InstanceData(
-            bboxes=sample.pred_instances.bboxes, labels=sample.pred_instances.labels)
+            bboxes=sample.pred_instances.bboxes, labels=sample.pred_instances.labels
+        )
     visualizer.add_datasample('picture', np.full((*size, 3), 180, np.uint8), sample, draw_gt=gt)
     return visualizer.get_image()
 
@@ -396,8 +466,10 @@ def test_corner_is_drawn_whole(size, boxes):
 
 def test_corner_tells_pictures_apart():
     size = (96, 128)
-    drawn = [draw(size, 1, difficulty=difficulty, exit=exit)
-             for difficulty, exit in ((0.12, 0), (0.12, 1), (0.98, 1))]
+    drawn = [
+        draw(size, 1, difficulty=difficulty, exit=exit)
+        for difficulty, exit in ((0.12, 0), (0.12, 1), (0.98, 1))
+    ]
     assert not np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[1], drawn[2])
 
 
@@ -413,7 +485,8 @@ def test_corner_is_not_left_over():
     visualizer = DynamicVisualizer()
     picture = np.full((96, 128, 3), 180, np.uint8)
     visualizer.add_datasample(
-        'a', picture, prediction((96, 128), 0, difficulty=0.5, exit=0), draw_gt=False)
+        'a', picture, prediction((96, 128), 0, difficulty=0.5, exit=0), draw_gt=False
+    )
     visualizer.add_datasample('b', picture, prediction((96, 128), 0), draw_gt=False)
     assert np.array_equal(visualizer.get_image(), picture)
 
@@ -446,13 +519,26 @@ def written(folder):
 
 def test_demo_on_a_folder(demo, pictures, checkpoints):
     status, out, err = demo(
-        pictures, CONFIG, checkpoints['calibrated'], '--batch-size', 3, '--hard-share', 0.5,
-        '--device', 'cpu')
+        pictures,
+        CONFIG,
+        checkpoints['calibrated'],
+        '--batch-size',
+        3,
+        '--hard-share',
+        0.5,
+        '--device',
+        'cpu',
+    )
     assert status == 0, err
     hard, cost, last = out.splitlines()[-3:]
-    assert (hard, last) == ('hard: 50.0% wanted, 50.0% served (2 of 4 images)', '4 images; results in outputs')
+    assert (hard, last) == (
+        'hard: 50.0% wanted, 50.0% served (2 of 4 images)',
+        '4 images; results in outputs',
+    )
     # The first batch of 3 is no measure.
-    assert cost.startswith("per image: 20.0 ms by the exits' own latencies, ") and cost.endswith(' ms by the clock')
+    assert cost.startswith("per image: 20.0 ms by the exits' own latencies, ") and cost.endswith(
+        ' ms by the clock'
+    )
     assert written('outputs/vis') == [f'{index}.png' for index in range(4)]
     results = [json.loads(path.read_text()) for path in Path('outputs/preds').iterdir()]
     assert sum(result['exit'] for result in results) == 2
@@ -466,11 +552,21 @@ def test_demo_goes_on_after_a_broken_picture(demo, pictures, checkpoints, paths,
     (folder / 'a.png').write_text('no picture')
     (folder / 'notes.txt').write_text('left alone')
     status, out, err = demo(
-        folder, CONFIG, checkpoints['plain'], '--out-dir', 'there', '--threshold', 1,
-        '--no-save-vis')
+        folder,
+        CONFIG,
+        checkpoints['plain'],
+        '--out-dir',
+        'there',
+        '--threshold',
+        1,
+        '--no-save-vis',
+    )
     assert status == 1
     assert err.splitlines() == [f"error: '{folder / 'a.png'}' is no picture, or damaged"]
-    assert 'hard: 0.0% served (0 of 2 images)' in out and out.splitlines()[-1] == '2 images; results in there'
+    assert (
+        'hard: 0.0% served (0 of 2 images)' in out
+        and out.splitlines()[-1] == '2 images; results in there'
+    )
     assert written('there') == ['preds'] and written('there/preds') == ['b.json', 'c.json']
 
 
@@ -486,8 +582,13 @@ def server(pictures, monkeypatch):
 
 def test_demo_on_urls_and_files(demo, server, checkpoints, paths):
     status, out, err = demo(
-        f'{server}/0.png?size=full', f'{server}/1.png', paths[2], CONFIG, checkpoints['plain'],
-        '--no-save-pred')
+        f'{server}/0.png?size=full',
+        f'{server}/1.png',
+        paths[2],
+        CONFIG,
+        checkpoints['plain'],
+        '--no-save-pred',
+    )
     assert status == 0, err
     assert out.splitlines()[-1].startswith('3 images; ')
     assert written('outputs/vis') == ['0.png', '1.png', '2.png']
@@ -499,26 +600,30 @@ def test_demo_on_urls_and_files(demo, server, checkpoints, paths):
 
 def test_demo_writes_nothing_where_told(demo, checkpoints, paths):
     status, out, _ = demo(
-        paths[0], CONFIG, checkpoints['plain'], '--no-save-vis', '--no-save-pred', '--print-result')
+        paths[0], CONFIG, checkpoints['plain'], '--no-save-vis', '--no-save-pred', '--print-result'
+    )
     assert status == 0
     assert "'difficulty'" in out and out.endswith('nothing written\n')
     assert not os.listdir()
 
 
-@pytest.mark.parametrize('args, said', [
-    (['gone.png', CONFIG, 'CKPT'], "no picture or folder at 'gone.png'"),
-    (['gone/', CONFIG, 'CKPT'], "no picture or folder at 'gone/'"),
-    (['EMPTY', CONFIG, 'CKPT'], 'there is no picture in'),
-    (['TEXT', CONFIG, 'CKPT'], 'is no picture, or damaged'),
-    (['CKPT', CONFIG, 'CKPT'], 'must end in one of'),
-    (['PICTURE', 'PICTURES', CONFIG, 'CKPT', '--out-dir', 'x'], 'would write the same'),
-    (['PICTURE', 'gone.py', 'CKPT'], "no config at 'gone.py'"),
-    (['PICTURE', CONFIG, 'gone.pth'], "no checkpoint at 'gone.pth'"),
-    (['PICTURE', CONFIG, 'TEXT'], 'is no checkpoint'),
-    (['PICTURE', CONFIG, 'CKPT', '--hard-share', '0.5'], 'calibrate.py'),
-    (['PICTURE', CONFIG, 'CKPT', '--hard-share', '5'], 'hard_share must be'),
-    (['PICTURE', CONFIG, 'CKPT', '--device', 'abacus'], 'abacus'),
-])
+@pytest.mark.parametrize(
+    'args, said',
+    [
+        (['gone.png', CONFIG, 'CKPT'], "no picture or folder at 'gone.png'"),
+        (['gone/', CONFIG, 'CKPT'], "no picture or folder at 'gone/'"),
+        (['EMPTY', CONFIG, 'CKPT'], 'there is no picture in'),
+        (['TEXT', CONFIG, 'CKPT'], 'is no picture, or damaged'),
+        (['CKPT', CONFIG, 'CKPT'], 'must end in one of'),
+        (['PICTURE', 'PICTURES', CONFIG, 'CKPT', '--out-dir', 'x'], 'would write the same'),
+        (['PICTURE', 'gone.py', 'CKPT'], "no config at 'gone.py'"),
+        (['PICTURE', CONFIG, 'gone.pth'], "no checkpoint at 'gone.pth'"),
+        (['PICTURE', CONFIG, 'TEXT'], 'is no checkpoint'),
+        (['PICTURE', CONFIG, 'CKPT', '--hard-share', '0.5'], 'calibrate.py'),
+        (['PICTURE', CONFIG, 'CKPT', '--hard-share', '5'], 'hard_share must be'),
+        (['PICTURE', CONFIG, 'CKPT', '--device', 'abacus'], 'abacus'),
+    ],
+)
 def test_demo_says_what_is_wrong(demo, checkpoints, paths, tmp_path, args, said):
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'text.png').write_text('no picture')
@@ -529,10 +634,11 @@ def test_demo_says_what_is_wrong(demo, checkpoints, paths, tmp_path, args, said)
         PICTURE=paths[0],
         PICTURES=tmp_path / 'copy',
         EMPTY=tmp_path / 'empty',
-        TEXT=tmp_path / 'text.png')
+        TEXT=tmp_path / 'text.png',
+    )
     status, _, err = demo(*(names.get(arg, arg) for arg in args))
     assert status == 2
-    line, = err.splitlines()
+    (line,) = err.splitlines()
     assert line.startswith('error: ') and said in line
     assert not os.listdir()
 

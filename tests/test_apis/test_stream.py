@@ -4,19 +4,19 @@ import threading
 
 import pytest
 import torch
-from conftest import same_detections, spread_scores
 
+from conftest import same_detections, spread_scores
 from dynamicdet.apis.stream import Stream
 from dynamicdet.errors import UsageError
 from dynamicdet.models.online import Online, build_controller
 from dynamicdet.routing.controller import Controller
 from dynamicdet.routing.thresholds import thresholds_for_share
-from dynamicdet.testing import randomise, tiny_batch, tiny_dynamic
+from dynamicdet.testing import randomize, tiny_batch, tiny_dynamic
 from mmdet.registry import MODELS
 
 COUNT = 10
-#: Each kind of detector in its smallest form: heads shared and not, images needed behind the first backbone
-#: and not, three exits, one backbone at two resolutions.
+#: Each kind of detector in its smallest form: heads shared and not, images needed behind the first
+#: backbone and not, three exits, one backbone at two resolutions.
 KINDS = dict(
     two_stage=dict(name='faster_rcnn'),
     one_stage=dict(name='retinanet', shared=False, reuse_stages=0),
@@ -26,27 +26,29 @@ KINDS = dict(
 )
 
 
-def images(count=COUNT, sizes=((64, 96), )):
+def images(count=COUNT, sizes=((64, 96),)):
     """Batches of one; of several sizes, one after the other."""
     found = []
     for index in range(count):
-        batch = tiny_batch((1, ), sizes[index % len(sizes)], seed=index, masks=False)
+        batch = tiny_batch((1,), sizes[index % len(sizes)], seed=index, masks=False)
         batch['data_samples'][0].set_metainfo(dict(img_id=index))
         found.append(batch)
     return found
 
 
 def merge(batches):
-    return {key: [one for batch in batches for one in batch[key]] for key in ('inputs', 'data_samples')}
+    return {
+        key: [one for batch in batches for one in batch[key]] for key in ('inputs', 'data_samples')
+    }
 
 
 def cut(batches, size):
-    return [merge(batches[at:at + size]) for at in range(0, len(batches), size)]
+    return [merge(batches[at : at + size]) for at in range(0, len(batches), size)]
 
 
 def build(kind='two_stage', share=0.5):
     """A detector whose router parts `images` in about equal numbers for all exits."""
-    model = spread_scores(randomise(MODELS.build(tiny_dynamic(**KINDS[kind])))).eval()
+    model = spread_scores(randomize(MODELS.build(tiny_dynamic(**KINDS[kind])))).eval()
     with torch.no_grad():
         data = [model.data_preprocessor(batch, False) for batch in images(20)]
         scores = [model.score(one['inputs'], one['data_samples']).item() for one in data]
@@ -66,15 +68,21 @@ def predict(model, batches):
 
 def require_same(found, wanted):
     assert sum(len(one.pred_instances) for one in wanted) > 0
-    assert [one.img_id for one in found] == [one.img_id for one in wanted] and len(found) == len(wanted)
+    assert [one.img_id for one in found] == [one.img_id for one in wanted] and len(found) == len(
+        wanted
+    )
     for one, other in zip(found, wanted):
-        assert one.exit == other.exit and one.difficulty == pytest.approx(other.difficulty, abs=1e-6)
+        assert one.exit == other.exit and one.difficulty == pytest.approx(
+            other.difficulty, abs=1e-6
+        )
         # In other batches sums are rounded otherwise.
         assert same_detections(one.pred_instances, other.pred_instances)
 
 
 @pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('settings', [dict(batch_size=4, hard_batch=3), dict(batch_size=3, collect_easy=True)])
+@pytest.mark.parametrize(
+    'settings', [dict(batch_size=4, hard_batch=3), dict(batch_size=3, collect_easy=True)]
+)
 def test_it_finds_what_predict_finds_in_order(kind, settings):
     model = build(kind)
     wanted = predict(model, cut(images(), settings['batch_size']))
@@ -102,7 +110,7 @@ def test_all_easy_and_all_hard(model, share, exits):
     model.threshold.copy_(kept)
     assert {one.exit for one in found} == {exits} and len(found) == COUNT
     # An all-easy stream never runs the second backbone.
-    assert passes == [5, 5][:2 * share]
+    assert passes == [5, 5][: 2 * share]
 
 
 def count_passes(model):
@@ -184,7 +192,8 @@ def test_a_deadline_counts_from_arrival(model):
 
 @pytest.mark.parametrize('deadline', [0, 0.01])
 def test_a_deadline_holds_while_the_source_pauses(model, deadline):
-    """The source goes on only when its first image has come out: without a deadline this would never end."""
+    """The source goes on only when its first image has come out: without a deadline this would
+    never end."""
     seen = threading.Event()
 
     def source():
@@ -208,12 +217,16 @@ def test_nothing_yet(model):
 @pytest.mark.parametrize('deadline', [None, 60, math.inf])
 def test_errors_of_the_source_come_through(model, deadline):
     """After the results of what came before."""
+
     def source():
         yield from images(3)
         raise OSError('the camera is gone')
 
     found = []
-    with Stream(model, batch_size=2, deadline=deadline) as stream, pytest.raises(OSError, match='camera'):
+    with (
+        Stream(model, batch_size=2, deadline=deadline) as stream,
+        pytest.raises(OSError, match='camera'),
+    ):
         for one in stream.run(source()):
             found.append(one.img_id)
     assert found == [0, 1, 2]
@@ -224,7 +237,7 @@ def test_a_stream_that_is_left_early_stops_reading(model):
     with Stream(model, batch_size=1, hard_batch=1, deadline=60) as stream:
         found = stream.run(batch for _ in itertools.count())
         next(found)
-        reader, = threading.enumerate()[before:]
+        (reader,) = threading.enumerate()[before:]
         found.close()
         reader.join(60)
         assert not reader.is_alive()
@@ -244,11 +257,23 @@ def test_a_controller_is_told_the_time(model):
     with Stream(model, 4, controller=Controller(target_latency=1e-6)) as stream:
         list(stream.run(images(12)))
     # Three measurements, each far too long: 4 images, 3 spans, a hundredth.
-    assert stream.controller.share == pytest.approx(0.5 - 3 * 0.12) and 1e-6 < stream.controller.mean < 60
+    assert (
+        stream.controller.share == pytest.approx(0.5 - 3 * 0.12)
+        and 1e-6 < stream.controller.mean < 60
+    )
 
 
-@pytest.mark.parametrize('settings', [
-    dict(batch_size=0), dict(batch_size=2.5), dict(hard_batch=0), dict(deadline=-1), dict(deadline=float('nan')), dict(most_behind=0)])
+@pytest.mark.parametrize(
+    'settings',
+    [
+        dict(batch_size=0),
+        dict(batch_size=2.5),
+        dict(hard_batch=0),
+        dict(deadline=-1),
+        dict(deadline=float('nan')),
+        dict(most_behind=0),
+    ],
+)
 def test_bad_settings(model, settings):
     with pytest.raises(UsageError):
         Stream(model, **settings)
@@ -276,7 +301,9 @@ def test_online_starts_from_the_calibration():
     model = build()
     model.difficulties, model.latencies = torch.linspace(0, 1, 101), torch.tensor([0.1, 0.3])
     controller = build_controller(model, dict(target_latency=0.15))
-    assert controller.share == pytest.approx(0.25) and controller.threshold == pytest.approx(0.75, abs=0.01)
+    assert controller.share == pytest.approx(0.25) and controller.threshold == pytest.approx(
+        0.75, abs=0.01
+    )
     with pytest.raises(UsageError, match='calibrate'):
         build_controller(model, dict(target_gflops=3))
     model.gflops = torch.tensor([2.0, 4.0])

@@ -1,4 +1,5 @@
 """Compressed checkpoints: exact where promised, small, and refused when damaged."""
+
 import builtins
 import json
 import math
@@ -15,7 +16,7 @@ from dynamicdet.compression.encoding import Lossy
 from dynamicdet.compression.pruning import Block, prune
 from dynamicdet.errors import UsageError
 from dynamicdet.models.weights import require_complete
-from dynamicdet.testing import randomise, tiny_dynamic
+from dynamicdet.testing import randomize, tiny_dynamic
 from mmdet.registry import MODELS
 
 
@@ -30,8 +31,11 @@ def encodings(compressed):
 
 
 def same_bits(first, second):
-    return first.dtype == second.dtype and first.shape == second.shape and torch.equal(
-        first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))
+    return (
+        first.dtype == second.dtype
+        and first.shape == second.shape
+        and torch.equal(first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))
+    )
 
 
 def sparse(share, *shape, seed=0):
@@ -42,23 +46,35 @@ def sparse(share, *shape, seed=0):
 
 def odd_state():
     """All types, shapes and values that a float format could spoil."""
-    strange = torch.tensor([0., -0., float('nan'), float('inf'), -float('inf'), 1e-42, 3.])
-    state = {str(dtype): torch.arange(12).reshape(3, 4).to(dtype) for dtype in (
-        torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
-        torch.uint8,
-        torch.bool)}
-    return dict(state,
-                strange=strange,
-                sparse=sparse(0.8, 40, 50),
-                scalar=torch.tensor(3),
-                nan=torch.tensor(math.nan),
-                empty=torch.zeros(0, 3),
-                zeros=torch.zeros(40, 40),
-                ones=torch.ones(3),
-                dense=torch.randn(30, 40),
-                few=torch.tensor([-0., 0.5, 0.])[torch.randint(3, (60, 60))],
-                many=strange.repeat(40)[:, None],
-                view=torch.randn(6, 8).t()[::2])
+    strange = torch.tensor([0.0, -0.0, float('nan'), float('inf'), -float('inf'), 1e-42, 3.0])
+    state = {
+        str(dtype): torch.arange(12).reshape(3, 4).to(dtype)
+        for dtype in (
+            torch.float64,
+            torch.float16,
+            torch.bfloat16,
+            torch.int64,
+            torch.int32,
+            torch.int16,
+            torch.int8,
+            torch.uint8,
+            torch.bool,
+        )
+    }
+    return dict(
+        state,
+        strange=strange,
+        sparse=sparse(0.8, 40, 50),
+        scalar=torch.tensor(3),
+        nan=torch.tensor(math.nan),
+        empty=torch.zeros(0, 3),
+        zeros=torch.zeros(40, 40),
+        ones=torch.ones(3),
+        dense=torch.randn(30, 40),
+        few=torch.tensor([-0.0, 0.5, 0.0])[torch.randint(3, (60, 60))],
+        many=strange.repeat(40)[:, None],
+        view=torch.randn(6, 8).t()[::2],
+    )
 
 
 def test_every_bit_comes_back(tmp_path):
@@ -81,22 +97,36 @@ def test_what_is_held_twice_is_stored_once(tmp_path):
 
 
 def test_meta_comes_back(tmp_path):
-    meta = dict(epoch=3, classes=('a', 'b'), nested=dict(palette=[(1, 2), (3, 4)], none=None, rate=0.5),
-                count=np.int64(4), odd=object(), text='model = dict()\n"quoted" \u00e9')
-    compressed = write(dict(w=torch.ones(2)), tmp_path / 'a.ddz', meta=meta, optimizer={}, message_hub={})
+    meta = dict(
+        epoch=3,
+        classes=('a', 'b'),
+        nested=dict(palette=[(1, 2), (3, 4)], none=None, rate=0.5),
+        count=np.int64(4),
+        odd=object(),
+        text='model = dict()\n"quoted" \u00e9',
+    )
+    compressed = write(
+        dict(w=torch.ones(2)), tmp_path / 'a.ddz', meta=meta, optimizer={}, message_hub={}
+    )
     assert compressed.dropped == ['optimizer', 'message_hub', 'meta.odd']
     meta.pop('odd')
     assert read_checkpoint(str(tmp_path / 'a.ddz'))['meta'] == meta
 
 
-def test_ranges_of_a_quantisation_aware_training_come_back(tmp_path):
+def test_ranges_of_a_quantization_aware_training_come_back(tmp_path):
     ranges = {'first/conv': torch.tensor([-0.1, 1 / 3]), 'branch0/a b': torch.tensor([0.0, 7e-30])}
-    write(dict(w=torch.ones(2)), tmp_path / 'a.ddz', meta=dict(epoch=1),
-          quantization=dict(ranges=ranges, reduced=True, float_share=0.1))
+    write(
+        dict(w=torch.ones(2)),
+        tmp_path / 'a.ddz',
+        meta=dict(epoch=1),
+        quantization=dict(ranges=ranges, reduced=True, float_share=0.1),
+    )
     found = read_checkpoint(str(tmp_path / 'a.ddz'))
     assert found['meta'] == dict(epoch=1)
     own = found['quantization']
-    assert (own['reduced'], own['float_share']) == (True, 0.1) and own['ranges'].keys() == ranges.keys()
+    assert (own['reduced'], own['float_share']) == (True, 0.1) and own[
+        'ranges'
+    ].keys() == ranges.keys()
     assert all(torch.equal(own['ranges'][key], value) for key, value in ranges.items())
 
 
@@ -104,11 +134,13 @@ def test_ranges_of_a_quantisation_aware_training_come_back(tmp_path):
 
 
 def test_a_pruned_dynamic_detector(tmp_path):
-    model = randomise(MODELS.build(tiny_dynamic('faster_rcnn')))
+    model = randomize(MODELS.build(tiny_dynamic('faster_rcnn')))
     prune(model, [Block('all', ['*'], 0.7)])
     state = model.state_dict()
     write(state, tmp_path / 'a.ddz')
-    loaded = CheckpointLoader.load_checkpoint(str(tmp_path / 'a.ddz'), map_location='cpu')['state_dict']
+    loaded = CheckpointLoader.load_checkpoint(str(tmp_path / 'a.ddz'), map_location='cpu')[
+        'state_dict'
+    ]
     assert all(same_bits(loaded[key], value) for key, value in state.items())
     assert loaded._metadata['backbone.first.bn1'] == dict(version=2)
     require_complete(model, loaded)
@@ -124,10 +156,12 @@ def test_a_pruned_dynamic_detector(tmp_path):
 @pytest.fixture
 def small(tmp_path):
     path = tmp_path / 'small.ddz'
-    write(dict(a=sparse(0.6, 9, 9), b=torch.ones(3), c=torch.tensor(2)),
-          path,
-          Lossy(int8=['a']),
-          meta=dict(epoch=1))
+    write(
+        dict(a=sparse(0.6, 9, 9), b=torch.ones(3), c=torch.tensor(2)),
+        path,
+        Lossy(int8=['a']),
+        meta=dict(epoch=1),
+    )
     return path
 
 
@@ -150,7 +184,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(small):
 def test_an_altered_byte_is_refused_wherever_it_is(small):
     content = small.read_bytes()
     for place in range(0, len(content), 5):
-        small.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1:])
+        small.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         refused(small)
     small.write_bytes(content)
     assert len(read_checkpoint(str(small))['state_dict']) == 3
@@ -161,22 +195,23 @@ def test_each_tensor_has_a_checksum_of_its_own(small, monkeypatch):
     from safetensors.numpy import load, save
 
     from dynamicdet.compression import checkpoint
+
     content = small.read_bytes()
-    header = json.loads(content[8:8 + struct.unpack('<Q', content[:8])[0]])['__metadata__']
+    header = json.loads(content[8 : 8 + struct.unpack('<Q', content[:8])[0]])['__metadata__']
     index = json.loads(header['index'])
     index['entries'][1]['sha256'] = index['entries'][0]['sha256']
     header['index'] = json.dumps(index)
     arrays = load(content)
-    header['sha256'] = checkpoint._digest_of_file(header, {
-        name: one.tobytes()
-        for name, one in arrays.items()
-    })
+    header['sha256'] = checkpoint._digest_of_file(
+        header, {name: one.tobytes() for name, one in arrays.items()}
+    )
     small.write_bytes(save(arrays, metadata=header))
     assert "the checksum of 'b' is another" in refused(small)
 
 
 def test_other_files_are_refused(tmp_path):
     from safetensors.torch import save
+
     path = tmp_path / 'a.ddz'
     torch.save(dict(state_dict=dict(w=torch.ones(2))), path)
     refused(path)
@@ -201,7 +236,9 @@ def test_a_missing_library_is_named(name, small, monkeypatch):
         return real(wanted, *arguments, **keywords)
 
     monkeypatch.setattr(builtins, '__import__', absent)
-    with pytest.raises(UsageError, match=f"need '{name}'.*pip install -r requirements/compression.txt"):
+    with pytest.raises(
+        UsageError, match=f"need '{name}'.*pip install -r requirements/compression.txt"
+    ):
         read_compressed(str(small))
     with pytest.raises(UsageError, match=f"need '{name}'"):
         compress(dict(state_dict=dict(w=torch.ones(2))))
@@ -209,6 +246,7 @@ def test_a_missing_library_is_named(name, small, monkeypatch):
 
 def test_an_interrupted_writer_leaves_the_old_file(small, monkeypatch):
     import os
+
     before = small.read_bytes()
 
     def fail(*_):

@@ -1,4 +1,5 @@
 """Which weights go: hand-made cases, torch's own choices, limits and refusals."""
+
 import copy
 
 import pytest
@@ -29,8 +30,9 @@ from mmdet.registry import MODELS
 
 def net(seed=0):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1), nn.Flatten(),
-                         nn.Linear(6, 5))
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1), nn.Flatten(), nn.Linear(6, 5)
+    )
 
 
 def every(**settings):
@@ -44,9 +46,17 @@ def zeros(module):
 # What is in a block.
 
 
-@pytest.mark.parametrize('pattern, names', [
-    ('backbone', ['backbone.a', 'backbone.b.c']), ('back*', ['backbone.a', 'backbone.b.c']),
-    ('backbone.b', ['backbone.b.c']), ('*.c', ['backbone.b.c']), ('back', []), ('*.neck', ['one.neck.d'])])
+@pytest.mark.parametrize(
+    'pattern, names',
+    [
+        ('backbone', ['backbone.a', 'backbone.b.c']),
+        ('back*', ['backbone.a', 'backbone.b.c']),
+        ('backbone.b', ['backbone.b.c']),
+        ('*.c', ['backbone.b.c']),
+        ('back', []),
+        ('*.neck', ['one.neck.d']),
+    ],
+)
 def test_a_pattern_takes_what_is_below(pattern, names):
     every = ['backbone.a', 'backbone.b.c', 'one.neck.d']
     assert [name for name in every if matches(name, [pattern])] == names
@@ -59,6 +69,7 @@ def test_layers_are_convolutions_and_linear_layers_in_order():
 
 def test_rtmdets_shared_convolutions_count_once():
     from mmengine.hub import get_config
+
     model = MODELS.build(shrink(get_config('mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py').model))
     layers = find_layers(model)
     assert len({id(layer.weight) for layer in layers.values()}) == len(layers)
@@ -79,9 +90,9 @@ def test_rtmdets_shared_convolutions_count_once():
 def test_the_smallest_of_the_block_go_as_torch_chooses_them():
     model, theirs = net(), net()
     layers = [theirs[0], theirs[2], theirs[4]]
-    torch_prune.global_unstructured([(layer, 'weight') for layer in layers],
-                                    torch_prune.L1Unstructured,
-                                    amount=0.5)
+    torch_prune.global_unstructured(
+        [(layer, 'weight') for layer in layers], torch_prune.L1Unstructured, amount=0.5
+    )
     masks = prune(model, [every()])
     for name, layer in zip(('0', '2', '4'), layers):
         assert torch.equal(masks[name], layer.weight_mask.bool())
@@ -113,9 +124,11 @@ def test_layers_of_a_kind_compete_with_each_other():
         model[4].weight.mul_(1e-3)
         model[0].weight.fill_(9)
     masks = prune(model, [every(over='kind', target=0.25)])
-    # 24 of the 96 weights of the convolutions, the smaller of which has just 24; the linear layer loses
-    # its own.
-    assert (zeros(model[0]), zeros(model[2]), zeros(model[4])) == (0, 24, 8) and emptied(masks) == ['2']
+    # 24 of the 96 weights of the convolutions, the smaller of which has just 24; the linear layer
+    # loses its own.
+    assert (zeros(model[0]), zeros(model[2]), zeros(model[4])) == (0, 24, 8) and emptied(masks) == [
+        '2'
+    ]
 
 
 def test_channels_of_a_block_compete_by_their_mean():
@@ -123,10 +136,12 @@ def test_channels_of_a_block_compete_by_their_mean():
     smaller."""
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 1))
     with torch.no_grad():
-        model[0].weight.copy_(torch.arange(1., 5).view(4, 1, 1, 1).expand(4, 2, 3, 3))
+        model[0].weight.copy_(torch.arange(1.0, 5).view(4, 1, 1, 1).expand(4, 2, 3, 3))
         model[1].weight.fill_(2.5)
     prune(model, [every(structured=True, target=0.25)])
-    assert [int(channel.any()) for channel in model[0].weight] == [0, 0, 1, 1] and zeros(model[1]) == 0
+    assert [int(channel.any()) for channel in model[0].weight] == [0, 0, 1, 1] and zeros(
+        model[1]
+    ) == 0
 
 
 def test_every_layer_keeps_a_channel():
@@ -151,8 +166,10 @@ def test_random_masks_hang_on_the_seed_and_are_nested(structured):
     block = every(score='random', structured=structured, over='layer')
     layers = layers_of(net(), block)
     state = torch.random.get_rng_state()
-    little, more, again, other = (prune_block(layers, block, share, seed=seed)
-                                  for share, seed in ((0.2, 1), (0.6, 1), (0.6, 1), (0.6, 2)))
+    little, more, again, other = (
+        prune_block(layers, block, share, seed=seed)
+        for share, seed in ((0.2, 1), (0.6, 1), (0.6, 1), (0.6, 2))
+    )
     assert torch.equal(state, torch.random.get_rng_state())
     for name in layers:
         assert torch.equal(more[name], again[name]) and not (more[name] & ~little[name]).any()
@@ -161,10 +178,10 @@ def test_random_masks_hang_on_the_seed_and_are_nested(structured):
 
 def test_what_was_pruned_stays_pruned_unless_all_is_chosen_anew():
     model = nn.Sequential(nn.Linear(4, 1))
-    model[0].weight.data = torch.tensor([[1., 2., 3., 4.]])
+    model[0].weight.data = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
     layers = layers_of(model, every())
     first = prune_block(layers, every(), 0.25)
-    model[0].weight.data = torch.tensor([[9., 2., 3., 4.]])
+    model[0].weight.data = torch.tensor([[9.0, 2.0, 3.0, 4.0]])
     assert prune_block(layers, every(), 0.5, first)['0'].tolist() == [[False, False, True, True]]
     assert prune_block(layers, every(), 0.5)['0'].tolist() == [[True, False, False, True]]
 
@@ -190,7 +207,7 @@ def test_taylor_terms_are_what_the_loss_would_change(structured):
     model = nn.Sequential(nn.Linear(3, 2, bias=False))
     block = every(score='gradient', structured=structured)
     layers, watch = statistics(model, block)
-    inputs = torch.tensor([[1., 2., 3.]])
+    inputs = torch.tensor([[1.0, 2.0, 3.0]])
     model(inputs).sum().backward()
     watch.add_gradients()
     terms = model[0].weight.detach() * inputs
@@ -213,7 +230,9 @@ def test_activations_are_means_over_calls_of_training_steps():
     summed = []
     watch.finish(lambda vector: summed.append(len(vector)))
     assert summed == [1 + 2 + 3]
-    torch.testing.assert_close(watch.scores(['0'])['0'], 2 * model(inputs).abs().mean((0, 2, 3)).detach())
+    torch.testing.assert_close(
+        watch.scores(['0'])['0'], 2 * model(inputs).abs().mean((0, 2, 3)).detach()
+    )
     torch.testing.assert_close(watch.totals['0:squares'] / 2, 5 * inputs.square().mean((0, 2, 3)))
 
 
@@ -223,7 +242,7 @@ def test_single_weights_score_magnitude_times_input():
     conv.weight.data.fill_(-2)
     block = every(score='activation')
     layer = find_layers(nn.Sequential(conv))['0']
-    scores = activation_scores(layer, block, torch.tensor([1., 4., 100., 400.]), torch.ones(2))
+    scores = activation_scores(layer, block, torch.tensor([1.0, 4.0, 100.0, 400.0]), torch.ones(2))
     assert scores.flatten().tolist() == [2, 4, 20, 40]
 
 
@@ -252,12 +271,16 @@ def test_scores_go_on_where_a_run_ended():
 # Schedules.
 
 
-@pytest.mark.parametrize('schedule, shares', [
-    ('one_shot', [0, 0, 0.875, 0.875, 0.875, 0.875, 0.875, 0.875]),
-    # Half of what is left, three times.
-    ('iterative', [0, 0, 0.5, 0.5, 0.75, 0.75, 0.875, 0.875]),
-    # 0.875 (1 - (1 - 1/2)^3) in the middle.
-    ('cubic', [0, 0, 0, 0, 0.765625, 0.765625, 0.875, 0.875])])
+@pytest.mark.parametrize(
+    'schedule, shares',
+    [
+        ('one_shot', [0, 0, 0.875, 0.875, 0.875, 0.875, 0.875, 0.875]),
+        # Half of what is left, three times.
+        ('iterative', [0, 0, 0.5, 0.5, 0.75, 0.75, 0.875, 0.875]),
+        # 0.875 (1 - (1 - 1/2)^3) in the middle.
+        ('cubic', [0, 0, 0, 0, 0.765625, 0.765625, 0.875, 0.875]),
+    ],
+)
 def test_schedules(schedule, shares):
     given = [share_at(schedule, step, 2, 6, 2, 0.875) for step in range(8)]
     assert given == pytest.approx(shares) and given[-1] == 0.875
@@ -284,24 +307,40 @@ def test_masks_as_bits(shape):
 # Refusals.
 
 
-@pytest.mark.parametrize('settings, said', [
-    (dict(target=1), 'its target is 1; it must be at least 0 and below 1'),
-    (dict(target=-0.1), 'at least 0'), (dict(target='30%'), 'at least 0'),
-    (dict(score='luck'), 'none of magnitude'), (dict(over='all'), 'none of block'),
-    (dict(modules='backbone'), 'a list of patterns')])
+@pytest.mark.parametrize(
+    'settings, said',
+    [
+        (dict(target=1), 'its target is 1; it must be at least 0 and below 1'),
+        (dict(target=-0.1), 'at least 0'),
+        (dict(target='30%'), 'at least 0'),
+        (dict(score='luck'), 'none of magnitude'),
+        (dict(over='all'), 'none of block'),
+        (dict(modules='backbone'), 'a list of patterns'),
+    ],
+)
 def test_blocks_that_cannot_be(settings, said):
     with pytest.raises(UsageError, match=said) as caught:
         every(**settings)
     assert '\n' not in str(caught.value)
 
 
-@pytest.mark.parametrize('settings, said', [
-    (dict(modules=['*', 'nekc']), "'nekc' matches no module with weights; the model has 0, 2, 4"),
-    (dict(exclude=['*']), 'leaves no layer'),
-    (dict(exclude=['zzz']), "'zzz' matches no module"),
-    (dict(target=0.999), "block 'all' would be pruned to nothing: 126 of its 126 weights"),
-    (dict(target=0.9, structured=True), 'pruned to nothing: 14 of its 15 channels'),
-    (dict(target=0.99, over='layer', modules=['2']), "layer '2' of block 'all' would be pruned to nothing")])
+@pytest.mark.parametrize(
+    'settings, said',
+    [
+        (
+            dict(modules=['*', 'nekc']),
+            "'nekc' matches no module with weights; the model has 0, 2, 4",
+        ),
+        (dict(exclude=['*']), 'leaves no layer'),
+        (dict(exclude=['zzz']), "'zzz' matches no module"),
+        (dict(target=0.999), "block 'all' would be pruned to nothing: 126 of its 126 weights"),
+        (dict(target=0.9, structured=True), 'pruned to nothing: 14 of its 15 channels'),
+        (
+            dict(target=0.99, over='layer', modules=['2']),
+            "layer '2' of block 'all' would be pruned to nothing",
+        ),
+    ],
+)
 def test_blocks_that_do_not_fit(settings, said):
     with pytest.raises(UsageError, match=said) as caught:
         prune(net(), [every(**settings)])
@@ -332,4 +371,6 @@ def test_a_detector_by_blocks_of_their_own():
     assert shares['roi_head'][0] / shares['roi_head'][1] == pytest.approx(0.9, abs=1e-3)
     assert shares['rpn_head'][0] == 0
     after = model.state_dict()
-    assert all(torch.equal(after[key][after[key] != 0], before[key][after[key] != 0]) for key in before)
+    assert all(
+        torch.equal(after[key][after[key] != 0], before[key][after[key] != 0]) for key in before
+    )

@@ -1,13 +1,15 @@
-"""Channels that go for good: what is coupled, what is left computes what it did, and who refuses."""
+"""Channels that go for good: what is coupled, what is left computes what it did, and who
+refuses."""
+
 import copy
 import json
 
 import pytest
 import torch
-from conftest import ROOT
 from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
 
+from conftest import ROOT
 from dynamicdet.compression.blocks import Block
 from dynamicdet.compression.coupling import find_clusters, raw_outputs
 from dynamicdet.compression.removal import Row, plan_removal, remove_channels
@@ -15,14 +17,21 @@ from dynamicdet.compression.shrinking import channels_of, resize
 from dynamicdet.errors import UsageError
 from dynamicdet.models import DynamicDetector, build_pruned
 from dynamicdet.models.weights import require_complete
-from dynamicdet.testing import randomise, shrink, tiny_batch, tiny_detector
+from dynamicdet.testing import randomize, shrink, tiny_batch, tiny_detector
 from mmdet.registry import MODELS
 
 
 def every(target=0.5, **settings):
     return Block(
-        **
-        {'name': 'all', 'modules': ['*'], 'target': target, 'structured': True, 'over': 'layer', **settings})
+        **{
+            'name': 'all',
+            'modules': ['*'],
+            'target': target,
+            'structured': True,
+            'over': 'layer',
+            **settings,
+        }
+    )
 
 
 def config(name):
@@ -36,7 +45,7 @@ def config(name):
 def removed(name, *blocks, round_to=4):
     """(config, the model before, and after)."""
     cfg = config(name)
-    whole = randomise(MODELS.build(copy.deepcopy(cfg)))
+    whole = randomize(MODELS.build(copy.deepcopy(cfg)))
     small = copy.deepcopy(whole)
     plan = plan_removal(small, blocks or [every()], round_to)
     remove_channels(small, plan)
@@ -48,8 +57,20 @@ def batch_for(name):
 
 
 LISTED = [
-    'faster_rcnn', 'mask_rcnn', 'retinanet', 'fcos', 'rtmdet', 'yolox', 'yolov7', 'dy_faster_rcnn',
-    'dy_mask_rcnn', 'dy_retinanet', 'dy_fcos', 'dy_rtmdet_tiny', 'dy_yolox_s', 'dy_yolov7'
+    'faster_rcnn',
+    'mask_rcnn',
+    'retinanet',
+    'fcos',
+    'rtmdet',
+    'yolox',
+    'yolov7',
+    'dy_faster_rcnn',
+    'dy_mask_rcnn',
+    'dy_retinanet',
+    'dy_fcos',
+    'dy_rtmdet_tiny',
+    'dy_yolox_s',
+    'dy_yolov7',
 ]
 
 
@@ -66,7 +87,7 @@ def test_every_listed_detector_shrinks_reloads_and_trains(name):
     require_complete(again, small.state_dict())
     again.load_state_dict(small.state_dict())
     small.eval(), again.eval()
-    exits = (1.0, -1.0) if isinstance(again, DynamicDetector) else (None, )
+    exits = (1.0, -1.0) if isinstance(again, DynamicDetector) else (None,)
     for exit, threshold in enumerate(exits):
         found = []
         for model in (small, again):
@@ -75,20 +96,23 @@ def test_every_listed_detector_shrinks_reloads_and_trains(name):
             with torch.no_grad():
                 found.append(model.test_step(copy.deepcopy(batch_for(name))))
         for one, other in zip(*found):
-            assert len(one.pred_instances) and torch.equal(one.pred_instances.bboxes,
-                                                           other.pred_instances.bboxes)
+            assert len(one.pred_instances) and torch.equal(
+                one.pred_instances.bboxes, other.pred_instances.bboxes
+            )
             assert torch.equal(one.pred_instances.scores, other.pred_instances.scores)
             assert threshold is None or other.exit == exit
     again.train()
     data = again.data_preprocessor(batch_for(name), True)
-    optimiser = torch.optim.SGD([one for one in again.parameters() if one.requires_grad], lr=1e-6)
+    optimizer = torch.optim.SGD([one for one in again.parameters() if one.requires_grad], lr=1e-6)
     loss, _ = again.parse_losses(again.loss(data['inputs'], data['data_samples']))
     loss.backward()
-    optimiser.step()
+    optimizer.step()
     assert torch.isfinite(loss)
     trained = [value for value in again.parameters() if value.requires_grad]
     assert all(value.grad is None or value.grad.shape == value.shape for value in trained)
-    assert sum(value.grad is not None and bool(value.grad.any()) for value in trained) > 0.5 * len(trained)
+    assert sum(value.grad is not None and bool(value.grad.any()) for value in trained) > 0.5 * len(
+        trained
+    )
 
 
 @pytest.mark.parametrize('name', ['dy_faster_rcnn', 'fcos'])
@@ -110,8 +134,12 @@ def test_what_is_left_computes_what_it_did_without_the_rest(name):
 
 def test_prediction_layers_keep_their_outputs_and_both_backbones_match():
     _, whole, small, _ = removed('dy_faster_rcnn')
-    for layer in ('rpn_head.rpn_cls', 'rpn_head.rpn_reg', 'roi_head.bbox_head.fc_cls',
-                  'roi_head.bbox_head.fc_reg'):
+    for layer in (
+        'rpn_head.rpn_cls',
+        'rpn_head.rpn_reg',
+        'roi_head.bbox_head.fc_cls',
+        'roi_head.bbox_head.fc_reg',
+    ):
         given = [channels_of(model.branches[0].get_submodule(layer)) for model in (whole, small)]
         assert given[0][1] == given[1][1] and given[0][0] > given[1][0]
     first, second = small.backbone.first.layer3, small.backbone.second.layer3
@@ -120,18 +148,21 @@ def test_prediction_layers_keep_their_outputs_and_both_backbones_match():
     assert small.backbone.second.layer2[-1].conv2.out_channels == joined.out_channels == 8
     assert second[0].conv1.in_channels == 8
     assert small.branches[0].roi_head.bbox_roi_extractor.out_channels == 32
-    assert len(small.router.mean) == small.router.fc1.in_features == sum(small.backbone.channels) // 2
+    assert (
+        len(small.router.mean) == small.router.fc1.in_features == sum(small.backbone.channels) // 2
+    )
 
 
 def test_units_of_groups():
     """Of group norms and convolutions with groups whole groups go."""
-    clusters = find_clusters(randomise(MODELS.build(config('fcos'))))
+    clusters = find_clusters(randomize(MODELS.build(config('fcos'))))
     normed = [one for one in clusters if any(name.endswith('.gn') for name in one.layers)]
     assert normed and all((one.units, one.width) == (32, 2) for one in normed)
-    grouped = find_clusters(randomise(MODELS.build(config('dy_faster_rcnn_x101'))))
+    grouped = find_clusters(randomize(MODELS.build(config('dy_faster_rcnn_x101'))))
     own = [one for one in grouped if 'backbone.first.layer2.1.conv2' in one.layers]
-    assert [(one.units, one.width)
-            for one in own] == [(4, 8)] and 'backbone.first.layer2.1.conv1' in own[0].layers
+    assert [(one.units, one.width) for one in own] == [
+        (4, 8)
+    ] and 'backbone.first.layer2.1.conv1' in own[0].layers
 
 
 def test_each_layer_of_a_joined_map_is_rounded():
@@ -144,7 +175,7 @@ def test_each_layer_of_a_joined_map_is_rounded():
 
 def hand_made(score):
     """A detector in which channel i of a layer has norm ``score[i]``."""
-    model = randomise(MODELS.build(config('retinanet')))
+    model = randomize(MODELS.build(config('retinanet')))
     layer = model.bbox_head.cls_convs[0].conv
     with torch.no_grad():
         layer.weight.copy_(torch.tensor(score)[:, None, None, None].expand_as(layer.weight))
@@ -173,13 +204,20 @@ def test_over_a_block_the_weakest_layer_loses_most():
     assert left == {'bbox_head.cls_convs.0.conv': 32}
 
 
-@pytest.mark.parametrize('block, reason', [
-    (dict(target=1.0), 'at least 0 and below 1'), (dict(target=-0.1), 'at least 0 and below 1'),
-    (dict(modules=['bakbone']), "'bakbone' matches no module"),
-    (dict(modules=['backbone.layer1'], target=0.99), 'pruned to nothing'),
-    (dict(modules=['bbox_head.retina_cls']), 'nothing in it can be removed'),
-    (dict(norm=float('nan')), 'above 0'), (dict(norm=0), 'above 0'),
-    (dict(score='gradient'), 'not by score'), (dict(over='kind'), "over is 'layer' or 'block'")])
+@pytest.mark.parametrize(
+    'block, reason',
+    [
+        (dict(target=1.0), 'at least 0 and below 1'),
+        (dict(target=-0.1), 'at least 0 and below 1'),
+        (dict(modules=['bakbone']), "'bakbone' matches no module"),
+        (dict(modules=['backbone.layer1'], target=0.99), 'pruned to nothing'),
+        (dict(modules=['bbox_head.retina_cls']), 'nothing in it can be removed'),
+        (dict(norm=float('nan')), 'above 0'),
+        (dict(norm=0), 'above 0'),
+        (dict(score='gradient'), 'not by score'),
+        (dict(over='kind'), "over is 'layer' or 'block'"),
+    ],
+)
 def test_blocks_that_cannot_be(block, reason):
     model = MODELS.build(config('retinanet'))
     with pytest.raises(UsageError, match=reason) as caught:
@@ -219,11 +257,16 @@ def test_checkpoints_of_other_channels_are_refused_in_one_line():
         again.load_state_dict(state)
 
 
-@pytest.mark.parametrize('channels, reason', [({'bakbone.conv1': [3, 4, 1]}, "no layer 'bakbone.conv1'"),
-                                              ({'backbone.conv1': [3, 999, 1]}, 'cannot have'),
-                                              ({'backbone.conv1': [3, 4]}, 'cannot have'),
-                                              ({'backbone': [3, 4, 1]}, 'none there'),
-                                              ({'backbone.conv1': [3, 0, 1]}, 'cannot have')])
+@pytest.mark.parametrize(
+    'channels, reason',
+    [
+        ({'bakbone.conv1': [3, 4, 1]}, "no layer 'bakbone.conv1'"),
+        ({'backbone.conv1': [3, 999, 1]}, 'cannot have'),
+        ({'backbone.conv1': [3, 4]}, 'cannot have'),
+        ({'backbone': [3, 4, 1]}, 'none there'),
+        ({'backbone.conv1': [3, 0, 1]}, 'cannot have'),
+    ],
+)
 def test_descriptions_of_something_else(channels, reason):
     with pytest.raises(UsageError, match=reason):
         resize(MODELS.build(config('retinanet')), channels)
@@ -234,20 +277,27 @@ def test_removing_twice():
     remove_channels(small, plan_removal(small, [every(0.5, modules=['bbox_head'])], 4))
     again = build_pruned(cfg, small.removed_channels)
     again.load_state_dict(small.state_dict())
-    assert again.bbox_head.cls_convs[0].conv.out_channels == 24 and again.neck.fpn_convs[
-        0].conv.out_channels == 48
+    assert (
+        again.bbox_head.cls_convs[0].conv.out_channels == 24
+        and again.neck.fpn_convs[0].conv.out_channels == 48
+    )
 
 
 def test_a_detector_of_another_kind():
     with pytest.raises(UsageError, match='cannot be removed: only those of'):
-        plan_removal(MODELS.build(shrink(Config.fromfile(ROOT / 'configs/dy_dino_r50.py').model).detector),
-                     [every(modules=['backbone'])], 4)
+        plan_removal(
+            MODELS.build(shrink(Config.fromfile(ROOT / 'configs/dy_dino_r50.py').model).detector),
+            [every(modules=['backbone'])],
+            4,
+        )
 
 
 def test_early_exits_are_neither_removed_nor_exported():
     from dynamicdet.models.stages import find_stages
+
     model = MODELS.build(
-        shrink(Config.fromfile(ROOT / 'configs/video/early_exit_yolov5_digits.py').model))
+        shrink(Config.fromfile(ROOT / 'configs/video/early_exit_yolov5_digits.py').model)
+    )
     with pytest.raises(UsageError, match='EarlyExitDetector cannot be removed: only those of'):
         plan_removal(model, [every(modules=['detector.backbone'])], 4)
     with pytest.raises(UsageError, match='EarlyExitDetector cannot be cut'):

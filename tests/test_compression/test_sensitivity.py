@@ -1,13 +1,14 @@
-"""Suggested allocations: hand-made curves, all choices tried, limits and refusals; and curves that are
-measured."""
+"""Suggested allocations: hand-made curves, all choices tried, limits and refusals; and curves that
+are measured."""
+
 import itertools
 import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import load_small, on_findable
 
+from conftest import load_small, on_findable
 from dynamicdet.building import build_loader
 from dynamicdet.compression.sensitivity import Curve, suggest, table
 from dynamicdet.errors import UsageError
@@ -47,7 +48,8 @@ def test_against_all_choices():
     rng = np.random.default_rng(0)
     for _ in range(20):
         curves = [
-            curve(str(index), int(rng.integers(1, 100)), *np.sort(rng.random(2) * 20)) for index in range(5)
+            curve(str(index), int(rng.integers(1, 100)), *np.sort(rng.random(2) * 20))
+            for index in range(5)
         ]
         size = rng.uniform(0.15, 1)
         found = suggest(curves, size)
@@ -55,22 +57,28 @@ def test_against_all_choices():
         best = min(
             sum(one.aps[0] - one.aps[pick] for one, pick in zip(curves, choice))
             for choice in itertools.product(range(3), repeat=5)
-            if sum(one.weights * (1 - SHARES[pick]) for one, pick in zip(curves, choice)) <= size * total)
+            if sum(one.weights * (1 - SHARES[pick]) for one, pick in zip(curves, choice))
+            <= size * total
+        )
         assert found.bound - 1e-6 <= best <= found.loss + 1e-6 and found.left <= size + 1e-9
         largest = max(abs(a - b) for one in curves for a, b in itertools.combinations(one.aps, 2))
         assert found.loss - found.bound < largest
 
 
-@pytest.mark.parametrize('size, reason', [(0.0, r'in \(0, 1\]'), (1.5, r'in \(0, 1\]'),
-                                          (0.05, 'needs larger ones')])
+@pytest.mark.parametrize(
+    'size, reason', [(0.0, r'in \(0, 1\]'), (1.5, r'in \(0, 1\]'), (0.05, 'needs larger ones')]
+)
 def test_sizes_that_cannot_be(size, reason):
     with pytest.raises(UsageError, match=reason):
         suggest([curve('one', 10, 1, 2)], size)
 
 
 def test_curves_of_unlike_shares():
-    for curves in ([], [curve('a', 1, 1, 2), curve('b', 1, 1, shares=(0.0, 0.5))],
-                   [curve('a', 1, 1, 2, shares=(0.1, 0.5, 0.9))]):
+    for curves in (
+        [],
+        [curve('a', 1, 1, 2), curve('b', 1, 1, shares=(0.0, 0.5))],
+        [curve('a', 1, 1, 2, shares=(0.1, 0.5, 0.9))],
+    ):
         with pytest.raises(UsageError, match='same shares'):
             suggest(curves, 0.5)
 
@@ -95,17 +103,25 @@ def test_parts():
 
 @pytest.fixture(scope='module')
 def detector(digits, findable, cascade):
-    """(model, loader) of a small detector, dynamic, and images of which it finds something; all are easy."""
+    """(model, loader) of a small detector, dynamic, and images of which it finds something; all are
+    easy."""
     from mmdet.utils import register_all_modules
+
     register_all_modules(init_default_scope=True)
-    cfg = load_small('dy_faster_rcnn_digits', digits, cascade, **{
-        **on_findable(findable), 'model.budget': dict(threshold=1.0)})
+    cfg = load_small(
+        'dy_faster_rcnn_digits',
+        digits,
+        cascade,
+        **{**on_findable(findable), 'model.budget': dict(threshold=1.0)},
+    )
     return load(cfg, latest_checkpoint(str(cascade)), 'cpu'), build_loader(cfg.test_dataloader)
 
 
 def run(detector, path, calls=None, **changes):
     model, loader = detector
-    settings = dict(shares=[0.5, 0.95], images=0, metric='AP50', identity=dict(weights='a'), **changes)
+    settings = dict(
+        shares=[0.5, 0.95], images=0, metric='AP50', identity=dict(weights='a'), **changes
+    )
     parts = parts_of(model, dict(backbone=['backbone'], heads=['*.roi_head']))
 
     def progress(steps, what):
@@ -123,8 +139,10 @@ def test_measured_curves_fall_resume_and_leave_the_model_as_it_was(detector, tmp
     path, calls = tmp_path / 'a.json', []
     curves = run(detector, path, calls)
     # Not a number: what was never calibrated.
-    assert all(torch.equal(value.nan_to_num(-1), before[key].nan_to_num(-1))
-               for key, value in model.state_dict().items())
+    assert all(
+        torch.equal(value.nan_to_num(-1), before[key].nan_to_num(-1))
+        for key, value in model.state_dict().items()
+    )
     assert len(calls) == 5  # nothing pruned once, two shares of two parts
     dense = curves[0].aps[0]
     assert dense == curves[1].aps[0] > 5 and curves[0].shares == [0.0, 0.5, 0.95]
@@ -153,8 +171,27 @@ def test_a_part_of_the_images(detector, tmp_path):
     model, loader = detector
     parts = parts_of(model, dict(backbone=['backbone']))
     seen = []
-    measure(model, loader, parts, [], 2, 'AP', str(tmp_path / 'b.json'), {},
-            lambda steps, what: seen.append(what) or steps)
+    measure(
+        model,
+        loader,
+        parts,
+        [],
+        2,
+        'AP',
+        str(tmp_path / 'b.json'),
+        {},
+        lambda steps, what: seen.append(what) or steps,
+    )
     assert seen == ['AP of 2 images']
     with pytest.raises(UsageError, match='below 1'):
-        measure(model, loader, parts, [1.0], 2, 'AP', str(tmp_path / 'c.json'), {}, lambda steps, what: steps)
+        measure(
+            model,
+            loader,
+            parts,
+            [1.0],
+            2,
+            'AP',
+            str(tmp_path / 'c.json'),
+            {},
+            lambda steps, what: steps,
+        )

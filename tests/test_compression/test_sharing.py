@@ -1,4 +1,5 @@
 """Shared values: k-means, tied weights, and what trains them."""
+
 import copy
 
 import numpy as np
@@ -14,7 +15,7 @@ from dynamicdet.errors import UsageError
 
 
 def test_a_codebook_of_the_values_that_there_are_is_exact():
-    value = torch.tensor([-3., 0., 1.5, 2.])[torch.randint(4, (30, 30))]
+    value = torch.tensor([-3.0, 0.0, 1.5, 2.0])[torch.randint(4, (30, 30))]
     table, indices = share(value, 2)
     assert table.tolist() == [0, -3, 1.5, 2]
     assert np.array_equal(table[indices].reshape(30, 30), value.numpy())
@@ -43,7 +44,7 @@ def test_more_bits_lose_less():
     losses = []
     for bits in range(2, 9):
         table, indices = share(value, bits)
-        losses.append(float(((table[indices] - value.flatten().numpy())**2).mean()))
+        losses.append(float(((table[indices] - value.flatten().numpy()) ** 2).mean()))
     assert all(after < before / 2 for before, after in zip(losses, losses[1:]))
     # The best 4 values for a normal distribution lose 0.1175 (Max 1960).
     assert losses[0] == pytest.approx(0.1175, abs=0.004)
@@ -51,18 +52,19 @@ def test_more_bits_lose_less():
 
 def test_no_value_is_wasted_on_the_hole_that_pruning_leaves():
     """Between -1 and 1 there is nothing; 2 bits are zero and three values."""
-    value = torch.tensor([-3., -2.9, -1., 0., 0., 1., 1.1, 3.] * 10).view(8, 10)
+    value = torch.tensor([-3.0, -2.9, -1.0, 0.0, 0.0, 1.0, 1.1, 3.0] * 10).view(8, 10)
     table, indices = share(value, 2)
     assert len(table) == 4 and len(np.unique(indices)) == 4
     # Two values would lose 0.64, the best three 0.32.
-    assert float(((table[indices] - value.flatten().numpy())**2).mean()) < 0.4
+    assert float(((table[indices] - value.flatten().numpy()) ** 2).mean()) < 0.4
 
 
 # Tied weights.
 
-#: Two rows, two values, and two pruned weights: indices 1 1 2 / 2 2 0, the zero in a place of its own.
+#: Two rows, two values, and two pruned weights: indices 1 1 2 / 2 2 0, the zero in a place of its
+#: own.
 INDICES = torch.tensor([1, 1, 2, 2, 2, 0], dtype=torch.uint8)
-VALUES = [[1., 3., 5.], [6., 10., 9.]]
+VALUES = [[1.0, 3.0, 5.0], [6.0, 10.0, 9.0]]
 
 
 def test_the_gradient_of_a_value_is_the_sum_over_its_weights():
@@ -97,29 +99,34 @@ def test_tying_takes_the_mean_and_keeps_what_is_tied():
     assert (value == 0.1).all()
 
 
-@pytest.mark.parametrize('make', [
-    lambda weights: torch.optim.SGD(weights, lr=0.1, momentum=0.9, weight_decay=0.1),
-    lambda weights: torch.optim.AdamW(weights, lr=0.1, weight_decay=0.1)], ids=['SGD', 'AdamW'])
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda weights: torch.optim.SGD(weights, lr=0.1, momentum=0.9, weight_decay=0.1),
+        lambda weights: torch.optim.AdamW(weights, lr=0.1, weight_decay=0.1),
+    ],
+    ids=['SGD', 'AdamW'],
+)
 def test_tied_weights_move_as_a_table_would(make):
     """Ten steps of both, with momentum and decay."""
-    table = nn.Parameter(torch.tensor([0., -1., 2.]))
+    table = nn.Parameter(torch.tensor([0.0, -1.0, 2.0]))
     sharing = sharing_of(INDICES, pruned=True)
     weight = nn.Parameter(table.detach()[INDICES.long()].view(2, 3))
     generator = torch.Generator().manual_seed(0)
     ours, theirs = make([weight]), make([table])
     for _ in range(10):
         inputs = torch.randn(4, 3, generator=generator)
-        for optimiser, own in ((ours, weight), (theirs, table[INDICES.long()].view(2, 3))):
-            optimiser.zero_grad()
+        for optimizer, own in ((ours, weight), (theirs, table[INDICES.long()].view(2, 3))):
+            optimizer.zero_grad()
             (inputs @ own.t()).square().sum().backward()
-            if optimiser is ours:
+            if optimizer is ours:
                 tie_gradient(weight.grad, sharing)
             else:
                 table.grad[0] = 0
-            optimiser.step()
+            optimizer.step()
         tie(weight.data, sharing)
         torch.testing.assert_close(weight.detach().flatten(), table.detach()[INDICES.long()])
-    assert not torch.allclose(table, torch.tensor([0., -1., 2.]), atol=0.1)
+    assert not torch.allclose(table, torch.tensor([0.0, -1.0, 2.0]), atol=0.1)
 
 
 @pytest.mark.parametrize('zeros', [0, 0.5])
@@ -130,9 +137,12 @@ def test_a_weight_is_shared_in_place(zeros):
     table, indices = share(before, 3)
     assert np.array_equal(weight.detach().flatten().numpy(), table[indices])
     assert torch.equal(weight == 0, before == 0) and sharing.pruned == bool(zeros)
-    assert torch.equal(sharing.indices, torch.from_numpy(indices)) and sharing.members.sum() == weight.numel()
+    assert (
+        torch.equal(sharing.indices, torch.from_numpy(indices))
+        and sharing.members.sum() == weight.numel()
+    )
 
 
 def test_what_is_not_finite_is_not_shared():
     with pytest.raises(UsageError, match='did the training diverge'):
-        share_weight(torch.tensor([[1., float('nan')]]), 2)
+        share_weight(torch.tensor([[1.0, float('nan')]]), 2)

@@ -16,7 +16,8 @@ BOXES = dict(
     negative=[10, 10, -4, 5],
     outside=[60, 10, 10, 10],
     tiny=[10, 10, 0.5, 5],
-    partly=[40, 40, 20, 20])
+    partly=[40, 40, 20, 20],
+)
 
 
 def picture(seed):
@@ -29,12 +30,20 @@ def coco(count=4):
     return dict(
         images=[dict(id=i, file_name=f'{i}.jpg', width=48, height=48) for i in range(count)],
         annotations=[annotation(i + 1, i) for i in range(count)],
-        categories=[dict(id=5, name='cat'), dict(id=7, name='dog')])
+        categories=[dict(id=5, name='cat'), dict(id=7, name='dog')],
+    )
 
 
 def annotation(key, image, box=(8, 8, 20, 20), category=5, **more):
-    return dict(id=key, image_id=image, bbox=list(box), area=max(box[2] * box[3], 1),
-                category_id=category, iscrowd=0, **more)
+    return dict(
+        id=key,
+        image_id=image,
+        bbox=list(box),
+        area=max(box[2] * box[3], 1),
+        category_id=category,
+        iscrowd=0,
+        **more,
+    )
 
 
 class Data:
@@ -70,8 +79,12 @@ def data(tmp_path):
 def kept(data, classes=CLASSES, **kwargs):
     """How many annotations mmdet's own data set keeps."""
     dataset = CocoDataset(
-        ann_file=str(data.ann), data_prefix=dict(img=str(data.images)), pipeline=[],
-        metainfo=dict(classes=classes), **kwargs)
+        ann_file=str(data.ann),
+        data_prefix=dict(img=str(data.images)),
+        pipeline=[],
+        metainfo=dict(classes=classes),
+        **kwargs,
+    )
     return sum(len(dataset.get_data_info(i)['instances']) for i in range(len(dataset)))
 
 
@@ -82,14 +95,17 @@ def test_a_sound_data_set_gives_no_lines(data):
     assert seen == [(4, 4)]
 
 
-@pytest.mark.parametrize('text, said', [
-    ('', 'is not JSON'),
-    ('{"images": [{"id": 1, "file', 'cut short'),
-    ('[1, 2]', "no list of 'images'"),
-    ('{"annotations": []}', "no list of 'images'"),
-    ('{"images": 3}', "no list of 'images'"),
-    ('{"images": []}', 'there are no images'),
-])
+@pytest.mark.parametrize(
+    'text, said',
+    [
+        ('', 'is not JSON'),
+        ('{"images": [{"id": 1, "file', 'cut short'),
+        ('[1, 2]', "no list of 'images'"),
+        ('{"annotations": []}', "no list of 'images'"),
+        ('{"images": 3}', "no list of 'images'"),
+        ('{"images": []}', 'there are no images'),
+    ],
+)
 def test_files_that_are_no_annotations(data, text, said):
     data.write(text)
     assert said in data.refusal()
@@ -111,19 +127,34 @@ def broken(**changes):
     return data
 
 
-@pytest.mark.parametrize('changes, said', [
-    (dict(images_1_id=0), '1 id(s) belong to several images (such as 0)'),
-    (dict(images_2_file_name=None), "image number 2 {'id': 2} has no 'file_name'"),
-    (dict(images_2_width=None), "has no 'width'"),
-    (dict(images_2_height=0), "image '2.jpg' has no width or height above 0"),
-    (dict(images_2_width=3000, images_2_height=8), '1 image(s) are more than 100 times as long as wide (2.jpg)'),
-    (dict(images_2_height='tall'), "image number 2 {'id': 2, 'file_name': '2.jpg'} has height 'tall', where a whole"),
-    (dict(annotations_3_bbox=None), "annotation number 3 {'id': 4, 'image_id': 3} has no 'bbox'"),
-    (dict(annotations_3_bbox=[1, 2, 3]), "{'id': 4, 'image_id': 3} has bbox [1, 2, 3], where a list of 4"),
-    (dict(annotations_3_bbox=[1, 2, 3, float('nan')]), "has bbox [1, 2, 3, nan]"),
-    (dict(categories_1_name='cat'), '1 name(s) belong to several categories (such as cat)'),
-    (dict(categories_1_id=5), '1 id(s) belong to several categories'),
-])
+@pytest.mark.parametrize(
+    'changes, said',
+    [
+        (dict(images_1_id=0), '1 id(s) belong to several images (such as 0)'),
+        (dict(images_2_file_name=None), "image number 2 {'id': 2} has no 'file_name'"),
+        (dict(images_2_width=None), "has no 'width'"),
+        (dict(images_2_height=0), "image '2.jpg' has no width or height above 0"),
+        (
+            dict(images_2_width=3000, images_2_height=8),
+            '1 image(s) are more than 100 times as long as wide (2.jpg)',
+        ),
+        (
+            dict(images_2_height='tall'),
+            "image number 2 {'id': 2, 'file_name': '2.jpg'} has height 'tall', where a whole",
+        ),
+        (
+            dict(annotations_3_bbox=None),
+            "annotation number 3 {'id': 4, 'image_id': 3} has no 'bbox'",
+        ),
+        (
+            dict(annotations_3_bbox=[1, 2, 3]),
+            "{'id': 4, 'image_id': 3} has bbox [1, 2, 3], where a list of 4",
+        ),
+        (dict(annotations_3_bbox=[1, 2, 3, float('nan')]), 'has bbox [1, 2, 3, nan]'),
+        (dict(categories_1_name='cat'), '1 name(s) belong to several categories (such as cat)'),
+        (dict(categories_1_id=5), '1 id(s) belong to several categories'),
+    ],
+)
 def test_annotations_that_mmdet_stumbles_over(data, changes, said):
     data.write(broken(**changes))
     assert said in data.refusal()
@@ -137,41 +168,48 @@ def test_mmdet_asserts_unique_annotation_ids(data):
 
 
 def test_classes_that_do_not_fit(data):
-    assert 'none of the classes of the config (bird) is among' in data.refusal(('bird', ))
+    assert 'none of the classes of the config (bird) is among' in data.refusal(('bird',))
     assert "must be a list of names, not 'cat'" in data.refusal('cat')
     data.write({**coco(), 'categories': []})
     assert "no 'categories'" in data.refusal()
     data.write(coco())
-    line, = data.lines(('bird', 'cat', 'dog'))
+    (line,) = data.lines(('bird', 'cat', 'dog'))
     assert '1 class(es) of the config are not among' in line and '(bird)' in line
-    line, = data.lines(('dog', 'cat'))
+    (line,) = data.lines(('dog', 'cat'))
     assert 'another order' in line and 'give them as cat, dog' in line
 
 
 def test_labels_follow_the_file(data):
     """Why order and absent classes matter: mmdet's own label of a cat is 0."""
     for classes in (('dog', 'cat'), ('bird', 'cat', 'dog')):
-        dataset = CocoDataset(ann_file=str(data.ann), data_prefix=dict(img=''), pipeline=[],
-                              metainfo=dict(classes=classes))
+        dataset = CocoDataset(
+            ann_file=str(data.ann),
+            data_prefix=dict(img=''),
+            pipeline=[],
+            metainfo=dict(classes=classes),
+        )
         assert dataset.get_data_info(0)['instances'][0]['bbox_label'] == 0
 
 
-@pytest.mark.parametrize('extra, said, dropped', [
-    (annotation(9, 2, BOXES['zero']), '1 box(es) of zero or negative size', 1),
-    (annotation(9, 2, BOXES['negative']), '1 box(es) of zero or negative size', 1),
-    (annotation(9, 2, BOXES['outside']), '1 box(es) wholly outside', 1),
-    (annotation(9, 2, BOXES['tiny']), '1 box(es) less than a pixel', 1),
-    (annotation(9, 2, BOXES['partly']), '1 box(es) partly outside', 0),
-    ({**annotation(9, 2), 'area': 0}, "1 annotation(s) with an 'area' of zero", 1),
-    (annotation(9, 2, ignore=1), "1 annotation(s) marked 'ignore'", 1),
-    (annotation(9, 2, category=99), 'a category_id that is not in the file', 1),
-])
+@pytest.mark.parametrize(
+    'extra, said, dropped',
+    [
+        (annotation(9, 2, BOXES['zero']), '1 box(es) of zero or negative size', 1),
+        (annotation(9, 2, BOXES['negative']), '1 box(es) of zero or negative size', 1),
+        (annotation(9, 2, BOXES['outside']), '1 box(es) wholly outside', 1),
+        (annotation(9, 2, BOXES['tiny']), '1 box(es) less than a pixel', 1),
+        (annotation(9, 2, BOXES['partly']), '1 box(es) partly outside', 0),
+        ({**annotation(9, 2), 'area': 0}, "1 annotation(s) with an 'area' of zero", 1),
+        (annotation(9, 2, ignore=1), "1 annotation(s) marked 'ignore'", 1),
+        (annotation(9, 2, category=99), 'a category_id that is not in the file', 1),
+    ],
+)
 def test_odd_annotations(data, extra, said, dropped):
     """What is said to be unused is what mmdet leaves out."""
     odd = coco()
     odd['annotations'].append(extra)
     data.write(odd)
-    line, = data.lines()
+    (line,) = data.lines()
     assert said in line and "(first: '2.jpg', annotation 9)" in line
     assert kept(data) == 5 - dropped
 
@@ -187,7 +225,7 @@ def test_annotations_of_unknown_images(data):
     odd = coco()
     odd['annotations'] += [annotation(8, 77), annotation(9, 78, BOXES['zero'])]
     data.write(odd)
-    line, = data.lines()
+    (line,) = data.lines()
     assert '2 annotation(s) of images that the file does not list' in line
     assert '(first: image_id 77, annotation 8)' in line
     assert kept(data) == 4
@@ -197,20 +235,29 @@ def test_categories_that_the_config_does_not_have(data):
     odd = coco()
     odd['annotations'].append(annotation(9, 2, category=7))
     data.write(odd)
-    line, = data.lines(('cat', ))
+    (line,) = data.lines(('cat',))
     assert '1 annotation(s) of 1 categories' in line and '(dog)' in line and 'not used' in line
-    assert kept(data, ('cat', )) == 4
+    assert kept(data, ('cat',)) == 4
 
 
 def test_images_without_annotations(data):
     odd = coco()
     odd['annotations'] = odd['annotations'][:1]
     data.write(odd)
-    line, = data.lines()
+    (line,) = data.lines()
     assert '3 of 4 images without an annotation' in line
-    assert len(CocoDataset(ann_file=str(data.ann), data_prefix=dict(img=''), pipeline=[],
-                           metainfo=dict(classes=CLASSES),
-                           filter_cfg=dict(filter_empty_gt=True))) == 1
+    assert (
+        len(
+            CocoDataset(
+                ann_file=str(data.ann),
+                data_prefix=dict(img=''),
+                pipeline=[],
+                metainfo=dict(classes=CLASSES),
+                filter_cfg=dict(filter_empty_gt=True),
+            )
+        )
+        == 1
+    )
     odd.pop('annotations')
     data.write(odd)
     assert '4 of 4 images without' in data.lines()[0]
@@ -218,7 +265,7 @@ def test_images_without_annotations(data):
 
 def cut(path, share):
     content = path.read_bytes()
-    path.write_bytes(content[:int(len(content) * share)])
+    path.write_bytes(content[: int(len(content) * share)])
 
 
 def test_missing_and_damaged_images(data):
@@ -246,7 +293,7 @@ def test_a_page_and_a_folder_are_no_images(data):
 def test_formats(tmp_path, ending):
     content = coco(2)
     for image in content['images']:
-        image['file_name'] = f"{image['id']}{ending}"
+        image['file_name'] = f'{image["id"]}{ending}'
     data = Data(tmp_path, content)
     assert data.lines() == []
     if ending in ('.png', '.jpg'):
@@ -274,10 +321,17 @@ def config(root, **changes):
         if not (root / split).exists():
             Data(root, split=split)
         loaders[f'{split}_dataloader'] = dict(
-            dataset=dict(type='CocoDataset', data_root=str(root), ann_file=f'{split}.json',
-                         data_prefix=dict(img=f'{split}/'), metainfo=dict(classes=CLASSES)))
-    cfg = Config(dict(val_evaluator=dict(type='CocoMetric', ann_file=str(root / 'val.json')),
-                      **loaders))
+            dataset=dict(
+                type='CocoDataset',
+                data_root=str(root),
+                ann_file=f'{split}.json',
+                data_prefix=dict(img=f'{split}/'),
+                metainfo=dict(classes=CLASSES),
+            )
+        )
+    cfg = Config(
+        dict(val_evaluator=dict(type='CocoMetric', ann_file=str(root / 'val.json')), **loaders)
+    )
     cfg.merge_from_dict(changes)
     return cfg
 
@@ -285,10 +339,12 @@ def config(root, **changes):
 def test_a_config_with_sound_data(tmp_path):
     cfg = config(tmp_path)
     assert check_dataloaders(cfg) == []
-    absolute = {'val_dataloader.dataset.ann_file': str(tmp_path / 'train.json'),
-                'val_dataloader.dataset.data_prefix.img': str(tmp_path / 'train'),
-                'val_dataloader.dataset.data_root': '/nowhere',
-                'val_evaluator.ann_file': str(tmp_path / 'train.json')}
+    absolute = {
+        'val_dataloader.dataset.ann_file': str(tmp_path / 'train.json'),
+        'val_dataloader.dataset.data_prefix.img': str(tmp_path / 'train'),
+        'val_dataloader.dataset.data_root': '/nowhere',
+        'val_evaluator.ann_file': str(tmp_path / 'train.json'),
+    }
     assert check_dataloaders(config(tmp_path, **absolute)) == []
     assert check_dataloaders(Config(dict(train_dataloader=None)), ('train', 'test')) == []
 
@@ -297,7 +353,7 @@ def test_classes_of_the_data_sets_type(tmp_path):
     """Without metainfo, the type's own: COCO's 80, of which the file has two."""
     cfg = config(tmp_path)
     cfg.train_dataloader.dataset.pop('metainfo')
-    line, = check_dataloaders(cfg, ('train', ))
+    (line,) = check_dataloaders(cfg, ('train',))
     assert line.startswith('the training set: 78 class(es) of the config are not among')
 
 
@@ -313,18 +369,30 @@ def test_wrappers(tmp_path):
     inner = cfg.train_dataloader.dataset.to_dict()
     cfg.train_dataloader.dataset = dict(
         type='MultiImageMixDataset',
-        dataset=dict(type='RepeatDataset', times=2, dataset=dict(
-            type='ConcatDataset', datasets=[inner, {**inner, 'ann_file': 'other.json'}])))
+        dataset=dict(
+            type='RepeatDataset',
+            times=2,
+            dataset=dict(
+                type='ConcatDataset', datasets=[inner, {**inner, 'ann_file': 'other.json'}]
+            ),
+        ),
+    )
     message = refusal(cfg)
     assert f"there is no annotation file at '{tmp_path}/other.json'" in message
     assert '--cfg-options train_dataloader.dataset.dataset.dataset.datasets.1.data_root=' in message
 
 
-@pytest.mark.parametrize('root, said', [
-    ('data/digits/', 'or name another by `--cfg-options train_dataloader.dataset.data_root=...`'),
-    ('data/digits/', '`python tools/make_digits.py` makes it'),
-    ('data/coco/', 'put COCO there'),
-])
+@pytest.mark.parametrize(
+    'root, said',
+    [
+        (
+            'data/digits/',
+            'or name another by `--cfg-options train_dataloader.dataset.data_root=...`',
+        ),
+        ('data/digits/', '`python tools/make_digits.py` makes it'),
+        ('data/coco/', 'put COCO there'),
+    ],
+)
 def test_missing_data_sets_by_name(tmp_path, monkeypatch, root, said):
     monkeypatch.chdir(tmp_path)
     message = refusal(config(tmp_path, **{'train_dataloader.dataset.data_root': root}))
@@ -353,7 +421,7 @@ def test_evaluators(tmp_path):
     cfg.val_evaluator = [dict(type='VOCMetric'), cfg.val_evaluator]
     assert refusal(cfg).startswith('val_evaluator.1: ')
     cfg.val_evaluator[1].ann_file = str(tmp_path / 'train.json')
-    line, = check_dataloaders(cfg)
+    (line,) = check_dataloaders(cfg)
     assert line.startswith('val_evaluator.1: compares with')
 
 
@@ -362,23 +430,23 @@ def test_other_data_sets_are_named(tmp_path):
     built = cfg.train_dataloader.dataset
     # Of a class of the user's own, which mmengine's runner takes as it is.
     cfg.train_dataloader = dict(dataset=torch.utils.data.TensorDataset(torch.zeros(3)))
-    line, = check_dataloaders(cfg, ('train', ))
+    (line,) = check_dataloaders(cfg, ('train',))
     assert line == 'train_dataloader.dataset: data sets of type TensorDataset are not checked'
     cfg.train_dataloader = dict(dataset=built)
     for kind in ('VOCDataset', 'LVISV1Dataset', 'CocoPanopticDataset'):
         cfg.train_dataloader.dataset.type = kind
-        assert str(tmp_path / 'train.json') in refusal(cfg, ('train', ))
+        assert str(tmp_path / 'train.json') in refusal(cfg, ('train',))
     cfg.train_dataloader.dataset.type = CocoDataset
-    assert check_dataloaders(cfg, ('train', )) == []
+    assert check_dataloaders(cfg, ('train',)) == []
     cfg.train_dataloader.dataset.update(data_root='', ann_file='https://x.org/train.json')
-    line, = check_dataloaders(cfg, ('train', ))
+    (line,) = check_dataloaders(cfg, ('train',))
     assert 'is not on this disk' in line
     # What its backend needs is needed by a run, too.
     cfg.train_dataloader.dataset.update(data_root='s3://bucket', ann_file='train.json')
-    assert 'install petrel_client' in refusal(cfg, ('train', ))
+    assert 'install petrel_client' in refusal(cfg, ('train',))
     cfg.train_dataloader.dataset.update(data_root=str(tmp_path), ann_file='train.json')
     cfg.train_dataloader.dataset.data_prefix = dict(img_path='train')
-    assert "needs data_prefix=dict(img=" in refusal(cfg, ('train', ))
+    assert 'needs data_prefix=dict(img=' in refusal(cfg, ('train',))
 
 
 def test_each_line_names_its_split(tmp_path):
@@ -386,5 +454,5 @@ def test_each_line_names_its_split(tmp_path):
     odd = coco()
     odd['annotations'][3]['bbox'] = BOXES['partly']
     (tmp_path / 'val.json').write_text(json.dumps(odd))
-    line, = check_dataloaders(cfg)
+    (line,) = check_dataloaders(cfg)
     assert line.startswith('the validation set: 1 box(es) partly outside')

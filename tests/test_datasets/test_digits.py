@@ -41,20 +41,22 @@ def start(code, root):
 
     It imports the folder alone: the package would bring in mmdet, which takes seconds.
     """
-    head = ('import sys, time\n'
-            f'sys.path.insert(0, {str(Path(digits.__file__).parents[1])!r})\n'
-            'from datasets.digits import make_digits\n'
-            f'root, sizes = {str(root)!r}, {FEW!r}\n')
-    return subprocess.Popen(
-        [sys.executable, '-c', head + code], stdout=subprocess.PIPE, text=True)
+    head = (
+        'import sys, time\n'
+        f'sys.path.insert(0, {str(Path(digits.__file__).parents[1])!r})\n'
+        'from datasets.digits import make_digits\n'
+        f'root, sizes = {str(root)!r}, {FEW!r}\n'
+    )
+    return subprocess.Popen([sys.executable, '-c', head + code], stdout=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize('split', digits_drawing.SPLITS)
 def test_counts_and_coco(root, split):
     coco = COCO(str(root / 'annotations' / f'instances_{split}.json'))
     assert len(coco.imgs) == SIZES[split] == len(list((root / split).iterdir()))
-    assert [(c['id'], c['name']) for c in coco.loadCats(coco.getCatIds())] == \
-        list(enumerate(digits.CLASSES, start=1))
+    assert [(c['id'], c['name']) for c in coco.loadCats(coco.getCatIds())] == list(
+        enumerate(digits.CLASSES, start=1)
+    )
     assert sorted(coco.anns) == list(range(1, len(coco.anns) + 1))
     for entry in coco.imgs.values():
         picture = cv2.imread(str(root / split / entry['file_name']))
@@ -142,14 +144,14 @@ def test_splits_share_no_pixel_of_a_photo(root, sources):
 
 @pytest.mark.parametrize('split', digits_drawing.SPLITS)
 def test_background_uses_the_regions_of_its_split_alone(sources, split):
-    """Paint every photo with its owners' colours: a background shows one colour."""
+    """Paint every photo with its owners' colors: a background shows one color."""
     painted = {}
     for number, (name, photo) in enumerate(sources.photos.items()):
         painted[name] = np.zeros_like(photo)
-        for colour, owner in enumerate(digits_drawing.SPLITS):
+        for color, owner in enumerate(digits_drawing.SPLITS):
             x1, y1, x2, y2 = digits_drawing.split_region(photo.shape, number, owner)
             assert not painted[name][y1:y2, x1:x2].any()
-            painted[name][y1:y2, x1:x2] = 80 * (colour + 1)
+            painted[name][y1:y2, x1:x2] = 80 * (color + 1)
         assert painted[name].all()  # every pixel has an owner
     rng = np.random.default_rng(0)
     for _ in range(100):
@@ -174,8 +176,10 @@ def test_difficulty(root):
 
 
 def test_same_seed_same_bytes(tmp_path):
-    a, b, c = (digits.make_digits(tmp_path / name, FEW, seed=seed)
-               for name, seed in (('a', 5), ('b', 5), ('c', 6)))
+    a, b, c = (
+        digits.make_digits(tmp_path / name, FEW, seed=seed)
+        for name, seed in (('a', 5), ('b', 5), ('c', 6))
+    )
     assert content(a) == content(b)
     assert not set(content(a).values()) & set(content(c).values())
 
@@ -212,7 +216,9 @@ def test_kill_leaves_nothing_and_a_rerun_succeeds(tmp_path):
         '    if done == 5:\n'
         '        print("half way", flush=True)\n'
         '        time.sleep(60)\n'
-        'make_digits(root, sizes, progress=wait)', root)
+        'make_digits(root, sizes, progress=wait)',
+        root,
+    )
     assert process.stdout.readline() == 'half way\n'
     assert any(tmp_path.glob('.d.digits-part-*/train/*.jpg'))
     process.kill()  # SIGKILL
@@ -234,9 +240,11 @@ def test_a_failure_leaves_nothing(tmp_path):
 
 
 def test_two_processes_at_once(tmp_path):
-    code = ('calls = []\n'
-            'make_digits(root, sizes, progress=lambda *a: (calls.append(a), time.sleep(0.1)))\n'
-            'print(len(calls))')
+    code = (
+        'calls = []\n'
+        'make_digits(root, sizes, progress=lambda *a: (calls.append(a), time.sleep(0.1)))\n'
+        'print(len(calls))'
+    )
     processes = [start(code, tmp_path / 'd') for _ in range(2)]
     made = sorted(int(p.communicate(timeout=25)[0]) for p in processes)
     assert [p.returncode for p in processes] == [0, 0]
@@ -245,16 +253,19 @@ def test_two_processes_at_once(tmp_path):
     assert content(tmp_path / 'd') == content(other)
 
 
-@pytest.mark.parametrize('bad', [
-    dict(sizes=dict(train=-1, val=0, test=0)),
-    dict(sizes=dict(train=1.5, val=0, test=0)),
-    dict(sizes=dict(train=1)),
-    dict(sizes=dict(train=1, val=1, test=1, more=1)),
-    dict(image_size=63),
-    dict(image_size='192'),
-    dict(seed=-1),
-    dict(seed=None),
-])
+@pytest.mark.parametrize(
+    'bad',
+    [
+        dict(sizes=dict(train=-1, val=0, test=0)),
+        dict(sizes=dict(train=1.5, val=0, test=0)),
+        dict(sizes=dict(train=1)),
+        dict(sizes=dict(train=1, val=1, test=1, more=1)),
+        dict(image_size=63),
+        dict(image_size='192'),
+        dict(seed=-1),
+        dict(seed=None),
+    ],
+)
 def test_bad_arguments(tmp_path, bad):
     with pytest.raises(ValueError, match='must'):
         digits.make_digits(tmp_path / 'd', **bad)
@@ -293,8 +304,9 @@ def test_an_empty_folder_is_used(tmp_path):
 
 def test_masks_keep_holes(root):
     """Run lengths, not outlines: a zero has a hole."""
-    zeros = [a for a in load(root, 'train')['annotations']
-             if a['category_id'] == 1 and a['area'] > 1000]
+    zeros = [
+        a for a in load(root, 'train')['annotations'] if a['category_id'] == 1 and a['area'] > 1000
+    ]
     holes = 0
     for zero in zeros:
         mask = mask_utils.decode(zero['segmentation'])

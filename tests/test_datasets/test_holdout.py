@@ -20,7 +20,8 @@ def whole(digits):
         ann_file='annotations/instances_train.json',
         data_prefix=dict(img='train/'),
         metainfo=dict(classes=tuple('0123456789')),
-        pipeline=[dict(type='LoadImageFromFile'), dict(type='PackDetInputs')])
+        pipeline=[dict(type='LoadImageFromFile'), dict(type='PackDetInputs')],
+    )
 
 
 def part(whole, name, **settings):
@@ -58,10 +59,11 @@ def test_parts_depend_on_seed_alone(whole):
 
 def test_the_share_is_met_about():
     from dynamicdet.datasets.holdout import _draw
+
     for seed in range(3):
         held = sum(_draw(image, seed) < 0.1 for image in range(10_000))
         # Three standard deviations of a binomial.
-        assert abs(held - 1000) < 3 * (10_000 * 0.1 * 0.9)**0.5
+        assert abs(held - 1000) < 3 * (10_000 * 0.1 * 0.9) ** 0.5
 
 
 def test_it_is_the_data_set_itself(whole):
@@ -87,14 +89,17 @@ def test_the_data_check_looks_inside(whole):
     whole['ann_file'] = 'annotations/nothing.json'
     cfg = dict(train_dataloader=dict(dataset=dict(type='HoldOut', dataset=whole)))
     with pytest.raises(UsageError, match='train_dataloader.dataset.dataset'):
-        check_dataloaders(cfg, ('train', ))
+        check_dataloaders(cfg, ('train',))
 
 
-@pytest.mark.parametrize('settings, said', [
-    (dict(share=1.0), 'a share in'),
-    (dict(share=0), 'a share in'),
-    (dict(share=1e-9), 'a part without any'),
-])
+@pytest.mark.parametrize(
+    'settings, said',
+    [
+        (dict(share=1.0), 'a share in'),
+        (dict(share=0), 'a share in'),
+        (dict(share=1e-9), 'a part without any'),
+    ],
+)
 def test_what_is_refused(whole, settings, said):
     with pytest.raises(UsageError, match=said):
         part(whole, 'router', **settings)
@@ -102,24 +107,50 @@ def test_what_is_refused(whole, settings, said):
         part(whole, 'test')
 
 
-@pytest.mark.parametrize('share, loader, said', [
-    (1.5, dict(dataset=dict(type='CocoDataset')), 'got 1.5'), ('x', dict(dataset=dict(type='CocoDataset')), 'got x'),
-    (0.5, 5, 'has 5'), (0.5, dict(batch_size=2), 'has None'), (0.5, dict(dataset=[]), r'has \[\]'),
-    (0.5, dict(dataset=dict(ann_file='a.json')), 'a.json'),
-    (0.5, dict(dataset=dict(type='ConcatDataset', datasets=[7])), 'has 7')])
+@pytest.mark.parametrize(
+    'share, loader, said',
+    [
+        (1.5, dict(dataset=dict(type='CocoDataset')), 'got 1.5'),
+        ('x', dict(dataset=dict(type='CocoDataset')), 'got x'),
+        (0.5, 5, 'has 5'),
+        (0.5, dict(batch_size=2), 'has None'),
+        (0.5, dict(dataset=[]), r'has \[\]'),
+        (0.5, dict(dataset=dict(ann_file='a.json')), 'a.json'),
+        (0.5, dict(dataset=dict(type='ConcatDataset', datasets=[7])), 'has 7'),
+    ],
+)
 def test_what_cannot_be_held_out_of_is_said(share, loader, said):
     with pytest.raises(UsageError, match=f'router_holdout .*{said}'):
-        hold_out(Config(dict(router_holdout=share, model=dict(type='DynamicDetector'), train_dataloader=loader)))
+        hold_out(
+            Config(
+                dict(
+                    router_holdout=share,
+                    model=dict(type='DynamicDetector'),
+                    train_dataloader=loader,
+                )
+            )
+        )
 
 
-@pytest.mark.parametrize('wrapped', [lambda one: one, lambda one: dict(type='RepeatDataset', times=2, dataset=one),
-                                     lambda one: dict(type='ConcatDataset', datasets=[one])])
+@pytest.mark.parametrize(
+    'wrapped',
+    [
+        lambda one: one,
+        lambda one: dict(type='RepeatDataset', times=2, dataset=one),
+        lambda one: dict(type='ConcatDataset', datasets=[one]),
+    ],
+)
 def test_one_line_of_a_config_holds_images_out(whole, wrapped):
     """No image is in both steps, and none is lost."""
     seen = {}
     for step, settings in dict(cascade={}, router=dict(train_router=True)).items():
-        cfg = Config(dict(router_holdout=0.4, model=dict(type='DynamicDetector', **settings),
-                          train_dataloader=dict(dataset=wrapped(copy.deepcopy(whole)))))
+        cfg = Config(
+            dict(
+                router_holdout=0.4,
+                model=dict(type='DynamicDetector', **settings),
+                train_dataloader=dict(dataset=wrapped(copy.deepcopy(whole))),
+            )
+        )
         hold_out(cfg)
         data = DATASETS.build(cfg.train_dataloader.dataset)
         seen[step] = [data.get_data_info(index)['img_id'] for index in range(len(data))]

@@ -1,4 +1,5 @@
 """Whole videos to ranks, streams side by side, clips for training."""
+
 import numpy as np
 import pytest
 
@@ -12,7 +13,9 @@ class Videos:
 
     def __init__(self, *lengths):
         edges = np.cumsum([0, *lengths])
-        self.rows = {10 * number: list(range(*edges[number:number + 2])) for number in range(len(lengths))}
+        self.rows = {
+            10 * number: list(range(*edges[number : number + 2])) for number in range(len(lengths))
+        }
 
     def videos(self):
         return self.rows
@@ -61,7 +64,11 @@ def test_streams_run_side_by_side():
     assert batches == [[0, 3], [1, 4], [2, 5], [6, 8], [7]]
     sampler = samplers.StreamBatchSampler(samplers.VideoSampler(Videos(3, 1, 4, 1)), 2)
     assert list(sampler) == [[0, 3], [1, 4], [2, 5], [6, 8], [7]] and len(sampler) == 5
-    assert list(samplers.StreamBatchSampler(samplers.VideoSampler(Videos(2, 1)), 1)) == [[0], [1], [2]]
+    assert list(samplers.StreamBatchSampler(samplers.VideoSampler(Videos(2, 1)), 1)) == [
+        [0],
+        [1],
+        [2],
+    ]
 
 
 def test_stream_batches_need_videos():
@@ -74,7 +81,9 @@ def test_stream_batches_need_videos():
 def clips_of(sampler):
     frames = list(sampler)
     assert all(isinstance(frame, ClipFrame) for frame in frames) and len(frames) == len(sampler)
-    clips = [frames[start:start + sampler.frames] for start in range(0, len(frames), sampler.frames)]
+    clips = [
+        frames[start : start + sampler.frames] for start in range(0, len(frames), sampler.frames)
+    ]
     for clip in clips:
         assert [frame.step for frame in clip] == list(range(sampler.frames))
         assert len({frame.seed for frame in clip}) == 1
@@ -108,7 +117,9 @@ def test_every_frame_is_reached():
 
 
 def test_short_videos_shrink_the_gaps():
-    assert clips_of(samplers.ClipSampler(Videos(4), frames=4, gaps=(5, 9), seed=0)) == [[0, 1, 2, 3]]
+    assert clips_of(samplers.ClipSampler(Videos(4), frames=4, gaps=(5, 9), seed=0)) == [
+        [0, 1, 2, 3]
+    ]
     assert clips_of(samplers.ClipSampler(Videos(6), frames=3, gaps=(5, 5), seed=0)) == [[0, 2, 5]]
     assert sorted(clips_of(samplers.ClipSampler(Videos(3), frames=1, seed=0))) == [[0], [1], [2]]
 
@@ -122,7 +133,7 @@ def test_epochs_differ_and_seeds_repeat():
     assert len({frame.seed for frame in first}) == len(first) // 5
 
 
-@pytest.mark.parametrize('lengths, world', [((20, 20), 2), ((20, 9), 3), ((4, ), 3)])
+@pytest.mark.parametrize('lengths, world', [((20, 20), 2), ((20, 9), 3), ((4,), 3)])
 def test_ranks_have_as_many_clips(ranks, lengths, world):
     clips = []
     for rank in range(world):
@@ -132,15 +143,19 @@ def test_ranks_have_as_many_clips(ranks, lengths, world):
     assert len({len(mine) for mine in clips}) == 1
     ranks(0, 1)
     assert {tuple(clip) for mine in clips for clip in mine} == {
-        tuple(clip) for clip in clips_of(samplers.ClipSampler(Videos(*lengths), 4, seed=0))}
+        tuple(clip) for clip in clips_of(samplers.ClipSampler(Videos(*lengths), 4, seed=0))
+    }
 
 
-@pytest.mark.parametrize('options, words', [
-    (dict(frames=0), 'frames >= 1'),
-    (dict(frames=2, gaps=(0, 1)), 'gaps 1 <='),
-    (dict(frames=2, gaps=(3, 2)), 'gaps 1 <='),
-    (dict(frames=9), 'no video has 9 frames'),
-])
+@pytest.mark.parametrize(
+    'options, words',
+    [
+        (dict(frames=0), 'frames >= 1'),
+        (dict(frames=2, gaps=(0, 1)), 'gaps 1 <='),
+        (dict(frames=2, gaps=(3, 2)), 'gaps 1 <='),
+        (dict(frames=9), 'no video has 9 frames'),
+    ],
+)
 def test_mistakes_are_said(options, words):
     with pytest.raises(UsageError, match=words):
         samplers.ClipSampler(Videos(8), **options)

@@ -1,16 +1,18 @@
-"""Exported detectors, in float32 and in 8 bits, find what torch finds: AP by the tool's path, and by detection.
+"""Exported detectors, in float32 and in 8 bits, find what torch finds: AP by the tool's path, and
+by detection.
 
-What torch is sure of is the ground truth: AP then tells how far an exported detector is from torch's, however good
-that is.
+What torch is sure of is the ground truth: AP then tells how far an exported detector is from
+torch's, however good that is.
 """
+
 import json
 import runpy
 import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, load_small, train
 
+from conftest import ROOT, load_small, train
 from dynamicdet import cli
 from dynamicdet.building import build_loader, load_detector
 from dynamicdet.deploy.deployment import deploy
@@ -39,26 +41,62 @@ def record(cfg, model):
 
 def as_annotations(images, exit, source, path):
     """What an exit is sure of, as the annotations of its images."""
-    sure = [(image['id'], one) for image in images for one in image['detections'][exit] if one['score'] > SURE]
+    sure = [
+        (image['id'], one)
+        for image in images
+        for one in image['detections'][exit]
+        if one['score'] > SURE
+    ]
     assert len({image for image, _ in sure}) == IMAGES and len(sure) > IMAGES
-    path.write_text(json.dumps(dict(
-        source, images=[one for one in source['images'] if one['id'] <= IMAGES],
-        annotations=[dict(id=number, image_id=image, bbox=one['bbox'], category_id=one['category_id'], iscrowd=0,
-                          area=one['bbox'][2] * one['bbox'][3]) for number, (image, one) in enumerate(sure, 1)])))
+    path.write_text(
+        json.dumps(
+            dict(
+                source,
+                images=[one for one in source['images'] if one['id'] <= IMAGES],
+                annotations=[
+                    dict(
+                        id=number,
+                        image_id=image,
+                        bbox=one['bbox'],
+                        category_id=one['category_id'],
+                        iscrowd=0,
+                        area=one['bbox'][2] * one['bbox'][3],
+                    )
+                    for number, (image, one) in enumerate(sure, 1)
+                ],
+            )
+        )
+    )
     return path
 
 
 @pytest.fixture(scope='module')
 def exported(digits, cascade, tmp_path_factory):
-    """A cascade that is sure of what it finds in two images; exported to the folders ``float32`` and ``int8``."""
+    """A cascade that is sure of what it finds in two images; exported to the folders ``float32``
+    and ``int8``."""
     register_all_modules(init_default_scope=True)
     folder = tmp_path_factory.mktemp('exported')
-    options = {'test_dataloader.dataset.indices': IMAGES, 'test_dataloader.dataset.data_prefix.img': 'train/',
-               'test_dataloader.dataset.ann_file': 'annotations/instances_train.json',
-               'test_evaluator.ann_file': f'{digits}/annotations/instances_train.json'}
-    train(load_small('dy_faster_rcnn_digits', digits, folder / 'work', **{
-        'param_scheduler': [], 'optim_wrapper.optimizer.lr': 3e-3, 'train_dataloader.dataset.indices': IMAGES,
-        'train_cfg.max_epochs': 40, 'default_hooks.checkpoint.interval': 40, 'load_from': latest_checkpoint(cascade)}))
+    options = {
+        'test_dataloader.dataset.indices': IMAGES,
+        'test_dataloader.dataset.data_prefix.img': 'train/',
+        'test_dataloader.dataset.ann_file': 'annotations/instances_train.json',
+        'test_evaluator.ann_file': f'{digits}/annotations/instances_train.json',
+    }
+    train(
+        load_small(
+            'dy_faster_rcnn_digits',
+            digits,
+            folder / 'work',
+            **{
+                'param_scheduler': [],
+                'optim_wrapper.optimizer.lr': 3e-3,
+                'train_dataloader.dataset.indices': IMAGES,
+                'train_cfg.max_epochs': 40,
+                'default_hooks.checkpoint.interval': 40,
+                'load_from': latest_checkpoint(cascade),
+            },
+        )
+    )
     cfg = load_small('dy_faster_rcnn_digits', digits, folder / 'work', val=True, **options)
     checkpoint = latest_checkpoint(folder / 'work')
     deploy(cfg, checkpoint, str(folder / 'float32'))
@@ -73,20 +111,37 @@ def exported(digits, cascade, tmp_path_factory):
 def ap_by_the_tool(exported, kind, exit, truth, monkeypatch):
     """In percent, of tools/test_deployed.py."""
     monkeypatch.chdir(exported.folder)
-    monkeypatch.setattr(sys, 'argv', [
-        'test_deployed.py', kind, f'--threshold={FORCED[exit]}', '--images', '0', '--work-dir', 'tested', '--out',
-        'figures.json', '--cfg-options', f'test_dataloader.dataset.ann_file={truth}',
-        f'test_evaluator.ann_file={truth}'])
+    monkeypatch.setattr(
+        sys,
+        'argv',
+        [
+            'test_deployed.py',
+            kind,
+            f'--threshold={FORCED[exit]}',
+            '--images',
+            '0',
+            '--work-dir',
+            'tested',
+            '--out',
+            'figures.json',
+            '--cfg-options',
+            f'test_dataloader.dataset.ann_file={truth}',
+            f'test_evaluator.ann_file={truth}',
+        ],
+    )
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / 'tools/test_deployed.py'), run_name='__main__')
     assert not ended.value.code
-    return 100 * json.loads((exported.folder / 'figures.json').read_text())['metrics'].get('coco/bbox_mAP', 0.0)
+    return 100 * json.loads((exported.folder / 'figures.json').read_text())['metrics'].get(
+        'coco/bbox_mAP', 0.0
+    )
 
 
 @pytest.mark.parametrize('exit', [0, 1])
 @pytest.mark.parametrize('kind, least', [('float32', 99), ('int8', 50)])
 def test_the_ap_is_torchs(exported, kind, least, exit, monkeypatch):
-    """100 is torch's own. In 8 bits it was 76 and 80 when this was written; what the other exit finds has 36 and 14."""
+    """100 is torch's own. In 8 bits it was 76 and 80 when this was written; what the other exit
+    finds has 36 and 14."""
     assert ap_by_the_tool(exported, kind, exit, exported.truths[exit], monkeypatch) >= least
 
 
@@ -97,7 +152,10 @@ def test_the_other_exit_would_be_noticed(exported, monkeypatch):
 def test_float32_finds_the_same_detections(exported):
     images = record(exported.cfg, load_deployed(str(exported.folder / 'float32')))
     for exit in (0, 1):
-        same = agreement(*([image['detections'][exit] for image in side] for side in (exported.images, images)))
+        same = agreement(
+            *([image['detections'][exit] for image in side] for side in (exported.images, images))
+        )
         assert same.unmatched < 0.05 and same.box < 0.05 and same.score < 0.005
     assert [image['difficulty'] for image in images] == pytest.approx(
-        [image['difficulty'] for image in exported.images], abs=1e-4)
+        [image['difficulty'] for image in exported.images], abs=1e-4
+    )

@@ -1,11 +1,21 @@
-"""Which layers are predictions: found in the graph, spared as far as their cost allows; and what is between layers."""
+"""Which layers are predictions: found in the graph, spared as far as their cost allows; and what is
+between layers."""
+
 import onnx
 import pytest
 import torch
 from torch import nn
 
 from dynamicdet.deploy.graphs import Graph, _export
-from dynamicdet.deploy.int8 import BETWEEN, Observer, Recipe, layers_of, prediction_layers, quantise_graph, watched
+from dynamicdet.deploy.int8 import (
+    BETWEEN,
+    Observer,
+    Recipe,
+    layers_of,
+    prediction_layers,
+    quantize_graph,
+    watched,
+)
 from dynamicdet.models.stages import Stage, find_stages
 from dynamicdet.testing import tiny_detector
 from mmdet.registry import MODELS
@@ -29,19 +39,25 @@ class Head(nn.Module):
 def graph():
     """ONNX file; name of a node -> multiply-adds, which for 16 pixels are 192, 512, 256 and 512."""
     head = Head().eval()
-    content = _export(Stage('head', head, lambda run: None, (head, )), (torch.rand(1, 3, 4, 4), )).content
+    content = _export(
+        Stage('head', head, lambda run: None, (head,)), (torch.rand(1, 3, 4, 4),)
+    ).content
     names = [node.name for node in layers_of(onnx.load_from_string(content))]
     assert [name.split('/')[-2] for name in names] == ['neck', 'body', 'score', 'box']
     return content, dict(zip(names, (192, 512, 256, 512)))
 
 
-@pytest.mark.parametrize('share, expected, spent', [
-    (1.0, ['score', 'box'], 768), (0.5, ['score'], 256), (0.2, ['score'], 256), (0.1, [], 0)])
+@pytest.mark.parametrize(
+    'share, expected, spent',
+    [(1.0, ['score', 'box'], 768), (0.5, ['score'], 256), (0.2, ['score'], 256), (0.1, [], 0)],
+)
 def test_what_no_layer_reads_is_a_prediction_the_cheapest_first(graph, share, expected, spent):
     """The neck's map is an output too, but the body reads it."""
     content, costs = graph
     names, part = prediction_layers(content, costs, share)
-    assert [name.split('/')[-2] for name in names] == expected and part == pytest.approx(spent / 1472)
+    assert [name.split('/')[-2] for name in names] == expected and part == pytest.approx(
+        spent / 1472
+    )
 
 
 def test_costs_that_are_not_known_are_nothing(graph):
@@ -57,11 +73,16 @@ def test_heads_predict_and_backbones_do_not():
 
 
 class Between(nn.Module):
-    """SiLU, a sum, pooling, a join and an enlargement between convolutions; at the end a score of what is in float."""
+    """SiLU, a sum, pooling, a join and an enlargement between convolutions; at the end a score of
+    what is in float."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.second, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(16, 4, 1)
+        self.first, self.second, self.last = (
+            nn.Conv2d(3, 8, 1),
+            nn.Conv2d(8, 8, 1),
+            nn.Conv2d(16, 4, 1),
+        )
 
     def forward(self, x):
         one = nn.functional.silu(self.first(x))
@@ -74,29 +95,49 @@ class Between(nn.Module):
 def test_what_is_between_layers_stays_in_8_bits():
     torch.manual_seed(0)
     module, images = Between().eval(), torch.randn(2, 3, 8, 8)
-    content = _export(Stage('between', module, lambda run: None, (module, )), (images, )).content
+    content = _export(Stage('between', module, lambda run: None, (module,)), (images,)).content
     observer = Observer()
     observer(dict(in0=images.numpy(), **Graph(watched(content), None).arrays(images)))
     ranges = observer.ranges('minmax')
-    found = {between: quantise_graph(content, Recipe(ranges, between=BETWEEN if between else ())) for between in (False, True)}
+    found = {
+        between: quantize_graph(content, Recipe(ranges, between=BETWEEN if between else ()))
+        for between in (False, True)
+    }
     assert kinds_in_float(found[False]) >= {'Sigmoid', 'Mul', 'Add', 'MaxPool', 'Concat', 'Resize'}
     # The score is none of it: no layer reads it.
-    assert kinds_in_float(found[True]) & {'Sigmoid', 'Mul', 'Add', 'MaxPool', 'Concat', 'Resize'} == {'Sigmoid'}
+    assert kinds_in_float(found[True]) & {
+        'Sigmoid',
+        'Mul',
+        'Add',
+        'MaxPool',
+        'Concat',
+        'Resize',
+    } == {'Sigmoid'}
     exact = list(Graph(content, None).arrays(images).values())
     for one in found.values():
         for got, wanted in zip(Graph(one, None).arrays(images).values(), exact):
-            assert 0 < ((got - wanted)**2).sum() / (wanted**2).sum() < 1e-3
+            assert 0 < ((got - wanted) ** 2).sum() / (wanted**2).sum() < 1e-3
     # A layer that stays float, and what it gives.
     names = [node.name for node in layers_of(onnx.load_from_string(content))]
-    spared = quantise_graph(content, Recipe(ranges, tuple(names[1:2]), between=BETWEEN))
+    spared = quantize_graph(content, Recipe(ranges, tuple(names[1:2]), between=BETWEEN))
     assert {'Add', 'Concat'} <= kinds_in_float(spared)
 
 
 def kinds_in_float(content):
     """Operators that take what was not in 8 bits before."""
     model = onnx.load_from_string(content)
-    whole = {name for node in model.graph.node if node.op_type == 'DequantizeLinear' for name in node.output}
+    whole = {
+        name
+        for node in model.graph.node
+        if node.op_type == 'DequantizeLinear'
+        for name in node.output
+    }
     constants = {one.name for one in model.graph.initializer} | {
-        name for node in model.graph.node if node.op_type == 'Constant' for name in node.output}
-    return {node.op_type for node in model.graph.node if node.op_type not in ('QuantizeLinear', 'DequantizeLinear')
-            and any(name not in whole and name not in constants for name in node.input if name)}
+        name for node in model.graph.node if node.op_type == 'Constant' for name in node.output
+    }
+    return {
+        node.op_type
+        for node in model.graph.node
+        if node.op_type not in ('QuantizeLinear', 'DequantizeLinear')
+        and any(name not in whole and name not in constants for name in node.input if name)
+    }

@@ -1,15 +1,24 @@
-"""Tests that load OpenVINO, marked so, run in a process of their own: what it loads stays in a process, and other tests
-fork data workers."""
+"""Tests that load OpenVINO, marked so, run in a process of their own: what it loads stays in a
+process, and other tests fork data workers."""
+
 import subprocess
 import sys
 
 from conftest import ROOT
 
-FILES = ('tests/test_deploy/test_stages_graphs.py', 'tests/test_deploy/test_joins.py',
-         'tests/test_tools/test_dynamic_compressed.py')
+FILES = (
+    'tests/test_deploy/test_stages_graphs.py',
+    'tests/test_deploy/test_joins.py',
+    'tests/test_tools/test_dynamic_compressed.py',
+)
 
 
 def test_what_loads_openvino():
-    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-m', 'openvino', *FILES], cwd=ROOT, timeout=600,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-q', '-m', 'openvino', *FILES],
+        cwd=ROOT,
+        timeout=600,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -1,34 +1,43 @@
 """Graphs in float32 against torch, and the simulation of 8 bits against the graphs in 8 bits."""
+
 import copy
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import RUNTIMES_TO_TRY, same_detections, spread_scores
 from far_device import counted, far_device
 from mmcv.ops import ModulatedDeformConv2dPack, RoIAlign, deform_conv2d
 from mmengine.config import ConfigDict
 from torch import nn
 
-from dynamicdet.compression.quantisation import Simulation
+from conftest import RUNTIMES_TO_TRY, same_detections, spread_scores
+from dynamicdet.compression.quantization import Simulation
 from dynamicdet.deploy.graphs import Graph, example_inputs, export_stages, release_weights
-from dynamicdet.deploy.int8 import Recipe, quantise_graph, trained_ranges
+from dynamicdet.deploy.int8 import Recipe, quantize_graph, trained_ranges
 from dynamicdet.deploy.rois import _graph_of, place_roi_aligns
 from dynamicdet.deploy.runtimes import CPU, RUNTIMES, OnnxRuntime, OpenVino, open_graph
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.calibration import force_exit
 from dynamicdet.models.stages import find_stages, flatten, unflatten
-from dynamicdet.testing import randomise, shrink, tiny_batch, tiny_detector, tiny_dynamic
+from dynamicdet.testing import randomize, shrink, tiny_batch, tiny_detector, tiny_dynamic
 from mmdet.registry import MODELS
 
-MODELS_TO_TRY = ('faster_rcnn', 'mask_rcnn', 'retinanet', 'yolox', 'dynamic faster_rcnn', 'dynamic yolox',
-                 'rtmdet')
+MODELS_TO_TRY = (
+    'faster_rcnn',
+    'mask_rcnn',
+    'retinanet',
+    'yolox',
+    'dynamic faster_rcnn',
+    'dynamic yolox',
+    'rtmdet',
+)
 
 
 def settings(name):
     if name == 'rtmdet':
         from mmengine.hub import get_config
+
         return shrink(ConfigDict(get_config('mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py').model))
     if name.startswith('dynamic'):
         kind = name.split()[1]
@@ -38,7 +47,7 @@ def settings(name):
 
 def build(name):
     """A detector with random weights, in eval mode; the same at each call."""
-    return spread_scores(randomise(MODELS.build(settings(name)), seed=1)).eval()
+    return spread_scores(randomize(MODELS.build(settings(name)), seed=1)).eval()
 
 
 @pytest.fixture(scope='module')
@@ -77,14 +86,20 @@ def test_graphs_give_what_torch_gives_at_other_sizes_and_counts(name, runtime, e
         assert all(close(one, two) for one, two in zip(got, expected)), stage.name
 
 
-@pytest.mark.parametrize('name', ('faster_rcnn', 'retinanet', 'dynamic yolox', 'dynamic faster_rcnn'))
+@pytest.mark.parametrize(
+    'name', ('faster_rcnn', 'retinanet', 'dynamic yolox', 'dynamic faster_rcnn')
+)
 @pytest.mark.parametrize('padded', (False, True))
 @pytest.mark.parametrize('runtime', RUNTIMES_TO_TRY)
 def test_a_detector_on_graphs_detects_the_same(name, padded, runtime, exported):
     model, deployed = build(name), build(name)
     stages = find_stages(deployed)
     for stage in stages:
-        stage.place(Graph(exported(name)[stage.name].content, exported(name)[stage.name].form, runtime=runtime))
+        stage.place(
+            Graph(
+                exported(name)[stage.name].content, exported(name)[stage.name].form, runtime=runtime
+            )
+        )
     before = sum(one.numel() for one in deployed.parameters())
     release_weights(stages)
     assert sum(one.numel() for one in deployed.parameters()) < before / 2
@@ -110,22 +125,29 @@ def test_a_detector_on_graphs_detects_the_same(name, padded, runtime, exported):
 
 def noise(got, expected):
     """Power of the difference over that of what is expected."""
-    return (sum((one - two).double().square().sum() for one, two in zip(got, expected))
-            / sum(two.double().square().sum() for two in expected)).item()
+    return (
+        sum((one - two).double().square().sum() for one, two in zip(got, expected))
+        / sum(two.double().square().sum() for two in expected)
+    ).item()
 
 
 @pytest.mark.parametrize('runtime', RUNTIMES_TO_TRY)
 @pytest.mark.parametrize('name', MODELS_TO_TRY)
 def test_the_simulation_is_what_the_int8_graph_computes(name, runtime, exported):
-    """What remains are ties of rounding: sums in another order. Random weights make much of them, layer by
-    layer. OpenVINO rounds less often, and is hardly further from float32."""
+    """What remains are ties of rounding: sums in another order. Random weights make much of them,
+    layer by layer. OpenVINO rounds less often, and is hardly further from float32."""
     graphs, model = exported(name), build(name)
     stages = find_stages(model)
     inputs = example_inputs(model, stages, (64, 96))
     for stage in stages:
         given = inputs[stage.name]
-        simulation = Simulation(stage.run, stage.modules, stage.spared, reduced=True,
-                                float_share=0.1 if stage.predicts else 0.0)
+        simulation = Simulation(
+            stage.run,
+            stage.modules,
+            stage.spared,
+            reduced=True,
+            float_share=0.1 if stage.predicts else 0.0,
+        )
         with torch.no_grad():
             exact, form = flatten(stage.run(*given))
             simulation.active, simulation.ranges.observing = False, True
@@ -135,9 +157,11 @@ def test_the_simulation_is_what_the_int8_graph_computes(name, runtime, exported)
         # With norms folded, and nothing rounded, nothing changes.
         assert noise(watched, exact) < 1e-9
         ranges, unknown = trained_ranges(
-            graphs[stage.name].content, simulation.plan(*given),
-            {key: value.tolist() for key, value in simulation.ranges.values.items()})
-        content = quantise_graph(graphs[stage.name].content, Recipe(ranges, unknown, True))
+            graphs[stage.name].content,
+            simulation.plan(*given),
+            {key: value.tolist() for key, value in simulation.ranges.values.items()},
+        )
+        content = quantize_graph(graphs[stage.name].content, Recipe(ranges, unknown, True))
         got, _ = flatten(Graph(content, form, runtime=runtime)(*given))
         changed = noise(simulated, exact)
         assert changed > 1e-5
@@ -188,7 +212,9 @@ def test_a_graph_serves_several_threads_and_keeps_what_it_gave(runtime, exported
 def test_of_many_sizes_the_last_are_kept(exported, monkeypatch):
     monkeypatch.setattr(OpenVino, 'KEPT', 2)
     one = exported('faster_rcnn')['first']
-    graph, exact = (Graph(one.content, one.form, runtime=runtime) for runtime in ('openvino', 'onnxruntime'))
+    graph, exact = (
+        Graph(one.content, one.form, runtime=runtime) for runtime in ('openvino', 'onnxruntime')
+    )
     for width in (32, 64, 96, 32, 32, 64):
         image = torch.rand(1, 3, 64, width)
         assert all(close(*both) for both in zip(flatten(graph(image))[0], flatten(exact(image))[0]))
@@ -197,7 +223,9 @@ def test_of_many_sizes_the_last_are_kept(exported, monkeypatch):
 
 def test_a_runtime_that_is_not_there_is_one_line(exported, monkeypatch):
     content = exported('faster_rcnn')['first'].content
-    with pytest.raises(UsageError, match="runtime must be one of onnxruntime, openvino, got 'tensorrt'"):
+    with pytest.raises(
+        UsageError, match="runtime must be one of onnxruntime, openvino, got 'tensorrt'"
+    ):
         open_graph(content, 'tensorrt')
     with pytest.raises(UsageError, match='threads must not be negative, got -1'):
         open_graph(content, threads=-1)
@@ -214,7 +242,10 @@ def test_layers_without_an_operator_are_named_before_anything_runs(monkeypatch):
     with pytest.raises(UsageError) as caught:
         export_stages(model, (64, 96))
     said = str(caught.value)
-    assert 'ModulatedDeformConv2dPack (backbone.first.layer4.0.conv2' in said and 'ONNX Runtime' in said
+    assert (
+        'ModulatedDeformConv2dPack (backbone.first.layer4.0.conv2' in said
+        and 'ONNX Runtime' in said
+    )
     assert '\n' not in said
 
 
@@ -226,7 +257,9 @@ class Deformed(nn.Module):
         self.weight = nn.Parameter(torch.zeros(8, 8, 3, 3))
 
     def forward(self, x):
-        return x + deform_conv2d(x, x.new_zeros(len(x), 18, *x.shape[2:]), self.weight, 1, 1, 1, 1, 1)
+        return x + deform_conv2d(
+            x, x.new_zeros(len(x), 18, *x.shape[2:]), self.weight, 1, 1, 1, 1, 1
+        )
 
 
 class Unknown(nn.Module):
@@ -236,8 +269,13 @@ class Unknown(nn.Module):
         return torch.ops.aten.special_bessel_j0(x)
 
 
-@pytest.mark.parametrize('layer, said', [
-    (Deformed, 'MMCVDeformConv2d (first: layer1/layer1.2)'), (Unknown, "the stage 'first' cannot be exported")])
+@pytest.mark.parametrize(
+    'layer, said',
+    [
+        (Deformed, 'MMCVDeformConv2d (first: layer1/layer1.2)'),
+        (Unknown, "the stage 'first' cannot be exported"),
+    ],
+)
 def test_operators_that_only_the_graph_shows_are_named(layer, said):
     model = build('retinanet')
     model.backbone.layer1.append(layer())
@@ -247,14 +285,15 @@ def test_operators_that_only_the_graph_shows_are_named(layer, said):
 
 
 def test_graphs_on_another_device(monkeypatch):
-    """What a stage is given may be elsewhere and of half the digits; RoIs are aligned where their maps are."""
+    """What a stage is given may be elsewhere and of half the digits; RoIs are aligned where their
+    maps are."""
     layer = RoIAlign(3, spatial_scale=0.5)
     maps, rois = torch.rand(2, 4, 8, 8), torch.tensor([[0, 1.0, 1, 9, 9], [1, 0, 0, 15, 7]])
     expected = layer(maps, rois)
     graph = Graph(_graph_of(layer, 0), ['tuple', [0]], 1)
     holder = torch.nn.ModuleList([layer])
     with far_device(monkeypatch) as far:
-        found, = graph(maps.to(far), rois[:, 1:].double().to(far), rois[:, 0].long().to(far))
+        (found,) = graph(maps.to(far), rois[:, 1:].double().to(far), rois[:, 0].long().to(far))
         assert found.device.type == far
         torch.testing.assert_close(found.cpu(), expected)
         place_roi_aligns(holder)
@@ -269,6 +308,7 @@ def test_graphs_on_another_device(monkeypatch):
 def test_providers_are_what_there_is(monkeypatch):
     content = _graph_of(RoIAlign(3), 0)
     import onnxruntime
+
     there = onnxruntime.get_available_providers()
     wanted = [one for one in ('CUDAExecutionProvider', 'CPUExecutionProvider') if one in there]
     graph = OnnxRuntime(content, 1)

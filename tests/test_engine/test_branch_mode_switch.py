@@ -1,12 +1,13 @@
 """YOLOX's last epochs: the L1 loss comes on in every branch, the mosaic goes."""
+
 import logging
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
 from mmengine.config import Config
 from mmengine.runner import IterBasedTrainLoop
 
+from conftest import ROOT
 from dynamicdet.engine.switches import check_switches
 from dynamicdet.errors import UsageError
 from dynamicdet.testing import tiny_dynamic
@@ -24,9 +25,11 @@ def dataset(digits):
         ann_file='annotations/instances_train.json',
         data_prefix=dict(img='train/'),
         metainfo=dict(classes=tuple('0123456789')),
-        pipeline=loading)
+        pipeline=loading,
+    )
     return MultiImageMixDataset(
-        single, pipeline=[dict(type='Mosaic', img_scale=(64, 64)), dict(type='PackDetInputs')])
+        single, pipeline=[dict(type='Mosaic', img_scale=(64, 64)), dict(type='PackDetInputs')]
+    )
 
 
 @pytest.mark.parametrize('epoch, switched', [(0, False), (283, False), (284, True), (299, True)])
@@ -36,9 +39,16 @@ def test_last_epochs(dataset, epoch, switched, shared):
     hook = HOOKS.build(dict(type='BranchModeSwitchHook', num_last_epochs=15))
     model = MODELS.build(tiny_dynamic('yolox', shared=shared))
     hook.before_train_epoch(
-        SimpleNamespace(epoch=epoch, max_epochs=300, model=model,
-                        train_dataloader=SimpleNamespace(dataset=dataset)))
-    assert [branch.bbox_head.use_l1 for branch in model.branches] == [switched] * len(model.branches)
+        SimpleNamespace(
+            epoch=epoch,
+            max_epochs=300,
+            model=model,
+            train_dataloader=SimpleNamespace(dataset=dataset),
+        )
+    )
+    assert [branch.bbox_head.use_l1 for branch in model.branches] == [switched] * len(
+        model.branches
+    )
     side = 64 if switched else 128
     assert dataset[0]['inputs'].shape == (3, side, side)
 
@@ -48,8 +58,14 @@ def start(caplog, dataset, max_epochs=300, name='yolox', **settings):
     hook = HOOKS.build(dict(type='BranchModeSwitchHook', **settings))
     model = MODELS.build(tiny_dynamic(name))
     loader = SimpleNamespace(dataset=dataset, _iterator='workers')
-    runner = SimpleNamespace(epoch=0, max_epochs=max_epochs, model=model, train_loop=None, train_dataloader=loader,
-                             logger=logging.getLogger('switch'))
+    runner = SimpleNamespace(
+        epoch=0,
+        max_epochs=max_epochs,
+        model=model,
+        train_loop=None,
+        train_dataloader=loader,
+        logger=logging.getLogger('switch'),
+    )
     hook.before_train(runner)
     hook.before_train_epoch(runner)
     return model, loader, caplog.messages
@@ -61,7 +77,7 @@ def test_a_long_run_says_nothing(dataset, caplog):
 
 
 def test_a_run_shorter_than_its_last_epochs(dataset, caplog):
-    model, loader, (said, ) = start(caplog, dataset, max_epochs=12)
+    model, loader, (said,) = start(caplog, dataset, max_epochs=12)
     assert 'all of the 12 epochs' in said and 'num_last_epochs=15' in said
     # Workers that have the old pipeline are let go.
     assert model.branch(0).bbox_head.use_l1 and loader._iterator is None
@@ -88,7 +104,9 @@ def test_no_head_with_such_a_loss(dataset, caplog):
 def test_iterations_have_no_last_epochs():
     hook = HOOKS.build(dict(type='BranchModeSwitchHook'))
     with pytest.raises(UsageError, match='counts epochs'):
-        hook.before_train(SimpleNamespace(train_loop=IterBasedTrainLoop.__new__(IterBasedTrainLoop)))
+        hook.before_train(
+            SimpleNamespace(train_loop=IterBasedTrainLoop.__new__(IterBasedTrainLoop))
+        )
 
 
 def switching(name, **options):
@@ -98,7 +116,9 @@ def switching(name, **options):
     return cfg, lambda: check_switches(cfg)
 
 
-@pytest.mark.parametrize('name', ['dy_yolox_s', 'dy_rtmdet_s', 'dy_yolox_s_router', 'dy_faster_rcnn'])
+@pytest.mark.parametrize(
+    'name', ['dy_yolox_s', 'dy_rtmdet_s', 'dy_yolox_s_router', 'dy_faster_rcnn']
+)
 def test_shipped_configs_switch_as_they_should(name):
     _, check = switching(name)
     assert check() == []
@@ -120,12 +140,14 @@ def test_mmdets_switch_without_a_mosaic():
 
 def test_a_pipeline_that_would_never_be_switched():
     _, check = switching('dy_rtmdet_s', **{'train_cfg.max_epochs': 20})
-    line, = check()
+    (line,) = check()
     assert 'after 280 epochs, and this run has 20' in line
 
 
 def test_a_wrapper_has_no_pipeline_to_switch():
     cfg, check = switching('dy_rtmdet_s')
-    cfg.train_dataloader.dataset = dict(type='RepeatDataset', times=2, dataset=cfg.train_dataloader.dataset)
+    cfg.train_dataloader.dataset = dict(
+        type='RepeatDataset', times=2, dataset=cfg.train_dataloader.dataset
+    )
     with pytest.raises(UsageError, match='RepeatDataset has no pipeline'):
         check()

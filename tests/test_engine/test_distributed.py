@@ -1,4 +1,5 @@
 """Two processes over gloo on loopback do what one does."""
+
 import copy
 import json
 import os
@@ -12,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, load_small, load_small_router, on_findable, run_tool, train
 
+from conftest import ROOT, load_small, load_small_router, on_findable, run_tool, train
 from dynamicdet.building import build_loader, load_dynamic_detector
 from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.files import latest_checkpoint
@@ -56,14 +57,35 @@ def run_on_two(tool, cfg, folder, *arguments):
     cfg.custom_imports = dict(imports=['dynamicdet', 'rank_states'])
     cfg.dump(folder / 'config.py')
     result = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2',
-         '--master_addr=127.0.0.1', f'--master_port={free_port()}', str(ROOT / 'tools' / tool),
-         str(folder / 'config.py'), *map(str, arguments), '--launcher', 'pytorch',
-         '--no-data-check', '--work-dir', str(folder / 'work'), '--cfg-options',
-         'env_cfg.dist_cfg.backend=gloo'],
+        [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--nproc_per_node=2',
+            '--master_addr=127.0.0.1',
+            f'--master_port={free_port()}',
+            str(ROOT / 'tools' / tool),
+            str(folder / 'config.py'),
+            *map(str, arguments),
+            '--launcher',
+            'pytorch',
+            '--no-data-check',
+            '--work-dir',
+            str(folder / 'work'),
+            '--cfg-options',
+            'env_cfg.dist_cfg.backend=gloo',
+        ],
         # Also on a machine with a GPU: two processes on one would be refused.
-        env={**os.environ, 'PYTHONPATH': f'{folder}:{os.environ.get("PYTHONPATH", "")}',
-             'CUDA_VISIBLE_DEVICES': '-1'}, cwd=folder, capture_output=True, text=True, timeout=600)
+        env={
+            **os.environ,
+            'PYTHONPATH': f'{folder}:{os.environ.get("PYTHONPATH", "")}',
+            'CUDA_VISIBLE_DEVICES': '-1',
+        },
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout + result.stderr
 
@@ -79,8 +101,11 @@ def train_on_two(cfg, folder, *arguments):
 
 def differing(first, second):
     """Names of the entries in which two states differ."""
-    return {name for name, value in first.items()
-            if not torch.equal(value, second[name]) and not value.isnan().all()}
+    return {
+        name
+        for name, value in first.items()
+        if not torch.equal(value, second[name]) and not value.isnan().all()
+    }
 
 
 def test_step_2_on_two_processes(digits, cascade, tmp_path):
@@ -111,10 +136,18 @@ def test_online_delta_on_two_processes(digits, cascade, tmp_path):
 
 
 def test_step_1_on_two_processes(digits, tmp_path):
-    """Every trained parameter takes part: DDP needs no search for unused ones. Ranks and epochs draw other flips, in
-    workers that live on, and a resumed run the same."""
-    cfg = load_small('dy_faster_rcnn_digits', digits, tmp_path, **{
-        'train_cfg.max_epochs': 2, 'train_dataloader.num_workers': 1, 'train_dataloader.persistent_workers': True})
+    """Every trained parameter takes part: DDP needs no search for unused ones. Ranks and epochs
+    draw other flips, in workers that live on, and a resumed run the same."""
+    cfg = load_small(
+        'dy_faster_rcnn_digits',
+        digits,
+        tmp_path,
+        **{
+            'train_cfg.max_epochs': 2,
+            'train_dataloader.num_workers': 1,
+            'train_dataloader.persistent_workers': True,
+        },
+    )
     cfg.train_dataloader.dataset.pipeline.insert(3, dict(type='RandomFlip', prob=0.5))
     resumed = copy.deepcopy(cfg)
     train_on_two(cfg, tmp_path)
@@ -124,7 +157,7 @@ def test_step_1_on_two_processes(digits, tmp_path):
     state = read_checkpoint(latest_checkpoint(tmp_path / 'work'))['state_dict']
     assert not differing(first, state)
     flips = [torch.load(tmp_path / f'flips{rank}.pth') for rank in (0, 1)]
-    epochs = [own[half:half + 2] for own in flips for half in (0, 2)]
+    epochs = [own[half : half + 2] for own in flips for half in (0, 2)]
     assert all(len(own) == 4 for own in flips) and len({str(epoch) for epoch in epochs}) == 4
     again = tmp_path / 'again'
     again.mkdir()
@@ -135,7 +168,7 @@ def test_step_1_on_two_processes(digits, tmp_path):
 
 def metrics(work_dir, kind='coco/'):
     """What ``tools/test.py`` left in its JSON log."""
-    path, = Path(work_dir).glob('2*/2*.json')
+    (path,) = Path(work_dir).glob('2*/2*.json')
     found = json.loads(path.read_text().splitlines()[-1])
     return {name: value for name, value in found.items() if name.startswith(kind)}
 
@@ -147,8 +180,16 @@ def by_image(path):
 
 def test_testing_on_two_processes(digits, findable, cascade, tmp_path):
     """Same AP, and image by image the same boxes, with 11 images of which half are hard."""
-    cfg = load_small('dy_faster_rcnn_digits', digits, tmp_path, **{
-        **on_findable(findable), 'test_dataloader.batch_size': 1, 'test_dataloader.dataset.indices': 11})
+    cfg = load_small(
+        'dy_faster_rcnn_digits',
+        digits,
+        tmp_path,
+        **{
+            **on_findable(findable),
+            'test_dataloader.batch_size': 1,
+            'test_dataloader.dataset.indices': 11,
+        },
+    )
     checkpoint = latest_checkpoint(cascade)
     model, _ = load_dynamic_detector(cfg, checkpoint, 'cpu')
     scores = measure_difficulties(model, build_loader(cfg.test_dataloader), lambda steps, _: steps)
@@ -157,11 +198,29 @@ def test_testing_on_two_processes(digits, findable, cascade, tmp_path):
     cfg.dump(tmp_path / 'alone.py')
     with ThreadPoolExecutor(1) as pool:
         alone = pool.submit(
-            run_tool, 'test.py', tmp_path / 'alone.py', checkpoint, '--threshold', threshold,
-            '--no-data-check', '--out', tmp_path / 'alone.pkl', '--work-dir', tmp_path / 'alone',
-            timeout=600)
-        printed = run_on_two('test.py', cfg, tmp_path, checkpoint, '--threshold', threshold,
-                             '--out', tmp_path / 'both.pkl')
+            run_tool,
+            'test.py',
+            tmp_path / 'alone.py',
+            checkpoint,
+            '--threshold',
+            threshold,
+            '--no-data-check',
+            '--out',
+            tmp_path / 'alone.pkl',
+            '--work-dir',
+            tmp_path / 'alone',
+            timeout=600,
+        )
+        printed = run_on_two(
+            'test.py',
+            cfg,
+            tmp_path,
+            checkpoint,
+            '--threshold',
+            threshold,
+            '--out',
+            tmp_path / 'both.pkl',
+        )
         assert alone.result().returncode == 0, alone.result().stderr[-3000:]
     one, two = metrics(tmp_path / 'alone'), metrics(tmp_path / 'work')
     # Of both ranks together, the image that both see once.

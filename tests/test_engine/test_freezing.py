@@ -1,10 +1,11 @@
 """In step 2 nothing but the router can change: not a weight, not a running statistic."""
+
 import hashlib
 
 import pytest
 import torch
-from conftest import load_small, load_small_router, train
 
+from conftest import load_small, load_small_router, train
 from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.files import latest_checkpoint
 
@@ -43,8 +44,11 @@ VARIANTS = {
 
 def digests(state):
     """Entry -> hash of its bytes. Delta is measured in step 2; it is the hook's, no weight."""
-    return {name: hashlib.sha256(value.numpy().tobytes()).hexdigest()
-            for name, value in state.items() if name != 'delta'}
+    return {
+        name: hashlib.sha256(value.numpy().tobytes()).hexdigest()
+        for name, value in state.items()
+        if name != 'delta'
+    }
 
 
 def split(state):
@@ -63,9 +67,11 @@ def test_nothing_but_the_router_changes(digits, cascade, tmp_path, name):
     kept, router = split(read_checkpoint(latest_checkpoint(cascade))['state_dict'])
     assert any(entry.endswith('running_mean') for entry in kept) and len(router) == 6
     checkpoint = read_checkpoint(latest_checkpoint(tmp_path))
-    averages = {entry[len('module.'):]: value
-                for entry, value in checkpoint.get('ema_state_dict', {}).items()
-                if entry.startswith('module.')}
+    averages = {
+        entry[len('module.') :]: value
+        for entry, value in checkpoint.get('ema_state_dict', {}).items()
+        if entry.startswith('module.')
+    }
     assert bool(averages) == ('mean' in name or 'ema' in name)
     for state in filter(None, (runner.model.state_dict(), checkpoint['state_dict'], averages)):
         after, trained = split(state)
@@ -76,8 +82,12 @@ def test_nothing_but_the_router_changes(digits, cascade, tmp_path, name):
 
 def test_step_1_changes_weights_and_statistics(digits, cascade, tmp_path):
     """The test above can see a change: step 1 on the same data makes one in either."""
-    cfg = load_small('dy_faster_rcnn_digits', digits, tmp_path, **{
-        **_OPTIONS, 'train_cfg.max_epochs': 1, 'param_scheduler': []})
+    cfg = load_small(
+        'dy_faster_rcnn_digits',
+        digits,
+        tmp_path,
+        **{**_OPTIONS, 'train_cfg.max_epochs': 1, 'param_scheduler': []},
+    )
     cfg.load_from = latest_checkpoint(cascade)
     after = train(cfg).model.state_dict()
     before = read_checkpoint(cfg.load_from)['state_dict']

@@ -1,4 +1,5 @@
 """Killed at any moment, a run resumes with ``--resume`` to the same end, bit for bit."""
+
 import os
 import subprocess
 import sys
@@ -9,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load_small, load_small_router, train
 
+from conftest import ROOT, load_small, load_small_router, train
 from dynamicdet.checkpoints import read_checkpoint
 
 #: Long enough for a kill after the first epoch to be far from the end.
@@ -38,9 +39,20 @@ class Run:
     def start(self, *arguments):
         with open(self.log, 'a') as log:
             return subprocess.Popen(
-                [sys.executable, str(ROOT / 'tools' / 'train.py'), str(self.config), '--work-dir',
-                 str(self.work_dir), '--no-data-check', *arguments],
-                stdout=log, stderr=subprocess.STDOUT, cwd=self.work_dir.parent, env=os.environ)
+                [
+                    sys.executable,
+                    str(ROOT / 'tools' / 'train.py'),
+                    str(self.config),
+                    '--work-dir',
+                    str(self.work_dir),
+                    '--no-data-check',
+                    *arguments,
+                ],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self.work_dir.parent,
+                env=os.environ,
+            )
 
     def kill_when(self, ready, *arguments, then=0.0, timeout=600):
         """Start, wait until ``ready()`` and ``then`` some seconds more, and kill -9."""
@@ -105,11 +117,14 @@ def ends(digits, cascade, tmp_path_factory):
     epochs = {'train_cfg.max_epochs': _EPOCHS}
 
     def configs():
-        first, second = (load_small('dy_faster_rcnn_digits', digits, root / name, **epochs)
-                         for name in ('random', 'workers'))
+        first, second = (
+            load_small('dy_faster_rcnn_digits', digits, root / name, **epochs)
+            for name in ('random', 'workers')
+        )
         router = load_small_router(digits, root / 'router', cascade, **epochs)
         return dict(
-            random=with_flips(first), workers=with_flips(second, 1), router=with_flips(router))
+            random=with_flips(first), workers=with_flips(second, 1), router=with_flips(router)
+        )
 
     ways = dict(random=kill_at_random, workers=kill_after_one_epoch, router=kill_after_one_epoch)
     with ThreadPoolExecutor(2) as pool:
@@ -137,4 +152,7 @@ def test_a_killed_run_ends_as_one_that_was_not(ends, name):
 def test_data_workers_change_nothing(ends):
     """Flips are drawn in a worker that lives on between epochs, or in the process itself."""
     first, second = (ends[name][1]['state_dict'] for name in ('random', 'workers'))
-    assert all(torch.equal(value.nan_to_num(), second[entry].nan_to_num()) for entry, value in first.items())
+    assert all(
+        torch.equal(value.nan_to_num(), second[entry].nan_to_num())
+        for entry, value in first.items()
+    )

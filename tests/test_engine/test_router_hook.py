@@ -1,4 +1,5 @@
 """Step 2 starts from a cascade, and measures, keeps and logs delta."""
+
 import contextlib
 import copy
 import json
@@ -12,7 +13,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import load_small, load_small_router, train
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.hooks import Hook
@@ -21,13 +21,14 @@ from mmengine.runner import Runner, load_state_dict
 from mmengine.structures import InstanceData
 from torch.utils.data import DataLoader
 
+from conftest import load_small, load_small_router, train
 from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
 from dynamicdet.engine import RouterHook, router_hook
 from dynamicdet.engine.router_hook import inherits_load_from
 from dynamicdet.errors import UsageError
 from dynamicdet.files import latest_checkpoint
 from dynamicdet.routing import build_objective
-from dynamicdet.testing import randomise, tiny_batch, tiny_detector, tiny_dynamic
+from dynamicdet.testing import randomize, tiny_batch, tiny_detector, tiny_dynamic
 from mmdet.registry import MODELS
 
 
@@ -92,7 +93,10 @@ def test_delta_is_the_median_over_the_training_set(finished, differences):
     missed = abs(finished.model.delta.item() - median)
     assert missed < 1e-5
     # No other middle is as near.
-    assert all(abs(finished.model.delta.item() - other) > 10 * missed for other in (np.mean(differences), below, above))
+    assert all(
+        abs(finished.model.delta.item() - other) > 10 * missed
+        for other in (np.mean(differences), below, above)
+    )
 
 
 def test_delta_is_logged_with_progress_and_saved(finished, last):
@@ -112,8 +116,8 @@ def test_a_long_pass_says_how_long_it_will_take(finished):
 
 def test_a_resume_restores_delta_and_does_not_measure_again(digits, cascade, last, tmp_path):
     checkpoint = read_checkpoint(str(last))
-    checkpoint['state_dict']['delta'].fill_(123.)
-    checkpoint['router_gains'][100] = 77.
+    checkpoint['state_dict']['delta'].fill_(123.0)
+    checkpoint['router_gains'][100] = 77.0
     write_checkpoint(checkpoint, str(tmp_path / 'epoch_1.pth'))
     cfg = load_small_router(digits, tmp_path, cascade, **{'train_cfg.max_epochs': 2})
     cfg.resume = True
@@ -144,7 +148,8 @@ def test_online_delta_is_the_median_of_a_bounded_window(digits, cascade, tmp_pat
     assert read_checkpoint(saved)['router_differences'] == seen
     # Resumed, it goes on with what it had seen, and forgets the oldest.
     cfg = load_small_router(
-        digits, tmp_path / 'a', cascade, delta='online', **{'train_cfg.max_epochs': 2})
+        digits, tmp_path / 'a', cascade, delta='online', **{'train_cfg.max_epochs': 2}
+    )
     cfg.resume = True
     runner, more = train_recorded(cfg)
     assert len(more) == 12
@@ -232,8 +237,13 @@ def test_step_2_does_not_start_from_what_step_1_started_from(digits, cascade, tm
 
 
 def test_weights_that_are_no_cascade_are_named(digits, cascade, tmp_path):
-    write_checkpoint(dict(state_dict=MODELS.build(tiny_detector('fcos')).state_dict()), str(tmp_path / 'plain.pth'))
-    message = refusal(load_small_router(digits, tmp_path / 'work', cascade, load_from=str(tmp_path / 'plain.pth')))
+    write_checkpoint(
+        dict(state_dict=MODELS.build(tiny_detector('fcos')).state_dict()),
+        str(tmp_path / 'plain.pth'),
+    )
+    message = refusal(
+        load_small_router(digits, tmp_path / 'work', cascade, load_from=str(tmp_path / 'plain.pth'))
+    )
     assert "plain.pth': " in message and 'missing' in message and 'remove load_from' in message
 
 
@@ -265,8 +275,11 @@ def test_a_calibration_is_forgotten_when_a_router_is_trained(digits, finished, l
     """A new router has other difficulties: thresholds, latencies and delta of the old are stale."""
     checkpoint = read_checkpoint(str(last))
     checkpoint['state_dict'].update(
-        threshold=torch.tensor(0.1), delta=torch.tensor(5.), latencies=torch.tensor([1., 2.]),
-        difficulties=torch.tensor([0.1, 0.2]))
+        threshold=torch.tensor(0.1),
+        delta=torch.tensor(5.0),
+        latencies=torch.tensor([1.0, 2.0]),
+        difficulties=torch.tensor([0.1, 0.2]),
+    )
     write_checkpoint(checkpoint, str(tmp_path / 'calibrated.pth'))
     cfg = load_small_router(digits, tmp_path, None)
     cfg.load_from = str(tmp_path / 'calibrated.pth')
@@ -309,13 +322,17 @@ def test_a_router_of_the_same_shape_is_kept(digits, finished, last, tmp_path):
     cfg = load_small_router(digits, tmp_path, None)
     cfg.load_from, cfg.optim_wrapper.optimizer.lr = str(last), 0.0
     assert 'it starts anew' not in log_of(train(cfg))
-    before, after = (read_checkpoint(str(path))['state_dict'] for path in (last, tmp_path / 'epoch_1.pth'))
+    before, after = (
+        read_checkpoint(str(path))['state_dict'] for path in (last, tmp_path / 'epoch_1.pth')
+    )
     assert torch.equal(before['router.fc1.weight'], after['router.fc1.weight'])
 
 
 def test_quantiles_of_the_gains_are_kept_in_the_checkpoint(finished, last, differences):
     gains = finished.model.gains
-    assert gains.tolist() == pytest.approx(np.percentile(differences, range(101)), rel=1e-4, abs=1e-5)
+    assert gains.tolist() == pytest.approx(
+        np.percentile(differences, range(101)), rel=1e-4, abs=1e-5
+    )
     assert gains[50] == finished.model.delta
     checkpoint = read_checkpoint(str(last))
     assert checkpoint['router_gains'] == gains.tolist()
@@ -338,8 +355,10 @@ def test_delta_is_the_median_of_what_the_objective_counts(digits, cascade, tmp_p
     """`differences` are in the annotations' order, as the objects' numbers here."""
     annotations = json.loads((digits / 'annotations' / 'instances_train.json').read_text())
     objects = Counter(one['image_id'] for one in annotations['annotations'])
-    expected = [difference * objects[image['id']]
-                for difference, image in zip(differences, annotations['images'])]
+    expected = [
+        difference * objects[image['id']]
+        for difference, image in zip(differences, annotations['images'])
+    ]
     assert len(set(objects.values())) > 1
     runner = train(load_small_router(digits, tmp_path, cascade, **{'model.objective': 'loss_sum'}))
     assert runner.model.delta.item() == pytest.approx(np.median(expected), rel=1e-4, abs=1e-4)
@@ -350,41 +369,58 @@ def test_delta_is_the_median_of_what_the_objective_counts(digits, cascade, tmp_p
 @pytest.mark.parametrize('objective', ['ap', 'pairwise'])
 def test_other_objectives_train(digits, findable, cascade, tmp_path, objective, delta):
     """Chosen by one line; the router and nothing else changes."""
-    runner = train(load_small_router(digits, tmp_path, cascade, delta=delta, **{
-        'model.objective': objective, 'train_dataloader.dataset.ann_file': str(findable),
-        'model.detector.test_cfg.rcnn.score_thr': 0.0}))
+    runner = train(
+        load_small_router(
+            digits,
+            tmp_path,
+            cascade,
+            delta=delta,
+            **{
+                'model.objective': objective,
+                'train_dataloader.dataset.ann_file': str(findable),
+                'model.detector.test_cfg.rcnn.score_thr': 0.0,
+            },
+        )
+    )
     gains = runner.model.gains
-    assert gains.shape == (101, ) and gains.isfinite().all() and (gains.diff() >= 0).all()
+    assert gains.shape == (101,) and gains.isfinite().all() and (gains.diff() >= 0).all()
     if objective == 'ap':
         # Percent: either exit finds more in some images.
         assert -100 <= gains[0] < 0 < gains[100] <= 100
     before = read_checkpoint(latest_checkpoint(cascade))['state_dict']
     after = runner.model.state_dict()
-    changed = {name for name in before if not torch.equal(before[name], after[name])
-               and not after[name].isnan().all()} - {'delta'}
+    changed = {
+        name
+        for name in before
+        if not torch.equal(before[name], after[name]) and not after[name].isnan().all()
+    } - {'delta'}
     assert {name.split('.')[0] for name in changed} == {'router'} and 'router.fc1.weight' in changed
 
 
 def test_a_held_out_part_is_what_is_measured(digits, cascade, tmp_path):
     cfg = load_small_router(digits, tmp_path, cascade)
     cfg.train_dataloader.dataset = dict(
-        type='HoldOut', dataset=cfg.train_dataloader.dataset, share=0.4, part='router')
+        type='HoldOut', dataset=cfg.train_dataloader.dataset, share=0.4, part='router'
+    )
     runner = train(cfg)
     held = len(runner.train_dataloader.dataset)
     assert 0 < held < 12
     assert f'over {held} training images' in log_of(runner)
 
 
-@pytest.mark.parametrize('name, settings', [
-    ('faster_rcnn', dict(backbones=3)),
-    ('faster_rcnn', dict(first_scale=0.5, reuse_stages=0)),
-    ('fcos', dict(backbones=3)),
-    ('yolox', dict(first_scale=0.5, reuse_stages=0)),
-])
+@pytest.mark.parametrize(
+    'name, settings',
+    [
+        ('faster_rcnn', dict(backbones=3)),
+        ('faster_rcnn', dict(first_scale=0.5, reuse_stages=0)),
+        ('fcos', dict(backbones=3)),
+        ('yolox', dict(first_scale=0.5, reuse_stages=0)),
+    ],
+)
 def test_gains_of_any_detector(name, settings):
     """Of the first against the last exit, in loss and in AP, and nothing is left in the samples."""
     cfg = tiny_dynamic(name, shared=name == 'faster_rcnn', train_router=True, **settings)
-    model = randomise(MODELS.build(cfg)).train()
+    model = randomize(MODELS.build(cfg)).train()
     data = model.data_preprocessor(tiny_batch((2, 0, 1)), True)
     inputs, samples = data['inputs'], data['data_samples']
     losses, features = model.exit_losses(inputs, samples)
@@ -394,31 +430,38 @@ def test_gains_of_any_detector(name, settings):
     assert torch.equal(same, features)
     model.objective = build_objective('ap')
     gains, same = model.exit_gains(inputs, samples)
-    assert gains.shape == (3, ) and gains[1] == 0 and gains.abs().max() <= 100
+    assert gains.shape == (3,) and gains[1] == 0 and gains.abs().max() <= 100
     torch.testing.assert_close(same, features)
     assert not any('pred_instances' in sample for sample in samples)
 
 
 @pytest.mark.parametrize('scale', [1.0, 0.5])
 def test_gains_in_ap_by_hand(scale, monkeypatch):
-    """The first exit finds nothing, the last all: 100 where there are objects, each exit in its frame."""
-    cfg = tiny_dynamic('fcos', shared=False, train_router=True, objective='ap', first_scale=scale,
-                       reuse_stages=0)
-    model = randomise(MODELS.build(cfg))
+    """The first exit finds nothing, the last all: 100 where there are objects, each exit in its
+    frame."""
+    cfg = tiny_dynamic(
+        'fcos', shared=False, train_router=True, objective='ap', first_scale=scale, reuse_stages=0
+    )
+    model = randomize(MODELS.build(cfg))
 
     def finds(samples, truth):
         for sample in samples:
             boxes = sample.gt_instances.bboxes
             boxes = getattr(boxes, 'tensor', boxes)
             sample.pred_instances = InstanceData(
-                bboxes=boxes if truth else boxes + 500, labels=sample.gt_instances.labels,
-                scores=torch.full((len(boxes), ), 0.5))
+                bboxes=boxes if truth else boxes + 500,
+                labels=sample.gt_instances.labels,
+                scores=torch.full((len(boxes),), 0.5),
+            )
         return samples
 
     for found in (0, 1):
         for exit in (0, 1):
-            monkeypatch.setattr(model.branches[exit], 'predict',
-                                lambda maps, samples, rescale, truth=exit == found: finds(samples, truth))
+            monkeypatch.setattr(
+                model.branches[exit],
+                'predict',
+                lambda maps, samples, rescale, truth=exit == found: finds(samples, truth),
+            )
         data = model.data_preprocessor(tiny_batch((2, 0, 1)), True)
         gains, _ = model.exit_gains(data['inputs'], data['data_samples'])
         sign = 1 if found else -1
@@ -430,7 +473,11 @@ def test_a_resume_with_another_gain_is_refused():
     model = MODELS.build(tiny_dynamic('fcos', train_router=True, objective='paper'))
     runner, hook = SimpleNamespace(model=model, _resume=True), RouterHook()
     hook.training = True
-    saved = dict(state_dict=model.state_dict(), router_gains=[float(q) for q in range(101)], router_gain='loss')
+    saved = dict(
+        state_dict=model.state_dict(),
+        router_gains=[float(q) for q in range(101)],
+        router_gain='loss',
+    )
     hook.after_load_checkpoint(runner, dict(saved))
     assert model.gains.tolist() == saved['router_gains']
     with pytest.raises(UsageError, match="kind 'loss_sum'.*'loss'.*start step 2 anew"):
@@ -448,13 +495,18 @@ class AutocastOptimWrapper(OptimWrapper):
 
 def test_gains_are_measured_in_the_precision_of_the_training():
     """Those measured before training are those of an iteration on the same images."""
-    model = randomise(MODELS.build(tiny_dynamic('atss', shared=False, train_router=True)))
+    model = randomize(MODELS.build(tiny_dynamic('atss', shared=False, train_router=True)))
     batch = tiny_batch((2, 1, 3))
     images = [{key: value[index] for key, value in batch.items()} for index in range(3)]
     wrapper = AutocastOptimWrapper(torch.optim.SGD(model.router.parameters(), lr=0.1))
-    gains, _, _ = router_hook.measure_training_set(SimpleNamespace(
-        model=model, optim_wrapper=wrapper, logger=logging.getLogger('delta'),
-        train_dataloader=DataLoader(images, batch_size=3, collate_fn=pseudo_collate)))
+    gains, _, _ = router_hook.measure_training_set(
+        SimpleNamespace(
+            model=model,
+            optim_wrapper=wrapper,
+            logger=logging.getLogger('delta'),
+            train_dataloader=DataLoader(images, batch_size=3, collate_fn=pseudo_collate),
+        )
+    )
     model.train_step(copy.deepcopy(batch), wrapper)
     assert list(gains.values()) == model.last_gains.tolist()
     data = model.data_preprocessor(batch, True)

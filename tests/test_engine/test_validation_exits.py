@@ -1,4 +1,5 @@
 """After each validation the log says which exits its AP is of."""
+
 from pathlib import Path
 
 from conftest import load_small, load_small_router, train
@@ -10,13 +11,26 @@ def lines_of(runner):
 
 
 def test_step_1_says_that_its_router_is_not_trained(digits, tmp_path):
-    runner = train(load_small('dy_faster_rcnn_digits', digits, tmp_path, val=True, **{
-        'train_cfg.max_epochs': 1, 'train_cfg.val_interval': 1, 'model.budget': dict(threshold=-1.0)}))
-    assert lines_of(runner) == ['the AP of this validation is of a mixture: 0.0% at exit 0, 100.0% at exit 1, by '
-                                'threshold -1, of a router that is not trained yet']
+    runner = train(
+        load_small(
+            'dy_faster_rcnn_digits',
+            digits,
+            tmp_path,
+            val=True,
+            **{
+                'train_cfg.max_epochs': 1,
+                'train_cfg.val_interval': 1,
+                'model.budget': dict(threshold=-1.0),
+            },
+        )
+    )
+    assert lines_of(runner) == [
+        'the AP of this validation is of a mixture: 0.0% at exit 0, 100.0% at exit 1, by '
+        'threshold -1, of a router that is not trained yet'
+    ]
 
 
 def test_step_2_does_not(digits, cascade, tmp_path):
     cfg = load_small_router(digits, tmp_path, cascade, val=True, **{'train_cfg.val_interval': 1})
-    line, = lines_of(train(cfg))
+    (line,) = lines_of(train(cfg))
     assert line.endswith('by threshold 0.5') and 'at exit 0' in line

@@ -1,34 +1,42 @@
-"""Sharing in real runs: values are trained and stay few, zeros stay, averages, resuming, two ranks, files."""
+"""Sharing in real runs: values are trained and stay few, zeros stay, averages, resuming, two ranks,
+files."""
+
 import pytest
 import torch
-from conftest import load_small, train
 from mmengine.hooks import Hook
 from test_distributed import ranks, train_on_two
 
+from conftest import load_small, train
 from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
 from dynamicdet.compression.checkpoint import compress
 from dynamicdet.compression.pruning import Block, find_layers, prune
 from dynamicdet.engine import WeightSharingHook
 from dynamicdet.engine.pruning_hook import averages
 from dynamicdet.errors import UsageError
-from dynamicdet.testing import randomise
+from dynamicdet.testing import randomize
 from mmdet.registry import HOOKS, MODELS
 
-BLOCKS = [dict(name='backbone', modules=['backbone'], bits=3),
-          dict(name='heads', modules=['roi_head'], bits=2, exclude=['*.fc_cls'])]
+BLOCKS = [
+    dict(name='backbone', modules=['backbone'], bits=3),
+    dict(name='heads', modules=['roi_head'], bits=2, exclude=['*.fc_cls']),
+]
 PRUNING = dict(type='PruningHook', blocks=[dict(name='all', modules=['*'], target=0.5)])
 SHRUNK = {
     'model.neck.in_channels': [8, 16, 32, 64],
     'param_scheduler': [],
     'optim_wrapper.optimizer.lr': 1e-3,
-    'load_from': None
+    'load_from': None,
 }
 
 
 def config(digits, work_dir, epochs=2, hooks=(), options=None, **settings):
     """The shipped example, shrunk, with another hook."""
-    cfg = load_small('faster_rcnn_digits_shared', digits, work_dir, **{
-        **SHRUNK, 'train_cfg.max_epochs': epochs, **(options or {})})
+    cfg = load_small(
+        'faster_rcnn_digits_shared',
+        digits,
+        work_dir,
+        **{**SHRUNK, 'train_cfg.max_epochs': epochs, **(options or {})},
+    )
     # The detector that `shrink_options` also sets is a dynamic one's.
     cfg.model.pop('detector')
     cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook.type != 'WeightSharingHook']
@@ -38,18 +46,25 @@ def config(digits, work_dir, epochs=2, hooks=(), options=None, **settings):
 
 @HOOKS.register_module(force=True)
 class WatchSharing(Hook):
-    """Notes how many values each layer has after each iteration, in the model and in its averages."""
+    """Notes how many values each layer has after each iteration, in the model and in its
+    averages."""
+
     priority = 'LOWEST'
 
     def __init__(self):
         self.models, self.averages = [], []
 
     def after_train_iter(self, runner, *_, **__):
-        self.models.append({name: layer.weight.detach().clone()
-                            for name, layer in find_layers(runner.model).items()})
+        self.models.append(
+            {
+                name: layer.weight.detach().clone()
+                for name, layer in find_layers(runner.model).items()
+            }
+        )
         self.averages += [
             {name: layer.weight.detach().clone() for name, layer in find_layers(model).items()}
-            for model in averages(runner)]
+            for model in averages(runner)
+        ]
 
 
 def run(cfg):
@@ -71,9 +86,10 @@ def most(name):
 def pruned(digits, tmp_path_factory):
     """Path of a detector of which 60 % are zero."""
     from mmdet.utils import register_all_modules
+
     register_all_modules(init_default_scope=True)
     folder = tmp_path_factory.mktemp('to_share')
-    model = randomise(MODELS.build(config(digits, folder).model))
+    model = randomize(MODELS.build(config(digits, folder).model))
     prune(model, [Block('all', ['*'], 0.6)])
     write_checkpoint(dict(state_dict=model.state_dict()), str(folder / 'pruned.pth'))
     return folder / 'pruned.pth'
@@ -81,10 +97,17 @@ def pruned(digits, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def shared(pruned, digits, tmp_path_factory):
-    """Work dir, runner and watch of a run from it with averages, momentum and weight decay; 6 iterations."""
+    """Work dir, runner and watch of a run from it with averages, momentum and weight decay; 6
+    iterations."""
     folder = tmp_path_factory.mktemp('shared')
-    return folder, *run(config(digits, folder, hooks=[dict(type='EMAHook', momentum=0.3)],
-                               options={'load_from': str(pruned)}))
+    return folder, *run(
+        config(
+            digits,
+            folder,
+            hooks=[dict(type='EMAHook', momentum=0.3)],
+            options={'load_from': str(pruned)},
+        )
+    )
 
 
 def test_values_are_few_and_trained_and_zeros_stay(pruned, shared):
@@ -108,26 +131,34 @@ def test_values_are_few_and_trained_and_zeros_stay(pruned, shared):
 def test_a_checkpoint_is_a_plain_detectors_and_its_tables_are_found(shared):
     folder, runner, _ = shared
     checkpoint = read_checkpoint(str(folder / 'epoch_2.pth'))
-    states = [checkpoint['state_dict'],
-              {key[7:]: value for key, value in checkpoint['ema_state_dict'].items() if key != 'steps'}]
+    states = [
+        checkpoint['state_dict'],
+        {key[7:]: value for key, value in checkpoint['ema_state_dict'].items() if key != 'steps'},
+    ]
     for state in states:
         model = MODELS.build(runner.cfg.model)
         assert state.keys() == model.state_dict().keys()
         model.load_state_dict(state)
-        encodings = {entry.row['key']: (entry.row['encoding'], entry.row.get('frames', {}).get('table', 0))
-                     for entry in compress(dict(state_dict=state)).entries}
+        encodings = {
+            entry.row['key']: (entry.row['encoding'], entry.row.get('frames', {}).get('table', 0))
+            for entry in compress(dict(state_dict=state)).entries
+        }
         large = [name for name in hook_of(runner).shared if state[f'{name}.weight'].numel() >= 1024]
         found = [encodings[f'{name}.weight'] for name in large]
-        # Of a layer pruning left so little that each channel has one magnitude, which is smaller yet.
+        # Of a layer pruning left so little that each channel has one magnitude, which is smaller
+        # yet.
         assert len(found) > 10 and sum(encoding != 'codebook' for encoding, _ in found) <= 1
         assert all(size <= 4 * most(name) for name, (_, size) in zip(large, found))
 
 
-def test_the_optimiser_moves_a_value_as_one_parameter_would(digits, tmp_path):
+def test_the_optimizer_moves_a_value_as_one_parameter_would(digits, tmp_path):
     """SGD: w - lr (sum of the gradients of its weights), also where gradients are accumulated."""
-    options = {'optim_wrapper.optimizer': dict(type='SGD', lr=1e-3, _delete_=True),
-               'optim_wrapper.clip_grad': None, 'optim_wrapper.accumulative_counts': 3,
-               'model.backbone.norm_eval': True}
+    options = {
+        'optim_wrapper.optimizer': dict(type='SGD', lr=1e-3, _delete_=True),
+        'optim_wrapper.clip_grad': None,
+        'optim_wrapper.accumulative_counts': 3,
+        'model.backbone.norm_eval': True,
+    }
     cfg = config(digits, tmp_path, epochs=1, options=options, blocks=[BLOCKS[1]])
     cfg.custom_hooks.append(dict(type='NoteGradients'))
     runner, _ = run(cfg)
@@ -137,14 +168,17 @@ def test_the_optimiser_moves_a_value_as_one_parameter_would(digits, tmp_path):
     for index in range(len(one.members)):
         members = (one.indices == index).view(before.shape)
         wanted = before[members].double().mean() - 1e-3 * gradient[members].double().sum()
-        torch.testing.assert_close(after[members], wanted.float().expand(int(members.sum())), rtol=1e-4,
-                                   atol=1e-7)
+        torch.testing.assert_close(
+            after[members], wanted.float().expand(int(members.sum())), rtol=1e-4, atol=1e-7
+        )
     assert gradient.any()
 
 
 @HOOKS.register_module(force=True)
 class NoteGradients(Hook):
-    """Weights before and after the run's one step, and its gradients as the backward pass gave them."""
+    """Weights before and after the run's one step, and its gradients as the backward pass gave
+    them."""
+
     priority = 'VERY_HIGH'
 
     def before_train(self, runner):
@@ -152,16 +186,23 @@ class NoteGradients(Hook):
         layers = find_layers(runner.model)
         for name, layer in layers.items():
             layer.weight.register_post_accumulate_grad_hook(
-                lambda weight, name=name: self._seen.update({name: weight.grad.clone()}))
+                lambda weight, name=name: self._seen.update({name: weight.grad.clone()})
+            )
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         if batch_idx == 1:
-            self._before = {name: layer.weight.detach().clone()
-                            for name, layer in find_layers(runner.model).items()}
+            self._before = {
+                name: layer.weight.detach().clone()
+                for name, layer in find_layers(runner.model).items()
+            }
 
     def after_train(self, runner):
         for name, layer in find_layers(runner.model).items():
-            self.found[name] = self._before[name], self._seen.get(name), layer.weight.detach().clone()
+            self.found[name] = (
+                self._before[name],
+                self._seen.get(name),
+                layer.weight.detach().clone(),
+            )
 
 
 def test_pruned_first_then_shared_in_one_run(digits, tmp_path):
@@ -172,18 +213,22 @@ def test_pruned_first_then_shared_in_one_run(digits, tmp_path):
     for weights in watch.models[3:]:
         assert len(weights[name].unique()) == 4
         zeros = [weight == 0 for weight in weights.values()]
-        assert sum(int(zero.sum()) for zero in zeros) / sum(zero.numel() for zero in zeros) == pytest.approx(
-            0.5, abs=1e-3)
+        assert sum(int(zero.sum()) for zero in zeros) / sum(
+            zero.numel() for zero in zeros
+        ) == pytest.approx(0.5, abs=1e-3)
 
 
 # A run that is killed and resumed; one on two ranks.
 
 
-@pytest.mark.parametrize('settings', [dict(start=1), dict(start=4, by_epoch=False)],
-                         ids=['epochs', 'iterations'])
+@pytest.mark.parametrize(
+    'settings', [dict(start=1), dict(start=4, by_epoch=False)], ids=['epochs', 'iterations']
+)
 def test_a_resumed_run_ends_as_one_that_was_not_killed(settings, digits, tmp_path):
     def again(folder):
-        return config(digits, folder, epochs=3, hooks=[dict(type='EMAHook', momentum=0.3)], **settings)
+        return config(
+            digits, folder, epochs=3, hooks=[dict(type='EMAHook', momentum=0.3)], **settings
+        )
 
     train(again(tmp_path))
     whole = read_checkpoint(f'{tmp_path}/epoch_3.pth')
@@ -201,39 +246,57 @@ def test_a_resumed_run_ends_as_one_that_was_not_killed(settings, digits, tmp_pat
 def test_two_ranks_share_alike(digits, tmp_path):
     train_on_two(config(digits, tmp_path), tmp_path)
     first, second = ranks(tmp_path)
-    assert all(torch.equal(value, second[key]) for key, value in first.items() if '.running_' not in key)
-    shared = [key for key, value in first.items() if value.dim() > 1 and most(key.removesuffix('.weight'))]
+    assert all(
+        torch.equal(value, second[key]) for key, value in first.items() if '.running_' not in key
+    )
+    shared = [
+        key for key, value in first.items() if value.dim() > 1 and most(key.removesuffix('.weight'))
+    ]
     assert len(shared) > 20 and all(len(first[key].unique()) <= most(key) for key in shared)
 
 
 # What bad input gets.
 
 
-@pytest.mark.parametrize('settings, said', [
-    (dict(blocks=[dict(BLOCKS[0], bits=1)]), 'has 2 to 8 bits, not 1'),
-    (dict(blocks=[dict(BLOCKS[0], bits=9)]), 'not 9'),
-    (dict(blocks=[dict(name='a')]), 'missing in a block: modules'),
-    (dict(blocks=[dict(BLOCKS[0], target=0.5)]), 'unknown in a block: target'),
-    (dict(blocks=[dict(BLOCKS[0], modules='backbone')]), 'a list of patterns'),
-    (dict(start=-1), 'must not be negative'), (dict(reduction='max'), 'none of sum, mean')])
+@pytest.mark.parametrize(
+    'settings, said',
+    [
+        (dict(blocks=[dict(BLOCKS[0], bits=1)]), 'has 2 to 8 bits, not 1'),
+        (dict(blocks=[dict(BLOCKS[0], bits=9)]), 'not 9'),
+        (dict(blocks=[dict(name='a')]), 'missing in a block: modules'),
+        (dict(blocks=[dict(BLOCKS[0], target=0.5)]), 'unknown in a block: target'),
+        (dict(blocks=[dict(BLOCKS[0], modules='backbone')]), 'a list of patterns'),
+        (dict(start=-1), 'must not be negative'),
+        (dict(reduction='max'), 'none of sum, mean'),
+    ],
+)
 def test_settings_that_cannot_be(settings, said):
     with pytest.raises(UsageError, match=said) as caught:
         WeightSharingHook(**{'blocks': BLOCKS, **settings})
     assert '\n' not in str(caught.value)
 
 
-@pytest.mark.parametrize('settings, said', [
-    (dict(blocks=[dict(BLOCKS[0], modules=['backbon'])]), "'backbon' matches no module"),
-    (dict(blocks=[*BLOCKS, dict(name='all', modules=['*'])]), "in two blocks, 'backbone' and 'all'"),
-    (dict(start=2), 'begins after 2 epochs, but the run has 2'),
-    (dict(hooks=[dict(PRUNING, start=1)]), 'PruningHook goes on after sharing begins')])
+@pytest.mark.parametrize(
+    'settings, said',
+    [
+        (dict(blocks=[dict(BLOCKS[0], modules=['backbon'])]), "'backbon' matches no module"),
+        (
+            dict(blocks=[*BLOCKS, dict(name='all', modules=['*'])]),
+            "in two blocks, 'backbone' and 'all'",
+        ),
+        (dict(start=2), 'begins after 2 epochs, but the run has 2'),
+        (dict(hooks=[dict(PRUNING, start=1)]), 'PruningHook goes on after sharing begins'),
+    ],
+)
 def test_settings_that_do_not_fit_the_run(settings, said, digits, tmp_path):
     with pytest.raises(UsageError, match=said):
         train(config(digits, tmp_path, **settings))
 
 
 def test_other_layers_are_not_resumed(shared, digits, tmp_path):
-    cfg = config(digits, tmp_path, epochs=3, hooks=[dict(type='EMAHook', momentum=0.3)], blocks=BLOCKS[:1])
+    cfg = config(
+        digits, tmp_path, epochs=3, hooks=[dict(type='EMAHook', momentum=0.3)], blocks=BLOCKS[:1]
+    )
     cfg.resume, cfg.load_from = True, str(shared[0] / 'epoch_2.pth')
     with pytest.raises(UsageError, match='shares are other layers'):
         train(cfg)

@@ -1,7 +1,9 @@
-"""On a GPU: what it finds is what the CPU finds; training in mixed precision and under DDP; what makes the CPU wait.
+"""On a GPU: what it finds is what the CPU finds; training in mixed precision and under DDP; what
+makes the CPU wait.
 
 Left out where there is no GPU. tools/check_gpu.sh runs these, and the tools.
 """
+
 import copy
 import json
 import subprocess
@@ -10,17 +12,25 @@ import sys
 import onnxruntime
 import pytest
 import torch
-from conftest import ROOT, load_small, load_small_router, train
 from mmengine.config import Config
 from test_video.exit_cases import tiny as tiny_early_exit
 
+from conftest import ROOT, load_small, load_small_router, train
 from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.deploy.deployment import deploy
 from dynamicdet.deploy.folder import load_deployed
 from dynamicdet.files import latest_checkpoint
 from dynamicdet.measuring.benchmark import build_pair
 from dynamicdet.measuring.calibration import coco_results, force_exit
-from dynamicdet.testing import STOCK, agreement, count_waits, randomise, tiny_batch, tiny_detector, tiny_dynamic
+from dynamicdet.testing import (
+    STOCK,
+    agreement,
+    count_waits,
+    randomize,
+    tiny_batch,
+    tiny_detector,
+    tiny_dynamic,
+)
 from mmdet.registry import MODELS
 
 pytestmark = pytest.mark.gpu
@@ -41,33 +51,48 @@ def detect(model, batch, device):
 
 
 def require_same(samples, others):
-    same = agreement(*([coco_results(sample, list(range(80))) for sample in side] for side in (samples, others)))
+    same = agreement(
+        *([coco_results(sample, list(range(80))) for sample in side] for side in (samples, others))
+    )
     assert same.detections > 10
-    assert {name: getattr(same, name) for name in ROUNDING if getattr(same, name) > ROUNDING[name]} == {}
+    assert {
+        name: getattr(same, name) for name in ROUNDING if getattr(same, name) > ROUNDING[name]
+    } == {}
 
 
 @pytest.mark.parametrize('name', STOCK)
 def test_every_detector_finds_what_it_finds_on_the_cpu(name):
     batch = tiny_batch((2, 1, 3), masks=False)
-    plain = randomise(MODELS.build(tiny_detector(name)))
+    plain = randomize(MODELS.build(tiny_detector(name)))
     require_same(*(detect(plain, batch, device) for device in ('cpu', 'cuda')))
-    model = randomise(MODELS.build(tiny_dynamic(name)))
+    model = randomize(MODELS.build(tiny_dynamic(name)))
     for exit in (0, 1):
         force_exit(model, exit)
         found = [detect(model, batch, device) for device in ('cpu', 'cuda')]
         assert {sample.exit for side in found for sample in side} == {exit}
-        assert [one.difficulty for one in found[0]] == pytest.approx([one.difficulty for one in found[1]], abs=1e-4)
+        assert [one.difficulty for one in found[0]] == pytest.approx(
+            [one.difficulty for one in found[1]], abs=1e-4
+        )
         require_same(*found)
 
 
-@pytest.mark.parametrize('settings', [
-    {}, dict(reuse_stages=0, first_scale=0.5), dict(backbones=3), dict(backbones=1, reuse_stages=0, first_scale=0.5)])
+@pytest.mark.parametrize(
+    'settings',
+    [
+        {},
+        dict(reuse_stages=0, first_scale=0.5),
+        dict(backbones=3),
+        dict(backbones=1, reuse_stages=0, first_scale=0.5),
+    ],
+)
 def test_mixed_batches_part_as_on_the_cpu(settings):
     batch = tiny_batch((2, 1, 3, 2), masks=False)
-    model = randomise(MODELS.build(tiny_dynamic('faster_rcnn', **settings)))
+    model = randomize(MODELS.build(tiny_dynamic('faster_rcnn', **settings)))
     scores = sorted(sample.difficulty for sample in detect(model, batch, 'cpu'))
     middles = [(one + other) / 2 for one, other in zip(scores, scores[1:])]
-    model.set_budget(threshold=middles[1] if model.num_exits == 2 else middles[:model.num_exits - 1])
+    model.set_budget(
+        threshold=middles[1] if model.num_exits == 2 else middles[: model.num_exits - 1]
+    )
     found = [detect(model, batch, device) for device in ('cpu', 'cuda')]
     exits = [[sample.exit for sample in side] for side in found]
     assert exits[0] == exits[1] and len(set(exits[0])) == model.num_exits
@@ -96,12 +121,14 @@ def test_frames_exit_early_as_on_the_cpu():
     require_same(*found)
 
 
-@pytest.mark.skipif('CUDAExecutionProvider' not in onnxruntime.get_available_providers(),
-                    reason='ONNX Runtime has no CUDA here: pip install onnxruntime-gpu in the place of onnxruntime')
+@pytest.mark.skipif(
+    'CUDAExecutionProvider' not in onnxruntime.get_available_providers(),
+    reason='ONNX Runtime has no CUDA here: pip install onnxruntime-gpu in the place of onnxruntime',
+)
 @pytest.mark.parametrize('name', ['faster_rcnn', 'yolox'])
 def test_exported_detectors_run_on_the_gpu(name, tmp_path):
     cfg = Config(dict(model=tiny_dynamic(name), test_dataloader=None))
-    model = randomise(MODELS.build(cfg.model))
+    model = randomize(MODELS.build(cfg.model))
     torch.save(dict(state_dict=model.state_dict()), tmp_path / 'model.pth')
     deploy(cfg, str(tmp_path / 'model.pth'), str(tmp_path / 'out'))
     batch = tiny_batch((2, 1, 3), masks=False)
@@ -111,7 +138,9 @@ def test_exported_detectors_run_on_the_gpu(name, tmp_path):
             deployed = load_deployed(str(tmp_path / 'out'), providers=[provider])
             force_exit(deployed, exit)
             found.append(detect(deployed, batch, 'cpu'))
-        same = agreement(*([coco_results(sample, list(range(80))) for sample in side] for side in found))
+        same = agreement(
+            *([coco_results(sample, list(range(80))) for sample in side] for side in found)
+        )
         # ONNX Runtime rounds to TF32.
         assert same.detections > 10 and same.unmatched < 0.1 and same.score < 0.03
 
@@ -129,37 +158,70 @@ def require_finite(losses):
 
 
 def test_step_1_learns_in_mixed_precision(digits, tmp_path):
-    runner = train(load_small('dy_faster_rcnn_digits', digits, tmp_path, **{
-        'param_scheduler': [], 'optim_wrapper.optimizer.lr': 2e-3, 'train_cfg.max_epochs': 8, **MIXED}))
+    runner = train(
+        load_small(
+            'dy_faster_rcnn_digits',
+            digits,
+            tmp_path,
+            **{
+                'param_scheduler': [],
+                'optim_wrapper.optimizer.lr': 2e-3,
+                'train_cfg.max_epochs': 8,
+                **MIXED,
+            },
+        )
+    )
     losses = losses_of(runner)
     require_finite(losses)
     assert sum(losses[-4:]) < sum(losses[:4])
 
 
 def test_step_2_learns_in_mixed_precision(digits, cascade, tmp_path):
-    runner = train(load_small_router(digits, tmp_path, cascade, **{'train_cfg.max_epochs': 12, **MIXED}))
+    runner = train(
+        load_small_router(digits, tmp_path, cascade, **{'train_cfg.max_epochs': 12, **MIXED})
+    )
     assert runner.model.delta.isfinite() and runner.model.delta.is_cuda
     require_finite(losses_of(runner))
-    # Batches of four images differ more than a router learns in so few of them: that it moved is what can be asked.
+    # Batches of four images differ more than a router learns in so few of them: that it moved is
+    # what can be asked.
     before = read_checkpoint(latest_checkpoint(cascade))['state_dict']
-    moved = {name for name, value in runner.model.state_dict().items()
-             if not torch.allclose(value.cpu(), before[name], 0, 0, equal_nan=True)}
+    moved = {
+        name
+        for name, value in runner.model.state_dict().items()
+        if not torch.allclose(value.cpu(), before[name], 0, 0, equal_nan=True)
+    }
     assert {'router.fc1.weight', 'router.fc2.weight'} <= moved
     assert all(name in ('delta', 'gains') or name.startswith('router.') for name in moved)
 
 
 def test_a_process_group_of_one_gpu(digits, tmp_path):
     """By nccl, as tools/dist_train.sh starts it."""
-    cfg = load_small('dy_faster_rcnn_digits', digits, tmp_path / 'work', **{'train_cfg.max_epochs': 1})
+    cfg = load_small(
+        'dy_faster_rcnn_digits', digits, tmp_path / 'work', **{'train_cfg.max_epochs': 1}
+    )
     cfg.dump(tmp_path / 'config.py')
     done = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=1',
-         str(ROOT / 'tools/train.py'), str(tmp_path / 'config.py'), '--launcher', 'pytorch', '--work-dir',
-         str(tmp_path / 'work')],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--standalone',
+            '--nproc_per_node=1',
+            str(ROOT / 'tools/train.py'),
+            str(tmp_path / 'config.py'),
+            '--launcher',
+            'pytorch',
+            '--work-dir',
+            str(tmp_path / 'work'),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert 'Distributed training: True' in done.stdout + done.stderr
-    path, = (tmp_path / 'work').glob('*/vis_data/scalars.json')
+    (path,) = (tmp_path / 'work').glob('*/vis_data/scalars.json')
     losses = [json.loads(line)['loss'] for line in path.read_text().splitlines()]
     assert len(losses) == 3 and torch.tensor(losses).isfinite().all()
 
@@ -169,7 +231,7 @@ def test_the_router_makes_the_cpu_wait_twice_at_most(name):
     """For difficulties, and for where images go."""
     model, stock = build_pair(Config(dict(model=tiny_dynamic(name))), device='cuda')
     force_exit(model, 0)
-    batch, waits = tiny_batch((2, ), masks=False), []
+    batch, waits = tiny_batch((2,), masks=False), []
     for detector in (stock, model):
         # First calls wait for more.
         detect(detector, batch, 'cuda')

@@ -1,4 +1,5 @@
 """Checkpoints from elsewhere, and the tool that converts them."""
+
 import contextlib
 import functools
 import importlib.util
@@ -9,9 +10,9 @@ import sys
 from unittest import mock
 
 import torch
-from conftest import ROOT
 from mmengine.config import Config
 
+from conftest import ROOT
 from mmdet.registry import MODELS
 
 DATA = ROOT / 'tests/data'
@@ -26,10 +27,25 @@ def reference(name):
 
 def convert(monkeypatch, source, family, config, out, *options):
     """Run the tool in this process: exit status, what it says on stdout and on stderr."""
-    monkeypatch.setattr(sys, 'argv', ['convert_checkpoint.py', str(source), '--from', family, '--config',
-                                      str(config), '--out', str(out), *options])
-    with contextlib.redirect_stdout(io.StringIO()) as said, \
-            contextlib.redirect_stderr(io.StringIO()) as complained:
+    monkeypatch.setattr(
+        sys,
+        'argv',
+        [
+            'convert_checkpoint.py',
+            str(source),
+            '--from',
+            family,
+            '--config',
+            str(config),
+            '--out',
+            str(out),
+            *options,
+        ],
+    )
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as said,
+        contextlib.redirect_stderr(io.StringIO()) as complained,
+    ):
         try:
             runpy.run_path(str(ROOT / 'tools/convert_checkpoint.py'), run_name='__main__')
         except SystemExit as ended:
@@ -45,7 +61,8 @@ def build(name, **options):
 
 
 def build_shapes(name):
-    """The full-size model of a shipped config, all shapes and no values but the images' statistics."""
+    """The full-size model of a shipped config, all shapes and no values but the images'
+    statistics."""
     cfg = Config.fromfile(ROOT / f'configs/{name}.py').model
     # mmdet's Swin takes numbers out of one.
     linspace = mock.patch.object(torch, 'linspace', functools.partial(torch.linspace, device='cpu'))
@@ -56,16 +73,16 @@ def build_shapes(name):
 
 
 def _conv(name, out, into, size=1, bias=True):
-    return {f'{name}.weight': (out, into, size, size), **({f'{name}.bias': (out, )} if bias else {})}
+    return {f'{name}.weight': (out, into, size, size), **({f'{name}.bias': (out,)} if bias else {})}
 
 
 def _linear(name, out, into, bias=True):
-    return {f'{name}.weight': (out, into), **({f'{name}.bias': (out, )} if bias else {})}
+    return {f'{name}.weight': (out, into), **({f'{name}.bias': (out,)} if bias else {})}
 
 
 def _norm(name, channels, statistics=True):
     leaves = ['weight', 'bias'] + ['running_mean', 'running_var'] * statistics
-    return {f'{name}.{leaf}': (channels, ) for leaf in leaves}
+    return {f'{name}.{leaf}': (channels,) for leaf in leaves}
 
 
 def detectron2_shapes(blocks, groups=1, width=64, masks=False):
@@ -114,8 +131,8 @@ def detectron2_shapes(blocks, groups=1, width=64, masks=False):
 
 
 def cbnetv2_swin_shapes(depths, width=96, heads=3, window=7):
-    """Keys and shapes of CBNetV2's CBSwinTransformer, cb_del_stages=1: the second backbone lacks the
-    patch embedding, and projections between equal channels have no weights."""
+    """Keys and shapes of CBNetV2's CBSwinTransformer, cb_del_stages=1: the second backbone lacks
+    the patch embedding, and projections between equal channels have no weights."""
     shapes = _conv('cb_modules.0.patch_embed.proj', width, 3, 4)
     shapes |= _norm('cb_modules.0.patch_embed.norm', width, statistics=False)
     for part in ('cb_modules.0', 'cb_modules.1'):
@@ -126,7 +143,7 @@ def cbnetv2_swin_shapes(depths, width=96, heads=3, window=7):
                 shapes |= _norm(f'{block}.norm1', channels, False)
                 shapes |= _norm(f'{block}.norm2', channels, False)
                 position = f'{block}.attn.relative_position_'
-                shapes[f'{position}bias_table'] = ((2 * window - 1)**2, heads * 2**level)
+                shapes[f'{position}bias_table'] = ((2 * window - 1) ** 2, heads * 2**level)
                 shapes[f'{position}index'] = (window**2, window**2)
                 shapes |= _linear(f'{block}.attn.qkv', 3 * channels, channels)
                 shapes |= _linear(f'{block}.attn.proj', channels, channels)

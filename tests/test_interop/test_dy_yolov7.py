@@ -1,4 +1,6 @@
-"""Dy-YOLOv7 and X against the numbers of the published implementation; keys of all of its family."""
+"""Dy-YOLOv7 and X against the numbers of the published implementation; keys of all of its
+family."""
+
 from typing import NamedTuple
 
 import numpy as np
@@ -18,20 +20,27 @@ REFERENCE = reference('dy-yolov7')
 
 
 class Published(NamedTuple):
-    """A detector with the weights of a published file, and the numbers of the published implementation."""
+    """A detector with the weights of a published file, and the numbers of the published
+    implementation."""
+
     model: torch.nn.Module
     numbers: dict
     outputs: dict
 
 
-@pytest.fixture(scope='module', params=[('dy_yolov7', 'dy-yolov7'), ('dy_yolov7_x', 'dy-yolov7x')],
-                ids=lambda names: names[0])
+@pytest.fixture(
+    scope='module',
+    params=[('dy_yolov7', 'dy-yolov7'), ('dy_yolov7_x', 'dy-yolov7x')],
+    ids=lambda names: names[0],
+)
 def published(request, tmp_path_factory):
     """From a file as it is released, by the converter."""
     config, file = request.param
     path = tmp_path_factory.mktemp('weights') / f'{file}-step2.pt'
-    state = {key: torch.from_numpy(np.asarray(value))
-             for key, value in weights.checkpoint(DATA / f'{file}.json').items()}
+    state = {
+        key: torch.from_numpy(np.asarray(value))
+        for key, value in weights.checkpoint(DATA / f'{file}.json').items()
+    }
     torch.save({'model': state}, path)
     model = build(config)
     checkpoint, _ = convert_checkpoint(str(path), 'dynamicdet', model)
@@ -71,7 +80,9 @@ def assert_close(got, want, tolerance=1e-3):
 
 
 def test_difficulty_is_one_less_their_score(published):
-    assert published.outputs['difficulty'].item() == pytest.approx(1 - published.numbers['router_score'], abs=1e-3)
+    assert published.outputs['difficulty'].item() == pytest.approx(
+        1 - published.numbers['router_score'], abs=1e-3
+    )
 
 
 @pytest.mark.parametrize('exit, name', enumerate(('first', 'second')))
@@ -84,15 +95,18 @@ def test_maps_and_boxes(published, exit, name):
 
 
 def targets(spec):
-    rows = torch.tensor(spec['targets_image_class_cxcywh_normalised'])
+    rows = torch.tensor(spec['targets_image_class_cxcywh_normalized'])
     height, width = spec['images']['shape'][2:]
     instances = []
     for image in range(spec['images']['shape'][0]):
         own = rows[rows[:, 0] == image]
-        centre, half = own[:, 2:4], own[:, 4:] / 2
-        boxes = torch.cat([centre - half, centre + half], dim=1)
-        instances.append(InstanceData(
-            bboxes=boxes * boxes.new_tensor([width, height] * 2), labels=own[:, 1].long()))
+        center, half = own[:, 2:4], own[:, 4:] / 2
+        boxes = torch.cat([center - half, center + half], dim=1)
+        instances.append(
+            InstanceData(
+                bboxes=boxes * boxes.new_tensor([width, height] * 2), labels=own[:, 1].long()
+            )
+        )
     return instances
 
 
@@ -120,8 +134,10 @@ def test_step_2_sees_these_losses(published):
     model, spec = published.model, published.numbers['loss']
     images = torch.from_numpy(weights.inputs(spec['images']))
     shape = tuple(images.shape[2:])
-    samples = [DetDataSample(gt_instances=own, metainfo=dict(img_shape=shape, batch_input_shape=shape))
-               for own in targets(spec)]
+    samples = [
+        DetDataSample(gt_instances=own, metainfo=dict(img_shape=shape, batch_input_shape=shape))
+        for own in targets(spec)
+    ]
     losses, features = model.exit_losses(images, samples)
     for exit, name in enumerate(('first', 'second')):
         wanted = [one[name][-1] for one in spec['per_image']]
@@ -136,7 +152,9 @@ def test_fused_boxes_are_the_same(published):
         after = fuse(model)._forward(images)
     for exit in range(2):
         head = model.branch(exit).bbox_head
-        old, new = (decoded(head, theirs(head, one['exits'][exit])) for one in (published.outputs, after))
+        old, new = (
+            decoded(head, theirs(head, one['exits'][exit])) for one in (published.outputs, after)
+        )
         torch.testing.assert_close(new, old, atol=1e-3, rtol=1e-3)
 
 
@@ -146,16 +164,19 @@ def static_keys(file, backbone):
         part, _, rest = key.partition('.')
         number, _, rest = rest.partition('.')
         if part in ('model_b', 'model_h'):
-            yield key, f"model.{int(number) + backbone * (part == 'model_h')}.{rest}", shape
+            yield key, f'model.{int(number) + backbone * (part == "model_h")}.{rest}', shape
 
 
 @pytest.mark.parametrize('config', ['yolov7', 'dy_yolov7'])
 @pytest.mark.parametrize('kind', ['training', 'inference'])
 def test_the_static_release(tmp_path, config, kind):
-    """The first detector of the reference as if it were a plain YOLOv7, whole modules of half precision or
-    not; with implicit knowledge or, as in the files for inference, within the convolutions."""
-    values = {key: torch.from_numpy(np.asarray(value))
-              for key, value in weights.checkpoint(DATA / 'dy-yolov7.json').items()}
+    """The first detector of the reference as if it were a plain YOLOv7, whole modules of half
+    precision or not; with implicit knowledge or, as in the files for inference, within the
+    convolutions."""
+    values = {
+        key: torch.from_numpy(np.asarray(value))
+        for key, value in weights.checkpoint(DATA / 'dy-yolov7.json').items()
+    }
     state = {ours: values[key] for key, ours, _ in static_keys('dy-yolov7', 51)}
     if kind == 'inference':
         for level in range(3):
@@ -177,8 +198,14 @@ def test_the_static_release(tmp_path, config, kind):
         assert_close(decoded(head, theirs(head, exit)), REFERENCE['first']['decoded'])
 
 
-@pytest.mark.parametrize('name, file, backbone', [
-    ('yolov7', 'dy-yolov7', 51), ('yolov7_x', 'dy-yolov7x', 59), ('yolov7_w6', 'dy-yolov7-w6.keys', 47)])
+@pytest.mark.parametrize(
+    'name, file, backbone',
+    [
+        ('yolov7', 'dy-yolov7', 51),
+        ('yolov7_x', 'dy-yolov7x', 59),
+        ('yolov7_w6', 'dy-yolov7-w6.keys', 47),
+    ],
+)
 def test_all_keys_of_the_static_family(name, file, backbone):
     with torch.device('meta'):
         model = build(name)
@@ -196,9 +223,11 @@ def test_anchors_are_compared(factor, said):
     head = model.bbox_head
     head.anchors = build('yolov7').bbox_head.anchors
     anchors = factor * head.anchors
-    state = {'model.105.anchors': anchors / torch.tensor(head.strides)[:, None, None],
-             'model.105.anchor_grid': anchors.view(3, 1, 3, 1, 1, 2)}
-    (reason, count), = apply_rules(static_rules(model), state)[1].items()
+    state = {
+        'model.105.anchors': anchors / torch.tensor(head.strides)[:, None, None],
+        'model.105.anchor_grid': anchors.view(3, 1, 3, 1, 1, 2),
+    }
+    ((reason, count),) = apply_rules(static_rules(model), state)[1].items()
     assert said in reason and count == 2
 
 
@@ -206,28 +235,38 @@ def test_w6_of_training():
     """Four auxiliary convolutions lie before the head, and outputs of its own in it."""
     with torch.device('meta'):
         model = build('yolov7_w6')
-        state = {ours.replace('model.118.', 'model.122.'): torch.empty(shape)
-                 for _, ours, shape in static_keys('dy-yolov7-w6.keys', 47)}
-        state |= {f'model.{number}.conv.weight': torch.empty(8, 8, 3, 3) for number in range(118, 122)}
+        state = {
+            ours.replace('model.118.', 'model.122.'): torch.empty(shape)
+            for _, ours, shape in static_keys('dy-yolov7-w6.keys', 47)
+        }
+        state |= {
+            f'model.{number}.conv.weight': torch.empty(8, 8, 3, 3) for number in range(118, 122)
+        }
         state |= {f'model.122.m2.{level}.weight': torch.empty(255, 8, 1, 1) for level in range(4)}
     found, skipped = apply_rules(static_rules(model), state)
     assert skipped['auxiliary outputs of training'] == 8
     require_complete(model, found)
 
 
-@pytest.mark.parametrize('name, file', [
-    ('dy_yolov7', 'dy-yolov7'),
-    ('dy_yolov7_x', 'dy-yolov7x'),
-    ('dy_yolov7_w6', 'dy-yolov7-w6.keys'),
-])
+@pytest.mark.parametrize(
+    'name, file',
+    [
+        ('dy_yolov7', 'dy-yolov7'),
+        ('dy_yolov7_x', 'dy-yolov7x'),
+        ('dy_yolov7_w6', 'dy-yolov7-w6.keys'),
+    ],
+)
 @pytest.mark.parametrize('step', [1, 2])
 def test_all_keys_of_the_family(name, file, step):
     """Every entry is taken or known, and everything of ours is filled; step 1 has no router."""
     with torch.device('meta'):
         model = build(name)
-        state = {key: torch.empty(shape) for key, shape in reference(file)['state_dict']
-                 if step == 2 or not key.startswith('router.')}
+        state = {
+            key: torch.empty(shape)
+            for key, shape in reference(file)['state_dict']
+            if step == 2 or not key.startswith('router.')
+        }
     found, skipped = apply_rules(dynamic_rules(model), state)
     assert set(skipped) <= {'counters of training', 'anchors, which the config has'}
     statistics = ('router.mean', 'router.std')
-    require_complete(model, found, statistics if step == 2 else ('router.', ))
+    require_complete(model, found, statistics if step == 2 else ('router.',))

@@ -1,4 +1,5 @@
 """Files from elsewhere are read without executing what is in them."""
+
 import argparse
 import contextlib
 import dataclasses
@@ -32,7 +33,8 @@ ARRAYS = dict(
     big_end=np.arange(3, dtype='>f4'),
     half=np.ones(2, np.float16),
     counter=np.array(7, np.int64),
-    flags=np.array([True, False]))
+    flags=np.array([True, False]),
+)
 
 
 def refusal(path):
@@ -45,8 +47,12 @@ def refusal(path):
 
 @pytest.mark.parametrize('protocol', range(pickle.HIGHEST_PROTOCOL + 1))
 def test_arrays(tmp_path, protocol):
-    content = dict(model=OrderedDict(ARRAYS), __author__='someone', matching_heuristics=True,
-                   iteration=np.float64(3))
+    content = dict(
+        model=OrderedDict(ARRAYS),
+        __author__='someone',
+        matching_heuristics=True,
+        iteration=np.float64(3),
+    )
     (tmp_path / 'zoo.pkl').write_bytes(pickle.dumps(content, protocol=protocol))
     state = read_weights(str(tmp_path / 'zoo.pkl'))
     assert state.keys() == ARRAYS.keys()
@@ -58,19 +64,25 @@ def test_arrays(tmp_path, protocol):
 def test_arrays_of_python_2(tmp_path):
     """Their bytes are strings, and numpy's core had one name."""
     data = np.array([1.5, -2], np.float32).tobytes()
-    record = (b"(dp0\nS'model'\np1\n(dp2\nS'w'\np3\ncnumpy.core.multiarray\n_reconstruct\np4\n"
-              b"(cnumpy\nndarray\np5\n(I0\ntp6\nS'b'\np7\ntp8\nRp9\n(I1\n(I2\ntp10\n"
-              b"cnumpy\ndtype\np11\n(S'f4'\np12\nI0\nI1\ntp13\nRp14\n(I3\nS'<'\np15\nNNNI-1\nI-1\n"
-              b"I0\ntp16\nbI00\nS" + repr(data)[1:].encode() + b"\np17\ntp18\nbss.")
+    record = (
+        b"(dp0\nS'model'\np1\n(dp2\nS'w'\np3\ncnumpy.core.multiarray\n_reconstruct\np4\n"
+        b"(cnumpy\nndarray\np5\n(I0\ntp6\nS'b'\np7\ntp8\nRp9\n(I1\n(I2\ntp10\n"
+        b"cnumpy\ndtype\np11\n(S'f4'\np12\nI0\nI1\ntp13\nRp14\n(I3\nS'<'\np15\nNNNI-1\nI-1\n"
+        b'I0\ntp16\nbI00\nS' + repr(data)[1:].encode() + b'\np17\ntp18\nbss.'
+    )
     (tmp_path / 'old.pkl').write_bytes(record)
     assert read_weights(str(tmp_path / 'old.pkl'))['w'].tolist() == [1.5, -2]
 
 
-@pytest.mark.parametrize('content', [
-    dict(model=dict(w=torch.ones(2)), optimizer=dict(lr=1.0), iteration=9),
-    dict(state_dict=OrderedDict(w=torch.ones(2)), meta=dict(epoch=12)),
-    dict(w=torch.ones(2)),
-], ids=['model', 'state_dict', 'bare'])
+@pytest.mark.parametrize(
+    'content',
+    [
+        dict(model=dict(w=torch.ones(2)), optimizer=dict(lr=1.0), iteration=9),
+        dict(state_dict=OrderedDict(w=torch.ones(2)), meta=dict(epoch=12)),
+        dict(w=torch.ones(2)),
+    ],
+    ids=['model', 'state_dict', 'bare'],
+)
 @pytest.mark.parametrize('zipped', [True, False])
 def test_torch_files(tmp_path, content, zipped):
     torch.save(content, tmp_path / 'x.pth', _use_new_zipfile_serialization=zipped)
@@ -80,8 +92,10 @@ def test_torch_files(tmp_path, content, zipped):
 def test_a_whole_module_gives_its_state_dict(tmp_path, monkeypatch):
     """As official YOLOv7 files hold one, whose classes are not to be had."""
     namespace = types.ModuleType('models.yolo')
-    exec('from torch.nn import Module\nclass Model(Module): pass\nclass Detect(Module): pass',
-         vars(namespace))
+    exec(
+        'from torch.nn import Module\nclass Model(Module): pass\nclass Detect(Module): pass',
+        vars(namespace),
+    )
     model, detect = namespace.Model(), namespace.Detect()
     detect.register_buffer('anchors', torch.ones(3))
     detect.register_buffer('grid', torch.ones(1), persistent=False)
@@ -90,7 +104,9 @@ def test_a_whole_module_gives_its_state_dict(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, 'models', types.ModuleType('models'))
         patch.setitem(sys.modules, 'models.yolo', namespace)
-        torch.save(dict(model=model.half(), ema=None, best_fitness=np.array([0.5])), tmp_path / 'x.pt')
+        torch.save(
+            dict(model=model.half(), ema=None, best_fitness=np.array([0.5])), tmp_path / 'x.pt'
+        )
     before = sorted(map(str, torch.serialization.get_safe_globals()))
     state = read_weights(str(tmp_path / 'x.pt'))
     assert sorted(map(str, torch.serialization.get_safe_globals())) == before
@@ -109,7 +125,9 @@ def test_a_whole_module_gives_its_state_dict(tmp_path, monkeypatch):
 
 def test_files_from_beside_numpy_1(tmp_path):
     """numpy's core had another name."""
-    content = dict(model=dict(w=torch.ones(2)), best_fitness=np.array([0.5]), fitness=np.float64(0.5))
+    content = dict(
+        model=dict(w=torch.ones(2)), best_fitness=np.array([0.5]), fitness=np.float64(0.5)
+    )
     torch.save(content, tmp_path / 'x.pth', _use_new_zipfile_serialization=False)
     whole = (tmp_path / 'x.pth').read_bytes()
     assert whole.count(b'numpy._core') == 2
@@ -135,6 +153,7 @@ class Size(enum.Enum):
 
 class ByName(enum.Enum):
     """As Python 3.12 pickles some."""
+
     SMALL = 1
 
     def __reduce_ex__(self, protocol):
@@ -148,7 +167,7 @@ class Options:
 
 @dataclasses.dataclass
 class Slotted:
-    __slots__ = ('rate', )
+    __slots__ = ('rate',)
     rate: float
 
 
@@ -161,17 +180,51 @@ class WindowsPath:
 
 #: What users' files hold beside the weights.
 HARMLESS = dict(
-    path=pathlib.PosixPath('data/hyps'), windows=WindowsPath(), pure=pathlib.PurePosixPath('a'),
-    namespace=argparse.Namespace(lr=0.1, paths=[pathlib.Path('a')]), date=datetime.datetime.now(),
-    zone=datetime.timezone.utc, span=datetime.timedelta(1), scalar=np.float64(0.3), half=np.float16(1),
-    counter=np.uint8(3), text=np.str_('a'), day=np.datetime64('2024-01-01'), objects=np.array([{}, None], object),
-    texts=np.array(['a']), records=np.zeros(1, [('a', 'i4')]), table=np.ones((2, 3)), order=OrderedDict(a=1),
-    size=torch.Size([1, 2]), dtype=torch.float16, device=torch.device('cpu'), member=Size.SMALL, named=ByName.SMALL,
-    options=Options(), slotted=Slotted(1.0), settings=Settings(lr=1), mapping=Mapping(a=Mapping(b=1)),
-    sequence=Sequence([1, 2]), defaults=defaultdict(list, a=[1]), queue=deque([1, 2], maxlen=3), empty=deque(),
-    count=Counter('aab'), sets=({1}, frozenset({2})), number=decimal.Decimal('0.1'), share=fractions.Fraction(1, 3),
-    id=uuid.UUID(int=5), simple=types.SimpleNamespace(a=1), piece=slice(1, 2), numbers=range(3), bytes=b'a\xff',
-    partial=functools.partial(int, base=2), pattern=re.compile('a+'), complex=1j, a_class=Options, long=1 << 1000)
+    path=pathlib.PosixPath('data/hyps'),
+    windows=WindowsPath(),
+    pure=pathlib.PurePosixPath('a'),
+    namespace=argparse.Namespace(lr=0.1, paths=[pathlib.Path('a')]),
+    date=datetime.datetime.now(),
+    zone=datetime.UTC,
+    span=datetime.timedelta(1),
+    scalar=np.float64(0.3),
+    half=np.float16(1),
+    counter=np.uint8(3),
+    text=np.str_('a'),
+    day=np.datetime64('2024-01-01'),
+    objects=np.array([{}, None], object),
+    texts=np.array(['a']),
+    records=np.zeros(1, [('a', 'i4')]),
+    table=np.ones((2, 3)),
+    order=OrderedDict(a=1),
+    size=torch.Size([1, 2]),
+    dtype=torch.float16,
+    device=torch.device('cpu'),
+    member=Size.SMALL,
+    named=ByName.SMALL,
+    options=Options(),
+    slotted=Slotted(1.0),
+    settings=Settings(lr=1),
+    mapping=Mapping(a=Mapping(b=1)),
+    sequence=Sequence([1, 2]),
+    defaults=defaultdict(list, a=[1]),
+    queue=deque([1, 2], maxlen=3),
+    empty=deque(),
+    count=Counter('aab'),
+    sets=({1}, frozenset({2})),
+    number=decimal.Decimal('0.1'),
+    share=fractions.Fraction(1, 3),
+    id=uuid.UUID(int=5),
+    simple=types.SimpleNamespace(a=1),
+    piece=slice(1, 2),
+    numbers=range(3),
+    bytes=b'a\xff',
+    partial=functools.partial(int, base=2),
+    pattern=re.compile('a+'),
+    complex=1j,
+    a_class=Options,
+    long=1 << 1000,
+)
 
 
 def save_without_its_classes(content, path, monkeypatch, pickled=False):
@@ -192,12 +245,21 @@ def save_without_its_classes(content, path, monkeypatch, pickled=False):
 
 @pytest.mark.parametrize('name', HARMLESS)
 def test_harmless_objects_beside_the_weights(tmp_path, monkeypatch, name):
-    """In torch's files and in those of arrays; as a training leaves its options, its best figure, its settings."""
-    content = dict(epoch=-1, opt=dict(odd=HARMLESS[name], more=[HARMLESS[name]]), optimizer={'state': HARMLESS[name]})
-    save_without_its_classes(dict(content, model=dict(w=torch.ones(2))), tmp_path / 'x.pt', monkeypatch)
+    """In torch's files and in those of arrays; as a training leaves its options, its best figure,
+    its settings."""
+    content = dict(
+        epoch=-1,
+        opt=dict(odd=HARMLESS[name], more=[HARMLESS[name]]),
+        optimizer={'state': HARMLESS[name]},
+    )
+    save_without_its_classes(
+        dict(content, model=dict(w=torch.ones(2))), tmp_path / 'x.pt', monkeypatch
+    )
     assert read_weights(str(tmp_path / 'x.pt'))['w'].tolist() == [1, 1]
     if name not in ('size', 'dtype', 'device'):
-        save_without_its_classes(dict(content, model=dict(w=np.ones(2))), tmp_path / 'x.pkl', monkeypatch, True)
+        save_without_its_classes(
+            dict(content, model=dict(w=np.ones(2))), tmp_path / 'x.pkl', monkeypatch, True
+        )
         assert read_weights(str(tmp_path / 'x.pkl'))['w'].tolist() == [1, 1]
 
 
@@ -205,7 +267,9 @@ def test_all_of_them_at_once_before_zip_archives(tmp_path, monkeypatch):
     content = dict(HARMLESS, model=dict(w=torch.ones(2)))
     save_without_its_classes(content, tmp_path / 'zip.pt', monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr(torch, 'save', functools.partial(torch.save, _use_new_zipfile_serialization=False))
+        patch.setattr(
+            torch, 'save', functools.partial(torch.save, _use_new_zipfile_serialization=False)
+        )
         save_without_its_classes(content, tmp_path / 'old.pt', monkeypatch)
     for name in ('zip.pt', 'old.pt'):
         assert read_weights(str(tmp_path / name))['w'].tolist() == [1, 1]
@@ -222,14 +286,18 @@ class Call:
 
 
 @pytest.mark.parametrize('name', ['x.pkl', 'x.pth'])
-@pytest.mark.parametrize('function', [os.system, exec, subprocess.check_output, os.mkdir],
-                         ids=lambda function: function.__name__)
+@pytest.mark.parametrize(
+    'function',
+    [os.system, exec, subprocess.check_output, os.mkdir],
+    ids=lambda function: function.__name__,
+)
 def test_what_would_run_is_refused_and_does_not_run(tmp_path, monkeypatch, name, function):
     monkeypatch.chdir(tmp_path)
     harm = tmp_path / 'harm'
     argument = {'exec': f'open({str(harm)!r}, "w")', 'mkdir': str(harm)}.get(
-        function.__name__, f'mkdir {harm}')
-    arguments = (argument, ) if function is not subprocess.check_output else (['mkdir', str(harm)], )
+        function.__name__, f'mkdir {harm}'
+    )
+    arguments = (argument,) if function is not subprocess.check_output else (['mkdir', str(harm)],)
     call = Call(function, *arguments)
     # The file does what it says, where it is trusted.
     pickle.loads(pickle.dumps(call))
@@ -246,7 +314,8 @@ def test_what_would_run_is_refused_and_does_not_run(tmp_path, monkeypatch, name,
 
 
 def write_pickle(path, record):
-    """A pickle, written by hand, as a file of arrays or as what torch would unpickle; its stop and protocol are added."""
+    """A pickle, written by hand, as a file of arrays or as what torch would unpickle; its stop and
+    protocol are added."""
     record = b'\x80\x02' + record + b'.'
     if path.suffix == '.pkl':
         path.write_bytes(record)
@@ -269,31 +338,59 @@ def text(value):
 
 
 @pytest.mark.parametrize('name', ['x.pkl', 'x.pth'])
-@pytest.mark.parametrize('attack', [
-    lambda code: reduced('builtins eval', text(code)),
-    lambda code: reduced('__builtin__ eval', text(code)),
-    # By way of what is let through.
-    lambda code: reduced('builtins getattr', b'cbuiltins\nobject\n', text('__subclasses__')) + b'(tR',
-    lambda code: reduced('builtins getattr', b'cabsent\nThing\n', text('__init_subclass__')) + b'(' + text(code) + b'tR',
-    lambda code: reduced('builtins getattr', b'cmmengine.logging.history_buffer\nHistoryBuffer\n', text('__init__')),
-    lambda code: reduced('builtins getattr', b'cbuiltins\n__import__\n', text('__call__')),
-    lambda code: reduced('functools partial', b'cbuiltins\nexec\n', text(code)) + b'(tR',
-    lambda code: reduced('functools partial', reduced('absent Thing'), text(code)) + b'(tR',
-    # A state that replaces how states are taken.
-    lambda code: reduced('absent Thing') + b'}' + text('__setstate__') + b'cbuiltins\neval\nsb' + text(code) + b'b',
-    lambda code: b'cabsent\nThing\nN}' + text('__setstate__') + b'cabsent\nOther\ns\x86b' + text(code) + b'b',
-    # Functions of packages that are there.
-    lambda code: reduced('numpy.testing._private.utils runstring', text(code), b'}'),
-    lambda code: reduced('numpy load', text('x'), b'N\x88'),
-    lambda code: reduced('torch load', text('x')),
-    lambda code: reduced('torch.utils.collect_env run', text(code)),
-    lambda code: reduced('mmengine.config.Config fromstring', text(code), text('.py')),
-    lambda code: reduced('dynamicdet.checkpoints os.system', text(code)),
-    lambda code: reduced('pathlib os.system', text(code)),
-    lambda code: reduced('pathlib Path.touch', reduced('pathlib Path', text('harm'))),
-    lambda code: reduced('logging sys.modules', text(code)),
-    lambda code: reduced('runpy run_path', text('x')),
-], ids=range(20))
+@pytest.mark.parametrize(
+    'attack',
+    [
+        lambda code: reduced('builtins eval', text(code)),
+        lambda code: reduced('__builtin__ eval', text(code)),
+        # By way of what is let through.
+        lambda code: (
+            reduced('builtins getattr', b'cbuiltins\nobject\n', text('__subclasses__')) + b'(tR'
+        ),
+        lambda code: (
+            reduced('builtins getattr', b'cabsent\nThing\n', text('__init_subclass__'))
+            + b'('
+            + text(code)
+            + b'tR'
+        ),
+        lambda code: reduced(
+            'builtins getattr',
+            b'cmmengine.logging.history_buffer\nHistoryBuffer\n',
+            text('__init__'),
+        ),
+        lambda code: reduced('builtins getattr', b'cbuiltins\n__import__\n', text('__call__')),
+        lambda code: reduced('functools partial', b'cbuiltins\nexec\n', text(code)) + b'(tR',
+        lambda code: reduced('functools partial', reduced('absent Thing'), text(code)) + b'(tR',
+        # A state that replaces how states are taken.
+        lambda code: (
+            reduced('absent Thing')
+            + b'}'
+            + text('__setstate__')
+            + b'cbuiltins\neval\nsb'
+            + text(code)
+            + b'b'
+        ),
+        lambda code: (
+            b'cabsent\nThing\nN}'
+            + text('__setstate__')
+            + b'cabsent\nOther\ns\x86b'
+            + text(code)
+            + b'b'
+        ),
+        # Functions of packages that are there.
+        lambda code: reduced('numpy.testing._private.utils runstring', text(code), b'}'),
+        lambda code: reduced('numpy load', text('x'), b'N\x88'),
+        lambda code: reduced('torch load', text('x')),
+        lambda code: reduced('torch.utils.collect_env run', text(code)),
+        lambda code: reduced('mmengine.config.Config fromstring', text(code), text('.py')),
+        lambda code: reduced('dynamicdet.checkpoints os.system', text(code)),
+        lambda code: reduced('pathlib os.system', text(code)),
+        lambda code: reduced('pathlib Path.touch', reduced('pathlib Path', text('harm'))),
+        lambda code: reduced('logging sys.modules', text(code)),
+        lambda code: reduced('runpy run_path', text('x')),
+    ],
+    ids=range(20),
+)
 def test_attacks_are_refused_or_do_nothing(tmp_path, monkeypatch, name, attack):
     """Where the object is beside the weights, and where it is among them."""
     monkeypatch.chdir(tmp_path)
@@ -303,8 +400,11 @@ def test_attacks_are_refused_or_do_nothing(tmp_path, monkeypatch, name, attack):
     else:
         weight = reduced('torch FloatTensor')
     seen = set(sys.modules)
-    for content in (b'}(' + text('odd') + record + text('model') + b'}' + text('w') + weight + b'su',
-                    b'}' + text('model') + b'}' + text('w') + record + b'ss', record):
+    for content in (
+        b'}(' + text('odd') + record + text('model') + b'}' + text('w') + weight + b'su',
+        b'}' + text('model') + b'}' + text('w') + record + b'ss',
+        record,
+    ):
         write_pickle(tmp_path / name, content)
         with contextlib.suppress(UsageError):
             assert list(read_weights(str(tmp_path / name))) == ['w']
@@ -316,14 +416,18 @@ def test_attacks_are_refused_or_do_nothing(tmp_path, monkeypatch, name, attack):
 def test_a_whole_module_of_another_package(tmp_path, monkeypatch):
     """Of which no class is there when it is read; and what counts the averages is none."""
     module = types.ModuleType('absent_package.tasks')
-    exec('from torch.nn import Module\nclass Model(Module): pass\nclass Averages: pass', vars(module))
+    exec(
+        'from torch.nn import Module\nclass Model(Module): pass\nclass Averages: pass', vars(module)
+    )
     model, averages = module.Model(), module.Averages()
     model.layers, averages.ema = nn.Sequential(nn.Conv2d(1, 2, 1)), 3
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, 'absent_package', types.ModuleType('absent_package'))
         patch.setitem(sys.modules, 'absent_package.tasks', module)
         torch.save(dict(model=model, ema=averages), tmp_path / 'x.pt')
-        torch.save(dict(model=model, ema=None), tmp_path / 'old.pt', _use_new_zipfile_serialization=False)
+        torch.save(
+            dict(model=model, ema=None), tmp_path / 'old.pt', _use_new_zipfile_serialization=False
+        )
     assert list(read_weights(str(tmp_path / 'x.pt'))) == list(model.state_dict())
     assert 'as torch before 1.6 wrote it' in refusal(tmp_path / 'old.pt')
 
@@ -335,11 +439,15 @@ def test_classes_are_not_even_imported(tmp_path):
     assert 'antigravity' not in sys.modules
 
 
-@pytest.mark.parametrize('content', [
-    np.array([print], object),
-    np.array([(1, 2.0)], [('a', 'i4'), ('b', 'f4')]),
-    np.array(['text']),
-], ids=['objects', 'records', 'text'])
+@pytest.mark.parametrize(
+    'content',
+    [
+        np.array([print], object),
+        np.array([(1, 2.0)], [('a', 'i4'), ('b', 'f4')]),
+        np.array(['text']),
+    ],
+    ids=['objects', 'records', 'text'],
+)
 def test_arrays_of_no_numbers(tmp_path, content):
     (tmp_path / 'x.pkl').write_bytes(pickle.dumps(dict(model=dict(w=content))))
     refusal(tmp_path / 'x.pkl')
@@ -363,23 +471,30 @@ def test_cut_short(tmp_path, name, share):
     else:
         torch.save(dict(model=dict(w=torch.ones(1000))), path)
     whole = path.read_bytes()
-    path.write_bytes(whole[:int(share * len(whole))])
+    path.write_bytes(whole[: int(share * len(whole))])
     assert 'cannot be read' in refusal(path) or 'can be read safely' in refusal(path)
 
 
-@pytest.mark.parametrize('content', [[1], {}, dict(model={}), dict(model=dict(w='text')), dict(w=1),
-                                     {3: torch.ones(1)}], ids=str)
+@pytest.mark.parametrize(
+    'content',
+    [[1], {}, dict(model={}), dict(model=dict(w='text')), dict(w=1), {3: torch.ones(1)}],
+    ids=str,
+)
 def test_no_weights(tmp_path, content):
     torch.save(content, tmp_path / 'x.pth')
     assert 'is no checkpoint' in refusal(tmp_path / 'x.pth')
 
 
-@pytest.mark.parametrize('odd', [
-    lambda: torch.eye(2).to_sparse(),
-    lambda: torch.ones(2, dtype=torch.complex64),
-    lambda: torch.ones(2, device='meta'),
-    lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
-], ids=['sparse', 'complex', 'meta', 'quantised'])
+@pytest.mark.parametrize(
+    'odd',
+    [
+        lambda: torch.eye(2).to_sparse(),
+        lambda: torch.ones(2, dtype=torch.complex64),
+        lambda: torch.ones(2, device='meta'),
+        lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+    ],
+    ids=['sparse', 'complex', 'meta', 'quantized'],
+)
 def test_tensors_that_are_no_plain_numbers(tmp_path, odd):
     torch.save(dict(model=dict(w=odd())), tmp_path / 'x.pth')
     assert 'no checkpoint' in refusal(tmp_path / 'x.pth')

@@ -1,4 +1,5 @@
 """Tables of rules: names, values, and what no row knows."""
+
 import pytest
 import torch
 
@@ -20,7 +21,9 @@ def test_names():
         rename(r'.*\.again', 'never'),
     ]
     assert names(rules, 'stem.weight', 'res5.12.07', 'head.again', 'a.spare', 'head.spare') == (
-        {'conv1.weight', 'second.conv1.weight', 'layer4.12.7', 'head.again'}, {'spare': 2})
+        {'conv1.weight', 'second.conv1.weight', 'layer4.12.7', 'head.again'},
+        {'spare': 2},
+    )
 
 
 def test_values():
@@ -34,12 +37,15 @@ def test_values():
     assert torch.equal(found['same.0'], -value) and torch.equal(found['same.1'], -value)
 
 
-@pytest.mark.parametrize('keys, said', [
-    (['a', 'bb', 'cc', 'dd', 'ee'], r"4 of its 5 entries are unknown .*'bb', 'cc', 'dd'\)"),
-    (['a', 'prefix.a', 'aa'], 'unknown'),
-    (['a', 'x'], "a second entry gives 'ours': 'x'"),
-    (['split'], r"the entry 'split' has the shape \(2,\)"),
-])
+@pytest.mark.parametrize(
+    'keys, said',
+    [
+        (['a', 'bb', 'cc', 'dd', 'ee'], r"4 of its 5 entries are unknown .*'bb', 'cc', 'dd'\)"),
+        (['a', 'prefix.a', 'aa'], 'unknown'),
+        (['a', 'x'], "a second entry gives 'ours': 'x'"),
+        (['split'], r"the entry 'split' has the shape \(2,\)"),
+    ],
+)
 def test_refusals(keys, said):
     rules = [rename('a|x', 'ours'), rename('split', 's', 't', change=lambda v: v.split([1, 3]))]
     with pytest.raises(UsageError, match=said):

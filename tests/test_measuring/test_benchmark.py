@@ -4,9 +4,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import run_tool
 from mmengine.config import Config
 
+from conftest import run_tool
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring import benchmark
 from dynamicdet.measuring.benchmark import (
@@ -42,20 +42,55 @@ def pair():
 
 def test_the_tool(tmp_path):
     out = tmp_path / 'deep' / 'benchmark.json'
-    done = run_tool('benchmark.py', 'configs/dy_yolox_nano_digits.py', '--size', 64, 96,
-                    '--rounds', 3, '--batch-rounds', 2, '--batches', 1, '--threads', 1, '--device', 'cpu',
-                    '--memory-format', 'contiguous', 'channels_last', '--dtype', 'float32', 'bfloat16',
-                    '--seed', 3, '--out', out)
+    done = run_tool(
+        'benchmark.py',
+        'configs/dy_yolox_nano_digits.py',
+        '--size',
+        64,
+        96,
+        '--rounds',
+        3,
+        '--batch-rounds',
+        2,
+        '--batches',
+        1,
+        '--threads',
+        1,
+        '--device',
+        'cpu',
+        '--memory-format',
+        'contiguous',
+        'channels_last',
+        '--dtype',
+        'float32',
+        'bfloat16',
+        '--seed',
+        3,
+        '--out',
+        out,
+    )
     assert done.returncode == 0, done.stderr
     assert 'exit 0 / stock detector' in done.stdout and '<= 1.03' in done.stdout
     content = json.loads(out.read_text())
     assert [(run['dtype'], run['memory_format'], 'refused' in run) for run in content['runs']] == [
-        ('float32', 'contiguous', False), ('float32', 'channels_last', False),
-        ('bfloat16', 'contiguous', True), ('bfloat16', 'channels_last', True)]
+        ('float32', 'contiguous', False),
+        ('float32', 'channels_last', False),
+        ('bfloat16', 'contiguous', True),
+        ('bfloat16', 'channels_last', True),
+    ]
     assert "an operator of mmcv's lacks bfloat16" in done.stdout
     for found in content['runs'][:2]:
-        assert set(found['seconds']) == {'stock', 'exit0', 'exit1', 'all_easy', 'half_hard', 'online', 'stream',
-                                         'stream_all', 'all_hard'}
+        assert set(found['seconds']) == {
+            'stock',
+            'exit0',
+            'exit1',
+            'all_easy',
+            'half_hard',
+            'online',
+            'stream',
+            'stream_all',
+            'all_hard',
+        }
         assert set(found['ratios']) == {*content['wanted'], 'stream_all_to_mean'}
         for figures in [*found['seconds'].values(), *found['ratios'].values()]:
             assert 0 < figures['q1'] <= figures['median'] <= figures['q3'] < math.inf
@@ -101,7 +136,8 @@ def test_both_detectors_have_the_same_tensors(pair):
 def test_the_same_seed_gives_the_same_weights():
     cfg = Config(dict(model=tiny_dynamic('faster_rcnn')))
     first, again, other = (
-        dict(build_pair(cfg, seed=seed)[0].named_parameters()) for seed in (1, 1, 2))
+        dict(build_pair(cfg, seed=seed)[0].named_parameters()) for seed in (1, 1, 2)
+    )
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     assert not torch.equal(first['router.fc1.weight'], other['router.fc1.weight'])
 
@@ -121,7 +157,8 @@ def test_the_stock_detector_sees_what_exit_0_sees(batch):
     assert require_equal(stock, model, [batch, *split_batch(batch)]) > 0
     shapes = []
     stock.backbone.register_forward_hook(
-        lambda module, inputs, _: shapes.append(inputs[0].shape[2:]))
+        lambda module, inputs, _: shapes.append(inputs[0].shape[2:])
+    )
     stock.test_step(batch)
     assert shapes == [(32, 64)]
 
@@ -147,8 +184,9 @@ def test_a_plain_checkpoint_fills_both_exits(pair, tmp_path):
     model, again = build_pair(cfg, str(tmp_path / 'plain.pth'))
     wanted = stock.state_dict()
     assert all(torch.equal(value, wanted[key]) for key, value in again.state_dict().items())
-    assert torch.equal(model.backbone.second.layer2[0].conv1.weight,
-                       wanted['backbone.layer2.0.conv1.weight'])
+    assert torch.equal(
+        model.backbone.second.layer2[0].conv1.weight, wanted['backbone.layer2.0.conv1.weight']
+    )
 
 
 def test_stock_configs_are_refused():
@@ -165,13 +203,24 @@ def test_the_stock_detector_of_one_that_has_lost_channels(batch):
         name = f'backbone.{net}.layer2.0'
         block = whole.get_submodule(name)
         half = block.conv1.out_channels // 2
-        channels.update({f'{name}.conv1': [block.conv1.in_channels, half, 1], f'{name}.bn1': [half, half, 1],
-                         f'{name}.conv2': [half, block.conv2.out_channels, 1]})
+        channels.update(
+            {
+                f'{name}.conv1': [block.conv1.in_channels, half, 1],
+                f'{name}.bn1': [half, half, 1],
+                f'{name}.conv2': [half, block.conv2.out_channels, 1],
+            }
+        )
     name = 'branches.0.roi_head.bbox_head.shared_fcs'
     one, two = whole.get_submodule(name)
-    channels.update({f'{name}.0': [one.in_features, one.out_features // 2, 1],
-                     f'{name}.1': [one.out_features // 2, two.out_features, 1]})
-    settings = dict(type='PrunedDetector', detector=dense, channels=channels, backbone=dict(type='ResNet'))
+    channels.update(
+        {
+            f'{name}.0': [one.in_features, one.out_features // 2, 1],
+            f'{name}.1': [one.out_features // 2, two.out_features, 1],
+        }
+    )
+    settings = dict(
+        type='PrunedDetector', detector=dense, channels=channels, backbone=dict(type='ResNet')
+    )
     model, stock = build_pair(Config(dict(model=settings)))
     assert stock.backbone.layer2[0].conv1.out_channels == half
     assert stock.roi_head.bbox_head.shared_fcs[1].in_features == one.out_features // 2
@@ -207,9 +256,9 @@ def test_many_tasks_take_turns_in_many_orders():
     calls = []
     tasks = {name: Task(Recorder(name, calls), [{}]) for name in 'abcde'}
     interleave(tasks, 8, no_progress, '')
-    rounds = [''.join(name for name, _ in calls[at:at + 5]) for at in range(0, 50, 5)]
+    rounds = [''.join(name for name, _ in calls[at : at + 5]) for at in range(0, 50, 5)]
     assert len(set(rounds)) == 10 and all(sorted(one) == list('abcde') for one in rounds)
-    # Each comes first twice, and behind each neighbour as often as before it.
+    # Each comes first twice, and behind each neighbor as often as before it.
     assert sorted(one[0] for one in rounds) == list('aabbccddee')
     assert ''.join(rounds).count('ab') >= 4 and ''.join(rounds).count('ba') >= 4
 
@@ -218,21 +267,31 @@ def test_settings_hold_for_their_tasks_alone(pair, batch):
     model, stock = pair
     seen = []
     model.router.register_forward_hook(
-        lambda *_: seen.append((torch.get_num_threads(), torch.is_autocast_enabled('cpu'))))
+        lambda *_: seen.append((torch.get_num_threads(), torch.is_autocast_enabled('cpu')))
+    )
     task = Task(model, [batch], 1.0)
     before = torch.get_num_threads()
     interleave(dict(one=task._replace(setting=Setting(3)), other=task), 1, no_progress, '')
     assert set(seen) == {(3, False), (before, False)} and torch.get_num_threads() == before
     with Setting(1, 'bfloat16').on(torch.device('cpu')):
-        assert torch.is_autocast_enabled('cpu') and torch.get_autocast_dtype('cpu') == torch.bfloat16
+        assert (
+            torch.is_autocast_enabled('cpu') and torch.get_autocast_dtype('cpu') == torch.bfloat16
+        )
 
 
 def test_roi_heads_take_contiguous_maps_only(pair, batch):
     model, _ = pair
     assert reformat(model, 'contiguous') is model
     settings = Config(dict(model=tiny_dynamic('faster_rcnn'))).model
-    first, second = measure(model, settings, [batch], 1, 1, no_progress,
-                            [Setting(1), Setting(1, memory_format='channels_last')])
+    first, second = measure(
+        model,
+        settings,
+        [batch],
+        1,
+        1,
+        no_progress,
+        [Setting(1), Setting(1, memory_format='channels_last')],
+    )
     assert 'one-stage' in second['refused'] and 'ratios' not in second
     assert 0 < first['ratios']['stream_to_mean']['median'] < math.inf
 
@@ -245,7 +304,9 @@ def test_channels_last_reaches_the_maps(batch):
     model.set_budget(threshold=1.0)
     with torch.no_grad():
         model.test_step(batch)
-    assert all(one.is_contiguous(memory_format=torch.channels_last) for one in seen) and len(seen) == 4
+    assert (
+        all(one.is_contiguous(memory_format=torch.channels_last) for one in seen) and len(seen) == 4
+    )
 
 
 def test_quartiles():

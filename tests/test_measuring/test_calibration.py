@@ -1,4 +1,5 @@
 """What is measured on a trained detector: difficulties, latencies, compute, both exits' results."""
+
 import json
 import pickle
 import time
@@ -6,9 +7,9 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SEED, THREADS, shrink_options
 from mmengine.config import Config
 
+from conftest import ROOT, SEED, THREADS, shrink_options
 from dynamicdet.building import build_loader, load_dynamic_detector
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.calibration import (
@@ -47,7 +48,7 @@ def path(cfg, tmp_path_factory):
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
     model.init_weights()
-    # Zero after initialisation; without it both exits would see the same maps.
+    # Zero after initialization; without it both exits would see the same maps.
     for name, parameter in model.backbone.named_parameters():
         if name.startswith('connections.'):
             torch.nn.init.normal_(parameter, std=0.3)
@@ -55,8 +56,9 @@ def path(cfg, tmp_path_factory):
     model.router.fc2.weight.data *= 30
     model.delta.fill_(0.1)
     file = tmp_path_factory.mktemp('checkpoint') / 'random.pth'
-    torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(classes=['x']))),
-               file)
+    torch.save(
+        dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(classes=['x']))), file
+    )
     return str(file)
 
 
@@ -83,18 +85,22 @@ def run(model, loader, threshold):
 def test_difficulties_are_those_of_predict(model, loader):
     expected = [sample.difficulty for sample in run(model, loader, 0.5)]
     found = measure_difficulties(model, loader, plain)
-    assert found.dtype == np.float32 and found.shape == (6, )
+    assert found.dtype == np.float32 and found.shape == (6,)
     assert found.tolist() == sorted(expected)
     assert found[-1] - found[0] > 1e-3
 
 
 @pytest.mark.parametrize('batch_size', [1, 4])
 def test_difficulties_do_not_depend_on_the_batch(model, digits, loader, batch_size):
-    other = build_loader(load_config(digits, **{'val_dataloader.batch_size': batch_size})
-                         .val_dataloader)
+    other = build_loader(
+        load_config(digits, **{'val_dataloader.batch_size': batch_size}).val_dataloader
+    )
     assert len(other) != len(loader)
-    np.testing.assert_allclose(measure_difficulties(model, other, plain),
-                               measure_difficulties(model, loader, plain), atol=1e-5)
+    np.testing.assert_allclose(
+        measure_difficulties(model, other, plain),
+        measure_difficulties(model, loader, plain),
+        atol=1e-5,
+    )
 
 
 def test_difficulties_run_no_second_backbone(model, loader, monkeypatch):
@@ -120,11 +126,14 @@ def test_latencies_are_told_apart_and_leave_the_budget(model, loader, monkeypatc
     assert model.budget == dict(threshold=0.25) and model.threshold == 0.25
 
 
-@pytest.mark.parametrize('measure', [
-    lambda model, loader: measure_latencies(model, loader.dataset, plain, images=1, rounds=1),
-    lambda model, loader: measure_gflops(model, loader.dataset, images=1),
-    lambda model, loader: record_exits(model, loader, plain),
-])
+@pytest.mark.parametrize(
+    'measure',
+    [
+        lambda model, loader: measure_latencies(model, loader.dataset, plain, images=1, rounds=1),
+        lambda model, loader: measure_gflops(model, loader.dataset, images=1),
+        lambda model, loader: record_exits(model, loader, plain),
+    ],
+)
 def test_a_failure_leaves_the_budget_too(model, loader, measure, monkeypatch):
     def fail(_):
         raise KeyboardInterrupt
@@ -144,8 +153,9 @@ def test_the_second_exit_costs_more(model, loader):
 
 
 def test_compute_is_a_mean_over_images(model, loader):
-    one, two = (measure_gflops(model, [loader.dataset[0]] * count, images=count)
-                for count in (1, 2))
+    one, two = (
+        measure_gflops(model, [loader.dataset[0]] * count, images=count) for count in (1, 2)
+    )
     assert one == pytest.approx(two, rel=1e-6)
 
 
@@ -182,15 +192,21 @@ def test_both_exits_are_recorded(model, renumbered):
             boxes[:, 2:] += boxes[:, :2]
             np.testing.assert_allclose(boxes, expected.bboxes.numpy(), atol=1e-4)
             assert [entry['score'] for entry in found] == expected.scores.tolist()
-            assert [entry['category_id'] for entry in found] \
-                == [10 * (label + 1) + 3 for label in expected.labels.tolist()]
+            assert [entry['category_id'] for entry in found] == [
+                10 * (label + 1) + 3 for label in expected.labels.tolist()
+            ]
     assert any(image['detections'][0] != image['detections'][1] for image in images)
 
 
 def test_boxes_are_in_the_images_own_frame(model, renumbered):
     """The pipeline doubles these images of 64 pixels."""
-    boxes = np.array([entry['bbox'] for image in record_exits(model, renumbered, plain)
-                      for entry in image['detections'][1]])
+    boxes = np.array(
+        [
+            entry['bbox']
+            for image in record_exits(model, renumbered, plain)
+            for entry in image['detections'][1]
+        ]
+    )
     assert (boxes >= 0).all()
     assert 40 < (boxes[:, :2] + boxes[:, 2:]).max() <= 64.01
 
@@ -206,8 +222,7 @@ def test_recording_leaves_the_budget(model, loader):
 
 def test_calibration_fills_the_model(model, loader):
     found = calibrate(model, loader, plain, hard_share=1 / 3)
-    np.testing.assert_array_equal(model.difficulties,
-                                  measure_difficulties(model, loader, plain))
+    np.testing.assert_array_equal(model.difficulties, measure_difficulties(model, loader, plain))
     assert model.latencies.tolist() == pytest.approx([found['lat1'], found['lat2']])
     assert model.threshold.item() == pytest.approx(found['threshold'])
     assert sum(sample.exit for batch in loader for sample in model.test_step(batch)) == 2
@@ -231,9 +246,12 @@ def test_where_figures_come_from(cfg, loader, path):
 
 @pytest.mark.parametrize('batch_size, dtype', [(1, 'float32'), (4, 'float64')])
 def test_how_images_passed(model, digits, batch_size, dtype):
-    loader = build_loader(load_config(digits, **{'val_dataloader.batch_size': batch_size}).val_dataloader)
+    loader = build_loader(
+        load_config(digits, **{'val_dataloader.batch_size': batch_size}).val_dataloader
+    )
     assert passed(model.to(getattr(torch, dtype)), loader) == dict(
-        dtype=dtype, batch_size=batch_size, latency_batch_size=1)
+        dtype=dtype, batch_size=batch_size, latency_batch_size=1
+    )
 
 
 # Loading.
@@ -266,8 +284,13 @@ def test_a_plain_checkpoint_is_refused(cfg, path, tmp_path):
 
 
 def test_another_architecture_is_refused(digits, path):
-    wider = load_config(digits, **{'model.backbone.base_channels': 16,
-                                   'model.detector.neck.in_channels': [16, 32, 64, 128]})
+    wider = load_config(
+        digits,
+        **{
+            'model.backbone.base_channels': 16,
+            'model.detector.neck.in_channels': [16, 32, 64, 128],
+        },
+    )
     assert 'of another shape (such as backbone.first' in refusal(wider, path, 'cpu')
 
 
@@ -278,11 +301,14 @@ def test_a_missing_part_is_refused(cfg, path, tmp_path):
     assert 'router.fc2.weight' in refusal(cfg, str(tmp_path / 'part.pth'), 'cpu')
 
 
-@pytest.mark.parametrize('write, said', [
-    (lambda file: None, 'there is no checkpoint at'),
-    (lambda file: file.write_text('not weights'), 'is no checkpoint'),
-    (lambda file: file.write_bytes(pickle.dumps([1, 2])), 'is no checkpoint'),
-])
+@pytest.mark.parametrize(
+    'write, said',
+    [
+        (lambda file: None, 'there is no checkpoint at'),
+        (lambda file: file.write_text('not weights'), 'is no checkpoint'),
+        (lambda file: file.write_bytes(pickle.dumps([1, 2])), 'is no checkpoint'),
+    ],
+)
 def test_files_that_are_no_checkpoint(cfg, tmp_path, write, said):
     write(tmp_path / 'file.pth')
     assert said in refusal(cfg, str(tmp_path / 'file.pth'), 'cpu')

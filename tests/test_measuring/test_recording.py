@@ -1,4 +1,5 @@
 """One pass through every exit: what stands in the record is what the detector itself says."""
+
 import copy
 import json
 from types import SimpleNamespace
@@ -6,10 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, same_detections, shrink_options
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 
+from conftest import ROOT, same_detections, shrink_options
 from dynamicdet.building import load_dynamic_detector
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring import recording
@@ -18,7 +19,7 @@ from dynamicdet.measuring.recording import (
     build_record_loader,
     flip_detection,
     flip_images,
-    grey_entropy,
+    gray_entropy,
     record_data_set,
     shift_detection,
     shift_images,
@@ -53,17 +54,23 @@ def write_checkpoint(cfg, path):
         if hasattr(branch, 'roi_head'):
             branch.roi_head.bbox_head.fc_cls.weight.data *= 30
         else:
-            for conv in [*branch.bbox_head.multi_level_conv_obj, *branch.bbox_head.multi_level_conv_cls]:
+            for conv in [
+                *branch.bbox_head.multi_level_conv_obj,
+                *branch.bbox_head.multi_level_conv_cls,
+            ]:
                 torch.nn.init.normal_(conv.weight, std=0.1)
                 torch.nn.init.zeros_(conv.bias)
     model.router.fc2.weight.data *= 30
-    torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(classes=['x']))), path)
+    torch.save(
+        dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(classes=['x']))), path
+    )
     return str(path)
 
 
 @pytest.fixture(scope='module', params=NAMES)
 def run(request, digits, tmp_path_factory):
-    """A two-stage and a one-stage detector: config, model, loader and record of the validation set."""
+    """A two-stage and a one-stage detector: config, model, loader and record of the validation
+    set."""
     register_all_modules(init_default_scope=True)
     cfg = load_config(digits, request.param)
     path = write_checkpoint(cfg, tmp_path_factory.mktemp('record') / 'random.pth')
@@ -119,7 +126,9 @@ def test_the_view_is_the_flipped_image(run):
     """As if the file were flipped: what is found there lies, mirrored, in the record."""
     dataset = run.loader.dataset
     sample = dataset[0]
-    batch = pseudo_collate([dict(inputs=sample['inputs'].flip(-1), data_samples=sample['data_samples'])])
+    batch = pseudo_collate(
+        [dict(inputs=sample['inputs'].flip(-1), data_samples=sample['data_samples'])]
+    )
     wide = sample['data_samples'].ori_shape[1]
     assert wide == 64 and sample['data_samples'].img_shape[1] == 128
     for exit, threshold in enumerate((1.0, -1.0)):
@@ -173,7 +182,10 @@ def test_all_classes_must_be_in_the_annotations(run, digits, tmp_path):
 def test_images_cost_what_their_size_costs(run, monkeypatch):
     """Of each size, as the network sees it, some are measured."""
     for image in run.record['images']:
-        assert image['gflops'] == pytest.approx(run.record['gflops']) and image['latencies'] == run.record['latencies']
+        assert (
+            image['gflops'] == pytest.approx(run.record['gflops'])
+            and image['latencies'] == run.record['latencies']
+        )
     asked = []
 
     def measured(model, dataset, *_, rows):
@@ -198,18 +210,29 @@ def test_without_annotations_there_are_no_losses(run):
     dataset = copy.deepcopy(run.loader.dataset)
     dataset.get_subset_(1)
     dataset.pipeline.transforms = [
-        step for step in dataset.pipeline.transforms if type(step).__name__ != 'LoadAnnotations']
+        step for step in dataset.pipeline.transforms if type(step).__name__ != 'LoadAnnotations'
+    ]
     late = copy.deepcopy(run.loader.dataset)
     late.get_subset_(1)
     steps = late.pipeline.transforms
     steps.insert(2, steps.pop(1))
     for source in (dataset, late):
         loader = torch.utils.data.DataLoader(source, batch_size=3, collate_fn=pseudo_collate)
-        with pytest.warns(UserWarning, match='no losses and no objects.*LoadAnnotations right') as said:
+        with pytest.warns(
+            UserWarning, match='no losses and no objects.*LoadAnnotations right'
+        ) as said:
             record = record_data_set(run.model, run.cfg, loader, plain, view='none')
         assert len([one for one in said if 'no losses' in str(one.message)]) == 1
         assert set(record['images'][0]) == {
-            'id', 'file', 'difficulty', 'detections', 'features', 'entropy', 'gflops', 'latencies'}
+            'id',
+            'file',
+            'difficulty',
+            'detections',
+            'features',
+            'entropy',
+            'gflops',
+            'latencies',
+        }
         assert record['provenance']['view'] == 'none'
 
 
@@ -232,7 +255,9 @@ def test_data_sets_inside_others(digits):
     cfg.train_dataloader.dataset = dict(type='RepeatDataset', times=3, dataset=inner)
     assert len(build_record_loader(cfg, 'train').dataset) == 12
     cfg.train_dataloader.dataset = dict(type='ConcatDataset', datasets=[inner, inner])
-    with pytest.raises(UsageError, match='made on one data set in COCO format, and train_dataloader has 2'):
+    with pytest.raises(
+        UsageError, match='made on one data set in COCO format, and train_dataloader has 2'
+    ):
         build_record_loader(cfg, 'train')
     cfg.pop('train_dataloader')
     with pytest.raises(UsageError, match='no train_dataloader'):
@@ -244,18 +269,24 @@ def test_detectors_that_learn_masks_get_them(digits):
     cfg.train_dataloader.dataset.pipeline[1].with_mask = True
     assert 'masks' in next(iter(build_record_loader(cfg, 'val')))['data_samples'][0].gt_instances
     cfg.train_dataloader.dataset.pipeline[1].with_mask = False
-    assert 'masks' not in next(iter(build_record_loader(cfg, 'val')))['data_samples'][0].gt_instances
+    assert (
+        'masks' not in next(iter(build_record_loader(cfg, 'val')))['data_samples'][0].gt_instances
+    )
 
 
 # Views and entropy.
 
 
 def test_padding_stays_where_it_is():
-    batch = torch.arange(24.).reshape(1, 1, 2, 12).expand(2, 3, 2, 12).clone()
+    batch = torch.arange(24.0).reshape(1, 1, 2, 12).expand(2, 3, 2, 12).clone()
     batch[0, :, :, 8:] = -1
-    samples = [SimpleNamespace(img_shape=(2, 8), ori_shape=(1, 4), get=dict(scale_factor=(2., 2.)).get),
-               # Padded by the pipeline too, so that the shape of the image includes it.
-               SimpleNamespace(img_shape=(2, 12), ori_shape=(4, 20), get=dict(scale_factor=(.5, .5)).get)]
+    samples = [
+        SimpleNamespace(img_shape=(2, 8), ori_shape=(1, 4), get=dict(scale_factor=(2.0, 2.0)).get),
+        # Padded by the pipeline too, so that the shape of the image includes it.
+        SimpleNamespace(
+            img_shape=(2, 12), ori_shape=(4, 20), get=dict(scale_factor=(0.5, 0.5)).get
+        ),
+    ]
     flipped = flip_images(batch, samples)
     assert flipped[0, 0, 0].tolist() == [7, 6, 5, 4, 3, 2, 1, 0, -1, -1, -1, -1]
     assert flipped[1, 0, 0].tolist() == [9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 10, 11]
@@ -269,26 +300,28 @@ def test_a_box_and_its_mirror_image():
 
 
 def test_entropy_counts_bits():
-    def grey(levels):
+    def gray(levels):
         return torch.as_tensor(levels, dtype=torch.uint8).reshape(1, 1, -1).expand(3, 1, -1)
 
-    assert grey_entropy(grey([7] * 10)) == 0
-    assert grey_entropy(grey([0, 255, 0, 255])) == pytest.approx(1)
-    assert grey_entropy(grey([0, 0, 0, 9])) == pytest.approx(0.25 * 2 + 0.75 * np.log2(4 / 3))
-    assert grey_entropy(grey(list(range(256)))) == pytest.approx(8)
+    assert gray_entropy(gray([7] * 10)) == 0
+    assert gray_entropy(gray([0, 255, 0, 255])) == pytest.approx(1)
+    assert gray_entropy(gray([0, 0, 0, 9])) == pytest.approx(0.25 * 2 + 0.75 * np.log2(4 / 3))
+    assert gray_entropy(gray(list(range(256)))) == pytest.approx(8)
 
 
-def test_grey_is_as_bright_as_colours_look():
-    """Blue, green, red of the same value have grey levels of 0.114, 0.587 and 0.299 of it: a picture of
-    two colours has one grey level where these agree."""
+def test_gray_is_as_bright_as_colors_look():
+    """Blue, green, red of the same value have gray levels of 0.114, 0.587 and 0.299 of it: a
+    picture of two colors has one gray level where these agree."""
     one = torch.tensor([[[0, 100]], [[100, 0]], [[0, 0]]], dtype=torch.uint8)
-    assert grey_entropy(one) == pytest.approx(1)
+    assert gray_entropy(one) == pytest.approx(1)
     same = torch.tensor([[[255, 0]], [[0, 0]], [[0, 97]]], dtype=torch.uint8)
-    assert grey_entropy(same) == 0
+    assert gray_entropy(same) == 0
 
 
 def test_a_shifted_view_lies_where_the_image_lies():
-    sample = DetDataSample(metainfo=dict(img_shape=(20, 24), ori_shape=(40, 48), scale_factor=(0.5, 0.5)))
+    sample = DetDataSample(
+        metainfo=dict(img_shape=(20, 24), ori_shape=(40, 48), scale_factor=(0.5, 0.5))
+    )
     batch = torch.arange(3 * 24 * 32, dtype=torch.float32).reshape(1, 3, 24, 32)
     shifted = shift_images(batch, [sample])
     assert torch.equal(shifted[..., 5:20, 5:24], batch[..., :15, :19])

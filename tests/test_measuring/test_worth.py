@@ -1,9 +1,10 @@
 """AP and latency of a report: what COCO says of the same detections."""
+
 import pytest
 import torch
-from conftest import load_small, on_findable
 from pycocotools.coco import COCO
 
+from conftest import load_small, on_findable
 from dynamicdet.building import build_loader, load_detector
 from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.compression.report import BlockSize, table
@@ -22,18 +23,28 @@ def plain(steps, _):
 @pytest.fixture
 def cfg(digits, findable, tmp_path):
     """A dynamic detector's config whose test set has objects that it finds; all images are easy."""
-    return load_small('dy_faster_rcnn_digits', digits, tmp_path, **{
-        **on_findable(findable), 'model.budget': dict(threshold=1.0)})
+    return load_small(
+        'dy_faster_rcnn_digits',
+        digits,
+        tmp_path,
+        **{**on_findable(findable), 'model.budget': dict(threshold=1.0)},
+    )
 
 
 @torch.no_grad()
 def test_ap_is_cocos(cfg, findable, cascade):
     state = read_checkpoint(latest_checkpoint(cascade))['state_dict']
-    blind = {key: torch.zeros_like(value) if 'fc_cls' in key else value for key, value in state.items()}
+    blind = {
+        key: torch.zeros_like(value) if 'fc_cls' in key else value for key, value in state.items()
+    }
     found = measure(cfg, dict(one=state, blind=blind), plain)
     model, loader = load_detector(cfg, dict(state_dict=state))[0], build_loader(cfg.test_dataloader)
-    results = [dict(one, image_id=sample.img_id) for batch in loader for sample in model.test_step(batch)
-               for one in coco_results(sample, loader.dataset.cat_ids)]
+    results = [
+        dict(one, image_id=sample.img_id)
+        for batch in loader
+        for sample in model.test_step(batch)
+        for one in coco_results(sample, loader.dataset.cat_ids)
+    ]
     wanted = evaluate(COCO(str(findable)), results)
     # mmdet rounds to three digits.
     assert found['one'].ap == pytest.approx(wanted['ap'], abs=0.051)
@@ -45,21 +56,27 @@ def test_ap_is_cocos(cfg, findable, cascade):
 
 
 @pytest.mark.parametrize('threshold, shares, seconds', [(1.0, [1, 0], 0.25), (-1.0, [0, 1], 0.75)])
-def test_the_latency_is_that_of_the_exits_taken(cfg, cascade, monkeypatch, threshold, shares, seconds):
+def test_the_latency_is_that_of_the_exits_taken(
+    cfg, cascade, monkeypatch, threshold, shares, seconds
+):
     cfg.model.budget = dict(threshold=threshold)
     state = read_checkpoint(latest_checkpoint(cascade))['state_dict']
     monkeypatch.setattr(worth, 'latencies', lambda *_: dict(one=[0.25, 0.75]))
     found = measure(cfg, dict(one=state), plain)['one']
     assert (found.shares, found.latency) == (shares, seconds)
     sizes = [BlockSize('backbone', 4, 0, 16)]
-    assert table(sizes, 20, found)[-1].endswith(f'ms ({shares[0]:.0%} at exit 0, {shares[1]:.0%} at exit 1)')
+    assert table(sizes, 20, found)[-1].endswith(
+        f'ms ({shares[0]:.0%} at exit 0, {shares[1]:.0%} at exit 1)'
+    )
 
 
 @torch.no_grad()
 def test_each_exit_is_timed(cfg, cascade):
     model = load_detector(cfg, latest_checkpoint(cascade))[0]
     exits = []
-    model.data_preprocessor.register_forward_pre_hook(lambda *_: exits.append(float(model.threshold)))
+    model.data_preprocessor.register_forward_pre_hook(
+        lambda *_: exits.append(float(model.threshold))
+    )
     loader = build_loader(cfg.test_dataloader)
     seconds = worth.latencies(dict(one=model), loader.dataset, plain)['one']
     assert len(seconds) == 2 and min(seconds) > 0

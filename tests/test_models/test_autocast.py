@@ -1,16 +1,18 @@
-"""Detectors under AMP's mixed precision, in bfloat16, which a CPU has: both steps, and detection."""
+"""Detectors under AMP's mixed precision, in bfloat16, which a CPU has: both steps, and
+detection."""
+
 import copy
 
 import mmcv._ext
 import pytest
 import torch
-from conftest import ROOT
 from mmengine.config import Config, ConfigDict
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dynamicdet.compression.quantisation import Simulation
-from dynamicdet.testing import STOCK, randomise, shrink, tiny_batch, tiny_dynamic
+from conftest import ROOT
+from dynamicdet.compression.quantization import Simulation
+from dynamicdet.testing import STOCK, randomize, shrink, tiny_batch, tiny_dynamic
 from dynamicdet.video.learned_gates import GumbelGate
 from mmdet.registry import MODELS
 
@@ -26,8 +28,10 @@ def operators_know_half(monkeypatch):
         def call(*args, **kwargs):
             given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
             wide = {id(one): one.float() for one in given if one.dtype == torch.bfloat16}
-            result = own(*tree_map(lambda one: wide.get(id(one), one), args),
-                         **tree_map(lambda one: wide.get(id(one), one), kwargs))
+            result = own(
+                *tree_map(lambda one: wide.get(id(one), one), args),
+                **tree_map(lambda one: wide.get(id(one), one), kwargs),
+            )
             # Some write into what they are given.
             for one in given:
                 if id(one) in wide:
@@ -48,7 +52,7 @@ def build(name):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_both_steps_and_detection(name, operators_know_half):
-    model = randomise(build(name))
+    model = randomize(build(name))
     batch = tiny_batch((2, 1), size=(64, 64))
     exact = model.eval().test_step(copy.deepcopy(batch))
     for step_2 in (False, True):
@@ -71,7 +75,10 @@ def test_both_steps_and_detection(name, operators_know_half):
             found = model.test_step(copy.deepcopy(batch))
         for one, two in zip(found, exact):
             assert one.exit == exit and one.difficulty == pytest.approx(two.difficulty, abs=0.02)
-            assert one.pred_instances.scores.isfinite().all() and one.pred_instances.bboxes.isfinite().all()
+            assert (
+                one.pred_instances.scores.isfinite().all()
+                and one.pred_instances.bboxes.isfinite().all()
+            )
 
 
 def test_a_step_in_eight_bits():
@@ -84,8 +91,12 @@ def test_a_step_in_eight_bits():
             loss = simulation(x).float().square().mean()
         loss.backward()
         assert loss.isfinite() and layers[0].weight.grad.isfinite().all()
-    assert all(value.dtype == torch.float32 and value.grad.isfinite().all() and value.grad.dtype == torch.float32
-               for value in simulation.ranges.values.values())
+    assert all(
+        value.dtype == torch.float32
+        and value.grad.isfinite().all()
+        and value.grad.dtype == torch.float32
+        for value in simulation.ranges.values.values()
+    )
 
 
 def test_a_gate_counts_its_costs_in_float32():

@@ -1,4 +1,5 @@
 """Composite connections: against CBNetV2's numbers, and against a plain ResNet."""
+
 import importlib.util
 import json
 from pathlib import Path
@@ -17,14 +18,16 @@ from dynamicdet.models import build_composite
 from dynamicdet.models.composite import Connection
 from dynamicdet.models.composite.composite import biased_projection
 from dynamicdet.models.fusing import _replace_convolutions
-from dynamicdet.testing import randomise, tiny_backbone
+from dynamicdet.testing import randomize, tiny_backbone
 from mmdet.registry import MODELS
 
 DATA = Path(__file__).parents[1] / 'data'
 
 
 def reference_weights():
-    spec = importlib.util.spec_from_file_location('reference_weights', DATA / 'reference_weights.py')
+    spec = importlib.util.spec_from_file_location(
+        'reference_weights', DATA / 'reference_weights.py'
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -42,7 +45,8 @@ def test_cbnetv2_parity():
     }
     state, _ = apply_rules(CBNETV2.rules(SimpleNamespace(backbone=composite, branches=[])), state)
     composite.load_state_dict(
-        {key.removeprefix('backbone.'): value for key, value in state.items()}, strict=True)
+        {key.removeprefix('backbone.'): value for key, value in state.items()}, strict=True
+    )
     images = torch.from_numpy(weights.inputs(reference['input']))
     with torch.no_grad():
         first = composite.first_maps(images)
@@ -60,30 +64,44 @@ def test_cbnetv2_parity():
 
 CSP = [
     dict(type='CSPDarknet', deepen_factor=0.1, widen_factor=0.125),
-    dict(type='CSPDarknet', deepen_factor=0.33, widen_factor=0.125, out_indices=(1, 4),
-         use_depthwise=True),
-    dict(type='CSPDarknet', arch='P6', deepen_factor=0.1, widen_factor=0.125,
-         out_indices=(2, 3, 4, 5)),
+    dict(
+        type='CSPDarknet',
+        deepen_factor=0.33,
+        widen_factor=0.125,
+        out_indices=(1, 4),
+        use_depthwise=True,
+    ),
+    dict(
+        type='CSPDarknet',
+        arch='P6',
+        deepen_factor=0.1,
+        widen_factor=0.125,
+        out_indices=(2, 3, 4, 5),
+    ),
     dict(type='CSPNeXt', deepen_factor=0.1, widen_factor=0.125),
 ]
 
 
-@pytest.mark.parametrize('backbone', [
-    *CSP,
-    tiny_backbone(),
-    tiny_backbone((1, 2, 3)),
-    tiny_backbone(deep_stem=True, avg_down=True),
-    dict(type='ResNet', depth=50, base_channels=4),
-    dict(type='ResNeXt', depth=50, groups=4, base_width=4, base_channels=16),
-    dict(type='Res2Net', depth=50, scales=4, base_width=4, base_channels=8),
-    dict(type='ResNetV1d', depth=18, base_channels=8),
-], ids=lambda cfg: f"{cfg['type']}-{cfg.get('depth', cfg.get('arch', 'P5'))}-{len(cfg)}")
+@pytest.mark.parametrize(
+    'backbone',
+    [
+        *CSP,
+        tiny_backbone(),
+        tiny_backbone((1, 2, 3)),
+        tiny_backbone(deep_stem=True, avg_down=True),
+        dict(type='ResNet', depth=50, base_channels=4),
+        dict(type='ResNeXt', depth=50, groups=4, base_width=4, base_channels=16),
+        dict(type='Res2Net', depth=50, scales=4, base_width=4, base_channels=8),
+        dict(type='ResNetV1d', depth=18, base_channels=8),
+    ],
+    ids=lambda cfg: f'{cfg["type"]}-{cfg.get("depth", cfg.get("arch", "P5"))}-{len(cfg)}',
+)
 @pytest.mark.parametrize('reuse_stages', [0, 1, 2])
 def test_starts_as_plain_backbone(backbone, reuse_stages):
-    """Zero-initialised norms: with equal weights, the second backbone's maps are a plain one's."""
+    """Zero-initialized norms: with equal weights, the second backbone's maps are a plain one's."""
     torch.manual_seed(0)
     composite = build_composite(backbone, reuse_stages).eval()
-    plain = randomise(MODELS.build({**backbone, 'out_indices': composite.first.out_indices}))
+    plain = randomize(MODELS.build({**backbone, 'out_indices': composite.first.out_indices}))
     plain.eval()
     composite.first.load_state_dict(plain.state_dict())
     composite.second.load_state_dict(plain.state_dict(), strict=False)
@@ -112,14 +130,20 @@ def test_csp_refuses_the_stems_map(backbone):
 
 
 def tiny_swin(**settings):
-    return dict(type='SwinTransformer', embed_dims=8, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8),
-                drop_path_rate=0.0, **settings)
+    return dict(
+        type='SwinTransformer',
+        embed_dims=8,
+        depths=(1, 1, 2, 1),
+        num_heads=(1, 2, 4, 8),
+        drop_path_rate=0.0,
+        **settings,
+    )
 
 
 def build_swin(**settings):
     """A composite and a plain backbone, all three of the same weights; connections are fresh."""
     composite = build_composite(tiny_swin(**settings), reuse_stages=0).eval()
-    plain = randomise(MODELS.build(tiny_swin(**settings)), seed=1)
+    plain = randomize(MODELS.build(tiny_swin(**settings)), seed=1)
     plain.eval()
     for net in (composite.first, composite.second):
         # Norms of maps that are given to nobody are for the connections alone.
@@ -134,8 +158,8 @@ def tokens_to_map(tokens, size):
 @pytest.mark.parametrize('size', [(64, 64), (70, 90)])
 @pytest.mark.parametrize('settings', [{}, dict(out_indices=(1, 3))], ids=str)
 def test_swin_starts_with_the_first_ones_maps_added(settings, size):
-    """A stage's convolutions start at zero, its identity connection does not: what enters stage l is its
-    own, from before, plus ``f1[l]``. Here by mmdet's own stages, one after the other."""
+    """A stage's convolutions start at zero, its identity connection does not: what enters stage l
+    is its own, from before, plus ``f1[l]``. Here by mmdet's own stages, one after the other."""
     composite, plain = build_swin(**settings)
     images = torch.rand(2, 3, *size)
     with torch.no_grad():
@@ -155,17 +179,23 @@ def test_swin_starts_with_the_first_ones_maps_added(settings, size):
 
 
 def test_swin_identity_by_hand():
-    """Maps of 1, 2, 3 and 4 everywhere; with zero convolutions what enters stage l is map l itself."""
+    """Maps of 1, 2, 3 and 4 everywhere; with zero convolutions what enters stage l is map l
+    itself."""
     composite, _ = build_swin()
     maps = [torch.full((1, 8 * 2**i, 8 // 2**i, 8 // 2**i), i + 1.0) for i in range(4)]
     for index, connection in enumerate(composite.connections):
         assert isinstance(connection.projections[0], nn.Identity)
-        assert all(isinstance(w, nn.Conv2d) and w.bias is not None for w in connection.projections[1:])
+        assert all(
+            isinstance(w, nn.Conv2d) and w.bias is not None for w in connection.projections[1:]
+        )
         nothing = torch.zeros_like(maps[index])
         assert torch.equal(connection(maps[index:], nothing), maps[index])
     # A bias of 5 in the convolution from map 3 to stage 2: 3 + 5.
     composite.connections[2].projections[1].bias.data.fill_(5.0)
-    assert torch.equal(composite.connections[2](maps[2:], torch.zeros_like(maps[2])), torch.full((1, 32, 2, 2), 8.0))
+    assert torch.equal(
+        composite.connections[2](maps[2:], torch.zeros_like(maps[2])),
+        torch.full((1, 32, 2, 2), 8.0),
+    )
 
 
 def test_swin_is_what_mmdet_computes_without_connections():
@@ -184,7 +214,7 @@ def test_swin_takes_over_nothing():
 
 
 def test_connections_change_the_second_backbone():
-    composite = randomise(build_composite(tiny_backbone())).eval()
+    composite = randomize(build_composite(tiny_backbone())).eval()
     images = torch.rand(1, 3, 64, 64)
     first = composite.first_maps(images)
     with_connections = composite.deeper_maps(images, first)
@@ -209,21 +239,27 @@ def test_connection_by_hand():
     torch.testing.assert_close(out, torch.full((1, 1, 4, 4), 8.0))
 
 
-@pytest.mark.parametrize('size, sizes', [
-    ((32, 48), [(16, 24), (8, 12), (4, 6)]),
-    ((32, 48), [(32, 48), (8, 12), (2, 3)]),
-    ((25, 33), [(13, 17), (7, 9), (4, 5)]),
-    ((25, 33), [(5, 11), (3, 6)]),
-    ((8, 8), [(4, 4)]),
-])
+@pytest.mark.parametrize(
+    'size, sizes',
+    [
+        ((32, 48), [(16, 24), (8, 12), (4, 6)]),
+        ((32, 48), [(32, 48), (8, 12), (2, 3)]),
+        ((25, 33), [(13, 17), (7, 9), (4, 5)]),
+        ((25, 33), [(5, 11), (3, 6)]),
+        ((8, 8), [(4, 4)]),
+    ],
+)
 @pytest.mark.parametrize('fused', [False, True])
 def test_the_sum_is_the_direct_sum(size, sizes, fused):
-    """Both ways of summing, on sizes that divide and sizes that do not; and as fused for inference."""
+    """Both ways of summing, on sizes that divide and sizes that do not; and as fused for
+    inference."""
     maps, x = [torch.rand(2, 3, *own) for own in sizes], torch.rand(2, 4, *size)
-    connection = randomise(Connection([3] * len(maps), 4, biased_projection))
+    connection = randomize(Connection([3] * len(maps), 4, biased_projection))
     with torch.no_grad():
-        direct = x + sum(F.interpolate(w(m), size=size, mode='nearest')
-                         for w, m in zip(connection.projections, maps))
+        direct = x + sum(
+            F.interpolate(w(m), size=size, mode='nearest')
+            for w, m in zip(connection.projections, maps)
+        )
         kept = x.clone()
         if fused:
             _replace_convolutions(connection)

@@ -1,17 +1,19 @@
-"""Detectors on a device that is not the CPU: nothing is mixed, and next to nothing is waited for."""
+"""Detectors on a device that is not the CPU: nothing is mixed, and next to nothing is waited
+for."""
+
 import copy
 import runpy
 import threading
 
 import pytest
 import torch
-from conftest import ROOT
 from far_device import counted, far_device
 from mmengine.config import Config, ConfigDict
 from torch import nn
 
+from conftest import ROOT
 from dynamicdet.compression.coupling import example, raw_outputs
-from dynamicdet.compression.quantisation import (
+from dynamicdet.compression.quantization import (
     Simulation,
     activation_scale,
     activation_step,
@@ -22,7 +24,7 @@ from dynamicdet.compression.sharing import sharing_of, tie, tie_gradient
 from dynamicdet.engine import quantization_hook
 from dynamicdet.engine.quantization_hook import QuantizationHook
 from dynamicdet.models.passage import Passage
-from dynamicdet.testing import randomise, shrink, tiny_batch, tiny_dynamic
+from dynamicdet.testing import randomize, shrink, tiny_batch, tiny_dynamic
 from dynamicdet.transfers import Followed, take_rows, to_host
 from mmdet.registry import MODELS
 
@@ -42,17 +44,27 @@ def settings(name):
 def test_the_device_is_another(far):
     """What torch refuses on a GPU is refused here, and what it waits for is counted."""
     here, there = torch.arange(3.0), torch.arange(3.0).to(far)
-    for mix in (lambda: here + there, lambda: torch.cat([there, here]), lambda: there.copy_(here) + here,
-                lambda: nn.functional.linear(there[None], torch.ones(2, 3)), lambda: nn.Linear(3, 2)(there)):
+    for mix in (
+        lambda: here + there,
+        lambda: torch.cat([there, here]),
+        lambda: there.copy_(here) + here,
+        lambda: nn.functional.linear(there[None], torch.ones(2, 3)),
+        lambda: nn.Linear(3, 2)(there),
+    ):
         with pytest.raises(RuntimeError, match='same device'):
             mix()
     with pytest.raises(TypeError, match='numpy'):
         there.numpy()
     assert torch.equal(there.cpu(), here) and (there * 2 + 1).tolist() == [1, 3, 5]
-    for act, seen in ((lambda: there.tolist(), 'to host'), (lambda: there.sum().item(), '_local_scalar_dense'),
-                      (lambda: bool((there > 1).any()), '_local_scalar_dense'), (lambda: there[[0, 1]], 'to device'),
-                      (lambda: there.new_tensor([1.0]), 'to device'), (lambda: there[there > 1], 'index by mask'),
-                      (lambda: there.nonzero(), 'nonzero')):
+    for act, seen in (
+        (lambda: there.tolist(), 'to host'),
+        (lambda: there.sum().item(), '_local_scalar_dense'),
+        (lambda: bool((there > 1).any()), '_local_scalar_dense'),
+        (lambda: there[[0, 1]], 'to device'),
+        (lambda: there.new_tensor([1.0]), 'to device'),
+        (lambda: there[there > 1], 'index by mask'),
+        (lambda: there.nonzero(), 'nonzero'),
+    ):
         with counted() as events:
             act()
         assert dict(events) == {seen: 1}
@@ -66,12 +78,16 @@ def test_the_device_is_another(far):
 
 @pytest.mark.parametrize('name', ['faster_rcnn', 'yolox', 'yolov7'])
 def test_a_dynamic_detector_elsewhere(name, far):
-    """It detects what it detects on the CPU, and adds one wait a batch to the plain detector's; its losses, and the
-    router's, have gradients."""
-    model = randomise(MODELS.build(settings(name))).eval()
+    """It detects what it detects on the CPU, and adds one wait a batch to the plain detector's; its
+    losses, and the router's, have gradients."""
+    model = randomize(MODELS.build(settings(name))).eval()
     batch = tiny_batch((2, 1), size=(64, 64))
-    scores = model.score(*(model.data_preprocessor(copy.deepcopy(batch), False)[key]
-                           for key in ('inputs', 'data_samples'))).tolist()
+    scores = model.score(
+        *(
+            model.data_preprocessor(copy.deepcopy(batch), False)[key]
+            for key in ('inputs', 'data_samples')
+        )
+    ).tolist()
     budgets = dict(easy=1, hard=-1, mixed=sum(scores) / 2)
     expected = {}
     for kind, threshold in budgets.items():
@@ -91,7 +107,9 @@ def test_a_dynamic_detector_elsewhere(name, far):
             torch.testing.assert_close(one.pred_instances.scores.cpu(), two.pred_instances.scores)
     data = model.data_preprocessor(copy.deepcopy(batch), False)
     with counted() as plain, torch.no_grad():
-        model.branch(0).predict(model.backbone.select(model._first_maps(data['inputs'])[0]), data['data_samples'])
+        model.branch(0).predict(
+            model.backbone.select(model._first_maps(data['inputs'])[0]), data['data_samples']
+        )
     assert seen['easy'] - plain == {'to host': 1} and not plain - seen['easy']
     for step_2 in (False, True):
         model.train_router = step_2
@@ -102,13 +120,17 @@ def test_a_dynamic_detector_elsewhere(name, far):
         loss, _ = model.parse_losses(model.loss(data['inputs'], data['data_samples']))
         loss.backward()
         assert loss.isfinite()
-        assert not [key for key, value in model.named_parameters() if value.requires_grad and value.grad is None]
+        assert not [
+            key
+            for key, value in model.named_parameters()
+            if value.requires_grad and value.grad is None
+        ]
 
 
 @pytest.mark.parametrize('images', [1, 8])
 def test_who_goes_on_is_waited_for_once(images, far):
     """From the image to the end of the second backbone, whatever the number of images."""
-    model = randomise(MODELS.build(tiny_dynamic('retinanet'))).eval()
+    model = randomize(MODELS.build(tiny_dynamic('retinanet'))).eval()
     batch = tiny_batch([1] * images, size=(64, 64))
     data = model.data_preprocessor(batch, False)
     scores = model.score(data['inputs'], data['data_samples'])
@@ -118,23 +140,34 @@ def test_who_goes_on_is_waited_for_once(images, far):
     with counted() as seen, torch.no_grad():
         leaving, going_on = model.start(inputs, data['data_samples']).split()
         model.deepen(going_on)
-    assert dict(seen) == {'to host': 1} and len(going_on) == (images + 1) // 2 and len(leaving) == images // 2
+    assert (
+        dict(seen) == {'to host': 1}
+        and len(going_on) == (images + 1) // 2
+        and len(leaving) == images // 2
+    )
 
 
 def test_a_passage_of_none_is_empty():
-    passage = Passage(0, torch.ones(2, 3, 4, 4), (torch.ones(2, 8, 2, 2), ), (1.0, 1.0), [0, 1], [0.1, 0.2], [0, 0])
+    passage = Passage(
+        0, torch.ones(2, 3, 4, 4), (torch.ones(2, 8, 2, 2),), (1.0, 1.0), [0, 1], [0.1, 0.2], [0, 0]
+    )
     empty = passage.split()[1]
-    assert len(empty) == 0 and empty.images.shape == (0, 3, 4, 4) and empty.maps[0].shape == (0, 8, 2, 2)
+    assert (
+        len(empty) == 0
+        and empty.images.shape == (0, 3, 4, 4)
+        and empty.maps[0].shape == (0, 8, 2, 2)
+    )
     # Rows are copies, in the layout of the whole.
     maps = torch.arange(48.0).reshape(3, 4, 2, 2).contiguous(memory_format=torch.channels_last)
     taken = take_rows(maps, [2, 0])
-    assert torch.equal(taken, maps[[2, 0]]) and taken.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(taken, maps[[2, 0]]) and taken.is_contiguous(
+        memory_format=torch.channels_last
+    )
     taken.zero_()
     assert maps[2].any()
 
 
 class Layers(nn.Module):
-
     def __init__(self):
         super().__init__()
         self.one, self.norm, self.two = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
@@ -159,8 +192,10 @@ def test_a_step_in_eight_bits_waits_for_nothing(learning, far):
     assert not seen and layers.one.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize('low, high', [
-    (0.0, 255.0), (-127.5, 127.5), (5.0, 51.0), (-51.0, -5.0), (0.0, 0.0), (0.0, 1e-45)])
+@pytest.mark.parametrize(
+    'low, high',
+    [(0.0, 255.0), (-127.5, 127.5), (5.0, 51.0), (-51.0, -5.0), (0.0, 0.0), (0.0, 1e-45)],
+)
 def test_steps_are_those_of_the_host(low, high):
     draws = torch.randn(200, 2, generator=torch.Generator().manual_seed(0)) * 10
     for bounds in (torch.tensor([low, high]), *draws.sort(dim=1).values):
@@ -186,7 +221,7 @@ def test_what_follows_a_tensor_is_computed_when_it_changes():
 def test_shared_values_sum_the_same_way_each_time(far):
     """Bit for bit as on the CPU, in order, and without a look at the values."""
     generator = torch.Generator().manual_seed(0)
-    indices = torch.randint(0, 16, (5000, ), dtype=torch.uint8, generator=generator)
+    indices = torch.randint(0, 16, (5000,), dtype=torch.uint8, generator=generator)
     gradient = torch.randn(50, 100, generator=generator)
     own, there = sharing_of(indices, True), sharing_of(indices.to(far), True)
     for change in (tie, tie_gradient):
@@ -198,12 +233,12 @@ def test_shared_values_sum_the_same_way_each_time(far):
 
 
 def test_examples_are_where_the_detector_is(far):
-    model = randomise(MODELS.build(tiny_dynamic('faster_rcnn'))).to(far).eval()
+    model = randomize(MODELS.build(tiny_dynamic('faster_rcnn'))).to(far).eval()
     assert all(one.device.type == far for one in raw_outputs(model, example(model)))
 
 
 def test_detections_come_at_once(far):
-    model = randomise(MODELS.build(tiny_dynamic('yolox', shared=False))).eval()
+    model = randomize(MODELS.build(tiny_dynamic('yolox', shared=False))).eval()
     batch = tiny_batch((1, 1, 1), size=(64, 64))
     found = [one.pred_instances for one in model.test_step(batch)]
     with counted() as seen:
@@ -211,7 +246,11 @@ def test_detections_come_at_once(far):
     # To there each field of each image; back all of them.
     assert dict(seen) == {'to device': 6, 'to host': 1}
     for (boxes, scores, labels), one in zip(hosted, found):
-        assert torch.equal(boxes, one.bboxes) and torch.equal(scores, one.scores) and torch.equal(labels, one.labels)
+        assert (
+            torch.equal(boxes, one.bboxes)
+            and torch.equal(scores, one.scores)
+            and torch.equal(labels, one.labels)
+        )
     assert to_host([]) == [] and labels.dtype == torch.int64
 
 
@@ -220,20 +259,24 @@ def test_detections_come_at_once(far):
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float16, torch.bfloat16])
 def test_decisions_stay_in_float32(dtype):
-    model = randomise(MODELS.build(tiny_dynamic('retinanet'))).eval()
+    model = randomize(MODELS.build(tiny_dynamic('retinanet'))).eval()
     model.threshold.fill_(0.50006)
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     samples = tiny_batch((1, 1), size=(64, 64))['data_samples']
     expected = model.score(images, samples)
     weights = copy.deepcopy(model.router.state_dict())
     model.to(dtype)
-    assert {key: value.dtype for key, value in model._buffers.items()} == dict.fromkeys(model._buffers, torch.float32)
+    assert {key: value.dtype for key, value in model._buffers.items()} == dict.fromkeys(
+        model._buffers, torch.float32
+    )
     assert all(torch.equal(value, weights[key]) for key, value in model.router.state_dict().items())
     assert model.backbone.first.conv1.weight.dtype == dtype
     # In half precision all three were 0.5.
     assert model._exits_of(torch.tensor([0.50003, 0.50006, 0.5001])).tolist() == [0, 0, 1]
     passage = model.start(images.to(dtype), samples)
-    assert passage.difficulties == pytest.approx(expected.tolist(), abs=1e-6 if dtype == torch.float64 else 0.02)
+    assert passage.difficulties == pytest.approx(
+        expected.tolist(), abs=1e-6 if dtype == torch.float64 else 0.02
+    )
 
 
 # Ranks.
@@ -247,11 +290,15 @@ def test_without_processes_there_are_no_groups(monkeypatch):
 
 
 class Ranks:
-    """Two threads in the place of two processes: what all give, in order; other lengths are an error, as they
-    are a hang or rubbish between processes."""
+    """Two threads in the place of two processes: what all give, in order; other lengths are an
+    error, as they are a hang or rubbish between processes."""
 
     def __init__(self):
-        self.barrier, self.given, self.local = threading.Barrier(2, timeout=20), [None, None], threading.local()
+        self.barrier, self.given, self.local = (
+            threading.Barrier(2, timeout=20),
+            [None, None],
+            threading.local(),
+        )
 
     def gather(self, value):
         self.given[self.local.rank] = value
@@ -272,15 +319,21 @@ def test_ranks_that_know_other_ranges_agree(monkeypatch):
     monkeypatch.setattr(quantization_hook, 'all_gather_object', ranks.gather)
     monkeypatch.setattr(quantization_hook, 'all_reduce', ranks.reduce)
     monkeypatch.setattr(quantization_hook, 'get_world_size', lambda: 2)
-    known = [dict(first=dict(in0=[-1.0, 1.0]), head={}),
-             dict(first=dict(in0=[-3.0, 5.0], out9=[0.0, 2.0]), head=dict(in0=[0.0, 4.0]))]
+    known = [
+        dict(first=dict(in0=[-1.0, 1.0]), head={}),
+        dict(first=dict(in0=[-3.0, 5.0], out9=[0.0, 2.0]), head=dict(in0=[0.0, 4.0])),
+    ]
     hooks = []
     for own in known:
         hook = QuantizationHook()
-        hook.simulations = {name: Simulation(layer, [layer]) for name, layer in
-                            dict(first=Layers(), head=Layers()).items()}
+        hook.simulations = {
+            name: Simulation(layer, [layer])
+            for name, layer in dict(first=Layers(), head=Layers()).items()
+        }
         for name, values in own.items():
-            hook.simulations[name].ranges.values = {key: torch.tensor(value) for key, value in values.items()}
+            hook.simulations[name].ranges.values = {
+                key: torch.tensor(value) for key, value in values.items()
+            }
         hooks.append(hook)
     failed = []
 
@@ -292,13 +345,15 @@ def test_ranks_that_know_other_ranges_agree(monkeypatch):
             failed.append(error)
             ranks.barrier.abort()
 
-    threads = [threading.Thread(target=agree, args=(rank, )) for rank in (0, 1)]
+    threads = [threading.Thread(target=agree, args=(rank,)) for rank in (0, 1)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert not failed
     for hook in hooks:
-        assert {f'{name}/{key}': value.tolist() for name, one in hook.simulations.items()
-                for key, value in one.ranges.values.items()} == {
-                    'first/in0': [-2, 3], 'first/out9': [0, 2], 'head/in0': [0, 4]}
+        assert {
+            f'{name}/{key}': value.tolist()
+            for name, one in hook.simulations.items()
+            for key, value in one.ranges.values.items()
+        } == {'first/in0': [-2, 3], 'first/out9': [0, 2], 'head/in0': [0, 4]}

@@ -1,14 +1,15 @@
 """Every promise of the detector, on real mmdet configs, shrunk."""
+
 import copy
 import hashlib
 
 import pytest
 import torch
-from conftest import same_detections, spread_scores
 from mmengine.runner.checkpoint import load_state_dict
 
+from conftest import same_detections, spread_scores
 from dynamicdet.errors import UsageError
-from dynamicdet.testing import STOCK, randomise, tiny_batch, tiny_detector, tiny_dynamic
+from dynamicdet.testing import STOCK, randomize, tiny_batch, tiny_detector, tiny_dynamic
 from mmdet.registry import MODELS
 
 #: Detectors whose exits share neck and heads, as in the shipped configs.
@@ -18,7 +19,7 @@ TWO_STAGE = ('faster_rcnn', 'mask_rcnn', 'cascade_rcnn')
 def build(name='faster_rcnn', seed=0, **settings):
     """A dynamic detector with random weights, none of them zero."""
     settings.setdefault('shared', name in TWO_STAGE)
-    return spread_scores(randomise(MODELS.build(tiny_dynamic(name, **settings)), seed)).eval()
+    return spread_scores(randomize(MODELS.build(tiny_dynamic(name, **settings)), seed)).eval()
 
 
 def fresh(model, batch):
@@ -44,7 +45,7 @@ def digest(model, skip=()):
 @pytest.mark.parametrize('name', STOCK)
 def test_plain_checkpoint_gives_bit_equal_boxes(name):
     """A stock detector's checkpoint fills both exits; exit 0 is then the stock detector."""
-    stock = randomise(MODELS.build(tiny_detector(name)), seed=1).eval()
+    stock = randomize(MODELS.build(tiny_detector(name)), seed=1).eval()
     model = MODELS.build(tiny_dynamic(name, shared=name in TWO_STAGE)).eval()
     load_state_dict(model, copy.deepcopy(stock.state_dict()))
     batch = tiny_batch((2, 1, 0))
@@ -78,7 +79,7 @@ def test_step_1_trains_both_exits(name):
 @pytest.mark.parametrize('name', STOCK)
 def test_step_2_trains_the_router_alone(name):
     model = build(name, train_router=True).train()
-    before = digest(model, skip=('router.', ))
+    before = digest(model, skip=('router.',))
     losses = model.loss(*fresh(model, tiny_batch((2, 0, 1))))
     total, log = model.parse_losses(losses)
     assert [key for key in losses if 'loss' in key] == ['loss_router']
@@ -86,9 +87,12 @@ def test_step_2_trains_the_router_alone(name):
     total.backward()
     for key, parameter in model.named_parameters():
         assert (parameter.grad is not None) == key.startswith('router.'), key
-    assert digest(model, skip=('router.', )) == before
-    assert not any(module.training for key, module in model.named_modules()
-                   if key.startswith(('backbone', 'branches')))
+    assert digest(model, skip=('router.',)) == before
+    assert not any(
+        module.training
+        for key, module in model.named_modules()
+        if key.startswith(('backbone', 'branches'))
+    )
 
 
 @pytest.mark.parametrize('name', STOCK)
@@ -101,7 +105,7 @@ def test_image_losses_do_not_depend_on_the_batch(name):
     again, _ = model.exit_losses(*fresh(model, batch))
     assert torch.equal(together, again)
     for index in range(3):
-        single = {key: value[index:index + 1] for key, value in batch.items()}
+        single = {key: value[index : index + 1] for key, value in batch.items()}
         alone, _ = model.exit_losses(*fresh(model, single))
         torch.testing.assert_close(alone[:, 0], together[:, index], rtol=1e-4, atol=1e-4)
 
@@ -109,7 +113,7 @@ def test_image_losses_do_not_depend_on_the_batch(name):
 @pytest.mark.parametrize('name', TWO_STAGE)
 def test_both_exits_see_the_same_sampling(name):
     """Exits that are equal have equal losses, though their proposals are sampled at random."""
-    stock = randomise(MODELS.build(tiny_detector(name)), seed=1)
+    stock = randomize(MODELS.build(tiny_detector(name)), seed=1)
     model = MODELS.build(tiny_dynamic(name, train_router=True)).eval()
     load_state_dict(model, stock.state_dict())
     inputs, samples = fresh(model, tiny_batch((4, 3)))
@@ -133,7 +137,7 @@ def test_both_exits_are_asked_about_the_same_regions(name, settings):
     extractor = model.branches[0].roi_head.bbox_roi_extractor
     extractor = extractor[0] if isinstance(extractor, torch.nn.ModuleList) else extractor
     extractor.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
-    model.exit_losses(*fresh(model, tiny_batch((2, ), size=(128, 192))))
+    model.exit_losses(*fresh(model, tiny_batch((2,), size=(128, 192))))
     first, second = seen
     assert len(first) == len(second) > 0
     scale = torch.tensor([1.0] + 4 * [settings.get('first_scale', 1.0)])
@@ -190,8 +194,10 @@ def count_calls(module):
 def test_only_what_is_needed_runs(threshold, runs):
     """An all-easy batch never runs the second backbone, an all-hard one never the first branch."""
     model = build('retinanet')
-    counters = [count_calls(part) for part in (model.branches[0].neck, model.branches[1].neck,
-                                               model.backbone.second.layer2)]
+    counters = [
+        count_calls(part)
+        for part in (model.branches[0].neck, model.branches[1].neck, model.backbone.second.layer2)
+    ]
     model.set_budget(threshold=threshold)
     model.predict(*fresh(model, tiny_batch((1, 2, 0))))
     assert tuple(len(calls) for calls in counters) == runs
@@ -200,10 +206,10 @@ def test_only_what_is_needed_runs(threshold, runs):
 def test_threshold_1_is_easy_even_for_saturated_difficulties():
     model = build()
     torch.nn.init.constant_(model.router.fc2.bias, 1e4)
-    results = model.predict(*fresh(model, tiny_batch((1, ))))
+    results = model.predict(*fresh(model, tiny_batch((1,))))
     assert results[0].difficulty == 1 and results[0].exit == 1
     model.set_budget(threshold=1)
-    assert model.predict(*fresh(model, tiny_batch((1, ))))[0].exit == 0
+    assert model.predict(*fresh(model, tiny_batch((1,))))[0].exit == 0
 
 
 @pytest.mark.parametrize('name', STOCK)
@@ -213,7 +219,7 @@ def test_tensor_mode_runs_both_exits(name, shared):
     inputs, samples = fresh(model, tiny_batch((1, 2)))
     out = model(inputs, samples, mode='tensor')
     assert set(out) == {'difficulty', 'exits'}
-    assert out['difficulty'].shape == (2, ) and len(out['exits']) == 2
+    assert out['difficulty'].shape == (2,) and len(out['exits']) == 2
     first, second = (list(flatten(raw)) for raw in out['exits'])
     assert first and [t.shape[1:] for t in first] == [t.shape[1:] for t in second]
     # Two-stage heads see as many regions as their exit proposes.
@@ -281,7 +287,9 @@ def test_budget_from_the_config():
     load_state_dict(waiting, state)
     with pytest.raises(UsageError, match='calibrate.py'):
         waiting.predict(*fresh(waiting, tiny_batch()))
-    state.update(difficulties=torch.tensor([0.1, 0.2, 0.6, 0.8]), latencies=torch.tensor([0.01, 0.03]))
+    state.update(
+        difficulties=torch.tensor([0.1, 0.2, 0.6, 0.8]), latencies=torch.tensor([0.01, 0.03])
+    )
     load_state_dict(waiting, state)
     assert waiting.threshold.item() == pytest.approx(0.4)
     assert waiting.set_budget(target_latency=0.025) == pytest.approx(0.15)
@@ -298,17 +306,17 @@ def test_frozen_norms_and_statistics_under_training_loops():
     model.train()
     model.backbone.train()  # what a careless hook might do
     model.train()
-    before = digest(model, skip=('router.', ))
+    before = digest(model, skip=('router.',))
     for _ in range(2):
         model.loss(*fresh(model, tiny_batch((1, 2))))
-    assert digest(model, skip=('router.', )) == before
+    assert digest(model, skip=('router.',)) == before
 
 
 def test_difficulty_does_not_depend_on_what_an_image_is_batched_with():
     """Up to the edge effects of padding, which all mmdet detectors have."""
     model = build()
     torch.nn.init.zeros_(model.router.fc2.bias)
-    narrow, wide = tiny_batch((1, ), size=(64, 192)), tiny_batch((1, ), size=(192, 192))
+    narrow, wide = tiny_batch((1,), size=(64, 192)), tiny_batch((1,), size=(192, 192))
     both = {key: narrow[key] + wide[key] for key in narrow}
     alone = model.predict(*fresh(model, narrow))[0].difficulty
     together = model.predict(*fresh(model, both))[0].difficulty
@@ -320,7 +328,7 @@ REDUCED = dict(first_scale=0.5, reuse_stages=0)
 
 def test_exit_0_of_a_reduced_image_is_the_stock_detector_on_that_image():
     """Same boxes as the stock detector finds in the image at half size, in the original frame."""
-    stock = randomise(MODELS.build(tiny_detector('faster_rcnn')), seed=1).eval()
+    stock = randomize(MODELS.build(tiny_detector('faster_rcnn')), seed=1).eval()
     model = MODELS.build(tiny_dynamic('faster_rcnn', **REDUCED)).eval()
     load_state_dict(model, stock.state_dict())
     inputs, samples = fresh(model, tiny_batch((1, 2), size=(128, 192)))
@@ -351,21 +359,24 @@ def test_reduced_first_exit_trains_and_detects(name):
     for threshold in (1, -1):
         model.set_budget(threshold=threshold)
         assert len(model.predict(*fresh(model, tiny_batch((2, 0), size=(128, 192))))) == 2
-    out = model(*fresh(model, tiny_batch((1, ), size=(128, 192))), mode='tensor')
+    out = model(*fresh(model, tiny_batch((1,), size=(128, 192))), mode='tensor')
     assert len(out['exits']) == 2
 
 
 def test_boxes_that_are_not_rescaled_are_in_the_delivered_frame():
     model = build(**REDUCED)
     model.set_budget(threshold=1)
-    batch = tiny_batch((1, ), size=(128, 192))
+    batch = tiny_batch((1,), size=(128, 192))
     rescaled = model.predict(*fresh(model, batch))[0]
     as_is = model.predict(*fresh(model, batch), rescale=False)[0]
     torch.testing.assert_close(boxes(as_is), boxes(rescaled))
 
 
 def test_first_scale_is_checked():
-    for settings in (dict(first_scale=0.5), dict(first_scale=0, reuse_stages=0),
-                     dict(first_scale=1.5, reuse_stages=0)):
+    for settings in (
+        dict(first_scale=0.5),
+        dict(first_scale=0, reuse_stages=0),
+        dict(first_scale=1.5, reuse_stages=0),
+    ):
         with pytest.raises(UsageError, match='first_scale'):
             build(**settings)

@@ -13,7 +13,7 @@ def test_by_hand():
     torch.nn.init.constant_(router.fc2.weight, -1.0)
     torch.nn.init.ones_(router.fc2.bias)
     got = router([torch.ones(3, 2, 8, 8), torch.full((3, 2, 4, 4), 2.0)])
-    torch.testing.assert_close(got, torch.full((3, ), -2.0).sigmoid())
+    torch.testing.assert_close(got, torch.full((3,), -2.0).sigmoid())
 
 
 def test_size_is_the_papers():
@@ -47,7 +47,7 @@ def test_padding_does_not_count():
     assert torch.isfinite(router([padded], [(0.01, 0.01), (1.0, 1.0)])).all()
 
 
-def test_standardised_by_hand():
+def test_standardized_by_hand():
     """(3 - 1) / 2 = 1 in both channels; weights 1: sigmoid(relu(2) * 1)."""
     router = Router([2], reduction=2)
     for layer in (router.fc1, router.fc2):
@@ -66,8 +66,10 @@ def test_pools_by_hand():
     torch.testing.assert_close(router.pool(maps), torch.tensor([[1, 2, 4, 3, 3**0.5, 1]]))
     assert router.fc1.in_features == 6 and router.fc1.out_features == 3
     # Another order is another vector; the mean alone is the paper's.
-    torch.testing.assert_close(Router([1, 1], pools=('max', 'mean'), reduction=1).pool(maps),
-                               torch.tensor([[4.0, 3, 1, 2]]))
+    torch.testing.assert_close(
+        Router([1, 1], pools=('max', 'mean'), reduction=1).pool(maps),
+        torch.tensor([[4.0, 3, 1, 2]]),
+    )
     torch.testing.assert_close(Router([1, 1], reduction=1).pool(maps), torch.tensor([[1.0, 2]]))
 
 
@@ -78,7 +80,9 @@ def test_padding_is_in_no_pool():
     padded[0, :, :, :6] = image
     padded[1] = torch.rand(4, 8, 8)
     got = router.pool([padded], [(1.0, 0.75), (1.0, 1.0)])
-    torch.testing.assert_close(got, torch.cat([router.pool([image[None]]), router.pool([padded[1:]])]))
+    torch.testing.assert_close(
+        got, torch.cat([router.pool([image[None]]), router.pool([padded[1:]])])
+    )
     # Of one cell there is no spread, and no NaN.
     narrow = router.pool([padded], [(0.01, 0.01), (1.0, 1.0)])
     assert (narrow[0, 8:] == 0).all() and torch.isfinite(narrow).all()
@@ -97,8 +101,13 @@ def test_pools_in_half_precision():
 
 def test_the_papers_router_has_the_same_entries_as_ever():
     assert {name: tuple(value.shape) for name, value in Router([8, 8]).state_dict().items()} == {
-        'mean': (16, ), 'std': (16, ), 'fc1.weight': (4, 16), 'fc1.bias': (4, ), 'fc2.weight': (1, 4),
-        'fc2.bias': (1, )}
+        'mean': (16,),
+        'std': (16,),
+        'fc1.weight': (4, 16),
+        'fc1.bias': (4,),
+        'fc2.weight': (1, 4),
+        'fc2.bias': (1,),
+    }
 
 
 @pytest.mark.parametrize('pools', [(), ('mean', 'median')])

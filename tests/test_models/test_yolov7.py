@@ -1,37 +1,40 @@
 """YOLOv7's parts, by hand-made cases and by their sizes."""
+
 import copy
 import pickle
 
 import pytest
 import torch
-from conftest import ROOT
 from mmengine.config import Config, ConfigDict
 from mmengine.model import revert_sync_batchnorm
 from mmengine.structures import InstanceData
 
+from conftest import ROOT
 from dynamicdet.measuring.flops import count_flops
 from dynamicdet.models import Router, build_composite, can_fuse, fuse
 from dynamicdet.models.resolution import reduce_samples
 from dynamicdet.models.yolo.head import in_cells
 from dynamicdet.models.yolov7 import ARCHITECTURES, YOLOV7PAFPN, YOLOV7Backbone, YOLOV7Head
 from dynamicdet.models.yolov7.assigner import sim_ota
-from dynamicdet.testing import randomise, shrink
+from dynamicdet.testing import randomize, shrink
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 
 TEST_CFG = dict(
-    score_thr=0.001, nms_pre=30000, nms=dict(type='nms', iou_threshold=0.65), max_per_img=300)
+    score_thr=0.001, nms_pre=30000, nms=dict(type='nms', iou_threshold=0.65), max_per_img=300
+)
 
 
 def tiny(arch: str) -> dict:
     size = dict(arch=arch, width=0.125, depth=0.5)
     return dict(
         type='SingleStageDetector',
-        data_preprocessor=dict(type='DetDataPreprocessor', std=[255.] * 3, mean=[0.] * 3),
+        data_preprocessor=dict(type='DetDataPreprocessor', std=[255.0] * 3, mean=[0.0] * 3),
         backbone=dict(type='YOLOV7Backbone', **size),
         neck=dict(type='YOLOV7PAFPN', **size),
         bbox_head=dict(type='YOLOV7Head', arch=arch, width=0.125, num_classes=3),
-        test_cfg=TEST_CFG)
+        test_cfg=TEST_CFG,
+    )
 
 
 @pytest.mark.parametrize('arch, millions', [('v7', 80.62), ('x', 151.09), ('w6', 147.36)])
@@ -47,20 +50,22 @@ def test_parameters_of_the_dynamic_detectors(arch, millions):
 
 @pytest.mark.parametrize('arch', ARCHITECTURES)
 def test_strides(arch):
-    model = randomise(MODELS.build(tiny(arch))).eval()
+    model = randomize(MODELS.build(tiny(arch))).eval()
     maps = model.backbone(torch.rand(2, 3, 128, 192))
     outputs = model.neck(maps)
     levels = 4 if arch == 'w6' else 3
     assert len(maps) == len(outputs) == levels
     for level, (own, out) in enumerate(zip(maps, outputs)):
-        assert own.shape[2:] == out.shape[2:] == (128 // 2**(3 + level), 192 // 2**(3 + level))
+        assert own.shape[2:] == out.shape[2:] == (128 // 2 ** (3 + level), 192 // 2 ** (3 + level))
     for part, channels in zip(model.bbox_head(outputs), (9, 12, 3)):
-        assert [tuple(one.shape) for one in part] == [(2, channels, *out.shape[2:]) for out in outputs]
+        assert [tuple(one.shape) for one in part] == [
+            (2, channels, *out.shape[2:]) for out in outputs
+        ]
 
 
 @pytest.mark.parametrize('arch', ARCHITECTURES)
 def test_fused_is_the_same(arch):
-    model = randomise(MODELS.build(tiny(arch))).eval()
+    model = randomize(MODELS.build(tiny(arch))).eval()
     images = torch.rand(2, 3, 128, 128)
     with torch.no_grad():
         before = model._forward(images)
@@ -77,7 +82,7 @@ def test_fused_is_the_same(arch):
 
 def test_fused_convolutions_are_counted_and_follow_their_weights():
     """On a CPU they are another operation, with weights of their own that follow the model's."""
-    model = fuse(randomise(MODELS.build(tiny('v7'))))
+    model = fuse(randomize(MODELS.build(tiny('v7'))))
     images = torch.rand(1, 3, 64, 64)
     counts = []
     for graph in (True, False):
@@ -87,34 +92,37 @@ def test_fused_convolutions_are_counted_and_follow_their_weights():
     with torch.no_grad():
         before = model._forward(images)[1][0]
         model.bbox_head.convs[0].conv.weight.mul_(2)
-        torch.testing.assert_close(model._forward(images)[1][0] + model.bbox_head.convs[0].conv.bias.view(
-            1, -1, 1, 1)[:, :12], 2 * before)
+        torch.testing.assert_close(
+            model._forward(images)[1][0]
+            + model.bbox_head.convs[0].conv.bias.view(1, -1, 1, 1)[:, :12],
+            2 * before,
+        )
         half = model.bfloat16()._forward(images.bfloat16())[1][0]
     assert half.dtype == torch.bfloat16
 
 
 def test_a_fused_model_is_copied_and_cast():
     """After a call, too: packed weights can be neither copied nor read as doubles."""
-    model = fuse(randomise(MODELS.build(tiny('v7'))))
+    model = fuse(randomize(MODELS.build(tiny('v7'))))
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         want = model._forward(images)[1][0]
         for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(copied._forward(images)[1][0], want)
         torch.testing.assert_close(copied.double()._forward(images.double())[1][0].float(), want)
-    fused = fuse(randomise(MODELS.build(tiny('v7'))))
+    fused = fuse(randomize(MODELS.build(tiny('v7'))))
     with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
         half = fused._forward(images)[1][0]
     assert half.dtype == torch.bfloat16 and (half - want).abs().max() < 0.05 * want.abs().max()
     with torch.inference_mode():
-        built = fuse(randomise(MODELS.build(tiny('v7'))))
+        built = fuse(randomize(MODELS.build(tiny('v7'))))
         torch.testing.assert_close(built._forward(images)[1][0], want)
 
 
 def test_a_model_without_parts_of_its_own_is_left_alone():
     """RTMDet has several norms for one convolution, which cannot hold them all."""
     cfg = shrink(Config.fromfile(ROOT / 'configs/dy_rtmdet_s.py').model)
-    model = randomise(revert_sync_batchnorm(MODELS.build(cfg))).eval()
+    model = randomize(revert_sync_batchnorm(MODELS.build(cfg))).eval()
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         want = model._forward(images)
@@ -128,8 +136,9 @@ def test_w6_in_half_of_an_odd_size():
     """Its stride is 64: 192 pixels become 128, not 96."""
     stock = tiny('w6')
     stock['data_preprocessor']['pad_size_divisor'] = 64
-    model = MODELS.build(dict(type='DynamicDetector', detector=stock, shared=False, reuse_stages=0,
-                              first_scale=0.5)).eval()
+    model = MODELS.build(
+        dict(type='DynamicDetector', detector=stock, shared=False, reuse_stages=0, first_scale=0.5)
+    ).eval()
     with torch.no_grad():
         exits = model._forward(torch.rand(1, 3, 192, 192))['exits']
     assert [part.shape[-1] for part in exits[0][0]] == [16, 8, 4, 2]
@@ -141,9 +150,10 @@ def test_anchors_must_have_the_levels():
 
 
 def test_second_backbone_starts_as_a_plain_one():
-    plain = randomise(YOLOV7Backbone('w6', 0.125, 0.5)).eval()
+    plain = randomize(YOLOV7Backbone('w6', 0.125, 0.5)).eval()
     composite = build_composite(
-        dict(type='YOLOV7Backbone', arch='w6', width=0.125, depth=0.5), 0).eval()
+        dict(type='YOLOV7Backbone', arch='w6', width=0.125, depth=0.5), 0
+    ).eval()
     for net in (composite.first, composite.second):
         net.load_state_dict(plain.state_dict())
     images = torch.rand(1, 3, 128, 128)
@@ -152,9 +162,10 @@ def test_second_backbone_starts_as_a_plain_one():
         second = composite.deeper_maps(images, first)
         for one, want in zip(composite.select(second), plain(images)):
             assert torch.equal(one, want)
-        # Stage 0 has no block and no connection; each other stage hears of itself and all deeper ones.
+        # Stage 0 has no block and no connection; each other stage hears of itself and all deeper
+        # ones.
         assert [len(c.projections) for c in composite.connections] == [5, 4, 3, 2, 1]
-        randomise(composite.connections)
+        randomize(composite.connections)
         changed = composite.deeper_maps(images, first)
     assert torch.equal(changed[0], second[0])
     assert all(not torch.allclose(a, b) for a, b in zip(changed[1:], second[1:]))
@@ -163,17 +174,20 @@ def test_second_backbone_starts_as_a_plain_one():
 def test_sim_ota_by_hand():
     """Two objects and four candidates. The first takes the two that overlap it, the second its own;
     the far one is nobody's."""
-    boxes = torch.tensor([[0., 0, 10, 10], [20, 20, 30, 30]])
-    predicted = torch.tensor([[0., 0, 10, 10], [0., 0, 10, 10], [20, 20, 30, 29], [50, 50, 60, 60]])
+    boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
+    predicted = torch.tensor(
+        [[0.0, 0, 10, 10], [0.0, 0, 10, 10], [20, 20, 30, 29], [50, 50, 60, 60]]
+    )
     probabilities = torch.full((4, 2), 0.25)
     index, owner = sim_ota(boxes, torch.tensor([0, 1]), predicted, probabilities)
     assert index.tolist() == [0, 1, 2] and owner.tolist() == [0, 0, 1]
 
 
 def test_a_contested_candidate_goes_to_the_cheaper_object():
-    boxes = torch.tensor([[0., 0, 10, 10], [0, 0, 10, 8]])
-    index, owner = sim_ota(boxes, torch.tensor([0, 1]), torch.tensor([[0., 0, 10, 9.9]]),
-                           torch.tensor([[0.5, 0.5]]))
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 8]])
+    index, owner = sim_ota(
+        boxes, torch.tensor([0, 1]), torch.tensor([[0.0, 0, 10, 9.9]]), torch.tensor([[0.5, 0.5]])
+    )
     assert index.tolist() == [0] and owner.tolist() == [0]
 
 
@@ -184,7 +198,8 @@ def outputs(model, size=64, images=2):
 def instances(*boxes):
     return InstanceData(
         bboxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-        labels=torch.arange(len(boxes)) % 3)
+        labels=torch.arange(len(boxes)) % 3,
+    )
 
 
 def test_images_without_objects_have_a_loss():
@@ -197,7 +212,7 @@ def test_images_without_objects_have_a_loss():
 
 def test_loss_of_a_batch_of_one_kind_is_that_of_one_image():
     """All are means: the same image twice has the loss of the image once."""
-    model = randomise(MODELS.build(tiny('v7'))).eval()
+    model = randomize(MODELS.build(tiny('v7'))).eval()
     once = [[part[:1] for part in parts] for parts in outputs(model)]
     twice = [[part.repeat(2, 1, 1, 1) for part in parts] for parts in once]
     own = instances([4, 4, 30, 40], [20, 20, 60, 60])
@@ -214,27 +229,29 @@ def test_objectness_counts_alike_where_an_exit_sees_a_smaller_image():
     parts = outputs(model)
     own = model.bbox_head.loss_by_feat(*parts, [instances()] * 2, [{}] * 2)
     larger = model.bbox_head.loss_by_feat(
-        *parts, [instances()] * 2, [dict(delivered_shape=(128, 128))] * 2)
+        *parts, [instances()] * 2, [dict(delivered_shape=(128, 128))] * 2
+    )
     torch.testing.assert_close(larger['loss_obj'], 4 * own['loss_obj'])
     sample = DetDataSample(metainfo=dict(img_shape=(128, 128), batch_input_shape=(128, 128)))
-    smaller, = reduce_samples([sample], (0.5, 0.5))
+    (smaller,) = reduce_samples([sample], (0.5, 0.5))
     assert smaller.delivered_shape == (128, 128) and smaller.batch_input_shape == (64, 64)
 
 
 def test_predictions_by_hand():
-    """One sure cell: its box follows from the formulas, clipped to the image, in the original's frame."""
+    """One sure cell: its box follows from the formulas, clipped to the image, in the original's
+    frame."""
     head = YOLOV7Head(2, 'v7', 0.125, test_cfg=ConfigDict(TEST_CFG))
     sizes = [(8, 8), (4, 4), (2, 2)]
-    classes = [torch.full((1, 6, *s), -20.) for s in sizes]
+    classes = [torch.full((1, 6, *s), -20.0) for s in sizes]
     boxes = [torch.zeros(1, 12, *s) for s in sizes]
-    objects = [torch.full((1, 3, *s), -20.) for s in sizes]
-    # Level 0, anchor 2 (40 x 28), row 1, column 7: centre (7.5, 1.5) cells of 8 pixels.
-    objects[0][0, 2, 1, 7] = classes[0][0, 2 * 2 + 1, 1, 7] = 20.
+    objects = [torch.full((1, 3, *s), -20.0) for s in sizes]
+    # Level 0, anchor 2 (40 x 28), row 1, column 7: center (7.5, 1.5) cells of 8 pixels.
+    objects[0][0, 2, 1, 7] = classes[0][0, 2 * 2 + 1, 1, 7] = 20.0
     meta = dict(img_shape=(64, 64), scale_factor=(2.0, 2.0))
-    found, = head.predict_by_feat(classes, boxes, objects, [meta], rescale=True)
+    (found,) = head.predict_by_feat(classes, boxes, objects, [meta], rescale=True)
     assert found.labels.tolist() == [1]
     torch.testing.assert_close(found.scores, torch.ones(1))
-    torch.testing.assert_close(found.bboxes, torch.tensor([[20., 0, 32, 13]]))
+    torch.testing.assert_close(found.bboxes, torch.tensor([[20.0, 0, 32, 13]]))
 
 
 @pytest.mark.parametrize('width, depth', [(0.0625, 0.3), (0.25, 1.0), (1.25, 1.5)])
@@ -258,4 +275,4 @@ def test_a_cell_of_several_objects_takes_the_last_ones_value():
     filled = in_cells(torch.tensor([0.9, 0.2, 0.5, 0.7]), at, torch.zeros(2, 2, 2))
     assert torch.equal(filled, torch.tensor([[[0, 0.5], [0.7, 0]], [[0.2, 0], [0, 0]]]))
     nothing = torch.zeros(0, dtype=torch.long)
-    assert not in_cells(torch.zeros(0), (nothing, ) * 3, torch.ones(2, 2, 2)).any()
+    assert not in_cells(torch.zeros(0), (nothing,) * 3, torch.ones(2, 2, 2)).any()

@@ -1,4 +1,5 @@
 """What is said of a record: known routers, the page, the terminal's tables."""
+
 import contextlib
 import copy
 import io
@@ -12,7 +13,7 @@ from pycocotools.coco import COCO
 
 from dynamicdet.errors import UsageError
 from dynamicdet.reports import analysis_estimates as estimates
-from dynamicdet.reports.analysis import analyse, format_analysis, pair_of, write_analysis
+from dynamicdet.reports.analysis import analyze, format_analysis, pair_of, write_analysis
 from dynamicdet.reports.analysis_curves import image_values, threshold_points
 from dynamicdet.reports.analysis_gallery import choose_images
 from dynamicdet.routing.curve import Chance
@@ -31,10 +32,21 @@ def coco():
     for image in range(IMAGES):
         for place in range(1 if image < IMAGES / 2 else 3):
             box = [BOX[0] + 25 * place, *BOX[1:]]
-            annotations.append(dict(id=len(annotations) + 1, image_id=image, bbox=box, area=400,
-                                    category_id=3, iscrowd=0))
-    coco.dataset = dict(images=[dict(id=index, width=96, height=48) for index in range(IMAGES)],
-                        categories=[dict(id=3, name=NAME)], annotations=annotations)
+            annotations.append(
+                dict(
+                    id=len(annotations) + 1,
+                    image_id=image,
+                    bbox=box,
+                    area=400,
+                    category_id=3,
+                    iscrowd=0,
+                )
+            )
+    coco.dataset = dict(
+        images=[dict(id=index, width=96, height=48) for index in range(IMAGES)],
+        categories=[dict(id=3, name=NAME)],
+        annotations=annotations,
+    )
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
@@ -49,37 +61,66 @@ def perfect(coco, tmp_path_factory):
     for index in range(IMAGES):
         path = folder / f'{index}.png'
         Image.new('RGB', (96, 48), (5 * index, 90, 120)).save(path)
-        found = [dict(bbox=one['bbox'], score=0.9, category_id=3)
-                 for one in coco.loadAnns(coco.getAnnIds(imgIds=[index]))]
+        found = [
+            dict(bbox=one['bbox'], score=0.9, category_id=3)
+            for one in coco.loadAnns(coco.getAnnIds(imgIds=[index]))
+        ]
         # A miss where there is something, a ghost of low score everywhere.
-        ghost = [dict(bbox=[60, 30, 9, 9], score=float(generator.uniform(0.05, 0.3)), category_id=3)]
+        ghost = [
+            dict(bbox=[60, 30, 9, 9], score=float(generator.uniform(0.05, 0.3)), category_id=3)
+        ]
         both = [(found if index < IMAGES / 2 else []) + ghost, found + ghost]
-        images.append(dict(
-            id=index, file=str(path), difficulty=(index + 1) / 50, detections=both, view=both,
-            losses=[1.0 if index < IMAGES / 2 else 3.0, 1.0 + 0.01 * index], objects=len(found),
-            features=generator.normal(size=4).astype(np.float32), entropy=float(generator.uniform(0, 8))))
-    return dict(images=images, gflops=[1.0, 3.0], latencies=[0.010, 0.020],
-                provenance=dict(config='a<b>.py', branch0_gflops=0.5, branch0_latency=0.002, seed=0))
+        images.append(
+            dict(
+                id=index,
+                file=str(path),
+                difficulty=(index + 1) / 50,
+                detections=both,
+                view=both,
+                losses=[1.0 if index < IMAGES / 2 else 3.0, 1.0 + 0.01 * index],
+                objects=len(found),
+                features=generator.normal(size=4).astype(np.float32),
+                entropy=float(generator.uniform(0, 8)),
+            )
+        )
+    return dict(
+        images=images,
+        gflops=[1.0, 3.0],
+        latencies=[0.010, 0.020],
+        provenance=dict(config='a<b>.py', branch0_gflops=0.5, branch0_latency=0.002, seed=0),
+    )
 
 
 def rerouted(record, difficulties):
-    return dict(record, images=[dict(image, difficulty=float(difficulty))
-                                for image, difficulty in zip(record['images'], difficulties)])
+    return dict(
+        record,
+        images=[
+            dict(image, difficulty=float(difficulty))
+            for image, difficulty in zip(record['images'], difficulties)
+        ],
+    )
 
 
 def elsewhere(record):
     """The same of other images."""
-    return dict(record, images=[dict(image, file=f"other/{image['file']}") for image in record['images']])
+    return dict(
+        record, images=[dict(image, file=f'other/{image["file"]}') for image in record['images']]
+    )
 
 
 def without(record, *names):
-    return dict(record, images=[{name: value for name, value in image.items() if name not in names}
-                                for image in record['images']])
+    return dict(
+        record,
+        images=[
+            {name: value for name, value in image.items() if name not in names}
+            for image in record['images']
+        ],
+    )
 
 
 @pytest.fixture(scope='module')
 def analysis(perfect, coco):
-    return analyse(perfect, coco, (elsewhere(perfect), coco), bootstrap=20)
+    return analyze(perfect, coco, (elsewhere(perfect), coco), bootstrap=20)
 
 
 def merit(analysis, name):
@@ -117,7 +158,7 @@ def test_a_pair_of_exits(perfect):
 def test_more_than_two_are_refused(perfect, coco):
     record = dict(perfect, gflops=[1, 2, 3])
     with pytest.raises(UsageError, match='the record has 3: choose two'):
-        analyse(record, coco, bootstrap=0)
+        analyze(record, coco, bootstrap=0)
 
 
 # What the numbers are.
@@ -132,7 +173,7 @@ def test_a_perfect_router(analysis):
     assert merit(analysis, 'efficacy')['value'] == pytest.approx(1, abs=0.02)
     chord = (analysis['ends'][0]['ap'] + 100) / 2
     expected = (100 - chord) / (100 - analysis['ends'][0]['ap'])
-    assert merit(analysis, 'normalised gain at half hard')['value'] == pytest.approx(expected)
+    assert merit(analysis, 'normalized gain at half hard')['value'] == pytest.approx(expected)
     assert expected == pytest.approx(0.5)
     gain = merit(analysis, 'gain at half hard, AP')
     assert gain['value'] == pytest.approx(100 - values(curves['random'])[5])
@@ -142,10 +183,13 @@ def test_a_perfect_router(analysis):
 
 
 def test_an_inverted_router(perfect, coco):
-    found = analyse(rerouted(perfect, [1 - image['difficulty'] for image in perfect['images']]), coco,
-                    bootstrap=20)
+    found = analyze(
+        rerouted(perfect, [1 - image['difficulty'] for image in perfect['images']]),
+        coco,
+        bootstrap=20,
+    )
     assert merit(found, 'efficacy')['value'] < -0.5
-    assert merit(found, 'normalised gain at half hard')['value'] == pytest.approx(-0.5)
+    assert merit(found, 'normalized gain at half hard')['value'] == pytest.approx(-0.5)
     assert any('costs' in sentence or 'worse' in sentence for sentence in found['diagnosis'])
     assert any('against the benefit on test' in sentence for sentence in found['diagnosis'])
 
@@ -160,41 +204,50 @@ def test_the_oracles_programme_is_certified(analysis, perfect, coco):
     found = analysis['certificate']
     assert found['value'] == pytest.approx(found['bound']) and found['price'] >= 0
     values = image_values(perfect, coco, Mixtures(perfect, coco))
-    by_hand = values[0].sum() + np.sort(np.maximum(values[1] - values[0], 0))[-(IMAGES // 2):].sum()
+    by_hand = (
+        values[0].sum() + np.sort(np.maximum(values[1] - values[0], 0))[-(IMAGES // 2) :].sum()
+    )
     assert found['value'] * IMAGES == pytest.approx(by_hand)
 
 
 def test_memory_of_training_images_is_told(perfect, coco):
-    memorised = dict(perfect, images=[dict(image, losses=[2.0, 1.0]) for image in perfect['images']])
+    memorized = dict(
+        perfect, images=[dict(image, losses=[2.0, 1.0]) for image in perfect['images']]
+    )
     new = dict(perfect, images=[dict(image, losses=[1.0, 2.0]) for image in perfect['images']])
-    said = analyse(new, coco, bootstrap=20, training=elsewhere(memorised))['diagnosis']
+    said = analyze(new, coco, bootstrap=20, training=elsewhere(memorized))['diagnosis']
     assert any('remember their training images' in sentence for sentence in said)
-    said = analyse(new, coco, bootstrap=20, training=elsewhere(new))['diagnosis']
+    said = analyze(new, coco, bootstrap=20, training=elsewhere(new))['diagnosis']
     assert not any('remember their training images' in sentence for sentence in said)
 
 
 def test_records_that_do_not_go_together_are_refused(perfect, coco):
     for others in (dict(validation=(perfect, coco)), dict(training=perfect)):
-        with pytest.raises(UsageError, match='40 images .* are in the record that is judged and in the'):
-            analyse(perfect, coco, bootstrap=0, **others)
+        with pytest.raises(
+            UsageError, match='40 images .* are in the record that is judged and in the'
+        ):
+            analyze(perfect, coco, bootstrap=0, **others)
     with pytest.raises(UsageError, match='the training record lacks losses'):
-        analyse(perfect, coco, bootstrap=0, training=elsewhere(without(perfect, 'losses')))
+        analyze(perfect, coco, bootstrap=0, training=elsewhere(without(perfect, 'losses')))
     other = elsewhere(perfect)
     other['images'] = [dict(image, id=image['id'] + 1000) for image in other['images']]
     with pytest.raises(UsageError, match='another number of objects'):
-        analyse(perfect, coco, (other, coco), bootstrap=0)
+        analyze(perfect, coco, (other, coco), bootstrap=0)
 
 
 def test_a_peer_that_learned_from_other_features_is_left_out(perfect, coco):
     wider = elsewhere(perfect)
     wider['images'] = [dict(image, features=np.ones(7, np.float32)) for image in wider['images']]
-    assert 'learns from 7 features per image' in analyse(perfect, coco, (wider, coco), bootstrap=0)['left_out']['ridge']
+    assert (
+        'learns from 7 features per image'
+        in analyze(perfect, coco, (wider, coco), bootstrap=0)['left_out']['ridge']
+    )
 
 
 def test_a_router_without_a_choice_is_not_compared_at_its_cost(perfect, coco):
     """All difficulties are equal: it sends all images or none, and costs what no peer costs."""
     for difficulties in ([0.5] * IMAGES, [0.2] * 12 + [1.0] * 28):
-        said = ' '.join(analyse(rerouted(perfect, difficulties), coco, bootstrap=20)['diagnosis'])
+        said = ' '.join(analyze(rerouted(perfect, difficulties), coco, bootstrap=20)['diagnosis'])
         assert 'A simpler router is better' not in said
     assert 'At 70% hard, the nearest to half that ties allow' in said
 
@@ -236,27 +289,39 @@ def test_peers_pay_for_what_they_look_at(analysis):
 
 
 def test_all_parts_of_the_page_agree_on_what_large_images_cost(perfect, coco):
-    """The hard half is four times as dear: what half hard costs is not half way between the exits' means."""
+    """The hard half is four times as dear: what half hard costs is not half way between the exits'
+    means."""
     sizes = [1.0 if index < IMAGES / 2 else 4.0 for index in range(IMAGES)]
-    images = [dict(image, gflops=[size, 2 * size], latencies=[size / 100, size / 50])
-              for image, size in zip(perfect['images'], sizes)]
-    found = analyse(dict(perfect, images=images, gflops=[2.5, 5.0], latencies=[0.025, 0.05]), coco, bootstrap=0)
-    middle, = (point for point in found['thresholds'] if point['hard_share'] == 0.5)
+    images = [
+        dict(image, gflops=[size, 2 * size], latencies=[size / 100, size / 50])
+        for image, size in zip(perfect['images'], sizes)
+    ]
+    found = analyze(
+        dict(perfect, images=images, gflops=[2.5, 5.0], latencies=[0.025, 0.05]), coco, bootstrap=0
+    )
+    (middle,) = (point for point in found['thresholds'] if point['hard_share'] == 0.5)
     routed = [found['curves']['router'][5], found['router']['half'], middle]
     assert [one['gflops'] for one in routed] == pytest.approx([4.5] * 3)
     assert [one['latency'] for one in routed] == pytest.approx([0.045] * 3)
     assert found['curves']['random'][5]['gflops'] == pytest.approx(3.75)
-    assert [found['curves'][name][-1]['gflops'] for name in ('router', 'random', 'oracle')] == pytest.approx([5] * 3)
+    assert [
+        found['curves'][name][-1]['gflops'] for name in ('router', 'random', 'oracle')
+    ] == pytest.approx([5] * 3)
 
 
 def test_old_records_say_less(perfect, coco):
     record = without(perfect, 'view', 'losses', 'features', 'objects', 'entropy')
     record['provenance'] = {}
-    found = analyse(record, coco, bootstrap=0)
+    found = analyze(record, coco, bootstrap=0)
     assert set(found['curves']) == {'router', 'random', 'oracle'}
     assert [one['name'] for one in found['merit']] == [
-        'gain at half hard, AP', 'normalised gain at half hard']
-    assert 'features' in found['left_out']['ridge'] and 'record anew' in found['left_out']['detections']
+        'gain at half hard, AP',
+        'normalized gain at half hard',
+    ]
+    assert (
+        'features' in found['left_out']['ridge']
+        and 'record anew' in found['left_out']['detections']
+    )
     assert found['peers'] == {} and found['transfer'] is None
     assert [one['name'] for one in found['correlations']] == ['per-image AP gained']
     assert found['curves']['router'][3]['low'] is None
@@ -265,11 +330,18 @@ def test_old_records_say_less(perfect, coco):
 
 def test_strata(analysis):
     size, objects, difficulty = analysis['strata']
-    assert [(row['count'], row['aps'][1]) for row in size['rows']] == [(80, pytest.approx(100)), (0, None),
-                                                                       (0, None)]
+    assert [(row['count'], row['aps'][1]) for row in size['rows']] == [
+        (80, pytest.approx(100)),
+        (0, None),
+        (0, None),
+    ]
     first, second = objects['rows']
-    assert (first['name'], first['count']) == ('1', 20) and first['aps'] == pytest.approx([100, 100])
-    assert (second['name'], second['count']) == ('3-4', 20) and second['aps'] == pytest.approx([0, 100])
+    assert (first['name'], first['count']) == ('1', 20) and first['aps'] == pytest.approx(
+        [100, 100]
+    )
+    assert (second['name'], second['count']) == ('3-4', 20) and second['aps'] == pytest.approx(
+        [0, 100]
+    )
     assert [row['count'] for row in difficulty['rows']] == [4] * 10
     assert difficulty['rows'][0]['aps'] == pytest.approx([100, 100])
 
@@ -307,8 +379,12 @@ def test_gap_and_its_interval(chance, analysis):
 
 def test_gaps_of_strata(perfect, chance):
     one, three = estimates.strata_gaps(perfect, chance)
-    assert one['name'] == 'images with 1 object' and one['gap'] == pytest.approx((0, 0, 0), abs=1e-6)
-    assert three['name'] == 'images with 3-4 objects' and three['gap'] == pytest.approx((100, 100, 100))
+    assert one['name'] == 'images with 1 object' and one['gap'] == pytest.approx(
+        (0, 0, 0), abs=1e-6
+    )
+    assert three['name'] == 'images with 3-4 objects' and three['gap'] == pytest.approx(
+        (100, 100, 100)
+    )
 
 
 def test_transfer_between_sets_that_differ(chance, perfect):
@@ -325,8 +401,9 @@ def test_leads_of_peers_at_equal_cost(perfect, chance):
     """A charged peer is compared with a router that may send more images on."""
     scores = np.array([image['difficulty'] for image in perfect['images']], np.float32)
     inverted = 1 - scores
-    leads = estimates.peer_leads(perfect, chance, inverted, dict(doubt_of_best=scores, image_entropy=scores,
-                                                                 loss=scores))
+    leads = estimates.peer_leads(
+        perfect, chance, inverted, dict(doubt_of_best=scores, image_entropy=scores, loss=scores)
+    )
     assert set(leads) == {'doubt of best', 'image entropy'}
     half = chance.mixtures.ap(inverted > np.sort(inverted)[IMAGES // 2 - 1])
     # 0.5 of 2 GFLOPs between the exits buy a quarter more hard images: 25 of 40 instead of 20.
@@ -359,7 +436,9 @@ def test_images_of_the_gallery():
 def page(perfect, coco, analysis, tmp_path_factory):
     record = copy.deepcopy(perfect)
     record['images'][0]['file'] = '/nowhere/gone <1>.jpg'
-    return write_analysis(record, coco, analysis, tmp_path_factory.mktemp('out') / 'deep', title='A & <b>')
+    return write_analysis(
+        record, coco, analysis, tmp_path_factory.mktemp('out') / 'deep', title='A & <b>'
+    )
 
 
 def test_files(page, analysis):
@@ -392,21 +471,31 @@ def test_what_the_script_reads(page, analysis):
         assert point['ap'] == pytest.approx(row['ap'], abs=1e-3)
         assert point['latency'] == pytest.approx(1000 * row['latency'], abs=1e-3)
     names = [line['name'] for line in data['lines']]
-    assert names[:4] == ['router', 'random', 'honest oracle', 'oracle'] and len(set(names)) == len(names)
+    assert names[:4] == ['router', 'random', 'honest oracle', 'oracle'] and len(set(names)) == len(
+        names
+    )
     assert all('low' in point for point in data['lines'][0]['points'])
 
 
 def test_every_element_that_the_script_takes_is_there(page):
     text = page.read_text()
-    for name in ('threshold', 'chart', 'data', *(f'now-{key}' for key in (
-            'threshold', 'share', 'easy', 'hard', 'ap', 'gflops', 'latency'))):
+    for name in (
+        'threshold',
+        'chart',
+        'data',
+        *(
+            f'now-{key}'
+            for key in ('threshold', 'share', 'easy', 'hard', 'ap', 'gflops', 'latency')
+        ),
+    ):
         assert len(re.findall(f'id="{name}"', text)) == 1
     assert text.count('name="cost"') == 2
     assert len(re.findall('data-line="', text)) == 4 + 11
 
 
 def test_pictures_are_kept_once(page):
-    """Of the easiest, hardest and wrongly routed images; the second drawing uses the first one's pixels."""
+    """Of the easiest, hardest and wrongly routed images; the second drawing uses the first one's
+    pixels."""
     text = page.read_text()
     names = re.findall(r'<image id="([^"]*)"', text)
     assert len(names) == len(set(names)) == 3 + 4
@@ -421,8 +510,20 @@ def test_tables_of_text(analysis):
     text = format_analysis(analysis)
     lines = text.split('\n')
     at = next(index for index, line in enumerate(lines) if line.startswith('hard'))
-    assert lines[at].split() == ['hard', 'threshold', 'AP', '95', '%', 'interval', 'random', 'oracle',
-                                 'honest', 'oracle', 'GFLOPs', 'ms']
+    assert lines[at].split() == [
+        'hard',
+        'threshold',
+        'AP',
+        '95',
+        '%',
+        'interval',
+        'random',
+        'oracle',
+        'honest',
+        'oracle',
+        'GFLOPs',
+        'ms',
+    ]
     row = lines[at + 6].split()
     assert row[0] == '50%' and row[2] == '100.00' and row[-2:] == ['2.000', '15.0']
     for sentence in analysis['diagnosis']:

@@ -11,7 +11,14 @@ from pycocotools.coco import COCO
 
 from dynamicdet.errors import UsageError
 from dynamicdet.reports.figures import picture_figure, png
-from dynamicdet.reports.report import BY_CALIBRATION, BY_QUANTILE, format_table, misses, sentences, write_report
+from dynamicdet.reports.report import (
+    BY_CALIBRATION,
+    BY_QUANTILE,
+    format_table,
+    misses,
+    sentences,
+    write_report,
+)
 from dynamicdet.routing.curve import Chance, by_calibration, trade_off
 from dynamicdet.routing.evaluation import Mixtures
 from dynamicdet.routing.served import chance_interval
@@ -24,13 +31,17 @@ NAME = '<b>$x$ & "y"</b>'
 @pytest.fixture
 def coco():
     coco = COCO()
-    images = [dict(id=index, width=64, height=48, difficulty=index / IMAGES)
-              for index in range(IMAGES)]
+    images = [
+        dict(id=index, width=64, height=48, difficulty=index / IMAGES) for index in range(IMAGES)
+    ]
     coco.dataset = dict(
         images=images,
         categories=[dict(id=3, name=NAME)],
-        annotations=[dict(id=index + 1, image_id=index, bbox=BOX, area=400, category_id=3,
-                          iscrowd=0) for index in range(IMAGES)])
+        annotations=[
+            dict(id=index + 1, image_id=index, bbox=BOX, area=400, category_id=3, iscrowd=0)
+            for index in range(IMAGES)
+        ],
+    )
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
@@ -44,15 +55,34 @@ def record(tmp_path):
     for index in range(IMAGES):
         path = tmp_path / f'{index}.png'
         Image.new('RGB', (64, 48), (10 * index, 90, 120)).save(path)
-        images.append(dict(id=index, file=str(path), difficulty=(index + 1) / 20,
-                           detections=[hit if index < IMAGES / 2 else [], hit]))
-    return dict(images=images, gflops=[1.0, 3.0], latencies=[0.010, 0.020],
-                provenance=dict(config='a<b>.py', seed=0))
+        images.append(
+            dict(
+                id=index,
+                file=str(path),
+                difficulty=(index + 1) / 20,
+                detections=[hit if index < IMAGES / 2 else [], hit],
+            )
+        )
+    return dict(
+        images=images,
+        gflops=[1.0, 3.0],
+        latencies=[0.010, 0.020],
+        provenance=dict(config='a<b>.py', seed=0),
+    )
 
 
 def row(ap, random_ap, random_std, share=0.5):
-    return dict(share=share, threshold=0.4, hard_share=share, ap=ap, ap50=60.0, gflops=2.0,
-                latency=0.015, random_ap=random_ap, random_std=random_std)
+    return dict(
+        share=share,
+        threshold=0.4,
+        hard_share=share,
+        ap=ap,
+        ap50=60.0,
+        gflops=2.0,
+        latency=0.015,
+        random_ap=random_ap,
+        random_std=random_std,
+    )
 
 
 def test_the_page_and_its_files(coco, record, tmp_path, capsys):
@@ -63,8 +93,7 @@ def test_the_page_and_its_files(coco, record, tmp_path, capsys):
     plots = {'trade_off.png', 'difficulty.png', 'sizes.png', 'agreement.png'}
     gallery = {f'{end}_{place}.png' for end in ('easiest', 'hardest') for place in range(1, 7)}
     # No temporary file stays.
-    assert {path.name for path in out.iterdir()} == {
-        'report.html', 'report.json', *plots, *gallery}
+    assert {path.name for path in out.iterdir()} == {'report.html', 'report.json', *plots, *gallery}
     assert text.count('src="data:image/png;base64,') == len(plots | gallery)
     assert '<h1>Digits &amp; &lt;more&gt;</h1>' in text and 'a&lt;b&gt;.py' in text
     # Not calibrated: one table, and nothing is missed.
@@ -119,10 +148,13 @@ def test_few_images_that_are_all_alike(coco, record, tmp_path):
     assert 'cannot be judged' in text and 'rank correlation: not defined' in text
 
 
-@pytest.mark.parametrize('images, said', [
-    (lambda images: [], 'no images'),
-    (lambda images: [dict(images[0], difficulty=float('nan'))], 'image 0 .* difficulty nan'),
-])
+@pytest.mark.parametrize(
+    'images, said',
+    [
+        (lambda images: [], 'no images'),
+        (lambda images: [dict(images[0], difficulty=float('nan'))], 'image 0 .* difficulty nan'),
+    ],
+)
 def test_bad_records_write_nothing(coco, record, tmp_path, images, said):
     with pytest.raises(UsageError, match=said):
         write_report(dict(record, images=images(record['images'])), coco, tmp_path / 'report')
@@ -140,12 +172,15 @@ def test_a_failure_leaves_the_page_that_was_there(coco, record, tmp_path):
     assert not list(page.parent.glob('.*'))
 
 
-@pytest.mark.parametrize('ap, said', [
-    (29.0, 'does NOT gain over random routing: it loses 1.00 AP'),
-    (30.2, 'gains 0.20 AP over random routing, which is within one standard deviation'),
-    (30.4, 'gains 0.40 AP over random routing, which is within two standard deviations'),
-    (31.0, 'gains 1.00 AP over random routing, more than two standard deviations'),
-])
+@pytest.mark.parametrize(
+    'ap, said',
+    [
+        (29.0, 'does NOT gain over random routing: it loses 1.00 AP'),
+        (30.2, 'gains 0.20 AP over random routing, which is within one standard deviation'),
+        (30.4, 'gains 0.40 AP over random routing, which is within two standard deviations'),
+        (31.0, 'gains 1.00 AP over random routing, more than two standard deviations'),
+    ],
+)
 def test_the_verdict_is_honest(record, ap, said):
     rows = [row(25, 25, 0, share=0), row(ap, 30, 0.3), row(35, 35, 0, share=1)]
     text = ' '.join(sentences(rows, record, [dict(ap=25.0), dict(ap=35.0)]))
@@ -165,7 +200,17 @@ def test_table():
     heading, rule, first, second = lines.split('\n')
     assert len({len(line) for line in (heading, rule, first, second)}) == 1
     assert first.split() == [
-        '50%', '0.4000', '31.50', '60.00', '2.00', '15.0', '30.00', '±', '0.25', '+1.50']
+        '50%',
+        '0.4000',
+        '31.50',
+        '60.00',
+        '2.00',
+        '15.0',
+        '30.00',
+        '±',
+        '0.25',
+        '+1.50',
+    ]
     assert second.split()[:3] == ['34%', '(asked', '30%)'] and second.endswith('-1.00')
 
 
@@ -174,16 +219,22 @@ def test_what_calibrated_thresholds_serve_stands_beside_what_this_set_would(coco
     chance = Chance(Mixtures(record, coco), draws=2, resamples=0)
     rows = trade_off(record, coco, shares=(0, 0.5, 1), chance=chance)
     served = by_calibration(record, chance, np.linspace(0, 0.04, 100), (0, 0.5, 1))
-    assert [one['hard_share'] for one in served] == [0, 1, 1] and [one['hard_share'] for one in rows] == [0, 0.5, 1]
-    assert [one['gflops'] for one in served] == [1, 3, 3] and served[1]['ap'] == rows[2]['ap'] == pytest.approx(100)
+    assert [one['hard_share'] for one in served] == [0, 1, 1] and [
+        one['hard_share'] for one in rows
+    ] == [0, 0.5, 1]
+    assert [one['gflops'] for one in served] == [1, 3, 3] and served[1]['ap'] == rows[2][
+        'ap'
+    ] == pytest.approx(100)
     low, high = chance_interval(50, 100, IMAGES)
     lines = format_table(served, calibrated=True).splitlines()
-    assert lines[3].split()[:2] == ['50%', f"{served[1]['threshold']:.4f}"]
+    assert lines[3].split()[:2] == ['50%', f'{served[1]["threshold"]:.4f}']
     assert f'100.0%  {low:.1%} to {high:.1%} !' in lines[3] and '!' not in lines[2] + lines[4]
-    sentence, = misses(served)
+    (sentence,) = misses(served)
     assert 'for 50% hard sends 100.0% of these images on' in sentence
     page = write_report(record, coco, tmp_path / 'report', rows, calibrated=served).read_text()
-    assert html.escape(sentence) in page and all(html.escape(title) in page for title in (BY_QUANTILE, BY_CALIBRATION))
+    assert html.escape(sentence) in page and all(
+        html.escape(title) in page for title in (BY_QUANTILE, BY_CALIBRATION)
+    )
     assert json.loads((tmp_path / 'report' / 'report.json').read_text())['calibrated'] == served
 
 

@@ -7,7 +7,14 @@ import pytest
 
 from dynamicdet.errors import UsageError
 from dynamicdet.routing.controller import Controller
-from dynamicdet.routing.simulation import drifting, drifting_order, machine, running_mean, simulate, stepping
+from dynamicdet.routing.simulation import (
+    drifting,
+    drifting_order,
+    machine,
+    running_mean,
+    simulate,
+    stepping,
+)
 from dynamicdet.routing.thresholds import hard_share
 
 LATENCIES = (0.010, 0.030)
@@ -19,7 +26,7 @@ OVER = 1000
 
 def held(trace, target, skip=0):
     """How far the running mean over `OVER` images is from the target, at most, in percent."""
-    means = running_mean(trace['latency'], OVER // BATCH)[OVER // BATCH + skip // BATCH:]
+    means = running_mean(trace['latency'], OVER // BATCH)[OVER // BATCH + skip // BATCH :]
     return 100 * float(np.abs(means / target - 1).max())
 
 
@@ -31,8 +38,15 @@ STATIONARY, FLAT = drifting(N, 1, swing=0), machine(N, LATENCIES)
 
 
 @pytest.mark.parametrize('known', [dict(costs=LATENCIES), {}])
-@pytest.mark.parametrize('difficulties, percent', [
-    (STATIONARY, 3), (drifting(N, 10000), 3), (stepping(N, 8000), 5), (np.full(N, 0.5, np.float32), 5)])
+@pytest.mark.parametrize(
+    'difficulties, percent',
+    [
+        (STATIONARY, 3),
+        (drifting(N, 10000), 3),
+        (stepping(N, 8000), 5),
+        (np.full(N, 0.5, np.float32), 5),
+    ],
+)
 def test_a_latency_is_held_from_a_cold_start(difficulties, percent, known):
     """Stationary, day and night, a sudden change, and difficulties that tell nothing apart."""
     assert held(simulate(build(**known), difficulties, FLAT, BATCH), TARGET) < percent
@@ -49,7 +63,7 @@ def test_a_load_that_leaves_the_target_in_reach():
     slow = machine(N, LATENCIES, [(5000, 7000), (12000, 13000)], 1.5)
     trace = simulate(build(), drifting(N, 10000), slow, BATCH)
     assert held(trace, TARGET) < 6
-    inside = trace['hard'][6000 // BATCH:7000 // BATCH].mean()
+    inside = trace['hard'][6000 // BATCH : 7000 // BATCH].mean()
     # 15 ms to 45 ms: 20 ms is a sixth of the way.
     assert inside == pytest.approx(1 / 6, abs=0.03)
 
@@ -61,20 +75,25 @@ def test_the_integral_bounds_the_error_of_any_stretch():
     assert 0 < trace['share'].min() and trace['share'].max() < 1
     extra = ((trace['latency'] - TARGET) * trace['images'])[1:].sum()
     # `share` is from before each batch's time is known.
-    assert extra == pytest.approx((trace['share'][1] - controller.share) * 0.020 / controller.gain, rel=1e-6)
+    assert extra == pytest.approx(
+        (trace['share'][1] - controller.share) * 0.020 / controller.gain, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize('delay', [0, 3])
 def test_no_limit_cycle(delay):
-    """The share trembles by the noise of which images come, sqrt(gain / 8), and no more later than early."""
+    """The share trembles by the noise of which images come, sqrt(gain / 8), and no more later than
+    early."""
     shares = simulate(build(costs=LATENCIES), STATIONARY, FLAT, BATCH, delay)['share']
-    early, late = shares[len(shares) // 4:len(shares) // 2], shares[len(shares) // 2:]
+    early, late = shares[len(shares) // 4 : len(shares) // 2], shares[len(shares) // 2 :]
     assert late.std() < 1.5 * math.sqrt(0.01 / 8) and late.std() < 1.5 * early.std()
 
 
 def test_without_noise_the_share_settles():
     scores = np.tile((np.arange(64) * 27 % 64 + 0.5) / 64, 200).astype(np.float32)
-    trace = simulate(build(costs=LATENCIES), scores, machine(len(scores), LATENCIES, noise=0), batch=64)
+    trace = simulate(
+        build(costs=LATENCIES), scores, machine(len(scores), LATENCIES, noise=0), batch=64
+    )
     assert np.ptp(trace['share'][50:]) == 0 and trace['hard'][50:].mean() == 0.5
 
 
@@ -107,12 +126,18 @@ def test_throughput_is_one_over_latency():
     assert (first == second).all()
 
 
-@pytest.mark.parametrize('settings', [
-    dict(hard_share=0.3), dict(target_gflops=23, costs=(20, 30)), dict(hard_share=0.3, gain=0.02, window=64)])
+@pytest.mark.parametrize(
+    'settings',
+    [
+        dict(hard_share=0.3),
+        dict(target_gflops=23, costs=(20, 30)),
+        dict(hard_share=0.3, gain=0.02, window=64),
+    ],
+)
 def test_a_share_and_gflops_need_no_clock(settings):
     controller = Controller(**settings)
     trace = simulate(controller, drifting(N, 10000), machine(N, LATENCIES, [(0, N)], 7), BATCH)
-    means = running_mean(trace['hard'], OVER // BATCH)[OVER // BATCH:]
+    means = running_mean(trace['hard'], OVER // BATCH)[OVER // BATCH :]
     assert np.abs(means - 0.3).max() < 0.03
 
 
@@ -141,7 +166,9 @@ def test_memory_is_bounded():
     simulate(controller, STATIONARY, FLAT)
     assert len(controller.state_dict()['recent']) == 100
     # The threshold is that of the last 100 alone.
-    assert hard_share(STATIONARY[-100:], controller.threshold) == pytest.approx(controller.share, abs=0.1)
+    assert hard_share(STATIONARY[-100:], controller.threshold) == pytest.approx(
+        controller.share, abs=0.1
+    )
 
 
 @pytest.mark.parametrize('seconds', [math.nan, math.inf, -math.inf, 0, -1, None, 'fast', True])
@@ -179,9 +206,18 @@ def test_saved_and_restored():
     assert (rest['threshold'] == whole_trace['threshold'][1000:]).all()
 
 
-@pytest.mark.parametrize('change', [
-    dict(share=2), dict(share='x'), dict(recent=[math.nan]), dict(recent=3), dict(threshold=[0.1, 0.2]),
-    dict(mean=math.nan), dict(threshold=math.nan)])
+@pytest.mark.parametrize(
+    'change',
+    [
+        dict(share=2),
+        dict(share='x'),
+        dict(recent=[math.nan]),
+        dict(recent=3),
+        dict(threshold=[0.1, 0.2]),
+        dict(mean=math.nan),
+        dict(threshold=math.nan),
+    ],
+)
 def test_states_that_are_none(change):
     with pytest.raises(UsageError, match='no state of a controller'):
         build().load_state_dict(dict(build().state_dict(), **change))
@@ -189,14 +225,30 @@ def test_states_that_are_none(change):
         build().load_state_dict({})
 
 
-@pytest.mark.parametrize('settings', [
-    dict(), dict(target_latency=0.1, hard_share=0.5), dict(target_latency=0), dict(target_latency=math.nan),
-    dict(target_latency=math.inf), dict(throughput=0), dict(throughput=-1), dict(hard_share=1.5),
-    dict(hard_share=[0.5, 0.1]), dict(target_gflops=3), dict(target_latency=1, costs=(2, 1)),
-    dict(target_latency=1, costs=(0, 1)), dict(target_latency=1, costs=(1, math.nan)),
-    dict(target_latency=1, costs=(1, )), dict(target_latency=1, window=0), dict(target_latency=1, gain=0),
-    dict(target_latency=1, gain=1), dict(target_latency=1, difficulties=[math.nan]),
-    dict(hard_share=0.5, exits=1)])
+@pytest.mark.parametrize(
+    'settings',
+    [
+        dict(),
+        dict(target_latency=0.1, hard_share=0.5),
+        dict(target_latency=0),
+        dict(target_latency=math.nan),
+        dict(target_latency=math.inf),
+        dict(throughput=0),
+        dict(throughput=-1),
+        dict(hard_share=1.5),
+        dict(hard_share=[0.5, 0.1]),
+        dict(target_gflops=3),
+        dict(target_latency=1, costs=(2, 1)),
+        dict(target_latency=1, costs=(0, 1)),
+        dict(target_latency=1, costs=(1, math.nan)),
+        dict(target_latency=1, costs=(1,)),
+        dict(target_latency=1, window=0),
+        dict(target_latency=1, gain=0),
+        dict(target_latency=1, gain=1),
+        dict(target_latency=1, difficulties=[math.nan]),
+        dict(hard_share=0.5, exits=1),
+    ],
+)
 def test_bad_settings(settings):
     with pytest.raises(UsageError):
         Controller(**settings)

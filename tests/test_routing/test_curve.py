@@ -88,8 +88,11 @@ def test_evaluate_nothing(coco):
 
 
 def test_mix_takes_the_exit_of_each_image():
-    record = make_record([0.1, 0.9, 0.5], [found([1, 1, 1, 1]), found([2, 2, 2, 2]), []],
-                         [found([3, 3, 3, 3]), found([4, 4, 4, 4]), found([5, 5, 5, 5])])
+    record = make_record(
+        [0.1, 0.9, 0.5],
+        [found([1, 1, 1, 1]), found([2, 2, 2, 2]), []],
+        [found([3, 3, 3, 3]), found([4, 4, 4, 4]), found([5, 5, 5, 5])],
+    )
     taken = mix(record, [False, True, False])
     assert [(result['image_id'], result['bbox'][0]) for result in taken] == [(1, 1), (2, 4)]
 
@@ -120,11 +123,11 @@ def test_inverted_router(coco):
 
 
 def test_ties_go_together(coco):
-    same, = trade_off(only_hard_gain([0.5] * 8), coco, shares=(0.4, ))
+    (same,) = trade_off(only_hard_gain([0.5] * 8), coco, shares=(0.4,))
     assert same['hard_share'] == 0 and same['ap'] == same['random_ap']
     assert gain_over_random([same]) == dict(mean=None, half=None)
     # Six share a score: at 0.5, the two easiest or the eight of them can be parted off, not four.
-    parted, = trade_off(only_hard_gain([0.1] * 2 + [0.9] * 6), coco, shares=(0.5, ))
+    (parted,) = trade_off(only_hard_gain([0.1] * 2 + [0.9] * 6), coco, shares=(0.5,))
     assert parted['hard_share'] == 0.75 and parted['gflops'] == pytest.approx(2.5)
 
 
@@ -138,8 +141,9 @@ def test_images_without_objects_or_detections():
     coco = ground_truth([[BOX], [], [BOX], []])
     # Image 2: exit 0 sees a thing that is not there, surer than of all others. Image 4: nothing.
     ghost = found(BOX, score=0.99)
-    record = make_record([0.1, 0.9, 0.2, 0.3], [found(BOX), ghost, found(BOX), []],
-                         [found(BOX), [], found(BOX), []])
+    record = make_record(
+        [0.1, 0.9, 0.2, 0.3], [found(BOX), ghost, found(BOX), []], [found(BOX), [], found(BOX), []]
+    )
     first, quarter, last = trade_off(record, coco, shares=(0, 0.25, 1))
     # One wrong, two right: precision 2/3 at every recall.
     assert first['ap'] == pytest.approx(100 * 2 / 3)
@@ -220,7 +224,12 @@ def test_split_takes_scores_of_any_range():
     threshold, is_hard = split([0.1, 0.2, 0.6, 0.9], 0.5)
     assert threshold == pytest.approx(0.4) and is_hard.tolist() == [False, False, True, True]
     threshold, is_hard = split([-40, 3, 900, 20], 0.5)
-    assert threshold == pytest.approx(11.5, abs=1e-3) and is_hard.tolist() == [False, False, True, True]
+    assert threshold == pytest.approx(11.5, abs=1e-3) and is_hard.tolist() == [
+        False,
+        False,
+        True,
+        True,
+    ]
     for share in (0, 1):
         threshold, is_hard = split([-40, 3, 900, 20], share)
         assert (is_hard == bool(share)).all()
@@ -232,9 +241,9 @@ def test_split_takes_scores_of_any_range():
 def test_any_router_by_its_scores(coco):
     record = only_hard_gain(PERFECT)
     # Known by its losses, say: the same order, another range.
-    rows = trade_off(record, coco, [-3, -2, -1, 0, 5, 7, 8, 200], shares=(0.5, ))
+    rows = trade_off(record, coco, [-3, -2, -1, 0, 5, 7, 8, 200], shares=(0.5,))
     assert rows[0]['ap'] == pytest.approx(100) and 0 < rows[0]['threshold'] < 5
-    against = trade_off(record, coco, -np.array(PERFECT), shares=(0.5, ))
+    against = trade_off(record, coco, -np.array(PERFECT), shares=(0.5,))
     assert against[0]['ap'] == pytest.approx(HALF_FOUND)
     with pytest.raises(UsageError, match='one score for each of 8'):
         trade_off(record, coco, [0.1] * 7)
@@ -260,21 +269,22 @@ def test_intervals():
         assert row['ap_low'] < row['ap'] < row['ap_high']
         assert row['random_low'] < row['random_ap'] < row['random_high']
         assert row['gain_low'] <= row['gain_high']
-    # Where all take one exit, random routing is the router: paired, the gain is known to be nothing.
+    # Where all take one exit, random routing is the router: paired, the gain is known to be
+    # nothing.
     assert all(row['gain_low'] == row['gain_high'] == 0 for row in (rows[0], rows[2]))
     # Paired, the gain is known better than from two intervals that do not know of each other.
     middle = rows[1]
     spread = middle['ap_high'] - middle['ap_low'] + middle['random_high'] - middle['random_low']
     assert 0 < middle['gain_high'] - middle['gain_low'] < 0.8 * spread
     assert json.loads(json.dumps(rows)) == rows
-    none, = trade_off(record, coco, shares=(0.5, ), resamples=0)
+    (none,) = trade_off(record, coco, shares=(0.5,), resamples=0)
     assert none['ap_low'] is None and none['gain_high'] is None
     assert none['ap'] == middle['ap'] and none['random_ap'] == middle['random_ap']
 
 
 def test_intervals_cover_what_they_should():
-    """Exit 1 finds each object with probability 0.6: the intervals hold the AP that it would have on
-    images without number about nineteen times in twenty."""
+    """Exit 1 finds each object with probability 0.6: the intervals hold the AP that it would have
+    on images without number about nineteen times in twenty."""
     generator, held = np.random.default_rng(0), 0
     coco = ground_truth([[BOX]] * 60)
     for _ in range(40):
@@ -296,8 +306,10 @@ def test_chance_expects_what_draws_give():
     # On a resample, too: against draws by brute force on the first few.
     generator = np.random.default_rng(1)
     halves = np.arange(80) % 2
-    brute = [np.mean([mixtures.ap(generator.permutation(halves), own) for _ in range(60)])
-             for own in chance.weights[:8]]
+    brute = [
+        np.mean([mixtures.ap(generator.permutation(halves), own) for _ in range(60)])
+        for own in chance.weights[:8]
+    ]
     error = np.array(brute) - resampled[:8]
     assert abs(error.mean()) < 0.5 and error.std() < np.std(brute)
     assert chance.at(40)[2] is resampled
@@ -317,7 +329,8 @@ def test_interval():
 
 
 def test_hard_images_that_are_dearer_cost_more():
-    """Two of four images are hard, and twice as large: the mean is of what was run, not of means."""
+    """Two of four images are hard, and twice as large: the mean is of what was run, not of
+    means."""
     coco, record = random_case(images=4)
     record = dict(record, gflops=[1.5, 3.0], latencies=[0.015, 0.03])
     scores = np.array([image['difficulty'] for image in record['images']])
@@ -325,12 +338,17 @@ def test_hard_images_that_are_dearer_cost_more():
     plain = trade_off(record, coco, shares=[0.5])[0]
     assert (plain['gflops'], plain['latency']) == pytest.approx((2.25, 0.0225))
     for image, large in zip(record['images'], hard):
-        image.update(gflops=[2.0, 4.0] if large else [1.0, 2.0], latencies=[0.02, 0.04] if large else [0.01, 0.02])
+        image.update(
+            gflops=[2.0, 4.0] if large else [1.0, 2.0],
+            latencies=[0.02, 0.04] if large else [0.01, 0.02],
+        )
     row = trade_off(record, coco, shares=[0.5])[0]
     assert (row['gflops'], row['latency']) == pytest.approx((2.5, 0.025))
 
 
-@pytest.mark.parametrize('scores', [1e9 + np.arange(10), -3.0 + np.arange(10), np.arange(10) / 10, np.arange(10) - 1e6])
+@pytest.mark.parametrize(
+    'scores', [1e9 + np.arange(10), -3.0 + np.arange(10), np.arange(10) / 10, np.arange(10) - 1e6]
+)
 def test_scores_of_any_scale_are_parted(scores):
     for hard in range(11):
         threshold, is_hard = split(scores, hard / 10)
@@ -341,8 +359,13 @@ def test_scores_of_any_scale_are_parted(scores):
 
 def of_two_sizes():
     """Four images; the two with the higher score are four times as dear."""
-    images = [dict(gflops=[cost, 2 * cost], latencies=[cost / 10, cost / 5]) for cost in (1.0, 1.0, 4.0, 4.0)]
-    return dict(images=images, gflops=[2.5, 5.0], latencies=[0.25, 0.5]), np.array([0.1, 0.2, 0.8, 0.9])
+    images = [
+        dict(gflops=[cost, 2 * cost], latencies=[cost / 10, cost / 5])
+        for cost in (1.0, 1.0, 4.0, 4.0)
+    ]
+    return dict(images=images, gflops=[2.5, 5.0], latencies=[0.25, 0.5]), np.array(
+        [0.1, 0.2, 0.8, 0.9]
+    )
 
 
 def test_a_choice_costs_what_its_images_cost():
@@ -355,8 +378,10 @@ def test_a_choice_costs_what_its_images_cost():
     assert costs_of(alike, scores > 0.5)['gflops'] == pytest.approx(3.75)
 
 
-@pytest.mark.parametrize('gflops, hard', [(2.0, 0), (2.5, 0), (3.4, 0), (3.5, 1), (4.5, 2), (4.7, 2), (4.75, 3),
-                                          (5.0, 4), (9.0, 4)])
+@pytest.mark.parametrize(
+    'gflops, hard',
+    [(2.0, 0), (2.5, 0), (3.4, 0), (3.5, 1), (4.5, 2), (4.7, 2), (4.75, 3), (5.0, 4), (9.0, 4)],
+)
 def test_what_a_router_can_afford(gflops, hard):
     record, scores = of_two_sizes()
     assert hard_for(record, scores, gflops).tolist() == [place >= 4 - hard for place in range(4)]

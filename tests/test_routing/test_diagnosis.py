@@ -12,9 +12,20 @@ def text(**figures):
     return ' '.join(diagnose(figures))
 
 
-@pytest.mark.parametrize('estimate, told', [
-    (UP, 1), (DOWN, -1), (OPEN, 0), ((1, 0, 2), 0), ((-1, -2, 0), 0), (None, 0), ((1, None, None), 0),
-    ((1, math.nan, 2), 0), ((None, 1, 2), 0)])
+@pytest.mark.parametrize(
+    'estimate, told',
+    [
+        (UP, 1),
+        (DOWN, -1),
+        (OPEN, 0),
+        ((1, 0, 2), 0),
+        ((-1, -2, 0), 0),
+        (None, 0),
+        ((1, None, None), 0),
+        ((1, math.nan, 2), 0),
+        ((None, 1, 2), 0),
+    ],
+)
 def test_side(estimate, told):
     assert side(estimate) == told
 
@@ -36,56 +47,125 @@ def test_wrong_input():
 
 def test_exits_are_listed():
     assert diagnose(dict(exits=[(42.44, 41, 44), (44.5, None, None)])) == [
-        'AP, with 95 % intervals: exit 0 42.4 (41.0 to 44.0), exit 1 44.5 (no interval).']
+        'AP, with 95 % intervals: exit 0 42.4 (41.0 to 44.0), exit 1 44.5 (no interval).'
+    ]
 
 
 #: Figures -> a part of a sentence, and of each advice.
 CASES = [
     (dict(gap=UP), 'better than the first by 2.0 (1.0 to 3.0) AP', []),
     (dict(gap=DOWN), 'worse than the first, by 2.0 (1.0 to 3.0) AP', ['longer', 'resolution']),
-    (dict(gap=OPEN), 'Whether the exits differ in AP cannot be told', ['resolution', 'four times as many']),
+    (
+        dict(gap=OPEN),
+        'Whether the exits differ in AP cannot be told',
+        ['resolution', 'four times as many'],
+    ),
     (dict(honest_gain=UP), 'not by luck', []),
     (dict(honest_gain=DOWN), 'a harm in the other', ['how the views are made']),
-    (dict(honest_gain=OPEN), 'benefit differs by image at all cannot be told',
-     ['resolution', 'four times as many']),
-    (dict(loss_shares=dict(train=(0.91, 0.89, 0.93), held_out=(0.68, 0.65, 0.71))), 'remember', ['held-out part']),
-    (dict(loss_shares=dict(train=(0.70, 0.66, 0.74), held_out=(0.68, 0.65, 0.71))), 'cannot be told', []),
-    (dict(loss_shares=dict(train=(0.91, None, None), held_out=(0.68, 0.65, 0.71))), 'cannot be told', []),
+    (
+        dict(honest_gain=OPEN),
+        'benefit differs by image at all cannot be told',
+        ['resolution', 'four times as many'],
+    ),
+    (
+        dict(loss_shares=dict(train=(0.91, 0.89, 0.93), held_out=(0.68, 0.65, 0.71))),
+        'remember',
+        ['held-out part'],
+    ),
+    (
+        dict(loss_shares=dict(train=(0.70, 0.66, 0.74), held_out=(0.68, 0.65, 0.71))),
+        'cannot be told',
+        [],
+    ),
+    (
+        dict(loss_shares=dict(train=(0.91, None, None), held_out=(0.68, 0.65, 0.71))),
+        'cannot be told',
+        [],
+    ),
     (dict(correlation=dict(val=UP)), 'goes with the benefit on val', []),
-    (dict(correlation=dict(test=DOWN)), 'goes against the benefit on test', ['counts what AP counts', 'held-out part']),
+    (
+        dict(correlation=dict(test=DOWN)),
+        'goes against the benefit on test',
+        ['counts what AP counts', 'held-out part'],
+    ),
     (dict(correlation=dict(val=OPEN)), 'goes with the benefit cannot be told on val', []),
-    (dict(correlation=dict(val=OPEN), honest_gain=UP), 'cannot be told on val',
-     ['counts what AP counts', 'held-out part']),
-    (dict(correlation=dict(val=OPEN), honest_gain=DOWN), 'cannot be told on val', ['how the views are made']),
-    (dict(correlation=dict(val=UP, test=OPEN), images=500), 'cannot be told on test', ['four times the 500']),
+    (
+        dict(correlation=dict(val=OPEN), honest_gain=UP),
+        'cannot be told on val',
+        ['counts what AP counts', 'held-out part'],
+    ),
+    (
+        dict(correlation=dict(val=OPEN), honest_gain=DOWN),
+        'cannot be told on val',
+        ['how the views are made'],
+    ),
+    (
+        dict(correlation=dict(val=UP, test=OPEN), images=500),
+        'cannot be told on test',
+        ['four times the 500'],
+    ),
     (dict(router_gain=UP), 'worth 2.0 (1.0 to 3.0) AP over random', []),
-    (dict(router_gain=UP, half_share=0.69), 'At 69% hard, the nearest to half that ties allow, the router is worth', []),
-    (dict(router_gain=DOWN), 'costs 2.0 (1.0 to 3.0) AP', ['counts what AP counts', 'held-out part']),
+    (
+        dict(router_gain=UP, half_share=0.69),
+        'At 69% hard, the nearest to half that ties allow, the router is worth',
+        [],
+    ),
+    (
+        dict(router_gain=DOWN),
+        'costs 2.0 (1.0 to 3.0) AP',
+        ['counts what AP counts', 'held-out part'],
+    ),
     (dict(router_gain=OPEN), 'difference from random routing cannot be told', []),
-    (dict(normalised_gain=(0.5, 0.3, 0.7)),
-     "beats random routing at half hard: normalised gain 0.50 (0.30 to 0.70), more than the paper's", []),
-    (dict(normalised_gain=(0.2, 0.1, 0.3)), "not told from the paper's", []),
-    (dict(normalised_gain=(0.1, 0.05, 0.15)), "less than the paper's", ['counts what AP counts']),
-    (dict(normalised_gain=(-0.1, -0.15, -0.05)), 'worse than random', ['counts what AP counts', 'held-out part']),
-    (dict(normalised_gain=OPEN), 'beats random routing at half hard cannot be told', []),
+    (
+        dict(normalized_gain=(0.5, 0.3, 0.7)),
+        'beats random routing at half hard: normalized gain 0.50 (0.30 to 0.70), more than the '
+        "paper's",
+        [],
+    ),
+    (dict(normalized_gain=(0.2, 0.1, 0.3)), "not told from the paper's", []),
+    (dict(normalized_gain=(0.1, 0.05, 0.15)), "less than the paper's", ['counts what AP counts']),
+    (
+        dict(normalized_gain=(-0.1, -0.15, -0.05)),
+        'worse than random',
+        ['counts what AP counts', 'held-out part'],
+    ),
+    (dict(normalized_gain=OPEN), 'beats random routing at half hard cannot be told', []),
     (dict(efficacy=(0.7, 0.6, 0.8)), 'more than half', []),
     (dict(efficacy=(0.5, 0.4, 0.6)), 'gets a part', []),
     (dict(efficacy=(0.2, 0.1, 0.3)), 'less than half', ['richer inputs']),
-    (dict(efficacy=(-0.2, -0.3, -0.1)), 'worse than chance', ['counts what AP counts', 'held-out part']),
+    (
+        dict(efficacy=(-0.2, -0.3, -0.1)),
+        'worse than chance',
+        ['counts what AP counts', 'held-out part'],
+    ),
     (dict(efficacy=OPEN), 'honest oracle gets cannot be told', ['four times as many']),
-    (dict(spread=0.001), 'nearly all the same', ['standardised']),
+    (dict(spread=0.001), 'nearly all the same', ['standardized']),
     (dict(transfer=dict(asked=0.5, got=(0.6, 0.55, 0.65))), 'too many images', ['Calibrate']),
     (dict(transfer=dict(asked=0.5, got=(0.4, 0.35, 0.45))), 'too few images', ['Calibrate']),
     (dict(transfer=dict(asked=0.5, got=(0.52, 0.48, 0.56))), 'a difference cannot be told', []),
     (dict(peers=dict(count=UP, entropy=(3, 2, 4))), "'entropy', by 3.0", ["Route by 'entropy'"]),
     (dict(peers=dict(count=OPEN)), 'cannot be told of any', []),
-    (dict(strata=[dict(name='one object', gap=(0, -1, 1)), dict(name='many', gap=(8, 7, 9)),
-                  dict(name='few', gap=(3, 2, 4))]),
-     '8.0 (7.0 to 9.0) AP on many, 0.0 (-1.0 to 1.0) on one object', []),
-    (dict(strata=[dict(name='easy', gap=(-28, -30, -26)), dict(name='hard', gap=(19, 17, 21))]),
-     'does harm on easy', []),
-    (dict(strata=[dict(name='easy', gap=(3.1, 1, 5)), dict(name='hard', gap=(2.0, 0, 4))]),
-     'differs between the 2 strata cannot be told', ['resolution']),
+    (
+        dict(
+            strata=[
+                dict(name='one object', gap=(0, -1, 1)),
+                dict(name='many', gap=(8, 7, 9)),
+                dict(name='few', gap=(3, 2, 4)),
+            ]
+        ),
+        '8.0 (7.0 to 9.0) AP on many, 0.0 (-1.0 to 1.0) on one object',
+        [],
+    ),
+    (
+        dict(strata=[dict(name='easy', gap=(-28, -30, -26)), dict(name='hard', gap=(19, 17, 21))]),
+        'does harm on easy',
+        [],
+    ),
+    (
+        dict(strata=[dict(name='easy', gap=(3.1, 1, 5)), dict(name='hard', gap=(2.0, 0, 4))]),
+        'differs between the 2 strata cannot be told',
+        ['resolution'],
+    ),
 ]
 
 
@@ -99,7 +179,7 @@ def test_each_branch(figures, sentence, advice):
     said = diagnose(figures)
     known = [one for one in said if not one.startswith(ADVISES)]
     assert any(sentence in one for one in known)
-    hints = said[len(known):]
+    hints = said[len(known) :]
     assert len(hints) == len(advice) and all(part in hint for part, hint in zip(advice, hints))
 
 
@@ -119,8 +199,9 @@ def test_wide_enough_difficulties_are_not_spoken_of():
     assert diagnose(dict(spread=0.4)) == []
 
 
-@pytest.mark.parametrize('open_estimate', [OPEN, (2.0, None, None), (math.nan, ) * 3, (0.0, 0.0, 0.0),
-                                           (-0.1, -9.0, 0.0)])
+@pytest.mark.parametrize(
+    'open_estimate', [OPEN, (2.0, None, None), (math.nan,) * 3, (0.0, 0.0, 0.0), (-0.1, -9.0, 0.0)]
+)
 def test_nothing_is_claimed_where_intervals_include_zero(open_estimate):
     figures = dict(
         gap=open_estimate,
@@ -129,66 +210,103 @@ def test_nothing_is_claimed_where_intervals_include_zero(open_estimate):
         loss_shares=dict(train=open_estimate, held_out=open_estimate),
         correlation=dict(val=open_estimate, test=open_estimate),
         router_gain=open_estimate,
-        normalised_gain=open_estimate,
+        normalized_gain=open_estimate,
         efficacy=open_estimate,
         transfer=dict(asked=0.0, got=open_estimate),
-        peers=dict(count=open_estimate))
+        peers=dict(count=open_estimate),
+    )
     for name, figure in figures.items():
-        said = [sentence for sentence in diagnose({name: figure})
-                if not sentence.startswith(('Try', 'Measure', 'Train', 'Calibrate'))]
+        said = [
+            sentence
+            for sentence in diagnose({name: figure})
+            if not sentence.startswith(('Try', 'Measure', 'Train', 'Calibrate'))
+        ]
         assert said or name in ('strata', 'peers')
         assert all('cannot be told' in sentence for sentence in said)
-    assert 'figure' not in text(**figures) and 'normalised gain 2' not in text(**figures)
+    assert 'figure' not in text(**figures) and 'normalized gain 2' not in text(**figures)
 
 
 def test_ratios_to_nothing_are_left_out():
-    assert 'normalised gain 0.5' in text(gap=UP, normalised_gain=(0.5, 0.3, 0.7))
+    assert 'normalized gain 0.5' in text(gap=UP, normalized_gain=(0.5, 0.3, 0.7))
     for gap in (OPEN, DOWN):
-        assert 'normalised gain 0.5' not in text(gap=gap, normalised_gain=(0.5, 0.3, 0.7))
+        assert 'normalized gain 0.5' not in text(gap=gap, normalized_gain=(0.5, 0.3, 0.7))
     assert 'efficacy' in text(honest_gain=UP, efficacy=(0.7, 0.6, 0.8))
     for honest in (OPEN, DOWN):
         assert 'efficacy' not in text(honest_gain=honest, efficacy=(0.7, 0.6, 0.8))
 
 
 def test_a_benefit_that_is_predicted_and_does_not_pay():
-    said = text(gap=UP, correlation=dict(val=(0.39, 0.3, 0.5)), normalised_gain=(0.02, -0.1, 0.1))
+    said = text(gap=UP, correlation=dict(val=(0.39, 0.3, 0.5)), normalized_gain=(0.02, -0.1, 0.1))
     assert 'counts what AP counts' in said
-    assert 'counts what AP counts' not in text(gap=UP, correlation=dict(val=OPEN), normalised_gain=OPEN)
+    assert 'counts what AP counts' not in text(
+        gap=UP, correlation=dict(val=OPEN), normalized_gain=OPEN
+    )
 
 
 def test_many_looks_need_more_to_tell():
-    """Two intervals that just part tell; the same two among ten do not, nor does one peer of many."""
+    """Two intervals that just part tell; the same two among ten do not, nor does one peer of
+    many."""
     pair = [dict(name='a', gap=(0, -1, 1)), dict(name='b', gap=(1.8, 0.8, 2.8))]
     assert 'on b' in text(strata=pair)
     others = [dict(name=str(index), gap=(0.9, -0.1, 1.9)) for index in range(8)]
     assert 'cannot be told' in text(strata=pair + others)
     lead = (1.0, 0.1, 1.9)
     assert "'a'" in text(peers=dict(a=lead))
-    assert 'cannot be told' in text(peers=dict(a=lead, **{str(index): (0, -1, 1) for index in range(9)}))
+    assert 'cannot be told' in text(
+        peers=dict(a=lead, **{str(index): (0, -1, 1) for index in range(9)})
+    )
 
 
 def test_advice_comes_last_and_once():
-    said = diagnose(dict(gap=OPEN, honest_gain=OPEN, efficacy=DOWN, correlation=dict(val=DOWN, test=DOWN)))
+    said = diagnose(
+        dict(gap=OPEN, honest_gain=OPEN, efficacy=DOWN, correlation=dict(val=DOWN, test=DOWN))
+    )
     assert len(said) == len(set(said))
     advises = [sentence.startswith(('Try', 'Train', 'Measure')) for sentence in said]
     assert any(advises) and advises == sorted(advises)
 
 
 def test_the_issues_tables_read_as_the_issue_does():
-    """Exits of equal resolution: a uniform benefit, remembered images; then exits of different resolution."""
+    """Exits of equal resolution: a uniform benefit, remembered images; then exits of different
+    resolution."""
     equal = text(
-        images=1500, gap=(2.4, 1.5, 3.3),
-        strata=[dict(name='the easy half', gap=(3.1, 1.9, 4.3)), dict(name='the rest', gap=(2.0, 0.2, 3.8))],
+        images=1500,
+        gap=(2.4, 1.5, 3.3),
+        strata=[
+            dict(name='the easy half', gap=(3.1, 1.9, 4.3)),
+            dict(name='the rest', gap=(2.0, 0.2, 3.8)),
+        ],
         honest_gain=(0.1, -0.2, 0.4),
         loss_shares=dict(train=(0.91, 0.89, 0.93), held_out=(0.68, 0.66, 0.70)),
-        correlation=dict(val=(0.1, 0.05, 0.15)), normalised_gain=(-0.10, -0.19, -0.01))
-    for part in ('is better than', 'the same everywhere', 'remember', 'worse than random', 'resolution'):
+        correlation=dict(val=(0.1, 0.05, 0.15)),
+        normalized_gain=(-0.10, -0.19, -0.01),
+    )
+    for part in (
+        'is better than',
+        'the same everywhere',
+        'remember',
+        'worse than random',
+        'resolution',
+    ):
         assert part in equal
     different = text(
-        images=1500, gap=(2.3, 1.0, 3.6),
-        strata=[dict(name='the easy half', gap=(-27.8, -30, -25)), dict(name='the rest', gap=(19.1, 16, 22))],
-        honest_gain=(7, 6, 8), correlation=dict(val=(0.67, 0.64, 0.7)), normalised_gain=(2.8, 1.5, 5.0),
-        efficacy=(0.8, 0.7, 0.9))
-    for part in ('differs by kind', 'harm on the easy half', 'not by luck', 'beats', 'more than half'):
+        images=1500,
+        gap=(2.3, 1.0, 3.6),
+        strata=[
+            dict(name='the easy half', gap=(-27.8, -30, -25)),
+            dict(name='the rest', gap=(19.1, 16, 22)),
+        ],
+        honest_gain=(7, 6, 8),
+        correlation=dict(val=(0.67, 0.64, 0.7)),
+        normalized_gain=(2.8, 1.5, 5.0),
+        efficacy=(0.8, 0.7, 0.9),
+    )
+    for part in (
+        'differs by kind',
+        'harm on the easy half',
+        'not by luck',
+        'beats',
+        'more than half',
+    ):
         assert part in different
     assert 'Try' not in different

@@ -25,19 +25,24 @@ def by_pycocotools(coco, record, choice):
 
 
 def with_copies(coco, record, choice, weights):
-    """pycocotools' scores where each image is there as often as its weight says, copies side by side."""
+    """pycocotools' scores where each image is there as often as its weight says, copies side by
+    side."""
     ids, annotations, results = [], [], []
     for index in np.argsort([image['id'] for image in record['images']]):
         image = record['images'][index]
         for _ in range(weights[index]):
             ids.append(len(ids) + 1)
-            annotations += [{**own, 'image_id': ids[-1], 'id': len(annotations) + count}
-                            for count, own in enumerate(coco.imgToAnns[image['id']], 1)]
+            annotations += [
+                {**own, 'image_id': ids[-1], 'id': len(annotations) + count}
+                for count, own in enumerate(coco.imgToAnns[image['id']], 1)
+            ]
             results += [dict(own, image_id=ids[-1]) for own in image['detections'][choice[index]]]
     return evaluate(build_coco(ids, annotations, coco.cats), results)
 
 
-@pytest.mark.parametrize('seed, exits, ties', [(0, 2, True), (1, 3, False), (2, 2, True), (3, 4, False)])
+@pytest.mark.parametrize(
+    'seed, exits, ties', [(0, 2, True), (1, 3, False), (2, 2, True), (3, 4, False)]
+)
 def test_equals_pycocotools(seed, exits, ties):
     coco, record = random_case(seed=seed, exits=exits, ties=ties)
     mixtures, generator = Mixtures(record, coco), np.random.default_rng(seed)
@@ -64,7 +69,9 @@ def test_more_detections_than_count():
     # 100 of an image and category are looked at: the surest.
     coco, record = random_case(images=4, others=900)
     assert max(len(found) for image in record['images'] for found in image['detections']) > 400
-    assert_same(Mixtures(record, coco).scores([0, 1, 0, 1]), by_pycocotools(coco, record, [0, 1, 0, 1]))
+    assert_same(
+        Mixtures(record, coco).scores([0, 1, 0, 1]), by_pycocotools(coco, record, [0, 1, 0, 1])
+    )
     # The one that is right is the 101st: it does not count. One that is wrong less, and it does.
     false = [found([100 + index, 10, 5, 5], score=0.9)[0] for index in range(100)]
     right = found(BOX, score=0.1)
@@ -74,7 +81,8 @@ def test_more_detections_than_count():
 
 
 def test_equal_scores_go_by_image_id():
-    # A false and a right detection, equally sure: precision 1/2 if the false one comes first, else 1.
+    # A false and a right detection, equally sure: precision 1/2 if the false one comes first, else
+    # 1.
     coco = ground_truth([[], [BOX]])
     record = make_record([0.5, 0.5], [found(BOX), found(BOX)], [[], found(BOX)])
     for images in (record['images'], record['images'][::-1]):
@@ -85,8 +93,13 @@ def test_equal_scores_go_by_image_id():
 
 def test_crowds_are_neither_right_nor_wrong():
     crowd = [100, 100, 50, 50]
-    coco = build_coco([1], [dict(image_id=1, bbox=BOX, category_id=7),
-                            dict(image_id=1, bbox=crowd, category_id=7, iscrowd=1)])
+    coco = build_coco(
+        [1],
+        [
+            dict(image_id=1, bbox=BOX, category_id=7),
+            dict(image_id=1, bbox=crowd, category_id=7, iscrowd=1),
+        ],
+    )
     inside = [found([110 + 9 * index, 110, 8, 8], score=0.95)[0] for index in range(3)]
     record = make_record([0.5], [inside + found(BOX)], [inside + found([1, 100, 9, 9], score=0.99)])
     mixtures = Mixtures(record, coco)
@@ -124,7 +137,9 @@ def test_part_of_the_data_set():
     weights[5:17] = 1
     whole = np.zeros(30, int)
     whole[5:17] = choice
-    assert Mixtures(record, coco).ap(whole, weights) == pytest.approx(Mixtures(part, coco).ap(choice))
+    assert Mixtures(record, coco).ap(whole, weights) == pytest.approx(
+        Mixtures(part, coco).ap(choice)
+    )
 
 
 def test_image_ap():
@@ -142,11 +157,15 @@ def test_image_ap():
 
 def test_image_ap_by_hand():
     coco = ground_truth([[BOX, [100, 100, 20, 20]], [], [BOX]])
-    record = make_record([0.5] * 3, [found(BOX), found(BOX), found([10, 10, 20, 16])],
-                         [found(BOX, [100, 100, 20, 20]), [], []])
+    record = make_record(
+        [0.5] * 3,
+        [found(BOX), found(BOX), found([10, 10, 20, 16])],
+        [found(BOX, [100, 100, 20, 20]), [], []],
+    )
     # Half of the objects: 51 of 101 recalls. IoU 0.8: right at seven of ten thresholds.
     assert Mixtures(record, coco).image_ap() == pytest.approx(
-        np.array([[100 * 51 / 101, 0, 70], [100, 0, 0]]))
+        np.array([[100 * 51 / 101, 0, 70], [100, 0, 0]])
+    )
 
 
 def test_views():
@@ -158,8 +177,11 @@ def test_views():
         image['view'] = image['detections']
         image['detections'] = image['detections'][::-1]
     choice = np.arange(10) % 2
-    original, views, swapped = Mixtures(record, coco), Mixtures(turned, coco, view=True), Mixtures(turned,
-                                                                                                   coco)
+    original, views, swapped = (
+        Mixtures(record, coco),
+        Mixtures(turned, coco, view=True),
+        Mixtures(turned, coco),
+    )
     assert views.ap(choice) == original.ap(choice) == swapped.ap(1 - choice) != swapped.ap(choice)
 
 
@@ -168,8 +190,11 @@ def test_expected_ap():
     mixtures, choice = Mixtures(record, coco), np.arange(30) % 2
     weights = np.random.default_rng(0).multinomial(30, [1 / 30] * 30)
     assert mixtures.expected_ap(np.eye(2)[choice]) == pytest.approx(mixtures.ap(choice))
-    assert mixtures.expected_ap(np.eye(2)[choice], weights) == pytest.approx(mixtures.ap(choice, weights))
-    # Exit 1 finds the object, exit 0 something else, as sure: of two expected detections, one right half.
+    assert mixtures.expected_ap(np.eye(2)[choice], weights) == pytest.approx(
+        mixtures.ap(choice, weights)
+    )
+    # Exit 1 finds the object, exit 0 something else, as sure: of two expected detections, one right
+    # half.
     record = make_record([0.5], [found([100, 100, 20, 20])], [found(BOX)])
     coins = Mixtures(record, ground_truth([[BOX]])).expected_ap([[0.5, 0.5]])
     # At recalls up to a half, 51 of 101, precision is 1/2: the image's false half comes first.
@@ -178,9 +203,17 @@ def test_expected_ap():
         mixtures.expected_ap(np.ones((30, 2)))
 
 
-@pytest.mark.parametrize('choice, weights', [([0] * 9, None), ([2] * 10, None), ([-1] * 10, None),
-                                             ([0] * 10, [1] * 9), ([0] * 10, [0.5] * 10),
-                                             ([0] * 10, [-1] * 10)])
+@pytest.mark.parametrize(
+    'choice, weights',
+    [
+        ([0] * 9, None),
+        ([2] * 10, None),
+        ([-1] * 10, None),
+        ([0] * 10, [1] * 9),
+        ([0] * 10, [0.5] * 10),
+        ([0] * 10, [-1] * 10),
+    ],
+)
 def test_bad_choices(choice, weights):
     coco, record = random_case(images=10)
     with pytest.raises(ValueError, match='wanted|whole numbers'):
@@ -197,13 +230,17 @@ def test_bad_records():
 def test_annotations_of_another_split_are_refused():
     """Splits may share ids and file names."""
     coco, record = random_case(images=10)
-    own = [dict(image, objects=len(coco.getAnnIds(imgIds=[image['id']], iscrowd=False)))
-           for image in record['images']]
+    own = [
+        dict(image, objects=len(coco.getAnnIds(imgIds=[image['id']], iscrowd=False)))
+        for image in record['images']
+    ]
     check_truth(dict(record, images=own), coco)
     few = [dict(image, objects=image['objects'] + (index < 4)) for index, image in enumerate(own)]
     check_truth(dict(record, images=few), coco)
     with pytest.raises(UsageError, match='10 of 10 images have another number of objects'):
-        check_truth(dict(record, images=[dict(image, objects=image['objects'] + 1) for image in own]), coco)
+        check_truth(
+            dict(record, images=[dict(image, objects=image['objects'] + 1) for image in own]), coco
+        )
     foreign = copy.deepcopy(record)
     foreign['images'][0]['detections'][0] = [dict(bbox=[0, 0, 5, 5], score=0.5, category_id=77)]
     with pytest.raises(UsageError, match='category 77'):
@@ -222,13 +259,16 @@ def test_agrees_with_faster_coco_eval():
     """An implementation of its own, in C++."""
     from faster_coco_eval import COCO as FasterCOCO
     from faster_coco_eval import COCOeval_faster
+
     coco, record = random_case(seed=8, ties=False)
     choice = np.random.default_rng(8).integers(0, 2, 30)
     with contextlib.redirect_stdout(io.StringIO()):
         theirs = FasterCOCO(coco.dataset)
         evaluator = COCOeval_faster(theirs, theirs.loadRes(mix(record, choice)), 'bbox')
         evaluator.run()
-    expected = dict(zip(('ap', 'ap50', 'small', 'medium', 'large'), 100 * evaluator.stats[[0, 1, 3, 4, 5]]))
+    expected = dict(
+        zip(('ap', 'ap50', 'small', 'medium', 'large'), 100 * evaluator.stats[[0, 1, 3, 4, 5]])
+    )
     assert_same(Mixtures(record, coco).scores(choice), expected)
 
 
@@ -240,7 +280,9 @@ def test_a_detector_of_some_categories_is_judged_by_these_alone(tmp_path, capsys
     known, *others = sorted(coco.cats)
     assert others
     for image in record['images']:
-        image['detections'] = [[one for one in own if one['category_id'] == known] for own in image['detections']]
+        image['detections'] = [
+            [one for one in own if one['category_id'] == known] for own in image['detections']
+        ]
         image['objects'] = len(coco.getAnnIds(imgIds=[image['id']], catIds=[known], iscrowd=False))
     evaluator = COCOeval(coco, coco.loadRes(mix(record, [0] * 20)), 'bbox')
     evaluator.params.catIds = [known]
@@ -251,6 +293,8 @@ def test_a_detector_of_some_categories_is_judged_by_these_alone(tmp_path, capsys
     own = read_truth(str(path), [known])
     assert capsys.readouterr().out == ''
     check_truth(record, own)
-    assert Mixtures(record, own).ap([0] * 20) == pytest.approx(100 * precision[precision > -1].mean())
+    assert Mixtures(record, own).ap([0] * 20) == pytest.approx(
+        100 * precision[precision > -1].mean()
+    )
     whole = read_truth(str(path), coco.cats)
     assert Mixtures(record, whole).ap([0] * 20) < Mixtures(record, own).ap([0] * 20)

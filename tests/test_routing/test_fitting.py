@@ -1,24 +1,32 @@
 """Routers that are fit to arrays: what can be learned is, what cannot is not."""
+
 import contextlib
 import io
 
 import numpy as np
 import pytest
 import torch
-from conftest import SEED
 from pycocotools.coco import COCO
 
+from conftest import SEED
 from dynamicdet.errors import UsageError
 from dynamicdet.models import Router
 from dynamicdet.routing import build_objective, quantiles_of
-from dynamicdet.routing.fitting import _best_constant, features_of, fit_router, gains_of, rank_correlation
+from dynamicdet.routing.fitting import (
+    _best_constant,
+    features_of,
+    fit_router,
+    gains_of,
+    rank_correlation,
+)
 
 #: Half of the fits of the defaults.
 QUICK = dict(weight_decays=(0.01, 1.0), folds=2, seed=SEED)
 
 
 def problem(n, noise=0.0, seed=0):
-    """(n, 24) features around 5 from four hidden factors; gains from two of these, skewed, and noise."""
+    """(n, 24) features around 5 from four hidden factors; gains from two of these, skewed, and
+    noise."""
     rng = np.random.default_rng(seed)
     hidden = rng.normal(size=(n, 4))
     mix = np.random.default_rng(99).normal(size=(4, 24))
@@ -35,10 +43,17 @@ def difficulties(fit, features):
         return router.score(torch.from_numpy(features)).numpy()
 
 
-@pytest.mark.parametrize('objective', [
-    'paper', 'rank', dict(type='rank', error='squared'), 'pairwise', 'gain',
-    dict(type='gain', share=0.2)
-])
+@pytest.mark.parametrize(
+    'objective',
+    [
+        'paper',
+        'rank',
+        dict(type='rank', error='squared'),
+        'pairwise',
+        'gain',
+        dict(type='gain', share=0.2),
+    ],
+)
 def test_a_predictable_gain_is_learned(objective):
     fit = fit_router(*problem(400), objective, **QUICK)
     features, gains = problem(500, seed=1)
@@ -65,7 +80,8 @@ def test_noise_is_not_learned(objective):
 
 
 def test_views_of_an_image_stay_together():
-    """Each image twice, with a gain of pure noise: apart, a view tells of the other, and it looks learnable."""
+    """Each image twice, with a gain of pure noise: apart, a view tells of the other, and it looks
+    learnable."""
     rng = np.random.default_rng(0)
     features = np.repeat(rng.normal(size=(150, 60)), 2, axis=0).astype(np.float32)
     gains = np.repeat(rng.normal(size=150), 2)
@@ -80,14 +96,17 @@ def test_a_regression_starts_at_its_mean():
     gains = torch.from_numpy(np.random.default_rng(0).normal(size=200)).float()
     quantiles = quantiles_of(gains.tolist())
     best = _best_constant(objective, gains, quantiles)
-    errors = [objective.loss(torch.full((200, ), best + step), gains, quantiles) for step in (-0.01, 0, 0.01)]
+    errors = [
+        objective.loss(torch.full((200,), best + step), gains, quantiles)
+        for step in (-0.01, 0, 0.01)
+    ]
     assert errors[1] < errors[0] and errors[1] < errors[2]
 
 
 def test_the_same_seed_gives_the_same_router():
     data = problem(120, noise=1.0)
     state = torch.get_rng_state()
-    first, second, other = (fit_router(*data, 'rank', steps=(3, ), seed=seed) for seed in (0, 0, 1))
+    first, second, other = (fit_router(*data, 'rank', steps=(3,), seed=seed) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, second.state[name]) for name, value in first.state.items())
     assert not torch.equal(first.state['fc1.weight'], other.state['fc1.weight'])
@@ -97,11 +116,24 @@ def test_what_comes_back():
     features, gains = problem(90)
     features[:, 3] = 7
     seen = []
-    fit = fit_router(features, gains, 'paper', hidden=5, steps=(2, 4), weight_decays=(0.1, 1.0), folds=2,
-                     progress=lambda done, total: seen.append((done, total)))
+    fit = fit_router(
+        features,
+        gains,
+        'paper',
+        hidden=5,
+        steps=(2, 4),
+        weight_decays=(0.1, 1.0),
+        folds=2,
+        progress=lambda done, total: seen.append((done, total)),
+    )
     assert {name: tuple(value.shape) for name, value in fit.state.items()} == {
-        'mean': (24, ), 'std': (24, ), 'fc1.weight': (5, 24), 'fc1.bias': (5, ), 'fc2.weight': (1, 5),
-        'fc2.bias': (1, )}
+        'mean': (24,),
+        'std': (24,),
+        'fc1.weight': (5, 24),
+        'fc1.bias': (5,),
+        'fc2.weight': (1, 5),
+        'fc2.bias': (1,),
+    }
     np.testing.assert_allclose(fit.state['mean'], features.mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(fit.state['std'][:3], features.std(axis=0)[:3], rtol=1e-4)
     assert fit.state['std'][3] > 0
@@ -112,22 +144,25 @@ def test_what_comes_back():
 
 def test_rank_correlation_by_hand():
     """Ranks 1, 2, 3 against 0, 0, 3: covariance 1, over sqrt(2/3 * 2)."""
-    assert rank_correlation([0.1, 0.2, 9.0], [0, 0, 3]) == pytest.approx(1 / (2 / 3 * 2)**0.5)
+    assert rank_correlation([0.1, 0.2, 9.0], [0, 0, 3]) == pytest.approx(1 / (2 / 3 * 2) ** 0.5)
     assert rank_correlation([3, 2, 1], [1, 2, 3]) == pytest.approx(-1)
     assert rank_correlation([1, 1, 1], [1, 2, 3]) == rank_correlation([1, 2, 3], [2, 2, 2]) == 0
     # Ties share a rank: 1.5, 1.5, 3.
     assert rank_correlation([0, 0, 1], [1.5, 1.5, 3]) == pytest.approx(1)
 
 
-@pytest.mark.parametrize('change, said', [
-    (dict(gains=np.zeros(7)), r'got \(9, 2\) and \(7,\)'),
-    (dict(features=np.zeros(9)), r'got \(9,\)'),
-    (dict(gains=np.full(9, np.nan)), 'must be finite'),
-    (dict(folds=5), '9 images cannot be cross-validated in 5 folds'),
-    (dict(folds=1), 'take 2 folds or more'),
-    (dict(groups=[0] * 9), '1 images cannot'),
-    (dict(objective='best'), 'objective must be one of'),
-])
+@pytest.mark.parametrize(
+    'change, said',
+    [
+        (dict(gains=np.zeros(7)), r'got \(9, 2\) and \(7,\)'),
+        (dict(features=np.zeros(9)), r'got \(9,\)'),
+        (dict(gains=np.full(9, np.nan)), 'must be finite'),
+        (dict(folds=5), '9 images cannot be cross-validated in 5 folds'),
+        (dict(folds=1), 'take 2 folds or more'),
+        (dict(groups=[0] * 9), '1 images cannot'),
+        (dict(objective='best'), 'objective must be one of'),
+    ],
+)
 def test_what_is_refused(change, said):
     with pytest.raises(UsageError, match=said):
         fit_router(**{**dict(features=np.eye(9, 2), gains=np.arange(9.0)), **change})
@@ -143,12 +178,28 @@ def box(x, score):
 @pytest.fixture
 def record():
     """Exit 0 finds the object of image 4, exit 2 those of both images; exit 1 does not matter."""
-    return dict(images=[
-        dict(id=7, file='7.jpg', difficulty=0.5, losses=[3.0, 9.0, 1.0], objects=2,
-             features=np.array([1, 2], np.float32), detections=[[], [], [box(0, 0.9), box(50, 0.8)]]),
-        dict(id=4, file='4.jpg', difficulty=0.5, losses=[1.0, 9.0, 1.5], objects=1,
-             features=np.array([3, 4], np.float32), detections=[[box(0, 0.9)], [], [box(0, 0.9)]]),
-    ])
+    return dict(
+        images=[
+            dict(
+                id=7,
+                file='7.jpg',
+                difficulty=0.5,
+                losses=[3.0, 9.0, 1.0],
+                objects=2,
+                features=np.array([1, 2], np.float32),
+                detections=[[], [], [box(0, 0.9), box(50, 0.8)]],
+            ),
+            dict(
+                id=4,
+                file='4.jpg',
+                difficulty=0.5,
+                losses=[1.0, 9.0, 1.5],
+                objects=1,
+                features=np.array([3, 4], np.float32),
+                detections=[[box(0, 0.9)], [], [box(0, 0.9)]],
+            ),
+        ]
+    )
 
 
 @pytest.fixture
@@ -156,9 +207,13 @@ def coco():
     coco = COCO()
     objects = [(7, 0), (7, 50), (4, 0)]
     coco.dataset = dict(
-        images=[dict(id=4), dict(id=7)], categories=[dict(id=1, name='it')],
-        annotations=[dict(id=index, image_id=image, bbox=[x, 0, 10, 10], area=100, iscrowd=0, category_id=1)
-                     for index, (image, x) in enumerate(objects, 1)])
+        images=[dict(id=4), dict(id=7)],
+        categories=[dict(id=1, name='it')],
+        annotations=[
+            dict(id=index, image_id=image, bbox=[x, 0, 10, 10], area=100, iscrowd=0, category_id=1)
+            for index, (image, x) in enumerate(objects, 1)
+        ],
+    )
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
@@ -171,10 +226,14 @@ def test_gains_of_a_record_by_hand(record, coco):
     assert features_of(record).tolist() == [[1, 2], [3, 4]]
 
 
-@pytest.mark.parametrize('lacking, kind', [('losses', 'loss'), ('losses', 'loss_sum'), ('objects', 'loss_sum')])
+@pytest.mark.parametrize(
+    'lacking, kind', [('losses', 'loss'), ('losses', 'loss_sum'), ('objects', 'loss_sum')]
+)
 def test_a_record_that_lacks_something_is_refused(record, lacking, kind):
     del record['images'][1][lacking]
-    with pytest.raises(UsageError, match=f'the record has no {lacking}: make it with tools/record.py'):
+    with pytest.raises(
+        UsageError, match=f'the record has no {lacking}: make it with tools/record.py'
+    ):
         gains_of(record, kind)
 
 

@@ -6,7 +6,7 @@ from routing_cases import BOX, found, ground_truth, make_record
 
 from dynamicdet.routing.curve import Chance
 from dynamicdet.routing.evaluation import Mixtures
-from dynamicdet.routing.merit import efficacy, normalised_gain
+from dynamicdet.routing.merit import efficacy, normalized_gain
 
 IMAGES = 40
 FIFTHS = (0.2, 0.4, 0.6, 0.8)
@@ -18,8 +18,10 @@ def make_chance(first, second, **options):
     """Images of one object each; ``first``, ``second``: whether an exit finds it."""
     detections = [[found(BOX) if hit else [] for hit in hits] for hits in (first, second)]
     record = make_record([0.5] * len(first), *detections)
-    return Chance(Mixtures(record, ground_truth([[BOX]] * len(first))),
-                  **dict(dict(draws=20, resamples=40), **options))
+    return Chance(
+        Mixtures(record, ground_truth([[BOX]] * len(first))),
+        **dict(dict(draws=20, resamples=40), **options),
+    )
 
 
 @pytest.fixture(scope='module')
@@ -39,8 +41,8 @@ PERFECT = np.arange(IMAGES)[::-1]
 
 
 def test_gain_of_a_perfect_router(chance):
-    half, = hardest(PERFECT, [0.5])
-    found = normalised_gain(chance, half)
+    (half,) = hardest(PERFECT, [0.5])
+    found = normalized_gain(chance, half)
     # All that exit 1 gains at half the cost: half of it is above the chord.
     assert (found['hard_share'], found['ap']) == (0.5, pytest.approx(100))
     assert found['chord'] == pytest.approx((HALF_FOUND + 100) / 2)
@@ -51,20 +53,20 @@ def test_gain_of_a_perfect_router(chance):
 
 
 def test_gain_of_an_inverted_router(chance):
-    half, = hardest(PERFECT[::-1], [0.5])
-    assert normalised_gain(chance, half)['gain'] == pytest.approx(-0.5)
+    (half,) = hardest(PERFECT[::-1], [0.5])
+    assert normalized_gain(chance, half)['gain'] == pytest.approx(-0.5)
 
 
 def test_gain_of_an_interleaved_router(chance):
     # Half of what is hard is what gains: on the chord, but for the steps of recall.
-    found = normalised_gain(chance, np.arange(IMAGES) % 2 == 1)
+    found = normalized_gain(chance, np.arange(IMAGES) % 2 == 1)
     assert found['gain'] == pytest.approx(0, abs=0.03)
     assert found['low'] < -0.1 and found['high'] > 0.1
 
 
 def test_gain_goes_by_the_share_that_there_is(chance):
-    quarter, = hardest(PERFECT, [0.25])
-    found = normalised_gain(chance, quarter)
+    (quarter,) = hardest(PERFECT, [0.25])
+    found = normalized_gain(chance, quarter)
     # Ten of the twenty that gain: 30 of 40 found.
     assert found['hard_share'] == 0.25 and found['ap'] == pytest.approx(100 * 76 / 101)
     assert found['gain'] == pytest.approx((76 - 51 - 0.25 * 50) / 50)
@@ -72,13 +74,13 @@ def test_gain_goes_by_the_share_that_there_is(chance):
 
 def test_gain_at_the_ends_is_nothing(chance):
     for end in (False, True):
-        found = normalised_gain(chance, [end] * IMAGES)
+        found = normalized_gain(chance, [end] * IMAGES)
         assert found['gain'] == pytest.approx(0) and found['low'] == found['high'] == 0
 
 
 def test_no_gain_between_equal_exits():
     same = make_chance([True, False] * 10, [True, False] * 10)
-    found = normalised_gain(same, np.arange(20) < 10)
+    found = normalized_gain(same, np.arange(20) < 10)
     assert (found['gain'], found['low'], found['high']) == (None, None, None)
     assert found['range'] == 0 and found['ap'] == pytest.approx(found['chord'])
 
@@ -86,15 +88,15 @@ def test_no_gain_between_equal_exits():
 def test_exits_that_are_not_told_apart_have_no_interval():
     # Either finds what the other does not, exit 1 one more.
     hits = np.arange(21) < 10
-    found = normalised_gain(make_chance(hits, ~hits), ~hits)
+    found = normalized_gain(make_chance(hits, ~hits), ~hits)
     assert found['gain'] > 5
     assert found['low'] is None and found['high'] is None
 
 
 def test_a_worse_exit_turns_the_sign(chance):
-    half, = hardest(PERFECT, [0.5])
+    (half,) = hardest(PERFECT, [0.5])
     swapped = make_chance([True] * IMAGES, np.arange(IMAGES) < IMAGES // 2)
-    found = normalised_gain(swapped, ~half)
+    found = normalized_gain(swapped, ~half)
     assert found['ap'] == pytest.approx(100) and found['range'] < 0
     assert found['gain'] == pytest.approx(-0.5)
 
@@ -118,8 +120,10 @@ def test_efficacy_of_the_inverted_router(chance):
 
 def test_efficacy_of_random_routers_is_nothing(chance):
     shares, generator = [0.25, 0.5, 0.75], np.random.default_rng(0)
-    found = [efficacy(chance, hardest(generator.permutation(IMAGES), shares), hardest(PERFECT, shares))
-             for _ in range(10)]
+    found = [
+        efficacy(chance, hardest(generator.permutation(IMAGES), shares), hardest(PERFECT, shares))
+        for _ in range(10)
+    ]
     assert np.mean([each['efficacy'] for each in found]) == pytest.approx(0, abs=0.12)
     assert sum(each['low'] < 0 < each['high'] for each in found) >= 8
 
@@ -144,7 +148,8 @@ def test_no_efficacy_where_the_oracle_gains_nothing():
 
 
 def test_no_interval_for_an_oracle_that_may_be_luck():
-    # Exit 1 finds one object that exit 0 does not: half of the resamples are without it, or nearly so.
+    # Exit 1 finds one object that exit 0 does not: half of the resamples are without it, or nearly
+    # so.
     few = make_chance([False] + [True] * 11, [True] * 12)
     oracle = [np.arange(12) < 3]
     found = efficacy(few, oracle, oracle)
@@ -154,7 +159,7 @@ def test_no_interval_for_an_oracle_that_may_be_luck():
 def test_without_resamples(chance):
     quick = make_chance([True, False] * 10, [True] * 20, resamples=0)
     choice = np.arange(20) % 2 == 1
-    assert normalised_gain(quick, choice)['gain'] == pytest.approx(0.5)
-    assert normalised_gain(quick, choice)['low'] is None
+    assert normalized_gain(quick, choice)['gain'] == pytest.approx(0.5)
+    assert normalized_gain(quick, choice)['low'] is None
     found = efficacy(quick, [choice], [choice])
     assert found['efficacy'] == 1 and found['high'] is None

@@ -3,7 +3,14 @@ import pytest
 import torch
 
 from dynamicdet.errors import UsageError
-from dynamicdet.routing import OBJECTIVES, build_objective, image_aps, offset_of, quantiles_of, ranks_of
+from dynamicdet.routing import (
+    OBJECTIVES,
+    build_objective,
+    image_aps,
+    offset_of,
+    quantiles_of,
+    ranks_of,
+)
 
 #: 0, 1, ... 100: each percent is its own quantile.
 PERCENT = torch.arange(101.0)
@@ -28,8 +35,10 @@ def gradient(objective, logits, gains, quantiles=PERCENT):
 def test_gains_by_hand():
     """Three exits, two images; the middle exit does not matter."""
     values = torch.tensor([[3.0, 2.0], [99.0, 99.0], [1.0, 2.5]])
-    gains = {name: build_objective(dict(type='rank', gain=name)).gains(values, [4, 0])
-             for name in ('loss', 'loss_sum', 'ap')}
+    gains = {
+        name: build_objective(dict(type='rank', gain=name)).gains(values, [4, 0])
+        for name in ('loss', 'loss_sum', 'ap')
+    }
     assert gains['loss'].tolist() == [2.0, -0.5]
     assert gains['loss_sum'].tolist() == [8.0, 0.0]
     assert gains['ap'].tolist() == [-2.0, 0.5]
@@ -38,7 +47,9 @@ def test_gains_by_hand():
 def boxes(*rows, scores=None):
     """Rows of x1, y1, x2, y2, label."""
     rows = np.array(rows, float).reshape(-1, 5)
-    found = dict(bboxes=rows[:, :4], labels=rows[:, 4].astype(int), crowds=np.zeros(len(rows), bool))
+    found = dict(
+        bboxes=rows[:, :4], labels=rows[:, 4].astype(int), crowds=np.zeros(len(rows), bool)
+    )
     return dict(found, scores=np.array(scores)) if scores is not None else found
 
 
@@ -51,7 +62,11 @@ def test_image_aps_by_hand():
     smaller = (50, 50, 90, 80, 5)
     first = [boxes(a, smaller, scores=[0.9, 0.8]), nothing, boxes(a, scores=[0.7])]
     # A surer wrong box before the right one halves the precision at all recalls.
-    second = [boxes(a, b, (100, 0, 120, 20, 5), scores=[0.9, 0.3, 0.8]), boxes(b, scores=[0.9]), nothing]
+    second = [
+        boxes(a, b, (100, 0, 120, 20, 5), scores=[0.9, 0.3, 0.8]),
+        boxes(b, scores=[0.9]),
+        nothing,
+    ]
     got = image_aps([first, second], [truths, truths])
     np.testing.assert_allclose(got, [[80, 0, 0], [75, 0, 0]], atol=1e-4)
 
@@ -78,13 +93,16 @@ def test_papers_gradient_is_minus_the_gain_plus_delta():
     torch.testing.assert_close(got, torch.tensor([-70 + 50.0, -10 + 50.0]) * phi * (1 - phi))
 
 
-@pytest.mark.parametrize('objective, offset', [
-    ('no_offset', 0.0),
-    (dict(type='cost_weight', offset=3.5), 3.5),
-    ('paper', 50.0),
-    (dict(type='paper', share=0.1), 90.0),
-    (dict(type='loss_sum', share=1.0), 0.0),
-])
+@pytest.mark.parametrize(
+    'objective, offset',
+    [
+        ('no_offset', 0.0),
+        (dict(type='cost_weight', offset=3.5), 3.5),
+        ('paper', 50.0),
+        (dict(type='paper', share=0.1), 90.0),
+        (dict(type='loss_sum', share=1.0), 0.0),
+    ],
+)
 def test_offsets(objective, offset):
     """Below it an image is pushed to the first exit, above it to the last."""
     assert offset_of(build_objective(objective), PERCENT).item() == pytest.approx(offset)
@@ -100,7 +118,7 @@ def test_the_median_pushes_half_of_the_images_each_way():
 
 def test_quantiles():
     quantiles = quantiles_of([5.0, -1.0, 1.0])
-    assert quantiles.shape == (101, ) and quantiles.dtype == torch.float32
+    assert quantiles.shape == (101,) and quantiles.dtype == torch.float32
     assert quantiles[[0, 25, 50, 75, 100]].tolist() == [-1, 0, 1, 3, 5]
     assert quantiles_of([2.0]).tolist() == [2] * 101
 
@@ -130,14 +148,16 @@ def test_equal_gains_share_the_middle_rank():
 def test_rank_by_hand():
     """phi = 0.5, ranks 0.25 and 1: cross entropy has gradient phi - rank in z, the squared error
     2 (phi - rank) phi (1 - phi)."""
-    torch.testing.assert_close(gradient('rank', [0.0, 0.0], [25.0, 100.0]), torch.tensor([0.25, -0.5]))
+    torch.testing.assert_close(
+        gradient('rank', [0.0, 0.0], [25.0, 100.0]), torch.tensor([0.25, -0.5])
+    )
     squared = gradient(dict(type='rank', error='squared'), [0.0, 0.0], [25.0, 100.0])
     torch.testing.assert_close(squared, torch.tensor([0.125, -0.25]))
 
 
 def test_pairwise_by_hand():
-    """Pairs (1, 0), (2, 0), (2, 1) with gains 1, 4, 3 apart; all logits 0: softplus(0) = log 2, and each
-    pair pulls with 1/2 of its weight, here 1/8, 4/8, 3/8."""
+    """Pairs (1, 0), (2, 0), (2, 1) with gains 1, 4, 3 apart; all logits 0: softplus(0) = log 2, and
+    each pair pulls with 1/2 of its weight, here 1/8, 4/8, 3/8."""
     objective, gains = build_objective('pairwise'), torch.tensor([0.0, 1.0, 4.0])
     assert objective.loss(torch.zeros(3), gains, PERCENT).item() == pytest.approx(np.log(2))
     got = gradient('pairwise', [0.0, 0.0, 0.0], gains.tolist()) / 3
@@ -152,8 +172,12 @@ def test_pairwise_looks_at_the_order_alone():
     assert gradient('pairwise', right, gains).abs().max() < 1e-6
     assert gradient('pairwise', -right, gains).abs().max() > 0.1
     # The level of the logits is left free.
-    torch.testing.assert_close(gradient('pairwise', right / 40 + 7, gains),
-                               gradient('pairwise', right / 40, gains), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        gradient('pairwise', right / 40 + 7, gains),
+        gradient('pairwise', right / 40, gains),
+        atol=1e-5,
+        rtol=1e-4,
+    )
     # One image, or equal gains: nothing to learn, and no NaN.
     assert gradient('pairwise', [0.3], [1.0]).tolist() == [0]
     assert gradient('pairwise', [0.3, 0.1], [1.0, 1.0]).tolist() == [0, 0]
@@ -161,7 +185,7 @@ def test_pairwise_looks_at_the_order_alone():
 
 def test_regression_by_hand():
     """Quantiles 1 to 99 of 0..100 have the spread sqrt((99^2 - 1) / 12); the offset is 50."""
-    spread = ((99**2 - 1) / 12)**0.5
+    spread = ((99**2 - 1) / 12) ** 0.5
     got = gradient('gain', [0.0, 0.0], [60.0, 1000.0])
     torch.testing.assert_close(got, -2 * torch.tensor([10.0, 49.0]) / spread)
     # At the target nothing pulls; the unit of the gain does not matter.
@@ -169,20 +193,20 @@ def test_regression_by_hand():
     assert gradient('gain', right, [60.0]).abs().item() < 1e-6
     assert gradient('gain', right, [600.0], 10 * PERCENT).abs().item() < 1e-6
     # Gains that are all the same are no reason to divide by zero.
-    assert gradient('gain', [0.0], [2.0], torch.full((101, ), 2.0)).tolist() == [0]
+    assert gradient('gain', [0.0], [2.0], torch.full((101,), 2.0)).tolist() == [0]
 
 
 @pytest.mark.parametrize('name', OBJECTIVES)
-def test_each_objective_ranks_by_gain_when_it_is_minimised(name):
+def test_each_objective_ranks_by_gain_when_it_is_minimized(name):
     """Free logits, from a bad start."""
     objective = build_objective(dict(type=name, offset=0.1) if name == 'cost_weight' else name)
     gains = torch.linspace(-1, 2, 31)
     logits = (-gains / 4).requires_grad_()
-    quantiles, optimiser = quantiles_of(gains), torch.optim.Adam([logits], lr=0.05)
+    quantiles, optimizer = quantiles_of(gains), torch.optim.Adam([logits], lr=0.05)
     for _ in range(300):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         objective.loss(logits, gains, quantiles).backward()
-        optimiser.step()
+        optimizer.step()
     if objective.fit == 'linear':
         # All that is above the offset goes to 1, all below it to 0: no order within a side.
         assert torch.equal(logits > 0, gains > offset_of(objective, quantiles))
@@ -199,16 +223,19 @@ def test_half_precision_is_not_asked_to_hold_gains():
             assert loss.dtype == torch.float32 and loss.isfinite()
 
 
-@pytest.mark.parametrize('config, said', [
-    ('none', "objective must be one of paper, .*; got 'none'"),
-    (dict(gain='loss'), "got 'None'"),
-    ('cost_weight', "needs its lambda"),
-    (dict(type='rank', power=2), "'rank' has no setting power"),
-    (dict(type='rank', gain='iou'), "gain must be one of loss, loss_sum, ap; got 'iou'"),
-    (dict(type='rank', fit='tree'), "fit must be one of"),
-    (dict(type='rank', error='hinge'), "error must be one of bce, squared"),
-    (dict(type='paper', share=1.5), 'share must be in'),
-])
+@pytest.mark.parametrize(
+    'config, said',
+    [
+        ('none', "objective must be one of paper, .*; got 'none'"),
+        (dict(gain='loss'), "got 'None'"),
+        ('cost_weight', 'needs its lambda'),
+        (dict(type='rank', power=2), "'rank' has no setting power"),
+        (dict(type='rank', gain='iou'), "gain must be one of loss, loss_sum, ap; got 'iou'"),
+        (dict(type='rank', fit='tree'), 'fit must be one of'),
+        (dict(type='rank', error='hinge'), 'error must be one of bce, squared'),
+        (dict(type='paper', share=1.5), 'share must be in'),
+    ],
+)
 def test_what_is_refused(config, said):
     with pytest.raises(UsageError, match=said):
         build_objective(config)

@@ -22,7 +22,8 @@ def linear_programme(values, costs, budget):
         b_ub=[budget * n],
         A_eq=np.tile(np.eye(n), exits),
         b_eq=np.ones(n),
-        bounds=(0, 1))
+        bounds=(0, 1),
+    )
     assert solution.success
     return -solution.fun
 
@@ -30,9 +31,11 @@ def linear_programme(values, costs, budget):
 def by_trying_all(values, costs, budget):
     n = values.shape[1]
     columns = np.arange(n)
-    return max(values[list(choice), columns].sum()
-               for choice in itertools.product(range(len(values)), repeat=n)
-               if costs[list(choice)].sum() <= budget * n + 1e-9)
+    return max(
+        values[list(choice), columns].sum()
+        for choice in itertools.product(range(len(values)), repeat=n)
+        if costs[list(choice)].sum() <= budget * n + 1e-9
+    )
 
 
 def random_values(generator, exits, n, kind):
@@ -78,14 +81,20 @@ def test_gap_is_less_than_the_price_of_one_upgrade():
 @pytest.mark.parametrize('seed', range(5))
 def test_allocate_two_exits_is_optimal(seed):
     generator = np.random.default_rng(seed)
-    values, costs = random_values(generator, 2, 8, 'ties' if seed % 2 else 'even'), np.array([2.0, 5.3])
+    values, costs = (
+        random_values(generator, 2, 8, 'ties' if seed % 2 else 'even'),
+        np.array([2.0, 5.3]),
+    )
     for hard in range(9):
         budget = 2.0 + 3.3 * hard / 8
-        assert allocate(values, costs, budget).value == pytest.approx(by_trying_all(values, costs, budget))
+        assert allocate(values, costs, budget).value == pytest.approx(
+            by_trying_all(values, costs, budget)
+        )
 
 
 def test_allocate_fills_what_is_left():
-    # 4 to spend. Image 0's upgrade to exit 2 gains most per cost (60 for 3), then image 1's (10 for 1).
+    # 4 to spend. Image 0's upgrade to exit 2 gains most per cost (60 for 3), then image 1's (10 for
+    # 1).
     values = np.array([[0, 0], [0, 10], [60, 15]])
     found = allocate(values, [0, 1, 3], budget=2)
     assert found.choice.tolist() == [2, 1] and found.value == 70 and found.cost == 2
@@ -94,7 +103,8 @@ def test_allocate_fills_what_is_left():
 
 
 def test_allocate_upgrades_an_image_once():
-    # Each step of each image is worth 10 per cost: one image takes both steps, the other what is left.
+    # Each step of each image is worth 10 per cost: one image takes both steps, the other what is
+    # left.
     found = allocate([[0, 0], [10, 10], [20, 20]], [0, 1, 2], budget=1.5)
     assert sorted(found.choice) == [1, 2] and found.value == 30
 
@@ -131,18 +141,26 @@ def test_allocate_no_detection():
     # Rows: no detection, small exit, large exit.
     values = np.array([[0, 0, 0], [30, 10, 50], [40, 10, 90]])
     assert allocate(values, [0, 6, 16], 0).choice.tolist() == [0, 0, 0]
-    # 18 in all: image 2 to exit 2 (90 for 16) leaves nothing for others; 12 for two small exits, 80.
-    assert allocate(values, [0, 6, 16], 6).value == by_trying_all(values, np.array([0, 6, 16]), 6) == 90
+    # 18 in all: image 2 to exit 2 (90 for 16) leaves nothing for others; 12 for two small exits,
+    # 80.
+    assert (
+        allocate(values, [0, 6, 16], 6).value
+        == by_trying_all(values, np.array([0, 6, 16]), 6)
+        == 90
+    )
 
 
-@pytest.mark.parametrize('values, costs, budget, message', [
-    ([[1, 2], [3, 4]], [1, 2], 0.5, 'below the cheapest'),
-    ([[1, 2], [3, 4]], [1, 2], float('nan'), 'below the cheapest'),
-    ([[1, 2], [3, 4]], [1, 2, 3], 2, 'costs must be'),
-    ([1, 2], [1, 2], 2, r'\(K, n\)'),
-    ([[], []], [1, 2], 2, r'\(K, n\)'),
-    ([[1, float('nan')], [3, 4]], [1, 2], 2, 'not finite'),
-])
+@pytest.mark.parametrize(
+    'values, costs, budget, message',
+    [
+        ([[1, 2], [3, 4]], [1, 2], 0.5, 'below the cheapest'),
+        ([[1, 2], [3, 4]], [1, 2], float('nan'), 'below the cheapest'),
+        ([[1, 2], [3, 4]], [1, 2, 3], 2, 'costs must be'),
+        ([1, 2], [1, 2], 2, r'\(K, n\)'),
+        ([[], []], [1, 2], 2, r'\(K, n\)'),
+        ([[1, float('nan')], [3, 4]], [1, 2], 2, 'not finite'),
+    ],
+)
 def test_allocate_wrong_input(values, costs, budget, message):
     with pytest.raises(UsageError, match=message):
         allocate(values, costs, budget)
@@ -151,18 +169,29 @@ def test_allocate_wrong_input(values, costs, budget, message):
 def test_oracle_choices_by_hand():
     values = [[50, 50, 50, 50], [60, 40, 50, 90]]
     assert oracle_choices(values, [0, 0.25, 0.5, 0.75, 1]).tolist() == [
-        [0, 0, 0, 0], [0, 0, 0, 1], [1, 0, 0, 1], [1, 0, 1, 1], [1, 1, 1, 1]]
+        [0, 0, 0, 0],
+        [0, 0, 0, 1],
+        [1, 0, 0, 1],
+        [1, 0, 1, 1],
+        [1, 1, 1, 1],
+    ]
     # As a budget it is not spent on images 1 and 2, which gain nothing.
     assert oracle_choices(values, [0.25, 0.5, 1], exact=False).tolist() == [
-        [0, 0, 0, 1], [1, 0, 0, 1], [1, 0, 0, 1]]
+        [0, 0, 0, 1],
+        [1, 0, 0, 1],
+        [1, 0, 0, 1],
+    ]
 
 
 def test_exact_shares_are_the_best_of_their_size():
     values = random_values(np.random.default_rng(3), 2, 9, 'ties')
     columns = np.arange(9)
     for hard, choice in enumerate(oracle_choices(values, np.arange(10) / 9)):
-        best = max(values[list(other), columns].sum()
-                   for other in itertools.product((0, 1), repeat=9) if sum(other) == hard)
+        best = max(
+            values[list(other), columns].sum()
+            for other in itertools.product((0, 1), repeat=9)
+            if sum(other) == hard
+        )
         assert choice.sum() == hard and values[choice, columns].sum() == best
 
 
@@ -171,8 +200,10 @@ def test_ties_are_not_cut_in_the_records_order():
     assert choice.sum() == 500 and 200 < choice[:500].sum() < 300
 
 
-@pytest.mark.parametrize('values, share', [(np.zeros((3, 4)), 0.5), (np.zeros((2, 4)), 1.5),
-                                           (np.full((2, 4), np.nan), 0.5)])
+@pytest.mark.parametrize(
+    'values, share',
+    [(np.zeros((3, 4)), 0.5), (np.zeros((2, 4)), 1.5), (np.full((2, 4), np.nan), 0.5)],
+)
 def test_oracle_choices_wrong_input(values, share):
     with pytest.raises(UsageError):
         oracle_choices(values, [share])
@@ -186,7 +217,7 @@ def gains(values, choices):
     benefit = values[1] - values[0]
     shares = choices.mean(1, keepdims=True)
     each = (choices - shares) * benefit
-    return each.mean(1), each.std(1) / each.shape[1]**0.5
+    return each.mean(1), each.std(1) / each.shape[1] ** 0.5
 
 
 def test_what_is_luck_in_one_view_is_not_in_the_other():
@@ -216,8 +247,18 @@ def ground_truth(boxes):
     coco.dataset = dict(
         images=[dict(id=image, width=200, height=200) for image in range(1, len(boxes) + 1)],
         categories=[dict(id=7, name='thing')],
-        annotations=[dict(id=index, image_id=image, bbox=list(box), area=box[2] * box[3], category_id=7,
-                          iscrowd=0) for index, (image, box) in enumerate(flat, 1)])
+        annotations=[
+            dict(
+                id=index,
+                image_id=image,
+                bbox=list(box),
+                area=box[2] * box[3],
+                category_id=7,
+                iscrowd=0,
+            )
+            for index, (image, box) in enumerate(flat, 1)
+        ],
+    )
     coco.createIndex()
     return coco
 
@@ -228,22 +269,37 @@ def found(boxes, score=0.9):
 
 def make_record(detections, views=None):
     """Record of images 1, 2, ...; ``detections`` and ``views``: per image those of each exit."""
-    images = [dict(id=index, file=f'{index}.jpg', difficulty=0.5, detections=own)
-              for index, own in enumerate(detections, 1)]
+    images = [
+        dict(id=index, file=f'{index}.jpg', difficulty=0.5, detections=own)
+        for index, own in enumerate(detections, 1)
+    ]
     for image, view in zip(images, views or []):
         image['view'] = view
     return dict(images=images, gflops=[1.0, 3.0], latencies=[0.01, 0.02], provenance={})
 
 
 def noisy_case(n, deviations, seed=0):
-    """Two objects per image; ``deviations``, (2, n): of each exit's corners, pixels; a draw for each view."""
+    """Two objects per image; ``deviations``, (2, n): of each exit's corners, pixels; a draw for
+    each view."""
     generator = np.random.default_rng(seed)
     truth = [[[*generator.uniform(0, 100, 2), 30, 30] for _ in range(2)] for _ in range(n)]
 
     def draw():
-        return [[[dict(found([np.add(box, [*generator.normal(0, deviations[exit][image], 2), 0, 0])])[0],
-                       score=generator.uniform()) for box in own] for exit in range(2)]
-                for image, own in enumerate(truth)]
+        return [
+            [
+                [
+                    dict(
+                        found(
+                            [np.add(box, [*generator.normal(0, deviations[exit][image], 2), 0, 0])]
+                        )[0],
+                        score=generator.uniform(),
+                    )
+                    for box in own
+                ]
+                for exit in range(2)
+            ]
+            for image, own in enumerate(truth)
+        ]
 
     return ground_truth(truth), make_record(draw(), draw())
 
@@ -256,8 +312,12 @@ def gain_at_half(mixtures, choice, weights=None):
 def bootstrap_error(mixtures, choice, draws=40):
     generator = np.random.default_rng(0)
     n = len(choice)
-    return np.std([gain_at_half(mixtures, choice, generator.multinomial(n, np.full(n, 1 / n)))
-                   for _ in range(draws)])
+    return np.std(
+        [
+            gain_at_half(mixtures, choice, generator.multinomial(n, np.full(n, 1 / n)))
+            for _ in range(draws)
+        ]
+    )
 
 
 def test_honest_oracle_of_exits_that_differ_by_luck():
@@ -292,7 +352,8 @@ ROW = [[20 * index, 10, 15, 30] for index in range(5)]
 
 
 def crowded_case():
-    """Images of one object and of five. Exit 1 finds the one object; or all five where exit 0 finds two."""
+    """Images of one object and of five. Exit 1 finds the one object; or all five where exit 0 finds
+    two."""
     truth = [ROW[:1]] * 4 + [ROW] * 4
     detections = [[[], found(ROW[:1])]] * 4 + [[found(ROW[:2]), found(ROW)]] * 4
     return ground_truth(truth), make_record(detections, detections)
@@ -301,7 +362,8 @@ def crowded_case():
 def test_refine_finds_what_the_sum_over_images_misses():
     coco, record = crowded_case()
     mixtures = Mixtures(record, coco)
-    # By its own AP an image of one object gains more (100) than one of five (59), which holds more objects.
+    # By its own AP an image of one object gains more (100) than one of five (59), which holds more
+    # objects.
     start = oracle_choices(mixtures.image_ap(), [0.5])[0]
     assert start.tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
     refined = refine(mixtures, start, evaluations=100)
@@ -309,7 +371,9 @@ def test_refine_finds_what_the_sum_over_images_misses():
     assert refined.start_ap == mixtures.ap(start) < refined.ap == mixtures.ap(refined.choice)
     # Counting objects finds it at once.
     assert honest_choices(record, coco, [0.5])[0].tolist() == start.tolist()
-    assert honest_choices(record, coco, [0.5], by_objects=True)[0].tolist() == refined.choice.tolist()
+    assert (
+        honest_choices(record, coco, [0.5], by_objects=True)[0].tolist() == refined.choice.tolist()
+    )
 
 
 def test_refine_is_bounded_keeps_the_counts_and_repeats():

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from dynamicdet.errors import UsageError
-from dynamicdet.routing.peers import PEERS, charge, cross_fit, fit_adaptive_feeding, fit_ridge, peer_scores
+from dynamicdet.routing.peers import (
+    PEERS,
+    charge,
+    cross_fit,
+    fit_adaptive_feeding,
+    fit_ridge,
+    peer_scores,
+)
 
 
 def boxes(*scores, side=10):
@@ -13,8 +20,10 @@ def boxes(*scores, side=10):
 
 def make_record(firsts, **columns):
     """Record whose exit 0 has the detections ``firsts``, and whose images have the columns."""
-    images = [dict(id=index, file=f'{index}.jpg', difficulty=0.5, detections=[first, boxes(1.0)])
-              for index, first in enumerate(firsts)]
+    images = [
+        dict(id=index, file=f'{index}.jpg', difficulty=0.5, detections=[first, boxes(1.0)])
+        for index, first in enumerate(firsts)
+    ]
     for name, values in columns.items():
         for image, value in zip(images, values):
             image[name] = value
@@ -24,22 +33,28 @@ def make_record(firsts, **columns):
 @pytest.fixture
 def record():
     """No detection; one doubtful; one sure and one doubtful, the sure one second; two sure."""
-    return make_record([[], boxes(0.2), boxes(0.25, 0.75), boxes(1.0, 0.5)],
-                       objects=[3, 0, 2, 1], losses=[[1, 2], [3, 1], [2, 1.5], [4, 4]],
-                       entropy=[7.0, 1.0, 0.0, 2.5])
+    return make_record(
+        [[], boxes(0.2), boxes(0.25, 0.75), boxes(1.0, 0.5)],
+        objects=[3, 0, 2, 1],
+        losses=[[1, 2], [3, 1], [2, 1.5], [4, 4]],
+        entropy=[7.0, 1.0, 0.0, 2.5],
+    )
 
 
-@pytest.mark.parametrize('name, scores', [
-    ('doubt_of_best', [1, 0.8, 0.25, 0]),
-    ('mean_doubt', [1, 0.8, 0.25, 0.25]),
-    ('score_variance', [0, 0.16, 0.375, 0.25]),
-    ('score_entropy', [0, 0.7219281, 2 * (2 - 0.75 * math.log2(3)), 1]),
-    ('detections', [0, 0, 1, 2]),
-    ('image_entropy', [7, 1, 0, 2.5]),
-    ('objects', [3, 0, 2, 1]),
-    ('loss', [-1, 2, 0.5, 0]),
-    ('loss_objects', [-3, 0, 1, 0]),
-])
+@pytest.mark.parametrize(
+    'name, scores',
+    [
+        ('doubt_of_best', [1, 0.8, 0.25, 0]),
+        ('mean_doubt', [1, 0.8, 0.25, 0.25]),
+        ('score_variance', [0, 0.16, 0.375, 0.25]),
+        ('score_entropy', [0, 0.7219281, 2 * (2 - 0.75 * math.log2(3)), 1]),
+        ('detections', [0, 0, 1, 2]),
+        ('image_entropy', [7, 1, 0, 2.5]),
+        ('objects', [3, 0, 2, 1]),
+        ('loss', [-1, 2, 0.5, 0]),
+        ('loss_objects', [-3, 0, 1, 0]),
+    ],
+)
 def test_by_hand(record, name, scores):
     assert peer_scores(name, record) == pytest.approx(scores, abs=1e-7)
 
@@ -55,15 +70,21 @@ def test_needs_are_what_is_needed(record, name):
     """Without any one of its needs a peer says so; with them alone it runs."""
     peer = PEERS[name]
     generator = np.random.default_rng(0)
-    columns = dict(objects=[1] * 20, losses=[[2, 1]] * 20, entropy=[1.0] * 20,
-                   features=generator.normal(size=(20, 3)))
+    columns = dict(
+        objects=[1] * 20,
+        losses=[[2, 1]] * 20,
+        entropy=[1.0] * 20,
+        features=generator.normal(size=(20, 3)),
+    )
     assert set(peer.needs) <= set(columns)
     benefit = np.arange(20) % 2 if peer.fitted else None
     firsts = [boxes(*generator.uniform(size=2)) for _ in range(20)]
     alone = make_record(firsts, **{need: columns[need] for need in peer.needs})
     assert np.isfinite(peer_scores(name, alone, benefit=benefit)).all()
     for need in peer.needs:
-        short = make_record(firsts, **{other: columns[other] for other in peer.needs if other != need})
+        short = make_record(
+            firsts, **{other: columns[other] for other in peer.needs if other != need}
+        )
         with pytest.raises(UsageError, match=need):
             peer_scores(name, short, benefit=benefit)
 
@@ -88,8 +109,10 @@ def test_wrong_use(record):
 def detected(generator, n):
     """Images with some sure and many doubtful detections; the latter gain."""
     doubtful = generator.random(n) < 0.3
-    firsts = [boxes(*generator.uniform(0.05, 0.45, 6)) if doubt else boxes(*generator.uniform(0.6, 1, 2))
-              for doubt in doubtful]
+    firsts = [
+        boxes(*generator.uniform(0.05, 0.45, 6)) if doubt else boxes(*generator.uniform(0.6, 1, 2))
+        for doubt in doubtful
+    ]
     return make_record(firsts), np.where(doubtful, 20.0, -5.0)
 
 
@@ -121,7 +144,9 @@ def test_adaptive_feeding_does_not_depend_on_the_order_of_detections():
 
 def pooled(generator, n, weights, noise):
     features = generator.normal(3, 1, (n, len(weights))).astype(np.float32)
-    return make_record([[]] * n, features=features), features @ weights + generator.normal(0, noise, n)
+    return make_record([[]] * n, features=features), features @ weights + generator.normal(
+        0, noise, n
+    )
 
 
 def test_ridge_finds_a_linear_benefit():
@@ -133,7 +158,8 @@ def test_ridge_finds_a_linear_benefit():
 
 
 def test_ridge_shrinks_where_there_is_only_noise():
-    """More features than images: a plain fit would be exact on what it saw, and wild on the rest."""
+    """More features than images: a plain fit would be exact on what it saw, and wild on the
+    rest."""
     generator = np.random.default_rng(0)
     training, benefit = pooled(generator, 60, np.zeros(80), noise=1)
     record, _ = pooled(generator, 60, np.zeros(80), noise=1)
@@ -174,7 +200,9 @@ def test_cross_fit_never_shows_an_image_to_its_own_fit():
 
 
 def test_charge(record):
-    assert charge('image_entropy', record) == charge('ridge', record) == charge('objects', record) == 0
+    assert (
+        charge('image_entropy', record) == charge('ridge', record) == charge('objects', record) == 0
+    )
     with pytest.raises(UsageError, match='what that costs: record anew'):
         charge('detections', record)
     record['provenance']['branch0_gflops'] = 4

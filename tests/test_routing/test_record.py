@@ -11,31 +11,56 @@ def make_image(identity, **more):
     generator = np.random.default_rng(identity)
 
     def found(count):
-        return [dict(bbox=generator.uniform(0, 50, 4).tolist(), score=generator.uniform(),
-                     category_id=int(generator.integers(1, 4))) for _ in range(count)]
+        return [
+            dict(
+                bbox=generator.uniform(0, 50, 4).tolist(),
+                score=generator.uniform(),
+                category_id=int(generator.integers(1, 4)),
+            )
+            for _ in range(count)
+        ]
 
-    return dict(id=identity, file=f'bild_{identity}_ä.jpg', difficulty=generator.uniform(),
-                detections=[found(2), found(0), found(identity % 3)], **more)
+    return dict(
+        id=identity,
+        file=f'bild_{identity}_ä.jpg',
+        difficulty=generator.uniform(),
+        detections=[found(2), found(0), found(identity % 3)],
+        **more,
+    )
 
 
 @pytest.fixture
 def record():
-    return dict(images=[make_image(identity) for identity in (7, 3, 12)], gflops=[1.5, 2.0, 1 / 3],
-                latencies=[0.01, 0.02, 0.03], provenance=dict(config='a.py', images=3, seed=None))
+    return dict(
+        images=[make_image(identity) for identity in (7, 3, 12)],
+        gflops=[1.5, 2.0, 1 / 3],
+        latencies=[0.01, 0.02, 0.03],
+        provenance=dict(config='a.py', images=3, seed=None),
+    )
 
 
 @pytest.fixture
 def full(record):
     for image in record['images']:
         generator = np.random.default_rng(image['id'])
-        image.update(losses=[0.5, 0.25, 1e-7], features=generator.normal(size=5).astype(np.float32),
-                     objects=image['id'], entropy=7.25, view=copy.deepcopy(image['detections'][::-1]))
+        image.update(
+            losses=[0.5, 0.25, 1e-7],
+            features=generator.normal(size=5).astype(np.float32),
+            objects=image['id'],
+            entropy=7.25,
+            view=copy.deepcopy(image['detections'][::-1]),
+        )
     return record
 
 
 def without_features(record):
-    return dict(record, images=[{name: value for name, value in image.items() if name != 'features'}
-                                for image in record['images']])
+    return dict(
+        record,
+        images=[
+            {name: value for name, value in image.items() if name != 'features'}
+            for image in record['images']
+        ],
+    )
 
 
 def test_comes_back_as_it_was(record, tmp_path):
@@ -89,22 +114,25 @@ def rewrite(path, **arrays):
     np.savez_compressed(path, **{name: value for name, value in kept.items() if value is not None})
 
 
-@pytest.mark.parametrize('change, message', [
-    (dict(format=np.array('other')), 'no record of a dynamic detector'),
-    (dict(format=None), 'no record of a dynamic detector'),
-    (dict(version=np.array(99)), 'version 99'),
-    (dict(image_difficulty=None), 'lacks image_difficulty'),
-    (dict(detections1_scores=None), 'lacks detections1_scores'),
-    (dict(image_difficulty=np.zeros(4)), r'difficulty of shape \(4,\)'),
-    (dict(image_losses=np.zeros((3, 2))), r'losses of shape \(3, 2\)'),
-    (dict(image_features=np.zeros(3, np.float32)), r'features of shape \(3,\)'),
-    (dict(detections0_boxes=np.zeros((6, 3))), 'detections0_boxes of shape'),
-    (dict(detections0_images=np.full(6, 3)), 'images that it lacks'),
-    (dict(image_difficulty=np.array([0.5, np.nan, 0.5])), 'difficulty that are not finite'),
-    (dict(gflops=np.ones(1)), 'two exits or more'),
-    (dict(image_id=np.zeros(0, int)), 'of 0 images'),
-    (dict(provenance=np.array('{"cut')), 'cut short'),
-])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(format=np.array('other')), 'no record of a dynamic detector'),
+        (dict(format=None), 'no record of a dynamic detector'),
+        (dict(version=np.array(99)), 'version 99'),
+        (dict(image_difficulty=None), 'lacks image_difficulty'),
+        (dict(detections1_scores=None), 'lacks detections1_scores'),
+        (dict(image_difficulty=np.zeros(4)), r'difficulty of shape \(4,\)'),
+        (dict(image_losses=np.zeros((3, 2))), r'losses of shape \(3, 2\)'),
+        (dict(image_features=np.zeros(3, np.float32)), r'features of shape \(3,\)'),
+        (dict(detections0_boxes=np.zeros((6, 3))), 'detections0_boxes of shape'),
+        (dict(detections0_images=np.full(6, 3)), 'images that it lacks'),
+        (dict(image_difficulty=np.array([0.5, np.nan, 0.5])), 'difficulty that are not finite'),
+        (dict(gflops=np.ones(1)), 'two exits or more'),
+        (dict(image_id=np.zeros(0, int)), 'of 0 images'),
+        (dict(provenance=np.array('{"cut')), 'cut short'),
+    ],
+)
 def test_foreign_files(full, tmp_path, change, message):
     path = tmp_path / 'record.npz'
     write_record(full, path)
@@ -142,8 +170,10 @@ def test_bad_records_are_not_written(full, tmp_path):
     refuses('not view of so many', images=[*images[:2], dict(images[2], view=[[], []])])
     refuses('costs of 2 exits', gflops=[1.0, 2.0])
     refuses('latencies of shape', latencies=[0.1])
-    refuses('losses that are not finite',
-            images=[dict(image, losses=[0.1, float('inf'), 0.1]) for image in images])
+    refuses(
+        'losses that are not finite',
+        images=[dict(image, losses=[0.1, float('inf'), 0.1]) for image in images],
+    )
     broken = copy.deepcopy(images)
     broken[0]['detections'][0][0]['bbox'][2] = float('nan')
     refuses('detections0_boxes that are not finite', images=broken)

@@ -1,4 +1,5 @@
 """What a budget served, against what was wanted."""
+
 import math
 
 import numpy as np
@@ -25,17 +26,23 @@ def test_with_endless_images_in_the_calibration_the_number_is_binomial():
 
 
 def test_it_is_by_hand_what_it_should_be():
-    """One image, none beyond the threshold: a new one is beyond it with chance 1/4, the mean of Beta(1/2, 3/2)."""
+    """One image, none beyond the threshold: a new one is beyond it with chance 1/4, the mean of
+    Beta(1/2, 3/2)."""
     assert chance_interval(0, 1, 1, doubted=0.51) == (0, 0)
     assert chance_interval(0, 1, 1, doubted=0.49) == (0, 1)
 
 
-@pytest.mark.parametrize('calibration, images, share', [(70, 210, 0.3), (500, 40, 0.1), (200, 3000, 0.02)])
+@pytest.mark.parametrize(
+    'calibration, images, share', [(70, 210, 0.3), (500, 40, 0.1), (200, 3000, 0.02)]
+)
 def test_images_like_the_calibrations_are_seldom_doubted(calibration, images, share):
-    """Whatever the difficulties' distribution: both sets are drawn anew each time, the threshold from the first."""
+    """Whatever the difficulties' distribution: both sets are drawn anew each time, the threshold
+    from the first."""
     generator, doubts, draws = np.random.default_rng(0), 0, 1000
     for _ in range(draws):
-        known, new = (generator.beta(2, 5, count).astype(np.float32) for count in (calibration, images))
+        known, new = (
+            generator.beta(2, 5, count).astype(np.float32) for count in (calibration, images)
+        )
         threshold = np.float32(threshold_for_share(known, share))
         hard, inside = (int((own > threshold).sum()) for own in (new, known))
         doubts += bool(missed((images - hard, hard), (calibration - inside, inside)))
@@ -44,7 +51,8 @@ def test_images_like_the_calibrations_are_seldom_doubted(calibration, images, sh
 
 
 def test_other_images_are_doubted():
-    """As many as were seen on pictures of animals: 8.6 % of 210 where 30 % were wanted, from 210."""
+    """As many as were seen on pictures of animals: 8.6 % of 210 where 30 % were wanted, from
+    210."""
     assert missed((192, 18), (147, 63)) == {1: chance_interval(63, 210, 210)}
     assert missed((150, 60), (147, 63)) == {}
 
@@ -58,56 +66,100 @@ def test_each_of_three_exits_is_looked_at():
 
 
 def test_a_share_that_was_kept():
-    served = account([147, 63], dict(hard_share=0.3), [threshold_for_share(EVEN, 0.3)], EVEN, [0.01, 0.03], [1, 2],
-                     0.0165)
-    assert served.lines() == ['hard: 30.0% wanted, 30.0% served (63 of 210 images)',
-                              "per image: 1.3 GFLOPs, 16.0 ms by the exits' own latencies, 16.5 ms by the clock"]
+    served = account(
+        [147, 63],
+        dict(hard_share=0.3),
+        [threshold_for_share(EVEN, 0.3)],
+        EVEN,
+        [0.01, 0.03],
+        [1, 2],
+        0.0165,
+    )
+    assert served.lines() == [
+        'hard: 30.0% wanted, 30.0% served (63 of 210 images)',
+        "per image: 1.3 GFLOPs, 16.0 ms by the exits' own latencies, 16.5 ms by the clock",
+    ]
     assert served.doubts() == []
-    assert served.figures() == pytest.approx(dict(
-        exit0_share=0.7, exit1_share=0.3, exit0_wanted=0.7, exit1_wanted=0.3, gflops=1.3, milliseconds=16,
-        clock_milliseconds=16.5))
+    assert served.figures() == pytest.approx(
+        dict(
+            exit0_share=0.7,
+            exit1_share=0.3,
+            exit0_wanted=0.7,
+            exit1_wanted=0.3,
+            gflops=1.3,
+            milliseconds=16,
+            clock_milliseconds=16.5,
+        )
+    )
 
 
-@pytest.mark.parametrize('budget', [dict(hard_share=0.3), dict(target_latency=0.016), dict(target_gflops=1.3), {}])
+@pytest.mark.parametrize(
+    'budget', [dict(hard_share=0.3), dict(target_latency=0.016), dict(target_gflops=1.3), {}]
+)
 def test_a_share_that_was_missed(budget):
-    served = account([192, 18], budget, [threshold_for_share(EVEN, 0.3)], EVEN, [0.01, 0.03], [1, 2])
+    served = account(
+        [192, 18], budget, [threshold_for_share(EVEN, 0.3)], EVEN, [0.01, 0.03], [1, 2]
+    )
     assert served.lines()[0] == 'hard: 30.0% wanted, 8.6% served (18 of 210 images)'
-    doubt, = served.doubts()
+    (doubt,) = served.doubts()
     low, high = chance_interval(300, 1000, 210)
     assert '8.6% of these 210 images are hard, and 30.0% were wanted' in doubt and 'online' in doubt
     assert f'{low:.1%} to {high:.1%}' in doubt
 
 
 def test_the_wanted_cost_stands_beside_the_served_one():
-    served = account([192, 18], dict(target_latency=0.016), [0.7], EVEN, [0.01, 0.03], [1, 2], 0.020)
-    assert served.lines()[1] == ("per image: 1.09 GFLOPs, 16.0 ms wanted, 11.7 ms by the exits' own latencies, "
-                                 '20.0 ms by the clock')
+    served = account(
+        [192, 18], dict(target_latency=0.016), [0.7], EVEN, [0.01, 0.03], [1, 2], 0.020
+    )
+    assert served.lines()[1] == (
+        "per image: 1.09 GFLOPs, 16.0 ms wanted, 11.7 ms by the exits' own latencies, "
+        '20.0 ms by the clock'
+    )
     assert '20.0 ms, and 16.0 ms were wanted' in served.doubts()[1]
 
 
 def test_three_exits():
     thresholds = thresholds_for_share(EVEN, 0.5, 3)
-    served = account([25, 50, 25], dict(hard_share=0.5), thresholds, EVEN, [0.01, 0.02, 0.03], [1, 2, 3])
-    assert served.lines()[0] == ('exits 0 / 1 / 2: 25.0 / 50.0 / 25.0 % wanted, 25.0 / 50.0 / 25.0 % served '
-                                 '(25 / 50 / 25 of 100 images)')
+    served = account(
+        [25, 50, 25], dict(hard_share=0.5), thresholds, EVEN, [0.01, 0.02, 0.03], [1, 2, 3]
+    )
+    assert served.lines()[0] == (
+        'exits 0 / 1 / 2: 25.0 / 50.0 / 25.0 % wanted, 25.0 / 50.0 / 25.0 % served '
+        '(25 / 50 / 25 of 100 images)'
+    )
     assert served.mean_gflops == pytest.approx(2) and served.doubts() == []
-    doubt, = account([90, 5, 5], dict(hard_share=[0.75, 0.25]), thresholds, EVEN, [0.01, 0.02, 0.03]).doubts()
+    (doubt,) = account(
+        [90, 5, 5], dict(hard_share=[0.75, 0.25]), thresholds, EVEN, [0.01, 0.02, 0.03]
+    ).doubts()
     assert '90.0% of these 100 images left at exit 0, and 25.0% were wanted' in doubt
 
 
-@pytest.mark.parametrize('settings, line', [
-    # A threshold has no share of its own; by the calibration it would be this one.
-    (dict(budget=dict(threshold=0.7), thresholds=[0.7], difficulties=EVEN),
-     "hard: 30.0% of the calibration's images, 10.0% served (2 of 20 images)"),
-    (dict(budget=dict(threshold=-1), thresholds=[-1], difficulties=EVEN), 'hard: 10.0% served (2 of 20 images)'),
-    (dict(budget=dict(threshold=0.7), thresholds=[0.7]), 'hard: 10.0% served (2 of 20 images)'),
-    # No calibration, no wish.
-    (dict(thresholds=[0.5]), 'hard: 10.0% served (2 of 20 images)'),
-    # A controller moves the thresholds.
-    (dict(budget=dict(hard_share=0.9), difficulties=EVEN), 'hard: 90.0% wanted, 10.0% served (2 of 20 images)'),
-    (dict(budget=dict(target_latency=0.9), difficulties=EVEN, latencies=[0.1, 1]),
-     'hard: 10.0% served (2 of 20 images)'),
-])
+@pytest.mark.parametrize(
+    'settings, line',
+    [
+        # A threshold has no share of its own; by the calibration it would be this one.
+        (
+            dict(budget=dict(threshold=0.7), thresholds=[0.7], difficulties=EVEN),
+            "hard: 30.0% of the calibration's images, 10.0% served (2 of 20 images)",
+        ),
+        (
+            dict(budget=dict(threshold=-1), thresholds=[-1], difficulties=EVEN),
+            'hard: 10.0% served (2 of 20 images)',
+        ),
+        (dict(budget=dict(threshold=0.7), thresholds=[0.7]), 'hard: 10.0% served (2 of 20 images)'),
+        # No calibration, no wish.
+        (dict(thresholds=[0.5]), 'hard: 10.0% served (2 of 20 images)'),
+        # A controller moves the thresholds.
+        (
+            dict(budget=dict(hard_share=0.9), difficulties=EVEN),
+            'hard: 90.0% wanted, 10.0% served (2 of 20 images)',
+        ),
+        (
+            dict(budget=dict(target_latency=0.9), difficulties=EVEN, latencies=[0.1, 1]),
+            'hard: 10.0% served (2 of 20 images)',
+        ),
+    ],
+)
 def test_what_is_not_known_is_not_said(settings, line):
     served = account([18, 2], seconds=1.5, **settings)
     assert served.lines()[0] == line and served.doubts() == []

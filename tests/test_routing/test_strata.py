@@ -27,11 +27,14 @@ def grid(count):
 
 @pytest.fixture(scope='module')
 def counted():
-    """Images of 0, 1, 2, 3, 4, 8, 9 and 12 objects; exit 1 finds all, exit 0 those of up to three."""
+    """Images of 0, 1, 2, 3, 4, 8, 9 and 12 objects; exit 1 finds all, exit 0 those of up to
+    three."""
     counts = [0, 1, 2, 3, 4, 8, 9, 12]
     truth = [grid(count) for count in counts]
     second = [found(*boxes) for boxes in truth]
-    record = make_record(np.linspace(0, 1, 8), [own if len(own) <= 3 else [] for own in second], second)
+    record = make_record(
+        np.linspace(0, 1, 8), [own if len(own) <= 3 else [] for own in second], second
+    )
     for image, count in zip(record['images'], counts):
         image.update(objects=count, losses=[float(count), 1.0])
     return ground_truth(truth), record
@@ -42,7 +45,8 @@ def test_by_size():
     record = make_record([0.1, 0.9], [found(BOX), []], [found(BOX, LARGE)] * 2, [[], found(LARGE)])
     half = pytest.approx(100 * 51 / 101)
     assert by_size(Mixtures(record, coco)) == dict(
-        small=[half, pytest.approx(100), 0], medium=[None] * 3, large=[0, pytest.approx(100), half])
+        small=[half, pytest.approx(100), 0], medium=[None] * 3, large=[0, pytest.approx(100), half]
+    )
 
 
 def test_by_objects(counted):
@@ -92,16 +96,25 @@ def test_benefits(counted):
     assert found['loss_objects'].tolist() == (counts * (counts - 1)).tolist()
     back = benefits(record, Mixtures(record, coco), exits=(1, 0))
     assert back['ap'] == pytest.approx(-found['ap']) and (back['loss'] == -found['loss']).all()
-    bare = dict(record, images=[{name: value for name, value in image.items() if name != 'losses'}
-                                for image in record['images']])
+    bare = dict(
+        record,
+        images=[
+            {name: value for name, value in image.items() if name != 'losses'}
+            for image in record['images']
+        ],
+    )
     assert set(benefits(bare, Mixtures(bare, coco))) == {'ap'}
 
 
 def test_rank_correlations():
     scores = np.linspace(0, 1, 50)
     noise = np.random.default_rng(0).uniform(size=50)
-    found = rank_correlations(scores, dict(same=scores**3, against=-scores, noise=noise, none=0 * scores))
-    assert found['same']['correlation'] == pytest.approx(1) and found['same']['low'] == pytest.approx(1)
+    found = rank_correlations(
+        scores, dict(same=scores**3, against=-scores, noise=noise, none=0 * scores)
+    )
+    assert found['same']['correlation'] == pytest.approx(1) and found['same'][
+        'low'
+    ] == pytest.approx(1)
     assert found['against']['correlation'] == pytest.approx(-1)
     assert abs(found['noise']['correlation']) < 0.3
     assert found['noise']['low'] < found['noise']['correlation'] < found['noise']['high']
@@ -113,8 +126,9 @@ def test_threshold_transfer(counted):
     coco, record = counted
     test = [image['difficulty'] for image in record['images']]
     # Validation images are easier: at its median, 1/4, six of the eight test images are hard.
-    rows = threshold_transfer(np.array(test) / 2, test, Chance(Mixtures(record, coco), resamples=0),
-                              shares=(0, 0.5, 1))
+    rows = threshold_transfer(
+        np.array(test) / 2, test, Chance(Mixtures(record, coco), resamples=0), shares=(0, 0.5, 1)
+    )
     none, half, all_hard = rows
     assert (none['val_share'], none['test_share'], none['threshold']) == (0, 0, 1)
     assert (all_hard['val_share'], all_hard['test_share'], all_hard['threshold']) == (1, 1, -1)
@@ -123,7 +137,9 @@ def test_threshold_transfer(counted):
     # All images with more than three objects are among either's hard ones.
     assert half['ap'] == half['own_ap'] == pytest.approx(100)
     # Harder ones: threshold 0.9, only the image of 12 is hard. 18 of 39 objects: 47 of 101 recalls.
-    high, = threshold_transfer([0.8, 1.0], test, Chance(Mixtures(record, coco), resamples=0), [0.5])
+    (high,) = threshold_transfer(
+        [0.8, 1.0], test, Chance(Mixtures(record, coco), resamples=0), [0.5]
+    )
     assert (high['val_share'], high['test_share']) == (0.5, 0.125)
     assert (high['ap'], high['own_ap']) == pytest.approx((100 * 47 / 101, 100))
     assert json.loads(json.dumps(rows)) == rows

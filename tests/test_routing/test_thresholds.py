@@ -19,8 +19,9 @@ from dynamicdet.routing.thresholds import (
 SCORES = [0.1, 0.2, 0.3, 0.4]
 
 
-@pytest.mark.parametrize('share, threshold', [(0, 1), (0.25, 0.35), (0.5, 0.25), (0.75, 0.15),
-                                              (1, -1)])
+@pytest.mark.parametrize(
+    'share, threshold', [(0, 1), (0.25, 0.35), (0.5, 0.25), (0.75, 0.15), (1, -1)]
+)
 def test_quantiles_by_hand(share, threshold):
     got = threshold_for_share(SCORES, share)
     assert got == pytest.approx(threshold)
@@ -30,7 +31,9 @@ def test_quantiles_by_hand(share, threshold):
 def test_every_share_of_a_large_set():
     scores = np.random.default_rng(0).random(1000)
     for share in np.linspace(0, 1, 101):
-        assert hard_share(scores, threshold_for_share(scores, share)) == pytest.approx(share, abs=5e-4)
+        assert hard_share(scores, threshold_for_share(scores, share)) == pytest.approx(
+            share, abs=5e-4
+        )
 
 
 def test_order_does_not_matter():
@@ -52,7 +55,7 @@ def test_all_equal_scores_and_single_images():
     assert hard_share([0.0, 1.0], threshold_for_share([0.0, 1.0], 1)) == 1
 
 
-def test_neighbouring_floats_are_told_apart():
+def test_neighboring_floats_are_told_apart():
     low = np.float32(0.3)
     scores = [low, np.nextafter(low, np.float32(1))]
     assert hard_share(scores, threshold_for_share(scores, 0.5)) == 0.5
@@ -97,15 +100,31 @@ def test_latency_out_of_range_names_both_ends():
 def test_budgets():
     assert resolve_threshold(dict(threshold=0.42)) == 0.42
     assert resolve_threshold(dict(hard_share=0.5), SCORES) == pytest.approx(0.25)
-    assert resolve_threshold(dict(target_latency=0.030), SCORES, (0.020, 0.040)) == pytest.approx(0.25)
+    assert resolve_threshold(dict(target_latency=0.030), SCORES, (0.020, 0.040)) == pytest.approx(
+        0.25
+    )
 
 
-@pytest.mark.parametrize('budget', [
-    dict(), dict(threshold=2), dict(threshold=-1.5), dict(hard_share=1.01), dict(hard_share=math.nan),
-    dict(hard_share='half'), dict(target_latency=-1), dict(speed=1), dict(threshold=0.5, hard_share=0.5),
-    dict(target_latency=0), dict(target_gflops=0), dict(target_gflops=math.nan), dict(target_gflops=True),
-    dict(threshold=[0.2, 0.4]), dict(hard_share=[]),
-])
+@pytest.mark.parametrize(
+    'budget',
+    [
+        dict(),
+        dict(threshold=2),
+        dict(threshold=-1.5),
+        dict(hard_share=1.01),
+        dict(hard_share=math.nan),
+        dict(hard_share='half'),
+        dict(target_latency=-1),
+        dict(speed=1),
+        dict(threshold=0.5, hard_share=0.5),
+        dict(target_latency=0),
+        dict(target_gflops=0),
+        dict(target_gflops=math.nan),
+        dict(target_gflops=True),
+        dict(threshold=[0.2, 0.4]),
+        dict(hard_share=[]),
+    ],
+)
 def test_bad_budgets(budget):
     with pytest.raises(UsageError):
         resolve_threshold(budget, SCORES, (0.02, 0.04))
@@ -124,12 +143,16 @@ def test_ties_that_miss_the_share_are_said():
 def test_gflops_by_hand():
     assert share_for_gflops(25, 20, 40) == 0.25
     assert share_for_gflops(20, 20, 40) == 0 and share_for_gflops(40, 20, 40) == 1
-    assert resolve_threshold(dict(target_gflops=30), SCORES, (math.nan, math.nan), (20, 40)) == pytest.approx(0.25)
+    assert resolve_threshold(
+        dict(target_gflops=30), SCORES, (math.nan, math.nan), (20, 40)
+    ) == pytest.approx(0.25)
     assert resolve_threshold(dict(target_gflops=30), SCORES, None, (20, 40)) == pytest.approx(0.25)
 
 
 def test_gflops_out_of_range_name_both_ends():
-    with pytest.raises(UsageError, match='10 GFLOPs is outside g0 = 20 to g1 = 40: it cannot be met'):
+    with pytest.raises(
+        UsageError, match='10 GFLOPs is outside g0 = 20 to g1 = 40: it cannot be met'
+    ):
         share_for_gflops(10, 20, 40)
     with pytest.warns(UserWarning, match='50 GFLOPs is outside g0 = 20 to g1 = 40'):
         assert share_for_gflops(50, 20, 40) == 1
@@ -150,7 +173,9 @@ def test_shares_of_three_exits_by_hand():
     # A quarter, a half, a quarter.
     assert shares_beyond(0.5, 3) == [0.75, 0.25]
     assert shares_beyond(0, 4) == [0, 0, 0] and shares_beyond(1, 4) == [1, 1, 1]
-    assert mean_cost(0.5, (10, 20, 50)) == pytest.approx(25) and mean_cost(0.3, (10, 20)) == pytest.approx(13)
+    assert mean_cost(0.5, (10, 20, 50)) == pytest.approx(25) and mean_cost(
+        0.3, (10, 20)
+    ) == pytest.approx(13)
 
 
 @pytest.mark.parametrize('share', np.linspace(0, 1, 11))
@@ -170,16 +195,24 @@ def test_thresholds_of_three_exits():
     scores = np.random.default_rng(0).random(1000)
     for budget in (dict(hard_share=0.5), dict(target_latency=25), dict(hard_share=[0.75, 0.25])):
         low, high = resolve_threshold(budget, scores, (10, 20, 50))
-        assert hard_share(scores, low) == pytest.approx(0.75) and hard_share(scores, high) == pytest.approx(0.25)
+        assert hard_share(scores, low) == pytest.approx(0.75) and hard_share(
+            scores, high
+        ) == pytest.approx(0.25)
     assert thresholds_for_share(scores, 0.5, 3) == [low, high]
     assert resolve_threshold(dict(threshold=[0.2, 0.4]), latencies=(1, 2, 3)) == [0.2, 0.4]
     # One number forces all.
     assert resolve_threshold(dict(threshold=-1), latencies=(1, 2, 3)) == [-1, -1]
 
 
-@pytest.mark.parametrize('budget, said', [
-    (dict(threshold=[0.4, 0.2]), 'must rise'), (dict(hard_share=[0.2, 0.4]), 'must fall'),
-    (dict(threshold=[0.1, 2]), r'in \[-1, 1\]'), (dict(target_latency=[1, 2]), 'must be a number')])
+@pytest.mark.parametrize(
+    'budget, said',
+    [
+        (dict(threshold=[0.4, 0.2]), 'must rise'),
+        (dict(hard_share=[0.2, 0.4]), 'must fall'),
+        (dict(threshold=[0.1, 2]), r'in \[-1, 1\]'),
+        (dict(target_latency=[1, 2]), 'must be a number'),
+    ],
+)
 def test_bad_budgets_by_exit(budget, said):
     with pytest.raises(UsageError, match=said):
         check_budget(budget)

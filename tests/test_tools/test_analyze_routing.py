@@ -1,5 +1,6 @@
-"""From a checkpoint to a page, by the two command lines of docs/routing.md; on a two-stage and a one-stage
-detector."""
+"""From a checkpoint to a page, by the two command lines of docs/routing.md; on a two-stage and a
+one-stage detector."""
+
 import json
 import re
 import runpy
@@ -9,9 +10,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, shrink_options
 from mmengine.config import Config
 
+from conftest import ROOT, shrink_options
 from dynamicdet.routing.record import read_record, write_record
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
@@ -42,7 +43,10 @@ def write_checkpoint(path, name, options):
         if hasattr(branch, 'roi_head'):
             branch.roi_head.bbox_head.fc_cls.weight.data *= 30
         else:
-            for conv in [*branch.bbox_head.multi_level_conv_obj, *branch.bbox_head.multi_level_conv_cls]:
+            for conv in [
+                *branch.bbox_head.multi_level_conv_obj,
+                *branch.bbox_head.multi_level_conv_cls,
+            ]:
                 torch.nn.init.normal_(conv.weight, std=0.1)
                 torch.nn.init.zeros_(conv.bias)
     model.router.fc2.weight.data *= 30
@@ -58,25 +62,64 @@ def recorded(request, digits, tmp_path_factory):
     if 'yolox' in request.param:
         options = {key: value for key, value in options.items() if not key.startswith('model.')}
     write_checkpoint(folder / 'random.pth', request.param, options)
-    assert call('record.py', ROOT / f'configs/{request.param}.py', folder / 'random.pth', '--out',
-                folder / 'test.npz', '--device', 'cpu', '--cfg-options',
-                *(f'{key}={value}' for key, value in options.items())) == 0
+    assert (
+        call(
+            'record.py',
+            ROOT / f'configs/{request.param}.py',
+            folder / 'random.pth',
+            '--out',
+            folder / 'test.npz',
+            '--device',
+            'cpu',
+            '--cfg-options',
+            *(f'{key}={value}' for key, value in options.items()),
+        )
+        == 0
+    )
     return folder / 'test.npz'
 
 
 def test_from_a_checkpoint_to_a_page(recorded, capsys):
     record = read_record(recorded)
     assert len(record['images']) == 6 and record['provenance']['checkpoint'].endswith('random.pth')
-    assert set(record['images'][0]) == {'id', 'file', 'difficulty', 'detections', 'features', 'entropy', 'gflops', 'latencies',
-                                        'view', 'losses', 'objects'}
+    assert set(record['images'][0]) == {
+        'id',
+        'file',
+        'difficulty',
+        'detections',
+        'features',
+        'entropy',
+        'gflops',
+        'latencies',
+        'view',
+        'losses',
+        'objects',
+    }
     capsys.readouterr()
-    val = dict(record, images=[dict(image, file=f"val/{image['file']}") for image in record['images']],
-               provenance=dict(record['provenance'], checkpoint='other.pth', exits_digest='other'))
+    val = dict(
+        record,
+        images=[dict(image, file=f'val/{image["file"]}') for image in record['images']],
+        provenance=dict(record['provenance'], checkpoint='other.pth', exits_digest='other'),
+    )
     write_record(val, recorded.with_name('val.npz'))
-    assert call('analyze_routing.py', recorded, '--val-record', recorded.with_name('val.npz'), '--bootstrap', 5) == 0
+    assert (
+        call(
+            'analyze_routing.py',
+            recorded,
+            '--val-record',
+            recorded.with_name('val.npz'),
+            '--bootstrap',
+            5,
+        )
+        == 0
+    )
     said = capsys.readouterr()
-    assert re.search(r"^warning: a record is of 'other\.pth', whose exits have other weights than those of '.*random\.pth'$",
-                     said.err, re.MULTILINE)
+    assert re.search(
+        r"^warning: a record is of 'other\.pth', whose exits have other weights than those of "
+        r"'.*random\.pth'$",
+        said.err,
+        re.MULTILINE,
+    )
     page = recorded.with_suffix('') / 'routing.html'
     assert f'The same with pictures: {page}' in said.out and 'Diagnosis' in said.out
     assert 'the curve and random routing ...' in said.err
@@ -93,21 +136,51 @@ def record(digits, tmp_path_factory):
     generator = np.random.default_rng(0)
     images = []
     for index, entry in enumerate(content['images']):
-        found = [dict(bbox=one['bbox'], score=0.8, category_id=one['category_id'])
-                 for one in content['annotations'] if one['image_id'] == entry['id']]
-        images.append(dict(id=entry['id'], file=entry['file_name'], difficulty=float(generator.uniform()),
-                           detections=[found[:1], found, found[1:]]))
+        found = [
+            dict(bbox=one['bbox'], score=0.8, category_id=one['category_id'])
+            for one in content['annotations']
+            if one['image_id'] == entry['id']
+        ]
+        images.append(
+            dict(
+                id=entry['id'],
+                file=entry['file_name'],
+                difficulty=float(generator.uniform()),
+                detections=[found[:1], found, found[1:]],
+            )
+        )
     path = tmp_path_factory.mktemp('record') / 'three.npz'
-    write_record(dict(images=images, gflops=[1, 2, 3], latencies=[0.1, 0.2, 0.3],
-                      provenance=dict(ann_file=str(annotations))), path)
+    write_record(
+        dict(
+            images=images,
+            gflops=[1, 2, 3],
+            latencies=[0.1, 0.2, 0.3],
+            provenance=dict(ann_file=str(annotations)),
+        ),
+        path,
+    )
     return path
 
 
 def test_two_of_three_exits(record, tmp_path):
-    assert call('analyze_routing.py', record, '--exits', 0, 1, '--bootstrap', 0, '--out-dir',
-                tmp_path / 'a') == 0
+    assert (
+        call(
+            'analyze_routing.py',
+            record,
+            '--exits',
+            0,
+            1,
+            '--bootstrap',
+            0,
+            '--out-dir',
+            tmp_path / 'a',
+        )
+        == 0
+    )
     found = json.loads((tmp_path / 'a/routing.json').read_text())
-    assert [end['exit'] for end in found['ends']] == [0, 1] and found['ends'][1]['ap'] == pytest.approx(100)
+    assert [end['exit'] for end in found['ends']] == [0, 1] and found['ends'][1][
+        'ap'
+    ] == pytest.approx(100)
     assert [end['gflops'] for end in found['ends']] == [1, 2]
 
 
@@ -117,23 +190,43 @@ def test_annotations_that_were_moved(record, digits, tmp_path, capsys):
     write_record(moved, tmp_path / 'moved.npz')
     assert call('analyze_routing.py', tmp_path / 'moved.npz') == 2
     assert "error: there is no annotation file '/nowhere/test.json': name it by --ann-file" in (
-        capsys.readouterr().err)
+        capsys.readouterr().err
+    )
     shutil.copy(digits / 'annotations/instances_test.json', tmp_path / 'here.json')
-    assert call('analyze_routing.py', tmp_path / 'moved.npz', '--ann-file', tmp_path / 'here.json',
-                '--bootstrap', 0) == 0
+    assert (
+        call(
+            'analyze_routing.py',
+            tmp_path / 'moved.npz',
+            '--ann-file',
+            tmp_path / 'here.json',
+            '--bootstrap',
+            0,
+        )
+        == 0
+    )
 
 
-@pytest.mark.parametrize('arguments, said', [
-    (['{folder}/none.npz'], "there is no record '{folder}/none.npz'"),
-    (['{folder}/broken.npz'], "'{folder}/broken.npz' is no record, or was cut short"),
-    (['{record}', '--exits', '0', '3'], 'two different exits are wanted, 0 to 2; got 0 and 3'),
-    (['{record}', '--ann-file', '{folder}/broken.npz'], 'download or make it again; or name another by --ann-file'),
-    (['{record}', '--val-record', '{record}', '--val-ann-file', '{folder}/none'],
-     'name it by --val-ann-file'),
-    (['{record}', '--bootstrap', '-1'], '--bootstrap must be 0 or more'),
-    (['{record}', '--out-dir', '{folder}/broken.npz/out'],
-     "the folder '{folder}/broken.npz/out' cannot be made"),
-])
+@pytest.mark.parametrize(
+    'arguments, said',
+    [
+        (['{folder}/none.npz'], "there is no record '{folder}/none.npz'"),
+        (['{folder}/broken.npz'], "'{folder}/broken.npz' is no record, or was cut short"),
+        (['{record}', '--exits', '0', '3'], 'two different exits are wanted, 0 to 2; got 0 and 3'),
+        (
+            ['{record}', '--ann-file', '{folder}/broken.npz'],
+            'download or make it again; or name another by --ann-file',
+        ),
+        (
+            ['{record}', '--val-record', '{record}', '--val-ann-file', '{folder}/none'],
+            'name it by --val-ann-file',
+        ),
+        (['{record}', '--bootstrap', '-1'], '--bootstrap must be 0 or more'),
+        (
+            ['{record}', '--out-dir', '{folder}/broken.npz/out'],
+            "the folder '{folder}/broken.npz/out' cannot be made",
+        ),
+    ],
+)
 def test_mistakes_are_one_line(record, tmp_path, capsys, arguments, said):
     (tmp_path / 'broken.npz').write_bytes(record.read_bytes()[:300])
     names = dict(folder=tmp_path, record=record)
@@ -144,7 +237,13 @@ def test_mistakes_are_one_line(record, tmp_path, capsys, arguments, said):
 
 
 def test_what_record_refuses(tmp_path, capsys):
-    arguments = [ROOT / f'configs/{CONFIGS[0]}.py', tmp_path / 'none.pth', '--device', 'cpu', '--out']
+    arguments = [
+        ROOT / f'configs/{CONFIGS[0]}.py',
+        tmp_path / 'none.pth',
+        '--device',
+        'cpu',
+        '--out',
+    ]
     assert call('record.py', *arguments, tmp_path) == 2
     assert 'is a folder, not a file to write' in capsys.readouterr().err
     assert call('record.py', *arguments, tmp_path / 'a.npz') == 2

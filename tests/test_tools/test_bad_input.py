@@ -1,4 +1,5 @@
 """What a user gets wrong is one line that says what to do, and exit status 2."""
+
 import contextlib
 import io
 import json
@@ -9,9 +10,9 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_tool, shrink_options
 from mmengine.config import Config
 
+from conftest import ROOT, run_tool, shrink_options
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 
@@ -40,13 +41,14 @@ def checkpoints(digits, tmp_path_factory):
     torch.save(dict(state_dict=model.state_dict()), folder / 'router.pth')
     model.difficulties, model.latencies = torch.linspace(0.4, 0.6, 6), torch.tensor([0.01, 0.03])
     torch.save(dict(state_dict=model.state_dict()), folder / 'calibrated.pth')
-    cfg.merge_from_dict({'model.backbone.base_channels': 4,
-                         'model.detector.neck.in_channels': [4, 8, 16, 32]})
+    cfg.merge_from_dict(
+        {'model.backbone.base_channels': 4, 'model.detector.neck.in_channels': [4, 8, 16, 32]}
+    )
     torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), folder / 'other.pth')
     (folder / 'text.pth').write_text('these are no weights')
     (folder / 'list.pth').write_bytes(pickle.dumps(['no', 'weights']))
     whole = (folder / 'router.pth').read_bytes()
-    (folder / 'truncated.pth').write_bytes(whole[:len(whole) // 2])
+    (folder / 'truncated.pth').write_bytes(whole[: len(whole) // 2])
     (folder / 'empty.pth').touch()
     return {file.stem: file for file in folder.iterdir()}
 
@@ -56,8 +58,12 @@ def tool(digits, monkeypatch):
     """``tool(name, *arguments, root=digits, **options)`` runs a tool in this process."""
 
     def run(name, *arguments, root=digits, **options):
-        settings = {**shrink_options(root), 'train_cfg.max_epochs': 1, 'train_cfg.val_interval': 9,
-                    **options}
+        settings = {
+            **shrink_options(root),
+            'train_cfg.max_epochs': 1,
+            'train_cfg.val_interval': 9,
+            **options,
+        }
         pairs = [f'{key}={value}' for key, value in settings.items()]
         monkeypatch.setattr(sys, 'argv', [name, *map(str, arguments), '--cfg-options', *pairs])
         with contextlib.redirect_stderr(io.StringIO()) as said:
@@ -88,27 +94,36 @@ def warnings_of(result):
 # Configs.
 
 
-@pytest.mark.parametrize('arguments', [('train', ), ('test', 'x.pth'), ('calibrate', 'x.pth')],
-                         ids=lambda arguments: arguments[0])
+@pytest.mark.parametrize(
+    'arguments',
+    [('train',), ('test', 'x.pth'), ('calibrate', 'x.pth')],
+    ids=lambda arguments: arguments[0],
+)
 def test_a_missing_config(tool, arguments):
     name, *rest = arguments
     assert "no config at 'nowhere.py'" in error_of(tool(name, 'nowhere.py', *rest))
 
 
-@pytest.mark.parametrize('text, said', [
-    ('model = dict(', ''),
-    ("_base_ = 'missing.py'", 'missing.py'),
-    ("_base_ = 'mmdet::no/such.py'", ''),
-    ("custom_imports = dict(imports=['no_such_package'])", 'no_such_package'),
-    ('a = 1 / 0', 'division by zero'),
-    ('a = b', "'b' is not defined"),
-    ('x = 1', 'model'),
-    ("model = dict(type='NoSuchDetector')", 'NoSuchDetector'),
-])
+@pytest.mark.parametrize(
+    'text, said',
+    [
+        ('model = dict(', ''),
+        ("_base_ = 'missing.py'", 'missing.py'),
+        ("_base_ = 'mmdet::no/such.py'", ''),
+        ("custom_imports = dict(imports=['no_such_package'])", 'no_such_package'),
+        ('a = 1 / 0', 'division by zero'),
+        ('a = b', "'b' is not defined"),
+        ('x = 1', 'model'),
+        ("model = dict(type='NoSuchDetector')", 'NoSuchDetector'),
+    ],
+)
 def test_a_bad_config(tool, tmp_path, checkpoints, text, said):
     (tmp_path / 'bad.py').write_text(text)
-    for name, *rest in (['train'], ['test', checkpoints['router']],
-                        ['calibrate', checkpoints['router']]):
+    for name, *rest in (
+        ['train'],
+        ['test', checkpoints['router']],
+        ['calibrate', checkpoints['router']],
+    ):
         line = error_of(tool(name, 'bad.py', *rest))
         assert 'bad.py' in line and said in line
 
@@ -135,9 +150,11 @@ def test_no_checkpoint(tool, checkpoints, tmp_path, kind):
 
 
 def test_another_architecture(tool, checkpoints):
-    for line in (error_of(tool('test', STEP_2, checkpoints['other'])),
-                 error_of(tool('calibrate', STEP_2, checkpoints['other'])),
-                 error_of(tool('train', STEP_2, load_from=checkpoints['other']))):
+    for line in (
+        error_of(tool('test', STEP_2, checkpoints['other'])),
+        error_of(tool('calibrate', STEP_2, checkpoints['other'])),
+        error_of(tool('train', STEP_2, load_from=checkpoints['other'])),
+    ):
         assert 'does not fit this config' in line
         assert 'of another shape (such as backbone.first' in line
 
@@ -165,15 +182,18 @@ def test_calibrating_step_1(tool, checkpoints):
 # Budgets.
 
 
-@pytest.mark.parametrize('arguments, said', [
-    (('--hard-share', '1.5'), 'in [0, 1]'),
-    (('--hard-share', 'nan'), 'in [0, 1]'),
-    (('--hard-share=-0.1', ), 'in [0, 1]'),
-    (('--threshold', '3'), 'in [-1, 1]'),
-    (('--threshold', 'nan'), 'in [-1, 1]'),
-    (('--target-latency', '0.005'), '0.01'),
-    (('--target-latency', 'nan'), 'nan'),
-])
+@pytest.mark.parametrize(
+    'arguments, said',
+    [
+        (('--hard-share', '1.5'), 'in [0, 1]'),
+        (('--hard-share', 'nan'), 'in [0, 1]'),
+        (('--hard-share=-0.1',), 'in [0, 1]'),
+        (('--threshold', '3'), 'in [-1, 1]'),
+        (('--threshold', 'nan'), 'in [-1, 1]'),
+        (('--target-latency', '0.005'), '0.01'),
+        (('--target-latency', 'nan'), 'nan'),
+    ],
+)
 def test_budgets_out_of_range(tool, checkpoints, arguments, said):
     assert said in error_of(tool('test', STEP_2, checkpoints['calibrated'], *arguments))
 
@@ -202,7 +222,8 @@ def test_hard_share_of_a_calibration(tool, checkpoints):
 
 def test_budgets_are_for_dynamic_detectors(tool, tmp_path, checkpoints):
     (tmp_path / 'stock.py').write_text(
-        "_base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'")
+        "_base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'"
+    )
     for option in ('--hard-share', '--threshold', '--target-latency'):
         line = error_of(tool('test', 'stock.py', checkpoints['router'], option, '0.5'))
         assert line.startswith(f'error: {option} is for dynamic') and 'FasterRCNN' in line
@@ -214,10 +235,12 @@ def test_budgets_are_for_dynamic_detectors(tool, tmp_path, checkpoints):
 
 def test_places_that_cannot_be_written(tool, tmp_path, checkpoints):
     (tmp_path / 'file').touch()
-    for line in (error_of(tool('train', STEP_1, '--work-dir', 'file/run')),
-                 error_of(tool('test', STEP_2, checkpoints['router'], '--work-dir', 'file')),
-                 error_of(tool('test', STEP_2, checkpoints['router'], '--out', 'file/found.pkl')),
-                 error_of(tool('calibrate', STEP_2, checkpoints['router'], '--out', 'file/x.pth'))):
+    for line in (
+        error_of(tool('train', STEP_1, '--work-dir', 'file/run')),
+        error_of(tool('test', STEP_2, checkpoints['router'], '--work-dir', 'file')),
+        error_of(tool('test', STEP_2, checkpoints['router'], '--out', 'file/found.pkl')),
+        error_of(tool('calibrate', STEP_2, checkpoints['router'], '--out', 'file/x.pth')),
+    ):
         assert "'file" in line and 'cannot be made' in line
     line = error_of(tool('calibrate', STEP_2, checkpoints['router'], '--out', tmp_path))
     assert 'is a folder' in line
@@ -256,7 +279,8 @@ def test_out_must_be_a_pickle(tool, checkpoints):
 
 def test_a_device_that_is_not_there(tool, checkpoints):
     assert 'cuda:77' in error_of(
-        tool('calibrate', STEP_2, checkpoints['router'], '--device', 'cuda:77'))
+        tool('calibrate', STEP_2, checkpoints['router'], '--device', 'cuda:77')
+    )
 
 
 # Data.
@@ -277,16 +301,22 @@ def edit(root, split, change):
 
 def test_a_missing_data_folder(tool, checkpoints, tmp_path):
     gone = tmp_path / 'gone'
-    for name, config, *rest in (['train', STEP_1], ['test', STEP_2, checkpoints['router']],
-                                ['calibrate', STEP_2, checkpoints['router']]):
+    for name, config, *rest in (
+        ['train', STEP_1],
+        ['test', STEP_2, checkpoints['router']],
+        ['calibrate', STEP_2, checkpoints['router']],
+    ):
         assert str(gone) in error_of(tool(name, config, *rest, root=gone))
 
 
 def test_an_empty_set(tool, data, checkpoints):
     for split in ('train', 'val', 'test'):
         edit(data, split, lambda content: content.update(images=[], annotations=[]))
-    for name, config, *rest in (['train', STEP_1], ['test', STEP_2, checkpoints['router']],
-                                ['calibrate', STEP_2, checkpoints['router']]):
+    for name, config, *rest in (
+        ['train', STEP_1],
+        ['test', STEP_2, checkpoints['router']],
+        ['calibrate', STEP_2, checkpoints['router']],
+    ):
         assert 'empty' in error_of(tool(name, config, *rest, root=data))
         assert 'empty' in error_of(tool(name, config, *rest, '--no-data-check', root=data))
 
@@ -295,8 +325,11 @@ def test_a_truncated_picture_is_named(tool, data, checkpoints):
     for split in ('train', 'val', 'test'):
         picture = data / split / '000003.jpg'
         picture.write_bytes(picture.read_bytes()[:500])
-    for name, config, *rest in (['train', STEP_1], ['test', STEP_2, checkpoints['router']],
-                                ['calibrate', STEP_2, checkpoints['router']]):
+    for name, config, *rest in (
+        ['train', STEP_1],
+        ['test', STEP_2, checkpoints['router']],
+        ['calibrate', STEP_2, checkpoints['router']],
+    ):
         line = error_of(tool(name, config, *rest, root=data))
         assert '000003.jpg' in line and 'truncated' in line
 
@@ -312,8 +345,10 @@ def spoil_boxes(content):
 def test_odd_annotations_are_said_and_the_run_goes_on(tool, data, checkpoints):
     for split in ('train', 'test'):
         edit(data, split, spoil_boxes)
-    for result, said in ((tool('train', STEP_1, root=data), 'the training set'),
-                         (tool('test', STEP_2, checkpoints['router'], root=data), 'the test set')):
+    for result, said in (
+        (tool('train', STEP_1, root=data), 'the training set'),
+        (tool('test', STEP_2, checkpoints['router'], root=data), 'the test set'),
+    ):
         lines = warnings_of(result)
         assert len(lines) == 4 and all(said in line and '.jpg' in line for line in lines)
         for words in ('zero or negative size', 'wholly outside', 'category_id', 'partly outside'):
@@ -322,30 +357,43 @@ def test_odd_annotations_are_said_and_the_run_goes_on(tool, data, checkpoints):
 
 def test_images_without_ground_truth_train(tool, data, checkpoints):
     """Among them whole batches of nothing."""
+
     def spare_two(content):
         content['annotations'] = [
-            entry for entry in content['annotations'] if entry['image_id'] < 3]
+            entry for entry in content['annotations'] if entry['image_id'] < 3
+        ]
 
     edit(data, 'train', spare_two)
     for config in (STEP_1, STEP_2):
         lines = warnings_of(tool('train', config, root=data, load_from=checkpoints['cascade']))
         assert len(lines) == 1 and '10 of 12 images without an annotation' in lines[0]
         state = torch.load(f'work_dirs/{config.stem}/epoch_1.pth')['state_dict']
-        assert all(value.isfinite().all() for key, value in state.items()
-                   if key not in ('delta', 'gflops', 'latencies'))
+        assert all(
+            value.isfinite().all()
+            for key, value in state.items()
+            if key not in ('delta', 'gflops', 'latencies')
+        )
     assert state['delta'].isfinite()
 
 
 def test_losses_that_are_not_finite(tool):
-    line = error_of(tool('train', STEP_1, **{'optim_wrapper.optimizer.lr': 1e30,
-                                             'param_scheduler': '[]'}))
+    line = error_of(
+        tool('train', STEP_1, **{'optim_wrapper.optimizer.lr': 1e30, 'param_scheduler': '[]'})
+    )
     assert 'not finite at epoch 1' in line and '.jpg' in line
 
 
 @pytest.mark.parametrize('threshold', ['-1', '1', '0.5'])
 def test_where_nothing_is_found(tool, checkpoints, threshold):
-    result = tool('test', STEP_2, checkpoints['router'], f'--threshold={threshold}',
-                  '--out', 'found.pkl', **{'model.detector.test_cfg.rcnn.score_thr': 1.1})
+    result = tool(
+        'test',
+        STEP_2,
+        checkpoints['router'],
+        f'--threshold={threshold}',
+        '--out',
+        'found.pkl',
+        **{'model.detector.test_cfg.rcnn.score_thr': 1.1},
+    )
     assert warnings_of(result) == []
     with open('found.pkl', 'rb') as file:
         found = pickle.load(file)
@@ -358,5 +406,7 @@ def test_where_nothing_is_found(tool, checkpoints, threshold):
 def test_a_process_ends_with_the_line(tmp_path):
     done = run_tool('test.py', STEP_2, tmp_path / 'missing.pth')
     assert done.returncode == 2 and 'Traceback' not in done.stdout + done.stderr
-    assert done.stderr.strip().splitlines()[-1] \
+    assert (
+        done.stderr.strip().splitlines()[-1]
         == f"error: there is no checkpoint at '{tmp_path}/missing.pth'"
+    )

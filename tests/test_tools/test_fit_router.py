@@ -1,4 +1,5 @@
 """A router fitted to records ends up in the checkpoint, whole and with where it comes from."""
+
 import copy
 import json
 import warnings
@@ -6,9 +7,9 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import run_tool
 from mmengine.config import Config
 
+from conftest import run_tool
 from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.fit_router import fit_to_records, ground_truths, put_router, require_own
@@ -31,10 +32,20 @@ def make_record(model, images=60, first=0, seed=0, folder='a'):
     for index in range(first, first + images):
         features = rng.random(len(model.router.mean)).astype(np.float32)
         loss = 3 + rng.random()
-        entries.append(dict(
-            id=index, file=f'{folder}/{index}.jpg', difficulty=0.5, detections=[[], []], features=features,
-            losses=[loss + float(features[0]), loss], objects=1 + index % 3))
-    return dict(images=entries, gflops=[1.0, 2.0], latencies=[0.1, 0.2], provenance=dict(ann_file=''))
+        entries.append(
+            dict(
+                id=index,
+                file=f'{folder}/{index}.jpg',
+                difficulty=0.5,
+                detections=[[], []],
+                features=features,
+                losses=[loss + float(features[0]), loss],
+                objects=1 + index % 3,
+            )
+        )
+    return dict(
+        images=entries, gflops=[1.0, 2.0], latencies=[0.1, 0.2], provenance=dict(ann_file='')
+    )
 
 
 def features(record):
@@ -47,14 +58,26 @@ def fit(model, records, objective='paper', **settings):
 
 @pytest.fixture
 def files(tmp_path):
-    """Config, checkpoint of step 1 with an optimiser and an old calibration, and two records, as files."""
+    """Config, checkpoint of step 1 with an optimizer and an old calibration, and two records, as
+    files."""
     model = build()
-    Config(dict(model=tiny_dynamic('fcos', shared=False), custom_imports=dict(imports=['dynamicdet']),
-                default_scope='mmdet')).dump(tmp_path / 'config.py')
+    Config(
+        dict(
+            model=tiny_dynamic('fcos', shared=False),
+            custom_imports=dict(imports=['dynamicdet']),
+            default_scope='mmdet',
+        )
+    ).dump(tmp_path / 'config.py')
     state = model.state_dict()
     state['difficulties'], state['threshold'] = torch.tensor([0.1, 0.2]), torch.tensor(0.15)
-    write_checkpoint(dict(state_dict=state, meta=dict(epoch=3, calibration=dict(threshold=0.15)),
-                          optimizer=dict(state={})), str(tmp_path / 'cascade.pth'))
+    write_checkpoint(
+        dict(
+            state_dict=state,
+            meta=dict(epoch=3, calibration=dict(threshold=0.15)),
+            optimizer=dict(state={}),
+        ),
+        str(tmp_path / 'cascade.pth'),
+    )
     for name, first in (('a', 0), ('b', 60)):
         write_record(make_record(model, first=first, seed=first), tmp_path / f'{name}.npz')
     return tmp_path
@@ -62,10 +85,25 @@ def files(tmp_path):
 
 def test_the_tool(files):
     before = (files / 'cascade.pth').read_bytes()
-    result = run_tool('fit_router.py', files / 'config.py', files / 'cascade.pth',
-                      '--records', files / 'a.npz', files / 'b.npz', '--objective', 'rank', '--seed', 3, '--out', files / 'out' / 'new.pth')
+    result = run_tool(
+        'fit_router.py',
+        files / 'config.py',
+        files / 'cascade.pth',
+        '--records',
+        files / 'a.npz',
+        files / 'b.npz',
+        '--objective',
+        'rank',
+        '--seed',
+        3,
+        '--out',
+        files / 'out' / 'new.pth',
+    )
     assert result.returncode == 0, result.stderr[-2000:]
-    assert '120 rows of 120 images' in result.stdout and str(files / 'out' / 'new.pth') in result.stdout
+    assert (
+        '120 rows of 120 images' in result.stdout
+        and str(files / 'out' / 'new.pth') in result.stdout
+    )
     assert (files / 'cascade.pth').read_bytes() == before
     assert [path.name for path in (files / 'out').iterdir()] == ['new.pth']
     checkpoint = read_checkpoint(str(files / 'out' / 'new.pth'))
@@ -79,12 +117,26 @@ def test_the_tool(files):
 
 
 def test_the_tool_refuses_in_one_line(files):
-    result = run_tool('fit_router.py', files / 'config.py', files / 'cascade.pth',
-                      '--records', files / 'a.npz', '--out', files / 'new.pth', '--cfg-options',
-                      'model.router.pools=mean,max')
+    result = run_tool(
+        'fit_router.py',
+        files / 'config.py',
+        files / 'cascade.pth',
+        '--records',
+        files / 'a.npz',
+        '--out',
+        files / 'new.pth',
+        '--cfg-options',
+        'model.router.pools=mean,max',
+    )
     assert result.returncode == 2 and not (files / 'new.pth').exists()
-    assert result.stderr.strip().splitlines()[-1].startswith(
-        'error: the records have 120 features per image, and the router of this config takes 240')
+    assert (
+        result.stderr.strip()
+        .splitlines()[-1]
+        .startswith(
+            'error: the records have 120 features per image, and the router of this config takes '
+            '240'
+        )
+    )
 
 
 def test_records_of_another_detector_are_refused():
@@ -97,7 +149,9 @@ def test_records_of_another_detector_are_refused():
 
 
 def test_records_are_known_by_weights_whatever_their_files_are_called():
-    record = dict(make_record(build()), provenance=dict(checkpoint='calibrated.pth', exits_digest='0123'))
+    record = dict(
+        make_record(build()), provenance=dict(checkpoint='calibrated.pth', exits_digest='0123')
+    )
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         require_own([record], 2, 'epoch_2.pth', '0123')
@@ -134,10 +188,13 @@ def test_views_of_an_image_count_as_one_image():
 
 
 def test_features_from_another_record():
-    """Folds whose gains come from cascades of their own; what the router sees is looked up by id."""
+    """Folds whose gains come from cascades of their own; what the router sees is looked up by
+    id."""
     model = build()
     folds = [make_record(model, first=0), make_record(model, first=60, seed=1)]
-    whole = dict(images=[copy.deepcopy(one) for fold in reversed(folds) for one in reversed(fold['images'])])
+    whole = dict(
+        images=[copy.deepcopy(one) for fold in reversed(folds) for one in reversed(fold['images'])]
+    )
     expected, _ = fit(model, folds)
     for fold in folds:
         for image in fold['images']:
@@ -146,22 +203,28 @@ def test_features_from_another_record():
     for name, value in expected.state.items():
         torch.testing.assert_close(got.state[name], value)
     assert fit(model, folds)[0].correlation == 0
-    with pytest.raises(UsageError, match=r'60 images \(such as 60\) are not in the records of features'):
+    with pytest.raises(
+        UsageError, match=r'60 images \(such as 60\) are not in the records of features'
+    ):
         fit(model, folds, features_from=[make_record(model)])
     with pytest.raises(UsageError, match=r'image 0 \(a/0.jpg\) is twice'):
         fit(model, folds, features_from=[whole, make_record(model)])
     # Data sets number their images alike.
-    with pytest.raises(UsageError, match=r"image 0 is 'a/0.jpg', and 'b/0.jpg' in the records of features"):
+    with pytest.raises(
+        UsageError, match=r"image 0 is 'a/0.jpg', and 'b/0.jpg' in the records of features"
+    ):
         fit(model, folds[:1], features_from=[make_record(model, folder='b')])
 
 
 def test_other_widths_are_refused():
     model, wide = build(), build(router=dict(type='Router', pools=('mean', 'std')))
-    with pytest.raises(UsageError, match='have 240 features per image, and the router of this config takes 120'):
+    with pytest.raises(
+        UsageError, match='have 240 features per image, and the router of this config takes 120'
+    ):
         fit(model, [make_record(wide)])
     with pytest.raises(UsageError, match=r'different widths: \[120, 240\]'):
         fit(model, [make_record(model), make_record(wide, first=60)])
-    assert fit(wide, [make_record(wide)])[0].state['mean'].shape == (240, )
+    assert fit(wide, [make_record(wide)])[0].state['mean'].shape == (240,)
 
 
 def test_gains_in_ap_come_from_the_record_s_own_annotations(tmp_path):
@@ -172,12 +235,22 @@ def test_gains_in_ap_come_from_the_record_s_own_annotations(tmp_path):
     for image in record['images']:
         found = [dict(box, score=0.9)] if image['features'][0] > 0.5 else []
         image['detections'] = [[], found]
-    annotations = [dict(box, id=index, image_id=image['id'], area=100, iscrowd=0)
-                   for index, image in enumerate(record['images'], 1)]
-    (tmp_path / 'truth.json').write_text(json.dumps(dict(
-        images=[dict(id=image['id'], file_name=f'{image["id"]}.png', width=64, height=64) for image in record['images']],
-        annotations=annotations,
-        categories=[dict(id=1, name='it')])))
+    annotations = [
+        dict(box, id=index, image_id=image['id'], area=100, iscrowd=0)
+        for index, image in enumerate(record['images'], 1)
+    ]
+    (tmp_path / 'truth.json').write_text(
+        json.dumps(
+            dict(
+                images=[
+                    dict(id=image['id'], file_name=f'{image["id"]}.png', width=64, height=64)
+                    for image in record['images']
+                ],
+                annotations=annotations,
+                categories=[dict(id=1, name='it')],
+            )
+        )
+    )
     record['provenance']['ann_file'] = str(tmp_path / 'truth.json')
     objective = build_objective('ap')
     cocos = ground_truths([record, record], objective)
@@ -195,7 +268,9 @@ def test_other_checkpoints_are_refused():
     model = build()
     found, _ = fit(model, [make_record(model)])
     with pytest.raises(UsageError, match='plain detector'):
-        put_router(model, dict(state_dict=MODELS.build(tiny_detector('fcos')).state_dict()), found, {})
+        put_router(
+            model, dict(state_dict=MODELS.build(tiny_detector('fcos')).state_dict()), found, {}
+        )
     other = MODELS.build(tiny_dynamic('retinanet', shared=False)).state_dict()
     with pytest.raises(UsageError, match='does not fit this config'):
         put_router(model, dict(state_dict=other), found, {})

@@ -1,4 +1,5 @@
 """Parameters and FLOPs: hand-counted parts, the papers' figures, the page in docs/."""
+
 import contextlib
 import io
 import re
@@ -7,10 +8,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
 from mmengine.config import Config
 from torch import nn
 
+from conftest import ROOT
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.flops import (
     Costs,
@@ -27,8 +28,12 @@ from dynamicdet.testing import tiny_detector, tiny_dynamic
 
 ENTRIES = read_models(ROOT)
 #: Config -> the cells of its row in the page.
-PAGE = {f'configs/{row[1]}': row[0][2:-2].split(' | ') for row in re.finditer(
-    r'^\| \[[^]]*\]\(\.\./configs/([^)]*)\).*$', (ROOT / 'docs/model_zoo.md').read_text(), re.M)}
+PAGE = {
+    f'configs/{row[1]}': row[0][2:-2].split(' | ')
+    for row in re.finditer(
+        r'^\| \[[^]]*\]\(\.\./configs/([^)]*)\).*$', (ROOT / 'docs/model_zoo.md').read_text(), re.M
+    )
+}
 
 
 def costs_of(model, shape=(96, 128)):
@@ -52,7 +57,7 @@ def test_what_is_shared_counts_once():
 @pytest.mark.parametrize('name', ['faster_rcnn', 'mask_rcnn', 'cascade_rcnn', 'retinanet', 'yolox'])
 def test_an_easy_image_costs_a_plain_detector_and_the_router(name):
     model = tiny_dynamic(name, shared=name != 'retinanet', reuse_stages=0)
-    costs, (stock, ) = costs_of(model), costs_of(tiny_detector(name)).exits
+    costs, (stock,) = costs_of(model), costs_of(tiny_detector(name)).exits
     maps = 8 + 16 + 32 + 64
     router = 2 * (maps * (maps // 4) + maps // 4)
     assert costs.parts['router'].flops == router
@@ -88,8 +93,9 @@ def test_mmcvs_own_operators_go_through():
     for model in (plain, deformable):
         model.backbone.update(depth=50, base_channels=2)
     deformable.backbone.update(
-        dcn=dict(type='DCN', deform_groups=1), stage_with_dcn=(False, False, False, True))
-    (few, ), (many, ) = costs_of(deformable).exits, costs_of(plain).exits
+        dcn=dict(type='DCN', deform_groups=1), stage_with_dcn=(False, False, False, True)
+    )
+    (few,), (many,) = costs_of(deformable).exits, costs_of(plain).exits
     assert 0 < few.flops != many.flops
 
 
@@ -100,8 +106,10 @@ def test_counting_leaves_nothing_behind():
 
 
 def test_a_smaller_image_costs_exit_0_less():
-    small, full = (costs_of(tiny_dynamic('fcos', reuse_stages=0, first_scale=scale), (128, 128))
-                   for scale in (0.5, 1))
+    small, full = (
+        costs_of(tiny_dynamic('fcos', reuse_stages=0, first_scale=scale), (128, 128))
+        for scale in (0.5, 1)
+    )
     assert small.parts['first backbone'].flops == full.parts['first backbone'].flops / 4
     assert small.parts['second neck and heads'] == full.parts['second neck and heads']
 
@@ -139,15 +147,18 @@ def test_the_page_is_what_the_tool_writes(config):
     blank = make_row(ENTRIES[config], 0, costs, shape)
     assert len(cells) == len(blank)
     assert [cells[0], *cells[7:]] == [blank[0], *blank[7:]]
-    assert make_page([cells]).splitlines()[-1] in (ROOT / 'docs/model_zoo.md').read_text().splitlines()
+    assert (
+        make_page([cells]).splitlines()[-1] in (ROOT / 'docs/model_zoo.md').read_text().splitlines()
+    )
     gflops = [float(cell) for cell in cells[2:7]]
     assert 0 < gflops[0] < gflops[-1] and float(cells[1]) > 0
     for share, value in zip((0, 0.1, 0.5, 0.9, 1), gflops):
         assert value == pytest.approx(gflops[0] + share * (gflops[-1] - gflops[0]), abs=0.11)
 
 
-@pytest.mark.parametrize('config', [config for config, entry in ENTRIES.items()
-                                    if 'Figures Of The Paper' in entry])
+@pytest.mark.parametrize(
+    'config', [config for config, entry in ENTRIES.items() if 'Figures Of The Paper' in entry]
+)
 def test_the_page_has_the_compute_that_papers_state(config):
     entry, cells = ENTRIES[config], PAGE[config]
     stated = entry['Figures Of The Paper']['At Percent Hard']
@@ -157,14 +168,17 @@ def test_the_page_has_the_compute_that_papers_state(config):
             assert float(cells[column]) == pytest.approx(stated[percent]['GFLOPs'], rel=within)
 
 
-@pytest.mark.parametrize('name', ['dy_mask_rcnn_swin-t', 'dy_fcos', 'dy_yolox_tiny', 'dy_rtmdet_tiny'])
+@pytest.mark.parametrize(
+    'name', ['dy_mask_rcnn_swin-t', 'dy_fcos', 'dy_yolox_tiny', 'dy_rtmdet_tiny']
+)
 def test_the_page_has_what_is_counted(name):
     config = f'configs/{name}.py'
     assert count_row(ROOT, ENTRIES[config]) == PAGE[config]
 
 
-@pytest.mark.parametrize('name, millions', [
-    ('dy_yolov7', 80.62), ('dy_yolov7_x', 151.09), ('dy_yolov7_w6', 147.36)])
+@pytest.mark.parametrize(
+    'name, millions', [('dy_yolov7', 80.62), ('dy_yolov7_x', 151.09), ('dy_yolov7_w6', 147.36)]
+)
 def test_yolov7_has_the_parameters_of_the_published_one(name, millions):
     assert float(PAGE[f'configs/{name}.py'][1]) == pytest.approx(millions, rel=1e-3)
 
@@ -203,8 +217,10 @@ def tool(monkeypatch):
 
     def run(*arguments):
         monkeypatch.setattr(sys, 'argv', ['get_flops', *map(str, arguments)])
-        with contextlib.redirect_stdout(io.StringIO()) as out, \
-                contextlib.redirect_stderr(io.StringIO()) as said:
+        with (
+            contextlib.redirect_stdout(io.StringIO()) as out,
+            contextlib.redirect_stderr(io.StringIO()) as said,
+        ):
             with pytest.raises(SystemExit) as ended:
                 runpy.run_path(str(ROOT / 'tools/get_flops.py'), run_name='__main__')
         return ended.value.code or 0, out.getvalue(), said.getvalue()
@@ -219,18 +235,32 @@ def figures(out):
 
 
 def test_the_tool_on_a_dynamic_detector(tool):
-    status, out, _ = tool(ROOT / 'configs/dy_faster_rcnn_digits.py', '--hard-share', 0.25, '--fused',
-                          '--cfg-options', 'model.first_scale=1')
+    status, out, _ = tool(
+        ROOT / 'configs/dy_faster_rcnn_digits.py',
+        '--hard-share',
+        0.25,
+        '--fused',
+        '--cfg-options',
+        'model.first_scale=1',
+    )
     assert status == 0
     assert ' 128 x 128 pixels\n' in out and 'Not fused: ' in out and '60 boxes' in out
     rows = figures(out)
-    assert list(rows) == ['first backbone', 'router', 'first neck and heads',
-                          'second backbone, connections', 'second neck and heads', 'exit 0',
-                          'exit 1', '25% hard']
+    assert list(rows) == [
+        'first backbone',
+        'router',
+        'first neck and heads',
+        'second backbone, connections',
+        'second neck and heads',
+        'exit 0',
+        'exit 1',
+        '25% hard',
+    ]
     for _, single, double in rows.values():
         assert double == pytest.approx(2 * single, abs=0.011)
     assert rows['25% hard'][1] == pytest.approx(
-        0.75 * rows['exit 0'][1] + 0.25 * rows['exit 1'][1], abs=0.01)
+        0.75 * rows['exit 0'][1] + 0.25 * rows['exit 1'][1], abs=0.01
+    )
 
 
 def test_the_tool_on_a_stock_detector(tool, tmp_path):
@@ -241,12 +271,15 @@ def test_the_tool_on_a_stock_detector(tool, tmp_path):
     assert list(figures(out)) == ['detector'] and figures(out)['detector'][0] > 10
 
 
-@pytest.mark.parametrize('arguments, said', [
-    ([], 'name a config, or ask for --zoo'),
-    (['configs/absent.py'], 'there is no config'),
-    (['configs/absent.py', '--zoo'], 'name a config, or ask for --zoo'),
-    (['configs/dy_faster_rcnn.py', '--hard-share', 2], '--hard-share takes shares'),
-])
+@pytest.mark.parametrize(
+    'arguments, said',
+    [
+        ([], 'name a config, or ask for --zoo'),
+        (['configs/absent.py'], 'there is no config'),
+        (['configs/absent.py', '--zoo'], 'name a config, or ask for --zoo'),
+        (['configs/dy_faster_rcnn.py', '--hard-share', 2], '--hard-share takes shares'),
+    ],
+)
 def test_bad_input_is_one_line(tool, arguments, said):
     status, _, errors = tool(*arguments)
     assert status == 2 and errors.startswith('error: ') and said in errors

@@ -1,4 +1,5 @@
 """All tools on annotation files as users have them."""
+
 import contextlib
 import io
 import json
@@ -6,9 +7,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, shrink_options
 from test_analyze_routing import call, write_checkpoint
 
+from conftest import ROOT, shrink_options
 from dynamicdet.routing.evaluation import Mixtures, read_truth
 from dynamicdet.routing.record import read_record
 
@@ -16,12 +17,17 @@ from dynamicdet.routing.record import read_record
 def spoil(data):
     """Change all that can be mended without a guess."""
     for entry in data['images']:
-        entry.update(id=f"img{entry['id']}", width=str(entry['width']))
+        entry.update(id=f'img{entry["id"]}', width=str(entry['width']))
     for entry in data['categories']:
-        entry.update(id=f"c{entry['id']}")
+        entry.update(id=f'c{entry["id"]}')
     for entry in data['annotations']:
-        entry.update(id=entry['id'] - 1, image_id=f"img{entry['image_id']}", category_id=f"c{entry['category_id']}",
-                     bbox=list(map(str, entry['bbox'])), area=str(entry['area']))
+        entry.update(
+            id=entry['id'] - 1,
+            image_id=f'img{entry["image_id"]}',
+            category_id=f'c{entry["category_id"]}',
+            bbox=list(map(str, entry['bbox'])),
+            area=str(entry['area']),
+        )
         entry.pop('iscrowd')
 
 
@@ -43,20 +49,43 @@ def test_tools_run_through_a_mutant_to_the_ap_of_the_good_file(digits, tmp_path)
 
     def run(tool, data, *arguments, config=name):
         # Random weights propose more than is needed here.
-        options = {'model.detector.test_cfg.rpn.max_per_img': 20, 'model.detector.test_cfg.rpn.nms_pre': 40,
-                   **{key: value for key, value in shrink_options(data).items() if value is not None}}
-        pairs = [f'{key}={json.dumps(value) if isinstance(value, list) else value}' for key, value in options.items()]
+        options = {
+            'model.detector.test_cfg.rpn.max_per_img': 20,
+            'model.detector.test_cfg.rpn.nms_pre': 40,
+            **{key: value for key, value in shrink_options(data).items() if value is not None},
+        }
+        pairs = [
+            f'{key}={json.dumps(value) if isinstance(value, list) else value}'
+            for key, value in options.items()
+        ]
         # No stream of pytest's, which mmengine's logger would keep beyond this test.
         with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
-            assert call(tool, ROOT / f'configs/{config}.py', *arguments, '--cfg-options', 'train_cfg.max_epochs=1',
-                        'train_cfg.val_interval=1', *pairs) == 0, out.getvalue()
+            assert (
+                call(
+                    tool,
+                    ROOT / f'configs/{config}.py',
+                    *arguments,
+                    '--cfg-options',
+                    'train_cfg.max_epochs=1',
+                    'train_cfg.val_interval=1',
+                    *pairs,
+                )
+                == 0
+            ), out.getvalue()
         return out.getvalue()
 
     def ap(said):
-        return [line.split('coco/bbox_mAP: ')[1].split()[0] for line in said.splitlines() if 'coco/bbox_mAP: ' in line]
+        return [
+            line.split('coco/bbox_mAP: ')[1].split()[0]
+            for line in said.splitlines()
+            if 'coco/bbox_mAP: ' in line
+        ]
 
     work = ('--work-dir', tmp_path / 'work')
-    tested = [ap(run('test.py', data, tmp_path / 'random.pth', '--threshold', 0.5, *work)) for data in (digits, root)]
+    tested = [
+        ap(run('test.py', data, tmp_path / 'random.pth', '--threshold', 0.5, *work))
+        for data in (digits, root)
+    ]
     assert tested[0] == tested[1] != []
     said = run('train.py', root, *work, config='dy_faster_rcnn_digits')
     assert 'data: the training set: ' in said and 'numbered from 1 in the order of the file' in said
@@ -66,7 +95,9 @@ def test_tools_run_through_a_mutant_to_the_ap_of_the_good_file(digits, tmp_path)
     mixtures = Mixtures(record, read_truth(str(digits / 'annotations/instances_test.json')))
     assert call('analyze_routing.py', tmp_path / 'r.npz', '--bootstrap', 0) == 0
     ends = json.loads((tmp_path / 'r/routing.json').read_text())['ends']
-    assert [one['ap'] for one in ends] == pytest.approx([mixtures.ap([exit] * 6) for exit in range(2)])
+    assert [one['ap'] for one in ends] == pytest.approx(
+        [mixtures.ap([exit] * 6) for exit in range(2)]
+    )
     run('calibrate.py', root, tmp_path / 'random.pth')
     run('report.py', root, tmp_path / 'random.pth', '--out-dir', tmp_path / 'report')
     assert (tmp_path / 'report/report.html').stat().st_size

@@ -1,4 +1,5 @@
 """AP of each exit in the usual validation, and its picture."""
+
 import contextlib
 import io
 import json
@@ -6,7 +7,6 @@ import uuid
 
 import pytest
 import torch
-from conftest import ROOT
 from mmengine.config import Config
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
@@ -15,6 +15,7 @@ from pycocotools.coco import COCO
 import dynamicdet.datasets.samplers  # noqa: F401  (these register)
 import dynamicdet.datasets.video  # noqa: F401
 import dynamicdet.video.exit_curve_hook  # noqa: F401
+from conftest import ROOT
 from dynamicdet.errors import UsageError
 from dynamicdet.routing.evaluation import evaluate
 from dynamicdet.video.all_exits import ExitsMetric, exit_of
@@ -23,8 +24,10 @@ from dynamicdet.video.exit_curve_hook import draw_history, read_history, updated
 
 
 def test_number_of_an_exit():
-    assert [exit_of(name) for name in ('exit03/bbox_mAP', 'exit12/x', 'coco/bbox_mAP', 'exit/x', 'exitAA/y')
-            ] == [3, 12, None, None, None]
+    assert [
+        exit_of(name)
+        for name in ('exit03/bbox_mAP', 'exit12/x', 'coco/bbox_mAP', 'exit/x', 'exitAA/y')
+    ] == [3, 12, None, None, None]
 
 
 def test_history_grows_and_begins_anew():
@@ -62,17 +65,25 @@ def videos(tmp_path_factory):
 @pytest.fixture
 def cfg(videos, tmp_path):
     cfg = Config.fromfile(ROOT / 'configs/video/early_exit_yolov5_digits.py')
-    options = {'load_from': None, 'data_root': f'{videos}/', 'model.heads.layers': [2, 9],
-               'model.heads.channels': 16, 'train_cfg.max_epochs': 1, 'train_cfg.val_interval': 1}
+    options = {
+        'load_from': None,
+        'data_root': f'{videos}/',
+        'model.heads.layers': [2, 9],
+        'model.heads.channels': 16,
+        'train_cfg.max_epochs': 1,
+        'train_cfg.val_interval': 1,
+    }
     for part in ('backbone', 'detector.backbone', 'detector.neck', 'detector.bbox_head'):
         options[f'model.{part}.width'] = 0.25
     for split in ('train', 'val', 'test'):
-        options.update({
-            f'{split}_dataloader.dataset.data_root': f'{videos}/',
-            f'{split}_dataloader.num_workers': 0,
-            f'{split}_dataloader.persistent_workers': False,
-            f'{split}_dataloader.batch_size': 2
-        })
+        options.update(
+            {
+                f'{split}_dataloader.dataset.data_root': f'{videos}/',
+                f'{split}_dataloader.num_workers': 0,
+                f'{split}_dataloader.persistent_workers': False,
+                f'{split}_dataloader.batch_size': 2,
+            }
+        )
         if split != 'train':
             options[f'{split}_evaluator.ann_file'] = f'{videos}/annotations/instances_{split}.json'
     cfg.merge_from_dict(options)
@@ -85,9 +96,13 @@ def test_training_logs_and_draws_ap_of_each_exit(cfg, tmp_path):
     runner = Runner.from_cfg(cfg)
     found = {}
     runner.val_loop.evaluator.metrics[0].evaluate, plain = (
-        lambda size: found.update(plain(size)) or found), runner.val_loop.evaluator.metrics[0].evaluate
+        (lambda size: found.update(plain(size)) or found),
+        runner.val_loop.evaluator.metrics[0].evaluate,
+    )
     runner.train()
-    assert {f'exit{exit:02d}/bbox_{item}' for exit in range(3) for item in ('mAP', 'mAP_50')} <= found.keys()
+    assert {
+        f'exit{exit:02d}/bbox_{item}' for exit in range(3) for item in ('mAP', 'mAP_50')
+    } <= found.keys()
     assert found['coco/bbox_mAP'] == found['exit02/bbox_mAP']
     history = json.loads((tmp_path / 'exit_curve.json').read_text())
     assert [(one['epoch'], len(one['ap'])) for one in history] == [(1, 3)]
@@ -98,7 +113,6 @@ def test_other_detectors_are_told(cfg):
     cfg.model = cfg.model.detector
     with pytest.raises(UsageError, match='EarlyExitDetector'):
         Runner.from_cfg(cfg).val()
-
 
 
 def test_ap_of_each_exit_is_coco_s(cfg, videos):
@@ -114,14 +128,19 @@ def test_ap_of_each_exit_is_coco_s(cfg, videos):
         boxes = torch.tensor([one['bbox'] for one in own], dtype=torch.float32).reshape(-1, 4)
         # Every third frame a bit off.
         boxes[:, :2] += 3 * (number % 3 == 0)
-        results += [dict(image_id=identity, bbox=box, score=0.5, category_id=one['category_id'])
-                    for box, one in zip(boxes.tolist(), own)]
+        results += [
+            dict(image_id=identity, bbox=box, score=0.5, category_id=one['category_id'])
+            for box, one in zip(boxes.tolist(), own)
+        ]
         boxes[:, 2:] += boxes[:, :2]
-        found = InstanceData(bboxes=boxes,
-                             scores=torch.full((len(own), ), 0.5),
-                             labels=torch.tensor([categories.index(one['category_id'])
-                                                  for one in own]).long())
-        nothing = InstanceData(bboxes=torch.zeros(0, 4), scores=torch.zeros(0), labels=torch.zeros(0).long())
+        found = InstanceData(
+            bboxes=boxes,
+            scores=torch.full((len(own),), 0.5),
+            labels=torch.tensor([categories.index(one['category_id']) for one in own]).long(),
+        )
+        nothing = InstanceData(
+            bboxes=torch.zeros(0, 4), scores=torch.zeros(0), labels=torch.zeros(0).long()
+        )
         metric.process({}, [dict(img_id=identity, ori_shape=(64, 64), exits=[nothing, found])])
     scores = metric.evaluate(len(coco.imgs))
     expected = evaluate(coco, results)

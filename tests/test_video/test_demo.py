@@ -1,4 +1,5 @@
 """Video in; boxes, exits and costs out. On small real detectors."""
+
 import copy
 import json
 import os
@@ -20,38 +21,68 @@ CLASSES = ('a', 'b', 'c')
 PIPELINE = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(64, 64), keep_ratio=True),
-    dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))
+    dict(
+        type='PackDetInputs',
+        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
+    ),
 ]
 #: Small enough that 1,000 frames take seconds.
 SMALL = dict(
     type='SingleStageDetector',
-    data_preprocessor=dict(type='DetDataPreprocessor', mean=[0.] * 3, std=[255.] * 3, pad_size_divisor=32),
+    data_preprocessor=dict(
+        type='DetDataPreprocessor', mean=[0.0] * 3, std=[255.0] * 3, pad_size_divisor=32
+    ),
     backbone=dict(type='YOLOV5Backbone', width=0.125, depth=0.1),
     neck=dict(type='YOLOV5PAFPN', width=0.125, depth=0.1),
     bbox_head=dict(type='YOLOV5Head', width=0.125, num_classes=3),
-    test_cfg=dict(score_thr=0.001, nms_pre=100, nms=dict(type='nms', iou_threshold=0.6), max_per_img=5))
+    test_cfg=dict(
+        score_thr=0.001, nms_pre=100, nms=dict(type='nms', iou_threshold=0.6), max_per_img=5
+    ),
+)
 
 
 def early(**options):
-    return ConfigDict({**dict(type='EarlyExitDetector', detector=SMALL, heads=dict(layers=[4, 9]),
-                              gate=dict(type='TemporalGate')), **options})
+    return ConfigDict(
+        {
+            **dict(
+                type='EarlyExitDetector',
+                detector=SMALL,
+                heads=dict(layers=[4, 9]),
+                gate=dict(type='TemporalGate'),
+            ),
+            **options,
+        }
+    )
 
 
 def config(model):
-    return Config(dict(
-        default_scope='mmdet', model=model, visualizer=dict(type='DetLocalVisualizer'),
-        test_dataloader=dict(dataset=dict(type='CocoDataset', ann_file='', data_prefix=dict(img=''),
-                                          metainfo=dict(classes=CLASSES), pipeline=PIPELINE))))
+    return Config(
+        dict(
+            default_scope='mmdet',
+            model=model,
+            visualizer=dict(type='DetLocalVisualizer'),
+            test_dataloader=dict(
+                dataset=dict(
+                    type='CocoDataset',
+                    ann_file='',
+                    data_prefix=dict(img=''),
+                    metainfo=dict(classes=CLASSES),
+                    pipeline=PIPELINE,
+                )
+            ),
+        )
+    )
 
 
 def save(model, path, costs=None, points=None, **meta):
-    """A checkpoint of a config's model, random, as ``FrameDetector`` wants it; with costs of exits."""
+    """A checkpoint of a config's model, random, as ``FrameDetector`` wants it; with costs of
+    exits."""
     torch.manual_seed(0)
     built = MODELS.build(model)
     if costs:
         built.gflops.copy_(torch.tensor(costs))
     if points:
-        built.operating_points[:len(points)] = torch.tensor(points)
+        built.operating_points[: len(points)] = torch.tensor(points)
     meta = dict(dataset_meta=dict(classes=CLASSES), **meta)
     torch.save(dict(state_dict=built.state_dict(), meta=meta), path)
     return str(path)
@@ -65,6 +96,7 @@ def detector(tmp_path):
 
 class Pictures(Source):
     """A source of what it is given; None is a frame that cannot be read, an error is raised."""
+
     name = 'pictures'
 
     def __init__(self, *pictures):
@@ -101,8 +133,17 @@ def test_frames_lines_film_and_timeline(detector, tmp_path):
     assert [line['gflops'] for line in lines] == pytest.approx([0.4, 0.1, 0.4, 0.1], abs=1e-6)
     found = [line['detections'] for line in lines]
     assert found[0] == found[1] != found[2] == found[3]
-    assert len(lines[0]['detections']) == 5 and [line['time'] for line in lines] == [0, 0.04, 0.08, 0.12]
-    assert lines[0]['difficulty'] == 1 and lines[1]['difficulty'] == 0 and lines[2]['difficulty'] > 0.05
+    assert len(lines[0]['detections']) == 5 and [line['time'] for line in lines] == [
+        0,
+        0.04,
+        0.08,
+        0.12,
+    ]
+    assert (
+        lines[0]['difficulty'] == 1
+        and lines[1]['difficulty'] == 0
+        and lines[2]['difficulty'] > 0.05
+    )
     for one in lines[0]['detections']:
         x1, y1, x2, y2 = one['bbox']
         assert -1 <= x1 <= x2 <= 65 and -1 <= y1 <= y2 <= 49 and one['label'] in (0, 1, 2)
@@ -128,24 +169,33 @@ def test_a_film_of_a_fast_camera_is_shown_slower(detector, tmp_path):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(noise(seed), format='bgr24')))
         container.mux(stream.encode(None))
     said = []
-    summary = run_demo(detector, open_source(tmp_path / 'fast.mp4'), tmp_path / 'out.mp4', say=said.append)
+    summary = run_demo(
+        detector, open_source(tmp_path / 'fast.mp4'), tmp_path / 'out.mp4', say=said.append
+    )
     assert summary.frames == len(film_of(tmp_path / 'out.mp4')) == 3
     assert said == ['the source has 2000 frames per second: they are shown at 1000']
     assert [line['time'] for line in lines_of(tmp_path / 'out.jsonl')] == [0, 0.0005, 0.001]
 
 
 def test_a_target_is_held_on_the_frames_that_come(tmp_path):
-    """Of two settings, one gives boxes again at 0.1, the other looks at each frame, at 0.4: 0.25 by turns."""
+    """Of two settings, one gives boxes again at 0.1, the other looks at each frame, at 0.4: 0.25 by
+    turns."""
     points = [[1.0, -1.0, -1.0, 0.1, 0.001], [-1.0, -1.0, -1.0, 0.4, 0.004]]
     checkpoint = save(early(), tmp_path / 'a.pth', [0.1, 0.2, 0.3, 0.4], points)
     budget = dict(target_gflops=0.25)
     pictures = [noise(seed) for seed in range(200)]
-    summary = run_demo(FrameDetector(config(early()), checkpoint, 'cpu', budget=budget, online=True),
-                       Pictures(*pictures), tmp_path / 'out.mp4')
+    summary = run_demo(
+        FrameDetector(config(early()), checkpoint, 'cpu', budget=budget, online=True),
+        Pictures(*pictures),
+        tmp_path / 'out.mp4',
+    )
     assert summary.gflops == pytest.approx(0.25, abs=0.02) and set(summary.exits) == {-1, 2}
     # Without, the dearest setting that the target pays for.
-    summary = run_demo(FrameDetector(config(early()), checkpoint, 'cpu', budget=budget), Pictures(*pictures[:5]),
-                       tmp_path / 'out.mp4')
+    summary = run_demo(
+        FrameDetector(config(early()), checkpoint, 'cpu', budget=budget),
+        Pictures(*pictures[:5]),
+        tmp_path / 'out.mp4',
+    )
     assert summary.gflops == pytest.approx(0.1)
     for wrong in (dict(threshold=0.5), None):
         with pytest.raises(UsageError, match='online holds target_latency or target_gflops'):
@@ -158,7 +208,13 @@ def test_broken_frames_keep_the_state_and_their_place(detector, tmp_path):
     summary = run_demo(detector, Pictures(*pictures), tmp_path / 'out.mp4', say=said.append)
     lines = lines_of(tmp_path / 'out.jsonl')
     assert [line.get('exit') for line in lines] == [None, 2, None, -1, None]
-    assert [line.get('fault') for line in lines] == ['is broken', None, 'is broken', None, 'is broken']
+    assert [line.get('fault') for line in lines] == [
+        'is broken',
+        None,
+        'is broken',
+        None,
+        'is broken',
+    ]
     assert [line['frame'] for line in lines] == [0, 1, 2, 3, 4]
     assert (summary.frames, summary.faults) == (2, 3)
     assert said == ['frame 0: is broken', 'frame 2: is broken', 'frame 4: is broken']
@@ -189,7 +245,8 @@ def test_a_change_of_size_is_said_and_all_goes_on(detector, tmp_path):
 
 
 def test_boxes_that_are_given_again_follow_the_resolution(detector, tmp_path):
-    """The same picture, twice as large: the network sees the same, boxes are in the new picture's pixels."""
+    """The same picture, twice as large: the network sees the same, boxes are in the new picture's
+    pixels."""
     small, said = noise(1), []
     large = small.repeat(2, axis=0).repeat(2, axis=1)
     run_demo(detector, Pictures(small, large, large, small), tmp_path / 'out.mp4', say=said.append)
@@ -247,8 +304,8 @@ def resident():
 
 
 def test_memory_stays_flat(detector, tmp_path):
-    """1,000 frames; from the 400th on, when the encoder's buffers are full, nothing is added to the process.
-    To keep 600 small pictures would take 6 MB, those that are drawn 200."""
+    """1,000 frames; from the 400th on, when the encoder's buffers are full, nothing is added to the
+    process. To keep 600 small pictures would take 6 MB, those that are drawn 200."""
     picture, sizes = noise(1, 64, 64), {}
 
     class Endless(Source):
@@ -269,7 +326,9 @@ def test_memory_stays_flat(detector, tmp_path):
     assert len(detector.model._streams) == 1
 
 
-@pytest.mark.parametrize('model, exits', [(tiny_detector('retinanet'), 0), (tiny_dynamic('retinanet'), 2)])
+@pytest.mark.parametrize(
+    'model, exits', [(tiny_detector('retinanet'), 0), (tiny_dynamic('retinanet'), 2)]
+)
 def test_other_detectors(tmp_path, model, exits):
     checkpoint = save(model, tmp_path / 'c.pth', [1.0, 2.0][:exits])
     budget = dict(threshold=-1) if exits else None
@@ -286,31 +345,46 @@ def test_other_detectors(tmp_path, model, exits):
 
 def test_a_gate_may_be_replaced(tmp_path):
     checkpoint = save(early(), tmp_path / 'c.pth', calibration=dict(gate='TemporalGate'))
-    made = FrameDetector(config(early()), checkpoint, 'cpu', gate=dict(type='FixedExit', exit=1),
-                         budget=dict(threshold=0.5))
+    made = FrameDetector(
+        config(early()),
+        checkpoint,
+        'cpu',
+        gate=dict(type='FixedExit', exit=1),
+        budget=dict(threshold=0.5),
+    )
     assert made.detect(noise(1), 's', 0).exit == 1
     # The thresholds of one gate are nothing to another.
     with pytest.raises(UsageError, match='are of TemporalGate, and the detector has FixedExit'):
         FrameDetector(config(early()), checkpoint, 'cpu', gate=dict(type='FixedExit', exit=1))
     # Nor where the config says another, none, or one that wraps another.
     wrapping = dict(type='TemporalGate', gate=dict(type='AgreementGate'))
-    for own, name in ((None, 'no gate'), (dict(type='ScoreGate'), 'ScoreGate'),
-                      (wrapping, r'TemporalGate\(AgreementGate\)')):
+    for own, name in (
+        (None, 'no gate'),
+        (dict(type='ScoreGate'), 'ScoreGate'),
+        (wrapping, r'TemporalGate\(AgreementGate\)'),
+    ):
         with pytest.raises(UsageError, match=f'has {name}: '):
             FrameDetector(config(early(gate=own)), checkpoint, 'cpu')
     same = FrameDetector(config(early()), checkpoint, 'cpu', gate=dict(type='TemporalGate'))
     assert same.model.thresholds.tolist() == [0.5] * 3
 
 
-@pytest.mark.parametrize('model, options, words', [
-    (tiny_detector('retinanet'), dict(gate=dict(type='FixedExit', exit=0)), 'only an EarlyExitDetector'),
-    (early(), dict(gate=dict(type='NoGate')), 'is no gate'),
-    (early(), dict(gate=dict(type='FixedExit', exit='a')), 'is no gate: a fixed exit is'),
-    (tiny_detector('retinanet'), dict(budget=dict(threshold=0.5)), 'has one speed only'),
-    (early(), dict(budget=dict(hard_share=0.5)), 'is no budget of a EarlyExitDetector'),
-    (early(), dict(budget=dict(target_gflops=1)), 'needs a calibrated checkpoint'),
-    (early(), dict(score=float('nan')), 'in [[]0, 1[]]; got nan'),
-])
+@pytest.mark.parametrize(
+    'model, options, words',
+    [
+        (
+            tiny_detector('retinanet'),
+            dict(gate=dict(type='FixedExit', exit=0)),
+            'only an EarlyExitDetector',
+        ),
+        (early(), dict(gate=dict(type='NoGate')), 'is no gate'),
+        (early(), dict(gate=dict(type='FixedExit', exit='a')), 'is no gate: a fixed exit is'),
+        (tiny_detector('retinanet'), dict(budget=dict(threshold=0.5)), 'has one speed only'),
+        (early(), dict(budget=dict(hard_share=0.5)), 'is no budget of a EarlyExitDetector'),
+        (early(), dict(budget=dict(target_gflops=1)), 'needs a calibrated checkpoint'),
+        (early(), dict(score=float('nan')), 'in [[]0, 1[]]; got nan'),
+    ],
+)
 def test_mistakes_are_said(tmp_path, model, options, words):
     checkpoint = save(model, tmp_path / 'c.pth')
     with pytest.raises(UsageError, match=words):
@@ -333,12 +407,20 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
 
 def test_a_real_file_goes_through(detector, tmp_path):
     from dynamicdet.video.writer import VideoWriter
+
     with VideoWriter(tmp_path / 'in.mp4', 10) as writer:
         for number in range(6):
             writer.write(noise(number))
     summary = run_demo(detector, open_source(str(tmp_path / 'in.mp4')), tmp_path / 'out.mp4')
     assert summary.frames == 6 and summary.ended is None
-    assert [line['time'] for line in lines_of(tmp_path / 'out.jsonl')] == [0, 0.1, 0.2, 0.3, 0.4, 0.5]
+    assert [line['time'] for line in lines_of(tmp_path / 'out.jsonl')] == [
+        0,
+        0.1,
+        0.2,
+        0.3,
+        0.4,
+        0.5,
+    ]
 
 
 def test_the_film_shows_frames_at_the_times_of_their_lines(detector, tmp_path):
@@ -359,7 +441,9 @@ def test_the_film_shows_frames_at_the_times_of_their_lines(detector, tmp_path):
     times = [line['time'] for line in lines_of(out.with_suffix('.jsonl'))]
     assert times == pytest.approx([0, 0.04, 0.08, 0.12, 5.04, 5.54])
     with av.open(str(out)) as container:
-        assert [frame.time for frame in container.decode(video=0)] == pytest.approx(times[1:], abs=2e-4)
+        assert [frame.time for frame in container.decode(video=0)] == pytest.approx(
+            times[1:], abs=2e-4
+        )
     with av.open(str(out)) as container:
         *_, last = (packet for packet in container.demux(video=0) if packet.size)
         assert float((last.pts + last.duration) * last.time_base) == pytest.approx(7.54, abs=1e-3)

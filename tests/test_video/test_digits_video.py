@@ -1,4 +1,6 @@
-"""The built-in videos: what is in them, that boxes are right, that nothing leaks or is left behind."""
+"""The built-in videos: what is in them, that boxes are right, that nothing leaks or is left
+behind."""
+
 import json
 import shutil
 import subprocess
@@ -54,10 +56,14 @@ def test_cocovid(root, split):
     data = load(root, split)
     coco = COCO(str(root / 'annotations' / f'instances_{split}.json'))
     assert [video['id'] for video in data['videos']] == list(range(1, SIZES[split] + 1))
-    assert [(c['id'], c['name']) for c in data['categories']] == list(enumerate(digits.CLASSES, start=1))
+    assert [(c['id'], c['name']) for c in data['categories']] == list(
+        enumerate(digits.CLASSES, start=1)
+    )
     assert sorted(coco.anns) == list(range(1, len(coco.anns) + 1))
     times = [(image['video_id'], image['frame_id']) for image in data['images']]
-    assert times == [(video, frame) for video in range(1, SIZES[split] + 1) for frame in range(LENGTH)]
+    assert times == [
+        (video, frame) for video in range(1, SIZES[split] + 1) for frame in range(LENGTH)
+    ]
     faces = [video['face'] for video in data['videos']]
     assert faces == [drawing.FACES[place % 4] for place in range(SIZES[split])]
     for image in data['images']:
@@ -90,7 +96,9 @@ def test_a_digit_keeps_its_number_until_the_cut(root):
         shots, edges = {}, np.cumsum([shot['frames'] for shot in video['shots']])
         for one in (a for a in data['annotations'] if a['video_id'] == video['id']):
             shot = np.searchsorted(edges, images[one['image_id']]['frame_id'], side='right')
-            shots.setdefault(one['instance_id'], set()).add((one['sample'], one['category_id'], shot))
+            shots.setdefault(one['instance_id'], set()).add(
+                (one['sample'], one['category_id'], shot)
+            )
         assert all(len(facts) == 1 for facts in shots.values())
         own = [image for image in data['images'] if image['video_id'] == video['id']]
         cuts = [image['frame_id'] for image in own if image['cut']]
@@ -99,6 +107,7 @@ def test_a_digit_keeps_its_number_until_the_cut(root):
 
 def test_the_films_show_the_same_as_the_frames(root):
     import av
+
     for path in sorted(root.glob('val/*.mp4')):
         with av.open(str(path)) as container:
             film = [frame.to_ndarray(format='bgr24') for frame in container.decode(video=0)]
@@ -131,7 +140,9 @@ def test_all_that_is_promised_happens(frames):
     facts = [frame.facts for frame, _ in frames]
     assert any(fact['light'] < 0.7 for fact in facts)
     assert any(0.02 < abs(fact['light'] - 1) < 0.2 for fact in facts)
-    assert any(fact['occlusion'] > 0.5 for fact in facts) and any(fact['number'] > 5 for fact in facts)
+    assert any(fact['occlusion'] > 0.5 for fact in facts) and any(
+        fact['number'] > 5 for fact in facts
+    )
     assert any(fact['motion'] > 1 and fact['camera'] == 0 for fact in facts)
     assert any(fact['motion'] < 0.1 and fact['camera'] > 1 for fact in facts)
     assert {fact['difficulty'] > 0.5 for fact in facts} == {False, True}
@@ -147,12 +158,23 @@ def item(path, **facts):
     ink[16:80, 40:56] = 255
     path = np.array(path, float)
     many = np.ones(len(path))
-    return drawing.Item(**{**dict(
-        path=path, height=40 * many, angle=0 * many, row=5, ink=ink, colour=np.full(3, 255.),
-        contrast=1.0), **facts})
+    return drawing.Item(
+        **{
+            **dict(
+                path=path,
+                height=40 * many,
+                angle=0 * many,
+                row=5,
+                ink=ink,
+                color=np.full(3, 255.0),
+                contrast=1.0,
+            ),
+            **facts,
+        }
+    )
 
 
-def shot(items, camera=((64, 64), ), light=(1, ), **facts):
+def shot(items, camera=((64, 64),), light=(1,), **facts):
     facts = dict(difficulty=0.3, **facts)
     return drawing.Shot(world(), np.array(camera, float), np.array(light, float), items, facts)
 
@@ -177,7 +199,7 @@ def test_a_digit_is_where_its_path_says():
     assert (np.array(box(frame)) - box(moved)).tolist() == [10, 5, 10, 5]
     assert draw(shot([item([(250, 80)])])).digits == []
     # Half of it is outside.
-    (_, _, visible), = draw(shot([item([(50, 0)])])).digits
+    ((_, _, visible),) = draw(shot([item([(50, 0)])])).digits
     assert visible == pytest.approx(0.5, abs=0.03)
 
 
@@ -190,7 +212,9 @@ def test_patches_and_digits_hide_what_is_behind():
     assert frame.facts['occlusion'] == pytest.approx(0.5, abs=0.03)
     assert draw(shot([patch, item([(50, 80)])])).facts['occlusion'] == 0
     both = draw(shot([item([(50, 80)]), item([(50, 80)], row=6)]))
-    assert both.digits == [(11, 6, 1.0)] and both.facts['number'] == 1 and both.facts['occlusion'] == 1
+    assert (
+        both.digits == [(11, 6, 1.0)] and both.facts['number'] == 1 and both.facts['occlusion'] == 1
+    )
     # Outside of the frame is not hidden by anything.
     assert draw(shot([item([(50, 0)])])).facts['occlusion'] == 0
 
@@ -205,7 +229,9 @@ def test_light_and_noise():
 
 def test_fast_things_are_smeared():
     still, fast = (
-        draw(shot([item([(40, 64), (40 + step, 64)])], [(64, 64)] * 2, [1, 1]), 1) for step in (0, 20))
+        draw(shot([item([(40, 64), (40 + step, 64)])], [(64, 64)] * 2, [1, 1]), 1)
+        for step in (0, 20)
+    )
     assert fast.facts['motion'] == 20 and not fast.facts['still'] and still.facts['still']
 
     def edge(frame):
@@ -226,14 +252,26 @@ def test_smearing_keeps_the_sum():
         smeared = drawing._smear(dot, np.array(step, float))
         ys, xs = np.nonzero(smeared)
         assert smeared.sum() == pytest.approx(1, abs=1e-5)
-        assert abs(np.ptp(xs) - 0.7 * abs(step[0])) <= 1 and abs(np.ptp(ys) - 0.7 * abs(step[1])) <= 1
+        assert (
+            abs(np.ptp(xs) - 0.7 * abs(step[0])) <= 1 and abs(np.ptp(ys) - 0.7 * abs(step[1])) <= 1
+        )
     assert drawing._smear(dot, np.array([1.0, 0.5])) is dot
 
 
 def test_paths_turn_back_at_the_ends():
     path = np.array([[0.0], [4], [10], [13], [20], [27], [-3]])
-    assert drawing._fold(path, np.array([0.0]), np.array([10.0]))[:, 0].tolist() == [0, 4, 10, 7, 0, 7, 3]
-    assert drawing._fold(path, np.array([6.0]), np.array([2.0]))[:, 0].tolist() == [4] * 7  # no room
+    assert drawing._fold(path, np.array([0.0]), np.array([10.0]))[:, 0].tolist() == [
+        0,
+        4,
+        10,
+        7,
+        0,
+        7,
+        3,
+    ]
+    assert (
+        drawing._fold(path, np.array([6.0]), np.array([2.0]))[:, 0].tolist() == [4] * 7
+    )  # no room
 
 
 @pytest.mark.parametrize('length', [1, 5, 23, 24, 60])
@@ -259,7 +297,9 @@ def test_splits_share_no_handwriting_and_no_pixel(root, sources):
         data = load(root, split)
         assert {a['sample'] for a in data['annotations']} <= set(sources.samples[split].tolist())
         assert all(sources.labels[a['sample']] == a['category_id'] - 1 for a in data['annotations'])
-        for source in (one for video in data['videos'] for shot in video['shots'] for one in shot['sources']):
+        for source in (
+            one for video in data['videos'] for shot in video['shots'] for one in shot['sources']
+        ):
             x1, y1, x2, y2 = source['crop']
             seen[source['photo']][y1:y2, x1:x2] |= 1 << bit
     assert all(set(np.unique(bits)) <= {0, 1, 2, 4} for bits in seen.values())
@@ -267,24 +307,26 @@ def test_splits_share_no_handwriting_and_no_pixel(root, sources):
 
 @pytest.mark.parametrize('split', digits_drawing.SPLITS)
 def test_pictures_use_the_regions_of_their_split_alone(sources, split):
-    """Paint every photo with its owners' colours: worlds and patches show one colour."""
+    """Paint every photo with its owners' colors: worlds and patches show one color."""
     painted = {}
     for number, (name, photo) in enumerate(sources.photos.items()):
         painted[name] = np.zeros_like(photo)
-        for colour, owner in enumerate(digits_drawing.SPLITS):
+        for color, owner in enumerate(digits_drawing.SPLITS):
             x1, y1, x2, y2 = digits_drawing.split_region(photo.shape, number, owner)
-            painted[name][y1:y2, x1:x2] = 80 * (colour + 1)
-    rng, colour = np.random.default_rng(0), 80 * (digits_drawing.SPLITS.index(split) + 1)
+            painted[name][y1:y2, x1:x2] = 80 * (color + 1)
+    rng, color = np.random.default_rng(0), 80 * (digits_drawing.SPLITS.index(split) + 1)
     for _ in range(40):
         place, _ = drawing._draw_world(rng, painted, split, 64, 0.5)
-        assert (place == colour).all() and min(place.shape[:2]) >= 64
+        assert (place == color).all() and min(place.shape[:2]) >= 64
         patches, _ = drawing._draw_patches(rng, painted, split, place, np.ones(3, bool), True, 64)
-        assert all((patch.ink == colour).all() for patch in patches)
+        assert all((patch.ink == color).all() for patch in patches)
 
 
 def test_same_seed_same_bytes_and_counts_do_not_matter(root, tmp_path):
-    few, other = (digits_video.make_digits_video(tmp_path / name, FEW, LENGTH, seed=seed)
-                  for name, seed in (('few', 0), ('other', 1)))
+    few, other = (
+        digits_video.make_digits_video(tmp_path / name, FEW, LENGTH, seed=seed)
+        for name, seed in (('few', 0), ('other', 1))
+    )
     files = {name: code for name, code in content(few).items() if not name.endswith('.json')}
     assert len(files) == 3 * (LENGTH + 1)
     assert all(code == (root / name).read_bytes() for name, code in files.items())
@@ -296,21 +338,26 @@ def test_same_seed_same_bytes_and_counts_do_not_matter(root, tmp_path):
 
 def test_smallest_sets(tmp_path):
     root = digits_video.make_digits_video(
-        tmp_path / 'd', dict(train=0, val=2, test=0), 1, image_size=65, mp4=False)
+        tmp_path / 'd', dict(train=0, val=2, test=0), 1, image_size=65, mp4=False
+    )
     assert load(root, 'train')['images'] == [] and len(load(root, 'val')['images']) == 2
     assert cv2.imread(str(root / 'val' / '0002' / '000001.jpg')).shape == (65, 65, 3)
     assert not list(root.glob('*/*.mp4'))
 
 
 def test_odd_sizes_have_films(tmp_path):
-    root = digits_video.make_digits_video(tmp_path / 'd', dict(train=1, val=0, test=0), 2, image_size=65)
+    root = digits_video.make_digits_video(
+        tmp_path / 'd', dict(train=1, val=0, test=0), 2, image_size=65
+    )
     assert (root / 'train' / '0001.mp4').is_file()
 
 
 def test_is_made_once(tmp_path):
     calls = []
     for _ in range(2):
-        made = digits_video.make_digits_video(tmp_path / 'd', FEW, 2, progress=lambda *a: calls.append(a))
+        made = digits_video.make_digits_video(
+            tmp_path / 'd', FEW, 2, progress=lambda *a: calls.append(a)
+        )
     assert made == tmp_path / 'd' and calls == [(1, 3), (2, 3), (3, 3)]
     with pytest.raises(FileExistsError, match="'length': 2.*'length': 3"):
         digits_video.make_digits_video(tmp_path / 'd', FEW, 3)
@@ -322,7 +369,7 @@ def test_is_made_once(tmp_path):
 def test_kill_leaves_nothing_and_a_rerun_succeeds(tmp_path):
     # Without the package's __init__, which brings in mmdet and takes seconds.
     projects = str(Path(digits.__file__).parents[2])
-    code = textwrap.dedent(f'''
+    code = textwrap.dedent(f"""
         import sys, time, types
         for name in ('dynamicdet', 'dynamicdet.video'):
             sys.modules[name] = types.ModuleType(name)
@@ -333,8 +380,8 @@ def test_kill_leaves_nothing_and_a_rerun_succeeds(tmp_path):
             print('half way', flush=True)
             time.sleep(60)
 
-        make_digits_video({str(tmp_path / "d")!r}, {FEW!r}, 2, progress=wait)
-    ''')
+        make_digits_video({str(tmp_path / 'd')!r}, {FEW!r}, 2, progress=wait)
+    """)
     process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == 'half way\n'
     assert any(tmp_path.glob('.d.digits-video-part-*/train/0001/*.jpg'))
@@ -346,14 +393,17 @@ def test_kill_leaves_nothing_and_a_rerun_succeeds(tmp_path):
     assert not list(tmp_path.glob('.d.digits-video-part-*'))
 
 
-@pytest.mark.parametrize('bad', [
-    dict(sizes=dict(train=-1, val=0, test=0)),
-    dict(sizes=dict(train=1)),
-    dict(length=0),
-    dict(length=2.5),
-    dict(image_size=63),
-    dict(seed=-1),
-])
+@pytest.mark.parametrize(
+    'bad',
+    [
+        dict(sizes=dict(train=-1, val=0, test=0)),
+        dict(sizes=dict(train=1)),
+        dict(length=0),
+        dict(length=2.5),
+        dict(image_size=63),
+        dict(seed=-1),
+    ],
+)
 def test_bad_arguments(tmp_path, bad):
     with pytest.raises(ValueError, match='must'):
         digits_video.make_digits_video(tmp_path / 'd', **bad)

@@ -1,31 +1,60 @@
 """The auxiliary heads: costs of the seed's table, and losses and boxes by hand."""
+
 import math
 
 import pytest
 import torch
-from conftest import ROOT
 from exit_cases import CHANNELS, LAYERS, tiny
 from mmengine.config import Config
 from mmengine.structures import InstanceData
 
+from conftest import ROOT
 from dynamicdet.errors import UsageError
 from dynamicdet.video import ExitHead
 from dynamicdet.video.costs import as_table, exit_gflops, final_flops, layer_costs, layer_seconds
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 
-#: Of the seed's table (spec, section 2), for YOLOv5s, 80 classes, 640 x 640: thousands of parameters and
-#: GFLOPs.
-SEED = list(zip(
-    (80, 83, 83, 90, 90, 103, 103, 128, 128, 128, 103, 103, 90, 90, 90, 103, 103, 128),
-    (1.03, 1.07, 1.07, 1.16, 1.16, .33, .33, .10, .10, .10, .08, .33, .29, 1.16, .29, .33, .08, .10)))
+#: Of the seed's table (spec, section 2), for YOLOv5s, 80 classes, 640 x 640: thousands of
+#: parameters and GFLOPs.
+SEED = list(
+    zip(
+        (80, 83, 83, 90, 90, 103, 103, 128, 128, 128, 103, 103, 90, 90, 90, 103, 103, 128),
+        (
+            1.03,
+            1.07,
+            1.07,
+            1.16,
+            1.16,
+            0.33,
+            0.33,
+            0.10,
+            0.10,
+            0.10,
+            0.08,
+            0.33,
+            0.29,
+            1.16,
+            0.29,
+            0.33,
+            0.08,
+            0.10,
+        ),
+    )
+)
 
 
 @pytest.fixture(scope='module')
 def yolov5s():
     base = Config.fromfile(ROOT / 'configs/yolov5_s.py').model
-    return MODELS.build(dict(
-        type='EarlyExitDetector', detector=base, heads=dict(), propagation=dict(type='Propagation')))
+    return MODELS.build(
+        dict(
+            type='EarlyExitDetector',
+            detector=base,
+            heads=dict(),
+            propagation=dict(type='Propagation'),
+        )
+    )
 
 
 def test_the_seeds_table(yolov5s):
@@ -45,7 +74,8 @@ def test_the_seeds_table(yolov5s):
     # The stem; the stem and its head; all but the heads, since no gate looks at them.
     assert costs[0] == rows[0].main.flops / 1e9
     assert costs[1] == pytest.approx(
-        (rows[0].main.flops + rows[0].head.flops + rows[0].propagation.flops) / 1e9)
+        (rows[0].main.flops + rows[0].head.flops + rows[0].propagation.flops) / 1e9
+    )
     assert costs[-1] == pytest.approx(16.5, rel=0.01)
     whole = sum(row.main.flops for row in rows) + final_flops(yolov5s, (640, 640))
     assert costs[-1] == pytest.approx(whole / 1e9)
@@ -58,7 +88,7 @@ def test_costs_with_a_gate_that_looks_at_each_head():
     costs = (exit_gflops(model, (64, 64), rows) for model in (plain, looking))
     for exit, (one, other) in enumerate(zip(*costs), start=-1):
         # A head that an image leaves at is paid for in any case.
-        assert other - one == pytest.approx(sum(heads[:max(exit, 0)]))
+        assert other - one == pytest.approx(sum(heads[: max(exit, 0)]))
     assert all(row.head is None for position, row in enumerate(rows) if position not in LAYERS)
 
 
@@ -75,19 +105,33 @@ def test_the_printed_table():
 def test_outputs_are_no_finer_than_80_by_80_at_640(stride, side):
     with torch.device('meta'):
         head = ExitHead(80, 16, stride, [(8, 8)] * 9)
-        classes, boxes, objects = head((head.features(torch.zeros(1, 16, 640 // stride, 640 // stride)), ))
+        classes, boxes, objects = head(
+            (head.features(torch.zeros(1, 16, 640 // stride, 640 // stride)),)
+        )
     assert [tuple(one[0].shape) for one in (classes, boxes, objects)] == [
-        (1, 9 * own, side, side) for own in (80, 4, 1)]
+        (1, 9 * own, side, side) for own in (80, 4, 1)
+    ]
 
 
 def head(**settings):
-    return ExitHead(2, 8, 8, settings.pop('anchors', [(8, 8)]), channels=4, test_cfg=Config(dict(
-        score_thr=0.5, nms_pre=10, nms=dict(type='nms', iou_threshold=0.9), max_per_img=10)), **settings)
+    return ExitHead(
+        2,
+        8,
+        8,
+        settings.pop('anchors', [(8, 8)]),
+        channels=4,
+        test_cfg=Config(
+            dict(score_thr=0.5, nms_pre=10, nms=dict(type='nms', iou_threshold=0.9), max_per_img=10)
+        ),
+        **settings,
+    )
 
 
 def truth(*boxes):
-    return InstanceData(bboxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-                        labels=torch.zeros(len(boxes), dtype=torch.long))
+    return InstanceData(
+        bboxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        labels=torch.zeros(len(boxes), dtype=torch.long),
+    )
 
 
 def raw(value=0.0, images=1):
@@ -115,13 +159,14 @@ def test_boxes_by_hand():
     own = head(anchors=[(8, 16), (30, 10)]).eval()
     torch.nn.init.zeros_(own.convs[0].weight)
     torch.nn.init.zeros_(own.convs[0].bias)
-    # Boxes of two anchors, their objectness, their two classes: the second anchor is sure of class 1.
-    own.convs[0].bias.data[8:] = torch.tensor([-20., 20, -20, -20, -20, 20])
+    # Boxes of two anchors, their objectness, their two classes: the second anchor is sure of class
+    # 1.
+    own.convs[0].bias.data[8:] = torch.tensor([-20.0, 20, -20, -20, -20, 20])
     features = torch.zeros(1, 4, 1, 2)
-    sample = DetDataSample(metainfo=dict(img_shape=(64, 64), scale_factor=(1., 1.)))
-    found, = own.predict((features, ), [sample])
+    sample = DetDataSample(metainfo=dict(img_shape=(64, 64), scale_factor=(1.0, 1.0)))
+    (found,) = own.predict((features,), [sample])
     assert found.labels.tolist() == [1, 1]
-    # Centres at 4 and 12; clipped to the image at the left.
+    # Centers at 4 and 12; clipped to the image at the left.
     assert sorted(found.bboxes.tolist()) == [[0, 0, 19, 9], [0, 0, 27, 9]]
 
 
@@ -135,11 +180,18 @@ def test_what_the_config_leaves_out_is_the_detectors():
     assert [own.strides for own in model.heads] == [[8], [8], [32], [8]]
 
 
-@pytest.mark.parametrize('heads, said', [
-    (dict(layers=[]), 'positions from 0 to 17'), (dict(layers=[4, 2]), 'ascending'),
-    (dict(layers=[2, 2]), 'once'), (dict(layers=[18]), 'positions'), (dict(layers=[-1]), 'positions'),
-    (dict(weights=[1, 2]), 'each of 18'),
-    (dict(layers=[2], weights=-1), 'from 0 on')])
+@pytest.mark.parametrize(
+    'heads, said',
+    [
+        (dict(layers=[]), 'positions from 0 to 17'),
+        (dict(layers=[4, 2]), 'ascending'),
+        (dict(layers=[2, 2]), 'once'),
+        (dict(layers=[18]), 'positions'),
+        (dict(layers=[-1]), 'positions'),
+        (dict(weights=[1, 2]), 'each of 18'),
+        (dict(layers=[2], weights=-1), 'from 0 on'),
+    ],
+)
 def test_heads_that_do_not_fit_are_named(heads, said):
     with pytest.raises(UsageError, match=said):
         tiny(heads=heads)

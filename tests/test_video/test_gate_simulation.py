@@ -1,4 +1,5 @@
 """What a gate does on a record: by hand, at the limits, and against the oracle."""
+
 import itertools
 
 import numpy as np
@@ -70,7 +71,8 @@ def test_reuse_ends_with_the_video_and_never_begins_at_one():
 
 
 def test_nothing_is_seen_and_shown_until_the_scene_changes():
-    # Dark frames are empty: the second is told by its early map, the third is like it, the fourth is not.
+    # Dark frames are empty: the second is told by its early map, the third is like it, the fourth
+    # is not.
     found = [[], [], [detection()]]
     record = make_video_record([[(5.0, found), (1.0, found), (1.05, found), (5.0, found)]])
     nothing = np.array([False, True, True, False])
@@ -104,7 +106,9 @@ def test_single_frame():
     record = still([1.0])
     gate = build('TemporalGate')
     run = simulate(record, gate, difficulties_of(gate, evidences(record)), [0.9, 0.5, 0.5])
-    assert run.exits.tolist() == [2] and run.source.tolist() == [0] and changes(record).tolist() == []
+    assert (
+        run.exits.tolist() == [2] and run.source.tolist() == [0] and changes(record).tolist() == []
+    )
     assert settings_of(record, gate, np.zeros((2, 1), np.float32)) == [[-1, -1, -1], [-1, 1, 1]]
 
 
@@ -124,13 +128,16 @@ def test_costs_by_hand():
     assert simulate(record, blind, difficulties, [0.1, 0.5, 0.5]).gflops.tolist() == [4, 1, 2]
     # A gate that does not decide early does not, whatever the first threshold.
     # Nobody is asked where nobody may leave.
-    assert simulate(record, blind, difficulties, [0.1, -1, -1], seconds=(0.0, 1.0)).latencies.tolist() == pytest.approx(
-        [0.1, 0.01, 0.1])
+    assert simulate(
+        record, blind, difficulties, [0.1, -1, -1], seconds=(0.0, 1.0)
+    ).latencies.tolist() == pytest.approx([0.1, 0.01, 0.1])
     plain = build('ScoreGate')
     assert simulate(record, plain, difficulties, [1, 0.5, 0.5]).exits.tolist() == [1, 2, 0]
     assert simulate(record, plain, difficulties, [-1, -1, -1]).gflops.tolist() == [13] * 3
     row = row_of(run, 12.5, 3)
-    assert row['gflops'] == pytest.approx(8 / 3) and row['shares'] == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
+    assert row['gflops'] == pytest.approx(8 / 3) and row['shares'] == pytest.approx(
+        [1 / 3, 1 / 3, 1 / 3, 0]
+    )
 
 
 def test_a_gate_stops_where_it_must():
@@ -173,8 +180,8 @@ def test_ap_of_what_is_shown():
 
     assert ap([-1, -1, -1]) == pytest.approx(100)
     assert ap([-1, 1, 1]) == 0
-    # The map does not tell: all frames show the first. Two of three objects, two false boxes that are as
-    # sure; recalls up to 2/3 at precision 1, beyond it 0.
+    # The map does not tell: all frames show the first. Two of three objects, two false boxes that
+    # are as sure; recalls up to 2/3 at precision 1, beyond it 0.
     reused = simulate(record, temporal, found, [0.5, -1, -1])
     assert reused.source.tolist() == [0] * 4 and reused.exits.tolist() == [2, -1, -1, -1]
     assert replays.ap(reused) == pytest.approx(100 * 67 / 101, abs=0.01)
@@ -185,18 +192,24 @@ def test_ap_of_what_is_shown():
 def test_thresholds_lie_between_values():
     assert between([0.2, 0.4, 0.4, 0.8], 9) == pytest.approx([0.3, 0.6])
     assert between([0.5], 9) == [] and between([], 9) == []
-    neighbours = np.float32(0.5), np.nextafter(np.float32(0.5), np.float32(1))
-    assert all(neighbours[0] <= one < neighbours[1] for one in between(neighbours, 9))
+    neighbors = np.float32(0.5), np.nextafter(np.float32(0.5), np.float32(1))
+    assert all(neighbors[0] <= one < neighbors[1] for one in between(neighbors, 9))
     many = between(np.linspace(0, 1, 100), 5)
     assert len(many) == 5 and many == sorted(many)
 
 
 def test_nothing_is_reused_beyond_a_cut():
-    record, gate, found = still([1.0, 1.2, 2.0, 9.0]), build('TemporalGate'), np.ones((2, 4), np.float32)
+    record, gate, found = (
+        still([1.0, 1.2, 2.0, 9.0]),
+        build('TemporalGate'),
+        np.ones((2, 4), np.float32),
+    )
     tried = {setting[0] for setting in settings_of(record, gate, found)}
     assert any(change > 0.2 for change in tried)
     record['provenance']['cut'] = 0.2
-    assert {setting[0] for setting in settings_of(record, gate, found)} == {one for one in tried if one < 0.2}
+    assert {setting[0] for setting in settings_of(record, gate, found)} == {
+        one for one in tried if one < 0.2
+    }
 
 
 def test_curve_goes_from_the_last_exit_to_the_first():
@@ -300,17 +313,23 @@ def test_values_by_age():
 def test_oracles_bound_what_gates_do():
     record, coco = random_case(videos=3, length=8)
     replays = Replays(record, coco)
-    own, again = (oracle_rows(record, replays, [0.0, 2, 3, 5, 99], reuses=reuses) for reuses in (False, True))
+    own, again = (
+        oracle_rows(record, replays, [0.0, 2, 3, 5, 99], reuses=reuses) for reuses in (False, True)
+    )
     assert own[0]['shares'][0] == again[0]['shares'][0] == 1 and own[0]['ap'] == 0
     for row in (*own, *again):
-        assert row['gflops'] <= max(row['budget'], 1.0) + 1e-9 and row['value'] <= row['bound'] + 1e-9
+        assert (
+            row['gflops'] <= max(row['budget'], 1.0) + 1e-9 and row['value'] <= row['bound'] + 1e-9
+        )
     for rows in (own, again):
         assert all(one['bound'] <= two['bound'] + 1e-9 for one, two in zip(rows, rows[1:]))
     assert all(one['bound'] <= two['bound'] + 1e-6 for one, two in zip(own, again))
     # No gate's mean AP of frames is above the bound of its own cost.
     gate = build('TemporalGate', gate=dict(type='ScoreGate'))
     found = difficulties_of(gate, evidences(record))
-    runs = [simulate(record, gate, found, setting) for setting in settings_of(record, gate, found, 4, 3)]
+    runs = [
+        simulate(record, gate, found, setting) for setting in settings_of(record, gate, found, 4, 3)
+    ]
     bounds = oracle_rows(record, replays, [run.gflops.mean() for run in runs])
     for run, row in zip(runs, bounds):
         image_ap = replays.mixtures(run.source).image_ap()[shown_exits(run), np.arange(24)]

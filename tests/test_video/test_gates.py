@@ -1,12 +1,13 @@
 """Each gate's formula on cases made by hand; learned gates on what can be learned."""
+
 import math
 
 import numpy as np
 import pytest
 import torch
-from conftest import SEED
 from mmengine.structures import InstanceData
 
+from conftest import SEED
 from dynamicdet.errors import UsageError
 from dynamicdet.video.evidence import Evidence
 from dynamicdet.video.gates import agreement, coin_entropy, name_of, surest
@@ -19,9 +20,11 @@ LEFT, RIGHT = [0, 0, 10, 10], [50, 0, 60, 10]
 def found(*detections):
     """Detections from (box, score, label)."""
     boxes, scores, labels = zip(*detections) if detections else ((), (), ())
-    return InstanceData(bboxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-                        scores=torch.tensor(scores, dtype=torch.float32),
-                        labels=torch.tensor(labels, dtype=torch.long))
+    return InstanceData(
+        bboxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        scores=torch.tensor(scores, dtype=torch.float32),
+        labels=torch.tensor(labels, dtype=torch.long),
+    )
 
 
 def at(exit, detections=None, earlier=None, pooled=(), change=None):
@@ -48,24 +51,38 @@ def test_entropy_of_a_coin():
     assert coin_entropy([0.25])[0] == pytest.approx(0.25 * 2 + 0.75 * math.log2(4 / 3))
 
 
-@pytest.mark.parametrize('settings, expected', [
-    (dict(kind='confidence'), 1 - 0.7),
-    (dict(kind='confidence', over='sum'), 0.6 / 1.6),
-    (dict(kind='entropy'), (1 + coin_entropy([0.9])[0]) / 2),
-    (dict(kind='entropy', min_score=0.6), coin_entropy([0.9])[0]),
-    (dict(kind='entropy', over='sum', min_score=0.3),
-     (1 + coin_entropy([0.9])[0]) / (2 + coin_entropy([0.9])[0])),
-])
+@pytest.mark.parametrize(
+    'settings, expected',
+    [
+        (dict(kind='confidence'), 1 - 0.7),
+        (dict(kind='confidence', over='sum'), 0.6 / 1.6),
+        (dict(kind='entropy'), (1 + coin_entropy([0.9])[0]) / 2),
+        (dict(kind='entropy', min_score=0.6), coin_entropy([0.9])[0]),
+        (
+            dict(kind='entropy', over='sum', min_score=0.3),
+            (1 + coin_entropy([0.9])[0]) / (2 + coin_entropy([0.9])[0]),
+        ),
+    ],
+)
 def test_score_gate(settings, expected):
     # The third is below every least score.
     own = found((LEFT, 0.9, 0), (RIGHT, 0.5, 1), (RIGHT, 0.04, 1))
-    assert build('ScoreGate', **settings).difficulty(at(0, [own])).tolist() == pytest.approx([expected])
+    assert build('ScoreGate', **settings).difficulty(at(0, [own])).tolist() == pytest.approx(
+        [expected]
+    )
 
 
 def test_score_gate_where_nothing_is_found():
     nothing, weak = found(), found((LEFT, 0.01, 0))
-    for settings, expected in ((dict(), 1), (dict(empty=0.25), 0.25), (dict(empty=0, over='sum'), 0)):
-        assert build('ScoreGate', **settings).difficulty(at(1, [nothing, weak])).tolist() == [expected] * 2
+    for settings, expected in (
+        (dict(), 1),
+        (dict(empty=0.25), 0.25),
+        (dict(empty=0, over='sum'), 0),
+    ):
+        assert (
+            build('ScoreGate', **settings).difficulty(at(1, [nothing, weak])).tolist()
+            == [expected] * 2
+        )
 
 
 def test_score_gate_is_large_where_scores_are_in_doubt():
@@ -76,7 +93,12 @@ def test_score_gate_is_large_where_scores_are_in_doubt():
 
 
 def test_bad_settings_are_said():
-    for settings in (dict(kind='margin'), dict(over='median'), dict(min_score=1.2), dict(empty=-0.1)):
+    for settings in (
+        dict(kind='margin'),
+        dict(over='median'),
+        dict(min_score=1.2),
+        dict(empty=-0.1),
+    ):
         with pytest.raises(UsageError):
             build('ScoreGate', **settings)
     with pytest.raises(UsageError, match='iou'):
@@ -108,9 +130,12 @@ def test_agreement_by_hand():
 
 
 def test_agreement_pairs_greedily_and_once():
-    # Both of one could pair with the one of the other; the better overlap does, and the rest stays alone.
+    # Both of one could pair with the one of the other; the better overlap does, and the rest stays
+    # alone.
     near = [1, 0, 11, 10]
-    assert agree(found((LEFT, 0.5, 0), (near, 0.5, 0)), found((LEFT, 0.5, 0))) == pytest.approx(2 * 0.5 / 1.5)
+    assert agree(found((LEFT, 0.5, 0), (near, 0.5, 0)), found((LEFT, 0.5, 0))) == pytest.approx(
+        2 * 0.5 / 1.5
+    )
 
 
 def test_agreement_is_symmetric_and_bounded():
@@ -119,7 +144,17 @@ def test_agreement_is_symmetric_and_bounded():
     def draw():
         corner = generator.uniform(0, 20, (8, 2))
         boxes = np.concatenate([corner, corner + generator.uniform(5, 20, (8, 2))], axis=1)
-        own, = surest([found(*zip(boxes.tolist(), generator.uniform(0.1, 1, 8), generator.integers(0, 2, 8).tolist()))])
+        (own,) = surest(
+            [
+                found(
+                    *zip(
+                        boxes.tolist(),
+                        generator.uniform(0.1, 1, 8),
+                        generator.integers(0, 2, 8).tolist(),
+                    )
+                )
+            ]
+        )
         return own
 
     for _ in range(20):
@@ -146,11 +181,15 @@ def test_temporal_gate_goes_by_change_and_then_by_what_it_wraps():
 
 def test_temporal_gate_may_see_that_there_is_nothing():
     gate = build('TemporalGate', nothing=dict(type='Presence', in_channels=1))
-    early = torch.stack([torch.full((64, ), 1.0), torch.full((64, ), -1.0), torch.full((64, ), -1.0)])
+    early = torch.stack([torch.full((64,), 1.0), torch.full((64,), -1.0), torch.full((64,), -1.0)])
     early[2, 9] = 1  # an object in one part is one in the frame
     change = torch.tensor([0.3, 0.3, 1.0])
-    # Not fitted, it takes no frame for empty. Difficulty is the change in any case: the detector puts both together.
-    assert gate.difficulty(at(-1, change=change)).tolist() == change.tolist() and not gate.sees_nothing(early).any()
+    # Not fitted, it takes no frame for empty. Difficulty is the change in any case: the detector
+    # puts both together.
+    assert (
+        gate.difficulty(at(-1, change=change)).tolist() == change.tolist()
+        and not gate.sees_nothing(early).any()
+    )
     torch.nn.init.zeros_(gate.nothing.hidden.weight)
     gate.nothing.hidden.weight[:, 0] = 1
     torch.nn.init.zeros_(gate.nothing.hidden.bias)
@@ -170,8 +209,10 @@ def test_rules_keep_the_order_of_images_and_their_number():
     many = [found((LEFT, score, 0)) for score in (0.9, 0.2, 0.6)]
     for gate in (build('ScoreGate', kind='confidence'), build('AgreementGate')):
         whole = gate.difficulty(at(1, many, many[::-1]))
-        assert whole.dtype == torch.float32 and whole.shape == (3, )
-        single = [gate.difficulty(at(1, many[i:i + 1], many[::-1][i:i + 1])).item() for i in range(3)]
+        assert whole.dtype == torch.float32 and whole.shape == (3,)
+        single = [
+            gate.difficulty(at(1, many[i : i + 1], many[::-1][i : i + 1])).item() for i in range(3)
+        ]
         assert whole.tolist() == pytest.approx(single)
 
 
@@ -199,7 +240,7 @@ def disturb(gate):
 
 def test_learned_gate_that_learned_nothing(learned):
     for exit in range(3):
-        assert learned.difficulty(at(exit, pooled=features()[:exit + 1])).tolist() == [0.5] * 7
+        assert learned.difficulty(at(exit, pooled=features()[: exit + 1])).tolist() == [0.5] * 7
 
 
 def test_learned_gate_at_one_exit_is_that_of_all(learned):
@@ -207,7 +248,7 @@ def test_learned_gate_at_one_exit_is_that_of_all(learned):
     logits = disturb(learned).logits(pooled)
     assert logits.shape == (3, 7) and logits.std() > 0.1
     for exit in range(3):
-        own = learned.difficulty(at(exit, pooled=pooled[:exit + 1]))
+        own = learned.difficulty(at(exit, pooled=pooled[: exit + 1]))
         assert torch.equal(own, logits[exit].sigmoid())
 
 
@@ -225,15 +266,15 @@ def test_learned_gate_sees_how_features_behave(learned):
     assert not torch.allclose(disturb(learned).logits(pooled)[2], learned.logits(changed)[2])
 
 
-def test_learned_gate_standardises(learned):
+def test_learned_gate_standardizes(learned):
     pooled = features()
     scaled = [1000 * x + 7 for x in pooled]
-    disturb(learned).standardise(pooled)
+    disturb(learned).standardize(pooled)
     expected = learned.logits(pooled)
-    learned.standardise(scaled)
+    learned.standardize(scaled)
     assert torch.allclose(learned.logits(scaled), expected, atol=1e-4)
     # What never changes must not divide by 0.
-    learned.standardise([torch.ones_like(x) for x in pooled])
+    learned.standardize([torch.ones_like(x) for x in pooled])
     assert learned.logits([torch.ones_like(x) for x in pooled]).isfinite().all()
 
 
@@ -265,8 +306,9 @@ def test_target_of_the_oracle():
     assert goes_on(torch.tensor([2, 1, 0]), 3).tolist() == [[1, 1, 0], [1, 0, 0]]
 
 
-@pytest.mark.parametrize('kind, more', [('HaltingGate', dict(prices=[0.6])),
-                                        ('GumbelGate', dict(cost_weight=0.6))])
+@pytest.mark.parametrize(
+    'kind, more', [('HaltingGate', dict(prices=[0.6])), ('GumbelGate', dict(cost_weight=0.6))]
+)
 def test_learned_gate_learns_the_exit_of_each_image(kind, more):
     # Images by turns need exit 0 (all are alike), 1 and 3, and the first layer shows it.
     need = torch.tensor([0, 1, 3] * 8)
@@ -275,12 +317,12 @@ def test_learned_gate_learns_the_exit_of_each_image(kind, more):
     pooled[0][:, :3] = 3.0 * torch.nn.functional.one_hot(torch.tensor([0, 1, 2] * 8))
     torch.manual_seed(SEED)
     gate = build(kind, in_channels=CHANNELS, width=16, **more)
-    optimiser = torch.optim.Adam(gate.parameters(), lr=0.03)
+    optimizer = torch.optim.Adam(gate.parameters(), lr=0.03)
     for _ in range(80):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         found = gate.loss(pooled, losses, costs)
         sum(value for name, value in found.items() if 'loss' in name).backward()
-        optimiser.step()
+        optimizer.step()
     goes = torch.cat([gate.logits(pooled) > 0, torch.zeros(1, len(need), dtype=torch.bool)])
     assert torch.equal((~goes).float().argmax(dim=0), need)
 
@@ -315,20 +357,21 @@ def test_gumbel_gate_pays_for_compute():
     gate = build('GumbelGate', in_channels=CHANNELS, width=8, cost_weight=2.0)
     torch.manual_seed(0)
     found = gate.loss(features(images=2000), torch.zeros(4, 2000), torch.tensor([1.0, 2, 3, 4]))
-    assert found['loss_gate_cost'].item() == pytest.approx(2 * (1 / 2 + 2 / 4 + 3 / 8 + 4 / 8) / 4, abs=0.03)
+    assert found['loss_gate_cost'].item() == pytest.approx(
+        2 * (1 / 2 + 2 / 4 + 3 / 8 + 4 / 8) / 4, abs=0.03
+    )
     found['loss_gate_cost'].backward()
     assert gate.go[0].bias.grad.item() > 0
 
 
 def test_learned_gates_refuse_nonsense():
-    for kind, settings in (('HaltingGate', dict(in_channels=[])), ('HaltingGate',
-                                                                   dict(in_channels=[3],
-                                                                        prices=[])), ('HaltingGate',
-                                                                                      dict(in_channels=[3],
-                                                                                           prices=[0])),
-                           ('GumbelGate', dict(in_channels=[3], temperature=0)), ('GumbelGate',
-                                                                                  dict(in_channels=[3],
-                                                                                       cost_weight=-1))):
+    for kind, settings in (
+        ('HaltingGate', dict(in_channels=[])),
+        ('HaltingGate', dict(in_channels=[3], prices=[])),
+        ('HaltingGate', dict(in_channels=[3], prices=[0])),
+        ('GumbelGate', dict(in_channels=[3], temperature=0)),
+        ('GumbelGate', dict(in_channels=[3], cost_weight=-1)),
+    ):
         with pytest.raises(UsageError):
             build(kind, **settings)
 

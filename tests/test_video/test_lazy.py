@@ -1,4 +1,5 @@
 """Layers on demand."""
+
 import pytest
 import torch
 from exit_cases import base
@@ -6,7 +7,7 @@ from torch import nn
 
 from dynamicdet.models.yolo import Layer
 from dynamicdet.models.yolov7.architecture import architecture
-from dynamicdet.testing import randomise
+from dynamicdet.testing import randomize
 from dynamicdet.video.lazy import LazyLayers
 from mmdet.registry import MODELS
 
@@ -24,7 +25,12 @@ class Counting(nn.Module):
 
 
 #: Of the layers b and c one is not needed for the other; d is given both.
-TABLE = (Layer('a', (), 1, 1), Layer('b', (0, ), 1, 1), Layer('c', (0, ), 1, 1), Layer('d', (1, 2), 2, 1))
+TABLE = (
+    Layer('a', (), 1, 1),
+    Layer('b', (0,), 1, 1),
+    Layer('c', (0,), 1, 1),
+    Layer('d', (1, 2), 2, 1),
+)
 
 
 def diamond():
@@ -50,7 +56,7 @@ def test_a_layer_runs_when_it_is_needed_and_once():
 
 def test_a_part_of_the_images_goes_on():
     detector = diamond()
-    x = torch.arange(3.)[:, None, None, None].expand(3, 1, 2, 2)
+    x = torch.arange(3.0)[:, None, None, None].expand(3, 1, 2, 2)
     layers = LazyLayers(detector, TABLE, x, (1, 3))
     layers.take(1)
     layers.keep(torch.tensor([2, 0]))
@@ -59,7 +65,7 @@ def test_a_part_of_the_images_goes_on():
 
 
 def test_what_is_not_wanted_or_was_taken_is_not_there():
-    layers = LazyLayers(diamond(), TABLE, torch.zeros(1, 1, 2, 2), (1, ))
+    layers = LazyLayers(diamond(), TABLE, torch.zeros(1, 1, 2, 2), (1,))
     with pytest.raises(KeyError, match='layer 3'):
         layers.take(3)
     layers.take(1)
@@ -71,13 +77,14 @@ YOLOV7 = dict(
     type='SingleStageDetector',
     backbone=dict(type='YOLOV7Backbone', width=0.125, depth=0.25),
     neck=dict(type='YOLOV7PAFPN', width=0.125, depth=0.25),
-    bbox_head=dict(type='YOLOV7Head', width=0.125, num_classes=3))
+    bbox_head=dict(type='YOLOV7Head', width=0.125, num_classes=3),
+)
 
 
 @pytest.mark.parametrize('config', [base(), YOLOV7], ids=['yolov5', 'yolov7'])
 @pytest.mark.parametrize('size', [(64, 96), (32, 32)])
 def test_it_computes_what_the_detector_does(config, size):
-    detector = randomise(MODELS.build(config)).eval()
+    detector = randomize(MODELS.build(config)).eval()
     table = detector.neck.architecture
     x = torch.rand(2, 3, *size)
     with torch.no_grad():
@@ -91,15 +98,24 @@ def test_it_computes_what_the_detector_does(config, size):
 @pytest.mark.parametrize('name', ['v7', 'x'])
 def test_the_table_of_yolov7_has_its_maps(name):
     kinds = dict(arch=name, width=0.125, depth=0.25)
-    detector = MODELS.build(dict(
-        type='SingleStageDetector', backbone=dict(type='YOLOV7Backbone', **kinds),
-        neck=dict(type='YOLOV7PAFPN', **kinds),
-        bbox_head=dict(type='YOLOV7Head', arch=name, width=0.125, num_classes=3)))
+    detector = MODELS.build(
+        dict(
+            type='SingleStageDetector',
+            backbone=dict(type='YOLOV7Backbone', **kinds),
+            neck=dict(type='YOLOV7PAFPN', **kinds),
+            bbox_head=dict(type='YOLOV7Head', arch=name, width=0.125, num_classes=3),
+        )
+    )
     rows = detector.neck.architecture.layers()
     with torch.no_grad():
         layers = LazyLayers(detector, rows, torch.zeros(1, 3, 64, 32), range(len(rows)))
         for position, row in enumerate(rows):
-            assert layers.take(position).shape == (1, row.channels, 64 // row.stride, 32 // row.stride)
+            assert layers.take(position).shape == (
+                1,
+                row.channels,
+                64 // row.stride,
+                32 // row.stride,
+            )
     assert architecture(name).output_layers == tuple(range(22, 25))
 
 

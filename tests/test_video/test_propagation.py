@@ -1,4 +1,5 @@
 """Features carried from frame to frame."""
+
 import pytest
 import torch
 from torch import nn
@@ -27,8 +28,8 @@ def once(count=1):
 
 
 def test_a_shifted_copy_is_found_again():
-    """16 cells that look different (a channel each) carry secrets in four more channels. In the next frame
-    all moved by (1, 2), and their secrets are unknown: attention brings them."""
+    """16 cells that look different (a channel each) carry secrets in four more channels. In the
+    next frame all moved by (1, 2), and their secrets are unknown: attention brings them."""
     mix = always(Propagation(20, size=4), 1)
     looks, secrets = torch.eye(16).reshape(1, 16, 4, 4), torch.rand(1, 4, 4, 4)
     for conv in (mix.query, mix.key):
@@ -45,8 +46,10 @@ def test_the_formula():
     tokens = before.unflatten(2, (2, 2)).unflatten(4, (2, 2)).mean(dim=(3, 5))
     with torch.no_grad():
         found = mix(now, mix.remember(before), once(2))
-        query, key, value = (conv(x).flatten(2) for conv, x in
-                             ((mix.query, now), (mix.key, tokens), (mix.value, tokens)))
+        query, key, value = (
+            conv(x).flatten(2)
+            for conv, x in ((mix.query, now), (mix.key, tokens), (mix.value, tokens))
+        )
         share = (query.transpose(1, 2) @ key / 8**0.5).softmax(dim=2)
         aligned = (value @ share.transpose(1, 2)).reshape(now.shape)
         w = mix.weigh(torch.cat([aligned, now], dim=1)).sigmoid()
@@ -100,8 +103,9 @@ def test_places_are_told(positional):
     assert varied > 1e-2 if positional else varied < 1e-6
 
 
-@pytest.mark.parametrize('wrong', [
-    dict(size=0), dict(gaps=-1), dict(truncate=0), dict(channels=10, positional=True)])
+@pytest.mark.parametrize(
+    'wrong', [dict(size=0), dict(gaps=-1), dict(truncate=0), dict(channels=10, positional=True)]
+)
 def test_settings_that_make_no_sense(wrong):
     with pytest.raises(UsageError, match='propagation takes'):
         Propagation(**wrong)

@@ -1,9 +1,10 @@
 """Bins that do not grow, and the pictures of them."""
+
 import cv2
 import numpy as np
 import pytest
 
-from dynamicdet.video.overlay import colours_of, draw_frame
+from dynamicdet.video.overlay import colors_of, draw_frame
 from dynamicdet.video.timeline import Timeline, draw_timeline
 
 
@@ -20,9 +21,12 @@ def test_nothing_is_lost_and_nothing_grows(most, count):
     total = timeline.total
     good = [number for number in range(count) if number % 10 != 3]
     assert (total.frames, total.faults) == (len(good), count - len(good))
-    assert total.seconds == 0.5 * len(good) and total.gflops == 2.0 * sum(number % 2 == 0 for number in good)
+    assert total.seconds == 0.5 * len(good) and total.gflops == 2.0 * sum(
+        number % 2 == 0 for number in good
+    )
     assert {exit: total.exits[exit] for exit in (-1, 0, 1)} == {
-        exit: sum(number % 3 - 1 == exit for number in good) for exit in (-1, 0, 1)}
+        exit: sum(number % 3 - 1 == exit for number in good) for exit in (-1, 0, 1)
+    }
     # Each bin begins where it should, and all but the last are full.
     assert [one.time for one in timeline.bins] == list(range(0, count, timeline.per_bin))
     assert all(one.frames + one.faults == timeline.per_bin for one in timeline.bins[:-1])
@@ -43,7 +47,8 @@ def test_a_picture_is_written(tmp_path, frames, exits):
     timeline.add_fault(frames / 25)
     draw_timeline(timeline, tmp_path / 'new' / 't.png', exits)
     picture = cv2.imread(str(tmp_path / 'new' / 't.png'))
-    # A row for exits and one for GFLOPs only where they are known; red marks for what cannot be read.
+    # A row for exits and one for GFLOPs only where they are known; red marks for what cannot be
+    # read.
     rows = 3 if exits and frames else 2 if exits else 1
     assert picture.shape[0] == round((1 + 1.8 * rows) * picture.shape[1] / 10)
     blue, green, red = np.moveaxis(picture.astype(int), 2, 0)
@@ -53,9 +58,13 @@ def test_a_picture_is_written(tmp_path, frames, exits):
 
 def test_boxes_and_text_are_drawn():
     picture = np.full((100, 200, 3), 40, np.uint8)
-    boxes = [dict(bbox=[20, 30, 60, 80], label=1, score=0.5),
-             dict(bbox=[-1e9, -5, float('nan'), 1e9], label=0, score=1)]
-    drawn = draw_frame(picture, boxes, ['a', 'b'], [(0, 0, 255), (255, 0, 0)], ['one', 'two'], depth=0.5)
+    boxes = [
+        dict(bbox=[20, 30, 60, 80], label=1, score=0.5),
+        dict(bbox=[-1e9, -5, float('nan'), 1e9], label=0, score=1),
+    ]
+    drawn = draw_frame(
+        picture, boxes, ['a', 'b'], [(0, 0, 255), (255, 0, 0)], ['one', 'two'], depth=0.5
+    )
     # Enlarged twice, 16 rows for each line and 8 for the bar.
     assert drawn.shape == (2 * 16 + 8 + 200, 400, 3) and (picture == 40).all()
     assert drawn[40 + 120, 40].tolist() == [255, 0, 0]  # the left side of the first box: x = 20
@@ -65,7 +74,7 @@ def test_boxes_and_text_are_drawn():
     assert plain.shape == (1080 + 45, 1920, 3) and not plain[30:].any()
 
 
-def test_colours():
-    assert colours_of(['a', 'b'], [(1, 2, 3), (4, 5, 6), (7, 8, 9)]) == [(3, 2, 1), (6, 5, 4)]
-    found = colours_of([str(number) for number in range(30)], 'random')
-    assert len(set(found)) == 30 and all(0 <= level <= 255 for colour in found for level in colour)
+def test_colors():
+    assert colors_of(['a', 'b'], [(1, 2, 3), (4, 5, 6), (7, 8, 9)]) == [(3, 2, 1), (6, 5, 4)]
+    found = colors_of([str(number) for number in range(30)], 'random')
+    assert len(set(found)) == 30 and all(0 <= level <= 255 for color in found for level in color)

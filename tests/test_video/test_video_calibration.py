@@ -1,15 +1,21 @@
 """Thresholds for a wish, by hand and on random records; learned gates fitted to a record."""
+
 import copy
 
 import numpy as np
 import pytest
 import torch
-from conftest import SEED
 from video_cases import BOX, detection, make_video_record, random_case, truth
 
+from conftest import SEED
 from dynamicdet.errors import UsageError
 from dynamicdet.video.budgets import resolve_budget
-from dynamicdet.video.calibration import OnlineThresholds, calibrate_gate, operating_points, put_calibration
+from dynamicdet.video.calibration import (
+    OnlineThresholds,
+    calibrate_gate,
+    operating_points,
+    put_calibration,
+)
 from dynamicdet.video.curves import curve, settings_of
 from dynamicdet.video.fitting import (
     fit_gumbel_gate,
@@ -29,7 +35,8 @@ def build(name, **settings):
 
 @pytest.fixture
 def two_kinds():
-    """Six frames that do not change: the first exit is right and sure on three, wrong and unsure on three."""
+    """Six frames that do not change: the first exit is right and sure on three, wrong and unsure on
+    three."""
     wrong = detection([50, 50, 20, 20], score=0.5)
     right, last = detection(), detection(score=0.95)
     frames = [(1.0 + at, [[right if at % 2 else wrong]] * 2 + [[last]]) for at in range(6)]
@@ -59,12 +66,23 @@ def test_best_ap_for_a_cost_by_hand(two_kinds):
 
 def test_a_gate_that_costs_too_much_is_paid_in_full(two_kinds):
     # Half a second per decision: an exit at once is the only one below a second.
-    found = calibrate_gate(*two_kinds, build('ScoreGate'), dict(target_latency=0.6), seconds=(0.0, 0.5))
+    found = calibrate_gate(
+        *two_kinds, build('ScoreGate'), dict(target_latency=0.6), seconds=(0.0, 0.5)
+    )
     assert found.row['shares'] == [0, 1, 0, 0] and found.row['latency'] == pytest.approx(0.52)
 
 
-@pytest.mark.parametrize('wish', [{}, dict(max_drop=1, target_gflops=2), dict(speed=1), dict(max_drop=-1),
-                                  dict(max_drop=float('nan')), dict(target_gflops='much')])
+@pytest.mark.parametrize(
+    'wish',
+    [
+        {},
+        dict(max_drop=1, target_gflops=2),
+        dict(speed=1),
+        dict(max_drop=-1),
+        dict(max_drop=float('nan')),
+        dict(target_gflops='much'),
+    ],
+)
 def test_bad_wishes(two_kinds, wish):
     with pytest.raises(UsageError):
         calibrate_gate(*two_kinds, build('ScoreGate'), wish)
@@ -74,8 +92,9 @@ def test_any_gate_can_reach_the_last_exit():
     record = make_video_record([[(1.0, [[], [], [detection()]])]])
     coco = truth(record, [[BOX]])
     # At thresholds of -1 all frames go on.
-    assert calibrate_gate(record, coco, build('FixedExit', exit=0),
-                          dict(max_drop=0)).row['shares'] == [0, 0, 0, 1]
+    assert calibrate_gate(record, coco, build('FixedExit', exit=0), dict(max_drop=0)).row[
+        'shares'
+    ] == [0, 0, 0, 1]
 
 
 def test_change_and_level_are_searched_together():
@@ -96,25 +115,29 @@ def test_change_and_level_are_searched_together():
 def test_calibration_goes_into_a_checkpoint(two_kinds):
     gate = build('HaltingGate', in_channels=[4, 5], width=8)
     found = calibrate_gate(*two_kinds, gate, dict(target_gflops=8))
-    before = dict(state_dict={'detector.a': torch.ones(2), 'gate.old': torch.ones(1)}, meta=dict(epoch=3))
+    before = dict(
+        state_dict={'detector.a': torch.ones(2), 'gate.old': torch.ones(1)}, meta=dict(epoch=3)
+    )
     kept = copy.deepcopy(before)
     after = put_calibration(before, found, gate, dict(record='val.npz'))
     assert before.keys() == kept.keys() and before['state_dict'].keys() == kept['state_dict'].keys()
     state = after['state_dict']
     assert 'gate.old' not in state and torch.equal(state['gate.go.0.weight'], gate.go[0].weight)
     assert state['thresholds'].tolist() == pytest.approx(found.thresholds)
-    assert state['gflops'].shape == state['latencies'].shape == (4, )
+    assert state['gflops'].shape == state['latencies'].shape == (4,)
     assert after['meta']['epoch'] == 3 and after['meta']['calibration']['record'] == 'val.npz'
     # Any speed from then on: the dearest setting that a target pays for.
     points = state['operating_points']
     for row in found.front:
-        assert resolve_budget(dict(target_gflops=row['gflops']), points,
-                              3) == pytest.approx(row['thresholds'])
+        assert resolve_budget(dict(target_gflops=row['gflops']), points, 3) == pytest.approx(
+            row['thresholds']
+        )
 
 
 def test_a_long_front_is_thinned_out():
     rows = [
-        dict(thresholds=[-1, at / 200, at / 200], gflops=float(at), latency=at / 1e3) for at in range(200)
+        dict(thresholds=[-1, at / 200, at / 200], gflops=float(at), latency=at / 1e3)
+        for at in range(200)
     ]
     points = operating_points(rows, 3)
     assert points.shape == (64, 5) and points.isfinite().all()
@@ -124,8 +147,10 @@ def test_a_long_front_is_thinned_out():
 
 def test_online_thresholds_hold_a_mean():
     # A stream on which everything costs twice what the calibration says.
-    rows = [dict(thresholds=[-1, level, level], latency=0.01 + 0.09 * (1 - level), gflops=1.0)
-            for level in np.linspace(0, 1, 31)]
+    rows = [
+        dict(thresholds=[-1, level, level], latency=0.01 + 0.09 * (1 - level), gflops=1.0)
+        for level in np.linspace(0, 1, 31)
+    ]
     online, spent = OnlineThresholds(rows, target_latency=0.06, gain=0.05), []
     assert online.thresholds[1] == pytest.approx(1 - 0.05 / 0.09, abs=0.03)
     for _ in range(600):
@@ -146,10 +171,14 @@ def test_online_thresholds_hold_a_mean():
 
 def test_targets_of_one_budget_are_the_oracle_s_choice():
     values = np.array([[0.0, 50, 90], [10, 90, 90], [80, 90, 90]])
-    # 3 of 9 extra: the first image to the last exit gains 80 for 2, the second to the middle 40 for 1.
+    # 3 of 9 extra: the first image to the last exit gains 80 for 2, the second to the middle 40 for
+    # 1.
     assert oracle_targets(values, [1, 2, 3], budgets=[2.0]).tolist() == [[1, 1, 0], [1, 0, 0]]
     assert oracle_targets(values, [1, 2, 3], budgets=[1.0]).tolist() == [[0, 0, 0], [0, 0, 0]]
-    assert oracle_targets(values, [1, 2, 3], budgets=[1.0, 2.0]).tolist() == [[0.5, 0.5, 0], [0.5, 0, 0]]
+    assert oracle_targets(values, [1, 2, 3], budgets=[1.0, 2.0]).tolist() == [
+        [0.5, 0.5, 0],
+        [0.5, 0, 0],
+    ]
 
 
 def test_targets_of_prices():
@@ -165,23 +194,28 @@ def test_targets_of_prices():
             oracle_targets(values, [1, 2, 3], **bad)
 
 
-@pytest.mark.parametrize('kind, fit', [('HaltingGate', fit_halting_gate), ('GumbelGate', fit_gumbel_gate)])
+@pytest.mark.parametrize(
+    'kind, fit', [('HaltingGate', fit_halting_gate), ('GumbelGate', fit_gumbel_gate)]
+)
 def test_fitted_gate_beats_chance_on_other_videos(kind, fit):
     record, coco = random_case(videos=24, length=8)
     gate = build(kind, in_channels=[4, 5], width=8)
     calls = []
-    found = fit(gate,
-                record,
-                coco,
-                seed=1 + SEED,
-                steps=(30, ),
-                progress=lambda done, total: calls.append((done, total)))
+    found = fit(
+        gate,
+        record,
+        coco,
+        seed=1 + SEED,
+        steps=(30,),
+        progress=lambda done, total: calls.append((done, total)),
+    )
     assert calls[-1] == (7, 7) and found.loss < found.untrained
     again = build(kind, in_channels=[4, 5], width=8)
-    assert fit(again, record, coco, seed=1 + SEED, steps=(30, )) == found
+    assert fit(again, record, coco, seed=1 + SEED, steps=(30,)) == found
     assert all(
-        torch.equal(one, other) for one, other in zip(gate.state_dict().values(),
-                                                      again.state_dict().values()))
+        torch.equal(one, other)
+        for one, other in zip(gate.state_dict().values(), again.state_dict().values())
+    )
     # Others, and what the features say: skilled frames leave first.
     other, truths = random_case(videos=8, length=10, seed=5)
     difficulty = difficulties_of(gate, evidences(other))[0]
@@ -194,8 +228,13 @@ def test_fitted_gate_may_look_at_detections():
     gate = build('HaltingGate', in_channels=[4, 5], width=8, looks_at_detections=True)
     found = fit_halting_gate(gate, record, coco, prices=[3.0], steps=(5, 15), seed=SEED)
     assert found.loss < found.untrained
-    rows = curve(record, Replays(record, coco), gate, difficulties_of(gate, evidences(record)),
-                 settings_of(record, gate, difficulties_of(gate, evidences(record)), count=3))
+    rows = curve(
+        record,
+        Replays(record, coco),
+        gate,
+        difficulties_of(gate, evidences(record)),
+        settings_of(record, gate, difficulties_of(gate, evidences(record)), count=3),
+    )
     assert rows[0]['gflops'] == 13
 
 
@@ -210,7 +249,9 @@ def test_fit_refuses_what_does_not_fit():
 
 def test_a_long_video_is_cut_into_folds():
     record, coco = random_case(videos=1, length=80)
-    found = fit_halting_gate(build('HaltingGate', in_channels=[4, 5], width=8), record, coco, steps=(15, ), seed=SEED)
+    found = fit_halting_gate(
+        build('HaltingGate', in_channels=[4, 5], width=8), record, coco, steps=(15,), seed=SEED
+    )
     assert found.loss < found.untrained
 
 
@@ -218,8 +259,8 @@ def test_a_long_video_is_cut_into_folds():
 
 
 def empty_case(videos=6, length=10, told=True):
-    """Frames with an object have a bright part in their early map, if it can be told; the first half of each video
-    shows none."""
+    """Frames with an object have a bright part in their early map, if it can be told; the first
+    half of each video shows none."""
     generator, found, boxes = np.random.default_rng(0), [], []
     for _ in range(videos):
         found.append([(1.0, [[], [], []])] * length)
@@ -243,7 +284,9 @@ def test_presence_is_learned():
     assert (nothing_seen(other, gate) == ~shows_objects(other, coco)).mean() > 0.9
     again = build('TemporalGate', nothing=dict(type='Presence', in_channels=2))
     assert fit_parts(again, record, empty_case()[1], seed=SEED)['nothing'] == fit
-    assert all(torch.equal(one, again.state_dict()[name]) for name, one in gate.state_dict().items())
+    assert all(
+        torch.equal(one, again.state_dict()[name]) for name, one in gate.state_dict().items()
+    )
 
 
 def test_presence_that_cannot_tell_spares_little():

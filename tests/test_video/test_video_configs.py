@@ -1,13 +1,15 @@
-"""Every config of videos loads, is short, builds in full size, trains its own part, and predicts."""
+"""Every config of videos loads, is short, builds in full size, trains its own part, and
+predicts."""
+
 import copy
 import re
 
 import pytest
 import torch
-from conftest import ROOT
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 
+from conftest import ROOT
 from dynamicdet.testing import shrink, tiny_batch
 from dynamicdet.video import EarlyExitDetector
 from dynamicdet.video.early_exit_detector import TRAINED
@@ -43,10 +45,16 @@ def test_it_is_short_and_builds(path):
 def test_validation_is_of_all_exits(path):
     cfg = Config.fromfile(path)
     assert (cfg.val_cfg.type, cfg.test_cfg.type) == ('AllExitsValLoop', 'AllExitsTestLoop')
-    for split, name in ((cfg.val_dataloader, cfg.val_evaluator), (cfg.test_dataloader, cfg.test_evaluator)):
+    for split, name in (
+        (cfg.val_dataloader, cfg.val_evaluator),
+        (cfg.test_dataloader, cfg.test_evaluator),
+    ):
         assert name.type == 'ExitsMetric'
         assert name.ann_file == split.dataset.data_root + split.dataset.ann_file
-        assert split.sampler.type == 'VideoSampler' and split.batch_sampler.type == 'StreamBatchSampler'
+        assert (
+            split.sampler.type == 'VideoSampler'
+            and split.batch_sampler.type == 'StreamBatchSampler'
+        )
     clips = cfg.train_dataloader.sampler.type == 'ClipSampler'
     assert clips == bool(cfg.model.get('propagation'))
     if clips:
@@ -61,8 +69,11 @@ def test_validation_is_of_all_exits(path):
 def test_it_trains_its_own_part_and_predicts(path):
     cfg = Config.fromfile(path)
     model = MODELS.build(cfg.model if 'digits' in path.stem else shrink(cfg.model)).train()
-    parts = {name for name in ('detector', 'heads', 'propagation', 'gate')
-             if f'{name}.' in TRAINED[model.mode] and getattr(model, name) is not None}
+    parts = {
+        name
+        for name in ('detector', 'heads', 'propagation', 'gate')
+        if f'{name}.' in TRAINED[model.mode] and getattr(model, name) is not None
+    }
     before = copy.deepcopy(model.state_dict())
     batch = tiny_batch((2, 1), (64, 64), masks=False)
     # Two frames of a still clip: no cut.
@@ -73,9 +84,14 @@ def test_it_trains_its_own_part_and_predicts(path):
     optimizer.zero_grad = lambda: None
     log = model.train_step(copy.deepcopy(batch), optimizer)
     assert all(torch.isfinite(value).all() for value in log.values())
-    assert not [name for name, own in model.named_parameters() if own.requires_grad and own.grad is None]
-    moved = {name.split('.')[0] for name, value in model.state_dict().items()
-             if not torch.equal(value.nan_to_num(), before[name].nan_to_num())}
+    assert not [
+        name for name, own in model.named_parameters() if own.requires_grad and own.grad is None
+    ]
+    moved = {
+        name.split('.')[0]
+        for name, value in model.state_dict().items()
+        if not torch.equal(value.nan_to_num(), before[name].nan_to_num())
+    }
     assert moved == parts
     results = model.eval().test_step(copy.deepcopy(batch))
     exits = {model.num_exits - 1} if model.gate is None else set(range(model.num_exits))

@@ -1,4 +1,6 @@
-"""Records of video runs come back as they were; what is foreign, cut or mixed up is refused in one line."""
+"""Records of video runs come back as they were; what is foreign, cut or mixed up is refused in one
+line."""
+
 import copy
 import json
 
@@ -19,10 +21,17 @@ def record():
 
 def same(one, other):
     if isinstance(one, np.ndarray):
-        return isinstance(other, np.ndarray) and one.dtype == other.dtype and np.array_equal(one, other)
+        return (
+            isinstance(other, np.ndarray)
+            and one.dtype == other.dtype
+            and np.array_equal(one, other)
+        )
     if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(
-            same(one[key], other[key]) for key in one)
+        return (
+            isinstance(other, dict)
+            and one.keys() == other.keys()
+            and all(same(one[key], other[key]) for key in one)
+        )
     if isinstance(one, list):
         return isinstance(other, list) and len(one) == len(other) and all(map(same, one, other))
     return type(one) is type(other) and one == other
@@ -52,8 +61,10 @@ def test_is_a_record_for_tools_of_routing(record, tmp_path):
 
 
 def test_a_record_of_images_is_refused(record, tmp_path):
-    images = [dict(id=image['id'], file='a', difficulty=0.5, detections=image['detections'])
-              for image in record['images']]
+    images = [
+        dict(id=image['id'], file='a', difficulty=0.5, detections=image['detections'])
+        for image in record['images']
+    ]
     write_record(dict(record, images=images), tmp_path / 'images.npz')
     with pytest.raises(UsageError, match='not of a video run'):
         read_video_record(tmp_path / 'images.npz')
@@ -77,16 +88,19 @@ def test_absent_or_no_record(tmp_path):
         read_video_record(tmp_path / 'text.npz')
 
 
-@pytest.mark.parametrize('change, message', [
-    (dict(version=9), 'version 9'),
-    (dict(videos=[0, 0]), 'do not fit'),
-    (dict(frames=[0, 1.5, 0]), 'do not fit'),
-    (dict(widths=[4]), 'do not fit'),
-    (dict(widths=[4, 999]), 'fewer features'),
-    (dict(videos=None), 'lacks parts'),
-    (dict(costs=dict(gflops=dict(early=1.0, looked=[1.0, 2.0, 3.0]))), 'lacks parts'),
-    (dict(frames=[0, 0, 0]), 'twice'),
-])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(version=9), 'version 9'),
+        (dict(videos=[0, 0]), 'do not fit'),
+        (dict(frames=[0, 1.5, 0]), 'do not fit'),
+        (dict(widths=[4]), 'do not fit'),
+        (dict(widths=[4, 999]), 'fewer features'),
+        (dict(videos=None), 'lacks parts'),
+        (dict(costs=dict(gflops=dict(early=1.0, looked=[1.0, 2.0, 3.0]))), 'lacks parts'),
+        (dict(frames=[0, 0, 0]), 'twice'),
+    ],
+)
 def test_damaged_inside(record, tmp_path, change, message):
     path = tmp_path / 'videos.npz'
     write_video_record(record, path)
@@ -101,16 +115,21 @@ def test_damaged_inside(record, tmp_path, change, message):
     assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('spoil, message', [
-    (lambda record: record.update(images=[]), 'no frames'),
-    (lambda record: record['images'][1].pop('early'), 'lack early'),
-    (lambda record: record['images'][1].update(frame=0), 'twice'),
-    (lambda record: record['images'][1].update(pooled=record['images'][1]['pooled'][::-1]),
-     'differ in their heads'),
-    (lambda record: record['costs']['latencies'].update(early=float('nan')), 'do not fit'),
-    (lambda record: record['images'][2].update(change=float('nan')), 'not finite'),
-    (lambda record: record['images'][2].update(early=np.zeros(3, np.float32)), 'features'),
-])
+@pytest.mark.parametrize(
+    'spoil, message',
+    [
+        (lambda record: record.update(images=[]), 'no frames'),
+        (lambda record: record['images'][1].pop('early'), 'lack early'),
+        (lambda record: record['images'][1].update(frame=0), 'twice'),
+        (
+            lambda record: record['images'][1].update(pooled=record['images'][1]['pooled'][::-1]),
+            'differ in their heads',
+        ),
+        (lambda record: record['costs']['latencies'].update(early=float('nan')), 'do not fit'),
+        (lambda record: record['images'][2].update(change=float('nan')), 'not finite'),
+        (lambda record: record['images'][2].update(early=np.zeros(3, np.float32)), 'features'),
+    ],
+)
 def test_bad_records_are_not_written(record, tmp_path, spoil, message):
     spoil(record)
     with pytest.raises(UsageError, match=message):

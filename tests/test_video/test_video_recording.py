@@ -1,4 +1,5 @@
 """A tiny detector on tiny real videos: what is simulated from its record is what it does."""
+
 import json
 import runpy
 import sys
@@ -6,7 +7,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, same_detections
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 
@@ -14,10 +14,11 @@ import dynamicdet.datasets.samplers  # noqa: F401  (these register)
 import dynamicdet.datasets.video  # noqa: F401
 import dynamicdet.video.all_exits  # noqa: F401
 import dynamicdet.video.exit_curve_hook  # noqa: F401
+from conftest import ROOT, same_detections
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.calibration import coco_results
 from dynamicdet.measuring.recording import build_record_loader
-from dynamicdet.testing import randomise
+from dynamicdet.testing import randomize
 from dynamicdet.video.curves import settings_of
 from dynamicdet.video.digits_video import make_digits_video
 from dynamicdet.video.record import read_video_record, write_video_record
@@ -32,7 +33,9 @@ SIZE, LENGTH = 64, 7
 @pytest.fixture(scope='module')
 def videos(tmp_path_factory):
     root = tmp_path_factory.mktemp('data') / 'videos'
-    return make_digits_video(root, dict(train=1, val=3, test=2), length=LENGTH, image_size=SIZE, mp4=False)
+    return make_digits_video(
+        root, dict(train=1, val=3, test=2), length=LENGTH, image_size=SIZE, mp4=False
+    )
 
 
 def options_of(videos):
@@ -43,12 +46,17 @@ def options_of(videos):
         'model.backbone.width': 0.25,
         'model.detector.backbone.width': 0.25,
         'model.detector.neck.width': 0.25,
-        'model.detector.bbox_head.width': 0.25
+        'model.detector.bbox_head.width': 0.25,
     }
     for split in ('train', 'val', 'test'):
-        found.update({
-            f'{split}_dataloader.dataset.data_root': f'{videos}/', f'{split}_dataloader.num_workers': 0,
-            f'{split}_dataloader.persistent_workers': False, f'{split}_dataloader.batch_size': 4})
+        found.update(
+            {
+                f'{split}_dataloader.dataset.data_root': f'{videos}/',
+                f'{split}_dataloader.num_workers': 0,
+                f'{split}_dataloader.persistent_workers': False,
+                f'{split}_dataloader.batch_size': 4,
+            }
+        )
         if split != 'train':
             found[f'{split}_evaluator.ann_file'] = f'{videos}/annotations/instances_{split}.json'
     return found
@@ -68,7 +76,7 @@ def model(cfg):
 
 def seeded(cfg):
     """Random weights that find something, and other things at other exits."""
-    model = randomise(MODELS.build(cfg.model), seed=3)
+    model = randomize(MODELS.build(cfg.model), seed=3)
     model.detector.bbox_head.test_cfg.score_thr = 0.3
     for head in model.heads:
         head.test_cfg.score_thr = 0.3
@@ -86,10 +94,14 @@ def record_of(model, cfg, split='test'):
 def test_record_has_every_frame_once_and_comes_back(model, cfg, tmp_path):
     record = record_of(model, cfg)
     assert sorted((image['video'], image['frame']) for image in record['images']) == [
-        (video, frame) for video in (1, 2) for frame in range(LENGTH)]
-    assert [image['change'] == 1
-            for image in record['images']] == [image['frame'] == 0 for image in record['images']]
-    assert all(len(image['detections']) == 4 and len(image['pooled']) == 3 for image in record['images'])
+        (video, frame) for video in (1, 2) for frame in range(LENGTH)
+    ]
+    assert [image['change'] == 1 for image in record['images']] == [
+        image['frame'] == 0 for image in record['images']
+    ]
+    assert all(
+        len(image['detections']) == 4 and len(image['pooled']) == 3 for image in record['images']
+    )
     assert sum(len(own) for image in record['images'] for own in image['detections'][:3]) > 20
     write_video_record(record, tmp_path / 'a.npz')
     assert read_video_record(tmp_path / 'a.npz')['costs'] == record['costs']
@@ -113,7 +125,8 @@ def test_forced_exits_leave_the_detector_as_it_was(model, cfg):
 
 @pytest.fixture(scope='module')
 def world(videos):
-    """A model, the record of its test videos, their data set, and places in the record in the set's order."""
+    """A model, the record of its test videos, their data set, and places in the record in the set's
+    order."""
     register_all_modules(init_default_scope=True)
     cfg = Config.fromfile(ROOT / 'configs/video/early_exit_yolov5_digits.py')
     cfg.merge_from_dict(options_of(videos))
@@ -121,8 +134,12 @@ def world(videos):
     record = record_of(model, cfg)
     dataset = build_record_loader(cfg, 'test').dataset
     row_of = {dataset.get_data_info(row)['img_id']: row for row in range(len(dataset))}
-    return model, record, dataset, sorted(range(len(dataset)),
-                                          key=lambda at: row_of[record['images'][at]['id']])
+    return (
+        model,
+        record,
+        dataset,
+        sorted(range(len(dataset)), key=lambda at: row_of[record['images'][at]['id']]),
+    )
 
 
 @torch.no_grad()
@@ -133,11 +150,20 @@ def run_lazily(model, dataset, rows):
     return found
 
 
-@pytest.mark.parametrize('config', [
-    dict(type='ScoreGate', kind='confidence'), dict(type='AgreementGate', iou=0.0), dict(type='TemporalGate'),
-    dict(type='HaltingGate'), dict(type='TemporalGate', gate=dict(type='ScoreGate', over='sum')),
-    dict(type='TemporalGate', nothing=dict(type='Presence'))
-], ids=lambda config: config['type'] + ' wrapping' * ('gate' in config) + ' nothing' * ('nothing' in config))
+@pytest.mark.parametrize(
+    'config',
+    [
+        dict(type='ScoreGate', kind='confidence'),
+        dict(type='AgreementGate', iou=0.0),
+        dict(type='TemporalGate'),
+        dict(type='HaltingGate'),
+        dict(type='TemporalGate', gate=dict(type='ScoreGate', over='sum')),
+        dict(type='TemporalGate', nothing=dict(type='Presence')),
+    ],
+    ids=lambda config: (
+        config['type'] + ' wrapping' * ('gate' in config) + ' nothing' * ('nothing' in config)
+    ),
+)
 def test_simulation_is_what_the_detector_does(world, config):
     model, record, dataset, in_order = world
     config = dict(config)
@@ -150,9 +176,9 @@ def test_simulation_is_what_the_detector_does(world, config):
     if 'nothing' in config:
         # Half of the frames, by weights that were drawn.
         early = torch.from_numpy(np.stack([image['early'] for image in record['images']]))
-        gate.nothing.standardise(early)
+        gate.nothing.standardize(early)
         chances = gate.nothing(early).sort().values
-        gate.nothing.level.fill_(chances[len(chances) // 2 - 1:][:2].mean())
+        gate.nothing.level.fill_(chances[len(chances) // 2 - 1 :][:2].mean())
     for layer in getattr(gate, 'go', ()):
         torch.nn.init.normal_(layer.weight, std=3.0)
     difficulties = difficulties_of(gate, evidences(record))
@@ -172,8 +198,13 @@ def test_simulation_is_what_the_detector_does(world, config):
 
 
 def test_frames_must_say_where_they_belong(model, cfg):
-    cfg.test_dataloader.dataset.pipeline[-1].meta_keys = ('img_id', 'img_path', 'ori_shape', 'img_shape',
-                                                          'scale_factor')
+    cfg.test_dataloader.dataset.pipeline[-1].meta_keys = (
+        'img_id',
+        'img_path',
+        'ori_shape',
+        'img_shape',
+        'scale_factor',
+    )
     with pytest.raises(UsageError, match='video_id, frame_id'):
         record_of(model, cfg)
 
@@ -198,11 +229,40 @@ def test_from_a_checkpoint_to_a_calibrated_one(cfg, tmp_path, capsys):
     cfg.dump(tmp_path / 'config.py')
     torch.save(dict(state_dict=model.state_dict()), tmp_path / 'model.pth')
     for split in ('val', 'test'):
-        assert call('record_video.py', tmp_path / 'config.py', tmp_path / 'model.pth', '--split', split,
-                    '--out', tmp_path / f'{split}.npz', '--frames', 1, '--rounds', 1, '--device', 'cpu') == 0
-    assert call('calibrate_video.py', tmp_path / 'config.py', tmp_path / 'model.pth', '--record',
-                tmp_path / 'val.npz', '--fit-record', tmp_path / 'val.npz', '--max-drop', 0.5, '--out',
-                tmp_path / 'done.pth') == 0
+        assert (
+            call(
+                'record_video.py',
+                tmp_path / 'config.py',
+                tmp_path / 'model.pth',
+                '--split',
+                split,
+                '--out',
+                tmp_path / f'{split}.npz',
+                '--frames',
+                1,
+                '--rounds',
+                1,
+                '--device',
+                'cpu',
+            )
+            == 0
+        )
+    assert (
+        call(
+            'calibrate_video.py',
+            tmp_path / 'config.py',
+            tmp_path / 'model.pth',
+            '--record',
+            tmp_path / 'val.npz',
+            '--fit-record',
+            tmp_path / 'val.npz',
+            '--max-drop',
+            0.5,
+            '--out',
+            tmp_path / 'done.pth',
+        )
+        == 0
+    )
     assert 'HaltingGate on 21 frames: AP' in capsys.readouterr().out
     done, checkpoint = load_early_exit_detector(cfg, str(tmp_path / 'done.pth'), fused=False)
     assert done.gflops.isfinite().all() and done.latencies.isfinite().all()
@@ -210,12 +270,27 @@ def test_from_a_checkpoint_to_a_calibrated_one(cfg, tmp_path, capsys):
     assert checkpoint['meta']['calibration']['fit']['gate']['record'].endswith('val.npz')
     dearest = done.operating_points[done.operating_points[:, -1].nan_to_num(nan=-1).argmax()]
     assert done.set_budget(target_latency=dearest[-1].item()) == pytest.approx(dearest[:4].tolist())
-    assert call('analyze_gates.py', tmp_path / 'test.npz', '--val-record', tmp_path / 'val.npz',
-                '--fit-record', tmp_path / 'val.npz', '--gate-of', tmp_path / 'config.py',
-                tmp_path / 'done.pth', '--out-dir', tmp_path / 'page') == 0
+    assert (
+        call(
+            'analyze_gates.py',
+            tmp_path / 'test.npz',
+            '--val-record',
+            tmp_path / 'val.npz',
+            '--fit-record',
+            tmp_path / 'val.npz',
+            '--gate-of',
+            tmp_path / 'config.py',
+            tmp_path / 'done.pth',
+            '--out-dir',
+            tmp_path / 'page',
+        )
+        == 0
+    )
     table = capsys.readouterr().out
-    assert all(name in table
-               for name in ('exit 3', 'agreement', 'temporal + halting', 'oracle, reusing', "config's"))
+    assert all(
+        name in table
+        for name in ('exit 3', 'agreement', 'temporal + halting', 'oracle, reusing', "config's")
+    )
     analysis = json.loads((tmp_path / 'page' / 'gates.json').read_text())
     assert len(analysis['fixed']) == 4 and analysis['gates']['entropy']['rows']
     assert (tmp_path / 'page' / 'gates.png').read_bytes().startswith(b'\x89PNG')
@@ -226,35 +301,87 @@ def test_tools_say_what_is_wrong(cfg, tmp_path, capsys):
     cfg.dump(tmp_path / 'config.py')
     both = (tmp_path / 'config.py', tmp_path / 'model.pth')
     assert call('analyze_gates.py', tmp_path / 'absent.npz') == 2
-    assert call('record_video.py', *both, '--frames', 0, '--out', tmp_path / 'a.npz', '--device', 'cpu') == 2
-    assert call('record_video.py', *both, '--frames', 1, '--rounds', 1, '--out', tmp_path / 'a.npz',
-                '--device', 'cpu') == 0
+    assert (
+        call(
+            'record_video.py', *both, '--frames', 0, '--out', tmp_path / 'a.npz', '--device', 'cpu'
+        )
+        == 2
+    )
+    assert (
+        call(
+            'record_video.py',
+            *both,
+            '--frames',
+            1,
+            '--rounds',
+            1,
+            '--out',
+            tmp_path / 'a.npz',
+            '--device',
+            'cpu',
+        )
+        == 0
+    )
     assert call('calibrate_video.py', *both, '--record', tmp_path / 'a.npz') == 2
     cfg.model.gate = dict(type='HaltingGate', in_channels=[8, 32, 32])
     cfg.dump(tmp_path / 'config.py')
     assert call('calibrate_video.py', *both, '--record', tmp_path / 'a.npz') == 2
-    assert call('calibrate_video.py', *both, '--record', tmp_path / 'a.npz', '--cfg-options',
-                'model.gate.type=HalingGate') == 2
+    assert (
+        call(
+            'calibrate_video.py',
+            *both,
+            '--record',
+            tmp_path / 'a.npz',
+            '--cfg-options',
+            'model.gate.type=HalingGate',
+        )
+        == 2
+    )
     cfg.model.gate = dict(type='TemporalGate', nothing=dict(type='Presence'))
     cfg.dump(tmp_path / 'config.py')
     assert call('calibrate_video.py', *both, '--record', tmp_path / 'a.npz') == 2
     # Its few frames are all with digits, or too few.
-    assert call('calibrate_video.py', *both, '--record', tmp_path / 'a.npz', '--fit-record', tmp_path / 'a.npz') == 2
+    assert (
+        call(
+            'calibrate_video.py',
+            *both,
+            '--record',
+            tmp_path / 'a.npz',
+            '--fit-record',
+            tmp_path / 'a.npz',
+        )
+        == 2
+    )
     errors = capsys.readouterr().err.splitlines()
     said = [line for line in errors if line.startswith('error: ')]
-    assert [part in line for part, line in zip(
-        ('record_video.py', '1 or more', 'has no gate', 'no trained HaltingGate', 'cannot be built',
-         'no trained TemporalGate(Presence)', 'frames'), said)] == [True] * 7
+    assert [
+        part in line
+        for part, line in zip(
+            (
+                'record_video.py',
+                '1 or more',
+                'has no gate',
+                'no trained HaltingGate',
+                'cannot be built',
+                'no trained TemporalGate(Presence)',
+                'frames',
+            ),
+            said,
+        )
+    ] == [True] * 7
 
 
 def test_what_the_experiment_measures_of_a_run(tmp_path, monkeypatch):
-    """Exits, gates and both by the clock, from a config and a checkpoint, as experiments/video.py asks for."""
+    """Exits, gates and both by the clock, from a config and a checkpoint, as experiments/video.py
+    asks for."""
     sys.path.insert(0, str(ROOT / 'experiments'))
     import video_results
+
     monkeypatch.setattr(video_results, 'RESAMPLES', 3)
     # Gates are fitted to three folds of every second video.
-    videos = make_digits_video(tmp_path / 'videos', dict(train=1, val=6, test=2), length=LENGTH, image_size=SIZE,
-                               mp4=False)
+    videos = make_digits_video(
+        tmp_path / 'videos', dict(train=1, val=6, test=2), length=LENGTH, image_size=SIZE, mp4=False
+    )
     cfg = Config.fromfile(ROOT / 'configs/video/early_exit_yolov5_digits.py')
     cfg.merge_from_dict(options_of(videos))
     model = seeded(cfg)
@@ -265,9 +392,13 @@ def test_what_the_experiment_measures_of_a_run(tmp_path, monkeypatch):
     torch.save(dict(state_dict=model.state_dict(), meta=meta), checkpoint)
     test, val = (record_of(model, cfg, split) for split in ('test', 'val'))
     exits = video_results.head_results(test)['exits']
-    assert len(exits) == 4 and all(len(one['resampled']) == 3 and one['latency'] > 0 for one in exits)
+    assert len(exits) == 4 and all(
+        len(one['resampled']) == 3 and one['latency'] > 0 for one in exits
+    )
     found = video_results.gate_results(test, val, config, checkpoint)
-    assert {'temporal', 'entropy', 'agreement', 'halting', 'temporal + halting'} <= set(found['gates'])
+    assert {'temporal', 'entropy', 'agreement', 'halting', 'temporal + halting'} <= set(
+        found['gates']
+    )
     assert [row['exit'] for row in found['fixed']] == [0, 1, 2, 3] and len(found['oracles']) == 2
     before = torch.get_num_threads()
     clock = video_results.clock_results(config, checkpoint, found, val, threads=before + 1)

@@ -1,4 +1,5 @@
 """H.264 files: sizes, names, what a kill leaves."""
+
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from dynamicdet.video.writer import VideoWriter
 
 
 def levels(path):
-    """The mean grey level of each frame, and the size of the first."""
+    """The mean gray level of each frame, and the size of the first."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         frames = [frame.to_ndarray(format='bgr24') for frame in container.decode(stream)]
@@ -56,7 +57,9 @@ def test_other_sizes_are_fitted_into_the_first(tmp_path):
     with av.open(str(tmp_path / 'a.mp4')) as container:
         first, second, third = (f.to_ndarray(format='bgr24') for f in container.decode(video=0))
     assert first.shape == second.shape == third.shape == (32, 64, 3)
-    assert second[:, :14].mean() < 10 and second[:, 50:].mean() < 10 and second[:, 20:44].mean() > 190
+    assert (
+        second[:, :14].mean() < 10 and second[:, 50:].mean() < 10 and second[:, 20:44].mean() > 190
+    )
     assert third[15].mean() > 60  # one line remains
 
 
@@ -83,20 +86,20 @@ def test_a_kill_leaves_what_was_written(tmp_path):
     """A fragmented file is readable up to its last key frame."""
     # Without the package's __init__, which brings in mmdet and takes seconds.
     projects = str(Path(errors.__file__).parents[1])
-    code = textwrap.dedent(f'''
+    code = textwrap.dedent(f"""
         import sys, time, types
         import numpy as np
         for name in ('dynamicdet', 'dynamicdet.video'):
             sys.modules[name] = types.ModuleType(name)
             sys.modules[name].__path__ = [{projects!r} + '/' + name.replace('.', '/')]
         from dynamicdet.video.writer import VideoWriter
-        writer = VideoWriter({str(tmp_path / "a.mp4")!r}, fragmented=True)
+        writer = VideoWriter({str(tmp_path / 'a.mp4')!r}, fragmented=True)
         rng = np.random.default_rng(0)
         for number in range(600):
             writer.write(rng.integers(0, 255, (64, 64, 3)).astype(np.uint8))
         print('written', flush=True)
         time.sleep(60)
-    ''')
+    """)
     process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == 'written\n'
     process.send_signal(signal.SIGKILL)
@@ -116,9 +119,15 @@ def test_same_frames_same_bytes(tmp_path):
     assert (tmp_path / 'a.mp4').read_bytes() == (tmp_path / 'b.mp4').read_bytes()
 
 
-@pytest.mark.parametrize('frame', [
-    np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3)),
-    np.zeros((0, 4, 3), np.uint8)])
+@pytest.mark.parametrize(
+    'frame',
+    [
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((4, 4, 3)),
+        np.zeros((0, 4, 3), np.uint8),
+    ],
+)
 def test_what_is_no_frame_is_refused(tmp_path, frame):
     with VideoWriter(tmp_path / 'a.mp4') as writer, pytest.raises(UsageError, match='a frame is'):
         writer.write(frame)
@@ -136,8 +145,18 @@ def test_mistakes_are_said(tmp_path):
 
 @pytest.mark.parametrize('fragmented', [False, True])
 def test_frames_are_shown_at_their_times(tmp_path, fragmented):
-    """Pauses, also in front of a key frame (every 250), times between frames, and how long the last one stays."""
-    times = [0.5, 0.54, 0.5401, 3.0, *(3.04 + 0.04 * number for number in range(246)), 100.0, 100.04, 3700.0]
+    """Pauses, also in front of a key frame (every 250), times between frames, and how long the last
+    one stays."""
+    times = [
+        0.5,
+        0.54,
+        0.5401,
+        3.0,
+        *(3.04 + 0.04 * number for number in range(246)),
+        100.0,
+        100.04,
+        3700.0,
+    ]
     with VideoWriter(tmp_path / 'a.mp4', 25, fragmented) as writer:
         for time in times:
             writer.write(flat(90), time, 2.5)
@@ -160,7 +179,8 @@ def test_times_by_the_rate_and_given_ones_agree(tmp_path, fragmented):
         assert (tmp_path / 'rate.mp4').read_bytes() == (tmp_path / 'time.mp4').read_bytes()
         with av.open(str(tmp_path / 'rate.mp4')) as container:
             assert [frame.time for frame in container.decode(video=0)] == pytest.approx(
-                [number / fps for number in range(5)], rel=1e-3, abs=1e-4)
+                [number / fps for number in range(5)], rel=1e-3, abs=1e-4
+            )
 
 
 def test_times_that_do_not_go_on_are_the_next_moment(tmp_path):

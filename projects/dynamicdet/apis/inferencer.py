@@ -1,11 +1,12 @@
 """mmdet's inferencer, at any speed."""
+
 import contextlib
 import itertools
 import os
 import os.path as osp
 import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
 import mmcv
 import mmengine
@@ -34,11 +35,12 @@ from .stream import Stream
 @dataclass
 class _Shown:
     """A picture to draw on: its path, if it has one, and what the pipeline decoded."""
-    path: Optional[str]
+
+    path: str | None
     decoded: np.ndarray
 
     @property
-    def name(self) -> Optional[str]:
+    def name(self) -> str | None:
         """Of the drawn picture: of a kind that can be written whatever its size."""
         name = self.path and osp.basename(self.path)
         return name if not name or name.lower().endswith(IMG_EXTENSIONS) else f'{name}.jpg'
@@ -48,7 +50,9 @@ class _Shown:
         if self.path is None:
             # As mmdet draws on arrays.
             return self.decoded.copy()
-        plain = self.decoded.dtype == np.uint8 and self.decoded.ndim == 3 and self.decoded.shape[2] == 3
+        plain = (
+            self.decoded.dtype == np.uint8 and self.decoded.ndim == 3 and self.decoded.shape[2] == 3
+        )
         # Pipelines may ask for other than mmdet draws on.
         picture = self.decoded if plain else mmcv.imfrombytes(mmengine.fileio.get(self.path))
         return picture[:, :, ::-1]
@@ -66,7 +70,7 @@ class DynamicInferencer(DetInferencer):
         weights (str, optional): Path or URL of the checkpoint.
         device (str, optional): Defaults to the best that is there.
         scope (str, optional): Where mmdet's parts are registered. Defaults to 'mmdet'.
-        palette (str): Colours of the boxes, as mmdet names them. Defaults to 'none': those of the
+        palette (str): Colors of the boxes, as mmdet names them. Defaults to 'none': those of the
             data set.
         show_progress (bool): Whether to show a progress bar. Defaults to True.
         threshold (float, optional): In [-1, 1]. Hard when the difficulty is above it.
@@ -79,8 +83,8 @@ class DynamicInferencer(DetInferencer):
             `routing.controller.Controller`, and goes on from call to call. Defaults to False.
 
     Attributes:
-        served (Served, optional): What the last call served: pictures at each exit, against what was wanted,
-            and their mean cost. Where more than chance parts them, the call warns.
+        served (Served, optional): What the last call served: pictures at each exit, against what
+            was wanted, and their mean cost. Where more than chance parts them, the call warns.
 
     Raises:
         UsageError: If the model is not dynamic, the checkpoint does not fill it, more than one of
@@ -98,40 +102,46 @@ class DynamicInferencer(DetInferencer):
     #: How the checkpoint was calibrated.
     _calibration: dict = {}
 
-    def __init__(self,
-                 model: Optional[Union[ModelType, str]] = None,
-                 weights: Optional[str] = None,
-                 device: Optional[str] = None,
-                 scope: Optional[str] = 'mmdet',
-                 palette: str = 'none',
-                 show_progress: bool = True,
-                 threshold: Optional[float] = None,
-                 hard_share: Optional[float] = None,
-                 target_latency: Optional[float] = None,
-                 throughput: Optional[float] = None,
-                 target_gflops: Optional[float] = None,
-                 online: bool = False) -> None:
+    def __init__(
+        self,
+        model: ModelType | str | None = None,
+        weights: str | None = None,
+        device: str | None = None,
+        scope: str | None = 'mmdet',
+        palette: str = 'none',
+        show_progress: bool = True,
+        threshold: float | None = None,
+        hard_share: float | None = None,
+        target_latency: float | None = None,
+        throughput: float | None = None,
+        target_gflops: float | None = None,
+        online: bool = False,
+    ) -> None:
         budget = _given(threshold, hard_share, target_latency, throughput, target_gflops)
         if budget:
             # Before the model is built, which takes seconds.
             check_budget(budget)
         if online and (not budget or threshold is not None):
-            raise UsageError('online needs something to hold: hard_share, target_latency, throughput or '
-                             'target_gflops')
+            raise UsageError(
+                'online needs something to hold: hard_share, target_latency, throughput or '
+                'target_gflops'
+            )
         super().__init__(model, weights, device, scope, palette, show_progress)
         if not hasattr(self.model, 'set_budget'):
-            raise UsageError(f"this config's model, {type(self.model).__name__}, is not dynamic: "
-                             "use mmdet's DetInferencer")
+            raise UsageError(
+                f"this config's model, {type(self.model).__name__}, is not dynamic: "
+                "use mmdet's DetInferencer"
+            )
         device = next(self.model.parameters()).device
         self.model.timed_elsewhere = timed_elsewhere(
-            self._calibration, dict(machine_of(device), dtype=dtype_of(self.model)))
+            self._calibration, dict(machine_of(device), dtype=dtype_of(self.model))
+        )
         self.controller = build_controller(self.model, budget) if online else None
         self._online_budget, self.served = budget, None
         if budget and not online:
             self.model.set_budget(**budget)
 
-    def _load_weights_to_model(self, model: nn.Module, checkpoint: Optional[dict],
-                               cfg: dict) -> None:
+    def _load_weights_to_model(self, model: nn.Module, checkpoint: dict | None, cfg: dict) -> None:
         """As mmdet's, but refuse a checkpoint that leaves parts of the model random."""
         if checkpoint is not None:
             state = checkpoint.get('state_dict', checkpoint)
@@ -142,22 +152,24 @@ class DynamicInferencer(DetInferencer):
         super()._load_weights_to_model(model, checkpoint, cfg)
         fuse(model)
 
-    def __call__(self,
-                 inputs: Union[Picture, os.PathLike, Iterable[Union[Picture, os.PathLike]]],
-                 batch_size: int = 1,
-                 *args,
-                 threshold: Optional[float] = None,
-                 hard_share: Optional[float] = None,
-                 target_latency: Optional[float] = None,
-                 throughput: Optional[float] = None,
-                 target_gflops: Optional[float] = None,
-                 **kwargs) -> dict:
-        """As mmdet's, whose arguments are passed on; the speed holds for this call, and a controller
-        does not see it.
+    def __call__(
+        self,
+        inputs: Picture | os.PathLike | Iterable[Picture | os.PathLike],
+        batch_size: int = 1,
+        *args,
+        threshold: float | None = None,
+        hard_share: float | None = None,
+        target_latency: float | None = None,
+        throughput: float | None = None,
+        target_gflops: float | None = None,
+        **kwargs,
+    ) -> dict:
+        """As mmdet's, whose arguments are passed on; the speed holds for this call, and a
+        controller does not see it.
 
         Args:
-            inputs (str, path, np.ndarray or iterable): A picture, many, or a folder of them. Arrays are as
-                cv2.imread gives them: uint8, (H, W, 3), blue, green, red.
+            inputs (str, path, np.ndarray or iterable): A picture, many, or a folder of them. Arrays
+                are as cv2.imread gives them: uint8, (H, W, 3), blue, green, red.
             batch_size (int): Pictures at a time. Defaults to 1.
             threshold (float, optional): In [-1, 1]. Hard when the difficulty is above it.
             hard_share (float, optional): Share of hard images, in [0, 1].
@@ -183,29 +195,43 @@ class DynamicInferencer(DetInferencer):
         return results
 
     @contextlib.contextmanager
-    def _watched(self) -> Iterator[List[Tuple[float, int]]]:
+    def _watched(self) -> Iterator[list[tuple[float, int]]]:
         """A list of calls of the model: seconds, and of how many pictures."""
-        calls: List[Tuple[float, int]] = []
+        calls: list[tuple[float, int]] = []
         watch = isinstance(self.model, DynamicDetector)
-        with timed_calls(self.model, lambda *call: calls.append(call)) if watch else contextlib.nullcontext():
+        with (
+            timed_calls(self.model, lambda *call: calls.append(call))
+            if watch
+            else contextlib.nullcontext()
+        ):
             yield calls
 
-    def _account(self, predictions: List[Union[dict, DetDataSample]], budget: Dict[str, float],
-                 calls: List[Tuple[float, int]]) -> Optional[Served]:
+    def _account(
+        self,
+        predictions: list[dict | DetDataSample],
+        budget: dict[str, float],
+        calls: list[tuple[float, int]],
+    ) -> Served | None:
         model, online = self.model, not budget and self.controller is not None
         if not isinstance(model, DynamicDetector):
             return None
         exits = [one['exit'] if isinstance(one, dict) else one.exit for one in predictions]
         # What a first run takes is no cost of an image.
         timed = calls[1:]
-        return account([exits.count(exit) for exit in range(model.num_exits)],
-                       self._online_budget if online else model.budget,
-                       None if online else model.threshold.reshape(-1).tolist(), model.difficulties.tolist(),
-                       model.latencies.tolist(), model.gflops.tolist(),
-                       sum(seconds for seconds, _ in timed) / sum(images for _, images in timed) if timed else None)
+        return account(
+            [exits.count(exit) for exit in range(model.num_exits)],
+            self._online_budget if online else model.budget,
+            None if online else model.threshold.reshape(-1).tolist(),
+            model.difficulties.tolist(),
+            model.latencies.tolist(),
+            model.gflops.tolist(),
+            sum(seconds for seconds, _ in timed) / sum(images for _, images in timed)
+            if timed
+            else None,
+        )
 
     @contextlib.contextmanager
-    def _speed(self, budget: Dict[str, float]) -> Iterator[None]:
+    def _speed(self, budget: dict[str, float]) -> Iterator[None]:
         """A speed for a while: the one that is given, or else the controller's."""
         with contextlib.ExitStack() as stack:
             if budget:
@@ -215,63 +241,82 @@ class DynamicInferencer(DetInferencer):
                 stack.enter_context(Online(self.model, self.controller))
             yield
 
-    def stream(self,
-               images: Iterable[Optional[Union[str, os.PathLike, np.ndarray]]],
-               batch_size: int = 8,
-               hard_batch: Optional[int] = None,
-               collect_easy: bool = False,
-               deadline: Optional[float] = None,
-               on_unreadable: Optional[Callable[[str, str], None]] = None) -> Iterator[dict]:
+    def stream(
+        self,
+        images: Iterable[str | os.PathLike | np.ndarray | None],
+        batch_size: int = 8,
+        hard_batch: int | None = None,
+        collect_easy: bool = False,
+        deadline: float | None = None,
+        on_unreadable: Callable[[str, str], None] | None = None,
+    ) -> Iterator[dict]:
         """Detect in images as they come: hard images of several batches run together.
 
         Args:
-            images (Iterable): Paths, URLs or arrays; None where there is nothing yet. It may pause and need
-                not end. With a deadline it is read in a thread of its own.
+            images (Iterable): Paths, URLs or arrays; None where there is nothing yet. It may pause
+                and need not end. With a deadline it is read in a thread of its own.
             batch_size (int): Images of the first pass. Defaults to 8.
             hard_batch (int, optional): Images of the later passes. Defaults to ``batch_size``.
             collect_easy (bool): Whether easy images wait for a full batch, too. Defaults to False.
-            deadline (float, optional): Seconds after which an image waits for no other. Defaults to None.
-            on_unreadable (callable, optional): Called with the path of a picture that cannot be read and the
-                reason; it has no result, and the stream goes on. Without it, the stream ends there with an
-                error, once all before it have their results.
+            deadline (float, optional): Seconds after which an image waits for no other. Defaults to
+                None.
+            on_unreadable (callable, optional): Called with the path of a picture that cannot be
+                read and the reason; it has no result, and the stream goes on. Without it, the
+                stream ends there with an error, once all before it have their results.
 
         Yields:
-            dict: Each image's result, in the order of the images, as in ``predictions``: labels, scores,
+            dict: Each image's result, in the order of the images, as in ``predictions``: labels,
+                scores,
             bboxes, ``difficulty`` and ``exit``.
         """
-        images = (image if image is None else pictures_of([image], on_unreadable is not None)[0] for image in images)
+        images = (
+            image if image is None else pictures_of([image], on_unreadable is not None)[0]
+            for image in images
+        )
         batches = self._batches_of_one(images, on_unreadable)
-        with Stream(self.model, batch_size, hard_batch, collect_easy, deadline,
-                    controller=self.controller) as stream:
+        with Stream(
+            self.model, batch_size, hard_batch, collect_easy, deadline, controller=self.controller
+        ) as stream:
             for sample in stream.run(batches):
                 yield self.pred2dict(sample)
 
-    def _batches_of_one(self, images: Iterable, on_unreadable: Optional[Callable]) -> Iterator[Optional[dict]]:
+    def _batches_of_one(
+        self, images: Iterable, on_unreadable: Callable | None
+    ) -> Iterator[dict | None]:
         for image in images:
             if image is None:
                 yield None
             else:
-                yield from (data for _, data in self.preprocess([image], on_unreadable=on_unreadable))
+                yield from (
+                    data for _, data in self.preprocess([image], on_unreadable=on_unreadable)
+                )
 
-    def preprocess(self,
-                   inputs: Iterable[Union[str, np.ndarray, dict]],
-                   batch_size: int = 1,
-                   on_unreadable: Optional[Callable[[str, str], None]] = None,
-                   **kwargs) -> Iterator:
-        """As mmdet's, but each picture is decoded once, for the detector and for drawing; see `__call__` for
-        ``on_unreadable``."""
+    def preprocess(
+        self,
+        inputs: Iterable[str | np.ndarray | dict],
+        batch_size: int = 1,
+        on_unreadable: Callable[[str, str], None] | None = None,
+        **kwargs,
+    ) -> Iterator:
+        """As mmdet's, but each picture is decoded once, for the detector and for drawing; see
+        `__call__` for ``on_unreadable``."""
         load, *rest = self.pipeline.transforms
         loaded = self._loaded(inputs, load, on_unreadable)
         while batch := list(itertools.islice(loaded, batch_size)):
             yield self.collate_fn([(shown, Compose(rest)(results)) for shown, results in batch])
 
     @staticmethod
-    def _loaded(inputs: Iterable[Union[str, np.ndarray, dict]], load: InferencerLoader,
-                on_unreadable: Optional[Callable[[str, str], None]]) -> Iterator[Tuple['_Shown', dict]]:
+    def _loaded(
+        inputs: Iterable[str | np.ndarray | dict],
+        load: InferencerLoader,
+        on_unreadable: Callable[[str, str], None] | None,
+    ) -> Iterator[tuple['_Shown', dict]]:
         """Of each picture what is drawn on, and what the pipeline's first step makes of it."""
 
-        def decode(data: bytes) -> Optional[np.ndarray]:
-            return mmcv.imfrombytes(data, flag=load.from_file.color_type, backend=load.from_file.imdecode_backend)
+        def decode(data: bytes) -> np.ndarray | None:
+            return mmcv.imfrombytes(
+                data, flag=load.from_file.color_type, backend=load.from_file.imdecode_backend
+            )
 
         for item in inputs:
             if on_unreadable is not None and isinstance(item, str):
@@ -284,18 +329,20 @@ class DynamicInferencer(DetInferencer):
                 results = load(dict(item) if isinstance(item, dict) else item)
             yield _Shown(results.get('img_path'), results['img']), results
 
-    def visualize(self,
-                  inputs: List['_Shown'],
-                  preds: List[DetDataSample],
-                  return_vis: bool = False,
-                  show: bool = False,
-                  wait_time: int = 0,
-                  draw_pred: bool = True,
-                  pred_score_thr: float = 0.3,
-                  no_save_vis: bool = False,
-                  img_out_dir: str = '') -> Optional[List[np.ndarray]]:
-        """As mmdet's, which decodes every picture once more, and keeps every drawn one of a folder in memory, asked for
-        or not."""
+    def visualize(
+        self,
+        inputs: list['_Shown'],
+        preds: list[DetDataSample],
+        return_vis: bool = False,
+        show: bool = False,
+        wait_time: int = 0,
+        draw_pred: bool = True,
+        pred_score_thr: float = 0.3,
+        no_save_vis: bool = False,
+        img_out_dir: str = '',
+    ) -> list[np.ndarray] | None:
+        """As mmdet's, which decodes every picture once more, and keeps every drawn one of a folder
+        in memory, asked for or not."""
         out_dir = '' if no_save_vis else img_out_dir
         if not (show or out_dir or return_vis):
             return None
@@ -303,8 +350,16 @@ class DynamicInferencer(DetInferencer):
         for shown, pred in zip(inputs, preds):
             name = shown.name or f'{self.num_visualized_imgs:08}.jpg'
             self.visualizer.add_datasample(
-                name, shown.pixels(), pred, show=show, wait_time=wait_time, draw_gt=False, draw_pred=draw_pred,
-                pred_score_thr=pred_score_thr, out_file=osp.join(out_dir, 'vis', name) if out_dir else None)
+                name,
+                shown.pixels(),
+                pred,
+                show=show,
+                wait_time=wait_time,
+                draw_gt=False,
+                draw_pred=draw_pred,
+                pred_score_thr=pred_score_thr,
+                out_file=osp.join(out_dir, 'vis', name) if out_dir else None,
+            )
             drawn += [self.visualizer.get_image()] if return_vis else []
             self.num_visualized_imgs += 1
         return drawn if return_vis else None
@@ -325,10 +380,20 @@ class DynamicInferencer(DetInferencer):
         return result
 
 
-def _given(threshold: Optional[float], hard_share: Optional[float], target_latency: Optional[float],
-           throughput: Optional[float], target_gflops: Optional[float]) -> Dict[str, float]:
-    given = dict(threshold=threshold, hard_share=hard_share, target_latency=target_latency,
-                 throughput=throughput, target_gflops=target_gflops)
+def _given(
+    threshold: float | None,
+    hard_share: float | None,
+    target_latency: float | None,
+    throughput: float | None,
+    target_gflops: float | None,
+) -> dict[str, float]:
+    given = dict(
+        threshold=threshold,
+        hard_share=hard_share,
+        target_latency=target_latency,
+        throughput=throughput,
+        target_gflops=target_gflops,
+    )
     budget = {name: value for name, value in given.items() if value is not None}
     if len(budget) > 1:
         raise UsageError(f'a budget is exactly one of {", ".join(given)}; got {budget}')

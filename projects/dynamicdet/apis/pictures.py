@@ -1,9 +1,10 @@
 """What a detector is handed from Python: a picture, many, or a folder of them."""
+
 import os
 import os.path as osp
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, List, Union
+from typing import Any, Union
 
 import numpy as np
 from torch import Tensor
@@ -18,12 +19,12 @@ Picture = Union[str, np.ndarray, dict]
 _WANTED = 'a picture is a path, a URL or an array as cv2.imread gives it: uint8, (height, width, 3), blue, green, red'
 
 
-def pictures_of(inputs: Any, skip_missing: bool = False) -> List[Picture]:
+def pictures_of(inputs: Any, skip_missing: bool = False) -> list[Picture]:
     """All pictures that a user means, or a `UsageError` before any is looked at.
 
     Args:
-        inputs (Any): A path, URL or array; a folder, whose pictures are taken by name; or any iterable of
-            paths, URLs and arrays.
+        inputs (Any): A path, URL or array; a folder, whose pictures are taken by name; or any
+            iterable of paths, URLs and arrays.
         skip_missing (bool): Whether paths without a file are let through. Defaults to False.
     """
     if isinstance(inputs, (str, os.PathLike)) and osp.isdir(inputs):
@@ -40,16 +41,19 @@ def pictures_of(inputs: Any, skip_missing: bool = False) -> List[Picture]:
     return found
 
 
-def pictures_in(folder: Union[str, os.PathLike]) -> List[str]:
+def pictures_in(folder: str | os.PathLike) -> list[str]:
     """Paths of a folder's pictures, in the order of their names."""
     inside = [str(path) for path in sorted(Path(folder).iterdir()) if has_picture_suffix(path)]
     if not inside:
-        raise UsageError(f"there is no picture in '{folder}': looked for {', '.join(picture_suffixes())}")
+        raise UsageError(
+            f"there is no picture in '{folder}': looked for {', '.join(picture_suffixes())}"
+        )
     return inside
 
 
 def as_picture(item: Any) -> Picture:
-    """A single picture as mmdet's inferencer takes it, or a `UsageError` that says what is wanted."""
+    """A single picture as mmdet's inferencer takes it, or a `UsageError` that says what is
+    wanted."""
     if isinstance(item, os.PathLike):
         item = os.fspath(item)
     if isinstance(item, np.ndarray):
@@ -60,8 +64,11 @@ def as_picture(item: Any) -> Picture:
         key, kind = ('img', np.ndarray) if 'img' in item else ('img_path', str)
         own = as_picture(item[key])
         if not isinstance(own, kind):
-            raise UsageError(f"{_WANTED}; of a picture's dict, 'img' is an array and 'img_path' a path or URL; got "
-                             f'{key} of type {_described(item[key])}')
+            raise UsageError(
+                f"{_WANTED}; of a picture's dict, 'img' is an array and 'img_path' a path or URL; "
+                'got '
+                f'{key} of type {_described(item[key])}'
+            )
         return {**item, key: own}
     if not isinstance(item, str):
         raise UsageError(f'{_WANTED}; got {_described(item)}')
@@ -75,7 +82,9 @@ def _require_image(array: np.ndarray) -> None:
     if not array.size:
         raise UsageError(f'the picture of shape {array.shape} has no pixels')
     if max(array.shape[:2]) > LONGEST * min(array.shape[:2]):
-        raise UsageError(f'the picture of shape {array.shape} is more than {LONGEST} times as long as wide')
+        raise UsageError(
+            f'the picture of shape {array.shape} is more than {LONGEST} times as long as wide'
+        )
 
 
 def _remedy(array: np.ndarray) -> str:
@@ -87,11 +96,17 @@ def _remedy(array: np.ndarray) -> str:
         return ': scale it to 0 to 255, and .astype(numpy.uint8)'
     channels = array.shape[2] if array.ndim == 3 else 1
     kind = {1: 'GRAY', 4: 'BGRA'}.get(channels)
-    return f': cv2.cvtColor(image, cv2.COLOR_{kind}2BGR) makes one' if kind and array.ndim in (2, 3) else ''
+    return (
+        f': cv2.cvtColor(image, cv2.COLOR_{kind}2BGR) makes one'
+        if kind and array.ndim in (2, 3)
+        else ''
+    )
 
 
 def _described(item: Any) -> str:
-    name = f'{type(item).__module__.partition(".")[0]}.{type(item).__qualname__}'.removeprefix('builtins.')
+    name = f'{type(item).__module__.partition(".")[0]}.{type(item).__qualname__}'.removeprefix(
+        'builtins.'
+    )
     if hasattr(item, 'shape') and hasattr(item, 'dtype'):
         return f'{name}, {item.dtype}, {tuple(item.shape)}'
     return name

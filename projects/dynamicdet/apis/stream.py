@@ -1,17 +1,18 @@
-"""Detect on a stream: hard images of several batches run together, results come in the order of the images.
+"""Detect on a stream: hard images of several batches run together, results come in the order of the
+images.
 
-The first backbone and the router run on each batch. Images that leave at the first exit are done with their
-batch; the others wait, feature maps in memory, until a full batch of them is there or one has waited too
-long.
+The first backbone and the router run on each batch. Images that leave at the first exit are done
+with their batch; the others wait, feature maps in memory, until a full batch of them is there or
+one has waited too long.
 """
+
 import contextlib
 import numbers
 import queue
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Callable, Dict, Iterable, Iterator, List, Optional
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from ..timing import now
 @dataclass
 class _Arrived:
     """An image that no backbone has seen yet."""
+
     number: int
     time: float
     image: Tensor
@@ -38,30 +40,33 @@ class _Arrived:
 @dataclass
 class _Waiting:
     """One image on its way: who it is, since when it is here, and its maps."""
+
     number: int
     time: float
     passage: Passage
 
 
 class Stream:
-    """A detector at work on a stream. Use it in a ``with`` block, by `run`, or by `put`, `poll` and `flush`.
+    """A detector at work on a stream. Use it in a ``with`` block, by `run`, or by `put`, `poll` and
+    `flush`.
 
     Memory: fewer than ``batch_size`` images before the first backbone, and the maps of fewer than
-    ``(K - 1) * hard_batch + batch_size`` images behind it. Images of other padded sizes wait in groups of
-    their own; where too many wait in all, the largest group runs before it is full.
+    ``(K - 1) * hard_batch + batch_size`` images behind it. Images of other padded sizes wait in
+    groups of their own; where too many wait in all, the largest group runs before it is full.
 
     Args:
         model (DynamicDetector): In eval mode. Its budget counts where there is no controller.
         batch_size (int): Images of the first pass. Defaults to 8.
         hard_batch (int, optional): Images of the later passes. Defaults to ``batch_size``.
-        collect_easy (bool): Whether images that leave at the first exit also wait until ``batch_size`` of
-            them are there, for its neck and heads. Defaults to False.
-        deadline (float, optional): Seconds since its arrival after which an image waits for no other. It is
-            looked at in every call; `run` also looks while its source pauses. Defaults to None: an image
-            waits until its batch is full, or for the end.
-        most_behind (int): How many later images may come before one waits no longer: their results wait
-            behind it. Defaults to 1024.
-        controller (Controller, optional): Sets the thresholds; told the time that the detector works.
+        collect_easy (bool): Whether images that leave at the first exit also wait until
+            ``batch_size`` of them are there, for its neck and heads. Defaults to False.
+        deadline (float, optional): Seconds since its arrival after which an image waits for no
+            other. It is looked at in every call; `run` also looks while its source pauses. Defaults
+            to None: an image waits until its batch is full, or for the end.
+        most_behind (int): How many later images may come before one waits no longer: their results
+            wait behind it. Defaults to 1024.
+        controller (Controller, optional): Sets the thresholds; told the time that the detector
+            works.
         clock (Callable): Seconds, never back. Defaults to ``time.monotonic``.
 
     Raises:
@@ -73,19 +78,26 @@ class Stream:
         ...         print(sample.img_path, sample.exit)
     """
 
-    def __init__(self,
-                 model: DynamicDetector,
-                 batch_size: int = 8,
-                 hard_batch: Optional[int] = None,
-                 collect_easy: bool = False,
-                 deadline: Optional[float] = None,
-                 most_behind: int = 1024,
-                 controller: Optional[Controller] = None,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        model: DynamicDetector,
+        batch_size: int = 8,
+        hard_batch: int | None = None,
+        collect_easy: bool = False,
+        deadline: float | None = None,
+        most_behind: int = 1024,
+        controller: Controller | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         hard_batch = batch_size if hard_batch is None else hard_batch
-        if not all(isinstance(one, numbers.Integral) and one >= 1 for one in (batch_size, hard_batch, most_behind)):
-            raise UsageError('batch_size, hard_batch and most_behind must be whole numbers, 1 or more; got '
-                             f'{batch_size}, {hard_batch} and {most_behind}')
+        if not all(
+            isinstance(one, numbers.Integral) and one >= 1
+            for one in (batch_size, hard_batch, most_behind)
+        ):
+            raise UsageError(
+                'batch_size, hard_batch and most_behind must be whole numbers, 1 or more; got '
+                f'{batch_size}, {hard_batch} and {most_behind}'
+            )
         # Not `deadline < 0`, which lets NaN pass.
         if deadline is not None and not deadline >= 0:
             raise UsageError(f'a deadline is seconds, 0 or more; got {deadline}')
@@ -93,11 +105,15 @@ class Stream:
         self.batch_size, self.hard_batch, self.collect_easy = batch_size, hard_batch, collect_easy
         self.deadline, self.most_behind = deadline, most_behind
         # Around each first pass alone: between batches the detector is its owner's.
-        self._routing = contextlib.nullcontext() if controller is None else Online(model, controller, timed=False)
-        self._arrived: List[_Arrived] = []
+        self._routing = (
+            contextlib.nullcontext()
+            if controller is None
+            else Online(model, controller, timed=False)
+        )
+        self._arrived: list[_Arrived] = []
         # By what can be joined: those before a backbone, and those before an exit's neck and heads.
-        self._groups: Dict[tuple, List[_Waiting]] = {}
-        self._done: Dict[int, DetDataSample] = {}
+        self._groups: dict[tuple, list[_Waiting]] = {}
+        self._done: dict[int, DetDataSample] = {}
         self._count, self._next, self._busy = 0, 0, 0.0
 
     def __enter__(self) -> 'Stream':
@@ -108,16 +124,17 @@ class Stream:
         self._arrived, self._groups, self._done = [], {}, {}
         self._next = self._count
 
-    def run(self, batches: Iterable[Optional[dict]]) -> Iterator[DetDataSample]:
+    def run(self, batches: Iterable[dict | None]) -> Iterator[DetDataSample]:
         """Detect in all images of a source, in its order.
 
         Args:
-            batches (Iterable[dict]): Of any number of images each, as a data loader gives them; None where
-                there is nothing yet. With a deadline it is read in a thread of its own, one batch ahead, so
-                that the deadline holds while it pauses.
+            batches (Iterable[dict]): Of any number of images each, as a data loader gives them;
+                None where there is nothing yet. With a deadline it is read in a thread of its own,
+                one batch ahead, so that the deadline holds while it pauses.
 
         Yields:
-            DetDataSample: As ``predict`` gives it, as soon as it and all before it are done. Where the source
+            DetDataSample: As ``predict`` gives it, as soon as it and all before it are done. Where
+                the source
             fails, all that came before first; then its error is raised.
         """
         batches = iter(batches) if self.deadline is None else _watch(batches, self.due)
@@ -136,7 +153,8 @@ class Stream:
         """Take images; give the results that are ready.
 
         Args:
-            batch (dict): ``inputs``, (3, H, W) each, and ``data_samples``, as a data loader gives them.
+            batch (dict): ``inputs``, (3, H, W) each, and ``data_samples``, as a data loader gives
+                them.
 
         Returns:
             list[DetDataSample]: Results of this and earlier calls, in the order of the images.
@@ -170,9 +188,9 @@ class Stream:
             self._run(next(iter(self._groups)))
         return self._ready()
 
-    def due(self) -> Optional[float]:
-        """Seconds until the next deadline, 0 if it has passed; None without a deadline or anything that
-        waits."""
+    def due(self) -> float | None:
+        """Seconds until the next deadline, 0 if it has passed; None without a deadline or anything
+        that waits."""
         times = [one.time for one in self._arrived[:1]]
         times += [one.time for group in self._groups.values() for one in group]
         if self.deadline is None or not times:
@@ -199,15 +217,21 @@ class Stream:
     def _first_pass(self) -> None:
         images, self._arrived = self._arrived, []
         with self._working():
-            data = dict(inputs=[one.image for one in images], data_samples=[one.sample for one in images])
+            data = dict(
+                inputs=[one.image for one in images], data_samples=[one.sample for one in images]
+            )
             data = self.model.data_preprocessor(data, False)
             with self._routing:
                 passage = self.model.start(data['inputs'], data['data_samples'])
             self._part(passage, images, self.collect_easy)
         while True:
             # Full ones, or the largest where too many wait in all.
-            key = max(self._groups, key=lambda one: len(self._groups[one]) / self._full(one), default=None)
-            most = (self.model.num_exits - 1) * self.hard_batch + self.collect_easy * self.batch_size
+            key = max(
+                self._groups, key=lambda one: len(self._groups[one]) / self._full(one), default=None
+            )
+            most = (
+                self.model.num_exits - 1
+            ) * self.hard_batch + self.collect_easy * self.batch_size
             if key is None or len(self._groups[key]) < self._full(key) and self.waiting < most:
                 break
             self._run(key)
@@ -242,7 +266,9 @@ class Stream:
         for row in going_on + (leaving if collect else []):
             one = passage.take([row])
             key = ('finish' if row in leaving else 'deepen', *one.shapes)
-            self._groups.setdefault(key, []).append(_Waiting(owners[row].number, owners[row].time, one))
+            self._groups.setdefault(key, []).append(
+                _Waiting(owners[row].number, owners[row].time, one)
+            )
 
     def _finish(self, passage: Passage, owners: list) -> None:
         for owner, sample in zip(owners, self.model.finish(passage)):
@@ -261,18 +287,29 @@ class Stream:
 
 def _require_batch(batch: dict) -> None:
     """Refuse what is no batch before any of it is taken: later it would fail among other images."""
-    images, samples = (batch.get(key) if isinstance(batch, Mapping) else None for key in ('inputs', 'data_samples'))
+    images, samples = (
+        batch.get(key) if isinstance(batch, Mapping) else None for key in ('inputs', 'data_samples')
+    )
     if images is None or samples is None or len(images) != len(samples):
-        raise UsageError('a batch has inputs and data_samples, one of each for an image, as a data loader gives them; '
-                         f'got {batch if images is None else f"{len(images)} and {len(samples or ())}"}'[:200])
+        raise UsageError(
+            'a batch has inputs and data_samples, one of each for an image, as a data loader gives '
+            'them; '
+            f'got {batch if images is None else f"{len(images)} and {len(samples or ())}"}'[:200]
+        )
     for image in images:
-        if not isinstance(image, Tensor) or image.dim() != 3 or image.shape[0] != 3 or not image.numel():
+        if (
+            not isinstance(image, Tensor)
+            or image.dim() != 3
+            or image.shape[0] != 3
+            or not image.numel()
+        ):
             shape = f'{type(image).__name__} {tuple(getattr(image, "shape", ()))}'
             raise UsageError(f'an image of a stream is a tensor (3, height, width); got {shape}')
 
 
-def _watch(source: Iterable, due: Callable[[], Optional[float]]) -> Iterator:
-    """What a source gives, and None whenever the time that ``due`` says has passed without anything.
+def _watch(source: Iterable, due: Callable[[], float | None]) -> Iterator:
+    """What a source gives, and None whenever the time that ``due`` says has passed without
+    anything.
 
     The source is read in a thread. Its errors are raised here.
     """
@@ -299,7 +336,9 @@ def _watch(source: Iterable, due: Callable[[], Optional[float]]) -> Iterator:
         while True:
             try:
                 wait = due()
-                item, error = items.get(timeout=None if wait is None else min(wait, threading.TIMEOUT_MAX))
+                item, error = items.get(
+                    timeout=None if wait is None else min(wait, threading.TIMEOUT_MAX)
+                )
             except queue.Empty:
                 yield None
                 continue

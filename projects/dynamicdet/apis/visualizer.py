@@ -1,5 +1,4 @@
 """Pictures that say how hard an image was."""
-from typing import List, Optional
 
 import numpy as np
 from mmengine.structures import InstanceData
@@ -19,14 +18,16 @@ class DynamicVisualizer(DetLocalVisualizer):
     """mmdet's visualizer; predictions that carry ``difficulty`` and ``exit`` show them in the upper
     left corner."""
 
-    _corner: Optional[str] = None
+    _corner: str | None = None
 
-    def add_datasample(self,
-                       name: str,
-                       image: np.ndarray,
-                       data_sample: Optional[DetDataSample] = None,
-                       *args,
-                       **kwargs) -> None:
+    def add_datasample(
+        self,
+        name: str,
+        image: np.ndarray,
+        data_sample: DetDataSample | None = None,
+        *args,
+        **kwargs,
+    ) -> None:
         """As mmdet's, whose other arguments are passed on."""
         self._corner = None
         if data_sample is not None and 'difficulty' in data_sample:
@@ -34,9 +35,13 @@ class DynamicVisualizer(DetLocalVisualizer):
             self._corner = f'difficulty {data_sample.difficulty:.2f}{gap}exit {data_sample.exit}'
         super().add_datasample(name, image, data_sample, *args, **kwargs)
 
-    def _draw_instances(self, image: np.ndarray, instances: InstanceData,
-                        classes: Optional[List[str]],
-                        palette: Optional[List[tuple]]) -> np.ndarray:
+    def _draw_instances(
+        self,
+        image: np.ndarray,
+        instances: InstanceData,
+        classes: list[str] | None,
+        palette: list[tuple] | None,
+    ) -> np.ndarray:
         # Here, since mmdet writes the file in `add_datasample` and calls this even where nothing
         # was found.
         drawn = super()._draw_instances(image, instances, classes, palette)
@@ -50,5 +55,6 @@ class DynamicVisualizer(DetLocalVisualizer):
             np.array([2, 2]),
             colors='white',
             font_sizes=max(_SMALLEST_FONT, min(height // 36, width // 32)),
-            bboxes=[dict(facecolor='black', pad=2, edgecolor='none')])
+            bboxes=[dict(facecolor='black', pad=2, edgecolor='none')],
+        )
         return self.get_image()

@@ -1,7 +1,9 @@
 """Parts of a detector that are compressed together: blocks, and the layers that they hold."""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Dict, List, Protocol, Sequence, Tuple
+from typing import Protocol
 
 from torch import nn
 
@@ -14,6 +16,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 class Part(Protocol):
     """What chooses layers: patterns of module names, under a name for messages."""
+
     name: str
     modules: Sequence[str]
     exclude: Sequence[str]
@@ -25,20 +28,22 @@ class Block:
 
     Args:
         name (str): For messages.
-        modules (Sequence[str]): Patterns (`fnmatch`) of module names; what is below a module that matches
-            belongs to it, so ``backbone`` is all of the backbone.
+        modules (Sequence[str]): Patterns (`fnmatch`) of module names; what is below a module that
+            matches belongs to it, so ``backbone`` is all of the backbone.
         target (float): Share of the block's weights to prune, in [0, 1). Of whole channels where
             ``structured``.
         exclude (Sequence[str]): Patterns of modules that stay as they are.
-        score (str): What makes a weight worth keeping. ``magnitude``: its absolute value. ``random``.
-            ``activation``: mean absolute output of a channel; for single weights magnitude times root mean
-            square of their input (Sun et al. 2023, Wanda). ``gradient``: first-order Taylor, the squared
-            change of the loss without it (Molchanov et al. 2019, eq. 8; for channels eq. 9).
+        score (str): What makes a weight worth keeping. ``magnitude``: its absolute value.
+            ``random``. ``activation``: mean absolute output of a channel; for single weights
+            magnitude times root mean square of their input (Sun et al. 2023, Wanda). ``gradient``:
+            first-order Taylor, the squared change of the loss without it (Molchanov et al. 2019,
+            eq. 8; for channels eq. 9).
         structured (bool): Whole output channels instead of single weights.
-        over (str): Who competes: all weights of the ``block``, those of a ``layer``, or those of layers of
-            one ``kind`` in the block (convolutions, linear layers).
+        over (str): Who competes: all weights of the ``block``, those of a ``layer``, or those of
+            layers of one ``kind`` in the block (convolutions, linear layers).
         norm (float): The n of the Ln norm that ranks channels by magnitude.
     """
+
     name: str
     modules: Sequence[str]
     target: float
@@ -51,25 +56,35 @@ class Block:
     def __post_init__(self) -> None:
         if not isinstance(self.target, (int, float)) or not 0 <= self.target < 1:
             raise UsageError(
-                f"block '{self.name}': its target is {self.target}; it must be at least 0 and below 1")
+                f"block '{self.name}': its target is {self.target}; it must be at least 0 and "
+                'below 1'
+            )
         # Not `norm <= 0`, which lets NaN pass.
         if not isinstance(self.norm, (int, float)) or not self.norm > 0:
-            raise UsageError(f"block '{self.name}': the n of an Ln norm is above 0; got {self.norm}")
+            raise UsageError(
+                f"block '{self.name}': the n of an Ln norm is above 0; got {self.norm}"
+            )
         for value, known, what in ((self.score, SCORES, 'score'), (self.over, SCOPES, 'over')):
             if value not in known:
-                raise UsageError(f"block '{self.name}': {what}='{value}' is none of {', '.join(known)}")
+                raise UsageError(
+                    f"block '{self.name}': {what}='{value}' is none of {', '.join(known)}"
+                )
         for patterns, what in ((self.modules, 'modules'), (self.exclude, 'exclude')):
             if isinstance(patterns, str):
-                raise UsageError(f"block '{self.name}': {what} is a list of patterns, not one string")
+                raise UsageError(
+                    f"block '{self.name}': {what} is a list of patterns, not one string"
+                )
         if not self.modules:
             raise UsageError(f"block '{self.name}' names no modules")
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A module with a weight to prune. ``name`` is its first name, ``names`` are all that it goes by."""
+    """A module with a weight to prune. ``name`` is its first name, ``names`` are all that it goes
+    by."""
+
     name: str
-    names: Tuple[str, ...]
+    names: tuple[str, ...]
     module: nn.Module
 
     @property
@@ -82,20 +97,26 @@ class Layer:
         return 1 if isinstance(self.module, _TRANSPOSED) else 0
 
 
-def find_layers(model: nn.Module) -> Dict[str, Layer]:
-    """All layers with a weight of two or more dimensions: convolutions of all sorts and linear layers.
+def find_layers(model: nn.Module) -> dict[str, Layer]:
+    """All layers with a weight of two or more dimensions: convolutions of all sorts and linear
+    layers.
 
     A weight that is held under several names (as RTMDet's heads do) is one layer.
 
     Returns:
         dict: First name -> `Layer`, in the model's order.
     """
-    found: Dict[int, Tuple[nn.Module, List[str]]] = {}
+    found: dict[int, tuple[nn.Module, list[str]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         weight = getattr(module, 'weight', None)
         grouped_transposed = isinstance(module, _TRANSPOSED) and module.groups > 1
-        if (isinstance(weight, nn.Parameter) and weight.dim() >= 2 and weight.is_floating_point()
-                and not isinstance(module, nn.Embedding) and not grouped_transposed):
+        if (
+            isinstance(weight, nn.Parameter)
+            and weight.dim() >= 2
+            and weight.is_floating_point()
+            and not isinstance(module, nn.Embedding)
+            and not grouped_transposed
+        ):
             found.setdefault(id(weight), (module, []))[1].append(name)
     return {names[0]: Layer(names[0], tuple(names), module) for module, names in found.values()}
 
@@ -103,11 +124,11 @@ def find_layers(model: nn.Module) -> Dict[str, Layer]:
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Whether a module, or one that it is part of, matches one of the patterns."""
     parts = name.split('.')
-    above = ['.'.join(parts[:count + 1]) for count in range(len(parts))]
+    above = ['.'.join(parts[: count + 1]) for count in range(len(parts))]
     return any(fnmatchcase(part, pattern) for pattern in patterns for part in above)
 
 
-def layers_of(model: nn.Module, block: Part) -> Dict[str, Layer]:
+def layers_of(model: nn.Module, block: Part) -> dict[str, Layer]:
     """The layers of a block, in the model's order.
 
     Raises:
@@ -117,36 +138,47 @@ def layers_of(model: nn.Module, block: Part) -> Dict[str, Layer]:
     for pattern in (*block.modules, *block.exclude):
         if not any(matches(name, [pattern]) for layer in every.values() for name in layer.names):
             parts = ', '.join(dict.fromkeys(name.split('.')[0] for name in every))
-            raise UsageError(f"block '{block.name}': the pattern '{pattern}' matches no module with weights; "
-                             f'the model has {parts}')
-    kept = {name: layer for name, layer in every.items()
-            if any(matches(own, block.modules) for own in layer.names)
-            and not any(matches(own, block.exclude) for own in layer.names)}
+            raise UsageError(
+                f"block '{block.name}': the pattern '{pattern}' matches no module with weights; "
+                f'the model has {parts}'
+            )
+    kept = {
+        name: layer
+        for name, layer in every.items()
+        if any(matches(own, block.modules) for own in layer.names)
+        and not any(matches(own, block.exclude) for own in layer.names)
+    }
     if not kept:
         raise UsageError(f"block '{block.name}': exclude={list(block.exclude)} leaves no layer")
     return kept
 
 
-def disjoint_layers(model: nn.Module, blocks: Sequence[Part]) -> List[Dict[str, Layer]]:
+def disjoint_layers(model: nn.Module, blocks: Sequence[Part]) -> list[dict[str, Layer]]:
     """The layers of each block, which must not overlap.
 
     Raises:
         UsageError: If they do, or `layers_of` does.
     """
-    owner: Dict[str, str] = {}
+    owner: dict[str, str] = {}
     found = [layers_of(model, block) for block in blocks]
     for block, layers in zip(blocks, found):
         for name in layers:
             if name in owner:
                 raise UsageError(
-                    f"'{name}' is in two blocks, '{owner[name]}' and '{block.name}'; exclude it from one")
+                    f"'{name}' is in two blocks, '{owner[name]}' and '{block.name}'; exclude it "
+                    'from one'
+                )
             owner[name] = block.name
     return found
 
 
 def require_blocks(blocks: object, hook: str) -> None:
     """Raise a `UsageError` unless a hook was given a list of dictionaries, one or more."""
-    if not isinstance(blocks, (list, tuple)) or not blocks or not all(isinstance(one, dict) for one in blocks):
+    if (
+        not isinstance(blocks, (list, tuple))
+        or not blocks
+        or not all(isinstance(one, dict) for one in blocks)
+    ):
         raise UsageError(f'{hook}: blocks is a list of dictionaries, one or more; got {blocks!r}')
 
 

@@ -1,17 +1,19 @@
-"""One file for sparse, quantised and shared weights: ``.ddz``.
+"""One file for sparse, quantized and shared weights: ``.ddz``.
 
-The container is a safetensors file whose entries are byte strings, the frames of `encoding`. Its metadata
-hold, as JSON, an index (a row for each entry of the state dict: key, type, shape, encoding, SHA-256 of what
-it decodes to), the checkpoint's ``meta``, and one SHA-256 over index, meta and all frames. Nothing in it is
-executed on reading.
+The container is a safetensors file whose entries are byte strings, the frames of `encoding`. Its
+metadata hold, as JSON, an index (a row for each entry of the state dict: key, type, shape,
+encoding, SHA-256 of what it decodes to), the checkpoint's ``meta``, and one SHA-256 over index,
+meta and all frames. Nothing in it is executed on reading.
 """
+
 import hashlib
 import json
 import struct
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,22 +36,25 @@ class Compressed:
     Attributes:
         entries (List[Entry]): Of its state dict, in order.
         content (bytes): The file.
-        dropped (List[str]): What of the checkpoint it does not hold, such as the optimiser's state.
+        dropped (List[str]): What of the checkpoint it does not hold, such as the optimizer's state.
     """
-    entries: List[Entry]
+
+    entries: list[Entry]
     content: bytes
-    dropped: List[str]
+    dropped: list[str]
 
 
 def compress(checkpoint: Mapping[str, Any], lossy: Lossy = Lossy()) -> Compressed:
     """Encode a checkpoint's ``state_dict`` and ``meta``, and the ranges of a `QuantizationHook`.
 
     Raises:
-        UsageError: If a pattern matches nothing, a weight cannot be stored, or a library is missing.
+        UsageError: If a pattern matches nothing, a weight cannot be stored, or a library is
+            missing.
     """
     need('zstandard')
     need('safetensors')
     from safetensors.numpy import save
+
     state = checkpoint['state_dict']
     entries = encode_state(state, lossy)
     dropped = [key for key in checkpoint if key not in ('state_dict', 'meta', RANGES)]
@@ -57,12 +62,20 @@ def compress(checkpoint: Mapping[str, Any], lossy: Lossy = Lossy()) -> Compresse
     if RANGES in checkpoint:
         trained = checkpoint[RANGES]
         # A double holds a float32 exactly.
-        meta[RANGES] = dict(trained, ranges={key: value.tolist() for key, value in trained['ranges'].items()})
-    versions = {module: local['version'] for module, local in getattr(state, '_metadata', {}).items()
-                if isinstance(local, dict) and isinstance(local.get('version'), int)}
+        meta[RANGES] = dict(
+            trained, ranges={key: value.tolist() for key, value in trained['ranges'].items()}
+        )
+    versions = {
+        module: local['version']
+        for module, local in getattr(state, '_metadata', {}).items()
+        if isinstance(local, dict) and isinstance(local.get('version'), int)
+    }
     index = _json(dict(entries=[entry.row for entry in entries], versions=versions))
-    frames = {f'{number}.{name}': frame for number, entry in enumerate(entries)
-              for name, frame in entry.frames.items()}
+    frames = {
+        f'{number}.{name}': frame
+        for number, entry in enumerate(entries)
+        for name, frame in entry.frames.items()
+    }
     header = dict(format=FORMAT, version=VERSION, index=index, meta=_json(meta))
     header['sha256'] = _digest_of_file(header, frames)
     arrays = {name: np.frombuffer(frame, np.uint8) for name, frame in frames.items()}
@@ -82,10 +95,12 @@ def write_compressed(compressed: Compressed, path: str) -> None:
 def require_suffix(path: str) -> None:
     """Raise a `UsageError` unless a name ends in ``.ddz``."""
     if not str(path).endswith(SUFFIX):
-        raise UsageError(f"'{path}' must end in {SUFFIX}: that is how a compressed checkpoint is recognised")
+        raise UsageError(
+            f"'{path}' must end in {SUFFIX}: that is how a compressed checkpoint is recognized"
+        )
 
 
-def read_compressed(path: str, fetch: Optional[Callable[[str], bytes]] = None) -> Dict[str, Any]:
+def read_compressed(path: str, fetch: Callable[[str], bytes] | None = None) -> dict[str, Any]:
     """Read a ``.ddz`` file; every entry is checked.
 
     Args:
@@ -111,28 +126,33 @@ def read_compressed(path: str, fetch: Optional[Callable[[str], bytes]] = None) -
         raise UsageError(f"'{path}' {error}") from None
     except Exception as error:
         # Whatever the parsers of a damaged file stumble on.
-        raise UsageError(f"'{path}' is truncated, altered or no compressed checkpoint "
-                         f'({type(error).__name__}): copy it or make it anew') from None
+        raise UsageError(
+            f"'{path}' is truncated, altered or no compressed checkpoint "
+            f'({type(error).__name__}): copy it or make it anew'
+        ) from None
 
 
-def decompress(content: bytes) -> Dict[str, Any]:
+def decompress(content: bytes) -> dict[str, Any]:
     """The checkpoint of a file's content, every entry checked; see `read_compressed`."""
     from safetensors.numpy import load
+
     arrays = load(content)
-    size, = struct.unpack('<Q', content[:8])
-    header = json.loads(content[8:8 + size])['__metadata__']
+    (size,) = struct.unpack('<Q', content[:8])
+    header = json.loads(content[8 : 8 + size])['__metadata__']
     if header.get('format') != FORMAT:
         raise UsageError('is a safetensors file, but no compressed checkpoint')
     if header['version'] != VERSION:
         raise UsageError(
-            f"is of version {header['version']} of the format, of which this release knows {VERSION}: "
-            'use a newer release')
+            f'is of version {header["version"]} of the format, of which this release knows '
+            f'{VERSION}: '
+            'use a newer release'
+        )
     frames = {name: array.tobytes() for name, array in arrays.items()}
     if _digest_of_file(header, frames) != header['sha256']:
         raise UsageError('is altered: its checksum is another; copy it or make it anew')
     index = json.loads(header['index'])
-    state: 'OrderedDict[str, Tensor]' = OrderedDict()
-    values: List[Tensor] = []
+    state: OrderedDict[str, Tensor] = OrderedDict()
+    values: list[Tensor] = []
     for number, row in enumerate(index['entries']):
         if row['encoding'] == 'same':
             value = values[row['as']].clone()
@@ -140,12 +160,14 @@ def decompress(content: bytes) -> Dict[str, Any]:
             value = decode(row, {name: frames[f'{number}.{name}'] for name in row['frames']})
         if digest(value) != row['sha256']:
             raise UsageError(
-                f"is altered: the checksum of '{row['key']}' is another; copy it or make it anew")
+                f"is altered: the checksum of '{row['key']}' is another; copy it or make it anew"
+            )
         values.append(value)
         state[row['key']] = value
-    # What torch puts beside a state dict, by which modules recognise older releases' keys.
+    # What torch puts beside a state dict, by which modules recognize older releases' keys.
     state._metadata = OrderedDict(
-        (module, dict(version=version)) for module, version in index['versions'].items())
+        (module, dict(version=version)) for module, version in index['versions'].items()
+    )
     meta = _revive(json.loads(header['meta']))
     trained = meta.pop(RANGES, None)
     if trained is None:
@@ -167,13 +189,14 @@ def _json(value: Any) -> str:
     return json.dumps(value, separators=(',', ':'))
 
 
-def _plain(value: Any, name: str, dropped: List[str]) -> Any:
-    """What JSON holds of a meta dict. Tuples are marked; what is neither data nor number is named in
-    ``dropped``."""
+def _plain(value: Any, name: str, dropped: list[str]) -> Any:
+    """What JSON holds of a meta dict. Tuples are marked; what is neither data nor number is named
+    in ``dropped``."""
     if isinstance(value, dict):
         entries = {
             key: _plain(one, f'{name}.{key}', dropped)
-            for key, one in value.items() if isinstance(key, str)
+            for key, one in value.items()
+            if isinstance(key, str)
         }
         return {key: one for key, one in entries.items() if f'{name}.{key}' not in dropped}
     if isinstance(value, (list, tuple)):

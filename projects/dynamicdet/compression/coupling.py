@@ -1,12 +1,15 @@
-"""Which channels of a detector can only go together: torch-pruning's graph of a detector, and what follows
-from it.
+"""Which channels of a detector can only go together: torch-pruning's graph of a detector, and what
+follows from it.
 
-Letters: U units of a cluster; a *unit* is what goes as a whole, a *cluster* is what units compete in.
+Letters: U units of a cluster; a *unit* is what goes as a whole, a *cluster* is what units compete
+in.
 """
+
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +34,7 @@ class Member(NamedTuple):
         channels (ndarray): Which, (m, ).
         units (ndarray): To which unit each belongs, (m, ), 0 to U - 1.
     """
+
     layer: str
     leaving: bool
     channels: np.ndarray
@@ -47,30 +51,32 @@ class Cluster:
         members (list[Member]): All layers that lose channels with it.
         why (str): What keeps it as it is; empty if it may shrink.
     """
+
     width: int
     units: int
-    members: List[Member] = field(repr=False)
+    members: list[Member] = field(repr=False)
     why: str = ''
 
     @property
-    def layers(self) -> List[str]:
+    def layers(self) -> list[str]:
         """Layers whose output the channels are."""
         return [one.layer for one in self.members if one.leaving]
 
 
-#: Kinds of detectors -> what gives all raw outputs of one: (detector, images, routed) -> tensors or containers of them.
-#: The framework that has them registers them; see `raw_outputs`.
-OUTPUT_RULES: Dict[type, Callable[[nn.Module, Tensor, Optional[Callable]], Any]] = {}
+#: Kinds of detectors -> what gives all raw outputs of one: (detector, images, routed) -> tensors or
+#: containers of them. The framework that has them registers them; see `raw_outputs`.
+OUTPUT_RULES: dict[type, Callable[[nn.Module, Tensor, Callable | None], Any]] = {}
 
 
-def raw_outputs(model: nn.Module, images: Tensor, routed: Optional[Callable] = None) -> List[Tensor]:
-    """Outputs of a detector's heads for images, at all exits, with regions that do not depend on the images: each
-    value is a function of all that a channel can reach, and no detection is made.
+def raw_outputs(model: nn.Module, images: Tensor, routed: Callable | None = None) -> list[Tensor]:
+    """Outputs of a detector's heads for images, at all exits, with regions that do not depend on
+    the images: each value is a function of all that a channel can reach, and no detection is made.
 
     Args:
         model (nn.Module): A detector of a registered kind, dynamic or not.
         images (Tensor): (N, 3, H, W), normalized.
-        routed (Callable, optional): Is given a dynamic detector's first maps, in place of its router.
+        routed (Callable, optional): Is given a dynamic detector's first maps, in place of its
+            router.
 
     Raises:
         UsageError: If the detector is of a kind that is not known.
@@ -78,10 +84,12 @@ def raw_outputs(model: nn.Module, images: Tensor, routed: Optional[Callable] = N
     for kind, outputs_of in OUTPUT_RULES.items():
         if isinstance(model, kind):
             return _flat(outputs_of(model, images, routed))
-    raise UsageError(f'channels of a {type(model).__name__} cannot be removed: no rule for it is registered')
+    raise UsageError(
+        f'channels of a {type(model).__name__} cannot be removed: no rule for it is registered'
+    )
 
 
-def _flat(outputs: Any) -> List[Tensor]:
+def _flat(outputs: Any) -> list[Tensor]:
     if isinstance(outputs, Tensor):
         return [outputs]
     if isinstance(outputs, dict):
@@ -95,25 +103,27 @@ def example(model: nn.Module, size: int = 64) -> Tensor:
     return noise.to(next(model.parameters()).device)
 
 
-def find_clusters(model: nn.Module) -> List[Cluster]:
+def find_clusters(model: nn.Module) -> list[Cluster]:
     """All clusters of a detector; the model is left as it is.
 
-    The graph is torch-pruning's (Fang et al. 2023, DepGraph), which follows autograd through one forward: so
-    second backbones, connections between them, shared heads and sums over levels are coupled by what is
-    really computed. Spreading along it is done here: its own compares lists of channels at every step, which
-    takes minutes behind a flattened RoI. Of convolutions with groups and of group norms whole groups are a
-    unit, so that the others compute what they did.
+    The graph is torch-pruning's (Fang et al. 2023, DepGraph), which follows autograd through one
+    forward: so second backbones, connections between them, shared heads and sums over levels are
+        coupled by what is
+    really computed. Spreading along it is done here: its own compares lists of channels at every
+    step, which takes minutes behind a flattened RoI. Of convolutions with groups and of group norms
+    whole groups are a unit, so that the others compute what they did.
 
     Raises:
-        UsageError: If torch-pruning is not installed, or the detector is of a kind that this does not know.
+        UsageError: If torch-pruning is not installed, or the detector is of a kind that this does
+            not know.
     """
     library = need('torch_pruning', 'tools that remove channels', 'compression')
     traced = _Traced(model)
     with torch.enable_grad():
         graph = library.DependencyGraph().build_dependency(traced, example(traced), verbose=False)
     names = _Names(traced)
-    spreads: List[_Spread] = []
-    seen: Dict[str, set] = {}
+    spreads: list[_Spread] = []
+    seen: dict[str, set] = {}
     for module in list(graph.module2node):
         if isinstance(module, (*_CONVS, nn.Linear)) and names.of(module) and channels_of(module):
             name, count = names.of(module), channels_of(module)[1]
@@ -128,31 +138,37 @@ def find_clusters(model: nn.Module) -> List[Cluster]:
 
 class _Traced(nn.Module):
     """A detector that can be traced: a copy, since frozen parameters would not be on the graph. Its
-    ``probes`` stand for a router's first layer, one for each map; joined in a vector the maps could not be
-    told apart."""
+    ``probes`` stand for a router's first layer, one for each map; joined in a vector the maps could
+    not be told apart."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = copy.deepcopy(model).eval()
         device = next(model.parameters()).device
-        self.probes = nn.ModuleList(
-            nn.Linear(count, 1, device=device)
-            for count in _routed_channels(model)) if hasattr(model, 'router') else None
+        self.probes = (
+            nn.ModuleList(nn.Linear(count, 1, device=device) for count in _routed_channels(model))
+            if hasattr(model, 'router')
+            else None
+        )
         self.requires_grad_(True)
 
     def train(self, mode: bool = True) -> '_Traced':
-        """Nothing: torch-pruning asks for eval mode, upon which a ResNet would freeze its stages again."""
+        """Nothing: torch-pruning asks for eval mode, upon which a ResNet would freeze its stages
+        again."""
         return self
 
-    def forward(self, images: Tensor) -> List[Tensor]:
-        outputs = raw_outputs(self.model, images, lambda maps: sum(
-            probe(one.mean((2, 3))) for probe, one in zip(self.probes, maps)))
+    def forward(self, images: Tensor) -> list[Tensor]:
+        outputs = raw_outputs(
+            self.model,
+            images,
+            lambda maps: sum(probe(one.mean((2, 3))) for probe, one in zip(self.probes, maps)),
+        )
         # Times one: so that an output is a node of its own.
         return [one * 1 for one in outputs]
 
 
 @torch.no_grad()
-def _routed_channels(model: nn.Module) -> List[int]:
+def _routed_channels(model: nn.Module) -> list[int]:
     """Channels of the maps that a router sees."""
     return [one.shape[1] for one in copy.deepcopy(model.backbone).eval().first_maps(example(model))]
 
@@ -162,8 +178,11 @@ class _Names:
 
     def __init__(self, traced: _Traced) -> None:
         self.model, self.probes = traced.model, list(traced.probes or ())
-        self._names = {id(one): name for named in (self.model.named_modules(), self.model.named_parameters())
-                       for name, one in named}
+        self._names = {
+            id(one): name
+            for named in (self.model.named_modules(), self.model.named_parameters())
+            for name, one in named
+        }
 
     def of(self, module: Any) -> str:
         """Empty for what is no part of the model, such as a sum."""
@@ -171,17 +190,18 @@ class _Names:
 
 
 class _Spread(NamedTuple):
-    """Where channels that a layer gives, its roots, are met again: (node, whether it gives them) -> channel
-    -> root; and pairs of roots that meet in one channel."""
-    found: Dict[Tuple, Dict[int, int]]
+    """Where channels that a layer gives, its roots, are met again: (node, whether it gives them) ->
+    channel -> root; and pairs of roots that meet in one channel."""
+
+    found: dict[tuple, dict[int, int]]
     ties: set
 
 
-def _spread(graph: Any, library: ModuleType, module: nn.Module, roots: List[int]) -> _Spread:
+def _spread(graph: Any, library: ModuleType, module: nn.Module, roots: list[int]) -> _Spread:
     index = library._helpers._HybridIndex
     handler = graph.get_pruner_of_module(module).prune_out_channels
     node = graph.module2node[module]
-    found: Dict[Tuple, Dict[int, int]] = {(node, True): {root: root for root in roots}}
+    found: dict[tuple, dict[int, int]] = {(node, True): {root: root for root in roots}}
     ties = set()
     waiting = [(node, handler, [index(idx=root, root_idx=root) for root in roots])]
     while waiting:
@@ -209,7 +229,7 @@ def _spread(graph: Any, library: ModuleType, module: nn.Module, roots: List[int]
     return _Spread(found, ties)
 
 
-def _merge(spreads: List[_Spread], names: _Names) -> List[Cluster]:
+def _merge(spreads: list[_Spread], names: _Names) -> list[Cluster]:
     """Clusters of spreads: those that share a convolution with groups become one."""
     atoms = [{root: None for root in next(iter(spread.found.values()))} for spread in spreads]
     offsets, total = [], 0
@@ -217,8 +237,8 @@ def _merge(spreads: List[_Spread], names: _Names) -> List[Cluster]:
         offsets.append(total)
         own.update({root: total + place for place, root in enumerate(own)})
         total += len(own)
-    members: Dict[Tuple[str, bool], Dict[int, int]] = {}
-    whys: Dict[int, str] = {}
+    members: dict[tuple[str, bool], dict[int, int]] = {}
+    whys: dict[int, str] = {}
     for number, spread in enumerate(spreads):
         for (node, leaving), channels in spread.found.items():
             name, kind = names.of(node.module), type(node.module).__name__
@@ -228,48 +248,63 @@ def _merge(spreads: List[_Spread], names: _Names) -> List[Cluster]:
                 whys[number] = f'a {kind} is among them'
             elif node.module in names.probes:
                 members.setdefault(('router.fc1', False), {}).update(
-                    {place: atoms[number][root] for channel, root in channels.items()
-                     for place in _pooled(names, names.probes.index(node.module), channel)})
+                    {
+                        place: atoms[number][root]
+                        for channel, root in channels.items()
+                        for place in _pooled(names, names.probes.index(node.module), channel)
+                    }
+                )
             elif name:
                 members.setdefault((name, leaving), {}).update(
-                    {channel: atoms[number][root] for channel, root in channels.items()})
+                    {channel: atoms[number][root] for channel, root in channels.items()}
+                )
     links = _group_links(members, names) + [
-        (own[one], own[other]) for own, spread in zip(atoms, spreads) for one, other in spread.ties]
+        (own[one], own[other]) for own, spread in zip(atoms, spreads) for one, other in spread.ties
+    ]
     one, other = zip(*links) if links else ((), ())
-    _, unit_of = connected_components(coo_matrix((np.ones(len(one)), (one, other)), (total, total)),
-                                      directed=False)
+    _, unit_of = connected_components(
+        coo_matrix((np.ones(len(one)), (one, other)), (total, total)), directed=False
+    )
     spread_of = np.repeat(np.arange(len(spreads)), [len(own) for own in atoms])
     # Spreads that share a unit are one cluster.
     pairs = np.stack([spread_of, unit_of + len(spreads)])
     size = len(spreads) + unit_of.max() + 1
-    _, cluster_of = connected_components(coo_matrix((np.ones(total), pairs), (size, size)), directed=False)
-    rows: Dict[int, List[tuple]] = {}
+    _, cluster_of = connected_components(
+        coo_matrix((np.ones(total), pairs), (size, size)), directed=False
+    )
+    rows: dict[int, list[tuple]] = {}
     for (name, leaving), channels in members.items():
         channels, own = np.array(sorted(channels.items())).T
         for number in np.unique(cluster_of[spread_of[own]]):
             mine = cluster_of[spread_of[own]] == number
             rows.setdefault(number, []).append((name, leaving, channels[mine], unit_of[own[mine]]))
     return [
-        part for number in dict.fromkeys(cluster_of[:len(spreads)])
-        for part in _clusters(rows[number], unit_of, spread_of, np.flatnonzero(
-            cluster_of[spread_of] == number), whys)
+        part
+        for number in dict.fromkeys(cluster_of[: len(spreads)])
+        for part in _clusters(
+            rows[number], unit_of, spread_of, np.flatnonzero(cluster_of[spread_of] == number), whys
+        )
     ]
 
 
 def _pooled(names: _Names, number: int, channel: int) -> range:
     """Where a router's vector has a channel of a map: once for each pool."""
     counts = [probe.in_features for probe in names.probes]
-    return range(sum(counts[:number]) + channel, sum(counts) * len(names.model.router.pools), sum(counts))
+    return range(
+        sum(counts[:number]) + channel, sum(counts) * len(names.model.router.pools), sum(counts)
+    )
 
 
-def _group_links(members: Dict[Tuple[str, bool], Dict[int, int]], names: _Names) -> List[Tuple[int, int]]:
+def _group_links(
+    members: dict[tuple[str, bool], dict[int, int]], names: _Names
+) -> list[tuple[int, int]]:
     """Pairs of atoms that are in one group of a layer."""
     links = []
     for (name, leaving), channels in members.items():
         entering, given, groups = channels_of(get(names.model, name))
         if groups == 1:
             continue
-        first: Dict[int, int] = {}
+        first: dict[int, int] = {}
         # Both sides of a convolution: what a group is given, it alone gives on.
         for side, count in ((False, entering), (True, given)):
             for channel, atom in members.get((name, side), {}).items():
@@ -277,16 +312,25 @@ def _group_links(members: Dict[Tuple[str, bool], Dict[int, int]], names: _Names)
     return links
 
 
-def _clusters(rows: List[tuple], unit_of: np.ndarray, spread_of: np.ndarray, own: np.ndarray,
-              whys: Dict[int, str]) -> List[Cluster]:
-    """Clusters of some atoms, ``own``, which are coupled: one for all units that the same layers give. Where
-    maps are put behind each other, a layer gives some of them alone, and must keep some."""
+def _clusters(
+    rows: list[tuple],
+    unit_of: np.ndarray,
+    spread_of: np.ndarray,
+    own: np.ndarray,
+    whys: dict[int, str],
+) -> list[Cluster]:
+    """Clusters of some atoms, ``own``, which are coupled: one for all units that the same layers
+    give. Where maps are put behind each other, a layer gives some of them alone, and must keep
+    some."""
     units, places = np.unique(unit_of[own], return_inverse=True)
-    rows = [(name, leaving, channels, np.searchsorted(units, wanted))
-            for name, leaving, channels, wanted in rows]
+    rows = [
+        (name, leaving, channels, np.searchsorted(units, wanted))
+        for name, leaving, channels, wanted in rows
+    ]
     spreads = np.unique(spread_of[own])
     widths = np.stack(
-        [np.bincount(places[spread_of[own] == spread], minlength=len(units)) for spread in spreads])
+        [np.bincount(places[spread_of[own] == spread], minlength=len(units)) for spread in spreads]
+    )
     why = next((whys[spread] for spread in spreads if spread in whys), '')
     given = np.zeros((len(units), len(rows)), bool)
     for column, (_, leaving, _, wanted) in enumerate(rows):
@@ -296,10 +340,19 @@ def _clusters(rows: List[tuple], unit_of: np.ndarray, spread_of: np.ndarray, own
     for part in dict.fromkeys(part_of.reshape(-1).tolist()):
         inside = part_of.reshape(-1) == part
         number = np.cumsum(inside) - 1
-        members = [Member(name, leaving, channels[inside[wanted]], number[wanted[inside[wanted]]])
-                   for name, leaving, channels, wanted in rows if inside[wanted].any()]
+        members = [
+            Member(name, leaving, channels[inside[wanted]], number[wanted[inside[wanted]]])
+            for name, leaving, channels, wanted in rows
+            if inside[wanted].any()
+        ]
         there = widths[:, inside][widths[:, inside].any(1)]
         uneven = (there.min(1) != there.max(1)).any()
-        clusters.append(Cluster(int(there.min()), int(inside.sum()), members,
-                                why or ('groups of several layers overlap' if uneven else '')))
+        clusters.append(
+            Cluster(
+                int(there.min()),
+                int(inside.sum()),
+                members,
+                why or ('groups of several layers overlap' if uneven else ''),
+            )
+        )
     return clusters

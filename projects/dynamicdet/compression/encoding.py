@@ -6,15 +6,18 @@
     int8       w = scale of its output channel x integer in -127 ... 127
     binary     w = scale of its output channel x sign, a bit for each
 
-With ``bits`` among its frames, an encoding holds only what is not zero. Floats are stored byte plane by
-byte plane: signs and exponents repeat, mantissas do not. Numbers are little-endian; each frame is zstd's.
+With ``bits`` among its frames, an encoding holds only what is not zero. Floats are stored byte
+plane by byte plane: signs and exponents repeat, mantissas do not. Numbers are little-endian; each
+frame is zstd's.
 """
+
 import hashlib
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from types import ModuleType
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,17 +27,29 @@ from .. import errors
 from ..errors import UsageError
 from .sharing import share
 
-#: zstd's level for floats and integers of 8 bits, whose bytes do not repeat in sequences: higher ones gain
-#: 2 % of floats, nothing of integers, and take ten times as long.
+#: zstd's level for floats and integers of 8 bits, whose bytes do not repeat in sequences: higher
+#: ones gain 2 % of floats, nothing of integers, and take ten times as long.
 _LEVEL = 3
-#: For the bits of what is not zero: at 90 % sparsity 0.659 MB for 10.86 M weights, where level 9 takes
-#: 0.732 and the entropy is 0.637. For indices into tables: of 2 bits 18 % less than at level 3, of 4 bits
-#: 12 %, which is what Huffman's code takes, give or take 0.5 % (`entropy`).
+#: For the bits of what is not zero: at 90 % sparsity 0.659 MB for 10.86 M weights, where level 9
+#: takes 0.732 and the entropy is 0.637. For indices into tables: of 2 bits 18 % less than at level
+#: 3, of 4 bits 12 %, which is what Huffman's code takes, give or take 0.5 % (`entropy`).
 _SLOW_LEVEL = 19
-_DTYPES = {str(dtype).split('.')[1]: dtype for dtype in (
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
-    torch.int8, torch.uint8, torch.bool)}
-Frames = Dict[str, bytes]
+_DTYPES = {
+    str(dtype).split('.')[1]: dtype
+    for dtype in (
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+    )
+}
+Frames = dict[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -45,22 +60,24 @@ class Lossy:
         int8 (Sequence[str], optional): Patterns (`fnmatch`) of keys to store as integers of 8 bits.
         codebook (int, optional): Bits of an index into a table of shared values, 2 to 8.
         codebook_keys (Sequence[str], optional): Patterns of keys that share values.
-        binary (Sequence[str], optional): Patterns of keys of which only signs are kept, and one scale for
-            each channel.
+        binary (Sequence[str], optional): Patterns of keys of which only signs are kept, and one
+            scale for each channel.
 
-    Patterns apply to weights alone: floats of two or more dimensions. None: none; empty: all of them. What
+    Patterns apply to weights alone: floats of two or more dimensions. None: none; empty: all of
+        them. What
     several ask for is binary rather than shared, and shared rather than integer.
     """
-    int8: Optional[Sequence[str]] = None
-    codebook: Optional[int] = None
-    codebook_keys: Optional[Sequence[str]] = None
-    binary: Optional[Sequence[str]] = None
+
+    int8: Sequence[str] | None = None
+    codebook: int | None = None
+    codebook_keys: Sequence[str] | None = None
+    binary: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if self.codebook is not None and not 2 <= self.codebook <= 8:
             raise UsageError(f'a codebook has indices of 2 to 8 bits, not of {self.codebook}')
 
-    def of(self, key: str, value: Tensor) -> Optional[str]:
+    def of(self, key: str, value: Tensor) -> str | None:
         """How an entry is encoded: ``binary``, ``codebook``, ``int8`` or not by these."""
         if not _is_weight(value):
             return None
@@ -81,8 +98,10 @@ def _is_weight(value: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Entry:
-    """An encoded entry: its row of the index, and its frames (none if it repeats an earlier entry)."""
-    row: Dict[str, Any]
+    """An encoded entry: its row of the index, and its frames (none if it repeats an earlier
+    entry)."""
+
+    row: dict[str, Any]
     frames: Frames
 
     @property
@@ -99,15 +118,15 @@ class Entry:
 # Encoding.
 
 
-def encode_state(state: Mapping[str, Tensor], lossy: Lossy = Lossy()) -> List[Entry]:
+def encode_state(state: Mapping[str, Tensor], lossy: Lossy = Lossy()) -> list[Entry]:
     """Encode a state dict, each entry by what is smallest for it.
 
     Raises:
         UsageError: If a pattern matches no weight, or a weight cannot be stored.
     """
     _require_matches(state, lossy)
-    entries: List[Entry] = []
-    first: Dict[Tuple, int] = {}
+    entries: list[Entry] = []
+    first: dict[tuple, int] = {}
     for index, (key, value) in enumerate(state.items()):
         value = value.detach().cpu().contiguous()
         dtype = str(value.dtype).split('.')[1]
@@ -116,7 +135,7 @@ def encode_state(state: Mapping[str, Tensor], lossy: Lossy = Lossy()) -> List[En
         kind = lossy.of(key, value)
         # What a model holds twice, or what is equal, is stored once.
         identity = (dtype, tuple(value.shape), kind, digest(value))
-        row: Dict[str, Any] = dict(key=key, dtype=dtype, shape=list(value.shape))
+        row: dict[str, Any] = dict(key=key, dtype=dtype, shape=list(value.shape))
         if identity in first:
             original = entries[first[identity]].row
             row.update(encoding='same', sha256=original['sha256'])
@@ -135,24 +154,32 @@ def encode_state(state: Mapping[str, Tensor], lossy: Lossy = Lossy()) -> List[En
 def _require_matches(state: Mapping[str, Tensor], lossy: Lossy) -> None:
     for patterns in (lossy.int8, lossy.codebook_keys, lossy.binary):
         for pattern in patterns or ():
-            if not any(_is_weight(value) and fnmatchcase(key, pattern) for key, value in state.items()):
+            if not any(
+                _is_weight(value) and fnmatchcase(key, pattern) for key, value in state.items()
+            ):
                 raise UsageError(
                     f"the pattern '{pattern}' matches no weight; a key is such as "
-                    f"'{next((key for key, value in state.items() if _is_weight(value)), 'none')}'")
+                    f"'{next((key for key, value in state.items() if _is_weight(value)), 'none')}'"
+                )
 
 
-def _encode(key: str, value: Tensor, kind: Optional[str], bits: int) -> Tuple[str, Frames, Dict[str, int]]:
+def _encode(
+    key: str, value: Tensor, kind: str | None, bits: int
+) -> tuple[str, Frames, dict[str, int]]:
     """(encoding, frames, decoded size of each); the smallest of what is possible."""
     if kind is not None and not torch.isfinite(value).all():
         raise UsageError(f"'{key}' holds values that are not finite: it cannot be stored as {kind}")
     if kind == 'int8':
-        scale, numbers = quantise(value.float())
-        return ('int8', *_smaller(dict(scale=_planes(_bytes(torch.from_numpy(scale)))), numbers.reshape(-1)))
+        scale, numbers = quantize(value.float())
+        return (
+            'int8',
+            *_smaller(dict(scale=_planes(_bytes(torch.from_numpy(scale)))), numbers.reshape(-1)),
+        )
     if kind == 'codebook':
         table, indices = share(value.float(), bits)
         return _with_table(torch.from_numpy(table).to(value.dtype), indices)
     if kind == 'binary':
-        return _binary(*binarise(value.float()))
+        return _binary(*binarize(value.float()))
     one = _one_magnitude(value)
     if one is not None:
         return _binary(*one)
@@ -169,14 +196,14 @@ def _encode(key: str, value: Tensor, kind: Optional[str], bits: int) -> Tuple[st
     return ('sparse', *sparse) if _total(sparse[0]) < _total(plain[0]) else ('raw', *plain)
 
 
-def _with_table(table: Tensor, indices: np.ndarray) -> Tuple[str, Frames, Dict[str, int]]:
+def _with_table(table: Tensor, indices: np.ndarray) -> tuple[str, Frames, dict[str, int]]:
     """Entry 0 of the table is zero if any weight is."""
     return ('codebook', *_smaller(dict(table=_planes(_bytes(table))), indices, _SLOW_LEVEL))
 
 
-def _smaller(common: Dict[str, np.ndarray],
-             numbers: np.ndarray,
-             level: int = _LEVEL) -> Tuple[Frames, Dict[str, int]]:
+def _smaller(
+    common: dict[str, np.ndarray], numbers: np.ndarray, level: int = _LEVEL
+) -> tuple[Frames, dict[str, int]]:
     """One byte per number, or bits and only the numbers that are not zero."""
     kept = numbers != 0
     dense = _frames({**common, 'values': numbers}, level)
@@ -186,18 +213,22 @@ def _smaller(common: Dict[str, np.ndarray],
     return sparse if _total(sparse[0]) < _total(dense[0]) else dense
 
 
-def _binary(scale: np.ndarray, numbers: np.ndarray) -> Tuple[str, Frames, Dict[str, int]]:
+def _binary(scale: np.ndarray, numbers: np.ndarray) -> tuple[str, Frames, dict[str, int]]:
     numbers = numbers.reshape(-1)
     kept = numbers != 0
-    parts = dict(scale=_planes(_bytes(torch.from_numpy(scale))), signs=np.packbits(numbers[kept] > 0))
+    parts = dict(
+        scale=_planes(_bytes(torch.from_numpy(scale))), signs=np.packbits(numbers[kept] > 0)
+    )
     if not kept.all():
         parts['bits'] = np.packbits(kept)
     return ('binary', *_frames(parts))
 
 
-def _frames(parts: Mapping[str, np.ndarray], level: int = _LEVEL) -> Tuple[Frames, Dict[str, int]]:
+def _frames(parts: Mapping[str, np.ndarray], level: int = _LEVEL) -> tuple[Frames, dict[str, int]]:
     """Each part as a frame, and its size before."""
-    frames = {name: frame(part, _SLOW_LEVEL if name == 'bits' else level) for name, part in parts.items()}
+    frames = {
+        name: frame(part, _SLOW_LEVEL if name == 'bits' else level) for name, part in parts.items()
+    }
     return frames, {name: part.nbytes for name, part in parts.items()}
 
 
@@ -211,9 +242,9 @@ def _total(frames: Frames) -> int:
     return sum(map(len, frames.values()))
 
 
-def _few_values(value: Tensor) -> Optional[Tuple[Tensor, np.ndarray]]:
-    """A table without loss and indices into it, where there are at most 256 values: weights that are shared
-    already."""
+def _few_values(value: Tensor) -> tuple[Tensor, np.ndarray] | None:
+    """A table without loss and indices into it, where there are at most 256 values: weights that
+    are shared already."""
     whole = {2: torch.int16, 4: torch.int32}.get(value.element_size())
     if not value.is_floating_point() or whole is None or value.numel() < 1024:
         return None
@@ -231,8 +262,8 @@ def _few_values(value: Tensor) -> Optional[Tuple[Tensor, np.ndarray]]:
     return torch.from_numpy(table[order].copy()).view(value.dtype), indices
 
 
-def _one_magnitude(value: Tensor) -> Optional[Tuple[np.ndarray, np.ndarray]]:
-    """What `binarise` gives, where it loses nothing: weights that are binary already."""
+def _one_magnitude(value: Tensor) -> tuple[np.ndarray, np.ndarray] | None:
+    """What `binarize` gives, where it loses nothing: weights that are binary already."""
     if not _is_weight(value) or value.dtype == torch.float64 or value.numel() < 1024:
         return None
     rows = value.flatten(1)
@@ -240,13 +271,16 @@ def _one_magnitude(value: Tensor) -> Optional[Tuple[np.ndarray, np.ndarray]]:
     scale = magnitudes.amax(1, keepdim=True)
     zeros = rows == 0
     # Infinite or NaN scales would spoil zeros; a negative zero would lose its sign.
-    if (not scale.isfinite().all() or not (zeros | (magnitudes == scale)).all()
-            or (zeros & rows.signbit()).any()):
+    if (
+        not scale.isfinite().all()
+        or not (zeros | (magnitudes == scale)).all()
+        or (zeros & rows.signbit()).any()
+    ):
         return None
     return scale[:, 0].float().numpy(), rows.sign().to(torch.int8).numpy()
 
 
-def quantise(weight: Tensor) -> Tuple[np.ndarray, np.ndarray]:
+def quantize(weight: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Symmetric integers of 8 bits, one scale for each output channel: w ~ scale x integer.
 
     Args:
@@ -262,9 +296,9 @@ def quantise(weight: Tensor) -> Tuple[np.ndarray, np.ndarray]:
     return scale.numpy(), whole.to(torch.int8).numpy()
 
 
-def binarise(weight: Tensor) -> Tuple[np.ndarray, np.ndarray]:
-    """Signs, and one scale for each output channel: w ~ scale x sign. The mean of |w| as scale loses least in
-    squares (Rastegari et al. 2016, XNOR-Net, eq. 6).
+def binarize(weight: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Signs, and one scale for each output channel: w ~ scale x sign. The mean of |w| as scale
+    loses least in squares (Rastegari et al. 2016, XNOR-Net, eq. 6).
 
     Args:
         weight (Tensor): float32 (C, ...), finite. Zeros stay zeros, and have no part in the mean.
@@ -286,8 +320,9 @@ def decode(row: Mapping[str, Any], frames: Frames) -> Tensor:
     dtype, shape = _DTYPES[row['dtype']], tuple(row['shape'])
     parts = {name: unframe(content, row['frames'][name]) for name, content in frames.items()}
     if row['encoding'] in ('raw', 'sparse'):
-        return _tensor(_spread(_unplanes(parts['values'], dtype.itemsize), parts, shape),
-                       dtype).reshape(shape)
+        return _tensor(
+            _spread(_unplanes(parts['values'], dtype.itemsize), parts, shape), dtype
+        ).reshape(shape)
     if row['encoding'] == 'codebook':
         numbers = _spread(parts['values'][:, None], parts, shape)
         table = _tensor(_unplanes(parts['table'], dtype.itemsize), dtype)
@@ -308,7 +343,9 @@ def _signs(parts: Mapping[str, np.ndarray], shape: Sequence[int]) -> np.ndarray:
     return (np.unpackbits(parts['signs'], count=count).astype(np.int8) * 2 - 1).view(np.uint8)
 
 
-def _spread(values: np.ndarray, parts: Mapping[str, np.ndarray], shape: Sequence[int]) -> np.ndarray:
+def _spread(
+    values: np.ndarray, parts: Mapping[str, np.ndarray], shape: Sequence[int]
+) -> np.ndarray:
     """Put zeros back between values, uint8 (kept, bytes) -> (n, bytes)."""
     if 'bits' not in parts:
         return values

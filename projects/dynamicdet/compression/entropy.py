@@ -1,21 +1,23 @@
-"""What entropy coding makes of the streams of a ``.ddz`` file: zstd, as written, against Huffman's code.
+"""What entropy coding makes of the streams of a ``.ddz`` file: zstd, as written, against Huffman's
+code.
 
-Deep Compression (Han et al. 2016, section 4) writes indices, and the gaps between weights that are left, in
-Huffman's code. zstd has such a code inside, for blocks of 128 kB with tables of their own, and finds
-repetitions besides; in weights these are chance, and its fast levels lose by using them.
+Deep Compression (Han et al. 2016, section 4) writes indices, and the gaps between weights that are
+left, in Huffman's code. zstd has such a code inside, for blocks of 128 kB with tables of their own,
+and finds repetitions besides; in weights these are chance, and its fast levels lose by using them.
 
 A *symbol* is a byte. A code's size is that of its bits and of the table that a reader needs.
 """
+
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Dict, List, Sequence
 
 import numpy as np
 
 from .encoding import Entry, frame, unframe
 
-#: Bits of the table for each symbol up to the largest: the length of its code word, from which a canonical
-#: code follows; 63 at most, which takes 10^13 symbols.
+#: Bits of the table for each symbol up to the largest: the length of its code word, from which a
+#: canonical code follows; 63 at most, which takes 10^13 symbols.
 _LENGTH_BITS = 6
 #: The largest gap: more is said by a filler, as in Deep Compression.
 _MAX_GAP = 255
@@ -28,7 +30,8 @@ def code_lengths(counts: Sequence[int]) -> np.ndarray:
         counts (Sequence[int]): How often each symbol occurs, (k, ).
 
     Returns:
-        np.ndarray: Bits of each symbol's word, int64 (k, ); 0 for what does not occur, 1 for what is alone.
+        np.ndarray: Bits of each symbol's word, int64 (k, ); 0 for what does not occur, 1 for what
+        is alone.
     """
     lengths = np.zeros(len(counts), np.int64)
     # (count, tie break, symbols below)
@@ -61,14 +64,15 @@ def entropy(symbols: np.ndarray) -> float:
 
 
 def gaps(kept: np.ndarray) -> np.ndarray:
-    """Relative indices: how far each kept place is from the one before (Deep Compression, figure 2).
+    """Relative indices: how far each kept place is from the one before (Deep Compression, figure
+    2).
 
     Args:
         kept (np.ndarray): bool (n, ).
 
     Returns:
-        np.ndarray: uint8. ``k`` below 255: k places that are not kept, then one that is. 255: as many that
-        are not kept, and no more said.
+        np.ndarray: uint8. ``k`` below 255: k places that are not kept, then one that is. 255: as
+        many that are not kept, and no more said.
     """
     before = np.diff(np.flatnonzero(kept), prepend=-1) - 1
     fillers = before // _MAX_GAP
@@ -80,6 +84,7 @@ def gaps(kept: np.ndarray) -> np.ndarray:
 @dataclass(frozen=True)
 class StreamSize:
     """Bytes of all streams of a kind, before and after coding."""
+
     name: str
     plain: int
     zstd: int
@@ -87,45 +92,59 @@ class StreamSize:
     entropy: float
 
 
-def compare(entries: Sequence[Entry]) -> List[StreamSize]:
-    """Sizes of what encoded entries hold, by kind of stream; each tensor's stream has a code of its own.
+def compare(entries: Sequence[Entry]) -> list[StreamSize]:
+    """Sizes of what encoded entries hold, by kind of stream; each tensor's stream has a code of its
+    own.
 
-    Kinds are an encoding's frames, such as ``codebook values`` (indices) or ``sparse bits`` (masks); byte
-    planes of floats count as a stream each. Masks are there once more as ``... gaps``, the other way to say
-    where weights are, which a file does not hold.
+    Kinds are an encoding's frames, such as ``codebook values`` (indices) or ``sparse bits``
+    (masks); byte planes of floats count as a stream each. Masks are there once more as ``...
+    gaps``, the other way to say where weights are, which a file does not hold.
     """
-    sums: Dict[str, np.ndarray] = {}
+    sums: dict[str, np.ndarray] = {}
     for entry in entries:
         for name, content in entry.frames.items():
             stream = unframe(content, entry.row['frames'][name])
-            kind = f"{entry.row['encoding']} {name}"
+            kind = f'{entry.row["encoding"]} {name}'
             _add(sums, kind, _planes(entry, name, stream), len(content))
             if name == 'bits':
                 other = gaps(np.unpackbits(stream).astype(bool))
-                _add(sums, f"{entry.row['encoding']} gaps", [other], len(frame(other)))
-    return [StreamSize(name, *map(int, own[:3]), float(own[3])) for name, own in sorted(sums.items())]
+                _add(sums, f'{entry.row["encoding"]} gaps', [other], len(frame(other)))
+    return [
+        StreamSize(name, *map(int, own[:3]), float(own[3])) for name, own in sorted(sums.items())
+    ]
 
 
-def table(sizes: Sequence[StreamSize]) -> List[str]:
+def table(sizes: Sequence[StreamSize]) -> list[str]:
     """Lines of a table."""
     width = max((len(size.name) for size in sizes), default=0)
     lines = [f'{"stream":{width}}        bytes         zstd      Huffman   entropy (order 0)']
     for size in sizes:
         best = 'zstd' if size.zstd <= size.huffman else 'Huffman'
         least, most = sorted((size.zstd, size.huffman))
-        lines.append(f'{size.name:{width}}  {size.plain:11}  {size.zstd:11}  {size.huffman:11}  '
-                     f'{size.entropy:11.0f}  {best} smaller by {1 - least / max(most, 1):.1%}')
+        lines.append(
+            f'{size.name:{width}}  {size.plain:11}  {size.zstd:11}  {size.huffman:11}  '
+            f'{size.entropy:11.0f}  {best} smaller by {1 - least / max(most, 1):.1%}'
+        )
     return lines
 
 
-def _add(sums: Dict[str, np.ndarray], kind: str, streams: Sequence[np.ndarray], zstd: int) -> None:
-    own = [sum(map(len, streams)), zstd, sum(map(huffman_size, streams)), sum(map(entropy, streams))]
+def _add(sums: dict[str, np.ndarray], kind: str, streams: Sequence[np.ndarray], zstd: int) -> None:
+    own = [
+        sum(map(len, streams)),
+        zstd,
+        sum(map(huffman_size, streams)),
+        sum(map(entropy, streams)),
+    ]
     sums[kind] = sums.get(kind, 0) + np.array(own)
 
 
 def _planes(entry: Entry, name: str, stream: np.ndarray) -> Sequence[np.ndarray]:
     """The byte planes of floats; a stream of symbols as it is."""
-    is_float = name in ('table', 'scale') or name == 'values' and entry.row['encoding'] in ('raw', 'sparse')
+    is_float = (
+        name in ('table', 'scale')
+        or name == 'values'
+        and entry.row['encoding'] in ('raw', 'sparse')
+    )
     width = 4 if name == 'scale' else entry.itemsize
     return list(stream.reshape(width, -1)) if is_float else [stream]
 

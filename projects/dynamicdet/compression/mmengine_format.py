@@ -1,5 +1,7 @@
-"""mmengine reads ``.ddz`` files wherever it reads checkpoints: ``load_from``, ``init_cfg``, `init_detector`."""
-from typing import Any, Dict
+"""mmengine reads ``.ddz`` files wherever it reads checkpoints: ``load_from``, ``init_cfg``,
+`init_detector`."""
+
+from typing import Any
 
 import torch
 from mmengine.fileio import get
@@ -8,9 +10,10 @@ from mmengine.runner import CheckpointLoader
 from .checkpoint import read_compressed
 
 
-# mmengine tries its patterns from the last to the first in the alphabet: ours for URLs comes before its own.
+# mmengine tries its patterns from the last to the first in the alphabet: ours for URLs comes before
+# its own.
 @CheckpointLoader.register_scheme(prefixes=[r'.*\.ddz$', r'https?://.*\.ddz$'], force=True)
-def load_from_ddz(filename: str, map_location: Any = None) -> Dict[str, Any]:
+def load_from_ddz(filename: str, map_location: Any = None) -> dict[str, Any]:
     """A checkpoint from a path or URL; see `read_compressed`."""
     checkpoint = read_compressed(filename, get)
     if isinstance(map_location, (str, torch.device)):

@@ -1,13 +1,15 @@
 """Pruning: which weights go, as pure functions on modules.
 
-A *mask* is a bool tensor of its weight's shape, true where the weight stays. Masks live beside the model and
-are multiplied into the ordinary weights: no parameter is replaced or renamed, so an optimiser, DDP, EMA and a
-checkpoint see the model that they know.
+A *mask* is a bool tensor of its weight's shape, true where the weight stays. Masks live beside the
+model and are multiplied into the ordinary weights: no parameter is replaced or renamed, so an
+optimizer, DDP, EMA and a checkpoint see the model that they know.
 
     M   layers of a block             C   output channels of a layer
-    a *block* is a list of layers with one target, such as the backbone; a *share* is pruned weights / weights
+    a *block* is a list of layers with one target, such as the backbone; a *share* is pruned weights
+    / weights
 """
-from typing import Dict, List, Mapping, Optional, Sequence
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +20,31 @@ from .blocks import Block, Layer, disjoint_layers, find_layers, layers_of, match
 from .scores import magnitude_scores, random_scores
 
 __all__ = [
-    'Block', 'Layer', 'Masks', 'SCHEDULES', 'apply_masks', 'emptied', 'find_layers', 'layers_of',
-    'layers_of_blocks', 'matches', 'pack', 'prune', 'prune_block', 'pruned_share', 'share_at', 'unpack'
+    'Block',
+    'Layer',
+    'Masks',
+    'SCHEDULES',
+    'apply_masks',
+    'emptied',
+    'find_layers',
+    'layers_of',
+    'layers_of_blocks',
+    'matches',
+    'pack',
+    'prune',
+    'prune_block',
+    'pruned_share',
+    'share_at',
+    'unpack',
 ]
 
-Masks = Dict[str, Tensor]
+Masks = dict[str, Tensor]
 SCHEDULES = ('one_shot', 'iterative', 'cubic')
 
 
-def layers_of_blocks(model: nn.Module, blocks: Sequence[Block]) -> List[Dict[str, Layer]]:
-    """The layers of each block, which must not overlap, and each of whose targets must leave something.
+def layers_of_blocks(model: nn.Module, blocks: Sequence[Block]) -> list[dict[str, Layer]]:
+    """The layers of each block, which must not overlap, and each of whose targets must leave
+    something.
 
     Raises:
         UsageError: If not.
@@ -39,9 +56,9 @@ def layers_of_blocks(model: nn.Module, blocks: Sequence[Block]) -> List[Dict[str
     return found
 
 
-def _groups(layers: Mapping[str, Layer], block: Block) -> List[Dict[str, Layer]]:
+def _groups(layers: Mapping[str, Layer], block: Block) -> list[dict[str, Layer]]:
     """The layers whose weights compete with one another."""
-    keys: Dict[object, Dict[str, Layer]] = {}
+    keys: dict[object, dict[str, Layer]] = {}
     for name, layer in layers.items():
         key = dict(block=None, layer=name, kind=type(layer.module))[block.over]
         keys.setdefault(key, {})[name] = layer
@@ -49,7 +66,8 @@ def _groups(layers: Mapping[str, Layer], block: Block) -> List[Dict[str, Layer]]
 
 
 def _count(group: Mapping[str, Layer], block: Block, share: float) -> int:
-    """How many weights (or channels) of a group go. Every layer keeps a channel where channels go."""
+    """How many weights (or channels) of a group go. Every layer keeps a channel where channels
+    go."""
     total = sum(units(layer, block) for layer in group.values())
     count = round(share * total)
     least = len(group) if block.structured else 1
@@ -58,28 +76,32 @@ def _count(group: Mapping[str, Layer], block: Block, share: float) -> int:
         what = f"{layer}block '{block.name}'"
         kind = 'channels' if block.structured else 'weights'
         raise UsageError(
-            f'{what} would be pruned to nothing: {count} of its {total} {kind} at a target of {share}; '
-            'lower the target or exclude it')
+            f'{what} would be pruned to nothing: {count} of its {total} {kind} at a target of '
+            f'{share}; '
+            'lower the target or exclude it'
+        )
     return count
 
 
-def prune_block(layers: Mapping[str, Layer],
-                block: Block,
-                share: float,
-                masks: Optional[Mapping[str, Tensor]] = None,
-                seed: int = 0,
-                scores: Optional[Mapping[str, Tensor]] = None) -> Masks:
+def prune_block(
+    layers: Mapping[str, Layer],
+    block: Block,
+    share: float,
+    masks: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+    scores: Mapping[str, Tensor] | None = None,
+) -> Masks:
     """Choose what goes.
 
     Args:
         layers (Mapping[str, Layer]): The block's, from `layers_of`.
         block (Block): How.
         share (float): Share to be pruned afterwards, in [0, 1).
-        masks (Mapping[str, Tensor], optional): Masks so far: what they have pruned stays pruned. Without,
-            all is chosen anew, as Soft Filter Pruning does (He et al. 2018).
+        masks (Mapping[str, Tensor], optional): Masks so far: what they have pruned stays pruned.
+            Without, all is chosen anew, as Soft Filter Pruning does (He et al. 2018).
         seed (int): Of random scores.
-        scores (Mapping[str, Tensor], optional): Layer name -> scores, non-negative, of the weight's shape
-            or (C, ). Needed for activations and gradients.
+        scores (Mapping[str, Tensor], optional): Layer name -> scores, non-negative, of the weight's
+            shape or (C, ). Needed for activations and gradients.
 
     Returns:
         dict: Layer name -> bool mask of the weight's shape, on its device.
@@ -88,16 +110,26 @@ def prune_block(layers: Mapping[str, Layer],
         UsageError: If nothing would be left of the block, or of a layer that is ranked by itself.
     """
     if scores is None and block.score in ('activation', 'gradient'):
-        raise UsageError(f"block '{block.name}': score='{block.score}' needs scores from training steps")
+        raise UsageError(
+            f"block '{block.name}': score='{block.score}' needs scores from training steps"
+        )
     chosen: Masks = {}
     for group in _groups(layers, block):
         values = {}
         for name, layer in group.items():
-            values[name] = (scores[name] if scores is not None
-                            else magnitude_scores(layer, block) if block.score == 'magnitude'
-                            else random_scores(layer, block, seed))
-        kept = {name: _kept_units(masks[name], layer, block) if masks and name in masks
-                else torch.ones_like(values[name], dtype=torch.bool) for name, layer in group.items()}
+            values[name] = (
+                scores[name]
+                if scores is not None
+                else magnitude_scores(layer, block)
+                if block.score == 'magnitude'
+                else random_scores(layer, block, seed)
+            )
+        kept = {
+            name: _kept_units(masks[name], layer, block)
+            if masks and name in masks
+            else torch.ones_like(values[name], dtype=torch.bool)
+            for name, layer in group.items()
+        }
         chosen.update(_rank(group, block, _count(group, block, share), values, kept))
     return {name: chosen[name] for name in layers}
 
@@ -106,8 +138,13 @@ def _kept_units(mask: Tensor, layer: Layer, block: Block) -> Tensor:
     return mask.transpose(0, layer.dim).flatten(1).any(1) if block.structured else mask
 
 
-def _rank(group: Mapping[str, Layer], block: Block, count: int, values: Mapping[str, Tensor],
-          kept: Mapping[str, Tensor]) -> Masks:
+def _rank(
+    group: Mapping[str, Layer],
+    block: Block,
+    count: int,
+    values: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
+) -> Masks:
     """Prune the lowest of what is still there, until ``count`` are gone."""
     scores = torch.cat([values[name].flatten() for name in group])
     alive = torch.cat([kept[name].flatten() for name in group])
@@ -125,10 +162,11 @@ def _rank(group: Mapping[str, Layer], block: Block, count: int, values: Mapping[
         there = alive.nonzero().squeeze(1)
         # torch's own choice of the `more` lowest.
         alive[there] = torch_prune.L1Unstructured(more).compute_mask(
-            scores[there], torch.ones_like(there, dtype=torch.bool))
+            scores[there], torch.ones_like(there, dtype=torch.bool)
+        )
     masks, start = {}, 0
     for name, layer in group.items():
-        part = alive[start:start + values[name].numel()]
+        part = alive[start : start + values[name].numel()]
         start += values[name].numel()
         if block.structured:
             shape = [1] * layer.weight.dim()
@@ -169,7 +207,7 @@ def pruned_share(masks: Mapping[str, Tensor]) -> float:
     return sum(int((~mask).sum()) for mask in masks.values()) / total
 
 
-def emptied(masks: Mapping[str, Tensor]) -> List[str]:
+def emptied(masks: Mapping[str, Tensor]) -> list[str]:
     """Layers of which nothing is left: nothing passes them any more."""
     return [name for name, mask in masks.items() if not mask.any()]
 
@@ -181,11 +219,11 @@ def share_at(schedule: str, step: int, start: int, end: int, interval: int, targ
     """The share that is due at a step.
 
     Args:
-        schedule (str): ``one_shot``: the target at ``start``. ``iterative``: at ``start``, ``start +
-            interval``, ... the same share of what is left. ``cubic``: target
+        schedule (str): ``one_shot``: the target at ``start``. ``iterative``: at ``start``, ``start
+            + interval``, ... the same share of what is left. ``cubic``: target
             (1 - (1 - (t - start) / (end - start))^3), which
-            begins with nothing at ``start`` and prunes most while there is most (Zhu and Gupta 2017, eq. 1
-            with s_i = 0).
+            begins with nothing at ``start`` and prunes most while there is most (Zhu and Gupta
+            2017, eq. 1 with s_i = 0).
         step (int): Epochs or iterations that are done.
         start (int): First moment.
         end (int): Last moment; the target is reached there at the latest.
@@ -202,8 +240,8 @@ def share_at(schedule: str, step: int, start: int, end: int, interval: int, targ
     done = (step - start) // interval
     if schedule == 'iterative':
         moments = -(-(end - start) // interval) + 1
-        return 1 - (1 - target)**((done + 1) / moments)
-    return target * (1 - (1 - done * interval / (end - start))**3)
+        return 1 - (1 - target) ** ((done + 1) / moments)
+    return target * (1 - (1 - done * interval / (end - start)) ** 3)
 
 
 # Masks on disk.
@@ -211,11 +249,13 @@ def share_at(schedule: str, step: int, start: int, end: int, interval: int, targ
 
 def pack(mask: Tensor) -> Tensor:
     """A mask as bits, eight to a byte: uint8 (ceil(n / 8), )."""
-    bits = torch.nn.functional.pad(mask.flatten().cpu().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
+    bits = torch.nn.functional.pad(
+        mask.flatten().cpu().to(torch.uint8), (0, -mask.numel() % 8)
+    ).view(-1, 8)
     return (bits << torch.arange(7, -1, -1, dtype=torch.uint8)).sum(1).to(torch.uint8)
 
 
 def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """The bool mask that `pack` packed."""
     bits = packed.cpu().unsqueeze(1) >> torch.arange(7, -1, -1, dtype=torch.uint8) & 1
-    return bits.flatten()[:torch.Size(shape).numel()].bool().reshape(tuple(shape))
+    return bits.flatten()[: torch.Size(shape).numel()].bool().reshape(tuple(shape))

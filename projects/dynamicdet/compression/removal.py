@@ -2,10 +2,11 @@
 
 Letters as in `coupling`: a *unit* goes as a whole, units of a *cluster* compete, U units.
 """
+
 import copy
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ ROUND_TO = 16
 @dataclass(frozen=True)
 class Row:
     """What a block loses: channels that could go, and that are left of these."""
+
     block: str
     channels: int
     left: int
@@ -42,28 +44,29 @@ class Plan:
     Attributes:
         kept (dict[str, Kept]): Layer -> what stays of it, of layers that lose channels.
         rows (list[Row]): One per block.
-        alone (dict[str, str]): First layer of a cluster that stays as it is -> why. Prediction layers, and
-            what is in no block, are not named.
+        alone (dict[str, str]): First layer of a cluster that stays as it is -> why. Prediction
+            layers, and what is in no block, are not named.
     """
-    kept: Dict[str, Kept] = field(repr=False)
-    rows: List[Row] = field(default_factory=list)
-    alone: Dict[str, str] = field(default_factory=dict)
+
+    kept: dict[str, Kept] = field(repr=False)
+    rows: list[Row] = field(default_factory=list)
+    alone: dict[str, str] = field(default_factory=dict)
 
 
-def plan_removal(model: nn.Module,
-                 blocks: Sequence[Block],
-                 round_to: int = ROUND_TO,
-                 seed: int = 0) -> Plan:
+def plan_removal(
+    model: nn.Module, blocks: Sequence[Block], round_to: int = ROUND_TO, seed: int = 0
+) -> Plan:
     """Choose the channels that go; the model is left as it is.
 
-    What is left computes what it did with the others at zero; that is checked on an image of noise, and what
-    fails the check is left alone.
+    What is left computes what it did with the others at zero; that is checked on an image of noise,
+    and what fails the check is left alone.
 
     Args:
-        model (nn.Module): With the weights by which channels are ranked; those that a mask has set to zero
-            come first.
+        model (nn.Module): With the weights by which channels are ranked; those that a mask has set
+            to zero come first.
         blocks (Sequence[Block]): Of ``structured`` ones, with scores by magnitude or at random.
-            ``over='layer'`` takes the same share from every cluster, ``'block'`` the weakest of all.
+            ``over='layer'`` takes the same share from every cluster, ``'block'`` the weakest of
+            all.
         round_to (int): Channels that stay are a multiple of it.
         seed (int): Of random scores.
 
@@ -83,7 +86,7 @@ def plan_removal(model: nn.Module,
     broken = [name for name, layer in layers.items() if not layer.weight.isfinite().all()]
     if broken:
         raise UsageError(f"the weights of '{broken[0]}' are not finite: did the training diverge?")
-    clusters: List[List[Cluster]] = [[] for _ in blocks]
+    clusters: list[list[Cluster]] = [[] for _ in blocks]
     for cluster in find_clusters(model):
         outs = [name for name in cluster.layers if name in layers]
         owners = {block_of.get(name) for name in outs}
@@ -97,11 +100,13 @@ def plan_removal(model: nn.Module,
                 alone[outs[0]] = cluster.why or f'it has {cluster.units * cluster.width} channels'
         else:
             clusters[owners.pop()].append(cluster)
-    chosen: List[List[Tuple[Cluster, np.ndarray]]] = []
+    chosen: list[list[tuple[Cluster, np.ndarray]]] = []
     for block, own in zip(blocks, clusters):
         if not own and block.target:
-            raise UsageError(f"block '{block.name}': nothing in it can be removed" + ''.join(
-                f"; '{name}' stays: {why}" for name, why in list(alone.items())[:1]))
+            raise UsageError(
+                f"block '{block.name}': nothing in it can be removed"
+                + ''.join(f"; '{name}' stays: {why}" for name, why in list(alone.items())[:1])
+            )
         chosen.append(_choose(block, own, layers, round_to, seed))
     sound = _sound(model, [pair for pairs in chosen for pair in pairs if not pair[1].all()])
     rows = []
@@ -110,9 +115,13 @@ def plan_removal(model: nn.Module,
         for cluster, stays in pairs:
             failed = not stays.all() and not any(cluster is one for one, _ in sound)
             if failed:
-                alone[cluster.layers[0]] = 'without some of them the rest would not compute what it did'
+                alone[cluster.layers[0]] = (
+                    'without some of them the rest would not compute what it did'
+                )
             left += cluster.width * (cluster.units if failed else int(stays.sum()))
-        rows.append(Row(block.name, sum(cluster.width * cluster.units for cluster, _ in pairs), left))
+        rows.append(
+            Row(block.name, sum(cluster.width * cluster.units for cluster, _ in pairs), left)
+        )
     return Plan(_kept(model, sound), rows, alone)
 
 
@@ -124,7 +133,9 @@ def remove_channels(model: nn.Module, plan: Plan) -> Channels:
         ``removed_channels`` of the model, too.
     """
     channels = {
-        **getattr(model, 'removed_channels', {}), **shrink(model, plan.kept), **_fit_extractors(model)
+        **getattr(model, 'removed_channels', {}),
+        **shrink(model, plan.kept),
+        **_fit_extractors(model),
     }
     model.removed_channels = channels
     return channels
@@ -134,37 +145,47 @@ def _require_fit(block: Block) -> None:
     if block.score not in ('magnitude', 'random'):
         raise UsageError(
             f"block '{block.name}': channels are removed by magnitude or at random, not by "
-            f"score='{block.score}': let a PruningHook with structured=True choose by it and set them "
-            'to zero; those go first')
+            f"score='{block.score}': let a PruningHook with structured=True choose by it and set "
+            'them '
+            'to zero; those go first'
+        )
     if block.over == 'kind':
         raise UsageError(
-            f"block '{block.name}': channels are coupled over layers of several kinds; over is 'layer' "
-            "or 'block'")
+            f"block '{block.name}': channels are coupled over layers of several kinds; over is "
+            "'layer' "
+            "or 'block'"
+        )
 
 
-def _options(cluster: Cluster, round_to: int) -> List[int]:
+def _options(cluster: Cluster, round_to: int) -> list[int]:
     """Numbers of units that may stay, ascending; the last is all."""
     step = round_to // math.gcd(round_to, cluster.width)
     return [*range(step, cluster.units, step), cluster.units]
 
 
-def _choose(block: Block, clusters: Sequence[Cluster], layers: Mapping[str, Layer], round_to: int,
-            seed: int) -> List[Tuple[Cluster, np.ndarray]]:
+def _choose(
+    block: Block, clusters: Sequence[Cluster], layers: Mapping[str, Layer], round_to: int, seed: int
+) -> list[tuple[Cluster, np.ndarray]]:
     """Which units of each cluster stay, bool (U, )."""
     scores = [_scores(block, cluster, layers, seed) for cluster in clusters]
     goals = [cluster.units * (1 - block.target) for cluster in clusters]
     for cluster in clusters:
         if round(block.target * cluster.units) >= cluster.units:
             raise UsageError(
-                f"layer '{cluster.layers[0]}' of block '{block.name}' would be pruned to nothing: all of its "
-                f'{cluster.units * cluster.width} channels at a target of {block.target}; lower the target '
-                'or exclude it')
+                f"layer '{cluster.layers[0]}' of block '{block.name}' would be pruned to nothing: "
+                'all of its '
+                f'{cluster.units * cluster.width} channels at a target of {block.target}; lower '
+                'the target '
+                'or exclude it'
+            )
     if block.over == 'block' and clusters:
         widths = np.concatenate([np.full(cluster.units, cluster.width) for cluster in clusters])
         order = np.argsort(np.concatenate(scores), kind='stable')
         stays = np.empty(len(order), bool)
         stays[order] = np.cumsum(widths[order]) > block.target * widths.sum()
-        goals = [part.sum() for part in np.split(stays, np.cumsum([len(own) for own in scores])[:-1])]
+        goals = [
+            part.sum() for part in np.split(stays, np.cumsum([len(own) for own in scores])[:-1])
+        ]
     chosen = []
     for cluster, own, goal in zip(clusters, scores, goals):
         # The nearest; of two the larger.
@@ -176,24 +197,29 @@ def _choose(block: Block, clusters: Sequence[Cluster], layers: Mapping[str, Laye
 
 
 def _scores(block: Block, cluster: Cluster, layers: Mapping[str, Layer], seed: int) -> np.ndarray:
-    """What makes a unit worth keeping, (U, ): the mean over the cluster's layers of its Ln norm, each over
-    the layer's mean, so that layers and clusters compare."""
+    """What makes a unit worth keeping, (U, ): the mean over the cluster's layers of its Ln norm,
+    each over the layer's mean, so that layers and clusters compare."""
     total, count = np.zeros(cluster.units), 0
     for member in cluster.members:
         if not member.leaving or member.layer not in layers:
             continue
         layer = layers[member.layer]
-        values = random_scores(layer, block, seed) if block.score == 'random' else magnitude_scores(
-            layer, block)
-        own = np.bincount(member.units, values.cpu().double().numpy()[member.channels], cluster.units)
+        values = (
+            random_scores(layer, block, seed)
+            if block.score == 'random'
+            else magnitude_scores(layer, block)
+        )
+        own = np.bincount(
+            member.units, values.cpu().double().numpy()[member.channels], cluster.units
+        )
         total += own / own.mean() if own.any() else own
         count += 1
     return total / count
 
 
-def _kept(model: nn.Module, chosen: Sequence[Tuple[Cluster, np.ndarray]]) -> Dict[str, Kept]:
+def _kept(model: nn.Module, chosen: Sequence[tuple[Cluster, np.ndarray]]) -> dict[str, Kept]:
     """Layer -> what stays of it."""
-    gone: Dict[str, Dict[bool, set]] = {}
+    gone: dict[str, dict[bool, set]] = {}
     for cluster, stays in chosen:
         for member in cluster.members:
             removed = member.channels[~stays[member.units]].tolist()
@@ -201,23 +227,37 @@ def _kept(model: nn.Module, chosen: Sequence[Tuple[Cluster, np.ndarray]]) -> Dic
     kept = {}
     for name, sides in gone.items():
         entering, leaving, _ = channels_of(get(model, name))
-        kept[name] = Kept(*(_without(sides.get(side), count)
-                            for side, count in ((False, entering), (True, leaving))))
+        kept[name] = Kept(
+            *(
+                _without(sides.get(side), count)
+                for side, count in ((False, entering), (True, leaving))
+            )
+        )
     if 'router.fc1' in kept:
-        # What standardises the router's features is as long as they are.
+        # What standardizes the router's features is as long as they are.
         kept['router'] = Kept(entering=kept['router.fc1'].entering)
-    return {name: one for name, one in kept.items() if one.entering is not None or one.leaving is not None}
+    return {
+        name: one
+        for name, one in kept.items()
+        if one.entering is not None or one.leaving is not None
+    }
 
 
-def _without(gone: Optional[set], count: int) -> Optional[Tensor]:
+def _without(gone: set | None, count: int) -> Tensor | None:
     """What is left of ``count`` channels; None for all."""
-    return torch.tensor([one for one in range(count) if one not in gone], dtype=torch.long) if gone else None
+    return (
+        torch.tensor([one for one in range(count) if one not in gone], dtype=torch.long)
+        if gone
+        else None
+    )
 
 
 # The check.
 
 
-def _sound(model: nn.Module, chosen: List[Tuple[Cluster, np.ndarray]]) -> List[Tuple[Cluster, np.ndarray]]:
+def _sound(
+    model: nn.Module, chosen: list[tuple[Cluster, np.ndarray]]
+) -> list[tuple[Cluster, np.ndarray]]:
     """Those of the clusters without whose units the rest computes what it did."""
     if not chosen or _same(model, _kept(model, chosen)):
         return chosen
@@ -227,17 +267,23 @@ def _sound(model: nn.Module, chosen: List[Tuple[Cluster, np.ndarray]]) -> List[T
     sound = _sound(model, chosen[:half]) + _sound(model, chosen[half:])
     if len(sound) == len(chosen):
         raise UsageError(
-            'channels of this detector cannot be removed together: give fewer layers in each block')
+            'channels of this detector cannot be removed together: give fewer layers in each block'
+        )
     return sound
 
 
 @torch.no_grad()
 def _same(model: nn.Module, kept: Mapping[str, Kept]) -> bool:
-    """Whether a detector without channels says of noise what it says where nothing takes them in."""
+    """Whether a detector without channels says of noise what it says where nothing takes them
+    in."""
     whole, small = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
     for name, one in kept.items():
         layer = get(whole, name)
-        if one.entering is not None and getattr(layer, 'groups', 1) == 1 and hasattr(layer, 'weight'):
+        if (
+            one.entering is not None
+            and getattr(layer, 'groups', 1) == 1
+            and hasattr(layer, 'weight')
+        ):
             dim = 0 if isinstance(layer, nn.ConvTranspose2d) else 1
             gone = torch.ones(layer.weight.shape[dim], dtype=torch.bool)
             gone[one.entering] = False
@@ -250,12 +296,16 @@ def _same(model: nn.Module, kept: Mapping[str, Kept]) -> bool:
         # Shapes that do not go together.
         return False
     wanted = _run(whole)
-    return all(one.shape == other.shape and torch.allclose(
-        one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()), equal_nan=True)
-               for one, other in zip(found, wanted))
+    return all(
+        one.shape == other.shape
+        and torch.allclose(
+            one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()), equal_nan=True
+        )
+        for one, other in zip(found, wanted)
+    )
 
 
-def _run(model: nn.Module) -> List[Tensor]:
+def _run(model: nn.Module) -> list[Tensor]:
     return raw_outputs(model, example(model))
 
 

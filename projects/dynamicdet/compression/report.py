@@ -1,36 +1,53 @@
 """What compression has done to a model, block by block."""
+
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
 from ..errors import UsageError
 from .encoding import Entry, decode
 
-#: State entries that no training changes by gradients: statistics of norms, a dynamic detector's settings.
-_BUFFERS = ('running_mean', 'running_var', 'num_batches_tracked', 'threshold', 'delta', 'difficulties',
-            'latencies', 'gflops', 'mean', 'std', 'project')
-#: Blocks as Muhawenayo counts them, for a two-stage detector: 26.8, 0.6 and 14.0 M parameters of a Faster
-#: R-CNN R-50 with 13 classes. The backbone is with the neck.
+#: State entries that no training changes by gradients: statistics of norms, a dynamic detector's
+#: settings.
+_BUFFERS = (
+    'running_mean',
+    'running_var',
+    'num_batches_tracked',
+    'threshold',
+    'delta',
+    'difficulties',
+    'latencies',
+    'gflops',
+    'mean',
+    'std',
+    'project',
+)
+#: Blocks as Muhawenayo counts them, for a two-stage detector: 26.8, 0.6 and 14.0 M parameters of a
+#: Faster R-CNN R-50 with 13 classes. The backbone is with the neck.
 TWO_STAGE = dict(backbone=['backbone', 'neck'], proposals=['rpn_head'], roi_heads=['roi_head'])
 MEGABYTE = 1e6
 
 
 class Worth(NamedTuple):
-    """AP and AP50 in percent, None where the evaluator has none; seconds of an image at batch 1, the mean over the
-    exits that images took; and these shares, (K,), in [0, 1], empty where a detector has one exit."""
-    ap: Optional[float]
-    ap50: Optional[float]
+    """AP and AP50 in percent, None where the evaluator has none; seconds of an image at batch 1,
+    the mean over the exits that images took; and these shares, (K,), in [0, 1], empty where a
+    detector has one exit."""
+
+    ap: float | None
+    ap50: float | None
     latency: float
     shares: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
 class BlockSize:
-    """A row: parameters, how many of them are zero, bytes in the file (also those of buffers), the sum of the
-    weights' squares, and that of their errors in the file."""
+    """A row: parameters, how many of them are zero, bytes in the file (also those of buffers), the
+    sum of the weights' squares, and that of their errors in the file."""
+
     name: str
     parameters: int
     zeros: int
@@ -54,19 +71,22 @@ class BlockSize:
         return math.sqrt(self.lost / self.squares) if self.squares else 0.0
 
 
-def block_sizes(state: Mapping[str, Tensor],
-                entries: Sequence[Entry] = (),
-                groups: Optional[Mapping[str, Sequence[str]]] = None) -> List[BlockSize]:
+def block_sizes(
+    state: Mapping[str, Tensor],
+    entries: Sequence[Entry] = (),
+    groups: Mapping[str, Sequence[str]] | None = None,
+) -> list[BlockSize]:
     """Sizes of blocks, in the state's order.
 
-    What a state dict holds twice counts once: weights that are equal bit for bit, or share their memory.
+    What a state dict holds twice counts once: weights that are equal bit for bit, or share their
+        memory.
     Zeros are counted in weights (two or more dimensions), not in biases.
 
     Args:
         state (Mapping[str, Tensor]): The state dict, before it was encoded.
         entries (Sequence[Entry]): The same, encoded, for bytes in the file and errors.
-        groups (Mapping[str, Sequence[str]], optional): Block -> patterns (`fnmatch`) of modules; what is
-            below one belongs to it. What matches none is in a block of its first name.
+        groups (Mapping[str, Sequence[str]], optional): Block -> patterns (`fnmatch`) of modules;
+            what is below one belongs to it. What matches none is in a block of its first name.
 
     Raises:
         UsageError: If a pattern matches nothing.
@@ -75,16 +95,25 @@ def block_sizes(state: Mapping[str, Tensor],
     for pattern in (pattern for patterns in groups.values() for pattern in patterns):
         if not any(_belongs(key, pattern) for key in state):
             raise UsageError(f"the pattern '{pattern}' matches no entry of the checkpoint")
-    sums: Dict[str, List[float]] = {}
+    sums: dict[str, list[float]] = {}
     seen = set()
     for index, (key, value) in enumerate(state.items()):
         block = next(
-            (name for name, patterns in groups.items() if any(_belongs(key, one) for one in patterns)),
-            key.split('.')[0])
+            (
+                name
+                for name, patterns in groups.items()
+                if any(_belongs(key, one) for one in patterns)
+            ),
+            key.split('.')[0],
+        )
         sum_ = sums.setdefault(block, [0, 0, 0, 0.0, 0.0])
         sum_[2] += entries[index].size if entries else 0
-        repeated = value.dim() > 1 and (bool(entries) and entries[index].row['encoding'] == 'same'
-                                        or value.device.type != 'meta' and value.data_ptr() in seen)
+        repeated = value.dim() > 1 and (
+            bool(entries)
+            and entries[index].row['encoding'] == 'same'
+            or value.device.type != 'meta'
+            and value.data_ptr() in seen
+        )
         if repeated or not value.is_floating_point() or key.split('.')[-1] in _BUFFERS:
             continue
         if value.device.type != 'meta':
@@ -105,15 +134,20 @@ def _belongs(key: str, pattern: str) -> bool:
 
 def total(sizes: Sequence[BlockSize], in_file: int, name: str = 'total') -> BlockSize:
     """All blocks together; ``in_file`` is the whole file, with its index."""
-    sums = [sum(getattr(size, part) for size in sizes) for part in ('parameters', 'zeros', 'squares', 'lost')]
+    sums = [
+        sum(getattr(size, part) for size in sizes)
+        for part in ('parameters', 'zeros', 'squares', 'lost')
+    ]
     return BlockSize(name, *sums[:2], in_file, *sums[2:])
 
 
-def table(sizes: Sequence[BlockSize],
-          in_file: int,
-          worth: Optional[Worth] = None,
-          before: Optional[Worth] = None,
-          file_before: int = 0) -> List[str]:
+def table(
+    sizes: Sequence[BlockSize],
+    in_file: int,
+    worth: Worth | None = None,
+    before: Worth | None = None,
+    file_before: int = 0,
+) -> list[str]:
     """Lines of a table: blocks, what is neither, and all.
 
     Args:
@@ -132,13 +166,17 @@ def table(sizes: Sequence[BlockSize],
     head = f'{"block":{width}}  parameters   pruned  float32 left   in the file   error'
     lines = [head + '      AP    AP50    latency' * (worth is not None)]
     for size, own in rows:
-        lines.append(f'{size.name:{width}}  {size.parameters / 1e6:8.3f} M  {size.pruned:6.1%}  '
-                     f'{size.megabytes:9.3f} MB  {size.in_file / MEGABYTE:9.3f} MB  {size.error:6.2%}'
-                     + (_worth(own) if own else ''))
+        lines.append(
+            f'{size.name:{width}}  {size.parameters / 1e6:8.3f} M  {size.pruned:6.1%}  '
+            f'{size.megabytes:9.3f} MB  {size.in_file / MEGABYTE:9.3f} MB  {size.error:6.2%}'
+            + (_worth(own) if own else '')
+        )
     return lines
 
 
 def _worth(worth: Worth) -> str:
-    points = ''.join(f'{"-" if value is None else f"{value:.2f}":>8}' for value in (worth.ap, worth.ap50))
+    points = ''.join(
+        f'{"-" if value is None else f"{value:.2f}":>8}' for value in (worth.ap, worth.ap50)
+    )
     exits = ', '.join(f'{share:.0%} at exit {exit}' for exit, share in enumerate(worth.shares))
     return f'{points}  {1e3 * worth.latency:6.1f} ms' + (f' ({exits})' if exits else '')

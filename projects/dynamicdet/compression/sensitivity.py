@@ -1,6 +1,8 @@
-"""How much a detector suffers where it is pruned, and what to prune for a wanted size: pure functions on
-curves."""
-from typing import Dict, List, NamedTuple, Sequence
+"""How much a detector suffers where it is pruned, and what to prune for a wanted size: pure
+functions on curves."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +19,7 @@ class Curve(NamedTuple):
         shares (tuple[float]): Pruned shares, ascending from 0, in [0, 1).
         aps (tuple[float]): AP at each, in percent.
     """
+
     name: str
     weights: int
     shares: Sequence[float]
@@ -29,22 +32,25 @@ class Suggestion(NamedTuple):
     Attributes:
         shares (dict[str, float]): Part -> share.
         left (float): Share of all the parts' weights that is left.
-        loss (float): Predicted loss of AP, percent points: the sum over the parts of what each costs alone.
+        loss (float): Predicted loss of AP, percent points: the sum over the parts of what each
+            costs alone.
         bound (float): No choice among the measured shares has a smaller sum; at most ``loss``.
     """
-    shares: Dict[str, float]
+
+    shares: dict[str, float]
     left: float
     loss: float
     bound: float
 
 
 def suggest(curves: Sequence[Curve], size: float) -> Suggestion:
-    """One of the measured shares for each part, such that the sum of losses is least and at most ``size`` of
-    all weights is left.
+    """One of the measured shares for each part, such that the sum of losses is least and at most
+    ``size`` of all weights is left.
 
-    It takes losses of parts to add up, which holds for small ones: a multiple-choice knapsack, as the oracle
-    of routing solves (`routing.oracle.allocate`), with parts for images and shares for exits. Where pruning
-    raised the AP, which is noise as a rule, the loss counts as 0.
+    It takes losses of parts to add up, which holds for small ones: a multiple-choice knapsack, as
+        the oracle
+    of routing solves (`routing.oracle.allocate`), with parts for images and shares for exits. Where
+    pruning raised the AP, which is noise as a rule, the loss counts as 0.
 
     Args:
         curves (Sequence[Curve]): Of parts that have no weight in common, all at the same shares.
@@ -55,27 +61,40 @@ def suggest(curves: Sequence[Curve], size: float) -> Suggestion:
     """
     if not 0 < size <= 1:
         raise UsageError(f'a target size is a share of the weights in (0, 1]; got {size}')
-    if not curves or any(list(one.shares) != list(curves[0].shares) or len(one.aps) != len(one.shares)
-                         for one in curves) or curves[0].shares[0] != 0:
+    if (
+        not curves
+        or any(
+            list(one.shares) != list(curves[0].shares) or len(one.aps) != len(one.shares)
+            for one in curves
+        )
+        or curves[0].shares[0] != 0
+    ):
         raise UsageError('curves must be of the same shares, the first of which is 0')
     losses = np.array([np.maximum(one.aps[0] - np.asarray(one.aps, float), 0) for one in curves]).T
     left = np.outer(1 - np.asarray(curves[0].shares, float), [one.weights for one in curves])
     total = sum(one.weights for one in curves)
     if left[-1].sum() > size * total * (1 + 1e-9):
         raise UsageError(
-            f'{left[-1].sum() / total:.1%} of the weights are left at the largest measured share; a '
-            f'size of {size:.1%} needs larger ones')
+            f'{left[-1].sum() / total:.1%} of the weights are left at the largest measured share; '
+            'a '
+            f'size of {size:.1%} needs larger ones'
+        )
     found = allocate(-losses, left, size * total / len(curves))
     shares = {one.name: float(one.shares[choice]) for one, choice in zip(curves, found.choice)}
-    return Suggestion(shares, float(found.cost * len(curves) / total), -found.value + 0.0,
-                      max(-found.bound, 0.0))
+    return Suggestion(
+        shares, float(found.cost * len(curves) / total), -found.value + 0.0, max(-found.bound, 0.0)
+    )
 
 
-def table(curves: Sequence[Curve]) -> List[str]:
+def table(curves: Sequence[Curve]) -> list[str]:
     """Lines of a table: AP of each part at each share, most sensitive first (by mean loss)."""
     width = max(len(one.name) for one in curves)
-    lines = [f'{"part":{width}}  weights  ' + ' '.join(f'{share:7.0%}' for share in curves[0].shares)]
+    lines = [
+        f'{"part":{width}}  weights  ' + ' '.join(f'{share:7.0%}' for share in curves[0].shares)
+    ]
     for one in sorted(curves, key=lambda curve: np.mean(curve.aps)):
-        lines.append(f'{one.name:{width}}  {one.weights / 1e6:5.2f} M  ' + ' '.join(f'{ap:7.2f}'
-                                                                                    for ap in one.aps))
+        lines.append(
+            f'{one.name:{width}}  {one.weights / 1e6:5.2f} M  '
+            + ' '.join(f'{ap:7.2f}' for ap in one.aps)
+        )
     return lines

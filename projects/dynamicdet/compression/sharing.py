@@ -1,12 +1,14 @@
-"""Weight sharing: the weights of a layer take few values, which are trained (Deep Compression, Han et al.
-2016, section 3).
+"""Weight sharing: the weights of a layer take few values, which are trained (Deep Compression, Han
+et al. 2016, section 3).
 
-A layer's *table* holds k values, at most 256; its *indices* say which of them each weight is. The model keeps
-its ordinary weights, tied: those of one index are equal. So an optimiser, DDP, EMA and a checkpoint see the
-model that they know, and a ``.ddz`` file finds the table by itself.
+A layer's *table* holds k values, at most 256; its *indices* say which of them each weight is. The
+model keeps its ordinary weights, tied: those of one index are equal. So an optimizer, DDP, EMA and
+a checkpoint see the model that they know, and a ``.ddz`` file finds the table by itself.
 """
+
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Optional, Sequence, Tuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +29,7 @@ class SharedBlock:
         bits (int): Of an index, 2 to 8: a layer has at most 2^bits values, zero among them.
         exclude (Sequence[str]): Patterns of modules that stay as they are.
     """
+
     name: str
     modules: Sequence[str]
     bits: int = 4
@@ -37,7 +40,9 @@ class SharedBlock:
             raise UsageError(f"block '{self.name}': an index has 2 to 8 bits, not {self.bits}")
         for patterns, what in ((self.modules, 'modules'), (self.exclude, 'exclude')):
             if isinstance(patterns, str):
-                raise UsageError(f"block '{self.name}': {what} is a list of patterns, not one string")
+                raise UsageError(
+                    f"block '{self.name}': {what} is a list of patterns, not one string"
+                )
 
 
 class Sharing(NamedTuple):
@@ -47,12 +52,14 @@ class Sharing(NamedTuple):
         indices (Tensor): uint8 (n, ), in the order of the weight's elements, on its device.
         members (Tensor): int64 (k, ), how many elements have each index.
         pruned (bool): Whether index 0 is of weights that are zero and stay so.
-        order (Tensor, optional): int32 (n, ), elements by their index; None on a CPU, which adds in order anyway.
+        order (Tensor, optional): int32 (n, ), elements by their index; None on a CPU, which adds in
+            order anyway.
     """
+
     indices: Tensor
     members: Tensor
     pruned: bool
-    order: Optional[Tensor] = None
+    order: Tensor | None = None
 
 
 def share_weight(weight: Tensor, bits: int) -> Sharing:
@@ -85,14 +92,15 @@ def tie(weight: Tensor, sharing: Sharing) -> None:
 def tie_gradient(gradient: Tensor, sharing: Sharing, reduction: str = 'sum') -> None:
     """Give every weight the gradient of its shared value, in place; pruned ones none.
 
-    The gradient of a shared value is the sum over its weights (Han et al. 2016, eq. 3). Optimisers work
-    element by element, so weights that were equal stay equal, and the value moves as one parameter would.
+    The gradient of a shared value is the sum over its weights (Han et al. 2016, eq. 3). Optimizers
+    work element by element, so weights that were equal stay equal, and the value moves as one
+    parameter would.
 
     Args:
         gradient (Tensor): Of the weight's shape.
         sharing (Sharing): Who shares.
-        reduction (str): ``sum``, or ``mean``: the sum over the number of weights, which suits learning
-            rates that were found for single weights.
+        reduction (str): ``sum``, or ``mean``: the sum over the number of weights, which suits
+            learning rates that were found for single weights.
     """
     sums = _sums(gradient, sharing)
     _spread(gradient, sums / sharing.members.clamp(min=1) if reduction == 'mean' else sums, sharing)
@@ -115,9 +123,9 @@ def _spread(out: Tensor, table: Tensor, sharing: Sharing) -> None:
     out.copy_(table.to(out.dtype)[sharing.indices.int()].view(out.shape))
 
 
-def share(weight: Tensor, bits: int, iterations: int = 30) -> Tuple[np.ndarray, np.ndarray]:
-    """Shared values by k-means in one dimension, begun with equal distances (Deep Compression, Han et al.
-    2016).
+def share(weight: Tensor, bits: int, iterations: int = 30) -> tuple[np.ndarray, np.ndarray]:
+    """Shared values by k-means in one dimension, begun with equal distances (Deep Compression, Han
+    et al. 2016).
 
     Args:
         weight (Tensor): float32, finite. Zeros stay zeros: they have an entry of their own.
@@ -137,7 +145,11 @@ def share(weight: Tensor, bits: int, iterations: int = 30) -> Tuple[np.ndarray, 
     # Not zero itself: that would be pruned.
     table = table[table != 0] if zeros.any() else table
     middles = (table[1:] + table[:-1]) / 2
-    indices = np.searchsorted(middles, flat).astype(np.uint8) if len(table) else np.zeros(flat.size, np.uint8)
+    indices = (
+        np.searchsorted(middles, flat).astype(np.uint8)
+        if len(table)
+        else np.zeros(flat.size, np.uint8)
+    )
     if zeros.any():
         table = np.concatenate([np.zeros(1, np.float32), table])
         indices = np.where(zeros, 0, indices + 1).astype(np.uint8)
@@ -149,13 +161,14 @@ def _lloyd(values: np.ndarray, count: int, iterations: int) -> np.ndarray:
     sums, squares = (np.concatenate([[0.0], np.cumsum(own)]) for own in (values, values**2))
     centroids = np.linspace(values[0], values[-1], count)
     for _ in range(iterations):
-        cuts = np.concatenate([[0],
-                               np.searchsorted(values, (centroids[1:] + centroids[:-1]) / 2),
-                               [len(values)]])
+        cuts = np.concatenate(
+            [[0], np.searchsorted(values, (centroids[1:] + centroids[:-1]) / 2), [len(values)]]
+        )
         sizes = np.diff(cuts)
         means = np.where(sizes > 0, np.diff(sums[cuts]) / np.maximum(sizes, 1), centroids)
         if not sizes.all():
-            # Pruning leaves a hole around zero. A cluster without members halves the one that loses most.
+            # Pruning leaves a hole around zero. A cluster without members halves the one that loses
+            # most.
             worst = (np.diff(squares[cuts]) - sizes * means**2).argmax()
             means[sizes.argmin()] = (means[worst] + values[cuts[worst + 1] - 1]) / 2
             means.sort()

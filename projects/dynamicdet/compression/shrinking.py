@@ -1,11 +1,14 @@
-"""Detectors with fewer channels: how a layer loses some, and how a config says which detector has lost which.
+"""Detectors with fewer channels: how a layer loses some, and how a config says which detector has
+lost which.
 
-A description of what is left is plain data, layer name -> [channels in, channels out, groups], for layers
-that have lost some alone. A norm has as many channels in as out; so has a parameter of shape (1, C, 1, 1),
-and a RoI extractor, which has no weights but knows how many channels it gives. Layers are named by their
-first name.
+A description of what is left is plain data, layer name -> [channels in, channels out, groups], for
+layers that have lost some alone. A norm has as many channels in as out; so has a parameter of shape
+(1, C, 1, 1), and a RoI extractor, which has no weights but knows how many channels it gives. Layers
+are named by their first name.
 """
-from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Sequence, Type
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,38 +16,41 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UsageError
 
-Channels = Dict[str, Sequence[int]]
+Channels = dict[str, Sequence[int]]
 
 
 class Kept(NamedTuple):
     """Channels of a layer that stay, ascending; None where all do."""
-    entering: Optional[Tensor] = None
-    leaving: Optional[Tensor] = None
+
+    entering: Tensor | None = None
+    leaving: Tensor | None = None
 
 
 class ChannelRule(NamedTuple):
-    """How modules that are no layers of torch, such as a RoI extractor, go along when channels are removed.
+    """How modules that are no layers of torch, such as a RoI extractor, go along when channels are
+    removed.
 
     Attributes:
         channels (Callable): Module -> how many channels it is given, which are those that it gives.
         select (Callable): (module, `Kept`) -> None: keeps these, in place.
         is_told (bool): Whether it has no weights, and knows only how many channels it is given.
     """
+
     channels: Callable[[Any], int]
     select: Callable[[Any, Kept], None]
     is_told: bool = False
 
 
 #: Kinds of modules beside torch's own layers. The framework that has them registers them.
-CHANNEL_RULES: Dict[Type[nn.Module], ChannelRule] = {}
+CHANNEL_RULES: dict[type[nn.Module], ChannelRule] = {}
 
 
-def rule_of(layer: Any) -> Optional[ChannelRule]:
+def rule_of(layer: Any) -> ChannelRule | None:
     """The rule of a module; None of one that needs none."""
     return next((rule for kind, rule in CHANNEL_RULES.items() if isinstance(layer, kind)), None)
 
 
-def select_channels(layer: nn.Module, name: str, dim: int, kept: Optional[Tensor]) -> None:
+def select_channels(layer: nn.Module, name: str, dim: int, kept: Tensor | None) -> None:
     """Keep some indices of a dimension of a parameter or buffer, in place.
 
     Args:
@@ -57,8 +63,11 @@ def select_channels(layer: nn.Module, name: str, dim: int, kept: Optional[Tensor
     if value is None or kept is None:
         return
     chosen = value.detach().index_select(dim, kept.to(value.device)).clone()
-    setattr(layer, name,
-            nn.Parameter(chosen, value.requires_grad) if isinstance(value, nn.Parameter) else chosen)
+    setattr(
+        layer,
+        name,
+        nn.Parameter(chosen, value.requires_grad) if isinstance(value, nn.Parameter) else chosen,
+    )
 
 
 def get(model: nn.Module, name: str) -> Any:
@@ -68,7 +77,7 @@ def get(model: nn.Module, name: str) -> Any:
     return model
 
 
-def channels_of(layer: Any) -> Optional[tuple]:
+def channels_of(layer: Any) -> tuple | None:
     """(in, out, groups) of a layer whose channels can be removed; None for others."""
     if isinstance(layer, nn.Conv2d) or isinstance(layer, nn.ConvTranspose2d) and layer.groups == 1:
         return layer.in_channels, layer.out_channels, layer.groups
@@ -91,8 +100,8 @@ def shrink(model: nn.Module, kept: Mapping[str, Kept]) -> Channels:
 
     Args:
         model (nn.Module): Any model.
-        kept (Mapping[str, Kept]): Layer name -> what stays. Of convolutions with groups and of group norms
-            whole groups go.
+        kept (Mapping[str, Kept]): Layer name -> what stays. Of convolutions with groups and of
+            group norms whole groups go.
 
     Returns:
         dict: The description.
@@ -144,12 +153,15 @@ def _shrink_parameter(model: nn.Module, name: str, kept: Tensor) -> None:
     parent, _, own = name.rpartition('.')
     # A ParameterList knows its entries by number.
     owner, value = get(model, parent), get(model, name)
-    chosen = nn.Parameter(value.detach().index_select(1, kept.to(value.device)).clone(), value.requires_grad)
+    chosen = nn.Parameter(
+        value.detach().index_select(1, kept.to(value.device)).clone(), value.requires_grad
+    )
     setattr(owner, own, chosen)
 
 
 def resize(model: nn.Module, channels: Channels) -> None:
-    """Bring a freshly built model to a description, in place. Its values are of no meaning afterwards.
+    """Bring a freshly built model to a description, in place. Its values are of no meaning
+    afterwards.
 
     Raises:
         UsageError: If the description is of another model.
@@ -159,21 +171,32 @@ def resize(model: nn.Module, channels: Channels) -> None:
         try:
             layer = get(model, name)
         except AttributeError:
-            raise UsageError(f"channels: the detector has no layer '{name}'; the description is of another "
-                             'detector') from None
+            raise UsageError(
+                f"channels: the detector has no layer '{name}'; the description is of another "
+                'detector'
+            ) from None
         there = channels_of(layer)
-        if there is None or len(wanted) != 3 or not all(
-                isinstance(count, int) and 1 <= count <= most for count, most in zip(wanted, there)):
+        if (
+            there is None
+            or len(wanted) != 3
+            or not all(
+                isinstance(count, int) and 1 <= count <= most for count, most in zip(wanted, there)
+            )
+        ):
             raise UsageError(
                 f"channels: '{name}' cannot have {list(wanted)} channels in, out and groups; the "
-                f'detector has {list(there) if there else "none there"}')
-        entering, leaving = (None if count == most else torch.arange(count)
-                             for count, most in zip(wanted[:2], there))
+                f'detector has {list(there) if there else "none there"}'
+            )
+        entering, leaving = (
+            None if count == most else torch.arange(count) for count, most in zip(wanted[:2], there)
+        )
         grouped = there[2] > 1 and leaving is None
         kept[name] = Kept(entering, torch.arange(wanted[1]) if grouped else leaving)
     made = shrink(model, kept)
     for name, wanted in channels.items():
         if made[name] != list(wanted):
             raise UsageError(
-                f"channels: '{name}' cannot have {list(wanted)} channels in, out and groups: these do "
-                'not go together')
+                f"channels: '{name}' cannot have {list(wanted)} channels in, out and groups: these "
+                'do '
+                'not go together'
+            )

@@ -3,10 +3,12 @@
 mmdet leaves out annotations without a word (``CocoDataset.parse_data_info``), and finds an image
 that cannot be read when its turn comes, hours into a run. Both are said here, before.
 """
+
 import os
 import os.path as osp
 import traceback
-from typing import Any, List, Mapping, Optional, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..annotations import AnnotationFile, original_of
 from ..errors import UsageError
@@ -21,10 +23,12 @@ from .opening import Opened, is_coco_format, open_data_sets
 from .video import VideoDataset
 
 
-def check_coco(ann_file: str,
-               image_root: str,
-               classes: Optional[Sequence[str]] = None,
-               progress: Optional[CountProgress] = None) -> List[str]:
+def check_coco(
+    ann_file: str,
+    image_root: str,
+    classes: Sequence[str] | None = None,
+    progress: CountProgress | None = None,
+) -> list[str]:
     """Look through a COCO-format annotation file and the image files that it lists.
 
     Of each image file the head and the tail are read, not what is between: a full decode of COCO
@@ -48,13 +52,16 @@ def check_coco(ann_file: str,
     return _check(ann_file, image_root, classes, progress, Place(f"'{ann_file}'"))
 
 
-def check_dataloaders(cfg: Mapping,
-                      splits: Sequence[str] = ('train', 'val'),
-                      progress: Optional[CountProgress] = None,
-                      files: bool = True,
-                      read: Optional[Mapping[str, AnnotationFile]] = None) -> List[str]:
-    """Look through the data sets of a config, and for the files of its evaluators. What takes no time comes first:
-    settings, and whether the detector's heads and all data sets have the same classes.
+def check_dataloaders(
+    cfg: Mapping,
+    splits: Sequence[str] = ('train', 'val'),
+    progress: CountProgress | None = None,
+    files: bool = True,
+    read: Mapping[str, AnnotationFile] | None = None,
+) -> list[str]:
+    """Look through the data sets of a config, and for the files of its evaluators. What takes no
+    time comes first: settings, and whether the detector's heads and all data sets have the same
+        classes.
 
     Args:
         cfg (Config): mmengine's config; ``train_dataloader``, ``val_evaluator`` and so on are
@@ -62,8 +69,8 @@ def check_dataloaders(cfg: Mapping,
         splits (Sequence[str]): Which, of 'train', 'val' and 'test'.
         progress (callable, optional): See `check_coco`; starts anew with each data set.
         files (bool): Whether to look into annotations and image files. Defaults to True.
-        read (Mapping[str, AnnotationFile], optional): Annotation files by path, as `mend_annotations` has read
-            them and has said what it mended.
+        read (Mapping[str, AnnotationFile], optional): Annotation files by path, as
+            `mend_annotations` has read them and has said what it mended.
 
     Returns:
         list[str]: Warnings, a line each, and a line for each data set that was left alone.
@@ -73,43 +80,54 @@ def check_dataloaders(cfg: Mapping,
     """
     opened = {split: open_data_sets(cfg, split) for split in splits}
     require_same_classes(cfg.get('model'), [one for own in opened.values() for one in own])
-    lines: List[str] = []
-    done: List[tuple] = []
+    lines: list[str] = []
+    done: list[tuple] = []
     for split in splits if files else ():
         for one in opened[split]:
             # Validation and test are often the same files.
             if _identity(one) not in done:
                 done.append(_identity(one))
                 lines += _check_opened(one, progress, learns_masks(cfg), read or {})
-        seen = [osp.realpath(one.dataset.ann_file) for one in opened[split] if is_coco_format(one.dataset)]
+        seen = [
+            osp.realpath(one.dataset.ann_file)
+            for one in opened[split]
+            if is_coco_format(one.dataset)
+        ]
         lines += _check_evaluators(cfg.get(f'{split}_evaluator'), split, seen)
     return lines
 
 
 def is_of_empty_set(error: Exception) -> bool:
-    """Whether an error is mmengine's of a data set without images, which it packs by np.concatenate."""
-    return any(frame.name == '_serialize_data' for frame in traceback.extract_tb(error.__traceback__))
+    """Whether an error is mmengine's of a data set without images, which it packs by
+    np.concatenate."""
+    return any(
+        frame.name == '_serialize_data' for frame in traceback.extract_tb(error.__traceback__)
+    )
 
 
 def _identity(one: Opened) -> tuple:
     """What is looked at, and what for."""
     own = one.dataset
     return (one.split == 'train', one.classes) + (
-        (one.key, ) if own is None else (type(own), own.ann_file, own.data_prefix, own.filter_cfg))
+        (one.key,) if own is None else (type(own), own.ann_file, own.data_prefix, own.filter_cfg)
+    )
 
 
-def _check_opened(one: Opened, progress: Optional[CountProgress], masks: bool,
-                  read: Mapping[str, AnnotationFile]) -> List[str]:
+def _check_opened(
+    one: Opened, progress: CountProgress | None, masks: bool, read: Mapping[str, AnnotationFile]
+) -> list[str]:
     """Look through a data set by what its class reads."""
     from mmdet.datasets import CocoDataset, LVISV05Dataset, Objects365V2Dataset
+
     dataset = one.dataset
     if dataset is None:
         return [f'{one.key}: data sets of type {one.kind} are not checked']
     filters = {} if dataset.test_mode or one.split != 'train' else dict(dataset.filter_cfg or {})
     place = Place(one.name, one.key, one.split == 'train', filters, masks, is_turned(dataset))
     folder = dataset.data_prefix.get('img', dataset.data_prefix.get('img_path', ''))
-    if (getattr(dataset, 'backend_args', None) or {}).get('backend', 'local') != 'local' or '://' in ''.join(
-            [dataset.ann_file or '', dataset.data_root or '', folder]):
+    if (getattr(dataset, 'backend_args', None) or {}).get(
+        'backend', 'local'
+    ) != 'local' or '://' in ''.join([dataset.ann_file or '', dataset.data_root or '', folder]):
         return [f"{one.key}: '{dataset.ann_file}' is not on this disk and is not checked"]
     if isinstance(dataset, VideoDataset) and not one.classes:
         raise UsageError(f'{one.key}: {one.kind} needs the classes: metainfo=dict(classes=(...))')
@@ -120,11 +138,15 @@ def _check_opened(one: Opened, progress: Optional[CountProgress], masks: bool,
         # Some read another form, and are a CocoDataset by name alone.
         return [f'{place.name}: {line}' for line in check_built(dataset, place, progress)]
     if isinstance(dataset, CocoDataset) and 'img' not in dataset.data_prefix:
-        raise UsageError(f"{one.key}: CocoDataset needs data_prefix=dict(img='folder of the images')")
-    return _check(dataset.ann_file, folder, one.classes, progress, place, read.get(dataset.ann_file))
+        raise UsageError(
+            f"{one.key}: CocoDataset needs data_prefix=dict(img='folder of the images')"
+        )
+    return _check(
+        dataset.ann_file, folder, one.classes, progress, place, read.get(dataset.ann_file)
+    )
 
 
-def _check_evaluators(evaluators: Any, split: str, files: Sequence[str]) -> List[str]:
+def _check_evaluators(evaluators: Any, split: str, files: Sequence[str]) -> list[str]:
     """Refuse missing files; a line where detections are compared with other images' annotations."""
     several = isinstance(evaluators, (list, tuple))
     lines = []
@@ -134,32 +156,51 @@ def _check_evaluators(evaluators: Any, split: str, files: Sequence[str]) -> List
             continue
         key = f'{split}_evaluator.{index}' if several else f'{split}_evaluator'
         if not osp.isfile(ann_file):
-            raise UsageError(f"{key}: there is no annotation file at '{ann_file}': "
-                             + _remedy(ann_file, f'{key}.ann_file'))
+            raise UsageError(
+                f"{key}: there is no annotation file at '{ann_file}': "
+                + _remedy(ann_file, f'{key}.ann_file')
+            )
         if not str(evaluator.get('type')).endswith('CocoMetric') or not files:
             continue
         if osp.realpath(ann_file) not in files:
-            lines.append(f"{key}: compares with '{original_of(ann_file)}', which is not the annotation file of "
-                         f'{split}_dataloader: the ids of the images must be the same')
+            lines.append(
+                f"{key}: compares with '{original_of(ann_file)}', which is not the annotation file "
+                'of '
+                f'{split}_dataloader: the ids of the images must be the same'
+            )
         elif len(files) > 1:
-            lines.append(f"{key}: compares with '{original_of(ann_file)}' alone, one of {len(files)} annotation files "
-                         f'of {split}_dataloader: what is found in images of the others counts where ids are the same')
+            lines.append(
+                f"{key}: compares with '{original_of(ann_file)}' alone, one of {len(files)} "
+                'annotation files '
+                f'of {split}_dataloader: what is found in images of the others counts where ids '
+                'are the same'
+            )
     return lines
 
 
-def _check(ann_file: str, image_root: str, classes: Optional[Sequence[str]],
-           progress: Optional[CountProgress], place: Place, file: Optional[AnnotationFile] = None) -> List[str]:
+def _check(
+    ann_file: str,
+    image_root: str,
+    classes: Sequence[str] | None,
+    progress: CountProgress | None,
+    place: Place,
+    file: AnnotationFile | None = None,
+) -> list[str]:
     if not osp.isfile(ann_file):
-        raise UsageError(f"{place.name}: there is no annotation file at '{ann_file}': "
-                         + _remedy(ann_file, place.key and f'{place.key}.data_root'))
+        raise UsageError(
+            f"{place.name}: there is no annotation file at '{ann_file}': "
+            + _remedy(ann_file, place.key and f'{place.key}.data_root')
+        )
     lines = []
     if file is None:
         file = read_for(place.name, ann_file, place.masks)
         lines += file.mended
     lines += check_annotations(file.data, classes, place)
     if not osp.isdir(image_root or '.'):
-        raise UsageError(f"{place.name}: there is no image folder '{image_root}': "
-                         + _remedy(image_root, place.key and f'{place.key}.data_prefix.img'))
+        raise UsageError(
+            f"{place.name}: there is no image folder '{image_root}': "
+            + _remedy(image_root, place.key and f'{place.key}.data_prefix.img')
+        )
     lines += check_image_files(image_root, file.data['images'], place, progress)
     return [f'{place.name}: {line}' for line in lines]
 

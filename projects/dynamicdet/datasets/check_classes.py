@@ -1,10 +1,12 @@
 """Compare the classes that a config's heads tell apart with those of its data sets.
 
-Where they differ, mmdet ends in an IndexError: at the first image of a class that the head does not have, or
-at the first detection of one that the data do not have, which may be an epoch later.
+Where they differ, mmdet ends in an IndexError: at the first image of a class that the head does not
+have, or at the first detection of one that the data do not have, which may be an epoch later.
 """
+
 import inspect
-from typing import Any, Iterator, Mapping, Optional, Sequence, Tuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from mmengine.registry import DefaultScope
 
@@ -14,30 +16,46 @@ from ..errors import UsageError
 from .check_annotations import some
 from .opening import Opened
 
-#: Keys of heads that tell classes apart, in mmdet's detectors and in `EarlyExitDetector`. That of proposals tells
-#: objects from background alone, and a semantic one has classes of its own.
+#: Keys of heads that tell classes apart, in mmdet's detectors and in `EarlyExitDetector`. That of
+#: proposals tells objects from background alone, and a semantic one has classes of its own.
 HEADS = ('bbox_head', 'mask_head', 'mask_iou_head', 'point_head', 'heads')
 
 
 def require_same_classes(model: Any, opened: Sequence[Opened]) -> None:
-    """Raise a `UsageError` unless all data sets name the same classes, and every head has as many."""
+    """Raise a `UsageError` unless all data sets name the same classes, and every head has as
+    many."""
     told = [one for one in opened if one.classes]
     for one in told[1:]:
         if one.classes != told[0].classes:
-            raise UsageError(f'{_said(told[0])}, {_said(one)}: give both the same metainfo=dict(classes=(...))')
+            raise UsageError(
+                f'{_said(told[0])}, {_said(one)}: give both the same metainfo=dict(classes=(...))'
+            )
     if not told:
         return
     wrong = [(key, count) for key, count in class_counts(model) if count != len(told[0].classes)]
     if wrong:
         (_, count), wanted = wrong[0], len(told[0].classes)
-        own = '' if told[0].named else f' (those of {told[0].kind}, as {told[0].key}.metainfo has no classes)'
-        raise UsageError(f"the config's head has {count} classes, the data set's metainfo {wanted}{own}: set "
-                         + ' '.join(f'{key}={wanted}' for key, _ in wrong))
+        own = (
+            ''
+            if told[0].named
+            else f' (those of {told[0].kind}, as {told[0].key}.metainfo has no classes)'
+        )
+        raise UsageError(
+            f"the config's head has {count} classes, the data set's metainfo {wanted}{own}: set "
+            + ' '.join(f'{key}={wanted}' for key, _ in wrong)
+        )
 
 
-def class_counts(model: Any, key: str = 'model') -> Iterator[Tuple[str, int]]:
-    """Keys and values of the numbers of classes in the heads of a model's config, also where they are a head's default."""
-    inner = enumerate(model) if isinstance(model, (list, tuple)) else model.items() if isinstance(model, Mapping) else ()
+def class_counts(model: Any, key: str = 'model') -> Iterator[tuple[str, int]]:
+    """Keys and values of the numbers of classes in the heads of a model's config, also where they
+    are a head's default."""
+    inner = (
+        enumerate(model)
+        if isinstance(model, (list, tuple))
+        else model.items()
+        if isinstance(model, Mapping)
+        else ()
+    )
     for name, value in inner:
         if name in HEADS:
             yield from _counts_of_head(value, f'{key}.{name}')
@@ -45,8 +63,9 @@ def class_counts(model: Any, key: str = 'model') -> Iterator[Tuple[str, int]]:
             yield from class_counts(value, f'{key}.{name}')
 
 
-def _counts_of_head(head: Any, key: str) -> Iterator[Tuple[str, int]]:
-    """Those of a head, or of a list of heads, and of its parts, such as a loss that weighs classes."""
+def _counts_of_head(head: Any, key: str) -> Iterator[tuple[str, int]]:
+    """Those of a head, or of a list of heads, and of its parts, such as a loss that weighs
+    classes."""
     if isinstance(head, (list, tuple)):
         for index, one in enumerate(head):
             yield from _counts_of_head(one, f'{key}.{index}')
@@ -60,7 +79,7 @@ def _counts_of_head(head: Any, key: str) -> Iterator[Tuple[str, int]]:
             yield f'{key}.{name}.num_classes', value['num_classes']
 
 
-def _default(kind: Any) -> Optional[int]:
+def _default(kind: Any) -> int | None:
     """The number of classes that a head has if its config does not say."""
     with DefaultScope.overwrite_default_scope('mmdet'):
         kind = MODELS.get(kind) if isinstance(kind, str) else kind

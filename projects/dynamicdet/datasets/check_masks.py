@@ -1,6 +1,9 @@
-"""Find outlines of objects that mmdet cannot learn masks from, or that pycocotools cannot evaluate."""
+"""Find outlines of objects that mmdet cannot learn masks from, or that pycocotools cannot
+evaluate."""
+
+from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any, List, Mapping, Sequence
+from typing import Any
 
 from ..annotations import LONGEST_SIDE, all_numbers
 from ..errors import UsageError
@@ -9,8 +12,9 @@ from ..errors import UsageError
 _LEAST = 6
 
 
-def check_outlines(images: Sequence[Mapping[str, Any]], annotations: Sequence[Mapping[str, Any]],
-                   name: str) -> List[str]:
+def check_outlines(
+    images: Sequence[Mapping[str, Any]], annotations: Sequence[Mapping[str, Any]], name: str
+) -> list[str]:
     """Look through the ``segmentation`` of annotations.
 
     Args:
@@ -22,7 +26,8 @@ def check_outlines(images: Sequence[Mapping[str, Any]], annotations: Sequence[Ma
         list[str]: Warnings.
 
     Raises:
-        UsageError: If one cannot be used: missing, no polygons or run lengths, or of another size than its image.
+        UsageError: If one cannot be used: missing, no polygons or run lengths, or of another size
+            than its image.
     """
     sizes = {image['id']: (image['height'], image['width']) for image in images}
     odd = []
@@ -30,15 +35,27 @@ def check_outlines(images: Sequence[Mapping[str, Any]], annotations: Sequence[Ma
         size = sizes.get(entry['image_id'])
         trouble = _trouble(entry.get('segmentation'), size) if size else ''
         if trouble:
-            raise UsageError(f"{name}: annotation {entry['id']} (image {entry['image_id']}) {trouble}: the masks of "
-                             'this config need polygons [[x, y, x, y, x, y, ...], ...] or run lengths of the size of '
-                             'the image; correct it, or take a detector of boxes')
-        if size and isinstance(entry['segmentation'], list) and not all(map(_has_area, entry['segmentation'])):
+            raise UsageError(
+                f'{name}: annotation {entry["id"]} (image {entry["image_id"]}) {trouble}: the '
+                'masks of '
+                'this config need polygons [[x, y, x, y, x, y, ...], ...] or run lengths of the '
+                'size of '
+                'the image; correct it, or take a detector of boxes'
+            )
+        if (
+            size
+            and isinstance(entry['segmentation'], list)
+            and not all(map(_has_area, entry['segmentation']))
+        ):
             odd.append(entry)
     if not odd:
         return []
-    return [f'{len(odd)} annotation(s) have a polygon of fewer than three points or of an odd count of numbers beside '
-            f"others: training leaves it out (first: image {odd[0]['image_id']}, annotation {odd[0]['id']})"]
+    return [
+        f'{len(odd)} annotation(s) have a polygon of fewer than three points or of an odd count of '
+        'numbers beside '
+        f'others: training leaves it out (first: image {odd[0]["image_id"]}, annotation '
+        f'{odd[0]["id"]})'
+    ]
 
 
 def _has_area(polygon: list) -> bool:
@@ -65,7 +82,7 @@ def _trouble(outline: Any, size: Sequence[int]) -> str:
 def _trouble_of_runs(outline: dict, size: Sequence[int]) -> str:
     counts = outline.get('counts')
     if outline.get('size') != list(size):
-        return f"has run lengths of the size {outline.get('size')}, in an image of (height, width) {list(size)}"
+        return f'has run lengths of the size {outline.get("size")}, in an image of (height, width) {list(size)}'
     if not isinstance(counts, (list, str)):
         return 'has no run lengths'
     try:
@@ -73,13 +90,18 @@ def _trouble_of_runs(outline: dict, size: Sequence[int]) -> str:
     except ValueError:
         return 'has run lengths that cannot be decoded'
     # Of what shorter ones leave out, pycocotools makes a mask of whatever is in memory.
-    whole = set(map(type, runs)) <= {int} and min(runs, default=-1) >= 0 and sum(runs) == size[0] * size[1]
+    whole = (
+        set(map(type, runs)) <= {int}
+        and min(runs, default=-1) >= 0
+        and sum(runs) == size[0] * size[1]
+    )
     return '' if whole else 'has run lengths that are not those of its image'
 
 
-def _runs_from(counts: str) -> List[int]:
-    """Run lengths from COCO's text (rleFrString of pycocotools' maskApi.c): five bits a character, the lowest first, a
-    sixth where more follow; from the fourth number on, differences to the last but one."""
+def _runs_from(counts: str) -> list[int]:
+    """Run lengths from COCO's text (rleFrString of pycocotools' maskApi.c): five bits a character,
+    the lowest first, a sixth where more follow; from the fourth number on, differences to the last
+    but one."""
     runs, value, shift = [], 0, 0
     for code in counts.encode('ascii'):
         bits = code - ord('0')

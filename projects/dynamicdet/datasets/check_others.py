@@ -1,11 +1,12 @@
 """Look through a data set that is not in COCO format: what mmdet makes of its annotations.
 
-Of VOC's class, mmdet leaves objects out whose names are unknown and says nothing; and where a file is no such
-annotation, its trace does not name it.
+Of VOC's class, mmdet leaves objects out whose names are unknown and says nothing; and where a file
+is no such annotation, its trace does not name it.
 """
+
 import xml.etree.ElementTree as ET
 from collections import Counter
-from typing import Any, List, Optional
+from typing import Any
 
 import numpy as np
 from mmengine.dataset import BaseDataset
@@ -17,7 +18,9 @@ from .check_images import check_image_files
 from .mending import is_turned
 
 
-def check_built(dataset: BaseDataset, place: Place, progress: Optional[CountProgress] = None) -> List[str]:
+def check_built(
+    dataset: BaseDataset, place: Place, progress: CountProgress | None = None
+) -> list[str]:
     """Let a data set read its annotations, and look for its image files.
 
     Args:
@@ -35,17 +38,27 @@ def check_built(dataset: BaseDataset, place: Place, progress: Optional[CountProg
     entries = _load(dataset, place, unknown)
     if not entries:
         raise UsageError(f"{place.name} is empty: there are no images in '{dataset.ann_file}'")
-    lines = [f'{sum(unknown.values())} object(s) of {len(unknown)} names that are not among the classes of the config '
-             f'({some(list(unknown))}): not used'] if unknown else []
+    lines = (
+        [
+            f'{sum(unknown.values())} object(s) of {len(unknown)} names that are not among the '
+            'classes of the config '
+            f'({some(list(unknown))}): not used'
+        ]
+        if unknown
+        else []
+    )
     lines += _check_boxes(entries, place)
     lines += _check_filters(dataset, len(entries), place)
-    pictures = [dict(file_name=path, width=entry.get('width'), height=entry.get('height')) for entry in entries
-                if isinstance(path := entry.get('img_path'), str) and '://' not in path]
+    pictures = [
+        dict(file_name=path, width=entry.get('width'), height=entry.get('height'))
+        for entry in entries
+        if isinstance(path := entry.get('img_path'), str) and '://' not in path
+    ]
     place = place._replace(turned=is_turned(dataset))
     return lines + check_image_files('', pictures, place, progress, f"'{dataset.ann_file}'")
 
 
-def _load(dataset: BaseDataset, place: Place, unknown: Counter) -> List[dict]:
+def _load(dataset: BaseDataset, place: Place, unknown: Counter) -> list[dict]:
     """Entries of the images, those of videos too. Fills ``data_list``."""
     parse = dataset.parse_data_info
 
@@ -72,11 +85,17 @@ def _refusal(dataset: BaseDataset, place: Place, error: Exception, file: str) ->
     kind = type(dataset).__name__
     if isinstance(error, OSError) and error.filename:
         # A file that is no list gives names without end.
-        return UsageError(f"{place.name}: '{str(error.filename)[:200]}' cannot be read: {error.strerror}; it is named in "
-                          f"'{dataset.ann_file}', which {place.key} has as ann_file")
+        return UsageError(
+            f"{place.name}: '{str(error.filename)[:200]}' cannot be read: {error.strerror}; it is "
+            'named in '
+            f"'{dataset.ann_file}', which {place.key} has as ann_file"
+        )
     reason = (str(error).strip() or '?').splitlines()[0]
-    return UsageError(f"{place.name}: '{file}' is not as {kind} reads it ({type(error).__name__}: {reason}): correct it, "
-                      f'or name another by {place.key}.ann_file')
+    return UsageError(
+        f"{place.name}: '{file}' is not as {kind} reads it ({type(error).__name__}: {reason}): "
+        'correct it, '
+        f'or name another by {place.key}.ann_file'
+    )
 
 
 def _file_of(entry: Any) -> str:
@@ -86,13 +105,14 @@ def _file_of(entry: Any) -> str:
     return str(entry)[:100]
 
 
-def _unknown_names(path: str, classes: List[str]) -> Counter:
+def _unknown_names(path: str, classes: list[str]) -> Counter:
     names = (name.text for name in ET.parse(path).findall('object/name'))
     return Counter(str(name) for name in names if name not in classes)
 
 
-def _check_boxes(entries: List[dict], place: Place) -> List[str]:
-    """Boxes without an area, of which mmdet makes losses that are not finite; and images without any."""
+def _check_boxes(entries: list[dict], place: Place) -> list[str]:
+    """Boxes without an area, of which mmdet makes losses that are not finite; and images without
+    any."""
     owners = [entry for entry in entries for _ in entry.get('instances') or ()]
     boxes = [box.get('bbox') for entry in entries for box in entry.get('instances') or ()]
     if not boxes or any(box is None for box in boxes):
@@ -102,8 +122,10 @@ def _check_boxes(entries: List[dict], place: Place) -> List[str]:
     lines = []
     if len(bad):
         first = owners[bad[0]]
-        said = (f'{len(bad)} box(es) without a width or height above 0 (first: {boxes[bad[0]]}, '
-                f"'{first.get('xml_path', first.get('img_path'))}')")
+        said = (
+            f'{len(bad)} box(es) without a width or height above 0 (first: {boxes[bad[0]]}, '
+            f"'{first.get('xml_path', first.get('img_path'))}')"
+        )
         if place.training:
             raise UsageError(f'{place.name}: {said}: correct them, or take them out')
         lines.append(f'{said}: nothing can match them')
@@ -113,14 +135,23 @@ def _check_boxes(entries: List[dict], place: Place) -> List[str]:
     return lines
 
 
-def _check_filters(dataset: BaseDataset, count: int, place: Place) -> List[str]:
+def _check_filters(dataset: BaseDataset, count: int, place: Place) -> list[str]:
     """What filter_cfg and indices leave out."""
     kept = dataset.filter_data()
     dataset.data_list = kept
     left = sum(len(entry.get('images', [entry])) for entry in kept)
     if not left:
-        raise UsageError(f'{place.name}: {place.key}.filter_cfg={dict(dataset.filter_cfg or {})} leaves none of {count} '
-                         'images')
-    return [] if left == count else [
-        f'{count - left} of {count} images are not as filter_cfg={dict(dataset.filter_cfg or {})} wants them: training '
-        'leaves them out']
+        raise UsageError(
+            f'{place.name}: {place.key}.filter_cfg={dict(dataset.filter_cfg or {})} leaves none of '
+            f'{count} '
+            'images'
+        )
+    return (
+        []
+        if left == count
+        else [
+            f'{count - left} of {count} images are not as '
+            f'filter_cfg={dict(dataset.filter_cfg or {})} wants them: training '
+            'leaves them out'
+        ]
+    )

@@ -15,14 +15,15 @@ only** (no model may read them):
 and each annotation carries `sample`, the row in scikit-learn's data. The splits share neither a
 sample nor a pixel of a photo. (Who wrote a sample is not published, so writers may be shared.)
 """
+
 import json
 import operator
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Optional
 
 import cv2
 import numpy as np
@@ -40,8 +41,13 @@ MIN_IMAGE_SIZE = 64  # the smallest digits are then 7 pixels high, about their o
 JPEG_QUALITY = 90
 
 
-def make_digits(root, sizes: dict = SIZES, image_size: int = 128, seed: int = 0,
-                progress: Optional[Callable[[int, int], None]] = None) -> Path:
+def make_digits(
+    root,
+    sizes: dict = SIZES,
+    image_size: int = 128,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
     """Make the data set at `root`, unless it is there already.
 
     Writes `{train,val,test}/000001.jpg ...` and `annotations/instances_{train,val,test}.json`.
@@ -81,8 +87,11 @@ def _stamp(sizes, image_size, seed):
         raise ValueError(f'sizes must give train, val and test, got {sorted(sizes)}')
     counts = {split: _whole(f'sizes[{split!r}]', sizes[split], 0) for split in SPLITS}
     return dict(
-        version=VERSION, seed=_whole('seed', seed, 0),
-        image_size=_whole('image_size', image_size, MIN_IMAGE_SIZE), sizes=counts)
+        version=VERSION,
+        seed=_whole('seed', seed, 0),
+        image_size=_whole('image_size', image_size, MIN_IMAGE_SIZE),
+        sizes=counts,
+    )
 
 
 def _whole(name, value, least):
@@ -109,7 +118,8 @@ def _is_made(home, stamp):
     what = f'a digits data set made with {found[0]}' if found else 'something else'
     raise FileExistsError(
         f'{home} holds {what}, and digits was asked for {stamp}: give another root, or move or '
-        'remove that one')
+        'remove that one'
+    )
 
 
 def _annotations(home, split):
@@ -120,13 +130,15 @@ def _annotations(home, split):
 def _lock(path):
     """Hold a lock that the system frees when the process ends, however it ends."""
     import fcntl  # here, because it is POSIX only, and importing the package is not
+
     with open(path, 'w') as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _make(home, stamp, progress, kind='digits', write=None):
-    """Build beside `home`, by ``write(part, stamp, progress)``, then rename. Called under the lock."""
+    """Build beside `home`, by ``write(part, stamp, progress)``, then rename. Called under the
+    lock."""
     prefix = f'.{home.name}.{kind}-part-'
     for left in home.parent.glob(f'{prefix}*'):  # of a killed run: under the lock, nobody's
         shutil.rmtree(left)
@@ -152,11 +164,17 @@ def _write(part, stamp, progress):
             done += 1
             if progress is not None:
                 progress(done, total)
-        _annotations(part, split).write_text(json.dumps(dict(
-            info=dict(description='handwritten digits over photographs', recipe=stamp),
-            licenses=[],
-            categories=[dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)],
-            images=images, annotations=annotations)))
+        _annotations(part, split).write_text(
+            json.dumps(
+                dict(
+                    info=dict(description='handwritten digits over photographs', recipe=stamp),
+                    licenses=[],
+                    categories=[dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)],
+                    images=images,
+                    annotations=annotations,
+                )
+            )
+        )
 
 
 def _write_image(folder, sources, split, index, stamp):
@@ -167,8 +185,15 @@ def _write_image(folder, sources, split, index, stamp):
     code = cv2.imencode('.jpg', picture, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
     (folder / entry['file_name']).write_bytes(code.tobytes())
     objects = [
-        dict(image_id=entry['id'], category_id=int(sources.labels[row]) + 1, iscrowd=0,
-             sample=row, **_outline(owner == i)) for i, row in enumerate(rows)]
+        dict(
+            image_id=entry['id'],
+            category_id=int(sources.labels[row]) + 1,
+            iscrowd=0,
+            sample=row,
+            **_outline(owner == i),
+        )
+        for i, row in enumerate(rows)
+    ]
     return entry, objects
 
 
@@ -176,5 +201,7 @@ def _outline(mask):
     """Box [x, y, w, h], area and run lengths (which keep the holes) of a mask."""
     rle = mask_utils.encode(np.asfortranarray(mask, dtype=np.uint8))
     return dict(
-        bbox=mask_utils.toBbox(rle).tolist(), area=int(mask_utils.area(rle)),
-        segmentation=dict(size=list(rle['size']), counts=rle['counts'].decode()))
+        bbox=mask_utils.toBbox(rle).tolist(),
+        area=int(mask_utils.area(rle)),
+        segmentation=dict(size=list(rle['size']), counts=rle['counts'].decode()),
+    )

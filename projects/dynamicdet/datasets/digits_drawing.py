@@ -2,6 +2,7 @@
 
 Nothing is written here. What changes an image raises `VERSION` in digits.py.
 """
+
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -59,6 +60,7 @@ class Sources(NamedTuple):
         samples (dict): Split -> rows of `inks` that belong to it.
         photos (dict): File name -> (H, W, 3) uint8, BGR.
     """
+
     inks: np.ndarray
     labels: np.ndarray
     samples: dict
@@ -70,6 +72,7 @@ def load_sources() -> Sources:
     if not (find_spec('sklearn') and find_spec('skimage')):
         raise ImportError('digits needs: pip install scikit-learn scikit-image')
     from sklearn.datasets import load_digits
+
     digits = load_digits()
     inks = np.stack([enlarge(image) for image in digits.images])
     return Sources(inks, digits.target, split_samples(digits.target), _load_photos())
@@ -174,7 +177,7 @@ def draw_background(rng: np.random.Generator, photos: dict, split: str, size: in
     side = int(min(x2 - x1, y2 - y1) * rng.uniform(0.75, 1))
     x, y = int(rng.integers(x1, x2 - side + 1)), int(rng.integers(y1, y2 - side + 1))
     # Cut first, resize after, so that no pixel beyond the crop has a part in the result.
-    crop = photo[y:y + side, x:x + side]
+    crop = photo[y : y + side, x : x + side]
     if rng.uniform() < 0.5:
         crop = crop[:, ::-1]
     way = cv2.INTER_AREA if side > size else cv2.INTER_CUBIC
@@ -184,7 +187,7 @@ def draw_background(rng: np.random.Generator, photos: dict, split: str, size: in
 
 def _blur(photo, recipe):
     # Squared, so that all of the hard half (clutter from 0.7) is practically sharp.
-    sigma = BLUR * photo.shape[0] * (1 - recipe['clutter'])**2
+    sigma = BLUR * photo.shape[0] * (1 - recipe['clutter']) ** 2
     return cv2.GaussianBlur(photo, (0, 0), sigma) if sigma > 0 else photo
 
 
@@ -214,7 +217,7 @@ def _place(rng, ink, height, owner, areas, touch):
         corner = rng.integers(0, room + 1)
         if touch:
             corner = _beside(rng, owner, int(rng.integers(len(areas))), alpha.shape, room)
-        window = np.s_[corner[0]:corner[0] + h, corner[1]:corner[1] + w]
+        window = np.s_[corner[0] : corner[0] + h, corner[1] : corner[1] + w]
         if _fits(owner, owner[window], alpha >= 0.5, areas, touch):
             return alpha, window
         height *= 0.98
@@ -222,13 +225,13 @@ def _place(rng, ink, height, owner, areas, touch):
 
 
 def _beside(rng, owner, other, shape, room):
-    """A corner (y, x) that puts a digit's centre near an edge of an earlier digit."""
+    """A corner (y, x) that puts a digit's center near an edge of an earlier digit."""
     ys, xs = np.nonzero(owner == other)
-    centre = np.array([ys.mean(), xs.mean()])
+    center = np.array([ys.mean(), xs.mean()])
     angle, reach = rng.uniform(0, 2 * np.pi), np.sqrt(shape[0] * shape[1])
     # In shares of the digit's size: nearer hides too much, farther does not touch.
     shift = rng.uniform(0.5, 1.0) * reach * np.array([np.sin(angle), np.cos(angle)])
-    return np.clip(centre + shift - np.array(shape) / 2, 0, room).astype(int)
+    return np.clip(center + shift - np.array(shape) / 2, 0, room).astype(int)
 
 
 def _fits(owner, below, mask, areas, touch):
@@ -244,20 +247,20 @@ def _stroke(ink, height, angle):
     """Turn an enlarged sample into a pen stroke `height` pixels high: alpha in [0, 1], cut."""
     scale = height / (8 * CELL)
     side = int(np.ceil(ink.shape[0] * scale))
-    turn = cv2.getRotationMatrix2D(((ink.shape[0] - 1) / 2, ) * 2, angle, scale)
+    turn = cv2.getRotationMatrix2D(((ink.shape[0] - 1) / 2,) * 2, angle, scale)
     turn[:, 2] += (side - ink.shape[0]) / 2
     level = cv2.warpAffine(ink, turn, (side, side)).astype(np.float32) / 255
     # Steep enough for an edge of one or two pixels at every size.
     alpha = np.clip((level - STROKE) * height / 6 + 0.5, 0, 1)
     ys, xs = np.flatnonzero(alpha.any(1)), np.flatnonzero(alpha.any(0))
-    return alpha[ys[0]:ys[-1] + 1, xs[0]:xs[-1] + 1]
+    return alpha[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1]
 
 
 def _ink(rng, picture, photo, alpha, contrast):
-    """Draw with a light or dark colour, whichever is farther from what lies below."""
+    """Draw with a light or dark color, whichever is farther from what lies below."""
     mask = alpha >= 0.5
     shade = rng.integers(0, 100, 3)
-    colour = 255 - shade if picture[mask].mean() < 128 else shade
+    color = 255 - shade if picture[mask].mean() < 128 else shade
     # Faint ink lets the photo through, never an earlier digit: that one is hidden.
-    stroke = photo * (1 - contrast) + colour * contrast
+    stroke = photo * (1 - contrast) + color * contrast
     return np.rint(picture + alpha[..., None] * (stroke - picture)).astype(np.uint8)

@@ -1,8 +1,9 @@
 """A part of the training images that step 1 does not see, for step 2 to learn on.
 
-Detectors memorise their training images, on which the later exit then looks better than it is; what a router
-should know is which *new* images it serves.
+Detectors memorize their training images, on which the later exit then looks better than it is; what
+a router should know is which *new* images it serves.
 """
+
 import hashlib
 
 from mmengine.dataset import BaseDataset
@@ -16,18 +17,23 @@ PARTS = ('cascade', 'router')
 
 
 @DATASETS.register_module(name='HoldOut')
-def hold_out(dataset: dict, share: float = 0.1, part: str = 'cascade', seed: int = 0) -> BaseDataset:
+def hold_out(
+    dataset: dict, share: float = 0.1, part: str = 'cascade', seed: int = 0
+) -> BaseDataset:
     """One of two parts of a data set, which have no image in common and together have all.
 
-    Each image falls into its part by a hash of its id and the seed, whatever else is in the data set: both
-    parts stay what they are under another order, filter or subset, and on any machine. So the share is met
-    about, not exactly: among 3,000 images, a share of 0.1 is 300 give or take 33 (two standard deviations).
+    Each image falls into its part by a hash of its id and the seed, whatever else is in the data
+        set: both
+    parts stay what they are under another order, filter or subset, and on any machine. So the share
+    is met about, not exactly: among 3,000 images, a share of 0.1 is 300 give or take 33 (two
+        standard deviations).
 
     In the config of step 1::
 
         train_dataloader = dict(dataset=dict(_delete_=True, type='HoldOut', dataset=..., share=0.1))
 
-    and in the one of step 2, which inherits it: ``train_dataloader = dict(dataset=dict(part='router'))``. A
+    and in the one of step 2, which inherits it: ``train_dataloader =
+        dict(dataset=dict(part='router'))``. A
     data set that mixes or repeats others takes it inside.
 
     Args:
@@ -38,27 +44,42 @@ def hold_out(dataset: dict, share: float = 0.1, part: str = 'cascade', seed: int
         seed (int): Another one gives other parts. Defaults to 0.
 
     Returns:
-        BaseDataset: The data set itself with the part's images alone: with its class, metainfo and pipeline.
+        BaseDataset: The data set itself with the part's images alone: with its class, metainfo and
+            pipeline.
 
     Raises:
         UsageError: If an argument is out of range, or a part would be empty.
     """
     if part not in PARTS or not 0 < share < 1:
-        raise UsageError(f"HoldOut takes a share in (0, 1) and part 'cascade' or 'router'; got {share} and "
-                         f"'{part}'")
+        raise UsageError(
+            f"HoldOut takes a share in (0, 1) and part 'cascade' or 'router'; got {share} and "
+            f"'{part}'"
+        )
     whole = DATASETS.build(dataset)
     if not isinstance(whole, BaseDataset):
-        raise UsageError(f'HoldOut takes a plain data set such as CocoDataset; put it inside '
-                         f'{type(whole).__name__}, not around it')
+        raise UsageError(
+            f'HoldOut takes a plain data set such as CocoDataset; put it inside '
+            f'{type(whole).__name__}, not around it'
+        )
     whole.full_init()
     ids = [whole.get_data_info(index).get('img_id', index) for index in range(len(whole))]
-    rows = [index for index, image in enumerate(ids) if (_draw(image, seed) < share) == (part == 'router')]
+    rows = [
+        index
+        for index, image in enumerate(ids)
+        if (_draw(image, seed) < share) == (part == 'router')
+    ]
     if not 0 < len(rows) < len(ids):
-        raise UsageError(f'a share of {share} of {len(ids)} images leaves a part without any: take another '
-                         'share or seed')
+        raise UsageError(
+            f'a share of {share} of {len(ids)} images leaves a part without any: take another '
+            'share or seed'
+        )
     whole.get_subset_(rows)
-    print_log(f'HoldOut: {len(rows)} of {len(ids)} training images are for the {part}, {len(ids) - len(rows)} for the '
-              f"{'router' if part == 'cascade' else 'cascade'}", 'current')
+    print_log(
+        f'HoldOut: {len(rows)} of {len(ids)} training images are for the {part}, '
+        f'{len(ids) - len(rows)} for the '
+        f'{"router" if part == "cascade" else "cascade"}',
+        'current',
+    )
     return whole
 
 

@@ -1,7 +1,10 @@
-"""Let mmdet's data sets and metrics, which read annotation files for themselves, read them as our tools do."""
+"""Let mmdet's data sets and metrics, which read annotation files for themselves, read them as our
+tools do."""
+
 import os.path as osp
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple, Union
+from typing import Any
 
 from mmcv.transforms import LoadImageFromFile
 from mmengine.registry import Registry
@@ -16,10 +19,11 @@ from .opening import SPLITS
 from .video import VideoDataset
 
 
-def mend_annotations(cfg: Mapping, splits: Sequence[str],
-                     folder: Union[str, Path]) -> Tuple[Dict[str, AnnotationFile], List[str]]:
-    """Read the COCO annotation files of a config's data sets and evaluators. Where one needs mending, the config then
-    names a copy; the file itself stays as it is.
+def mend_annotations(
+    cfg: Mapping, splits: Sequence[str], folder: str | Path
+) -> tuple[dict[str, AnnotationFile], list[str]]:
+    """Read the COCO annotation files of a config's data sets and evaluators. Where one needs
+    mending, the config then names a copy; the file itself stays as it is.
 
     Args:
         cfg (Config): mmengine's config; ``ann_file`` in it may change.
@@ -27,19 +31,25 @@ def mend_annotations(cfg: Mapping, splits: Sequence[str],
         folder (str or Path): Where copies go.
 
     Returns:
-        tuple: What was read, by the paths that the config then has, files that are not there left out; and what was
+        tuple: What was read, by the paths that the config then has, files that are not there left
+            out; and what was
         mended, a line each.
 
     Raises:
         UsageError: If a file cannot be used.
     """
-    read: Dict[str, AnnotationFile] = {}
-    copies: Dict[str, str] = {}
-    lines: List[str] = []
+    read: dict[str, AnnotationFile] = {}
+    copies: dict[str, str] = {}
+    lines: list[str] = []
     for split in splits:
-        used: List[str] = []
-        for part, name in (('dataloader', f'the {SPLITS[split]} set'), ('evaluator', f'{split}_evaluator')):
-            for node in _readers(cfg.get(f'{split}_{part}'), DATASETS if part == 'dataloader' else METRICS):
+        used: list[str] = []
+        for part, name in (
+            ('dataloader', f'the {SPLITS[split]} set'),
+            ('evaluator', f'{split}_evaluator'),
+        ):
+            for node in _readers(
+                cfg.get(f'{split}_{part}'), DATASETS if part == 'dataloader' else METRICS
+            ):
                 path = _path_of(node)
                 if path not in copies:
                     file = read_for(name, path, learns_masks(cfg))
@@ -65,21 +75,32 @@ def read_for(name: str, path: str, outlines: bool) -> AnnotationFile:
 
 def learns_masks(cfg: Mapping) -> bool:
     """Whether a config loads or evaluates masks; a record of any of its data then needs them."""
+
     def wants(node: Any) -> bool:
         if isinstance(node, Mapping):
             metric = node.get('metric')
             metrics = metric if isinstance(metric, (list, tuple)) else [metric]
-            return bool(node.get('with_mask')) or 'segm' in metrics or any(map(wants, node.values()))
+            return (
+                bool(node.get('with_mask')) or 'segm' in metrics or any(map(wants, node.values()))
+            )
         return isinstance(node, (list, tuple)) and any(map(wants, node))
 
-    return any(wants(cfg.get(f'{split}_{part}')) for split in SPLITS for part in ('dataloader', 'evaluator'))
+    return any(
+        wants(cfg.get(f'{split}_{part}'))
+        for split in SPLITS
+        for part in ('dataloader', 'evaluator')
+    )
 
 
 def is_turned(dataset: Any) -> bool:
-    """Whether a data set's pipeline loads pictures as EXIF's orientation wants, as mmcv does if not told otherwise."""
+    """Whether a data set's pipeline loads pictures as EXIF's orientation wants, as mmcv does if not
+    told otherwise."""
     steps = getattr(getattr(dataset, 'pipeline', None), 'transforms', ())
-    return all(step.color_type in ('color', 'grayscale') and step.imdecode_backend != 'turbojpeg' for step in steps
-               if isinstance(step, LoadImageFromFile))
+    return all(
+        step.color_type in ('color', 'grayscale') and step.imdecode_backend != 'turbojpeg'
+        for step in steps
+        if isinstance(step, LoadImageFromFile)
+    )
 
 
 def _readers(node: Any, registry: Registry) -> Iterator[dict]:
@@ -99,8 +120,14 @@ def _reads_coco(kind: Any, registry: Registry) -> bool:
     kind = registry.get(kind) if isinstance(kind, str) else kind
     # Subclasses by name, but with annotations of another form.
     others = (CocoPanopticDataset, LVISV05Dataset, LVISMetric)
-    return isinstance(kind, type) and not issubclass(kind, others) and (
-        issubclass(kind, (CocoDataset, VideoDataset, CocoMetric)) or getattr(kind, 'reads_coco_annotations', False))
+    return (
+        isinstance(kind, type)
+        and not issubclass(kind, others)
+        and (
+            issubclass(kind, (CocoDataset, VideoDataset, CocoMetric))
+            or getattr(kind, 'reads_coco_annotations', False)
+        )
+    )
 
 
 def _path_of(node: Mapping) -> str:
@@ -109,13 +136,21 @@ def _path_of(node: Mapping) -> str:
     return osp.join(root, path) if root and isinstance(root, str) else path
 
 
-def _require_same_numbers(name: str, path: str, copy: str, used: Sequence[str],
-                          read: Mapping[str, AnnotationFile]) -> None:
+def _require_same_numbers(
+    name: str, path: str, copy: str, used: Sequence[str], read: Mapping[str, AnnotationFile]
+) -> None:
     """Refuse an evaluator's file whose images have other new numbers than those of the data set."""
-    own, *others = ({image['id']: image['file_name'] for image in read[one].data['images']} for one in (copy, *used))
+    own, *others = (
+        {image['id']: image['file_name'] for image in read[one].data['images']}
+        for one in (copy, *used)
+    )
     named = {number: file for other in others for number, file in other.items()}
     differ = any(named.get(number, file) != file for number, file in own.items())
     if differ and any(read[one].renumbered for one in (copy, *used)):
-        raise UsageError(f"{name}: '{path}' is not the annotation file of the data set, and the ids of its images are "
-                         'no numbers by which the two could be compared: name the same file, or give the images whole '
-                         'numbers as ids')
+        raise UsageError(
+            f"{name}: '{path}' is not the annotation file of the data set, and the ids of its "
+            'images are '
+            'no numbers by which the two could be compared: name the same file, or give the images '
+            'whole '
+            'numbers as ids'
+        )

@@ -1,6 +1,9 @@
-"""The data sets of a config, built but not read: what they are, where their files are, what their classes are."""
+"""The data sets of a config, built but not read: what they are, where their files are, what their
+classes are."""
+
 import copy
-from typing import Any, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DefaultScope
@@ -25,15 +28,17 @@ class Opened(NamedTuple):
         key (str): Where the config has it, such as 'train_dataloader.dataset'.
         split (str): 'train', 'val' or 'test'.
         kind (str): Name of its class.
-        dataset (BaseDataset, optional): It, without its annotations; None where it is no ``BaseDataset``.
+        dataset (BaseDataset, optional): It, without its annotations; None where it is no
+            ``BaseDataset``.
         classes (tuple[str], optional): Those that boxes have; None where it does not say.
         named (bool): Whether its config names them, not its class.
     """
+
     key: str
     split: str
     kind: str
-    dataset: Optional[BaseDataset] = None
-    classes: Optional[Tuple[str, ...]] = None
+    dataset: BaseDataset | None = None
+    classes: tuple[str, ...] | None = None
     named: bool = False
 
     @property
@@ -41,8 +46,9 @@ class Opened(NamedTuple):
         return f'the {SPLITS[self.split]} set'
 
 
-def open_data_sets(cfg: Mapping, split: str) -> List[Opened]:
-    """The data sets of a split, those inside RepeatDataset, ConcatDataset and the like; none if it is not there.
+def open_data_sets(cfg: Mapping, split: str) -> list[Opened]:
+    """The data sets of a split, those inside RepeatDataset, ConcatDataset and the like; none if it
+    is not there.
 
     Raises:
         UsageError: If one cannot be built, which takes none of its files.
@@ -52,14 +58,20 @@ def open_data_sets(cfg: Mapping, split: str) -> List[Opened]:
         return []
     if not isinstance(loader, Mapping) or loader.get('dataset') is None:
         raise UsageError(f'{key} must be a dict with a dataset; got {str(loader)[:100]}')
-    return [_open(inner, dataset, split) for inner, dataset in leaves(loader['dataset'], f'{key}.dataset')]
+    return [
+        _open(inner, dataset, split)
+        for inner, dataset in leaves(loader['dataset'], f'{key}.dataset')
+    ]
 
 
-def leaves(dataset: Any, key: str) -> Iterator[Tuple[str, Any]]:
-    """The configs of the data sets inside RepeatDataset, ConcatDataset and the like, and their keys."""
+def leaves(dataset: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """The configs of the data sets inside RepeatDataset, ConcatDataset and the like, and their
+    keys."""
     if isinstance(dataset, Mapping) and 'datasets' in dataset:
         if not isinstance(dataset['datasets'], (list, tuple)) or not dataset['datasets']:
-            raise UsageError(f'{key}.datasets must be a list of data sets; got {dataset["datasets"]}')
+            raise UsageError(
+                f'{key}.datasets must be a list of data sets; got {dataset["datasets"]}'
+            )
         for index, inner in enumerate(dataset['datasets']):
             yield from leaves(inner, f'{key}.datasets.{index}')
     elif isinstance(dataset, Mapping) and 'dataset' in dataset:
@@ -75,18 +87,31 @@ def require_one_coco(cfg: Mapping, split: str, what: str, file: bool = True) -> 
         cfg (Config): mmengine's config.
         split (str): 'train', 'val' or 'test'.
         what (str): What it is asked for, such as 'a record is made'.
-        file (bool): Whether its annotation file is read, too: MOT sequences have none. Defaults to True.
+        file (bool): Whether its annotation file is read, too: MOT sequences have none. Defaults to
+            True.
 
     Returns:
         dict: Config of the data set, outside any that repeats or mixes it.
     """
     opened = open_data_sets(cfg, split)
     if len(opened) != 1:
-        has = f'has {len(opened)} ({some([one.key for one in opened])})' if opened else 'is not in the config'
-        raise UsageError(f'{what} on one data set in COCO format, and {split}_dataloader {has}: name one by --cfg-options')
-    if not is_coco_format(opened[0].dataset) and (file or not isinstance(opened[0].dataset, MOTSequenceDataset)):
-        raise UsageError(f'{what} on one data set in COCO format, and {opened[0].key} is of type {opened[0].kind}: convert '
-                         'its annotations to COCO format, and name them by a CocoDataset')
+        has = (
+            f'has {len(opened)} ({some([one.key for one in opened])})'
+            if opened
+            else 'is not in the config'
+        )
+        raise UsageError(
+            f'{what} on one data set in COCO format, and {split}_dataloader {has}: name one by '
+            '--cfg-options'
+        )
+    if not is_coco_format(opened[0].dataset) and (
+        file or not isinstance(opened[0].dataset, MOTSequenceDataset)
+    ):
+        raise UsageError(
+            f'{what} on one data set in COCO format, and {opened[0].key} is of type '
+            f'{opened[0].kind}: convert '
+            'its annotations to COCO format, and name them by a CocoDataset'
+        )
     dataset = cfg[f'{split}_dataloader']['dataset']
     while 'dataset' in dataset and dataset['type'] != 'HoldOut':
         dataset = dataset['dataset']
@@ -94,9 +119,11 @@ def require_one_coco(cfg: Mapping, split: str, what: str, file: bool = True) -> 
 
 
 def is_coco_format(dataset: Any) -> bool:
-    """Whether a data set has an annotation file in COCO format, as CocoDataset or as `VideoDataset` reads it."""
+    """Whether a data set has an annotation file in COCO format, as CocoDataset or as `VideoDataset`
+    reads it."""
     return isinstance(dataset, (CocoDataset, VideoDataset)) and not isinstance(
-        dataset, (CocoPanopticDataset, MOTSequenceDataset))
+        dataset, (CocoPanopticDataset, MOTSequenceDataset)
+    )
 
 
 def _open(key: str, dataset: Any, split: str) -> Opened:
@@ -110,8 +137,10 @@ def _open(key: str, dataset: Any, split: str) -> Opened:
         kind, name = dataset['type'], getattr(dataset['type'], '__name__', dataset['type'])
         kind = DATASETS.get(kind) if isinstance(kind, str) else kind
         if kind is None:
-            raise UsageError(f"{key}: nothing registers a data set of type '{name}': is a package missing in "
-                             'custom_imports?')
+            raise UsageError(
+                f"{key}: nothing registers a data set of type '{name}': is a package missing in "
+                'custom_imports?'
+            )
         if not (isinstance(kind, type) and issubclass(kind, BaseDataset)):
             return Opened(key, split, name)
         try:
@@ -120,12 +149,20 @@ def _open(key: str, dataset: Any, split: str) -> Opened:
             raise
         except Exception as error:
             # Of its constructor or its pipeline's, which may raise anything.
-            raise UsageError(f'{key}: this {name} cannot be built: {type(error).__name__}: '
-                             f'{(str(error).strip() or "?").splitlines()[0]}') from error
+            raise UsageError(
+                f'{key}: this {name} cannot be built: {type(error).__name__}: '
+                f'{(str(error).strip() or "?").splitlines()[0]}'
+            ) from error
     metainfo = built.metainfo
     classes = metainfo.get('thing_classes', metainfo.get('classes'))
-    return Opened(key, split, name, built, None if classes is None else _names(classes, key),
-                  'classes' in (dataset.get('metainfo') or {}))
+    return Opened(
+        key,
+        split,
+        name,
+        built,
+        None if classes is None else _names(classes, key),
+        'classes' in (dataset.get('metainfo') or {}),
+    )
 
 
 def _require_settings(dataset: Mapping, key: str) -> None:
@@ -138,20 +175,31 @@ def _require_settings(dataset: Mapping, key: str) -> None:
     for name in ('ann_file', 'data_root'):
         value = dataset.get(name)
         if not isinstance(value, (str, type(None))):
-            raise UsageError(f'{key}.{name} must be one path; got {value}' + SEVERAL_FILES * (name == 'ann_file'))
+            raise UsageError(
+                f'{key}.{name} must be one path; got {value}' + SEVERAL_FILES * (name == 'ann_file')
+            )
     if 'CLASSES' in (dataset.get('metainfo') or {}) or 'classes' in dataset:
-        raise UsageError(f'{key}: the names of classes are metainfo=dict(classes=(...)) in MMDetection 3')
+        raise UsageError(
+            f'{key}: the names of classes are metainfo=dict(classes=(...)) in MMDetection 3'
+        )
 
 
-def _names(classes: Any, key: str) -> Tuple[str, ...]:
+def _names(classes: Any, key: str) -> tuple[str, ...]:
     # ('cat') is a word, and mmdet would look for categories within it.
     if isinstance(classes, str):
-        raise UsageError(f"{key}: classes must be a list of names, not '{classes}': ('{classes}', )")
+        raise UsageError(
+            f"{key}: classes must be a list of names, not '{classes}': ('{classes}', )"
+        )
     wrong = [name for name in classes if not isinstance(name, str)]
     if wrong:
         text = ','.join(f'"{name}"' for name in classes[:3])
-        raise UsageError(f'{key}: the classes must be text, and {some(wrong)} are none; on the command line, give them as '
-                         f"'{key}.metainfo.classes=[{text}{', ...' if len(classes) > 3 else ''}]'")
+        raise UsageError(
+            f'{key}: the classes must be text, and {some(wrong)} are none; on the command line, '
+            'give them as '
+            f"'{key}.metainfo.classes=[{text}{', ...' if len(classes) > 3 else ''}]'"
+        )
     if len(set(classes)) < len(classes) or not classes:
-        raise UsageError(f'{key}: the classes must be names, one at least and each once; got {some(classes, 10)}')
+        raise UsageError(
+            f'{key}: the classes must be names, one at least and each once; got {some(classes, 10)}'
+        )
     return tuple(classes)

@@ -1,28 +1,56 @@
-"""Which picture files the installed OpenCV reads: one answer for the data check, folders of pictures and tools."""
+"""Which picture files the installed OpenCV reads: one answer for the data check, folders of
+pictures and tools."""
+
 import functools
 import os
-from typing import Tuple, Union
 
 import cv2
 
-#: Endings of names, as OpenCV's documentation of ``imread`` lists them, the usual ones first. Whether it reads a kind
-#: depends on how it was built.
-_KNOWN = ('.jpg', '.jpeg', '.jpe', '.png', '.webp', '.bmp', '.dib', '.tif', '.tiff', '.avif', '.gif', '.jp2', '.apng',
-          '.pbm', '.pgm', '.ppm', '.pnm', '.pam', '.pfm', '.sr', '.ras', '.hdr', '.pic', '.jxl')
+#: Endings of names, as OpenCV's documentation of ``imread`` lists them, the usual ones first.
+#: Whether it reads a kind depends on how it was built.
+_KNOWN = (
+    '.jpg',
+    '.jpeg',
+    '.jpe',
+    '.png',
+    '.webp',
+    '.bmp',
+    '.dib',
+    '.tif',
+    '.tiff',
+    '.avif',
+    '.gif',
+    '.jp2',
+    '.apng',
+    '.pbm',
+    '.pgm',
+    '.ppm',
+    '.pnm',
+    '.pam',
+    '.pfm',
+    '.sr',
+    '.ras',
+    '.hdr',
+    '.pic',
+    '.jxl',
+)
 
 
-@functools.lru_cache(maxsize=None)
-def picture_suffixes() -> Tuple[str, ...]:
+@functools.cache
+def picture_suffixes() -> tuple[str, ...]:
     """Endings, in small letters, of the picture files that the installed OpenCV reads."""
-    # By names OpenCV says only what it writes. It is built with both directions of a format or with none.
+    # By names OpenCV says only what it writes. It is built with both directions of a format or with
+    # none.
     return tuple(suffix for suffix in _KNOWN if cv2.haveImageWriter(f'x{suffix}'))
 
 
-def has_picture_suffix(path: Union[str, os.PathLike]) -> bool:
-    """Whether a file's name is that of a picture that OpenCV reads. Capital letters count as small ones."""
+def has_picture_suffix(path: str | os.PathLike) -> bool:
+    """Whether a file's name is that of a picture that OpenCV reads. Capital letters count as small
+    ones."""
     return os.path.splitext(os.fspath(path))[1].lower() in picture_suffixes()
 
 
-def is_picture(path: Union[str, os.PathLike]) -> bool:
-    """Whether a file begins like a picture that OpenCV reads, whatever its name. Only its head is looked at."""
+def is_picture(path: str | os.PathLike) -> bool:
+    """Whether a file begins like a picture that OpenCV reads, whatever its name. Only its head is
+    looked at."""
     return cv2.haveImageReader(os.fspath(path))

@@ -1,8 +1,9 @@
 """Read a picture, and say why where it cannot be read."""
+
 import contextlib
 import http.client
 import io
-from typing import Callable, Optional, Tuple
+from collections.abc import Callable
 
 import cv2
 import mmcv
@@ -13,13 +14,15 @@ from PIL import Image, UnidentifiedImageError
 from .check_annotations import LONGEST
 
 
-def read_picture(path: str, decode: Callable[[bytes], Optional[np.ndarray]] = mmcv.imfrombytes
-                 ) -> Tuple[Optional[np.ndarray], Optional[str]]:
+def read_picture(
+    path: str, decode: Callable[[bytes], np.ndarray | None] = mmcv.imfrombytes
+) -> tuple[np.ndarray | None, str | None]:
     """Decode a picture, by path or URL: once, where it ends as pictures of its kind do.
 
     Args:
         path (str): The picture's.
-        decode (Callable): The bytes of a file -> a picture, None if it has none. Defaults to mmcv's, by OpenCV.
+        decode (Callable): The bytes of a file -> a picture, None if it has none. Defaults to
+            mmcv's, by OpenCV.
 
     Returns:
         tuple: The picture, (H, W, 3) uint8, BGR, and None; or None, and why it cannot be read.
@@ -32,7 +35,7 @@ def read_picture(path: str, decode: Callable[[bytes], Optional[np.ndarray]] = mm
     picture = None
     with contextlib.suppress(cv2.error):
         picture = decode(data) if data else None
-    # OpenCV fills what a truncated file lacks with grey; Pillow says that it is truncated.
+    # OpenCV fills what a truncated file lacks with gray; Pillow says that it is truncated.
     fault = None if picture is not None and _is_whole(data) else _fault(data, picture is not None)
     if fault is None and max(picture.shape[:2]) > LONGEST * min(picture.shape[:2]):
         fault = f'is more than {LONGEST} times as long as wide'
@@ -47,8 +50,9 @@ def _is_whole(data: bytes) -> bool:
     return data.startswith(b'\x89PNG') and data.rfind(b'IEND') > len(data) - 64
 
 
-def _fault(data: bytes, decoded: bool) -> Optional[str]:
-    """What is wrong with a file, by Pillow, whether OpenCV decodes it or not; None if nothing is."""
+def _fault(data: bytes, decoded: bool) -> str | None:
+    """What is wrong with a file, by Pillow, whether OpenCV decodes it or not; None if nothing
+    is."""
     try:
         with Image.open(io.BytesIO(data)) as picture:
             picture.load()

@@ -2,9 +2,10 @@
 
 Letters: T frames of a clip, B videos at a time.
 """
+
 import heapq
 from collections import deque
-from typing import Iterator, List, Optional, Sequence, Tuple
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from mmengine.dist import get_dist_info, sync_random_seed
@@ -16,8 +17,9 @@ from ..errors import UsageError
 from .video import ClipFrame, VideoDataset
 
 
-def share_out(lengths: Sequence[int], parts: int) -> List[List[int]]:
-    """Share videos out so that the parts have about as many frames: the longest first, to who has least.
+def share_out(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Share videos out so that the parts have about as many frames: the longest first, to who has
+    least.
 
     Args:
         lengths (Sequence[int]): Frames of each video.
@@ -27,7 +29,7 @@ def share_out(lengths: Sequence[int], parts: int) -> List[List[int]]:
         list[list[int]]: Places in ``lengths``, ascending; empty where there are too few videos.
     """
     loads = [(0, part) for part in range(parts)]
-    shares: List[List[int]] = [[] for _ in range(parts)]
+    shares: list[list[int]] = [[] for _ in range(parts)]
     for place in sorted(range(len(lengths)), key=lambda one: -lengths[one]):
         load, part = heapq.heappop(loads)
         shares[part].append(place)
@@ -35,7 +37,7 @@ def share_out(lengths: Sequence[int], parts: int) -> List[List[int]]:
     return [sorted(share) for share in shares]
 
 
-def lockstep(videos: Sequence[Sequence[int]], streams: int) -> Iterator[List[int]]:
+def lockstep(videos: Sequence[Sequence[int]], streams: int) -> Iterator[list[int]]:
     """Go through several videos at a time.
 
     Args:
@@ -64,11 +66,13 @@ class VideoSampler(Sampler):
         seed (int, optional): Not used; mmengine gives it to every sampler.
     """
 
-    def __init__(self, dataset: VideoDataset, seed: Optional[int] = None) -> None:
+    def __init__(self, dataset: VideoDataset, seed: int | None = None) -> None:
         rank, ranks = get_dist_info()
         self.dataset = dataset
         videos = list(require_videos(dataset).values())
-        self.videos = [videos[place] for place in share_out([len(rows) for rows in videos], ranks)[rank]]
+        self.videos = [
+            videos[place] for place in share_out([len(rows) for rows in videos], ranks)[rank]
+        ]
 
     def __iter__(self) -> Iterator[int]:
         return (row for rows in self.videos for row in rows)
@@ -88,10 +92,12 @@ class StreamBatchSampler(Sampler):
 
     def __init__(self, sampler: VideoSampler, batch_size: int) -> None:
         if not isinstance(sampler, VideoSampler):
-            raise UsageError(f'StreamBatchSampler needs a VideoSampler; got {type(sampler).__name__}')
+            raise UsageError(
+                f'StreamBatchSampler needs a VideoSampler; got {type(sampler).__name__}'
+            )
         self.sampler, self.batch_size = sampler, batch_size
 
-    def __iter__(self) -> Iterator[List[int]]:
+    def __iter__(self) -> Iterator[list[int]]:
         return lockstep(self.sampler.videos, self.batch_size)
 
     def __len__(self) -> int:
@@ -102,29 +108,33 @@ class StreamBatchSampler(Sampler):
 class ClipSampler(Sampler):
     """Clips of T frames in the order of time, for training; the clips in random order.
 
-    Every epoch takes a clip at a random place from each part of a video, parts as long as a clip is in the
-    mean. Make the batch size a multiple of T: a batch is then whole clips, one after the other, each with
-    ``clip_step`` 0 to T - 1. The frames of a clip are augmented alike.
+    Every epoch takes a clip at a random place from each part of a video, parts as long as a clip is
+    in the mean. Make the batch size a multiple of T: a batch is then whole clips, one after the
+    other, each with ``clip_step`` 0 to T - 1. The frames of a clip are augmented alike.
 
     Args:
         dataset (VideoDataset): Data set.
         frames (int): T, at least 1. Videos of fewer frames are left out.
-        gaps (tuple[int, int]): Least and most rows from one frame of a clip to the next, drawn anew each
-            time. Where a video is too short for the gaps, they are smaller. Defaults to (1, 1).
+        gaps (tuple[int, int]): Least and most rows from one frame of a clip to the next, drawn anew
+            each time. Where a video is too short for the gaps, they are smaller. Defaults to (1,
+            1).
         seed (int, optional): Defaults to a random one, the same on all ranks.
 
     Raises:
         UsageError: If a number is out of range, or no video is long enough.
     """
 
-    def __init__(self,
-                 dataset: VideoDataset,
-                 frames: int,
-                 gaps: Tuple[int, int] = (1, 1),
-                 seed: Optional[int] = None) -> None:
+    def __init__(
+        self,
+        dataset: VideoDataset,
+        frames: int,
+        gaps: tuple[int, int] = (1, 1),
+        seed: int | None = None,
+    ) -> None:
         if frames < 1 or not 1 <= gaps[0] <= gaps[1]:
-            raise UsageError('ClipSampler takes frames >= 1 and gaps 1 <= least <= most; got '
-                             f'{frames}, {gaps}')
+            raise UsageError(
+                f'ClipSampler takes frames >= 1 and gaps 1 <= least <= most; got {frames}, {gaps}'
+            )
         self.rank, self.ranks = get_dist_info()
         self.dataset, self.frames, self.gaps = dataset, frames, gaps
         self.videos = [rows for rows in require_videos(dataset).values() if len(rows) >= frames]
@@ -144,8 +154,10 @@ class ClipSampler(Sampler):
         seeds = rng.integers(2**31, size=len(clips)).tolist()
         # As many for each rank: some come twice.
         order = np.resize(rng.permutation(len(clips)), self.clips * self.ranks)
-        for number in order[self.rank::self.ranks]:
-            yield from (ClipFrame(row, step, seeds[number]) for step, row in enumerate(clips[number]))
+        for number in order[self.rank :: self.ranks]:
+            yield from (
+                ClipFrame(row, step, seeds[number]) for step, row in enumerate(clips[number])
+            )
 
     def __len__(self) -> int:
         return self.clips * self.frames
@@ -154,7 +166,7 @@ class ClipSampler(Sampler):
         """mmengine calls it before each epoch."""
         self.epoch = epoch
 
-    def _cut(self, rng: np.random.Generator, rows: List[int], count: int) -> List[List[int]]:
+    def _cut(self, rng: np.random.Generator, rows: list[int], count: int) -> list[list[int]]:
         """Clips of a video, ``count`` of them, each within its part of the video."""
         edges = np.linspace(0, len(rows), count + 1).astype(int)
         clips = []

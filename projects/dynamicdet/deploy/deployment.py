@@ -1,8 +1,10 @@
 """From a trained detector to a deployment folder."""
+
 import copy
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any
 
 import torch
 from mmengine.config import Config
@@ -12,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from mmdet.models.detectors import BaseDetector
 
 from ..building import load_detector, whole_model
-from ..compression.quantisation import trace
+from ..compression.quantization import trace
 from ..errors import UsageError
 from ..measuring.calibration import force_exit, measure_difficulties, provenance
 from ..models import DynamicDetector
@@ -30,7 +32,7 @@ from .int8 import (
     multiply_adds,
     needs_reduced_range,
     prediction_layers,
-    quantise_graph,
+    quantize_graph,
     spared_layers,
     trained_ranges,
     watched,
@@ -45,39 +47,41 @@ _TRIED = 16
 _TIMED, _ROUNDS = 10, 3
 
 
-def deploy(cfg: Config,
-           path: str,
-           out: str,
-           loader: Optional[DataLoader] = None,
-           progress: Progress = lambda steps, what: steps,
-           images: int = 200,
-           method: str = 'mse',
-           noise: float = 0.01,
-           share: float = 0.1,
-           reduced: Optional[bool] = None,
-           compress: bool = False,
-           between: bool = True,
-           timed: Optional[Dataset] = None) -> Dict[str, Any]:
+def deploy(
+    cfg: Config,
+    path: str,
+    out: str,
+    loader: DataLoader | None = None,
+    progress: Progress = lambda steps, what: steps,
+    images: int = 200,
+    method: str = 'mse',
+    noise: float = 0.01,
+    share: float = 0.1,
+    reduced: bool | None = None,
+    compress: bool = False,
+    between: bool = True,
+    timed: Dataset | None = None,
+) -> dict[str, Any]:
     """Write a detector as a deployment folder.
 
     Args:
         cfg (Config): Of a plain or dynamic detector.
         path (str): Its checkpoint. One of a `QuantizationHook` brings ranges, which are used.
         out (str): The folder to make.
-        loader (DataLoader, optional): Over validation images, by the config's test pipeline. With it, graphs
-            are in 8 bits; without, in float32.
+        loader (DataLoader, optional): Over validation images, by the config's test pipeline. With
+            it, graphs are in 8 bits; without, in float32.
         progress (Callable): Wraps what is iterated over.
         images (int): How many images of it are looked at, at least 1.
         method (str): How ranges are found; see `Observer.ranges`.
         noise, share (float): Which layers stay float; see `prediction_layers` and `choose_float`.
-        reduced (bool, optional): Whether weights have 7 bits. Defaults to what this processor needs, or to
-            what was trained with.
+        reduced (bool, optional): Whether weights have 7 bits. Defaults to what this processor
+            needs, or to what was trained with.
         compress (bool): Whether graphs are written by zstd. Defaults to False.
-        between (bool): Whether what is between layers has 8 bits, too, see `int8.BETWEEN`; but for SiLU where
-            predictions are made. Trained ranges are of layers alone. Defaults to True.
-        timed (Dataset, optional): Images on which the latency of each exit is measured, in ONNX Runtime with
-            torch's number of threads. Defaults to the loader's. Without any a folder has no latencies, and takes
-            no budget in time.
+        between (bool): Whether what is between layers has 8 bits, too, see `int8.BETWEEN`; but for
+            SiLU where predictions are made. Trained ranges are of layers alone. Defaults to True.
+        timed (Dataset, optional): Images on which the latency of each exit is measured, in ONNX
+            Runtime with torch's number of threads. Defaults to the loader's. Without any a folder
+            has no latencies, and takes no budget in time.
 
     Returns:
         dict: What was done, as in the manifest; with ``bytes``.
@@ -85,7 +89,7 @@ def deploy(cfg: Config,
     Raises:
         UsageError: If something is missing, or does not fit.
     """
-    for name in ('onnx', 'onnxruntime', *('zstandard', ) * compress):
+    for name in ('onnx', 'onnxruntime', *('zstandard',) * compress):
         need(name)
     require_new(out)
     if loader is not None and (images < 1 or not len(loader.dataset)):
@@ -99,11 +103,11 @@ def deploy(cfg: Config,
     deployed, _ = load_detector(bare, path)
     stages = find_stages(deployed)
     contents = {name: one.content for name, one in exported.items()}
-    about: Dict[str, Any] = dict(
+    about: dict[str, Any] = dict(
         int8=loader is not None,
-        versions={name: need(name).__version__
-                  for name in ('torch', 'onnx', 'onnxruntime')},
-        provenance=provenance(cfg, path, loader.dataset if loader is not None else (), 'cpu'))
+        versions={name: need(name).__version__ for name in ('torch', 'onnx', 'onnxruntime')},
+        provenance=provenance(cfg, path, loader.dataset if loader is not None else (), 'cpu'),
+    )
     if loader is None:
         # Nothing was looked at.
         for name in ('ann_file', 'categories', 'classes', 'images'):
@@ -112,23 +116,43 @@ def deploy(cfg: Config,
         batches = _first(loader, images)
         shares = _hard_shares(deployed, batches, progress)
         contents, details = _int8(
-            deployed, stages, exported, batches, progress, trained, method, noise, share, reduced, between)
+            deployed,
+            stages,
+            exported,
+            batches,
+            progress,
+            trained,
+            method,
+            noise,
+            share,
+            reduced,
+            between,
+        )
         about.update(details)
         about['provenance'].update(images=details['calibration']['images'])
     _place(stages, contents, exported)
     place_roi_aligns(deployed)
     if loader is not None and shares is not None:
         _recalibrate(deployed, batches, shares, progress)
-    about['latencies'] = _time(deployed, timed if timed is not None or loader is None else loader.dataset, progress)
+    about['latencies'] = _time(
+        deployed, timed if timed is not None or loader is None else loader.dataset, progress
+    )
     release_weights(stages)
     about['bytes'] = write_folder(
-        out, cfg, deployed, contents, {name: one.form for name, one in exported.items()}, about, compress)
+        out,
+        cfg,
+        deployed,
+        contents,
+        {name: one.form for name, one in exported.items()},
+        about,
+        compress,
+    )
     return about
 
 
-def _first(loader: DataLoader, images: int) -> List[dict]:
+def _first(loader: DataLoader, images: int) -> list[dict]:
     """Batches until there are so many images. Loaders of videos have no batch size of their own."""
-    batches: List[dict] = []
+    batches: list[dict] = []
     for batch in loader:
         batches.append(batch)
         images -= len(batch['inputs'])
@@ -137,11 +161,20 @@ def _first(loader: DataLoader, images: int) -> List[dict]:
     return batches
 
 
-def _place(stages: Sequence[Stage], contents: Mapping[str, bytes], exported: Mapping[str, Exported],
-           watch: Optional[Mapping[str, Callable]] = None) -> None:
+def _place(
+    stages: Sequence[Stage],
+    contents: Mapping[str, bytes],
+    exported: Mapping[str, Exported],
+    watch: Mapping[str, Callable] | None = None,
+) -> None:
     for stage in stages:
-        stage.place(Graph(contents[stage.name], exported[stage.name].form,
-                          watch=watch[stage.name] if watch else None))
+        stage.place(
+            Graph(
+                contents[stage.name],
+                exported[stage.name].form,
+                watch=watch[stage.name] if watch else None,
+            )
+        )
 
 
 def _drive(model: BaseDetector, batches: Sequence[dict], progress: Progress, what: str) -> None:
@@ -158,56 +191,98 @@ def _drive(model: BaseDetector, batches: Sequence[dict], progress: Progress, wha
                     model.test_step(batch)
 
 
-def _int8(model: BaseDetector, stages: Sequence[Stage], exported: Mapping[str, Exported],
-          batches: Sequence[dict], progress: Progress, trained: Optional[Mapping[str, Any]], method: str,
-          noise: float, share: float, reduced: Optional[bool], between: bool) -> Tuple[Dict[str, bytes], Dict[str, Any]]:
+def _int8(
+    model: BaseDetector,
+    stages: Sequence[Stage],
+    exported: Mapping[str, Exported],
+    batches: Sequence[dict],
+    progress: Progress,
+    trained: Mapping[str, Any] | None,
+    method: str,
+    noise: float,
+    share: float,
+    reduced: bool | None,
+    between: bool,
+) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Graphs in 8 bits, and what was found on the way."""
     observers = {stage.name: Observer() for stage in stages}
-    feeds: Dict[str, List[Tuple[Tensor, ...]]] = {stage.name: [] for stage in stages}
+    feeds: dict[str, list[tuple[Tensor, ...]]] = {stage.name: [] for stage in stages}
     watching = {name: watched(one.content) for name, one in exported.items()}
     for stage in stages:
-        stage.place(_Kept(Graph(watching[stage.name], exported[stage.name].form, watch=observers[stage.name]),
-                          feeds[stage.name]))
+        stage.place(
+            _Kept(
+                Graph(watching[stage.name], exported[stage.name].form, watch=observers[stage.name]),
+                feeds[stage.name],
+            )
+        )
     _drive(model, batches, progress, 'calibration')
     if reduced is None:
         reduced = trained['reduced'] if trained else needs_reduced_range()
     ranges = {name: observer.ranges(method) for name, observer in observers.items()}
-    joins = joins_of({(stage.name, index): stage.source(index) for stage in stages
-                      for index in range(len(exported[stage.name].inputs)) if stage.source(index)})
+    joins = joins_of(
+        {
+            (stage.name, index): stage.source(index)
+            for stage in stages
+            for index in range(len(exported[stage.name].inputs))
+            if stage.source(index)
+        }
+    )
     ends = joined_ranges(joins, ranges)
     contents, found = {}, {}
     for stage in progress(stages, 'layers'):
         content = exported[stage.name].content
-        spared, costs = spared_layers(content, stage), multiply_adds(content, observers[stage.name].shares)
+        spared, costs = (
+            spared_layers(content, stage),
+            multiply_adds(content, observers[stage.name].shares),
+        )
         if trained:
             recipe = _trained(stage, exported[stage.name], trained, reduced)
             # Which layers stay float was decided before the training: the noise is measured alone.
             result = choose_float(content, recipe, feeds[stage.name], costs, math.inf)
-            result.share = sum(costs[name] for name in recipe.float_layers if name not in spared) / (
-                sum(cost for name, cost in costs.items() if name not in spared) or 1)
+            result.share = sum(
+                costs[name] for name in recipe.float_layers if name not in spared
+            ) / (sum(cost for name, cost in costs.items() if name not in spared) or 1)
         else:
-            predictions, own = prediction_layers(content, costs, share) if stage.predicts else ((), 0.0)
-            recipe = Recipe({**ranges[stage.name], **ends[stage.name]}, (*spared, *predictions), reduced,
-                            (PLAIN_BETWEEN if stage.predicts else BETWEEN) if between else (), tuple(ends[stage.name]))
+            predictions, own = (
+                prediction_layers(content, costs, share) if stage.predicts else ((), 0.0)
+            )
+            recipe = Recipe(
+                {**ranges[stage.name], **ends[stage.name]},
+                (*spared, *predictions),
+                reduced,
+                (PLAIN_BETWEEN if stage.predicts else BETWEEN) if between else (),
+                tuple(ends[stage.name]),
+            )
             # Of the other layers, what is left of the share.
-            result = choose_float(content, recipe, feeds[stage.name], costs, noise,
-                                  max(0.0, share - own) / (1 - own) if own < 1 else 0.0)
+            result = choose_float(
+                content,
+                recipe,
+                feeds[stage.name],
+                costs,
+                noise,
+                max(0.0, share - own) / (1 - own) if own < 1 else 0.0,
+            )
             result.share = own + result.share * (1 - own)
             recipe = replace(recipe, float_layers=(*recipe.float_layers, *result.chosen))
-        contents[stage.name] = quantise_graph(content, recipe)
+        contents[stage.name] = quantize_graph(content, recipe)
         found[stage.name] = dict(
-            float_layers=list(recipe.float_layers), float_share=result.share,
-            noise_all_int8=result.before, noise=result.after)
+            float_layers=list(recipe.float_layers),
+            float_share=result.share,
+            noise_all_int8=result.before,
+            noise=result.after,
+        )
     images = sum(len(batch['inputs']) for batch in batches)
     return join_graphs(contents, joins), dict(
-        reduced_range=reduced, calibration=dict(images=images, ranges='trained' if trained else method),
-        layers=found)
+        reduced_range=reduced,
+        calibration=dict(images=images, ranges='trained' if trained else method),
+        layers=found,
+    )
 
 
 class _Kept:
     """A graph that keeps what reached it first."""
 
-    def __init__(self, graph: Graph, feeds: List[Tuple[Tensor, ...]]) -> None:
+    def __init__(self, graph: Graph, feeds: list[tuple[Tensor, ...]]) -> None:
         self._graph, self._feeds = graph, feeds
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -217,26 +292,42 @@ class _Kept:
 
 
 def _trained(stage: Stage, exported: Exported, trained: Mapping[str, Any], reduced: bool) -> Recipe:
-    """The recipe of a quantisation-aware training."""
-    plan = trace(stage.run, exported.inputs, stage.modules, stage.spared,
-                 trained['float_share'] if stage.predicts else 0.0)
+    """The recipe of a quantization-aware training."""
+    plan = trace(
+        stage.run,
+        exported.inputs,
+        stage.modules,
+        stage.spared,
+        trained['float_share'] if stage.predicts else 0.0,
+    )
     prefix = f'{stage.name}/'
-    own = {key.removeprefix(prefix): value.tolist() for key, value in trained['ranges'].items()
-           if key.startswith(prefix)}
+    own = {
+        key.removeprefix(prefix): value.tolist()
+        for key, value in trained['ranges'].items()
+        if key.startswith(prefix)
+    }
     ranges, unknown = trained_ranges(exported.content, plan, own)
     return Recipe(ranges, unknown, reduced)
 
 
-def _hard_shares(model: BaseDetector, batches: Sequence[dict], progress: Progress) -> Optional[List[float]]:
+def _hard_shares(
+    model: BaseDetector, batches: Sequence[dict], progress: Progress
+) -> list[float] | None:
     """The share of images that goes on at each threshold, of a calibrated dynamic detector."""
     if not isinstance(model, DynamicDetector) or not len(model.difficulties):
         return None
     difficulties = torch.from_numpy(measure_difficulties(model, batches, progress))
-    return [(difficulties > threshold).float().mean().item() for threshold in model.threshold.reshape(-1)]
+    return [
+        (difficulties > threshold).float().mean().item()
+        for threshold in model.threshold.reshape(-1)
+    ]
 
 
-def _time(model: BaseDetector, dataset: Optional[Dataset], progress: Progress) -> Optional[Dict[str, Any]]:
-    """Measure the latency of each exit where graphs compute, in the place of torch's; None without images."""
+def _time(
+    model: BaseDetector, dataset: Dataset | None, progress: Progress
+) -> dict[str, Any] | None:
+    """Measure the latency of each exit where graphs compute, in the place of torch's; None without
+    images."""
     if dataset is None:
         put_latencies(model, [math.nan] * getattr(model, 'num_exits', 1))
         return None
@@ -246,7 +337,9 @@ def _time(model: BaseDetector, dataset: Optional[Dataset], progress: Progress) -
     return dict(seconds=seconds, images=images, batch_size=1, **conditions())
 
 
-def _recalibrate(model: DynamicDetector, batches: Sequence[dict], shares: List[float], progress: Progress) -> None:
+def _recalibrate(
+    model: DynamicDetector, batches: Sequence[dict], shares: list[float], progress: Progress
+) -> None:
     """Difficulties are others in 8 bits; as many images go on as before."""
     model.difficulties = torch.from_numpy(measure_difficulties(model, batches, progress))
     model.set_budget(hard_share=shares[0] if len(shares) == 1 else shares)

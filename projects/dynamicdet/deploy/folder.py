@@ -1,6 +1,7 @@
 """A folder that holds a detector for use: graphs, a config, what torch still needs, and a manifest.
 
-    manifest.json      stages and how their outputs are nested, versions, provenance, latencies and what they
+    manifest.json      stages and how their outputs are nested, versions, provenance, latencies and
+    what they
                        were measured with, SHA-256 of all files
     config.json        the config, as data: reading it runs nothing
     state.pth          what is not in the graphs: router, thresholds, calibration
@@ -8,14 +9,16 @@
 
 It is written whole or not at all, and a folder that was changed is refused.
 """
+
 import hashlib
 import io
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Sequence
+from typing import Any
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -39,8 +42,15 @@ MANIFEST, CONFIG, STATE = 'manifest.json', 'config.json', 'state.pth'
 _GRAPH, _SMALL = '.onnx', '.onnx.zst'
 
 
-def write_folder(out: str, cfg: Config, model: BaseDetector, graphs: Mapping[str, bytes],
-                 forms: Mapping[str, Any], about: Mapping[str, Any], compress: bool = False) -> int:
+def write_folder(
+    out: str,
+    cfg: Config,
+    model: BaseDetector,
+    graphs: Mapping[str, bytes],
+    forms: Mapping[str, Any],
+    about: Mapping[str, Any],
+    compress: bool = False,
+) -> int:
     """Write a deployment folder.
 
     Args:
@@ -50,8 +60,8 @@ def write_folder(out: str, cfg: Config, model: BaseDetector, graphs: Mapping[str
         graphs (Mapping[str, bytes]): ONNX file of each stage, in order.
         forms (Mapping): How each stage's outputs are nested.
         about (Mapping): For the manifest: plain data.
-        compress (bool): Whether graphs are written by zstd: smaller files, as fast once they are loaded.
-            Defaults to False.
+        compress (bool): Whether graphs are written by zstd: smaller files, as fast once they are
+            loaded. Defaults to False.
 
     Returns:
         int: Bytes written.
@@ -60,16 +70,23 @@ def write_folder(out: str, cfg: Config, model: BaseDetector, graphs: Mapping[str
     suffix = _SMALL if compress else _GRAPH
     state = io.BytesIO()
     torch.save(model.state_dict(), state)
-    files = {f'{name}{suffix}': _compressed(content) if compress else content for name, content in graphs.items()}
+    files = {
+        f'{name}{suffix}': _compressed(content) if compress else content
+        for name, content in graphs.items()
+    }
     files[CONFIG] = json.dumps(_plain(cfg.to_dict()), indent=1).encode()
     files[STATE] = state.getvalue()
     manifest = dict(
-        format=FORMAT, version=VERSION,
-        stages=[dict(name=name, file=f'{name}{suffix}', size=len(content), form=forms[name])
-                for name, content in graphs.items()],
+        format=FORMAT,
+        version=VERSION,
+        stages=[
+            dict(name=name, file=f'{name}{suffix}', size=len(content), form=forms[name])
+            for name, content in graphs.items()
+        ],
         dataset_meta=_plain(dict(getattr(model, 'dataset_meta', None) or {})),
         **about,
-        files={name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
+        files={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+    )
     manifest['sha256'] = _digest(manifest)
     files[MANIFEST] = json.dumps(manifest, indent=1).encode()
     target = Path(out).absolute()
@@ -104,7 +121,7 @@ def require_new(out: str) -> None:
         raise UsageError(f"'{out}' is there already: name a folder that is not, or remove it")
 
 
-def read_manifest(folder: str) -> Dict[str, Any]:
+def read_manifest(folder: str) -> dict[str, Any]:
     """The manifest of a deployment folder, whose files are looked through.
 
     Raises:
@@ -113,7 +130,8 @@ def read_manifest(folder: str) -> Dict[str, Any]:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise UsageError(
-            f"'{folder}' is no deployed detector: it has no {MANIFEST}; tools/export.py makes one")
+            f"'{folder}' is no deployed detector: it has no {MANIFEST}; tools/export.py makes one"
+        )
     try:
         manifest = json.loads(path.read_text(encoding='utf-8'))
         known = manifest.pop('sha256') == _digest(manifest) and manifest['format'] == FORMAT
@@ -124,7 +142,8 @@ def read_manifest(folder: str) -> Dict[str, Any]:
     if manifest['version'] != VERSION:
         raise UsageError(
             f"'{folder}' is of version {manifest['version']} of the format, and this package reads "
-            f'{VERSION}: export the detector again')
+            f'{VERSION}: export the detector again'
+        )
     for name, digest in manifest['files'].items():
         file = Path(folder) / name
         if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:
@@ -138,55 +157,77 @@ def read_config(folder: str) -> Config:
     return Config(_restored(json.loads((Path(folder) / CONFIG).read_text(encoding='utf-8'))))
 
 
-def load_deployed(folder: str, threads: Optional[int] = None, runtime: str = 'onnxruntime',
-                  providers: Optional[Sequence[str]] = None) -> BaseDetector:
+def load_deployed(
+    folder: str,
+    threads: int | None = None,
+    runtime: str = 'onnxruntime',
+    providers: Sequence[str] | None = None,
+) -> BaseDetector:
     """Load a detector that graphs compute. It is used as any other: `predict`, `test_step`, mmdet's
-    `inference_detector`, budgets. One in time goes by the folder's latencies, and warns where they were measured
-    by another runtime, with other threads or on another machine; `timing.measure_latency` and
-    `timing.put_latencies` measure anew.
+    `inference_detector`, budgets. One in time goes by the folder's latencies, and warns where they
+    were measured by another runtime, with other threads or on another machine;
+    `timing.measure_latency` and `timing.put_latencies` measure anew.
 
     Args:
         folder (str): As tools/export.py writes it.
         threads (int, optional): Of each graph. Defaults to torch's.
         runtime (str): What runs the graphs, see `runtimes.open_graph`. Defaults to 'onnxruntime'.
-        providers (Sequence[str], optional): Of ONNX Runtime, see there. Defaults to the best that is there.
+        providers (Sequence[str], optional): Of ONNX Runtime, see there. Defaults to the best that
+            is there.
 
     Raises:
-        UsageError: If it is no deployment folder, was changed, a library is missing, or there is no such runtime or
-            provider.
+        UsageError: If it is no deployment folder, was changed, a library is missing, or there is no
+            such runtime or provider.
     """
     manifest, cfg = read_manifest(folder), read_config(folder)
     init_default_scope('mmdet')
     model = MODELS.build(cfg.model).eval()
     stages = find_stages(model)
     if [stage.name for stage in stages] != [one['name'] for one in manifest['stages']]:
-        raise UsageError(f"'{folder}' is of another version of this package: export the detector again")
+        raise UsageError(
+            f"'{folder}' is of another version of this package: export the detector again"
+        )
     for stage, one in zip(stages, manifest['stages']):
-        stage.place(Graph(_read_graph(Path(folder) / one['file'], one['size']), one['form'], threads, runtime=runtime,
-                          providers=providers))
+        stage.place(
+            Graph(
+                _read_graph(Path(folder) / one['file'], one['size']),
+                one['form'],
+                threads,
+                runtime=runtime,
+                providers=providers,
+            )
+        )
     release_weights(stages)
     place_roi_aligns(model, threads, runtime)
     with weights_only():
         state = torch.load(Path(folder) / STATE, map_location='cpu', weights_only=True)
     if isinstance(model, DynamicDetector):
-        model.timed_elsewhere = timed_elsewhere(manifest['latencies'] or {}, conditions(runtime, threads, providers))
+        model.timed_elsewhere = timed_elsewhere(
+            manifest['latencies'] or {}, conditions(runtime, threads, providers)
+        )
     model.load_state_dict(state)
     model.cfg, model.dataset_meta = cfg, _restored(manifest['dataset_meta'])
     return model
 
 
 @MODELS.register_module()
-def DeployedDetector(folder: str, threads: Optional[int] = None, budget: Optional[dict] = None,
-                     data_preprocessor: Optional[dict] = None, runtime: str = 'onnxruntime',
-                     providers: Optional[Sequence[str]] = None,
-                     latencies: Optional[Sequence[float]] = None) -> BaseDetector:
+def DeployedDetector(
+    folder: str,
+    threads: int | None = None,
+    budget: dict | None = None,
+    data_preprocessor: dict | None = None,
+    runtime: str = 'onnxruntime',
+    providers: Sequence[str] | None = None,
+    latencies: Sequence[float] | None = None,
+) -> BaseDetector:
     """`load_deployed` for configs: ``model=dict(type='DeployedDetector', folder=...)``.
 
     Args:
         folder, threads, runtime, providers: See there.
         budget (dict, optional): A dynamic detector's speed; see `DynamicDetector`.
         data_preprocessor: The folder's counts; Runners fill this in.
-        latencies (Sequence[float], optional): Of each exit, seconds, measured anew. Defaults to the folder's.
+        latencies (Sequence[float], optional): Of each exit, seconds, measured anew. Defaults to the
+            folder's.
     """
     model = load_deployed(folder, threads, runtime, providers)
     if latencies:
@@ -229,7 +270,9 @@ def _plain(value: Any) -> Any:
         return [_plain(one) for one in value]
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
-    raise UsageError(f'the config holds a {type(value).__name__}, {value!r}, which cannot be written as data')
+    raise UsageError(
+        f'the config holds a {type(value).__name__}, {value!r}, which cannot be written as data'
+    )
 
 
 def _restored(value: Any) -> Any:

@@ -1,12 +1,14 @@
 """Stages as ONNX graphs: made, and run."""
+
 import contextlib
 import io
 import logging
 import sys
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,10 +28,11 @@ from ..models.fusing import fusible_parts
 from ..models.stages import Form, Stage, find_stages, flatten, record_inputs, unflatten
 from .runtimes import open_graph
 
-#: Operators of 2021, which have scales for each channel. ONNX Runtime quantises them, and reads them for
-#: long.
+#: Operators of 2021, which have scales for each channel. ONNX Runtime quantizes them, and reads
+#: them for long.
 OPSET = 17
-#: Height and width of the example that stages are traced on. Unlike sides: no axis is mistaken for another.
+#: Height and width of the example that stages are traced on. Unlike sides: no axis is mistaken for
+#: another.
 EXAMPLE_SIZE = (256, 320)
 
 
@@ -42,6 +45,7 @@ class Exported:
         form: How its outputs are nested; see `stages.flatten`.
         inputs (tuple[Tensor]): What it was traced on.
     """
+
     content: bytes
     form: Form
     inputs: Sequence[Tensor]
@@ -59,8 +63,9 @@ class _Flat(nn.Module):
         return tuple(flatten(self._run(*inputs))[0])
 
 
-def export_stages(model: BaseDetector, size: Sequence[int] = EXAMPLE_SIZE,
-                  fuse: bool = True) -> Dict[str, Exported]:
+def export_stages(
+    model: BaseDetector, size: Sequence[int] = EXAMPLE_SIZE, fuse: bool = True
+) -> dict[str, Exported]:
     """Make a float32 graph of each stage. Numbers of images, heights and widths are free.
 
     Args:
@@ -69,7 +74,8 @@ def export_stages(model: BaseDetector, size: Sequence[int] = EXAMPLE_SIZE,
         fuse (bool): Whether a model's own parts are fused before, as YOLOv7's.
 
     Raises:
-        UsageError: If a library is missing, the detector cannot be cut, or one of its layers cannot be in a graph.
+        UsageError: If a library is missing, the detector cannot be cut, or one of its layers cannot
+            be in a graph.
     """
     need('onnx')
     exportable_stages(model)
@@ -83,7 +89,7 @@ def export_stages(model: BaseDetector, size: Sequence[int] = EXAMPLE_SIZE,
     return {stage.name: _export(stage, inputs[stage.name]) for stage in stages}
 
 
-def exportable_stages(model: BaseDetector) -> List[Stage]:
+def exportable_stages(model: BaseDetector) -> list[Stage]:
     """`find_stages`, if all of their layers can be in a graph, as far as their types tell.
 
     Raises:
@@ -91,34 +97,55 @@ def exportable_stages(model: BaseDetector) -> List[Stage]:
     """
     stages = find_stages(model)
     names = {id(module): name for name, module in model.named_modules()}
-    odd = {id(module): module for stage in stages for whole in stage.modules for module in whole.modules()
-           if _is_mmcvs(type(module))}
+    odd = {
+        id(module): module
+        for stage in stages
+        for whole in stage.modules
+        for module in whole.modules()
+        if _is_mmcvs(type(module))
+    }
     if odd:
-        raise _no_operator(sorted({type(module).__name__ for module in odd.values()}),
-                           [names.get(key, '?') for key in odd])
+        raise _no_operator(
+            sorted({type(module).__name__ for module in odd.values()}),
+            [names.get(key, '?') for key in odd],
+        )
     return stages
 
 
 def _is_mmcvs(kind: type) -> bool:
-    """Whether a layer is computed by mmcv's own C++ operators, such as deformable convolution; losses are no layers."""
+    """Whether a layer is computed by mmcv's own C++ operators, such as deformable convolution;
+    losses are no layers."""
     files = (sys.modules.get(base.__module__) for base in kind.__mro__)
-    return any(file.__name__.startswith('mmcv.ops.') and hasattr(file, 'ext_module') for file in files
-               if file is not None) and not kind.__name__.endswith('Loss')
+    return any(
+        file.__name__.startswith('mmcv.ops.') and hasattr(file, 'ext_module')
+        for file in files
+        if file is not None
+    ) and not kind.__name__.endswith('Loss')
 
 
 def _no_operator(kinds: Sequence[str], layers: Sequence[str]) -> UsageError:
     more = f' and {len(layers) - 3} more' if len(layers) > 3 else ''
-    return UsageError(f'{", ".join(kinds)} ({", ".join(layers[:3])}{more}) cannot be exported: ONNX Runtime has no such '
-                      'operator; train the detector with plain layers in their place')
+    return UsageError(
+        f'{", ".join(kinds)} ({", ".join(layers[:3])}{more}) cannot be exported: ONNX Runtime has '
+        'no such '
+        'operator; train the detector with plain layers in their place'
+    )
 
 
-def example_inputs(model: BaseDetector, stages: Sequence[Stage], size: Sequence[int]) -> Dict[str, tuple]:
+def example_inputs(
+    model: BaseDetector, stages: Sequence[Stage], size: Sequence[int]
+) -> dict[str, tuple]:
     """What reaches each stage when two images of noise pass through all exits."""
     images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)).sub(0.5).mul(4)
     if not getattr(model.data_preprocessor, '_enable_normalize', False):
         images = images * 50 + 100
-    shape = dict(img_shape=tuple(size), ori_shape=tuple(size), batch_input_shape=tuple(size),
-                 pad_shape=tuple(size), scale_factor=(1.0, 1.0))
+    shape = dict(
+        img_shape=tuple(size),
+        ori_shape=tuple(size),
+        batch_input_shape=tuple(size),
+        pad_shape=tuple(size),
+        scale_factor=(1.0, 1.0),
+    )
     samples = [DetDataSample(metainfo=dict(shape, img_id=index)) for index in range(2)]
     for sample in samples:
         sample.gt_instances = InstanceData()
@@ -132,8 +159,10 @@ def example_inputs(model: BaseDetector, stages: Sequence[Stage], size: Sequence[
     seen = record_inputs(stages, drive)
     missing = [stage.name for stage in stages if stage.name not in seen]
     if missing:
-        raise UsageError(f'nothing reached {", ".join(missing)} of {type(model).__name__}: it has no part in '
-                         'prediction, or its weights are untrained')
+        raise UsageError(
+            f'nothing reached {", ".join(missing)} of {type(model).__name__}: it has no part in '
+            'prediction, or its weights are untrained'
+        )
     return seen
 
 
@@ -142,14 +171,24 @@ def _export(stage: Stage, inputs: Sequence[Tensor]) -> Exported:
         tensors, form = flatten(stage.run(*inputs))
     given = [f'in{index}' for index in range(len(inputs))]
     made = [f'out{index}' for index in range(len(tensors))]
-    axes = {name: {axis: f'{name}_{axis}' for axis in range(tensor.dim()) if axis != 1}
-            for name, tensor in zip(given + made, [*inputs, *tensors])}
+    axes = {
+        name: {axis: f'{name}_{axis}' for axis in range(tensor.dim()) if axis != 1}
+        for name, tensor in zip(given + made, [*inputs, *tensors])
+    }
     file = io.BytesIO()
     # By tracing: with torch.export a graph takes twenty times as long, and is the same.
     try:
         with _quiet():
-            torch.onnx.export(_Flat(stage).eval(), tuple(inputs), file, input_names=given, output_names=made,
-                              dynamic_axes=axes, opset_version=OPSET, dynamo=False)
+            torch.onnx.export(
+                _Flat(stage).eval(),
+                tuple(inputs),
+                file,
+                input_names=given,
+                output_names=made,
+                dynamic_axes=axes,
+                opset_version=OPSET,
+                dynamo=False,
+            )
     except Exception as error:
         # Operators of others fail in their own ways.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
@@ -159,18 +198,25 @@ def _export(stage: Stage, inputs: Sequence[Tensor]) -> Exported:
 
 
 def _require_standard(content: bytes, stage: str) -> None:
-    """Raise a `UsageError` if a graph has operators of another's, which ONNX Runtime lacks: of functions that are no
-    layers, and so not seen before."""
-    odd = [node for node in need('onnx').load_from_string(content).graph.node if node.domain not in ('', 'ai.onnx')]
+    """Raise a `UsageError` if a graph has operators of another's, which ONNX Runtime lacks: of
+    functions that are no layers, and so not seen before."""
+    odd = [
+        node
+        for node in need('onnx').load_from_string(content).graph.node
+        if node.domain not in ('', 'ai.onnx')
+    ]
     if odd:
         # Nodes are named by the layers that they were traced in.
-        layers = dict.fromkeys(f'{stage}: {node.name.rpartition("/")[0].strip("/") or node.name}' for node in odd)
+        layers = dict.fromkeys(
+            f'{stage}: {node.name.rpartition("/")[0].strip("/") or node.name}' for node in odd
+        )
         raise _no_operator(sorted({node.op_type for node in odd}), list(layers))
 
 
 @contextlib.contextmanager
 def _quiet():
-    """What the tracer says of Python's branches on sizes. Agreement is tested, on other sizes too."""
+    """What the tracer says of Python's branches on sizes. Agreement is tested, on other sizes
+    too."""
     logger = logging.getLogger('torch.onnx')
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -183,8 +229,8 @@ def _quiet():
 
 
 class Graph:
-    """A stage, run by a runtime. What it is given may be on any device and of any type; what it gives is on the same
-    device.
+    """A stage, run by a runtime. What it is given may be on any device and of any type; what it
+    gives is on the same device.
 
     Args:
         content (bytes): An ONNX file.
@@ -198,26 +244,36 @@ class Graph:
         steps (dict[int, tuple]): Scale and zero point of outputs in 8 bits, see `joins`.
     """
 
-    def __init__(self, content: bytes, form: Form, threads: Optional[int] = None,
-                 watch: Optional[Callable[[Dict[str, Any]], None]] = None, runtime: str = 'onnxruntime',
-                 providers: Optional[Sequence[str]] = None) -> None:
+    def __init__(
+        self,
+        content: bytes,
+        form: Form,
+        threads: int | None = None,
+        watch: Callable[[dict[str, Any]], None] | None = None,
+        runtime: str = 'onnxruntime',
+        providers: Sequence[str] | None = None,
+    ) -> None:
         self._graph = open_graph(content, runtime, threads, providers)
         self._form, self._watch = form, watch
         self.steps = _given_steps(self._graph.metadata)
 
-    def arrays(self, *inputs: Tensor) -> Dict[str, Any]:
+    def arrays(self, *inputs: Tensor) -> dict[str, Any]:
         """All outputs, as numpy arrays by name, in order."""
         return dict(zip(self._graph.outputs, self._graph.run(self._feed(inputs))))
 
-    def _feed(self, inputs: Sequence[Tensor]) -> Dict[str, Any]:
-        return {name: _as_array(inputs[int(name.removeprefix('in'))]) for name in self._graph.inputs}
+    def _feed(self, inputs: Sequence[Tensor]) -> dict[str, Any]:
+        return {
+            name: _as_array(inputs[int(name.removeprefix('in'))]) for name in self._graph.inputs
+        }
 
     def __call__(self, *inputs: Tensor) -> Any:
         arrays = self.arrays(*inputs)
         if self._watch is not None:
             self._watch({**self._feed(inputs), **arrays})
         device = inputs[0].device
-        own = [torch.from_numpy(array).to(device) for name, array in arrays.items() if is_output(name)]
+        own = [
+            torch.from_numpy(array).to(device) for name, array in arrays.items() if is_output(name)
+        ]
         return unflatten(own, self._form)
 
 
@@ -227,7 +283,7 @@ def _as_array(value: Tensor) -> np.ndarray:
     return value.cpu().contiguous().numpy()
 
 
-def _given_steps(metadata: Mapping[str, str]) -> Dict[int, Tuple[float, int]]:
+def _given_steps(metadata: Mapping[str, str]) -> dict[int, tuple[float, int]]:
     """Steps of outputs in 8 bits, from a graph's metadata."""
     found = {}
     for key, value in metadata.items():
@@ -243,8 +299,8 @@ def is_output(name: str) -> bool:
 
 
 def release_weights(stages: Sequence[Stage]) -> None:
-    """Let go of the weights, and the statistics of norms, that graphs have now. Images with padding are still
-    scored by torch."""
+    """Let go of the weights, and the statistics of norms, that graphs have now. Images with padding
+    are still scored by torch."""
     spared = [module for stage in stages for module in stage.spared]
     kept = {id(one) for module in spared for one in (*module.parameters(), *module.buffers())}
     for module in (part for stage in stages for whole in stage.modules for part in whole.modules()):

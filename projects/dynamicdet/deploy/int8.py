@@ -1,39 +1,45 @@
-"""Graphs in integers of 8 bits, by ONNX Runtime's QDQ quantiser: activations U8, weights S8 for each channel.
+"""Graphs in integers of 8 bits, by ONNX Runtime's QDQ quantizer: activations U8, weights S8 for
+each channel.
 
 Three steps, each on the graphs of all stages:
 
 1. `Observer`: what range each tensor has, while images pass through the deployed detector;
-2. `prediction_layers` stay float, and `choose_float`: which others cost too much in 8 bits, by trying each;
-3. `quantise_graph`.
+2. `prediction_layers` stay float, and `choose_float`: which others cost too much in 8 bits, by
+  trying each;
+3. `quantize_graph`.
 """
+
 import platform
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from ..compression.quantisation import Layer, Plan, activation_scale, fold, last_layers
+from ..compression.quantization import Layer, Plan, activation_scale, fold, last_layers
 from ..errors import UsageError
 from ..models.stages import Stage
 from .graphs import Graph, is_output, need
 
 #: Layers, that is what has weights, and what is part of them.
 LAYERS = ('Conv', 'Gemm')
-#: What may stay in 8 bits between layers: sums, joins, pooling, and SiLU, which is a sigmoid and a product. In float,
-#: SiLU takes as long as the convolutions in 8 bits.
+#: What may stay in 8 bits between layers: sums, joins, pooling, and SiLU, which is a sigmoid and a
+#: product. In float, SiLU takes as long as the convolutions in 8 bits.
 BETWEEN = ('Add', 'Concat', 'MaxPool', 'Mul', 'Resize', 'Sigmoid')
-#: Without SiLU: a head's predictions are made of it, see docs/int8.md for what rounding it costs there.
+#: Without SiLU: a head's predictions are made of it, see docs/int8.md for what rounding it costs
+#: there.
 PLAIN_BETWEEN = tuple(kind for kind in BETWEEN if kind not in ('Mul', 'Sigmoid'))
 #: Of these, what gives the values that it takes: scale and zero stay.
 _SAME = ('MaxPool', 'Resize')
 _BINS = 2048
-Range = Tuple[float, float]
+Range = tuple[float, float]
 
 
 def needs_reduced_range() -> bool:
-    """Whether this processor adds two products of 8 bits in 16, which saturate: x86 without VNNI. Weights of
-    7 bits cannot (ONNX Runtime's documentation, "When and why do I need to try U8U8?")."""
+    """Whether this processor adds two products of 8 bits in 16, which saturate: x86 without VNNI.
+    Weights of 7 bits cannot (ONNX Runtime's documentation, "When and why do I need to try
+    U8U8?")."""
     if platform.machine().lower() not in ('x86_64', 'amd64', 'i386', 'i686'):
         return False
     try:
@@ -55,9 +61,9 @@ class Observer:
     """
 
     def __init__(self) -> None:
-        self._edges: Dict[str, Range] = {}
-        self._counts: Dict[str, np.ndarray] = {}
-        self.shares: Dict[str, float] = {}
+        self._edges: dict[str, Range] = {}
+        self._counts: dict[str, np.ndarray] = {}
+        self.shares: dict[str, float] = {}
 
     def __call__(self, arrays: Mapping[str, np.ndarray]) -> None:
         for name, array in arrays.items():
@@ -66,8 +72,10 @@ class Observer:
 
     def _add(self, name: str, array: np.ndarray) -> None:
         if not np.isfinite(array).all():
-            raise UsageError(f"the tensor '{name}' has values that are not finite: this detector cannot be "
-                             'quantised')
+            raise UsageError(
+                f"the tensor '{name}' has values that are not finite: this detector cannot be "
+                'quantized'
+            )
         self.shares[name] = array.size / len(array)
         low, high = min(float(array.min()), 0.0), max(float(array.max()), 0.0)
         if name in self._edges:
@@ -83,12 +91,12 @@ class Observer:
         middles = _middles(*self._edges[name])
         return np.histogram(middles, _BINS, (low, high), weights=self._counts[name])[0]
 
-    def ranges(self, method: str = 'mse') -> Dict[str, Range]:
+    def ranges(self, method: str = 'mse') -> dict[str, Range]:
         """Range of each tensor.
 
         Args:
-            method (str): ``minmax``: all that was seen; ``mse``: the part of it that has the least squared
-                error, with what lies outside at its ends.
+            method (str): ``minmax``: all that was seen; ``mse``: the part of it that has the least
+                squared error, with what lies outside at its ends.
         """
         if method == 'minmax':
             return dict(self._edges)
@@ -103,12 +111,13 @@ def _middles(low: float, high: float) -> np.ndarray:
 
 
 def least_error(counts: np.ndarray, low: float, high: float) -> Range:
-    """The range, shrunk at both ends by one factor, with the least squared error of rounding and clipping."""
+    """The range, shrunk at both ends by one factor, with the least squared error of rounding and
+    clipping."""
     values, best = _middles(low, high), (np.inf, (low, high))
     for factor in np.linspace(1, 0.2, 33):
         scale, zero = activation_scale(low * factor, high * factor)
         rounded = (np.clip(np.rint(values / scale) + zero, 0, 255) - zero) * scale
-        error = float((counts * (values - rounded)**2).sum())
+        error = float((counts * (values - rounded) ** 2).sum())
         best = min(best, (error, (low * factor, high * factor)))
     return best[1]
 
@@ -123,11 +132,14 @@ def watched(content: bytes) -> bytes:
     return model.SerializeToString()
 
 
-def _activations(model: Any) -> List[str]:
-    """What enters and leaves layers, ReLUs behind them, and what is between; but what enters the graph is known
-    already."""
-    inputs, outputs = {one.name for one in model.graph.input}, [one.name for one in model.graph.output]
-    names: Dict[str, None] = {}
+def _activations(model: Any) -> list[str]:
+    """What enters and leaves layers, ReLUs behind them, and what is between; but what enters the
+    graph is known already."""
+    inputs, outputs = (
+        {one.name for one in model.graph.input},
+        [one.name for one in model.graph.output],
+    )
+    names: dict[str, None] = {}
     for node in _between(model, {*inputs, *(node.output[0] for node in layers_of(model))}, outputs):
         names.update(dict.fromkeys((*_data_of(model, node), *node.output)))
     for node in layers_of(model):
@@ -138,24 +150,28 @@ def _activations(model: Any) -> List[str]:
     return [name for name in names if name not in inputs]
 
 
-def layers_of(model: Any) -> List[Any]:
+def layers_of(model: Any) -> list[Any]:
     """Nodes with weights."""
     weights = {one.name for one in model.graph.initializer}
-    return [node for node in model.graph.node if node.op_type in LAYERS and node.input[1] in weights]
+    return [
+        node for node in model.graph.node if node.op_type in LAYERS and node.input[1] in weights
+    ]
 
 
-def _data_of(model: Any, node: Any) -> List[str]:
+def _data_of(model: Any, node: Any) -> list[str]:
     """What a node takes that is no constant; of an enlargement the map, not the size."""
     constants = {one.name for one in model.graph.initializer} | {
-        name for one in model.graph.node if one.op_type == 'Constant' for name in one.output}
+        name for one in model.graph.node if one.op_type == 'Constant' for name in one.output
+    }
     taken = node.input[:1] if node.op_type == 'Resize' else node.input
     return [name for name in taken if name and name not in constants]
 
 
-def _between(model: Any, eight: Iterable[str], wanted: Iterable[str] = (),
-             kinds: Sequence[str] = BETWEEN) -> List[Any]:
-    """Nodes of some kinds, and ReLUs, that take nothing but tensors in 8 bits and from which a layer, or a tensor that is
-    wanted, is reached; in order.
+def _between(
+    model: Any, eight: Iterable[str], wanted: Iterable[str] = (), kinds: Sequence[str] = BETWEEN
+) -> list[Any]:
+    """Nodes of some kinds, and ReLUs, that take nothing but tensors in 8 bits and from which a
+    layer, or a tensor that is wanted, is reached; in order.
 
     Args:
         model: The graph.
@@ -177,19 +193,19 @@ def _between(model: Any, eight: Iterable[str], wanted: Iterable[str] = (),
     return kept[::-1]
 
 
-def only_relu(model: Any, name: str) -> Optional[Any]:
+def only_relu(model: Any, name: str) -> Any | None:
     """The ReLU that alone reads a tensor."""
     readers = [node for node in model.graph.node if name in node.input]
     alone = len(readers) == 1 and readers[0].op_type == 'Relu' and not is_output(name)
     return readers[0] if alone else None
 
 
-# Quantising.
+# Quantizing.
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a stage is quantised.
+    """How a stage is quantized.
 
     Attributes:
         ranges (dict): Tensor -> lowest and highest value.
@@ -198,30 +214,40 @@ class Recipe:
         between (tuple[str]): What is in 8 bits, too, between layers that are (of `BETWEEN`).
         ends (tuple[str]): Inputs that come in 8 bits, and outputs that had better leave so.
     """
-    ranges: Dict[str, Range]
-    float_layers: Tuple[str, ...] = ()
+
+    ranges: dict[str, Range]
+    float_layers: tuple[str, ...] = ()
     reduced: bool = field(default_factory=needs_reduced_range)
-    between: Tuple[str, ...] = ()
-    ends: Tuple[str, ...] = ()
+    between: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()
 
 
-def quantise_graph(content: bytes, recipe: Recipe) -> bytes:
+def quantize_graph(content: bytes, recipe: Recipe) -> bytes:
     """A graph with all layers in 8 bits but those that a recipe spares."""
     need('onnxruntime')
     onnx = need('onnx')
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization.calibrate import TensorData
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
     model = onnx.load_from_string(content)
-    names = [node.name for node in layers_of(model) if node.name not in recipe.float_layers
-             and node.input[0] in recipe.ranges]
+    names = [
+        node.name
+        for node in layers_of(model)
+        if node.name not in recipe.float_layers and node.input[0] in recipe.ranges
+    ]
     if not names:
         return content
     relus = [node.name for node in model.graph.node if node.op_type == 'Relu']
     own = {node.output[0] for node in layers_of(model) if node.name in names}
     inputs = {one.name for one in model.graph.input}
-    between = [node for node in _between(model, own | inputs.intersection(recipe.ends), recipe.ends, recipe.between)
-               if node.op_type in recipe.between]
+    between = [
+        node
+        for node in _between(
+            model, own | inputs.intersection(recipe.ends), recipe.ends, recipe.between
+        )
+        if node.op_type in recipe.between
+    ]
     same = {name for node in between if node.op_type in _SAME for name in node.output}
     data, overrides = {}, {}
     # An input that changes nothing is not in the graph.
@@ -232,45 +258,67 @@ def quantise_graph(content: bytes, recipe: Recipe) -> bytes:
         scale, zero = activation_scale(low, high)
         data[name] = TensorData(lowest=np.float32(low), highest=np.float32(high))
         overrides[name] = [dict(scale=np.array(scale), zero_point=np.array(zero, np.uint8))]
-    quantiser = QDQQuantizer(
-        model, True, recipe.reduced, QuantType.QInt8, QuantType.QUInt8, data,
-        [*names, *relus, *(node.name for node in between)], [],
+    quantizer = QDQQuantizer(
+        model,
+        True,
+        recipe.reduced,
+        QuantType.QInt8,
+        QuantType.QUInt8,
+        data,
+        [*names, *relus, *(node.name for node in between)],
+        [],
         [*LAYERS, 'Relu', *{node.op_type for node in between}],
         # Pooling and enlarging, also before a layer has made 8 bits of what they take.
-        dict(TensorQuantOverrides=overrides, ForceQuantizeNoInputCheck=True))
-    quantiser.quantize_model()
-    return quantiser.model.model.SerializeToString()
+        dict(TensorQuantOverrides=overrides, ForceQuantizeNoInputCheck=True),
+    )
+    quantizer.quantize_model()
+    return quantizer.model.model.SerializeToString()
 
 
-def spared_layers(content: bytes, stage: Stage) -> Tuple[str, ...]:
+def spared_layers(content: bytes, stage: Stage) -> tuple[str, ...]:
     """Nodes whose weights are of a stage's spared modules."""
     onnx = need('onnx')
     model = onnx.load_from_string(content)
     weights = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
-    spared = [one.detach().cpu().numpy() for module in stage.spared for one in module.parameters() if one.dim() > 1]
-    return tuple(node.name for node in layers_of(model)
-                 if any(_equal(weights[node.input[1]], one) for one in spared))
+    spared = [
+        one.detach().cpu().numpy()
+        for module in stage.spared
+        for one in module.parameters()
+        if one.dim() > 1
+    ]
+    return tuple(
+        node.name
+        for node in layers_of(model)
+        if any(_equal(weights[node.input[1]], one) for one in spared)
+    )
 
 
 def _equal(one: np.ndarray, other: np.ndarray) -> bool:
     return any(one.shape == two.shape and np.allclose(one, two) for two in (other, other.T))
 
 
-def prediction_layers(content: bytes, costs: Mapping[str, float],
-                      share: float) -> Tuple[Tuple[str, ...], float]:
-    """`last_layers` of a float graph, where what a stage gives are predictions. ``costs`` are of nodes that ran."""
+def prediction_layers(
+    content: bytes, costs: Mapping[str, float], share: float
+) -> tuple[tuple[str, ...], float]:
+    """`last_layers` of a float graph, where what a stage gives are predictions. ``costs`` are of
+    nodes that ran."""
     model = need('onnx').load_from_string(content)
     own = {node.name: costs.get(node.name, 0) for node in layers_of(model)}
-    return last_layers([(node.name, node.input, node.output) for node in model.graph.node], own, share)
+    return last_layers(
+        [(node.name, node.input, node.output) for node in model.graph.node], own, share
+    )
 
 
-def noise_of(reference: Sequence[Sequence[np.ndarray]], graph: Graph,
-             feeds: Sequence[Sequence[Tensor]]) -> float:
+def noise_of(
+    reference: Sequence[Sequence[np.ndarray]], graph: Graph, feeds: Sequence[Sequence[Tensor]]
+) -> float:
     """Power of the error over that of the outputs, the mean over a stage's outputs."""
     errors, powers = None, None
     for expected, inputs in zip(reference, feeds):
         got = graph.arrays(*inputs).values()
-        error = np.array([np.square(one - two, dtype=np.float64).sum() for one, two in zip(got, expected)])
+        error = np.array(
+            [np.square(one - two, dtype=np.float64).sum() for one, two in zip(got, expected)]
+        )
         power = np.array([np.square(two, dtype=np.float64).sum() for two in expected])
         errors, powers = (error, power) if errors is None else (errors + error, powers + power)
     return float((errors / np.maximum(powers, 1e-30)).mean())
@@ -281,29 +329,32 @@ class Sensitivity:
     """What 8 bits cost a stage.
 
     Attributes:
-        before, after (float): Noise over signal at its outputs, with all layers in 8 bits and with the chosen
-            ones float.
+        before, after (float): Noise over signal at its outputs, with all layers in 8 bits and with
+            the chosen ones float.
         chosen (list[str]): Layers that stay float, the worst first.
         each (dict[str, float]): Noise with this layer alone in 8 bits.
         share (float): Of the multiply-adds, what stays float.
     """
+
     before: float
     after: float
-    chosen: List[str] = field(default_factory=list)
-    each: Dict[str, float] = field(default_factory=dict)
+    chosen: list[str] = field(default_factory=list)
+    each: dict[str, float] = field(default_factory=dict)
     share: float = 0.0
 
 
-def choose_float(content: bytes,
-                 recipe: Recipe,
-                 feeds: Sequence[Sequence[Tensor]],
-                 costs: Mapping[str, float],
-                 noise: float = 0.01,
-                 share: float = 0.1) -> Sensitivity:
+def choose_float(
+    content: bytes,
+    recipe: Recipe,
+    feeds: Sequence[Sequence[Tensor]],
+    costs: Mapping[str, float],
+    noise: float = 0.01,
+    share: float = 0.1,
+) -> Sensitivity:
     """Find the layers that must stay float, by measurement.
 
-    Each layer is tried in 8 bits alone. Then the worst of them become float, one after the other, until the
-    noise is low enough or too much would be float.
+    Each layer is tried in 8 bits alone. Then the worst of them become float, one after the other,
+    until the noise is low enough or too much would be float.
 
     Args:
         content (bytes): The float graph.
@@ -315,15 +366,18 @@ def choose_float(content: bytes,
     """
     onnx = need('onnx')
     names = [
-        node.name for node in layers_of(onnx.load_from_string(content))
+        node.name
+        for node in layers_of(onnx.load_from_string(content))
         if node.name not in recipe.float_layers
     ]
     exact = Graph(content, None)
     reference = [list(exact.arrays(*inputs).values()) for inputs in feeds]
 
     def measure(kept_float: Iterable[str]) -> float:
-        quantised = quantise_graph(content, replace(recipe, float_layers=(*recipe.float_layers, *kept_float)))
-        return noise_of(reference, Graph(quantised, None), feeds)
+        quantized = quantize_graph(
+            content, replace(recipe, float_layers=(*recipe.float_layers, *kept_float))
+        )
+        return noise_of(reference, Graph(quantized, None), feeds)
 
     before = measure(())
     found = Sensitivity(before, before)
@@ -342,22 +396,26 @@ def choose_float(content: bytes,
     return found
 
 
-def multiply_adds(content: bytes, sizes: Mapping[str, float]) -> Dict[str, float]:
+def multiply_adds(content: bytes, sizes: Mapping[str, float]) -> dict[str, float]:
     """Of each layer, for an image or RoI, by the elements of its output (`Observer.shares`)."""
     onnx = need('onnx')
     model = onnx.load_from_string(content)
     weights = {one.name: list(one.dims) for one in model.graph.initializer}
     # Of a convolution (out, in / groups, height, width), of a Gemm (out, in).
-    return {node.name: sizes.get(node.output[0], 0) * float(np.prod(weights[node.input[1]][1:]))
-            for node in layers_of(model)}
+    return {
+        node.name: sizes.get(node.output[0], 0) * float(np.prod(weights[node.input[1]][1:]))
+        for node in layers_of(model)
+    }
 
 
 # Ranges of a training.
 
 
-def trained_ranges(content: bytes, plan: Plan,
-                   ranges: Mapping[str, Sequence[float]]) -> Tuple[Dict[str, Range], Tuple[str, ...]]:
-    """Ranges that a training found, by the names of a graph's tensors; and the layers that have none.
+def trained_ranges(
+    content: bytes, plan: Plan, ranges: Mapping[str, Sequence[float]]
+) -> tuple[dict[str, Range], tuple[str, ...]]:
+    """Ranges that a training found, by the names of a graph's tensors; and the layers that have
+    none.
 
     Args:
         content (bytes): The float graph of the same stage.
@@ -373,9 +431,12 @@ def trained_ranges(content: bytes, plan: Plan,
     nodes, layers = layers_of(model), list(plan.layers.values())
     # Calls and nodes are in one order; weights prove it.
     if len(nodes) != len(layers) or not all(
-            _equal(own[node.input[1]], _folded(layer)) for node, layer in zip(nodes, layers)):
-        raise UsageError('the trained ranges are of another detector: its layers are not those of the graph')
-    found: Dict[str, Range] = {}
+        _equal(own[node.input[1]], _folded(layer)) for node, layer in zip(nodes, layers)
+    ):
+        raise UsageError(
+            'the trained ranges are of another detector: its layers are not those of the graph'
+        )
+    found: dict[str, Range] = {}
     unknown = []
     for node, layer in zip(nodes, layers):
         relu = only_relu(model, node.output[0])
@@ -383,8 +444,11 @@ def trained_ranges(content: bytes, plan: Plan,
         if layer.spared or layer.entering not in ranges or layer.leaving not in ranges:
             unknown.append(node.name)
             continue
-        for name, key in ((node.input[0], layer.entering), (leaving, layer.leaving), (node.output[0],
-                                                                                      layer.leaving)):
+        for name, key in (
+            (node.input[0], layer.entering),
+            (leaving, layer.leaving),
+            (node.output[0], layer.leaving),
+        ):
             found[name] = tuple(float(one) for one in ranges[key])
     return found, tuple(unknown)
 

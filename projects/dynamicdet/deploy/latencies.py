@@ -1,5 +1,7 @@
 """How long a deployed detector takes."""
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +17,11 @@ from .runtimes import chosen_providers
 
 
 @torch.no_grad()
-def measure_latency(model: BaseDetector, dataset: Any, progress: Progress, images: int = 20,
-                    rounds: int = 5) -> List[float]:
-    """Median seconds per image of each exit, of a plain detector's one: batch 1, images in memory, from
-    preprocessing to boxes.
+def measure_latency(
+    model: BaseDetector, dataset: Any, progress: Progress, images: int = 20, rounds: int = 5
+) -> list[float]:
+    """Median seconds per image of each exit, of a plain detector's one: batch 1, images in memory,
+    from preprocessing to boxes.
 
     Args:
         model (BaseDetector): In eval mode.
@@ -30,7 +33,7 @@ def measure_latency(model: BaseDetector, dataset: Any, progress: Progress, image
     if isinstance(model, DynamicDetector):
         return list(measure_latencies(model, dataset, progress, images, rounds))
     batches = [pseudo_collate([dataset[index]]) for index in range(min(images, len(dataset)))]
-    times: List[float] = []
+    times: list[float] = []
     for turn in progress(range(rounds + 1), 'latencies'):
         for batch in batches:
             start = now(model.data_preprocessor.device)
@@ -41,16 +44,20 @@ def measure_latency(model: BaseDetector, dataset: Any, progress: Progress, image
     return [float(np.median(times))]
 
 
-def conditions(runtime: str = 'onnxruntime', threads: Optional[int] = None,
-               providers: Optional[Sequence[str]] = None) -> Dict[str, object]:
-    """What graphs are timed under: ``runtime``, of ONNX Runtime with its ``provider``, ``device`` and ``threads``.
-    Arguments as of `runtimes.open_graph`."""
+def conditions(
+    runtime: str = 'onnxruntime', threads: int | None = None, providers: Sequence[str] | None = None
+) -> dict[str, object]:
+    """What graphs are timed under: ``runtime``, of ONNX Runtime with its ``provider``, ``device``
+    and ``threads``. Arguments as of `runtimes.open_graph`."""
     facts = dict(runtime=runtime, **machine_of('cpu', threads))
-    return dict(facts, provider=chosen_providers(providers)[0]) if runtime == 'onnxruntime' else facts
+    return (
+        dict(facts, provider=chosen_providers(providers)[0]) if runtime == 'onnxruntime' else facts
+    )
 
 
 def put_latencies(model: BaseDetector, seconds: Sequence[float]) -> None:
-    """Let budgets in time go by latencies that were measured here; those of a dynamic detector's exits."""
+    """Let budgets in time go by latencies that were measured here; those of a dynamic detector's
+    exits."""
     if isinstance(model, DynamicDetector):
         model.latencies.copy_(torch.tensor(seconds))
         model.timed_elsewhere = None
@@ -58,5 +65,7 @@ def put_latencies(model: BaseDetector, seconds: Sequence[float]) -> None:
 
 def said(latencies: Mapping[str, Any]) -> str:
     """Latencies and what they were measured with, in one line; see `conditions`."""
-    each = ', '.join(f'exit {exit} {1e3 * seconds:.1f} ms' for exit, seconds in enumerate(latencies['seconds']))
+    each = ', '.join(
+        f'exit {exit} {1e3 * seconds:.1f} ms' for exit, seconds in enumerate(latencies['seconds'])
+    )
     return f'latencies: {each}; {latencies["runtime"]}, threads {latencies["threads"]}, one image at a time'

@@ -1,8 +1,10 @@
 """Remove channels of a trained detector, and write what is left so that any tool builds it."""
+
 import copy
 import datetime
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, NamedTuple
 
 from mmengine.config import Config, ConfigDict
 
@@ -26,14 +28,20 @@ class Pruned(NamedTuple):
         plan (Plan): What went.
         parameters (tuple[int, int]): Before and after.
     """
+
     model: BaseDetector
     cfg: Config
     plan: Plan
-    parameters: Tuple[int, int]
+    parameters: tuple[int, int]
 
 
-def parse_blocks(given: Sequence[str], exclude: Sequence[str] = (), over: str = 'layer', norm: float = 2,
-                 random: bool = False) -> List[Block]:
+def parse_blocks(
+    given: Sequence[str],
+    exclude: Sequence[str] = (),
+    over: str = 'layer',
+    norm: float = 2,
+    random: bool = False,
+) -> list[Block]:
     """Blocks from ``PATTERN,...=SHARE``, whose names are their patterns.
 
     Raises:
@@ -48,12 +56,24 @@ def parse_blocks(given: Sequence[str], exclude: Sequence[str] = (), over: str = 
             target = None
         if not patterns or target is None:
             raise UsageError(f"--block needs PATTERN,...=SHARE, such as backbone=0.5; got '{one}'")
-        blocks.append(Block(patterns, patterns.split(','), target, tuple(exclude), 'random' if random else
-                            'magnitude', True, over, norm))
+        blocks.append(
+            Block(
+                patterns,
+                patterns.split(','),
+                target,
+                tuple(exclude),
+                'random' if random else 'magnitude',
+                True,
+                over,
+                norm,
+            )
+        )
     return blocks
 
 
-def prune(cfg: Config, model: BaseDetector, blocks: Sequence[Block], round_to: int, seed: int = 0) -> Pruned:
+def prune(
+    cfg: Config, model: BaseDetector, blocks: Sequence[Block], round_to: int, seed: int = 0
+) -> Pruned:
     """Remove channels of a model, in place.
 
     Args:
@@ -67,7 +87,8 @@ def prune(cfg: Config, model: BaseDetector, blocks: Sequence[Block], round_to: i
     plan = plan_removal(model, blocks, round_to, seed)
     if not plan.kept:
         raise UsageError(
-            f'nothing would be removed: the shares are less than {round_to} channels of any layer')
+            f'nothing would be removed: the shares are less than {round_to} channels of any layer'
+        )
     channels = remove_channels(model, plan)
     if isinstance(model, DynamicDetector):
         # Measured on another detector.
@@ -77,36 +98,50 @@ def prune(cfg: Config, model: BaseDetector, blocks: Sequence[Block], round_to: i
     return Pruned(model, pruned_config(cfg, channels), plan, (before, count_parameters(model)))
 
 
-def pruned_config(cfg: Config, channels: Dict[str, Sequence[int]]) -> Config:
+def pruned_config(cfg: Config, channels: dict[str, Sequence[int]]) -> Config:
     """The config of a detector that has lost channels, from the one that it had before."""
     cfg = copy.deepcopy(cfg)
     dense = cfg.model.detector if cfg.model.type == 'PrunedDetector' else cfg.model
-    for part in (dense, dense.get('backbone', {}), dense.get('detector', {}),
-                 dense.get('detector', {}).get('backbone', {})):
+    for part in (
+        dense,
+        dense.get('backbone', {}),
+        dense.get('detector', {}),
+        dense.get('detector', {}).get('backbone', {}),
+    ):
         # Weights of all channels would not fit.
         if part.get('init_cfg'):
             part['init_cfg'] = None
-    cfg.model = ConfigDict(type='PrunedDetector', detector=dense, channels=channels,
-                           backbone=dict(type=dense.backbone.type))
+    cfg.model = ConfigDict(
+        type='PrunedDetector',
+        detector=dense,
+        channels=channels,
+        backbone=dict(type=dense.backbone.type),
+    )
     imports = list(cfg.get('custom_imports', {}).get('imports', []))
     if 'dynamicdet' not in imports:
         cfg.custom_imports = dict(imports=[*imports, 'dynamicdet'])
     return cfg
 
 
-def describe(cfg: Config, made: Pruned, shape: Optional[Sequence[int]] = None) -> List[str]:
+def describe(cfg: Config, made: Pruned, shape: Sequence[int] | None = None) -> list[str]:
     """Lines for a user: blocks, what stayed though it was asked for, parameters and GFLOPs.
 
     Raises:
         UsageError: If the shape cannot be measured.
     """
-    lines = [f'{row.block}: {row.channels - row.left} of {row.channels} channels removed ({row.removed:.1%})'
-             for row in made.plan.rows]
-    reasons: Dict[str, List[str]] = {}
+    lines = [
+        f'{row.block}: {row.channels - row.left} of {row.channels} channels removed '
+        f'({row.removed:.1%})'
+        for row in made.plan.rows
+    ]
+    reasons: dict[str, list[str]] = {}
     for layer, why in made.plan.alone.items():
         reasons.setdefault(why, []).append(layer)
-    lines += [f'left alone, {len(layers)}: {", ".join(layers[:3])}{", ..." if len(layers) > 3 else ""}: {why}'
-              for why, layers in reasons.items()]
+    lines += [
+        f'left alone, {len(layers)}: {", ".join(layers[:3])}{", ..." if len(layers) > 3 else ""}: '
+        f'{why}'
+        for why, layers in reasons.items()
+    ]
     before, after = made.parameters
     lines.append(f'parameters: {before / 1e6:.2f} M -> {after / 1e6:.2f} M ({after / before:.1%})')
     shape = tuple(shape or stated_shape(cfg))
@@ -114,12 +149,16 @@ def describe(cfg: Config, made: Pruned, shape: Optional[Sequence[int]] = None) -
     for exit, (dense, small) in enumerate(zip(*(one.exits for one in costs))):
         name = f'exit {exit}, ' if len(costs[0].exits) > 1 else ''
         lines.append(
-            f'{name}GFLOPs at {shape[0]} x {shape[1]}: {dense.flops / 1e9:.2f} -> {small.flops / 1e9:.2f} '
-            f'({small.flops / dense.flops:.1%})')
+            f'{name}GFLOPs at {shape[0]} x {shape[1]}: {dense.flops / 1e9:.2f} -> '
+            f'{small.flops / 1e9:.2f} '
+            f'({small.flops / dense.flops:.1%})'
+        )
     return lines
 
 
-def write(made: Pruned, checkpoint: Dict[str, Any], source: str, folder: str, name: str) -> Tuple[str, str]:
+def write(
+    made: Pruned, checkpoint: dict[str, Any], source: str, folder: str, name: str
+) -> tuple[str, str]:
     """Write ``NAME.pth`` and ``NAME.py``, each whole or not at all.
 
     Returns:
@@ -132,8 +171,10 @@ def write(made: Pruned, checkpoint: Dict[str, Any], source: str, folder: str, na
     meta = {key: old[key] for key in ('dataset_meta', 'source', 'seed') if key in old}
     meta['channels'] = made.model.removed_channels
     meta['removal'] = dict(
-        checkpoint=str(source), date=datetime.datetime.now().isoformat(timespec='seconds'),
-        blocks={row.block: row.removed for row in made.plan.rows})
+        checkpoint=str(source),
+        date=datetime.datetime.now().isoformat(timespec='seconds'),
+        blocks={row.block: row.removed for row in made.plan.rows},
+    )
     write_checkpoint(dict(state_dict=made.model.state_dict(), meta=meta), str(weights))
     cfg = copy.deepcopy(made.cfg)
     for key in ('launcher', 'work_dir', 'resume'):

@@ -1,6 +1,7 @@
-"""RoIAlign by what runs the graphs: on a CPU mmcv's takes twice as long as ONNX Runtime's, for the same numbers."""
+"""RoIAlign by what runs the graphs: on a CPU mmcv's takes twice as long as ONNX Runtime's, for the
+same numbers."""
+
 from functools import lru_cache
-from typing import Optional
 
 import numpy as np
 from mmcv.ops import RoIAlign
@@ -10,9 +11,12 @@ from .graphs import Graph, need
 from .runtimes import CPU
 
 
-def place_roi_aligns(model: nn.Module, threads: Optional[int] = None, runtime: str = 'onnxruntime') -> None:
-    """Let a runtime, see `runtimes.open_graph`, compute a detector's RoIAligns on a CPU, where its operator is the
-    same: means of each bin. Elsewhere maps would have to be copied, and mmcv's own is fast."""
+def place_roi_aligns(
+    model: nn.Module, threads: int | None = None, runtime: str = 'onnxruntime'
+) -> None:
+    """Let a runtime, see `runtimes.open_graph`, compute a detector's RoIAligns on a CPU, where its
+    operator is the same: means of each bin. Elsewhere maps would have to be copied, and mmcv's own
+        is fast."""
     for module in model.modules():
         if isinstance(module, RoIAlign) and module.pool_mode == 'avg':
             module.forward = _Align(module, threads, runtime)
@@ -21,13 +25,18 @@ def place_roi_aligns(model: nn.Module, threads: Optional[int] = None, runtime: s
 class _Align:
     """One of them."""
 
-    def __init__(self, layer: RoIAlign, threads: Optional[int], runtime: str) -> None:
+    def __init__(self, layer: RoIAlign, threads: int | None, runtime: str) -> None:
         need('onnx')
 
         def graph(channels: int) -> Graph:
             content = _graph_of(layer, channels if runtime == 'openvino' else 0)
-            return Graph(content, ['tuple', [0]], threads, runtime=runtime,
-                         providers=CPU if runtime == 'onnxruntime' else None)
+            return Graph(
+                content,
+                ['tuple', [0]],
+                threads,
+                runtime=runtime,
+                providers=CPU if runtime == 'onnxruntime' else None,
+            )
 
         # How many channels maps have is known when they come.
         self._graph, self._size, self._own = lru_cache(graph), layer.output_size, layer.forward
@@ -49,26 +58,41 @@ class _Align:
     def _aligned(self, maps: Tensor, rois: Tensor) -> Tensor:
         if not len(rois):
             return maps.new_zeros(0, maps.shape[1], *self._size)
-        found, = self._graph(maps.shape[1])(maps, rois[:, 1:], rois[:, 0].long())
+        (found,) = self._graph(maps.shape[1])(maps, rois[:, 1:], rois[:, 0].long())
         return found
 
 
 def _graph_of(layer: RoIAlign, channels: int) -> bytes:
-    """The operator as a graph. If there are so many channels, and not 0, a depthwise 1x1 convolution with ones comes first:
-    behind one OpenVINO keeps channels next to each other, and RoIAlign takes a tenth of the time."""
+    """The operator as a graph. If there are so many channels, and not 0, a depthwise 1x1
+    convolution with ones comes first: behind one OpenVINO keeps channels next to each other, and
+        RoIAlign takes a tenth of the time."""
     onnx = need('onnx')
     make, kinds = onnx.helper, onnx.TensorProto
     copy = make.make_node('Conv', ['in0', 'ones'], ['maps'], group=channels, kernel_shape=[1, 1])
     ones = onnx.numpy_helper.from_array(np.ones((channels, 1, 1, 1), np.float32), 'ones')
     node = make.make_node(
-        'RoiAlign', ['maps' if channels else 'in0', 'in1', 'in2'], ['out0'], mode='avg', output_height=layer.output_size[0],
-        output_width=layer.output_size[1], sampling_ratio=layer.sampling_ratio, spatial_scale=layer.spatial_scale,
+        'RoiAlign',
+        ['maps' if channels else 'in0', 'in1', 'in2'],
+        ['out0'],
+        mode='avg',
+        output_height=layer.output_size[0],
+        output_width=layer.output_size[1],
+        sampling_ratio=layer.sampling_ratio,
+        spatial_scale=layer.spatial_scale,
         # Pixels are areas, of which the middle counts; before Detectron2 they were points.
-        coordinate_transformation_mode='half_pixel' if layer.aligned else 'output_half_pixel')
-    inputs = [make.make_tensor_value_info('in0', kinds.FLOAT, [None] * 4),
-              make.make_tensor_value_info('in1', kinds.FLOAT, [None, 4]),
-              make.make_tensor_value_info('in2', kinds.INT64, [None])]
-    graph = make.make_graph([copy, node] if channels else [node], 'roi_align', inputs,
-                            [make.make_tensor_value_info('out0', kinds.FLOAT, None)], [ones] if channels else [])
+        coordinate_transformation_mode='half_pixel' if layer.aligned else 'output_half_pixel',
+    )
+    inputs = [
+        make.make_tensor_value_info('in0', kinds.FLOAT, [None] * 4),
+        make.make_tensor_value_info('in1', kinds.FLOAT, [None, 4]),
+        make.make_tensor_value_info('in2', kinds.INT64, [None]),
+    ]
+    graph = make.make_graph(
+        [copy, node] if channels else [node],
+        'roi_align',
+        inputs,
+        [make.make_tensor_value_info('out0', kinds.FLOAT, None)],
+        [ones] if channels else [],
+    )
     model = make.make_model(graph, opset_imports=[make.make_opsetid('', 17)], ir_version=8)
     return model.SerializeToString()

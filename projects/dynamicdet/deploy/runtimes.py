@@ -1,8 +1,10 @@
 """What computes a graph: ONNX Runtime, or on a CPU OpenVINO, from the same file."""
+
 import io
 import threading
 from collections import OrderedDict
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,17 +12,22 @@ import torch
 from .. import errors
 from ..errors import UsageError
 
-#: ONNX Runtime's providers: on a CPU, and those that are taken unasked where they are there, the first that can.
-CPU = ('CPUExecutionProvider', )
+#: ONNX Runtime's providers: on a CPU, and those that are taken unasked where they are there, the
+#: first that can.
+CPU = ('CPUExecutionProvider',)
 PREFERRED = ('CUDAExecutionProvider', *CPU)
 
 
-def chosen_providers(providers: Optional[Sequence[str]] = None) -> List[str]:
-    """ONNX Runtime's providers that are asked for, or, unasked, the best that are there; see `open_graph`."""
+def chosen_providers(providers: Sequence[str] | None = None) -> list[str]:
+    """ONNX Runtime's providers that are asked for, or, unasked, the best that are there; see
+    `open_graph`."""
     there = errors.need('onnxruntime', 'graphs', 'deploy').get_available_providers()
     providers = [one for one in PREFERRED if one in there] if providers is None else list(providers)
     if not providers or not set(providers) <= set(there):
-        raise UsageError(f"ONNX Runtime's providers here are {', '.join(there)}; got {', '.join(providers) or 'none'}")
+        raise UsageError(
+            f"ONNX Runtime's providers here are {', '.join(there)}; got "
+            f'{", ".join(providers) or "none"}'
+        )
     return providers
 
 
@@ -37,7 +44,9 @@ class OnnxRuntime:
         metadata (dict[str, str]): The file's.
     """
 
-    def __init__(self, content: bytes, threads: int, providers: Optional[Sequence[str]] = None) -> None:
+    def __init__(
+        self, content: bytes, threads: int, providers: Sequence[str] | None = None
+    ) -> None:
         runtime = errors.need('onnxruntime', 'graphs', 'deploy')
         providers = chosen_providers(providers)
         options = runtime.SessionOptions()
@@ -50,7 +59,7 @@ class OnnxRuntime:
         self.outputs = [one.name for one in self._session.get_outputs()]
         self.metadata = self._session.get_modelmeta().custom_metadata_map
 
-    def run(self, feed: Mapping[str, Any]) -> List[Any]:
+    def run(self, feed: Mapping[str, Any]) -> list[Any]:
         """All outputs, in order, for numpy arrays by name."""
         return self._session.run(None, feed)
 
@@ -58,9 +67,10 @@ class OnnxRuntime:
 class OpenVino:
     """The same in OpenVINO, whose integers use AMX where the processor has it.
 
-    A graph is compiled for each size of its inputs when that first comes, in about a second: with free heights and widths
-    maps came out wrong (2025.4 to 2026.4), with a free first axis it is slower. Rows are added where there are many, so
-    that few sizes occur. One call at a time.
+    A graph is compiled for each size of its inputs when that first comes, in about a second: with
+        free heights and widths
+    maps came out wrong (2025.4 to 2026.4), with a free first axis it is slower. Rows are added
+    where there are many, so that few sizes occur. One call at a time.
 
     Args, attributes: See `OnnxRuntime`.
     """
@@ -68,7 +78,9 @@ class OpenVino:
     #: How many sizes are kept, those that came last.
     KEPT = 32
 
-    def __init__(self, content: bytes, threads: int, providers: Optional[Sequence[str]] = None) -> None:
+    def __init__(
+        self, content: bytes, threads: int, providers: Sequence[str] | None = None
+    ) -> None:
         if providers is not None:
             raise UsageError('providers are of ONNX Runtime; OpenVINO runs on the CPU')
         openvino = errors.need('openvino', 'graphs in OpenVINO', 'openvino')
@@ -84,26 +96,31 @@ class OpenVino:
             'NUM_STREAMS': 1,
             # Two processes would be bound to the same cores.
             'ENABLE_CPU_PINNING': False,
-            # What is float stays float32: by default it would be bfloat16 where the processor has that.
+            # What is float stays float32: by default it would be bfloat16 where the processor has
+            # that.
             'INFERENCE_PRECISION_HINT': 'f32',
         }
         self._requests: OrderedDict = OrderedDict()
         self._lock = threading.Lock()
 
-    def run(self, feed: Mapping[str, Any]) -> List[Any]:
-        """All outputs, in order, for numpy arrays by name. They have as many rows as the last input; all inputs have, but
-        for the maps that RoIs are of."""
+    def run(self, feed: Mapping[str, Any]) -> list[Any]:
+        """All outputs, in order, for numpy arrays by name. They have as many rows as the last
+        input; all inputs have, but for the maps that RoIs are of."""
         whole = {name: _lengthened(array) for name, array in feed.items()}
         with self._lock:
-            found = self._request(tuple(whole[name].shape for name in self.inputs)).infer(whole, share_inputs=True)
+            found = self._request(tuple(whole[name].shape for name in self.inputs)).infer(
+                whole, share_inputs=True
+            )
         rows = len(feed[self.inputs[-1]])
         return [found[index][:rows] for index in range(len(self.outputs))]
 
-    def _request(self, sizes: Tuple[Tuple[int, ...], ...]) -> Any:
+    def _request(self, sizes: tuple[tuple[int, ...], ...]) -> Any:
         if sizes not in self._requests:
             model = self._model.clone()
             model.reshape(dict(zip(self.inputs, sizes)))
-            self._requests[sizes] = self._core.compile_model(model, 'CPU', self._settings).create_infer_request()
+            self._requests[sizes] = self._core.compile_model(
+                model, 'CPU', self._settings
+            ).create_infer_request()
             if len(self._requests) > self.KEPT:
                 self._requests.popitem(last=False)
         self._requests.move_to_end(sizes)
@@ -111,7 +128,8 @@ class OpenVino:
 
 
 def _lengthened(array: np.ndarray) -> np.ndarray:
-    """With rows of zeros at its end: 1 to 8, a multiple of 8, from 64 on one of 100 (RPNs propose 1000)."""
+    """With rows of zeros at its end: 1 to 8, a multiple of 8, from 64 on one of 100 (RPNs propose
+    1000)."""
     rows = len(array)
     step = 1 if rows <= 8 else 8 if rows <= 64 else 100
     count = max(-(-rows // step) * step, 1)
@@ -122,25 +140,31 @@ def _lengthened(array: np.ndarray) -> np.ndarray:
     return whole
 
 
-RUNTIMES: Dict[str, Type] = dict(onnxruntime=OnnxRuntime, openvino=OpenVino)
+RUNTIMES: dict[str, type] = dict(onnxruntime=OnnxRuntime, openvino=OpenVino)
 
 
-def open_graph(content: bytes, runtime: str = 'onnxruntime', threads: Optional[int] = None,
-               providers: Optional[Sequence[str]] = None) -> Any:
+def open_graph(
+    content: bytes,
+    runtime: str = 'onnxruntime',
+    threads: int | None = None,
+    providers: Sequence[str] | None = None,
+) -> Any:
     """A graph, ready to run.
 
     Args:
         content (bytes): An ONNX file.
         runtime (str): 'onnxruntime' (the default) or 'openvino'.
         threads (int, optional): Defaults to torch's.
-        providers (Sequence[str], optional): What ONNX Runtime computes with, the first that can, such as
-            'CUDAExecutionProvider'. Defaults to CUDA's, where its package has it, and then the CPU's.
+        providers (Sequence[str], optional): What ONNX Runtime computes with, the first that can,
+            such as 'CUDAExecutionProvider'. Defaults to CUDA's, where its package has it, and then
+            the CPU's.
 
     Raises:
-        UsageError: If there is no such runtime or provider, it is not installed, or threads are negative.
+        UsageError: If there is no such runtime or provider, it is not installed, or threads are
+            negative.
     """
     if threads is not None and threads < 0:
         raise UsageError(f'threads must not be negative, got {threads}')
     if runtime not in RUNTIMES:
-        raise UsageError(f"runtime must be one of {', '.join(RUNTIMES)}, got {runtime!r}")
+        raise UsageError(f'runtime must be one of {", ".join(RUNTIMES)}, got {runtime!r}')
     return RUNTIMES[runtime](content, threads or torch.get_num_threads(), providers)

@@ -14,7 +14,18 @@ from .validation_exits_hook import ValidationExitsHook
 from .weight_sharing_hook import WeightSharingHook
 
 __all__ = [
-    'AtomicBackend', 'BranchModeSwitchHook', 'BudgetHook', 'CompleteCheckpointHook', 'FiniteLossHook', 'FuseHook',
-    'LoadedWeightsHook', 'OnlineHook', 'PruningHook', 'QuantizationHook', 'ResumeHook', 'RouterHook',
-    'ValidationExitsHook', 'WeightSharingHook'
+    'AtomicBackend',
+    'BranchModeSwitchHook',
+    'BudgetHook',
+    'CompleteCheckpointHook',
+    'FiniteLossHook',
+    'FuseHook',
+    'LoadedWeightsHook',
+    'OnlineHook',
+    'PruningHook',
+    'QuantizationHook',
+    'ResumeHook',
+    'RouterHook',
+    'ValidationExitsHook',
+    'WeightSharingHook',
 ]

@@ -1,6 +1,6 @@
 """Write checkpoints so that a killed run never leaves half of one."""
+
 from pathlib import Path
-from typing import Union
 
 from mmengine.fileio import LocalBackend, register_backend
 
@@ -13,7 +13,7 @@ class AtomicBackend(LocalBackend):
     Used by ``default_hooks.checkpoint.backend_args = dict(backend='atomic')``.
     """
 
-    def put(self, obj: bytes, filepath: Union[str, Path]) -> None:
+    def put(self, obj: bytes, filepath: str | Path) -> None:
         """Write bytes to a file.
 
         Args:

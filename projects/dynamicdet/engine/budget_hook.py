@@ -1,7 +1,8 @@
 """Compare after a test what was served with the budget."""
+
 import math
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import List, Optional, Sequence, Tuple
 
 import numpy as np
 from mmengine.dist import collect_results
@@ -20,20 +21,23 @@ from .online_hook import OnlineHook
 
 @HOOKS.register_module()
 class BudgetHook(Hook):
-    """Count which exits the images of a test left at, over all ranks, and how long they took; ``tools/test.py``
-    adds this hook. Shares, mean GFLOPs and milliseconds go into the log as ``budget/...``. Of test-time
-    augmentation each image's first view counts, and costs are left out.
+    """Count which exits the images of a test left at, over all ranks, and how long they took;
+    ``tools/test.py`` adds this hook. Shares, mean GFLOPs and milliseconds go into the log as
+    ``budget/...``. Of test-time augmentation each image's first view counts, and costs are left
+    out.
 
     Attributes:
-        served (Served, optional): The account of the last test, on rank 0; None for a detector that is not dynamic.
+        served (Served, optional): The account of the last test, on rank 0; None for a detector that
+            is not dynamic.
     """
+
     # Before RuntimeInfoHook, which gives the log what it has of metrics.
     priority = 'HIGHEST'
 
     def __init__(self) -> None:
-        self.served: Optional[Served] = None
-        self._left: List[Tuple[int, float]] = []
-        self._calls: List[float] = []
+        self.served: Served | None = None
+        self._left: list[tuple[int, float]] = []
+        self._calls: list[float] = []
         self._timer = None
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -45,24 +49,34 @@ class BudgetHook(Hook):
         if getattr(runner.test_loop, 'fp16', False):
             dtype = 'float16' if device.type == 'cuda' else 'bfloat16'
         model.timed_elsewhere = timed_elsewhere(
-            checkpoint.get('meta', {}).get('calibration', {}), dict(machine_of(device), dtype=dtype))
+            checkpoint.get('meta', {}).get('calibration', {}), dict(machine_of(device), dtype=dtype)
+        )
 
-    def before_test_iter(self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None) -> None:
+    def before_test_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None
+    ) -> None:
         model = dynamic_part(runner.model)
         # At the first: other hooks put copies in the model's place before.
         if batch_idx == 0 and model is not None:
             self._left, self._calls = [], []
-            self._timer = timed_calls(model, lambda seconds, images: self._calls.append(seconds / images))
+            self._timer = timed_calls(
+                model, lambda seconds, images: self._calls.append(seconds / images)
+            )
             self._timer.__enter__()
 
-    def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None,
-                        outputs: Optional[Sequence] = None) -> None:
+    def after_test_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: dict | None = None,
+        outputs: Sequence | None = None,
+    ) -> None:
         if self._timer is not None:
             # What a first run takes is no cost of an image.
             seconds = self._calls[-1] if batch_idx else float('nan')
             self._left.extend((sample.exit, seconds) for sample in outputs)
 
-    def after_test_epoch(self, runner: Runner, metrics: Optional[dict] = None) -> None:
+    def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         if self._timer is None:
             return
         self._timer.__exit__(None, None, None)
@@ -72,10 +86,11 @@ class BudgetHook(Hook):
         if left is not None:
             self.served = _account(runner, left)
             (metrics if metrics is not None else {}).update(
-                {f'budget/{name}': value for name, value in self.served.figures().items()})
+                {f'budget/{name}': value for name, value in self.served.figures().items()}
+            )
 
 
-def _account(runner: Runner, left: Sequence[Tuple[int, float]]) -> Served:
+def _account(runner: Runner, left: Sequence[tuple[int, float]]) -> Served:
     model: DynamicDetector = dynamic_part(runner.model)
     online = next((hook for hook in runner.hooks if isinstance(hook, OnlineHook)), None)
     exits = [exit for exit, _ in left]
@@ -83,10 +98,17 @@ def _account(runner: Runner, left: Sequence[Tuple[int, float]]) -> Served:
     thresholds = None if online else model.threshold.reshape(-1).tolist()
     budget = model.budget if online is None else online.budget
     timed = [seconds for _, seconds in left if seconds == seconds]
-    served = account(counts, budget, thresholds, model.difficulties.tolist(), model.latencies.tolist(),
-                     model.gflops.tolist(), float(np.mean(timed)) if timed else None)
+    served = account(
+        counts,
+        budget,
+        thresholds,
+        model.difficulties.tolist(),
+        model.latencies.tolist(),
+        model.gflops.tolist(),
+        float(np.mean(timed)) if timed else None,
+    )
     if any(isinstance(part, BaseTTAModel) for part in runner.model.modules()):
         # Costs are of a view.
-        unknown = (math.nan, ) * model.num_exits
+        unknown = (math.nan,) * model.num_exits
         return replace(served, gflops=unknown, latencies=unknown, seconds=None)
     return served

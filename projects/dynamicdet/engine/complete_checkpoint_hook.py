@@ -1,4 +1,5 @@
 """Refuse to test with a checkpoint that does not fill the model."""
+
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
@@ -18,5 +19,7 @@ class CompleteCheckpointHook(Hook):
         model = getattr(runner.model, 'module', runner.model)
         state = checkpoint.get('state_dict', checkpoint)
         require_complete(
-            getattr(model, 'module', model), state,
-            optional=('backbone.connections.', 'router.') if is_plain(state) else ())
+            getattr(model, 'module', model),
+            state,
+            optional=('backbone.connections.', 'router.') if is_plain(state) else (),
+        )

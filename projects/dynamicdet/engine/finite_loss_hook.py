@@ -1,5 +1,4 @@
 """Stop at the first loss that is not a number, and say where."""
-from typing import Optional
 
 import torch
 from mmengine.hooks import Hook
@@ -18,14 +17,19 @@ class FiniteLossHook(Hook):
     scaler skips steps with infinite gradients; the loss itself must still be finite.
     """
 
-    def after_train_iter(self,
-                         runner: Runner,
-                         batch_idx: int,
-                         data_batch: Optional[dict] = None,
-                         outputs: Optional[dict] = None) -> None:
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: dict | None = None,
+        outputs: dict | None = None,
+    ) -> None:
         # The log reads every loss on the host each iteration anyhow: no further sync.
-        bad = [name for name, value in (outputs or {}).items()
-               if 'loss' in name and not torch.isfinite(torch.as_tensor(value)).all()]
+        bad = [
+            name
+            for name, value in (outputs or {}).items()
+            if 'loss' in name and not torch.isfinite(torch.as_tensor(value)).all()
+        ]
         if bad:
             samples = (data_batch or {}).get('data_samples', [])
             images = ', '.join(str(getattr(sample, 'img_path', '?')) for sample in samples)
@@ -33,4 +37,5 @@ class FiniteLossHook(Hook):
                 f'{", ".join(bad)} not finite at epoch {runner.epoch + 1}, iteration '
                 f'{runner.iter + 1} (images: {images}). The checkpoints in {runner.work_dir} are '
                 'from before: lower the learning rate, clip gradients or look at these images, '
-                'then --resume')
+                'then --resume'
+            )

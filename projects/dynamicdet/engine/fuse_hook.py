@@ -1,6 +1,6 @@
 """Fuse what can be fused, for a test."""
+
 import copy
-from typing import Optional, Tuple
 
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
@@ -13,8 +13,9 @@ from ..models import can_fuse, fuse
 
 @HOOKS.register_module()
 class FuseHook(Hook):
-    """Run a test on a fused copy, where a model has parts of its own to fuse: YOLOv7's. ``tools/test.py``
-    adds this hook."""
+    """Run a test on a fused copy, where a model has parts of its own to fuse: YOLOv7's.
+    ``tools/test.py`` adds this hook."""
+
     # After EMAHook has put its weights into the model; it takes them back from the model itself.
     priority = 'LOWEST'
 
@@ -27,12 +28,12 @@ class FuseHook(Hook):
             self._model = getattr(owner, name)
             setattr(owner, name, fuse(copy.deepcopy(self._model)))
 
-    def after_test_epoch(self, runner: Runner, metrics: Optional[dict] = None) -> None:
+    def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         if self._model is not None:
             setattr(*_place(runner), self._model)
             self._model = None
 
 
-def _place(runner: Runner) -> Tuple[object, str]:
+def _place(runner: Runner) -> tuple[object, str]:
     """Where a runner has its model: the owner and the name there."""
     return (runner.model, 'module') if is_model_wrapper(runner.model) else (runner, 'model')

@@ -1,5 +1,6 @@
 """Say in one line what the weights that a run starts from fill."""
-from typing import Any, Dict
+
+from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
@@ -12,16 +13,19 @@ from ..models.weights import fit_weights
 
 @HOOKS.register_module()
 class LoadedWeightsHook(Hook):
-    """Start a training from weights of another detector, such as a published one with other classes.
+    """Start a training from weights of another detector, such as a published one with other
+    classes.
 
-    What fits is taken, what does not starts as initialized, and the log says in one line which is which. Without
-    this hook mmengine lists each entry, for each exit and for each copy of the weights.
+    What fits is taken, what does not starts as initialized, and the log says in one line which is
+    which. Without this hook mmengine lists each entry, for each exit and for each copy of the
+    weights.
     """
 
-    # After RouterHook, which changes what is loaded; before EMAHook (49), which loads it a second time.
+    # After RouterHook, which changes what is loaded; before EMAHook (49), which loads it a second
+    # time.
     priority = 45
 
-    def after_load_checkpoint(self, runner: Runner, checkpoint: Dict[str, Any]) -> None:
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         # A loop that is not run is still a config.
         if runner._resume or not isinstance(runner._train_loop, BaseLoop):
             return

@@ -1,6 +1,7 @@
 """Prune while training: when, not what."""
+
+from collections.abc import Sequence
 from dataclasses import fields
-from typing import Dict, List, Optional, Sequence
 
 import torch
 from mmengine.dist import all_reduce, broadcast, get_world_size
@@ -22,23 +23,26 @@ from ..errors import UsageError
 class PruningHook(Hook):
     """Prune blocks of a detector on a schedule; what is pruned stays zero while the rest trains on.
 
-    Weights are set to zero after each step of the optimiser, so momentum and weight decay revive none, and in
-    the averaged weights of an `EMAHook`. Checkpoints hold the detector's ordinary keys, with zeros; the masks
-    are beside them under ``pruning``, for ``--resume``. All ranks have the same masks.
+    Weights are set to zero after each step of the optimizer, so momentum and weight decay revive
+    none, and in the averaged weights of an `EMAHook`. Checkpoints hold the detector's ordinary
+    keys, with zeros; the masks are beside them under ``pruning``, for ``--resume``. All ranks have
+    the same masks.
 
     Args:
-        blocks (Sequence[dict]): Arguments of `dynamicdet.compression.pruning.Block`: ``name``, ``modules``
-            (patterns), ``target`` (in [0, 1)) and, where a block differs from what is given here, ``score``,
-            ``structured``, ``over``, ``norm``, ``exclude``.
+        blocks (Sequence[dict]): Arguments of `dynamicdet.compression.pruning.Block`: ``name``,
+            ``modules`` (patterns), ``target`` (in [0, 1)) and, where a block differs from what is
+            given here, ``score``, ``structured``, ``over``, ``norm``, ``exclude``.
         schedule (str): ``one_shot``, ``iterative`` or ``cubic``; see `pruning.share_at`.
         start (int): Epochs, or iterations, done before pruning begins. At least 1 for scores from
-            activations and gradients, which are gathered meanwhile: over the epoch before, or over the
+            activations and gradients, which are gathered meanwhile: over the epoch before, or over
+                the
             iterations since pruning last took place.
         end (int, optional): As many until the target is reached. ``start`` by default.
         interval (int): As many between two prunings.
         by_epoch (bool): Whether these count epochs.
-        soft (bool): Soft Filter Pruning (He et al. 2018): channels are zeroed every ``interval`` epochs,
-            train on, and are chosen anew. They are zero where an interval ends, and at the end of the run.
+        soft (bool): Soft Filter Pruning (He et al. 2018): channels are zeroed every ``interval``
+            epochs, train on, and are chosen anew. They are zero where an interval ends, and at the
+            end of the run.
         score, structured, over, norm: Of all blocks that say nothing else.
         seed (int, optional): Of random scores; the run's by default.
     """
@@ -46,54 +50,71 @@ class PruningHook(Hook):
     # After EMAHook, whose averages are masked too; before the hooks that write checkpoints.
     priority = 'BELOW_NORMAL'
 
-    def __init__(self,
-                 blocks: Sequence[dict],
-                 schedule: str = 'one_shot',
-                 start: int = 0,
-                 end: Optional[int] = None,
-                 interval: int = 1,
-                 by_epoch: bool = True,
-                 soft: bool = False,
-                 score: str = 'magnitude',
-                 structured: bool = False,
-                 over: str = 'block',
-                 norm: float = 2,
-                 seed: Optional[int] = None) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[dict],
+        schedule: str = 'one_shot',
+        start: int = 0,
+        end: int | None = None,
+        interval: int = 1,
+        by_epoch: bool = True,
+        soft: bool = False,
+        score: str = 'magnitude',
+        structured: bool = False,
+        over: str = 'block',
+        norm: float = 2,
+        seed: int | None = None,
+    ) -> None:
         require_blocks(blocks, 'PruningHook')
         common = dict(score=score, structured=structured, over=over, norm=norm)
         self.blocks = [_block({**common, **block}) for block in blocks]
         self.end = start if end is None else end
         if schedule not in pruning.SCHEDULES:
-            raise UsageError(f"PruningHook: schedule='{schedule}' is none of {', '.join(pruning.SCHEDULES)}")
+            raise UsageError(
+                f"PruningHook: schedule='{schedule}' is none of {', '.join(pruning.SCHEDULES)}"
+            )
         if start < 0 or self.end < start or interval < 1:
-            raise UsageError(f'PruningHook: start={start}, end={self.end}, interval={interval}: '
-                             'start must not be negative, end not before start, interval at least 1')
+            raise UsageError(
+                f'PruningHook: start={start}, end={self.end}, interval={interval}: '
+                'start must not be negative, end not before start, interval at least 1'
+            )
         for block in self.blocks:
             if soft and not block.structured:
-                raise UsageError(f"PruningHook: block '{block.name}': soft pruning is of channels; "
-                                 'set structured=True')
+                raise UsageError(
+                    f"PruningHook: block '{block.name}': soft pruning is of channels; "
+                    'set structured=True'
+                )
             if block.score in ('activation', 'gradient') and start < 1 and not soft:
-                raise UsageError(f"PruningHook: block '{block.name}': score='{block.score}' needs training "
-                                 'before it prunes; set start to 1 or more')
+                raise UsageError(
+                    f"PruningHook: block '{block.name}': score='{block.score}' needs training "
+                    'before it prunes; set start to 1 or more'
+                )
         self.schedule, self.start, self.interval = schedule, start, interval
         self.by_epoch, self.soft, self.seed = by_epoch, soft, seed
         self.masks: pruning.Masks = {}
         self._shares = [0.0] * len(self.blocks)
-        self._saved: Optional[dict] = None
+        self._saved: dict | None = None
         self._handles: list = []
 
-    def describe(self, runner: Runner) -> List[str]:
+    def describe(self, runner: Runner) -> list[str]:
         """What it would do, a line for each block; raises what a training would."""
         self._require_fit(runner)
         unit = 'epochs' if self.by_epoch else 'iterations'
-        when = f'after {self.start} {unit}' if self.schedule == 'one_shot' else \
-            f'{self.schedule}, between {self.start} and {self.end} {unit}'
+        when = (
+            f'after {self.start} {unit}'
+            if self.schedule == 'one_shot'
+            else f'{self.schedule}, between {self.start} and {self.end} {unit}'
+        )
         lines = []
-        for block, layers in zip(self.blocks, pruning.layers_of_blocks(plain_model(runner), self.blocks)):
+        for block, layers in zip(
+            self.blocks, pruning.layers_of_blocks(plain_model(runner), self.blocks)
+        ):
             weights = sum(layer.weight.numel() for layer in layers.values())
             what = 'of the channels' if block.structured else 'of the weights'
-            lines.append(f'prune {block.name}: {block.target:.0%} {what} of {len(layers)} layers, '
-                         f'{weights / 1e6:.2f} M weights, by {block.score} over the {block.over}, {when}')
+            lines.append(
+                f'prune {block.name}: {block.target:.0%} {what} of {len(layers)} layers, '
+                f'{weights / 1e6:.2f} M weights, by {block.score} over the {block.over}, {when}'
+            )
         return lines
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -104,14 +125,18 @@ class PruningHook(Hook):
         model = plain_model(runner)
         self._layers = pruning.layers_of_blocks(model, self.blocks)
         every = {name: layer for layers in self._layers for name, layer in layers.items()}
-        block_of = {name: block for block, layers in zip(self.blocks, self._layers) for name in layers}
+        block_of = {
+            name: block for block, layers in zip(self.blocks, self._layers) for name in layers
+        }
         self._statistics = Statistics(every, block_of)
         if self._saved is not None:
             self._restore(every)
         wrapper = runner.optim_wrapper
-        for one in (wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]):
+        for one in wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]:
             self._handles.append(one.optimizer.register_step_pre_hook(self._before_step))
-            self._handles.append(one.optimizer.register_step_post_hook(lambda *_: self._mask(model)))
+            self._handles.append(
+                one.optimizer.register_step_post_hook(lambda *_: self._mask(model))
+            )
 
     def before_train_epoch(self, runner: Runner) -> None:
         if self.by_epoch and not self.soft:
@@ -119,17 +144,21 @@ class PruningHook(Hook):
         if self.by_epoch:
             self._statistics.reset()
 
-    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None) -> None:
+    def before_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None
+    ) -> None:
         if not self.by_epoch and not self.soft:
             self._advance(runner, runner.iter)
         self._counted = False
         self._statistics.begin()
 
-    def after_train_iter(self,
-                         runner: Runner,
-                         batch_idx: int,
-                         data_batch: Optional[dict] = None,
-                         outputs: Optional[dict] = None) -> None:
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: dict | None = None,
+        outputs: dict | None = None,
+    ) -> None:
         self._statistics.finish(all_reduce)
         if self.soft and not self.by_epoch:
             self._soften(runner, runner.iter + 1, runner.max_iters)
@@ -142,7 +171,8 @@ class PruningHook(Hook):
         checkpoint['pruning'] = dict(
             masks={name: pruning.pack(mask) for name, mask in self.masks.items()},
             shares=list(self._shares),
-            totals={key: value.cpu() for key, value in self._statistics.totals.items()})
+            totals={key: value.cpu() for key, value in self._statistics.totals.items()},
+        )
 
     def after_train(self, runner: Runner) -> None:
         for handle in self._handles:
@@ -154,31 +184,42 @@ class PruningHook(Hook):
         """Refuse a run in which the schedule cannot end, or in which nothing may be pruned."""
         if getattr(plain_model(runner), 'train_router', False):
             raise UsageError(
-                'PruningHook: this config trains a router alone, and nothing else may change; prune in '
-                'step 1')
+                'PruningHook: this config trains a router alone, and nothing else may change; '
+                'prune in '
+                'step 1'
+            )
         if self.by_epoch and isinstance(runner.train_loop, IterBasedTrainLoop):
-            raise UsageError('PruningHook: this run counts iterations, not epochs; set by_epoch=False')
-        length, unit = (runner.max_epochs, 'epochs') if self.by_epoch else (runner.max_iters, 'iterations')
+            raise UsageError(
+                'PruningHook: this run counts iterations, not epochs; set by_epoch=False'
+            )
+        length, unit = (
+            (runner.max_epochs, 'epochs') if self.by_epoch else (runner.max_iters, 'iterations')
+        )
         last = self.start if self.schedule == 'one_shot' else self.end
         if last + (not self.soft) > length:
             raise UsageError(
                 f'PruningHook: the last pruning is after {last} {unit}, but the run has {length}; '
-                'the target would not be reached')
+                'the target would not be reached'
+            )
 
-    def _restore(self, layers: Dict[str, pruning.Layer]) -> None:
+    def _restore(self, layers: dict[str, pruning.Layer]) -> None:
         saved = self._saved
         if not set(saved['masks']) <= set(layers) or len(saved['shares']) != len(self.blocks):
             raise UsageError(
-                'PruningHook: the masks in the checkpoint are of other blocks; --resume goes on with '
-                'the same config')
+                'PruningHook: the masks in the checkpoint are of other blocks; --resume goes on '
+                'with '
+                'the same config'
+            )
         self._shares = list(saved['shares'])
-        self.masks = {name: pruning.unpack(packed, layers[name].weight.shape).to(layers[name].weight.device)
-                      for name, packed in saved['masks'].items()}
+        self.masks = {
+            name: pruning.unpack(packed, layers[name].weight.shape).to(layers[name].weight.device)
+            for name, packed in saved['masks'].items()
+        }
         self._statistics.load(saved['totals'])
 
     def _before_step(self, *_) -> None:
         # Gradients are unscaled and averaged over the ranks here; afterwards they are gone. Several
-        # optimisers may step in one iteration.
+        # optimizers may step in one iteration.
         if not self._counted:
             self._statistics.add_gradients()
             self._counted = True
@@ -189,8 +230,10 @@ class PruningHook(Hook):
 
     def _advance(self, runner: Runner, step: int) -> None:
         """Prune what is due and not yet pruned."""
-        due = [pruning.share_at(self.schedule, step, self.start, self.end, self.interval, block.target)
-               for block in self.blocks]
+        due = [
+            pruning.share_at(self.schedule, step, self.start, self.end, self.interval, block.target)
+            for block in self.blocks
+        ]
         changed = [index for index, share in enumerate(due) if share > self._shares[index]]
         self._choose(runner, due, changed)
 
@@ -198,11 +241,13 @@ class PruningHook(Hook):
         """Choose channels anew, where an interval ends."""
         if step < self.start or (step - self.start) % self.interval and step != length:
             return
-        due = [pruning.share_at(self.schedule, step, self.start, self.end, self.interval, block.target)
-               for block in self.blocks]
+        due = [
+            pruning.share_at(self.schedule, step, self.start, self.end, self.interval, block.target)
+            for block in self.blocks
+        ]
         self._choose(runner, due, list(range(len(self.blocks))))
 
-    def _choose(self, runner: Runner, due: List[float], changed: Sequence[int]) -> None:
+    def _choose(self, runner: Runner, due: list[float], changed: Sequence[int]) -> None:
         if not changed:
             return
         for index in changed:
@@ -213,11 +258,15 @@ class PruningHook(Hook):
                 if scores is None:
                     runner.logger.warning(
                         f"block '{block.name}' is pruned later: nothing is known yet of its "
-                        f'{block.score}s')
+                        f'{block.score}s'
+                    )
                     continue
             seed = runner.seed if self.seed is None else self.seed
-            self.masks.update(pruning.prune_block(
-                layers, block, due[index], None if self.soft else self.masks, seed or 0, scores))
+            self.masks.update(
+                pruning.prune_block(
+                    layers, block, due[index], None if self.soft else self.masks, seed or 0, scores
+                )
+            )
             self._shares[index] = due[index]
         self._agree()
         for model in [plain_model(runner), *averages(runner)]:
@@ -239,12 +288,16 @@ class PruningHook(Hook):
             if not masks:
                 continue
             total = sum(mask.numel() for mask in masks.values())
-            runner.logger.info(f'pruned {self.blocks[index].name}: {pruning.pruned_share(masks):.2%} of '
-                               f'{total / 1e6:.2f} M weights')
+            runner.logger.info(
+                f'pruned {self.blocks[index].name}: {pruning.pruned_share(masks):.2%} of '
+                f'{total / 1e6:.2f} M weights'
+            )
             empty = pruning.emptied(masks)
             if empty:
-                runner.logger.warning(f'nothing is left of {len(empty)} layers, such as {empty[0]}: nothing '
-                                      'passes them any more')
+                runner.logger.warning(
+                    f'nothing is left of {len(empty)} layers, such as {empty[0]}: nothing '
+                    'passes them any more'
+                )
 
 
 def _block(settings: dict) -> pruning.Block:
@@ -261,6 +314,6 @@ def plain_model(runner: Runner) -> nn.Module:
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
-def averages(runner: Runner) -> List[nn.Module]:
+def averages(runner: Runner) -> list[nn.Module]:
     """The averaged models of all `EMAHook`s."""
     return [hook.ema_model.module for hook in runner.hooks if isinstance(hook, EMAHook)]

@@ -1,5 +1,6 @@
 """Train for integers of 8 bits: when, not what."""
-from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from mmengine.dist import all_gather_object, all_reduce, get_world_size
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from mmdet.registry import HOOKS
 
-from ..compression.quantisation import Ranges, Simulation, move_range
+from ..compression.quantization import Ranges, Simulation, move_range
 from ..errors import UsageError
 from ..models import can_fuse
 from ..models.stages import find_stages
@@ -18,70 +19,82 @@ from ..models.stages import find_stages
 
 @HOOKS.register_module()
 class QuantizationHook(Hook):
-    """Let a trained detector get used to 8 bits: quantisation-aware training.
+    """Let a trained detector get used to 8 bits: quantization-aware training.
 
-    From ``start`` on, stages compute as their int8 graphs will: weights and activations are rounded,
-    gradients pass. Norms stay as they are, in eval mode, since graphs have them in their convolutions.
-    Validation, and tests of the run's checkpoints with the same config, are in 8 bits too.
+    From ``start`` on, stages compute as their int8 graphs will: weights and activations are
+    rounded, gradients pass. Norms stay as they are, in eval mode, since graphs have them in their
+    convolutions. Validation, and tests of the run's checkpoints with the same config, are in 8 bits
+    too.
 
-    Checkpoints hold the detector's ordinary keys, in float32; the ranges of activations lie beside them under
-    ``quantization``, for ``--resume`` and for ``tools/export.py --int8``, which takes them.
+    Checkpoints hold the detector's ordinary keys, in float32; the ranges of activations lie beside
+    them under ``quantization``, for ``--resume`` and for ``tools/export.py --int8``, which takes
+    them.
 
     Args:
-        start (int): Epochs, or iterations, done before weights and activations are rounded. Until then ranges
-            are watched.
-        observe (int, optional): Epochs, or iterations, done when ranges come to rest. By default they follow
-            the activations to the end.
-        noise (float): Share of the weights, by chance, that is rounded in a pass: quant-noise (Fan et al.
-            2021). In (0, 1]; 1 rounds all.
+        start (int): Epochs, or iterations, done before weights and activations are rounded. Until
+            then ranges are watched.
+        observe (int, optional): Epochs, or iterations, done when ranges come to rest. By default
+            they follow the activations to the end.
+        noise (float): Share of the weights, by chance, that is rounded in a pass: quant-noise (Fan
+            et al. 2021). In (0, 1]; 1 rounds all.
         reduced_range (bool): Whether weights have 7 bits, for x86 processors without VNNI.
         by_epoch (bool): Whether these count epochs.
-        ranges (str): ``running``: they follow the activations. ``learned``: from ``start`` on they are
-            trained with the weights, by gradients (`quantisation.LearnedRange`).
-        rate (float): Share of its width by which an end of a learned range moves in an iteration. In
-            (0, 0.1].
-        float_share (float): What layers that give predictions may be of a stage's multiply-adds to stay
-            float, as they do in ``tools/export.py --int8``. In [0, 1]; 0 quantises all.
+        ranges (str): ``running``: they follow the activations. ``learned``: from ``start`` on they
+            are trained with the weights, by gradients (`quantization.LearnedRange`).
+        rate (float): Share of its width by which an end of a learned range moves in an iteration.
+            In (0, 0.1].
+        float_share (float): What layers that give predictions may be of a stage's multiply-adds to
+            stay float, as they do in ``tools/export.py --int8``. In [0, 1]; 0 quantizes all.
     """
 
-    # After EMAHook, which must copy the detector before its stages are replaced, and whose averages are
-    # tested.
+    # After EMAHook, which must copy the detector before its stages are replaced, and whose averages
+    # are tested.
     priority = 'BELOW_NORMAL'
 
-    def __init__(self,
-                 start: int = 0,
-                 observe: Optional[int] = None,
-                 noise: float = 1.0,
-                 reduced_range: bool = False,
-                 by_epoch: bool = True,
-                 ranges: str = 'running',
-                 rate: float = 0.001,
-                 float_share: float = 0.1) -> None:
+    def __init__(
+        self,
+        start: int = 0,
+        observe: int | None = None,
+        noise: float = 1.0,
+        reduced_range: bool = False,
+        by_epoch: bool = True,
+        ranges: str = 'running',
+        rate: float = 0.001,
+        float_share: float = 0.1,
+    ) -> None:
         if start < 0 or observe is not None and observe <= start:
             raise UsageError(
-                f'QuantizationHook: start={start}, observe={observe}: start must not be negative, and '
-                'observe be later')
+                f'QuantizationHook: start={start}, observe={observe}: start must not be negative, '
+                'and '
+                'observe be later'
+            )
         if not 0 < noise <= 1:
-            raise UsageError(f'QuantizationHook: noise={noise} is no share of the weights in (0, 1]')
+            raise UsageError(
+                f'QuantizationHook: noise={noise} is no share of the weights in (0, 1]'
+            )
         if ranges not in ('running', 'learned') or not 0 < rate <= 0.1:
-            raise UsageError(f"QuantizationHook: ranges='{ranges}', rate={rate}: ranges are 'running' or "
-                             "'learned', and their rate is in (0, 0.1]")
+            raise UsageError(
+                f"QuantizationHook: ranges='{ranges}', rate={rate}: ranges are 'running' or "
+                "'learned', and their rate is in (0, 0.1]"
+            )
         if not 0 <= float_share <= 1:
             raise UsageError(f'QuantizationHook: float_share={float_share} is no share in [0, 1]')
         self.start, self.observe, self.noise = start, observe, noise
         self.float_share = float_share
         self.learned, self.rate = ranges == 'learned', rate
         self.reduced_range, self.by_epoch = reduced_range, by_epoch
-        self._saved: Optional[dict] = None
+        self._saved: dict | None = None
         self._stages: list = []
-        self.simulations: Dict[str, Simulation] = {}
+        self.simulations: dict[str, Simulation] = {}
 
-    def describe(self, runner: Runner) -> List[str]:
+    def describe(self, runner: Runner) -> list[str]:
         """What it would do; raises what a training would."""
         self._require_fit(runner)
         names = ', '.join(stage.name for stage in find_stages(_plain(runner)))
         unit = 'epochs' if self.by_epoch else 'iterations'
-        return [f"round to {7 if self.reduced_range else 8} bits, after {self.start} {unit}: {names}"]
+        return [
+            f'round to {7 if self.reduced_range else 8} bits, after {self.start} {unit}: {names}'
+        ]
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         self._saved = checkpoint.get('quantization')
@@ -97,21 +110,28 @@ class QuantizationHook(Hook):
         if getattr(_plain(runner), 'train_router', False):
             raise UsageError(
                 'QuantizationHook: this config trains a router alone, and nothing else may change; '
-                'quantise in step 1')
+                'quantize in step 1'
+            )
         if self.by_epoch and isinstance(runner.train_loop, IterBasedTrainLoop):
-            raise UsageError('QuantizationHook: this run counts iterations, not epochs; set by_epoch=False')
+            raise UsageError(
+                'QuantizationHook: this run counts iterations, not epochs; set by_epoch=False'
+            )
 
-    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None) -> None:
+    def before_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None
+    ) -> None:
         done = runner.epoch if self.by_epoch else runner.iter
         active, moving = done >= self.start, self.observe is None or done < self.observe
         learning = self.learned and active and moving
         self._set(active, moving and not learning, learning)
 
-    def after_train_iter(self,
-                         runner: Runner,
-                         batch_idx: int,
-                         data_batch: Optional[dict] = None,
-                         outputs: Optional[dict] = None) -> None:
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: dict | None = None,
+        outputs: dict | None = None,
+    ) -> None:
         if any(one.ranges.observing for one in self.simulations.values()):
             self._agree()
         elif any(one.ranges.learning for one in self.simulations.values()):
@@ -126,13 +146,16 @@ class QuantizationHook(Hook):
             self._install(_plain(runner))
             self._set(True, False)
         elif not self._stages:
-            runner.logger.warning('QuantizationHook: the checkpoint has no ranges: it is tested in float32')
+            runner.logger.warning(
+                'QuantizationHook: the checkpoint has no ranges: it is tested in float32'
+            )
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         checkpoint['quantization'] = dict(
             ranges={key: value.detach().cpu() for key, value in self._ranges().items()},
             reduced=self.reduced_range,
-            float_share=self.float_share)
+            float_share=self.float_share,
+        )
 
     def after_train(self, runner: Runner) -> None:
         self._remove()
@@ -143,17 +166,29 @@ class QuantizationHook(Hook):
     def _install(self, model: nn.Module) -> None:
         if can_fuse(model):
             raise UsageError(
-                'QuantizationHook: parts of this detector are fused for use, as YOLOv5 and YOLOv7 have '
-                'them, and would be others then; export it by tools/export.py --int8 as it is')
+                'QuantizationHook: parts of this detector are fused for use, as YOLOv5 and YOLOv7 '
+                'have '
+                'them, and would be others then; export it by tools/export.py --int8 as it is'
+            )
         trained = self._saved or {}
-        for name, own, other in (('reduced_range', self.reduced_range, trained.get('reduced')),
-                                 ('float_share', self.float_share, trained.get('float_share'))):
+        for name, own, other in (
+            ('reduced_range', self.reduced_range, trained.get('reduced')),
+            ('float_share', self.float_share, trained.get('float_share')),
+        ):
             if other is not None and own != other:
-                raise UsageError(f'QuantizationHook: {name}={own}, but the checkpoint was trained with {other}')
+                raise UsageError(
+                    f'QuantizationHook: {name}={own}, but the checkpoint was trained with {other}'
+                )
         self._stages = find_stages(model)
         for stage in self._stages:
-            one = Simulation(stage.run, stage.modules, stage.spared, self.reduced_range, self.noise,
-                             self.float_share if stage.predicts else 0.0)
+            one = Simulation(
+                stage.run,
+                stage.modules,
+                stage.spared,
+                self.reduced_range,
+                self.noise,
+                self.float_share if stage.predicts else 0.0,
+            )
             self.simulations[stage.name] = one
             stage.place(one)
         device = next(model.parameters()).device
@@ -161,8 +196,10 @@ class QuantizationHook(Hook):
             name, _, own = key.partition('/')
             if name not in self.simulations:
                 raise UsageError(
-                    f"QuantizationHook: the checkpoint has ranges of '{name}', which this detector has "
-                    'not; --resume goes on with the same config')
+                    f"QuantizationHook: the checkpoint has ranges of '{name}', which this detector "
+                    'has '
+                    'not; --resume goes on with the same config'
+                )
             self.simulations[name].ranges.values[own] = value.to(device)
 
     def _remove(self) -> None:
@@ -174,9 +211,12 @@ class QuantizationHook(Hook):
         for one in self.simulations.values():
             one.active, one.ranges.observing, one.ranges.learning = active, observing, learning
 
-    def _ranges(self) -> Dict[str, Tensor]:
-        return {f'{name}/{key}': value for name, one in self.simulations.items()
-                for key, value in sorted(one.ranges.values.items())}
+    def _ranges(self) -> dict[str, Tensor]:
+        return {
+            f'{name}/{key}': value
+            for name, one in self.simulations.items()
+            for key, value in sorted(one.ranges.values.items())
+        }
 
     def _agree(self) -> None:
         """The mean of the ranges over the ranks, which see other images."""
@@ -185,33 +225,39 @@ class QuantizationHook(Hook):
                 one.values[key] = value
 
     def _learn(self) -> None:
-        """A step of descent; the gradient is the mean over the ranks, as of weights. What came into being on
-        one rank alone, at a RoI head that had RoIs there alone, comes to all."""
+        """A step of descent; the gradient is the mean over the ranks, as of weights. What came into
+        being on one rank alone, at a RoI head that had RoIs there alone, comes to all."""
         keys = self._keys()
-        gradients = [*self._means(keys, lambda value: value.new_zeros(2) if value.grad is None else value.grad)]
+        gradients = [
+            *self._means(
+                keys, lambda value: value.new_zeros(2) if value.grad is None else value.grad
+            )
+        ]
         for one, key, value in self._means(keys, lambda value: value):
             one.values[key] = value
         for one, key, gradient in gradients:
             one.values[key] = move_range(one.values[key], gradient, self.rate)
 
-    def _keys(self) -> List[Tuple[str, str]]:
-        """Stage and key of each range that any rank knows, the same on all: a rank may have come by a stage that
-        others have not, such as a RoI head that had no RoIs there."""
+    def _keys(self) -> list[tuple[str, str]]:
+        """Stage and key of each range that any rank knows, the same on all: a rank may have come by
+        a stage that others have not, such as a RoI head that had no RoIs there."""
         own = [(name, key) for name, one in self.simulations.items() for key in one.ranges.values]
         return sorted({tuple(one) for every in all_gather_object(own) for one in every})
 
-    def _means(self, keys: Sequence[Tuple[str, str]],
-               of: Callable[[Tensor], Tensor]) -> Iterator[Tuple[Ranges, str, Tensor]]:
-        """The mean over the ranks of something of each range, of those ranks that know the range: ranges,
-        key, (2, )."""
+    def _means(
+        self, keys: Sequence[tuple[str, str]], of: Callable[[Tensor], Tensor]
+    ) -> Iterator[tuple[Ranges, str, Tensor]]:
+        """The mean over the ranks of something of each range, of those ranks that know the range:
+        ranges, key, (2, )."""
         named = [(self.simulations[name].ranges, key) for name, key in keys]
         if not named:
             return
         first = next(iter(self.simulations.values()))
         device = next(first.modules[0].parameters()).device
-        empty = torch.full((2, ), float('nan'), device=device)
-        every = torch.stack([of(one.values[key]).detach() if key in one.values else empty
-                             for one, key in named])
+        empty = torch.full((2,), float('nan'), device=device)
+        every = torch.stack(
+            [of(one.values[key]).detach() if key in one.values else empty for one, key in named]
+        )
         known = every.isfinite().float()
         every = every.nan_to_num()
         all_reduce(every)

@@ -1,5 +1,4 @@
 """What lets a killed run, resumed, end as one that was not killed."""
-from typing import List, Optional
 
 import torch
 from mmengine.hooks import CheckpointHook, Hook
@@ -18,18 +17,19 @@ from ..datasets.seeding import SeededBatchSampler, seed_samples
 class ResumeHook(Hook):
     """Whole checkpoint files, and random numbers that depend on how far the run is.
 
-    mmengine restores weights, optimiser and schedules on resume, but no generator: without this,
-    flips and sampled proposals after ``--resume`` differ from those of an uninterrupted run, and data
-    workers that start anew draw the same numbers in each epoch.
+    mmengine restores weights, optimizer and schedules on resume, but no generator: without this,
+    flips and sampled proposals after ``--resume`` differ from those of an uninterrupted run, and
+    data workers that start anew draw the same numbers in each epoch.
 
-    * What pipelines draw has a seed for each sample: see `SeededBatchSampler`. It is the same with any
+    * What pipelines draw has a seed for each sample: see `SeededBatchSampler`. It is the same with
+        any
       number of data workers, whether they live on or not.
-    * What else draws is seeded before each epoch, in a loop of iterations before each of them, from the
-      run's seed, the epoch or iteration, and the rank.
+    * What else draws is seeded before each epoch, in a loop of iterations before each of them, from
+      the run's seed, the epoch or iteration, and the rank.
     * The image size that YOLOX's ``BatchSyncRandomResize`` has drawn is kept in checkpoints.
 
-    A pipeline that remembers images, such as one with ``CachedMosaic``, fills its memory anew after a
-    resume; the log says so.
+    A pipeline that remembers images, such as one with ``CachedMosaic``, fills its memory anew after
+    a resume; the log says so.
     """
 
     # Before all else that may draw.
@@ -53,8 +53,12 @@ class ResumeHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         if runner.epoch and _remembers_images(runner.train_dataloader):
-            runner.logger.info('The pipeline remembers images (CachedMosaic, CachedMixUp), which no checkpoint holds: '
-                               'this resumed run gathers new ones, and ends a little otherwise than an uninterrupted one')
+            runner.logger.info(
+                'The pipeline remembers images (CachedMosaic, CachedMixUp), which no checkpoint '
+                'holds: '
+                'this resumed run gathers new ones, and ends a little otherwise than an '
+                'uninterrupted one'
+            )
 
     def before_train_epoch(self, runner: Runner) -> None:
         if isinstance(runner.train_loop, IterBasedTrainLoop):
@@ -63,10 +67,9 @@ class ResumeHook(Hook):
         if isinstance(runner.train_dataloader.batch_sampler, SeededBatchSampler):
             runner.train_dataloader.batch_sampler.epoch = runner.epoch
 
-    def before_train_iter(self,
-                          runner: Runner,
-                          batch_idx: int,
-                          data_batch: Optional[dict] = None) -> None:
+    def before_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None
+    ) -> None:
         if isinstance(runner.train_loop, IterBasedTrainLoop):
             _seed(runner, runner.iter)
         elif batch_idx == 0:
@@ -76,7 +79,7 @@ class ResumeHook(Hook):
 
 
 def _seed(runner: Runner, step: int) -> None:
-    # Neighbouring epochs, seeds and ranks must not share a stream.
+    # Neighboring epochs, seeds and ranks must not share a stream.
     set_random_seed((runner.seed * 1_000_003 + step * 1_009 + runner.rank) % 2**31)
 
 
@@ -100,11 +103,15 @@ def _built_anew(runner: Runner, loader: DataLoader) -> DataLoader:
     # The data set is cut to it already.
     settings.pop('num_batch_per_epoch', None)
     return runner.build_dataloader(
-        settings, seed=runner.seed, diff_rank_seed=runner._randomness_cfg.get('diff_rank_seed', False))
+        settings,
+        seed=runner.seed,
+        diff_rank_seed=runner._randomness_cfg.get('diff_rank_seed', False),
+    )
 
 
 class _Itself:
-    """mmengine builds loaders from a copy of their config; a copy of this is the data set itself."""
+    """mmengine builds loaders from a copy of their config; a copy of this is the data set
+    itself."""
 
     def __init__(self, dataset) -> None:
         self.dataset = dataset
@@ -113,7 +120,7 @@ class _Itself:
         return self.dataset
 
 
-def _random_resizes(runner: Runner) -> List[nn.Module]:
+def _random_resizes(runner: Runner) -> list[nn.Module]:
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     return [part for part in model.modules() if isinstance(part, BatchSyncRandomResize)]
 

@@ -1,10 +1,11 @@
 """Step 2: start from a cascade, measure the gains, keep them."""
+
 import ast
 import logging
 import time
 from collections import deque
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Dict, Iterable, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -36,22 +37,22 @@ class RouterHook(Hook):
 
     * It starts from a cascade: ``load_from`` or, where that is not given, the latest checkpoint in
       ``cascade``. It refuses to train a router on anything else.
-    * It measures the training set's gains, ``L1 - L2`` or whatever the objective counts, before training
-      (``exact``) or while training (``online``): their quantiles, which ranks and offsets follow from, and
-      delta, their median, both in the precision of the training (``--amp``: autocast). They are the same on all
-      ranks and are kept over a resume.
-      The pass before training also standardises what the router sees.
+    * It measures the training set's gains, ``L1 - L2`` or whatever the objective counts, before
+      training (``exact``) or while training (``online``): their quantiles, which ranks and offsets
+      follow from, and delta, their median, both in the precision of the training (``--amp``:
+      autocast). They are the same on all ranks and are kept over a resume.
+      The pass before training also standardizes what the router sees.
 
     Args:
         cascade (str, optional): Work dir of step 1. Defaults to None: ``load_from`` is needed.
-        delta (str): 'exact' passes once over the training set; 'online' goes by the last 10,000 images
-            seen. Defaults to 'exact'.
+        delta (str): 'exact' passes once over the training set; 'online' goes by the last 10,000
+            images seen. Defaults to 'exact'.
     """
 
     # Before hooks that copy weights, such as EMAHook, see the checkpoint.
     priority = 'ABOVE_NORMAL'
 
-    def __init__(self, cascade: Optional[str] = None, delta: str = 'exact') -> None:
+    def __init__(self, cascade: str | None = None, delta: str = 'exact') -> None:
         if delta not in ('exact', 'online'):
             raise UsageError(f"RouterHook's delta must be 'exact' or 'online', got '{delta}'")
         self.cascade = cascade
@@ -65,8 +66,11 @@ class RouterHook(Hook):
         # Built by now when training; still a config when testing.
         self.training = isinstance(runner._train_loop, BaseLoop)
         if self.training and self.cascade and not runner._resume and inherits_load_from(runner.cfg):
-            runner.logger.info(f"step 2 does not start from load_from='{runner._load_from}', which its config inherits "
-                               f"from step 1's, but from step 1's last checkpoint in {self.cascade}")
+            runner.logger.info(
+                f"step 2 does not start from load_from='{runner._load_from}', which its config "
+                'inherits '
+                f"from step 1's, but from step 1's last checkpoint in {self.cascade}"
+            )
             runner._load_from = None
         if not self.training or runner._load_from is not None:
             return
@@ -85,20 +89,29 @@ class RouterHook(Hook):
             drop_other_router(runner, model, state)
         if self.training:
             try:
-                require_complete(model, state, optional=('router.', ) if starting else ())
+                require_complete(model, state, optional=('router.',) if starting else ())
             except UsageError as error:
-                raise UsageError(f"'{runner._load_from}': {error}" + (
-                    "; step 2 starts from step 1's result: remove load_from, or name a checkpoint of step 1"
-                    if starting else '')) from None
+                raise UsageError(
+                    f"'{runner._load_from}': {error}"
+                    + (
+                        "; step 2 starts from step 1's result: remove load_from, or name a "
+                        'checkpoint of step 1'
+                        if starting
+                        else ''
+                    )
+                ) from None
         if starting:
             for name in ('delta', 'difficulties', 'gflops', 'latencies', 'threshold'):
                 state[name] = getattr(model, name).detach().clone()
         elif self.training:
             learned = checkpoint.get('router_gain', model.objective.gain)
             if learned != model.objective.gain:
-                raise UsageError(f"this run's router learns from gains of kind '{learned}', and the objective of "
-                                 f"this config from '{model.objective.gain}': resume with the old objective, or "
-                                 'start step 2 anew')
+                raise UsageError(
+                    f"this run's router learns from gains of kind '{learned}', and the objective "
+                    'of '
+                    f"this config from '{model.objective.gain}': resume with the old objective, or "
+                    'start step 2 anew'
+                )
             self.window.extend(checkpoint.get('router_differences', ()))
             if checkpoint.get('router_gains'):
                 model.gains.copy_(torch.tensor(checkpoint['router_gains']))
@@ -108,23 +121,29 @@ class RouterHook(Hook):
         model = _model(runner)
         if not self.loaded:
             where = f' (into {self.cascade})' if self.cascade else ''
-            raise UsageError('step 2 trains the router of a trained cascade, and none was loaded: '
-                             f'run step 1 first{where}, or name its checkpoint by --cfg-options '
-                             'load_from=...')
+            raise UsageError(
+                'step 2 trains the router of a trained cascade, and none was loaded: '
+                f'run step 1 first{where}, or name its checkpoint by --cfg-options '
+                'load_from=...'
+            )
         # Runs of before there were quantiles kept delta alone.
         if self.delta == 'exact' and model.gains.isnan().any():
             gains, mean, std = measure_training_set(runner)
             set_gains(model, list(gains.values()))
             model.router.mean.copy_(mean)
             model.router.std.copy_(std)
-            runner.logger.info(f'delta = {model.delta.item():.4f}, the median of '
-                               f'{GAINS[model.objective.gain].said} over {len(gains)} training images')
+            runner.logger.info(
+                f'delta = {model.delta.item():.4f}, the median of '
+                f'{GAINS[model.objective.gain].said} over {len(gains)} training images'
+            )
 
-    def after_train_iter(self,
-                         runner: Runner,
-                         batch_idx: int,
-                         data_batch: Optional[dict] = None,
-                         outputs: Optional[dict] = None) -> None:
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: dict | None = None,
+        outputs: dict | None = None,
+    ) -> None:
         if self.delta == 'online':
             model = _model(runner)
             for gains in all_gather_object(model.last_gains.tolist()):
@@ -140,31 +159,47 @@ class RouterHook(Hook):
 
 
 def inherits_load_from(cfg: Config) -> bool:
-    """Whether a config's ``load_from`` is that of a config it is built on: what step 1 started from, where the config is
-    step 2's. One that the config's own file sets, or that a command line set, is meant."""
+    """Whether a config's ``load_from`` is that of a config it is built on: what step 1 started
+    from, where the config is step 2's. One that the config's own file sets, or that a command line
+    set, is meant."""
     path, value = Path(cfg.filename or ''), cfg.get('load_from')
     if not value or path.suffix != '.py' or not path.is_file():
         return False
-    own = {target.id for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))) if isinstance(node, ast.Assign)
-           for target in node.targets if isinstance(target, ast.Name)}
+    own = {
+        target.id
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8')))
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
     return 'load_from' not in own and Config.fromfile(path).get('load_from') == value
 
 
 def leaves_load_from_unused(cfg: Config) -> bool:
-    """Whether a config is of a step 2 that starts from its `RouterHook`'s ``cascade``, and not from the ``load_from``
-    that it inherits."""
-    return not cfg.get('resume') and inherits_load_from(cfg) and any(
-        hook.get('type') == 'RouterHook' and hook.get('cascade') for hook in cfg.get('custom_hooks') or ())
+    """Whether a config is of a step 2 that starts from its `RouterHook`'s ``cascade``, and not from
+    the ``load_from`` that it inherits."""
+    return (
+        not cfg.get('resume')
+        and inherits_load_from(cfg)
+        and any(
+            hook.get('type') == 'RouterHook' and hook.get('cascade')
+            for hook in cfg.get('custom_hooks') or ()
+        )
+    )
 
 
-def drop_other_router(runner: Runner, model, state: Dict[str, Tensor]) -> None:
-    """Let go of a checkpoint's router that is another than this config's: step 2 trains one anyway."""
+def drop_other_router(runner: Runner, model, state: dict[str, Tensor]) -> None:
+    """Let go of a checkpoint's router that is another than this config's: step 2 trains one
+    anyway."""
     deltas = [value for key, value in state.items() if key.removeprefix('module.') == 'delta']
     if forget_other_router(model, state):
         trained = bool(deltas) and bool(deltas[0].isfinite().all())
-        runner.logger.log(logging.WARNING if trained else logging.INFO,
-                          f"the checkpoint's {'' if trained else 'un'}trained router is another than this config's "
-                          '(such as other pools): it starts anew')
+        runner.logger.log(
+            logging.WARNING if trained else logging.INFO,
+            f"the checkpoint's {'' if trained else 'un'}trained router is another than this "
+            "config's "
+            '(such as other pools): it starts anew',
+        )
 
 
 def set_gains(model, gains: Sequence[float]) -> None:
@@ -179,16 +214,17 @@ def _model(runner: Runner):
 
 
 @torch.no_grad()
-def measure_training_set(runner: Runner) -> Tuple[Dict[tuple, float], Tensor, Tensor]:
+def measure_training_set(runner: Runner) -> tuple[dict[tuple, float], Tensor, Tensor]:
     """What step 2 needs to know of the training set, by one pass over it; the same on all ranks.
 
     Returns:
-        tuple: Gains, as the objective counts them, by (image id, path), and mean and standard deviation of
+        tuple: Gains, as the objective counts them, by (image id, path), and mean and standard
+            deviation of
         what the router sees, (d,) each.
     """
     model = _model(runner)
     model.train()
-    own: Dict[tuple, float] = {}
+    own: dict[tuple, float] = {}
     # Count, sum and sum of squares, in double precision: one pass, bounded memory.
     moments = [0, 0.0, 0.0]
     for batch in with_progress(runner, every_image(runner.train_dataloader), 'delta'):
@@ -200,9 +236,12 @@ def measure_training_set(runner: Runner) -> Tuple[Dict[tuple, float], Tensor, Te
             # By both: data sets that are concatenated may use an id twice.
             own[sample.get('img_id', len(own)), sample.get('img_path')] = gain
         features = features.double().cpu()
-        moments = [moments[0] + len(features), moments[1] + features.sum(0),
-                   moments[2] + features.square().sum(0)]
-    gathered: Dict[tuple, float] = {}
+        moments = [
+            moments[0] + len(features),
+            moments[1] + features.sum(0),
+            moments[2] + features.square().sum(0),
+        ]
+    gathered: dict[tuple, float] = {}
     parts = all_gather_object((own, moments))
     for part, _ in parts:
         gathered.update(part)
@@ -226,7 +265,8 @@ def every_image(loader: DataLoader) -> DataLoader:
         sampler=DefaultSampler(loader.dataset, shuffle=False),
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
-        worker_init_fn=loader.worker_init_fn)
+        worker_init_fn=loader.worker_init_fn,
+    )
     if isinstance(loader.batch_sampler, SeededBatchSampler):
         seed_samples(every, loader.batch_sampler.seed, loader.batch_sampler.rank)
     return every

@@ -1,5 +1,6 @@
 """Say after each validation which exits its AP is of."""
-from typing import List, Optional, Sequence
+
+from collections.abc import Sequence
 
 from mmengine.dist import collect_results
 from mmengine.hooks import Hook
@@ -15,21 +16,27 @@ from ..models import DynamicDetector
 class ValidationExitsHook(Hook):
     """Log how many images of a validation left at each exit, and by which thresholds.
 
-    A dynamic detector's AP is of a mixture of its exits. Step 1 has an untrained router, step 2 one whose difficulties
-    move: without this line a change of the mixture looks like a better or worse detector.
+    A dynamic detector's AP is of a mixture of its exits. Step 1 has an untrained router, step 2 one
+    whose difficulties move: without this line a change of the mixture looks like a better or worse
+        detector.
     """
 
     def __init__(self) -> None:
-        self._exits: List[int] = []
+        self._exits: list[int] = []
 
     def before_val_epoch(self, runner: Runner) -> None:
         self._exits = []
 
-    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None,
-                       outputs: Optional[Sequence] = None) -> None:
+    def after_val_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: dict | None = None,
+        outputs: Sequence | None = None,
+    ) -> None:
         self._exits.extend(sample.exit for sample in outputs or () if 'exit' in sample)
 
-    def after_val_epoch(self, runner: Runner, metrics: Optional[dict] = None) -> None:
+    def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         if isinstance(model, DynamicDetector):
             exits = collect_results(self._exits, len(runner.val_dataloader.dataset))
@@ -45,7 +52,9 @@ def describe_exits(model: DynamicDetector, exits: Sequence[int]) -> str:
         model (DynamicDetector): With the thresholds that sent them.
         exits (Sequence[int]): Of each image.
     """
-    shares = ', '.join(f'{exits.count(exit) / len(exits):.1%} at exit {exit}' for exit in range(model.num_exits))
+    shares = ', '.join(
+        f'{exits.count(exit) / len(exits):.1%} at exit {exit}' for exit in range(model.num_exits)
+    )
     thresholds = ', '.join(f'{one:.4g}' for one in model.threshold.reshape(-1).tolist())
     router = ', of a router that is not trained yet' if model.delta.isnan() else ''
     return f'the AP of this validation is of a mixture: {shares}, by threshold {thresholds}{router}'

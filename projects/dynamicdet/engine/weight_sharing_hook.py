@@ -1,6 +1,7 @@
 """Share weights while training: when, not what."""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Dict, List, Mapping, Optional, Sequence, Union
 
 import torch
 from mmengine.dist import broadcast, get_world_size
@@ -21,49 +22,55 @@ from .pruning_hook import PruningHook, averages, plain_model
 class WeightSharingHook(Hook):
     """Let the weights of each layer share few values, found by k-means, and train these.
 
-    Which weight has which value stays as it was found; the gradient of a value is the sum over its weights.
-    Weights are tied after each step of the optimiser, and in the averages of an `EMAHook`. What is zero when
-    sharing begins stays zero. Checkpoints hold the detector's ordinary keys, with few different values per
-    layer; the indices are beside them under ``weight_sharing``, for ``--resume``. All ranks share alike.
+    Which weight has which value stays as it was found; the gradient of a value is the sum over its
+    weights. Weights are tied after each step of the optimizer, and in the averages of an `EMAHook`.
+    What is zero when sharing begins stays zero. Checkpoints hold the detector's ordinary keys, with
+    few different values per layer; the indices are beside them under ``weight_sharing``, for
+    ``--resume``. All ranks share alike.
 
     Args:
-        blocks (Sequence[dict]): Arguments of `dynamicdet.compression.sharing.SharedBlock`: ``name``,
-            ``modules`` (patterns) and, where wanted, ``bits`` (2 to 8, 4 by default) and ``exclude``.
-        start (int): Epochs, or iterations, done before sharing begins. A `PruningHook` of the same run must
-            have pruned all by then.
+        blocks (Sequence[dict]): Arguments of `dynamicdet.compression.sharing.SharedBlock`:
+            ``name``, ``modules`` (patterns) and, where wanted, ``bits`` (2 to 8, 4 by default) and
+            ``exclude``.
+        start (int): Epochs, or iterations, done before sharing begins. A `PruningHook` of the same
+            run must have pruned all by then.
         by_epoch (bool): Whether it counts epochs.
-        reduction (str): ``sum``, or ``mean`` for optimisers whose steps grow with the gradient (SGD) at a
-            learning rate that was found for single weights. It makes no difference to Adam and its kin.
+        reduction (str): ``sum``, or ``mean`` for optimizers whose steps grow with the gradient
+            (SGD) at a learning rate that was found for single weights. It makes no difference to
+            Adam and its kin.
     """
 
     # After PruningHook and EMAHook; before the hooks that write checkpoints.
     priority = 'LOW'
 
-    def __init__(self,
-                 blocks: Sequence[dict],
-                 start: int = 0,
-                 by_epoch: bool = True,
-                 reduction: str = 'sum') -> None:
+    def __init__(
+        self, blocks: Sequence[dict], start: int = 0, by_epoch: bool = True, reduction: str = 'sum'
+    ) -> None:
         require_blocks(blocks, 'WeightSharingHook')
         self.blocks = [_block(block) for block in blocks]
         if start < 0:
             raise UsageError(f'WeightSharingHook: start={start} must not be negative')
         if reduction not in sharing.REDUCTIONS:
             raise UsageError(
-                f"WeightSharingHook: reduction='{reduction}' is none of {', '.join(sharing.REDUCTIONS)}")
+                f"WeightSharingHook: reduction='{reduction}' is none of "
+                f'{", ".join(sharing.REDUCTIONS)}'
+            )
         self.start, self.by_epoch, self.reduction = start, by_epoch, reduction
         #: Layer name -> who shares; empty before sharing begins.
-        self.shared: Dict[str, sharing.Sharing] = {}
-        self._saved: Optional[dict] = None
+        self.shared: dict[str, sharing.Sharing] = {}
+        self._saved: dict | None = None
         self._handles: list = []
 
-    def describe(self, runner: Runner) -> List[str]:
+    def describe(self, runner: Runner) -> list[str]:
         """What it would do, a line for each block; raises what a training would."""
         self._require_fit(runner)
         unit = 'epochs' if self.by_epoch else 'iterations'
         found = disjoint_layers(plain_model(runner), self.blocks)
-        return [f'share {block.name}: {2**block.bits} values in each of {len(layers)} layers, after {self.start} {unit}'
-                for block, layers in zip(self.blocks, found)]
+        return [
+            f'share {block.name}: {2**block.bits} values in each of {len(layers)} layers, after '
+            f'{self.start} {unit}'
+            for block, layers in zip(self.blocks, found)
+        ]
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         self._saved = checkpoint.get('weight_sharing') if runner._resume else None
@@ -72,33 +79,43 @@ class WeightSharingHook(Hook):
         self._require_fit(runner)
         found = disjoint_layers(plain_model(runner), self.blocks)
         self._layers = {name: layer for layers in found for name, layer in layers.items()}
-        self._bits = {name: block.bits for block, layers in zip(self.blocks, found) for name in layers}
+        self._bits = {
+            name: block.bits for block, layers in zip(self.blocks, found) for name in layers
+        }
         if self._saved is not None:
             self._restore()
         wrapper = runner.optim_wrapper
-        for one in (wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]):
+        for one in wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]:
             self._handles.append(one.optimizer.register_step_pre_hook(self._before_step))
-            self._handles.append(one.optimizer.register_step_post_hook(lambda *_: self._tie(self._layers)))
+            self._handles.append(
+                one.optimizer.register_step_post_hook(lambda *_: self._tie(self._layers))
+            )
 
     def before_train_epoch(self, runner: Runner) -> None:
         if self.by_epoch:
             self._begin(runner, runner.epoch)
 
-    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Optional[dict] = None) -> None:
+    def before_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None
+    ) -> None:
         if not self.by_epoch:
             self._begin(runner, runner.iter)
 
-    def after_train_iter(self,
-                         runner: Runner,
-                         batch_idx: int,
-                         data_batch: Optional[dict] = None,
-                         outputs: Optional[dict] = None) -> None:
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: dict | None = None,
+        outputs: dict | None = None,
+    ) -> None:
         # Averaging works element by element, but not to the last bit alike.
         self._tie_averages(runner)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         checkpoint['weight_sharing'] = {
-            name: dict(indices=one.indices.cpu(), pruned=one.pruned) for name, one in self.shared.items()}
+            name: dict(indices=one.indices.cpu(), pruned=one.pruned)
+            for name, one in self.shared.items()
+        }
 
     def after_train(self, runner: Runner) -> None:
         for handle in self._handles:
@@ -108,21 +125,31 @@ class WeightSharingHook(Hook):
     def _require_fit(self, runner: Runner) -> None:
         """Refuse a run that ends before it begins to share, or prunes afterwards."""
         if getattr(plain_model(runner), 'train_router', False):
-            raise UsageError('WeightSharingHook: this config trains a router alone, and nothing else may '
-                             'change; share weights in step 1')
+            raise UsageError(
+                'WeightSharingHook: this config trains a router alone, and nothing else may '
+                'change; share weights in step 1'
+            )
         if self.by_epoch and isinstance(runner.train_loop, IterBasedTrainLoop):
-            raise UsageError('WeightSharingHook: this run counts iterations, not epochs; set by_epoch=False')
-        length, unit = (runner.max_epochs, 'epochs') if self.by_epoch else (runner.max_iters, 'iterations')
+            raise UsageError(
+                'WeightSharingHook: this run counts iterations, not epochs; set by_epoch=False'
+            )
+        length, unit = (
+            (runner.max_epochs, 'epochs') if self.by_epoch else (runner.max_iters, 'iterations')
+        )
         if self.start >= length:
-            raise UsageError(f'WeightSharingHook: sharing begins after {self.start} {unit}, but the run has '
-                             f'{length}')
+            raise UsageError(
+                f'WeightSharingHook: sharing begins after {self.start} {unit}, but the run has '
+                f'{length}'
+            )
         start = self._in_iterations(runner, self.start, self.by_epoch)
         for hook in runner.hooks:
             if isinstance(hook, PruningHook):
                 last = hook.start if hook.schedule == 'one_shot' else hook.end
                 if hook.soft or self._in_iterations(runner, last, hook.by_epoch) > start:
-                    raise UsageError('WeightSharingHook: PruningHook goes on after sharing begins; set '
-                                     "start to its end, or share in a run after it (soft pruning's)")
+                    raise UsageError(
+                        'WeightSharingHook: PruningHook goes on after sharing begins; set '
+                        "start to its end, or share in a run after it (soft pruning's)"
+                    )
 
     @staticmethod
     def _in_iterations(runner: Runner, step: int, by_epoch: bool) -> int:
@@ -131,11 +158,16 @@ class WeightSharingHook(Hook):
     def _restore(self) -> None:
         saved = self._saved
         if saved and saved.keys() != self._layers.keys():
-            raise UsageError('WeightSharingHook: what the checkpoint shares are other layers; --resume goes '
-                             'on with the same config')
+            raise UsageError(
+                'WeightSharingHook: what the checkpoint shares are other layers; --resume goes '
+                'on with the same config'
+            )
         self.shared = {
-            name: sharing.sharing_of(one['indices'].to(self._layers[name].weight.device), one['pruned'])
-            for name, one in saved.items()}
+            name: sharing.sharing_of(
+                one['indices'].to(self._layers[name].weight.device), one['pruned']
+            )
+            for name, one in saved.items()
+        }
 
     def _begin(self, runner: Runner, step: int) -> None:
         if self.shared or step < self.start:
@@ -148,7 +180,9 @@ class WeightSharingHook(Hook):
         self._agree()
         self._tie_averages(runner)
         total = sum(layer.weight.numel() for layer in self._layers.values())
-        runner.logger.info(f'{total / 1e6:.2f} M weights of {len(self._layers)} layers share values')
+        runner.logger.info(
+            f'{total / 1e6:.2f} M weights of {len(self._layers)} layers share values'
+        )
 
     def _agree(self) -> None:
         """Rank 0's indices on all ranks."""
@@ -159,7 +193,7 @@ class WeightSharingHook(Hook):
                 self.shared[name] = sharing.sharing_of(one.indices, one.pruned)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_) -> None:
-        # Gradients are unscaled and averaged over the ranks here. Each optimiser's own, once.
+        # Gradients are unscaled and averaged over the ranks here. Each optimizer's own, once.
         own = {id(weight) for group in optimizer.param_groups for weight in group['params']}
         for name, one in self.shared.items():
             weight = self._layers[name].weight
@@ -171,14 +205,17 @@ class WeightSharingHook(Hook):
             modules = dict(model.named_modules())
             self._tie({name: modules[name] for name in self.shared})
 
-    def _tie(self, layers: Mapping[str, Union[Layer, nn.Module]]) -> None:
+    def _tie(self, layers: Mapping[str, Layer | nn.Module]) -> None:
         for name, one in self.shared.items():
             sharing.tie(layers[name].weight, one)
 
 
 def _block(settings: dict) -> sharing.SharedBlock:
     known = {entry.name for entry in fields(sharing.SharedBlock)}
-    for wrong, what in ((set(settings) - known, 'unknown'), ({'name', 'modules'} - set(settings), 'missing')):
+    for wrong, what in (
+        (set(settings) - known, 'unknown'),
+        ({'name', 'modules'} - set(settings), 'missing'),
+    ):
         if wrong:
             raise UsageError(f'WeightSharingHook: {what} in a block: {", ".join(sorted(wrong))}')
     return sharing.SharedBlock(**settings)

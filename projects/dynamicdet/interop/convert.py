@@ -1,8 +1,9 @@
 """A checkpoint from elsewhere -> one of ours."""
+
 import hashlib
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Iterable, List, Tuple
 
 from torch import nn
 
@@ -18,20 +19,22 @@ from .yolov7 import DYNAMICDET, YOLOV7
 
 #: What ``--from`` takes. A new source is a file with its table, and an entry here.
 SOURCES = dict(
-    dynamicdet=DYNAMICDET, yolov7=YOLOV7, yolov5=YOLOV5, cbnetv2=CBNETV2, detectron2=DETECTRON2)
+    dynamicdet=DYNAMICDET, yolov7=YOLOV7, yolov5=YOLOV5, cbnetv2=CBNETV2, detectron2=DETECTRON2
+)
 
 
-def convert_checkpoint(path: str, family: str, model: nn.Module) -> Tuple[dict, List[str]]:
+def convert_checkpoint(path: str, family: str, model: nn.Module) -> tuple[dict, list[str]]:
     """Convert a file's weights into those of a model.
 
     Args:
         path (str): A torch file, or a ``.pkl`` of numpy arrays. Nothing in it is executed.
         family (str): Where it comes from, a key of `SOURCES`.
-        model (nn.Module): Freshly built. What the source never has, such as the router, is taken from
-            it. A plain detector's weights fill both exits of a dynamic one.
+        model (nn.Module): Freshly built. What the source never has, such as the router, is taken
+            from it. A plain detector's weights fill both exits of a dynamic one.
 
     Returns:
-        tuple[dict, list[str]]: The checkpoint, ``state_dict`` complete and ``meta`` with where it comes
+        tuple[dict, list[str]]: The checkpoint, ``state_dict`` complete and ``meta`` with where it
+            comes
         from; and what was done, in lines for the user.
 
     Raises:
@@ -48,12 +51,17 @@ def convert_checkpoint(path: str, family: str, model: nn.Module) -> Tuple[dict, 
     except UsageError as error:
         raise UsageError(f"'{path}' from {family} is not converted: {error}") from None
     built = model.state_dict()
-    # Released weights are often in half precision; what fills two places is two tensors from here on.
-    complete = {**built, **{key: value.to(built[key].dtype, copy=True) for key, value in found.items()}}
+    # Released weights are often in half precision; what fills two places is two tensors from here
+    # on.
+    complete = {
+        **built,
+        **{key: value.to(built[key].dtype, copy=True) for key, value in found.items()},
+    }
     with open(path, 'rb') as file:
         digest = hashlib.file_digest(file, 'sha256').hexdigest()
     meta = dict(
-        source=dict(family=family, file=Path(path).name, sha256=digest), dynamicdet=__version__)
+        source=dict(family=family, file=Path(path).name, sha256=digest), dynamicdet=__version__
+    )
     lines = [f'{len(state) - skipped.total()} of {len(state)} entries taken']
     lines += [f'{count} known and unneeded: {reason}' for reason, count in skipped.items()]
     lines += [f'{len(found)} of {len(built)} entries of the model filled']
@@ -62,8 +70,9 @@ def convert_checkpoint(path: str, family: str, model: nn.Module) -> Tuple[dict, 
 
 
 def _parts(keys: Iterable[str]) -> str:
-    """Entries of a model by part: counters of norms, the backbone's parts, and what is at the top."""
-    parts: 'Counter[str]' = Counter()
+    """Entries of a model by part: counters of norms, the backbone's parts, and what is at the
+    top."""
+    parts: Counter[str] = Counter()
     for key in keys:
         first, *rest = key.split('.')
         if rest and rest[-1] == 'num_batches_tracked':

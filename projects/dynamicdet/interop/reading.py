@@ -1,24 +1,34 @@
 """Read files from elsewhere without executing what is in them."""
+
 import collections
 import pickle
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Dict, Iterator, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from ..stand_ins import StandIn, asked_classes, is_data, read_with_stand_ins, refusal, stand_in, why_unread
+from ..stand_ins import (
+    StandIn,
+    asked_classes,
+    is_data,
+    read_with_stand_ins,
+    refusal,
+    stand_in,
+    why_unread,
+)
 
 
-def read_weights(path: str) -> Dict[str, Tensor]:
+def read_weights(path: str) -> dict[str, Tensor]:
     """Read the weights of a torch file, or of a ``.pkl`` of numpy arrays such as Detectron2's.
 
-    They are the file's ``ema``, where there is one, as YOLOv7's authors take it, else its ``model`` or
-    ``state_dict``, or all of it; a whole ``nn.Module`` gives its ``state_dict``. What lies beside them
-    (optimiser, counters) is left.
+    They are the file's ``ema``, where there is one, as YOLOv7's authors take it, else its ``model``
+    or ``state_dict``, or all of it; a whole ``nn.Module`` gives its ``state_dict``. What lies
+    beside them (optimizer, counters) is left.
 
     Raises:
         UsageError: If there is no file, it cannot be read safely, or it holds no weights.
@@ -29,17 +39,25 @@ def read_weights(path: str) -> Dict[str, Tensor]:
         state = _find_state(_read_arrays(path) if path.endswith('.pkl') else _read_torch(path))
     except Exception as error:
         # Whatever the unpickler or the archive reader stumbles on.
-        raise UsageError(f"'{path}' is no checkpoint that can be read safely: {why_unread(error)}") from None
+        raise UsageError(
+            f"'{path}' is no checkpoint that can be read safely: {why_unread(error)}"
+        ) from None
     odd = [key for key, value in state.items() if isinstance(value, StandIn)]
     if odd:
-        raise UsageError(f"'{path}' is no checkpoint that can be read safely: its entry {odd[0]!r} "
-                         f'{refusal(state[odd[0]].name)}')
-    if not state or not all(_is_array(value) and isinstance(key, str) for key, value in state.items()):
-        raise UsageError(f"'{path}' is no checkpoint: it holds no 'model' or 'state_dict' of arrays")
+        raise UsageError(
+            f"'{path}' is no checkpoint that can be read safely: its entry {odd[0]!r} "
+            f'{refusal(state[odd[0]].name)}'
+        )
+    if not state or not all(
+        _is_array(value) and isinstance(key, str) for key, value in state.items()
+    ):
+        raise UsageError(
+            f"'{path}' is no checkpoint: it holds no 'model' or 'state_dict' of arrays"
+        )
     return state
 
 
-def _find_state(content: Any) -> Dict[str, Any]:
+def _find_state(content: Any) -> dict[str, Any]:
     for name in ('ema', 'model', 'state_dict'):
         held = content.get(name) if isinstance(content, Mapping) else None
         if isinstance(held, Mapping) or isinstance(held, StandIn) and held.is_module:
@@ -53,8 +71,13 @@ def _find_state(content: Any) -> Dict[str, Any]:
 
 def _is_array(value: Any) -> bool:
     """Whether a value is a tensor of plain numbers, all there."""
-    return (isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == 'cpu'
-            and not value.is_quantized and not value.is_complex())
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == 'cpu'
+        and not value.is_quantized
+        and not value.is_complex()
+    )
 
 
 def _to_tensor(value: Any) -> Any:
@@ -69,10 +92,11 @@ def _to_tensor(value: Any) -> Any:
 
 def _read_torch(path: str) -> Any:
     return read_with_stand_ins(
-        lambda: torch.load(path, map_location='cpu', weights_only=True), asked_classes(path))
+        lambda: torch.load(path, map_location='cpu', weights_only=True), asked_classes(path)
+    )
 
 
-def _entries(module: StandIn, prefix: str = '') -> Iterator[Tuple[str, Tensor]]:
+def _entries(module: StandIn, prefix: str = '') -> Iterator[tuple[str, Tensor]]:
     """What ``state_dict`` of a whole module, as YOLOv7's files hold one, would give."""
     held = module.state
     for name, value in {**held['_parameters'], **held['_buffers']}.items():
@@ -97,7 +121,8 @@ def _read_arrays(path: str) -> Any:
 
 
 class _Dtype:
-    """Stands in for ``numpy.dtype``: plain numbers; without a ``code`` it is one of anything else."""
+    """Stands in for ``numpy.dtype``: plain numbers; without a ``code`` it is one of anything
+    else."""
 
     def __init__(self, code: str, align: bool = False, copy: bool = False) -> None:
         self.code = code if re.fullmatch('b1|[iu][1248]|f[248]', code) else None
@@ -110,14 +135,17 @@ class _Dtype:
 
 class _Array:
     """Stands in for ``numpy.ndarray``; empty until its state comes."""
-    values: Optional[np.ndarray] = None
+
+    values: np.ndarray | None = None
 
     def __setstate__(self, state: Sequence[Any]) -> None:
         _, shape, dtype, by_columns, data = state
         self.values = _decode(data, dtype, shape, 'F' if by_columns else 'C')
 
 
-def _decode(data: Union[bytes, str], dtype: _Dtype, shape: Sequence[int], order: str) -> Optional[np.ndarray]:
+def _decode(
+    data: bytes | str, dtype: _Dtype, shape: Sequence[int], order: str
+) -> np.ndarray | None:
     if dtype.code is None:
         return None
     # Python 2's bytes come as text.
@@ -137,7 +165,7 @@ def _frombuffer(data: bytes, dtype: _Dtype, shape: Sequence[int], order: str, *_
     return array
 
 
-def _scalar(dtype: _Dtype, data: Union[bytes, str]) -> Optional[np.generic]:
+def _scalar(dtype: _Dtype, data: bytes | str) -> np.generic | None:
     value = _decode(data, dtype, (), 'C')
     return None if value is None else value[()]
 
@@ -158,16 +186,19 @@ _ALLOWED = {
     'numpy.dtype': _Dtype,
     **{
         f'numpy.{core}.{name}': stand_in
-        for core in ('core', '_core') for name, stand_in in (
+        for core in ('core', '_core')
+        for name, stand_in in (
             ('multiarray._reconstruct', _reconstruct),
             ('multiarray.scalar', _scalar),
-            ('numeric._frombuffer', _frombuffer))
+            ('numeric._frombuffer', _frombuffer),
+        )
     },
 }
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads text, numbers, their containers and arrays. All else is stood in for or refused, and never imported."""
+    """Reads text, numbers, their containers and arrays. All else is stood in for or refused, and
+    never imported."""
 
     def find_class(self, module: str, name: str) -> Any:
         full = f'{module}.{name}'

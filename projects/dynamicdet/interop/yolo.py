@@ -2,7 +2,8 @@
 
 Letters: A anchors per level, C classes.
 """
-from typing import List, Sequence
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,11 +12,13 @@ from ..models.yolo import AnchorHead
 from .rules import Rule, rename, skip
 
 #: Entries beside the layers.
-UNNEEDED = [skip(r'(.*\.)?num_batches_tracked', 'counters of training'),
-            skip(r'ema\..*', 'moving averages of training')]
+UNNEEDED = [
+    skip(r'(.*\.)?num_batches_tracked', 'counters of training'),
+    skip(r'ema\..*', 'moving averages of training'),
+]
 
 
-def anchor_head_rows(theirs: str, ours: str, head: AnchorHead) -> List[Rule]:
+def anchor_head_rows(theirs: str, ours: str, head: AnchorHead) -> list[Rule]:
     """Rows of the head's convolutions and anchors.
 
     Args:
@@ -24,16 +27,22 @@ def anchor_head_rows(theirs: str, ours: str, head: AnchorHead) -> List[Rule]:
         head (AnchorHead): Of the model to fill.
     """
     return [
-        rename(theirs + r'm\.(\d)\.(.*)', f'{ours}.convs.<1>.<2>',
-               change=lambda values: kinds_apart(values, head.num_anchors)),
+        rename(
+            theirs + r'm\.(\d)\.(.*)',
+            f'{ours}.convs.<1>.<2>',
+            change=lambda values: kinds_apart(values, head.num_anchors),
+        ),
         skip(theirs + r'anchors', lambda value: _compare_anchors(value, head, head.strides)),
-        skip(theirs + r'anchor_grid', lambda value: _compare_anchors(value, head, [1] * len(head.strides)))
+        skip(
+            theirs + r'anchor_grid',
+            lambda value: _compare_anchors(value, head, [1] * len(head.strides)),
+        ),
     ]
 
 
 def kinds_apart(values: Tensor, anchors: int) -> Tensor:
-    """The head's outputs: theirs are 4 box values, objectness and C classes of each anchor in turn; ours
-    the boxes of all anchors, then objectness, then classes."""
+    """The head's outputs: theirs are 4 box values, objectness and C classes of each anchor in turn;
+    ours the boxes of all anchors, then objectness, then classes."""
     by_anchor = values.unflatten(0, (anchors, -1))
     kinds = by_anchor[:, :4], by_anchor[:, 4:5], by_anchor[:, 5:]
     return torch.cat([kind.flatten(0, 1) for kind in kinds])

@@ -1,5 +1,5 @@
-"""YOLOv5, release 6.0 and later, as its authors released it: layers by number, as in their description."""
-from typing import List
+"""YOLOv5, release 6.0 and later, as its authors released it: layers by number, as in their
+description."""
 
 from torch import Tensor, nn
 
@@ -12,23 +12,32 @@ from .yolo import UNNEEDED, anchor_head_rows
 _HEAD = 24
 
 
-def _rows(row: Row) -> List[Rule]:
+def _rows(row: Row) -> list[Rule]:
     layer, own = rf'model\.{row.number}\.', row.name
     if row.kind == 'conv':
         return [rename(layer + r'((?:conv|bn)\.\w+)', f'{own}.<1>')]
     if row.kind == 'spp':
-        return [rename(layer + r'cv1\.(.*)', f'{own}.entry.<1>'),
-                rename(layer + r'cv2\.(.*)', f'{own}.out.<1>')]
+        return [
+            rename(layer + r'cv1\.(.*)', f'{own}.entry.<1>'),
+            rename(layer + r'cv2\.(.*)', f'{own}.out.<1>'),
+        ]
     names = dict(cv1='main_conv', cv2='short_conv', cv3='final_conv')
-    return [*(rename(layer + rf'{theirs}\.(.*)', f'{own}.{ours}.<1>') for theirs, ours in names.items()),
-            rename(layer + r'm\.(\d+)\.cv(\d)\.(.*)', f'{own}.blocks.<1>.conv<2>.<3>')]
+    return [
+        *(
+            rename(layer + rf'{theirs}\.(.*)', f'{own}.{ours}.<1>')
+            for theirs, ours in names.items()
+        ),
+        rename(layer + r'm\.(\d+)\.cv(\d)\.(.*)', f'{own}.blocks.<1>.conv<2>.<3>'),
+    ]
 
 
 def _refuse(_: Tensor) -> str:
-    raise UsageError("it is of a release before 6.0, whose layers are others: take a file of 6.0 or later")
+    raise UsageError(
+        'it is of a release before 6.0, whose layers are others: take a file of 6.0 or later'
+    )
 
 
-def rules(model: nn.Module) -> List[Rule]:
+def rules(model: nn.Module) -> list[Rule]:
     """The table for YOLOv5."""
     neck = getattr(model, 'neck', None)
     if not isinstance(neck, YOLOV5PAFPN):

@@ -1,8 +1,10 @@
-"""YOLOv7 and Dy-YOLOv7, as their authors released them: layers by number, in the order in which they run.
+"""YOLOv7 and Dy-YOLOv7, as their authors released them: layers by number, in the order in which
+they run.
 
 Letters: A anchors per level, C classes.
 """
-from typing import Dict, Iterator, List, Optional
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,24 +16,31 @@ from .rules import Rule, Source, rename, skip
 from .yolo import UNNEEDED, anchor_head_rows, kinds_apart
 
 #: Their names inside SPPCSPC -> ours.
-_SPP = dict(cv1='entry.0', cv2='shortcut', cv3='entry.1', cv4='entry.2', cv5='fused.0', cv6='fused.1',
-            cv7='out')
+_SPP = dict(
+    cv1='entry.0',
+    cv2='shortcut',
+    cv3='entry.1',
+    cv4='entry.2',
+    cv5='fused.0',
+    cv6='fused.1',
+    cv7='out',
+)
 
 # The numbering: our name of each of their layers, None for those without weights.
 
 
-def _elan(name: str, row: Elan) -> List[Optional[str]]:
+def _elan(name: str, row: Elan) -> list[str | None]:
     convs = [f'{name}.convs.{index}' for index in range(row.count)]
     return [f'{name}.shortcut', f'{name}.entry', *convs, None, f'{name}.out']
 
 
-def _down(name: str, kind: str) -> List[Optional[str]]:
+def _down(name: str, kind: str) -> list[str | None]:
     if kind == 'pool':
         return [None, f'{name}.pooled', f'{name}.entry', f'{name}.strided', None]
     return [name] if kind == 'conv' else []
 
 
-def backbone_layers(table: Architecture, connected: Optional[int] = None) -> Iterator[Optional[str]]:
+def backbone_layers(table: Architecture, connected: int | None = None) -> Iterator[str | None]:
     """Layers of a backbone; of a second one with the sums that begin at stage ``connected``."""
     # The second backbone begins behind the rearranged pixels of the first one.
     if table.pixel_unshuffle and connected is None:
@@ -46,7 +55,7 @@ def backbone_layers(table: Architecture, connected: Optional[int] = None) -> Ite
             yield from _elan(name, row.block) if isinstance(row.block, Elan) else [name]
 
 
-def head_layers(table: Architecture) -> Iterator[Optional[str]]:
+def head_layers(table: Architecture) -> Iterator[str | None]:
     """Layers of neck and head; the last one is the head."""
     yield 'neck.spp'
     for index, (_, row) in enumerate(table.up):
@@ -64,73 +73,91 @@ def head_layers(table: Architecture) -> Iterator[Optional[str]]:
 # The rows.
 
 
-def _backbone_rows(theirs: str, first: int, layers: Iterator[Optional[str]], ours: str,
-                   table: Architecture) -> List[Rule]:
+def _backbone_rows(
+    theirs: str, first: int, layers: Iterator[str | None], ours: str, table: Architecture
+) -> list[Rule]:
     rows = []
     for number, name in enumerate(layers, start=first):
         if name == 'stem' and table.pixel_unshuffle:
-            rows.append(rename(rf'{theirs}\.{number}\.conv\.weight', f'{ours}.stem.conv.weight',
-                               change=_pixels_by_colour))
+            rows.append(
+                rename(
+                    rf'{theirs}\.{number}\.conv\.weight',
+                    f'{ours}.stem.conv.weight',
+                    change=_pixels_by_color,
+                )
+            )
         if name:
             rows.append(rename(rf'{theirs}\.{number}\.((?:conv|bn)\..*)', f'{ours}.{name}.<1>'))
     return rows
 
 
-def _head_rows(theirs: str, first: int, ours: str, model: nn.Module) -> List[Rule]:
+def _head_rows(theirs: str, first: int, ours: str, model: nn.Module) -> list[Rule]:
     head: YOLOV7Head = model.bbox_head
     rows = []
     names = list(head_layers(model.neck.architecture))
     # With four levels there are files of training, whose head comes behind auxiliary outputs.
     spare = len(head.convs) if len(head.convs) == 4 else 0
     last = first + len(names) - 1
-    rows += [skip(rf'{theirs}\.{number}\.(conv|bn)\..*', 'auxiliary outputs of training')
-             for number in range(last, last + spare)]
+    rows += [
+        skip(rf'{theirs}\.{number}\.(conv|bn)\..*', 'auxiliary outputs of training')
+        for number in range(last, last + spare)
+    ]
     for number, name in [*enumerate(names, start=first), (last + spare, names[-1])]:
         if name is None:
             continue
         layer, own = rf'{theirs}\.{number}\.', ours + name
         if name == 'neck.spp':
-            rows += [rename(layer + rf'{key}\.(.*)', f'{own}.{value}.<1>')
-                     for key, value in _SPP.items()]
+            rows += [
+                rename(layer + rf'{key}\.(.*)', f'{own}.{value}.<1>') for key, value in _SPP.items()
+            ]
         elif name == 'bbox_head':
             rows += [
                 *anchor_head_rows(layer, own, head),
                 rename(layer + r'ia\.(\d)\.implicit', f'{own}.added.<1>'),
-                rename(layer + r'im\.(\d)\.implicit', f'{own}.multiplied.<1>',
-                       change=lambda values: kinds_apart(values[0], head.num_anchors)[None]),
-                skip(layer + r'(m2|ia2|im2)\..*', 'auxiliary outputs of training')
+                rename(
+                    layer + r'im\.(\d)\.implicit',
+                    f'{own}.multiplied.<1>',
+                    change=lambda values: kinds_apart(values[0], head.num_anchors)[None],
+                ),
+                skip(layer + r'(m2|ia2|im2)\..*', 'auxiliary outputs of training'),
             ]
         else:
             rows += [
                 rename(layer + r'((?:conv|bn)\..*)', f'{own}.<1>'),
                 rename(layer + r'rbr_dense\.(.*)', f'{own}.dense.<1>'),
-                rename(layer + r'rbr_1x1\.(.*)', f'{own}.point.<1>')
+                rename(layer + r'rbr_1x1\.(.*)', f'{own}.point.<1>'),
             ]
     return rows
 
 
-def _pixels_by_colour(weight: Tensor) -> Tensor:
-    """The first convolution behind rearranged pixels: theirs put (column, row, colour), ours colour, row,
-    column, as torch does."""
+def _pixels_by_color(weight: Tensor) -> Tensor:
+    """The first convolution behind rearranged pixels: theirs put (column, row, color), ours color,
+    row, column, as torch does."""
     return weight.unflatten(1, (2, 2, 3)).permute(0, 3, 2, 1, 4, 5).flatten(1, 3)
 
 
-def _connection_rows(model: DynamicDetector) -> List[Rule]:
+def _connection_rows(model: DynamicDetector) -> list[Rule]:
     """Theirs has one convolution per map of the first backbone, for all stages that it goes to."""
     backbone, rows = model.backbone, []
     for source in range(len(backbone.connections)):
         stages = range(source + 1)
         widths = [backbone.connections[stage].projections[0].out_channels for stage in stages]
         rows.append(
-            rename(rf'model_b2\.{source}\.conv\.(.*)',
-                   *[f'backbone.connections.{stage}.projections.{source - stage}.<1>' for stage in stages],
-                   change=lambda values, widths=widths: values.split(widths)))
+            rename(
+                rf'model_b2\.{source}\.conv\.(.*)',
+                *[
+                    f'backbone.connections.{stage}.projections.{source - stage}.<1>'
+                    for stage in stages
+                ],
+                change=lambda values, widths=widths: values.split(widths),
+            )
+        )
     return rows
 
 
-def dynamic_rules(model: nn.Module) -> List[Rule]:
-    """The table for Dy-YOLOv7, of step 1 (no router) or 2. Their score is 1 - difficulty: the router's last
-    layer changes its sign."""
+def dynamic_rules(model: nn.Module) -> list[Rule]:
+    """The table for Dy-YOLOv7, of step 1 (no router) or 2. Their score is 1 - difficulty: the
+    router's last layer changes its sign."""
     _require_yolov7(model, dynamic=True)
     branches, backbone = model.branches, model.backbone
     if len(branches) != 2:
@@ -144,12 +171,14 @@ def dynamic_rules(model: nn.Module) -> List[Rule]:
         rows += _head_rows(theirs, 0, f'branches.{index}.', branch)
     return rows + [
         rename(r'router\.layer1\.(.*)', 'router.fc1.<1>', change=lambda values: values.squeeze()),
-        rename(r'router\.layer2\.weight', 'router.fc2.weight', change=lambda values: -values[..., 0, 0]),
-        rename(r'router\.layer2\.bias', 'router.fc2.bias', change=lambda values: -values)
+        rename(
+            r'router\.layer2\.weight', 'router.fc2.weight', change=lambda values: -values[..., 0, 0]
+        ),
+        rename(r'router\.layer2\.bias', 'router.fc2.bias', change=lambda values: -values),
     ]
 
 
-def static_rules(model: nn.Module) -> List[Rule]:
+def static_rules(model: nn.Module) -> list[Rule]:
     """The table for YOLOv7, for a static model or for both halves of a dynamic one."""
     _require_yolov7(model)
     plain = model.branches[0] if isinstance(model, DynamicDetector) else model
@@ -159,22 +188,26 @@ def static_rules(model: nn.Module) -> List[Rule]:
     return rows + _head_rows('model', len(layers), '', plain)
 
 
-def _no_knowledge(model: nn.Module) -> Dict[str, Tensor]:
-    """Implicit knowledge that changes nothing: files for inference have theirs in the convolutions."""
+def _no_knowledge(model: nn.Module) -> dict[str, Tensor]:
+    """Implicit knowledge that changes nothing: files for inference have theirs in the
+    convolutions."""
     head = (model.branches[0] if isinstance(model, DynamicDetector) else model).bbox_head
     return {
         f'bbox_head.{name}.{index}': torch.full_like(own, value)
-        for name, value in (('added', 0), ('multiplied', 1)) for index, own in enumerate(getattr(head, name))
+        for name, value in (('added', 0), ('multiplied', 1))
+        for index, own in enumerate(getattr(head, name))
     }
 
 
 def _require_yolov7(model: nn.Module, dynamic: bool = False) -> None:
     plain = model.branches[0] if isinstance(model, DynamicDetector) else model
     if dynamic and plain is model or not isinstance(getattr(plain, 'neck', None), YOLOV7PAFPN):
-        raise UsageError('these weights are of '
-                         f"{'Dy-YOLOv7' if dynamic else 'YOLOv7'}: name a --config such as configs/"
-                         f"{'dy_' if dynamic else ''}yolov7.py")
+        raise UsageError(
+            'these weights are of '
+            f'{"Dy-YOLOv7" if dynamic else "YOLOv7"}: name a --config such as configs/'
+            f'{"dy_" if dynamic else ""}yolov7.py'
+        )
 
 
-DYNAMICDET = Source(dynamic_rules, kept=('router.', ))
+DYNAMICDET = Source(dynamic_rules, kept=('router.',))
 YOLOV7 = Source(static_rules, kept=('router.', 'backbone.connections.'), defaults=_no_knowledge)

@@ -3,16 +3,18 @@
 Overheads, all on inputs in memory and from preprocessing to boxes:
 
 * exit 0 against the stock detector on what exit 0 sees: the router and the bookkeeping, at batch 1;
-* batches of which half is hard against the mean of all-easy and all-hard ones: the parting of the batches,
-  and two smaller passes in place of one;
+* batches of which half is hard against the mean of all-easy and all-hard ones: the parting of the
+  batches, and two smaller passes in place of one;
 * the same with hard images, or both kinds, collected over batches: see `apis.stream`.
 
 And the same under other settings of the machine: numbers of threads, data types, memory formats.
 """
+
 import contextlib
 import copy
 import itertools
-from typing import Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,7 +38,7 @@ from ..models.resolution import reduce_images, reduce_samples
 from ..models.weights import is_plain, require_complete
 from ..progress import Progress
 from ..routing.thresholds import ALL_EASY, ALL_HARD, Thresholds, threshold_for_share
-from ..testing import randomise
+from ..testing import randomize
 from ..timing import now
 
 #: The overheads that the project allows itself (docs/benchmarks.md).
@@ -47,9 +49,9 @@ BATCH_SIZE = 8
 _WARM_UP = 2
 
 
-#: How a list of batches is worked off: batch by batch at a fixed threshold (a hard share of a calibration is
-#: one, too); so, with a controller that holds half hard; as a stream that collects hard images; one that
-#: collects easy ones, too.
+#: How a list of batches is worked off: batch by batch at a fixed threshold (a hard share of a
+#: calibration is one, too); so, with a controller that holds half hard; as a stream that collects
+#: hard images; one that collects easy ones, too.
 POLICIES = ('threshold', 'online', 'stream', 'stream_all')
 
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
@@ -64,6 +66,7 @@ class Setting(NamedTuple):
         dtype (str): A key of `DTYPES`; all but float32 by autocast, as AMP does.
         memory_format (str): A key of `FORMATS`, of images and weights.
     """
+
     threads: int
     dtype: str = 'float32'
     memory_format: str = 'contiguous'
@@ -85,21 +88,22 @@ class Task(NamedTuple):
     Attributes:
         detector (BaseDetector): In eval mode.
         batches (list[dict]): Each as a data loader gives it.
-        threshold (float or list[float], optional): Set before the clock starts. None for stock detectors.
+        threshold (float or list[float], optional): Set before the clock starts. None for stock
+            detectors.
         policy (str): One of `POLICIES`.
         setting (Setting, optional): Defaults to what torch is set to.
     """
+
     detector: BaseDetector
-    batches: List[dict]
-    threshold: Optional[Thresholds] = None
+    batches: list[dict]
+    threshold: Thresholds | None = None
     policy: str = 'threshold'
-    setting: Optional[Setting] = None
+    setting: Setting | None = None
 
 
-def build_pair(cfg: Config,
-               checkpoint: Optional[str] = None,
-               device: str = 'cpu',
-               seed: int = 0) -> Tuple[DynamicDetector, BaseDetector]:
+def build_pair(
+    cfg: Config, checkpoint: str | None = None, device: str = 'cpu', seed: int = 0
+) -> tuple[DynamicDetector, BaseDetector]:
     """Build a config's dynamic detector, and the stock detector that its exit 0 is.
 
     Args:
@@ -126,7 +130,7 @@ def build_pair(cfg: Config,
         require_complete(model, state, own)
         model.load_state_dict(state, strict=False)
     else:
-        randomise(model, seed)
+        randomize(model, seed)
     model = model.to(device).eval()
     return model, build_stock(cfg.model, model).to(device).eval()
 
@@ -135,7 +139,8 @@ def build_stock(settings: Mapping, model: DynamicDetector) -> BaseDetector:
     """Build the stock detector of a dynamic one's config, over the tensors of its exit 0.
 
     The same tensors, not copies: where a tensor lies in memory has an effect on speed. Where exit 0
-    sees a smaller image, so does the stock detector; where it has lost channels, so has the stock detector.
+    sees a smaller image, so does the stock detector; where it has lost channels, so has the stock
+    detector.
     """
     whole = settings['detector'] if settings['type'] == 'PrunedDetector' else settings
     detector = copy.deepcopy(whole['detector'])
@@ -147,10 +152,14 @@ def build_stock(settings: Mapping, model: DynamicDetector) -> BaseDetector:
     return stock
 
 
-def _of_exit0(named: Mapping[str, object]) -> Dict[str, object]:
+def _of_exit0(named: Mapping[str, object]) -> dict[str, object]:
     """What belongs to exit 0, by the stock detector's names."""
-    return {plain + name[len(own):]: value for name, value in named.items()
-            for own, plain in (('backbone.first.', 'backbone.'), ('branches.0.', '')) if name.startswith(own)}
+    return {
+        plain + name[len(own) :]: value
+        for name, value in named.items()
+        for own, plain in (('backbone.first.', 'backbone.'), ('branches.0.', ''))
+        if name.startswith(own)
+    }
 
 
 class _Refused(UsageError):
@@ -158,16 +167,20 @@ class _Refused(UsageError):
 
 
 def reformat(model: DynamicDetector, memory_format: str) -> DynamicDetector:
-    """A detector whose weights and images lie in memory as asked for: itself if contiguous, else a copy.
+    """A detector whose weights and images lie in memory as asked for: itself if contiguous, else a
+    copy.
 
     Raises:
-        UsageError: If it has a RoI head: mmcv's RoIAlign misreads maps that are not contiguous, on the CPU.
+        UsageError: If it has a RoI head: mmcv's RoIAlign misreads maps that are not contiguous, on
+            the CPU.
     """
     if memory_format == 'contiguous':
         return model
     if hasattr(model.branches[0], 'roi_head'):
-        raise _Refused(f"{memory_format} is for one-stage detectors: mmcv's RoIAlign takes contiguous maps "
-                       'only')
+        raise _Refused(
+            f"{memory_format} is for one-stage detectors: mmcv's RoIAlign takes contiguous maps "
+            'only'
+        )
     model = copy.deepcopy(model).to(memory_format=FORMATS[memory_format])
 
     def lay_out(module, inputs, data: dict) -> dict:
@@ -182,7 +195,11 @@ class _FirstView(nn.Module):
 
     def __init__(self, model: DynamicDetector) -> None:
         super().__init__()
-        self.preprocessor, self.scale, self.stride = model.data_preprocessor, model.first_scale, model.stride
+        self.preprocessor, self.scale, self.stride = (
+            model.data_preprocessor,
+            model.first_scale,
+            model.stride,
+        )
 
     def forward(self, data: dict, training: bool = False) -> dict:
         data = self.preprocessor(data, training)
@@ -213,14 +230,19 @@ def make_batch(size: Sequence[int], count: int = BATCH_SIZE, seed: int = 0) -> d
                     img_id=index,
                     img_shape=(height, width),
                     ori_shape=(height, width),
-                    scale_factor=(1.0, 1.0))))
+                    scale_factor=(1.0, 1.0),
+                )
+            )
+        )
     return batch
 
 
-def split_batch(batch: dict) -> List[dict]:
+def split_batch(batch: dict) -> list[dict]:
     """The images of a batch as batches of one."""
-    return [dict(inputs=[image], data_samples=[sample])
-            for image, sample in zip(batch['inputs'], batch['data_samples'])]
+    return [
+        dict(inputs=[image], data_samples=[sample])
+        for image, sample in zip(batch['inputs'], batch['data_samples'])
+    ]
 
 
 @torch.no_grad()
@@ -239,8 +261,10 @@ def require_equal(stock: BaseDetector, model: DynamicDetector, batches: Sequence
         pairs = zip(stock.test_step(batch), model.test_step(batch))
         for one, other in ((a.pred_instances, b.pred_instances) for a, b in pairs):
             if not all(torch.equal(one[key], other[key]) for key in ('bboxes', 'scores', 'labels')):
-                raise RuntimeError('exit 0 does not find what the stock detector finds: '
-                                   'their times cannot be compared')
+                raise RuntimeError(
+                    'exit 0 does not find what the stock detector finds: '
+                    'their times cannot be compared'
+                )
             compared += len(one)
     return compared
 
@@ -259,16 +283,17 @@ def half_hard_threshold(model: DynamicDetector, batches: Sequence[dict]) -> floa
     threshold = threshold_for_share(scores, 0.5)
     hard = sum(score > threshold for score in scores)
     if 2 * hard != len(scores):
-        raise UsageError(f'{hard} of {len(scores)} images are hard, not half of them: too many '
-                         'have the same difficulty; try another checkpoint or another seed')
+        raise UsageError(
+            f'{hard} of {len(scores)} images are hard, not half of them: too many '
+            'have the same difficulty; try another checkpoint or another seed'
+        )
     return threshold
 
 
 @torch.no_grad()
-def interleave(tasks: Mapping[object, Task],
-               rounds: int,
-               progress: Progress,
-               what: str) -> Dict[object, np.ndarray]:
+def interleave(
+    tasks: Mapping[object, Task], rounds: int, progress: Progress, what: str
+) -> dict[object, np.ndarray]:
     """Time tasks in turns: each once a round, in many orders one after the other.
 
     Args:
@@ -281,7 +306,7 @@ def interleave(tasks: Mapping[object, Task],
         dict: Name -> seconds in each round, (rounds,). Those of one round belong together.
     """
     orders = _orders(list(tasks))
-    times: Dict[object, List[float]] = {name: [] for name in tasks}
+    times: dict[object, list[float]] = {name: [] for name in tasks}
     for turn in progress(range(-_WARM_UP, rounds), what):
         for name in orders[turn % len(orders)]:
             seconds = _time(tasks[name])
@@ -290,8 +315,9 @@ def interleave(tasks: Mapping[object, Task],
     return {name: np.asarray(values) for name, values in times.items()}
 
 
-def _orders(names: list) -> List[list]:
-    """All of them for a few; for many, those where each comes first once, forwards and backwards."""
+def _orders(names: list) -> list[list]:
+    """All of them for a few; for many, those where each comes first once, forwards and
+    backwards."""
     if len(names) <= 3:
         return [list(order) for order in itertools.permutations(names)]
     turned = [names[at:] + names[:at] for at in range(len(names))]
@@ -320,19 +346,21 @@ def _time(task: Task) -> float:
         return now(device) - start
 
 
-def quartiles(values: Sequence[float]) -> Dict[str, float]:
+def quartiles(values: Sequence[float]) -> dict[str, float]:
     """Median and quartiles."""
     low, median, high = np.percentile(values, (25, 50, 75)).tolist()
     return dict(median=median, q1=low, q3=high)
 
 
-def measure(model: DynamicDetector,
-            settings: Mapping,
-            batches: Sequence[dict],
-            rounds: int,
-            batch_rounds: int,
-            progress: Progress,
-            ways: Sequence[Setting] = ()) -> List[dict]:
+def measure(
+    model: DynamicDetector,
+    settings: Mapping,
+    batches: Sequence[dict],
+    rounds: int,
+    batch_rounds: int,
+    progress: Progress,
+    ways: Sequence[Setting] = (),
+) -> list[dict]:
     """Measure all overheads, and the latency of each exit, under each setting, all taking turns.
 
     Args:
@@ -345,10 +373,11 @@ def measure(model: DynamicDetector,
         ways (Sequence[Setting]): Defaults to what torch is set to, alone.
 
     Returns:
-        list[dict]: Per setting ``threads``, ``dtype``, ``memory_format``; ``seconds`` per call (of one image,
-        of all batches), by what was timed; ``ratios``, by the keys of `WANTED`, both sides of each from one
-        round; all with ``median``, ``q1`` and ``q3``; ``boxes_compared``. Or ``refused``, why that setting
-        cannot be.
+        list[dict]: Per setting ``threads``, ``dtype``, ``memory_format``; ``seconds`` per call (of
+            one image,
+        of all batches), by what was timed; ``ratios``, by the keys of `WANTED`, both sides of each
+        from one round; all with ``median``, ``q1`` and ``q3``; ``boxes_compared``. Or ``refused``,
+        why that setting cannot be.
 
     Raises:
         RuntimeError: If exit 0 and the stock detector differ.
@@ -360,7 +389,10 @@ def measure(model: DynamicDetector,
         try:
             if way.memory_format not in formatted:
                 own = reformat(model, way.memory_format)
-                formatted[way.memory_format] = own, build_stock(settings, own).to(_device(own)).eval()
+                formatted[way.memory_format] = (
+                    own,
+                    build_stock(settings, own).to(_device(own)).eval(),
+                )
             boxes, tasks, batch_tasks = _tasks(*formatted[way.memory_format], batches, way)
         except (UsageError, RuntimeError, NotImplementedError) as error:
             if not _is_refusal(error):
@@ -377,7 +409,11 @@ def measure(model: DynamicDetector,
     seconds.update(interleave(whole, batch_rounds, progress, 'whole batches'))
     for way, one in found.items():
         if 'refused' not in one:
-            one.update(_summary({name: values for (owner, name), values in seconds.items() if owner == way}))
+            one.update(
+                _summary(
+                    {name: values for (owner, name), values in seconds.items() if owner == way}
+                )
+            )
     return list(found.values())
 
 
@@ -386,14 +422,20 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether an operator lacks a data type, or a format was refused, rather than something being wrong."""
+    """Whether an operator lacks a data type, or a format was refused, rather than something being
+    wrong."""
     said = str(error)
-    return isinstance(error, _Refused) or 'not implemented for' in said or 'expected scalar type' in said
+    return (
+        isinstance(error, _Refused)
+        or 'not implemented for' in said
+        or 'expected scalar type' in said
+    )
 
 
 @torch.no_grad()
-def _tasks(model: DynamicDetector, stock: BaseDetector, batches: Sequence[dict],
-           way: Setting) -> Tuple[int, Dict[tuple, Task], Dict[tuple, Task]]:
+def _tasks(
+    model: DynamicDetector, stock: BaseDetector, batches: Sequence[dict], way: Setting
+) -> tuple[int, dict[tuple, Task], dict[tuple, Task]]:
     """Boxes that were compared; what is timed on one image; what on all batches."""
     one, *others = split_batch(batches[0])
     with way.on(_device(model)):
@@ -403,13 +445,22 @@ def _tasks(model: DynamicDetector, stock: BaseDetector, batches: Sequence[dict],
         model.set_budget(threshold=ALL_HARD)
         model.test_step(one)
     single = dict(stock=Task(stock, [one]))
-    single.update({f'exit{exit}': Task(model, [one], _leaving_at(exit, model.num_exits))
-                   for exit in range(model.num_exits)})
-    whole = dict(all_easy=Task(model, batches, ALL_EASY), half_hard=Task(model, batches, middle),
-                 all_hard=Task(model, batches, ALL_HARD))
+    single.update(
+        {
+            f'exit{exit}': Task(model, [one], _leaving_at(exit, model.num_exits))
+            for exit in range(model.num_exits)
+        }
+    )
+    whole = dict(
+        all_easy=Task(model, batches, ALL_EASY),
+        half_hard=Task(model, batches, middle),
+        all_hard=Task(model, batches, ALL_HARD),
+    )
     whole.update({policy: Task(model, batches, middle, policy) for policy in POLICIES[1:]})
-    return boxes, *({(way, name): task._replace(setting=way) for name, task in tasks.items()}
-                    for tasks in (single, whole))
+    return boxes, *(
+        {(way, name): task._replace(setting=way) for name, task in tasks.items()}
+        for tasks in (single, whole)
+    )
 
 
 def _leaving_at(exit: int, exits: int) -> Thresholds:
@@ -418,13 +469,15 @@ def _leaving_at(exit: int, exits: int) -> Thresholds:
     return found[0] if exits == 2 else found
 
 
-def _summary(seconds: Mapping[str, np.ndarray]) -> Dict[str, dict]:
+def _summary(seconds: Mapping[str, np.ndarray]) -> dict[str, dict]:
     ideal = (seconds['all_easy'] + seconds['all_hard']) / 2
     ratios = dict(
         exit0_to_stock=seconds['exit0'] / seconds['stock'],
         mixed_to_mean=seconds['half_hard'] / ideal,
         stream_to_mean=seconds['stream'] / ideal,
-        stream_all_to_mean=seconds['stream_all'] / ideal)
+        stream_all_to_mean=seconds['stream_all'] / ideal,
+    )
     return dict(
         seconds={name: quartiles(values) for name, values in seconds.items()},
-        ratios={name: quartiles(values) for name, values in ratios.items()})
+        ratios={name: quartiles(values) for name, values in ratios.items()},
+    )

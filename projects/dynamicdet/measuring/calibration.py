@@ -1,6 +1,7 @@
 """Measure what the thresholds of a trained dynamic detector follow from."""
+
 import datetime
-from typing import Dict, List, Optional, Sequence, Tuple
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,9 +21,11 @@ from .flops import count_flops
 
 
 @torch.no_grad()
-def measure_difficulties(model: DynamicDetector, loader: DataLoader, progress: Progress) -> np.ndarray:
+def measure_difficulties(
+    model: DynamicDetector, loader: DataLoader, progress: Progress
+) -> np.ndarray:
     """Difficulties of a data set, sorted, (n,), float32. Runs the first backbone and the router."""
-    scores: List[float] = []
+    scores: list[float] = []
     for batch in progress(loader, 'difficulties'):
         data = model.data_preprocessor(batch, False)
         scores.extend(model.score(data['inputs'], data['data_samples']).tolist())
@@ -30,12 +33,14 @@ def measure_difficulties(model: DynamicDetector, loader: DataLoader, progress: P
 
 
 @torch.no_grad()
-def measure_latencies(model: DynamicDetector,
-                      dataset,
-                      progress: Progress,
-                      images: int = 20,
-                      rounds: int = 5,
-                      rows: Optional[Sequence[int]] = None) -> Tuple[float, ...]:
+def measure_latencies(
+    model: DynamicDetector,
+    dataset,
+    progress: Progress,
+    images: int = 20,
+    rounds: int = 5,
+    rows: Sequence[int] | None = None,
+) -> tuple[float, ...]:
     """Median seconds per image of each exit: batch 1, data in memory, exits taking turns.
 
     Args:
@@ -47,7 +52,7 @@ def measure_latencies(model: DynamicDetector,
         rows (Sequence[int], optional): Which images instead of the first.
     """
     batches = _single_batches(dataset, images, rows)
-    times: List[List[float]] = [[] for _ in range(model.num_exits)]
+    times: list[list[float]] = [[] for _ in range(model.num_exits)]
     device = model.threshold.device
     with kept_speed(model):
         for turn in progress(range(rounds + 1), 'latencies'):
@@ -63,13 +68,14 @@ def measure_latencies(model: DynamicDetector,
 
 
 @torch.no_grad()
-def measure_gflops(model: DynamicDetector, dataset, images: int = 10,
-                   rows: Optional[Sequence[int]] = None) -> Tuple[float, ...]:
+def measure_gflops(
+    model: DynamicDetector, dataset, images: int = 10, rows: Sequence[int] | None = None
+) -> tuple[float, ...]:
     """Mean GFLOPs per image of each exit, 2 x multiply-adds, by torch's counter.
 
     It follows what is really run, and sees nothing of mmcv's own operators: RoIAlign counts as 0.
-    The cost of two-stage heads varies with the proposals, hence the mean over some images: the first, or those
-    of the given rows.
+    The cost of two-stage heads varies with the proposals, hence the mean over some images: the
+    first, or those of the given rows.
     """
     batches = _single_batches(dataset, images, rows)
     means = []
@@ -81,9 +87,12 @@ def measure_gflops(model: DynamicDetector, dataset, images: int = 10,
     return tuple(means)
 
 
-def _single_batches(dataset, images: int, rows: Optional[Sequence[int]]) -> List[dict]:
+def _single_batches(dataset, images: int, rows: Sequence[int] | None) -> list[dict]:
     """Batches of one image: the first ones, or those of some rows."""
-    return [pseudo_collate([dataset[row]]) for row in (range(min(images, len(dataset))) if rows is None else rows)]
+    return [
+        pseudo_collate([dataset[row]])
+        for row in (range(min(images, len(dataset))) if rows is None else rows)
+    ]
 
 
 def force_exit(model: DynamicDetector, exit: int) -> None:
@@ -93,7 +102,7 @@ def force_exit(model: DynamicDetector, exit: int) -> None:
 
 
 @torch.no_grad()
-def record_exits(model: DynamicDetector, loader: DataLoader, progress: Progress) -> List[dict]:
+def record_exits(model: DynamicDetector, loader: DataLoader, progress: Progress) -> list[dict]:
     """Each exit's detections of every image: all that a trade-off curve needs.
 
     Args:
@@ -102,7 +111,8 @@ def record_exits(model: DynamicDetector, loader: DataLoader, progress: Progress)
         progress (Callable): Wraps what is iterated over.
 
     Returns:
-        list[dict]: Per image ``id``, ``file``, ``difficulty`` and ``detections`` of each exit: COCO results
+        list[dict]: Per image ``id``, ``file``, ``difficulty`` and ``detections`` of each exit: COCO
+            results
         without image id, boxes x, y, w, h in the image's own frame.
     """
     images = []
@@ -118,13 +128,16 @@ def record_exits(model: DynamicDetector, loader: DataLoader, progress: Progress)
                     id=sample.img_id,
                     file=sample.img_path,
                     difficulty=sample.difficulty,
-                    detections=list(pair)) for sample, *pair in zip(samples, *both))
+                    detections=list(pair),
+                )
+                for sample, *pair in zip(samples, *both)
+            )
     return images
 
 
-def coco_results(sample, category_ids: List[int]) -> List[dict]:
+def coco_results(sample, category_ids: list[int]) -> list[dict]:
     """Detections of an image as COCO has them; masks are left out, and left where they are."""
-    (boxes, scores, labels), = to_host([sample.pred_instances])
+    ((boxes, scores, labels),) = to_host([sample.pred_instances])
     boxes[:, 2:] -= boxes[:, :2]
     return [
         dict(bbox=box, score=score, category_id=category_ids[label])
@@ -132,8 +145,9 @@ def coco_results(sample, category_ids: List[int]) -> List[dict]:
     ]
 
 
-def provenance(cfg: Config, checkpoint: str, dataset, device: str) -> Dict[str, object]:
-    """Where figures come from: what was measured, on which data and which machine. See also `passed`."""
+def provenance(cfg: Config, checkpoint: str, dataset, device: str) -> dict[str, object]:
+    """Where figures come from: what was measured, on which data and which machine. See also
+    `passed`."""
     return dict(
         config=str(cfg.filename),
         checkpoint=str(checkpoint),
@@ -144,11 +158,13 @@ def provenance(cfg: Config, checkpoint: str, dataset, device: str) -> Dict[str, 
         **machine_of(device),
         torch=str(torch.__version__),
         seed=cfg.get('randomness', {}).get('seed'),
-        date=datetime.datetime.now().isoformat(timespec='seconds'))
+        date=datetime.datetime.now().isoformat(timespec='seconds'),
+    )
 
 
-def passed(model: torch.nn.Module, loader: DataLoader) -> Dict[str, object]:
-    """How images passed through a model: in which numbers, and how many at a time. Latencies are of one at a time."""
+def passed(model: torch.nn.Module, loader: DataLoader) -> dict[str, object]:
+    """How images passed through a model: in which numbers, and how many at a time. Latencies are of
+    one at a time."""
     batch_size = getattr(loader.batch_sampler, 'batch_size', loader.batch_size)
     return dict(dtype=dtype_of(model), batch_size=batch_size, latency_batch_size=1)
 
@@ -156,13 +172,14 @@ def passed(model: torch.nn.Module, loader: DataLoader) -> Dict[str, object]:
 def require_trained_router(model: DynamicDetector) -> None:
     """Raise a `UsageError` if a model is from step 1."""
     if model.delta.isnan():
-        raise UsageError('this checkpoint is from step 1: train the router (step 2) before calibrating')
+        raise UsageError(
+            'this checkpoint is from step 1: train the router (step 2) before calibrating'
+        )
 
 
-def calibrate(model: DynamicDetector,
-              loader: DataLoader,
-              progress: Progress,
-              hard_share: float = 0.5) -> dict:
+def calibrate(
+    model: DynamicDetector, loader: DataLoader, progress: Progress, hard_share: float = 0.5
+) -> dict:
     """Measure difficulties and costs, and set the model's calibration and threshold to them.
 
     Args:
@@ -172,7 +189,8 @@ def calibrate(model: DynamicDetector,
         hard_share (float): What the checkpoint does when nothing is asked for. Defaults to 0.5.
 
     Returns:
-        dict: ``threshold`` (a list for more than two exits), and of each exit ``lat1``, ``lat2``, ... in
+        dict: ``threshold`` (a list for more than two exits), and of each exit ``lat1``, ``lat2``,
+            ... in
         seconds and ``g0``, ``g1``, ... in GFLOPs.
 
     Raises:
@@ -189,4 +207,5 @@ def calibrate(model: DynamicDetector,
     return dict(
         threshold=threshold,
         **{f'lat{exit}': seconds for exit, seconds in enumerate(latencies, 1)},
-        **{f'g{exit}': count for exit, count in enumerate(gflops)})
+        **{f'g{exit}': count for exit, count in enumerate(gflops)},
+    )

@@ -1,9 +1,10 @@
 """Fit the router of a trained cascade to records, in seconds, instead of training it for epochs."""
+
 import dataclasses
 import datetime
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -19,26 +20,32 @@ from ..routing.fitting import Fit, features_of, fit_router, gains_of
 _CALIBRATION = ('difficulties', 'gflops', 'latencies', 'threshold')
 
 
-def fit_to_records(router: nn.Module,
-                   records: Sequence[Mapping],
-                   objective: Objective,
-                   cocos: Optional[Sequence] = None,
-                   features_from: Optional[Sequence[Mapping]] = None,
-                   seed: int = 0,
-                   progress: Optional[Callable[[int, int], None]] = None) -> Tuple[Fit, int]:
+def fit_to_records(
+    router: nn.Module,
+    records: Sequence[Mapping],
+    objective: Objective,
+    cocos: Sequence | None = None,
+    features_from: Sequence[Mapping] | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Fit, int]:
     """Fit a router to records.
 
-    The records may be of different images (a held-out part, or folds), or of the same ones in several
-    augmented passes; an image's passes stay together in cross-validation.
+    The records may be of different images (a held-out part, or folds), or of the same ones in
+    several augmented passes; an image's passes stay together in cross-validation.
 
     Args:
         router (nn.Module): A `Router` of the widths that are wanted; it stays as it is.
-        records (Sequence[Mapping]): Whose losses or detections give the gains; see `routing.record`.
+        records (Sequence[Mapping]): Whose losses or detections give the gains; see
+            `routing.record`.
         objective (Objective): What to fit.
-        cocos (Sequence[COCO], optional): Ground truth of each record, for gains in AP. Defaults to None.
-        features_from (Sequence[Mapping], optional): Records that give what the router sees, by image id, each
-            image once: for cross-fitting, where ``records`` come from cascades that were trained without the
-            images, and the features from the one that the router is for. Defaults to the records themselves.
+        cocos (Sequence[COCO], optional): Ground truth of each record, for gains in AP. Defaults to
+            None.
+        features_from (Sequence[Mapping], optional): Records that give what the router sees, by
+            image id, each image once: for cross-fitting, where ``records`` come from cascades that
+                were trained without the
+            images, and the features from the one that the router is for. Defaults to the records
+            themselves.
         seed (int): See `fit_router`. Defaults to 0.
         progress (Callable, optional): See `fit_router`.
 
@@ -50,7 +57,8 @@ def fit_to_records(router: nn.Module,
     """
     cocos = cocos or [None] * len(records)
     gains = np.concatenate(
-        [gains_of(record, objective.gain, coco) for record, coco in zip(records, cocos)])
+        [gains_of(record, objective.gain, coco) for record, coco in zip(records, cocos)]
+    )
     images = [image for record in records for image in record['images']]
     if features_from is None:
         features = _stacked([features_of(record) for record in records])
@@ -58,35 +66,49 @@ def fit_to_records(router: nn.Module,
         features = _by_id(features_from, images)
     wanted = len(router.mean)
     if features.shape[1] != wanted:
-        raise UsageError(f'the records have {features.shape[1]} features per image, and the router of this '
-                         f'config takes {wanted}: record with the same backbone and router pools')
+        raise UsageError(
+            f'the records have {features.shape[1]} features per image, and the router of this '
+            f'config takes {wanted}: record with the same backbone and router pools'
+        )
     _, groups = np.unique([image['file'] for image in images], return_inverse=True)
     fit = fit_router(
-        features, gains, objective, hidden=router.fc1.out_features, groups=groups, seed=seed,
-        progress=progress)
+        features,
+        gains,
+        objective,
+        hidden=router.fc1.out_features,
+        groups=groups,
+        seed=seed,
+        progress=progress,
+    )
     return fit, int(groups.max()) + 1
 
 
 def _by_id(records: Sequence[Mapping], images: Sequence[Mapping]) -> np.ndarray:
     """Features of some images, (n, d), looked up in records."""
     rows = _stacked([features_of(record) for record in records])
-    known: Dict[int, np.ndarray] = {}
+    known: dict[int, np.ndarray] = {}
     files = {}
     for image, row in zip((image for record in records for image in record['images']), rows):
         if image['id'] in known:
-            raise UsageError(f"image {image['id']} ({image['file']}) is twice in the records of features")
+            raise UsageError(
+                f'image {image["id"]} ({image["file"]}) is twice in the records of features'
+            )
         known[image['id']], files[image['id']] = row, image['file']
     missing = [one['id'] for one in images if one['id'] not in known]
     if missing:
-        raise UsageError(f'{len(missing)} images (such as {missing[0]}) are not in the records of features')
+        raise UsageError(
+            f'{len(missing)} images (such as {missing[0]}) are not in the records of features'
+        )
     for one in images:
         if files[one['id']] != one['file']:
-            raise UsageError(f"image {one['id']} is '{one['file']}', and '{files[one['id']]}' in the records of "
-                             'features: they are of other images')
+            raise UsageError(
+                f"image {one['id']} is '{one['file']}', and '{files[one['id']]}' in the records of "
+                'features: they are of other images'
+            )
     return np.stack([known[one['id']] for one in images])
 
 
-def _stacked(parts: List[np.ndarray]) -> np.ndarray:
+def _stacked(parts: list[np.ndarray]) -> np.ndarray:
     widths = sorted({part.shape[1] for part in parts})
     if len(widths) > 1:
         raise UsageError(f'the records have features of different widths: {widths}')
@@ -100,8 +122,8 @@ def require_own(records: Sequence[Mapping], exits: int, checkpoint: str, digest:
         records (Sequence[Mapping]): See `routing.record`.
         exits (int): How many the detector has.
         checkpoint (str): Its file, '' if that is not known.
-        digest (str): Its `exits_digest`, '' if that is not known. Records that lack theirs go by the name of
-            their file. Defaults to ''.
+        digest (str): Its `exits_digest`, '' if that is not known. Records that lack theirs go by
+            the name of their file. Defaults to ''.
 
     Raises:
         UsageError: If a record has another number of exits.
@@ -109,17 +131,27 @@ def require_own(records: Sequence[Mapping], exits: int, checkpoint: str, digest:
     for record in records:
         other = str(record['provenance'].get('checkpoint', checkpoint))
         if len(record['gflops']) != exits:
-            raise UsageError(f"a record, of '{other}', has {len(record['gflops'])} exits and this detector {exits}: "
-                             'record with this config and checkpoint')
+            raise UsageError(
+                f"a record, of '{other}', has {len(record['gflops'])} exits and this detector "
+                f'{exits}: '
+                'record with this config and checkpoint'
+            )
         recorded = record['provenance'].get('exits_digest')
         if recorded and digest:
             if recorded != digest:
-                warnings.warn(f"a record is of '{other}', whose exits have other weights than those of '{checkpoint}'")
+                warnings.warn(
+                    f"a record is of '{other}', whose exits have other weights than those of "
+                    f"'{checkpoint}'"
+                )
         elif checkpoint and Path(other).name != Path(checkpoint).name:
-            warnings.warn(f"a record is of '{other}', not of '{checkpoint}': is it the same detector?")
+            warnings.warn(
+                f"a record is of '{other}', not of '{checkpoint}': is it the same detector?"
+            )
 
 
-def put_router(model: nn.Module, checkpoint: Mapping, fit: Fit, facts: Mapping[str, object]) -> dict:
+def put_router(
+    model: nn.Module, checkpoint: Mapping, fit: Fit, facts: Mapping[str, object]
+) -> dict:
     """A checkpoint with a fitted router.
 
     Args:
@@ -129,23 +161,27 @@ def put_router(model: nn.Module, checkpoint: Mapping, fit: Fit, facts: Mapping[s
         facts (Mapping[str, object]): Strings, numbers and lists of them: where it comes from.
 
     Returns:
-        dict: ``state_dict`` and ``meta``, without the optimiser and the like. Delta is the gains' median, the
-        calibration of an older router is gone, and ``meta.router`` says where the router comes from.
+        dict: ``state_dict`` and ``meta``, without the optimizer and the like. Delta is the gains'
+            median, the
+        calibration of an older router is gone, and ``meta.router`` says where the router comes
+        from.
 
     Raises:
         UsageError: If the checkpoint is of no cascade that fits the model.
     """
     state = {key.removeprefix('module.'): value for key, value in checkpoint['state_dict'].items()}
     if is_plain(state):
-        raise UsageError('this checkpoint is a plain detector\'s: train the cascade (step 1) first')
+        raise UsageError("this checkpoint is a plain detector's: train the cascade (step 1) first")
     state = {key: value for key, value in state.items() if not key.startswith('router.')}
-    require_complete(model, state, optional=('router.', ))
+    require_complete(model, state, optional=('router.',))
     fresh = model.state_dict()
     state.update({name: fresh[name].clone() for name in _CALIBRATION if name in fresh})
     state.update({f'router.{name}': value for name, value in fit.state.items()})
     state['delta'] = fit.quantiles[len(fit.quantiles) // 2].clone()
     require_complete(model, state)
-    meta = {name: value for name, value in checkpoint.get('meta', {}).items() if name != 'calibration'}
+    meta = {
+        name: value for name, value in checkpoint.get('meta', {}).items() if name != 'calibration'
+    }
     meta['router'] = dict(
         facts,
         correlation=fit.correlation,
@@ -153,11 +189,12 @@ def put_router(model: nn.Module, checkpoint: Mapping, fit: Fit, facts: Mapping[s
         weight_decay=fit.weight_decay,
         delta=float(state['delta']),
         torch=str(torch.__version__),
-        date=datetime.datetime.now().isoformat(timespec='seconds'))
+        date=datetime.datetime.now().isoformat(timespec='seconds'),
+    )
     return dict(state_dict=state, meta=meta)
 
 
-def ground_truths(records: Sequence[Mapping], objective: Objective) -> Optional[list]:
+def ground_truths(records: Sequence[Mapping], objective: Objective) -> list | None:
     """A COCO object for each record, if the objective's gain needs one.
 
     Raises:
@@ -173,16 +210,19 @@ def ground_truths(records: Sequence[Mapping], objective: Objective) -> Optional[
 
 def _ground_truth(path: str, categories: Sequence[int]):
     if not Path(path).is_file():
-        raise UsageError(f"there is no annotation file at '{path}', where the record is from: gain 'ap' "
-                         'needs it')
+        raise UsageError(
+            f"there is no annotation file at '{path}', where the record is from: gain 'ap' needs it"
+        )
     return read_truth(path, categories or None)
 
 
 def describe(objective: Objective) -> dict:
     """An objective's settings, as a dictionary of strings and numbers."""
-    return {name: value for name, value in dataclasses.asdict(objective).items() if value is not None}
+    return {
+        name: value for name, value in dataclasses.asdict(objective).items() if value is not None
+    }
 
 
-def wanted_objective(name: Optional[str], model: Mapping) -> Objective:
+def wanted_objective(name: str | None, model: Mapping) -> Objective:
     """The objective that is asked for by name, or else the one of a config's model."""
     return build_objective(name or model.get('objective', 'paper'))

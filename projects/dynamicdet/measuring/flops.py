@@ -1,14 +1,16 @@
 """Count what detectors cost: parameters, and floating point operations for one image.
 
-One multiply-add is two operations: FLOPs here are 2 x multiply-adds, as in papers about YOLO; mmdet,
-Swin and CBNetV2 call the multiply-adds FLOPs. torch counts convolutions, linear layers and matrix
-products where they run. It does not count norms, activations and resizing, as some counters do, nor
-mmcv's own operators: RoIAlign, and of deformable attention and convolution all but the linear layers
-and convolutions around them.
+One multiply-add is two operations: FLOPs here are 2 x multiply-adds, as in papers about YOLO;
+mmdet, Swin and CBNetV2 call the multiply-adds FLOPs. torch counts convolutions, linear layers and
+matrix products where they run. It does not count norms, activations and resizing, as some counters
+do, nor mmcv's own operators: RoIAlign, and of deformable attention and convolution all but the
+linear layers and convolutions around them.
 """
+
 import contextlib
 import copy
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from mmengine.config import Config
@@ -25,7 +27,7 @@ from ..errors import UsageError
 from ..models import DynamicDetector
 from ..models.composite.composite import ORDINALS, CompositeBackbone
 from ..models.resolution import reduce_images, reduce_samples
-from ..testing import randomise
+from ..testing import randomize
 
 #: Height and width at which mmdet, Swin and CBNetV2 state what detectors of 1333 x 800 pixels cost.
 MMDET_SHAPE = (800, 1280)
@@ -42,13 +44,17 @@ def _packed_sum_flops(_, x_shape, w_shape, *__, out_shape, **___) -> int:
 #: How fused models run their convolutions on a CPU; see `models.fusing`.
 _PACKED = {
     getattr(torch.ops.mkldnn, name): count
-    for name, count in (('_convolution_pointwise', _packed_flops),
-                        ('_convolution_pointwise_', _packed_sum_flops)) if hasattr(torch.ops.mkldnn, name)
+    for name, count in (
+        ('_convolution_pointwise', _packed_flops),
+        ('_convolution_pointwise_', _packed_sum_flops),
+    )
+    if hasattr(torch.ops.mkldnn, name)
 }
 
 
 class Part(NamedTuple):
     """Parameters of a part of a detector, and its FLOPs for one image."""
+
     parameters: int
     flops: int
 
@@ -59,20 +65,22 @@ class Costs(NamedTuple):
     Attributes:
         parts (dict[str, Part]): In the order in which they run. What is shared counts where it runs
             first, so that the parameters add up to the detector's.
-        exits (tuple[Part, ...]): All that each exit needs, from exit 0 on; of a stock detector its own.
+        exits (tuple[Part, ...]): All that each exit needs, from exit 0 on; of a stock detector its
+            own.
         rois (dict[str, int]): How many regions the heads of a two-stage detector were given:
             ``boxes`` and, where there are masks, ``masks``.
     """
-    parts: Dict[str, Part]
-    exits: Tuple[Part, ...]
-    rois: Dict[str, int]
+
+    parts: dict[str, Part]
+    exits: tuple[Part, ...]
+    rois: dict[str, int]
 
     def at(self, hard_share: float) -> float:
         """FLOPs per image, in the mean, where this share of the images, in [0, 1], is hard."""
         return (1 - hard_share) * self.exits[0].flops + hard_share * self.exits[-1].flops
 
 
-def count_flops(run: Callable[[], Any]) -> Tuple[int, Any]:
+def count_flops(run: Callable[[], Any]) -> tuple[int, Any]:
     """FLOPs of a call, and what it returns."""
     with FlopCounterMode(display=False, custom_mapping=_PACKED) as counter:
         result = run()
@@ -85,22 +93,22 @@ def count_parameters(*modules: nn.Module) -> int:
 
 
 def build_detector(cfg: Config) -> BaseDetector:
-    """Build a config's detector, dynamic or not, as `measure_costs` wants it: in eval mode, with random
-    weights where they matter. Two-stage detectors keep all the boxes they may: the cost of a mask head
-    is that of a full image."""
+    """Build a config's detector, dynamic or not, as `measure_costs` wants it: in eval mode, with
+    random weights where they matter. Two-stage detectors keep all the boxes they may: the cost of a
+    mask head is that of a full image."""
     init_default_scope('mmdet')
     model = MODELS.build(copy.deepcopy(cfg.model)).eval()
     for detector in model.branches if isinstance(model, DynamicDetector) else [model]:
         if _needs_values(detector):
-            randomise(detector)
+            randomize(detector)
         if _is_two_stage(detector):
             detector.roi_head.test_cfg.score_thr = 0
     return model
 
 
-def stated_shape(cfg: Config) -> Tuple[int, int]:
-    """Height and width at which papers state what a config's detector costs: its own test size if that
-    is square, as YOLO's are, else `MMDET_SHAPE`."""
+def stated_shape(cfg: Config) -> tuple[int, int]:
+    """Height and width at which papers state what a config's detector costs: its own test size if
+    that is square, as YOLO's are, else `MMDET_SHAPE`."""
     for step in cfg.get('test_dataloader', {}).get('dataset', {}).get('pipeline', []):
         scale = step.get('scale') or step.get('img_scale')
         if isinstance(scale, (list, tuple)) and len(scale) == 2 and scale[0] == scale[1]:
@@ -112,8 +120,8 @@ def stated_shape(cfg: Config) -> Tuple[int, int]:
 def measure_costs(model: BaseDetector, shape: Sequence[int]) -> Costs:
     """Run a detector, all its parts, on noise, and count.
 
-    One-stage detectors run up to their raw outputs; two-stage ones up to their detections, since what
-    their heads cost follows from the proposals. Where shapes are enough, nothing is computed.
+    One-stage detectors run up to their raw outputs; two-stage ones up to their detections, since
+    what their heads cost follows from the proposals. Where shapes are enough, nothing is computed.
 
     Args:
         model (BaseDetector): From `build_detector`.
@@ -124,12 +132,14 @@ def measure_costs(model: BaseDetector, shape: Sequence[int]) -> Costs:
     """
     stride = max(32, getattr(model.data_preprocessor, 'pad_size_divisor', 1))
     if min(shape) < stride or any(side % stride for side in shape):
-        raise UsageError(f'height and width must be multiples of {stride}; got {shape[0]} {shape[1]}')
+        raise UsageError(
+            f'height and width must be multiples of {stride}; got {shape[0]} {shape[1]}'
+        )
     if isinstance(model, DynamicDetector):
         return _dynamic_costs(model, shape)
     flops, rois = _run_detector(model, (1, 3, *shape), _sample(shape))
     whole = Part(count_parameters(model), flops)
-    return Costs(dict(detector=whole), (whole, ), rois)
+    return Costs(dict(detector=whole), (whole,), rois)
 
 
 def _dynamic_costs(model: DynamicDetector, shape: Sequence[int]) -> Costs:
@@ -154,7 +164,7 @@ def _dynamic_costs(model: DynamicDetector, shape: Sequence[int]) -> Costs:
         parts[name] = Part(count_parameters(*own), flops)
         if exit == 0:
             parts['router'] = router
-        own_branch = count_parameters(*model.branches[exit:exit + 1])
+        own_branch = count_parameters(*model.branches[exit : exit + 1])
         parts[f'{ORDINALS[exit]} neck and heads'] = Part(own_branch, heads)
         # Each exit runs its own neck and heads only.
         used, run = [*used, *own], run + flops
@@ -162,19 +172,22 @@ def _dynamic_costs(model: DynamicDetector, shape: Sequence[int]) -> Costs:
     return Costs(parts, tuple(exits), rois)
 
 
-def _backbone_of(net: CompositeBackbone, exit: int) -> Tuple[str, List[nn.Module]]:
+def _backbone_of(net: CompositeBackbone, exit: int) -> tuple[str, list[nn.Module]]:
     """What an exit runs before its neck: a name, and the modules that no earlier exit has."""
     if exit >= len(net.names):
         return 'first backbone again', []
     if exit == 0:
         return 'first backbone', net.nets[:1]
     each = len(net.connections) // (len(net.names) - 1)
-    return (f'{ORDINALS[exit]} backbone, connections',
-            [net.nets[exit], *net.connections[(exit - 1) * each:exit * each]])
+    return (
+        f'{ORDINALS[exit]} backbone, connections',
+        [net.nets[exit], *net.connections[(exit - 1) * each : exit * each]],
+    )
 
 
-def _run_detector(detector: BaseDetector, shapes: Any,
-                  sample: DetDataSample) -> Tuple[int, Dict[str, int]]:
+def _run_detector(
+    detector: BaseDetector, shapes: Any, sample: DetDataSample
+) -> tuple[int, dict[str, int]]:
     """FLOPs of a detector on noise, and the regions that its heads were given.
 
     Args:
@@ -209,7 +222,7 @@ def _noise(shape: Sequence[int]) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def _shapes(maps: Sequence[Tensor]) -> List[torch.Size]:
+def _shapes(maps: Sequence[Tensor]) -> list[torch.Size]:
     return [m.shape for m in maps]
 
 
@@ -219,12 +232,19 @@ def _is_two_stage(detector: BaseDetector) -> bool:
 
 def _sample(shape: Sequence[int]) -> DetDataSample:
     size = tuple(shape)
-    return DetDataSample(metainfo=dict(
-        img_id=0, img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size,
-        scale_factor=(1.0, 1.0)))
+    return DetDataSample(
+        metainfo=dict(
+            img_id=0,
+            img_shape=size,
+            ori_shape=size,
+            pad_shape=size,
+            batch_input_shape=size,
+            scale_factor=(1.0, 1.0),
+        )
+    )
 
 
-def _watch_rois(detector: BaseDetector, rois: Dict[str, int]) -> List[Any]:
+def _watch_rois(detector: BaseDetector, rois: dict[str, int]) -> list[Any]:
     """Note how many regions a detector's RoI heads are given, in the dict."""
 
     def watch(kind: str) -> Callable:

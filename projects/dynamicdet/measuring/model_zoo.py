@@ -1,11 +1,13 @@
 """The page docs/model_zoo.md: what the shipped detectors cost, and what papers say of them.
 
 The detectors and the papers' figures are in the metafiles that model-index.yml imports, in the form
-that OpenMMLab's tools read. Beside its fields, a collection's ``Metadata`` has ``FLOPs Counted As``,
-and a model may have ``Figures Of The Paper``, which are not under ``Results``, where a model's own would be.
+that OpenMMLab's tools read. Beside its fields, a collection's ``Metadata`` has ``FLOPs Counted
+As``, and a model may have ``Figures Of The Paper``, which are not under ``Results``, where a
+model's own would be.
 """
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Dict, List, Mapping, Sequence
 
 import yaml
 from mmengine.config import Config
@@ -20,8 +22,13 @@ SHARES = (0, 0.1, 0.5, 0.9, 1)
 COUNTED = {'multiply-adds': 2, '2 x multiply-adds': 1}
 #: Configs without a row: second steps, and detectors for the built-in data.
 _NO_ROW = ('_router', '_digits')
-_COLUMNS = ('config', 'parameters, M', *(f'{share:.0%} hard' for share in SHARES), 'GFLOPs counted as',
-            "the papers' AP, not ours")
+_COLUMNS = (
+    'config',
+    'parameters, M',
+    *(f'{share:.0%} hard' for share in SHARES),
+    'GFLOPs counted as',
+    "the papers' AP, not ours",
+)
 _HEAD = """# Model zoo
 
 Written by `python tools/get_flops.py --zoo`. What it counts, and how, is in
@@ -38,7 +45,7 @@ training, router included.
 """
 
 
-def read_models(root: Path) -> Dict[str, dict]:
+def read_models(root: Path) -> dict[str, dict]:
     """The detectors of the repository at ``root`` that have a row, in the metafiles' order.
 
     Returns:
@@ -47,8 +54,11 @@ def read_models(root: Path) -> Dict[str, dict]:
     Raises:
         UsageError: If a config is in no metafile.
     """
-    shipped = {f'configs/{path.name}' for path in (root / 'configs').glob('dy_*.py')
-               if not path.stem.endswith(_NO_ROW)}
+    shipped = {
+        f'configs/{path.name}'
+        for path in (root / 'configs').glob('dy_*.py')
+        if not path.stem.endswith(_NO_ROW)
+    }
     index = yaml.safe_load((root / 'model-index.yml').read_text())
     entries = {}
     for name in index['Import']:
@@ -59,19 +69,22 @@ def read_models(root: Path) -> Dict[str, dict]:
             entries[model['Config']] = {**metadata, **model}
     absent = sorted(shipped - set(entries))
     if absent:
-        raise UsageError(f"{', '.join(absent)}: to have a row, be named in a file of configs/metafiles")
+        raise UsageError(
+            f'{", ".join(absent)}: to have a row, be named in a file of configs/metafiles'
+        )
     return {config: entry for config, entry in entries.items() if config in shipped}
 
 
-def count_row(root: Path, entry: Mapping) -> List[str]:
-    """Count a detector of the repository at ``root``, fused where it can be: the cells of its row."""
+def count_row(root: Path, entry: Mapping) -> list[str]:
+    """Count a detector of the repository at ``root``, fused where it can be: the cells of its
+    row."""
     cfg = Config.fromfile(root / entry['Config'])
     model, shape = build_detector(cfg), stated_shape(cfg)
     parameters = count_parameters(model)
     return make_row(entry, parameters, measure_costs(fuse(model), shape), shape)
 
 
-def make_row(entry: Mapping, parameters: int, costs: Costs, shape: Sequence[int]) -> List[str]:
+def make_row(entry: Mapping, parameters: int, costs: Costs, shape: Sequence[int]) -> list[str]:
     """The cells of a detector's row.
 
     Args:
@@ -82,8 +95,13 @@ def make_row(entry: Mapping, parameters: int, costs: Costs, shape: Sequence[int]
     """
     counted = entry['FLOPs Counted As']
     gflops = [f'{costs.at(share) / COUNTED[counted] / 1e9:.1f}' for share in SHARES]
-    return [f"[{entry['Name']}](../{entry['Config']})", f'{parameters / 1e6:.2f}', *gflops,
-            f'{counted}, {shape[0]} x {shape[1]}', papers_ap(entry)]
+    return [
+        f'[{entry["Name"]}](../{entry["Config"]})',
+        f'{parameters / 1e6:.2f}',
+        *gflops,
+        f'{counted}, {shape[0]} x {shape[1]}',
+        papers_ap(entry),
+    ]
 
 
 def papers_ap(entry: Mapping) -> str:
@@ -93,9 +111,10 @@ def papers_ap(entry: Mapping) -> str:
     for percent, found in figures.get('At Percent Hard', {}).items():
         box, mask = (found.get(f'{kind} AP val') for kind in ('box', 'mask'))
         if box is not None:
-            stated.append(f'{box} at {percent}%' if mask is None else
-                          f'{box} box, {mask} mask at {percent}%')
-    return f"{'; '.join(stated)} ([{figures['Source']}]({figures['URL']}))" if stated else ''
+            stated.append(
+                f'{box} at {percent}%' if mask is None else f'{box} box, {mask} mask at {percent}%'
+            )
+    return f'{"; ".join(stated)} ([{figures["Source"]}]({figures["URL"]}))' if stated else ''
 
 
 def make_page(rows: Sequence[Sequence[str]]) -> str:

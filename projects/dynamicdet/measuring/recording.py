@@ -2,10 +2,12 @@
 
 All that a router is judged by, or trained on, follows from it; see `routing.record`.
 """
+
 import contextlib
 import copy
 import warnings
-from typing import Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,23 +26,35 @@ from ..models import DynamicDetector
 from ..models.online import kept_speed
 from ..progress import Progress
 from ..timing import now
-from .calibration import coco_results, force_exit, measure_gflops, measure_latencies, passed, provenance
+from .calibration import (
+    coco_results,
+    force_exit,
+    measure_gflops,
+    measure_latencies,
+    passed,
+    provenance,
+)
 from .flops import count_flops
 
-#: How far an image is shifted for a second view: no multiple of any map's stride, so that maps differ.
+#: How far an image is shifted for a second view: no multiple of any map's stride, so that maps
+#: differ.
 SHIFT = 5
-#: Images whose GFLOPs are counted, and whose latency is measured, of all sizes; and of one size at the least.
+#: Images whose GFLOPs are counted, and whose latency is measured, of all sizes; and of one size at
+#: the least.
 _COUNTED, _TIMED, _LEAST = 10, 20, 2
-#: Weights of red, green and blue in a grey level (ITU-R BT.601).
-_GREY = (0.299, 0.587, 0.114)
+#: Weights of red, green and blue in a gray level (ITU-R BT.601).
+_GRAY = (0.299, 0.587, 0.114)
 
 
 def require_recordable(cfg: Config, split: str) -> None:
-    """Raise a `UsageError` unless a split of a config's data can be recorded, before a model is loaded."""
+    """Raise a `UsageError` unless a split of a config's data can be recorded, before a model is
+    loaded."""
     for name in dict.fromkeys((split, _like(split))):
         if not cfg.get(f'{name}_dataloader'):
-            raise UsageError(f"the config '{cfg.filename}' has no {name}_dataloader, which a record of its "
-                             f'{split} data needs')
+            raise UsageError(
+                f"the config '{cfg.filename}' has no {name}_dataloader, which a record of its "
+                f'{split} data needs'
+            )
         require_one_coco(cfg, name, 'a record is made', file=False)
 
 
@@ -50,18 +64,20 @@ def _like(split: str) -> str:
 
 
 def build_record_loader(cfg: Config, split: str) -> DataLoader:
-    """A loader of a config's data, as a record wants it: in order, each image once, as in a test, with
-    its annotations in the frame of the delivered image.
+    """A loader of a config's data, as a record wants it: in order, each image once, as in a test,
+    with its annotations in the frame of the delivered image.
 
     mmdet's test pipelines load annotations last, in the frame of the file: there losses would be
-    wrong. So they are loaded first here. ``train`` means the training images under the test's pipeline.
+    wrong. So they are loaded first here. ``train`` means the training images under the test's
+    pipeline.
 
     Args:
         cfg (Config): Of a dynamic detector.
         split (str): 'train', 'val' or 'test'.
 
     Raises:
-        UsageError: If the config lacks the split's data, or they are empty, several or not in COCO format.
+        UsageError: If the config lacks the split's data, or they are empty, several or not in COCO
+            format.
     """
     require_recordable(cfg, split)
     dataloader = copy.deepcopy(cfg[f'{_like(split)}_dataloader'])
@@ -73,24 +89,26 @@ def build_record_loader(cfg: Config, split: str) -> DataLoader:
     return build_loader(dataloader)
 
 
-def record_data_set(model: DynamicDetector,
-                    cfg: Config,
-                    loader: DataLoader,
-                    progress: Progress,
-                    view: str = 'flip',
-                    checkpoint: str = '') -> dict:
+def record_data_set(
+    model: DynamicDetector,
+    cfg: Config,
+    loader: DataLoader,
+    progress: Progress,
+    view: str = 'flip',
+    checkpoint: str = '',
+) -> dict:
     """Run every image of a data set through every exit, and measure what each exit costs.
 
     Args:
-        model (DynamicDetector): In eval mode, on the device whose latencies count. Its budget stays as
-            it is; losses are recorded as the heads average them, whatever the router learns.
+        model (DynamicDetector): In eval mode, on the device whose latencies count. Its budget stays
+            as it is; losses are recorded as the heads average them, whatever the router learns.
         cfg (Config): Its config, for the provenance.
-        loader (DataLoader): From `build_record_loader`. Under a pipeline without annotations, or with
-            those of the image before it was resized, ``losses`` and ``objects`` are left out, with a
-            warning.
+        loader (DataLoader): From `build_record_loader`. Under a pipeline without annotations, or
+            with those of the image before it was resized, ``losses`` and ``objects`` are left out,
+            with a warning.
         progress (Callable): Wraps what is iterated over.
-        view (str): How each image is run a second time, for the honest oracle: a key of `VIEWS`, or 'none'.
-            Defaults to 'flip'.
+        view (str): How each image is run a second time, for the honest oracle: a key of `VIEWS`, or
+            'none'. Defaults to 'flip'.
         checkpoint (str): Path of the model's checkpoint, for the provenance.
 
     Returns:
@@ -98,8 +116,10 @@ def record_data_set(model: DynamicDetector,
     """
     annotated = _is_annotated(loader.dataset)
     if not annotated:
-        warnings.warn('the record will have no losses and no objects: the pipeline must load annotations '
-                      'before it resizes (LoadAnnotations right after LoadImageFromFile)')
+        warnings.warn(
+            'the record will have no losses and no objects: the pipeline must load annotations '
+            'before it resizes (LoadAnnotations right after LoadImageFromFile)'
+        )
     images = []
     with torch.no_grad(), kept_speed(model):
         # A budget that waits for a calibration is not asked for here.
@@ -107,7 +127,10 @@ def record_data_set(model: DynamicDetector,
         for batch in progress(loader, 'every exit'):
             images.extend(_record_batch(model, batch, loader.dataset.cat_ids, annotated, view))
     branch_gflops, branch_latency = _add_costs(images, model, loader.dataset, progress)
-    gflops, latencies = (np.mean([image[name] for image in images], axis=0).tolist() for name in ('gflops', 'latencies'))
+    gflops, latencies = (
+        np.mean([image[name] for image in images], axis=0).tolist()
+        for name in ('gflops', 'latencies')
+    )
     device = str(model.threshold.device)
     facts = dict(
         provenance(cfg, checkpoint, loader.dataset, device),
@@ -116,16 +139,19 @@ def record_data_set(model: DynamicDetector,
         first_scale=model.first_scale,
         branch0_gflops=branch_gflops,
         branch0_latency=branch_latency,
-        router='trained' if torch.isfinite(model.delta) else 'NOT trained')
+        router='trained' if torch.isfinite(model.delta) else 'NOT trained',
+    )
     return dict(
         images=images,
         gflops=gflops,
         latencies=latencies,
-        provenance={name: value for name, value in facts.items() if value is not None})
+        provenance={name: value for name, value in facts.items() if value is not None},
+    )
 
 
-def _record_batch(model: DynamicDetector, batch: dict, category_ids: List[int], annotated: bool,
-                  view: str) -> List[dict]:
+def _record_batch(
+    model: DynamicDetector, batch: dict, category_ids: list[int], annotated: bool, view: str
+) -> list[dict]:
     """Entries of a batch's images."""
     pixels = batch['inputs']
     data = model.data_preprocessor(batch, False)
@@ -141,12 +167,16 @@ def _record_batch(model: DynamicDetector, batch: dict, category_ids: List[int], 
             shape=tuple(sample.img_shape[:2]),
             detections=[per_image[row] for per_image in detections],
             features=seen_by_router[row].copy(),
-            entropy=grey_entropy(pixels[row])) for row, sample in enumerate(samples)
+            entropy=gray_entropy(pixels[row]),
+        )
+        for row, sample in enumerate(samples)
     ]
     if view != 'none':
         seen = _every_exit(model, VIEWS[view].make(inputs, samples), samples, category_ids)
         for row, (entry, sample) in enumerate(zip(entries, samples)):
-            entry['view'] = [[VIEWS[view].back(one, sample) for one in per_image[row]] for per_image in seen]
+            entry['view'] = [
+                [VIEWS[view].back(one, sample) for one in per_image[row]] for per_image in seen
+            ]
     if annotated:
         # Last: some heads write into the annotations that they are given.
         objects = [len(sample.gt_instances) for sample in samples]
@@ -156,23 +186,26 @@ def _record_batch(model: DynamicDetector, batch: dict, category_ids: List[int], 
     return entries
 
 
-def _add_costs(images: List[dict], model: DynamicDetector, dataset, progress: Progress) -> Tuple[float, float]:
+def _add_costs(
+    images: list[dict], model: DynamicDetector, dataset, progress: Progress
+) -> tuple[float, float]:
     """GFLOPs and latency of each image under each exit, at batch 1: those of its size.
 
-    Images of one size, padded as the network sees it, cost the same but for a two-stage head's proposals; some of
-    each size are measured.
+    Images of one size, padded as the network sees it, cost the same but for a two-stage head's
+    proposals; some of each size are measured.
 
     Returns:
-        tuple: GFLOPs and seconds of exit 0's neck and heads, the mean over the images: what a router that looks at
+        tuple: GFLOPs and seconds of exit 0's neck and heads, the mean over the images: what a
+            router that looks at
         exit 0's detections pays for every image.
     """
     divisor = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
-    rows: Dict[tuple, List[int]] = {}
+    rows: dict[tuple, list[int]] = {}
     for row, image in enumerate(images):
         rows.setdefault(tuple(-(-side // divisor) for side in image.pop('shape')), []).append(row)
     branch = np.zeros(2)
     for own in progress(list(rows.values()), 'costs of sizes'):
-        counted, timed = (own[:max(number // len(rows), _LEAST)] for number in (_COUNTED, _TIMED))
+        counted, timed = (own[: max(number // len(rows), _LEAST)] for number in (_COUNTED, _TIMED))
         gflops = measure_gflops(model, dataset, rows=counted)
         latencies = measure_latencies(model, dataset, lambda steps, what: steps, rows=timed)
         routing = _measure_routing(model, dataset, counted)
@@ -182,8 +215,9 @@ def _add_costs(images: List[dict], model: DynamicDetector, dataset, progress: Pr
     return tuple((branch / len(images)).tolist())
 
 
-def _every_exit(model: DynamicDetector, inputs: Tensor, samples: SampleList,
-                category_ids: List[int]) -> List[List[List[dict]]]:
+def _every_exit(
+    model: DynamicDetector, inputs: Tensor, samples: SampleList, category_ids: list[int]
+) -> list[list[list[dict]]]:
     """COCO results by exit and image."""
     found, passage = [], model.start(inputs, samples)
     for exit in range(model.num_exits):
@@ -194,13 +228,16 @@ def _every_exit(model: DynamicDetector, inputs: Tensor, samples: SampleList,
 
 
 @contextlib.contextmanager
-def _watched_features(model: DynamicDetector) -> Iterator[List[Tensor]]:
+def _watched_features(model: DynamicDetector) -> Iterator[list[Tensor]]:
     """What the router is shown while this is open: (N, d) for each time it is asked."""
-    seen: List[Tensor] = []
+    seen: list[Tensor] = []
 
     def watch(router: nn.Module, arguments: tuple) -> None:
         if not arguments[0][0].is_floating_point():
-            raise UsageError('a deployed detector in 8 bits shows no features: record the one that it was made from')
+            raise UsageError(
+                'a deployed detector in 8 bits shows no features: record the one that it was made '
+                'from'
+            )
         seen.append(router.pool(*arguments).float())
 
     hook = model.router.register_forward_pre_hook(watch)
@@ -211,12 +248,11 @@ def _watched_features(model: DynamicDetector) -> Iterator[List[Tensor]]:
 
 
 @torch.no_grad()
-def _measure_routing(model: DynamicDetector,
-                     dataset,
-                     rows: Sequence[int],
-                     rounds: int = 3) -> Tuple[float, float]:
-    """What the first backbone and the router cost: mean GFLOPs and median seconds per image. What exit 0 costs
-    beyond is its neck and heads."""
+def _measure_routing(
+    model: DynamicDetector, dataset, rows: Sequence[int], rounds: int = 3
+) -> tuple[float, float]:
+    """What the first backbone and the router cost: mean GFLOPs and median seconds per image. What
+    exit 0 costs beyond is its neck and heads."""
     batches = [pseudo_collate([dataset[row]]) for row in rows]
     device = model.threshold.device
 
@@ -251,24 +287,28 @@ def flip_images(inputs: Tensor, samples: SampleList) -> Tensor:
     return flipped
 
 
-def flip_detection(detection: Dict[str, object], width: float) -> Dict[str, object]:
-    """A COCO result of the flipped image, in the frame of the image itself, ``width`` pixels wide."""
+def flip_detection(detection: dict[str, object], width: float) -> dict[str, object]:
+    """A COCO result of the flipped image, in the frame of the image itself, ``width`` pixels
+    wide."""
     x, y, wide, high = detection['bbox']
     return dict(detection, bbox=[width - x - wide, y, wide, high])
 
 
 def shift_images(inputs: Tensor, samples: SampleList) -> Tensor:
-    """Shift each image of a batch to the right and down by `SHIFT` pixels, its edge repeated behind it. For
-    what has no mirror image, such as digits and signs. Arguments and result as `flip_images`'s."""
+    """Shift each image of a batch to the right and down by `SHIFT` pixels, its edge repeated behind
+    it. For what has no mirror image, such as digits and signs. Arguments and result as
+    `flip_images`'s."""
     shifted = inputs.clone()
     for image, sample in zip(shifted, samples):
         height, width = sample.img_shape[0], _delivered_width(sample)
         own = image[..., :height, :width]
-        image[..., :height, :width] = F.pad(own, (SHIFT, 0, SHIFT, 0), 'replicate')[..., :height, :width]
+        image[..., :height, :width] = F.pad(own, (SHIFT, 0, SHIFT, 0), 'replicate')[
+            ..., :height, :width
+        ]
     return shifted
 
 
-def shift_detection(detection: Dict[str, object], sample) -> Dict[str, object]:
+def shift_detection(detection: dict[str, object], sample) -> dict[str, object]:
     """A COCO result of the shifted image, in the frame of the image itself."""
     x, y, wide, high = detection['bbox']
     across, down = (SHIFT / float(scale) for scale in sample.get('scale_factor', (1.0, 1.0)))
@@ -291,26 +331,32 @@ def _scale(sample) -> float:
 
 class View(NamedTuple):
     """A second look at an image: how it is made from a batch, and how what is found comes back."""
+
     make: Callable
     back: Callable
     said: str
 
 
 VIEWS = dict(
-    flip=View(flip_images, lambda found, sample: flip_detection(found, _original_width(sample)),
-              'flipped from left to right'),
-    shift=View(shift_images, shift_detection, f'shifted by {SHIFT} pixels'))
+    flip=View(
+        flip_images,
+        lambda found, sample: flip_detection(found, _original_width(sample)),
+        'flipped from left to right',
+    ),
+    shift=View(shift_images, shift_detection, f'shifted by {SHIFT} pixels'),
+)
 
 
-def grey_entropy(pixels: Tensor) -> float:
-    """Shannon entropy of an image's grey levels, in bits: 0 for a plain area, 8 for all levels alike.
+def gray_entropy(pixels: Tensor) -> float:
+    """Shannon entropy of an image's gray levels, in bits: 0 for a plain area, 8 for all levels
+    alike.
 
     Args:
         pixels (Tensor): (3, H, W), blue, green, red, in [0, 255].
     """
-    weights = pixels.new_tensor(_GREY[::-1], dtype=torch.float32)
-    grey = torch.einsum('c,chw->hw', weights, pixels.float()).round().clamp(0, 255).long()
-    shares = torch.bincount(grey.flatten(), minlength=256).double() / grey.numel()
+    weights = pixels.new_tensor(_GRAY[::-1], dtype=torch.float32)
+    gray = torch.einsum('c,chw->hw', weights, pixels.float()).round().clamp(0, 255).long()
+    shares = torch.bincount(gray.flatten(), minlength=256).double() / gray.numel()
     return max(0.0, float(torch.special.entr(shares).sum() / np.log(2)))
 
 
@@ -333,7 +379,7 @@ def _held_out_alike(wrapped: dict, dataset: dict) -> dict:
     return dataset
 
 
-def _annotated_first(pipeline: List[dict], masks: bool) -> List[dict]:
+def _annotated_first(pipeline: list[dict], masks: bool) -> list[dict]:
     """A pipeline with its annotations loaded right after the image."""
     steps = [copy.deepcopy(step) for step in pipeline if step['type'] != 'LoadAnnotations']
     names = [step['type'] for step in steps]
@@ -346,11 +392,13 @@ def _loads_masks(cfg: Config) -> bool:
     """Whether the detector learns masks: its losses then need them."""
     training = cfg.get('train_dataloader')
     return bool(training) and any(
-        step.get('with_mask') for step in _plain_data_set(training.dataset).get('pipeline', ()))
+        step.get('with_mask') for step in _plain_data_set(training.dataset).get('pipeline', ())
+    )
 
 
 def _is_annotated(dataset) -> bool:
     """Whether images come with annotations in their own frame."""
-    names = [type(step).__name__ for step in getattr(dataset, 'pipeline').transforms]
+    names = [type(step).__name__ for step in dataset.pipeline.transforms]
     return 'LoadAnnotations' in names and all(
-        name.startswith('Load') for name in names[:names.index('LoadAnnotations')])
+        name.startswith('Load') for name in names[: names.index('LoadAnnotations')]
+    )

@@ -1,8 +1,10 @@
 """Measure how a detector's AP falls where one part of it is pruned."""
+
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,16 +28,19 @@ from .calibration import coco_results
 
 class Part(NamedTuple):
     """What is pruned alone: the layers of a block, or one layer; ``weights`` is how many it has."""
+
     name: str
     block: Block
     weights: int
 
 
-def parts_of(model: nn.Module,
-             blocks: Mapping[str, Sequence[str]],
-             layers: bool = False,
-             structured: bool = False,
-             most: float = 0.0) -> List[Part]:
+def parts_of(
+    model: nn.Module,
+    blocks: Mapping[str, Sequence[str]],
+    layers: bool = False,
+    structured: bool = False,
+    most: float = 0.0,
+) -> list[Part]:
     """Blocks, and where wanted each of their layers, whose names are then the layers'.
 
     Layers too small to be pruned by the share ``most`` are no parts: nothing would be left of them.
@@ -43,23 +48,37 @@ def parts_of(model: nn.Module,
     Raises:
         UsageError: If a pattern matches nothing, or blocks overlap.
     """
-    every = [Block(name, list(patterns), 0.0, structured=structured) for name, patterns in blocks.items()]
+    every = [
+        Block(name, list(patterns), 0.0, structured=structured) for name, patterns in blocks.items()
+    ]
     found = layers_of_blocks(model, every)
     counts = [sum(layer.weight.numel() for layer in own.values()) for own in found]
     parts = [Part(block.name, block, count) for block, count in zip(every, counts)]
     if layers:
-        parts += [Part(name, Block(name, [name], 0.0, structured=structured), layer.weight.numel())
-                  for block, own in zip(every, found) for name, layer in own.items()
-                  if round(most * units(layer, block)) < units(layer, block)]
+        parts += [
+            Part(name, Block(name, [name], 0.0, structured=structured), layer.weight.numel())
+            for block, own in zip(every, found)
+            for name, layer in own.items()
+            if round(most * units(layer, block)) < units(layer, block)
+        ]
     if len({part.name for part in parts}) < len(parts):
         raise UsageError('two parts have the same name: name a block other than a layer')
     return parts
 
 
-def measure(model: nn.Module, loader: DataLoader, parts: Sequence[Part], shares: Sequence[float], images: int,
-            metric: str, path: str, identity: Dict[str, Any], progress: Progress) -> List[Curve]:
-    """AP at each share of each part, the rest as it is. What is measured is written at once, and not measured
-    again by a later call.
+def measure(
+    model: nn.Module,
+    loader: DataLoader,
+    parts: Sequence[Part],
+    shares: Sequence[float],
+    images: int,
+    metric: str,
+    path: str,
+    identity: dict[str, Any],
+    progress: Progress,
+) -> list[Curve]:
+    """AP at each share of each part, the rest as it is. What is measured is written at once, and
+    not measured again by a later call.
 
     Args:
         model (nn.Module): Any detector, in eval mode; as it was afterwards.
@@ -98,21 +117,31 @@ def measure(model: nn.Module, loader: DataLoader, parts: Sequence[Part], shares:
         results[_key(part.name, share)] = value
         content = dict(identity=identity, blocks=blocks, results=results)
         write_atomically(json.dumps(content, indent=1).encode(), path)
-    return [Curve(part.name, part.weights, shares, [results[_key(part.name, share)] for share in shares])
-            for part in parts]
+    return [
+        Curve(
+            part.name, part.weights, shares, [results[_key(part.name, share)] for share in shares]
+        )
+        for part in parts
+    ]
 
 
-def identity_of(checkpoint: str, ann_file: str, images: int, metric: str, structured: bool) -> Dict[str, Any]:
+def identity_of(
+    checkpoint: str, ann_file: str, images: int, metric: str, structured: bool
+) -> dict[str, Any]:
     """What a file of results is of: weights by their SHA-256, images, metric, and how is pruned."""
     digest = hashlib.sha256()
     for key, value in sorted(read_checkpoint(checkpoint)['state_dict'].items()):
         digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return dict(weights=digest.hexdigest(),
-                ann_file=ann_file,
-                images=images,
-                metric=metric,
-                structured=structured)
+        digest.update(
+            value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
+    return dict(
+        weights=digest.hexdigest(),
+        ann_file=ann_file,
+        images=images,
+        metric=metric,
+        structured=structured,
+    )
 
 
 def _key(name: str, share: float) -> str:
@@ -120,8 +149,9 @@ def _key(name: str, share: float) -> str:
     return f'{name} {share:g}' if share else 'dense'
 
 
-def _resume(path: str, identity: Dict[str, Any], blocks: Dict[str, List[str]]) -> Dict[str, dict]:
-    """What a file holds already: ``results``, and the patterns of the ``blocks`` that they are of."""
+def _resume(path: str, identity: dict[str, Any], blocks: dict[str, list[str]]) -> dict[str, dict]:
+    """What a file holds already: ``results``, and the patterns of the ``blocks`` that they are
+    of."""
     if not Path(path).exists():
         return dict(results={}, blocks={})
     try:
@@ -130,16 +160,22 @@ def _resume(path: str, identity: Dict[str, Any], blocks: Dict[str, List[str]]) -
         saved['results']
     except (ValueError, KeyError, TypeError):
         raise UsageError(
-            f"'{path}' holds no measurement of sensitivity: name another file by --out") from None
+            f"'{path}' holds no measurement of sensitivity: name another file by --out"
+        ) from None
     other = [name for name in identity if known.get(name) != identity[name]]
     if other:
         raise UsageError(
-            f"'{path}' was measured with other {', '.join(other)}: name another file by --out, or remove "
-            'it')
+            f"'{path}' was measured with other {', '.join(other)}: name another file by --out, or "
+            'remove '
+            'it'
+        )
     other = [name for name in blocks if before.get(name, blocks[name]) != blocks[name]]
     if other:
-        raise UsageError(f"'{path}' has measured another block '{other[0]}', of {', '.join(before[other[0]])}: give this "
-                         'one another name, or name another file by --out')
+        raise UsageError(
+            f"'{path}' has measured another block '{other[0]}', of {', '.join(before[other[0]])}: "
+            'give this '
+            'one another name, or name another file by --out'
+        )
     return saved
 
 
@@ -149,7 +185,9 @@ def _part(loader: DataLoader, images: int) -> DataLoader:
     if not 0 < images < count:
         return loader
     chosen = np.linspace(0, count - 1, images).round().astype(int).tolist()
-    return DataLoader(Subset(loader.dataset, chosen), loader.batch_size, collate_fn=loader.collate_fn)
+    return DataLoader(
+        Subset(loader.dataset, chosen), loader.batch_size, collate_fn=loader.collate_fn
+    )
 
 
 def truth_of(dataset: Any) -> COCO:
@@ -166,7 +204,9 @@ def _ap(model: nn.Module, loader: DataLoader, dataset: Any, coco: COCO, metric: 
     for batch in loader:
         for sample in model.test_step(batch):
             ids.append(sample.img_id)
-            results += [dict(one, image_id=sample.img_id) for one in coco_results(sample, dataset.cat_ids)]
+            results += [
+                dict(one, image_id=sample.img_id) for one in coco_results(sample, dataset.cat_ids)
+            ]
     found = evaluate(coco, results, ids)[metric.lower()]
     if found is None:
         raise UsageError('there is no object in these images: take more of them')
@@ -176,19 +216,22 @@ def _ap(model: nn.Module, loader: DataLoader, dataset: Any, coco: COCO, metric: 
 def draw(curves: Sequence[Curve], suggestion: Suggestion, metric: str) -> bytes:
     """A PNG: AP against share, a line per part; where the suggestion stands on it, a circle."""
     from ..reports.figures import png
+
     figure = Figure((7, 4.6), 150, layout='constrained')
     axes = figure.add_subplot()
     # Who suffers most first; too many lines say nothing.
     for one in sorted(curves, key=lambda curve: np.mean(curve.aps))[:12]:
-        line, = axes.plot(one.shares, one.aps, '.-', label=one.name)
+        (line,) = axes.plot(one.shares, one.aps, '.-', label=one.name)
         if one.name in suggestion.shares:
             place = list(one.shares).index(suggestion.shares[one.name])
-            axes.plot(one.shares[place],
-                      one.aps[place],
-                      'o',
-                      markersize=9,
-                      fillstyle='none',
-                      color=line.get_color())
+            axes.plot(
+                one.shares[place],
+                one.aps[place],
+                'o',
+                markersize=9,
+                fillstyle='none',
+                color=line.get_color(),
+            )
     axes.set(xlabel='share pruned', ylabel=f'{metric} (%)')
     axes.legend(fontsize=7, frameon=False, title='most sensitive', title_fontsize=8)
     axes.spines[['top', 'right']].set_visible(False)
@@ -201,13 +244,16 @@ def load(cfg, checkpoint: str, device: str) -> nn.Module:
     return load_detector(cfg, checkpoint, device, plain=True)[0]
 
 
-def blocks_of(model: nn.Module) -> Dict[str, List[str]]:
-    """Parts of a detector by their first names; of a dynamic one its backbones and branches by their
-    second."""
+def blocks_of(model: nn.Module) -> dict[str, list[str]]:
+    """Parts of a detector by their first names; of a dynamic one its backbones and branches by
+    their second."""
     names = {}
     for layer in find_layers(model):
         first, second = (layer.split('.') + [''])[:2]
-        deep = first in ('branches', ) or first == 'backbone' and second in ('first', 'second', 'third',
-                                                                             'connections')
+        deep = (
+            first in ('branches',)
+            or first == 'backbone'
+            and second in ('first', 'second', 'third', 'connections')
+        )
         names[f'{first}.{second}' if deep else first] = None
     return {name: [name] for name in names}

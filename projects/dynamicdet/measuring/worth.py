@@ -1,6 +1,7 @@
 """What a compressed detector is worth: AP on the test set, and latency, beside the original's."""
+
 import contextlib
-from typing import Dict, List, Mapping, Optional, Tuple
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -24,10 +25,9 @@ from .calibration import force_exit
 _IMAGES, _ROUNDS = 20, 5
 
 
-def measure(cfg: Config,
-            states: Mapping[str, Mapping[str, Tensor]],
-            progress: Progress,
-            device: str = 'cpu') -> Dict[str, Worth]:
+def measure(
+    cfg: Config, states: Mapping[str, Mapping[str, Tensor]], progress: Progress, device: str = 'cpu'
+) -> dict[str, Worth]:
     """Test detectors of one config, by the config's own evaluator, and time them in turns.
 
     Args:
@@ -39,19 +39,30 @@ def measure(cfg: Config,
     Raises:
         UsageError: If a state dict does not fit the config, or the test set is empty.
     """
-    models = {name: load_detector(cfg, dict(state_dict=state), device)[0] for name, state in states.items()}
+    models = {
+        name: load_detector(cfg, dict(state_dict=state), device)[0]
+        for name, state in states.items()
+    }
     loader = build_loader(cfg.test_dataloader)
     tested = {name: evaluate(cfg, model, loader, progress, name) for name, model in models.items()}
     seconds = latencies(models, loader.dataset, progress)
-    return {name: Worth(metric(metrics, 'mAP', 'AP'), metric(metrics, 'mAP_50', 'AP50'),
-                        float(np.dot(shares, seconds[name])), shares if len(shares) > 1 else ())
-            for name, (metrics, shares) in tested.items()}
+    return {
+        name: Worth(
+            metric(metrics, 'mAP', 'AP'),
+            metric(metrics, 'mAP_50', 'AP50'),
+            float(np.dot(shares, seconds[name])),
+            shares if len(shares) > 1 else (),
+        )
+        for name, (metrics, shares) in tested.items()
+    }
 
 
 @torch.no_grad()
-def evaluate(cfg: Config, model: BaseDetector, loader: DataLoader, progress: Progress,
-             name: str) -> Tuple[Dict[str, float], List[float]]:
-    """What the config's evaluator says of the test set; and the share of images that left at each exit, (K,)."""
+def evaluate(
+    cfg: Config, model: BaseDetector, loader: DataLoader, progress: Progress, name: str
+) -> tuple[dict[str, float], list[float]]:
+    """What the config's evaluator says of the test set; and the share of images that left at each
+    exit, (K,)."""
     evaluator = Evaluator(cfg.test_evaluator)
     evaluator.dataset_meta = loader.dataset.metainfo
     counts = np.zeros(_exits(model))
@@ -62,7 +73,7 @@ def evaluate(cfg: Config, model: BaseDetector, loader: DataLoader, progress: Pro
     return evaluator.evaluate(len(loader.dataset)), (counts / counts.sum()).tolist()
 
 
-def metric(found: Mapping[str, float], *names: str) -> Optional[float]:
+def metric(found: Mapping[str, float], *names: str) -> float | None:
     """The box AP among an evaluator's figures, in percent, such as COCO's or VOC's."""
     for name in names:
         for key in (f'coco/bbox_{name}', f'pascal_voc/{name}'):
@@ -72,11 +83,14 @@ def metric(found: Mapping[str, float], *names: str) -> Optional[float]:
 
 
 @torch.no_grad()
-def latencies(models: Mapping[str, BaseDetector], dataset, progress: Progress) -> Dict[str, List[float]]:
-    """Median seconds of an image under each exit, (K,): batch 1, data in memory, detectors taking turns."""
+def latencies(
+    models: Mapping[str, BaseDetector], dataset, progress: Progress
+) -> dict[str, list[float]]:
+    """Median seconds of an image under each exit, (K,): batch 1, data in memory, detectors taking
+    turns."""
     batches = [pseudo_collate([dataset[index]]) for index in range(min(_IMAGES, len(dataset)))]
     turns = [(name, exit) for name, model in models.items() for exit in range(_exits(model))]
-    times: Dict[Tuple[str, int], List[float]] = {turn: [] for turn in turns}
+    times: dict[tuple[str, int], list[float]] = {turn: [] for turn in turns}
     with contextlib.ExitStack() as stack:
         for model in models.values():
             if _exits(model) > 1:
@@ -85,8 +99,10 @@ def latencies(models: Mapping[str, BaseDetector], dataset, progress: Progress) -
             for batch in batches:
                 for name, exit in turns:
                     times[name, exit] += [_time(models[name], exit, batch)] * bool(round_)
-    return {name: [float(np.median(times[name, exit])) for exit in range(_exits(model))]
-            for name, model in models.items()}
+    return {
+        name: [float(np.median(times[name, exit])) for exit in range(_exits(model))]
+        for name, model in models.items()
+    }
 
 
 def _exits(model: BaseDetector) -> int:

@@ -9,7 +9,21 @@ from .yolov5 import YOLOV5PAFPN, YOLOV5Backbone, YOLOV5Head
 from .yolov7 import YOLOV7PAFPN, YOLOV7Backbone, YOLOV7Head
 
 __all__ = [
-    'CompositeBackbone', 'DynamicDetector', 'PassThroughBackbone', 'Router', 'YOLOV5Backbone',
-    'YOLOV5Head', 'YOLOV5PAFPN', 'YOLOV7Backbone', 'YOLOV7Head', 'YOLOV7PAFPN', 'build_branch',
-    'build_composite', 'build_pruned', 'detector_outputs', 'can_fuse', 'fuse', 'register_family'
+    'CompositeBackbone',
+    'DynamicDetector',
+    'PassThroughBackbone',
+    'Router',
+    'YOLOV5Backbone',
+    'YOLOV5Head',
+    'YOLOV5PAFPN',
+    'YOLOV7Backbone',
+    'YOLOV7Head',
+    'YOLOV7PAFPN',
+    'build_branch',
+    'build_composite',
+    'build_pruned',
+    'detector_outputs',
+    'can_fuse',
+    'fuse',
+    'register_family',
 ]

@@ -1,4 +1,5 @@
 """A branch: a stock detector that is handed ready feature maps instead of an image."""
+
 import copy
 
 from mmengine.model import BaseModule

@@ -2,16 +2,19 @@
 
 Letters, as in the paper (DynamicDet, arXiv 2304.05552):
 
-* N: images in a batch. x: images, (N, 3, H, W), normalised.
-* ``f1``, ``f2``: maps of the first and second backbone, tuples of (N, C_i, H_i, W_i), one per stage.
+* N: images in a batch. x: images, (N, 3, H, W), normalized.
+* ``f1``, ``f2``: maps of the first and second backbone, tuples of (N, C_i, H_i, W_i), one per
+  stage.
 * ``phi``: difficulty, (N,), in [0, 1], large is hard.
-* K: exits. Exit 0 is the first backbone with its branch (neck and heads), exit 1 the second with its own.
+* K: exits. Exit 0 is the first backbone with its branch (neck and heads), exit 1 the second with
+  its own.
 """
+
 import copy
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -34,7 +37,7 @@ from .composite import build_composite
 from .paired_losses import View, paired_losses
 from .passage import Passage
 from .resolution import Ratio, reduce_images, reduce_samples, scale_boxes
-from .specialisation import specialised_losses
+from .specialization import specialized_losses
 from .weights import is_plain
 
 
@@ -58,85 +61,101 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         reuse_stages (int): Leading stages that the second backbone takes over from the first;
             see `CompositeBackbone`. Defaults to 1.
         first_scale (float): How large exit 0 sees the image, as a share of its delivered sides, in
-            (0, 1]; later exits see it as delivered. Below 1 it takes ``reuse_stages=0``. Defaults to 1.
-        specialise (float): Step 1 only: power, at least 0, of what the first exit gets wrong on an
-            image, by which that image counts for later exits; see `specialised_losses`. Defaults to
+            (0, 1]; later exits see it as delivered. Below 1 it takes ``reuse_stages=0``. Defaults
+            to 1.
+        specialize (float): Step 1 only: power, at least 0, of what the first exit gets wrong on an
+            image, by which that image counts for later exits; see `specialized_losses`. Defaults to
             0, the paper's: all images count the same.
-        router (dict): Config of the router; ``type`` and ``in_channels`` are filled in. Defaults to the
-            paper's.
+        router (dict): Config of the router; ``type`` and ``in_channels`` are filled in. Defaults to
+            the paper's.
         train_router (bool): Whether this is step 2. Then nothing but the router can change.
             Defaults to False.
         objective (str or dict): What the router learns in step 2, a key of `routing.OBJECTIVES` or
             ``dict(type=key, ...)`` with settings of `routing.Objective`. Defaults to 'paper'.
-        budget (dict, optional): The wanted speed: one of ``threshold`` in [-1, 1], ``hard_share`` in
-            [0, 1], ``target_latency`` in seconds, ``target_gflops``; the last three need a calibrated
-            checkpoint. Defaults to the checkpoint's threshold.
+        budget (dict, optional): The wanted speed: one of ``threshold`` in [-1, 1], ``hard_share``
+            in [0, 1], ``target_latency`` in seconds, ``target_gflops``; the last three need a
+            calibrated checkpoint. Defaults to the checkpoint's threshold.
         data_preprocessor (dict, optional): Defaults to the detector's.
         init_cfg (dict, optional): As in mmengine. A checkpoint of the plain detector fills both
             exits. Defaults to the detector's.
     """
 
-    def __init__(self,
-                 detector: dict,
-                 backbone: Optional[dict] = None,
-                 shared: bool = True,
-                 backbones: int = 2,
-                 reuse_stages: int = 1,
-                 first_scale: float = 1.0,
-                 specialise: float = 0.0,
-                 router: dict = dict(type='Router'),
-                 train_router: bool = False,
-                 objective: Union[str, dict] = 'paper',
-                 budget: Optional[dict] = None,
-                 data_preprocessor: Optional[dict] = None,
-                 init_cfg: Optional[dict] = None) -> None:
-        for name, value in dict(backbones=backbones, first_scale=first_scale, specialise=specialise).items():
+    def __init__(
+        self,
+        detector: dict,
+        backbone: dict | None = None,
+        shared: bool = True,
+        backbones: int = 2,
+        reuse_stages: int = 1,
+        first_scale: float = 1.0,
+        specialize: float = 0.0,
+        router: dict = dict(type='Router'),
+        train_router: bool = False,
+        objective: str | dict = 'paper',
+        budget: dict | None = None,
+        data_preprocessor: dict | None = None,
+        init_cfg: dict | None = None,
+    ) -> None:
+        for name, value in dict(
+            backbones=backbones, first_scale=first_scale, specialize=specialize
+        ).items():
             if not isinstance(value, (int, float)) or name == 'backbones' and value != int(value):
                 raise UsageError(f'{name} must be a number, and backbones a whole one; got {value}')
         objective = build_objective(objective)
         if not 0 < first_scale <= 1 or first_scale < 1 and reuse_stages:
-            raise UsageError(f'first_scale must be in (0, 1], and below 1 with reuse_stages=0, since the '
-                             f'second backbone then needs its own stem; got {first_scale} with '
-                             f'reuse_stages={reuse_stages}')
+            raise UsageError(
+                f'first_scale must be in (0, 1], and below 1 with reuse_stages=0, since the '
+                f'second backbone then needs its own stem; got {first_scale} with '
+                f'reuse_stages={reuse_stages}'
+            )
         if backbones == 1 and first_scale == 1:
-            raise UsageError('one backbone has two exits only where they differ by resolution: give '
-                             'first_scale below 1, or two backbones')
-        if not 0 <= specialise < math.inf:
-            raise UsageError(f'specialise is a power, a number from 0 on; got {specialise}')
+            raise UsageError(
+                'one backbone has two exits only where they differ by resolution: give '
+                'first_scale below 1, or two backbones'
+            )
+        if not 0 <= specialize < math.inf:
+            raise UsageError(f'specialize is a power, a number from 0 on; got {specialize}')
         if budget:
             check_budget(budget)
         preprocessor = data_preprocessor or detector.get('data_preprocessor')
         super().__init__(
             data_preprocessor=MODELS.build(copy.deepcopy(preprocessor)) if preprocessor else None,
-            init_cfg=init_cfg or copy.deepcopy(detector.get('init_cfg')))
+            init_cfg=init_cfg or copy.deepcopy(detector.get('init_cfg')),
+        )
         self.num_exits = max(2, backbones)
         self.backbone = build_composite(backbone or detector['backbone'], reuse_stages, backbones)
-        self.branches = ModuleList(build_branch(detector) for _ in range(1 if shared else self.num_exits))
-        self.router = MODELS.build({'type': 'Router', 'in_channels': self.backbone.channels, **router})
+        self.branches = ModuleList(
+            build_branch(detector) for _ in range(1 if shared else self.num_exits)
+        )
+        self.router = MODELS.build(
+            {'type': 'Router', 'in_channels': self.backbone.channels, **router}
+        )
         self.first_scale = first_scale
-        self.specialise = specialise
+        self.specialize = specialize
         #: Of the deepest map: all but a few detectors have 32; those with more pad to it.
         self.stride = max(32, getattr(self.data_preprocessor, 'pad_size_divisor', 1))
         self.objective = objective
-        # Quantiles of the training set's gains, (101,); NaN until `RouterHook` has measured them, which
-        # also keeps them in the checkpoint: they matter to step 2 alone.
-        self.register_buffer('gains', torch.full((101, ), float('nan')), persistent=False)
+        # Quantiles of the training set's gains, (101,); NaN until `RouterHook` has measured them,
+        # which also keeps them in the checkpoint: they matter to step 2 alone.
+        self.register_buffer('gains', torch.full((101,), float('nan')), persistent=False)
         self.budget = dict(budget) if budget else None
         self.train_router = train_router
         # Between exit k and k + 1, ascending; of two exits a single number.
-        shape = () if self.num_exits == 2 else (self.num_exits - 1, )
+        shape = () if self.num_exits == 2 else (self.num_exits - 1,)
         self.register_buffer('threshold', torch.full(shape, 0.5))
         # NaN: not measured yet.
         self.register_buffer('delta', torch.tensor(float('nan')))
-        # The calibration: sorted difficulties of the validation set, (n,), and what each exit costs,
-        # seconds and GFLOPs (2 x multiply-adds) per image. Empty until tools/calibrate.py fills them.
+        # The calibration: sorted difficulties of the validation set, (n,), and what each exit
+        # costs, seconds and GFLOPs (2 x multiply-adds) per image. Empty until tools/calibrate.py
+        # fills them.
         self.register_buffer('difficulties', torch.zeros(0))
-        self.register_buffer('latencies', torch.full((self.num_exits, ), float('nan')))
-        self.register_buffer('gflops', torch.full((self.num_exits, ), float('nan')))
-        #: Said to who asks for a mean latency: how these differ from those here. See `timing.timed_elsewhere`.
-        self.timed_elsewhere: Optional[str] = None
+        self.register_buffer('latencies', torch.full((self.num_exits,), float('nan')))
+        self.register_buffer('gflops', torch.full((self.num_exits,), float('nan')))
+        #: Said to who asks for a mean latency: how these differ from those here. See
+        #: `timing.timed_elsewhere`.
+        self.timed_elsewhere: str | None = None
         self._apply_budget()
-        # Each step trains its own part. Here and not in a hook: the optimiser and DDP look at
+        # Each step trains its own part. Here and not in a hook: the optimizer and DDP look at
         # `requires_grad` before any hook runs.
         for name, parameter in self.named_parameters():
             parameter.requires_grad &= name.startswith('router.') == train_router
@@ -152,7 +171,7 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
 
     # Loading.
 
-    def spread_plain_weights(self, state_dict: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+    def spread_plain_weights(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rename the entries of a plain detector's checkpoint to those of all exits.
 
         A dynamic detector's own checkpoint comes back as it is. Entries that match nothing keep
@@ -163,17 +182,20 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         known, spread = set(self.state_dict()), {}
         for key, value in state_dict.items():
             if key.startswith('backbone.'):
-                rest = key[len('backbone.'):]
+                rest = key[len('backbone.') :]
                 targets = [f'backbone.{name}.{rest}' for name in self.backbone.names]
             else:
                 targets = [f'branches.{index}.{key}' for index in range(len(self.branches))]
             spread.update({name: value for name in targets if name in known} or {key: value})
         return spread
 
-    def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
         """Take checkpoints of plain detectors, for all exits, and calibrations of any length."""
-        own = {key[len(prefix):]: state_dict.pop(key)
-               for key in list(state_dict) if key.startswith(prefix)}
+        own = {
+            key[len(prefix) :]: state_dict.pop(key)
+            for key in list(state_dict)
+            if key.startswith(prefix)
+        }
         own = self.spread_plain_weights(own)
         state_dict.update({prefix + key: value for key, value in own.items()})
         if 'difficulties' in own:
@@ -183,11 +205,13 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
 
     # Speed.
 
-    def set_budget(self,
-                   threshold: Union[None, float, Sequence[float]] = None,
-                   hard_share: Union[None, float, Sequence[float]] = None,
-                   target_latency: Optional[float] = None,
-                   target_gflops: Optional[float] = None) -> Thresholds:
+    def set_budget(
+        self,
+        threshold: None | float | Sequence[float] = None,
+        hard_share: None | float | Sequence[float] = None,
+        target_latency: float | None = None,
+        target_gflops: float | None = None,
+    ) -> Thresholds:
         """Choose the speed; give one of the four.
 
         Args:
@@ -196,7 +220,8 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             hard_share (float, optional): Share of the calibration's images that are hard. For K > 2
                 exits also a list: the shares that go beyond exit 0, 1, ..., falling.
             target_latency (float, optional): Mean seconds per image, on the calibration's device.
-            target_gflops (float, optional): Mean GFLOPs per image, 2 x multiply-adds, as calibrated.
+            target_gflops (float, optional): Mean GFLOPs per image, 2 x multiply-adds, as
+                calibrated.
 
         Returns:
             float or list[float]: The threshold; K - 1 of them for K > 2 exits.
@@ -204,11 +229,16 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         Raises:
             UsageError: If out of range, or if the model is not calibrated and needs to be.
         """
-        given = dict(threshold=threshold, hard_share=hard_share, target_latency=target_latency,
-                     target_gflops=target_gflops)
+        given = dict(
+            threshold=threshold,
+            hard_share=hard_share,
+            target_latency=target_latency,
+            target_gflops=target_gflops,
+        )
         budget = {name: value for name, value in given.items() if value is not None}
-        found = resolve_threshold(budget, self.difficulties.tolist(), self.latencies.tolist(),
-                                  self.gflops.tolist())
+        found = resolve_threshold(
+            budget, self.difficulties.tolist(), self.latencies.tolist(), self.gflops.tolist()
+        )
         self.threshold.copy_(torch.tensor(found))
         self.budget, self._budget_waits = budget, False
         if target_latency is not None and self.timed_elsewhere:
@@ -233,12 +263,12 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         """Neck and heads of an exit, 0 to K - 1."""
         return self.branches[min(exit, len(self.branches) - 1)]
 
-    def extract_feat(self, batch_inputs: Tensor) -> Tuple[Tensor, ...]:
+    def extract_feat(self, batch_inputs: Tensor) -> tuple[Tensor, ...]:
         """``f1``, as the first branch's neck leaves it."""
         maps, _ = self._first_maps(batch_inputs)
         return self.branch(0).extract_feat(self.backbone.select(maps))
 
-    def _first_maps(self, batch_inputs: Tensor) -> Tuple[tuple, Ratio]:
+    def _first_maps(self, batch_inputs: Tensor) -> tuple[tuple, Ratio]:
         """``f1``, and how large the images were that it was made from."""
         images, ratio = reduce_images(batch_inputs, self.first_scale, self.stride)
         return self.backbone.first_maps(images), ratio
@@ -249,9 +279,9 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             return self.backbone.first_maps(batch_inputs)
         return self.backbone.deeper_maps(batch_inputs, maps, exit)
 
-    def _all_exits(self, batch_inputs: Tensor, samples: OptSampleList) -> List[tuple]:
-        """Maps, data samples and ratio of each exit: as the exit sees the batch. Each has samples of its own, since
-        heads write into them."""
+    def _all_exits(self, batch_inputs: Tensor, samples: OptSampleList) -> list[tuple]:
+        """Maps, data samples and ratio of each exit: as the exit sees the batch. Each has samples
+        of its own, since heads write into them."""
         maps, ratio = self._first_maps(batch_inputs)
         exits = [(maps, reduce_samples(samples, ratio), ratio)]
         for exit in range(1, self.num_exits):
@@ -259,23 +289,26 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             exits.append((maps, reduce_samples(samples, (1.0, 1.0)), (1.0, 1.0)))
         return exits
 
-    def loss(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> Dict[str, Tensor]:
+    def loss(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> dict[str, Tensor]:
         """Losses of the step that is trained.
 
-        Step 1: all exits' own losses, named ``exit0.*``, ``exit1.*``, ... Step 2: ``loss_router``, with
+        Step 1: all exits' own losses, named ``exit0.*``, ``exit1.*``, ... Step 2: ``loss_router``,
+            with
         mean and spread of the difficulty, the share above 0.5, and delta, for the log.
         """
         if self.train_router:
             return self._router_losses(batch_inputs, batch_data_samples)
         views = [
-            View(self.branch(exit), self.backbone.select(maps), samples, ratio) for exit, (
-                maps, samples, ratio) in enumerate(self._all_exits(batch_inputs, batch_data_samples))
+            View(self.branch(exit), self.backbone.select(maps), samples, ratio)
+            for exit, (maps, samples, ratio) in enumerate(
+                self._all_exits(batch_inputs, batch_data_samples)
+            )
         ]
         first, *later = views
-        # A copy, since specialised losses look at these samples again.
+        # A copy, since specialized losses look at these samples again.
         every = [first.branch.loss(first.maps, reduce_samples(first.sample, (1.0, 1.0)))]
-        if self.specialise:
-            every += specialised_losses(first, later, self.specialise)
+        if self.specialize:
+            every += specialized_losses(first, later, self.specialize)
         else:
             every += [view.branch.loss(view.maps, view.sample) for view in later]
         losses = {}
@@ -284,8 +317,9 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         return losses
 
     @torch.no_grad()
-    def exit_losses(self, batch_inputs: Tensor,
-                    batch_data_samples: SampleList) -> Tuple[Tensor, Tensor]:
+    def exit_losses(
+        self, batch_inputs: Tensor, batch_data_samples: SampleList
+    ) -> tuple[Tensor, Tensor]:
         """Loss of each image under each exit, as batch 1 gives it, without gradient.
 
         The backbones run once, on the batch; neck and heads per image, since mmdet's heads average
@@ -295,14 +329,17 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             tuple[Tensor, Tensor]: Losses, (K, N), and what the router sees, (N, d); float32.
         """
         every = self._all_exits(batch_inputs, batch_data_samples)
-        losses = [[self.parse_losses(own)[0] for own in paired_losses(self._views(every, index))]
-                  for index in range(len(batch_data_samples))]
+        losses = [
+            [self.parse_losses(own)[0] for own in paired_losses(self._views(every, index))]
+            for index in range(len(batch_data_samples))
+        ]
         losses = torch.stack([torch.stack(pair) for pair in losses], dim=1).float()
         return losses, self.router.pool(every[0][0], _valid(batch_inputs, batch_data_samples))
 
     @torch.no_grad()
-    def exit_gains(self, batch_inputs: Tensor,
-                   batch_data_samples: SampleList) -> Tuple[Tensor, Tensor]:
+    def exit_gains(
+        self, batch_inputs: Tensor, batch_data_samples: SampleList
+    ) -> tuple[Tensor, Tensor]:
         """What each image gains by the last exit, as the objective counts it, without gradient.
 
         Returns:
@@ -314,33 +351,45 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         values, features = measure(batch_inputs, batch_data_samples)
         return self.objective.gains(values, objects), features
 
-    def _exit_aps(self, batch_inputs: Tensor,
-                  batch_data_samples: SampleList) -> Tuple[Tensor, Tensor]:
+    def _exit_aps(
+        self, batch_inputs: Tensor, batch_data_samples: SampleList
+    ) -> tuple[Tensor, Tensor]:
         """AP of each image by itself under each exit, (K, N), percent, and what the router sees."""
         every = self._all_exits(batch_inputs, batch_data_samples)
         found, truths = [], []
         for exit, (maps, samples, _) in enumerate(every):
             # Copies: predictions are written into the samples.
             own = self.branch(exit).predict(
-                self.backbone.select(maps), reduce_samples(samples, (1.0, 1.0)), rescale=False)
+                self.backbone.select(maps), reduce_samples(samples, (1.0, 1.0)), rescale=False
+            )
             found.append(_as_arrays([sample.pred_instances for sample in own]))
             truths.append([_annotations(sample) for sample in samples])
         features = self.router.pool(every[0][0], _valid(batch_inputs, batch_data_samples))
         return features.new_tensor(image_aps(found, truths)), features
 
-    def _views(self, every: List[tuple], index: int) -> List[View]:
+    def _views(self, every: list[tuple], index: int) -> list[View]:
         """All exits' views of one image of a batch."""
         return [
-            View(self.branch(exit), tuple(m[index:index + 1] for m in self.backbone.select(maps)),
-                 samples[index], ratio) for exit, (maps, samples, ratio) in enumerate(every)
+            View(
+                self.branch(exit),
+                tuple(m[index : index + 1] for m in self.backbone.select(maps)),
+                samples[index],
+                ratio,
+            )
+            for exit, (maps, samples, ratio) in enumerate(every)
         ]
 
-    def _router_losses(self, batch_inputs: Tensor,
-                       batch_data_samples: SampleList) -> Dict[str, Tensor]:
+    def _router_losses(
+        self, batch_inputs: Tensor, batch_data_samples: SampleList
+    ) -> dict[str, Tensor]:
         gains, features = self.exit_gains(batch_inputs, batch_data_samples)
         # Kept for the hook that tracks their distribution online.
         self.last_gains = gains
-        quantiles = quantiles_of(gains.tolist()).to(gains.device) if self.gains.isnan().any() else self.gains
+        quantiles = (
+            quantiles_of(gains.tolist()).to(gains.device)
+            if self.gains.isnan().any()
+            else self.gains
+        )
         logits = self.router.logits(features)
         phi = logits.detach().sigmoid()
         return dict(
@@ -348,12 +397,12 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             difficulty=phi.mean(),
             difficulty_std=phi.std(correction=0),
             share_above_half=(phi > 0.5).float().mean(),
-            delta=quantiles[len(quantiles) // 2])
+            delta=quantiles[len(quantiles) // 2],
+        )
 
-    def predict(self,
-                batch_inputs: Tensor,
-                batch_data_samples: SampleList,
-                rescale: bool = True) -> SampleList:
+    def predict(
+        self, batch_inputs: Tensor, batch_data_samples: SampleList, rescale: bool = True
+    ) -> SampleList:
         """Detect; each image leaves at the exit that its difficulty says.
 
         Args:
@@ -377,7 +426,8 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
     def start(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> Passage:
         """Run the first backbone and the router: all that is known before the first exit.
 
-        Between this, ``finish`` and ``deepen`` images may wait, part and join others: see `apis.stream`.
+        Between this, ``finish`` and ``deepen`` images may wait, part and join others: see
+        `apis.stream`.
         """
         if self._budget_waits:
             self.set_budget(**self.budget)
@@ -386,7 +436,9 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         # One transfer from the device for both.
         difficulties, exits = torch.stack([phi, self._exits_of(phi).float()]).tolist()
         images = batch_inputs if self._needs_images else None
-        return Passage(0, images, maps, ratio, batch_data_samples, difficulties, [int(one) for one in exits])
+        return Passage(
+            0, images, maps, ratio, batch_data_samples, difficulties, [int(one) for one in exits]
+        )
 
     def deepen(self, passage: Passage) -> Passage:
         """Run the next backbone on images that go on."""
@@ -394,7 +446,8 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         return replace(passage, exit=passage.exit + 1, maps=maps, ratio=(1.0, 1.0))
 
     def finish(self, passage: Passage, rescale: bool = True) -> SampleList:
-        """Run this exit's neck and heads on all images of a passage; results go into the samples."""
+        """Run this exit's neck and heads on all images of a passage; results go into the
+        samples."""
         self._predict_at(passage.exit, passage.maps, passage.samples, passage.ratio, rescale)
         for sample, difficulty in zip(passage.samples, passage.difficulties):
             sample.set_metainfo(dict(difficulty=difficulty, exit=passage.exit))
@@ -408,7 +461,9 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
     def _needs_images(self) -> bool:
         return len(self.backbone.names) == 1 or self.backbone.needs_images
 
-    def _predict_at(self, exit: int, maps: tuple, samples: SampleList, ratio: Ratio, rescale: bool) -> None:
+    def _predict_at(
+        self, exit: int, maps: tuple, samples: SampleList, ratio: Ratio, rescale: bool
+    ) -> None:
         """Run the neck and heads of an exit; what they find goes into the samples."""
         reduced = reduce_samples(samples, ratio) if ratio != (1.0, 1.0) else samples
         found = self.branch(exit).predict(self.backbone.select(maps), reduced, rescale=rescale)
@@ -416,45 +471,53 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             sample.pred_instances = own.pred_instances
             if not rescale and ratio != (1.0, 1.0):
                 wide, high = ratio
-                sample.pred_instances.bboxes = scale_boxes(own.pred_instances.bboxes,
-                                                           (1 / wide, 1 / high))
+                sample.pred_instances.bboxes = scale_boxes(
+                    own.pred_instances.bboxes, (1 / wide, 1 / high)
+                )
 
-    def _forward(self,
-                 batch_inputs: Tensor,
-                 batch_data_samples: OptSampleList = None) -> Mapping[str, object]:
+    def _forward(
+        self, batch_inputs: Tensor, batch_data_samples: OptSampleList = None
+    ) -> Mapping[str, object]:
         """Run every image through all exits, for parity checks, FLOPs counters and export.
 
         Returns:
             dict: ``difficulty``, (N,), and ``exits``, the raw head outputs of exit 0 to K - 1.
         """
         every = self._all_exits(batch_inputs, batch_data_samples)
-        exits = [self.branch(exit)._forward(self.backbone.select(maps), samples)
-                 for exit, (maps, samples, _) in enumerate(every)]
+        exits = [
+            self.branch(exit)._forward(self.backbone.select(maps), samples)
+            for exit, (maps, samples, _) in enumerate(every)
+        ]
         valid = _valid(batch_inputs, batch_data_samples) if batch_data_samples else None
         return dict(difficulty=self.router(every[0][0], valid), exits=exits)
 
 
-def _valid(batch_inputs: Tensor, samples: SampleList) -> List[Tuple[float, float]]:
+def _valid(batch_inputs: Tensor, samples: SampleList) -> list[tuple[float, float]]:
     """Shares of each image's height and width in the batch that are not padding."""
     height, width = batch_inputs.shape[-2:]
     return [(sample.img_shape[0] / height, sample.img_shape[1] / width) for sample in samples]
 
 
-def _as_arrays(instances: Sequence[InstanceData]) -> List[Dict[str, np.ndarray]]:
+def _as_arrays(instances: Sequence[InstanceData]) -> list[dict[str, np.ndarray]]:
     """Boxes, labels and scores of images, as `image_aps` takes them."""
-    return [dict(bboxes=boxes.numpy(), labels=labels.numpy(), scores=scores.numpy())
-            for boxes, scores, labels in to_host(instances)]
+    return [
+        dict(bboxes=boxes.numpy(), labels=labels.numpy(), scores=scores.numpy())
+        for boxes, scores, labels in to_host(instances)
+    ]
 
 
-def _annotations(sample) -> Dict[str, np.ndarray]:
+def _annotations(sample) -> dict[str, np.ndarray]:
     """What an image holds, as `image_aps` takes it: what mmdet ignores are crowds."""
     every = [sample.gt_instances]
     if len(sample.get('ignored_instances', ())):
         every.append(sample.ignored_instances)
     # Annotations have no scores, and nobody looks at them.
-    parts = _as_arrays([InstanceData(bboxes=one.bboxes, labels=one.labels, scores=one.labels) for one in every])
+    parts = _as_arrays(
+        [InstanceData(bboxes=one.bboxes, labels=one.labels, scores=one.labels) for one in every]
+    )
     crowds = [np.full(len(part['labels']), bool(index)) for index, part in enumerate(parts)]
     return dict(
         bboxes=np.concatenate([part['bboxes'].reshape(-1, 4) for part in parts]),
         labels=np.concatenate([part['labels'] for part in parts]),
-        crowds=np.concatenate(crowds))
+        crowds=np.concatenate(crowds),
+    )

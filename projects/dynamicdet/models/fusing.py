@@ -1,6 +1,6 @@
 """Fewer operations for the same result, at inference."""
+
 from abc import abstractmethod
-from typing import List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +12,16 @@ _PACKED = getattr(torch.ops.mkldnn, '_convolution_pointwise', None)
 
 
 class Fusible:
-    """A part that knows to fuse itself. Others may have an attribute of that name which is something else."""
+    """A part that knows to fuse itself. Others may have an attribute of that name which is
+    something else."""
 
     @abstractmethod
     def fuse(self) -> None:
-        """Become a part with fewer operations and the same result. Norms were put into convolutions before."""
+        """Become a part with fewer operations and the same result. Norms were put into convolutions
+        before."""
 
 
-def fusible_parts(model: nn.Module) -> List[Fusible]:
+def fusible_parts(model: nn.Module) -> list[Fusible]:
     """A model's own parts to fuse, as YOLOv5 and YOLOv7 have; none in others."""
     return [module for module in model.modules() if isinstance(module, Fusible)]
 
@@ -30,10 +32,11 @@ def can_fuse(model: nn.Module) -> bool:
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Put norms into convolutions, activations behind them, and what else a model's parts know to fuse, for
-    inference.
+    """Put norms into convolutions, activations behind them, and what else a model's parts know to
+    fuse, for inference.
 
-    In place and for good: a fused model cannot be trained or loaded into. A model without parts of its own to
+    In place and for good: a fused model cannot be trained or loaded into. A model without parts of
+        its own to
     fuse is left as it is: some heads, such as RTMDet's, have several norms for one convolution.
 
     Args:
@@ -65,15 +68,17 @@ def _replace_convolutions(module: nn.Module) -> None:
 
 def _knows(dtype: torch.dtype) -> bool:
     """Whether oneDNN has convolutions of a type on this processor: bfloat16 takes AVX-512."""
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32 or (
+        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 class InferenceConv(nn.Module):
     """A convolution and the SiLU behind it.
 
-    On a CPU one operation of oneDNN, in channels-last order, with weights that are brought into oneDNN's
-    own order once: torch would do so at every call. They follow changes of the weights, but for those made
-    through ``.data``. Elsewhere, and under autograd, two of torch's operations.
+    On a CPU one operation of oneDNN, in channels-last order, with weights that are brought into
+    oneDNN's own order once: torch would do so at every call. They follow changes of the weights,
+    but for those made through ``.data``. Elsewhere, and under autograd, two of torch's operations.
     """
 
     def __init__(self, conv: nn.Conv2d, silu: bool) -> None:
@@ -89,22 +94,36 @@ class InferenceConv(nn.Module):
         return _PACKED(*self._operands(x), 'swish' if self.silu else 'none', [], '')
 
     def add_to(self, total: Tensor, x: Tensor) -> Tensor:
-        """``total`` plus the convolution of x; on a CPU in place. For convolutions without a SiLU."""
+        """``total`` plus the convolution of x; on a CPU in place. For convolutions without a
+        SiLU."""
         if not self._can_pack(x):
             return total + self.conv(x)
         operands = self._operands(x)
         total = total.to(operands[0].dtype).contiguous(memory_format=torch.channels_last)
-        return torch.ops.mkldnn._convolution_pointwise_.binary(total, *operands, 'add', None, None, [], '')
+        return torch.ops.mkldnn._convolution_pointwise_.binary(
+            total, *operands, 'add', None, None, [], ''
+        )
 
     def _can_pack(self, x: Tensor) -> bool:
-        # Tensors of a subclass are there to be watched, not computed; inference mode's count no changes.
-        return (_PACKED is not None and x.device.type == 'cpu' and type(x) is Tensor
-                and x.dtype in (torch.float32, torch.bfloat16) and not torch.is_grad_enabled()
-                and not self.conv.weight.is_inference() and _knows(self._dtype()))
+        # Tensors of a subclass are there to be watched, not computed; inference mode's count no
+        # changes.
+        return (
+            _PACKED is not None
+            and x.device.type == 'cpu'
+            and type(x) is Tensor
+            and x.dtype in (torch.float32, torch.bfloat16)
+            and not torch.is_grad_enabled()
+            and not self.conv.weight.is_inference()
+            and _knows(self._dtype())
+        )
 
     def _dtype(self) -> torch.dtype:
         """As torch's own convolutions, under autocast in its type."""
-        return torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else self.conv.weight.dtype
+        return (
+            torch.get_autocast_dtype('cpu')
+            if torch.is_autocast_enabled('cpu')
+            else self.conv.weight.dtype
+        )
 
     def __getstate__(self) -> dict:
         # oneDNN's order can be neither copied nor written.
@@ -116,12 +135,18 @@ class InferenceConv(nn.Module):
         weight, bias = self._packed(x)
         return x, weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups
 
-    def _packed(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
+    def _packed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         conv = self.conv
         # Anew where the model was moved or cast, or its weights changed since.
         key = (x.dtype, conv.weight.data_ptr(), conv.weight._version)
         if self._weights is None or self._weights[0] != key:
             packed = torch.ops.mkldnn._reorder_convolution_weight(
-                conv.weight.to(x.dtype), conv.padding, conv.stride, conv.dilation, conv.groups, list(x.shape))
+                conv.weight.to(x.dtype),
+                conv.padding,
+                conv.stride,
+                conv.dilation,
+                conv.groups,
+                list(x.shape),
+            )
             self._weights = key, (packed, None if conv.bias is None else conv.bias.to(x.dtype))
         return self._weights[1]

@@ -1,6 +1,7 @@
 """Let a controller set a detector's thresholds while it works."""
+
 import contextlib
-from typing import Callable, Iterator, Mapping, Optional
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -10,26 +11,29 @@ from ..timing import now
 from .dynamic_detector import DynamicDetector
 
 
-def dynamic_part(model: nn.Module) -> Optional[DynamicDetector]:
-    """The dynamic detector in a model, which may wrap it for several processes or for test-time augmentation; None
-    if there is none."""
+def dynamic_part(model: nn.Module) -> DynamicDetector | None:
+    """The dynamic detector in a model, which may wrap it for several processes or for test-time
+    augmentation; None if there is none."""
     return next((part for part in model.modules() if isinstance(part, DynamicDetector)), None)
 
 
 def build_controller(model: DynamicDetector, budget: Mapping[str, float]) -> Controller:
-    """A controller for a detector: what its calibration knows is where it starts; without one it learns.
+    """A controller for a detector: what its calibration knows is where it starts; without one it
+    learns.
 
     Args:
         model (DynamicDetector): Calibrated or not.
-        budget (Mapping): One of ``target_latency``, ``throughput``, ``hard_share`` and ``target_gflops``, the
-            last for a calibrated detector; see `Controller`.
+        budget (Mapping): One of ``target_latency``, ``throughput``, ``hard_share`` and
+            ``target_gflops``, the last for a calibrated detector; see `Controller`.
 
     Raises:
         UsageError: If the budget is none of these, or needs a calibration that is not there.
     """
     known = model.gflops if 'target_gflops' in budget else model.latencies
     costs = known.tolist() if known.isfinite().all() and (known[1:] > known[:-1]).all() else None
-    return Controller(**budget, costs=costs, difficulties=model.difficulties.tolist(), exits=model.num_exits)
+    return Controller(
+        **budget, costs=costs, difficulties=model.difficulties.tolist(), exits=model.num_exits
+    )
 
 
 @contextlib.contextmanager
@@ -46,8 +50,8 @@ def kept_speed(model: DynamicDetector) -> Iterator[None]:
 class Online:
     """While this is entered, a controller sets the thresholds of each batch that a detector sees.
 
-    The router's difficulties go to the controller before images part. With ``timed`` it is also told how
-    long each call took, from preprocessing to boxes; without, someone else does that.
+    The router's difficulties go to the controller before images part. With ``timed`` it is also
+    told how long each call took, from preprocessing to boxes; without, someone else does that.
 
     Args:
         model (DynamicDetector): Its budget and thresholds are back as they were at the end.
@@ -57,7 +61,7 @@ class Online:
 
     def __init__(self, model: DynamicDetector, controller: Controller, timed: bool = True) -> None:
         self.model, self.controller, self.timed = model, controller, timed
-        self._stack: Optional[contextlib.ExitStack] = None
+        self._stack: contextlib.ExitStack | None = None
 
     def __enter__(self) -> Controller:
         model = self.model
@@ -81,8 +85,8 @@ class Online:
 
 @contextlib.contextmanager
 def timed_calls(model: DynamicDetector, tell: Callable[[float, int], None]) -> Iterator[None]:
-    """While this is entered, ``tell`` learns of each call of a detector how many seconds it took, from preprocessing to
-    boxes, and of how many images it was."""
+    """While this is entered, ``tell`` learns of each call of a detector how many seconds it took,
+    from preprocessing to boxes, and of how many images it was."""
     device, started = model.threshold.device, []
 
     def start(*_) -> None:

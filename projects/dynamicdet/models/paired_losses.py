@@ -1,6 +1,8 @@
 """Losses of one image under both exits that differ by the exits alone."""
+
 import contextlib
-from typing import Dict, Iterator, List, NamedTuple, Tuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,19 +20,21 @@ _SEED = 0
 
 
 class View(NamedTuple):
-    """What one exit sees of one image: its branch, maps of (1, C_i, H_i, W_i), the data sample in the
-    exit's frame, and how large that frame is against the delivered one."""
+    """What one exit sees of one image: its branch, maps of (1, C_i, H_i, W_i), the data sample in
+    the exit's frame, and how large that frame is against the delivered one."""
+
     branch: BaseDetector
-    maps: Tuple[Tensor, ...]
+    maps: tuple[Tensor, ...]
     sample: DetDataSample
     ratio: Ratio
 
 
-def paired_losses(views: List[View]) -> List[Dict[str, Tensor]]:
+def paired_losses(views: list[View]) -> list[dict[str, Tensor]]:
     """Each view's own losses, all under the same random draw.
 
     Two-stage heads learn from a sample of their own proposals. Exits propose different regions, the
-    better one more that cover objects, whose boxes then cost more: compared as they are, such losses
+    better one more that cover objects, whose boxes then cost more: compared as they are, such
+        losses
     say that the worse exit is better. So all views' proposals are put together, and every head is
     asked about the same sample of them.
     """
@@ -38,15 +42,17 @@ def paired_losses(views: List[View]) -> List[Dict[str, Tensor]]:
         stack.enter_context(alone())
         for view in views:
             stack.enter_context(_flagged_as_training(view.branch))
-        if all(isinstance(view.branch, TwoStageDetector) and view.branch.with_rpn for view in views):
+        if all(
+            isinstance(view.branch, TwoStageDetector) and view.branch.with_rpn for view in views
+        ):
             return _on_the_same_proposals(views)
         return [_seeded(view.branch.loss, view.maps, [view.sample]) for view in views]
 
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """As if there were no other ranks: mmdet's heads average what they divide by over all of them, and an
-    image's loss would depend on images elsewhere."""
+    """As if there were no other ranks: mmdet's heads average what they divide by over all of them,
+    and an image's loss would depend on images elsewhere."""
     # Where torch has no processes, its package has no groups either.
     group = dist.GroupMember if dist.is_available() else None
     if group is None or group.WORLD is None:
@@ -61,9 +67,9 @@ def alone() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _flagged_as_training(branch: BaseDetector) -> Iterator[None]:
-    """Some detectors and heads have no loss, or another, where their own flag says eval: DINO leaves out
-    what its head needs, FCOS with ``norm_on_bbox`` decodes first. So the flags of the detector and its
-    parts say training; norms and dropout, further inside, stay as they are."""
+    """Some detectors and heads have no loss, or another, where their own flag says eval: DINO
+    leaves out what its head needs, FCOS with ``norm_on_bbox`` decodes first. So the flags of the
+    detector and its parts say training; norms and dropout, further inside, stay as they are."""
     modules = [branch, *branch.children()]
     before = [module.training for module in modules]
     for module in modules:
@@ -75,7 +81,7 @@ def _flagged_as_training(branch: BaseDetector) -> Iterator[None]:
             module.training = flag
 
 
-def _on_the_same_proposals(views: List[View]) -> List[Dict[str, Tensor]]:
+def _on_the_same_proposals(views: list[View]) -> list[dict[str, Tensor]]:
     pending = []
     for view in views:
         with _captured(view.branch.roi_head) as calls:
@@ -88,7 +94,7 @@ def _on_the_same_proposals(views: List[View]) -> List[Dict[str, Tensor]]:
     return [losses for losses, _ in pending]
 
 
-def _together(proposals: List[InstanceData], views: List[View], ratio: Ratio) -> InstanceData:
+def _together(proposals: list[InstanceData], views: list[View], ratio: Ratio) -> InstanceData:
     """All proposals in the frame of one view. New: heads write into what they are given."""
     boxes = [
         scale_boxes(own.bboxes, (ratio[0] / view.ratio[0], ratio[1] / view.ratio[1]))
@@ -97,7 +103,8 @@ def _together(proposals: List[InstanceData], views: List[View], ratio: Ratio) ->
     return InstanceData(
         bboxes=torch.cat(boxes),
         scores=torch.cat([own.scores for own in proposals]),
-        labels=torch.cat([own.labels for own in proposals]))
+        labels=torch.cat([own.labels for own in proposals]),
+    )
 
 
 @contextlib.contextmanager
@@ -117,9 +124,10 @@ def _captured(roi_head) -> Iterator[list]:
         del roi_head.loss
 
 
-def _seeded(loss, maps: Tuple[Tensor, ...], *arguments) -> Dict[str, Tensor]:
+def _seeded(loss, maps: tuple[Tensor, ...], *arguments) -> dict[str, Tensor]:
     """A loss under the same random numbers each time; the generators stay as they were."""
-    # Proposals are sampled with the CPU's generator on every device; DINO's noise with the device's.
+    # Proposals are sampled with the CPU's generator on every device; DINO's noise with the
+    # device's.
     devices = [maps[0].device] if maps[0].is_cuda else []
     with torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(_SEED)

@@ -1,6 +1,7 @@
 """A batch on its way through the exits: what lies between one backbone and the next."""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -17,20 +18,22 @@ class Passage:
 
     Attributes:
         exit (int): The exit whose maps these are, 0 to K - 1.
-        images (Tensor, optional): (N, 3, H, W), as delivered; None where no later backbone looks at them.
+        images (Tensor, optional): (N, 3, H, W), as delivered; None where no later backbone looks at
+            them.
         maps (tuple[Tensor]): The maps of this exit's backbone, (N, C_i, H_i, W_i) each.
         ratio (tuple[float, float]): How large the images were that the maps were made from.
         samples (list[DetDataSample]): N; results go into them.
         difficulties (list[float]): N.
         exits (list[int]): Where each image leaves, N, none below ``exit``.
     """
+
     exit: int
-    images: Optional[Tensor]
-    maps: Tuple[Tensor, ...]
+    images: Tensor | None
+    maps: tuple[Tensor, ...]
     ratio: Ratio
     samples: SampleList
-    difficulties: List[float]
-    exits: List[int]
+    difficulties: list[float]
+    exits: list[int]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -42,7 +45,8 @@ class Passage:
         return (self.exit, *(tuple(tensor.shape[1:]) for tensor in tensors))
 
     def take(self, rows: Sequence[int]) -> 'Passage':
-        """Some of the images: copies, so that the rest can be forgotten; this one itself if they are all."""
+        """Some of the images: copies, so that the rest can be forgotten; this one itself if they
+        are all."""
         rows = list(rows)
         if rows == list(range(len(self))):
             return self
@@ -52,9 +56,10 @@ class Passage:
             maps=tuple(take_rows(m, rows) for m in self.maps),
             samples=[self.samples[row] for row in rows],
             difficulties=[self.difficulties[row] for row in rows],
-            exits=[self.exits[row] for row in rows])
+            exits=[self.exits[row] for row in rows],
+        )
 
-    def split(self) -> Tuple['Passage', 'Passage']:
+    def split(self) -> tuple['Passage', 'Passage']:
         """Those who leave at this exit, and those who go on. Either may be empty."""
         leaving = [row for row, exit in enumerate(self.exits) if exit == self.exit]
         going_on = [row for row, exit in enumerate(self.exits) if exit > self.exit]
@@ -72,4 +77,5 @@ def join(passages: Sequence[Passage]) -> Passage:
         maps=tuple(torch.cat(maps) for maps in zip(*(one.maps for one in passages))),
         samples=[sample for one in passages for sample in one.samples],
         difficulties=[value for one in passages for value in one.difficulties],
-        exits=[exit for one in passages for exit in one.exits])
+        exits=[exit for one in passages for exit in one.exits],
+    )

@@ -1,6 +1,8 @@
-"""Detectors that have lost channels, as a config describes them; and the modules of mmdet that lose some with them."""
+"""Detectors that have lost channels, as a config describes them; and the modules of mmdet that lose
+some with them."""
+
 import copy
-from typing import Mapping, Optional
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -8,7 +10,14 @@ from mmdet.models.detectors import BaseDetector
 from mmdet.models.roi_heads.roi_extractors import BaseRoIExtractor
 from mmdet.registry import MODELS
 
-from ..compression.shrinking import CHANNEL_RULES, ChannelRule, Channels, Kept, resize, select_channels
+from ..compression.shrinking import (
+    CHANNEL_RULES,
+    ChannelRule,
+    Channels,
+    Kept,
+    resize,
+    select_channels,
+)
 from ..errors import UsageError
 from .router import Router
 
@@ -23,23 +32,26 @@ def _shrink_extractor(extractor: BaseRoIExtractor, kept: Kept) -> None:
 
 
 CHANNEL_RULES[Router] = ChannelRule(lambda router: len(router.mean), _shrink_router)
-CHANNEL_RULES[BaseRoIExtractor] = ChannelRule(lambda one: one.out_channels, _shrink_extractor, is_told=True)
+CHANNEL_RULES[BaseRoIExtractor] = ChannelRule(
+    lambda one: one.out_channels, _shrink_extractor, is_told=True
+)
 
 
-def build_pruned(detector: dict,
-                 channels: Channels,
-                 backbone: Optional[dict] = None,
-                 budget: Optional[dict] = None) -> BaseDetector:
-    """Build a detector some of whose channels were removed: what ``type='PrunedDetector'`` stands for in
-    configs, as tools/prune.py writes them.
+def build_pruned(
+    detector: dict, channels: Channels, backbone: dict | None = None, budget: dict | None = None
+) -> BaseDetector:
+    """Build a detector some of whose channels were removed: what ``type='PrunedDetector'`` stands
+    for in configs, as tools/prune.py writes them.
 
-    It is the detector's own class, with its own keys; nothing is around it. It has its size before a Runner
-    builds optimiser and DDP.
+    It is the detector's own class, with its own keys; nothing is around it. It has its size before
+    a Runner builds optimizer and DDP.
 
     Args:
         detector (dict): Config of the detector as it was, dynamic or not.
-        channels (dict): Layer name -> [channels in, channels out, groups], of layers that have lost some.
-        backbone (dict, optional): Not looked at; mmdet's ``init_detector`` asks for ``model.backbone``.
+        channels (dict): Layer name -> [channels in, channels out, groups], of layers that have lost
+            some.
+        backbone (dict, optional): Not looked at; mmdet's ``init_detector`` asks for
+            ``model.backbone``.
         budget (dict, optional): Of a dynamic detector, in place of its own.
 
     Returns:
@@ -62,8 +74,8 @@ MODELS.register_module('PrunedDetector', module=build_pruned)
 
 
 def _require_removed(model: nn.Module, state: Mapping[str, Tensor], prefix: str, *_) -> None:
-    """Refuse the checkpoint of a detector that has all of its channels, or has lost others. A few other
-    shapes are let pass, as everywhere: a head for other classes is one of fine-tuning."""
+    """Refuse the checkpoint of a detector that has all of its channels, or has lost others. A few
+    other shapes are let pass, as everywhere: a head for other classes is one of fine-tuning."""
     own, wrong, there = model.state_dict(), [], 0
     for name in model.removed_channels:
         key = next((key for key in (f'{name}.weight', f'{name}.mean', name) if key in own), None)
@@ -72,7 +84,10 @@ def _require_removed(model: nn.Module, state: Mapping[str, Tensor], prefix: str,
             wrong += [key] if own[key].shape != state[prefix + key].shape else []
     if 2 * len(wrong) > there:
         raise UsageError(
-            'the config is of a detector some of whose channels were removed, and this checkpoint has '
+            'the config is of a detector some of whose channels were removed, and this checkpoint '
+            'has '
             f'others: {len(wrong)} of {there} layers do not fit, such as {wrong[0]}, '
-            f'{tuple(state[prefix + wrong[0]].shape)} for {tuple(own[wrong[0]].shape)}; take the checkpoint '
-            'that tools/prune.py wrote beside the config')
+            f'{tuple(state[prefix + wrong[0]].shape)} for {tuple(own[wrong[0]].shape)}; take the '
+            'checkpoint '
+            'that tools/prune.py wrote beside the config'
+        )

@@ -1,5 +1,8 @@
-"""Raw outputs of mmdet's detectors, for tracing which channels are coupled; see `compression.coupling`."""
-from typing import Any, Callable, Optional, Tuple
+"""Raw outputs of mmdet's detectors, for tracing which channels are coupled; see
+`compression.coupling`."""
+
+from collections.abc import Callable
+from typing import Any
 
 from mmengine.structures import InstanceData
 from torch import Tensor
@@ -11,12 +14,12 @@ from ..compression.coupling import OUTPUT_RULES
 from ..errors import UsageError
 from .dynamic_detector import DynamicDetector
 
-#: Sides of the regions that a two-stage detector's heads are traced with: two for each level of its maps,
-#: since torch-pruning takes what autograd does with a single one for a flattening.
-_SIDES = (32., 33., 150., 151., 300., 301., 600., 601.)
+#: Sides of the regions that a two-stage detector's heads are traced with: two for each level of its
+#: maps, since torch-pruning takes what autograd does with a single one for a flattening.
+_SIDES = (32.0, 33.0, 150.0, 151.0, 300.0, 301.0, 600.0, 601.0)
 
 
-def detector_outputs(model: BaseDetector, images: Tensor, routed: Optional[Callable] = None) -> list:
+def detector_outputs(model: BaseDetector, images: Tensor, routed: Callable | None = None) -> list:
     """As of `compression.coupling.raw_outputs`, in containers."""
     if not isinstance(model, DynamicDetector):
         if not hasattr(model, 'backbone'):
@@ -30,7 +33,7 @@ def detector_outputs(model: BaseDetector, images: Tensor, routed: Optional[Calla
     return outputs
 
 
-def _heads(detector: BaseDetector, maps: Tuple[Tensor, ...]) -> Any:
+def _heads(detector: BaseDetector, maps: tuple[Tensor, ...]) -> Any:
     maps = detector.neck(maps) if detector.with_neck else maps
     if getattr(detector, 'with_rpn', False) and detector.with_roi_head:
         boxes = maps[0].new_tensor([[0, 0, side, side] for side in _SIDES])
@@ -45,7 +48,8 @@ def _heads(detector: BaseDetector, maps: Tuple[Tensor, ...]) -> Any:
 def _unknown(detector: BaseDetector) -> UsageError:
     return UsageError(
         f'channels of a {type(detector).__name__} cannot be removed: only those of one-stage and '
-        'two-stage detectors of convolutions, plain or dynamic, can')
+        'two-stage detectors of convolutions, plain or dynamic, can'
+    )
 
 
 OUTPUT_RULES[BaseDetector] = detector_outputs

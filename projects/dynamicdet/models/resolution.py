@@ -2,7 +2,6 @@
 
 Letters: ``ratio`` is (width, height) of the smaller batch over those of the delivered one.
 """
-from typing import Tuple
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +10,14 @@ from torch import Tensor
 
 from mmdet.structures import SampleList
 
-Ratio = Tuple[float, float]
+Ratio = tuple[float, float]
 
 
-def reduce_images(images: Tensor, scale: float, stride: int = 32) -> Tuple[Tensor, Ratio]:
+def reduce_images(images: Tensor, scale: float, stride: int = 32) -> tuple[Tensor, Ratio]:
     """Resize a batch to about ``scale`` of its sides: to multiples of a stride, on the device.
 
-    Each side is rounded by itself, so small batches change their proportions a little: 96 x 160 pixels at 0.5
+    Each side is rounded by itself, so small batches change their proportions a little: 96 x 160
+        pixels at 0.5
     become 64 x 64. Samples are reduced by the same two ratios.
 
     Args:
@@ -90,7 +90,9 @@ def scale_boxes(boxes, ratio: Ratio):
     if isinstance(boxes, Tensor):
         # No tensor of factors: it would have to be copied to the device.
         wide, high = ratio
-        return torch.stack([boxes[:, 0] * wide, boxes[:, 1] * high, boxes[:, 2] * wide, boxes[:, 3] * high], dim=1)
+        return torch.stack(
+            [boxes[:, 0] * wide, boxes[:, 1] * high, boxes[:, 2] * wide, boxes[:, 3] * high], dim=1
+        )
     scaled = boxes.clone()
     scaled.rescale_(ratio)
     return scaled

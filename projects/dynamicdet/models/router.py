@@ -1,6 +1,7 @@
 """The router: feature maps -> difficulty."""
+
 import math
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,9 @@ from mmdet.registry import MODELS
 from ..errors import UsageError
 from ..precision import KeepsType
 
-#: Name -> what is kept of each channel of a map: a function of (M, C, H, W) that gives (M, C), float32.
-POOLS: Dict[str, Callable[[Tensor], Tensor]] = {
+#: Name -> what is kept of each channel of a map: a function of (M, C, H, W) that gives (M, C),
+#: float32.
+POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     'mean': lambda values: values.mean(dim=(2, 3), dtype=torch.float32),
     'max': lambda values: values.amax(dim=(2, 3)).float(),
     # Not by the mean of squares, which loses digits. Of a single cell it is 0.
@@ -28,33 +30,36 @@ class Router(KeepsType, BaseModule):
     Global average pooling of each map, concatenated to a vector of width d; ``fc d -> floor(d/4)``,
     ReLU, ``fc -> 1``, sigmoid. The released code's score is one minus this.
 
-    ``mean`` and ``std``, (d,), standardise the vector. At 0 and 1, as they start, this is the paper's
-    router; `RouterHook` sets them to the training set's. Pooled maps are all positive, and what is
-    common to all images would otherwise move every difficulty together, to 0 or 1, before the
-    router tells images apart.
+    ``mean`` and ``std``, (d,), standardize the vector. At 0 and 1, as they start, this is the
+    paper's router; `RouterHook` sets them to the training set's. Pooled maps are all positive, and
+    what is common to all images would otherwise move every difficulty together, to 0 or 1, before
+    the router tells images apart.
 
     It stays in float32 whatever type the detector is turned into.
 
-    It sees the first backbone's maps alone. What an RPN or a head says of objects would tell it more, but is
-    not free: it takes neck and RPN of exit 0, which a hard image does not run.
+    It sees the first backbone's maps alone. What an RPN or a head says of objects would tell it
+    more, but is not free: it takes neck and RPN of exit 0, which a hard image does not run.
 
     Args:
-        in_channels (Sequence[int]): Channels of the maps; d is their sum, times the number of pools.
+        in_channels (Sequence[int]): Channels of the maps; d is their sum, times the number of
+            pools.
         reduction (int): d over the hidden width. Defaults to 4, the paper's.
-        pools (Sequence[str]): What is kept of each channel of each map over the image: 'mean', 'max',
-            'std' (spread). Defaults to the mean alone, the paper's. The vector has all means first, then
-            all of the next.
+        pools (Sequence[str]): What is kept of each channel of each map over the image: 'mean',
+            'max', 'std' (spread). Defaults to the mean alone, the paper's. The vector has all means
+            first, then all of the next.
         init_cfg (dict, optional): As in mmengine. Defaults to None.
     """
 
-    def __init__(self,
-                 in_channels: Sequence[int],
-                 reduction: int = 4,
-                 pools: Sequence[str] = ('mean', ),
-                 init_cfg: Optional[dict] = None) -> None:
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        reduction: int = 4,
+        pools: Sequence[str] = ('mean',),
+        init_cfg: dict | None = None,
+    ) -> None:
         super().__init__(init_cfg)
         # One pool on a command line is no list.
-        pools = (pools, ) if isinstance(pools, str) else tuple(pools)
+        pools = (pools,) if isinstance(pools, str) else tuple(pools)
         unknown = [name for name in pools if name not in POOLS]
         if unknown or not pools:
             raise UsageError(f"a router's pools are some of {', '.join(POOLS)}; got {list(pools)}")
@@ -65,9 +70,9 @@ class Router(KeepsType, BaseModule):
         self.fc1 = nn.Linear(width, width // reduction)
         self.fc2 = nn.Linear(width // reduction, 1)
 
-    def forward(self,
-                maps: Sequence[Tensor],
-                valid: Optional[Sequence[Tuple[float, float]]] = None) -> Tensor:
+    def forward(
+        self, maps: Sequence[Tensor], valid: Sequence[tuple[float, float]] | None = None
+    ) -> Tensor:
         """Score a batch.
 
         Args:
@@ -94,22 +99,25 @@ class Router(KeepsType, BaseModule):
             hidden = F.linear(features, self.fc1.weight, self.fc1.bias).relu()
             return F.linear(hidden, self.fc2.weight, self.fc2.bias).squeeze(1)
 
-    def pool(self,
-             maps: Sequence[Tensor],
-             valid: Optional[Sequence[Tuple[float, float]]] = None) -> Tensor:
+    def pool(
+        self, maps: Sequence[Tensor], valid: Sequence[tuple[float, float]] | None = None
+    ) -> Tensor:
         """What the router sees, (N, d), float32: each pool of each map over the image. Arguments as
         `forward`'s."""
         maps = [_images(m, valid) for m in maps]
-        return torch.cat([_pooled(parts, POOLS[name]) for name in self.pools for parts in maps], dim=1)
+        return torch.cat(
+            [_pooled(parts, POOLS[name]) for name in self.pools for parts in maps], dim=1
+        )
 
 
-def _images(values: Tensor, valid: Optional[Sequence[Tuple[float, float]]]) -> List[Tensor]:
-    """The valid part of each image's map, (1, C, h, w), or the map of all of them where all is valid."""
+def _images(values: Tensor, valid: Sequence[tuple[float, float]] | None) -> list[Tensor]:
+    """The valid part of each image's map, (1, C, h, w), or the map of all of them where all is
+    valid."""
     if valid is None or all(high == wide == 1 for high, wide in valid):
         return [values]
     height, width = values.shape[-2:]
     return [
-        one[None, :, :math.ceil(high * height), :math.ceil(wide * width)]
+        one[None, :, : math.ceil(high * height), : math.ceil(wide * width)]
         for one, (high, wide) in zip(values, valid)
     ]
 

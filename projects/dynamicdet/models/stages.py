@@ -1,16 +1,19 @@
-"""Where a detector is cut: the parts that are computed on tensors alone, between mmdet's own Python.
+"""Where a detector is cut: the parts that are computed on tensors alone, between mmdet's own
+Python.
 
-A stage takes tensors and gives tensors. `Stage.place` puts another computation in its place, for good: an
-ONNX graph, or the same in 8 bits. What lies between, such as proposals, decoding, NMS and who goes on to the
-next exit, stays as it is and notices nothing; RoIAlign is replaced in `rois`.
+A stage takes tensors and gives tensors. `Stage.place` puts another computation in its place, for
+good: an ONNX graph, or the same in 8 bits. What lies between, such as proposals, decoding, NMS and
+who goes on to the next exit, stays as it is and notices nothing; RoIAlign is replaced in `rois`.
 
     first, second, ...        the backbones; the first with the router, if there is one
     branch0, branch1, ...     neck and dense head (two-stage: RPN) of an exit
     branch0.bbox_head0, ...   heads on RoIs, and what they share
 """
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +26,8 @@ from . import CompositeBackbone, DynamicDetector
 #: Tensors -> any nesting of lists and tuples of tensors.
 Run = Callable[..., Any]
 #: A stage, and the number of one of its outputs.
-Output = Tuple[str, int]
-Source = Callable[[int], Tuple[Output, ...]]
+Output = tuple[str, int]
+Source = Callable[[int], tuple[Output, ...]]
 
 
 @dataclass(frozen=True)
@@ -36,16 +39,17 @@ class Stage:
         run (Callable): Tensors -> nested tensors, as the detector was built.
         place (Callable): Takes what is to be run instead.
         modules (tuple[nn.Module]): All that it computes with.
-        spared (tuple[nn.Module]): What of it is never quantised.
+        spared (tuple[nn.Module]): What of it is never quantized.
         predicts (bool): Whether what it gives are predictions, such as scores and boxes.
-        source (Callable): Number of an input -> the outputs of stages before that it may be; several, where exits
-            share what comes behind them.
+        source (Callable): Number of an input -> the outputs of stages before that it may be;
+            several, where exits share what comes behind them.
     """
+
     name: str
     run: Run
     place: Callable[[Run], None]
-    modules: Tuple[nn.Module, ...]
-    spared: Tuple[nn.Module, ...] = ()
+    modules: tuple[nn.Module, ...]
+    spared: tuple[nn.Module, ...] = ()
     predicts: bool = False
     source: Source = lambda index: ()
 
@@ -62,14 +66,17 @@ class Features(tuple):
         return features
 
 
-def find_stages(model: BaseDetector) -> List[Stage]:
+def find_stages(model: BaseDetector) -> list[Stage]:
     """The stages of a detector, in the order in which an image reaches them.
 
     Raises:
         UsageError: If it is no single- or two-stage detector, such as DETR.
     """
     if not isinstance(model, DynamicDetector):
-        return [_plain_backbone(model), *_branch('branch0', model, lambda index: (('first', index), ))]
+        return [
+            _plain_backbone(model),
+            *_branch('branch0', model, lambda index: (('first', index),)),
+        ]
     backbone, maps = model.backbone, _maps_of(model.backbone)
     stages = [_first(model), *_deeper(model, maps)]
     # Of one backbone alone the exits differ by resolution.
@@ -80,12 +87,13 @@ def find_stages(model: BaseDetector) -> List[Stage]:
     return stages
 
 
-def _sources(maps: Sequence[Sequence[Output]], index: int) -> Tuple[Output, ...]:
-    """Where an input comes from if it is of one of several sets of maps; those come first of all inputs."""
+def _sources(maps: Sequence[Sequence[Output]], index: int) -> tuple[Output, ...]:
+    """Where an input comes from if it is of one of several sets of maps; those come first of all
+    inputs."""
     return tuple(dict.fromkeys(own[index] for own in maps if index < len(own)))
 
 
-def _maps_of(backbone: CompositeBackbone) -> List[Tuple[Output, ...]]:
+def _maps_of(backbone: CompositeBackbone) -> list[tuple[Output, ...]]:
     """Where the maps of each backbone come from."""
     count, reused = len(backbone.channels), backbone.reuse_stages
     maps = [tuple(('first', index) for index in range(count))]
@@ -98,14 +106,16 @@ def _plain_backbone(model: BaseDetector) -> Stage:
     backbone = getattr(model, 'backbone', None)
     if backbone is None:
         raise UsageError(
-            f'{type(model).__name__} cannot be cut into graphs: only single- and two-stage detectors, plain '
-            'or dynamic, can')
+            f'{type(model).__name__} cannot be cut into graphs: only single- and two-stage '
+            'detectors, plain '
+            'or dynamic, can'
+        )
     forward = backbone.forward
 
     def place(run: Run) -> None:
         backbone.forward = run
 
-    return Stage('first', lambda images: tuple(forward(images)), place, (backbone, ))
+    return Stage('first', lambda images: tuple(forward(images)), place, (backbone,))
 
 
 def _first(model: DynamicDetector) -> Stage:
@@ -115,7 +125,7 @@ def _first(model: DynamicDetector) -> Stage:
     """
     backbone, router = model.backbone, model.router
     first_maps, score = backbone.first_maps, router.forward
-    placed: List[Run] = []
+    placed: list[Run] = []
 
     def run(images: Tensor) -> tuple:
         maps = first_maps(images)
@@ -126,7 +136,9 @@ def _first(model: DynamicDetector) -> Stage:
         backbone.first_maps = lambda images: Features.of(*run(images))
         router.forward = forward
 
-    def forward(maps: Sequence[Tensor], valid: Optional[Sequence[Tuple[float, float]]] = None) -> Tensor:
+    def forward(
+        maps: Sequence[Tensor], valid: Sequence[tuple[float, float]] | None = None
+    ) -> Tensor:
         whole = valid is None or all(high == wide == 1 for high, wide in valid)
         if whole and isinstance(maps, Features):
             return maps.found
@@ -134,24 +146,24 @@ def _first(model: DynamicDetector) -> Stage:
         return score([_in_float(one, steps.get(index)) for index, one in enumerate(maps)], valid)
 
     # Its cost is nothing, and who goes on depends on it.
-    return Stage('first', run, place, (backbone.first, router), (router, ))
+    return Stage('first', run, place, (backbone.first, router), (router,))
 
 
-def _in_float(values: Tensor, step: Optional[Tuple[float, int]]) -> Tensor:
+def _in_float(values: Tensor, step: tuple[float, int] | None) -> Tensor:
     """What values in 8 bits stand for, if they are."""
     return values if step is None else (values.float() - step[1]) * step[0]
 
 
-def _deeper(model: DynamicDetector, maps: Sequence[Sequence[Output]]) -> List[Stage]:
+def _deeper(model: DynamicDetector, maps: Sequence[Sequence[Output]]) -> list[Stage]:
     backbone = model.backbone
     deeper_maps, reused = backbone.deeper_maps, backbone.reuse_stages
-    placed: Dict[int, Run] = {}
+    placed: dict[int, Run] = {}
 
     def place(index: int, run: Run) -> None:
         placed[index] = run
         backbone.deeper_maps = dispatch
 
-    def dispatch(images: Optional[Tensor], maps: Sequence[Tensor], index: int = 1) -> tuple:
+    def dispatch(images: Tensor | None, maps: Sequence[Tensor], index: int = 1) -> tuple:
         if index not in placed:
             return deeper_maps(images, maps, index)
         inputs = (*maps, images) if backbone.needs_images else maps
@@ -163,21 +175,27 @@ def _deeper(model: DynamicDetector, maps: Sequence[Sequence[Output]]) -> List[St
         return tuple(deeper_maps(images, tuple(maps), index)[reused:])
 
     return [
-        Stage(name, lambda *inputs, index=index: run(index, *inputs),
-              lambda other, index=index: place(index, other), (backbone.nets[index], backbone.connections),
-              source=partial(_sources, [maps[index - 1]]))
-        for index, name in enumerate(backbone.names) if index
+        Stage(
+            name,
+            lambda *inputs, index=index: run(index, *inputs),
+            lambda other, index=index: place(index, other),
+            (backbone.nets[index], backbone.connections),
+            source=partial(_sources, [maps[index - 1]]),
+        )
+        for index, name in enumerate(backbone.names)
+        if index
     ]
 
 
-def _branch(name: str, branch: BaseDetector, source: Source) -> List[Stage]:
+def _branch(name: str, branch: BaseDetector, source: Source) -> list[Stage]:
     """Neck with dense head, and the heads on RoIs."""
     two_stage = getattr(branch, 'roi_head', None) is not None
     head = getattr(branch, 'rpn_head' if two_stage else 'bbox_head', None)
     if head is None or not hasattr(head, 'predict_by_feat'):
         raise UsageError(
             f'{type(branch).__name__} cannot be cut into graphs: it has no dense head; single- and '
-            'two-stage detectors have')
+            'two-stage detectors have'
+        )
     stages = [replace(_dense(name, branch, head, two_stage), source=source)]
     if two_stage:
         for kind in ('shared_head', 'bbox_head', 'mask_head'):
@@ -185,8 +203,10 @@ def _branch(name: str, branch: BaseDetector, source: Source) -> List[Stage]:
             every = part if isinstance(part, nn.ModuleList) else [part]
             # Cascades may hold one head several times.
             unique = {id(one): one for one in every if one is not None}.values()
-            stages += [_module(f'{name}.{kind}{index}', one, kind != 'shared_head')
-                       for index, one in enumerate(unique)]
+            stages += [
+                _module(f'{name}.{kind}{index}', one, kind != 'shared_head')
+                for index, one in enumerate(unique)
+            ]
     return stages
 
 
@@ -214,7 +234,7 @@ def _module(name: str, module: nn.Module, predicts: bool) -> Stage:
     def place(run: Run) -> None:
         module.forward = run
 
-    return Stage(name, module.forward, place, (module, ), predicts=predicts)
+    return Stage(name, module.forward, place, (module,), predicts=predicts)
 
 
 # Nested tensors, flat, for a graph.
@@ -222,9 +242,10 @@ def _module(name: str, module: nn.Module, predicts: bool) -> Stage:
 Form = Any
 
 
-def flatten(value: Any) -> Tuple[List[Tensor], Form]:
-    """Tensors, each once, and how they are nested: an index, None, or ['list' or 'tuple', parts]."""
-    tensors: List[Tensor] = []
+def flatten(value: Any) -> tuple[list[Tensor], Form]:
+    """Tensors, each once, and how they are nested: an index, None, or ['list' or 'tuple',
+    parts]."""
+    tensors: list[Tensor] = []
 
     def visit(node: Any) -> Form:
         if isinstance(node, Tensor):
@@ -237,7 +258,9 @@ def flatten(value: Any) -> Tuple[List[Tensor], Form]:
             return None
         if isinstance(node, (list, tuple)):
             return ['list' if isinstance(node, list) else 'tuple', [visit(one) for one in node]]
-        raise UsageError(f'a stage gives a {type(node).__name__}, which is no tensor: it cannot be a graph')
+        raise UsageError(
+            f'a stage gives a {type(node).__name__}, which is no tensor: it cannot be a graph'
+        )
 
     form = visit(value)
     return tensors, form
@@ -254,9 +277,11 @@ def unflatten(tensors: Sequence[Tensor], form: Form) -> Any:
 
 
 @torch.no_grad()
-def record_inputs(stages: Sequence[Stage], drive: Callable[[], None]) -> Dict[str, Tuple[Tensor, ...]]:
+def record_inputs(
+    stages: Sequence[Stage], drive: Callable[[], None]
+) -> dict[str, tuple[Tensor, ...]]:
     """What reaches each stage first, while something drives the detector. Stages stay watched."""
-    seen: Dict[str, Tuple[Tensor, ...]] = {}
+    seen: dict[str, tuple[Tensor, ...]] = {}
 
     def watch(stage: Stage) -> None:
 

@@ -1,7 +1,8 @@
 """Which weights fill a detector, and what they say of it: by the names of its entries."""
+
 import hashlib
 import re
-from typing import Dict, List, Mapping, Sequence, Tuple
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -12,9 +13,9 @@ from ..errors import UsageError
 SETTINGS = ('delta', 'difficulties', 'gflops', 'latencies', 'threshold')
 
 
-def require_complete(model: nn.Module,
-                     state: Mapping[str, torch.Tensor],
-                     optional: Sequence[str] = ()) -> None:
+def require_complete(
+    model: nn.Module, state: Mapping[str, torch.Tensor], optional: Sequence[str] = ()
+) -> None:
     """Refuse a state dict that does not fill a model, or holds what the model lacks.
 
     Args:
@@ -32,32 +33,48 @@ def require_complete(model: nn.Module,
         optional = (*optional, *SETTINGS)
     given = {key: tuple(value.shape) for key, value in state.items()}
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    missing = [key for key in wanted if key not in given and not key.startswith(tuple(optional))
-               and not key.endswith('num_batches_tracked')]
+    missing = [
+        key
+        for key in wanted
+        if key not in given
+        and not key.startswith(tuple(optional))
+        and not key.endswith('num_batches_tracked')
+    ]
     unknown = [key for key in given if key not in wanted]
     # A calibration is as long as its validation set.
-    shaped = [key for key in given if key in wanted and given[key] != wanted[key]
-              and key != 'difficulties']
-    said = [f'{len(keys)} {what} (such as {", ".join(keys[:3])})'
-            for what, keys in (('missing', missing), ('unknown', unknown), ('of another shape', shaped))
-            if keys]
+    shaped = [
+        key
+        for key in given
+        if key in wanted and given[key] != wanted[key] and key != 'difficulties'
+    ]
+    said = [
+        f'{len(keys)} {what} (such as {", ".join(keys[:3])})'
+        for what, keys in (('missing', missing), ('unknown', unknown), ('of another shape', shaped))
+        if keys
+    ]
     if _lost_channels(given, wanted):
         said.append(_LOST)
     if said:
         raise UsageError(f'the checkpoint does not fit this config; its keys: {"; ".join(said)}')
 
 
-def fit_weights(model: nn.Module, state: Mapping[str, torch.Tensor]) -> Tuple[Dict[str, torch.Tensor], str]:
-    """Make a state dict one that loads into a model without a complaint, unless it has entries that match nothing.
+def fit_weights(
+    model: nn.Module, state: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], str]:
+    """Make a state dict one that loads into a model without a complaint, unless it has entries that
+    match nothing.
 
     Args:
         model (nn.Module): The model, initialized.
-        state (Mapping[str, Tensor]): Weights to start from. A plain detector's fill all exits of a dynamic one.
+        state (Mapping[str, Tensor]): Weights to start from. A plain detector's fill all exits of a
+            dynamic one.
 
     Returns:
-        tuple[dict, str]: Entries of the same shape as the model's, and those that match nothing, which may be old
-        names that a layer renames as it loads; if there are none of these, also the model's own entries for all that
-        is missing. And a line that says what was filled and what starts afresh.
+        tuple[dict, str]: Entries of the same shape as the model's, and those that match nothing,
+            which may be old
+        names that a layer renames as it loads; if there are none of these, also the model's own
+        entries for all that is missing. And a line that says what was filled and what starts
+        afresh.
     """
     state = {key.removeprefix('module.'): value for key, value in state.items()}
     plain = hasattr(model, 'spread_plain_weights') and is_plain(state)
@@ -65,40 +82,59 @@ def fit_weights(model: nn.Module, state: Mapping[str, torch.Tensor]) -> Tuple[Di
         state = model.spread_plain_weights(state)
     initialized = model.state_dict()
     unknown = [key for key in state if key not in initialized]
-    fitting = [key for key in state if key in initialized
-               and (key == 'difficulties' or state[key].shape == initialized[key].shape)]
+    fitting = [
+        key
+        for key in state
+        if key in initialized
+        and (key == 'difficulties' or state[key].shape == initialized[key].shape)
+    ]
     reshaped = [key for key in state if key in initialized and key not in set(fitting)]
-    missing = [key for key in initialized if key not in state and key.split('.')[-1] != 'num_batches_tracked'
-               and key not in SETTINGS]
+    missing = [
+        key
+        for key in initialized
+        if key not in state and key.split('.')[-1] != 'num_batches_tracked' and key not in SETTINGS
+    ]
     fitted = {key: state[key] for key in (*fitting, *unknown)}
     if not unknown:
         fitted = {**initialized, **fitted}
     filled = 'the detector'
     if plain and hasattr(model, 'num_exits'):
         filled = 'both exits' if model.num_exits == 2 else f'all {model.num_exits} exits'
-    line = f"{'a plain detector' if plain else 'a checkpoint'} fills {filled}, {len(fitting)} of {len(initialized)} entries"
-    for keys, said in ((reshaped, 'afresh, since of another shape (other classes?)'), (missing, 'afresh, since missing'),
-                       (unknown, 'not used')):
+    line = f'{"a plain detector" if plain else "a checkpoint"} fills {filled}, {len(fitting)} of {len(initialized)} entries'
+    for keys, said in (
+        (reshaped, 'afresh, since of another shape (other classes?)'),
+        (missing, 'afresh, since missing'),
+        (unknown, 'not used'),
+    ):
         if keys:
             line += f'; {said}: {", ".join(dict.fromkeys(map(_layer, keys)))}'
     return fitted, line
 
 
 def _layer(key: str) -> str:
-    """The layer of an entry, whichever exit it is of: such as 'bbox_head.fc_cls'; of a whole part, the part."""
+    """The layer of an entry, whichever exit it is of: such as 'bbox_head.fc_cls'; of a whole part,
+    the part."""
     names = re.sub(r'^branches\.\d+\.', '', key).split('.')
-    return names[0] if names[0] in ('router', 'gate') else '.'.join(names[:2] if names[0] == 'backbone' else names[:-1])
+    return (
+        names[0]
+        if names[0] in ('router', 'gate')
+        else '.'.join(names[:2] if names[0] == 'backbone' else names[:-1])
+    )
 
 
-def forget_other_router(model: nn.Module, state: Dict[str, torch.Tensor]) -> bool:
-    """Remove a state dict's router where it is another than the model's: of other shapes, as other pools have, or
-    with entries that the model's lacks.
+def forget_other_router(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:
+    """Remove a state dict's router where it is another than the model's: of other shapes, as other
+    pools have, or with entries that the model's lacks.
 
     Returns:
         bool: Whether it was.
     """
     own = {f'router.{name}': value.shape for name, value in model.router.state_dict().items()}
-    theirs = {key: key.removeprefix('module.') for key in state if key.removeprefix('module.').startswith('router.')}
+    theirs = {
+        key: key.removeprefix('module.')
+        for key in state
+        if key.removeprefix('module.').startswith('router.')
+    }
     other = any(own.get(name) != state[key].shape for key, name in theirs.items())
     for key in theirs if other else ():
         del state[key]
@@ -108,18 +144,24 @@ def forget_other_router(model: nn.Module, state: Dict[str, torch.Tensor]) -> boo
 _LOST = 'it looks like a detector that has lost channels: use the config that tools/prune.py wrote beside it'
 
 
-def _lost_channels(given: Mapping[str, tuple], wanted: Mapping[str, tuple]) -> List[str]:
+def _lost_channels(given: Mapping[str, tuple], wanted: Mapping[str, tuple]) -> list[str]:
     """Keys with fewer channels, if so many have that it is more than a head for other classes."""
-    shaped = [key for key in given if key in wanted and given[key] != wanted[key] and key != 'difficulties']
+    shaped = [
+        key
+        for key in given
+        if key in wanted and given[key] != wanted[key] and key != 'difficulties'
+    ]
     fewer = 4 * len(shaped) > len(wanted) and all(
         len(given[key]) == len(wanted[key]) and all(a <= b for a, b in zip(given[key], wanted[key]))
-        for key in shaped)
+        for key in shaped
+    )
     return shaped if fewer else []
 
 
 def require_all_channels(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Refuse weights of a detector that has lost channels where the model has not: mmengine would say what does
-    not fit, and leave it random. What else does not fit is fine-tuning's own business.
+    """Refuse weights of a detector that has lost channels where the model has not: mmengine would
+    say what does not fit, and leave it random. What else does not fit is fine-tuning's own
+    business.
 
     Args:
         model (nn.Module): The model.
@@ -131,23 +173,34 @@ def require_all_channels(model: nn.Module, state: Mapping[str, torch.Tensor]) ->
     state = {key.removeprefix('module.'): value for key, value in state.items()}
     if hasattr(model, 'spread_plain_weights'):
         state = model.spread_plain_weights(state)
-    given, wanted = ({key: tuple(value.shape) for key, value in one.items()} for one in (state, model.state_dict()))
+    given, wanted = (
+        {key: tuple(value.shape) for key, value in one.items()}
+        for one in (state, model.state_dict())
+    )
     shaped = _lost_channels(given, wanted)
     if shaped:
-        raise UsageError(f'the checkpoint does not fit this config; its keys: {len(shaped)} of another shape (such as '
-                         f'{", ".join(shaped[:3])}); {_LOST}')
+        raise UsageError(
+            f'the checkpoint does not fit this config; its keys: {len(shaped)} of another shape '
+            '(such as '
+            f'{", ".join(shaped[:3])}); {_LOST}'
+        )
 
 
 def exits_digest(state: Mapping[str, torch.Tensor]) -> str:
-    """A hash of the weights that detect, 16 hexadecimal digits: the same before and after step 2 and calibration,
-    which change the router or the gate and settings alone.
+    """A hash of the weights that detect, 16 hexadecimal digits: the same before and after step 2
+    and calibration, which change the router or the gate and settings alone.
 
     Args:
-        state (Mapping[str, Tensor]): The state dict of a dynamic detector; a ``module.`` in front is ignored.
+        state (Mapping[str, Tensor]): The state dict of a dynamic detector; a ``module.`` in front
+            is ignored.
     """
     digest = hashlib.sha256()
     for key, value in sorted((key.removeprefix('module.'), value) for key, value in state.items()):
-        if not key.startswith(('router.', 'gate.')) and key not in (*SETTINGS, 'thresholds', 'operating_points'):
+        if not key.startswith(('router.', 'gate.')) and key not in (
+            *SETTINGS,
+            'thresholds',
+            'operating_points',
+        ):
             digest.update(f'{key} {value.dtype} {tuple(value.shape)}'.encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
@@ -155,5 +208,6 @@ def exits_digest(state: Mapping[str, torch.Tensor]) -> str:
 
 def is_plain(state: Mapping[str, torch.Tensor]) -> bool:
     """Whether a state dict is a stock detector's, not a dynamic one's."""
-    return not any(key.removeprefix('module.').startswith(('backbone.first.', 'branches.'))
-                   for key in state)
+    return not any(
+        key.removeprefix('module.').startswith(('backbone.first.', 'branches.')) for key in state
+    )

@@ -1,7 +1,8 @@
 """All that a record says about routing, as one dictionary, a text and a page."""
+
 import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -12,7 +13,14 @@ from ..routing.curve import Chance, difficulties_of, trade_off
 from ..routing.diagnosis import diagnose
 from ..routing.evaluation import AREAS, Mixtures, check_record, check_truth
 from ..routing.record import require
-from ..routing.strata import benefits, by_difficulty, by_objects, by_size, rank_correlations, threshold_transfer
+from ..routing.strata import (
+    benefits,
+    by_difficulty,
+    by_objects,
+    by_size,
+    rank_correlations,
+    threshold_transfer,
+)
 from . import analysis_curves as curves
 from . import analysis_estimates as estimates
 from .analysis_curves import Validation
@@ -20,15 +28,16 @@ from .analysis_gallery import make_gallery
 from .analysis_page import make_page
 from .analysis_text import format_analysis
 
-__all__ = ['analyse', 'format_analysis', 'pair_of', 'write_analysis']
+__all__ = ['analyze', 'format_analysis', 'pair_of', 'write_analysis']
 
 
-def pair_of(record: Mapping, exits: Tuple[int, int] = (0, -1)) -> dict:
+def pair_of(record: Mapping, exits: tuple[int, int] = (0, -1)) -> dict:
     """The record of two of its exits.
 
     Args:
         record (Mapping): See `routing.record`; K exits.
-        exits (tuple[int, int]): Where easy and where hard images leave. Defaults to the first and the last.
+        exits (tuple[int, int]): Where easy and where hard images leave. Defaults to the first and
+            the last.
 
     Returns:
         dict: A record of two exits; ``provenance`` has their numbers as ``exits``.
@@ -37,8 +46,13 @@ def pair_of(record: Mapping, exits: Tuple[int, int] = (0, -1)) -> dict:
         UsageError: If there are no such exits, or the two are one.
     """
     count = len(record['gflops'])
-    if any(not -count <= exit < count for exit in exits) or len({exit % count for exit in exits}) != 2:
-        raise UsageError(f'two different exits are wanted, 0 to {count - 1}; got {exits[0]} and {exits[1]}')
+    if (
+        any(not -count <= exit < count for exit in exits)
+        or len({exit % count for exit in exits}) != 2
+    ):
+        raise UsageError(
+            f'two different exits are wanted, 0 to {count - 1}; got {exits[0]} and {exits[1]}'
+        )
     easy, hard = (exit % count for exit in exits)
 
     def take(values: Sequence) -> list:
@@ -46,57 +60,71 @@ def pair_of(record: Mapping, exits: Tuple[int, int] = (0, -1)) -> dict:
 
     images = []
     for image in record['images']:
-        own = {name: take(image[name]) for name in ('detections', 'view', 'losses', 'gflops', 'latencies')
-               if name in image}
+        own = {
+            name: take(image[name])
+            for name in ('detections', 'view', 'losses', 'gflops', 'latencies')
+            if name in image
+        }
         images.append({**image, **own})
     facts = dict(record['provenance'], exits=f'{easy} and {hard}')
     if easy:
         # They are of exit 0, and peers would be charged for another one.
         for name in ('branch0_gflops', 'branch0_latency'):
             facts.pop(name, None)
-    return dict(images=images, gflops=take(record['gflops']), latencies=take(record['latencies']),
-                provenance=facts)
+    return dict(
+        images=images,
+        gflops=take(record['gflops']),
+        latencies=take(record['latencies']),
+        provenance=facts,
+    )
 
 
-def analyse(record: Mapping,
-            coco: COCO,
-            validation: Validation = None,
-            bootstrap: int = 200,
-            seed: int = 0,
-            training: Optional[Mapping] = None,
-            say: Callable[[str], None] = lambda what: None) -> dict:
+def analyze(
+    record: Mapping,
+    coco: COCO,
+    validation: Validation = None,
+    bootstrap: int = 200,
+    seed: int = 0,
+    training: Mapping | None = None,
+    say: Callable[[str], None] = lambda what: None,
+) -> dict:
     """What routing between two exits is worth, where, and against whom.
 
     Args:
-        record (Mapping): Of two exits; see `pair_of`. Without ``view`` there is no honest oracle and no
-            efficacy, without ``losses`` or ``objects`` less to correlate with.
+        record (Mapping): Of two exits; see `pair_of`. Without ``view`` there is no honest oracle
+            and no efficacy, without ``losses`` or ``objects`` less to correlate with.
         coco (COCO): Its ground truth.
-        validation (tuple, optional): Record of the validation set by the same detector, of the same exits,
-            and its ground truth: thresholds are chosen on it and tried on ``record``, and peers that learn
+        validation (tuple, optional): Record of the validation set by the same detector, of the same
+            exits, and its ground truth: thresholds are chosen on it and tried on ``record``, and
+                peers that learn
             learn from it. Defaults to None.
         bootstrap (int): Resamples of the images for 95 % intervals; 0 for none. Defaults to 200.
         seed (int): Seed of resamples and random routing. Defaults to 0.
-        training (Mapping, optional): Record of images that the detectors were trained on, for the diagnosis:
-            whether the loss difference says the same there. Defaults to None.
+        training (Mapping, optional): Record of images that the detectors were trained on, for the
+            diagnosis: whether the loss difference says the same there. Defaults to None.
         say (Callable): Called with what is done next.
 
     Returns:
         dict: Numbers, strings, lists and dictionaries, as JSON has them:
 
-        * ``images``, their number; ``ends``: per exit ``exit``, ``ap``, ``ap50``, ``gflops``, ``latency``.
-        * ``curves``: of ``router``, ``random``, ``honest`` (oracle) and ``oracle``; and ``thresholds``, the
-          router's at all percents of hard images: see `analysis_curves`.
+        * ``images``, their number; ``ends``: per exit ``exit``, ``ap``, ``ap50``, ``gflops``,
+          ``latency``.
+        * ``curves``: of ``router``, ``random``, ``honest`` (oracle) and ``oracle``; and
+          ``thresholds``, the router's at all percents of hard images: see `analysis_curves`.
         * ``merit``: list of ``name``, ``value``, ``low``, ``high``, ``meaning``.
         * ``router``, and ``peers`` by name: ``curve``, ``half`` (its point at half hard), ``gain``
-          (normalised, there), ``low``, ``high``, ``meaning``; ``left_out``: why a peer is not there, by name.
-        * ``certificate``: of the oracle's programme; see `analysis_curves.certificate`.
-        * ``strata``: tables of ``title``, ``name``, ``counts`` and ``rows`` of ``name``, ``count``, ``aps``.
-        * ``correlations``, like ``merit``; ``transfer``, rows of `routing.strata.threshold_transfer`, None
-          without ``validation``.
+          (normalized, there), ``low``, ``high``, ``meaning``; ``left_out``: why a peer is not
+          there, by name.
+        * ``certificate``: of the oracle's program; see `analysis_curves.certificate`.
+        * ``strata``: tables of ``title``, ``name``, ``counts`` and ``rows`` of ``name``, ``count``,
+          ``aps``.
+        * ``correlations``, like ``merit``; ``transfer``, rows of
+          `routing.strata.threshold_transfer`, None without ``validation``.
         * ``diagnosis``: sentences; ``provenance``: the record's.
 
     Raises:
-        UsageError: If the record does not fit ``coco`` or has not two exits, or its images have no objects.
+        UsageError: If the record does not fit ``coco`` or has not two exits, or its images have no
+            objects.
     """
     check_record(record, coco)
     check_truth(record, coco)
@@ -107,7 +135,9 @@ def analyse(record: Mapping,
         require(training, 'losses', what='the training record')
         require_apart(record, training, 'training')
     if len(record['gflops']) != 2:
-        raise UsageError(f"routing is between two exits, the record has {len(record['gflops'])}: choose two")
+        raise UsageError(
+            f'routing is between two exits, the record has {len(record["gflops"])}: choose two'
+        )
     say('matching detections with objects')
     chance = Chance(Mixtures(record, coco), resamples=bootstrap, seed=seed)
     scores = difficulties_of(record)
@@ -120,13 +150,18 @@ def analyse(record: Mapping,
     say('peers')
     gained = benefits(record, chance.mixtures)
     peers, left_out = curves.score_peers(record, validation, gained, seed)
-    judged = {curves.words(name): curves.judge_peer(name, record, chance, own) for name, own in peers.items()}
+    judged = {
+        curves.words(name): curves.judge_peer(name, record, chance, own)
+        for name, own in peers.items()
+    }
     say('strata and correlations')
     correlations = _correlations(record, scores, gained, bootstrap, seed)
     analysis = dict(
         images=len(record['images']),
         ends=_ends(record, rows),
-        curves=dict(router=curves.router_curve(rows), random=curves.random_curve(record, rows), **drawn),
+        curves=dict(
+            router=curves.router_curve(rows), random=curves.random_curve(record, rows), **drawn
+        ),
         thresholds=curves.threshold_points(record, chance, scores),
         merit=list(merit.values()),
         router=curves.judge(record, chance, curves.choices_of(scores)),
@@ -135,8 +170,11 @@ def analyse(record: Mapping,
         certificate=curves.certificate(record, curves.image_values(record, coco, chance.mixtures)),
         strata=_strata(record, coco, chance.mixtures, scores),
         correlations=list(correlations.values()),
-        transfer=threshold_transfer(difficulties_of(validation[0]), scores, chance) if validation else None,
-        provenance=dict(record['provenance']))
+        transfer=threshold_transfer(difficulties_of(validation[0]), scores, chance)
+        if validation
+        else None,
+        provenance=dict(record['provenance']),
+    )
     say('diagnosis')
     figures = dict(
         images=len(record['images']),
@@ -148,16 +186,20 @@ def analyse(record: Mapping,
         correlation=_benefit_correlations(correlations, validation, bootstrap, seed),
         router_gain=_estimate(merit['gain']),
         half_share=rows[curves.HALF]['hard_share'],
-        normalised_gain=_estimate(merit['normalised_gain']),
+        normalized_gain=_estimate(merit['normalized_gain']),
         spread=estimates.spread(scores),
-        peers=estimates.peer_leads(record, chance, scores, peers))
+        peers=estimates.peer_leads(record, chance, scores, peers),
+    )
     if 'honest' in oracles:
-        figures.update(honest_gain=estimates.over_random(chance, oracles['honest'][curves.HALF]),
-                       efficacy=_estimate(merit['efficacy']))
+        figures.update(
+            honest_gain=estimates.over_random(chance, oracles['honest'][curves.HALF]),
+            efficacy=_estimate(merit['efficacy']),
+        )
     if training:
         figures['loss_shares'] = dict(
             train=estimates.share_gaining(training, bootstrap, seed),
-            held_out=estimates.share_gaining(record, bootstrap, seed))
+            held_out=estimates.share_gaining(record, bootstrap, seed),
+        )
     if validation:
         figures['transfer'] = estimates.transfer(difficulties_of(validation[0]), scores, chance)
     return _plain(dict(analysis, diagnosis=diagnose(figures)))
@@ -168,21 +210,26 @@ def require_apart(record: Mapping, other: Mapping, name: str) -> None:
     files = {image['file'] for image in record['images']}
     shared = [image['file'] for image in other['images'] if image['file'] in files]
     if shared:
-        raise UsageError(f"{len(shared)} images (such as '{shared[0]}') are in the record that is judged and in the "
-                         f'{name} record: routers that learn there would know the answers; record another split')
+        raise UsageError(
+            f"{len(shared)} images (such as '{shared[0]}') are in the record that is judged and in "
+            'the '
+            f'{name} record: routers that learn there would know the answers; record another split'
+        )
 
 
-def write_analysis(record: Mapping,
-                   coco: COCO,
-                   analysis: Mapping,
-                   out_dir: Union[str, Path],
-                   title: str = 'What routing is worth') -> Path:
+def write_analysis(
+    record: Mapping,
+    coco: COCO,
+    analysis: Mapping,
+    out_dir: str | Path,
+    title: str = 'What routing is worth',
+) -> Path:
     """Write ``routing.html``, self-contained, and ``routing.json``.
 
     Args:
-        record (Mapping): What was analysed.
+        record (Mapping): What was analyzed.
         coco (COCO): Its ground truth.
-        analysis (Mapping): As `analyse` gives it.
+        analysis (Mapping): As `analyze` gives it.
         out_dir (str or Path): Where to; made if absent. What is there is replaced, the page last.
         title (str): Of the page.
 
@@ -195,12 +242,14 @@ def write_analysis(record: Mapping,
     return Path(out_dir) / 'routing.html'
 
 
-def _ends(record: Mapping, rows: Sequence[Mapping]) -> List[dict]:
+def _ends(record: Mapping, rows: Sequence[Mapping]) -> list[dict]:
     numbers = str(record['provenance'].get('exits', '0 and 1')).split(' and ')
     by_share = {row['share']: row for row in rows}
     names = ('ap', 'ap50', 'gflops', 'latency')
-    return [dict(exit=int(number), **{name: by_share[share][name] for name in names})
-            for number, share in zip(numbers, (0.0, 1.0))]
+    return [
+        dict(exit=int(number), **{name: by_share[share][name] for name in names})
+        for number, share in zip(numbers, (0.0, 1.0))
+    ]
 
 
 def _estimate(one: Mapping) -> estimates.Estimate:
@@ -212,21 +261,52 @@ def _estimate(one: Mapping) -> estimates.Estimate:
 _SIZES = dict(small='small: up to 32 x 32', medium='medium', large='large: from 96 x 96')
 
 
-def _strata(record: Mapping, coco: COCO, mixtures: Mixtures, scores: np.ndarray) -> List[dict]:
+def _strata(record: Mapping, coco: COCO, mixtures: Mixtures, scores: np.ndarray) -> list[dict]:
     """Tables of both exits' AP."""
     found = coco.getAnnIds(imgIds=[image['id'] for image in record['images']], iscrowd=False)
     areas = np.array([annotation['area'] for annotation in coco.loadAnns(found)])
-    counts = {size: int(((AREAS[size][0] <= areas) & (areas <= AREAS[size][1])).sum()) for size in _SIZES}
-    tables = [dict(title='By size of object', name='size, pixels', counts='objects',
-                   rows=[dict(name=_SIZES[size], count=counts[size], aps=aps)
-                         for size, aps in by_size(mixtures).items()])]
+    counts = {
+        size: int(((AREAS[size][0] <= areas) & (areas <= AREAS[size][1])).sum()) for size in _SIZES
+    }
+    tables = [
+        dict(
+            title='By size of object',
+            name='size, pixels',
+            counts='objects',
+            rows=[
+                dict(name=_SIZES[size], count=counts[size], aps=aps)
+                for size, aps in by_size(mixtures).items()
+            ],
+        )
+    ]
     if all('objects' in image for image in record['images']):
-        tables.append(dict(title='By number of objects', name='objects', counts='images',
-                           rows=[dict(name=row['objects'], count=row['images'], aps=row['ap'])
-                                 for row in by_objects(record, mixtures) if row['images']]))
-    tables.append(dict(title="By the router's difficulty", name='difficulty', counts='images',
-                       rows=[dict(name=f"{row['low']:.3f} to {row['high']:.3f}", count=row['images'],
-                                  aps=row['ap']) for row in by_difficulty(mixtures, scores)]))
+        tables.append(
+            dict(
+                title='By number of objects',
+                name='objects',
+                counts='images',
+                rows=[
+                    dict(name=row['objects'], count=row['images'], aps=row['ap'])
+                    for row in by_objects(record, mixtures)
+                    if row['images']
+                ],
+            )
+        )
+    tables.append(
+        dict(
+            title="By the router's difficulty",
+            name='difficulty',
+            counts='images',
+            rows=[
+                dict(
+                    name=f'{row["low"]:.3f} to {row["high"]:.3f}',
+                    count=row['images'],
+                    aps=row['ap'],
+                )
+                for row in by_difficulty(mixtures, scores)
+            ],
+        )
+    )
     return tables
 
 
@@ -236,29 +316,47 @@ _BENEFITS = dict(
     loss=('loss saved', 'As the heads average it over an image: one object counts as much as ten.'),
     loss_objects=('loss saved x objects', 'The same, summed over objects, which is how AP counts.'),
     objects=('number of objects', 'Annotated ones.'),
-    entropy=('entropy of the image', 'Of its grey levels.'))
+    entropy=('entropy of the image', 'Of its gray levels.'),
+)
 
 
-def _correlations(record: Mapping, scores: np.ndarray, gained: Mapping[str, np.ndarray], bootstrap: int,
-                  seed: int) -> Dict[str, dict]:
-    others = {name: np.array([image[name] for image in record['images']], float)
-              for name in ('objects', 'entropy') if all(name in image for image in record['images'])}
+def _correlations(
+    record: Mapping, scores: np.ndarray, gained: Mapping[str, np.ndarray], bootstrap: int, seed: int
+) -> dict[str, dict]:
+    others = {
+        name: np.array([image[name] for image in record['images']], float)
+        for name in ('objects', 'entropy')
+        if all(name in image for image in record['images'])
+    }
     found = rank_correlations(scores, {**gained, **others}, bootstrap, seed)
-    return {name: dict(name=_BENEFITS[name][0], value=one['correlation'], low=one['low'], high=one['high'],
-                       meaning=_BENEFITS[name][1]) for name, one in found.items()}
+    return {
+        name: dict(
+            name=_BENEFITS[name][0],
+            value=one['correlation'],
+            low=one['low'],
+            high=one['high'],
+            meaning=_BENEFITS[name][1],
+        )
+        for name, one in found.items()
+    }
 
 
-def _benefit_correlations(correlations: Mapping[str, Mapping], validation: Validation, bootstrap: int,
-                          seed: int) -> Dict[str, estimates.Estimate]:
-    """With what is saved over all objects or, without losses, the AP gained; here and on the validation
-    set."""
+def _benefit_correlations(
+    correlations: Mapping[str, Mapping], validation: Validation, bootstrap: int, seed: int
+) -> dict[str, estimates.Estimate]:
+    """With what is saved over all objects or, without losses, the AP gained; here and on the
+    validation set."""
     name = 'loss_objects' if 'loss_objects' in correlations else 'ap'
     found = dict(test=_estimate(correlations[name]))
     if validation:
         gained = benefits(validation[0], Mixtures(*validation))
         if name in gained:
-            own = rank_correlations(difficulties_of(validation[0]), {name: gained[name]}, bootstrap, seed)
-            found = dict(val=(own[name]['correlation'], own[name]['low'], own[name]['high']), **found)
+            own = rank_correlations(
+                difficulties_of(validation[0]), {name: gained[name]}, bootstrap, seed
+            )
+            found = dict(
+                val=(own[name]['correlation'], own[name]['low'], own[name]['high']), **found
+            )
     return found
 
 

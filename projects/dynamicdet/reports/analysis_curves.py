@@ -1,10 +1,12 @@
 """Curves, figures of merit and peers of the analysis: rows of numbers, ready to be shown.
 
-A *choice* is a bool per image, (n,): whether it is hard. *Choices* are such for each of `SHARES`. A *curve*
-is a list of points, one per share: ``share`` as asked, ``hard_share``, ``ap``, ``low`` and ``high`` (ends of
-an interval, or None), ``gflops`` and ``latency`` (seconds) per image.
+A *choice* is a bool per image, (n,): whether it is hard. *Choices* are such for each of `SHARES`. A
+*curve* is a list of points, one per share: ``share`` as asked, ``hard_share``, ``ap``, ``low`` and
+``high`` (ends of an interval, or None), ``gflops`` and ``latency`` (seconds) per image.
 """
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+
+from collections.abc import Mapping, Sequence
+from typing import Optional
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -13,13 +15,13 @@ from scipy.stats import rankdata
 from ..errors import UsageError
 from ..routing.curve import SHARES, Chance, costs_of, interval, split
 from ..routing.evaluation import Mixtures
-from ..routing.merit import efficacy, normalised_gain
+from ..routing.merit import efficacy, normalized_gain
 from ..routing.oracle import allocate, honest_choices, object_count, oracle_choices, refine
 from ..routing.peers import PEERS, charge, peer_scores
 from ..routing.strata import benefits
 
 #: The record of the validation set and its ground truth, if there is one.
-Validation = Optional[Tuple[Mapping, COCO]]
+Validation = Optional[tuple[Mapping, COCO]]
 
 #: Thresholds that the slider of the page can take: hard shares 0, 0.01, ... 1.
 _SLIDER = tuple(np.linspace(0, 1, 101))
@@ -31,78 +33,115 @@ HALF = SHARES.index(0.5)
 _NOTHING = dict(gflops=0.0, latency=0.0)
 
 
-def choices_of(scores: Sequence[float]) -> List[np.ndarray]:
+def choices_of(scores: Sequence[float]) -> list[np.ndarray]:
     """Which images are hard at all of `SHARES`, by a router's scores."""
     return [split(scores, share)[1] for share in SHARES]
 
 
-def oracles(record: Mapping, coco: COCO, mixtures: Mixtures, seed: int = 0) -> Dict[str, np.ndarray]:
-    """Choices of ``honest`` and ``oracle``, (shares, n). The honest one only where images have views.
+def oracles(
+    record: Mapping, coco: COCO, mixtures: Mixtures, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Choices of ``honest`` and ``oracle``, (shares, n). The honest one only where images have
+    views.
 
-    Both choose by `image_values`; the oracle is then refined on the AP of the whole set, share by share.
+    Both choose by `image_values`; the oracle is then refined on the AP of the whole set, share by
+    share.
     """
     values, found = image_values(record, coco, mixtures), {}
     if all('view' in image for image in record['images']):
         found['honest'] = honest_choices(record, coco, SHARES, by_objects=True, seed=seed)
-    found['oracle'] = np.array([
-        refine(mixtures, choice, _EVALUATIONS, seed, values).choice
-        for choice in oracle_choices(values, SHARES, seed=seed)
-    ])
+    found['oracle'] = np.array(
+        [
+            refine(mixtures, choice, _EVALUATIONS, seed, values).choice
+            for choice in oracle_choices(values, SHARES, seed=seed)
+        ]
+    )
     return {name: choices.astype(bool) for name, choices in found.items()}
 
 
 def image_values(record: Mapping, coco: COCO, mixtures: Mixtures) -> np.ndarray:
-    """What each image is worth under each exit, (2, n): its AP, percent, times its number of objects, as in
-    the AP of the set an image counts by its objects."""
+    """What each image is worth under each exit, (2, n): its AP, percent, times its number of
+    objects, as in the AP of the set an image counts by its objects."""
     objects = np.array([object_count(coco, image['id']) for image in record['images']])
     return mixtures.image_ap() * objects
 
 
-def certificate(record: Mapping, values: np.ndarray) -> Dict[str, float]:
-    """What the oracle's programme comes to where half of the images may be hard: ``value`` per image, of whole
-    images; ``bound``, the optimum of the linear programme, in which an image may be split; ``price``, in
-    value per GFLOP. The budget is what half of all images, drawn at random, cost; an image counts by its mean."""
+def certificate(record: Mapping, values: np.ndarray) -> dict[str, float]:
+    """What the oracle's program comes to where half of the images may be hard: ``value`` per
+    image, of whole images; ``bound``, the optimum of the linear program, in which an image may be
+    split; ``price``, in value per GFLOP. The budget is what half of all images, drawn at random,
+    cost; an image counts by its mean."""
     found = allocate(values, record['gflops'], float(np.mean(record['gflops'])))
     images = values.shape[1]
     return dict(value=found.value / images, bound=found.bound / images, price=found.price)
 
 
-def router_curve(rows: Sequence[Mapping]) -> List[dict]:
+def router_curve(rows: Sequence[Mapping]) -> list[dict]:
     """The router's curve, with ``threshold``, from `routing.curve.trade_off`'s rows."""
-    return [dict(share=row['share'], hard_share=row['hard_share'], threshold=row['threshold'], ap=row['ap'],
-                 ap50=row['ap50'], low=row['ap_low'], high=row['ap_high'], gflops=row['gflops'],
-                 latency=row['latency']) for row in rows]
+    return [
+        dict(
+            share=row['share'],
+            hard_share=row['hard_share'],
+            threshold=row['threshold'],
+            ap=row['ap'],
+            ap50=row['ap50'],
+            low=row['ap_low'],
+            high=row['ap_high'],
+            gflops=row['gflops'],
+            latency=row['latency'],
+        )
+        for row in rows
+    ]
 
 
-def random_curve(record: Mapping, rows: Sequence[Mapping]) -> List[dict]:
-    """Random routing at the same shares; ends are two standard deviations away: how far a draw may fall. It
-    pays the mean over all images, whatever those cost that a router calls hard."""
-    return [dict(share=row['share'], hard_share=row['hard_share'], ap=row['random_ap'],
-                 low=row['random_ap'] - 2 * row['random_std'], high=row['random_ap'] + 2 * row['random_std'],
-                 **costs_of(record, row['hard_share'])) for row in rows]
+def random_curve(record: Mapping, rows: Sequence[Mapping]) -> list[dict]:
+    """Random routing at the same shares; ends are two standard deviations away: how far a draw may
+    fall. It pays the mean over all images, whatever those cost that a router calls hard."""
+    return [
+        dict(
+            share=row['share'],
+            hard_share=row['hard_share'],
+            ap=row['random_ap'],
+            low=row['random_ap'] - 2 * row['random_std'],
+            high=row['random_ap'] + 2 * row['random_std'],
+            **costs_of(record, row['hard_share']),
+        )
+        for row in rows
+    ]
 
 
-def curve_of(record: Mapping,
-             chance: Chance,
-             choices: Sequence[np.ndarray],
-             intervals: bool = True,
-             extra: Mapping[str, float] = _NOTHING) -> List[dict]:
+def curve_of(
+    record: Mapping,
+    chance: Chance,
+    choices: Sequence[np.ndarray],
+    intervals: bool = True,
+    extra: Mapping[str, float] = _NOTHING,
+) -> list[dict]:
     """The curve of any choices; what is ``extra`` is paid for each hard image."""
     points = []
     for share, is_hard in zip(SHARES, choices):
         choice, got = chance.choice(is_hard), float(np.mean(is_hard))
         low, high = interval(chance.resampled(choice)) if intervals else (None, None)
         costs = {name: cost + got * extra[name] for name, cost in costs_of(record, is_hard).items()}
-        points.append(dict(share=share, hard_share=got, ap=chance.mixtures.ap(choice), low=low, high=high,
-                           **costs))
+        points.append(
+            dict(
+                share=share,
+                hard_share=got,
+                ap=chance.mixtures.ap(choice),
+                low=low,
+                high=high,
+                **costs,
+            )
+        )
     return points
 
 
-def threshold_points(record: Mapping, chance: Chance, scores: np.ndarray) -> List[dict]:
+def threshold_points(record: Mapping, chance: Chance, scores: np.ndarray) -> list[dict]:
     """The router at every percent of hard images: each share that a threshold really gives, once.
 
     Returns:
-        list[dict]: From all easy to all hard: ``threshold``, ``hard_share``, ``hard`` (images), ``ap``,
+        list[dict]: From all easy to all hard: ``threshold``, ``hard_share``, ``hard`` (images),
+            ``ap``,
         ``gflops``, ``latency``.
     """
     points = {}
@@ -110,46 +149,70 @@ def threshold_points(record: Mapping, chance: Chance, scores: np.ndarray) -> Lis
         threshold, is_hard = split(scores, share)
         count = int(is_hard.sum())
         if count not in points:
-            points[count] = dict(threshold=float(threshold), hard_share=count / len(scores), hard=count,
-                                 ap=chance.mixtures.ap(chance.choice(is_hard)), **costs_of(record, is_hard))
+            points[count] = dict(
+                threshold=float(threshold),
+                hard_share=count / len(scores),
+                hard=count,
+                ap=chance.mixtures.ap(chance.choice(is_hard)),
+                **costs_of(record, is_hard),
+            )
     return [points[count] for count in sorted(points)]
 
 
-def merit(chance: Chance, scores: np.ndarray, rows: Sequence[Mapping],
-          oracle: Optional[Sequence[np.ndarray]]) -> Dict[str, dict]:
-    """Figures of merit: ``gain``, ``normalised_gain`` and, given the honest oracle's choices, ``efficacy``.
+def merit(
+    chance: Chance, scores: np.ndarray, rows: Sequence[Mapping], oracle: Sequence[np.ndarray] | None
+) -> dict[str, dict]:
+    """Figures of merit: ``gain``, ``normalized_gain`` and, given the honest oracle's choices,
+    ``efficacy``.
 
     Returns:
-        dict: Each ``name``, ``value``, ``low``, ``high`` (None where not defined) and ``meaning``. A ratio is not
+        dict: Each ``name``, ``value``, ``low``, ``high`` (None where not defined) and ``meaning``.
+            A ratio is not
         defined where intervals were asked for and what it is divided by cannot be told from zero.
     """
     choices, half = choices_of(scores), rows[HALF]
-    gain = normalised_gain(chance, choices[HALF])
-    resampled = bool(len(chance.weights))
+    gain = normalized_gain(chance, choices[HALF])
     found = dict(
-        gain=dict(name='gain at half hard, AP', value=half['ap'] - half['random_ap'], low=half['gain_low'],
-                  high=half['gain_high'], meaning='AP above random routing of as many images.'),
-        normalised_gain=dict(
-            name='normalised gain at half hard', value=_settled(gain, 'gain', resampled), low=gain['low'],
+        gain=dict(
+            name='gain at half hard, AP',
+            value=half['ap'] - half['random_ap'],
+            low=half['gain_low'],
+            high=half['gain_high'],
+            meaning='AP above random routing of as many images.',
+        ),
+        normalized_gain=dict(
+            name='normalized gain at half hard',
+            value=_settled(gain, 'gain', resampled),
+            low=gain['low'],
             high=gain['high'],
-            meaning='How far the AP lies above the straight line between the exits, as a share of the AP '
-            "between them. 0: no better than chance; the paper's own table implies 0.18 to 0.22."))
+            meaning='How far the AP lies above the straight line between the exits, as a share of '
+            'the AP '
+            "between them. 0: no better than chance; the paper's own table implies 0.18 to 0.22.",
+        ),
+    )
     if oracle is not None:
         own = efficacy(chance, choices, oracle)
         found['efficacy'] = dict(
-            name='efficacy', value=_settled(own, 'efficacy', resampled), low=own['low'], high=own['high'],
-            meaning='The area between router and random routing, over all shares, as a share of the honest '
-            "oracle's. 1: as good as knowing another view of the image; 0: chance; below 0: worse.")
+            name='efficacy',
+            value=_settled(own, 'efficacy', resampled),
+            low=own['low'],
+            high=own['high'],
+            meaning='The area between router and random routing, over all shares, as a share of '
+            'the honest '
+            "oracle's. 1: as good as knowing another view of the image; 0: chance; below 0: worse.",
+        )
     return found
 
 
-def _settled(ratio: Mapping, name: str, resampled: bool) -> Optional[float]:
-    """A ratio, unless resamples say that what it is divided by may be nothing: it then has no interval."""
+def _settled(ratio: Mapping, name: str, resampled: bool) -> float | None:
+    """A ratio, unless resamples say that what it is divided by may be nothing: it then has no
+    interval."""
     return None if resampled and ratio['low'] is None else ratio[name]
 
 
-def score_peers(record: Mapping, validation: Validation, gained: Mapping[str, np.ndarray],
-                seed: int = 0) -> Tuple[Dict[str, np.ndarray], Dict[str, str]]:
+def score_peers(
+    record: Mapping, validation: Validation, gained: Mapping[str, np.ndarray], seed: int = 0
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Scores of peers by key of `PEERS`, and why others have none.
 
     Those that learn learn from the validation set if there is one, else by cross-fitting.
@@ -169,23 +232,26 @@ def score_peers(record: Mapping, validation: Validation, gained: Mapping[str, np
 
 
 def _target(name: str, gained: Mapping[str, np.ndarray]) -> np.ndarray:
-    """What a fitted peer learns: Adaptive Feeding the AP gained, as published; a regression the rank of
-    what is saved over all objects, whose tails are long."""
+    """What a fitted peer learns: Adaptive Feeding the AP gained, as published; a regression the
+    rank of what is saved over all objects, whose tails are long."""
     if name == 'adaptive_feeding' or 'loss_objects' not in gained:
         return gained['ap']
     return rankdata(gained['loss_objects'])
 
 
-def judge(record: Mapping,
-          chance: Chance,
-          choices: Sequence[np.ndarray],
-          extra: Mapping[str, float] = _NOTHING) -> dict:
-    """Any router's ``curve``, its point at ``half`` hard, its normalised ``gain`` there, ``low``
+def judge(
+    record: Mapping,
+    chance: Chance,
+    choices: Sequence[np.ndarray],
+    extra: Mapping[str, float] = _NOTHING,
+) -> dict:
+    """Any router's ``curve``, its point at ``half`` hard, its normalized ``gain`` there, ``low``
     and ``high``."""
     curve = curve_of(record, chance, choices, intervals=False, extra=extra)
-    gain = normalised_gain(chance, choices[HALF])
-    resampled = bool(len(chance.weights))
-    return dict(curve=curve, half=curve[HALF], gain=gain['gain'], low=gain['low'], high=gain['high'])
+    gain = normalized_gain(chance, choices[HALF])
+    return dict(
+        curve=curve, half=curve[HALF], gain=gain['gain'], low=gain['low'], high=gain['high']
+    )
 
 
 def judge_peer(name: str, record: Mapping, chance: Chance, scores: np.ndarray) -> dict:

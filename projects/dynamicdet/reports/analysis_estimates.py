@@ -1,5 +1,7 @@
-"""The estimates that the diagnosis rests on: values with 95 % intervals, all on the same resamples."""
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+"""The estimates that the diagnosis rests on: values with 95 % intervals, all on the same
+resamples."""
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -13,7 +15,7 @@ from ..routing.thresholds import threshold_for_share
 _NEAR = 0.02
 
 #: A value and the ends of its interval, None without.
-Estimate = Tuple[float, Optional[float], Optional[float]]
+Estimate = tuple[float, float | None, float | None]
 #: Strata of fewer images are not spoken of.
 _FEWEST = 20
 
@@ -30,7 +32,7 @@ def difference(chance: Chance, first: Sequence[int], second: Sequence[int]) -> E
     return (value, *interval(chance.resampled(first) - chance.resampled(second)))
 
 
-def exit_estimates(chance: Chance) -> List[Estimate]:
+def exit_estimates(chance: Chance) -> list[Estimate]:
     """AP of the cheap and of the dear exit alone."""
     choices = _ends(chance)
     return [(chance.mixtures.ap(choice), *interval(chance.resampled(choice))) for choice in choices]
@@ -42,7 +44,7 @@ def gap(chance: Chance) -> Estimate:
     return difference(chance, hard, easy)
 
 
-def strata_gaps(record: Mapping, chance: Chance) -> List[dict]:
+def strata_gaps(record: Mapping, chance: Chance) -> list[dict]:
     """The same on images with few and with many objects: ``name``, ``gap``."""
     if not all('objects' in image for image in record['images']):
         return []
@@ -59,7 +61,7 @@ def strata_gaps(record: Mapping, chance: Chance) -> List[dict]:
 
         # A resample may have none of these images, and no AP then.
         drawn = [gain(weights * inside) for weights in chance.weights if (weights * inside).any()]
-        label = f"images with {name} object{'s' * (name != '1')}"
+        label = f'images with {name} object{"s" * (name != "1")}'
         found.append(dict(name=label, gap=(gain(inside), *interval(drawn))))
     return found
 
@@ -74,13 +76,18 @@ def over_random(chance: Chance, is_hard: np.ndarray) -> Estimate:
 def share_gaining(record: Mapping, resamples: int, seed: int = 0) -> Estimate:
     """The share of images whose loss is smaller under the dear exit."""
     require(record, 'losses')
-    gains = np.array([image['losses'][0] > image['losses'][-1] for image in record['images']], float)
+    gains = np.array(
+        [image['losses'][0] > image['losses'][-1] for image in record['images']], float
+    )
     weights = bootstrap_weights(len(gains), resamples, seed)
     return (float(gains.mean()), *interval(weights @ gains / len(gains)))
 
 
-def transfer(val_scores: np.ndarray, scores: np.ndarray, chance: Chance, share: float = 0.5) -> dict:
-    """The hard share that a threshold of the validation set really gives; both sets are resampled."""
+def transfer(
+    val_scores: np.ndarray, scores: np.ndarray, chance: Chance, share: float = 0.5
+) -> dict:
+    """The hard share that a threshold of the validation set really gives; both sets are
+    resampled."""
     threshold = threshold_for_share(val_scores, share)
     hard = scores > np.float32(threshold)
     drawn = bootstrap_weights(len(val_scores), len(chance.weights), seed=1)
@@ -91,17 +98,18 @@ def transfer(val_scores: np.ndarray, scores: np.ndarray, chance: Chance, share: 
     return dict(asked=share, got=(float(hard.mean()), *interval(shares)))
 
 
-def peer_leads(record: Mapping, chance: Chance, scores: np.ndarray,
-               peers: Mapping[str, np.ndarray]) -> Dict[str, Estimate]:
-    """How much more AP a peer has at half hard than the router at the same GFLOPs: for what a charged peer
-    pays, the router may send more images on.
+def peer_leads(
+    record: Mapping, chance: Chance, scores: np.ndarray, peers: Mapping[str, np.ndarray]
+) -> dict[str, Estimate]:
+    """How much more AP a peer has at half hard than the router at the same GFLOPs: for what a
+    charged peer pays, the router may send more images on.
 
     Args:
         record (Mapping): Of two exits.
         chance (Chance): Of the record.
         scores (np.ndarray): The router's difficulties, (n,).
-        peers (Mapping[str, np.ndarray]): Key of `PEERS` -> scores, (n,). References are left out, and those whose
-            cost the router cannot have, because many of its difficulties are equal.
+        peers (Mapping[str, np.ndarray]): Key of `PEERS` -> scores, (n,). References are left out,
+            and those whose cost the router cannot have, because many of its difficulties are equal.
     """
     leads = {}
     for name, own in peers.items():
@@ -112,9 +120,13 @@ def peer_leads(record: Mapping, chance: Chance, scores: np.ndarray,
         router = hard_for(record, scores, paid)
         # Equal difficulties go together: there may be no choice at that cost.
         spent, most = (costs_of(record, choice)['gflops'] for choice in (router, 1.0))
-        if not router.all() and abs(spent - paid) > _NEAR * (most - costs_of(record, 0.0)['gflops']):
+        if not router.all() and abs(spent - paid) > _NEAR * (
+            most - costs_of(record, 0.0)['gflops']
+        ):
             continue
-        leads[name.replace('_', ' ')] = difference(chance, chance.choice(is_hard), chance.choice(router))
+        leads[name.replace('_', ' ')] = difference(
+            chance, chance.choice(is_hard), chance.choice(router)
+        )
     return leads
 
 
@@ -124,6 +136,6 @@ def spread(scores: np.ndarray) -> float:
     return float(high - low)
 
 
-def _ends(chance: Chance) -> Tuple[np.ndarray, np.ndarray]:
+def _ends(chance: Chance) -> tuple[np.ndarray, np.ndarray]:
     images = chance.mixtures.images
     return chance.choice(np.zeros(images, bool)), chance.choice(np.ones(images, bool))

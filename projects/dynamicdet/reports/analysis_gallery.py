@@ -1,5 +1,6 @@
 """Which images the routing page shows: the easiest, the hardest, and those routed the wrong way."""
-from typing import List, Mapping
+
+from collections.abc import Mapping
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -12,20 +13,22 @@ from .analysis_pictures import file_name, picture_groups, picture_pair
 _COUNT = 4
 
 
-def choose_images(difficulties: np.ndarray,
-                  image_ap: np.ndarray,
-                  count: int = _COUNT) -> Mapping[str, List[int]]:
+def choose_images(
+    difficulties: np.ndarray, image_ap: np.ndarray, count: int = _COUNT
+) -> Mapping[str, list[int]]:
     """Images to look at, by what the router says of them and what the exits find.
 
     Args:
         difficulties (np.ndarray): (n,), in [0, 1].
-        image_ap (np.ndarray): AP of each image by itself under the cheap and the dear exit, (2, n), percent.
+        image_ap (np.ndarray): AP of each image by itself under the cheap and the dear exit, (2, n),
+            percent.
         count (int): Of each kind, at most. Defaults to 4.
 
     Returns:
-        dict: ``easiest`` and ``hardest``; ``wrongly_easy``: those that lose most by leaving early where half
-        of the images are hard, and ``wrongly_hard``: those that lose most by going on. Indices, the most
-        extreme first; only images that lose something are wrongly routed.
+        dict: ``easiest`` and ``hardest``; ``wrongly_easy``: those that lose most by leaving early
+            where half
+        of the images are hard, and ``wrongly_hard``: those that lose most by going on. Indices, the
+        most extreme first; only images that lose something are wrongly routed.
     """
     _, is_hard = split(difficulties, 0.5)
     order = np.argsort(difficulties, kind='stable')
@@ -42,10 +45,17 @@ def choose_images(difficulties: np.ndarray,
 _GROUPS = dict(
     easiest=('The easiest', 'Lowest difficulty: they leave at the cheap exit first.'),
     hardest=('The hardest', 'Highest difficulty: they go on to the dear exit first.'),
-    wrongly_easy=('Wrongly easy', 'With half of the images hard, these leave at the cheap exit, and the dear '
-                  'one would have found most more.'),
-    wrongly_hard=('Wrongly hard', 'With half of the images hard, these go on to the dear exit, which finds '
-                  'less than the cheap one.'))
+    wrongly_easy=(
+        'Wrongly easy',
+        'With half of the images hard, these leave at the cheap exit, and the dear '
+        'one would have found most more.',
+    ),
+    wrongly_hard=(
+        'Wrongly hard',
+        'With half of the images hard, these go on to the dear exit, which finds '
+        'less than the cheap one.',
+    ),
+)
 
 
 def make_gallery(record: Mapping, coco: COCO) -> str:
@@ -61,15 +71,30 @@ def make_gallery(record: Mapping, coco: COCO) -> str:
     numbers = str(record['provenance'].get('exits', '0 and 1')).split(' and ')
     groups = []
     for kind, indices in chosen.items():
-        pictures = [_picture(record['images'][index], image_ap[:, index], coco, names, numbers,
-                             f'{kind}{place}') for place, index in enumerate(indices)]
+        pictures = [
+            _picture(
+                record['images'][index], image_ap[:, index], coco, names, numbers, f'{kind}{place}'
+            )
+            for place, index in enumerate(indices)
+        ]
         groups.append((*_GROUPS[kind], pictures))
     return picture_groups(groups)
 
 
-def _picture(image: Mapping, aps: np.ndarray, coco: COCO, names: Mapping[int, str], numbers: List[str],
-             name: str) -> str:
-    objects = [one['bbox'] for one in coco.loadAnns(coco.getAnnIds(imgIds=[image['id']], iscrowd=False))]
-    caption = (f"{file_name(image)}: difficulty {image['difficulty']:.3f}; AP of this image {aps[0]:.0f} by "
-               f'exit {numbers[0]}, {aps[1]:.0f} by exit {numbers[1]}')
+def _picture(
+    image: Mapping,
+    aps: np.ndarray,
+    coco: COCO,
+    names: Mapping[int, str],
+    numbers: list[str],
+    name: str,
+) -> str:
+    objects = [
+        one['bbox'] for one in coco.loadAnns(coco.getAnnIds(imgIds=[image['id']], iscrowd=False))
+    ]
+    caption = (
+        f'{file_name(image)}: difficulty {image["difficulty"]:.3f}; AP of this image {aps[0]:.0f} '
+        'by '
+        f'exit {numbers[0]}, {aps[1]:.0f} by exit {numbers[1]}'
+    )
     return picture_pair(image, numbers, objects, names, name, caption)

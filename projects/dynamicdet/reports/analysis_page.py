@@ -1,10 +1,12 @@
-"""What routing is worth, as one self-contained page: words, a chart with a slider, tables, a gallery.
+"""What routing is worth, as one self-contained page: words, a chart with a slider, tables, a
+gallery.
 
-Numbers come from `analysis.analyse`; nothing is computed here but what places them.
+Numbers come from `analysis.analyze`; nothing is computed here but what places them.
 """
+
 import html
 import json
-from typing import List, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from .analysis_script import SCRIPT
 from .analysis_tables import (
@@ -19,19 +21,44 @@ from .analysis_tables import (
     strata_tables,
     transfer_table,
 )
-from .figures import EXIT_COLOURS, MIN_SCORE
+from .figures import EXIT_COLORS, MIN_SCORE
 
-#: Curve -> colour (Okabe-Ito, but for greys), dashes, whether it is drawn at first, what it means.
+#: Curve -> color (Okabe-Ito, but for grays), dashes, whether it is drawn at first, what it means.
 _LINES = dict(
     router=('#222222', '', True, 'the trained router; shaded: 95 % interval'),
-    random=('#8a8a8a', '6 4', True, 'as many images, drawn at random; shaded: two standard deviations'),
-    honest=('#009e73', '', True,
-            'the exit of each image chosen on another view of it and scored on the image itself, so that '
-            'luck does not count: what a router could be hoped to reach'),
-    oracle=('#cc79a7', '', False,
-            'the exit of each image chosen on the very detections that are scored, then refined on the AP of '
-            'the whole set: a ceiling that rewards luck too'))
-_PEER_COLOURS = ('#e69f00', '#56b4e9', '#7a5195', '#d55e00', '#5b8c00', '#0072b2', '#a6611a', '#003f5c')
+    random=(
+        '#8a8a8a',
+        '6 4',
+        True,
+        'as many images, drawn at random; shaded: two standard deviations',
+    ),
+    honest=(
+        '#009e73',
+        '',
+        True,
+        'the exit of each image chosen on another view of it and scored on the image itself, so '
+        'that '
+        'luck does not count: what a router could be hoped to reach',
+    ),
+    oracle=(
+        '#cc79a7',
+        '',
+        False,
+        'the exit of each image chosen on the very detections that are scored, then refined on the '
+        'AP of '
+        'the whole set: a ceiling that rewards luck too',
+    ),
+)
+_PEER_COLORS = (
+    '#e69f00',
+    '#56b4e9',
+    '#7a5195',
+    '#d55e00',
+    '#5b8c00',
+    '#0072b2',
+    '#a6611a',
+    '#003f5c',
+)
 _PEER_DASHES = ('2 3', '9 3', '9 3 2 3')
 
 _STYLE = """
@@ -90,18 +117,22 @@ def make_page(title: str, analysis: Mapping, gallery: str) -> str:
 
     Args:
         title (str): Title, plain text.
-        analysis (Mapping): As `analysis.analyse` gives it.
+        analysis (Mapping): As `analysis.analyze` gives it.
         gallery (str): HTML, as `analysis_gallery.make_gallery` gives it.
     """
     lines = _lines(analysis)
-    sections = (('The trade-off', _chart(analysis, lines)), ('Is it worth it?', merit_boxes(analysis)),
-                ('Why, and what to try', bullets(analysis['diagnosis'])),
-                ('In numbers', curve_table(analysis)),
-                ('Other routers on the same detections', peer_table(analysis)),
-                ('Where the exits differ', strata_tables(analysis)),
-                ('Does difficulty follow the benefit?', correlation_table(analysis)),
-                ('Does a threshold carry over?', transfer_table(analysis)), ('Images', _images(gallery)),
-                ('Where the numbers come from', facts_list(analysis['provenance'])))
+    sections = (
+        ('The trade-off', _chart(analysis, lines)),
+        ('Is it worth it?', merit_boxes(analysis)),
+        ('Why, and what to try', bullets(analysis['diagnosis'])),
+        ('In numbers', curve_table(analysis)),
+        ('Other routers on the same detections', peer_table(analysis)),
+        ('Where the exits differ', strata_tables(analysis)),
+        ('Does difficulty follow the benefit?', correlation_table(analysis)),
+        ('Does a threshold carry over?', transfer_table(analysis)),
+        ('Images', _images(gallery)),
+        ('Where the numbers come from', facts_list(analysis['provenance'])),
+    )
     body = ''.join(f'<h2>{heading}</h2>{content}' for heading, content in sections if content)
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
@@ -120,17 +151,24 @@ def lead(analysis: Mapping) -> str:
     """The whole in two sentences.
 
     Args:
-        analysis (Mapping): As `analysis.analyse` gives it.
+        analysis (Mapping): As `analysis.analyze` gives it.
     """
     (first, cheap), (last, dear) = ((end['ap'], end['gflops']) for end in analysis['ends'])
     easy, hard = end_names(analysis)
     gain, half = analysis['merit'][0], analysis['router']['half']
     side = 'above' if gain['value'] >= 0 else 'BELOW'
-    ends = '' if gain['low'] is None else f" (95 % interval {gain['low']:+.1f} to {gain['high']:+.1f})"
-    return (f"On {analysis['images']:,} images, {easy} reaches {first:.1f} AP for {cheap:.3g} GFLOPs per "
-            f"image, {hard} {last:.1f} for {dear:.3g}. With {half['hard_share']:.0%} of the images hard, "
-            f"the router reaches {half['ap']:.1f} for {half['gflops']:.3g}, {abs(gain['value']):.1f} AP {side} "
-            f'random routing{ends}.')
+    ends = (
+        '' if gain['low'] is None else f' (95 % interval {gain["low"]:+.1f} to {gain["high"]:+.1f})'
+    )
+    return (
+        f'On {analysis["images"]:,} images, {easy} reaches {first:.1f} AP for {cheap:.3g} GFLOPs '
+        'per '
+        f'image, {hard} {last:.1f} for {dear:.3g}. With {half["hard_share"]:.0%} of the images '
+        'hard, '
+        f'the router reaches {half["ap"]:.1f} for {half["gflops"]:.3g}, {abs(gain["value"]):.1f} '
+        f'AP {side} '
+        f'random routing{ends}.'
+    )
 
 
 def _json(value: object) -> str:
@@ -138,26 +176,40 @@ def _json(value: object) -> str:
     return json.dumps(value, separators=(',', ':'), allow_nan=False).replace('<', '\\u003c')
 
 
-def _lines(analysis: Mapping) -> List[dict]:
+def _lines(analysis: Mapping) -> list[dict]:
     """What the chart can show: the curves, the router's first, then the peers'."""
-    lines = [_line(CURVES[name], *look, analysis['curves'][name]) for name, look in _LINES.items()
-             if name in analysis['curves']]
+    lines = [
+        _line(CURVES[name], *look, analysis['curves'][name])
+        for name, look in _LINES.items()
+        if name in analysis['curves']
+    ]
     for index, (name, peer) in enumerate(analysis['peers'].items()):
-        colour = _PEER_COLOURS[index % len(_PEER_COLOURS)]
+        color = _PEER_COLORS[index % len(_PEER_COLORS)]
         dash = _PEER_DASHES[index % len(_PEER_DASHES)]
-        lines.append(_line(name, colour, dash, False, '', peer['curve']))
+        lines.append(_line(name, color, dash, False, '', peer['curve']))
     return lines
 
 
-def _line(name: str, colour: str, dash: str, shown: bool, meaning: str, curve: Sequence[Mapping]) -> dict:
-    return dict(name=name, colour=colour, dash=dash, shown=shown, meaning=meaning,
-                points=[_point(row) for row in curve])
+def _line(
+    name: str, color: str, dash: str, shown: bool, meaning: str, curve: Sequence[Mapping]
+) -> dict:
+    return dict(
+        name=name,
+        color=color,
+        dash=dash,
+        shown=shown,
+        meaning=meaning,
+        points=[_point(row) for row in curve],
+    )
 
 
 def _point(row: Mapping) -> dict:
     """A point of a curve as the chart takes it: in milliseconds, rounded."""
-    point = dict(gflops=float(f"{row['gflops']:.6g}"), latency=float(f"{1000 * row['latency']:.6g}"),
-                 ap=round(row['ap'], 3))
+    point = dict(
+        gflops=float(f'{row["gflops"]:.6g}'),
+        latency=float(f'{1000 * row["latency"]:.6g}'),
+        ap=round(row['ap'], 3),
+    )
     if row.get('low') is not None:
         point.update(low=round(row['low'], 3), high=round(row['high'], 3))
     return point
@@ -166,28 +218,54 @@ def _point(row: Mapping) -> dict:
 def _drawn(analysis: Mapping, lines: Sequence[Mapping]) -> dict:
     """What the script reads; see `analysis_script`."""
     points = [
-        dict(_point(row), threshold=round(row['threshold'], 6), share=round(row['hard_share'], 6),
-             hard=row['hard'], easy=analysis['images'] - row['hard']) for row in analysis['thresholds']
+        dict(
+            _point(row),
+            threshold=round(row['threshold'], 6),
+            share=round(row['hard_share'], 6),
+            hard=row['hard'],
+            easy=analysis['images'] - row['hard'],
+        )
+        for row in analysis['thresholds']
     ]
     start = min(range(len(points)), key=lambda index: abs(points[index]['share'] - 0.5))
-    names = ('name', 'colour', 'dash', 'shown', 'points')
-    return dict(points=points, start=start, colours=EXIT_COLOURS,
-                lines=[{name: line[name] for name in names} for line in lines])
+    names = ('name', 'color', 'dash', 'shown', 'points')
+    return dict(
+        points=points,
+        start=start,
+        colors=EXIT_COLORS,
+        lines=[{name: line[name] for name in names} for line in lines],
+    )
 
 
 #: What stands under the slider: end of the element's id -> words.
-_NOW = dict(threshold='threshold', share='hard share', easy='easy images', hard='hard images', ap='AP',
-            gflops='GFLOPs/image', latency='per image')
+_NOW = dict(
+    threshold='threshold',
+    share='hard share',
+    easy='easy images',
+    hard='hard images',
+    ap='AP',
+    gflops='GFLOPs/image',
+    latency='per image',
+)
 
 
 def _chart(analysis: Mapping, lines: Sequence[Mapping]) -> str:
-    switches = ''.join(f'<label><input type="checkbox" data-line="{index}">{_swatch(line)}'
-                       f'{html.escape(line["name"])}</label>' for index, line in enumerate(lines))
-    meanings = bullets((f"{line['name']}: {line['meaning']}" for line in lines if line['meaning']), 'note')
-    now = ''.join(f'<div><dt>{words}</dt><dd id="now-{name}"></dd></div>' for name, words in _NOW.items())
+    switches = ''.join(
+        f'<label><input type="checkbox" data-line="{index}">{_swatch(line)}'
+        f'{html.escape(line["name"])}</label>'
+        for index, line in enumerate(lines)
+    )
+    meanings = bullets(
+        (f'{line["name"]}: {line["meaning"]}' for line in lines if line['meaning']), 'note'
+    )
+    now = ''.join(
+        f'<div><dt>{words}</dt><dd id="now-{name}"></dd></div>' for name, words in _NOW.items()
+    )
     easy, hard = end_names(analysis)
-    first, last = (f'<span style="color:{colour}">■</span> {name}'
-                   for colour, name in zip(EXIT_COLOURS, (easy, hard)))
+    first, last = (
+        f'<span style="color:{color}">■</span> {name}'
+        for color, name in zip(EXIT_COLORS, (easy, hard))
+    )
     return f"""<p>An image is hard, and goes on to {hard}, where its difficulty is above the threshold.
 Move the slider, or click into the chart.</p>
 <fieldset><legend>Cost</legend>
@@ -204,11 +282,16 @@ Move the slider, or click into the chart.</p>
 
 
 def _swatch(line: Mapping) -> str:
-    return (f'<svg class="swatch" viewBox="0 0 26 10" aria-hidden="true"><path d="M0 5H26" '
-            f'stroke="{line["colour"]}" stroke-width="3" stroke-dasharray="{line["dash"]}"/></svg>')
+    return (
+        f'<svg class="swatch" viewBox="0 0 26 10" aria-hidden="true"><path d="M0 5H26" '
+        f'stroke="{line["color"]}" stroke-width="3" stroke-dasharray="{line["dash"]}"/></svg>'
+    )
 
 
 def _images(gallery: str) -> str:
-    said = (f'Both exits side by side: boxes with a score from {MIN_SCORE} up, class and score above them; '
-            "dashed: annotated objects. The AP of an image is COCO's of that image by itself.")
+    said = (
+        f'Both exits side by side: boxes with a score from {MIN_SCORE} up, class and score above '
+        'them; '
+        "dashed: annotated objects. The AP of an image is COCO's of that image by itself."
+    )
     return f'<p>{html.escape(said)}</p>{gallery}' if gallery else ''

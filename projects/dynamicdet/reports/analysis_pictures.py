@@ -1,15 +1,18 @@
-"""The gallery of the routing page: one image under both exits, boxes drawn as vectors over one JPEG."""
+"""The gallery of the routing page: one image under both exits, boxes drawn as vectors over one
+JPEG."""
+
 import base64
 import html
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import List, Mapping, Optional, Sequence
 
 from PIL import Image, ImageOps
 
-from .figures import EXIT_COLOURS, MIN_SCORE
+from .figures import EXIT_COLORS, MIN_SCORE
 
-#: Longest side of a picture that is kept in the page, pixels, and its JPEG quality: about 15 KB each.
+#: Longest side of a picture that is kept in the page, pixels, and its JPEG quality: about 15 KB
+#: each.
 _SIDE, _QUALITY = 360, 72
 #: Longest side of the frame that boxes are drawn in: letters stay legible on small images.
 _FRAME = 320
@@ -17,8 +20,14 @@ _FRAME = 320
 _LETTERS = 15
 
 
-def picture_pair(image: Mapping, exits: Sequence[str], objects: Sequence[Sequence[float]],
-                 names: Mapping[int, str], name: str, caption: str) -> str:
+def picture_pair(
+    image: Mapping,
+    exits: Sequence[str],
+    objects: Sequence[Sequence[float]],
+    names: Mapping[int, str],
+    name: str,
+    caption: str,
+) -> str:
     """An image twice, side by side: with the boxes of a cheap and of a dear exit.
 
     Args:
@@ -41,15 +50,20 @@ def picture_pair(image: Mapping, exits: Sequence[str], objects: Sequence[Sequenc
     frame = width * scale, height * scale
     source = f'data:image/jpeg;base64,{base64.b64encode(_jpeg(pixels)).decode()}'
     # The pixels are in the page once: the second drawing uses the first one's.
-    backgrounds = (f'<image id="{name}" href="{source}" width="{frame[0]:.1f}" height="{frame[1]:.1f}"/>',
-                   f'<use href="#{name}"/>')
+    backgrounds = (
+        f'<image id="{name}" href="{source}" width="{frame[0]:.1f}" height="{frame[1]:.1f}"/>',
+        f'<use href="#{name}"/>',
+    )
     shown = ''.join(
-        _drawing(background, frame, scale, found, objects, names, exit, colour)
-        for background, found, exit, colour in zip(backgrounds, image['detections'], exits, EXIT_COLOURS))
+        _drawing(background, frame, scale, found, objects, names, exit, color)
+        for background, found, exit, color in zip(
+            backgrounds, image['detections'], exits, EXIT_COLORS
+        )
+    )
     return f'<figure class="pair"><div class="sides">{shown}</div>{text}</figure>'
 
 
-def _read(path: str) -> Optional[Image.Image]:
+def _read(path: str) -> Image.Image | None:
     try:
         # Boxes are in the frame that mmcv reads, turned as the camera says.
         with Image.open(path) as file:
@@ -66,16 +80,30 @@ def _jpeg(pixels: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _drawing(background: str, frame: tuple, scale: float, detections: Sequence[dict],
-             objects: Sequence[Sequence[float]], names: Mapping[int, str], exit: str, colour: str) -> str:
-    found = sorted((one for one in detections if one['score'] >= MIN_SCORE), key=lambda one: one['score'])
+def _drawing(
+    background: str,
+    frame: tuple,
+    scale: float,
+    detections: Sequence[dict],
+    objects: Sequence[Sequence[float]],
+    names: Mapping[int, str],
+    exit: str,
+    color: str,
+) -> str:
+    found = sorted(
+        (one for one in detections if one['score'] >= MIN_SCORE), key=lambda one: one['score']
+    )
     boxes = ''.join(
-        _rectangle(box, scale, 'stroke="#fff" stroke-width="3" stroke-opacity="0.75"') +
-        _rectangle(box, scale, 'stroke="#000" stroke-width="1.4" stroke-dasharray="5 3"') for box in objects)
-    boxes += ''.join(_labelled(one, scale, frame, names, colour) for one in found)
-    label = f"Exit {exit}: {len(found)} {'box' if len(found) == 1 else 'boxes'}"
-    return (f'<div><svg viewBox="0 0 {frame[0]:.1f} {frame[1]:.1f}" role="img" aria-label="{label}">'
-            f'{background}{boxes}</svg><span class="exit" style="color:{colour}">{label}</span></div>')
+        _rectangle(box, scale, 'stroke="#fff" stroke-width="3" stroke-opacity="0.75"')
+        + _rectangle(box, scale, 'stroke="#000" stroke-width="1.4" stroke-dasharray="5 3"')
+        for box in objects
+    )
+    boxes += ''.join(_labeled(one, scale, frame, names, color) for one in found)
+    label = f'Exit {exit}: {len(found)} {"box" if len(found) == 1 else "boxes"}'
+    return (
+        f'<div><svg viewBox="0 0 {frame[0]:.1f} {frame[1]:.1f}" role="img" aria-label="{label}">'
+        f'{background}{boxes}</svg><span class="exit" style="color:{color}">{label}</span></div>'
+    )
 
 
 def _rectangle(box: Sequence[float], scale: float, style: str) -> str:
@@ -83,18 +111,23 @@ def _rectangle(box: Sequence[float], scale: float, style: str) -> str:
     return f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="none" {style}/>'
 
 
-def _labelled(detection: dict, scale: float, frame: tuple, names: Mapping[int, str], colour: str) -> str:
+def _labeled(
+    detection: dict, scale: float, frame: tuple, names: Mapping[int, str], color: str
+) -> str:
     """A box with its class and score: above it, or inside where that would leave the picture."""
     x, y, width, _ = (scale * side for side in detection['bbox'])
     category = detection['category_id']
-    text = f"{names.get(category, category)} {detection['score']:.2f}"
+    text = f'{names.get(category, category)} {detection["score"]:.2f}'
     long = 0.56 * _LETTERS * len(text) + 4
     left = max(0.0, min(x, frame[0] - long))
     top = y - _LETTERS - 2 if y > _LETTERS + 2 else max(0.0, y)
-    return (_rectangle(detection['bbox'], scale, f'stroke="{colour}" stroke-width="2"') +
-            f'<rect x="{left:.1f}" y="{top:.1f}" width="{long:.1f}" height="{_LETTERS + 2}" fill="{colour}"/>'
-            f'<text x="{left + 2:.1f}" y="{top + _LETTERS - 1:.1f}" font-size="{_LETTERS}" fill="#fff">'
-            f'{html.escape(text)}</text>')
+    return (
+        _rectangle(detection['bbox'], scale, f'stroke="{color}" stroke-width="2"')
+        + f'<rect x="{left:.1f}" y="{top:.1f}" width="{long:.1f}" height="{_LETTERS + 2}" '
+        f'fill="{color}"/>'
+        f'<text x="{left + 2:.1f}" y="{top + _LETTERS - 1:.1f}" font-size="{_LETTERS}" fill="#fff">'
+        f'{html.escape(text)}</text>'
+    )
 
 
 def picture_groups(groups: Sequence[tuple]) -> str:
@@ -106,8 +139,10 @@ def picture_groups(groups: Sequence[tuple]) -> str:
     return ''.join(_group(*group) for group in groups)
 
 
-def _group(heading: str, meaning: str, pictures: List[str]) -> str:
-    shown = f'<div class="gallery">{"".join(pictures)}</div>' if pictures else '<p>There are none.</p>'
+def _group(heading: str, meaning: str, pictures: list[str]) -> str:
+    shown = (
+        f'<div class="gallery">{"".join(pictures)}</div>' if pictures else '<p>There are none.</p>'
+    )
     return f'<h3>{html.escape(heading)}</h3><p>{html.escape(meaning)}</p>{shown}'
 
 

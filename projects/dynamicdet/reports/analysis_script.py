@@ -1,13 +1,13 @@
 """The part of the routing page that moves: the trade-off chart, its switches and the slider.
 
-Plain JavaScript without libraries, for the page that `analysis_page` makes. It reads what it draws from
-the JSON in the element ``data``:
+Plain JavaScript without libraries, for the page that `analysis_page` makes. It reads what it draws
+from the JSON in the element ``data``:
 
-* ``points``: one per threshold, from all easy to all hard: ``threshold``, ``share``, ``easy``, ``hard``
-  (numbers of images), ``ap``, ``gflops``, ``latency`` (ms).
-* ``lines``: ``name``, ``colour``, ``dash``, ``shown``, and ``points`` of ``gflops``, ``latency``, ``ap`` and,
-  where there is a band, ``low`` and ``high``. The first is the router's own.
-* ``start``: the index of the point to begin at. ``colours``: of the first and the last exit.
+* ``points``: one per threshold, from all easy to all hard: ``threshold``, ``share``, ``easy``,
+  ``hard`` (numbers of images), ``ap``, ``gflops``, ``latency`` (ms).
+* ``lines``: ``name``, ``color``, ``dash``, ``shown``, and ``points`` of ``gflops``, ``latency``,
+  ``ap`` and, where there is a band, ``low`` and ``high``. The first is the router's own.
+* ``start``: the index of the point to begin at. ``colors``: of the first and the last exit.
 
 The address keeps the setting (``#at=50&cost=latency&lines=0,1,4``), so that a link shows the same.
 """
@@ -18,7 +18,7 @@ const data = JSON.parse(document.getElementById('data').textContent);
 const slider = document.getElementById('threshold');
 const chart = document.getElementById('chart');
 const UNITS = {gflops: 'GFLOPs per image', latency: 'ms per image'};
-const INK = '#222', FAINT = '#ddd', GREY = '#555';
+const INK = '#222', FAINT = '#ddd', GRAY = '#555';
 const state = {at: data.start, cost: 'gflops', lines: data.lines.map(line => line.shown)};
 
 function readAddress() {
@@ -103,7 +103,7 @@ function draw() {
     (point, k) => (k ? 'L' : 'M') + x(point[cost]).toFixed(1) + ' ' + y(point.ap).toFixed(1)).join('');
   for (const line of shown) drawBand(svg, line, x, y, cost);
   for (const line of shown.slice().reverse()) {
-    svg.append(element('path', {d: path(line.points), fill: 'none', stroke: line.colour,
+    svg.append(element('path', {d: path(line.points), fill: 'none', stroke: line.color,
       'stroke-width': line === data.lines[0] ? 2.6 : 1.8, 'stroke-dasharray': line.dash}));
   }
   drawEnds(svg, x, y, cost);
@@ -124,13 +124,13 @@ function drawAxes(svg, box, x, y, across, up, cost) {
     svg.append(element('line', {x1: x(tick.value), x2: x(tick.value), y1: box.top, y2: box.bottom,
       stroke: FAINT}));
     svg.append(element('text', {x: x(tick.value), y: box.bottom + 18, 'text-anchor': 'middle',
-      'font-size': 13, fill: GREY}, tick.text));
+      'font-size': 13, fill: GRAY}, tick.text));
   }
   for (const tick of up) {
     svg.append(element('line', {x1: box.left, x2: box.right, y1: y(tick.value), y2: y(tick.value),
       stroke: FAINT}));
     svg.append(element('text', {x: box.left - 6, y: y(tick.value) + 4, 'text-anchor': 'end',
-      'font-size': 13, fill: GREY}, tick.text));
+      'font-size': 13, fill: GRAY}, tick.text));
   }
   svg.append(element('text', {x: (box.left + box.right) / 2, y: box.bottom + 37,
     'text-anchor': 'middle', 'font-size': 13, fill: INK}, UNITS[cost]));
@@ -142,14 +142,14 @@ function drawBand(svg, line, x, y, cost) {
   if (points.length < 2) return;
   const side = (some, key) => some.map(
     point => x(point[cost]).toFixed(1) + ' ' + y(point[key]).toFixed(1)).join('L');
-  svg.append(element('path', {fill: line.colour, 'fill-opacity': line === data.lines[0] ? 0.16 : 0.1,
+  svg.append(element('path', {fill: line.color, 'fill-opacity': line === data.lines[0] ? 0.16 : 0.1,
     d: 'M' + side(points, 'high') + 'L' + side(points.slice().reverse(), 'low') + 'Z'}));
 }
 
 function drawEnds(svg, x, y, cost) {
   [data.points[0], data.points[data.points.length - 1]].forEach((end, exit) => {
     svg.append(element('rect', {x: x(end[cost]) - 6, y: y(end.ap) - 6, width: 12, height: 12,
-      fill: data.colours[exit]}));
+      fill: data.colors[exit]}));
   });
 }
 

@@ -1,6 +1,7 @@
 """The report's pictures: numbers -> PNG. Nothing here touches matplotlib's global state."""
+
 import io
-from typing import List, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -8,8 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-#: One colour for one thing, in all pictures; told apart by colour-blind readers too (Okabe-Ito).
-EXIT_COLOURS = ('#0072b2', '#d55e00')
+#: One color for one thing, in all pictures; told apart by color-blind readers too (Okabe-Ito).
+EXIT_COLORS = ('#0072b2', '#d55e00')
 _ROUTER, _RANDOM, _INK, _FAINT = '#222222', '#8a8a8a', '#333333', '#dddddd'
 #: Inches and dots per inch: narrow, so that the letters stay legible when a phone shrinks it.
 _WIDTH, _DPI = 5.2, 180
@@ -34,19 +35,39 @@ def trade_off_figure(rows: Sequence[Mapping]) -> Figure:
     column = {key: np.array([row[key] for row in rows]) for key in rows[0]}
     figure, axes = _figure(4.4)
     at_random, spread = column['random_ap'], column['random_std']
-    axes.fill_between(column['gflops'], at_random - spread, at_random + spread,
-                      color=_RANDOM, alpha=0.25, linewidth=0, label='± 1 standard deviation')
+    axes.fill_between(
+        column['gflops'],
+        at_random - spread,
+        at_random + spread,
+        color=_RANDOM,
+        alpha=0.25,
+        linewidth=0,
+        label='± 1 standard deviation',
+    )
     axes.plot(column['gflops'], at_random, '--', color=_RANDOM, label='random routing, mean')
     axes.plot(column['gflops'], column['ap'], 'o-', color=_ROUTER, markersize=5, label='router')
     for row in rows:
         if 0 < row['hard_share'] < 1:
-            axes.annotate(f"{row['hard_share']:.0%}", (row['gflops'], row['ap']), (-4, 6),
-                          textcoords='offset points', ha='right', fontsize=9, color=_INK)
+            axes.annotate(
+                f'{row["hard_share"]:.0%}',
+                (row['gflops'], row['ap']),
+                (-4, 6),
+                textcoords='offset points',
+                ha='right',
+                fontsize=9,
+                color=_INK,
+            )
     for row in rows:
         if row['hard_share'] in (0, 1):
             exit = int(row['hard_share'])
-            axes.plot(row['gflops'], row['ap'], 's', color=EXIT_COLOURS[exit], markersize=10,
-                      label=f'exit {exit} for all images')
+            axes.plot(
+                row['gflops'],
+                row['ap'],
+                's',
+                color=EXIT_COLORS[exit],
+                markersize=10,
+                label=f'exit {exit} for all images',
+            )
     axes.margins(x=0.07, y=0.12)
     axes.set(xlabel='GFLOPs per image', ylabel='AP (%)')
     axes.legend(fontsize=9, frameon=False, loc='lower right')
@@ -78,14 +99,24 @@ def histogram_figure(difficulties: np.ndarray, threshold: float) -> Figure:
     if bins[0] == bins[-1]:
         bins = bins[0] + np.linspace(-0.05, 0.05, 41)
     hard = difficulties > np.float32(threshold)
-    axes.hist([difficulties[~hard], difficulties[hard]], bins, stacked=True, color=EXIT_COLOURS,
-              label=['leave at exit 0', 'leave at exit 1'])
+    axes.hist(
+        [difficulties[~hard], difficulties[hard]],
+        bins,
+        stacked=True,
+        color=EXIT_COLORS,
+        label=['leave at exit 0', 'leave at exit 1'],
+    )
     if 0 <= threshold < 1:
-        axes.axvline(threshold, color=_ROUTER, linestyle='--',
-                     label=f'threshold {threshold:.3f}')
+        axes.axvline(threshold, color=_ROUTER, linestyle='--', label=f'threshold {threshold:.3f}')
     axes.set(xlabel='difficulty, from the router', ylabel='images')
-    axes.legend(fontsize=9, frameon=False, ncols=3, loc='lower center', bbox_to_anchor=(0.5, 1),
-                columnspacing=1.2)
+    axes.legend(
+        fontsize=9,
+        frameon=False,
+        ncols=3,
+        loc='lower center',
+        bbox_to_anchor=(0.5, 1),
+        columnspacing=1.2,
+    )
     return figure
 
 
@@ -101,9 +132,14 @@ def agreement_figure(given: np.ndarray, difficulties: np.ndarray) -> Figure:
     edges = np.linspace(given.min(), given.max(), 11)
     bins = np.digitize(given, edges[1:-1])
     filled = np.unique(bins)
-    axes.plot([given[bins == b].mean() for b in filled],
-              [difficulties[bins == b].mean() for b in filled],
-              'o-', color=_ROUTER, markersize=5, label='mean over a tenth of the range')
+    axes.plot(
+        [given[bins == b].mean() for b in filled],
+        [difficulties[bins == b].mean() for b in filled],
+        'o-',
+        color=_ROUTER,
+        markersize=5,
+        label='mean over a tenth of the range',
+    )
     axes.set(xlabel='difficulty in the annotation file', ylabel='difficulty, from the router')
     axes.legend(fontsize=9, frameon=False, loc='upper left')
     return figure
@@ -119,15 +155,28 @@ def sizes_figure(scores: Sequence[Mapping], objects: Mapping[str, int]) -> Figur
     figure, axes = _figure(3.6)
     for place, size in enumerate(objects):
         if scores[0][size] is None:
-            axes.annotate('no objects', (place, 0), (0, 4), textcoords='offset points', ha='center',
-                          fontsize=10, color=_RANDOM)
+            axes.annotate(
+                'no objects',
+                (place, 0),
+                (0, 4),
+                textcoords='offset points',
+                ha='center',
+                fontsize=10,
+                color=_RANDOM,
+            )
             continue
         for exit in (0, 1):
-            bar = axes.bar(place + 0.38 * (exit - 0.5), scores[exit][size], 0.36,
-                           color=EXIT_COLOURS[exit], label=f'exit {exit}' if place == 0 else None)
+            bar = axes.bar(
+                place + 0.38 * (exit - 0.5),
+                scores[exit][size],
+                0.36,
+                color=EXIT_COLORS[exit],
+                label=f'exit {exit}' if place == 0 else None,
+            )
             axes.bar_label(bar, fmt='%.1f', fontsize=9, padding=2, color=_INK)
-    axes.set_xticks(range(len(objects)),
-                    [f'{size}\n({count:,})' for size, count in objects.items()])
+    axes.set_xticks(
+        range(len(objects)), [f'{size}\n({count:,})' for size, count in objects.items()]
+    )
     axes.set(xlabel='size (number of objects)', ylabel='AP (%)', xlim=(-0.6, len(objects) - 0.4))
     axes.tick_params(axis='x', length=0)
     axes.margins(y=0.22)
@@ -136,8 +185,13 @@ def sizes_figure(scores: Sequence[Mapping], objects: Mapping[str, int]) -> Figur
     return figure
 
 
-def picture_figure(pixels: np.ndarray, detections: List[dict], names: Mapping[int, str],
-                   difficulty: float, exit: int) -> Figure:
+def picture_figure(
+    pixels: np.ndarray,
+    detections: list[dict],
+    names: Mapping[int, str],
+    difficulty: float,
+    exit: int,
+) -> Figure:
     """An image with its boxes.
 
     Args:
@@ -155,26 +209,41 @@ def picture_figure(pixels: np.ndarray, detections: List[dict], names: Mapping[in
     axes.set_axis_off()
     for detection in sorted(detections, key=lambda detection: detection['score']):
         if detection['score'] >= MIN_SCORE:
-            _draw_box(axes, detection, names, EXIT_COLOURS[exit], pixels.shape)
-    axes.text(0.015, 0.985, f'difficulty {difficulty:.2f}, exit {exit}', transform=axes.transAxes,
-              va='top', fontsize=8.5, color='white',
-              bbox=dict(facecolor='black', alpha=0.75, pad=2, edgecolor='none'))
+            _draw_box(axes, detection, names, EXIT_COLORS[exit], pixels.shape)
+    axes.text(
+        0.015,
+        0.985,
+        f'difficulty {difficulty:.2f}, exit {exit}',
+        transform=axes.transAxes,
+        va='top',
+        fontsize=8.5,
+        color='white',
+        bbox=dict(facecolor='black', alpha=0.75, pad=2, edgecolor='none'),
+    )
     return figure
 
 
-def _draw_box(axes: Axes, detection: dict, names: Mapping[int, str], colour: str,
-              image_shape: tuple) -> None:
+def _draw_box(
+    axes: Axes, detection: dict, names: Mapping[int, str], color: str, image_shape: tuple
+) -> None:
     x, y, width, height = detection['bbox']
-    axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=colour, linewidth=1.6))
+    axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=color, linewidth=1.6))
     category = detection['category_id']
     # Above the box and to the right of its corner, unless that leaves the image.
     top, right = y < 0.06 * image_shape[0], x > 0.85 * image_shape[1]
     # A dollar sign is no formula.
-    axes.text(min(x + width, image_shape[1]) if right else max(x, 0), max(y, 0),
-              f"{names.get(category, category)} {detection['score']:.2f}",
-              va='top' if top else 'bottom', ha='right' if right else 'left', fontsize=7.5,
-              color='white', parse_math=False, clip_on=True,
-              bbox=dict(facecolor=colour, alpha=0.85, pad=1, edgecolor='none'))
+    axes.text(
+        min(x + width, image_shape[1]) if right else max(x, 0),
+        max(y, 0),
+        f'{names.get(category, category)} {detection["score"]:.2f}',
+        va='top' if top else 'bottom',
+        ha='right' if right else 'left',
+        fontsize=7.5,
+        color='white',
+        parse_math=False,
+        clip_on=True,
+        bbox=dict(facecolor=color, alpha=0.85, pad=1, edgecolor='none'),
+    )
 
 
 def _figure(height: float) -> tuple:

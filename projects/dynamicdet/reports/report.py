@@ -1,8 +1,9 @@
 """One page that shows what a calibrated detector does: numbers in words, a table, pictures."""
+
 import itertools
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -10,9 +11,24 @@ from pycocotools.coco import COCO
 from scipy.stats import spearmanr
 
 from ..files import write_atomically
-from ..routing.curve import AREAS, check_record, difficulties_of, evaluate, gain_over_random, mix, trade_off
+from ..routing.curve import (
+    AREAS,
+    check_record,
+    difficulties_of,
+    evaluate,
+    gain_over_random,
+    mix,
+    trade_off,
+)
 from ..routing.thresholds import hard_share, threshold_for_share
-from .figures import agreement_figure, histogram_figure, picture_figure, png, sizes_figure, trade_off_figure
+from .figures import (
+    agreement_figure,
+    histogram_figure,
+    picture_figure,
+    png,
+    sizes_figure,
+    trade_off_figure,
+)
 from .report_page import BY_CALIBRATION, BY_QUANTILE, format_table, is_missed, make_page
 
 __all__ = ['BY_CALIBRATION', 'BY_QUANTILE', 'format_table', 'misses', 'sentences', 'write_report']
@@ -21,12 +37,14 @@ __all__ = ['BY_CALIBRATION', 'BY_QUANTILE', 'format_table', 'misses', 'sentences
 _GALLERY = 6
 
 
-def write_report(record: Mapping,
-                 coco: COCO,
-                 out_dir: Union[str, Path],
-                 rows: Optional[Sequence[Mapping]] = None,
-                 title: str = 'What the router is worth',
-                 calibrated: Sequence[Mapping] = ()) -> Path:
+def write_report(
+    record: Mapping,
+    coco: COCO,
+    out_dir: str | Path,
+    rows: Sequence[Mapping] | None = None,
+    title: str = 'What the router is worth',
+    calibrated: Sequence[Mapping] = (),
+) -> Path:
     """Write ``report.html``, self-contained, its pictures as PNG files, and ``report.json``.
 
     Args:
@@ -38,8 +56,8 @@ def write_report(record: Mapping,
         rows (Sequence[Mapping], optional): As `routing.curve.trade_off` gives them. Defaults to
             its rows for this record.
         title (str): Title of the page.
-        calibrated (Sequence[Mapping]): The rows of `routing.curve.by_calibration`. Defaults to none: the
-            checkpoint is not calibrated.
+        calibrated (Sequence[Mapping]): The rows of `routing.curve.by_calibration`. Defaults to
+            none: the checkpoint is not calibrated.
 
     Returns:
         Path: The page.
@@ -55,10 +73,23 @@ def write_report(record: Mapping,
     correlation = _rank_correlation(record, coco)
     plots = _plots(record, coco, rows, exits, correlation)
     gallery = _gallery(record, coco)
-    page = make_page(title, [*sentences(rows, record, exits), *misses(calibrated)], rows, list(plots.values()), gallery,
-                     record['provenance'], calibrated)
-    numbers = dict(rows=list(rows), calibrated=list(calibrated), exits=exits, gain=gain_over_random(rows),
-                   rank_correlation=correlation, provenance=record['provenance'])
+    page = make_page(
+        title,
+        [*sentences(rows, record, exits), *misses(calibrated)],
+        rows,
+        list(plots.values()),
+        gallery,
+        record['provenance'],
+        calibrated,
+    )
+    numbers = dict(
+        rows=list(rows),
+        calibrated=list(calibrated),
+        exits=exits,
+        gain=gain_over_random(rows),
+        rank_correlation=correlation,
+        provenance=record['provenance'],
+    )
     out_dir = Path(out_dir)
     for name, (_, content, _) in plots.items():
         write_atomically(content, out_dir / f'{name}.png')
@@ -70,7 +101,7 @@ def write_report(record: Mapping,
     return out_dir / 'report.html'
 
 
-def sentences(rows: Sequence[Mapping], record: Mapping, exits: Sequence[Mapping]) -> List[str]:
+def sentences(rows: Sequence[Mapping], record: Mapping, exits: Sequence[Mapping]) -> list[str]:
     """What the numbers say, in plain words, whichever way they fall.
 
     Args:
@@ -79,28 +110,36 @@ def sentences(rows: Sequence[Mapping], record: Mapping, exits: Sequence[Mapping]
         exits (Sequence[Mapping]): `routing.curve.evaluate` of exit 0 and of exit 1.
     """
     first, last = (scores['ap'] for scores in exits)
-    said = (f'better than exit 0 by {last - first:.2f} AP' if last > first else
-            'NOT better than exit 0')
+    said = (
+        f'better than exit 0 by {last - first:.2f} AP' if last > first else 'NOT better than exit 0'
+    )
     cheap, dear = record['gflops']
-    told = [f"On {len(record['images'])} images, exit 1 is {said} ({last:.2f} against "
-            f'{first:.2f}), for {dear:.2f} GFLOPs per image instead of {cheap:.2f}.']
+    told = [
+        f'On {len(record["images"])} images, exit 1 is {said} ({last:.2f} against '
+        f'{first:.2f}), for {dear:.2f} GFLOPs per image instead of {cheap:.2f}.'
+    ]
     middle = min(rows, key=lambda row: abs(row['hard_share'] - 0.5))
     if not 0 < middle['hard_share'] < 1:
-        return told + ['The router cannot be judged: no row of the table lies between none and all '
-                       'hard. Too many images have the same difficulty, or no such share was asked '
-                       'for.']
+        return told + [
+            'The router cannot be judged: no row of the table lies between none and all '
+            'hard. Too many images have the same difficulty, or no such share was asked '
+            'for.'
+        ]
     told.append(_verdict(middle))
     gain = gain_over_random(rows)
-    told.append(f"Over all shares between the ends, it {_gains(gain['mean'])} on average.")
+    told.append(f'Over all shares between the ends, it {_gains(gain["mean"])} on average.')
     if gain['half'] is not None and last > first:
         side = 'above' if gain['half'] >= 0 else 'below'
-        told.append(f'At half hard, its AP is {side} the straight line between the exits by '
-                    f"{abs(gain['half']):.0%} of their difference.")
+        told.append(
+            f'At half hard, its AP is {side} the straight line between the exits by '
+            f'{abs(gain["half"]):.0%} of their difference.'
+        )
     return told
 
 
-def misses(calibrated: Sequence[Mapping]) -> List[str]:
-    """A sentence on the hard share that calibrated thresholds miss most, if they miss any by more than chance.
+def misses(calibrated: Sequence[Mapping]) -> list[str]:
+    """A sentence on the hard share that calibrated thresholds miss most, if they miss any by more
+    than chance.
 
     Args:
         calibrated (Sequence[Mapping]): As `routing.curve.by_calibration` gives them.
@@ -109,14 +148,18 @@ def misses(calibrated: Sequence[Mapping]) -> List[str]:
     if not missed:
         return []
     worst = max(missed, key=lambda row: abs(row['hard_share'] - row['share']))
-    return [f"The calibrated threshold for {worst['share']:.0%} hard sends {worst['hard_share']:.1%} of these "
-            f"images on, where chance explains {worst['chance_low']:.1%} to {worst['chance_high']:.1%}: they differ "
-            'from those of the calibration. Calibrate on images like these, or hold the budget online.']
+    return [
+        f'The calibrated threshold for {worst["share"]:.0%} hard sends {worst["hard_share"]:.1%} '
+        'of these '
+        f'images on, where chance explains {worst["chance_low"]:.1%} to '
+        f'{worst["chance_high"]:.1%}: they differ '
+        'from those of the calibration. Calibrate on images like these, or hold the budget online.'
+    ]
 
 
 def _verdict(row: Mapping) -> str:
     gain, spread = row['ap'] - row['random_ap'], row['random_std']
-    where = 'half' if round(row['hard_share'], 2) == 0.5 else f"{row['hard_share']:.0%}"
+    where = 'half' if round(row['hard_share'], 2) == 0.5 else f'{row["hard_share"]:.0%}'
     head = f'With {where} of the images hard, the router'
     known = f'(standard deviation of random routing {spread:.2f})'
     gained = f'{head} {_gains(gain)} over random routing'
@@ -130,38 +173,56 @@ def _verdict(row: Mapping) -> str:
 
 
 def _gains(gain: float) -> str:
-    return f"{'gains' if gain >= 0 else 'loses'} {abs(gain):.2f} AP"
+    return f'{"gains" if gain >= 0 else "loses"} {abs(gain):.2f} AP'
 
 
-def _plots(record: Mapping, coco: COCO, rows: Sequence[Mapping], exits: Sequence[Mapping],
-           correlation: Optional[float]) -> Dict[str, Tuple[str, bytes, str]]:
+def _plots(
+    record: Mapping,
+    coco: COCO,
+    rows: Sequence[Mapping],
+    exits: Sequence[Mapping],
+    correlation: float | None,
+) -> dict[str, tuple[str, bytes, str]]:
     """Name -> heading, PNG, caption."""
     difficulties = difficulties_of(record)
     threshold = threshold_for_share(difficulties, 0.5)
     share = hard_share(difficulties, threshold)
     plots = dict(
-        trade_off=('The trade-off', trade_off_figure(rows),
-                   'What each hard share (percent at the points) costs and brings. Above the '
-                   'dashed line, the router chooses better than chance.'),
-        difficulty=('Difficulties', histogram_figure(difficulties, threshold),
-                    'How the router spreads the images, and the threshold for half hard: '
-                    f'{share:.0%} are above it and go on to exit 1.'),
-        sizes=('Each exit alone, by size of object',
-               sizes_figure([dict(scores, all=scores['ap']) for scores in exits],
-                            _count_objects(record, coco)),
-               'By the area of the objects: small below 32 x 32 pixels, large from 96 x 96.'))
+        trade_off=(
+            'The trade-off',
+            trade_off_figure(rows),
+            'What each hard share (percent at the points) costs and brings. Above the '
+            'dashed line, the router chooses better than chance.',
+        ),
+        difficulty=(
+            'Difficulties',
+            histogram_figure(difficulties, threshold),
+            'How the router spreads the images, and the threshold for half hard: '
+            f'{share:.0%} are above it and go on to exit 1.',
+        ),
+        sizes=(
+            'Each exit alone, by size of object',
+            sizes_figure(
+                [dict(scores, all=scores['ap']) for scores in exits], _count_objects(record, coco)
+            ),
+            'By the area of the objects: small below 32 x 32 pixels, large from 96 x 96.',
+        ),
+    )
     given = _given_difficulties(record, coco)
     if given is not None:
         value = 'not defined' if correlation is None else f'{correlation:.2f}'
         plots['agreement'] = (
-            "The router's difficulty and that of the data", agreement_figure(given, difficulties),
+            "The router's difficulty and that of the data",
+            agreement_figure(given, difficulties),
             'The difficulty that the images were made with, which the router never sees, against '
-            f"the router's. Spearman's rank correlation: {value} (1: same order, 0: unrelated).")
-    return {name: (heading, png(figure), caption)
-            for name, (heading, figure, caption) in plots.items()}
+            f"the router's. Spearman's rank correlation: {value} (1: same order, 0: unrelated).",
+        )
+    return {
+        name: (heading, png(figure), caption) for name, (heading, figure, caption) in plots.items()
+    }
 
 
-def _given_difficulties(record: Mapping, coco: COCO) -> Optional[np.ndarray]:
+def _given_difficulties(record: Mapping, coco: COCO) -> np.ndarray | None:
     """Difficulties in the annotation file, (n,), in the record's order; None unless it has all."""
     entries = coco.loadImgs([image['id'] for image in record['images']])
     if not all('difficulty' in entry for entry in entries):
@@ -169,7 +230,7 @@ def _given_difficulties(record: Mapping, coco: COCO) -> Optional[np.ndarray]:
     return np.array([entry['difficulty'] for entry in entries], float)
 
 
-def _rank_correlation(record: Mapping, coco: COCO) -> Optional[float]:
+def _rank_correlation(record: Mapping, coco: COCO) -> float | None:
     """Spearman's, in [-1, 1], of the router's difficulties and the annotation file's; None where
     the file has none or either side is constant."""
     given, difficulties = _given_difficulties(record, coco), difficulties_of(record)
@@ -178,15 +239,14 @@ def _rank_correlation(record: Mapping, coco: COCO) -> Optional[float]:
     return float(spearmanr(given, difficulties).statistic)
 
 
-def _count_objects(record: Mapping, coco: COCO) -> Dict[str, int]:
+def _count_objects(record: Mapping, coco: COCO) -> dict[str, int]:
     """Objects of the record's images by size; crowds are left out, as in AP."""
     found = coco.getAnnIds(imgIds=[image['id'] for image in record['images']], iscrowd=False)
     areas = [annotation['area'] for annotation in coco.loadAnns(found)]
-    return {size: sum(low <= area <= high for area in areas)
-            for size, (low, high) in AREAS.items()}
+    return {size: sum(low <= area <= high for area in areas) for size, (low, high) in AREAS.items()}
 
 
-def _gallery(record: Mapping, coco: COCO) -> Dict[str, List[Tuple[str, Optional[bytes], str]]]:
+def _gallery(record: Mapping, coco: COCO) -> dict[str, list[tuple[str, bytes | None, str]]]:
     """The easiest and the hardest images: name, PNG if it can be read, caption."""
     difficulties = difficulties_of(record)
     threshold = np.float32(threshold_for_share(difficulties, 0.5))
@@ -194,13 +254,22 @@ def _gallery(record: Mapping, coco: COCO) -> Dict[str, List[Tuple[str, Optional[
     order = np.argsort(difficulties, kind='stable').tolist()
     count = min(_GALLERY, max(1, len(order) // 2))
     chosen = dict(easiest=order[:count], hardest=order[::-1][:count])
-    return {end: [_shown(record['images'][index], names, int(difficulties[index] > threshold),
-                         f'{end}_{place}') for place, index in enumerate(indices, 1)]
-            for end, indices in chosen.items()}
+    return {
+        end: [
+            _shown(
+                record['images'][index],
+                names,
+                int(difficulties[index] > threshold),
+                f'{end}_{place}',
+            )
+            for place, index in enumerate(indices, 1)
+        ]
+        for end, indices in chosen.items()
+    }
 
 
 def _shown(image: Mapping, names: Mapping[int, str], exit: int, name: str) -> tuple:
-    caption = f"{Path(image['file']).name}: difficulty {image['difficulty']:.3f}, exit {exit}"
+    caption = f'{Path(image["file"]).name}: difficulty {image["difficulty"]:.3f}, exit {exit}'
     try:
         # Boxes are in the frame that mmcv reads, turned as the camera says.
         with Image.open(image['file']) as file:

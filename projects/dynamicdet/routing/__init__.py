@@ -1,7 +1,28 @@
-from .objective import FITS, GAINS, OBJECTIVES, Objective, build_objective, image_aps, offset_of, quantiles_of, ranks_of
+from .objective import (
+    FITS,
+    GAINS,
+    OBJECTIVES,
+    Objective,
+    build_objective,
+    image_aps,
+    offset_of,
+    quantiles_of,
+    ranks_of,
+)
 from .thresholds import hard_share, resolve_threshold, share_for_latency, threshold_for_share
 
 __all__ = [
-    'FITS', 'GAINS', 'OBJECTIVES', 'Objective', 'build_objective', 'hard_share', 'image_aps', 'offset_of',
-    'quantiles_of', 'ranks_of', 'resolve_threshold', 'share_for_latency', 'threshold_for_share'
+    'FITS',
+    'GAINS',
+    'OBJECTIVES',
+    'Objective',
+    'build_objective',
+    'hard_share',
+    'image_aps',
+    'offset_of',
+    'quantiles_of',
+    'ranks_of',
+    'resolve_threshold',
+    'share_for_latency',
+    'threshold_for_share',
 ]

@@ -1,67 +1,84 @@
-"""Hold a budget on a stream whose images grow harder or easier, and on a machine whose speed changes.
+"""Hold a budget on a stream whose images grow harder or easier, and on a machine whose speed
+changes.
 
-Letters: ``share`` is the hard share that is aimed at, in [0, 1]; ``costs`` what each of the K exits costs per
-image; ``span`` the cost of the last exit minus that of the first; ``gain`` the share that one image moves
-whose cost misses the target by a whole span.
+Letters: ``share`` is the hard share that is aimed at, in [0, 1]; ``costs`` what each of the K exits
+costs per image; ``span`` the cost of the last exit minus that of the first; ``gain`` the share that
+one image moves whose cost misses the target by a whole span.
 """
+
 import math
 import warnings
 from collections import deque
-from typing import Dict, Mapping, Optional, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from ..errors import UsageError
-from .thresholds import Thresholds, check_budget, latency_of, share_for_gflops, share_for_latency, thresholds_for_share
+from .thresholds import (
+    Thresholds,
+    check_budget,
+    latency_of,
+    share_for_gflops,
+    share_for_latency,
+    thresholds_for_share,
+)
 
-#: A single measurement counts as no more spans than this above or below the target: a machine that was
-#: suspended, or a first call that compiles, moves the share by a little, not to its end.
+#: A single measurement counts as no more spans than this above or below the target: a machine that
+#: was suspended, or a first call that compiles, moves the share by a little, not to its end.
 _MOST_SPANS = 3.0
-#: The most that one call moves the share, per span of error. An integrator of one step is stable below 2; a
-#: quarter leaves room for a load that multiplies the span.
+#: The most that one call moves the share, per span of error. An integrator of one step is stable
+#: below 2; a quarter leaves room for a load that multiplies the span.
 _MOST_STEP = 0.5
 
-_UNITS = dict(target_latency='{:.4g} s per image', throughput='{:.4g} s per image',
-              hard_share='a hard share of {:.3g}', target_gflops='{:.4g} GFLOPs per image')
+_UNITS = dict(
+    target_latency='{:.4g} s per image',
+    throughput='{:.4g} s per image',
+    hard_share='a hard share of {:.3g}',
+    target_gflops='{:.4g} GFLOPs per image',
+)
 
 
 class Controller:
-    """An online budget: thresholds from the difficulties of the last images, corrected by what images cost.
+    """An online budget: thresholds from the difficulties of the last images, corrected by what
+    images cost.
 
-    Two parts. The threshold is the quantile of the last ``window`` difficulties that gives the current hard
-    share, so it follows a drift of the difficulties within half a window. The share itself is an integral:
+    Two parts. The threshold is the quantile of the last ``window`` difficulties that gives the
+    current hard share, so it follows a drift of the difficulties within half a window. The share
+    itself is an integral:
 
         share <- share + gain * images * (target - cost) / span, kept in [0, 1]
 
-    It stops at its ends (no wind-up), so it turns back with the first image that costs less or more. And it
-    bounds the error: away from the ends, what all images of any stretch cost above the target is what the
-    share lost in it times ``span / gain``. So a running mean over W images is off by at most ``span / (gain *
-    W)`` times the change of the share over those W images.
+    It stops at its ends (no wind-up), so it turns back with the first image that costs less or
+    more. And it bounds the error: away from the ends, what all images of any stretch cost above the
+    target is what the share lost in it times ``span / gain``. So a running mean over W images is
+    off by at most ``span / (gain * W)`` times the change of the share over those W images.
 
-    Give exactly one of the first four. ``decide`` is called with the difficulties of each batch and gives its
-    threshold; for a latency or a throughput ``measure`` is called with the seconds that images took, as they
-    become known. Memory: one float per image of the window. Not for several threads at once.
+    Give exactly one of the first four. ``decide`` is called with the difficulties of each batch and
+    gives its threshold; for a latency or a throughput ``measure`` is called with the seconds that
+    images took, as they become known. Memory: one float per image of the window. Not for several
+    threads at once.
 
     Args:
         target_latency (float, optional): Mean seconds per image.
         throughput (float, optional): Images per second: a target latency of ``1 / throughput``.
         hard_share (float, optional): In [0, 1].
         target_gflops (float, optional): Mean GFLOPs per image; takes ``costs``.
-        costs (Sequence[float], optional): Seconds, or GFLOPs, of each exit, (K,), rising: a calibration's. A
-            latency needs none: it then starts at half hard, and takes the target for the span.
-        difficulties (Sequence[float], optional): A calibration's, to start from. Without, the first batch is
-            all that is known of the first threshold.
+        costs (Sequence[float], optional): Seconds, or GFLOPs, of each exit, (K,), rising: a
+            calibration's. A latency needs none: it then starts at half hard, and takes the target
+            for the span.
+        difficulties (Sequence[float], optional): A calibration's, to start from. Without, the first
+            batch is all that is known of the first threshold.
         exits (int): K. Defaults to 2.
-        window (int): How many images the threshold is taken from, and the time constant of ``mean``. Defaults
-            to 256.
-        gain (float): In (0, 0.1]. ``1 / gain`` is the time constant in images. The share trembles by about
-            ``sqrt(gain / 8)`` at half hard, 0.035 at the default. Defaults to 0.01.
+        window (int): How many images the threshold is taken from, and the time constant of
+            ``mean``. Defaults to 256.
+        gain (float): In (0, 0.1]. ``1 / gain`` is the time constant in images. The share trembles
+            by about ``sqrt(gain / 8)`` at half hard, 0.035 at the default. Defaults to 0.01.
 
     Attributes:
         share (float): The hard share aimed at.
         threshold (float or list[float]): As last decided.
-        mean (float): Mean cost per image, forgotten exponentially over ``window`` images; NaN before the
-            first.
+        mean (float): Mean cost per image, forgotten exponentially over ``window`` images; NaN
+            before the first.
         ignored (int): How many difficulties and measurements were no usable numbers.
 
     Raises:
@@ -73,30 +90,40 @@ class Controller:
         >>> controller.measure(seconds=0.09, images=3)
     """
 
-    def __init__(self,
-                 target_latency: Optional[float] = None,
-                 throughput: Optional[float] = None,
-                 hard_share: Optional[float] = None,
-                 target_gflops: Optional[float] = None,
-                 costs: Optional[Sequence[float]] = None,
-                 difficulties: Optional[Sequence[float]] = None,
-                 exits: int = 2,
-                 window: int = 256,
-                 gain: float = 0.01) -> None:
-        given = dict(target_latency=target_latency, throughput=throughput, hard_share=hard_share,
-                     target_gflops=target_gflops)
+    def __init__(
+        self,
+        target_latency: float | None = None,
+        throughput: float | None = None,
+        hard_share: float | None = None,
+        target_gflops: float | None = None,
+        costs: Sequence[float] | None = None,
+        difficulties: Sequence[float] | None = None,
+        exits: int = 2,
+        window: int = 256,
+        gain: float = 0.01,
+    ) -> None:
+        given = dict(
+            target_latency=target_latency,
+            throughput=throughput,
+            hard_share=hard_share,
+            target_gflops=target_gflops,
+        )
         given = {name: value for name, value in given.items() if value is not None}
         if len(given) != 1:
-            raise UsageError(f'a controller takes exactly one of target_latency, throughput, hard_share and '
-                             f'target_gflops; got {given}')
-        (self._aim, target), = given.items()
+            raise UsageError(
+                f'a controller takes exactly one of target_latency, throughput, hard_share and '
+                f'target_gflops; got {given}'
+            )
+        ((self._aim, target),) = given.items()
         self.exits = len(costs) if costs is not None else exits
         if self.exits < 2:
             raise UsageError(f'a controller chooses between two exits or more, got {self.exits}')
         self.target = _check_target(self._aim, target)
         if not isinstance(window, int) or window < 1 or not 0 < gain <= 0.1:
-            raise UsageError(f'window must be an integer of 1 or more and gain in (0, 0.1]; got {window} and '
-                             f'{gain}')
+            raise UsageError(
+                f'window must be an integer of 1 or more and gain in (0, 0.1]; got {window} and '
+                f'{gain}'
+            )
         self.window, self.gain = window, gain
         self._costs = self._known_costs(costs)
         self.span = self.target if self._costs is None else self._costs[-1] - self._costs[0]
@@ -105,18 +132,22 @@ class Controller:
         self._recent = deque(_thin(difficulties, window), maxlen=window)
         self.threshold: Thresholds = self._quantile() if self._recent else _middle(self.exits)
 
-    def _known_costs(self, costs: Optional[Sequence[float]]) -> Optional[np.ndarray]:
+    def _known_costs(self, costs: Sequence[float] | None) -> np.ndarray | None:
         if self._aim == 'hard_share':
             # A share is a cost, too: nothing at the first exit, one at the last.
             return np.arange(self.exits) / (self.exits - 1)
         if costs is None:
             if self._aim == 'target_gflops':
-                raise UsageError('target_gflops needs the GFLOPs of each exit: calibrate, or give costs')
+                raise UsageError(
+                    'target_gflops needs the GFLOPs of each exit: calibrate, or give costs'
+                )
             return None
         costs = np.asarray(costs, float)
         if not np.isfinite(costs).all() or not costs[0] > 0 or not costs[0] < costs[-1]:
-            raise UsageError('costs must be finite, above 0, the last exit the dearest: measure them again on '
-                             f'a quiet machine; got {costs.tolist()}')
+            raise UsageError(
+                'costs must be finite, above 0, the last exit the dearest: measure them again on '
+                f'a quiet machine; got {costs.tolist()}'
+            )
         return costs
 
     def _first_share(self) -> float:
@@ -127,23 +158,29 @@ class Controller:
         convert = share_for_gflops if self._aim == 'target_gflops' else share_for_latency
         within = float(np.clip(self.target, self._costs[0], self._costs[-1]))
         if within != self.target:
-            warnings.warn(f'{_UNITS[self._aim].format(self.target)} is outside what the exits were calibrated '
-                          f'to, {self._costs[0]:.4g} to {self._costs[-1]:.4g}: it may be out of reach')
+            warnings.warn(
+                f'{_UNITS[self._aim].format(self.target)} is outside what the exits were '
+                'calibrated '
+                f'to, {self._costs[0]:.4g} to {self._costs[-1]:.4g}: it may be out of reach'
+            )
         return convert(within, *self._costs.tolist())
 
     @property
     def measures(self) -> bool:
-        """Whether it wants to be told how long images take: those of a latency and a throughput do."""
+        """Whether it wants to be told how long images take: those of a latency and a throughput
+        do."""
         return self._aim in ('target_latency', 'throughput')
 
     def decide(self, difficulties: Sequence[float]) -> Thresholds:
         """Take the difficulties of a batch, and say its threshold.
 
         Args:
-            difficulties (Sequence[float]): (n,), in the order of arrival. What is not in [0, 1] is ignored.
+            difficulties (Sequence[float]): (n,), in the order of arrival. What is not in [0, 1] is
+                ignored.
 
         Returns:
-            float or list[float]: The threshold of two exits, or the K - 1 of more, for these images.
+            float or list[float]: The threshold of two exits, or the K - 1 of more, for these
+                images.
         """
         scores = np.asarray(difficulties, np.float32).reshape(-1)
         # Not `scores < 0 or ...`, which lets NaN pass.
@@ -185,35 +222,50 @@ class Controller:
         self._watch(wanted != self.share, images)
 
     def _watch(self, pinned: bool, images: int) -> None:
-        """Say once when the target is out of reach, and be ready to say it again after it was in reach."""
+        """Say once when the target is out of reach, and be ready to say it again after it was in
+        reach."""
         self._pinned = self._pinned + images if pinned else 0
         if self.fault and not self._told:
             warnings.warn(self.fault)
         self._told = self.fault is not None
 
     @property
-    def fault(self) -> Optional[str]:
+    def fault(self) -> str | None:
         """Why the target is not met, in one line; None while it is in reach.
 
-        It is out of reach when the share has stood at an end for a whole window. Being cheaper than the
-        target with every image at the last exit counts as well.
+        It is out of reach when the share has stood at an end for a whole window. Being cheaper than
+        the target with every image at the last exit counts as well.
         """
         if self._pinned < self.window:
             return None
         end = 'first' if self.share == 0 else 'last'
-        return (f'{_UNITS[self._aim].format(self.target)} is out of reach: the mean is '
-                f'{_UNITS[self._aim].format(self.mean)} with every image at the {end} exit')
+        return (
+            f'{_UNITS[self._aim].format(self.target)} is out of reach: the mean is '
+            f'{_UNITS[self._aim].format(self.mean)} with every image at the {end} exit'
+        )
 
-    def status(self) -> Dict[str, object]:
+    def status(self) -> dict[str, object]:
         """What a server may want to log: plain numbers and ``fault``."""
-        return dict(target=self.target, mean=self.mean, share=float(self.share), threshold=self.threshold,
-                    images=len(self._recent), ignored=self.ignored, fault=self.fault)
+        return dict(
+            target=self.target,
+            mean=self.mean,
+            share=float(self.share),
+            threshold=self.threshold,
+            images=len(self._recent),
+            ignored=self.ignored,
+            fault=self.fault,
+        )
 
-    def state_dict(self) -> Dict[str, object]:
+    def state_dict(self) -> dict[str, object]:
         """All that changes with the stream, as plain numbers and lists: JSON holds it."""
-        return dict(share=self.share, threshold=self.threshold, recent=list(self._recent),
-                    mean=None if math.isnan(self.mean) else self.mean, ignored=self.ignored,
-                    pinned=self._pinned)
+        return dict(
+            share=self.share,
+            threshold=self.threshold,
+            recent=list(self._recent),
+            mean=None if math.isnan(self.mean) else self.mean,
+            ignored=self.ignored,
+            pinned=self._pinned,
+        )
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go on where another controller was. Its target, window and gain are this one's.
@@ -224,12 +276,22 @@ class Controller:
         try:
             share, mean = float(state['share']), state['mean']
             recent = [float(one) for one in state['recent']]
-            threshold, ignored, pinned = state['threshold'], int(state['ignored']), int(state['pinned'])
-            fits = (0 <= share <= 1 and all(0 <= one <= 1 for one in recent)
-                    and np.size(threshold) == self.exits - 1 and np.isfinite(threshold).all()
-                    and (mean is None or math.isfinite(mean)))
+            threshold, ignored, pinned = (
+                state['threshold'],
+                int(state['ignored']),
+                int(state['pinned']),
+            )
+            fits = (
+                0 <= share <= 1
+                and all(0 <= one <= 1 for one in recent)
+                and np.size(threshold) == self.exits - 1
+                and np.isfinite(threshold).all()
+                and (mean is None or math.isfinite(mean))
+            )
         except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(f'this is no state of a controller: {type(error).__name__}: {error}') from error
+            raise UsageError(
+                f'this is no state of a controller: {type(error).__name__}: {error}'
+            ) from error
         if not fits:
             raise UsageError(f'this is no state of a controller of {self.exits} exits')
         self.share, self.threshold, self.ignored, self._pinned = share, threshold, ignored, pinned
@@ -254,7 +316,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
 
 
-def _thin(difficulties: Optional[Sequence[float]], count: int) -> list:
+def _thin(difficulties: Sequence[float] | None, count: int) -> list:
     """At most so many quantiles of a calibration's difficulties."""
     if difficulties is None or not len(difficulties):
         return []

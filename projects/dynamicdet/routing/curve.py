@@ -1,10 +1,11 @@
 """What a hard share buys: AP and cost of a router's choice, against a choice at random.
 
-All functions work on a *record* of one pass in which every image went through all exits; see `record`.
-So the model runs once, and a share costs milliseconds. AP is COCO's, in percent. Intervals hold 95 % of
-the AP over bootstrap resamples of the images.
+All functions work on a *record* of one pass in which every image went through all exits; see
+`record`. So the model runs once, and a share costs milliseconds. AP is COCO's, in percent.
+Intervals hold 95 % of the AP over bootstrap resamples of the images.
 """
-from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -15,14 +16,29 @@ from .served import chance_interval
 from .thresholds import threshold_for_share
 
 __all__ = [
-    'AREAS', 'Chance', 'SHARES', 'bootstrap_weights', 'by_calibration', 'check_record', 'choose', 'costs_of',
-    'difficulties_of', 'evaluate', 'gain_over_random', 'hard_for', 'interval', 'mix', 'split', 'trade_off'
+    'AREAS',
+    'Chance',
+    'SHARES',
+    'bootstrap_weights',
+    'by_calibration',
+    'check_record',
+    'choose',
+    'costs_of',
+    'difficulties_of',
+    'evaluate',
+    'gain_over_random',
+    'hard_for',
+    'interval',
+    'mix',
+    'split',
+    'trade_off',
 ]
 
 SHARES = tuple(tenth / 10 for tenth in range(11))
 #: Resamples of the images: the ends of a 95 % interval then rest on five of them each.
 RESAMPLES = 200
-#: Draws of random routing: on 1,000 images one has a standard deviation of some 0.4 AP, their mean of 0.06.
+#: Draws of random routing: on 1,000 images one has a standard deviation of some 0.4 AP, their mean
+#: of 0.06.
 DRAWS = 40
 
 #: APs closer than this, in percent, are equal: only rounding parts them.
@@ -49,7 +65,7 @@ def choose(difficulties: Sequence[float], thresholds: Sequence[float]) -> np.nda
     return np.searchsorted(thresholds, np.asarray(difficulties, np.float32), side='left')
 
 
-def split(scores: Sequence[float], share: float) -> Tuple[float, np.ndarray]:
+def split(scores: Sequence[float], share: float) -> tuple[float, np.ndarray]:
     """The hardest images, by any scores: `threshold_for_share` for scores of any range.
 
     Args:
@@ -80,10 +96,12 @@ def bootstrap_weights(images: int, resamples: int = RESAMPLES, seed: int = 0) ->
 
     The same arguments give the same draws, so that what is compared is compared on the same images.
     """
-    return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=resamples)
+    return np.random.default_rng(seed).multinomial(
+        images, np.full(images, 1 / images), size=resamples
+    )
 
 
-def interval(values: Sequence[float]) -> Tuple[Optional[float], Optional[float]]:
+def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
     """Ends of the 95 % interval of resampled values, NaN left out; None without any."""
     values = np.asarray(values, float)
     values = values[~np.isnan(values)]
@@ -100,7 +118,8 @@ class Chance:
 
     Args:
         mixtures (Mixtures): Of the record.
-        exits (tuple[int, int]): Where easy and hard images leave. Defaults to the first and the last.
+        exits (tuple[int, int]): Where easy and hard images leave. Defaults to the first and the
+            last.
         draws (int): Draws per number of hard images, at least 2. Defaults to 40.
         resamples (int): Bootstrap resamples of the images, 0 for no intervals. Defaults to 200.
         seed (int): Seed of draws and resamples. Defaults to 0.
@@ -114,29 +133,35 @@ class Chance:
         UsageError: If there are too few draws or no such exits.
     """
 
-    def __init__(self, mixtures: Mixtures, exits: Tuple[int, int] = (0, -1), draws: int = DRAWS,
-                 resamples: int = RESAMPLES, seed: int = 0) -> None:
+    def __init__(
+        self,
+        mixtures: Mixtures,
+        exits: tuple[int, int] = (0, -1),
+        draws: int = DRAWS,
+        resamples: int = RESAMPLES,
+        seed: int = 0,
+    ) -> None:
         if draws < 2:
             raise UsageError(f'a standard deviation needs 2 random draws or more, got {draws}')
         self.mixtures, self._draws, self._seed = mixtures, draws, seed
         self.exits = tuple(_exit(exit, mixtures.exits) for exit in exits)
         self.weights = bootstrap_weights(mixtures.images, resamples, seed)
-        self._known: Dict[int, tuple] = {}
-        self._resampled: Dict[bytes, np.ndarray] = {}
+        self._known: dict[int, tuple] = {}
+        self._resampled: dict[bytes, np.ndarray] = {}
 
     def choice(self, is_hard: Sequence[bool]) -> np.ndarray:
         """The exit of each image, (n,), by whether it is hard."""
         return np.where(is_hard, self.exits[1], self.exits[0])
 
     def resampled(self, choice: Sequence[int]) -> np.ndarray:
-        """AP of a choice on each resample, (B,), in percent. Kept: exits and oracles are asked for again
-        and again."""
+        """AP of a choice on each resample, (B,), in percent. Kept: exits and oracles are asked for
+        again and again."""
         key = np.asarray(choice, np.int8).tobytes()
         if key not in self._resampled:
             self._resampled[key] = np.array([self.mixtures.ap(choice, own) for own in self.weights])
         return self._resampled[key]
 
-    def at(self, hard: int) -> Tuple[float, float, np.ndarray]:
+    def at(self, hard: int) -> tuple[float, float, np.ndarray]:
         """AP where so many images, drawn at random, are hard.
 
         Returns:
@@ -146,7 +171,7 @@ class Chance:
             self._known[hard] = self._measure(hard)
         return self._known[hard]
 
-    def _measure(self, hard: int) -> Tuple[float, float, np.ndarray]:
+    def _measure(self, hard: int) -> tuple[float, float, np.ndarray]:
         images = self.mixtures.images
         choice = self.choice(np.arange(images) < hard)
         # All or none: there is one way to draw them.
@@ -154,32 +179,40 @@ class Chance:
             return self.mixtures.ap(choice), 0.0, self.resampled(choice)
         generator = np.random.default_rng([self._seed, hard])
         found = [self.mixtures.ap(generator.permutation(choice)) for _ in range(self._draws)]
-        return float(np.mean(found)), float(np.std(found, ddof=1)), self._resampled_mean(choice, generator)
+        return (
+            float(np.mean(found)),
+            float(np.std(found, ddof=1)),
+            self._resampled_mean(choice, generator),
+        )
 
     def _resampled_mean(self, choice: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """The AP of expected counts follows the resample without the noise of a draw, but is a little
-        below the mean of draws (precision is the best at a recall *or above*, and noise makes a best
-        better). How much is the same for all resamples, and one draw on each tells."""
+        """The AP of expected counts follows the resample without the noise of a draw, but is a
+        little below the mean of draws (precision is the best at a recall *or above*, and noise
+        makes a best better). How much is the same for all resamples, and one draw on each tells."""
         if not len(self.weights):
             return np.zeros(0)
         probabilities = np.zeros((self.mixtures.images, self.mixtures.exits))
         for exit in self.exits:
             probabilities[:, exit] = (choice == exit).mean()
         expected = np.array([self.mixtures.expected_ap(probabilities, own) for own in self.weights])
-        drawn = np.array([self.mixtures.ap(generator.permutation(choice), own) for own in self.weights])
+        drawn = np.array(
+            [self.mixtures.ap(generator.permutation(choice), own) for own in self.weights]
+        )
         return expected + np.nanmean(drawn - expected)
 
 
-def trade_off(record: Mapping,
-              coco: COCO,
-              scores: Optional[Sequence[float]] = None,
-              shares: Sequence[float] = SHARES,
-              random_draws: int = DRAWS,
-              seed: int = 0,
-              progress: Optional[Callable[[int, int], None]] = None,
-              exits: Tuple[int, int] = (0, -1),
-              resamples: int = RESAMPLES,
-              chance: Optional[Chance] = None) -> List[dict]:
+def trade_off(
+    record: Mapping,
+    coco: COCO,
+    scores: Sequence[float] | None = None,
+    shares: Sequence[float] = SHARES,
+    random_draws: int = DRAWS,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    exits: tuple[int, int] = (0, -1),
+    resamples: int = RESAMPLES,
+    chance: Chance | None = None,
+) -> list[dict]:
     """AP and cost at several hard shares.
 
     Args:
@@ -191,10 +224,12 @@ def trade_off(record: Mapping,
         random_draws (int): Draws of random routing per share, at least 2. Defaults to 40.
         seed (int): Seed of the draws and of the resamples. Defaults to 0.
         progress (Callable, optional): Called with (rows done, rows in all) after each.
-        exits (tuple[int, int]): Where easy and hard images leave. Defaults to the first and the last.
+        exits (tuple[int, int]): Where easy and hard images leave. Defaults to the first and the
+            last.
         resamples (int): Bootstrap resamples, 0 for no intervals. Defaults to 200.
-        chance (Chance, optional): Random routing on the same record, to share with other routers. It
-            stands for ``random_draws``, ``seed``, ``exits`` and ``resamples``. Defaults to a new one.
+        chance (Chance, optional): Random routing on the same record, to share with other routers.
+            It stands for ``random_draws``, ``seed``, ``exits`` and ``resamples``. Defaults to a new
+            one.
 
     Returns:
         list[dict]: Per share:
@@ -215,25 +250,34 @@ def trade_off(record: Mapping,
     if chance is None:
         chance = Chance(Mixtures(record, coco), exits, random_draws, resamples, seed)
     scores = difficulties_of(record) if scores is None else np.asarray(scores)
-    if scores.shape != (chance.mixtures.images, ):
-        raise UsageError(f'a router gives one score for each of {chance.mixtures.images} images, got '
-                         f'scores of shape {scores.shape}')
+    if scores.shape != (chance.mixtures.images,):
+        raise UsageError(
+            f'a router gives one score for each of {chance.mixtures.images} images, got '
+            f'scores of shape {scores.shape}'
+        )
     rows = []
     for share in shares:
         threshold, is_hard = split(scores, share)
-        rows.append(dict(share=share, threshold=threshold, hard_share=float(is_hard.mean()),
-                         **costs_of(record, is_hard, chance.exits), **_worth(chance, is_hard)))
+        rows.append(
+            dict(
+                share=share,
+                threshold=threshold,
+                hard_share=float(is_hard.mean()),
+                **costs_of(record, is_hard, chance.exits),
+                **_worth(chance, is_hard),
+            )
+        )
         if progress:
             progress(len(rows), len(shares))
     return rows
 
 
-def by_calibration(record: Mapping,
-                   chance: Chance,
-                   difficulties: Sequence[float],
-                   shares: Sequence[float] = SHARES) -> List[dict]:
-    """AP and cost at several hard shares by the thresholds that a calibration gives for them, on images which it may
-    not have seen: what is served, where `trade_off` takes the quantiles of the record itself.
+def by_calibration(
+    record: Mapping, chance: Chance, difficulties: Sequence[float], shares: Sequence[float] = SHARES
+) -> list[dict]:
+    """AP and cost at several hard shares by the thresholds that a calibration gives for them, on
+    images which it may not have seen: what is served, where `trade_off` takes the quantiles of the
+        record itself.
 
     Args:
         record (Mapping): See `record`.
@@ -242,9 +286,10 @@ def by_calibration(record: Mapping,
         shares (Sequence[float]): Wanted hard shares, in [0, 1]. Defaults to 0, 0.1, ... 1.
 
     Returns:
-        list[dict]: Per share ``share``, ``threshold``, ``hard_share`` that is served, ``chance_low`` and
-        ``chance_high``, the shares that chance explains (`served.chance_interval`), ``ap``, ``ap50``, ``gflops`` and
-        ``latency`` as of `trade_off`.
+        list[dict]: Per share ``share``, ``threshold``, ``hard_share`` that is served,
+            ``chance_low`` and
+        ``chance_high``, the shares that chance explains (`served.chance_interval`), ``ap``,
+        ``ap50``, ``gflops`` and ``latency`` as of `trade_off`.
     """
     own, rows = difficulties_of(record), []
     for share in shares:
@@ -252,13 +297,21 @@ def by_calibration(record: Mapping,
         is_hard = own > np.float32(threshold)
         above = int((np.asarray(difficulties, np.float32) > np.float32(threshold)).sum())
         low, high = chance_interval(above, len(difficulties), len(own))
-        rows.append(dict(share=share, threshold=threshold, hard_share=float(is_hard.mean()), chance_low=low,
-                         chance_high=high, **costs_of(record, is_hard, chance.exits),
-                         **chance.mixtures.scores(chance.choice(is_hard), sizes=False)))
+        rows.append(
+            dict(
+                share=share,
+                threshold=threshold,
+                hard_share=float(is_hard.mean()),
+                chance_low=low,
+                chance_high=high,
+                **costs_of(record, is_hard, chance.exits),
+                **chance.mixtures.scores(chance.choice(is_hard), sizes=False),
+            )
+        )
     return rows
 
 
-def gain_over_random(rows: Sequence[Mapping]) -> Dict[str, Optional[float]]:
+def gain_over_random(rows: Sequence[Mapping]) -> dict[str, float | None]:
     """How much a router is worth.
 
     Args:
@@ -288,14 +341,17 @@ def _exit(exit: int, exits: int) -> int:
     return exit % exits
 
 
-def costs_of(record: Mapping, is_hard: np.ndarray, exits: Tuple[int, int] = (0, -1)) -> Dict[str, float]:
-    """What a choice costs per image: ``gflops`` and ``latency``, seconds; each image by its own where the
-    record has that.
+def costs_of(
+    record: Mapping, is_hard: np.ndarray, exits: tuple[int, int] = (0, -1)
+) -> dict[str, float]:
+    """What a choice costs per image: ``gflops`` and ``latency``, seconds; each image by its own
+    where the record has that.
 
     Args:
         record (Mapping): See `record`.
         is_hard (np.ndarray): (n,) bools; or, of images drawn at random, the share that is hard.
-        exits (tuple[int, int]): Where easy and hard images leave. Defaults to the first and the last.
+        exits (tuple[int, int]): Where easy and hard images leave. Defaults to the first and the
+            last.
     """
     costs = {}
     for name, key in (('gflops', 'gflops'), ('latency', 'latencies')):
@@ -305,7 +361,8 @@ def costs_of(record: Mapping, is_hard: np.ndarray, exits: Tuple[int, int] = (0, 
 
 
 def hard_for(record: Mapping, scores: Sequence[float], gflops: float) -> np.ndarray:
-    """The hardest images that a router may send from the first to the last exit for so many GFLOPs per image.
+    """The hardest images that a router may send from the first to the last exit for so many GFLOPs
+    per image.
 
     Args:
         record (Mapping): See `record`.

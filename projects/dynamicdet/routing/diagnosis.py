@@ -1,75 +1,93 @@
 """What the figures of a router mean, in plain sentences, and what to try next.
 
-A figure with an interval, an *estimate*, is ``(value, low, high)``: 95 %, over resamples of the images. What
-an interval does not settle is never claimed: the sentence then says that it cannot be told. An estimate
-whose value or ends are None or NaN settles nothing.
+A figure with an interval, an *estimate*, is ``(value, low, high)``: 95 %, over resamples of the
+images. What an interval does not settle is never claimed: the sentence then says that it cannot be
+told. An estimate whose value or ends are None or NaN settles nothing.
 
 `diagnose` takes a dictionary; what is not in it is not spoken of:
 
 * ``images`` (int): number of images that were measured.
-* ``first_scale``: how large exit 0 sees the image, as a share of its sides; 1, as the last exit, where left out.
+* ``first_scale``: how large exit 0 sees the image, as a share of its sides; 1, as the last exit,
+  where left out.
 * ``exits``: estimates of the AP of each exit, percent, the first first.
 * ``gap``: estimate of AP(last) - AP(first), on paired resamples.
 * ``strata``: per stratum ``dict(name, gap)``, the gap an estimate; strata of different images.
-* ``honest_gain``: estimate of the AP that the honest oracle gains over random routing at the same hard share.
-* ``correlation``: estimates of difficulty's rank correlation with benefit: ``dict(val, test)``, or either.
+* ``honest_gain``: estimate of the AP that the honest oracle gains over random routing at the same
+  hard share.
+* ``correlation``: estimates of difficulty's rank correlation with benefit: ``dict(val, test)``, or
+  either.
 * ``router_gain``: estimate of the router's AP minus random routing's at half hard.
 * ``half_share``: the hard share that this is at, a half but for ties; a half where it is left out.
-* ``normalised_gain``: the same as a share of the gap, see `merit`; left out where the gap is not above 0.
+* ``normalized_gain``: the same as a share of the gap, see `merit`; left out where the gap is not
+  above 0.
 * ``efficacy``: estimate, see `merit`.
 * ``bootstrap``: how many resamples the intervals are from; at 0 there are none.
 * ``loss_shares``: ``dict(train, held_out)``, estimates of the share of images with L1 > L2.
 * ``spread``: 90 % range of the difficulties, from their 5 % to their 95 % quantile, in [0, 1].
-* ``transfer``: ``dict(asked, got)``: the hard share asked for; estimate of that on test, at val's threshold.
-* ``peers``: name -> estimate of how much more AP a peer has than the router at the same cost. No references.
+* ``transfer``: ``dict(asked, got)``: the hard share asked for; estimate of that on test, at val's
+  threshold.
+* ``peers``: name -> estimate of how much more AP a peer has than the router at the same cost. No
+  references.
 """
+
 import math
+from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import List, Mapping, Optional, Sequence, Tuple
 
 from ..errors import UsageError
 
-Estimate = Sequence[Optional[float]]
+Estimate = Sequence[float | None]
 
 #: Ends of a 95 % interval of a normal distribution, in standard deviations.
 _NORMAL_95 = 1.96
-#: A 90 % range of difficulties below this is next to nothing: thresholds then hang on the third digit.
+#: A 90 % range of difficulties below this is next to nothing: thresholds then hang on the third
+#: digit.
 _NARROW = 0.02
 #: A hard share this far from a half still is one.
 _NEAR = 0.02
-#: The paper's own normalised gain at 50 % hard (DynamicDet's table: 0.18, 0.22, 0.18).
+#: The paper's own normalized gain at 50 % hard (DynamicDet's table: 0.18, 0.22, 0.18).
 _PAPERS_GAIN = 0.2
 
 _RESOLUTION = 'Try exits of different resolution: there the benefit differs most by image.'
-_COUNT = ("Try a target that counts what AP counts: the loss difference times the objects, or the images' "
-          'difference of AP.')
-_HELD_OUT = ('Train the router on images that the detectors were not trained on: a held-out part, or '
-             'cross-fitting.')
-_RICHER = ('There is more to find: try richer inputs of the router, such as maxima and spreads, or more '
-           'images to train it on.')
+_COUNT = (
+    'Try a target that counts what AP counts: the loss difference times the objects, or the '
+    "images' "
+    'difference of AP.'
+)
+_HELD_OUT = (
+    'Train the router on images that the detectors were not trained on: a held-out part, or '
+    'cross-fitting.'
+)
+_RICHER = (
+    'There is more to find: try richer inputs of the router, such as maxima and spreads, or more '
+    'images to train it on.'
+)
 _TRAIN = 'Train the last exit longer, or at the scale that it is used at.'
 _VIEWS = 'Look at how the views are made: the detectors may never have been trained on such images.'
-_STANDARDISE = 'Give the router standardised features, and more steps.'
-_CALIBRATE = ('Calibrate the threshold on images like those it will see, or let a budget controller hold the '
-              'share.')
+_STANDARDIZE = 'Give the router standardized features, and more steps.'
+_CALIBRATE = (
+    'Calibrate the threshold on images like those it will see, or let a budget controller hold the '
+    'share.'
+)
 _MORE = 'Measure on more images'
 
 
-def diagnose(figures: Mapping) -> List[str]:
+def diagnose(figures: Mapping) -> list[str]:
     """Whether routing pays here, why or why not, and what to try.
 
     Args:
         figures (Mapping): See the top of this file.
 
     Returns:
-        list[str]: Sentences: what the figures say, question by question, then what to try, each once.
+        list[str]: Sentences: what the figures say, question by question, then what to try, each
+            once.
 
     Raises:
         UsageError: If a key is unknown or an estimate is not of three numbers.
     """
     unknown = set(figures) - {'images', 'bootstrap', 'half_share', 'first_scale', *_QUESTIONS}
     if unknown:
-        raise UsageError(f"the diagnosis knows no figure named {', '.join(sorted(unknown))}")
+        raise UsageError(f'the diagnosis knows no figure named {", ".join(sorted(unknown))}')
     said, advice = [], []
     for name, question in _QUESTIONS.items():
         if figures.get(name) is not None:
@@ -82,10 +100,14 @@ def diagnose(figures: Mapping) -> List[str]:
 def _other_scale(figures: Mapping) -> str:
     """Advice to change the resolution of the exits, by what it is now."""
     scale = figures.get('first_scale', 1.0)
-    return _RESOLUTION if scale == 1 else f'Try another first_scale than {scale:g}, which the exits have now.'
+    return (
+        _RESOLUTION
+        if scale == 1
+        else f'Try another first_scale than {scale:g}, which the exits have now.'
+    )
 
 
-def side(estimate: Optional[Estimate], of: float = 0.0) -> int:
+def side(estimate: Estimate | None, of: float = 0.0) -> int:
     """1 if the whole interval lies above ``of``, -1 if below, 0 if the data do not tell."""
     if estimate is None:
         return 0
@@ -97,71 +119,109 @@ def side(estimate: Optional[Estimate], of: float = 0.0) -> int:
     return int(low > of) - int(high < of)
 
 
-def _exits(figures: Mapping) -> Tuple[list, list]:
+def _exits(figures: Mapping) -> tuple[list, list]:
     names = [f'exit {index} {_show(estimate)}' for index, estimate in enumerate(figures['exits'])]
-    return [f"AP, with 95 % intervals: {', '.join(names)}."], []
+    return [f'AP, with 95 % intervals: {", ".join(names)}.'], []
 
 
-def _gap(figures: Mapping) -> Tuple[list, list]:
+def _gap(figures: Mapping) -> tuple[list, list]:
     gap, told = figures['gap'], side(figures['gap'])
     if told > 0:
         return [f'The last exit is better than the first by {_show(gap)} AP.'], []
     if told < 0:
-        return [f'The last exit is worse than the first, by {_show(gap, sign=-1)} AP: it costs more and '
-                'finds less.'], [_TRAIN, _RESOLUTION]
-    return [f'Whether the exits differ in AP cannot be told ({_show(gap)}): a share of their difference, '
-            'such as the normalised gain, means nothing here.'], [_RESOLUTION, _more(figures)]
+        return [
+            f'The last exit is worse than the first, by {_show(gap, sign=-1)} AP: it costs more '
+            'and '
+            'finds less.'
+        ], [_TRAIN, _RESOLUTION]
+    return [
+        f'Whether the exits differ in AP cannot be told ({_show(gap)}): a share of their '
+        'difference, '
+        'such as the normalized gain, means nothing here.'
+    ], [_RESOLUTION, _more(figures)]
 
 
-def _strata(figures: Mapping) -> Tuple[list, list]:
-    """Compare strata in pairs; the interval of a difference widens with the number of pairs (Bonferroni)."""
+def _strata(figures: Mapping) -> tuple[list, list]:
+    """Compare strata in pairs; the interval of a difference widens with the number of pairs
+    (Bonferroni)."""
     strata = [stratum for stratum in figures['strata'] if _known(stratum['gap'])]
     pairs = list(combinations(strata, 2))
     if not pairs:
         return [], []
-    harmed = [stratum['name'] for stratum in strata if side(_widened(stratum['gap'], len(strata))) < 0]
-    harm = [f"The last exit does harm on {', '.join(harmed)}."] if harmed else []
+    harmed = [
+        stratum['name'] for stratum in strata if side(_widened(stratum['gap'], len(strata))) < 0
+    ]
+    harm = [f'The last exit does harm on {", ".join(harmed)}.'] if harmed else []
     told = [pair for pair in pairs if _differ(pair[0]['gap'], pair[1]['gap'], len(pairs))]
     if not told:
-        return [f'Whether what the last exit adds differs between the {len(strata)} strata cannot be told: a '
-                'benefit that is the same everywhere cannot be routed much better than at random.',
-                *harm], [_RESOLUTION]
+        return [
+            f'Whether what the last exit adds differs between the {len(strata)} strata cannot be '
+            'told: a '
+            'benefit that is the same everywhere cannot be routed much better than at random.',
+            *harm,
+        ], [_RESOLUTION]
     first, second = max(told, key=lambda pair: abs(pair[0]['gap'][0] - pair[1]['gap'][0]))
     most, least = (first, second) if first['gap'][0] > second['gap'][0] else (second, first)
-    return [f"What the last exit adds differs by kind of image: {_show(most['gap'])} AP on {most['name']}, "
-            f"{_show(least['gap'])} on {least['name']}.", *harm], []
+    return [
+        f'What the last exit adds differs by kind of image: {_show(most["gap"])} AP on '
+        f'{most["name"]}, '
+        f'{_show(least["gap"])} on {least["name"]}.',
+        *harm,
+    ], []
 
 
-def _honest_gain(figures: Mapping) -> Tuple[list, list]:
+def _honest_gain(figures: Mapping) -> tuple[list, list]:
     gain, told = figures['honest_gain'], side(figures['honest_gain'])
     if told > 0:
-        return [f'The benefit differs by image, and not by luck: exits chosen on another view are worth '
-                f'{_show(gain)} AP over random routing.'], []
+        return [
+            'The benefit differs by image, and not by luck: exits chosen on another view are '
+            'worth '
+            f'{_show(gain)} AP over random routing.'
+        ], []
     if told < 0:
-        return [f'An oracle that saw another view of each image loses {_show(gain, sign=-1)} AP against '
-                'random routing: what looks like a benefit in one view is a harm in the other.'], [_VIEWS]
-    unsure = 'Without intervals it' if figures.get('bootstrap') == 0 else 'Whether the benefit differs by image at all'
+        return [
+            f'An oracle that saw another view of each image loses {_show(gain, sign=-1)} AP '
+            'against '
+            'random routing: what looks like a benefit in one view is a harm in the other.'
+        ], [_VIEWS]
+    unsure = (
+        'Without intervals it'
+        if figures.get('bootstrap') == 0
+        else 'Whether the benefit differs by image at all'
+    )
     rest = '' if figures.get('bootstrap') == 0 else ' A router has nothing sure to learn.'
-    return [f'{unsure} cannot be told: an oracle that saw another view of '
-            f'each image has {_show(gain)} AP over random routing.{rest}'], [_RESOLUTION, _more(figures)]
+    return [
+        f'{unsure} cannot be told: an oracle that saw another view of '
+        f'each image has {_show(gain)} AP over random routing.{rest}'
+    ], [_RESOLUTION, _more(figures)]
 
 
-def _loss_shares(figures: Mapping) -> Tuple[list, list]:
+def _loss_shares(figures: Mapping) -> tuple[list, list]:
     train, held_out = figures['loss_shares']['train'], figures['loss_shares']['held_out']
-    shares = f'a share of {_show(train, 2)} of training images and {_show(held_out, 2)} of held-out ones'
+    shares = (
+        f'a share of {_show(train, 2)} of training images and {_show(held_out, 2)} of held-out ones'
+    )
     if not _differ(train, held_out):
         return [f'L1 > L2 on {shares}: a difference cannot be told.'], []
-    return [f'The detectors remember their training images: L1 > L2 on {shares}. Loss differences there say '
-            'little about new images.'], [_HELD_OUT]
+    return [
+        f'The detectors remember their training images: L1 > L2 on {shares}. Loss differences '
+        'there say '
+        'little about new images.'
+    ], [_HELD_OUT]
 
 
-def _correlation(figures: Mapping) -> Tuple[list, list]:
-    parts = {name: estimate for name, estimate in figures['correlation'].items() if estimate is not None}
+def _correlation(figures: Mapping) -> tuple[list, list]:
+    parts = {
+        name: estimate for name, estimate in figures['correlation'].items() if estimate is not None
+    }
     sentences, hints = [], []
     for name, estimate in parts.items():
         told = side(estimate)
-        said = {1: 'Difficulty goes with the benefit', -1: 'Difficulty goes against the benefit',
-                0: 'Whether difficulty goes with the benefit cannot be told'}[told]
+        said = {
+            1: 'Difficulty goes with the benefit',
+            -1: 'Difficulty goes against the benefit',
+            0: 'Whether difficulty goes with the benefit cannot be told',
+        }[told]
         sentences.append(f'{said} on {name} (rank correlation {_show(estimate, 2)}).')
         # Where nothing is known to differ by image there is nothing to find, and no target helps.
         if told < 0 or (told == 0 and side(figures.get('honest_gain')) > 0):
@@ -171,68 +231,90 @@ def _correlation(figures: Mapping) -> Tuple[list, list]:
     return sentences, hints
 
 
-def _router_gain(figures: Mapping) -> Tuple[list, list]:
+def _router_gain(figures: Mapping) -> tuple[list, list]:
     gain, told = figures['router_gain'], side(figures['router_gain'])
     share = figures.get('half_share', 0.5)
     # Equal difficulties are not parted.
-    at = 'At half hard' if abs(share - 0.5) <= _NEAR else f'At {share:.0%} hard, the nearest to half that ties allow,'
-    said = {1: f'{at} the router is worth {_show(gain)} AP over random routing.',
-            -1: f'{at} the router costs {_show(gain, sign=-1)} AP against random routing.',
-            0: f'{at} a difference from random routing cannot be told ({_show(gain)} AP).'}[told]
+    at = (
+        'At half hard'
+        if abs(share - 0.5) <= _NEAR
+        else f'At {share:.0%} hard, the nearest to half that ties allow,'
+    )
+    said = {
+        1: f'{at} the router is worth {_show(gain)} AP over random routing.',
+        -1: f'{at} the router costs {_show(gain, sign=-1)} AP against random routing.',
+        0: f'{at} a difference from random routing cannot be told ({_show(gain)} AP).',
+    }[told]
     return [said], [_COUNT, _HELD_OUT] if told < 0 else []
 
 
-def _normalised_gain(figures: Mapping) -> Tuple[list, list]:
-    gain, told = figures['normalised_gain'], side(figures['normalised_gain'])
+def _normalized_gain(figures: Mapping) -> tuple[list, list]:
+    gain, told = figures['normalized_gain'], side(figures['normalized_gain'])
     if 'gap' in figures and side(figures['gap']) <= 0:
         return [], []  # a ratio to what may be 0, or of turned sign
-    shown = f'normalised gain {_show(gain, 2)}'
+    shown = f'normalized gain {_show(gain, 2)}'
     if told > 0:
         size = {1: 'more than', -1: 'less than', 0: 'not told from'}[side(gain, _PAPERS_GAIN)]
-        return [f"The router beats random routing at half hard: {shown}, {size} the paper's "
-                f'{_PAPERS_GAIN:g}.'], [_COUNT] if size == 'less than' else []
+        return [
+            f"The router beats random routing at half hard: {shown}, {size} the paper's "
+            f'{_PAPERS_GAIN:g}.'
+        ], [_COUNT] if size == 'less than' else []
     if told < 0:
-        return [f'The router is worse than random routing at half hard: {shown}.'], [_COUNT, _HELD_OUT]
+        return [f'The router is worse than random routing at half hard: {shown}.'], [
+            _COUNT,
+            _HELD_OUT,
+        ]
     # It predicts something, but not what AP counts.
     finds = any(side(estimate) > 0 for estimate in figures.get('correlation', {}).values())
     return [f'Whether the router beats random routing at half hard cannot be told: {shown}.'], [
-        _COUNT] if finds else []
+        _COUNT
+    ] if finds else []
 
 
-def _efficacy(figures: Mapping) -> Tuple[list, list]:
+def _efficacy(figures: Mapping) -> tuple[list, list]:
     efficacy, told = figures['efficacy'], side(figures['efficacy'])
     if 'honest_gain' in figures and side(figures['honest_gain']) <= 0:
         return [], []  # a share of what may be nothing
     shown = f'efficacy {_show(efficacy, 2)}'
     if told < 0:
-        return [f'Over all hard shares the router does worse than chance: {shown}.'], [_COUNT, _HELD_OUT]
+        return [f'Over all hard shares the router does worse than chance: {shown}.'], [
+            _COUNT,
+            _HELD_OUT,
+        ]
     if not told:
-        return [f'Whether the router gets any of what the honest oracle gets cannot be told: {shown}.'], [
-            _more(figures)]
+        return [
+            f'Whether the router gets any of what the honest oracle gets cannot be told: {shown}.'
+        ], [_more(figures)]
     part = {1: 'more than half', -1: 'less than half', 0: 'a part'}[side(efficacy, 0.5)]
-    return [f'Over all hard shares the router gets {part} of what the honest oracle gets: {shown}.'], [
-        _RICHER] if part == 'less than half' else []
+    return [
+        f'Over all hard shares the router gets {part} of what the honest oracle gets: {shown}.'
+    ], [_RICHER] if part == 'less than half' else []
 
 
-def _spread(figures: Mapping) -> Tuple[list, list]:
+def _spread(figures: Mapping) -> tuple[list, list]:
     spread = figures['spread']
     if spread >= _NARROW:
         return [], []
-    return [f'The difficulties are nearly all the same (90 % of them within {spread:.2g}): small changes of '
-            'the input move an image across a threshold.'], [_STANDARDISE]
+    return [
+        f'The difficulties are nearly all the same (90 % of them within {spread:.2g}): small '
+        'changes of '
+        'the input move an image across a threshold.'
+    ], [_STANDARDIZE]
 
 
-def _transfer(figures: Mapping) -> Tuple[list, list]:
+def _transfer(figures: Mapping) -> tuple[list, list]:
     asked, got = figures['transfer']['asked'], figures['transfer']['got']
     told = side(got, asked)
     shares = f'a hard share of {_show(got, 2)} where {asked:g} was asked for'
     if not told:
         return [f'The threshold of val gives, on test, {shares}: a difference cannot be told.'], []
-    return [f"The threshold of val calls too {'many' if told > 0 else 'few'} images of test hard: "
-            f'{shares}.'], [_CALIBRATE]
+    return [
+        f'The threshold of val calls too {"many" if told > 0 else "few"} images of test hard: '
+        f'{shares}.'
+    ], [_CALIBRATE]
 
 
-def _peers(figures: Mapping) -> Tuple[list, list]:
+def _peers(figures: Mapping) -> tuple[list, list]:
     """The interval of each peer's lead widens with the number of peers (Bonferroni)."""
     leads = {name: lead for name, lead in figures['peers'].items() if _known(lead)}
     ahead = {name: lead for name, lead in leads.items() if side(_widened(lead, len(leads))) > 0}
@@ -241,11 +323,13 @@ def _peers(figures: Mapping) -> Tuple[list, list]:
     if not ahead:
         return ['That a peer is better than the router at the same cost cannot be told of any.'], []
     best = max(ahead, key=lambda name: ahead[name][0])
-    return [f"A simpler router is better at the same cost: '{best}', by {_show(ahead[best])} AP."], [
-        f"Route by '{best}', or give the router what it sees."]
+    return [
+        f"A simpler router is better at the same cost: '{best}', by {_show(ahead[best])} AP."
+    ], [f"Route by '{best}', or give the router what it sees."]
 
 
-#: In the order in which they are asked: do exits differ, does the benefit, is it found, does it hold?
+#: In the order in which they are asked: do exits differ, does the benefit, is it found, does it
+#: hold?
 _QUESTIONS = dict(
     exits=_exits,
     gap=_gap,
@@ -254,20 +338,24 @@ _QUESTIONS = dict(
     loss_shares=_loss_shares,
     correlation=_correlation,
     router_gain=_router_gain,
-    normalised_gain=_normalised_gain,
+    normalized_gain=_normalized_gain,
     efficacy=_efficacy,
     spread=_spread,
     transfer=_transfer,
-    peers=_peers)
+    peers=_peers,
+)
 
 
-def _known(estimate: Optional[Estimate]) -> bool:
+def _known(estimate: Estimate | None) -> bool:
     """Whether an estimate has its three numbers."""
-    return estimate is not None and all(number is not None and math.isfinite(number) for number in estimate)
+    return estimate is not None and all(
+        number is not None and math.isfinite(number) for number in estimate
+    )
 
 
 def _differ(first: Estimate, second: Estimate, comparisons: int = 1) -> bool:
-    """Whether two estimates on different images differ beyond chance, as one of so many comparisons."""
+    """Whether two estimates on different images differ beyond chance, as one of so many
+    comparisons."""
     if not (_known(first) and _known(second)):
         return False
     half = math.hypot(*((high - low) / 2 for _, low, high in (first, second)))
@@ -278,6 +366,7 @@ def _differ(first: Estimate, second: Estimate, comparisons: int = 1) -> bool:
 def _widened(estimate: Estimate, comparisons: int) -> Estimate:
     """A 95 % interval made one of 1 - 5 % / comparisons, its sides as of normal distributions."""
     from scipy.stats import norm
+
     value, low, high = estimate
     factor = max(1.0, norm.ppf(1 - 0.025 / comparisons) / _NORMAL_95)
     return value, value - factor * (value - low), value + factor * (high - value)
@@ -288,11 +377,14 @@ def _more(figures: Mapping) -> str:
     images = figures.get('images')
     if figures.get('bootstrap') == 0:
         return 'Ask for intervals, by --bootstrap 200: without them nothing can be told apart.'
-    return f'{_MORE}: four times the {images} halve the intervals.' if images else (
-        f'{_MORE}: four times as many halve the intervals.')
+    return (
+        f'{_MORE}: four times the {images} halve the intervals.'
+        if images
+        else (f'{_MORE}: four times as many halve the intervals.')
+    )
 
 
-def _show(estimate: Optional[Estimate], digits: int = 1, sign: int = 1) -> str:
+def _show(estimate: Estimate | None, digits: int = 1, sign: int = 1) -> str:
     """The value with its interval; ``sign`` -1 turns it round."""
     if estimate is None or estimate[0] is None or not math.isfinite(estimate[0]):
         return 'unknown'

@@ -1,18 +1,20 @@
 """COCO's box AP of mixtures of exits: which image leaves where is free, the matching is done once.
 
-pycocotools matches detections with objects image by image, so the matches of a mixture are a mixture
-of the matches. What is left for each mixture is a weighted count along the sorted detections.
+pycocotools matches detections with objects image by image, so the matches of a mixture are a
+mixture of the matches. What is left for each mixture is a weighted count along the sorted
+detections.
 
-Letters: ``n`` images, ``K`` exits, ``D`` detections of all exits, ``T`` IoU thresholds (0.5 to 0.95),
-``G`` groups, each with an AP of its own: the categories, or the categories of each image. A *segment* is
-a group at one threshold.
+Letters: ``n`` images, ``K`` exits, ``D`` detections of all exits, ``T`` IoU thresholds (0.5 to
+0.95), ``G`` groups, each with an AP of its own: the categories, or the categories of each image. A
+*segment* is a group at one threshold.
 
 AP is in percent. A record is a plain dictionary; see `record`.
 """
+
 import contextlib
 import dataclasses
 import io
-from typing import Dict, Iterable, List, Mapping, Optional, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -29,9 +31,9 @@ _MAX_DETECTIONS = 100
 _RECALLS = np.linspace(0, 1, 101)
 
 
-def evaluate(coco: COCO,
-             results: Sequence[dict],
-             image_ids: Optional[Sequence[int]] = None) -> Dict[str, Optional[float]]:
+def evaluate(
+    coco: COCO, results: Sequence[dict], image_ids: Sequence[int] | None = None
+) -> dict[str, float | None]:
     """COCO's box AP by pycocotools, silently.
 
     Args:
@@ -55,13 +57,13 @@ def evaluate(coco: COCO,
     return scores
 
 
-def read_truth(path: str, categories: Optional[Iterable[int]] = None) -> COCO:
+def read_truth(path: str, categories: Iterable[int] | None = None) -> COCO:
     """Ground truth of a COCO file, silently, mended as `read_annotations` does; without outlines.
 
     Args:
         path (str): The file.
-        categories (Iterable[int], optional): A detector of some of the file's categories is judged by no
-            others, as by mmdet's ``CocoMetric``: their ids. Defaults to all.
+        categories (Iterable[int], optional): A detector of some of the file's categories is judged
+            by no others, as by mmdet's ``CocoMetric``: their ids. Defaults to all.
 
     Raises:
         UsageError: If it is no annotation file that can be used.
@@ -72,22 +74,27 @@ def read_truth(path: str, categories: Optional[Iterable[int]] = None) -> COCO:
     coco.dataset = dict(
         data,
         categories=[one for one in data['categories'] if one['id'] in known],
-        annotations=[one for one in data['annotations'] if categories is None or one['category_id'] in known])
+        annotations=[
+            one for one in data['annotations'] if categories is None or one['category_id'] in known
+        ],
+    )
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
 
 
-def mix(record: Mapping, choice: Sequence[int]) -> List[dict]:
+def mix(record: Mapping, choice: Sequence[int]) -> list[dict]:
     """COCO results of a record's images.
 
     Args:
         record (Mapping): See `record`.
         choice (Sequence[int]): The exit of each image, in the record's order; bools count as 0, 1.
     """
-    return [dict(detection, image_id=image['id'])
-            for image, exit in zip(record['images'], choice)
-            for detection in image['detections'][int(exit)]]
+    return [
+        dict(detection, image_id=image['id'])
+        for image, exit in zip(record['images'], choice)
+        for detection in image['detections'][int(exit)]
+    ]
 
 
 def check_record(record: Mapping, coco: COCO) -> None:
@@ -98,34 +105,49 @@ def check_record(record: Mapping, coco: COCO) -> None:
     exits = len(record['images'][0]['detections'])
     seen = set()
     for image in record['images']:
-        name = f"image {image['id']} ({image['file']})"
+        name = f'image {image["id"]} ({image["file"]})'
         if image['id'] not in coco.imgs:
             raise UsageError(f'{name} is not in the annotation file')
         if image['id'] in seen:
             raise UsageError(f'{name} is in the record twice')
         # Not `difficulty < 0 or ...`, which lets NaN pass.
         if not 0 <= image['difficulty'] <= 1:
-            raise UsageError(f"{name} has difficulty {image['difficulty']}, not in [0, 1]: was the "
-                             'router trained?')
+            raise UsageError(
+                f'{name} has difficulty {image["difficulty"]}, not in [0, 1]: was the '
+                'router trained?'
+            )
         if len(image['detections']) != exits or exits < 2:
-            raise UsageError(f"{name} has detections of {len(image['detections'])} exits: record "
-                             'every image through all exits, two or more')
+            raise UsageError(
+                f'{name} has detections of {len(image["detections"])} exits: record '
+                'every image through all exits, two or more'
+            )
         seen.add(image['id'])
 
 
 def check_truth(record: Mapping, coco: COCO) -> None:
-    """Raise a `UsageError` where a record seems to be of another data set or split than ``coco``: splits may
-    share ids and file names, but not what is in their images."""
-    found = {detection['category_id'] for image in record['images'] for own in image['detections']
-             for detection in own}
+    """Raise a `UsageError` where a record seems to be of another data set or split than ``coco``:
+    splits may share ids and file names, but not what is in their images."""
+    found = {
+        detection['category_id']
+        for image in record['images']
+        for own in image['detections']
+        for detection in own
+    }
     if not found <= set(coco.cats):
-        raise UsageError(f'detections are of category {min(found - set(coco.cats))}, which the annotation file '
-                         'lacks: is it of another data set?')
+        raise UsageError(
+            f'detections are of category {min(found - set(coco.cats))}, which the annotation file '
+            'lacks: is it of another data set?'
+        )
     known = [image for image in record['images'] if 'objects' in image]
-    other = sum(image['objects'] != len(coco.getAnnIds(imgIds=[image['id']], iscrowd=False)) for image in known)
+    other = sum(
+        image['objects'] != len(coco.getAnnIds(imgIds=[image['id']], iscrowd=False))
+        for image in known
+    )
     if other > len(known) / 2:
-        raise UsageError(f'{other} of {len(known)} images have another number of objects in the annotation file '
-                         'than when they were recorded: is it of another split?')
+        raise UsageError(
+            f'{other} of {len(known)} images have another number of objects in the annotation file '
+            'than when they were recorded: is it of another split?'
+        )
 
 
 def difficulties_of(record: Mapping) -> np.ndarray:
@@ -139,15 +161,16 @@ class Mixtures:
     Args:
         record (Mapping): See `record`.
         coco (COCO): Its ground truth.
-        view (bool): Whether to take the detections of each image's augmented view. Defaults to False.
+        view (bool): Whether to take the detections of each image's augmented view. Defaults to
+            False.
 
     Attributes:
         images (int): n.
         exits (int): K.
 
     Raises:
-        UsageError: If the record does not fit ``coco`` (`check_record`), if its images have no objects,
-            or if an augmented view is asked for that it lacks.
+        UsageError: If the record does not fit ``coco`` (`check_record`), if its images have no
+            objects, or if an augmented view is asked for that it lacks.
     """
 
     def __init__(self, record: Mapping, coco: COCO, view: bool = False) -> None:
@@ -156,18 +179,26 @@ class Mixtures:
         self.images = len(record['images'])
         self.exits = len(record['images'][0]['detections'])
         if any(len(image.get(source, ())) != self.exits for image in record['images']):
-            raise UsageError('the record has no augmented view of every image under every exit: make it '
-                             'anew, with views')
+            raise UsageError(
+                'the record has no augmented view of every image under every exit: make it '
+                'anew, with views'
+            )
         self._coco = coco
         self._ids = np.array([image['id'] for image in record['images']])
-        self._results = [[dict(detection, image_id=image['id']) for image in record['images']
-                          for detection in image[source][exit]] for exit in range(self.exits)]
+        self._results = [
+            [
+                dict(detection, image_id=image['id'])
+                for image in record['images']
+                for detection in image[source][exit]
+            ]
+            for exit in range(self.exits)
+        ]
         self._matches = {'all': self._match('all')}
         self._counts = {'all': _Counts(self._matches['all'], self.exits)}
         if not self._matches['all'].objects.any():
             raise UsageError('the images of the record have no objects: there is no AP to speak of')
 
-    def ap(self, choice: Sequence[int], weights: Optional[Sequence[int]] = None) -> float:
+    def ap(self, choice: Sequence[int], weights: Sequence[int] | None = None) -> float:
         """COCO's AP, in percent; NaN if the images that count have no objects.
 
         Args:
@@ -180,28 +211,36 @@ class Mixtures:
         """
         return _mean_or_nan(self._precision('all', choice, weights))
 
-    def expected_ap(self, probabilities: np.ndarray, weights: Optional[Sequence[int]] = None) -> float:
-        """AP of expected counts, in percent: what AP tends to with many images like these, where each
-        leaves at an exit drawn at random. Equal to `ap` where all is certain.
+    def expected_ap(self, probabilities: np.ndarray, weights: Sequence[int] | None = None) -> float:
+        """AP of expected counts, in percent: what AP tends to with many images like these, where
+        each leaves at an exit drawn at random. Equal to `ap` where all is certain.
 
         Args:
             probabilities (np.ndarray): Of each image and exit, (n, K), rows that sum to 1.
             weights (Sequence[int], optional): As in `ap`.
         """
         probabilities = np.asarray(probabilities, float)
-        if probabilities.shape != (self.images, self.exits) or not (probabilities >= 0).all() or \
-                not np.allclose(probabilities.sum(axis=1), 1):
-            raise ValueError(f'probabilities of {self.images} images and {self.exits} exits are wanted')
+        if (
+            probabilities.shape != (self.images, self.exits)
+            or not (probabilities >= 0).all()
+            or not np.allclose(probabilities.sum(axis=1), 1)
+        ):
+            raise ValueError(
+                f'probabilities of {self.images} images and {self.exits} exits are wanted'
+            )
         weights = self._checked(weights)
         table = (probabilities * weights[:, None]).ravel()
-        return _mean_or_nan(self._counts['all'].precision(table, weights @ self._matches['all'].objects))
+        return _mean_or_nan(
+            self._counts['all'].precision(table, weights @ self._matches['all'].objects)
+        )
 
-    def scores(self, choice: Sequence[int], weights: Optional[Sequence[int]] = None,
-               sizes: bool = True) -> Dict[str, Optional[float]]:
+    def scores(
+        self, choice: Sequence[int], weights: Sequence[int] | None = None, sizes: bool = True
+    ) -> dict[str, float | None]:
         """``ap``, ``ap50``, ``small``, ``medium`` and ``large``, in percent; None without objects.
 
-        Arguments as of `ap`. The sizes are left out unless ``sizes``: the first call matches anew for
-        them, which takes seconds.
+        Arguments as of `ap`. The sizes are left out unless ``sizes``: the first call matches anew
+        for them, which takes seconds.
         """
         precision = self._precision('all', choice, weights)
         scores = dict(ap=_mean(precision), ap50=_mean(precision[:, 0]))
@@ -223,8 +262,9 @@ class Mixtures:
             found.append(np.round(100 * each.reshape(self.images, -1).sum(axis=1) / known, 9))
         return np.array(found)
 
-    def _precision(self, area: str, choice: Sequence[int],
-                   weights: Optional[Sequence[int]]) -> np.ndarray:
+    def _precision(
+        self, area: str, choice: Sequence[int], weights: Sequence[int] | None
+    ) -> np.ndarray:
         """(G, T), in [0, 1], NaN for categories without objects."""
         if area not in self._counts:
             self._matches[area] = self._match(area)
@@ -232,20 +272,20 @@ class Mixtures:
         table, weights = self._tables(choice, weights)
         return self._counts[area].precision(table, weights @ self._matches[area].objects)
 
-    def _tables(self, choice: Sequence[int], weights: Optional[Sequence[int]]) -> tuple:
+    def _tables(self, choice: Sequence[int], weights: Sequence[int] | None) -> tuple:
         """How often each image counts under each exit, (n * K,), and at all, (n,)."""
         choice, weights = np.asarray(choice).astype(np.int64), self._checked(weights)
-        if choice.shape != (self.images, ) or choice.min() < 0 or choice.max() >= self.exits:
+        if choice.shape != (self.images,) or choice.min() < 0 or choice.max() >= self.exits:
             raise ValueError(f'a choice of {self.images} images among {self.exits} exits is wanted')
         table = np.zeros((self.images, self.exits), np.int64)
         table[np.arange(self.images), choice] = weights
         return table.ravel(), weights
 
-    def _checked(self, weights: Optional[Sequence[int]]) -> np.ndarray:
+    def _checked(self, weights: Sequence[int] | None) -> np.ndarray:
         if weights is None:
             return np.ones(self.images, np.int64)
         weights = np.asarray(weights)
-        if weights.shape != (self.images, ) or weights.dtype.kind not in 'iu' or weights.min() < 0:
+        if weights.shape != (self.images,) or weights.dtype.kind not in 'iu' or weights.min() < 0:
             raise ValueError(f'weights must be {self.images} whole numbers, none below 0')
         return weights.astype(np.int64)
 
@@ -270,10 +310,11 @@ class Mixtures:
 class _Matches:
     """Detections of all exits and what pycocotools made of them.
 
-    ``group``, ``image`` (in the record's order), ``exit``: (D,) ints; ``matched`` (with an object) and
-    ``ignored``: (T, D) bools; ``objects``: objects that count, (n, categories), float. Sorted by group;
-    within, as pycocotools does: the surest first, equally sure ones by image id.
+    ``group``, ``image`` (in the record's order), ``exit``: (D,) ints; ``matched`` (with an object)
+    and ``ignored``: (T, D) bools; ``objects``: objects that count, (n, categories), float. Sorted
+    by group; within, as pycocotools does: the surest first, equally sure ones by image id.
     """
+
     group: np.ndarray
     image: np.ndarray
     exit: np.ndarray
@@ -285,12 +326,19 @@ class _Matches:
         """The same with a group for each category of each image, n * categories of them."""
         own = self.image * self.objects.shape[1] + self.group
         order = np.argsort(own, kind='stable')
-        return _Matches(own[order], self.image[order], self.exit[order], self.matched[:, order],
-                        self.ignored[:, order], self.objects)
+        return _Matches(
+            own[order],
+            self.image[order],
+            self.exit[order],
+            self.matched[:, order],
+            self.ignored[:, order],
+            self.objects,
+        )
 
 
-def _gather(entries: Iterable[tuple], order: np.ndarray, objects: np.ndarray,
-            thresholds: int) -> _Matches:
+def _gather(
+    entries: Iterable[tuple], order: np.ndarray, objects: np.ndarray, thresholds: int
+) -> _Matches:
     """Lay pycocotools' entries (category, rank of the image id, exit, entry) out flat, and sort."""
     entries = [entry for entry in entries if entry[3]['dtScores']]
     sizes = [len(entry['dtScores']) for *_, entry in entries]
@@ -304,17 +352,24 @@ def _gather(entries: Iterable[tuple], order: np.ndarray, objects: np.ndarray,
     none = [np.zeros((thresholds, 0), bool)]
     matched = np.concatenate(none + [entry['dtMatches'] != 0 for *_, entry in entries], axis=1)
     ignored = np.concatenate(none + [entry['dtIgnore'] != 0 for *_, entry in entries], axis=1)
-    return _Matches(category[place], order[rank[place]], exit[place], matched[:, place],
-                    ignored[:, place], objects)
+    return _Matches(
+        category[place],
+        order[rank[place]],
+        exit[place],
+        matched[:, place],
+        ignored[:, place],
+        objects,
+    )
 
 
 class _Counts:
     """Matches, laid out so that counting is a few passes over flat arrays.
 
-    At most thresholds a detection either counts, as right or as wrong, or is ignored: that *usual* fate
-    is summed once for all T. Only *events* are looked at for each threshold: the few detections that are
-    right at it, or that differ there from their usual fate. Events are enough, because the highest
-    precision at a recall or above is always that of a right detection.
+    At most thresholds a detection either counts, as right or as wrong, or is ignored: that *usual*
+        fate
+    is summed once for all T. Only *events* are looked at for each threshold: the few detections
+    that are right at it, or that differ there from their usual fate. Events are enough, because the
+    highest precision at a recall or above is always that of a right detection.
     """
 
     def __init__(self, matches: _Matches, exits: int) -> None:
@@ -360,7 +415,9 @@ class _Counts:
         # As pycocotools: a hair above 0, for where nothing counts.
         best = _best_from_here(right / (counted + np.spacing(1)), segment)
         # At how many of the recalls an event is the first to reach them.
-        reached = np.searchsorted(_RECALLS, right / objects[segment // self._thresholds], side='right')
+        reached = np.searchsorted(
+            _RECALLS, right / objects[segment // self._thresholds], side='right'
+        )
         newly = np.diff(reached, prepend=0)
         first = np.diff(segment, prepend=-1) > 0
         newly[first] = reached[first]
@@ -386,7 +443,8 @@ def _within(values: np.ndarray, places: np.ndarray, begins: np.ndarray) -> np.nd
 def _best_from_here(values: np.ndarray, segment: np.ndarray) -> np.ndarray:
     """The largest of the values, in [0, 1], from each on to the end of its segment.
 
-    Later segments are put below earlier ones, which costs the last digits: 1e-13 for 1,000 segments.
+    Later segments are put below earlier ones, which costs the last digits: 1e-13 for 1,000
+        segments.
     """
     if not len(values):
         return values
@@ -394,8 +452,9 @@ def _best_from_here(values: np.ndarray, segment: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate((values + lift)[::-1])[::-1] - lift
 
 
-def _match(coco: COCO, results: Sequence[dict], image_ids: Sequence[int],
-           areas: Iterable[str]) -> COCOeval:
+def _match(
+    coco: COCO, results: Sequence[dict], image_ids: Sequence[int], areas: Iterable[str]
+) -> COCOeval:
     """Match detections with objects, image by image, nothing summed up yet."""
     with contextlib.redirect_stdout(io.StringIO()):
         evaluator = COCOeval(coco, _load(coco, results), 'bbox')
@@ -417,7 +476,7 @@ def _load(coco: COCO, results: Sequence[dict]) -> COCO:
     return nothing
 
 
-def _mean(precision: np.ndarray) -> Optional[float]:
+def _mean(precision: np.ndarray) -> float | None:
     """In percent, of what is known: neither NaN nor pycocotools' -1."""
     known = precision[precision > -1]
     return 100 * float(known.mean()) if known.size else None

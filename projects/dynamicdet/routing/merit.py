@@ -1,11 +1,12 @@
 """Figures of merit of a router: how much of what could be gained by choosing it gains.
 
-Both compare a router's AP with what the same cost buys without a router, and have 95 % intervals over
-bootstrap resamples of the images, on which router, exits, random routing and oracle are drawn alike.
-They are None where there is nothing to gain: where the exits are equal, or the oracle no better than
-chance.
+Both compare a router's AP with what the same cost buys without a router, and have 95 % intervals
+over bootstrap resamples of the images, on which router, exits, random routing and oracle are drawn
+alike. They are None where there is nothing to gain: where the exits are equal, or the oracle no
+better than chance.
 """
-from typing import Dict, Optional, Sequence
+
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.integrate import trapezoid
@@ -13,13 +14,13 @@ from scipy.integrate import trapezoid
 from .curve import SAME_AP, Chance, interval
 
 
-def normalised_gain(chance: Chance, is_hard: Sequence[bool]) -> Dict[str, Optional[float]]:
+def normalized_gain(chance: Chance, is_hard: Sequence[bool]) -> dict[str, float | None]:
     """How far a router's AP lies above the straight line between its exits, the *chord*.
 
     ``(AP(s) - chord(s)) / (AP(1) - AP(0))`` with ``chord(s) = AP(0) + s (AP(1) - AP(0))`` and s the
     share of hard images that there really is. By the table of DynamicDet (arXiv 2304.05552): 0.18,
-    0.22 and 0.18 at s = 0.5. Where exit 1 is the worse one, the sign turns: above 0 then means below
-    the chord.
+    0.22 and 0.18 at s = 0.5. Where exit 1 is the worse one, the sign turns: above 0 then means
+    below the chord.
 
     Args:
         chance (Chance): Random routing on the record; its exits are those of the chord.
@@ -27,8 +28,9 @@ def normalised_gain(chance: Chance, is_hard: Sequence[bool]) -> Dict[str, Option
 
     Returns:
         dict: ``hard_share``; ``ap``, ``chord`` and ``range`` (AP(1) - AP(0)) in percent; ``gain``,
-        ``low`` and ``high``. The last three are None where the exits have the same AP; the ends also
-        where, on more than one resample in forty, they are the other way round: then they are not told
+        ``low`` and ``high``. The last three are None where the exits have the same AP; the ends
+        also where, on more than one resample in forty, they are the other way round: then they are
+            not told
         apart, and a ratio to their difference says nothing.
     """
     is_hard = np.asarray(is_hard, bool)
@@ -36,7 +38,9 @@ def normalised_gain(chance: Chance, is_hard: Sequence[bool]) -> Dict[str, Option
     choices = [chance.choice(np.full(len(is_hard), end)) for end in (False, True)]
     first, last, own = (chance.mixtures.ap(choice) for choice in (*choices, chance.choice(is_hard)))
     chord = first + share * (last - first)
-    found = dict(hard_share=share, ap=own, chord=chord, range=last - first, gain=None, low=None, high=None)
+    found = dict(
+        hard_share=share, ap=own, chord=chord, range=last - first, gain=None, low=None, high=None
+    )
     if abs(last - first) <= SAME_AP:
         return found
     firsts, lasts, owns = map(chance.resampled, (*choices, chance.choice(is_hard)))
@@ -47,25 +51,27 @@ def normalised_gain(chance: Chance, is_hard: Sequence[bool]) -> Dict[str, Option
     return found
 
 
-def efficacy(chance: Chance, router: Sequence[Sequence[bool]],
-             oracle: Sequence[Sequence[bool]]) -> Dict[str, Optional[float]]:
+def efficacy(
+    chance: Chance, router: Sequence[Sequence[bool]], oracle: Sequence[Sequence[bool]]
+) -> dict[str, float | None]:
     """Which part of an oracle's area over random routing a router has.
 
     The area lies between the curve of AP by hard share, from none to all hard, and that of random
-    routing at the same shares; trapezoids. An oracle's is 1, random routing's 0 on average, and that of
-    a router which is worse than chance below 0. For a router to be judged by what can be known, the
-    oracle is to be an honest one, chosen on another view of the images.
+    routing at the same shares; trapezoids. An oracle's is 1, random routing's 0 on average, and
+    that of a router which is worse than chance below 0. For a router to be judged by what can be
+    known, the oracle is to be an honest one, chosen on another view of the images.
 
     Args:
         chance (Chance): Random routing on the record.
-        router (Sequence[Sequence[bool]]): Which images are hard, (n,), for each of some shares, in any
-            order. The ends, none and all, are added: there every router is the same.
+        router (Sequence[Sequence[bool]]): Which images are hard, (n,), for each of some shares, in
+            any order. The ends, none and all, are added: there every router is the same.
         oracle (Sequence[Sequence[bool]]): The oracle's, likewise; its shares may be others.
 
     Returns:
-        dict: ``router_area`` and ``oracle_area`` in percent of AP; ``efficacy``, their ratio, ``low``
-        and ``high``. The last three are None unless the oracle's area is above 0; the ends also where
-        it is not on more than one resample in forty.
+        dict: ``router_area`` and ``oracle_area`` in percent of AP; ``efficacy``, their ratio,
+            ``low``
+        and ``high``. The last three are None unless the oracle's area is above 0; the ends also
+        where it is not on more than one resample in forty.
     """
     own, owns = _area(chance, router)
     best, bests = _area(chance, oracle)
@@ -80,18 +86,24 @@ def efficacy(chance: Chance, router: Sequence[Sequence[bool]],
 
 
 def _area(chance: Chance, choices: Sequence[Sequence[bool]]) -> tuple:
-    """Area over random routing: on the record, and on each resample, (B,). At the ends it is 0 high."""
+    """Area over random routing: on the record, and on each resample, (B,). At the ends it is 0
+    high."""
     hard = [np.asarray(choice, bool) for choice in choices]
     counts = np.array([choice.sum() for choice in hard], int)
     # One choice per share is enough, and the ends need none.
-    keep = [index for index in np.unique(counts, return_index=True)[1]
-            if 0 < counts[index] < chance.mixtures.images]
+    keep = [
+        index
+        for index in np.unique(counts, return_index=True)[1]
+        if 0 < counts[index] < chance.mixtures.images
+    ]
     shares, heights = [0.0], [np.zeros(1 + len(chance.weights))]
     for index in keep:
         choice = chance.choice(hard[index])
         mean, _, means = chance.at(int(counts[index]))
         shares.append(counts[index] / chance.mixtures.images)
-        heights.append(np.append(chance.mixtures.ap(choice) - mean, chance.resampled(choice) - means))
+        heights.append(
+            np.append(chance.mixtures.ap(choice) - mean, chance.resampled(choice) - means)
+        )
     shares.append(1.0)
     heights.append(np.zeros(1 + len(chance.weights)))
     areas = trapezoid(np.array(heights), shares, axis=0)

@@ -1,16 +1,18 @@
 """What the router is trained on: an image's gain, and how the difficulty is fit to it.
 
-Letters: ``K`` exits. ``g``: gain of an image, what the last exit brings over the first, without gradient.
-``q``: the 101 quantiles (0%, 1%, ... 100%) of the gains over the training set. ``z``: the router's
-logit; ``phi = sigmoid(z)``: difficulty, in (0, 1).
+Letters: ``K`` exits. ``g``: gain of an image, what the last exit brings over the first, without
+gradient. ``q``: the 101 quantiles (0%, 1%, ... 100%) of the gains over the training set. ``z``: the
+router's logit; ``phi = sigmoid(z)``: difficulty, in (0, 1).
 
 An objective is a row of `GAINS` with a row of `FITS`; `OBJECTIVES` has names for those that matter.
 """
+
 import contextlib
 import dataclasses
 import io
 import math
-from typing import Callable, Dict, Mapping, NamedTuple, Optional, Sequence, Union
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,33 +21,38 @@ from torch import Tensor
 
 from ..errors import UsageError
 
-#: A gain of more than the 99% quantile counts as that, and one of less than the 1% quantile as that, where
-#: gains are regressed: a squared error would otherwise be about a few images.
+#: A gain of more than the 99% quantile counts as that, and one of less than the 1% quantile as
+#: that, where gains are regressed: a squared error would otherwise be about a few images.
 _TAIL = 1
 
 
 class Gain(NamedTuple):
     """What an image gains by the last exit.
 
-    ``of``: function of one value per exit, (K, N), and of the objects' numbers, (N,). ``values``: what the
-    values are, 'losses' (the detectors' own) or 'ap' (the image's own COCO AP, percent). ``said``: for logs.
+    ``of``: function of one value per exit, (K, N), and of the objects' numbers, (N,). ``values``:
+    what the values are, 'losses' (the detectors' own) or 'ap' (the image's own COCO AP, percent).
+    ``said``: for logs.
     """
+
     of: Callable
     values: str
     said: str
 
 
-#: Name -> gain, (N,). Only differences between the first and the last exit count, however many are between.
+#: Name -> gain, (N,). Only differences between the first and the last exit count, however many are
+#: between.
 #:
-#: * ``loss``: ``L1 - L2``, the paper's. mmdet's heads divide an image's loss by its positives or by a
-#:   fixed number of samples, so an image with one object counts as much as one with ten.
-#: * ``loss_sum``: that times the number of objects, which turns the average back into a sum over objects, as
-#:   AP counts them. An image without objects has nothing to gain.
-#: * ``ap``: difference of the per-image COCO AP. Costs a prediction by each exit; many images gain 0.
+#: * ``loss``: ``L1 - L2``, the paper's. mmdet's heads divide an image's loss by its positives or by
+#: a   fixed number of samples, so an image with one object counts as much as one with ten.
+#: * ``loss_sum``: that times the number of objects, which turns the average back into a sum over
+#: objects, as   AP counts them. An image without objects has nothing to gain.
+#: * ``ap``: difference of the per-image COCO AP. Costs a prediction by each exit; many images gain
+#: 0.
 GAINS = {
     'loss': Gain(lambda losses, objects: losses[0] - losses[-1], 'losses', 'L1 - L2'),
-    'loss_sum': Gain(lambda losses, objects: (losses[0] - losses[-1]) * objects, 'losses',
-                     '(L1 - L2) x objects'),
+    'loss_sum': Gain(
+        lambda losses, objects: (losses[0] - losses[-1]) * objects, 'losses', '(L1 - L2) x objects'
+    ),
     'ap': Gain(lambda aps, objects: aps[-1] - aps[0], 'ap', 'AP2 - AP1 per image'),
 }
 
@@ -57,27 +64,30 @@ class Objective:
     Args:
         gain (str): A key of `GAINS`.
         fit (str): A key of `FITS`.
-        share (float): The hard share, in [0, 1], at which ``linear`` and ``regression`` put a difficulty of
-            0.5: their offset is the (1 - share) quantile of the gains. Defaults to 0.5, the paper's median.
-        offset (float, optional): The offset itself, in units of the gain: what an image must gain to be
-            worth the last exit, chosen by hand. Defaults to None: by ``share``.
+        share (float): The hard share, in [0, 1], at which ``linear`` and ``regression`` put a
+            difficulty of 0.5: their offset is the (1 - share) quantile of the gains. Defaults to
+            0.5, the paper's median.
+        offset (float, optional): The offset itself, in units of the gain: what an image must gain
+            to be worth the last exit, chosen by hand. Defaults to None: by ``share``.
         error (str): Of ``rank``: 'bce' or 'squared'. Defaults to 'bce'.
-        weighted (bool): Of ``pairwise``: whether a pair counts by the difference of its gains. Defaults to
-            True.
+        weighted (bool): Of ``pairwise``: whether a pair counts by the difference of its gains.
+            Defaults to True.
     """
+
     gain: str = 'loss'
     fit: str = 'linear'
     share: float = 0.5
-    offset: Optional[float] = None
+    offset: float | None = None
     error: str = 'bce'
     weighted: bool = True
 
     def gains(self, values: Tensor, objects: Sequence[int]) -> Tensor:
-        """Gains, (N,), from ``values``, (K, N), of the kind that the gain asks for, and (N,) objects."""
+        """Gains, (N,), from ``values``, (K, N), of the kind that the gain asks for, and (N,)
+        objects."""
         return GAINS[self.gain].of(values, values.new_tensor(objects))
 
     def loss(self, logits: Tensor, gains: Tensor, quantiles: Tensor) -> Tensor:
-        """What is minimised, averaged over images.
+        """What is minimized, averaged over images.
 
         Args:
             logits (Tensor): ``z``, (N,), float32, with gradient.
@@ -96,11 +106,11 @@ class Objective:
 #: ``objective=dict(type='rank', gain='ap')``.
 #:
 #: * ``paper``: DynamicDet, equation 12, its offset the median.
-#: * ``no_offset``, ``cost_weight``: the paper's two naive ones. The second takes ``offset``, its lambda.
-#: * ``loss_sum``: the paper's, on gains summed over objects.
+#: * ``no_offset``, ``cost_weight``: the paper's two naive ones. The second takes ``offset``, its
+#: lambda. * ``loss_sum``: the paper's, on gains summed over objects.
 #: * ``rank``, ``pairwise``: only the order of gains counts; ``ap``: the order of gains in AP.
 #: * ``gain``: the expected gain per unit of compute.
-OBJECTIVES: Dict[str, dict] = {
+OBJECTIVES: dict[str, dict] = {
     'paper': dict(gain='loss', fit='linear'),
     'no_offset': dict(gain='loss', fit='linear', offset=0.0),
     'cost_weight': dict(gain='loss', fit='linear'),
@@ -112,11 +122,12 @@ OBJECTIVES: Dict[str, dict] = {
 }
 
 
-def build_objective(config: Union[str, Mapping, Objective]) -> Objective:
+def build_objective(config: str | Mapping | Objective) -> Objective:
     """An objective from a name, or from ``dict(type=name, ...)`` with settings of `Objective`.
 
     Raises:
-        UsageError: If a name or setting is unknown, out of range, or missing (``cost_weight``'s offset).
+        UsageError: If a name or setting is unknown, out of range, or missing (``cost_weight``'s
+            offset).
     """
     if isinstance(config, Objective):
         return config
@@ -128,10 +139,14 @@ def build_objective(config: Union[str, Mapping, Objective]) -> Objective:
     known = [field.name for field in dataclasses.fields(Objective)]
     unknown = [key for key in given if key not in known]
     if unknown:
-        raise UsageError(f"objective '{name}' has no setting {unknown[0]}; it takes {', '.join(known)}")
+        raise UsageError(
+            f"objective '{name}' has no setting {unknown[0]}; it takes {', '.join(known)}"
+        )
     if name == 'cost_weight' and given.get('offset') is None:
-        raise UsageError("objective 'cost_weight' needs its lambda: objective=dict(type='cost_weight', "
-                         'offset=...), in units of the loss')
+        raise UsageError(
+            "objective 'cost_weight' needs its lambda: objective=dict(type='cost_weight', "
+            'offset=...), in units of the loss'
+        )
     objective = Objective(**{**OBJECTIVES[name], **given})
     _one_of('gain', objective.gain, GAINS)
     _one_of('fit', objective.fit, FITS)
@@ -156,8 +171,11 @@ def _one_of(what: str, value: object, known) -> None:
 
 
 def quantiles_of(gains: Sequence[float]) -> Tensor:
-    """``q``, (101,), float32, of (n,) gains, n > 0; the one in the middle is their median, delta."""
-    return torch.from_numpy(np.quantile(np.asarray(gains, np.float64), np.linspace(0, 1, 101))).float()
+    """``q``, (101,), float32, of (n,) gains, n > 0; the one in the middle is their median,
+    delta."""
+    return torch.from_numpy(
+        np.quantile(np.asarray(gains, np.float64), np.linspace(0, 1, 101))
+    ).float()
 
 
 def offset_of(objective: Objective, quantiles: Tensor) -> Tensor:
@@ -170,7 +188,8 @@ def offset_of(objective: Objective, quantiles: Tensor) -> Tensor:
 def ranks_of(gains: Tensor, quantiles: Tensor) -> Tensor:
     """Where gains, (N,), stand among the training set's, in [0, 1]: uniform over the training set.
 
-    Gains that equal several quantiles, as 0 does where many images gain nothing, stand in their middle.
+    Gains that equal several quantiles, as 0 does where many images gain nothing, stand in their
+    middle.
     """
     gains, last = gains.contiguous(), len(quantiles) - 1
     below = torch.searchsorted(quantiles, gains)
@@ -189,9 +208,9 @@ def ranks_of(gains: Tensor, quantiles: Tensor) -> Tensor:
 def _linear(objective: Objective, logits: Tensor, gains: Tensor, quantiles: Tensor) -> Tensor:
     """``(1/2 - phi) * (g - offset)``.
 
-    DynamicDet's equation 12, ``(1 - phi) * (L1 - delta/2) + phi * (L2 + delta/2)``, less ``(L1 + L2) / 2``,
-    which has no gradient. Its gradient in phi is ``L2 - L1 + delta``: with the median as delta, half of the
-    training images are pushed each way.
+    DynamicDet's equation 12, ``(1 - phi) * (L1 - delta/2) + phi * (L2 + delta/2)``, less ``(L1 +
+    L2) / 2``, which has no gradient. Its gradient in phi is ``L2 - L1 + delta``: with the median as
+    delta, half of the training images are pushed each way.
     """
     return ((0.5 - logits.sigmoid()) * (gains - offset_of(objective, quantiles))).mean()
 
@@ -208,10 +227,11 @@ def _rank(objective: Objective, logits: Tensor, gains: Tensor, quantiles: Tensor
 
 
 def _pairwise(objective: Objective, logits: Tensor, gains: Tensor, quantiles: Tensor) -> Tensor:
-    """``softplus(-(z_i - z_j))`` over the batch's pairs with ``g_i > g_j``: RankNet's (Burges et al., 2005).
+    """``softplus(-(z_i - z_j))`` over the batch's pairs with ``g_i > g_j``: RankNet's (Burges et
+    al., 2005).
 
-    Weighted, a pair counts by ``g_i - g_j``, divided by the mean over the pairs. The level of the logits is
-    left free; a batch without two different gains gives 0.
+    Weighted, a pair counts by ``g_i - g_j``, divided by the mean over the pairs. The level of the
+    logits is left free; a batch without two different gains gives 0.
     """
     ahead = gains[:, None] - gains[None, :]
     pairs = ahead > 0
@@ -225,21 +245,23 @@ def _pairwise(objective: Objective, logits: Tensor, gains: Tensor, quantiles: Te
 
 
 def _regression(objective: Objective, logits: Tensor, gains: Tensor, quantiles: Tensor) -> Tensor:
-    """``(z - (g - offset) / s)^2``, with g clipped to its 1% and 99% quantiles, s the spread between them.
+    """``(z - (g - offset) / s)^2``, with g clipped to its 1% and 99% quantiles, s the spread
+    between them.
 
-    Least for ``z = (E[g | image] - offset) / s``: the expected gain, above the price of compute that the
-    offset is. Exits cost the same extra C for every image of one size, so the gain per GFLOP, ``g / C``,
-    gives the same z: C cancels between it and its own offset and spread. Hard at difficulty 0.5 are images
-    whose expected gain per GFLOP is above the (1 - share) quantile of gains per GFLOP.
+    Least for ``z = (E[g | image] - offset) / s``: the expected gain, above the price of compute
+    that the offset is. Exits cost the same extra C for every image of one size, so the gain per
+    GFLOP, ``g / C``, gives the same z: C cancels between it and its own offset and spread. Hard at
+    difficulty 0.5 are images whose expected gain per GFLOP is above the (1 - share) quantile of
+    gains per GFLOP.
     """
-    inner = quantiles[_TAIL:len(quantiles) - _TAIL]
+    inner = quantiles[_TAIL : len(quantiles) - _TAIL]
     spread = inner.std(correction=0).clamp(min=torch.finfo(gains.dtype).tiny)
     target = (gains.clamp(inner[0], inner[-1]) - offset_of(objective, quantiles)) / spread
     return F.mse_loss(logits, target)
 
 
 #: Name -> how z, and with it phi, is fit to gains.
-FITS: Dict[str, Callable[[Objective, Tensor, Tensor, Tensor], Tensor]] = {
+FITS: dict[str, Callable[[Objective, Tensor, Tensor, Tensor], Tensor]] = {
     'linear': _linear,
     'rank': _rank,
     'pairwise': _pairwise,
@@ -250,14 +272,16 @@ FITS: Dict[str, Callable[[Objective, Tensor, Tensor, Tensor], Tensor]] = {
 # Per-image AP of a batch.
 
 
-def image_aps(detections: Sequence[Sequence[Mapping]], truths: Sequence[Sequence[Mapping]]) -> np.ndarray:
+def image_aps(
+    detections: Sequence[Sequence[Mapping]], truths: Sequence[Sequence[Mapping]]
+) -> np.ndarray:
     """COCO AP of each image by itself under each exit.
 
     Args:
-        detections (Sequence): By exit and image: dictionaries of arrays ``bboxes`` (m, 4) as x1, y1, x2, y2,
-            ``scores`` (m,) and ``labels`` (m,).
-        truths (Sequence): By exit and image, in the frames of the detections: ``bboxes`` (m, 4), ``labels``
-            (m,) and ``crowds`` (m,), bools.
+        detections (Sequence): By exit and image: dictionaries of arrays ``bboxes`` (m, 4) as x1,
+            y1, x2, y2, ``scores`` (m,) and ``labels`` (m,).
+        truths (Sequence): By exit and image, in the frames of the detections: ``bboxes`` (m, 4),
+            ``labels`` (m,) and ``crowds`` (m,), bools.
 
     Returns:
         np.ndarray: (K, N), percent; 0 where an image has no objects but crowds.
@@ -267,14 +291,24 @@ def image_aps(detections: Sequence[Sequence[Mapping]], truths: Sequence[Sequence
 
 def _one_exit_aps(detections: Sequence[Mapping], truths: Sequence[Mapping]) -> np.ndarray:
     from .evaluation import Mixtures
+
     if not any((~np.asarray(truth['crowds'], bool)).any() for truth in truths):
         return np.zeros(len(truths))
     # As a record of two equal exits: there are no fewer.
     images = [
-        dict(id=index, file='', difficulty=0.0, detections=2 * [[
-            dict(bbox=box, score=float(score), category_id=int(label))
-            for box, score, label in zip(_xywh(own['bboxes']), own['scores'], own['labels'])
-        ]]) for index, own in enumerate(detections)
+        dict(
+            id=index,
+            file='',
+            difficulty=0.0,
+            detections=2
+            * [
+                [
+                    dict(bbox=box, score=float(score), category_id=int(label))
+                    for box, score, label in zip(_xywh(own['bboxes']), own['scores'], own['labels'])
+                ]
+            ],
+        )
+        for index, own in enumerate(detections)
     ]
     return Mixtures(dict(images=images), _as_coco(truths)).image_ap()[0]
 
@@ -282,8 +316,15 @@ def _one_exit_aps(detections: Sequence[Mapping], truths: Sequence[Mapping]) -> n
 def _as_coco(truths: Sequence[Mapping]):
     """A COCO object of what the images hold."""
     from pycocotools.coco import COCO
+
     annotations = [
-        dict(image_id=index, bbox=box, category_id=int(label), area=box[2] * box[3], iscrowd=int(crowd))
+        dict(
+            image_id=index,
+            bbox=box,
+            category_id=int(label),
+            area=box[2] * box[3],
+            iscrowd=int(crowd),
+        )
         for index, own in enumerate(truths)
         for box, label, crowd in zip(_xywh(own['bboxes']), own['labels'], own['crowds'])
     ]
@@ -293,7 +334,8 @@ def _as_coco(truths: Sequence[Mapping]):
         images=[dict(id=index) for index in range(len(truths))],
         categories=[dict(id=label, name=str(label)) for label in sorted(labels)],
         # From 1 on: pycocotools takes an id of 0 for no match.
-        annotations=[dict(one, id=index) for index, one in enumerate(annotations, 1)])
+        annotations=[dict(one, id=index) for index, one in enumerate(annotations, 1)],
+    )
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco

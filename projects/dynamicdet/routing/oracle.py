@@ -1,15 +1,17 @@
 """What the best router could reach: each image's exit chosen by what the exits really find.
 
-Letters: K exits, n images; ``values``, (K, n), what each exit is worth on each image, for example its
-per-image AP; ``costs``, (K,) or (K, n), what it costs.
+Letters: K exits, n images; ``values``, (K, n), what each exit is worth on each image, for example
+its per-image AP; ``costs``, (K,) or (K, n), what it costs.
 
-* `allocate` maximises the sum of values under a budget, with a bound that certifies the result.
+* `allocate` maximizes the sum of values under a budget, with a bound that certifies the result.
 * `oracle_choices` does so for two exits at several hard shares.
 * `refine` improves a choice on the AP of the whole set, which is no sum over images.
-* `honest_choices` chooses on one view of the images, to be scored on another. An oracle that is scored on
-  what it chose by wins where the exits differ by luck alone; an honest one does not.
+* `honest_choices` chooses on one view of the images, to be scored on another. An oracle that is
+  scored on what it chose by wins where the exits differ by luck alone; an honest one does not.
 """
-from typing import Mapping, NamedTuple, Optional, Sequence, Tuple
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -19,7 +21,8 @@ from .evaluation import Mixtures
 
 #: Sums over images are equal when they differ by less than this share of their size: rounding.
 _ROUNDING = 1e-12
-#: A budget may be passed by this share of one image's cost, or half of 1.1 + 2.3 would not buy both.
+#: A budget may be passed by this share of one image's cost, or half of 1.1 + 2.3 would not buy
+#: both.
 _CREDIT = 1e-9
 #: APs closer than this, in percent, are equal.
 _SAME_AP = 1e-9
@@ -32,10 +35,12 @@ class Allocation(NamedTuple):
         choice (np.ndarray): Exit of each image, (n,), int.
         value (float): Sum of the chosen values.
         cost (float): Mean cost per image, at most the budget.
-        price (float): Value per unit of cost at which images are upgraded; 0 if the budget does not bind.
-        bound (float): Optimum of the linear programme in which an image may be split between exits: no choice
-            within the budget has a larger value.
+        price (float): Value per unit of cost at which images are upgraded; 0 if the budget does not
+            bind.
+        bound (float): Optimum of the linear program in which an image may be split between exits:
+            no choice within the budget has a larger value.
     """
+
     choice: np.ndarray
     value: float
     cost: float
@@ -44,7 +49,9 @@ class Allocation(NamedTuple):
 
 
 class Refinement(NamedTuple):
-    """What `refine` found: ``choice``, (n,); its AP and its start's, in percent; how many APs it took."""
+    """What `refine` found: ``choice``, (n,); its AP and its start's, in percent; how many APs it
+    took."""
+
     choice: np.ndarray
     ap: float
     start_ap: float
@@ -54,17 +61,20 @@ class Refinement(NamedTuple):
 def allocate(values: np.ndarray, costs: np.ndarray, budget: float) -> Allocation:
     """Choose one exit per image: the largest sum of values whose mean cost is within a budget.
 
-    The linear programme of the early-exit oracle (Gay 2022; a multiple-choice knapsack), by its dual. At a
-    price p each image takes the exit with the largest ``value - p * cost`` by itself. The price is found by
-    bisection between a choice over and one within the budget, with the slope of their chord as the next
-    price, not its middle: that ends, after a few steps, at the programme's own price. What the budget then
+    The linear program of the early-exit oracle (Gay 2022; a multiple-choice knapsack), by its
+    dual. At a price p each image takes the exit with the largest ``value - p * cost`` by itself.
+    The price is found by bisection between a choice over and one within the budget, with the slope
+    of their chord as the next price, not its middle: that ends, after a few steps, at the
+        program's own price. What the budget then
     leaves is filled greedily.
 
-    Guaranteed, up to rounding: ``value <= bound``; ``bound`` is the programme's optimum; and either the
-    choice is optimal or ``bound - value`` is less than the difference between two values of one image. (At
-    the price, all upgrades that the budget pays for in part are worth ``price`` per cost. What they leave
-    unspent is less than one of them costs, and the gap is at most the price times that.) With costs (K,) for
-    two exits and a budget that pays for a whole number of upgrades the gap is 0.
+    Guaranteed, up to rounding: ``value <= bound``; ``bound`` is the program's optimum; and either
+        the
+    choice is optimal or ``bound - value`` is less than the difference between two values of one
+    image. (At the price, all upgrades that the budget pays for in part are worth ``price`` per
+    cost. What they leave unspent is less than one of them costs, and the gap is at most the price
+    times that.) With costs (K,) for two exits and a budget that pays for a whole number of upgrades
+    the gap is 0.
 
     For *no detection* pass a row of zeros in both.
 
@@ -85,38 +95,47 @@ def allocate(values: np.ndarray, costs: np.ndarray, budget: float) -> Allocation
     cheapest, best = _first(-costs, values), _first(values, -costs)
     least = costs[cheapest, images].sum()
     if not room >= least:  # also where the budget is NaN
-        raise UsageError(f'a budget of {budget:g} per image is below the cheapest choice, '
-                         f'{least / len(images):g}: raise it')
+        raise UsageError(
+            f'a budget of {budget:g} per image is below the cheapest choice, '
+            f'{least / len(images):g}: raise it'
+        )
     if costs[best, images].sum() <= room:
         choice, price = best, 0.0
     else:
         within, price = _optimal_price(values, costs, room, cheapest, best)
         choice = _fill(values, costs, room, within, price)
     bound = (values - price * costs).max(0).sum() + price * room
-    return Allocation(choice, float(values[choice, images].sum()), float(costs[choice, images].mean()),
-                      float(price), float(bound))
+    return Allocation(
+        choice,
+        float(values[choice, images].sum()),
+        float(costs[choice, images].mean()),
+        float(price),
+        float(bound),
+    )
 
 
-def oracle_choices(values: np.ndarray,
-                   shares: Sequence[float],
-                   exact: bool = True,
-                   seed: int = 0) -> np.ndarray:
+def oracle_choices(
+    values: np.ndarray, shares: Sequence[float], exact: bool = True, seed: int = 0
+) -> np.ndarray:
     """Choices between two exits at several hard shares, the best by the sum of ``values``.
 
     Args:
         values (np.ndarray): (2, n), for example ``Mixtures.image_ap()``.
         shares (Sequence[float]): Hard shares, in [0, 1].
         exact (bool): Whether just that share is hard, as where a router's threshold cuts: curves of
-            routers and oracle then compare at each share, and end in the same points. Otherwise the share
-            is a budget, and an image is hard only where it gains by it. Defaults to True.
+            routers and oracle then compare at each share, and end in the same points. Otherwise the
+            share is a budget, and an image is hard only where it gains by it. Defaults to True.
         seed (int): For order among images with the same gain, when ``exact``. Defaults to 0.
 
     Returns:
-        np.ndarray: (shares, n), int. With ``exact``, the hard images of a share are hard in larger ones too.
+        np.ndarray: (shares, n), int. With ``exact``, the hard images of a share are hard in larger
+        ones too.
     """
     values = np.asarray(values, float)
     if values.ndim != 2 or len(values) != 2:
-        raise UsageError(f'hard shares are for two exits; values have shape {values.shape}: use allocate')
+        raise UsageError(
+            f'hard shares are for two exits; values have shape {values.shape}: use allocate'
+        )
     if any(not 0 <= share <= 1 for share in shares):
         raise UsageError(f'hard shares must be in [0, 1], got {list(shares)}')
     if not exact:
@@ -127,29 +146,32 @@ def oracle_choices(values: np.ndarray,
     order = shuffled[np.argsort(values[0, shuffled] - values[1, shuffled], kind='stable')]
     choices = np.zeros((len(shares), len(order)), int)
     for choice, share in zip(choices, shares):
-        choice[order[:round(share * len(order))]] = 1
+        choice[order[: round(share * len(order))]] = 1
     return choices
 
 
-def honest_choices(record: Mapping,
-                   coco: COCO,
-                   shares: Sequence[float],
-                   exact: bool = True,
-                   by_objects: bool = False,
-                   seed: int = 0) -> np.ndarray:
-    """Choices of an oracle that saw another view of each image; score them on the record's own detections.
+def honest_choices(
+    record: Mapping,
+    coco: COCO,
+    shares: Sequence[float],
+    exact: bool = True,
+    by_objects: bool = False,
+    seed: int = 0,
+) -> np.ndarray:
+    """Choices of an oracle that saw another view of each image; score them on the record's own
+    detections.
 
-    What is luck in one view is not in the other, so with exits that differ by noise alone the gain over
-    random routing is 0 on average. Where a view is noisy the oracle errs too: it is no upper bound, but what
-    knowing each image, seen twice, is worth.
+    What is luck in one view is not in the other, so with exits that differ by noise alone the gain
+    over random routing is 0 on average. Where a view is noisy the oracle errs too: it is no upper
+    bound, but what knowing each image, seen twice, is worth.
 
     Args:
         record (Mapping): With ``view`` in its images; two exits.
         coco (COCO): Its ground truth.
         shares (Sequence[float]): Hard shares, in [0, 1].
         exact (bool): As in `oracle_choices`. Defaults to True.
-        by_objects (bool): Whether to multiply an image's AP by its number of objects, as in the set's AP an
-            image counts by its objects. Defaults to False.
+        by_objects (bool): Whether to multiply an image's AP by its number of objects, as in the
+            set's AP an image counts by its objects. Defaults to False.
         seed (int): As in `oracle_choices`. Defaults to 0.
 
     Returns:
@@ -159,7 +181,9 @@ def honest_choices(record: Mapping,
         UsageError: If the record has no views.
     """
     if any(image.get('view') is None for image in record['images']):
-        raise UsageError('an honest oracle needs detections of a second view of each image: record them too')
+        raise UsageError(
+            'an honest oracle needs detections of a second view of each image: record them too'
+        )
     values = Mixtures(record, coco, view=True).image_ap()
     if by_objects:
         values = values * [object_count(coco, image['id']) for image in record['images']]
@@ -171,17 +195,21 @@ def object_count(coco: COCO, image_id: int) -> int:
     return sum(not annotation.get('iscrowd', 0) for annotation in coco.imgToAnns.get(image_id, []))
 
 
-def refine(mixtures: Mixtures,
-           choice: np.ndarray,
-           evaluations: int = 400,
-           seed: int = 0,
-           values: Optional[np.ndarray] = None) -> Refinement:
-    """Improve a choice on the AP of the whole set: swap the exits of pairs of images while that gains.
+def refine(
+    mixtures: Mixtures,
+    choice: np.ndarray,
+    evaluations: int = 400,
+    seed: int = 0,
+    values: np.ndarray | None = None,
+) -> Refinement:
+    """Improve a choice on the AP of the whole set: swap the exits of pairs of images while that
+    gains.
 
-    Greedy, in batches: a batch of swaps that gains is kept and the next is twice as large, one that does
-    not is taken back and the next is half as large. Swaps that cost little by ``values`` are tried first.
-    Each exit keeps its number of images, so with costs (K,) the cost stays too. The result is never worse
-    than the start; it is a lower bound of the best choice, not the best.
+    Greedy, in batches: a batch of swaps that gains is kept and the next is twice as large, one that
+        does
+    not is taken back and the next is half as large. Swaps that cost little by ``values`` are tried
+    first. Each exit keeps its number of images, so with costs (K,) the cost stays too. The result
+    is never worse than the start; it is a lower bound of the best choice, not the best.
 
     Args:
         mixtures (Mixtures): Gives the AP of a choice.
@@ -198,7 +226,9 @@ def refine(mixtures: Mixtures,
     generator = np.random.default_rng(seed)
     current = np.array(choice, int)
     ap = start = mixtures.ap(current)
-    pairs = (len(current)**2 - int((np.bincount(current)**2).sum())) // 2  # of images with different exits
+    pairs = (
+        len(current) ** 2 - int((np.bincount(current) ** 2).sum())
+    ) // 2  # of images with different exits
     used, size, failed = 1, max(1, len(current) // 16), set()
     while used < evaluations and len(failed) < pairs:
         first, second = _swaps(values, current, generator, size, failed)
@@ -218,38 +248,47 @@ def refine(mixtures: Mixtures,
     return Refinement(current, ap, start, used)
 
 
-def _checked(values: np.ndarray, costs: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+def _checked(values: np.ndarray, costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     values, costs = np.asarray(values, float), np.asarray(costs, float)
     if values.ndim != 2 or not values.size:
         raise UsageError(f'values must be exits x images, (K, n), got {values.shape}')
     if costs.shape not in (values.shape, values.shape[:1]):
-        raise UsageError(f'costs must be {values.shape[:1]} or {values.shape}, as values are, got '
-                         f'{costs.shape}')
+        raise UsageError(
+            f'costs must be {values.shape[:1]} or {values.shape}, as values are, got {costs.shape}'
+        )
     if not (np.isfinite(values).all() and np.isfinite(costs).all()):
-        raise UsageError('some values or costs are not finite: give an exit that is no option a low value')
+        raise UsageError(
+            'some values or costs are not finite: give an exit that is no option a low value'
+        )
     costs = costs[:, None] if costs.ndim == 1 else costs
     return values, np.broadcast_to(costs, values.shape)
 
 
 def _first(leading: np.ndarray, then: np.ndarray) -> np.ndarray:
-    """Exit of each image with the largest ``leading``, and among those the largest ``then``, (n,)."""
+    """Exit of each image with the largest ``leading``, and among those the largest ``then``,
+    (n,)."""
     return np.where(leading == leading.max(0), then, -np.inf).argmax(0)
 
 
-def _optimal_price(values: np.ndarray, costs: np.ndarray, room: float, within: np.ndarray,
-                   over: np.ndarray) -> Tuple[np.ndarray, float]:
-    """A choice within the budget, and the price at which it and one over the budget are both best."""
+def _optimal_price(
+    values: np.ndarray, costs: np.ndarray, room: float, within: np.ndarray, over: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """A choice within the budget, and the price at which it and one over the budget are both
+    best."""
     images = np.arange(values.shape[1])
     scale = np.abs(values).max(0).sum(), np.abs(costs).max(0).sum()
     while True:
-        (low, cheap), (high, dear) = ((values[choice, images].sum(), costs[choice, images].sum())
-                                      for choice in (within, over))
+        (low, cheap), (high, dear) = (
+            (values[choice, images].sum(), costs[choice, images].sum()) for choice in (within, over)
+        )
         price = (high - low) / (dear - cheap)
         reduced = values - price * costs
         between = reduced.argmax(0)
-        # No choice lies above the chord: both its ends are best at this price. Else there is one, and a
-        # steeper or flatter chord; there are finitely many.
-        if reduced.max(0).sum() - (low - price * cheap) <= _ROUNDING * (scale[0] + price * scale[1]):
+        # No choice lies above the chord: both its ends are best at this price. Else there is one,
+        # and a steeper or flatter chord; there are finitely many.
+        if reduced.max(0).sum() - (low - price * cheap) <= _ROUNDING * (
+            scale[0] + price * scale[1]
+        ):
             return within, price
         if costs[between, images].sum() > room:
             over = between
@@ -257,9 +296,11 @@ def _optimal_price(values: np.ndarray, costs: np.ndarray, room: float, within: n
             within = between
 
 
-def _fill(values: np.ndarray, costs: np.ndarray, room: float, choice: np.ndarray,
-          price: float) -> np.ndarray:
-    """Upgrade images while the budget lasts, those first that gain most per cost, then the dearest."""
+def _fill(
+    values: np.ndarray, costs: np.ndarray, room: float, choice: np.ndarray, price: float
+) -> np.ndarray:
+    """Upgrade images while the budget lasts, those first that gain most per cost, then the
+    dearest."""
     images = np.arange(values.shape[1])
     choice = choice.copy()
     left = room - costs[choice, images].sum()
@@ -267,7 +308,8 @@ def _fill(values: np.ndarray, costs: np.ndarray, room: float, choice: np.ndarray
     exits, who = np.nonzero((gains > 0) & (extra > 0) & (extra <= left))
     gains, extra = gains[exits, who], extra[exits, who]
     rates = gains / extra
-    # No upgrade gains more per cost than the price; those that gain as much differ by rounding only.
+    # No upgrade gains more per cost than the price; those that gain as much differ by rounding
+    # only.
     rates[rates > price * (1 - _CREDIT)] = price
     order = np.lexsort((-extra, -rates))
     upgraded = set()
@@ -279,20 +321,26 @@ def _fill(values: np.ndarray, costs: np.ndarray, room: float, choice: np.ndarray
     return choice
 
 
-def _swaps(values: np.ndarray, choice: np.ndarray, generator: np.random.Generator, size: int,
-           failed: set) -> Tuple[np.ndarray, np.ndarray]:
-    """Up to ``size`` disjoint pairs of images with different exits, at random, cheap ones likelier."""
+def _swaps(
+    values: np.ndarray, choice: np.ndarray, generator: np.random.Generator, size: int, failed: set
+) -> tuple[np.ndarray, np.ndarray]:
+    """Up to ``size`` disjoint pairs of images with different exits, at random, cheap ones
+    likelier."""
     order = generator.permutation(len(choice))
     half = len(order) // 2
-    first, second = order[:half], order[half:2 * half]
+    first, second = order[:half], order[half : 2 * half]
     first, second = np.minimum(first, second), np.maximum(first, second)
     differ = choice[first] != choice[second]
     first, second = first[differ], second[differ]
     if failed:
         fresh = [pair not in failed for pair in zip(first.tolist(), second.tolist())]
         first, second = first[fresh], second[fresh]
-    change = (values[choice[second], first] + values[choice[first], second] -
-              values[choice[first], first] - values[choice[second], second])
+    change = (
+        values[choice[second], first]
+        + values[choice[first], second]
+        - values[choice[first], first]
+        - values[choice[second], second]
+    )
     # Gumbel noise: the largest keys are a draw without replacement, with odds exp(change / spread).
     spread = (change.std() if len(change) else 0) or 1.0
     keys = change / spread + generator.gumbel(size=len(change))

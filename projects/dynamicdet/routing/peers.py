@@ -1,14 +1,18 @@
 """Other routers over the same record, to compare a router with.
 
-A peer gives each image a score: large is hard, any scale, and only the order counts. Some peers are plain
-functions of a record, some are fitted to one first; `peer_scores` runs either by name, `PEERS` lists them.
+A peer gives each image a score: large is hard, any scale, and only the order counts. Some peers are
+plain functions of a record, some are fitted to one first; `peer_scores` runs either by name,
+`PEERS` lists them.
 
-What a peer looks at has a price. Features of the first backbone and the image itself are free (an image is
-loaded, and the first backbone runs, at every exit). Exit 0's *detections* are there only after its neck and
-head ran, which an image that goes on to the last exit would have skipped: `charge` says what that costs. True
-objects and losses are known to no router: those peers are references.
+What a peer looks at has a price. Features of the first backbone and the image itself are free (an
+image is loaded, and the first backbone runs, at every exit). Exit 0's *detections* are there only
+after its neck and head ran, which an image that goes on to the last exit would have skipped:
+`charge` says what that costs. True objects and losses are known to no router: those peers are
+references.
 """
-from typing import Callable, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,7 +21,8 @@ from .record import require
 
 #: Detections below this score are not counted as such.
 SURE = 0.3
-#: Scores that `adaptive_feeding` looks at, and of how many of the surest detections it sees score and size.
+#: Scores that `adaptive_feeding` looks at, and of how many of the surest detections it sees score
+#: and size.
 _COUNTED, _SUREST = (0.1, 0.3, 0.5), 10
 #: Penalties that the ridge regression chooses among.
 _PENALTIES = tuple(10.0**power for power in range(-1, 7))
@@ -37,8 +42,9 @@ class Peer(NamedTuple):
         charged (bool): Whether it looks at exit 0's detections, see `charge`.
         reference (bool): Whether it looks at the annotations, which no router can.
     """
+
     function: Callable
-    needs: Tuple[str, ...]
+    needs: tuple[str, ...]
     description: str
     fitted: bool = False
     charged: bool = False
@@ -68,18 +74,22 @@ def entropy_of_scores(record: Mapping) -> np.ndarray:
 
 
 def variance_of_scores(record: Mapping) -> np.ndarray:
-    """Sum over exit 0's detections of p (1 - p), (n,): were scores probabilities, the variance of the number
-    of right ones."""
-    return np.array([sum(score * (1 - score) for score in scores) for scores in _first_scores(record)])
+    """Sum over exit 0's detections of p (1 - p), (n,): were scores probabilities, the variance of
+    the number of right ones."""
+    return np.array(
+        [sum(score * (1 - score) for score in scores) for scores in _first_scores(record)]
+    )
 
 
 def detection_count(record: Mapping) -> np.ndarray:
     """Number of exit 0's detections over `SURE`, (n,)."""
-    return np.array([sum(score > SURE for score in scores) for scores in _first_scores(record)], float)
+    return np.array(
+        [sum(score > SURE for score in scores) for scores in _first_scores(record)], float
+    )
 
 
 def image_entropy(record: Mapping) -> np.ndarray:
-    """Entropy of the image's grey levels, in bits, (n,)."""
+    """Entropy of the image's gray levels, in bits, (n,)."""
     return _column(record, 'entropy')
 
 
@@ -95,15 +105,18 @@ def true_loss_difference(record: Mapping) -> np.ndarray:
 
 
 def true_loss_difference_by_objects(record: Mapping) -> np.ndarray:
-    """`true_loss_difference` times the number of objects: the sum over objects, as AP counts, (n,)."""
+    """`true_loss_difference` times the number of objects: the sum over objects, as AP counts,
+    (n,)."""
     return true_loss_difference(record) * true_objects(record)
 
 
 def fit_adaptive_feeding(record: Mapping, benefit: Sequence[float]) -> Scorer:
-    """A linear support vector machine on exit 0's detections, as in Adaptive Feeding (Zhou, ICCV 2017).
+    """A linear support vector machine on exit 0's detections, as in Adaptive Feeding (Zhou, ICCV
+    2017).
 
-    It tells images with a benefit above 0 from the others; their classes weigh the same. It sees score and
-    size of the surest detections, the numbers of detections over some scores, and the sum of p (1 - p).
+    It tells images with a benefit above 0 from the others; their classes weigh the same. It sees
+    score and size of the surest detections, the numbers of detections over some scores, and the sum
+    of p (1 - p).
 
     Args:
         record (Mapping): To fit to; images that the detectors were not trained on.
@@ -118,12 +131,17 @@ def fit_adaptive_feeding(record: Mapping, benefit: Sequence[float]) -> Scorer:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     from sklearn.svm import LinearSVC
+
     gains = _checked(benefit, record) > 0
     if gains.all() or not gains.any():
-        raise UsageError(f"{'all' if gains.all() else 'none'} of the images gain by the last exit: Adaptive "
-                         'Feeding has nothing to tell apart')
-    machine = make_pipeline(StandardScaler(),
-                            LinearSVC(class_weight='balanced', dual=False, max_iter=10_000, random_state=0))
+        raise UsageError(
+            f'{"all" if gains.all() else "none"} of the images gain by the last exit: Adaptive '
+            'Feeding has nothing to tell apart'
+        )
+    machine = make_pipeline(
+        StandardScaler(),
+        LinearSVC(class_weight='balanced', dual=False, max_iter=10_000, random_state=0),
+    )
     machine.fit(_detection_statistics(record), gains)
     return lambda other: machine.decision_function(_detection_statistics(other))
 
@@ -132,7 +150,8 @@ def fit_ridge(record: Mapping, benefit: Sequence[float]) -> Scorer:
     """Ridge regression of the benefit on the pooled features, its penalty by leave-one-out.
 
     Args:
-        record (Mapping): To fit to, with ``features``; images that the detectors were not trained on.
+        record (Mapping): To fit to, with ``features``; images that the detectors were not trained
+            on.
         benefit (Sequence[float]): What each image gains by the last exit, (n,), in any unit.
 
     Returns:
@@ -141,50 +160,69 @@ def fit_ridge(record: Mapping, benefit: Sequence[float]) -> Scorer:
     from sklearn.linear_model import RidgeCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
+
     model = make_pipeline(StandardScaler(), RidgeCV(alphas=_PENALTIES))
     model.fit(_features(record), _checked(benefit, record))
     return lambda other: model.predict(_features(other))
 
 
 #: Name -> peer. Fitted ones take any benefit; Adaptive Feeding's is the difference of per-image AP.
-PEERS: Dict[str, Peer] = {
+PEERS: dict[str, Peer] = {
     'doubt_of_best': Peer(doubt_of_best, (), "1 - exit 0's largest score", charged=True),
     'mean_doubt': Peer(mean_doubt, (), "1 - mean of exit 0's scores over 0.3", charged=True),
-    'score_entropy': Peer(entropy_of_scores, (), "entropy of exit 0's scores, summed", charged=True),
-    'score_variance': Peer(variance_of_scores, (), "p (1 - p) of exit 0's scores, summed", charged=True),
+    'score_entropy': Peer(
+        entropy_of_scores, (), "entropy of exit 0's scores, summed", charged=True
+    ),
+    'score_variance': Peer(
+        variance_of_scores, (), "p (1 - p) of exit 0's scores, summed", charged=True
+    ),
     'detections': Peer(detection_count, (), "exit 0's detections over 0.3", charged=True),
-    'adaptive_feeding': Peer(fit_adaptive_feeding, (), "Adaptive Feeding: linear SVM on exit 0's detections",
-                             fitted=True, charged=True),
-    'image_entropy': Peer(image_entropy, ('entropy', ), "entropy of the image's grey levels"),
-    'ridge': Peer(fit_ridge, ('features', ), 'ridge regression on the pooled features', fitted=True),
-    'objects': Peer(true_objects, ('objects', ), 'true number of objects', reference=True),
-    'loss': Peer(true_loss_difference, ('losses', ), 'true loss difference, averaged', reference=True),
-    'loss_objects': Peer(true_loss_difference_by_objects, ('losses', 'objects'),
-                         'true loss difference times objects', reference=True),
+    'adaptive_feeding': Peer(
+        fit_adaptive_feeding,
+        (),
+        "Adaptive Feeding: linear SVM on exit 0's detections",
+        fitted=True,
+        charged=True,
+    ),
+    'image_entropy': Peer(image_entropy, ('entropy',), "entropy of the image's gray levels"),
+    'ridge': Peer(fit_ridge, ('features',), 'ridge regression on the pooled features', fitted=True),
+    'objects': Peer(true_objects, ('objects',), 'true number of objects', reference=True),
+    'loss': Peer(
+        true_loss_difference, ('losses',), 'true loss difference, averaged', reference=True
+    ),
+    'loss_objects': Peer(
+        true_loss_difference_by_objects,
+        ('losses', 'objects'),
+        'true loss difference times objects',
+        reference=True,
+    ),
 }
 
 
-def peer_scores(name: str,
-                record: Mapping,
-                training: Optional[Mapping] = None,
-                benefit: Optional[Sequence[float]] = None,
-                seed: int = 0) -> np.ndarray:
+def peer_scores(
+    name: str,
+    record: Mapping,
+    training: Mapping | None = None,
+    benefit: Sequence[float] | None = None,
+    seed: int = 0,
+) -> np.ndarray:
     """Scores of a record by any peer.
 
     Args:
         name (str): A key of `PEERS`.
         record (Mapping): What to score.
-        training (Mapping, optional): Record that a fitted peer is fitted to. Without one, ``record`` itself
-            is split: each image is scored by a fit to others.
-        benefit (Sequence[float], optional): Benefits of the images of ``training``, else of ``record``;
-            fitted peers need them.
+        training (Mapping, optional): Record that a fitted peer is fitted to. Without one,
+            ``record`` itself is split: each image is scored by a fit to others.
+        benefit (Sequence[float], optional): Benefits of the images of ``training``, else of
+            ``record``; fitted peers need them.
         seed (int): Seed of the split. Defaults to 0.
 
     Returns:
         np.ndarray: (n,), large is hard.
 
     Raises:
-        UsageError: If there is no such peer, or no benefit, or the record lacks what the peer needs.
+        UsageError: If there is no such peer, or no benefit, or the record lacks what the peer
+            needs.
     """
     if name not in PEERS:
         raise UsageError(f"no peer is named '{name}': choose from {', '.join(PEERS)}")
@@ -193,27 +231,33 @@ def peer_scores(name: str,
     if not peer.fitted:
         return peer.function(record)
     if benefit is None:
-        raise UsageError(f"peer '{name}' is fitted: give the benefits of the images that it is fitted to")
+        raise UsageError(
+            f"peer '{name}' is fitted: give the benefits of the images that it is fitted to"
+        )
     if training is None:
         return cross_fit(peer.function, record, benefit, seed=seed)
     require(training, *peer.needs)
     if 'features' in peer.needs:
         widths = [len(one['images'][0]['features']) for one in (record, training)]
         if widths[0] != widths[1]:
-            raise UsageError(f"peer '{name}' learns from {widths[1]} features per image, and these images have "
-                             f'{widths[0]}: record both by one detector')
+            raise UsageError(
+                f"peer '{name}' learns from {widths[1]} features per image, and these images have "
+                f'{widths[0]}: record both by one detector'
+            )
     return peer.function(training, benefit)(record)
 
 
-def cross_fit(fit: Callable[[Mapping, Sequence[float]], Scorer],
-              record: Mapping,
-              benefit: Sequence[float],
-              folds: int = 5,
-              seed: int = 0) -> np.ndarray:
+def cross_fit(
+    fit: Callable[[Mapping, Sequence[float]], Scorer],
+    record: Mapping,
+    benefit: Sequence[float],
+    folds: int = 5,
+    seed: int = 0,
+) -> np.ndarray:
     """Scores of images by fits to the others, (n,).
 
-    Each fold's scores are replaced by their ranks in the fold, in (0, 1): fits of different folds have no
-    common scale.
+    Each fold's scores are replaced by their ranks in the fold, in (0, 1): fits of different folds
+    have no common scale.
 
     Args:
         fit (Callable): For example `fit_ridge`.
@@ -233,11 +277,12 @@ def cross_fit(fit: Callable[[Mapping, Sequence[float]], Scorer],
     return scores
 
 
-def charge(name: str, record: Mapping, branch_gflops: Optional[float] = None) -> float:
+def charge(name: str, record: Mapping, branch_gflops: float | None = None) -> float:
     """GFLOPs that a peer adds to each *hard* image.
 
-    A peer that looks at exit 0's detections has run branch 0, neck and head, on every image. Easy images
-    need that anyway; to a hard one it is added. Boxes and losses being there, the scores themselves are free.
+    A peer that looks at exit 0's detections has run branch 0, neck and head, on every image. Easy
+    images need that anyway; to a hard one it is added. Boxes and losses being there, the scores
+    themselves are free.
 
     Args:
         name (str): A key of `PEERS`.
@@ -245,7 +290,8 @@ def charge(name: str, record: Mapping, branch_gflops: Optional[float] = None) ->
         branch_gflops (float, optional): GFLOPs of branch 0. Defaults to the record's.
 
     Returns:
-        float: GFLOPs per hard image, 2 x multiply-adds; 0 for references, which cannot be run at all.
+        float: GFLOPs per hard image, 2 x multiply-adds; 0 for references, which cannot be run at
+            all.
 
     Raises:
         UsageError: If the peer is charged and nobody says what branch 0 costs.
@@ -255,15 +301,19 @@ def charge(name: str, record: Mapping, branch_gflops: Optional[float] = None) ->
     if branch_gflops is None:
         branch_gflops = record.get('provenance', {}).get('branch0_gflops')
     if branch_gflops is None:
-        raise UsageError(f"peer '{name}' runs branch 0 on every image, and the record does not say what that "
-                         'costs: record anew by tools/record.py')
+        raise UsageError(
+            f"peer '{name}' runs branch 0 on every image, and the record does not say what that "
+            'costs: record anew by tools/record.py'
+        )
     return float(branch_gflops)
 
 
 def _first_scores(record: Mapping) -> list:
     """Scores of exit 0's detections, a list per image, the surest first."""
-    return [sorted((detection['score'] for detection in image['detections'][0]), reverse=True)
-            for image in record['images']]
+    return [
+        sorted((detection['score'] for detection in image['detections'][0]), reverse=True)
+        for image in record['images']
+    ]
 
 
 def _coin_entropy(probabilities: np.ndarray) -> np.ndarray:
@@ -282,7 +332,8 @@ def _features(record: Mapping) -> np.ndarray:
 
 
 def _detection_statistics(record: Mapping) -> np.ndarray:
-    """What `fit_adaptive_feeding` sees, (n, 24): scores and sizes of the surest, counts, p (1 - p)."""
+    """What `fit_adaptive_feeding` sees, (n, 24): scores and sizes of the surest, counts, p (1 -
+    p)."""
     return np.array([_statistics(image['detections'][0]) for image in record['images']])
 
 
@@ -290,7 +341,9 @@ def _statistics(detections: Sequence[Mapping]) -> list:
     detections = sorted(detections, key=lambda detection: -detection['score'])
     scores = [detection['score'] for detection in detections]
     # Pixels, not square pixels, whose largest few would be all that counts.
-    areas = [max(0.0, detection['bbox'][2] * detection['bbox'][3]) for detection in detections[:_SUREST]]
+    areas = [
+        max(0.0, detection['bbox'][2] * detection['bbox'][3]) for detection in detections[:_SUREST]
+    ]
     sizes = [area**0.5 for area in areas]
     absent = [0.0] * (_SUREST - len(sizes))
     counts = [sum(score > floor for score in scores) for floor in _COUNTED]
@@ -300,8 +353,10 @@ def _statistics(detections: Sequence[Mapping]) -> list:
 
 def _checked(benefit: Sequence[float], record: Mapping) -> np.ndarray:
     benefit = np.asarray(benefit, float)
-    if benefit.shape != (len(record['images']), ):
-        raise UsageError(f"{len(record['images'])} images need as many benefits, got {benefit.shape}")
+    if benefit.shape != (len(record['images']),):
+        raise UsageError(
+            f'{len(record["images"])} images need as many benefits, got {benefit.shape}'
+        )
     if not np.isfinite(benefit).all():
         raise UsageError('some benefits are not finite')
     return benefit
@@ -314,4 +369,5 @@ def _subset(record: Mapping, indices: Sequence[int]) -> dict:
 def _ranks(values: np.ndarray) -> np.ndarray:
     """Ranks over their number, in (0, 1); equal values share a rank."""
     from scipy.stats import rankdata
+
     return (rankdata(values) - 0.5) / len(values)

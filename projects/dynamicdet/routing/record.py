@@ -3,26 +3,27 @@
 A record is a plain dictionary:
 
 * ``images``: per image a dictionary of ``id`` (int), ``file`` (str), ``difficulty`` in [0, 1] and
-  ``detections``: K lists, one per exit, of COCO results without ``image_id``, boxes x, y, w, h in the
-  image's own frame. It may have ``losses``: K floats; ``features``: what the router saw, (d,) float32;
-  ``objects``: annotated objects without crowds; ``entropy``: of the grey levels, in bits, in [0, 8];
-  ``gflops`` and ``latencies``: its own cost under each exit, K floats each, units as below;
-  ``view``: detections of an augmented view, like ``detections``, boxes in the original frame. What one
-  image has, all have.
+  ``detections``: K lists, one per exit, of COCO results without ``image_id``, boxes x, y, w, h in
+  the image's own frame. It may have ``losses``: K floats; ``features``: what the router saw, (d,)
+  float32; ``objects``: annotated objects without crowds; ``entropy``: of the gray levels, in bits,
+  in [0, 8]; ``gflops`` and ``latencies``: its own cost under each exit, K floats each, units as
+  below; ``view``: detections of an augmented view, like ``detections``, boxes in the original
+  frame. What one image has, all have.
 * ``gflops``: mean per image of each exit, K floats, 2 x multiply-adds.
 * ``latencies``: of each exit, K floats, seconds per image.
 * ``provenance``: a dictionary of strings, numbers and lists of them.
 
-The file is numpy's compressed ``.npz``, without pickles: detections of an exit lie one below the other,
-with the index of their image.
+The file is numpy's compressed ``.npz``, without pickles: detections of an exit lie one below the
+other, with the index of their image.
 """
+
 import io
 import json
 import struct
 import zipfile
 import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Dict, List, Mapping, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -32,30 +33,49 @@ _FORMAT, _VERSION = 'dynamicdet record', 1
 #: What every image has besides detections: name -> type. Text is of any length.
 _REQUIRED = dict(id=np.int64, file=np.str_, difficulty=np.float64)
 #: What images may have besides.
-_OPTIONAL = dict(losses=np.float64, features=np.float32, objects=np.int64, entropy=np.float64,
-                 gflops=np.float64, latencies=np.float64)
+_OPTIONAL = dict(
+    losses=np.float64,
+    features=np.float32,
+    objects=np.int64,
+    entropy=np.float64,
+    gflops=np.float64,
+    latencies=np.float64,
+)
 #: Of these, what has a number for each exit.
 _BY_EXIT = ('losses', 'gflops', 'latencies')
 #: Keys of an image that hold a list of COCO results per exit; the second is optional.
 _DETECTIONS = ('detections', 'view')
 #: What else np.load raises on a file that is cut short or foreign.
-_BROKEN = (OSError, ValueError, EOFError, AttributeError, KeyError, TypeError, NotImplementedError,
-           RuntimeError, struct.error, zipfile.BadZipFile, zlib.error)
+_BROKEN = (
+    OSError,
+    ValueError,
+    EOFError,
+    AttributeError,
+    KeyError,
+    TypeError,
+    NotImplementedError,
+    RuntimeError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
-def write_record(record: Mapping, path: Union[str, Path]) -> None:
+def write_record(record: Mapping, path: str | Path) -> None:
     """Write a record, whole or not at all.
 
     Args:
-        record (Mapping): See the top of this file. Numbers come back as they are, floats as doubles.
+        record (Mapping): See the top of this file. Numbers come back as they are, floats as
+            doubles.
         path (str or Path): Where to; folders are made, a file that is there is replaced.
 
     Raises:
-        UsageError: If the record is empty, if images differ in what they have, or if lengths do not fit
-            or a number is not finite.
+        UsageError: If the record is empty, if images differ in what they have, or if lengths do not
+            fit or a number is not finite.
     """
     # Here, because it registers with mmengine, which reading does not need.
     from ..files import write_atomically
+
     arrays = _to_arrays(record)
     _check(arrays, 'the record')
     buffer = io.BytesIO()
@@ -63,7 +83,7 @@ def write_record(record: Mapping, path: Union[str, Path]) -> None:
     write_atomically(buffer.getvalue(), path)
 
 
-def read_record(path: Union[str, Path]) -> dict:
+def read_record(path: str | Path) -> dict:
     """Read a record.
 
     Args:
@@ -84,8 +104,10 @@ def read_record(path: Union[str, Path]) -> dict:
     if 'format' not in arrays or str(arrays['format']) != _FORMAT:
         raise UsageError(f"'{path}' is no record of a dynamic detector: record anew")
     if str(arrays.get('version')) != str(_VERSION):
-        raise UsageError(f"'{path}' is a record of version {arrays.get('version')}, this package reads "
-                         f'version {_VERSION}: record anew')
+        raise UsageError(
+            f"'{path}' is a record of version {arrays.get('version')}, this package reads "
+            f'version {_VERSION}: record anew'
+        )
     _check(arrays, f"'{path}'")
     return _from_arrays(arrays, provenance)
 
@@ -94,11 +116,12 @@ def require(record: Mapping, *names: str, what: str = 'the record') -> None:
     """Raise a `UsageError` unless all images have, say, ``losses``, which old records may lack."""
     for name in names:
         if not all(name in image for image in record['images']):
-            raise UsageError(f'{what} lacks {name} of its images: make it anew with '
-                             'tools/record.py')
+            raise UsageError(
+                f'{what} lacks {name} of its images: make it anew with tools/record.py'
+            )
 
 
-def _to_arrays(record: Mapping) -> Dict[str, np.ndarray]:
+def _to_arrays(record: Mapping) -> dict[str, np.ndarray]:
     images, exits = record['images'], len(record['gflops'])
     if not images:
         raise UsageError('the record has no images: there is nothing to write')
@@ -108,20 +131,25 @@ def _to_arrays(record: Mapping) -> Dict[str, np.ndarray]:
     required = {*_REQUIRED, _DETECTIONS[0]}
     odd = (required - names) | (names - required - {*_OPTIONAL, *_DETECTIONS})
     if odd:
-        raise UsageError(f'images of a record lack, or have beyond its format: {", ".join(sorted(odd))}')
+        raise UsageError(
+            f'images of a record lack, or have beyond its format: {", ".join(sorted(odd))}'
+        )
     arrays = dict(
         format=np.array(_FORMAT),
         version=np.array(_VERSION),
         gflops=np.array(record['gflops'], np.float64),
         latencies=np.array(record['latencies'], np.float64),
-        provenance=np.array(json.dumps(record['provenance'], default=str)))
+        provenance=np.array(json.dumps(record['provenance'], default=str)),
+    )
     for name, kind in {**_REQUIRED, **_OPTIONAL}.items():
         if name in names:
             arrays[f'image_{name}'] = _stack([image[name] for image in images], name, kind)
     for name in names.intersection(_DETECTIONS):
         if any(len(image[name]) != exits for image in images):
-            raise UsageError(f'the record has costs of {exits} exits, but not {name} of so many for each '
-                             'image: record every image through every exit')
+            raise UsageError(
+                f'the record has costs of {exits} exits, but not {name} of so many for each '
+                'image: record every image through every exit'
+            )
         for exit in range(exits):
             arrays.update(_flatten([image[name][exit] for image in images], f'{name}{exit}'))
     return arrays
@@ -131,17 +159,23 @@ def _stack(values: Sequence, name: str, kind: type) -> np.ndarray:
     try:
         return np.array(values, kind)
     except (TypeError, ValueError) as error:
-        raise UsageError(f'{name} of the record are not numbers of one shape for all images') from error
+        raise UsageError(
+            f'{name} of the record are not numbers of one shape for all images'
+        ) from error
 
 
-def _flatten(lists: Sequence[Sequence[Mapping]], prefix: str) -> Dict[str, np.ndarray]:
+def _flatten(lists: Sequence[Sequence[Mapping]], prefix: str) -> dict[str, np.ndarray]:
     """COCO results of one exit, per image -> one array per part."""
     found = [detection for own in lists for detection in own]
     return {
-        f'{prefix}_boxes': np.array([detection['bbox'] for detection in found], float).reshape(-1, 4),
+        f'{prefix}_boxes': np.array([detection['bbox'] for detection in found], float).reshape(
+            -1, 4
+        ),
         f'{prefix}_scores': np.array([detection['score'] for detection in found], float),
-        f'{prefix}_categories': np.array([detection['category_id'] for detection in found], np.int64),
-        f'{prefix}_images': np.repeat(np.arange(len(lists)), [len(own) for own in lists])
+        f'{prefix}_categories': np.array(
+            [detection['category_id'] for detection in found], np.int64
+        ),
+        f'{prefix}_images': np.repeat(np.arange(len(lists)), [len(own) for own in lists]),
     }
 
 
@@ -149,34 +183,47 @@ def _check(arrays: Mapping[str, np.ndarray], source: str) -> None:
     """Raise a `UsageError` unless a record's arrays are all there, fit together and are finite."""
     images, exits = (np.size(arrays.get(name, ())) for name in ('image_id', 'gflops'))
     if not images or exits < 2:
-        raise UsageError(f'{source} is of {images} images and {exits} exits: record some images through '
-                         'two exits or more')
+        raise UsageError(
+            f'{source} is of {images} images and {exits} exits: record some images through '
+            'two exits or more'
+        )
     for name, shape in _shapes(arrays, images, exits).items():
         if name not in arrays:
             raise UsageError(f'{source} lacks {name}: record anew')
         values = arrays[name]
         if values.shape != shape:
-            raise UsageError(f'{source} has {name} of shape {values.shape}, where {images} images and '
-                             f'{exits} exits need {shape}: record anew')
+            raise UsageError(
+                f'{source} has {name} of shape {values.shape}, where {images} images and '
+                f'{exits} exits need {shape}: record anew'
+            )
         if values.dtype.kind == 'f' and not np.isfinite(values).all():
             raise UsageError(f'{source} has {name} that are not finite: was the detector trained?')
-        if name.endswith('_images') and values.size and not 0 <= values.min() <= values.max() < images:
+        if (
+            name.endswith('_images')
+            and values.size
+            and not 0 <= values.min() <= values.max() < images
+        ):
             raise UsageError(f'{source} has detections of images that it lacks: record anew')
 
 
-def _shapes(arrays: Mapping[str, np.ndarray], images: int, exits: int) -> Dict[str, Tuple[int, ...]]:
+def _shapes(
+    arrays: Mapping[str, np.ndarray], images: int, exits: int
+) -> dict[str, tuple[int, ...]]:
     """Name -> shape of what must be there, by what is there of the optional."""
     names = [f'image_{name}' for name in _OPTIONAL if f'image_{name}' in arrays]
-    shapes = {name: (images, ) for name in [*names, *(f'image_{name}' for name in _REQUIRED)]}
-    shapes.update(gflops=(exits, ), latencies=(exits, ), provenance=())
-    shapes.update({f'image_{name}': (images, exits) for name in _BY_EXIT if f'image_{name}' in names})
+    shapes = {name: (images,) for name in [*names, *(f'image_{name}' for name in _REQUIRED)]}
+    shapes.update(gflops=(exits,), latencies=(exits,), provenance=())
+    shapes.update(
+        {f'image_{name}': (images, exits) for name in _BY_EXIT if f'image_{name}' in names}
+    )
     if 'image_features' in names:
         shapes['image_features'] = (images, arrays['image_features'].size // images)
-    for name in _DETECTIONS[:1 + (f'{_DETECTIONS[1]}0_boxes' in arrays)]:
+    for name in _DETECTIONS[: 1 + (f'{_DETECTIONS[1]}0_boxes' in arrays)]:
         for exit in range(exits):
             found = np.size(arrays.get(f'{name}{exit}_scores', ()))
-            shapes.update({f'{name}{exit}_{part}': (found, ) for part in
-                           ('scores', 'categories', 'images')})
+            shapes.update(
+                {f'{name}{exit}_{part}': (found,) for part in ('scores', 'categories', 'images')}
+            )
             shapes[f'{name}{exit}_boxes'] = (found, 4)
     return shapes
 
@@ -193,13 +240,19 @@ def _from_arrays(arrays: Mapping[str, np.ndarray], provenance: dict) -> dict:
             per_exit = [_unflatten(arrays, f'{name}{exit}', len(images)) for exit in range(exits)]
             for image, *own in zip(images, *per_exit):
                 image[name] = own
-    return dict(images=images, gflops=arrays['gflops'].tolist(), latencies=arrays['latencies'].tolist(),
-                provenance=provenance)
+    return dict(
+        images=images,
+        gflops=arrays['gflops'].tolist(),
+        latencies=arrays['latencies'].tolist(),
+        provenance=provenance,
+    )
 
 
-def _unflatten(arrays: Mapping[str, np.ndarray], prefix: str, images: int) -> List[List[dict]]:
-    lists: List[List[dict]] = [[] for _ in range(images)]
-    columns = [arrays[f'{prefix}_{part}'].tolist() for part in ('boxes', 'scores', 'categories', 'images')]
+def _unflatten(arrays: Mapping[str, np.ndarray], prefix: str, images: int) -> list[list[dict]]:
+    lists: list[list[dict]] = [[] for _ in range(images)]
+    columns = [
+        arrays[f'{prefix}_{part}'].tolist() for part in ('boxes', 'scores', 'categories', 'images')
+    ]
     for box, score, category, image in zip(*columns):
         lists[image].append(dict(bbox=box, score=score, category_id=category))
     return lists

@@ -1,9 +1,10 @@
-"""What a budget served: how many images left at each exit, what that costs, and whether chance explains the difference
-from what was wanted."""
+"""What a budget served: how many images left at each exit, what that costs, and whether chance
+explains the difference from what was wanted."""
+
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 from scipy.stats import betabinom
@@ -23,22 +24,25 @@ class Served:
     Attributes:
         counts (tuple[int, ...]): Images that left at each exit, (K,).
         budget (Mapping): As it was asked for; empty for a checkpoint's own thresholds.
-        wanted (tuple[float, ...], optional): Share of the images that was wanted at each exit, (K,). None where
-            thresholds were asked for, nothing is calibrated, or a controller moves the share.
-        calibrated (tuple[int, ...], optional): The calibration's images at each exit by the same thresholds, (K,).
-            None without a calibration, or where a controller moves the thresholds.
-        gflops, latencies (tuple[float, ...]): Of an image at each exit, (K,), GFLOPs and seconds; NaN where they were
-            not measured.
+        wanted (tuple[float, ...], optional): Share of the images that was wanted at each exit,
+            (K,). None where thresholds were asked for, nothing is calibrated, or a controller moves
+            the share.
+        calibrated (tuple[int, ...], optional): The calibration's images at each exit by the same
+            thresholds, (K,). None without a calibration, or where a controller moves the
+            thresholds.
+        gflops, latencies (tuple[float, ...]): Of an image at each exit, (K,), GFLOPs and seconds;
+            NaN where they were not measured.
         seconds (float, optional): Mean per image, by the clock.
         online (bool): Whether a controller moved the thresholds.
     """
-    counts: Tuple[int, ...]
+
+    counts: tuple[int, ...]
     budget: Mapping[str, object] = field(default_factory=dict)
-    wanted: Optional[Tuple[float, ...]] = None
-    calibrated: Optional[Tuple[int, ...]] = None
-    gflops: Tuple[float, ...] = (math.nan, )
-    latencies: Tuple[float, ...] = (math.nan, )
-    seconds: Optional[float] = None
+    wanted: tuple[float, ...] | None = None
+    calibrated: tuple[int, ...] | None = None
+    gflops: tuple[float, ...] = (math.nan,)
+    latencies: tuple[float, ...] = (math.nan,)
+    seconds: float | None = None
     online: bool = False
 
     @property
@@ -46,7 +50,7 @@ class Served:
         return sum(self.counts)
 
     @property
-    def shares(self) -> List[float]:
+    def shares(self) -> list[float]:
         """Of the images, at each exit, (K,)."""
         return [count / max(1, self.images) for count in self.counts]
 
@@ -57,10 +61,11 @@ class Served:
 
     @property
     def mean_latency(self) -> float:
-        """Seconds per image: the exits' own latencies, by the served shares; NaN where they were not measured."""
+        """Seconds per image: the exits' own latencies, by the served shares; NaN where they were
+        not measured."""
         return mean_of_shares(self.shares, self.latencies)
 
-    def lines(self) -> List[str]:
+    def lines(self) -> list[str]:
         """What was wanted and served, and what an image costs: one or two lines."""
         if not self.images:
             return []
@@ -79,7 +84,7 @@ class Served:
         counts = ' / '.join(map(str, self.counts))
         return f'exits {exits}: {before}{_percents(self.shares)} served ({counts} of {self.images} images)'
 
-    def _costs_line(self) -> List[str]:
+    def _costs_line(self) -> list[str]:
         parts = []
         if 'target_gflops' in self.budget:
             parts.append(f'{self.budget["target_gflops"]:.3g} GFLOPs wanted')
@@ -88,41 +93,50 @@ class Served:
         if 'target_latency' in self.budget:
             parts.append(f'{1e3 * self.budget["target_latency"]:.1f} ms wanted')
         if math.isfinite(self.mean_latency):
-            parts.append(f'{1e3 * self.mean_latency:.1f} ms by the exits\' own latencies')
+            parts.append(f"{1e3 * self.mean_latency:.1f} ms by the exits' own latencies")
         if self.seconds is not None:
             parts.append(f'{1e3 * self.seconds:.1f} ms by the clock')
         return [f'per image: {", ".join(parts)}'] if parts else []
 
-    def doubts(self) -> List[str]:
-        """Where the budget was missed by more than chance explains, and what to do: a sentence each."""
+    def doubts(self) -> list[str]:
+        """Where the budget was missed by more than chance explains, and what to do: a sentence
+        each."""
         return [*self._share_doubt(), *self._clock_doubt()]
 
-    def _share_doubt(self) -> List[str]:
+    def _share_doubt(self) -> list[str]:
         # Who asks for a threshold has it.
         if self.calibrated is None or not self.images or 'threshold' in self.budget:
             return []
         misses = missed(self.counts, self.calibrated)
         if not misses:
             return []
-        exit, (low, high) = max(misses.items(), key=lambda miss: abs(
-            self.shares[miss[0]] - _shares_of(self.calibrated)[miss[0]]))
+        exit, (low, high) = max(
+            misses.items(),
+            key=lambda miss: abs(self.shares[miss[0]] - _shares_of(self.calibrated)[miss[0]]),
+        )
         wanted = (self.wanted or _shares_of(self.calibrated))[exit]
         where = 'are hard' if len(self.counts) == 2 else f'left at exit {exit}'
         return [
-            f'{self.shares[exit]:.1%} of these {self.images} images {where}, and {wanted:.1%} were wanted; chance '
-            f'explains {low:.1%} to {high:.1%}. They differ from the {sum(self.calibrated)} images of the calibration: '
+            f'{self.shares[exit]:.1%} of these {self.images} images {where}, and {wanted:.1%} were '
+            'wanted; chance '
+            f'explains {low:.1%} to {high:.1%}. They differ from the {sum(self.calibrated)} images '
+            'of the calibration: '
             'calibrate on images like these, or hold the budget online'
         ]
 
-    def _clock_doubt(self) -> List[str]:
+    def _clock_doubt(self) -> list[str]:
         target = self.budget.get('target_latency')
         # A controller says itself what is out of its reach.
         if self.online or target is None or self.seconds is None or self.seconds <= _SLOW * target:
             return []
-        return [f'an image took {1e3 * self.seconds:.1f} ms, and {1e3 * target:.1f} ms were wanted. Latencies are '
-                'measured one image at a time: calibrate on a machine as loaded as this one, or hold the budget online']
+        return [
+            f'an image took {1e3 * self.seconds:.1f} ms, and {1e3 * target:.1f} ms were wanted. '
+            'Latencies are '
+            'measured one image at a time: calibrate on a machine as loaded as this one, or hold '
+            'the budget online'
+        ]
 
-    def figures(self) -> Dict[str, float]:
+    def figures(self) -> dict[str, float]:
         """Numbers of `lines` by name, for logs and files; what is not known is left out."""
         if not self.images:
             return {}
@@ -134,81 +148,109 @@ class Served:
         return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
-def account(counts: Sequence[int],
-            budget: Optional[Mapping] = None,
-            thresholds: Optional[Sequence[float]] = None,
-            difficulties: Sequence[float] = (),
-            latencies: Sequence[float] = (),
-            gflops: Sequence[float] = (),
-            seconds: Optional[float] = None) -> Served:
+def account(
+    counts: Sequence[int],
+    budget: Mapping | None = None,
+    thresholds: Sequence[float] | None = None,
+    difficulties: Sequence[float] = (),
+    latencies: Sequence[float] = (),
+    gflops: Sequence[float] = (),
+    seconds: float | None = None,
+) -> Served:
     """Compare what was served with what was wanted.
 
     Args:
         counts (Sequence[int]): Images that left at each exit, (K,).
         budget (Mapping, optional): That was asked for; see `thresholds.check_budget`.
-        thresholds (Sequence[float], optional): By which images left, (K - 1,); None where a controller moves them.
+        thresholds (Sequence[float], optional): By which images left, (K - 1,); None where a
+            controller moves them.
         difficulties (Sequence[float]): The calibration's; none without.
-        latencies, gflops (Sequence[float]): The calibration's, (K,); NaN or none where they were not measured.
+        latencies, gflops (Sequence[float]): The calibration's, (K,); NaN or none where they were
+            not measured.
         seconds (float, optional): Mean per image by the clock.
     """
     budget, exits = dict(budget or {}), len(counts)
     calibrated = None
     forced = 'threshold' in budget and {*(thresholds or ())} <= {ALL_HARD, ALL_EASY}
     if thresholds is not None and len(difficulties) and not forced:
-        left = np.searchsorted(np.asarray(thresholds, np.float32), np.asarray(difficulties, np.float32))
+        left = np.searchsorted(
+            np.asarray(thresholds, np.float32), np.asarray(difficulties, np.float32)
+        )
         calibrated = tuple(np.bincount(left, minlength=exits).tolist())
     wanted = None
     if 'hard_share' in budget or calibrated is not None and 'threshold' not in budget:
         # What there was to say of the target was said when it was set.
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            wanted = wanted_shares(budget, exits, latencies, gflops) if budget else _shares_of(calibrated)
-    return Served(tuple(counts), budget, wanted and tuple(wanted), calibrated, tuple(gflops) or (math.nan, ) * exits,
-                  tuple(latencies) or (math.nan, ) * exits, seconds, thresholds is None)
+            wanted = (
+                wanted_shares(budget, exits, latencies, gflops)
+                if budget
+                else _shares_of(calibrated)
+            )
+    return Served(
+        tuple(counts),
+        budget,
+        wanted and tuple(wanted),
+        calibrated,
+        tuple(gflops) or (math.nan,) * exits,
+        tuple(latencies) or (math.nan,) * exits,
+        seconds,
+        thresholds is None,
+    )
 
 
-def missed(counts: Sequence[int], calibrated: Sequence[int]) -> Dict[int, Tuple[float, float]]:
+def missed(counts: Sequence[int], calibrated: Sequence[int]) -> dict[int, tuple[float, float]]:
     """Exits whose share of the images is further from the calibration's than chance explains.
 
     Args:
         counts (Sequence[int]): Images at each exit, (K,).
-        calibrated (Sequence[int]): The calibration's images at each exit, (K,), by the same thresholds.
+        calibrated (Sequence[int]): The calibration's images at each exit, (K,), by the same
+            thresholds.
 
     Returns:
-        dict[int, tuple[float, float]]: Exit -> the shares that chance explains. Of two exits the second alone; of more
+        dict[int, tuple[float, float]]: Exit -> the shares that chance explains. Of two exits the
+            second alone; of more
         each has its part of `DOUBTED`.
     """
     exits = range(1, 2) if len(counts) == 2 else range(len(counts))
     found = {}
     for exit in exits:
-        low, high = chance_interval(calibrated[exit], sum(calibrated), sum(counts), DOUBTED / len(exits))
+        low, high = chance_interval(
+            calibrated[exit], sum(calibrated), sum(counts), DOUBTED / len(exits)
+        )
         if not low <= counts[exit] / sum(counts) <= high:
             found[exit] = low, high
     return found
 
 
-def chance_interval(inside: int, calibrated: int, images: int, doubted: float = DOUBTED) -> Tuple[float, float]:
+def chance_interval(
+    inside: int, calibrated: int, images: int, doubted: float = DOUBTED
+) -> tuple[float, float]:
     """Where a share will lie on new images, if they are drawn like those of the calibration.
 
-    Thresholds lie halfway between two of the calibration's difficulties, ``inside`` of n in all. Of the images in the
-    world the share between them is then ``Beta(inside + 1/2, n - inside + 1/2)``, whatever the difficulties'
-    distribution; and of m new images the number is beta-binomial: it counts what is uncertain of both sets.
+    Thresholds lie halfway between two of the calibration's difficulties, ``inside`` of n in all. Of
+    the images in the world the share between them is then ``Beta(inside + 1/2, n - inside + 1/2)``,
+    whatever the difficulties' distribution; and of m new images the number is beta-binomial: it
+    counts what is uncertain of both sets.
 
     Args:
         inside (int): Images of the calibration at the exit.
         calibrated (int): n, images of the calibration.
         images (int): m, new images.
-        doubted (float): Chance that the share is outside the interval, both sides together. Defaults to 0.01.
+        doubted (float): Chance that the share is outside the interval, both sides together.
+            Defaults to 0.01.
 
     Returns:
         tuple[float, float]: Ends of the interval, shares.
     """
-    chances = betabinom.pmf(np.arange(images + 1), images, inside + 0.5, calibrated - inside + 0.5).cumsum()
+    chances = betabinom.pmf(
+        np.arange(images + 1), images, inside + 0.5, calibrated - inside + 0.5
+    ).cumsum()
     low, high = np.searchsorted(chances, (doubted / 2, 1 - doubted / 2))
     return float(low) / images, float(min(high, images)) / images
 
 
-def _shares_of(counts: Sequence[int]) -> Tuple[float, ...]:
+def _shares_of(counts: Sequence[int]) -> tuple[float, ...]:
     return tuple(count / sum(counts) for count in counts)
 
 

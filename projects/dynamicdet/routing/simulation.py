@@ -1,10 +1,12 @@
-"""Streams that drift and machines that slow down, to try an online controller on. No model, no clock.
+"""Streams that drift and machines that slow down, to try an online controller on. No model, no
+clock.
 
-Letters: n images arrive; ``difficulties``, (n,), in [0, 1]; ``latencies``, (n, K), the seconds that each
-image would take at each exit.
+Letters: n images arrive; ``difficulties``, (n,), in [0, 1]; ``latencies``, (n, K), the seconds that
+each image would take at each exit.
 """
+
 from collections import deque
-from typing import Dict, Sequence, Tuple
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,8 +14,8 @@ from .controller import Controller
 
 
 def drifting(n: int, period: float, swing: float = 1.5, seed: int = 0) -> np.ndarray:
-    """Difficulties that follow day and night: ``sigmoid(z + swing * sin(2 pi i / period))``, z standard
-    normal.
+    """Difficulties that follow day and night: ``sigmoid(z + swing * sin(2 pi i / period))``, z
+    standard normal.
 
     Args:
         n (int): How many.
@@ -28,7 +30,9 @@ def drifting(n: int, period: float, swing: float = 1.5, seed: int = 0) -> np.nda
     return _sigmoid(noise + swing * np.sin(2 * np.pi * np.arange(n) / period))
 
 
-def stepping(n: int, at: int, before: float = -1.5, after: float = 1.5, seed: int = 0) -> np.ndarray:
+def stepping(
+    n: int, at: int, before: float = -1.5, after: float = 1.5, seed: int = 0
+) -> np.ndarray:
     """Difficulties that change from one image to the next, ``at`` that one: ``sigmoid(z + before or
     after)``."""
     noise = np.random.default_rng(seed).normal(size=n)
@@ -39,11 +43,13 @@ def _sigmoid(values: np.ndarray) -> np.ndarray:
     return (1 / (1 + np.exp(-values))).astype(np.float32)
 
 
-def drifting_order(difficulties: Sequence[float], n: int, period: float, seed: int = 0) -> np.ndarray:
+def drifting_order(
+    difficulties: Sequence[float], n: int, period: float, seed: int = 0
+) -> np.ndarray:
     """An order of recorded images in which difficulty drifts as day and night do.
 
-    Image i is drawn from the half of the record whose ranks lie around ``0.5 + 0.25 * sin(2 pi i / period)``,
-    so every image can come, and some come several times.
+    Image i is drawn from the half of the record whose ranks lie around ``0.5 + 0.25 * sin(2 pi i /
+    period)``, so every image can come, and some come several times.
 
     Args:
         difficulties (Sequence[float]): The record's, (m,).
@@ -54,27 +60,30 @@ def drifting_order(difficulties: Sequence[float], n: int, period: float, seed: i
     Returns:
         ndarray: Numbers of images, (n,), in [0, m).
     """
-    centre = 0.5 + 0.25 * np.sin(2 * np.pi * np.arange(n) / period)
-    rank = centre + np.random.default_rng(seed).uniform(-0.25, 0.25, n)
+    center = 0.5 + 0.25 * np.sin(2 * np.pi * np.arange(n) / period)
+    rank = center + np.random.default_rng(seed).uniform(-0.25, 0.25, n)
     order = np.argsort(difficulties, kind='stable')
     return order[np.clip((rank * len(order)).astype(int), 0, len(order) - 1)]
 
 
-def machine(n: int,
-            latencies: Sequence[float],
-            spikes: Sequence[Tuple[int, int]] = (),
-            factor: float = 2.0,
-            noise: float = 0.1,
-            seed: int = 0) -> np.ndarray:
+def machine(
+    n: int,
+    latencies: Sequence[float],
+    spikes: Sequence[tuple[int, int]] = (),
+    factor: float = 2.0,
+    noise: float = 0.1,
+    seed: int = 0,
+) -> np.ndarray:
     """Seconds that each image would take at each exit.
 
     Args:
         n (int): How many images.
         latencies (Sequence[float]): Of each exit when the machine is idle, (K,), seconds.
-        spikes (Sequence[tuple]): First image, and the one after the last, of each stretch under load.
+        spikes (Sequence[tuple]): First image, and the one after the last, of each stretch under
+            load.
         factor (float): What load multiplies all latencies by. Defaults to 2.
-        noise (float): Standard deviation of the logarithm of each image's latency. Its mean stays. Defaults
-            to 0.1.
+        noise (float): Standard deviation of the logarithm of each image's latency. Its mean stays.
+            Defaults to 0.1.
         seed (int): Of the noise.
 
     Returns:
@@ -83,15 +92,17 @@ def machine(n: int,
     load = np.ones(n)
     for start, stop in spikes:
         load[start:stop] = factor
-    shaken = np.exp(np.random.default_rng(seed + 1).normal(-noise**2 / 2, noise, n))
+    shaken = np.exp(np.random.default_rng(seed + 1).normal(-(noise**2) / 2, noise, n))
     return (load * shaken)[:, None] * np.asarray(latencies)
 
 
-def simulate(controller: Controller,
-             difficulties: Sequence[float],
-             latencies: np.ndarray,
-             batch: int = 8,
-             delay: int = 0) -> Dict[str, np.ndarray]:
+def simulate(
+    controller: Controller,
+    difficulties: Sequence[float],
+    latencies: np.ndarray,
+    batch: int = 8,
+    delay: int = 0,
+) -> dict[str, np.ndarray]:
     """Let a controller route a stream.
 
     Args:
@@ -102,18 +113,27 @@ def simulate(controller: Controller,
         delay (int): After how many further batches the time of one is known. Defaults to 0.
 
     Returns:
-        dict: Per batch, (ceil(n / batch),): ``threshold`` (the first one), ``share`` aimed at, ``hard``
-        (share of images not at the first exit), ``difficulty`` and ``latency``, means over its images;
-        and ``images``.
+        dict: Per batch, (ceil(n / batch),): ``threshold`` (the first one), ``share`` aimed at,
+            ``hard``
+        (share of images not at the first exit), ``difficulty`` and ``latency``, means over its
+        images; and ``images``.
     """
     rows, waiting = [], deque()
     for start in range(0, len(difficulties), batch):
-        scores = np.asarray(difficulties[start:start + batch], np.float32)
+        scores = np.asarray(difficulties[start : start + batch], np.float32)
         threshold = np.atleast_1d(np.float32(controller.decide(scores)))
         taken = (scores[:, None] > threshold).sum(1)
-        seconds = latencies[start:start + batch][np.arange(len(scores)), taken]
-        rows.append((threshold[0], controller.share, (taken > 0).mean(), scores.mean(), seconds.mean(),
-                     len(scores)))
+        seconds = latencies[start : start + batch][np.arange(len(scores)), taken]
+        rows.append(
+            (
+                threshold[0],
+                controller.share,
+                (taken > 0).mean(),
+                scores.mean(),
+                seconds.mean(),
+                len(scores),
+            )
+        )
         waiting.append((float(seconds.sum()), len(scores)))
         if len(waiting) > delay:
             controller.measure(*waiting.popleft())

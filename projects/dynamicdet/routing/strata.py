@@ -2,7 +2,8 @@
 
 AP is COCO's in percent, of the images of a stratum by themselves; None where they have no objects.
 """
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy.stats import spearmanr
@@ -16,13 +17,13 @@ from .thresholds import hard_share
 OBJECTS = {'0': (0, 0), '1': (1, 1), '2': (2, 2), '3-4': (3, 4), '5-8': (5, 8), '9+': (9, np.inf)}
 
 
-def by_size(mixtures: Mixtures) -> Dict[str, List[Optional[float]]]:
+def by_size(mixtures: Mixtures) -> dict[str, list[float | None]]:
     """AP of each exit by the area of the objects: ``small``, ``medium``, ``large`` -> K values."""
     found = [mixtures.scores(np.full(mixtures.images, exit)) for exit in range(mixtures.exits)]
     return {size: [scores[size] for scores in found] for size in ('small', 'medium', 'large')}
 
 
-def by_objects(record: Mapping, mixtures: Mixtures) -> List[dict]:
+def by_objects(record: Mapping, mixtures: Mixtures) -> list[dict]:
     """AP of each exit by the number of an image's objects.
 
     Args:
@@ -30,18 +31,21 @@ def by_objects(record: Mapping, mixtures: Mixtures) -> List[dict]:
         mixtures (Mixtures): Of the same record.
 
     Returns:
-        list[dict]: Per key of `OBJECTS`: ``objects``, the key; ``images``, how many; ``ap``, K values.
+        list[dict]: Per key of `OBJECTS`: ``objects``, the key; ``images``, how many; ``ap``, K
+            values.
 
     Raises:
         UsageError: If the record lacks numbers of objects.
     """
     require(record, 'objects')
     objects = np.array([image['objects'] for image in record['images']])
-    return [dict(objects=name, **_stratum(mixtures, (objects >= fewest) & (objects <= most)))
-            for name, (fewest, most) in OBJECTS.items()]
+    return [
+        dict(objects=name, **_stratum(mixtures, (objects >= fewest) & (objects <= most)))
+        for name, (fewest, most) in OBJECTS.items()
+    ]
 
 
-def by_difficulty(mixtures: Mixtures, scores: Sequence[float], parts: int = 10) -> List[dict]:
+def by_difficulty(mixtures: Mixtures, scores: Sequence[float], parts: int = 10) -> list[dict]:
     """AP of each exit by difficulty, in parts of equally many images, the easiest first.
 
     Args:
@@ -58,13 +62,19 @@ def by_difficulty(mixtures: Mixtures, scores: Sequence[float], parts: int = 10) 
     for members in np.array_split(np.argsort(scores, kind='stable'), min(parts, len(scores))):
         inside = np.zeros(len(scores), bool)
         inside[members] = True
-        found.append(dict(low=float(scores[members].min()), high=float(scores[members].max()),
-                          **_stratum(mixtures, inside)))
+        found.append(
+            dict(
+                low=float(scores[members].min()),
+                high=float(scores[members].max()),
+                **_stratum(mixtures, inside),
+            )
+        )
     return found
 
 
-def benefits(record: Mapping, mixtures: Mixtures,
-             exits: Tuple[int, int] = (0, -1)) -> Dict[str, np.ndarray]:
+def benefits(
+    record: Mapping, mixtures: Mixtures, exits: tuple[int, int] = (0, -1)
+) -> dict[str, np.ndarray]:
     """What each image gains from the second of two exits, (n,) each.
 
     Args:
@@ -73,9 +83,10 @@ def benefits(record: Mapping, mixtures: Mixtures,
         exits (tuple[int, int]): The exits. Defaults to the first and the last.
 
     Returns:
-        dict: ``ap``: difference of per-image AP, percent (`Mixtures.image_ap`); ``loss``: loss under
-        the first exit minus under the second, as the heads average it; ``loss_objects``: that times the
-        number of objects, which is the sum over objects, as AP counts.
+        dict: ``ap``: difference of per-image AP, percent (`Mixtures.image_ap`); ``loss``: loss
+            under
+        the first exit minus under the second, as the heads average it; ``loss_objects``: that times
+        the number of objects, which is the sum over objects, as AP counts.
     """
     easy, hard = exits
     per_image = mixtures.image_ap()
@@ -88,8 +99,12 @@ def benefits(record: Mapping, mixtures: Mixtures,
     return found
 
 
-def rank_correlations(scores: Sequence[float], gained: Mapping[str, Sequence[float]],
-                      resamples: int = RESAMPLES, seed: int = 0) -> Dict[str, Dict[str, Optional[float]]]:
+def rank_correlations(
+    scores: Sequence[float],
+    gained: Mapping[str, Sequence[float]],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, dict[str, float | None]]:
     """Whether a router puts first what gains most.
 
     Args:
@@ -99,7 +114,8 @@ def rank_correlations(scores: Sequence[float], gained: Mapping[str, Sequence[flo
         seed (int): Their seed. Defaults to 0.
 
     Returns:
-        dict: Per key of ``gained``: ``correlation``, Spearman's, in [-1, 1], with ``low`` and ``high``,
+        dict: Per key of ``gained``: ``correlation``, Spearman's, in [-1, 1], with ``low`` and
+            ``high``,
         the ends of its 95 % interval; None where the scores or the gains are all the same.
     """
     scores = np.asarray(scores, float)
@@ -113,8 +129,12 @@ def rank_correlations(scores: Sequence[float], gained: Mapping[str, Sequence[flo
     return found
 
 
-def threshold_transfer(val_scores: Sequence[float], test_scores: Sequence[float], chance: Chance,
-                       shares: Sequence[float] = SHARES) -> List[dict]:
+def threshold_transfer(
+    val_scores: Sequence[float],
+    test_scores: Sequence[float],
+    chance: Chance,
+    shares: Sequence[float] = SHARES,
+) -> list[dict]:
     """What thresholds chosen on one data set do on another.
 
     Args:
@@ -124,31 +144,38 @@ def threshold_transfer(val_scores: Sequence[float], test_scores: Sequence[float]
         shares (Sequence[float]): Wanted hard shares. Defaults to 0, 0.1, ... 1.
 
     Returns:
-        list[dict]: Per share: ``share`` as asked, ``threshold``, ``val_share`` and ``test_share`` that it
-        gives, ``ap`` on test, and ``own_ap`` of the test record's own threshold for the share as asked.
+        list[dict]: Per share: ``share`` as asked, ``threshold``, ``val_share`` and ``test_share``
+            that it
+        gives, ``ap`` on test, and ``own_ap`` of the test record's own threshold for the share as
+        asked.
     """
     rows = []
     for share in shares:
         threshold, _ = split(val_scores, share)
         is_hard = np.asarray(test_scores, np.float32) > np.float32(threshold)
         _, own = split(test_scores, share)
-        rows.append(dict(
-            share=share,
-            threshold=threshold,
-            val_share=hard_share(val_scores, threshold),
-            test_share=float(is_hard.mean()),
-            ap=chance.mixtures.ap(chance.choice(is_hard)),
-            own_ap=chance.mixtures.ap(chance.choice(own))))
+        rows.append(
+            dict(
+                share=share,
+                threshold=threshold,
+                val_share=hard_share(val_scores, threshold),
+                test_share=float(is_hard.mean()),
+                ap=chance.mixtures.ap(chance.choice(is_hard)),
+                own_ap=chance.mixtures.ap(chance.choice(own)),
+            )
+        )
     return rows
 
 
 def _stratum(mixtures: Mixtures, inside: np.ndarray) -> dict:
-    found = [mixtures.scores(np.full(mixtures.images, exit), inside.astype(int), sizes=False)['ap']
-             for exit in range(mixtures.exits)]
+    found = [
+        mixtures.scores(np.full(mixtures.images, exit), inside.astype(int), sizes=False)['ap']
+        for exit in range(mixtures.exits)
+    ]
     return dict(images=int(inside.sum()), ap=found)
 
 
-def _spearman(first: np.ndarray, second: np.ndarray) -> Optional[float]:
+def _spearman(first: np.ndarray, second: np.ndarray) -> float | None:
     if np.ptp(first) == 0 or np.ptp(second) == 0:
         return None
     return float(spearmanr(first, second).statistic)

@@ -2,13 +2,15 @@
 
 An image is hard when ``difficulty > threshold``. Threshold 1 makes all images easy, -1 all hard.
 
-K exits have K - 1 thresholds, in rising order; an image leaves at the exit whose number is how many of them
-are below its difficulty. Then one number still says how fast: see `shares_beyond`.
+K exits have K - 1 thresholds, in rising order; an image leaves at the exit whose number is how many
+of them are below its difficulty. Then one number still says how fast: see `shares_beyond`.
 """
+
 import math
 import numbers
 import warnings
-from typing import List, Mapping, Optional, Sequence, Union
+from collections.abc import Mapping, Sequence
+from typing import Union
 
 import numpy as np
 
@@ -17,7 +19,7 @@ from ..errors import UsageError
 ALL_HARD, ALL_EASY = -1.0, 1.0
 
 #: One threshold for two exits, K - 1 for more.
-Thresholds = Union[float, List[float]]
+Thresholds = Union[float, list[float]]
 
 
 def hard_share(difficulties: Sequence[float], threshold: float) -> float:
@@ -67,25 +69,31 @@ def threshold_for_share(difficulties: Sequence[float], share: float) -> float:
     return float(middle if below <= middle < above else below)
 
 
-def shares_beyond(share: float, exits: int = 2) -> List[float]:
+def shares_beyond(share: float, exits: int = 2) -> list[float]:
     """How many images go beyond each exit but the last, at a hard share: (K - 1,), falling.
 
-    With two exits it is the share itself. With more, exits are shared out as ``Binomial(K - 1, share)`` has
-    it (0.5 of three: a quarter, a half, a quarter): all at the first at 0, all at the last at 1, and the mean
-    number of the exit is ``(K - 1) * share``. It is a convention, one curve from end to end; other shares
-    can be given exit by exit.
+    With two exits it is the share itself. With more, exits are shared out as ``Binomial(K - 1,
+    share)`` has
+    it (0.5 of three: a quarter, a half, a quarter): all at the first at 0, all at the last at 1,
+        and the mean
+    number of the exit is ``(K - 1) * share``. It is a convention, one curve from end to end; other
+    shares can be given exit by exit.
 
     Args:
         share (float): In [0, 1].
         exits (int): K, 2 or more.
     """
     count = exits - 1
-    chances = [math.comb(count, exit) * share**exit * (1 - share)**(count - exit) for exit in range(exits)]
-    return [min(1.0, math.fsum(chances[exit + 1:])) for exit in range(count)]
+    chances = [
+        math.comb(count, exit) * share**exit * (1 - share) ** (count - exit)
+        for exit in range(exits)
+    ]
+    return [min(1.0, math.fsum(chances[exit + 1 :])) for exit in range(count)]
 
 
 def mean_cost(share: float, costs: Sequence[float]) -> float:
-    """Mean cost per image at a hard share; ``(1 - share) * costs[0] + share * costs[1]`` for two exits.
+    """Mean cost per image at a hard share; ``(1 - share) * costs[0] + share * costs[1]`` for two
+    exits.
 
     Args:
         share (float): In [0, 1].
@@ -99,14 +107,16 @@ def mean_of_shares(shares: Sequence[float], costs: Sequence[float]) -> float:
     return math.fsum(share * cost for share, cost in zip(shares, costs))
 
 
-def _at_exits(beyond: Sequence[float]) -> List[float]:
-    """Shares that leave at each exit, (K,), from those that go beyond each but the last, (K - 1,)."""
+def _at_exits(beyond: Sequence[float]) -> list[float]:
+    """Shares that leave at each exit, (K,), from those that go beyond each but the last, (K -
+    1,)."""
     ends = [1.0, *beyond, 0.0]
     return [more - less for more, less in zip(ends, ends[1:])]
 
 
 def thresholds_for_share(difficulties: Sequence[float], share: float, exits: int = 2) -> Thresholds:
-    """`threshold_for_share`, for any number of exits: a float for two, K - 1 in rising order for more."""
+    """`threshold_for_share`, for any number of exits: a float for two, K - 1 in rising order for
+    more."""
     found = [threshold_for_share(difficulties, beyond) for beyond in shares_beyond(share, exits)]
     return found[0] if exits == 2 else found
 
@@ -114,8 +124,8 @@ def thresholds_for_share(difficulties: Sequence[float], share: float, exits: int
 def share_for_latency(target: float, *latencies: float) -> float:
     """Hard share that meets a mean latency: ``(t - lat1) / (lat2 - lat1)``, clipped to [0, 1].
 
-    A target above the last exit's is met by all hard, which is said in a warning; one below ``lat1`` cannot
-    be met.
+    A target above the last exit's is met by all hard, which is said in a warning; one below
+    ``lat1`` cannot be met.
 
     Args:
         target (float): Wanted mean latency per image, seconds.
@@ -124,13 +134,16 @@ def share_for_latency(target: float, *latencies: float) -> float:
     Raises:
         UsageError: If the target is below ``lat1`` or not finite.
     """
-    said = (f'a target latency of {target:g} s is outside lat1 = {latencies[0]:.4g} s to '
-            f'lat{len(latencies)} = {latencies[-1]:.4g} s')
+    said = (
+        f'a target latency of {target:g} s is outside lat1 = {latencies[0]:.4g} s to '
+        f'lat{len(latencies)} = {latencies[-1]:.4g} s'
+    )
     return _share_for_cost(target, latencies, said, 'lat1')
 
 
 def share_for_gflops(target: float, *gflops: float) -> float:
-    """Hard share that meets mean GFLOPs: ``(g - g0) / (g1 - g0)``, clipped to [0, 1]; as `share_for_latency`.
+    """Hard share that meets mean GFLOPs: ``(g - g0) / (g1 - g0)``, clipped to [0, 1]; as
+    `share_for_latency`.
 
     Args:
         target (float): Wanted mean GFLOPs per image, 2 x multiply-adds.
@@ -139,8 +152,10 @@ def share_for_gflops(target: float, *gflops: float) -> float:
     Raises:
         UsageError: If the target is below ``g0`` or not finite.
     """
-    said = (f'a target of {target:g} GFLOPs is outside g0 = {gflops[0]:.4g} to '
-            f'g{len(gflops) - 1} = {gflops[-1]:.4g}')
+    said = (
+        f'a target of {target:g} GFLOPs is outside g0 = {gflops[0]:.4g} to '
+        f'g{len(gflops) - 1} = {gflops[-1]:.4g}'
+    )
     return _share_for_cost(target, gflops, said, 'g0')
 
 
@@ -163,19 +178,20 @@ def _share_for_cost(target: float, costs: Sequence[float], said: str, least: str
 
 #: Each budget's name and range.
 _RANGES = dict(
-    threshold=(-1, 1), hard_share=(0, 1), target_latency=(0, math.inf), target_gflops=(0, math.inf))
+    threshold=(-1, 1), hard_share=(0, 1), target_latency=(0, math.inf), target_gflops=(0, math.inf)
+)
 
 
-def check_budget(budget: Mapping[str, Union[float, Sequence[float]]]) -> None:
+def check_budget(budget: Mapping[str, float | Sequence[float]]) -> None:
     """Raise a `UsageError` unless a budget is one of ``threshold`` in [-1, 1], ``hard_share`` in
     [0, 1], ``target_latency`` > 0, seconds, and ``target_gflops`` > 0.
 
-    For more than two exits, ``threshold`` may be a list, rising, and ``hard_share`` one, falling: what goes
-    beyond each exit.
+    For more than two exits, ``threshold`` may be a list, rising, and ``hard_share`` one, falling:
+    what goes beyond each exit.
     """
     if len(budget) != 1 or next(iter(budget)) not in _RANGES:
         raise UsageError(f'a budget is exactly one of {", ".join(_RANGES)}; got {dict(budget)}')
-    (name, value), = budget.items()
+    ((name, value),) = budget.items()
     low, high = _RANGES[name]
     by_exit = name in ('threshold', 'hard_share') and isinstance(value, (list, tuple))
     for one in value if by_exit else [value]:
@@ -185,7 +201,9 @@ def check_budget(budget: Mapping[str, Union[float, Sequence[float]]]) -> None:
     if name.startswith('target') and value == 0:
         raise UsageError(f'{name} must be above 0')
     if by_exit and list(value) != sorted(value, reverse=name == 'hard_share'):
-        raise UsageError(f'{name} by exit must {"rise" if name == "threshold" else "fall"}, got {value}')
+        raise UsageError(
+            f'{name} by exit must {"rise" if name == "threshold" else "fall"}, got {value}'
+        )
 
 
 def latency_of(throughput: float) -> float:
@@ -195,23 +213,28 @@ def latency_of(throughput: float) -> float:
         UsageError: If it is not a finite number above 0.
     """
     if not (0 < throughput < math.inf and math.isfinite(1 / throughput)):
-        raise UsageError(f'throughput is in images per second and must be above 0, got {throughput}')
+        raise UsageError(
+            f'throughput is in images per second and must be above 0, got {throughput}'
+        )
     return 1 / throughput
 
 
-def resolve_threshold(budget: Mapping[str, Union[float, Sequence[float]]],
-                      difficulties: Optional[Sequence[float]] = None,
-                      latencies: Optional[Sequence[float]] = None,
-                      gflops: Optional[Sequence[float]] = None) -> Thresholds:
+def resolve_threshold(
+    budget: Mapping[str, float | Sequence[float]],
+    difficulties: Sequence[float] | None = None,
+    latencies: Sequence[float] | None = None,
+    gflops: Sequence[float] | None = None,
+) -> Thresholds:
     """Turn a budget into a threshold.
 
     Args:
-        budget (Mapping): One of ``threshold``, ``hard_share``, ``target_latency`` and ``target_gflops``; see
-            `check_budget`.
+        budget (Mapping): One of ``threshold``, ``hard_share``, ``target_latency`` and
+            ``target_gflops``; see `check_budget`.
         difficulties (Sequence[float], optional): The calibration's difficulties. A threshold
             needs none.
-        latencies (Sequence[float], optional): The calibration's ``(lat1, lat2, ...)``, seconds, (K,).
-            How many there are, or else how many ``gflops``, says how many exits there are; two without both.
+        latencies (Sequence[float], optional): The calibration's ``(lat1, lat2, ...)``, seconds,
+            (K,). How many there are, or else how many ``gflops``, says how many exits there are;
+            two without both.
         gflops (Sequence[float], optional): The calibration's GFLOPs of each exit, (K,).
 
     Returns:
@@ -221,39 +244,50 @@ def resolve_threshold(budget: Mapping[str, Union[float, Sequence[float]]],
         UsageError: If the budget is out of range, or needs a calibration that is not there.
     """
     check_budget(budget)
-    (name, value), = budget.items()
+    ((name, value),) = budget.items()
     exits = next((len(costs) for costs in (latencies, gflops) if costs is not None), 2)
     if name == 'threshold':
         return _per_exit(value, exits, name)
     if difficulties is None or not len(difficulties):
-        raise UsageError(f'{name} needs a calibrated checkpoint: run tools/calibrate.py on it first')
+        raise UsageError(
+            f'{name} needs a calibrated checkpoint: run tools/calibrate.py on it first'
+        )
     beyond = _per_exit(_beyond(name, value, exits, latencies, gflops), exits, name)
     found = [_threshold(difficulties, share) for share in ([beyond] if exits == 2 else beyond)]
     return found[0] if exits == 2 else found
 
 
-def wanted_shares(budget: Mapping[str, Union[float, Sequence[float]]],
-                  exits: int = 2,
-                  latencies: Optional[Sequence[float]] = None,
-                  gflops: Optional[Sequence[float]] = None) -> List[float]:
+def wanted_shares(
+    budget: Mapping[str, float | Sequence[float]],
+    exits: int = 2,
+    latencies: Sequence[float] | None = None,
+    gflops: Sequence[float] | None = None,
+) -> list[float]:
     """The share of images that a budget wants at each exit, (K,).
 
     Args:
-        budget (Mapping): One of ``hard_share``, ``target_latency`` and ``target_gflops``; see `check_budget`.
+        budget (Mapping): One of ``hard_share``, ``target_latency`` and ``target_gflops``; see
+            `check_budget`.
         exits (int): K. Defaults to 2.
-        latencies, gflops (Sequence[float], optional): The calibration's, (K,), which a target needs.
+        latencies, gflops (Sequence[float], optional): The calibration's, (K,), which a target
+            needs.
 
     Raises:
         UsageError: As `resolve_threshold`.
     """
     check_budget(budget)
-    (name, value), = budget.items()
+    ((name, value),) = budget.items()
     beyond = _per_exit(_beyond(name, value, exits, latencies, gflops), exits, name)
     return _at_exits([beyond] if exits == 2 else beyond)
 
 
-def _beyond(name: str, value: Union[float, Sequence[float]], exits: int, latencies: Optional[Sequence[float]],
-            gflops: Optional[Sequence[float]]) -> Union[float, Sequence[float]]:
+def _beyond(
+    name: str,
+    value: float | Sequence[float],
+    exits: int,
+    latencies: Sequence[float] | None,
+    gflops: Sequence[float] | None,
+) -> float | Sequence[float]:
     """The share of images that goes beyond each exit but the last."""
     if name == 'hard_share':
         share = value
@@ -264,18 +298,23 @@ def _beyond(name: str, value: Union[float, Sequence[float]], exits: int, latenci
     return share if exits == 2 or isinstance(share, (list, tuple)) else shares_beyond(share, exits)
 
 
-def _measured(costs: Optional[Sequence[float]], name: str) -> Sequence[float]:
+def _measured(costs: Sequence[float] | None, name: str) -> Sequence[float]:
     if costs is None or not np.isfinite(costs).all():
-        raise UsageError(f'{name} needs a checkpoint calibrated for it: run tools/calibrate.py on it again; a folder '
-                         'needs latencies: run tools/export.py where its validation images are')
+        raise UsageError(
+            f'{name} needs a checkpoint calibrated for it: run tools/calibrate.py on it again; a '
+            'folder '
+            'needs latencies: run tools/export.py where its validation images are'
+        )
     return costs
 
 
-def _per_exit(value: Union[float, Sequence[float]], exits: int, name: str) -> Thresholds:
+def _per_exit(value: float | Sequence[float], exits: int, name: str) -> Thresholds:
     """A float for two exits, K - 1 for more; one number counts for all."""
     values = list(value) if isinstance(value, (list, tuple)) else [value] * (exits - 1)
     if len(values) != exits - 1:
-        raise UsageError(f'{name} by exit must have {exits - 1} numbers for {exits} exits, got {value}')
+        raise UsageError(
+            f'{name} by exit must have {exits - 1} numbers for {exits} exits, got {value}'
+        )
     return float(values[0]) if exits == 2 else [float(one) for one in values]
 
 
@@ -284,6 +323,8 @@ def _threshold(difficulties: Sequence[float], share: float) -> float:
     threshold = threshold_for_share(difficulties, share)
     got = hard_share(difficulties, threshold)
     if abs(got - share) > max(0.01, 1 / len(difficulties)):
-        warnings.warn(f'many images share a difficulty: a hard share of {share:.3g} was asked for, the '
-                      f'nearest that a threshold gives is {got:.3g}')
+        warnings.warn(
+            f'many images share a difficulty: a hard share of {share:.3g} was asked for, the '
+            f'nearest that a threshold gives is {got:.3g}'
+        )
     return threshold

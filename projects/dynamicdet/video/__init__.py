@@ -1,4 +1,5 @@
 """Early exits in video: a detector that computes no further than a frame needs."""
+
 from .all_exits import AllExitsTestLoop, AllExitsValLoop, ExitsMetric
 from .early_exit_detector import EarlyExitDetector
 from .evidence import AllExits, Evidence
@@ -10,7 +11,21 @@ from .presence import Presence
 from .propagation import Propagation
 
 __all__ = [
-    'AgreementGate', 'AllExits', 'AllExitsTestLoop', 'AllExitsValLoop', 'EarlyExitDetector', 'Evidence',
-    'ExitCurveHook', 'ExitHead', 'ExitsMetric', 'FixedExit', 'Gate',
-    'GumbelGate', 'HaltingGate', 'Presence', 'Propagation', 'ScoreGate', 'TemporalGate'
+    'AgreementGate',
+    'AllExits',
+    'AllExitsTestLoop',
+    'AllExitsValLoop',
+    'EarlyExitDetector',
+    'Evidence',
+    'ExitCurveHook',
+    'ExitHead',
+    'ExitsMetric',
+    'FixedExit',
+    'Gate',
+    'GumbelGate',
+    'HaltingGate',
+    'Presence',
+    'Propagation',
+    'ScoreGate',
+    'TemporalGate',
 ]

@@ -1,6 +1,7 @@
 """Parts of an `EarlyExitDetector` from its config."""
+
 import copy
-from typing import List, Optional, Sequence, Tuple
+from collections.abc import Sequence
 
 from mmengine.model import ModuleList
 from torch import nn
@@ -13,8 +14,9 @@ from .gates import Gate
 from .learned_gates import LearnedGate
 
 
-def build_heads(heads: dict, detector: nn.Module,
-                table: Sequence[Layer]) -> Tuple[Tuple[int, ...], List[float], List[nn.Module]]:
+def build_heads(
+    heads: dict, detector: nn.Module, table: Sequence[Layer]
+) -> tuple[tuple[int, ...], list[float], list[nn.Module]]:
     """The heads of some layers.
 
     Args:
@@ -33,18 +35,34 @@ def build_heads(heads: dict, detector: nn.Module,
     layers = tuple(range(len(table)) if layers is None else layers)
     weights = given.pop('weights', 1.0)
     weights = [weights] * len(layers) if isinstance(weights, (int, float)) else list(weights)
-    if not layers or list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < len(table):
-        raise UsageError(f'heads.layers are positions from 0 to {len(table) - 1}, ascending, each once; got '
-                         f'{list(layers)}')
+    if (
+        not layers
+        or list(layers) != sorted(set(layers))
+        or not 0 <= layers[0] <= layers[-1] < len(table)
+    ):
+        raise UsageError(
+            f'heads.layers are positions from 0 to {len(table) - 1}, ascending, each once; got '
+            f'{list(layers)}'
+        )
     if len(weights) != len(layers) or any(weight < 0 for weight in weights):
-        raise UsageError(f'heads.weights is a number from 0 on, or one for each of {len(layers)} heads; got '
-                         f'{weights}')
+        raise UsageError(
+            f'heads.weights is a number from 0 on, or one for each of {len(layers)} heads; got '
+            f'{weights}'
+        )
     missing = [name for name in ('num_classes', 'anchors') if name not in given]
     if missing:
-        raise UsageError(f"heads needs {' and '.join(missing)}: the detector's head is no anchor head "
-                         'to take it from')
-    return layers, weights, [MODELS.build(
-        dict(given, in_channels=table[one].channels, stride=table[one].stride)) for one in layers]
+        raise UsageError(
+            f"heads needs {' and '.join(missing)}: the detector's head is no anchor head "
+            'to take it from'
+        )
+    return (
+        layers,
+        weights,
+        [
+            MODELS.build(dict(given, in_channels=table[one].channels, stride=table[one].stride))
+            for one in layers
+        ],
+    )
 
 
 def _of_base(head: nn.Module) -> dict:
@@ -52,21 +70,27 @@ def _of_base(head: nn.Module) -> dict:
     if not isinstance(head, AnchorHead):
         return {}
     return dict(
-        num_classes=head.num_classes, anchors=head.anchors.flatten(0, 1).tolist(),
-        loss_weights=head.loss_weights, train_cfg=head.train_cfg, test_cfg=head.test_cfg)
+        num_classes=head.num_classes,
+        anchors=head.anchors.flatten(0, 1).tolist(),
+        loss_weights=head.loss_weights,
+        train_cfg=head.train_cfg,
+        test_cfg=head.test_cfg,
+    )
 
 
-def build_propagation(propagation: Optional[dict], heads: Sequence[nn.Module]) -> Optional[ModuleList]:
+def build_propagation(propagation: dict | None, heads: Sequence[nn.Module]) -> ModuleList | None:
     """One for each head, or None."""
     if not propagation:
         return None
-    return ModuleList(MODELS.build({'type': 'Propagation', 'channels': head.channels, **propagation})
-                      for head in heads)
+    return ModuleList(
+        MODELS.build({'type': 'Propagation', 'channels': head.channels, **propagation})
+        for head in heads
+    )
 
 
-def build_gate(gate: Optional[dict], channels: Sequence[int], early_channels: int) -> Optional[Gate]:
-    """The gate of a config, or None. What learns is told the channels of what it looks at, if its config does
-    not say them; also inside another.
+def build_gate(gate: dict | None, channels: Sequence[int], early_channels: int) -> Gate | None:
+    """The gate of a config, or None. What learns is told the channels of what it looks at, if its
+    config does not say them; also inside another.
 
     Args:
         gate (dict, optional): The config; it stays as it is.
@@ -86,7 +110,7 @@ def build_gate(gate: Optional[dict], channels: Sequence[int], early_channels: in
     return MODELS.build(gate)
 
 
-def learner(gate: Optional[nn.Module]) -> Optional[nn.Module]:
+def learner(gate: nn.Module | None) -> nn.Module | None:
     """The gate, or the one that it wraps, that learns; None if there is none."""
     inner = getattr(gate, 'gate', None)
     return gate if hasattr(gate, 'loss') else inner if hasattr(inner, 'loss') else None

@@ -1,10 +1,12 @@
 """What the layers, heads and exits of an early-exit detector cost.
 
-FLOPs are 2 x multiply-adds, as in `measuring.flops`: norms, activations, resizing and what turns outputs into
-detections count as none.
+FLOPs are 2 x multiply-adds, as in `measuring.flops`: norms, activations, resizing and what turns
+outputs into detections count as none.
 """
+
 import statistics
-from typing import Callable, List, NamedTuple, Optional, Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,22 +25,23 @@ class LayerCosts(NamedTuple):
         main (Part): The layer itself: parameters and FLOPs.
         head (Part, optional): Its auxiliary head, without propagation; None if it has none.
         propagation (Part, optional): The head's.
-        products (int): Of ``propagation.flops``, those of attention's two products: counters that look at
-            layers alone, as the seed's, leave them out.
-        seconds (tuple[float, ...]): That main, head and propagation took, 0 for what is not there; empty if
-            not measured.
+        products (int): Of ``propagation.flops``, those of attention's two products: counters that
+            look at layers alone, as the seed's, leave them out.
+        seconds (tuple[float, ...]): That main, head and propagation took, 0 for what is not there;
+            empty if not measured.
     """
+
     name: str
     stride: int
     main: Part
-    head: Optional[Part]
-    propagation: Optional[Part]
+    head: Part | None
+    propagation: Part | None
     products: int
     seconds: tuple = ()
 
 
 @torch.no_grad()
-def layer_costs(model: nn.Module, shape: Sequence[int]) -> List[LayerCosts]:
+def layer_costs(model: nn.Module, shape: Sequence[int]) -> list[LayerCosts]:
     """Of each layer, by running them without values.
 
     Args:
@@ -51,15 +54,21 @@ def layer_costs(model: nn.Module, shape: Sequence[int]) -> List[LayerCosts]:
         layers = _all_layers(model, torch.zeros(1, 3, *shape, device=device))
         for position, layer in enumerate(model.table):
             flops, x = count_flops(lambda: layers.take(position))
-            main, head, propagation, products = Part(
-                count_parameters(model.detector.get_submodule(layer.name)), flops), None, None, 0
+            main, head, propagation, products = (
+                Part(count_parameters(model.detector.get_submodule(layer.name)), flops),
+                None,
+                None,
+                0,
+            )
             if position in exits:
                 own = model.heads[exits[position]]
                 flops, features = count_flops(lambda: own.features(x))
-                head = Part(count_parameters(own), flops + count_flops(lambda: own((features, )))[0])
+                head = Part(count_parameters(own), flops + count_flops(lambda: own((features,)))[0])
                 if model.propagation is not None:
                     module = model.propagation[exits[position]]
-                    propagation = Part(count_parameters(module), _propagation_flops(module, features))
+                    propagation = Part(
+                        count_parameters(module), _propagation_flops(module, features)
+                    )
                     products = 4 * features[0].numel() * module.size**2
             rows.append(LayerCosts(layer.name, layer.stride, main, head, propagation, products))
     return rows
@@ -68,7 +77,10 @@ def layer_costs(model: nn.Module, shape: Sequence[int]) -> List[LayerCosts]:
 def _all_layers(model: nn.Module, images: Tensor):
     """Like ``model.lazy``, but every layer's map may be taken, and a second time as an output."""
     from .lazy import LazyLayers
-    return LazyLayers(model.detector, model.table, images, (*range(len(model.table)), *model.output_layers))
+
+    return LazyLayers(
+        model.detector, model.table, images, (*range(len(model.table)), *model.output_layers)
+    )
 
 
 def _propagation_flops(module: nn.Module, features: Tensor) -> int:
@@ -81,15 +93,18 @@ def final_flops(model: nn.Module, shape: Sequence[int]) -> int:
     """FLOPs of the detector's own head for one image."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         device = next(model.parameters()).device
-        maps = [torch.zeros(1, layer.channels, *(side // layer.stride for side in shape), device=device)
-                for layer in (model.table[position] for position in model.output_layers)]
+        maps = [
+            torch.zeros(1, layer.channels, *(side // layer.stride for side in shape), device=device)
+            for layer in (model.table[position] for position in model.output_layers)
+        ]
         return count_flops(lambda: model.detector.bbox_head(maps))[0]
 
 
-def exit_gflops(model: nn.Module, shape: Sequence[int],
-                rows: Optional[Sequence[LayerCosts]] = None) -> List[float]:
-    """GFLOPs of a frame that leaves at exit -1, 0, ..., E - 1, all heads included that the gate looks at on
-    the way, and propagation as if every frame had a memory: (E + 1,).
+def exit_gflops(
+    model: nn.Module, shape: Sequence[int], rows: Sequence[LayerCosts] | None = None
+) -> list[float]:
+    """GFLOPs of a frame that leaves at exit -1, 0, ..., E - 1, all heads included that the gate
+    looks at on the way, and propagation as if every frame had a memory: (E + 1,).
 
     Args:
         model (EarlyExitDetector): As of `layer_costs`.
@@ -98,8 +113,10 @@ def exit_gflops(model: nn.Module, shape: Sequence[int],
     """
     rows = rows or layer_costs(model, shape)
     looks = model.gate is not None and model.gate.looks_at_detections
-    heads = [sum(part.flops for part in (rows[position].head, rows[position].propagation) if part)
-             for position in model.exit_layers]
+    heads = [
+        sum(part.flops for part in (rows[position].head, rows[position].propagation) if part)
+        for position in model.exit_layers
+    ]
     found = [_flops_up_to(model, rows, [model.early_layer])]
     for exit, position in enumerate(model.exit_layers):
         passed = sum(heads[:exit]) if looks else 0
@@ -121,17 +138,21 @@ def _flops_up_to(model: nn.Module, rows: Sequence[LayerCosts], positions: Sequen
 
 
 @torch.no_grad()
-def layer_seconds(model: nn.Module, rows: Sequence[LayerCosts], shape: Sequence[int],
-                  repeats: int = 5) -> List[LayerCosts]:
-    """The same rows with what each part took for one image on the model's device: medians of some runs."""
+def layer_seconds(
+    model: nn.Module, rows: Sequence[LayerCosts], shape: Sequence[int], repeats: int = 5
+) -> list[LayerCosts]:
+    """The same rows with what each part took for one image on the model's device: medians of some
+    runs."""
     device = next(model.parameters()).device
     images = torch.rand(1, 3, *shape, device=device)
     every = [_seconds_once(model, images) for _ in range(repeats + 1)][1:]  # the first one warms up
-    return [row._replace(seconds=tuple(map(statistics.median, zip(*own))))
-            for row, own in zip(rows, zip(*every))]
+    return [
+        row._replace(seconds=tuple(map(statistics.median, zip(*own))))
+        for row, own in zip(rows, zip(*every))
+    ]
 
 
-def _seconds_once(model: nn.Module, images: Tensor) -> List[tuple]:
+def _seconds_once(model: nn.Module, images: Tensor) -> list[tuple]:
     exits = dict(zip(model.exit_layers, range(len(model.heads))))
     layers, rows = _all_layers(model, images), []
     gap = torch.ones(1, dtype=torch.long, device=images.device)
@@ -140,7 +161,7 @@ def _seconds_once(model: nn.Module, images: Tensor) -> List[tuple]:
         head = mixing = 0.0
         if position in exits:
             own = model.heads[exits[position]]
-            head, features = _timed(lambda: (lambda f: (f, own((f, ))))(own.features(x))[0], images)
+            head, features = _timed(lambda: (lambda f: (f, own((f,))))(own.features(x))[0], images)
             if model.propagation is not None:
                 module = model.propagation[exits[position]]
                 mixing, _ = _timed(lambda: module(features, module.remember(features), gap), images)
@@ -149,34 +170,56 @@ def _seconds_once(model: nn.Module, images: Tensor) -> List[tuple]:
 
 
 def as_table(model: nn.Module, rows: Sequence[LayerCosts], shape: Sequence[int]) -> str:
-    """The seed's table as plain text: of each layer time, GFLOPs and parameters of the main branch, of its
-    head and of the head's propagation; sums; and what exits cost."""
-    parts = ('main branch', 'head') + ('propagation', ) * (model.propagation is not None)
-    lines = [f'{"":<24}{"stride":>6}' + ''.join(
-        f'{part + ":":>14}{"ms":>7}{"GFLOPs":>8}{"k par.":>8}' for part in parts)]
-    cells = [[(row.main, row.head, row.propagation)[place] for row in rows] for place in range(len(parts))]
+    """The seed's table as plain text: of each layer time, GFLOPs and parameters of the main branch,
+    of its head and of the head's propagation; sums; and what exits cost."""
+    parts = ('main branch', 'head') + ('propagation',) * (model.propagation is not None)
+    lines = [
+        f'{"":<24}{"stride":>6}'
+        + ''.join(f'{part + ":":>14}{"ms":>7}{"GFLOPs":>8}{"k par.":>8}' for part in parts)
+    ]
+    cells = [
+        [(row.main, row.head, row.propagation)[place] for row in rows]
+        for place in range(len(parts))
+    ]
     for number, row in enumerate(rows):
-        lines.append(f'{f"{number} {row.name}":<24}{row.stride:>6}' + ''.join(
-            _cell(own[number], row.seconds[place:place + 1]) for place, own in enumerate(cells)))
+        lines.append(
+            f'{f"{number} {row.name}":<24}{row.stride:>6}'
+            + ''.join(
+                _cell(own[number], row.seconds[place : place + 1])
+                for place, own in enumerate(cells)
+            )
+        )
     totals = [[part for part in own if part] for own in cells]
-    lines.append(f'{"all":<30}' + ''.join(
-        _cell(Part(sum(part.parameters for part in own), sum(part.flops for part in own)),
-              [sum(row.seconds[place] for row in rows)] if rows[0].seconds else [])
-        for place, own in enumerate(totals)))
+    lines.append(
+        f'{"all":<30}'
+        + ''.join(
+            _cell(
+                Part(sum(part.parameters for part in own), sum(part.flops for part in own)),
+                [sum(row.seconds[place] for row in rows)] if rows[0].seconds else [],
+            )
+            for place, own in enumerate(totals)
+        )
+    )
     final = Part(count_parameters(model.detector.bbox_head), final_flops(model, shape))
-    lines.append(f"{'the detector' + chr(39) + 's own head':<30}{_cell(final, [])}")
+    lines.append(f'{"the detector" + chr(39) + "s own head":<30}{_cell(final, [])}')
     for exit, gflops in enumerate(exit_gflops(model, shape, rows), start=-1):
         lines.append(f'a frame that leaves at exit {exit:>2}: {gflops:8.2f} GFLOPs')
     if model.propagation is not None:
-        products, flops, heads = (sum(own) for own in zip(*(
-            (row.products, row.propagation.flops, row.head.flops) for row in rows if row.head)))
-        lines.append(f'propagation over its head: {flops / heads:.0%} of the FLOPs; '
-                     f'{(flops - products) / heads:.0%} '
-                     "without attention's two products, which counters by layer leave out")
+        products, flops, heads = (
+            sum(own)
+            for own in zip(
+                *((row.products, row.propagation.flops, row.head.flops) for row in rows if row.head)
+            )
+        )
+        lines.append(
+            f'propagation over its head: {flops / heads:.0%} of the FLOPs; '
+            f'{(flops - products) / heads:.0%} '
+            "without attention's two products, which counters by layer leave out"
+        )
     return '\n'.join(lines)
 
 
-def _cell(part: Optional[Part], seconds: Sequence[float]) -> str:
+def _cell(part: Part | None, seconds: Sequence[float]) -> str:
     if part is None:
         return f'{"-":>37}'
     time = f'{1000 * seconds[0]:.2f}' if seconds else ''

@@ -1,40 +1,58 @@
-"""AP against cost on a recorded video run: of gates, of fixed exits, of all mixtures of fixed exits.
+"""AP against cost on a recorded video run: of gates, of fixed exits, of all mixtures of fixed
+exits.
 
-A *setting* is E thresholds, as in `simulation`. A *row* is a point of a curve, see `simulation.row_of`; costs
-are 'gflops' or 'latency'.
+A *setting* is E thresholds, as in `simulation`. A *row* is a point of a curve, see
+`simulation.row_of`; costs are 'gflops' or 'latency'.
 """
-from typing import List, Mapping, Optional, Sequence
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from ..progress import CountProgress
 from .gates import Gate
-from .simulation import Replays, Run, Seconds, changes, exit_costs, nothing_seen, reuse, row_of, simulate
+from .simulation import (
+    Replays,
+    Run,
+    Seconds,
+    changes,
+    exit_costs,
+    nothing_seen,
+    reuse,
+    row_of,
+    simulate,
+)
 
 #: How many thresholds on difficulty, and how many on change, a curve tries.
 LEVELS, CHANGE_LEVELS = 21, 16
-#: Frames later at which changes are looked at: a scene that drifts changes little from one frame to the next.
+#: Frames later at which changes are looked at: a scene that drifts changes little from one frame to
+#: the next.
 _LAGS = (1, 4)
 
-Setting = List[float]
+Setting = list[float]
 
 
-def between(values: Sequence[float], count: int) -> List[float]:
-    """So many thresholds at quantiles of some values, at most; each halfway between two of them, so that
-    noise in the last digits moves nothing."""
+def between(values: Sequence[float], count: int) -> list[float]:
+    """So many thresholds at quantiles of some values, at most; each halfway between two of them, so
+    that noise in the last digits moves nothing."""
     values = np.unique(np.asarray(values, np.float32))
     middles = (values[:-1] + values[1:]) / 2
-    # Neighbours without a float32 between them cannot be parted.
+    # Neighbors without a float32 between them cannot be parted.
     middles = middles[(middles >= values[:-1]) & (middles < values[1:])]
     if len(middles) > count:
         middles = middles[np.linspace(0, len(middles) - 1, count).round().astype(int)]
     return [float(middle) for middle in middles]
 
 
-def settings_of(record: Mapping, gate: Gate, difficulties: np.ndarray, count: int = LEVELS,
-                change_count: int = CHANGE_LEVELS) -> List[Setting]:
-    """Settings to try: one level for all exits, from all to the end to all at the first exit; for a gate that
-    decides early, with each of some thresholds on change.
+def settings_of(
+    record: Mapping,
+    gate: Gate,
+    difficulties: np.ndarray,
+    count: int = LEVELS,
+    change_count: int = CHANGE_LEVELS,
+) -> list[Setting]:
+    """Settings to try: one level for all exits, from all to the end to all at the first exit; for a
+    gate that decides early, with each of some thresholds on change.
 
     Args:
         record (Mapping): Of a video run.
@@ -43,14 +61,17 @@ def settings_of(record: Mapping, gate: Gate, difficulties: np.ndarray, count: in
         count (int): Levels between the ends. Defaults to 21.
         change_count (int): Thresholds on change, besides none. Defaults to 16.
     """
-    # By quantile of all difficulties, each as often as it occurs: where many frames are, steps are small.
+    # By quantile of all difficulties, each as often as it occurs: where many frames are, steps are
+    # small.
     quantiles = np.quantile(difficulties, np.linspace(0, 1, 4 * count + 1))
     levels = [-1.0, *between(quantiles, count), 1.0]
     early = [-1.0]
     if gate.early:
         seen = np.concatenate([changes(record, lag) for lag in _LAGS])
         if len(seen):
-            early += between(np.quantile(seen, np.linspace(0, 1, 4 * change_count + 1)), change_count)
+            early += between(
+                np.quantile(seen, np.linspace(0, 1, 4 * change_count + 1)), change_count
+            )
         if nothing_seen(record, gate).any():
             early.append(0.0)
     # Above the change that is taken for a cut the detector has nothing left to show again.
@@ -59,13 +80,15 @@ def settings_of(record: Mapping, gate: Gate, difficulties: np.ndarray, count: in
     return [[change] + [level] * len(difficulties) for change in early for level in levels]
 
 
-def curve(record: Mapping,
-          replays: Replays,
-          gate: Gate,
-          difficulties: np.ndarray,
-          settings: Sequence[Setting],
-          seconds: Seconds = (0.0, 0.0),
-          progress: Optional[CountProgress] = None) -> List[dict]:
+def curve(
+    record: Mapping,
+    replays: Replays,
+    gate: Gate,
+    difficulties: np.ndarray,
+    settings: Sequence[Setting],
+    seconds: Seconds = (0.0, 0.0),
+    progress: CountProgress | None = None,
+) -> list[dict]:
     """A row for each setting, with it as ``thresholds``.
 
     Args:
@@ -73,7 +96,8 @@ def curve(record: Mapping,
         replays (Replays): Of the same.
         gate (Gate): The gate.
         difficulties (np.ndarray): (E - 1, n), its own.
-        settings (Sequence[Setting]): Those that share a threshold on change are best next to each other.
+        settings (Sequence[Setting]): Those that share a threshold on change are best next to each
+            other.
         seconds (tuple[float, float]): See `simulation.simulate`. Defaults to none.
         progress (Callable, optional): Called with (settings done, settings in all).
     """
@@ -83,13 +107,15 @@ def curve(record: Mapping,
         if gate.early and change not in sources:
             sources[change] = reuse(record, change, nothing)
         run = simulate(record, gate, difficulties, setting, seconds, sources.get(change))
-        rows.append(dict(row_of(run, replays.ap(run), len(record['gflops'])), thresholds=list(setting)))
+        rows.append(
+            dict(row_of(run, replays.ap(run), len(record['gflops'])), thresholds=list(setting))
+        )
         if progress:
             progress(len(rows), len(settings))
     return rows
 
 
-def front(rows: Sequence[Mapping], cost: str = 'gflops') -> List[dict]:
+def front(rows: Sequence[Mapping], cost: str = 'gflops') -> list[dict]:
     """The rows that no other beats in AP at as little cost, from the cheapest on, AP rising."""
     best, kept = -np.inf, []
     for row in sorted(rows, key=lambda row: (row[cost], -row['ap'])):
@@ -99,25 +125,30 @@ def front(rows: Sequence[Mapping], cost: str = 'gflops') -> List[dict]:
     return kept
 
 
-def fixed_exits(record: Mapping, replays: Replays) -> List[dict]:
+def fixed_exits(record: Mapping, replays: Replays) -> list[dict]:
     """A row for each exit, all frames leaving there and no other head run; with ``exit``."""
     images, exits = len(record['images']), len(record['gflops'])
     gflops, latencies = (exit_costs(record, kind, looks=False) for kind in ('gflops', 'latencies'))
     rows = []
     for exit in range(exits):
-        run = Run(np.full(images, exit), np.arange(images), np.full(images, gflops[exit + 1]),
-                  np.full(images, latencies[exit + 1]))
+        run = Run(
+            np.full(images, exit),
+            np.arange(images),
+            np.full(images, gflops[exit + 1]),
+            np.full(images, latencies[exit + 1]),
+        )
         rows.append(dict(row_of(run, replays.ap(run), exits), exit=exit))
     return rows
 
 
 def line_at(rows: Sequence[Mapping], cost: float, key: str = 'gflops') -> float:
-    """AP at a cost on the line over some points: what is between two of them is a straight line, and a point
-    below the line of two others counts for nothing. NaN below the cheapest; beyond the dearest, the best AP.
+    """AP at a cost on the line over some points: what is between two of them is a straight line,
+    and a point below the line of two others counts for nothing. NaN below the cheapest; beyond the
+    dearest, the best AP.
 
     For fixed exits: what choosing among them by the roll of dice gives, about.
     """
-    hull: List[tuple] = []
+    hull: list[tuple] = []
     for point in [(row[key], row['ap']) for row in front(rows, key)]:
         while len(hull) > 1 and _turns_up(hull[-2], hull[-1], point):
             hull.pop()
@@ -128,4 +159,6 @@ def line_at(rows: Sequence[Mapping], cost: float, key: str = 'gflops') -> float:
 
 def _turns_up(first: tuple, middle: tuple, last: tuple) -> bool:
     """Whether the middle point lies on or below the line from the first to the last."""
-    return (middle[1] - first[1]) * (last[0] - first[0]) <= (last[1] - first[1]) * (middle[0] - first[0])
+    return (middle[1] - first[1]) * (last[0] - first[0]) <= (last[1] - first[1]) * (
+        middle[0] - first[0]
+    )

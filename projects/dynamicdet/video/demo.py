@@ -2,13 +2,15 @@
 
 Nothing here grows with the number of frames but the files.
 """
+
 import json
 import math
 import os
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, List, Mapping, NamedTuple, Optional, TextIO, Union
+from typing import NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -28,7 +30,7 @@ from ..transfers import Followed, to_host
 from .building import build_gate
 from .calibration import OnlineThresholds
 from .gates import name_of
-from .overlay import colours_of, draw_frame
+from .overlay import colors_of, draw_frame
 from .sources import Frame, Source
 from .timeline import Timeline, draw_timeline
 from .writer import MAX_FPS, VideoWriter
@@ -38,18 +40,20 @@ class Seen(NamedTuple):
     """What a detector made of a frame.
 
     Attributes:
-        exit (int, optional): Taken; -1: the detections of an earlier frame, or none. None: the detector has no exits.
+        exit (int, optional): Taken; -1: the detections of an earlier frame, or none. None: the
+            detector has no exits.
         difficulty (float, optional): In [0, 1].
         gflops (float, optional): Mean cost of that exit, as calibrated; None if it is not.
         seconds (float): From the picture, as the pipeline gives it, to the boxes.
-        detections (list[dict]): ``bbox`` [x1, y1, x2, y2] in the picture's pixels, ``label`` and ``score``,
-            the surest first.
+        detections (list[dict]): ``bbox`` [x1, y1, x2, y2] in the picture's pixels, ``label`` and
+            ``score``, the surest first.
     """
-    exit: Optional[int]
-    difficulty: Optional[float]
-    gflops: Optional[float]
+
+    exit: int | None
+    difficulty: float | None
+    gflops: float | None
     seconds: float
-    detections: List[dict]
+    detections: list[dict]
 
 
 @dataclass
@@ -66,24 +70,32 @@ class Summary:
         stopped (bool): Whether it was interrupted.
         files (list[str]): That were written.
     """
+
     frames: int = 0
     faults: int = 0
     exits: Counter = field(default_factory=Counter)
     seconds: float = 0.0
-    gflops: Optional[float] = None
-    ended: Optional[str] = None
+    gflops: float | None = None
+    ended: str | None = None
     stopped: bool = False
-    files: List[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
 
-    def above(self, budget: Mapping[str, object]) -> List[str]:
-        """A sentence where the mean cost of frames, in GFLOPs or by the clock, is above a target by a tenth or more."""
+    def above(self, budget: Mapping[str, object]) -> list[str]:
+        """A sentence where the mean cost of frames, in GFLOPs or by the clock, is above a target by
+        a tenth or more."""
         if not self.frames:
             return []
-        means = dict(target_gflops=(self.gflops, 1, 'GFLOPs'), target_latency=(self.seconds / self.frames, 1e3, 'ms'))
-        return [f'frames cost {scale * mean:.3g} {unit} in the mean, and {scale * budget[name]:.3g} were wanted: '
-                'calibrate on videos like this one, or hold the target on it (--online)'
-                for name, (mean, scale, unit) in means.items()
-                if name in budget and mean is not None and mean > 1.1 * budget[name]]
+        means = dict(
+            target_gflops=(self.gflops, 1, 'GFLOPs'),
+            target_latency=(self.seconds / self.frames, 1e3, 'ms'),
+        )
+        return [
+            f'frames cost {scale * mean:.3g} {unit} in the mean, and {scale * budget[name]:.3g} '
+            'were wanted: '
+            'calibrate on videos like this one, or hold the target on it (--online)'
+            for name, (mean, scale, unit) in means.items()
+            if name in budget and mean is not None and mean > 1.1 * budget[name]
+        ]
 
 
 class FrameDetector(DetInferencer):
@@ -93,24 +105,28 @@ class FrameDetector(DetInferencer):
         cfg (Config): With ``model`` and ``test_dataloader``.
         checkpoint (str): Path or URL.
         device (str, optional): Defaults to the best that is there.
-        gate (Mapping, optional): Config of a gate in the place of the config's, for an `EarlyExitDetector`.
+        gate (Mapping, optional): Config of a gate in the place of the config's, for an
+            `EarlyExitDetector`.
         budget (Mapping, optional): The wanted speed: arguments of the model's ``set_budget``.
         score (float): Detections below it are left out. Defaults to 0.3.
-        online (bool): Whether the budget, ``target_latency`` or ``target_gflops``, is held on the frames that come:
-            thresholds then follow what frames really cost, see `OnlineThresholds`. Defaults to False.
+        online (bool): Whether the budget, ``target_latency`` or ``target_gflops``, is held on the
+            frames that come: thresholds then follow what frames really cost, see
+                `OnlineThresholds`. Defaults to False.
 
     Raises:
         UsageError: If the model takes no gate or budget, or the checkpoint does not fit.
     """
 
-    def __init__(self,
-                 cfg: Config,
-                 checkpoint: str,
-                 device: Optional[str] = None,
-                 gate: Optional[Mapping] = None,
-                 budget: Optional[Mapping] = None,
-                 score: float = 0.3,
-                 online: bool = False) -> None:
+    def __init__(
+        self,
+        cfg: Config,
+        checkpoint: str,
+        device: str | None = None,
+        gate: Mapping | None = None,
+        budget: Mapping | None = None,
+        score: float = 0.3,
+        online: bool = False,
+    ) -> None:
         # Not `score < 0 or ...`, which lets NaN pass.
         if not 0 <= score <= 1:
             raise UsageError(f'detections are left out below a score in [0, 1]; got {score}')
@@ -118,8 +134,10 @@ class FrameDetector(DetInferencer):
         self._costs = Followed(torch.Tensor.tolist)
         if gate:
             if cfg.model.get('type') != 'EarlyExitDetector':
-                raise UsageError('only an EarlyExitDetector takes a gate; the config has a '
-                                 f'{cfg.model.get("type")}')
+                raise UsageError(
+                    'only an EarlyExitDetector takes a gate; the config has a '
+                    f'{cfg.model.get("type")}'
+                )
             _try_gate(gate)
             cfg.model.gate = dict(gate)
         super().__init__(cfg, checkpoint, device, show_progress=False)
@@ -128,7 +146,7 @@ class FrameDetector(DetInferencer):
         self._online = _online_thresholds(self.model, budget or {}) if online else None
         self.exits = int(getattr(self.model, 'num_exits', 0))
         self.classes = list(self.model.dataset_meta['classes'])
-        self.colours = colours_of(self.classes, self.model.dataset_meta.get('palette'))
+        self.colors = colors_of(self.classes, self.model.dataset_meta.get('palette'))
 
     def _init_model(self, cfg: Config, weights: str, device: str = 'cpu') -> nn.Module:
         """As mmengine's, but a model that cannot be built is said in one line."""
@@ -138,26 +156,31 @@ class FrameDetector(DetInferencer):
         self._load_weights_to_model(model, checkpoint, cfg)
         return model.to(device).eval()
 
-    def _load_weights_to_model(self, model: nn.Module, checkpoint: Optional[dict], cfg: dict) -> None:
-        """As mmdet's, but refuse a checkpoint that leaves parts of the model random, and thresholds of
-        another gate."""
+    def _load_weights_to_model(self, model: nn.Module, checkpoint: dict | None, cfg: dict) -> None:
+        """As mmdet's, but refuse a checkpoint that leaves parts of the model random, and thresholds
+        of another gate."""
         state = checkpoint.get('state_dict', checkpoint)
         if self._gate and not any(True for _ in model.gate.state_dict()):
             # Those of a gate that learned and is replaced by one that does not.
             state = {key: value for key, value in state.items() if not key.startswith('gate.')}
             checkpoint = dict(checkpoint, state_dict=state)
-        require_complete(model, state, ('operating_points', ))
+        require_complete(model, state, ('operating_points',))
         calibrated = checkpoint.get('meta', {}).get('calibration', {}).get('gate')
         own = name_of(getattr(model, 'gate', None))
         if calibrated not in (None, own) and 'threshold' not in (self._budget or {}):
-            raise UsageError(f"the checkpoint's thresholds are of {calibrated}, and the detector has {own}: give "
-                             '--gate as it was calibrated, calibrate it with this one, or give --budget threshold=...')
+            raise UsageError(
+                f"the checkpoint's thresholds are of {calibrated}, and the detector has {own}: "
+                'give '
+                '--gate as it was calibrated, calibrate it with this one, or give --budget '
+                'threshold=...'
+            )
         super()._load_weights_to_model(model, checkpoint, cfg)
         fuse(model)
 
     @torch.no_grad()
     def detect(self, picture: np.ndarray, stream: object, number: int) -> Seen:
-        """Detect in a frame. The first one of all is run twice: what a first run takes is no cost of a frame.
+        """Detect in a frame. The first one of all is run twice: what a first run takes is no cost
+        of a frame.
 
         Args:
             picture (ndarray): (H, W, 3) uint8, BGR.
@@ -174,7 +197,9 @@ class FrameDetector(DetInferencer):
         data['data_samples'].set_metainfo(meta)
         device = next(self.model.parameters()).device
         start = now(device)
-        sample, = self.model.test_step(dict(inputs=[data['inputs']], data_samples=[data['data_samples']]))
+        (sample,) = self.model.test_step(
+            dict(inputs=[data['inputs']], data_samples=[data['data_samples']])
+        )
         seconds = now(device) - start
         exit, difficulty = sample.get('exit'), sample.get('difficulty')
         gflops = self._gflops(exit)
@@ -182,24 +207,34 @@ class FrameDetector(DetInferencer):
             self._online.measure(seconds if 'target_latency' in self._budget else gflops)
             self.model.set_budget(threshold=self._online.thresholds)
         return Seen(
-            None if exit is None else int(exit), None if difficulty is None else float(difficulty), gflops, seconds,
-            _detections(sample.pred_instances, self.score))
+            None if exit is None else int(exit),
+            None if difficulty is None else float(difficulty),
+            gflops,
+            seconds,
+            _detections(sample.pred_instances, self.score),
+        )
 
     def forget(self, stream: object) -> None:
         """Let a detector that remembers streams forget one."""
         if hasattr(self.model, 'reset'):
             self.model.reset(stream)
 
-    def served(self, summary: Summary) -> Optional[Served]:
+    def served(self, summary: Summary) -> Served | None:
         """What a `DynamicDetector` served of its budget; None of other detectors."""
         model = self.model
         if not isinstance(model, DynamicDetector):
             return None
-        return account([summary.exits[exit] for exit in range(model.num_exits)], model.budget,
-                       model.threshold.reshape(-1).tolist(), model.difficulties.tolist(), model.latencies.tolist(),
-                       model.gflops.tolist(), summary.seconds / summary.frames if summary.frames else None)
+        return account(
+            [summary.exits[exit] for exit in range(model.num_exits)],
+            model.budget,
+            model.threshold.reshape(-1).tolist(),
+            model.difficulties.tolist(),
+            model.latencies.tolist(),
+            model.gflops.tolist(),
+            summary.seconds / summary.frames if summary.frames else None,
+        )
 
-    def _gflops(self, exit: Optional[int]) -> Optional[float]:
+    def _gflops(self, exit: int | None) -> float | None:
         costs = getattr(self.model, 'gflops', None)
         if exit is None or costs is None:
             return None
@@ -219,8 +254,12 @@ def _try_gate(gate: Mapping) -> None:
 
 
 def _online_thresholds(model: nn.Module, budget: Mapping) -> OnlineThresholds:
-    if set(budget) not in ({'target_latency'}, {'target_gflops'}) or not hasattr(model, 'operating_points'):
-        raise UsageError('online holds target_latency or target_gflops, of a calibrated EarlyExitDetector')
+    if set(budget) not in ({'target_latency'}, {'target_gflops'}) or not hasattr(
+        model, 'operating_points'
+    ):
+        raise UsageError(
+            'online holds target_latency or target_gflops, of a calibrated EarlyExitDetector'
+        )
     return OnlineThresholds.of_points(model.operating_points, **budget)
 
 
@@ -230,11 +269,13 @@ def _set_budget(model: nn.Module, budget: Mapping) -> None:
     try:
         model.set_budget(**budget)
     except TypeError as error:
-        raise UsageError(f'{dict(budget)} is no budget of a {type(model).__name__}: {error}') from None
+        raise UsageError(
+            f'{dict(budget)} is no budget of a {type(model).__name__}: {error}'
+        ) from None
 
 
-def _detections(found, score: float) -> List[dict]:
-    (boxes, scores, labels), = to_host([found])
+def _detections(found, score: float) -> list[dict]:
+    ((boxes, scores, labels),) = to_host([found])
     order = scores.argsort(descending=True)
     order = order[scores[order] >= score]
     rows = zip(*(values[order].tolist() for values in (boxes, labels, scores)))
@@ -245,11 +286,11 @@ def _detections(found, score: float) -> List[dict]:
 
 
 class Lines:
-    """A file of JSON lines, in a ``with`` block. Each line is on the disk when the next one is written; the
-    file has its name when the block ends, also by an error. A kill leaves ``.NAME.part``. Two runs cannot
-    write one file at the same time."""
+    """A file of JSON lines, in a ``with`` block. Each line is on the disk when the next one is
+    written; the file has its name when the block ends, also by an error. A kill leaves
+    ``.NAME.part``. Two runs cannot write one file at the same time."""
 
-    def __init__(self, path: Union[str, Path]) -> None:
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._part = self.path.with_name(f'.{self.path.name}.part')
         try:
@@ -259,7 +300,9 @@ class Lines:
             _claim(self._file)
         except BlockingIOError:
             self._file.close()
-            raise UsageError(f"'{path}' is being written by another run: name another file") from None
+            raise UsageError(
+                f"'{path}' is being written by another run: name another file"
+            ) from None
         except OSError as error:
             raise UsageError(f"'{path}' cannot be written: {error.strerror}") from error
         self._file.truncate(0)
@@ -280,21 +323,25 @@ class Lines:
 def _claim(file: TextIO) -> None:
     """Lock a file until it is closed, or raise a `BlockingIOError` if another process has."""
     import fcntl  # here, because it is POSIX only, and importing the package is not
+
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def run_demo(detector: FrameDetector,
-             source: Source,
-             out: Union[str, Path],
-             most: Optional[int] = None,
-             say: Callable[[str], None] = print,
-             progress: Optional[Callable[[int], None]] = None) -> Summary:
+def run_demo(
+    detector: FrameDetector,
+    source: Source,
+    out: str | Path,
+    most: int | None = None,
+    say: Callable[[str], None] = print,
+    progress: Callable[[int], None] | None = None,
+) -> Summary:
     """Detect in the frames of a source, one after the other.
 
-    Writes the drawn video ``out`` (H.264), a JSON line per frame beside it (``.jsonl``), and a picture of
-    exits and costs over time (``.png``). All have what was done until then when the run is interrupted or
-    fails. The video shows each frame at the time of its line. A frame that cannot be read is said, takes its place
-    in the lines and, as the frame before once more, in the video; what the detector remembers of the stream stays.
+    Writes the drawn video ``out`` (H.264), a JSON line per frame beside it (``.jsonl``), and a
+    picture of exits and costs over time (``.png``). All have what was done until then when the run
+    is interrupted or fails. The video shows each frame at the time of its line. A frame that cannot
+    be read is said, takes its place in the lines and, as the frame before once more, in the video;
+    what the detector remembers of the stream stays.
 
     Args:
         detector (FrameDetector): Detects.
@@ -335,7 +382,7 @@ def run_demo(detector: FrameDetector,
     return show.summary
 
 
-def require_film(path: Union[str, Path]) -> None:
+def require_film(path: str | Path) -> None:
     """Raise a `UsageError` unless a file's name is one that `run_demo` writes."""
     if Path(path).suffix.lower() != '.mp4':
         raise UsageError(f"the video to write must end in .mp4, got '{path}'")
@@ -358,6 +405,7 @@ class _Limited:
 @dataclass
 class _Show:
     """Takes frames, one by one, to the detector and into the files."""
+
     detector: FrameDetector
     writer: VideoWriter
     lines: Lines
@@ -365,8 +413,8 @@ class _Show:
     slower: float = 1.0  # the film than the source
     timeline: Timeline = field(default_factory=Timeline)
     summary: Summary = field(default_factory=Summary)
-    _size: Optional[tuple] = None
-    _drawn: Optional[np.ndarray] = None
+    _size: tuple | None = None
+    _drawn: np.ndarray | None = None
     _gflops: float = 0.0
 
     def take(self, frame: Frame, stream: str) -> None:
@@ -381,12 +429,26 @@ class _Show:
         self._size = size
         seen = self.detector.detect(frame.picture, stream, frame.number)
         self._count(frame, seen)
-        self.lines.write(dict(
-            entry, size=size, exit=seen.exit, difficulty=_round(seen.difficulty), gflops=_round(seen.gflops),
-            seconds=_round(seen.seconds), detections=seen.detections))
+        self.lines.write(
+            dict(
+                entry,
+                size=size,
+                exit=seen.exit,
+                difficulty=_round(seen.difficulty),
+                gflops=_round(seen.gflops),
+                seconds=_round(seen.seconds),
+                detections=seen.detections,
+            )
+        )
         depth = None if seen.exit is None else (seen.exit + 1) / self.detector.exits
-        self._drawn = draw_frame(frame.picture, seen.detections, self.detector.classes, self.detector.colours,
-                                 self._text(frame, seen), depth)
+        self._drawn = draw_frame(
+            frame.picture,
+            seen.detections,
+            self.detector.classes,
+            self.detector.colors,
+            self._text(frame, seen),
+            depth,
+        )
         self._film(frame)
 
     def _film(self, frame: Frame) -> None:
@@ -412,11 +474,16 @@ class _Show:
             summary.gflops = self._gflops / summary.frames
         self.timeline.add(frame.time, seen.exit, seen.seconds, seen.gflops)
 
-    def _text(self, frame: Frame, seen: Seen) -> List[str]:
+    def _text(self, frame: Frame, seen: Seen) -> list[str]:
         first = f'frame {frame.number}  {frame.time:.2f} s'
         if seen.exit is not None:
-            taken = (f'{seen.exit} of {self.detector.exits - 1}' if seen.exit >= 0 else
-                     '-1, boxes as before' if seen.detections else '-1, nothing there')
+            taken = (
+                f'{seen.exit} of {self.detector.exits - 1}'
+                if seen.exit >= 0
+                else '-1, boxes as before'
+                if seen.detections
+                else '-1, nothing there'
+            )
             first += f'  exit {taken}  difficulty {seen.difficulty:.2f}'
         second = f'{1e3 * seen.seconds:.1f} ms, mean {1e3 * self.summary.seconds / self.summary.frames:.1f}'
         if seen.gflops is not None:
@@ -424,5 +491,5 @@ class _Show:
         return [first, second]
 
 
-def _round(value: Optional[float]) -> Optional[float]:
+def _round(value: float | None) -> float | None:
     return None if value is None else round(value, 6)

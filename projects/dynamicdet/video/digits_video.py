@@ -1,14 +1,14 @@
 """`digits-video`: a video detection data set that every machine can make in seconds, offline.
 
-The handwriting and the photographs of `digits` in motion: a camera pans over a photo and stands still, digits
-move and pass behind each other and behind patches, light changes, fast things are smeared, shots are cut. A
-quarter of the videos each is easy, hard, mixed (changes with each shot) and calm (a camera that stands;
-mostly nothing moves).
+The handwriting and the photographs of `digits` in motion: a camera pans over a photo and stands
+still, digits move and pass behind each other and behind patches, light changes, fast things are
+smeared, shots are cut. A quarter of the videos each is easy, hard, mixed (changes with each shot)
+and calm (a camera that stands; mostly nothing moves).
 
 In CocoVID format: frames are JPEG files, boxes and masks are of what is visible, a digit keeps its
-``instance_id`` until the cut. What is seen of less than a quarter of a digit is marked ``iscrowd``: neither
-right nor wrong to find. An H.264 file of each video lies beside its folder of frames, made from the same
-pictures before they became JPEG; it is for demos.
+``instance_id`` until the cut. What is seen of less than a quarter of a digit is marked ``iscrowd``:
+neither right nor wrong to find. An H.264 file of each video lies beside its folder of frames, made
+from the same pictures before they became JPEG; it is for demos.
 
 Each frame's entry in the annotation file carries, **for analysis only** (no model may read them):
 
@@ -16,21 +16,31 @@ Each frame's entry in the annotation file carries, **for analysis only** (no mod
     still        whether nothing changed since the frame before but the sensor's noise
     cut          whether it is the first frame of another shot
     camera, motion   pixels since the frame before: of the camera, of the fastest item in view
-    light        what grey levels were multiplied by, 1 in even light
+    light        what gray levels were multiplied by, 1 in even light
     occlusion    the largest share of a digit in view that others hide
     number       digits of which something is seen
 
-each annotation ``sample`` (row in scikit-learn's data) and ``visible`` (share in [0, 1]), each video its
-``face`` and its ``shots`` with their recipes and ``sources``, the photos' parts that its pixels come from.
-The splits share neither a sample nor a pixel of a photo.
+each annotation ``sample`` (row in scikit-learn's data) and ``visible`` (share in [0, 1]), each
+video its ``face`` and its ``shots`` with their recipes and ``sources``, the photos' parts that its
+pixels come from. The splits share neither a sample nor a pixel of a photo.
 """
+
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, Optional
 
 import cv2
 
-from ..datasets.digits import CLASSES, JPEG_QUALITY, _annotations, _is_made, _lock, _make, _outline, _whole
+from ..datasets.digits import (
+    CLASSES,
+    JPEG_QUALITY,
+    _annotations,
+    _is_made,
+    _lock,
+    _make,
+    _outline,
+    _whole,
+)
 from ..datasets.digits_drawing import SPLITS, load_sources
 from .digits_video_drawing import make_video
 
@@ -45,14 +55,21 @@ MIN_IMAGE_SIZE = 64  # as in `digits`
 MIN_VISIBLE = 0.25  # by eye: less of a digit can often not be told
 
 
-def make_digits_video(root, sizes: dict = SIZES, length: int = 60, image_size: int = 128, seed: int = 0,
-                      mp4: bool = True, progress: Optional[Callable[[int, int], None]] = None) -> Path:
+def make_digits_video(
+    root,
+    sizes: dict = SIZES,
+    length: int = 60,
+    image_size: int = 128,
+    seed: int = 0,
+    mp4: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
     """Make the data set at `root`, unless it is there already.
 
     Writes `{train,val,test}/0001/000001.jpg ...`, `{train,val,test}/0001.mp4 ...` and
-    `annotations/instances_{train,val,test}.json`. As `make_digits` does, it builds the set in a hidden
-    sibling folder and renames it when complete; a second process waits for the first. A video depends on the
-    seed, its split, its index, `length` and `image_size` alone.
+    `annotations/instances_{train,val,test}.json`. As `make_digits` does, it builds the set in a
+    hidden sibling folder and renames it when complete; a second process waits for the first. A
+    video depends on the seed, its split, its index, `length` and `image_size` alone.
 
     Args:
         root (str | Path): Folder to make; missing, empty, or made by this function before.
@@ -87,9 +104,14 @@ def _stamp(sizes, length, image_size, seed, mp4):
     if set(sizes) != set(SPLITS):
         raise ValueError(f'sizes must give train, val and test, got {sorted(sizes)}')
     return dict(
-        kind='video', version=VERSION, seed=_whole('seed', seed, 0), length=_whole('length', length, 1),
-        image_size=_whole('image_size', image_size, MIN_IMAGE_SIZE), mp4=bool(mp4),
-        sizes={split: _whole(f'sizes[{split!r}]', sizes[split], 0) for split in SPLITS})
+        kind='video',
+        version=VERSION,
+        seed=_whole('seed', seed, 0),
+        length=_whole('length', length, 1),
+        image_size=_whole('image_size', image_size, MIN_IMAGE_SIZE),
+        mp4=bool(mp4),
+        sizes={split: _whole(f'sizes[{split!r}]', sizes[split], 0) for split in SPLITS},
+    )
 
 
 def _write(part, stamp, progress):
@@ -100,15 +122,26 @@ def _write(part, stamp, progress):
         (part / split).mkdir()
         videos, images, annotations = [], [], []
         for index in range(count):
-            videos.append(_write_video(part / split, sources, split, index, stamp, images, annotations))
+            videos.append(
+                _write_video(part / split, sources, split, index, stamp, images, annotations)
+            )
             done += 1
             if progress is not None:
                 progress(done, total)
-        _annotations(part, split).write_text(json.dumps(dict(
-            info=dict(description='handwritten digits moving over photographs', recipe=stamp),
-            licenses=[],
-            categories=[dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)],
-            videos=videos, images=images, annotations=annotations)))
+        _annotations(part, split).write_text(
+            json.dumps(
+                dict(
+                    info=dict(
+                        description='handwritten digits moving over photographs', recipe=stamp
+                    ),
+                    licenses=[],
+                    categories=[dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)],
+                    videos=videos,
+                    images=images,
+                    annotations=annotations,
+                )
+            )
+        )
 
 
 def _write_video(folder, sources, split, index, stamp, images, annotations):
@@ -119,24 +152,42 @@ def _write_video(folder, sources, split, index, stamp, images, annotations):
     pictures = []
     for number, frame in enumerate(frames):
         entry = dict(
-            id=len(images) + 1, file_name=f'{name}/{number + 1:06d}.jpg', height=size, width=size,
-            video_id=index + 1, frame_id=number, **frame.facts)
+            id=len(images) + 1,
+            file_name=f'{name}/{number + 1:06d}.jpg',
+            height=size,
+            width=size,
+            video_id=index + 1,
+            frame_id=number,
+            **frame.facts,
+        )
         code = cv2.imencode('.jpg', frame.picture, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
         (folder / entry['file_name']).write_bytes(code.tobytes())
         images.append(entry)
         for place, (instance, row, visible) in enumerate(frame.digits):
-            annotations.append(dict(
-                id=len(annotations) + 1, image_id=entry['id'], video_id=index + 1, instance_id=instance + 1,
-                category_id=int(sources.labels[row]) + 1, iscrowd=int(visible < MIN_VISIBLE), sample=row,
-                visible=visible, **_outline(frame.owner == place)))
+            annotations.append(
+                dict(
+                    id=len(annotations) + 1,
+                    image_id=entry['id'],
+                    video_id=index + 1,
+                    instance_id=instance + 1,
+                    category_id=int(sources.labels[row]) + 1,
+                    iscrowd=int(visible < MIN_VISIBLE),
+                    sample=row,
+                    visible=visible,
+                    **_outline(frame.owner == place),
+                )
+            )
         pictures.append(frame.picture)
     if stamp['mp4']:
         _write_mp4(folder / f'{name}.mp4', pictures)
-    return dict(id=index + 1, name=name, width=size, height=size, fps=FPS, length=len(pictures), **facts)
+    return dict(
+        id=index + 1, name=name, width=size, height=size, fps=FPS, length=len(pictures), **facts
+    )
 
 
 def _write_mp4(path, pictures):
     from .writer import VideoWriter  # here, since it needs PyAV
+
     with VideoWriter(path, FPS) as writer:
         for picture in pictures:
             writer.write(picture)

@@ -1,11 +1,12 @@
 """A stock detector with auxiliary heads on its layers, run no further than a frame needs.
 
-Letters: N images, E exits: the auxiliary heads, 0 to E - 2 in the order of their layers, and last the
-detector's own output. Exit -1 is before the first: nothing ran but the early layer, and the stream's last
-detections are given again, or none.
+Letters: N images, E exits: the auxiliary heads, 0 to E - 2 in the order of their layers, and last
+the detector's own output. Exit -1 is before the first: nothing ran but the early layer, and the
+stream's last detections are given again, or none.
 """
+
 import copy
-from typing import Dict, Hashable, List, Mapping, Optional, Sequence, Union
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from mmengine.model import ModuleList
@@ -33,63 +34,69 @@ from .streams import Stream, Streams, as_frames, early_change, early_summary, is
 TRAINED = dict(
     joint=('detector.', 'heads.', 'propagation.', 'gate.'),
     heads_only=('heads.', 'propagation.'),
-    propagation=('propagation.', ),
-    gate=('gate.', ))
+    propagation=('propagation.',),
+    gate=('gate.',),
+)
 
 
 @MODELS.register_module()
 class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
     """Make a detector leave early (Gay 2022).
 
-    The detector's neck offers a table of its layers: ``neck.architecture.layers()`` and ``output_layers``, as
-    of YOLOv5 and YOLOv7; its ``bbox_head`` is a dense head of mmdet.
+    The detector's neck offers a table of its layers: ``neck.architecture.layers()`` and
+    ``output_layers``, as of YOLOv5 and YOLOv7; its ``bbox_head`` is a dense head of mmdet.
 
     Args:
         detector (dict): Config of the stock detector.
-        heads (dict): ``layers``: positions in the table, ascending (all, if it is not there); ``weights``: of
-            each head's losses, one number or one per head (1); the rest is the config of each `ExitHead`, in
-            which ``num_classes``, ``anchors`` and settings of losses and tests default to the detector's.
+        heads (dict): ``layers``: positions in the table, ascending (all, if it is not there);
+            ``weights``: of each head's losses, one number or one per head (1); the rest is the
+            config of each `ExitHead`, in which ``num_classes``, ``anchors`` and settings of losses
+            and tests default to the detector's.
         backbone (dict, optional): The detector's; where both are given, this one counts. mmdet's
             ``init_detector`` looks for it.
-        mode (str): What is trained: 'joint', all; 'heads_only', on a frozen detector; 'propagation', alone;
-            'gate', alone. What is not trained stays in eval mode. Defaults to 'joint'.
-        distillation (dict, optional): Arguments of `distillation.Distillation`: the heads learn from the
-            detector's own output, too. Defaults to none.
-        propagation (dict, optional): Config of each head's `Propagation`. Defaults to none: frames by
-            themselves.
+        mode (str): What is trained: 'joint', all; 'heads_only', on a frozen detector;
+            'propagation', alone; 'gate', alone. What is not trained stays in eval mode. Defaults to
+            'joint'.
+        distillation (dict, optional): Arguments of `distillation.Distillation`: the heads learn
+            from the detector's own output, too. Defaults to none.
+        propagation (dict, optional): Config of each head's `Propagation`. Defaults to none: frames
+            by themselves.
         gate (dict, optional): Config of the gate. Defaults to none: all frames go to the last exit.
-        budget (dict, optional): The wanted speed, see `set_budget`. Defaults to the checkpoint's thresholds.
+        budget (dict, optional): The wanted speed, see `set_budget`. Defaults to the checkpoint's
+            thresholds.
         early_layer (int): Position of the layer by which change is told. Defaults to 0, the stem.
-        cut (float, optional): A mean change of the early map's parts above it is a cut, see `streams.is_cut`:
-            the stream is forgotten. Defaults to none.
+        cut (float, optional): A mean change of the early map's parts above it is a cut, see
+            `streams.is_cut`: the stream is forgotten. Defaults to none.
         max_streams (int): Streams remembered at a time, beside those of the batch. Defaults to 16.
         data_preprocessor (dict, optional): Defaults to the detector's.
-        init_cfg (dict, optional): As in mmengine. Defaults to none; the detector's own counts for the
-            detector.
+        init_cfg (dict, optional): As in mmengine. Defaults to none; the detector's own counts for
+            the detector.
 
     Attributes:
-        thresholds (Tensor): (E,), buffer: of exit -1, then of exits 0 to E - 2. A frame leaves at e if its
-            difficulty is at most ``thresholds[e + 1]``; at -1 none leaves.
-        gflops, latencies (Tensor): (E + 1,), buffers: mean cost of a frame that leaves at -1, 0, ..., E - 1,
-            with all heads that the gate looks at on the way. NaN until calibrated.
-        operating_points (Tensor): (64, E + 2), buffer: thresholds, mean GFLOPs and mean seconds of the best
-            settings on the calibration's videos; NaN rows are unused. See `set_budget`.
+        thresholds (Tensor): (E,), buffer: of exit -1, then of exits 0 to E - 2. A frame leaves at e
+            if its difficulty is at most ``thresholds[e + 1]``; at -1 none leaves.
+        gflops, latencies (Tensor): (E + 1,), buffers: mean cost of a frame that leaves at -1, 0,
+            ..., E - 1, with all heads that the gate looks at on the way. NaN until calibrated.
+        operating_points (Tensor): (64, E + 2), buffer: thresholds, mean GFLOPs and mean seconds of
+            the best settings on the calibration's videos; NaN rows are unused. See `set_budget`.
     """
 
-    def __init__(self,
-                 detector: dict,
-                 heads: dict,
-                 backbone: Optional[dict] = None,
-                 mode: str = 'joint',
-                 distillation: Optional[dict] = None,
-                 propagation: Optional[dict] = None,
-                 gate: Optional[dict] = None,
-                 budget: Optional[dict] = None,
-                 early_layer: int = 0,
-                 cut: Optional[float] = None,
-                 max_streams: int = 16,
-                 data_preprocessor: Optional[dict] = None,
-                 init_cfg: Optional[dict] = None) -> None:
+    def __init__(
+        self,
+        detector: dict,
+        heads: dict,
+        backbone: dict | None = None,
+        mode: str = 'joint',
+        distillation: dict | None = None,
+        propagation: dict | None = None,
+        gate: dict | None = None,
+        budget: dict | None = None,
+        early_layer: int = 0,
+        cut: float | None = None,
+        max_streams: int = 16,
+        data_preprocessor: dict | None = None,
+        init_cfg: dict | None = None,
+    ) -> None:
         detector = copy.deepcopy(detector)
         preprocessor = data_preprocessor or detector.get('data_preprocessor')
         super().__init__(copy.deepcopy(preprocessor), init_cfg)
@@ -99,18 +106,25 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         self.detector = MODELS.build(detector)
         architecture = getattr(getattr(self.detector, 'neck', None), 'architecture', None)
         if not hasattr(architecture, 'layers'):
-            raise UsageError(f'{type(self.detector).__name__} offers no table of its layers: an '
-                             'EarlyExitDetector takes YOLOv5 or YOLOv7, or another whose '
-                             'neck.architecture has layers()')
+            raise UsageError(
+                f'{type(self.detector).__name__} offers no table of its layers: an '
+                'EarlyExitDetector takes YOLOv5 or YOLOv7, or another whose '
+                'neck.architecture has layers()'
+            )
         self.table, self.output_layers = architecture.layers(), architecture.output_layers
         if not 0 <= early_layer < len(self.table):
-            raise UsageError(f'early_layer is a position in a table of {len(self.table)}, got {early_layer}')
+            raise UsageError(
+                f'early_layer is a position in a table of {len(self.table)}, got {early_layer}'
+            )
         self.exit_layers, self.head_weights, built = build_heads(heads, self.detector, self.table)
         self.heads = ModuleList(built)
         self.num_exits = len(built) + 1
         self.propagation = build_propagation(propagation, built)
-        self.gate = build_gate(gate, [self.table[one].channels for one in self.exit_layers],
-                               self.table[early_layer].channels)
+        self.gate = build_gate(
+            gate,
+            [self.table[one].channels for one in self.exit_layers],
+            self.table[early_layer].channels,
+        )
         self.distillation = distillation
         self.early_layer, self.cut = early_layer, cut
         self.mode = mode
@@ -118,31 +132,36 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         self._streams = Streams(max_streams)
         #: Of the thresholds: the host decides, and would wait for them at every exit.
         self._levels = Followed(Tensor.tolist)
-        self.register_buffer('thresholds', torch.full((self.num_exits, ), 0.5))
+        self.register_buffer('thresholds', torch.full((self.num_exits,), 0.5))
         for name in ('gflops', 'latencies'):
-            self.register_buffer(name, torch.full((self.num_exits + 1, ), float('nan')))
-        self.register_buffer('operating_points', torch.full((POINTS, self.num_exits + 2), float('nan')))
+            self.register_buffer(name, torch.full((self.num_exits + 1,), float('nan')))
+        self.register_buffer(
+            'operating_points', torch.full((POINTS, self.num_exits + 2), float('nan'))
+        )
         #: What a gate that is trained before a calibration goes by; see `losses`.
-        self.counted_gflops: Optional[List[float]] = None
+        self.counted_gflops: list[float] | None = None
         self.budget = dict(budget) if budget else None
         self._apply_budget()
-        # Here and not in a hook: the optimiser and DDP look at `requires_grad` before any hook runs.
+        # Here and not in a hook: the optimizer and DDP look at `requires_grad` before any hook
+        # runs.
         for name, parameter in self.named_parameters():
             parameter.requires_grad &= name.startswith(TRAINED[mode])
 
-    def _check(self, mode: str, budget: Optional[dict]) -> None:
+    def _check(self, mode: str, budget: dict | None) -> None:
         if mode not in TRAINED:
             raise UsageError(f"mode is one of {', '.join(TRAINED)}; got '{mode}'")
         if mode == 'propagation' and self.propagation is None:
             raise UsageError("mode='propagation' needs propagation=dict(type='Propagation')")
         if mode == 'gate' and learner(self.gate) is None:
-            raise UsageError("mode='gate' needs a gate that learns, such as "
-                             "gate=dict(type='HaltingGate', ...)")
+            raise UsageError(
+                "mode='gate' needs a gate that learns, such as gate=dict(type='HaltingGate', ...)"
+            )
         if budget:
             check_budget(budget, self.num_exits)
 
     def train(self, mode: bool = True) -> 'EarlyExitDetector':
-        """What is not trained stays in eval mode, whatever a loop asks for. All streams are forgotten."""
+        """What is not trained stays in eval mode, whatever a loop asks for. All streams are
+        forgotten."""
         super().train(mode)
         for name, module in self.named_children():
             if name != 'data_preprocessor' and f'{name}.' not in TRAINED[self.mode]:
@@ -150,24 +169,31 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         self.reset()
         return self
 
-    def reset(self, video_id: Optional[Hashable] = None) -> None:
+    def reset(self, video_id: Hashable | None = None) -> None:
         """Forget a stream, or all."""
         self._streams.forget(video_id)
 
     # Loading.
 
-    def spread_plain_weights(self, state_dict: Mapping[str, Tensor]) -> Dict[str, Tensor]:
-        """Rename the entries of a plain detector's checkpoint to those of the detector inside; one of its own
-        comes back as it is."""
-        if not is_plain(state_dict) or any(key.startswith(('detector.', 'heads.')) for key in state_dict):
+    def spread_plain_weights(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rename the entries of a plain detector's checkpoint to those of the detector inside; one
+        of its own comes back as it is."""
+        if not is_plain(state_dict) or any(
+            key.startswith(('detector.', 'heads.')) for key in state_dict
+        ):
             return dict(state_dict)
         known = set(self.state_dict())
-        return {f'detector.{key}' if f'detector.{key}' in known else key: value
-                for key, value in state_dict.items()}
+        return {
+            f'detector.{key}' if f'detector.{key}' in known else key: value
+            for key, value in state_dict.items()
+        }
 
-    def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str, *args) -> None:
-        own = {key[len(prefix):]: state_dict.pop(key)
-               for key in list(state_dict) if key.startswith(prefix)}
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
+        own = {
+            key[len(prefix) :]: state_dict.pop(key)
+            for key in list(state_dict)
+            if key.startswith(prefix)
+        }
         own = self.spread_plain_weights(own)
         state_dict.update({prefix + key: value for key, value in own.items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -175,15 +201,19 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
 
     # Speed.
 
-    def set_budget(self,
-                   threshold: Union[None, float, Sequence[float]] = None,
-                   target_gflops: Optional[float] = None,
-                   target_latency: Optional[float] = None) -> List[float]:
+    def set_budget(
+        self,
+        threshold: None | float | Sequence[float] = None,
+        target_gflops: float | None = None,
+        target_latency: float | None = None,
+    ) -> list[float]:
         """Choose the speed; give one of the three.
 
         Args:
-            threshold (float or list[float], optional): In [-1, 1]: of all exits, or of each from -1 to E - 2.
-            target_gflops (float, optional): Mean GFLOPs per frame, 2 x multiply-adds, as calibrated.
+            threshold (float or list[float], optional): In [-1, 1]: of all exits, or of each from -1
+                to E - 2.
+            target_gflops (float, optional): Mean GFLOPs per frame, 2 x multiply-adds, as
+                calibrated.
             target_latency (float, optional): Mean seconds per frame, as calibrated.
 
         Returns:
@@ -192,7 +222,9 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         Raises:
             UsageError: If out of range, or if the model is not calibrated and needs to be.
         """
-        given = dict(threshold=threshold, target_gflops=target_gflops, target_latency=target_latency)
+        given = dict(
+            threshold=threshold, target_gflops=target_gflops, target_latency=target_latency
+        )
         budget = {name: value for name, value in given.items() if value is not None}
         check_budget(budget, self.num_exits)
         found = resolve_budget(budget, self.operating_points, self.num_exits)
@@ -213,9 +245,10 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         """Whether the gate also decides before the first exit."""
         return self.gate is not None and self.gate.early
 
-    def loss(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> Dict[str, Tensor]:
-        """Losses of what is trained: ``exitK.*`` of each head, ``final.*`` of the detector's own output,
-        those of the gate. Frames of one clip are recognised by ``clip_step``, see `streams.clips`.
+    def loss(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> dict[str, Tensor]:
+        """Losses of what is trained: ``exitK.*`` of each head, ``final.*`` of the detector's own
+        output, those of the gate. Frames of one clip are recognized by ``clip_step``, see
+        `streams.clips`.
 
         Args:
             batch_inputs (Tensor): (N, 3, H, W), or of clips (B, T, 3, H, W).
@@ -223,27 +256,30 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         """
         return training_losses(self, *as_frames(batch_inputs, batch_data_samples))
 
-    def extract_feat(self, batch_inputs: Tensor) -> List[Tensor]:
+    def extract_feat(self, batch_inputs: Tensor) -> list[Tensor]:
         """What the detector's own head is given."""
         layers = self.lazy(batch_inputs)
         return [layers.take(position) for position in self.output_layers]
 
     def lazy(self, images: Tensor) -> LazyLayers:
-        """The layers of a batch, of which none has run: each exit's and output's map may be taken once, and
-        the early layer's."""
-        return LazyLayers(self.detector, self.table, images,
-                          (self.early_layer, *self.exit_layers, *self.output_layers))
+        """The layers of a batch, of which none has run: each exit's and output's map may be taken
+        once, and the early layer's."""
+        return LazyLayers(
+            self.detector,
+            self.table,
+            images,
+            (self.early_layer, *self.exit_layers, *self.output_layers),
+        )
 
-    def predict(self,
-                batch_inputs: Tensor,
-                batch_data_samples: SampleList,
-                rescale: bool = True) -> SampleList:
+    def predict(
+        self, batch_inputs: Tensor, batch_data_samples: SampleList, rescale: bool = True
+    ) -> SampleList:
         """Detect; each frame leaves where the gate says, and nothing behind its exit is computed.
 
         Args:
             batch_inputs (Tensor): (N, 3, H, W), or of clips (B, T, 3, H, W).
-            batch_data_samples (list): N samples, or of clips B. ``video_id`` in the metainfo is the stream,
-                ``frame_id`` the place in it; see `Streams`.
+            batch_data_samples (list): N samples, or of clips B. ``video_id`` in the metainfo is the
+                stream, ``frame_id`` the place in it; see `Streams`.
             rescale (bool): Whether boxes are in the original image's frame. Defaults to True.
 
         Returns:
@@ -258,27 +294,36 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         return batch_data_samples
 
     @torch.no_grad()
-    def predict_all(self,
-                    batch_inputs: Tensor,
-                    batch_data_samples: SampleList,
-                    rescale: bool = True) -> AllExits:
-        """All exits of all frames: for evaluation, calibration and the oracle. Samples stay as they are.
+    def predict_all(
+        self, batch_inputs: Tensor, batch_data_samples: SampleList, rescale: bool = True
+    ) -> AllExits:
+        """All exits of all frames: for evaluation, calibration and the oracle. Samples stay as they
+        are.
 
-        Streams are carried on as in `predict`; but each head remembers every frame here, and there only those
-        that it ran on.
+        Streams are carried on as in `predict`; but each head remembers every frame here, and there
+        only those that it ran on.
         """
         inputs, samples = as_frames(batch_inputs, batch_data_samples)
-        parts = [self._all_of_wave(images, own, rescale) for images, own in self._waves(inputs, samples)]
+        parts = [
+            self._all_of_wave(images, own, rescale) for images, own in self._waves(inputs, samples)
+        ]
         # Back from the order of the waves.
         order = torch.tensor([one for wave in self._parts(samples) for one in wave]).argsort()
-        by_exit = [[found for part in parts for found in part.detections[exit]]
-                   for exit in range(self.num_exits)]
+        by_exit = [
+            [found for part in parts for found in part.detections[exit]]
+            for exit in range(self.num_exits)
+        ]
         pooled = [torch.cat(one)[order] for one in zip(*(part.pooled for part in parts))]
         return AllExits(
-            [[found[one] for one in order.tolist()] for found in by_exit], pooled,
-            *(torch.cat([getattr(part, name) for part in parts])[order] for name in ('early', 'change')))
+            [[found[one] for one in order.tolist()] for found in by_exit],
+            pooled,
+            *(
+                torch.cat([getattr(part, name) for part in parts])[order]
+                for name in ('early', 'change')
+            ),
+        )
 
-    def _parts(self, samples: SampleList) -> List[List[int]]:
+    def _parts(self, samples: SampleList) -> list[list[int]]:
         return waves([sample.metainfo.get('video_id') for sample in samples])
 
     def _waves(self, inputs: Tensor, samples: SampleList):
@@ -288,14 +333,26 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
 
     def _start(self, images: Tensor, samples: SampleList, look: bool) -> Frames:
         """Frames before the first exit; with change and cuts if they are looked at."""
-        frames = Frames(self.lazy(images), samples, self._streams.at(samples, images.shape[-2:]),
-                         [1.0] * len(samples))
+        frames = Frames(
+            self.lazy(images),
+            samples,
+            self._streams.at(samples, images.shape[-2:]),
+            [1.0] * len(samples),
+        )
         if look:
             frames.early = early_summary(frames.layers.take(self.early_layer))
-            seen = [place for place, stream in enumerate(frames.streams) if stream.early is not None]
-            change, cut = frames.early.new_ones(len(samples)), frames.early.new_zeros(len(samples), dtype=torch.bool)
+            seen = [
+                place for place, stream in enumerate(frames.streams) if stream.early is not None
+            ]
+            change, cut = (
+                frames.early.new_ones(len(samples)),
+                frames.early.new_zeros(len(samples), dtype=torch.bool),
+            )
             if seen:
-                own, last = take_rows(frames.early, seen), torch.stack([frames.streams[place].early for place in seen])
+                own, last = (
+                    take_rows(frames.early, seen),
+                    torch.stack([frames.streams[place].early for place in seen]),
+                )
                 change = _with_rows(change, seen, early_change(own, last))
                 if self.cut is not None:
                     cut = _with_rows(cut, seen, is_cut(own, last, self.cut))
@@ -306,8 +363,11 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         frames = self._start(images, samples, self.decides_early or self.cut is not None)
         if frames.change is not None:
             frames = self._decide_early(frames, rescale)
-        # Where no threshold lets a frame leave, there is nothing to ask; but heads that a gate looks at are run.
-        if self.gate is not None and (self.gate.looks_at_detections or max(self._levels(self.thresholds)[1:]) >= 0):
+        # Where no threshold lets a frame leave, there is nothing to ask; but heads that a gate
+        # looks at are run.
+        if self.gate is not None and (
+            self.gate.looks_at_detections or max(self._levels(self.thresholds)[1:]) >= 0
+        ):
             for exit, layer in enumerate(self.exit_layers):
                 if not frames.samples:
                     return
@@ -325,12 +385,15 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         return self._decide(frames, evidence, x, rescale)
 
     def _decide_early(self, frames: Frames, rescale: bool) -> Frames:
-        """Before the first exit: let streams begin anew at cuts, and, where the gate decides, those frames leave whose
-        difficulty is not above the threshold; the others. All comes to the host at once."""
+        """Before the first exit: let streams begin anew at cuts, and, where the gate decides, those
+        frames leave whose difficulty is not above the threshold; the others. All comes to the host
+        at once."""
         asked = [frames.cut]
         if self.decides_early:
-            asked += [self.gate.difficulty(Evidence(-1, None, None, [], frames.change)),
-                      self.gate.sees_nothing(frames.early)]
+            asked += [
+                self.gate.difficulty(Evidence(-1, None, None, [], frames.change)),
+                self.gate.sees_nothing(frames.early),
+            ]
         cuts, *decided = torch.stack([one.float() for one in asked]).tolist()
         for stream, cut in zip(frames.streams, cuts):
             if cut:
@@ -340,28 +403,49 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         level = self._levels(self.thresholds)[0]
         # Detections of the frame itself, not repeated: of one that changed and shows nothing.
         news = [bool(nothing) and difficulty > level for difficulty, nothing in zip(*decided)]
-        frames.difficulties = [0.0 if new else difficulty for difficulty, new in zip(decided[0], news)]
-        places = [place for place, difficulty in enumerate(frames.difficulties) if difficulty <= level]
+        frames.difficulties = [
+            0.0 if new else difficulty for difficulty, new in zip(decided[0], news)
+        ]
+        places = [
+            place for place, difficulty in enumerate(frames.difficulties) if difficulty <= level
+        ]
         for place in places:
-            sample, stream, device = frames.samples[place], frames.streams[place], frames.early.device
-            found = nothing_found(device) if news[place] else last_found(stream, sample, rescale, device)
+            sample, stream, device = (
+                frames.samples[place],
+                frames.streams[place],
+                frames.early.device,
+            )
+            found = (
+                nothing_found(device)
+                if news[place]
+                else last_found(stream, sample, rescale, device)
+            )
             self._leave(frames, place, -1, found, rescale, news[place])
         return frames.without(places) if places else frames
 
     def _decide(self, frames: Frames, evidence: Evidence, x: Tensor, rescale: bool) -> Frames:
-        """Let those leave whose difficulty is not above the threshold; the others. The difficulties are all that the
-        host waits for."""
+        """Let those leave whose difficulty is not above the threshold; the others. The difficulties
+        are all that the host waits for."""
         exit, level = evidence.exit, self._levels(self.thresholds)[evidence.exit + 1]
         frames.difficulties = self.gate.difficulty(evidence).float().tolist()
-        places = [place for place, difficulty in enumerate(frames.difficulties) if difficulty <= level]
+        places = [
+            place for place, difficulty in enumerate(frames.difficulties) if difficulty <= level
+        ]
         if not places:
             return frames
-        samples, streams = ([values[one] for one in places] for values in (frames.samples, frames.streams))
+        samples, streams = (
+            [values[one] for one in places] for values in (frames.samples, frames.streams)
+        )
         x = x if len(places) == len(frames.samples) else take_rows(x, places)
-        found = ([evidence.detections[one] for one in places] if evidence.detections
-                 else self._detect(exit, x, samples, streams))
+        found = (
+            [evidence.detections[one] for one in places]
+            if evidence.detections
+            else self._detect(exit, x, samples, streams)
+        )
         for place, own, sample in zip(places, found, samples):
-            self._leave(frames, place, exit, to_original(own, sample) if rescale else own, rescale, new=True)
+            self._leave(
+                frames, place, exit, to_original(own, sample) if rescale else own, rescale, new=True
+            )
         return frames.without(places)
 
     def _finish(self, frames: Frames, rescale: bool) -> None:
@@ -371,8 +455,9 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         for place, own in enumerate(found):
             self._leave(frames, place, self.num_exits - 1, own, rescale, new=True)
 
-    def _leave(self, frames: Frames, place: int, exit: int, found: InstanceData, rescale: bool,
-               new: bool) -> None:
+    def _leave(
+        self, frames: Frames, place: int, exit: int, found: InstanceData, rescale: bool, new: bool
+    ) -> None:
         """``new``: what was found is of this frame, and to be remembered."""
         sample, stream = frames.samples[place], frames.streams[place]
         sample.pred_instances = found
@@ -392,27 +477,37 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
             x = frames.layers.take(layer)
             pooled.append(x.mean(dim=(2, 3), dtype=torch.float32))
             found = self._detect(exit, x, samples, frames.streams)
-            detections.append([to_original(one, sample) if rescale else one
-                               for one, sample in zip(found, samples)])
+            detections.append(
+                [
+                    to_original(one, sample) if rescale else one
+                    for one, sample in zip(found, samples)
+                ]
+            )
         maps = [frames.layers.take(position) for position in self.output_layers]
         detections.append(self.detector.bbox_head.predict(maps, samples, rescale=rescale))
         for stream, early in zip(frames.streams, frames.early):
             stream.early = early
         return AllExits(detections, pooled, frames.early, frames.change)
 
-    def _detect(self, exit: int, x: Tensor, samples: SampleList, streams: List[Stream]) -> List[InstanceData]:
+    def _detect(
+        self, exit: int, x: Tensor, samples: SampleList, streams: list[Stream]
+    ) -> list[InstanceData]:
         """Detections of a head in the network's frame, from its layer's map."""
         features = self.heads[exit].features(x)
         if self.propagation is not None:
             features = carry_on(self.propagation[exit], exit, features, streams)
-        return self.heads[exit].predict((features, ), samples, rescale=False)
+        return self.heads[exit].predict((features,), samples, rescale=False)
 
-    def _forward(self, batch_inputs: Tensor, batch_data_samples: OptSampleList = None) -> Dict[str, list]:
-        """Every image through all exits, without memory: ``exits``, the raw outputs of the heads and of the
-        detector's own, for FLOPs counters and export."""
+    def _forward(
+        self, batch_inputs: Tensor, batch_data_samples: OptSampleList = None
+    ) -> dict[str, list]:
+        """Every image through all exits, without memory: ``exits``, the raw outputs of the heads
+        and of the detector's own, for FLOPs counters and export."""
         layers = self.lazy(batch_inputs)
-        exits = [head((head.features(layers.take(position)), ))
-                 for head, position in zip(self.heads, self.exit_layers)]
+        exits = [
+            head((head.features(layers.take(position)),))
+            for head, position in zip(self.heads, self.exit_layers)
+        ]
         maps = [layers.take(position) for position in self.output_layers]
         return dict(exits=[*exits, self.detector.bbox_head(maps)])
 

@@ -1,8 +1,9 @@
 """Draw the AP of each exit over the epochs."""
+
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional
 
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
@@ -15,8 +16,8 @@ from .all_exits import exit_of
 
 @HOOKS.register_module()
 class ExitCurveHook(Hook):
-    """After each validation: a line in ``exit_curve.json``, and ``exit_curve.png``, in the work dir. A run
-    that is resumed goes on with them.
+    """After each validation: a line in ``exit_curve.json``, and ``exit_curve.png``, in the work
+    dir. A run that is resumed goes on with them.
 
     Args:
         metric (str): What to draw. Defaults to 'bbox_mAP'.
@@ -27,48 +28,64 @@ class ExitCurveHook(Hook):
     def __init__(self, metric: str = 'bbox_mAP') -> None:
         self.metric = metric
 
-    def after_val_epoch(self, runner: Runner, metrics: Optional[Dict[str, float]] = None) -> None:
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Take what `ExitsMetric` found."""
-        found = {exit_of(name): float(value) for name, value in (metrics or {}).items()
-                 if exit_of(name) is not None and name.endswith(f'/{self.metric}')}
+        found = {
+            exit_of(name): float(value)
+            for name, value in (metrics or {}).items()
+            if exit_of(name) is not None and name.endswith(f'/{self.metric}')
+        }
         if not found or runner.rank != 0:
             return
         folder = Path(runner.work_dir)
-        history = updated(read_history(folder / 'exit_curve.json'), runner.epoch or runner.iter,
-                          [found[exit] for exit in sorted(found)])
+        history = updated(
+            read_history(folder / 'exit_curve.json'),
+            runner.epoch or runner.iter,
+            [found[exit] for exit in sorted(found)],
+        )
         write_atomically(json.dumps(history).encode(), folder / 'exit_curve.json')
         write_atomically(draw_history(history, self.metric), folder / 'exit_curve.png')
 
 
-def read_history(path: Path) -> List[dict]:
+def read_history(path: Path) -> list[dict]:
     """What earlier epochs found; nothing if there is no whole file."""
     try:
-        return [dict(epoch=int(one['epoch']), ap=[float(ap) for ap in one['ap']])
-                for one in json.loads(path.read_text())]
+        return [
+            dict(epoch=int(one['epoch']), ap=[float(ap) for ap in one['ap']])
+            for one in json.loads(path.read_text())
+        ]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
 
-def updated(history: List[dict], epoch: int, ap: List[float]) -> List[dict]:
+def updated(history: list[dict], epoch: int, ap: list[float]) -> list[dict]:
     """History up to an epoch: what a run that starts anew left of later ones is gone."""
     return [*(one for one in history if one['epoch'] < epoch), dict(epoch=epoch, ap=ap)]
 
 
-def draw_history(history: List[Mapping], metric: str = 'bbox_mAP') -> bytes:
+def draw_history(history: list[Mapping], metric: str = 'bbox_mAP') -> bytes:
     """A PNG: the metric over epochs, a line for each exit, early ones light."""
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.2), dpi=140, layout='constrained')
     axes = figure.add_subplot()
     exits = max(len(one['ap']) for one in history)
     for exit in range(exits):
         known = [one for one in history if exit < len(one['ap'])]
-        axes.plot([one['epoch'] for one in known], [one['ap'][exit] for one in known], 'o-', markersize=3,
-                  color=colormaps['viridis_r'](0.1 + 0.9 * exit / max(1, exits - 1)),
-                  label='last' if exit == exits - 1 else f'exit {exit}')
+        axes.plot(
+            [one['epoch'] for one in known],
+            [one['ap'][exit] for one in known],
+            'o-',
+            markersize=3,
+            color=colormaps['viridis_r'](0.1 + 0.9 * exit / max(1, exits - 1)),
+            label='last' if exit == exits - 1 else f'exit {exit}',
+        )
     axes.set(xlabel='epoch', ylabel=metric)
-    axes.legend(fontsize=7, frameon=False, ncols=1 + exits // 12, loc='center left', bbox_to_anchor=(1, 0.5))
+    axes.legend(
+        fontsize=7, frameon=False, ncols=1 + exits // 12, loc='center left', bbox_to_anchor=(1, 0.5)
+    )
     axes.spines[['top', 'right']].set_visible(False)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)

@@ -2,9 +2,11 @@
 
 Letters: n frames, E exits. What a gate learns from is each exit's AP on each frame by itself.
 """
+
 import copy
 import itertools
-from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,39 +27,48 @@ from .simulation import evidences, exit_costs, streams
 WEIGHT_DECAYS, STEPS = (0.01, 1.0), (10, 20, 40, 80, 160)
 #: Frames per update, AdamW's learning rate, and how many budgets the oracle has by default.
 _BATCH, _LR, _BUDGETS = 256, 1e-2, 8
-#: Share of frames with objects that a `Presence` may take for empty; frames that its moments are of.
+#: Share of frames with objects that a `Presence` may take for empty; frames that its moments are
+#: of.
 MISSED, _MOMENTS = 0.01, 2048
 #: Frames in a row that stay together in cross-validation where there are too few videos.
 _BLOCK = 25
 
 
 class GateFit(NamedTuple):
-    """How a gate was fitted: ``loss`` on frames that it was not fit to, ``untrained`` that of a gate that
-    always says 0.5; ``steps`` (updates) and ``weight_decay``: what cross-validation chose."""
+    """How a gate was fitted: ``loss`` on frames that it was not fit to, ``untrained`` that of a
+    gate that always says 0.5; ``steps`` (updates) and ``weight_decay``: what cross-validation
+    chose."""
+
     loss: float
     untrained: float
     steps: int
     weight_decay: float
 
 
-def oracle_targets(values: np.ndarray, costs: Sequence[float], budgets: Optional[Sequence[float]] = None,
-                   prices: Optional[Sequence[float]] = None) -> np.ndarray:
+def oracle_targets(
+    values: np.ndarray,
+    costs: Sequence[float],
+    budgets: Sequence[float] | None = None,
+    prices: Sequence[float] | None = None,
+) -> np.ndarray:
     """At each exit, the share of oracles that go on, (E - 1, n), in [0, 1].
 
     Args:
         values (np.ndarray): (E, n), what each exit is worth on each frame.
         costs (Sequence[float]): (E,).
-        budgets (Sequence[float], optional): Mean cost per frame of each oracle, see `allocate`. Defaults to 8
-            evenly between the cheapest exit and the dearest.
-        prices (Sequence[float], optional): Instead of budgets: value per cost, each frame taking the exit
-            with the largest ``value - price * cost``, the cheapest of equals.
+        budgets (Sequence[float], optional): Mean cost per frame of each oracle, see `allocate`.
+            Defaults to 8 evenly between the cheapest exit and the dearest.
+        prices (Sequence[float], optional): Instead of budgets: value per cost, each frame taking
+            the exit with the largest ``value - price * cost``, the cheapest of equals.
     """
     values, costs = np.asarray(values, float), np.asarray(costs, float)
     if prices is not None:
         if budgets is not None:
             raise UsageError('a gate learns from budgets or from prices, not from both')
         order = np.argsort(costs, kind='stable')
-        choices = [order[(values - price * costs[:, None])[order].argmax(axis=0)] for price in prices]
+        choices = [
+            order[(values - price * costs[:, None])[order].argmax(axis=0)] for price in prices
+        ]
     else:
         if budgets is None:
             budgets = np.linspace(costs.min(), costs.max(), _BUDGETS + 2)[1:-1]
@@ -68,28 +79,32 @@ def oracle_targets(values: np.ndarray, costs: Sequence[float], budgets: Optional
     return torch.stack(went).mean(dim=0).numpy()
 
 
-def fit_halting_gate(gate: HaltingGate,
-                     record: Mapping,
-                     coco: COCO,
-                     budgets: Optional[Sequence[float]] = None,
-                     prices: Optional[Sequence[float]] = None,
-                     kind: str = 'gflops',
-                     by_objects: bool = False,
-                     seed: int = 0,
-                     steps: Sequence[int] = STEPS,
-                     progress: Optional[Callable[[int, int], None]] = None) -> GateFit:
+def fit_halting_gate(
+    gate: HaltingGate,
+    record: Mapping,
+    coco: COCO,
+    budgets: Sequence[float] | None = None,
+    prices: Sequence[float] | None = None,
+    kind: str = 'gflops',
+    by_objects: bool = False,
+    seed: int = 0,
+    steps: Sequence[int] = STEPS,
+    progress: Callable[[int, int], None] | None = None,
+) -> GateFit:
     """Fit a `HaltingGate` to what an oracle does on a record; see `oracle_targets` and `fit_gate`.
 
     Args:
         gate (HaltingGate): It is changed.
         record (Mapping): Of videos that the detector was not trained on.
         coco (COCO): Its ground truth.
-        budgets, prices (Sequence[float], optional): As of `oracle_targets`, per frame in the unit of
-            ``kind``.
+        budgets, prices (Sequence[float], optional): As of `oracle_targets`, per frame in the unit
+            of ``kind``.
         kind (str): 'gflops' or 'latencies'. Defaults to 'gflops'.
-        by_objects (bool): Whether to multiply a frame's AP by its number of objects. Defaults to False.
+        by_objects (bool): Whether to multiply a frame's AP by its number of objects. Defaults to
+            False.
         seed (int): Of weights, order and folds. Defaults to 0.
-        steps (Sequence[int]): Numbers of updates to choose among, rising. Defaults to 10, 20, ... 160.
+        steps (Sequence[int]): Numbers of updates to choose among, rising. Defaults to 10, 20, ...
+            160.
         progress (Callable, optional): Called with (fits done, fits in all) after each.
     """
     values = Mixtures(_plain(record), coco).image_ap()
@@ -98,38 +113,50 @@ def fit_halting_gate(gate: HaltingGate,
     costs = exit_costs(record, kind, gate.looks_at_detections)[1:]
     targets = torch.from_numpy(oracle_targets(values, costs, budgets, prices))
 
-    def loss(own: LearnedGate, rows: Tensor, pooled: List[Tensor], looks: Optional[List[Tensor]]) -> Tensor:
+    def loss(
+        own: LearnedGate, rows: Tensor, pooled: list[Tensor], looks: list[Tensor] | None
+    ) -> Tensor:
         return own.target_loss(pooled, targets[:, rows], looks)
 
     return fit_gate(gate, record, loss, seed, steps, progress=progress)
 
 
-def fit_gumbel_gate(gate: LearnedGate,
-                    record: Mapping,
-                    coco: COCO,
-                    kind: str = 'gflops',
-                    seed: int = 0,
-                    steps: Sequence[int] = STEPS,
-                    progress: Optional[Callable[[int, int], None]] = None) -> GateFit:
-    """Fit a `GumbelGate` to a record alone, the detector as it is: an exit's loss on a frame is ``1 - AP``,
-    AP in [0, 1]. Arguments as of `fit_halting_gate`."""
+def fit_gumbel_gate(
+    gate: LearnedGate,
+    record: Mapping,
+    coco: COCO,
+    kind: str = 'gflops',
+    seed: int = 0,
+    steps: Sequence[int] = STEPS,
+    progress: Callable[[int, int], None] | None = None,
+) -> GateFit:
+    """Fit a `GumbelGate` to a record alone, the detector as it is: an exit's loss on a frame is ``1
+    - AP``, AP in [0, 1]. Arguments as of `fit_halting_gate`."""
     values = Mixtures(_plain(record), coco).image_ap()
     losses = torch.from_numpy(1 - values / 100).float()
     costs = torch.from_numpy(exit_costs(record, kind, gate.looks_at_detections)[1:])
 
-    def loss(own: LearnedGate, rows: Tensor, pooled: List[Tensor], looks: Optional[List[Tensor]]) -> Tensor:
+    def loss(
+        own: LearnedGate, rows: Tensor, pooled: list[Tensor], looks: list[Tensor] | None
+    ) -> Tensor:
         found = own.loss(pooled, losses[:, rows], costs, looks)
         return sum(value for name, value in found.items() if 'loss' in name)
 
     return fit_gate(gate, record, loss, seed, steps, progress=progress)
 
 
-def fit_parts(gate: Gate, record: Mapping, coco: COCO, kind: str = 'latencies', seed: int = 0,
-              parts: Sequence[str] = ('gate', 'nothing'),
-              progress: Optional[Callable[[int, int], None]] = None) -> Dict[str, NamedTuple]:
-    """Fit those parts of a gate that learn: how each was fitted; nothing where none does. Other arguments as of
-    `fit_halting_gate`."""
-    found: Dict[str, NamedTuple] = {}
+def fit_parts(
+    gate: Gate,
+    record: Mapping,
+    coco: COCO,
+    kind: str = 'latencies',
+    seed: int = 0,
+    parts: Sequence[str] = ('gate', 'nothing'),
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, NamedTuple]:
+    """Fit those parts of a gate that learn: how each was fitted; nothing where none does. Other
+    arguments as of `fit_halting_gate`."""
+    found: dict[str, NamedTuple] = {}
     learns = learner(gate) if 'gate' in parts else None
     nothing = getattr(gate, 'nothing', None) if 'nothing' in parts else None
     if learns is not None:
@@ -140,10 +167,12 @@ def fit_parts(gate: Gate, record: Mapping, coco: COCO, kind: str = 'latencies', 
     return found
 
 
-def untrained_parts(gate: Gate, state: Mapping[str, Tensor]) -> List[str]:
-    """Parts of a detector's gate that its checkpoint has no trained weights of: 'gate', 'nothing'."""
+def untrained_parts(gate: Gate, state: Mapping[str, Tensor]) -> list[str]:
+    """Parts of a detector's gate that its checkpoint has no trained weights of: 'gate',
+    'nothing'."""
     missing = gate.state_dict().keys() - {
-        key.removeprefix('gate.') for key in state if key.startswith('gate.')}
+        key.removeprefix('gate.') for key in state if key.startswith('gate.')
+    }
     kinds = {'nothing' if key.startswith('nothing.') else 'gate' for key in missing}
     # Trained with the detector, it is there, but was never fitted.
     if getattr(gate, 'nothing', None) is not None and gate.nothing.level < 0:
@@ -152,18 +181,28 @@ def untrained_parts(gate: Gate, state: Mapping[str, Tensor]) -> List[str]:
 
 
 class PresenceFit(NamedTuple):
-    """How a `Presence` was fitted: its ``level``; and at that level, on frames that it was not fit to, the shares of
-    frames with objects that it ``missed``, and of frames without that it ``spared``."""
+    """How a `Presence` was fitted: its ``level``; and at that level, on frames that it was not fit
+    to, the shares of frames with objects that it ``missed``, and of frames without that it
+    ``spared``."""
+
     level: float
     missed: float
     spared: float
 
 
-def fit_presence(presence: Presence, record: Mapping, coco: COCO, seed: int = 0, missed: float = MISSED,
-                 folds: int = 3, steps: int = STEPS[-1],
-                 progress: Optional[Callable[[int, int], None]] = None) -> PresenceFit:
+def fit_presence(
+    presence: Presence,
+    record: Mapping,
+    coco: COCO,
+    seed: int = 0,
+    missed: float = MISSED,
+    folds: int = 3,
+    steps: int = STEPS[-1],
+    progress: Callable[[int, int], None] | None = None,
+) -> PresenceFit:
     """Fit a `Presence`: its weights, anew, by cross entropy; and its level, as the highest at which
-    no more than a share of the frames with objects would be taken for empty by one fitted to other videos.
+    no more than a share of the frames with objects would be taken for empty by one fitted to other
+    videos.
 
     The same seed gives the same.
 
@@ -173,7 +212,8 @@ def fit_presence(presence: Presence, record: Mapping, coco: COCO, seed: int = 0,
         coco (COCO): Its ground truth. Annotations that are ``iscrowd`` are no objects.
         seed (int): Of weights and folds. Defaults to 0.
         missed (float): The share, in [0, 1). Defaults to 0.01.
-        folds (int): 2 or more, of whole videos (shorter stretches where there are few). Defaults to 3.
+        folds (int): 2 or more, of whole videos (shorter stretches where there are few). Defaults to
+            3.
         steps (int): Updates, each on 256 frames. Defaults to 160.
         progress (Callable, optional): Called with (fits done, fits in all) after each.
 
@@ -182,8 +222,10 @@ def fit_presence(presence: Presence, record: Mapping, coco: COCO, seed: int = 0,
     """
     shown = shows_objects(record, coco)
     if shown.all() or not shown.any():
-        raise UsageError('whether a frame shows nothing is learned from frames with objects and frames without: '
-                         f"{int(shown.sum())} of the record's {len(shown)} have some")
+        raise UsageError(
+            'whether a frame shows nothing is learned from frames with objects and frames without: '
+            f"{int(shown.sum())} of the record's {len(shown)} have some"
+        )
     early = torch.from_numpy(np.stack([image['early'] for image in record['images']]))
     labels = torch.from_numpy(shown).float()
     chances, everyone = np.empty(len(shown), np.float32), np.arange(len(shown))
@@ -192,17 +234,23 @@ def fit_presence(presence: Presence, record: Mapping, coco: COCO, seed: int = 0,
         rest = torch.from_numpy(np.setdiff1d(everyone, part))
         own = _train_presence(copy.deepcopy(presence), early[rest], labels[rest], steps, seed)
         with torch.no_grad():
-            chances[part] = np.concatenate([own(early[rows]).numpy() for rows in torch.from_numpy(part).split(_BATCH)])
+            chances[part] = np.concatenate(
+                [own(early[rows]).numpy() for rows in torch.from_numpy(part).split(_BATCH)]
+            )
         if progress:
             progress(done, folds + 1)
-    presence.load_state_dict(_train_presence(copy.deepcopy(presence), early, labels, steps, seed).state_dict())
+    presence.load_state_dict(
+        _train_presence(copy.deepcopy(presence), early, labels, steps, seed).state_dict()
+    )
     of_shown = np.sort(chances[shown])
     # Just below the first that must not be missed.
     level = np.nextafter(of_shown[int(missed * len(of_shown))], np.float32(-1))
     presence.level.fill_(float(level))
     if progress:
         progress(folds + 1, folds + 1)
-    return PresenceFit(float(level), float((of_shown <= level).mean()), float((chances[~shown] <= level).mean()))
+    return PresenceFit(
+        float(level), float((of_shown <= level).mean()), float((chances[~shown] <= level).mean())
+    )
 
 
 def shows_objects(record: Mapping, coco: COCO) -> np.ndarray:
@@ -211,36 +259,49 @@ def shows_objects(record: Mapping, coco: COCO) -> np.ndarray:
     return np.array([any(not one.get('iscrowd', 0) for one in annotations) for annotations in own])
 
 
-def _train_presence(presence: Presence, early: Tensor, labels: Tensor, steps: int, seed: int) -> Presence:
+def _train_presence(
+    presence: Presence, early: Tensor, labels: Tensor, steps: int, seed: int
+) -> Presence:
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.default_generator.manual_seed(seed)
         presence.reset()
         # Of so many frames alone: moments need no more, and each frame has many parts.
-        presence.standardise(early[::max(1, len(early) // _MOMENTS)])
+        presence.standardize(early[:: max(1, len(early) // _MOMENTS)])
         weights = [own.requires_grad_(True) for own in presence.parameters()]
-        optimiser = torch.optim.AdamW(weights, lr=_LR, fused=True)
+        optimizer = torch.optim.AdamW(weights, lr=_LR, fused=True)
         for rows in itertools.islice(_batches(torch.arange(len(early))), steps):
-            optimiser.zero_grad()
-            F.binary_cross_entropy_with_logits(presence.logits(early[rows]), labels[rows]).backward()
-            optimiser.step()
+            optimizer.zero_grad()
+            F.binary_cross_entropy_with_logits(
+                presence.logits(early[rows]), labels[rows]
+            ).backward()
+            optimizer.step()
     return presence.requires_grad_(False)
 
 
-Loss = Callable[[LearnedGate, Tensor, List[Tensor], Optional[List[Tensor]]], Tensor]
+Loss = Callable[[LearnedGate, Tensor, list[Tensor], list[Tensor] | None], Tensor]
 
 
-def fit_gate(gate: LearnedGate, record: Mapping, loss: Loss, seed: int = 0, steps: Sequence[int] = STEPS,
-             weight_decays: Sequence[float] = WEIGHT_DECAYS, folds: int = 3,
-             progress: Optional[Callable[[int, int], None]] = None) -> GateFit:
+def fit_gate(
+    gate: LearnedGate,
+    record: Mapping,
+    loss: Loss,
+    seed: int = 0,
+    steps: Sequence[int] = STEPS,
+    weight_decays: Sequence[float] = WEIGHT_DECAYS,
+    folds: int = 3,
+    progress: Callable[[int, int], None] | None = None,
+) -> GateFit:
     """Fit a gate, all its weights anew.
 
-    Cross-validation over videos (stretches of 25 frames where there are fewer videos than two per fold)
-    chooses the weight decay and when to stop; then all frames are used. The same seed gives the same gate.
+    Cross-validation over videos (stretches of 25 frames where there are fewer videos than two per
+    fold) chooses the weight decay and when to stop; then all frames are used. The same seed gives
+    the same gate.
 
     Args:
         gate (LearnedGate): On the CPU. It is changed.
         record (Mapping): Of a video run.
-        loss (Callable): Of (gate, rows, the rows' pooled features, the rows' looks or None), a scalar tensor.
+        loss (Callable): Of (gate, rows, the rows' pooled features, the rows' looks or None), a
+            scalar tensor.
         seed (int): Of weights, order, folds and Gumbel noise. Defaults to 0.
         steps (Sequence[int]): Numbers of updates to choose among, rising.
         weight_decays (Sequence[float]): AdamW's, to choose among.
@@ -253,16 +314,19 @@ def fit_gate(gate: LearnedGate, record: Mapping, loss: Loss, seed: int = 0, step
     shown = evidences(record)
     pooled = shown[-1].pooled
     if [x.shape[1] for x in pooled] != list(gate.in_channels):
-        raise UsageError(f'the gate is for heads of {list(gate.in_channels)} channels, the record has '
-                         f'{[x.shape[1] for x in pooled]}: set the in_channels of the gate')
+        raise UsageError(
+            f'the gate is for heads of {list(gate.in_channels)} channels, the record has '
+            f'{[x.shape[1] for x in pooled]}: set the in_channels of the gate'
+        )
     looks = [look(one) for one in shown] if gate.looks_at_detections else None
     data = (pooled, looks, loss)
     parts = _folds(record, folds, seed)
     everyone = np.arange(len(record['images']))
     done, total = 0, folds * len(weight_decays) + 1
 
-    def train(rows: np.ndarray, decay: float, stops: Sequence[int],
-              watch: np.ndarray) -> Tuple[LearnedGate, list]:
+    def train(
+        rows: np.ndarray, decay: float, stops: Sequence[int], watch: np.ndarray
+    ) -> tuple[LearnedGate, list]:
         nonlocal done
         found = _train(copy.deepcopy(gate), data, rows, decay, stops, watch, seed)
         done += 1
@@ -270,40 +334,64 @@ def fit_gate(gate: LearnedGate, record: Mapping, loss: Loss, seed: int = 0, step
             progress(done, total)
         return found
 
-    # (decays, folds, steps): loss on the fold that was not seen; the first is of a gate that says 0.5.
-    curves = np.array([[train(np.setdiff1d(everyone, part), decay, steps, part)[1] for part in parts]
-                       for decay in weight_decays]).mean(axis=1)
+    # (decays, folds, steps): loss on the fold that was not seen; the first is of a gate that says
+    # 0.5.
+    curves = np.array(
+        [
+            [train(np.setdiff1d(everyone, part), decay, steps, part)[1] for part in parts]
+            for decay in weight_decays
+        ]
+    ).mean(axis=1)
     best, last = np.unravel_index(curves[:, 1:].argmin(), curves[:, 1:].shape)
     fitted, _ = train(everyone, weight_decays[best], [steps[last]], everyone[:1])
     gate.load_state_dict(fitted.state_dict())
-    return GateFit(float(curves[best, last + 1]), float(curves[:, 0].mean()), int(steps[last]),
-                   float(weight_decays[best]))
+    return GateFit(
+        float(curves[best, last + 1]),
+        float(curves[:, 0].mean()),
+        int(steps[last]),
+        float(weight_decays[best]),
+    )
 
 
 def _plain(record: Mapping) -> dict:
     """A record whose difficulties nobody looks at."""
-    return dict(images=[
-        dict(id=image['id'], file=image['file'], difficulty=0.0, detections=image['detections'])
-        for image in record['images']
-    ])
+    return dict(
+        images=[
+            dict(id=image['id'], file=image['file'], difficulty=0.0, detections=image['detections'])
+            for image in record['images']
+        ]
+    )
 
 
-def _folds(record: Mapping, folds: int, seed: int) -> List[np.ndarray]:
+def _folds(record: Mapping, folds: int, seed: int) -> list[np.ndarray]:
     """Frames of each fold."""
     groups = streams(record)
     if len(groups) < 2 * folds:
-        groups = [own[start:start + _BLOCK] for own in groups for start in range(0, len(own), _BLOCK)]
+        groups = [
+            own[start : start + _BLOCK] for own in groups for start in range(0, len(own), _BLOCK)
+        ]
     if len(groups) < folds:
-        raise UsageError(f"{len(record['images'])} frames are too few to fit a gate in {folds} folds: record "
-                         f'{folds} videos or more, or {folds * _BLOCK} frames')
+        raise UsageError(
+            f'{len(record["images"])} frames are too few to fit a gate in {folds} folds: record '
+            f'{folds} videos or more, or {folds * _BLOCK} frames'
+        )
     order = np.random.default_rng(seed).permutation(len(groups))
-    return [np.concatenate([groups[index] for index in order[fold::folds]]) for fold in range(folds)]
+    return [
+        np.concatenate([groups[index] for index in order[fold::folds]]) for fold in range(folds)
+    ]
 
 
-def _train(gate: LearnedGate, data: tuple, rows: np.ndarray, decay: float, stops: Sequence[int],
-           watch: np.ndarray, seed: int) -> Tuple[LearnedGate, List[float]]:
-    """A gate fitted to some frames; and its loss on those that are watched, before the first update and at
-    each stop."""
+def _train(
+    gate: LearnedGate,
+    data: tuple,
+    rows: np.ndarray,
+    decay: float,
+    stops: Sequence[int],
+    watch: np.ndarray,
+    seed: int,
+) -> tuple[LearnedGate, list[float]]:
+    """A gate fitted to some frames; and its loss on those that are watched, before the first update
+    and at each stop."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.default_generator.manual_seed(seed)
         gate.reset()
@@ -317,20 +405,20 @@ def _train(gate: LearnedGate, data: tuple, rows: np.ndarray, decay: float, stops
             with torch.no_grad():
                 return float(loss_on(torch.from_numpy(watch)))
 
-        gate.standardise([x[torch.from_numpy(rows)] for x in pooled])
+        gate.standardize([x[torch.from_numpy(rows)] for x in pooled])
         weights, others = [], []
         for name, parameter in gate.named_parameters():
             (weights if parameter.dim() > 1 else others).append(parameter)
-        optimiser = torch.optim.AdamW(
-            [dict(params=weights, weight_decay=decay),
-             dict(params=others, weight_decay=0.0)],
+        optimizer = torch.optim.AdamW(
+            [dict(params=weights, weight_decay=decay), dict(params=others, weight_decay=0.0)],
             lr=_LR,
-            fused=True)
+            fused=True,
+        )
         batches, curve = _batches(torch.from_numpy(rows)), [watched()]
         for step in range(1, stops[-1] + 1):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss_on(next(batches)).backward()
-            optimiser.step()
+            optimizer.step()
             if step in stops:
                 curve.append(watched())
     return gate.eval(), curve

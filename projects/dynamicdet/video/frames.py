@@ -1,6 +1,7 @@
 """Frames on their way through the layers, and their detections."""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import List, Optional, Sequence, Tuple
 
 import torch
 from mmengine.structures import InstanceData
@@ -29,15 +30,16 @@ class Frames:
         pooled (list[Tensor]): As of `Evidence`.
         earlier (list[InstanceData], optional): As of `Evidence`.
     """
+
     layers: LazyLayers
     samples: SampleList
-    streams: List[Stream]
-    difficulties: List[float]
-    early: Optional[Tensor] = None
-    change: Optional[Tensor] = None
-    cut: Optional[Tensor] = None
-    pooled: List[Tensor] = field(default_factory=list)
-    earlier: Optional[List[InstanceData]] = None
+    streams: list[Stream]
+    difficulties: list[float]
+    early: Tensor | None = None
+    change: Tensor | None = None
+    cut: Tensor | None = None
+    pooled: list[Tensor] = field(default_factory=list)
+    earlier: list[InstanceData] | None = None
 
     def without(self, places: Sequence[int]) -> 'Frames':
         """All but some of them; the layers are of those alone from now on."""
@@ -45,16 +47,23 @@ class Frames:
         kept = [place for place in range(len(self.samples)) if place not in gone]
         self.layers.keep(kept)
 
-        def some(values: Optional[list]) -> Optional[list]:
+        def some(values: list | None) -> list | None:
             return values and [values[one] for one in kept]
 
         return Frames(
-            self.layers, some(self.samples), some(self.streams), some(self.difficulties),
-            None if self.early is None else take_rows(self.early, kept), None, None,
-            [take_rows(one, kept) for one in self.pooled], some(self.earlier))
+            self.layers,
+            some(self.samples),
+            some(self.streams),
+            some(self.difficulties),
+            None if self.early is None else take_rows(self.early, kept),
+            None,
+            None,
+            [take_rows(one, kept) for one in self.pooled],
+            some(self.earlier),
+        )
 
 
-def scale_of(sample: DetDataSample) -> Tuple[float, ...]:
+def scale_of(sample: DetDataSample) -> tuple[float, ...]:
     """By which width and height of the original image are multiplied for the network."""
     return tuple(sample.metainfo.get('scale_factor', (1.0, 1.0)))
 
@@ -68,17 +77,26 @@ def to_original(found: InstanceData, sample: DetDataSample) -> InstanceData:
 
 def nothing_found(device: torch.device) -> InstanceData:
     """No detections."""
-    return InstanceData(bboxes=torch.zeros(0, 4, device=device), scores=torch.zeros(0, device=device),
-                        labels=torch.zeros(0, dtype=torch.long, device=device))
+    return InstanceData(
+        bboxes=torch.zeros(0, 4, device=device),
+        scores=torch.zeros(0, device=device),
+        labels=torch.zeros(0, dtype=torch.long, device=device),
+    )
 
 
-def last_found(stream: Stream, sample: DetDataSample, rescale: bool, device: torch.device) -> InstanceData:
+def last_found(
+    stream: Stream, sample: DetDataSample, rescale: bool, device: torch.device
+) -> InstanceData:
     """A stream's last detections; none, on a device, where there are none."""
     if stream.found is None:
         return nothing_found(device)
     found = stream.found.clone()
-    # By way of the network's frame, so that boxes stay on what they were found on where the picture's size changes.
-    before, now = stream.scale if stream.rescaled else (1.0, 1.0), scale_of(sample) if rescale else (1.0, 1.0)
+    # By way of the network's frame, so that boxes stay on what they were found on where the
+    # picture's size changes.
+    before, now = (
+        stream.scale if stream.rescaled else (1.0, 1.0),
+        scale_of(sample) if rescale else (1.0, 1.0),
+    )
     factors = [one / other for one, other in zip(before, now)]
     if factors != [1, 1]:
         found.bboxes = scale_boxes(found.bboxes, factors)

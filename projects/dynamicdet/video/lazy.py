@@ -1,6 +1,7 @@
 """A detector, layer by layer, no further than asked."""
+
 from collections import Counter
-from typing import Dict, List, Sequence, Set
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -11,23 +12,24 @@ from ..transfers import take_rows
 class LazyLayers:
     """A batch on its way through a table of layers.
 
-    A layer runs when its map, or one that follows from it, is first taken. A map is let go when no layer that
-    has not run needs it and nobody is still to take it.
+    A layer runs when its map, or one that follows from it, is first taken. A map is let go when no
+    layer that has not run needs it and nobody is still to take it.
 
     Args:
         detector (nn.Module): Whose modules the table names.
         table (Sequence[Layer]): Each layer behind those that it is given.
         images (Tensor): (N, 3, H, W).
-        wanted (Sequence[int]): Positions in the table of the maps that will be taken, each as often as it
-            is there.
+        wanted (Sequence[int]): Positions in the table of the maps that will be taken, each as often
+            as it is there.
     """
 
-    def __init__(self, detector: nn.Module, table: Sequence[Layer], images: Tensor,
-                 wanted: Sequence[int]) -> None:
+    def __init__(
+        self, detector: nn.Module, table: Sequence[Layer], images: Tensor, wanted: Sequence[int]
+    ) -> None:
         self._detector, self._table = detector, table
         self._wanted = Counter(wanted)
-        self._maps: Dict[int, Tensor] = {-1: images}
-        self._done: Set[int] = {-1}
+        self._maps: dict[int, Tensor] = {-1: images}
+        self._done: set[int] = {-1}
 
     def take(self, position: int) -> Tensor:
         """The map of a layer, (N, C, H', W').
@@ -38,14 +40,14 @@ class LazyLayers:
         if not self._wanted[position]:
             raise KeyError(f'the map of layer {position} is not kept: it was not named as wanted')
         for one in self._missing(position):
-            inputs = self._table[one].inputs or (-1, )
+            inputs = self._table[one].inputs or (-1,)
             module = self._detector.get_submodule(self._table[one].name)
             self._maps[one] = module(join([self._maps[own] for own in inputs]))
             self._done.add(one)
             self._let_go(inputs)
         taken = self._maps[position]
         self._wanted[position] -= 1
-        self._let_go((position, ))
+        self._let_go((position,))
         return taken
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -53,11 +55,11 @@ class LazyLayers:
         self._maps = {position: take_rows(one, rows) for position, one in self._maps.items()}
 
     @property
-    def held(self) -> List[int]:
+    def held(self) -> list[int]:
         """Positions of the maps that are kept now; -1 is the image."""
         return sorted(self._maps)
 
-    def _missing(self, position: int) -> List[int]:
+    def _missing(self, position: int) -> list[int]:
         """What has to run, in order."""
         missing, waiting = set(), [position]
         while waiting:
@@ -70,6 +72,8 @@ class LazyLayers:
     def _let_go(self, positions: Sequence[int]) -> None:
         for position in positions:
             if not self._wanted[position] and not any(
-                    position in (layer.inputs or (-1, )) for one, layer in enumerate(self._table)
-                    if one not in self._done):
+                position in (layer.inputs or (-1,))
+                for one, layer in enumerate(self._table)
+                if one not in self._done
+            ):
                 self._maps.pop(position, None)

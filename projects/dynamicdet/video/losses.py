@@ -1,5 +1,6 @@
 """What an early-exit detector learns from. Letters: N images or frames, E exits."""
-from typing import Dict, List, Optional, Sequence
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +18,19 @@ from .propagation import carry_on
 from .streams import Stream, clips, early_summary, is_cut
 
 
-def training_losses(model: nn.Module, images: Tensor, samples: SampleList) -> Dict[str, Tensor]:
+def training_losses(model: nn.Module, images: Tensor, samples: SampleList) -> dict[str, Tensor]:
     """Losses by the model's mode; see `EarlyExitDetector.loss`.
 
     The layers run once, on all frames; propagation goes through each clip in order.
     """
     layers = model.lazy(images)
-    early = early_summary(layers.take(model.early_layer).detach()) if model.cut is not None else None
+    early = (
+        early_summary(layers.take(model.early_layer).detach()) if model.cut is not None else None
+    )
     maps = [layers.take(position) for position in model.exit_layers]
     outputs = [layers.take(position) for position in model.output_layers]
     features = _features(model, maps, samples, early)
-    raws = [head((own, )) for head, own in zip(model.heads, features)]
+    raws = [head((own,)) for head, own in zip(model.heads, features)]
     losses = {}
     if model.mode != 'gate':
         losses.update(_head_losses(model, raws, outputs, samples))
@@ -38,8 +41,9 @@ def training_losses(model: nn.Module, images: Tensor, samples: SampleList) -> Di
     return losses
 
 
-def _head_losses(model: nn.Module, raws: Sequence, outputs: Sequence[Tensor],
-                 samples: SampleList) -> Dict[str, Tensor]:
+def _head_losses(
+    model: nn.Module, raws: Sequence, outputs: Sequence[Tensor], samples: SampleList
+) -> dict[str, Tensor]:
     """Of all heads, from the annotations and from the detector's own output."""
     truths, ignored, metas = unpack_gt_instances(samples)
     lesson, losses = None, {}
@@ -50,31 +54,36 @@ def _head_losses(model: nn.Module, raws: Sequence, outputs: Sequence[Tensor],
         own = head.loss_by_feat(*raw, truths, metas, ignored)
         if lesson is not None:
             own.update(distillation_losses(head, raw, lesson, settings))
-        losses.update(rename_loss_dict(f'exit{exit}.', {name: weight * value for name, value in own.items()}))
+        losses.update(
+            rename_loss_dict(f'exit{exit}.', {name: weight * value for name, value in own.items()})
+        )
     return losses
 
 
 def _require_anchors(head: nn.Module) -> AnchorHead:
     if not isinstance(head, AnchorHead):
-        raise UsageError(f'distillation needs a detector with the anchor head of YOLOv5 or YOLOv7, not '
-                         f'{type(head).__name__}')
+        raise UsageError(
+            f'distillation needs a detector with the anchor head of YOLOv5 or YOLOv7, not '
+            f'{type(head).__name__}'
+        )
     return head
 
 
-def _features(model: nn.Module, maps: Sequence[Tensor], samples: SampleList,
-              early: Optional[Tensor]) -> List[Tensor]:
+def _features(
+    model: nn.Module, maps: Sequence[Tensor], samples: SampleList, early: Tensor | None
+) -> list[Tensor]:
     """Of all heads, (N, C, H, W), carried on from frame to frame of each clip."""
     features = [head.features(own) for head, own in zip(model.heads, maps)]
     if model.propagation is None:
         return features
     numbers = clips(samples)
     streams = [Stream() for _ in range(max(numbers) + 1)]
-    steps: List[List[int]] = []
+    steps: list[list[int]] = []
     for index, number in enumerate(numbers):
         step = numbers[:index].count(number)
         steps += [[]] * (step == len(steps))
         steps[step] = steps[step] + [index]
-    parts: List[List[Tensor]] = [[] for _ in features]
+    parts: list[list[Tensor]] = [[] for _ in features]
     cuts = _cuts(early, numbers, model.cut)
     for step, frames in enumerate(steps):
         own = [streams[numbers[index]] for index in frames]
@@ -86,18 +95,26 @@ def _features(model: nn.Module, maps: Sequence[Tensor], samples: SampleList,
         for exit, whole in enumerate(features):
             x = whole if len(frames) == len(samples) else whole[rows]
             parts[exit].append(carry_on(model.propagation[exit], exit, x, own))
-    order = torch.tensor([index for frames in steps for index in frames], device=maps[0].device).argsort()
+    order = torch.tensor(
+        [index for frames in steps for index in frames], device=maps[0].device
+    ).argsort()
     # Where nothing was remembered, parameters still get a gradient, of 0: DDP waits for each.
-    return [torch.cat(part)[order] + 0 * sum(own.sum() for own in mix.parameters())
-            for part, mix in zip(parts, model.propagation)]
+    return [
+        torch.cat(part)[order] + 0 * sum(own.sum() for own in mix.parameters())
+        for part, mix in zip(parts, model.propagation)
+    ]
 
 
-def _cuts(early: Optional[Tensor], numbers: Sequence[int], cut: Optional[float]) -> List[bool]:
-    """Before which frames there is a cut, (N,): their clip's stream begins anew, as in `predict`."""
+def _cuts(early: Tensor | None, numbers: Sequence[int], cut: float | None) -> list[bool]:
+    """Before which frames there is a cut, (N,): their clip's stream begins anew, as in
+    `predict`."""
     found = [False] * len(numbers)
     # A clip's frames are in their order.
-    later = [(at, at - 1 - numbers[:at][::-1].index(number)) for at, number in enumerate(numbers)
-             if number in numbers[:at]]
+    later = [
+        (at, at - 1 - numbers[:at][::-1].index(number))
+        for at, number in enumerate(numbers)
+        if number in numbers[:at]
+    ]
     if early is not None and later:
         own, before = (take_rows(early, rows) for rows in zip(*later))
         for (at, _), is_one in zip(later, is_cut(own, before, cut).tolist()):
@@ -105,18 +122,31 @@ def _cuts(early: Optional[Tensor], numbers: Sequence[int], cut: Optional[float])
     return found
 
 
-def _gate_losses(model: nn.Module, maps: Sequence[Tensor], raws: Sequence,
-                 outputs: Sequence[Tensor], samples: SampleList, shape: Sequence[int]) -> Dict[str, Tensor]:
+def _gate_losses(
+    model: nn.Module,
+    maps: Sequence[Tensor],
+    raws: Sequence,
+    outputs: Sequence[Tensor],
+    samples: SampleList,
+    shape: Sequence[int],
+) -> dict[str, Tensor]:
     """What the gate learns from the loss of each image at each exit."""
     rows = []
     for index, sample in enumerate(samples):
         truths, ignored, metas = unpack_gt_instances([sample])
-        own = [head.loss_by_feat(*([one[index:index + 1] for one in part] for part in raw), truths, metas,
-                                 ignored) for head, raw in zip(model.heads, raws)]
-        own.append(model.detector.bbox_head.loss([x[index:index + 1] for x in outputs], [sample]))
+        own = [
+            head.loss_by_feat(
+                *([one[index : index + 1] for one in part] for part in raw), truths, metas, ignored
+            )
+            for head, raw in zip(model.heads, raws)
+        ]
+        own.append(model.detector.bbox_head.loss([x[index : index + 1] for x in outputs], [sample]))
         rows.append(torch.stack([_total(losses) for losses in own]))
     return learner(model.gate).loss(
-        [x.mean(dim=(2, 3), dtype=torch.float32) for x in maps], torch.stack(rows, dim=1), _costs(model, shape))
+        [x.mean(dim=(2, 3), dtype=torch.float32) for x in maps],
+        torch.stack(rows, dim=1),
+        _costs(model, shape),
+    )
 
 
 def _costs(model: nn.Module, shape: Sequence[int]) -> Tensor:
@@ -128,7 +158,10 @@ def _costs(model: nn.Module, shape: Sequence[int]) -> Tensor:
     return model.gflops.new_tensor(model.counted_gflops[1:])
 
 
-def _total(losses: Dict[str, Tensor]) -> Tensor:
+def _total(losses: dict[str, Tensor]) -> Tensor:
     """Sum of a head's losses, as mmengine's ``parse_losses``: some heads give lists."""
-    return sum(value.mean() if isinstance(value, Tensor) else sum(one.mean() for one in value)
-               for name, value in losses.items() if 'loss' in name)
+    return sum(
+        value.mean() if isinstance(value, Tensor) else sum(one.mean() for one in value)
+        for name, value in losses.items()
+        if 'loss' in name
+    )

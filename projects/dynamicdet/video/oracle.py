@@ -1,9 +1,12 @@
 """What knowing each frame could reach: the best exit of every frame, or none, under a budget.
 
-Letters: n frames, E exits, L the longest reuse in frames. ``values``: what is shown is worth, on each frame,
-for example its own AP in percent. An oracle maximises their sum, which is not the AP of the set, but near it.
+Letters: n frames, E exits, L the longest reuse in frames. ``values``: what is shown is worth, on
+each frame, for example its own AP in percent. An oracle maximizes their sum, which is not the AP of
+the set, but near it.
 """
-from typing import List, Mapping, NamedTuple, Sequence
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,14 +16,15 @@ from .simulation import Replays, Run, exit_costs, row_of, streams
 
 #: How long the oracle may reuse detections, in frames.
 LONGEST = 8
-#: Halvings of the price; the gap to the bound is then that of the programme itself.
+#: Halvings of the price; the gap to the bound is then that of the program itself.
 _STEPS = 40
 
 
 class Plan(NamedTuple):
     """What an oracle chose: ``exits``, (n,), -1 where nothing is computed; ``source``, (n,), as in
-    `simulation`; ``value``, the sum of what is shown; ``bound``: no choice within the budget has a larger
-    one."""
+    `simulation`; ``value``, the sum of what is shown; ``bound``: no choice within the budget has a
+    larger one."""
+
     exits: np.ndarray
     source: np.ndarray
     value: float
@@ -41,18 +45,20 @@ def plan_without_memory(values: np.ndarray, costs: Sequence[float], budget: floa
     return Plan(exits, np.where(exits < 0, -1, np.arange(len(exits))), found.value, found.bound)
 
 
-def plan_with_reuse(values: np.ndarray, costs: Sequence[float], budget: float,
-                    videos: Sequence[Sequence[int]]) -> Plan:
+def plan_with_reuse(
+    values: np.ndarray, costs: Sequence[float], budget: float, videos: Sequence[Sequence[int]]
+) -> Plan:
     """An oracle that may also show again what it last computed, for up to L frames.
 
-    At a price per cost the best plan of a video is a shortest path: at each frame one of E exits is computed,
-    or what is shown stays (E exits, up to L frames old), or nothing is shown. The price is found by halving,
-    as the largest that the budget does not bind at. The least of the Lagrangian's values over the prices
-    tried bounds every plan within the budget.
+    At a price per cost the best plan of a video is a shortest path: at each frame one of E exits is
+        computed,
+    or what is shown stays (E exits, up to L frames old), or nothing is shown. The price is found by
+    halving, as the largest that the budget does not bind at. The least of the Lagrangian's values
+    over the prices tried bounds every plan within the budget.
 
     Args:
-        values (np.ndarray): (L + 1, E, n): of what each exit found so many frames before; -inf where a video
-            is not so long yet.
+        values (np.ndarray): (L + 1, E, n): of what each exit found so many frames before; -inf
+            where a video is not so long yet.
         costs (Sequence[float]): Of exits -1, 0, ..., E - 1.
         budget (float): Mean cost per frame.
         videos (Sequence[Sequence[int]]): Frames of each video, in order.
@@ -66,14 +72,21 @@ def plan_with_reuse(values: np.ndarray, costs: Sequence[float], budget: float,
     cheapest = costs.min() * frames
     if not room >= cheapest:
         raise UsageError(
-            f'a budget of {budget:g} per frame is below the cheapest plan, {costs.min():g}: raise it')
+            f'a budget of {budget:g} per frame is below the cheapest plan, {costs.min():g}: raise '
+            'it'
+        )
     best = _plan_at(values, costs, 0.0, videos)
     if costs[best.exits + 1].sum() <= room:
         return best._replace(bound=best.value)
     # At the high end any saving is worth more than any frame.
     spread = np.ptp(np.unique(costs)) and np.diff(np.unique(costs)).min()
-    low, high = 0.0, 2 * float(values[np.isfinite(values)].max(initial=1.0)) * values.shape[0] / max(
-        spread, 1e-12)
+    low, high = (
+        0.0,
+        2
+        * float(values[np.isfinite(values)].max(initial=1.0))
+        * values.shape[0]
+        / max(spread, 1e-12),
+    )
     within, bound = _plan_at(values, costs, high, videos), best.value
     for _ in range(_STEPS):
         price = (low + high) / 2
@@ -88,7 +101,9 @@ def plan_with_reuse(values: np.ndarray, costs: Sequence[float], budget: float,
     return within._replace(bound=bound)
 
 
-def _plan_at(values: np.ndarray, costs: np.ndarray, price: float, videos: Sequence[Sequence[int]]) -> Plan:
+def _plan_at(
+    values: np.ndarray, costs: np.ndarray, price: float, videos: Sequence[Sequence[int]]
+) -> Plan:
     exits, source = np.full(values.shape[2], -1), np.full(values.shape[2], -1)
     total = 0.0
     for frames in videos:
@@ -103,8 +118,8 @@ def _plan_at(values: np.ndarray, costs: np.ndarray, price: float, videos: Sequen
 
 
 def _path(values: np.ndarray, paid: np.ndarray) -> tuple:
-    """The best path through one video: age, (m,), and exit, (m,), of what is shown at each frame; exit -1
-    (and age -1) where nothing is.
+    """The best path through one video: age, (m,), and exit, (m,), of what is shown at each frame;
+    exit -1 (and age -1) where nothing is.
 
     A state is (age, exit), and one more: nothing is shown. ``paid``: (E + 1,).
     """
@@ -132,12 +147,11 @@ def _path(values: np.ndarray, paid: np.ndarray) -> tuple:
     return ages, chosen
 
 
-def values_by_age(replays: Replays,
-                  videos: Sequence[Sequence[int]],
-                  frames: int,
-                  longest: int = LONGEST) -> np.ndarray:
-    """AP of each frame by itself, of what each exit found up to ``longest`` frames before: (L + 1, E, n),
-    percent.
+def values_by_age(
+    replays: Replays, videos: Sequence[Sequence[int]], frames: int, longest: int = LONGEST
+) -> np.ndarray:
+    """AP of each frame by itself, of what each exit found up to ``longest`` frames before: (L + 1,
+    E, n), percent.
 
     Args:
         replays (Replays): Of the record.
@@ -149,7 +163,7 @@ def values_by_age(replays: Replays,
     for age in range(longest + 1):
         source = np.full(frames, -1)
         for own in videos:
-            source[own[age:]] = own[:len(own) - age]
+            source[own[age:]] = own[: len(own) - age]
         values = replays.mixtures(source).image_ap()[:-1]
         found.append(np.where(source >= 0, values, -np.inf))
         if (source < 0).all():
@@ -157,19 +171,27 @@ def values_by_age(replays: Replays,
     return np.stack(found)
 
 
-def oracle_rows(record: Mapping, replays: Replays, budgets: Sequence[float], kind: str = 'gflops',
-                reuses: bool = True, longest: int = LONGEST) -> List[dict]:
-    """Rows of an oracle at several budgets, with ``budget``, and ``value`` and ``bound``, means over frames.
+def oracle_rows(
+    record: Mapping,
+    replays: Replays,
+    budgets: Sequence[float],
+    kind: str = 'gflops',
+    reuses: bool = True,
+    longest: int = LONGEST,
+) -> list[dict]:
+    """Rows of an oracle at several budgets, with ``budget``, and ``value`` and ``bound``, means
+    over frames.
 
     It looks at no head that it does not choose.
 
     Args:
         record (Mapping): Of a video run.
         replays (Replays): Of the same.
-        budgets (Sequence[float]): Mean cost per frame, in the unit of ``kind``. Those below the cheapest are
-            raised to it.
+        budgets (Sequence[float]): Mean cost per frame, in the unit of ``kind``. Those below the
+            cheapest are raised to it.
         kind (str): 'gflops' or 'latencies'. Defaults to 'gflops'.
-        reuses (bool): Whether it may show the last detections again; else *no detection* shows none.
+        reuses (bool): Whether it may show the last detections again; else *no detection* shows
+            none.
         longest (int): For how many frames. Defaults to 8.
     """
     frames, exits = len(record['images']), len(record['gflops'])
@@ -180,9 +202,18 @@ def oracle_rows(record: Mapping, replays: Replays, budgets: Sequence[float], kin
     rows = []
     for budget in budgets:
         budget = max(budget, costs.min())
-        plan = (plan_with_reuse(values, costs, budget, videos) if reuses else
-                plan_without_memory(values[0], costs, budget))
+        plan = (
+            plan_with_reuse(values, costs, budget, videos)
+            if reuses
+            else plan_without_memory(values[0], costs, budget)
+        )
         run = Run(plan.exits, plan.source, gflops[plan.exits + 1], latencies[plan.exits + 1])
-        rows.append(dict(row_of(run, replays.ap(run), exits), budget=float(budget), value=plan.value / frames,
-                         bound=plan.bound / frames))
+        rows.append(
+            dict(
+                row_of(run, replays.ap(run), exits),
+                budget=float(budget),
+                value=plan.value / frames,
+                bound=plan.bound / frames,
+            )
+        )
     return rows

@@ -1,8 +1,8 @@
 """Whether a frame shows anything at all, told from its early map: an exit for *no detection*.
 
-Letters: N images, C channels of the early map, P parts of its summary (`streams.GRID` squared), d = C * P.
+Letters: N images, C channels of the early map, P parts of its summary (`streams.GRID` squared), d =
+C * P.
 """
-from typing import Optional
 
 import torch
 from mmengine.model import BaseModule
@@ -19,12 +19,12 @@ from .streams import GRID
 class Presence(KeepsType, BaseModule):
     """Chance that a frame shows an object, from the summary of its early map.
 
-    Each part's means, and what they are above the means of the whole scene, both standardised, go through two
-    linear layers to a logit. The frame's is the largest of its parts': it shows an object if one part does
-    (multiple-instance learning, Dietterich et al. 1997).
+    Each part's means, and what they are above the means of the whole scene, both standardized, go
+    through two linear layers to a logit. The frame's is the largest of its parts': it shows an
+    object if one part does (multiple-instance learning, Dietterich et al. 1997).
 
-    It is fitted to a record (`fitting.fit_presence`), never with the detector: its parameters ask for no
-    gradient. Until then it holds every frame for one with objects.
+    It is fitted to a record (`fitting.fit_presence`), never with the detector: its parameters ask
+    for no gradient. Until then it holds every frame for one with objects.
 
     Args:
         in_channels (int): C.
@@ -32,13 +32,16 @@ class Presence(KeepsType, BaseModule):
         init_cfg (dict, optional): As in mmengine. Defaults to None.
 
     Attributes:
-        level (Tensor): Buffer, in [0, 1]: a frame whose chance is at most that shows nothing; -1 until fitted.
+        level (Tensor): Buffer, in [0, 1]: a frame whose chance is at most that shows nothing; -1
+            until fitted.
     """
 
-    def __init__(self, in_channels: int, width: int = 16, init_cfg: Optional[dict] = None) -> None:
+    def __init__(self, in_channels: int, width: int = 16, init_cfg: dict | None = None) -> None:
         super().__init__(init_cfg)
         if in_channels < 1 or width < 1:
-            raise UsageError(f'Presence takes channels and a width from 1 on, got {in_channels} and {width}')
+            raise UsageError(
+                f'Presence takes channels and a width from 1 on, got {in_channels} and {width}'
+            )
         self.in_channels = in_channels
         self.register_buffer('mean', torch.zeros(2 * in_channels, 1))
         self.register_buffer('std', torch.ones(2 * in_channels, 1))
@@ -55,7 +58,7 @@ class Presence(KeepsType, BaseModule):
         self.hidden.reset_parameters()
         self.output.reset_parameters()
 
-    def standardise(self, early: Tensor) -> None:
+    def standardize(self, early: Tensor) -> None:
         """Let the moments be those of some frames' parts; ``early``: (N, d)."""
         parts = self._parts(early).double()
         self.mean.copy_(parts.mean(dim=(0, 2))[:, None])
@@ -75,7 +78,9 @@ class Presence(KeepsType, BaseModule):
     def _parts(self, early: Tensor) -> Tensor:
         """(N, d) to (N, 2 C, P)."""
         if early.shape[1] != self.in_channels * GRID**2:
-            raise UsageError(f'Presence is for an early map of {self.in_channels} channels, and this one has '
-                             f'{early.shape[1] // GRID**2}: set its in_channels')
+            raise UsageError(
+                f'Presence is for an early map of {self.in_channels} channels, and this one has '
+                f'{early.shape[1] // GRID**2}: set its in_channels'
+            )
         parts = early.float().unflatten(1, (self.in_channels, -1))
         return torch.cat([parts, parts - parts.mean(dim=2, keepdim=True)], dim=1)

@@ -1,6 +1,7 @@
-"""What the frame before knew, for this one. Letters: N images, C channels, H x W cells of a head, S x S of
-memory."""
-from typing import Sequence
+"""What the frame before knew, for this one. Letters: N images, C channels, H x W cells of a head, S
+x S of memory."""
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,8 @@ from mmdet.registry import MODELS
 from ..errors import UsageError
 from .streams import Memory, Stream
 
-#: By eye: a mix that starts as a ninth of memory, so that heads trained without it work from the first step.
+#: By eye: a mix that starts as a ninth of memory, so that heads trained without it work from the
+#: first step.
 _START = -2.0
 
 
@@ -21,33 +23,44 @@ _START = -2.0
 class Propagation(BaseModule):
     """Features of a head, helped by those of the frame before (Gay 2022):
 
-        f_align = attention(queries: f_t; keys and values: the frame before's f_final, resized to S x S)
-        w = sigmoid(conv([f_align, f_t]))
+        f_align = attention(queries: f_t; keys and values: the frame before's f_final, resized to S
+        x S) w = sigmoid(conv([f_align, f_t]))
         f_final = w * f_align + (1 - w) * f_t
 
-    and f_final is carried on to the next frame. Queries, keys, values and w are 1x1 convolutions; attention
-    has one head (scaled dot product, arXiv 1706.03762, equation 1). The seed says that it has about 90
-    thousand parameters and not how it resizes: here by means over 2S x 2S parts and a 2x2 convolution that
+    and f_final is carried on to the next frame. Queries, keys, values and w are 1x1 convolutions;
+    attention has one head (scaled dot product, arXiv 1706.03762, equation 1). The seed says that it
+    has about 90 thousand parameters and not how it resizes: here by means over 2S x 2S parts and a
+        2x2 convolution that
     begins as their mean.
 
     Args:
         channels (int): C. Defaults to 100.
         size (int): S. Defaults to 20, the seed's; for images smaller than 640 pixels take less.
-        positional (bool): Whether queries and keys are told where they are, by sines of their relative place
-            (arXiv 2005.12872, appendix A.4). Defaults to False.
-        gaps (int): Above 0: queries and w are told how many frames ago the memory is from, 1 to this many or
-            more. Defaults to 0, not told.
-        truncate (int): Gradients pass through no more than so many frames, this one included. Defaults to 4.
+        positional (bool): Whether queries and keys are told where they are, by sines of their
+            relative place (arXiv 2005.12872, appendix A.4). Defaults to False.
+        gaps (int): Above 0: queries and w are told how many frames ago the memory is from, 1 to
+            this many or more. Defaults to 0, not told.
+        truncate (int): Gradients pass through no more than so many frames, this one included.
+            Defaults to 4.
         init_cfg (dict, optional): As in mmengine. Defaults to None.
     """
 
-    def __init__(self, channels: int = 100, size: int = 20, positional: bool = False, gaps: int = 0,
-                 truncate: int = 4, init_cfg: dict = None) -> None:
+    def __init__(
+        self,
+        channels: int = 100,
+        size: int = 20,
+        positional: bool = False,
+        gaps: int = 0,
+        truncate: int = 4,
+        init_cfg: dict = None,
+    ) -> None:
         super().__init__(init_cfg)
         if size < 1 or gaps < 0 or truncate < 1 or positional and channels % 4:
-            raise UsageError('propagation takes size and truncate from 1 on, gaps from 0 on, and, if '
-                             f'positional, channels that 4 divides; got {size}, {truncate}, {gaps} and '
-                             f'{channels}')
+            raise UsageError(
+                'propagation takes size and truncate from 1 on, gaps from 0 on, and, if '
+                f'positional, channels that 4 divides; got {size}, {truncate}, {gaps} and '
+                f'{channels}'
+            )
         self.size, self.gaps, self.truncate = size, gaps, truncate
         self.resize = nn.Conv2d(channels, channels, 2, stride=2)
         self.query, self.key, self.value = (nn.Conv2d(channels, channels, 1) for _ in range(3))
@@ -91,8 +104,9 @@ class Propagation(BaseModule):
             told = self.gap(gap.clamp(1, self.gaps) - 1)[:, :, None, None]
             own, bias = told.chunk(2, dim=1)
             query = query + own
-        found = F.scaled_dot_product_attention(*map(_as_tokens, (
-            self.query(query), self.key(key), self.value(tokens))))  # (N, HW, C)
+        found = F.scaled_dot_product_attention(
+            *map(_as_tokens, (self.query(query), self.key(key), self.value(tokens)))
+        )  # (N, HW, C)
         aligned = found.transpose(1, 2).unflatten(2, features.shape[2:])
         share = (self.weigh(torch.cat([aligned, features], dim=1)) + bias).sigmoid()
         return share * aligned + (1 - share) * features
@@ -125,10 +139,18 @@ def carry_on(mix: Propagation, exit: int, features: Tensor, streams: Sequence[St
         told = [streams[place] for place in known]
         # One copy to the device for both.
         index, gaps = torch.tensor(
-            [known, [stream.frame - stream.memories[exit].frame for stream in told]], device=features.device)
+            [known, [stream.frame - stream.memories[exit].frame for stream in told]],
+            device=features.device,
+        )
         every = len(known) == len(features)
-        mixed = mix(features if every else features[index], torch.stack([one.memories[exit].map for one in told]), gaps)
-        features = mixed.to(features) if every else features.index_copy(0, index, mixed.to(features))
+        mixed = mix(
+            features if every else features[index],
+            torch.stack([one.memories[exit].map for one in told]),
+            gaps,
+        )
+        features = (
+            mixed.to(features) if every else features.index_copy(0, index, mixed.to(features))
+        )
     for stream, kept in zip(streams, mix.remember(features)):
         depth = stream.memories[exit].depth + 1 if exit in stream.memories else 1
         if depth >= mix.truncate:

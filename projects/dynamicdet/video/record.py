@@ -1,21 +1,23 @@
 """A record of a video run on disk: every frame through every exit, in frame order, in one file.
 
-In memory it is a record as in `routing.record` with E exits (``gflops`` and ``latencies`` are those of a
-frame that leaves at each exit when no other head is run), and:
+In memory it is a record as in `routing.record` with E exits (``gflops`` and ``latencies`` are those
+of a frame that leaves at each exit when no other head is run), and:
 
-* each image also has ``video`` and ``frame`` (ints: its stream, and its place there), ``pooled`` (E - 1
-  arrays (C_l,), float32: what `Evidence.pooled` grows to), ``early``: the summary of its early map that
-  changes are computed from, (d,) float32, and ``change`` in [0, 1], against the frame before; 1 where there
-  is none;
-* ``costs``: for 'gflops' and 'latencies' each a dictionary of ``early``: of a frame that leaves before the
-  first exit, and ``looked``: E floats, of one that leaves at each exit when all heads on the way are run.
+* each image also has ``video`` and ``frame`` (ints: its stream, and its place there), ``pooled`` (E
+  - 1 arrays (C_l,), float32: what `Evidence.pooled` grows to), ``early``: the summary of its early
+  map that changes are computed from, (d,) float32, and ``change`` in [0, 1], against the frame
+  before; 1 where there is none;
+* ``costs``: for 'gflops' and 'latencies' each a dictionary of ``early``: of a frame that leaves
+  before the first exit, and ``looked``: E floats, of one that leaves at each exit when all heads on
+  the way are run.
 
-On disk it is a record of `routing.record`, so tools for those read it: ``change`` is the difficulty there,
-``pooled`` and ``early`` are the features, the rest is in the provenance.
+On disk it is a record of `routing.record`, so tools for those read it: ``change`` is the difficulty
+there, ``pooled`` and ``early`` are the features, the rest is in the provenance.
 """
+
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import List, Mapping, Union
 
 import numpy as np
 
@@ -28,7 +30,7 @@ _OWN, _VERSION = 'video_run', 1
 _PER_IMAGE = ('video', 'frame', 'pooled', 'early', 'change')
 
 
-def write_video_record(record: Mapping, path: Union[str, Path]) -> None:
+def write_video_record(record: Mapping, path: str | Path) -> None:
     """Write a record of a video run, whole or not at all.
 
     Args:
@@ -36,7 +38,8 @@ def write_video_record(record: Mapping, path: Union[str, Path]) -> None:
         path (str or Path): Where to; folders are made, a file that is there is replaced.
 
     Raises:
-        UsageError: If there are no images, or they lack something, differ in what they have, or come twice.
+        UsageError: If there are no images, or they lack something, differ in what they have, or
+            come twice.
     """
     images = record['images']
     if not images:
@@ -49,18 +52,20 @@ def write_video_record(record: Mapping, path: Union[str, Path]) -> None:
         videos=[int(image['video']) for image in images],
         frames=[int(image['frame']) for image in images],
         widths=[len(one) for one in images[0]['pooled']],
-        costs=record['costs'])
+        costs=record['costs'],
+    )
     _check(own, len(images), len(record['gflops']), 'the record')
     plain = [_to_plain(image, own['widths']) for image in images]
     provenance = {**record['provenance'], _OWN: own}
     routing_record.write_record(dict(record, images=plain, provenance=provenance), path)
 
 
-def read_video_record(path: Union[str, Path]) -> dict:
+def read_video_record(path: str | Path) -> dict:
     """Read a record of a video run.
 
     Raises:
-        UsageError: If there is no such file, or it is no whole record of a video run, of this version.
+        UsageError: If there is no such file, or it is no whole record of a video run, of this
+            version.
     """
     if not Path(path).is_file():
         raise UsageError(f"there is no record '{path}': make it with tools/record_video.py")
@@ -68,26 +73,34 @@ def read_video_record(path: Union[str, Path]) -> dict:
     own = record['provenance'].pop(_OWN, None)
     if not isinstance(own, dict) or 'features' not in record['images'][0]:
         raise UsageError(
-            f"'{path}' is a record of images, not of a video run: make one with tools/record_video.py")
+            f"'{path}' is a record of images, not of a video run: make one with "
+            'tools/record_video.py'
+        )
     if own.get('version') != _VERSION:
         raise UsageError(
-            f"'{path}' is a video record of version {own.get('version')}, this package reads version "
-            f'{_VERSION}: record anew')
+            f"'{path}' is a video record of version {own.get('version')}, this package reads "
+            'version '
+            f'{_VERSION}: record anew'
+        )
     _check(own, len(record['images']), len(record['gflops']), f"'{path}'")
     if sum(own['widths']) >= len(record['images'][0]['features']):
         raise UsageError(f"'{path}' has fewer features than its heads need: record anew")
     ends = np.cumsum(own['widths']).tolist()
     for image, video, frame in zip(record['images'], own['videos'], own['frames']):
         *pooled, early = np.split(image.pop('features'), ends)
-        image.update(video=video, frame=frame, pooled=pooled, early=early, change=image.pop('difficulty'))
+        image.update(
+            video=video, frame=frame, pooled=pooled, early=early, change=image.pop('difficulty')
+        )
     return dict(record, costs=own['costs'])
 
 
-def _to_plain(image: Mapping, widths: List[int]) -> dict:
+def _to_plain(image: Mapping, widths: list[int]) -> dict:
     """An image as `routing.record` knows it."""
     if [len(one) for one in image['pooled']] != widths:
         raise UsageError('frames of the record differ in their heads: record all in one pass')
-    features = np.concatenate([np.asarray(one, np.float32) for one in (*image['pooled'], image['early'])])
+    features = np.concatenate(
+        [np.asarray(one, np.float32) for one in (*image['pooled'], image['early'])]
+    )
     plain = {name: value for name, value in image.items() if name not in _PER_IMAGE}
     return dict(plain, difficulty=image['change'], features=features)
 
@@ -95,20 +108,27 @@ def _to_plain(image: Mapping, widths: List[int]) -> dict:
 def _check(own: Mapping, images: int, exits: int, source: str) -> None:
     """Raise a `UsageError` unless a record's own part is whole and fits its images."""
     try:
-        fits = (len(own['videos']) == len(own['frames']) == images and len(own['widths']) == exits - 1 and
-                all(isinstance(one, int) for name in ('videos', 'frames', 'widths') for one in own[name]) and
-                all(width > 0 for width in own['widths']) and
-                all(_is_cost(own['costs'][kind], exits) for kind in ('gflops', 'latencies')))
+        fits = (
+            len(own['videos']) == len(own['frames']) == images
+            and len(own['widths']) == exits - 1
+            and all(
+                isinstance(one, int) for name in ('videos', 'frames', 'widths') for one in own[name]
+            )
+            and all(width > 0 for width in own['widths'])
+            and all(_is_cost(own['costs'][kind], exits) for kind in ('gflops', 'latencies'))
+        )
     except (KeyError, TypeError) as error:
         raise UsageError(f'{source} lacks parts of a video record: record anew') from error
     if not fits:
         raise UsageError(
             f'{source} has videos, frames, heads or costs that do not fit its {images} images and '
-            f'{exits} exits: record anew')
+            f'{exits} exits: record anew'
+        )
     if len(set(zip(own['videos'], own['frames']))) < images:
         raise UsageError(f'{source} has a frame of a video twice: record each once')
 
 
 def _is_cost(cost: Mapping, exits: int) -> bool:
     return len(cost['looked']) == exits and all(
-        math.isfinite(one) for one in (cost['early'], *cost['looked']))
+        math.isfinite(one) for one in (cost['early'], *cost['looked'])
+    )

@@ -1,7 +1,9 @@
-"""One pass of an early-exit detector over videos, every frame through every exit: a record. See `record`."""
+"""One pass of an early-exit detector over videos, every frame through every exit: a record. See
+`record`."""
+
 import contextlib
 import re
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -30,10 +32,11 @@ from .streams import as_frames
 _ALL_LEAVE, _NONE_LEAVES = 1.0, -1.0
 
 
-def load_early_exit_detector(cfg: Config, path: str, device: str = 'cpu',
-                             fused: bool = True) -> Tuple[EarlyExitDetector, dict]:
-    """Build an early-exit detector and fill it from its own checkpoint. A gate may be missing there: it is
-    then as it is built.
+def load_early_exit_detector(
+    cfg: Config, path: str, device: str = 'cpu', fused: bool = True
+) -> tuple[EarlyExitDetector, dict]:
+    """Build an early-exit detector and fill it from its own checkpoint. A gate may be missing
+    there: it is then as it is built.
 
     Args:
         cfg (Config): Its config.
@@ -56,8 +59,10 @@ def load_early_exit_detector(cfg: Config, path: str, device: str = 'cpu',
     init_default_scope('mmdet')
     # Another gate than that of the checkpoint may be asked for.
     own = {key for key in build_model(cfg).state_dict() if key.startswith('gate.')}
-    state = {key: value for key, value in state.items() if not key.startswith('gate.') or key in own}
-    model, checkpoint = load_detector(cfg, dict(checkpoint, state_dict=state), device, ('gate.', ))
+    state = {
+        key: value for key, value in state.items() if not key.startswith('gate.') or key in own
+    }
+    model, checkpoint = load_detector(cfg, dict(checkpoint, state_dict=state), device, ('gate.',))
     model.cfg = cfg
     return fuse(model) if fused else model, checkpoint
 
@@ -70,31 +75,42 @@ def gate_of_checkpoint(cfg: Config, path: str) -> Gate:
     """
     if not cfg.model.get('gate'):
         raise UsageError(f"the model of '{cfg.filename}' has no gate")
-    state = {key.removeprefix('module.'): value for key, value in read_checkpoint(path)['state_dict'].items()}
-    own = {key.removeprefix('gate.'): value for key, value in state.items() if key.startswith('gate.')}
+    state = {
+        key.removeprefix('module.'): value
+        for key, value in read_checkpoint(path)['state_dict'].items()
+    }
+    own = {
+        key.removeprefix('gate.'): value for key, value in state.items() if key.startswith('gate.')
+    }
     # One number for each head, in order.
-    channels = [value.shape[1] for key, value in own.items() if re.search(r'project\.\d+\.weight$', key)]
+    channels = [
+        value.shape[1] for key, value in own.items() if re.search(r'project\.\d+\.weight$', key)
+    ]
     moments = own.get('nothing.mean')
     if cfg.model.gate.get('nothing') and moments is None:
-        raise UsageError(f"'{path}' has no trained Presence: fit it by tools/calibrate_video.py --fit-record")
+        raise UsageError(
+            f"'{path}' has no trained Presence: fit it by tools/calibrate_video.py --fit-record"
+        )
     gate = build_gate(cfg.model.gate, channels, 0 if moments is None else len(moments) // 2)
     require_complete(gate, own)
     gate.load_state_dict(own)
     return gate.eval()
 
 
-def record_videos(model: EarlyExitDetector,
-                  cfg: Config,
-                  loader: DataLoader,
-                  progress: Progress,
-                  checkpoint: str = '',
-                  frames: int = 20,
-                  rounds: int = 3) -> dict:
+def record_videos(
+    model: EarlyExitDetector,
+    cfg: Config,
+    loader: DataLoader,
+    progress: Progress,
+    checkpoint: str = '',
+    frames: int = 20,
+    rounds: int = 3,
+) -> dict:
     """Run every frame of some videos through every exit, and measure what each exit costs.
 
     Args:
-        model (EarlyExitDetector): In eval mode, on the device whose latencies count. Its gate and budget
-            stay.
+        model (EarlyExitDetector): In eval mode, on the device whose latencies count. Its gate and
+            budget stay.
         cfg (Config): Its config, for the provenance.
         loader (DataLoader): Over frames in order, ``video_id`` and ``frame_id`` in their metainfo.
         progress (Callable): Wraps what is iterated over.
@@ -116,25 +132,38 @@ def record_videos(model: EarlyExitDetector,
     seconds = measure_exit_latencies(model, loader.dataset, progress, frames, rounds)
     for kind, own in (('gflops', gflops), ('latencies', seconds)):
         lean[kind] = list(own['alone'])
-    costs = {kind: dict(early=own['early'], looked=list(own['looked']))
-             for kind, own in (('gflops', gflops), ('latencies', seconds))}
-    facts = dict(provenance(cfg, checkpoint, loader.dataset, str(model.thresholds.device)), **passed(model, loader),
-                 cut=model.cut)
-    return dict(images=images, gflops=lean['gflops'], latencies=lean['latencies'], costs=costs,
-                provenance={name: value for name, value in facts.items() if value is not None})
+    costs = {
+        kind: dict(early=own['early'], looked=list(own['looked']))
+        for kind, own in (('gflops', gflops), ('latencies', seconds))
+    }
+    facts = dict(
+        provenance(cfg, checkpoint, loader.dataset, str(model.thresholds.device)),
+        **passed(model, loader),
+        cut=model.cut,
+    )
+    return dict(
+        images=images,
+        gflops=lean['gflops'],
+        latencies=lean['latencies'],
+        costs=costs,
+        provenance={name: value for name, value in facts.items() if value is not None},
+    )
 
 
 @torch.no_grad()
-def _record_batch(model: EarlyExitDetector, batch: dict, category_ids: Sequence[int]) -> List[dict]:
+def _record_batch(model: EarlyExitDetector, batch: dict, category_ids: Sequence[int]) -> list[dict]:
     """Entries of a batch's frames."""
     data = model.data_preprocessor(batch, False)
     inputs, samples = as_frames(data['inputs'], data['data_samples'])
     for sample in samples:
-        missing = [name for name in ('video_id', 'frame_id', 'img_id') if name not in sample.metainfo]
+        missing = [
+            name for name in ('video_id', 'frame_id', 'img_id') if name not in sample.metainfo
+        ]
         if missing:
             raise UsageError(
-                f"frames do not say their {', '.join(missing)}: name them in the meta_keys of the "
-                'pipeline\'s PackDetInputs')
+                f'frames do not say their {", ".join(missing)}: name them in the meta_keys of the '
+                "pipeline's PackDetInputs"
+            )
     found = model.predict_all(inputs, samples)
     change, early = found.change.tolist(), found.early.cpu().numpy()
     pooled = [one.cpu().numpy() for one in found.pooled]
@@ -147,15 +176,21 @@ def _record_batch(model: EarlyExitDetector, batch: dict, category_ids: Sequence[
             change=change[row],
             early=early[row].copy(),
             pooled=[one[row].copy() for one in pooled],
-            detections=[coco_results(DetDataSample(pred_instances=own[row]), category_ids)
-                        for own in found.detections]) for row, sample in enumerate(samples)
+            detections=[
+                coco_results(DetDataSample(pred_instances=own[row]), category_ids)
+                for own in found.detections
+            ],
+        )
+        for row, sample in enumerate(samples)
     ]
 
 
 @contextlib.contextmanager
-def borrowed(model: EarlyExitDetector, gate: Optional[Gate], thresholds: Sequence[float]) -> Iterator[None]:
-    """Let a detector run with another gate and other thresholds, and give it its own back. Streams are
-    forgotten before and after."""
+def borrowed(
+    model: EarlyExitDetector, gate: Gate | None, thresholds: Sequence[float]
+) -> Iterator[None]:
+    """Let a detector run with another gate and other thresholds, and give it its own back. Streams
+    are forgotten before and after."""
     own, budget, waits = model.gate, model.budget, model._budget_waits
     before = model.thresholds.clone()
     try:
@@ -169,7 +204,9 @@ def borrowed(model: EarlyExitDetector, gate: Optional[Gate], thresholds: Sequenc
         model.reset()
 
 
-def force_exit(model: EarlyExitDetector, exit: int, looks: bool = False) -> contextlib.AbstractContextManager:
+def force_exit(
+    model: EarlyExitDetector, exit: int, looks: bool = False
+) -> contextlib.AbstractContextManager:
     """While this is open, every frame leaves at one exit, -1 to E - 1.
 
     Args:
@@ -183,12 +220,16 @@ def force_exit(model: EarlyExitDetector, exit: int, looks: bool = False) -> cont
     return borrowed(model, gate, [_NONE_LEAVES] + [0.5] * (model.num_exits - 1))
 
 
-def _gflops(model: EarlyExitDetector, dataset, frames: int = 10) -> Dict[str, object]:
+def _gflops(model: EarlyExitDetector, dataset, frames: int = 10) -> dict[str, object]:
     """Mean GFLOPs of a frame by exit: ``early``, before the first; ``alone``, no other head is run;
     ``looked``, all heads on the way are."""
     rows = np.linspace(0, len(dataset) - 1, min(frames, len(dataset))).round().astype(int)
-    shapes = [tuple(model.data_preprocessor(pseudo_collate([dataset[int(row)]]), False)['inputs'].shape[-2:])
-              for row in rows]
+    shapes = [
+        tuple(
+            model.data_preprocessor(pseudo_collate([dataset[int(row)]]), False)['inputs'].shape[-2:]
+        )
+        for row in rows
+    ]
     means = {}
     for name, looks in (('alone', False), ('looked', True)):
         with force_exit(model, model.num_exits - 1, looks):
@@ -198,15 +239,20 @@ def _gflops(model: EarlyExitDetector, dataset, frames: int = 10) -> Dict[str, ob
 
 
 @torch.no_grad()
-def measure_exit_latencies(model: EarlyExitDetector, dataset, progress: Progress, frames: int = 20,
-                           rounds: int = 3) -> Dict[str, object]:
-    """Median seconds of a frame by exit, as `_gflops` names them: frames in order, batch 1, data in memory,
-    exits taking turns."""
+def measure_exit_latencies(
+    model: EarlyExitDetector, dataset, progress: Progress, frames: int = 20, rounds: int = 3
+) -> dict[str, object]:
+    """Median seconds of a frame by exit, as `_gflops` names them: frames in order, batch 1, data in
+    memory, exits taking turns."""
     batches = [pseudo_collate([dataset[row]]) for row in range(min(frames, len(dataset)))]
     exits = range(model.num_exits)
     # With one head looking or not is the same.
-    forced = [(-1, False), *((exit, False) for exit in exits), *((exit, True) for exit in exits if exit)]
-    times: Dict[tuple, List[float]] = {one: [] for one in forced}
+    forced = [
+        (-1, False),
+        *((exit, False) for exit in exits),
+        *((exit, True) for exit in exits if exit),
+    ]
+    times: dict[tuple, list[float]] = {one: [] for one in forced}
     device = model.thresholds.device
     for turn in progress(range(rounds + 1), 'latencies'):
         for one in forced:
@@ -221,4 +267,5 @@ def measure_exit_latencies(model: EarlyExitDetector, dataset, progress: Progress
     return dict(
         early=medians[-1, False],
         alone=[medians[exit, False] for exit in exits],
-        looked=[medians[exit, exit > 0] for exit in exits])
+        looked=[medians[exit, exit > 0] for exit in exits],
+    )

@@ -1,15 +1,18 @@
 """What a gate does on a recorded video run, and what that costs and finds; without the detector.
 
-The very gate is asked that the detector would ask, about the evidence that it would be shown, so a simulation
-takes the same exits as a run. One thing it cannot know: with feature propagation, heads that a run skips
-carry older features than the record's, where every head ran at every frame.
+The very gate is asked that the detector would ask, about the evidence that it would be shown, so a
+simulation takes the same exits as a run. One thing it cannot know: with feature propagation, heads
+that a run skips carry older features than the record's, where every head ran at every frame.
 
 Letters: n frames in the record's order, E exits. ``difficulties``: (E - 1, n), of exits 0 to E - 2.
-``thresholds``: (E,), of exit -1 (before the first; reuse the last detections when ``change <= threshold``),
-then of exits 0 to E - 2. ``nothing``: (n,), whether the gate sees at the early map that a frame shows nothing.
-``source``: (n,), the frame whose detections are shown at a frame: itself, or one before, or -1: none.
+``thresholds``: (E,), of exit -1 (before the first; reuse the last detections when ``change <=
+threshold``), then of exits 0 to E - 2. ``nothing``: (n,), whether the gate sees at the early map
+that a frame shows nothing. ``source``: (n,), the frame whose detections are shown at a frame:
+itself, or one before, or -1: none.
 """
-from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +28,7 @@ from .streams import early_change
 #: Frames that a gate is shown at a time.
 _BATCH = 256
 #: Seconds that a gate takes: to see that there is nothing, and to decide at an exit.
-Seconds = Tuple[float, float]
+Seconds = tuple[float, float]
 
 
 class Run(NamedTuple):
@@ -37,6 +40,7 @@ class Run(NamedTuple):
         gflops (np.ndarray): (n,), of each frame; heads that were looked at are paid.
         latencies (np.ndarray): (n,), seconds, likewise.
     """
+
     exits: np.ndarray
     source: np.ndarray
     gflops: np.ndarray
@@ -46,15 +50,21 @@ class Run(NamedTuple):
 # What is shown to a gate.
 
 
-def evidences(record: Mapping) -> List[Evidence]:
-    """What a gate is shown of all frames at exits 0 to E - 2; boxes are in the frame of the image."""
+def evidences(record: Mapping) -> list[Evidence]:
+    """What a gate is shown of all frames at exits 0 to E - 2; boxes are in the frame of the
+    image."""
     images, exits = record['images'], len(record['gflops'])
     pooled = [
-        torch.from_numpy(np.stack([image['pooled'][head] for image in images])) for head in range(exits - 1)
+        torch.from_numpy(np.stack([image['pooled'][head] for image in images]))
+        for head in range(exits - 1)
     ]
-    found = [[_instances(image['detections'][exit]) for image in images] for exit in range(exits - 1)]
-    return [Evidence(exit, found[exit], found[exit - 1] if exit else None, pooled[:exit + 1], None)
-            for exit in range(exits - 1)]
+    found = [
+        [_instances(image['detections'][exit]) for image in images] for exit in range(exits - 1)
+    ]
+    return [
+        Evidence(exit, found[exit], found[exit - 1] if exit else None, pooled[: exit + 1], None)
+        for exit in range(exits - 1)
+    ]
 
 
 def _instances(detections: Sequence[Mapping]) -> InstanceData:
@@ -63,7 +73,8 @@ def _instances(detections: Sequence[Mapping]) -> InstanceData:
     return InstanceData(
         bboxes=boxes,
         scores=torch.tensor([one['score'] for one in detections], dtype=torch.float32),
-        labels=torch.tensor([one['category_id'] for one in detections], dtype=torch.long))
+        labels=torch.tensor([one['category_id'] for one in detections], dtype=torch.long),
+    )
 
 
 @torch.no_grad()
@@ -81,7 +92,9 @@ def difficulties_of(gate: Gate, shown: Sequence[Evidence]) -> np.ndarray:
     found = np.stack([gate.difficulty(one).float().numpy() for one in shown])
     # Not `found < 0 or ...`, which lets NaN pass.
     if not ((found >= 0) & (found <= 1)).all():
-        raise UsageError(f'some difficulties of the {type(gate).__name__} are not in [0, 1]: was it trained?')
+        raise UsageError(
+            f'some difficulties of the {type(gate).__name__} are not in [0, 1]: was it trained?'
+        )
     return found
 
 
@@ -89,8 +102,8 @@ def difficulties_of(gate: Gate, shown: Sequence[Evidence]) -> np.ndarray:
 
 
 def take_exits(difficulties: np.ndarray, thresholds: Sequence[float]) -> np.ndarray:
-    """The exit of each frame that goes on, (n,), 0 to E - 1: the first whose difficulty is at most its
-    threshold.
+    """The exit of each frame that goes on, (n,), 0 to E - 1: the first whose difficulty is at most
+    its threshold.
 
     Args:
         difficulties (np.ndarray): (E - 1, n).
@@ -100,9 +113,9 @@ def take_exits(difficulties: np.ndarray, thresholds: Sequence[float]) -> np.ndar
     return np.where(leaves.any(axis=0), leaves.argmax(axis=0), len(difficulties))
 
 
-def streams(record: Mapping) -> List[List[int]]:
+def streams(record: Mapping) -> list[list[int]]:
     """The frames of each video, in their order: numbers of images of the record."""
-    by_video: Dict[int, list] = {}
+    by_video: dict[int, list] = {}
     for index, image in enumerate(record['images']):
         by_video.setdefault(image['video'], []).append((image['frame'], index))
     return [[index for _, index in sorted(own)] for own in by_video.values()]
@@ -114,17 +127,24 @@ def nothing_seen(record: Mapping, gate: Gate) -> np.ndarray:
     if getattr(gate, 'nothing', None) is None:
         return np.zeros(len(images), bool)
     with torch.no_grad():
-        return np.concatenate([
-            gate.sees_nothing(torch.from_numpy(np.stack([image['early'] for image in images[start:start + _BATCH]]))
-                              ).numpy() for start in range(0, len(images), _BATCH)])
+        return np.concatenate(
+            [
+                gate.sees_nothing(
+                    torch.from_numpy(
+                        np.stack([image['early'] for image in images[start : start + _BATCH]])
+                    )
+                ).numpy()
+                for start in range(0, len(images), _BATCH)
+            ]
+        )
 
 
-def reuse(record: Mapping, threshold: float, nothing: Optional[np.ndarray] = None) -> np.ndarray:
-    """Whose detections are shown where frames that changed by at most a threshold reuse the last ones, and
-    others may show nothing: ``source``.
+def reuse(record: Mapping, threshold: float, nothing: np.ndarray | None = None) -> np.ndarray:
+    """Whose detections are shown where frames that changed by at most a threshold reuse the last
+    ones, and others may show nothing: ``source``.
 
-    Each frame is compared with the last one that was computed, or seen to show nothing, however long ago. A
-    video's first frame has change 1, so at threshold 1 nothing is ever computed.
+    Each frame is compared with the last one that was computed, or seen to show nothing, however
+    long ago. A video's first frame has change 1, so at threshold 1 nothing is ever computed.
     """
     source = np.arange(len(record['images']))
     if threshold < 0:
@@ -143,9 +163,16 @@ def reuse(record: Mapping, threshold: float, nothing: Optional[np.ndarray] = Non
 
 
 def changes(record: Mapping, lag: int = 1) -> np.ndarray:
-    """Change of each frame that has one so long before it in its video against that one, float32."""
-    return np.array([_change(record, frames[place], frames[place - lag]) for frames in streams(record)
-                     for place in range(lag, len(frames))], np.float32)
+    """Change of each frame that has one so long before it in its video against that one,
+    float32."""
+    return np.array(
+        [
+            _change(record, frames[place], frames[place - lag])
+            for frames in streams(record)
+            for place in range(lag, len(frames))
+        ],
+        np.float32,
+    )
 
 
 def _change(record: Mapping, index: int, last: int) -> np.float32:
@@ -167,18 +194,26 @@ def exit_costs(record: Mapping, kind: str, looks: bool) -> np.ndarray:
     return np.array([own['early'], *(own['looked'] if looks else record[kind])])
 
 
-def simulate(record: Mapping, gate: Gate, difficulties: np.ndarray, thresholds: Sequence[float],
-             seconds: Seconds = (0.0, 0.0), source: Optional[np.ndarray] = None) -> Run:
+def simulate(
+    record: Mapping,
+    gate: Gate,
+    difficulties: np.ndarray,
+    thresholds: Sequence[float],
+    seconds: Seconds = (0.0, 0.0),
+    source: np.ndarray | None = None,
+) -> Run:
     """Let a gate run through a record.
 
     Args:
         record (Mapping): Of a video run.
         gate (Gate): Says whether it decides early and looks at detections.
         difficulties (np.ndarray): Its own, see `difficulties_of`.
-        thresholds (Sequence[float]): (E,); the first is not looked at unless the gate decides early.
-        seconds (tuple[float, float]): That the gate takes on each frame, and for each decision at an exit. Defaults
-            to none.
-        source (np.ndarray, optional): Of a gate that decides early, see `reuse`, which makes it otherwise.
+        thresholds (Sequence[float]): (E,); the first is not looked at unless the gate decides
+            early.
+        seconds (tuple[float, float]): That the gate takes on each frame, and for each decision at
+            an exit. Defaults to none.
+        source (np.ndarray, optional): Of a gate that decides early, see `reuse`, which makes it
+            otherwise.
     """
     if not gate.early:
         source = np.arange(difficulties.shape[1])
@@ -187,11 +222,17 @@ def simulate(record: Mapping, gate: Gate, difficulties: np.ndarray, thresholds: 
     own = take_exits(difficulties, thresholds)
     exits = np.where(source == np.arange(len(source)), own, -1)
     decisions = np.where(exits < 0, 0, np.minimum(exits + 1, len(difficulties)))
-    # As the detector, which asks at no exit where no threshold lets a frame leave, unless heads are run anyway.
+    # As the detector, which asks at no exit where no threshold lets a frame leave, unless heads are
+    # run anyway.
     decisions *= gate.looks_at_detections or max(thresholds[1:]) >= 0
-    return Run(exits, source, exit_costs(record, 'gflops', gate.looks_at_detections)[exits + 1],
-               exit_costs(record, 'latencies', gate.looks_at_detections)[exits + 1] + seconds[0] +
-               seconds[1] * decisions)
+    return Run(
+        exits,
+        source,
+        exit_costs(record, 'gflops', gate.looks_at_detections)[exits + 1],
+        exit_costs(record, 'latencies', gate.looks_at_detections)[exits + 1]
+        + seconds[0]
+        + seconds[1] * decisions,
+    )
 
 
 # What that finds.
@@ -206,12 +247,13 @@ class Replays:
         record (Mapping): Of a video run.
         coco (COCO): Its ground truth.
     """
+
     _KEPT = 24
 
     def __init__(self, record: Mapping, coco: COCO) -> None:
         self._record, self._coco = record, coco
         self._exits = len(record['gflops'])
-        self._known: Dict[bytes, Mixtures] = {}
+        self._known: dict[bytes, Mixtures] = {}
 
     def mixtures(self, source: np.ndarray) -> Mixtures:
         """All exits of the frames that are shown; a last one, number E, finds nothing."""
@@ -220,13 +262,19 @@ class Replays:
             while len(self._known) >= self._KEPT:
                 self._known.pop(next(iter(self._known)))
             images, nothing = self._record['images'], [[]] * self._exits
-            shown = [dict(id=image['id'], file=image['file'], difficulty=0.0,
-                          detections=[*(images[at]['detections'] if at >= 0 else nothing), []])
-                     for image, at in zip(images, source)]
+            shown = [
+                dict(
+                    id=image['id'],
+                    file=image['file'],
+                    difficulty=0.0,
+                    detections=[*(images[at]['detections'] if at >= 0 else nothing), []],
+                )
+                for image, at in zip(images, source)
+            ]
             self._known[key] = Mixtures(dict(images=shown), self._coco)
         return self._known[key]
 
-    def ap(self, run: Run, weights: Optional[Sequence[int]] = None) -> float:
+    def ap(self, run: Run, weights: Sequence[int] | None = None) -> float:
         """COCO's AP of a run, in percent; ``weights`` as of `Mixtures.ap`."""
         return self.mixtures(run.source).ap(shown_exits(run), weights)
 
@@ -237,7 +285,12 @@ def shown_exits(run: Run) -> np.ndarray:
 
 
 def row_of(run: Run, ap: float, exits: int) -> dict:
-    """A point of a curve: ``ap``, mean ``gflops`` and ``latency``, ``shares`` of exits -1, 0, ..., E - 1."""
+    """A point of a curve: ``ap``, mean ``gflops`` and ``latency``, ``shares`` of exits -1, 0, ...,
+    E - 1."""
     counts = np.bincount(run.exits + 1, minlength=exits + 1)
-    return dict(ap=ap, gflops=float(run.gflops.mean()), latency=float(run.latencies.mean()),
-                shares=(counts / len(run.exits)).tolist())
+    return dict(
+        ap=ap,
+        gflops=float(run.gflops.mean()),
+        latency=float(run.latencies.mean()),
+        shares=(counts / len(run.exits)).tolist(),
+    )

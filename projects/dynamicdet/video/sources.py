@@ -1,13 +1,16 @@
-"""Frames, one after the other, from a video file, a folder of pictures, a camera or a network stream.
+"""Frames, one after the other, from a video file, a folder of pictures, a camera or a network
+stream.
 
-What cannot be read is a frame without a picture, with a reason: whoever goes through a source decides what to
-do.
+What cannot be read is a frame without a picture, with a reason: whoever goes through a source
+decides what to do.
 """
+
 import os
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import monotonic
-from typing import Any, Iterator, NamedTuple, Optional, Sequence, Set, Tuple, Union
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -35,11 +38,12 @@ class Frame(NamedTuple):
         fault (str, optional): Why not.
         duration (float, optional): Seconds for which it is to be shown, where the source says.
     """
+
     number: int
     time: float
-    picture: Optional[np.ndarray]
-    fault: Optional[str] = None
-    duration: Optional[float] = None
+    picture: np.ndarray | None
+    fault: str | None = None
+    duration: float | None = None
 
 
 class _Clock:
@@ -49,7 +53,7 @@ class _Clock:
         self._step = 1 / fps
         self._last = self._last_read = self._shift = None
 
-    def time(self, said: Optional[float]) -> float:
+    def time(self, said: float | None) -> float:
         """Of a frame that can be read, for which the source says a time, or None."""
         now = None if said is None or self._shift is None else said + self._shift
         # Of cut and joined films times start anew, or stand still: they go on from where they are.
@@ -66,20 +70,23 @@ class _Clock:
 
 
 class Source:
-    """Go through it once, in a ``with`` block. The classes below are its kinds; `open_source` finds the right
-    one.
+    """Go through it once, in a ``with`` block. The classes below are its kinds; `open_source` finds
+    the right one.
 
     Attributes:
         name (str): For messages.
         fps (float): Frames per second.
-        length (int, optional): Number of frames, as far as the source says; None: not known, or without end.
+        length (int, optional): Number of frames, as far as the source says; None: not known, or
+            without end.
         notes (list[str]): What is odd about it, a line each.
-        ended (str, optional): After the last frame: why there are no more, if that was not expected.
+        ended (str, optional): After the last frame: why there are no more, if that was not
+            expected.
     """
+
     name = ''
     fps = DEFAULT_FPS
-    length: Optional[int] = None
-    ended: Optional[str] = None
+    length: int | None = None
+    ended: str | None = None
     notes: Sequence[str] = ()
 
     def __enter__(self) -> 'Source':
@@ -101,17 +108,18 @@ class Source:
     def close(self) -> None:
         """Let go of what is open."""
 
-    def _read(self) -> Iterator[Tuple[Optional[float], Optional[np.ndarray], Optional[str], Optional[float]]]:
-        """Time (None: one frame after the one before), picture, fault and duration of each frame."""
+    def _read(self) -> Iterator[tuple[float | None, np.ndarray | None, str | None, float | None]]:
+        """Time (None: one frame after the one before), picture, fault and duration of each
+        frame."""
         raise NotImplementedError
 
 
-def open_source(source: Union[str, int], fps: Optional[float] = None) -> Source:
+def open_source(source: str | int, fps: float | None = None) -> Source:
     """Open a source of frames.
 
     Args:
-        source (str or int): A video file, a folder of pictures, the number of a camera, or a URL such as
-            rtsp://...
+        source (str or int): A video file, a folder of pictures, the number of a camera, or a URL
+            such as rtsp://...
         fps (float, optional): Frames per second of a folder. Defaults to 25.
 
     Raises:
@@ -128,16 +136,21 @@ def open_source(source: Union[str, int], fps: Optional[float] = None) -> Source:
 
 
 class Folder(Source):
-    """The pictures in a folder, by name; numbers in names count as numbers: 2.jpg comes before 10.jpg."""
+    """The pictures in a folder, by name; numbers in names count as numbers: 2.jpg comes before
+    10.jpg."""
 
-    def __init__(self, path: Union[str, Path], fps: float = DEFAULT_FPS) -> None:
+    def __init__(self, path: str | Path, fps: float = DEFAULT_FPS) -> None:
         if not 0 < fps < float('inf'):
             raise UsageError(f'frames per second must be above 0; got {fps}')
         self.name, self.fps = str(path), fps
-        self._files = sorted((file for file in Path(path).iterdir() if has_picture_suffix(file)),
-                             key=lambda file: _natural(file.name))
+        self._files = sorted(
+            (file for file in Path(path).iterdir() if has_picture_suffix(file)),
+            key=lambda file: _natural(file.name),
+        )
         if not self._files:
-            raise UsageError(f"there is no picture in '{path}': looked for {', '.join(picture_suffixes())}")
+            raise UsageError(
+                f"there is no picture in '{path}': looked for {', '.join(picture_suffixes())}"
+            )
         self.length = len(self._files)
 
     def _read(self):
@@ -149,8 +162,9 @@ class Folder(Source):
 class VideoFile(Source):
     """A video file or network stream, by PyAV.
 
-    A frame that the decoder refuses, or marks as damaged, is one that cannot be read. Films that a phone
-    recorded upright are turned, and those that it mirrored are mirrored back. A preview picture is no film.
+    A frame that the decoder refuses, or marks as damaged, is one that cannot be read. Films that a
+    phone recorded upright are turned, and those that it mirrored are mirrored back. A preview
+    picture is no film.
     """
 
     def __init__(self, path: str) -> None:
@@ -159,7 +173,9 @@ class VideoFile(Source):
         # TCP: by UDP single packets get lost, and with them pictures.
         options = dict(rtsp_transport='tcp') if path.startswith('rtsp') else {}
         try:
-            self._container = av.open(path, options=options, timeout=PATIENCE if '://' in path else None)
+            self._container = av.open(
+                path, options=options, timeout=PATIENCE if '://' in path else None
+            )
         except self._error as error:
             raise UsageError(f"'{path}' cannot be opened as a video: {error.strerror}") from None
         self._stream = self._film()
@@ -172,12 +188,18 @@ class VideoFile(Source):
         films = [one for one in pictures if not {'attached_pic', 'timed_thumbnails'} & _flags(one)]
         if not films:
             self.close()
-            raise UsageError(f"'{self.name}' has no pictures, only " + ('a preview' if pictures else 'sound or text'))
+            raise UsageError(
+                f"'{self.name}' has no pictures, only "
+                + ('a preview' if pictures else 'sound or text')
+            )
         best = self._container.streams.best('video')
         film = next((one for one in films if one.index == best.index), films[0])
         if len(films) > 1:
-            self.notes = [f'it has {len(films)} films: the one of {film.width} x {film.height} pixels, stream '
-                          f'{film.index}, is looked at']
+            self.notes = [
+                f'it has {len(films)} films: the one of {film.width} x {film.height} pixels, '
+                'stream '
+                f'{film.index}, is looked at'
+            ]
         return film
 
     def close(self) -> None:
@@ -245,12 +267,12 @@ def _natural(name: str) -> list:
     return [int(part) if part.isdigit() else part for part in re.split(r'(\d+)', name)]
 
 
-def _flags(stream: Any) -> Set[str]:
+def _flags(stream: Any) -> set[str]:
     """What a container says of a stream, by FFmpeg's names."""
     return {flag.name for flag in type(stream.disposition) if flag & stream.disposition}
 
 
-def _duration(frame: Any) -> Optional[float]:
+def _duration(frame: Any) -> float | None:
     """Seconds for which a frame of PyAV is to be shown, if it says so."""
     return float(frame.duration * frame.time_base) if frame is not None and frame.duration else None
 
@@ -265,4 +287,4 @@ def _upright(frame: Any) -> np.ndarray:
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
     if abs(b) > abs(a):
         picture, a, d = picture.transpose(1, 0, 2), c, b
-    return np.ascontiguousarray(picture[::-1 if d < 0 else 1, ::-1 if a < 0 else 1])
+    return np.ascontiguousarray(picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])

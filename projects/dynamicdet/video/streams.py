@@ -2,9 +2,11 @@
 
 Letters: N images of a batch, C channels, d numbers of a summary.
 """
+
 from collections import OrderedDict
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Dict, Hashable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from mmengine.structures import InstanceData
@@ -12,7 +14,8 @@ from torch import Tensor
 
 from mmdet.structures import DetDataSample, SampleList, TrackDataSample
 
-#: Parts, on each side, into which an early map is divided: a small object that moves is much of its part.
+#: Parts, on each side, into which an early map is divided: a small object that moves is much of its
+#: part.
 GRID = 8
 
 
@@ -38,20 +41,21 @@ def part_changes(one: Tensor, other: Tensor) -> Tensor:
 
 
 def early_change(one: Tensor, other: Tensor) -> Tensor:
-    """How much a scene changed, (N,), in [0, 1]: as its part that changed most; one small object that moves
-    is a change. Arguments as of `part_changes`."""
+    """How much a scene changed, (N,), in [0, 1]: as its part that changed most; one small object
+    that moves is a change. Arguments as of `part_changes`."""
     return part_changes(one, other).amax(dim=1)
 
 
 def is_cut(one: Tensor, other: Tensor, cut: float) -> Tensor:
-    """Whether a scene is another, (N,): its parts changed by more than ``cut`` in the mean. Arguments as of
-    `part_changes`."""
+    """Whether a scene is another, (N,): its parts changed by more than ``cut`` in the mean.
+    Arguments as of `part_changes`."""
     return part_changes(one, other).mean(dim=1) > cut
 
 
 class Memory(NamedTuple):
-    """What a head keeps of a frame: its map, (C, 2S, 2S), the frame's number, and through how many frames its
-    gradient goes back."""
+    """What a head keeps of a frame: its map, (C, 2S, 2S), the frame's number, and through how many
+    frames its gradient goes back."""
+
     map: Tensor
     frame: int
     depth: int
@@ -65,18 +69,21 @@ class Stream:
         frame (int): Number of its latest frame.
         shape (tuple[int, ...]): Of its frames, as the network sees them.
         memories (dict[int, Memory]): By exit.
-        early (Tensor, optional): Summary of the early map, (d,), of the frame that ``found`` is from.
-        found (InstanceData, optional): The detections that were computed last, in the original's frame or
-            not, as ``rescaled`` says.
-        scale (tuple[float, ...]): By which width and height of its original were multiplied for the network.
+        early (Tensor, optional): Summary of the early map, (d,), of the frame that ``found`` is
+            from.
+        found (InstanceData, optional): The detections that were computed last, in the original's
+            frame or not, as ``rescaled`` says.
+        scale (tuple[float, ...]): By which width and height of its original were multiplied for the
+            network.
     """
+
     frame: int = 0
-    shape: Tuple[int, ...] = ()
-    memories: Dict[int, Memory] = field(default_factory=dict)
-    early: Optional[Tensor] = None
-    found: Optional[InstanceData] = None
+    shape: tuple[int, ...] = ()
+    memories: dict[int, Memory] = field(default_factory=dict)
+    early: Tensor | None = None
+    found: InstanceData | None = None
     rescaled: bool = True
-    scale: Tuple[float, ...] = (1.0, 1.0)
+    scale: tuple[float, ...] = (1.0, 1.0)
 
     def forget(self) -> None:
         """Begin anew: at a cut."""
@@ -87,30 +94,32 @@ class Streams:
     """The streams that are running.
 
     Args:
-        limit (int): When there are more, those are forgotten that had no frame for longest. So memory stays
-            flat over any number of videos.
+        limit (int): When there are more, those are forgotten that had no frame for longest. So
+            memory stays flat over any number of videos.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._streams: 'OrderedDict[Hashable, Stream]' = OrderedDict()
+        self._streams: OrderedDict[Hashable, Stream] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._streams)
 
-    def forget(self, video_id: Optional[Hashable] = None) -> None:
+    def forget(self, video_id: Hashable | None = None) -> None:
         """Forget a stream, or all. One that is not known is nothing to forget."""
         if video_id is None:
             self._streams.clear()
         else:
             self._streams.pop(video_id, None)
 
-    def at(self, samples: SampleList, shape: Sequence[int]) -> List[Stream]:
+    def at(self, samples: SampleList, shape: Sequence[int]) -> list[Stream]:
         """The streams of N frames, no two of one stream, with these frames as the latest.
 
-        A frame begins anew if its ``frame_id`` is 0 or not above the one before. Where the size that the network
-        sees is another, it counts as changed, but what is remembered stays: neither memories nor detections
-        are of a size. Without ``frame_id`` frames are counted, without ``video_id`` nothing is remembered.
+        A frame begins anew if its ``frame_id`` is 0 or not above the one before. Where the size
+        that the network sees is another, it counts as changed, but what is remembered stays:
+            neither memories nor detections
+        are of a size. Without ``frame_id`` frames are counted, without ``video_id`` nothing is
+        remembered.
 
         Args:
             samples (list[DetDataSample]): Of the frames.
@@ -121,7 +130,7 @@ class Streams:
             self._streams.popitem(last=False)
         return streams
 
-    def _at(self, meta: dict, shape: Tuple[int, ...]) -> Stream:
+    def _at(self, meta: dict, shape: tuple[int, ...]) -> Stream:
         shape = (*shape, *meta.get('img_shape', ())[:2])
         key = meta.get('video_id')
         old = self._streams.pop(key, None)
@@ -135,7 +144,7 @@ class Streams:
         return stream
 
 
-def waves(keys: Sequence[Optional[Hashable]]) -> List[List[int]]:
+def waves(keys: Sequence[Hashable | None]) -> list[list[int]]:
     """Part images so that no two of one stream run at once, and each stream's keep their order.
 
     Args:
@@ -144,8 +153,8 @@ def waves(keys: Sequence[Optional[Hashable]]) -> List[List[int]]:
     Returns:
         list[list[int]]: Indices of the images that run first, second, ...
     """
-    seen: Dict[Hashable, int] = {}
-    parts: List[List[int]] = []
+    seen: dict[Hashable, int] = {}
+    parts: list[list[int]] = []
     for index, key in enumerate(keys):
         place = 0 if key is None else seen.get(key, 0)
         seen[key] = place + 1
@@ -155,9 +164,9 @@ def waves(keys: Sequence[Optional[Hashable]]) -> List[List[int]]:
     return parts
 
 
-def clips(samples: SampleList) -> List[int]:
-    """The clip of each image of a training batch, by number: one begins at each ``clip_step`` 0, and at each
-    image without ``clip_step``."""
+def clips(samples: SampleList) -> list[int]:
+    """The clip of each image of a training batch, by number: one begins at each ``clip_step`` 0,
+    and at each image without ``clip_step``."""
     numbers, number = [], -1
     for sample in samples:
         number += sample.metainfo.get('clip_step', 0) == 0
@@ -165,12 +174,14 @@ def clips(samples: SampleList) -> List[int]:
     return numbers
 
 
-def as_frames(inputs: Tensor, samples: Sequence) -> Tuple[Tensor, List[DetDataSample]]:
-    """Clips as mmdet's ``TrackDataPreprocessor`` gives them, frame by frame; a batch of images as it is.
+def as_frames(inputs: Tensor, samples: Sequence) -> tuple[Tensor, list[DetDataSample]]:
+    """Clips as mmdet's ``TrackDataPreprocessor`` gives them, frame by frame; a batch of images as
+    it is.
 
     Args:
         inputs (Tensor): (N, 3, H, W), or of clips (B, T, 3, H, W).
-        samples (Sequence): N ``DetDataSample``, or of clips B ``TrackDataSample`` of T frames, or lists.
+        samples (Sequence): N ``DetDataSample``, or of clips B ``TrackDataSample`` of T frames, or
+            lists.
 
     Returns:
         tuple: (B * T, 3, H, W) and the frames' own samples, clip after clip. Frames are told their

@@ -1,8 +1,8 @@
 """Exit and cost of a video over time, in a memory that does not grow; and a picture of it."""
+
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import List, Optional, Union
 
 import numpy as np
 from matplotlib import colormaps
@@ -18,6 +18,7 @@ MOST_BINS = 1000
 @dataclass
 class Bin:
     """Frames that follow each other: sums over them. ``time`` is the first one's, in seconds."""
+
     time: float
     frames: int = 0
     faults: int = 0
@@ -41,10 +42,10 @@ class Timeline:
     """
 
     def __init__(self, most: int = MOST_BINS) -> None:
-        self.bins: List[Bin] = []
+        self.bins: list[Bin] = []
         self.per_bin, self._most, self._count = 1, most, 0
 
-    def add(self, time: float, exit: Optional[int], seconds: float, gflops: Optional[float]) -> None:
+    def add(self, time: float, exit: int | None, seconds: float, gflops: float | None) -> None:
         """Take a frame.
 
         Args:
@@ -53,7 +54,9 @@ class Timeline:
             seconds (float): That the detector took.
             gflops (float, optional): Its cost; None if it is not known.
         """
-        self._append(Bin(time, 1, 0, seconds, gflops or 0.0, Counter([] if exit is None else [exit])))
+        self._append(
+            Bin(time, 1, 0, seconds, gflops or 0.0, Counter([] if exit is None else [exit]))
+        )
 
     def add_fault(self, time: float) -> None:
         """Take a frame that cannot be read."""
@@ -86,7 +89,7 @@ class Timeline:
         return total
 
 
-def draw_timeline(timeline: Timeline, path: Union[str, Path], exits: int) -> None:
+def draw_timeline(timeline: Timeline, path: str | Path, exits: int) -> None:
     """Write a picture (PNG): the share of each exit, and the mean costs, over time.
 
     Args:
@@ -104,30 +107,43 @@ def draw_timeline(timeline: Timeline, path: Union[str, Path], exits: int) -> Non
         if kind == 'exits':
             _draw_exits(axis, times, bins, frames, exits)
         elif len(bins):
-            values = [one.gflops if kind == 'gflops' else 1e3 * one.seconds for one in bins] / frames
+            values = [
+                one.gflops if kind == 'gflops' else 1e3 * one.seconds for one in bins
+            ] / frames
             mean = np.average(values, weights=frames)
             axis.step(times, values, where='post', linewidth=0.8)
-            axis.axhline(mean, linestyle='--', linewidth=0.8, color='black', label=f'mean {mean:.3g}')
+            axis.axhline(
+                mean, linestyle='--', linewidth=0.8, color='black', label=f'mean {mean:.3g}'
+            )
             axis.set_ylim(bottom=0)
             axis.legend(loc='upper right')
-        axis.set_ylabel(dict(exits='share of exits', gflops='GFLOPs per frame', ms='ms per frame')[kind])
+        axis.set_ylabel(
+            dict(exits='share of exits', gflops='GFLOPs per frame', ms='ms per frame')[kind]
+        )
         for one in timeline.bins:
             if one.faults:
                 axis.axvline(one.time, color='red', linewidth=1, alpha=0.8)
-    axes[-1].set_xlabel('seconds in the video' + (' (red: frames that cannot be read)'
-                                                  if timeline.total.faults else ''))
+    axes[-1].set_xlabel(
+        'seconds in the video'
+        + (' (red: frames that cannot be read)' if timeline.total.faults else '')
+    )
     write_atomically(png(figure), path)
 
 
 def _draw_exits(axis, times, bins, frames, exits) -> None:
     """Stacked shares; -1 is drawn first, if any frame left there."""
     there = ([-1] if any(one.exits[-1] for one in bins) else []) + list(range(exits))
-    colours = colormaps['viridis'](np.linspace(0, 1, len(there)))
+    colors = colormaps['viridis'](np.linspace(0, 1, len(there)))
     if bins:
         shares = np.array([[one.exits[exit] for one in bins] for exit in there]) / frames
         # A step lasts until the next one; the last as long as the one before.
         ends = np.append(times, times[-1] + (times[-1] - times[-2] if len(times) > 1 else 1))
-        axis.stackplot(ends, np.hstack([shares, shares[:, -1:]]), colors=colours, step='post',
-                       labels=[f'exit {exit}' for exit in there])
+        axis.stackplot(
+            ends,
+            np.hstack([shares, shares[:, -1:]]),
+            colors=colors,
+            step='post',
+            labels=[f'exit {exit}' for exit in there],
+        )
         axis.legend(loc='center left', bbox_to_anchor=(1.0, 0.5), fontsize='small')
     axis.set_ylim(0, 1)

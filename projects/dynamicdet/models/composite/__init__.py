@@ -5,6 +5,12 @@ from .swin import CompositeSwin
 from .yolov7 import CompositeYOLOV7
 
 __all__ = [
-    'CompositeBackbone', 'CompositeCSP', 'CompositeResNet', 'CompositeSwin', 'CompositeYOLOV7',
-    'Connection', 'build_composite', 'register_family'
+    'CompositeBackbone',
+    'CompositeCSP',
+    'CompositeResNet',
+    'CompositeSwin',
+    'CompositeYOLOV7',
+    'Connection',
+    'build_composite',
+    'register_family',
 ]

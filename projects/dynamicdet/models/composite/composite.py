@@ -3,12 +3,13 @@
 Letters, as in the papers (DynamicDet, arXiv 2304.05552; CBNetV2, arXiv 2107.00420):
 
 * L: number of stages of a backbone. Stages count from 0 here, shallow to deep.
-* ``f1[i]``, ``f2[i]``: the output of stage i in the first and second backbone, (N, C_i, H_i, W_i). Of
-  three backbones, the third is to the second what the second is to the first.
+* ``f1[i]``, ``f2[i]``: the output of stage i in the first and second backbone, (N, C_i, H_i, W_i).
+  Of three backbones, the third is to the second what the second is to the first.
 * ``w[l, i]``: a 1x1 convolution with its norm, from C_i channels to those that enter stage l.
 """
+
 import copy
-from typing import Callable, List, Sequence, Tuple, Type
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from mmengine.model import BaseModule, ModuleList
@@ -20,11 +21,15 @@ from mmdet.registry import MODELS
 from ...errors import UsageError
 from ..fusing import InferenceConv
 
-Maps = Tuple[Tensor, ...]
+Maps = tuple[Tensor, ...]
 
 
-def _resize(values: Tensor, size: Tuple[int, int]) -> Tensor:
-    return values if tuple(values.shape[-2:]) == size else F.interpolate(values, size=size, mode='nearest')
+def _resize(values: Tensor, size: tuple[int, int]) -> Tensor:
+    return (
+        values
+        if tuple(values.shape[-2:]) == size
+        else F.interpolate(values, size=size, mode='nearest')
+    )
 
 
 def _add(w: nn.Module, f: Tensor, total: Tensor) -> Tensor:
@@ -33,8 +38,8 @@ def _add(w: nn.Module, f: Tensor, total: Tensor) -> Tensor:
 
 
 def normed_projection(in_channels: int, out_channels: int) -> nn.Module:
-    """``w[l, i]`` with a norm, CBNetV2's for ResNet. Its weight starts at zero, and so does the sum: the
-    second backbone starts as a plain one."""
+    """``w[l, i]`` with a norm, CBNetV2's for ResNet. Its weight starts at zero, and so does the
+    sum: the second backbone starts as a plain one."""
     norm = nn.BatchNorm2d(out_channels)
     # Always trainable, also where a backbone's own norms are not: a zero that cannot move would cut
     # the connection for good.
@@ -53,7 +58,8 @@ def biased_projection(in_channels: int, out_channels: int) -> nn.Module:
 class Connection(BaseModule):
     """All that enters one stage of the second backbone from the first: DHLC of CBNetV2.
 
-    ``H[l] = sum over i >= l of upsample(w[l, i](f1[i]))``. Norms stay in eval mode (CBNetV2, section 4).
+    ``H[l] = sum over i >= l of upsample(w[l, i](f1[i]))``. Norms stay in eval mode (CBNetV2,
+    section 4).
 
     Args:
         in_channels (Sequence[int]): Channels of ``f1[l], f1[l + 1], ...``.
@@ -61,19 +67,23 @@ class Connection(BaseModule):
         projection (callable): Makes ``w[l, i]`` from the channels that enter and leave it.
     """
 
-    def __init__(self,
-                 in_channels: Sequence[int],
-                 out_channels: int,
-                 projection: Callable[[int, int], nn.Module] = normed_projection) -> None:
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        out_channels: int,
+        projection: Callable[[int, int], nn.Module] = normed_projection,
+    ) -> None:
         super().__init__()
         self.projections = ModuleList(
-            projection(channels, out_channels) for channels in in_channels)
+            projection(channels, out_channels) for channels in in_channels
+        )
 
     def forward(self, maps: Sequence[Tensor], x: Tensor) -> Tensor:
         """Add to what enters stage l.
 
-        Where every size divides the next larger one, nearest resizing composes, so the sum runs from the
-        deepest map upwards and touches the full resolution once. Elsewhere each map is resized on its own.
+        Where every size divides the next larger one, nearest resizing composes, so the sum runs
+        from the deepest map upwards and touches the full resolution once. Elsewhere each map is
+        resized on its own.
 
         Args:
             maps (Sequence[Tensor]): ``f1[l], f1[l + 1], ...``, (N, C_i, H_i, W_i).
@@ -83,8 +93,11 @@ class Connection(BaseModule):
             Tensor: ``x + H[l]``.
         """
         sizes = [tuple(m.shape[-2:]) for m in (x, *maps)]
-        if not all(large % small == 0 for larger, smaller in zip(sizes, sizes[1:])
-                   for large, small in zip(larger, smaller)):
+        if not all(
+            large % small == 0
+            for larger, smaller in zip(sizes, sizes[1:])
+            for large, small in zip(larger, smaller)
+        ):
             return x + sum(_resize(w(f), sizes[0]) for w, f in zip(self.projections, maps))
         *rest, deepest = zip(self.projections, maps)
         total = deepest[0](deepest[1])
@@ -135,8 +148,10 @@ class CompositeBackbone(BaseModule):
             self.add_module(name, MODELS.build(backbone))
         stages = len(all_stages)
         if reuse_stages and not self.can_reuse:
-            raise UsageError(f'a composite {type(self.first).__name__} needs reuse_stages=0: its second '
-                             f'backbone takes over no stage; got {reuse_stages}')
+            raise UsageError(
+                f'a composite {type(self.first).__name__} needs reuse_stages=0: its second '
+                f'backbone takes over no stage; got {reuse_stages}'
+            )
         if not 0 <= reuse_stages < stages:
             raise UsageError(f'reuse_stages must be in [0, {stages}), got {reuse_stages}')
         self.reuse_stages = reuse_stages
@@ -150,32 +165,38 @@ class CompositeBackbone(BaseModule):
         # Those into the second backbone, shallow to deep, then those into the third, ...
         self.connections = ModuleList(
             Connection(self.channels[stage:], entering[stage], self.projection)
-            for _ in self.nets[1:] for stage in range(self.connected, stages))
+            for _ in self.nets[1:]
+            for stage in range(self.connected, stages)
+        )
 
     # What a family says about its backbones.
 
-    def stage_indices(self, backbone: dict) -> Tuple[Sequence[int], Sequence[int]]:
+    def stage_indices(self, backbone: dict) -> tuple[Sequence[int], Sequence[int]]:
         """The config's ``out_indices``, and those that give the maps of all stages."""
         raise NotImplementedError
 
-    def stage_channels(self, net: nn.Module) -> Tuple[List[int], List[int]]:
+    def stage_channels(self, net: nn.Module) -> tuple[list[int], list[int]]:
         """Channels that enter and that leave each stage."""
         raise NotImplementedError
 
     def drop_leading(self, net: nn.Module, count: int) -> None:
-        """Replace the stem and the first ``count`` stages by ``nn.Identity``: no weights, no work."""
+        """Replace the stem and the first ``count`` stages by ``nn.Identity``: no weights, no
+        work."""
         raise NotImplementedError
 
     def stem(self, net: nn.Module, images: Tensor) -> Tensor:
         """What enters stage 0."""
         raise NotImplementedError
 
-    def stage(self, net: nn.Module, index: int, x: Tensor) -> Tuple[Tensor, Tensor]:
+    def stage(self, net: nn.Module, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """Run one stage: its map, and what enters the next stage."""
         raise NotImplementedError
 
-    def deeper_stage(self, net: nn.Module, index: int, x: Tensor, before: Tensor) -> Tuple[Tensor, Tensor]:
-        """As `stage`, of a later backbone; ``before`` is that stage's map of the backbone before."""
+    def deeper_stage(
+        self, net: nn.Module, index: int, x: Tensor, before: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `stage`, of a later backbone; ``before`` is that stage's map of the backbone
+        before."""
         return self.stage(net, index, x)
 
     def unconnected_stages(self, net: nn.Module) -> int:
@@ -185,7 +206,7 @@ class CompositeBackbone(BaseModule):
     # What all share.
 
     @property
-    def nets(self) -> List[nn.Module]:
+    def nets(self) -> list[nn.Module]:
         """The backbones, in the order in which they run."""
         return [getattr(self, name) for name in self.names]
 
@@ -198,7 +219,7 @@ class CompositeBackbone(BaseModule):
         """Run the first backbone.
 
         Args:
-            images (Tensor): (N, 3, H, W), normalised.
+            images (Tensor): (N, 3, H, W), normalized.
 
         Returns:
             tuple[Tensor]: ``f1``: the maps of all stages, shallow to deep.
@@ -209,7 +230,7 @@ class CompositeBackbone(BaseModule):
         """Run a later backbone on the maps of the one before it.
 
         Args:
-            images (Tensor): (N, 3, H, W), normalised. Unused where the stem is taken over.
+            images (Tensor): (N, 3, H, W), normalized. Unused where the stem is taken over.
             maps (tuple[Tensor]): Maps of backbone ``index - 1``.
             index (int): Which backbone; the first is 0. Defaults to 1, the second.
 
@@ -234,7 +255,7 @@ class CompositeBackbone(BaseModule):
 
 
 #: Backbone class -> the family that knows its stages.
-_FAMILIES: List[Tuple[type, Type[CompositeBackbone]]] = []
+_FAMILIES: list[tuple[type, type[CompositeBackbone]]] = []
 
 
 def register_family(*backbones: type):
@@ -243,7 +264,7 @@ def register_family(*backbones: type):
     A subclass that has a ``forward`` of its own is not served: its stages may be elsewhere.
     """
 
-    def register(family: Type[CompositeBackbone]) -> Type[CompositeBackbone]:
+    def register(family: type[CompositeBackbone]) -> type[CompositeBackbone]:
         _FAMILIES.extend((backbone, family) for backbone in backbones)
         return family
 
@@ -262,5 +283,7 @@ def build_composite(backbone: dict, reuse_stages: int = 1, count: int = 2) -> Co
         if net is not None and issubclass(net, served) and net.forward is served.forward:
             return family(backbone, reuse_stages, count)
     known = ', '.join(served.__name__ for served, _ in _FAMILIES)
-    raise TypeError(f"no composite family serves the backbone '{backbone['type']}' (served: {known} "
-                    'and subclasses that keep their forward); docs/composite.md shows how to add one')
+    raise TypeError(
+        f"no composite family serves the backbone '{backbone['type']}' (served: {known} "
+        'and subclasses that keep their forward); docs/composite.md shows how to add one'
+    )

@@ -1,5 +1,6 @@
 """Where a ResNet's stages are: ResNet, ResNetV1d, ResNeXt, Res2Net, SE-ResNet of any depth."""
-from typing import List, Sequence, Tuple
+
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -12,11 +13,11 @@ from .composite import CompositeBackbone, register_family
 class CompositeResNet(CompositeBackbone):
     """Stem: convolutions and max pooling, stride 4. Stages: ``layer1`` to ``layer4``."""
 
-    def stage_indices(self, backbone: dict) -> Tuple[Sequence[int], Sequence[int]]:
+    def stage_indices(self, backbone: dict) -> tuple[Sequence[int], Sequence[int]]:
         stages = backbone.get('num_stages', 4)
         return tuple(backbone.get('out_indices', range(stages))), tuple(range(stages))
 
-    def stage_channels(self, net: nn.Module) -> Tuple[List[int], List[int]]:
+    def stage_channels(self, net: nn.Module) -> tuple[list[int], list[int]]:
         leaving = [
             net.base_channels * 2**index * net.block.expansion for index in range(net.num_stages)
         ]
@@ -31,6 +32,6 @@ class CompositeResNet(CompositeBackbone):
         x = net.stem(images) if net.deep_stem else net.relu(net.norm1(net.conv1(images)))
         return net.maxpool(x)
 
-    def stage(self, net: nn.Module, index: int, x: Tensor) -> Tuple[Tensor, Tensor]:
+    def stage(self, net: nn.Module, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
         x = getattr(net, net.res_layers[index])(x)
         return x, x

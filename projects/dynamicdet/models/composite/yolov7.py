@@ -1,5 +1,6 @@
 """Where the stages of YOLOv7's backbones are."""
-from typing import List, Sequence, Tuple
+
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -11,18 +12,19 @@ from .composite import CompositeBackbone, biased_projection, register_family
 class CompositeYOLOV7(CompositeBackbone):
     """Stem: up to the first block. Stages: a block, then what halves the resolution for the next.
 
-    Connections end behind the halving, as Dy-YOLOv7's do, and have a bias and no norm. W6's first stage,
-    which has no block, gets none.
+    Connections end behind the halving, as Dy-YOLOv7's do, and have a bias and no norm. W6's first
+    stage, which has no block, gets none.
     """
+
     projection = staticmethod(biased_projection)
     can_reuse = False
 
-    def stage_indices(self, backbone: dict) -> Tuple[Sequence[int], Sequence[int]]:
+    def stage_indices(self, backbone: dict) -> tuple[Sequence[int], Sequence[int]]:
         table = architecture(backbone.get('arch', 'v7'))
         stages = tuple(range(len(table.stages)))
-        return tuple(backbone.get('out_indices') or stages[-table.levels:]), stages
+        return tuple(backbone.get('out_indices') or stages[-table.levels :]), stages
 
-    def stage_channels(self, net: nn.Module) -> Tuple[List[int], List[int]]:
+    def stage_channels(self, net: nn.Module) -> tuple[list[int], list[int]]:
         return net.entering, net.channels
 
     def unconnected_stages(self, net: nn.Module) -> int:
@@ -31,11 +33,13 @@ class CompositeYOLOV7(CompositeBackbone):
     def stem(self, net: nn.Module, images: Tensor) -> Tensor:
         return net.enter(images)
 
-    def stage(self, net: nn.Module, index: int, x: Tensor) -> Tuple[Tensor, Tensor]:
+    def stage(self, net: nn.Module, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
         x = net.blocks[index](x)
         return x, net.downs[index + 1](x) if index + 1 < len(net.blocks) else x
 
-    def deeper_stage(self, net: nn.Module, index: int, x: Tensor, before: Tensor) -> Tuple[Tensor, Tensor]:
+    def deeper_stage(
+        self, net: nn.Module, index: int, x: Tensor, before: Tensor
+    ) -> tuple[Tensor, Tensor]:
         if index + 1 != net.crossed_stage:
             return self.stage(net, index, x)
         x = net.blocks[index](x)

@@ -1,4 +1,5 @@
 """Convolutions as YOLOv5 and YOLOv7 have them."""
+
 from mmcv.cnn import ConvModule
 
 #: As the published networks were trained.
@@ -7,6 +8,14 @@ ACTIVATION = dict(type='SiLU', inplace=True)
 
 
 def conv(in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1) -> ConvModule:
-    """Convolution, norm, SiLU; keeps the size but for the stride. An even kernel takes an even stride."""
+    """Convolution, norm, SiLU; keeps the size but for the stride. An even kernel takes an even
+    stride."""
     return ConvModule(
-        in_channels, out_channels, kernel, stride, (kernel - 1) // 2, norm_cfg=NORM, act_cfg=ACTIVATION)
+        in_channels,
+        out_channels,
+        kernel,
+        stride,
+        (kernel - 1) // 2,
+        norm_cfg=NORM,
+        act_cfg=ACTIVATION,
+    )

@@ -2,9 +2,11 @@
 
 Letters: N images, L levels, A anchors per level, C classes, H_l x W_l cells of a level.
 """
+
 import math
 from abc import abstractmethod
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +28,9 @@ _BALANCE = {3: (4.0, 1.0, 0.4), 4: (4.0, 1.0, 0.25, 0.06)}
 
 
 class Matches(NamedTuple):
-    """Cells of one level that answer for an object: indices, (M,); boxes, (M, 4) as centre and size; and
-    labels, (M,)."""
+    """Cells of one level that answer for an object: indices, (M,); boxes, (M, 4) as center and
+    size; and labels, (M,)."""
+
     image: Tensor
     anchor: Tensor
     row: Tensor
@@ -37,32 +40,38 @@ class Matches(NamedTuple):
 
 
 class AnchorHead(KeepsTypeOfBuffers, Fusible, BaseDenseHead):
-    """One convolution per level. Its channels are A times 4 for boxes, then A for objectness, then A times C
-    for classes. Boxes are decoded in float32 whatever type the head is turned into.
+    """One convolution per level. Its channels are A times 4 for boxes, then A for objectness, then
+    A times C for classes. Boxes are decoded in float32 whatever type the head is turned into.
 
     Args:
         num_classes (int): C.
         channels (Sequence[int]): Of the levels, stride 8 first.
         anchors (Sequence): (L, A, 2), width and height in pixels.
         loss_weights (dict): Of 'bbox', 'obj' and 'cls'.
-        train_cfg (dict, optional): ``max_ratio`` of an object's sides to an anchor's; defaults to 4.
-        test_cfg (dict, optional): ``score_thr``, ``nms_pre``, ``nms`` and ``max_per_img``, as in mmdet.
+        train_cfg (dict, optional): ``max_ratio`` of an object's sides to an anchor's; defaults to
+            4.
+        test_cfg (dict, optional): ``score_thr``, ``nms_pre``, ``nms`` and ``max_per_img``, as in
+            mmdet.
         init_cfg (dict, optional): As in mmengine. Defaults to None.
     """
 
-    def __init__(self,
-                 num_classes: int,
-                 channels: Sequence[int],
-                 anchors: Sequence,
-                 loss_weights: dict,
-                 train_cfg: OptConfigType = None,
-                 test_cfg: OptConfigType = None,
-                 init_cfg: OptConfigType = None) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        channels: Sequence[int],
+        anchors: Sequence,
+        loss_weights: dict,
+        train_cfg: OptConfigType = None,
+        test_cfg: OptConfigType = None,
+        init_cfg: OptConfigType = None,
+    ) -> None:
         super().__init__(init_cfg)
         anchors = torch.tensor(anchors)
         if anchors.dim() != 3 or len(anchors) != len(channels):
-            raise ValueError(f'anchors must be (levels, anchors, 2) with {len(channels)} levels; got '
-                             f'{tuple(anchors.shape)}')
+            raise ValueError(
+                f'anchors must be (levels, anchors, 2) with {len(channels)} levels; got '
+                f'{tuple(anchors.shape)}'
+            )
         self.num_classes = num_classes
         self.num_anchors = anchors.shape[1]
         self.strides = [8 * 2**level for level in range(len(channels))]
@@ -70,20 +79,23 @@ class AnchorHead(KeepsTypeOfBuffers, Fusible, BaseDenseHead):
         self.train_cfg, self.test_cfg = train_cfg or {}, test_cfg
         self.register_buffer('anchors', anchors.float(), persistent=False)
         self.convs = ModuleList(
-            nn.Conv2d(own, self.num_anchors * (5 + num_classes), 1) for own in channels)
+            nn.Conv2d(own, self.num_anchors * (5 + num_classes), 1) for own in channels
+        )
 
     def init_weights(self) -> None:
-        """Begin with eight objects per image of 640 pixels and equal classes (RetinaNet, section 3.3)."""
+        """Begin with eight objects per image of 640 pixels and equal classes (RetinaNet, section
+        3.3)."""
         super().init_weights()
         boxes, objects = 4 * self.num_anchors, 5 * self.num_anchors
         for layer, stride in zip(self.convs, self.strides):
-            layer.bias.data[boxes:objects] += math.log(8 / (640 / stride)**2)
+            layer.bias.data[boxes:objects] += math.log(8 / (640 / stride) ** 2)
             layer.bias.data[objects:] += math.log(0.6 / (self.num_classes - 0.99))
 
     def fuse(self) -> None:
-        """Called at the end of fusing, which a detector with this head allows; nothing is left to do."""
+        """Called at the end of fusing, which a detector with this head allows; nothing is left to
+        do."""
 
-    def forward(self, maps: Sequence[Tensor]) -> Tuple[List[Tensor], List[Tensor], List[Tensor]]:
+    def forward(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Raw outputs.
 
         Args:
@@ -101,29 +113,38 @@ class AnchorHead(KeepsTypeOfBuffers, Fusible, BaseDenseHead):
     def _level(self, level: int, x: Tensor) -> Tensor:
         return self.convs[level](x)
 
-    def decode(self, raw: Tensor, level: int, anchor: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        """Raw box predictions of some cells, (K, 4), as centre and size in pixels."""
+    def decode(
+        self, raw: Tensor, level: int, anchor: Tensor, row: Tensor, column: Tensor
+    ) -> Tensor:
+        """Raw box predictions of some cells, (K, 4), as center and size in pixels."""
         raw = raw.float().sigmoid()
         stride = self.strides[level]
-        centre = (2 * raw[:, :2] - 0.5 + torch.stack([column, row], dim=1)) * stride
-        return torch.cat([centre, (2 * raw[:, 2:])**2 * self.anchors[level][anchor]], dim=1)
+        center = (2 * raw[:, :2] - 0.5 + torch.stack([column, row], dim=1)) * stride
+        return torch.cat([center, (2 * raw[:, 2:]) ** 2 * self.anchors[level][anchor]], dim=1)
 
-    def candidates(self, boxes: Tensor, level: int, size: Tuple[int, int]) -> Tuple[Tensor, ...]:
-        """Anchors and cells of a level that may answer for boxes, (G, 4) as centre and size in pixels: the
-        function of that name."""
-        return candidates(boxes, self.anchors[level], self.strides[level], size,
-                          self.train_cfg.get('max_ratio', 4.0))
+    def candidates(self, boxes: Tensor, level: int, size: tuple[int, int]) -> tuple[Tensor, ...]:
+        """Anchors and cells of a level that may answer for boxes, (G, 4) as center and size in
+        pixels: the function of that name."""
+        return candidates(
+            boxes,
+            self.anchors[level],
+            self.strides[level],
+            size,
+            self.train_cfg.get('max_ratio', 4.0),
+        )
 
     # Inference.
 
-    def predict_by_feat(self,
-                        cls_scores: List[Tensor],
-                        bbox_preds: List[Tensor],
-                        objectnesses: List[Tensor],
-                        batch_img_metas: Optional[List[dict]] = None,
-                        cfg: Optional[ConfigType] = None,
-                        rescale: bool = False,
-                        with_nms: bool = True) -> InstanceList:
+    def predict_by_feat(
+        self,
+        cls_scores: list[Tensor],
+        bbox_preds: list[Tensor],
+        objectnesses: list[Tensor],
+        batch_img_metas: list[dict] | None = None,
+        cfg: ConfigType | None = None,
+        rescale: bool = False,
+        with_nms: bool = True,
+    ) -> InstanceList:
         """Detections of each image. A cell gives a box for every class whose score, class times
         objectness, is above ``score_thr``. Arguments and result as in mmdet."""
         cfg = self.test_cfg if cfg is None else cfg
@@ -140,10 +161,11 @@ class AnchorHead(KeepsTypeOfBuffers, Fusible, BaseDenseHead):
             results.append(self._bbox_post_process(found, cfg, rescale, with_nms, meta))
         return results
 
-    def _confident(self, level: int, cls: Tensor, box: Tensor, objectness: Tensor,
-                   threshold: float) -> Tuple[Tensor, Tensor]:
-        """Boxes, (K, 4) as centre and size, and scores, (K, C), of one image's cells whose objectness is
-        above the threshold: a score cannot be above it. Only they are decoded."""
+    def _confident(
+        self, level: int, cls: Tensor, box: Tensor, objectness: Tensor, threshold: float
+    ) -> tuple[Tensor, Tensor]:
+        """Boxes, (K, 4) as center and size, and scores, (K, C), of one image's cells whose
+        objectness is above the threshold: a score cannot be above it. Only they are decoded."""
         objectness = objectness.float().sigmoid()
         at = anchor, row, column = (objectness > threshold).nonzero(as_tuple=True)
         scores = objectness[at][:, None]
@@ -155,19 +177,21 @@ class AnchorHead(KeepsTypeOfBuffers, Fusible, BaseDenseHead):
 
     # Training.
 
-    def loss_by_feat(self,
-                     cls_scores: List[Tensor],
-                     bbox_preds: List[Tensor],
-                     objectnesses: List[Tensor],
-                     batch_gt_instances: InstanceList,
-                     batch_img_metas: List[dict],
-                     batch_gt_instances_ignore: OptInstanceList = None) -> dict:
-        """Losses (as YOLOv5 and YOLOv7 were published: ``box`` 1 - CIoU, ``obj`` binary cross-entropy with
-        the CIoU as target, ``cls`` binary cross-entropy): means over a level's matches or cells, summed over
-        levels.
+    def loss_by_feat(
+        self,
+        cls_scores: list[Tensor],
+        bbox_preds: list[Tensor],
+        objectnesses: list[Tensor],
+        batch_gt_instances: InstanceList,
+        batch_img_metas: list[dict],
+        batch_gt_instances_ignore: OptInstanceList = None,
+    ) -> dict:
+        """Losses (as YOLOv5 and YOLOv7 were published: ``box`` 1 - CIoU, ``obj`` binary
+        cross-entropy with the CIoU as target, ``cls`` binary cross-entropy): means over a level's
+        matches or cells, summed over levels.
 
-        Scaled by 3 / L; ``obj`` by the image's area over 640 x 640 and a balance of levels; ``cls`` by
-        C / 80.
+        Scaled by 3 / L; ``obj`` by the image's area over 640 x 640 and a balance of levels; ``cls``
+        by C / 80.
         """
         with torch.no_grad():
             matches = self._match(cls_scores, bbox_preds, objectnesses, batch_gt_instances)
@@ -184,24 +208,31 @@ class AnchorHead(KeepsTypeOfBuffers, Fusible, BaseDenseHead):
             logits = _anchors_apart(cls_scores[level], self.num_anchors)
             logits = logits[own.image, own.anchor, :, own.row, own.column].float()
             target = F.one_hot(own.labels, self.num_classes).to(logits)
-            classes.append(_mean(
-                F.binary_cross_entropy_with_logits(logits, target, reduction='none'), logits))
+            classes.append(
+                _mean(F.binary_cross_entropy_with_logits(logits, target, reduction='none'), logits)
+            )
         levels = len(matches)
         size = [side * self.strides[0] for side in objectnesses[0].shape[-2:]]
         # Of the batch as it was delivered, where an exit sees it smaller.
         height, width = batch_img_metas[0].get('delivered_shape', size)
         area = height * width / 640**2
-        balance = _BALANCE.get(levels, (1.0, ) * levels)
+        balance = _BALANCE.get(levels, (1.0,) * levels)
         weights = {name: weight * 3 / levels for name, weight in self.loss_weights.items()}
         share = self.num_classes / 80 if self.num_classes > 1 else 0
         return dict(
             loss_bbox=weights['bbox'] * sum(boxes),
             loss_obj=weights['obj'] * area * sum(b * one for b, one in zip(balance, objects)),
-            loss_cls=weights['cls'] * share * sum(classes))
+            loss_cls=weights['cls'] * share * sum(classes),
+        )
 
     @abstractmethod
-    def _match(self, cls_scores: List[Tensor], bbox_preds: List[Tensor], objectnesses: List[Tensor],
-               batch_gt_instances: InstanceList) -> List[Matches]:
+    def _match(
+        self,
+        cls_scores: list[Tensor],
+        bbox_preds: list[Tensor],
+        objectnesses: list[Tensor],
+        batch_gt_instances: InstanceList,
+    ) -> list[Matches]:
         """Cells of each level that answer for an object, over the batch. Without gradients."""
 
 
@@ -213,20 +244,29 @@ def _clip(boxes: Tensor, meta: dict) -> Tensor:
         height, width = meta['ori_shape'][0] * scale[1], meta['ori_shape'][1] * scale[0]
     boxes = boxes.clamp(min=0)
     # By numbers: a tensor of them would have to be copied to the device.
-    return torch.stack([boxes[:, 0].clamp(max=width), boxes[:, 1].clamp(max=height),
-                        boxes[:, 2].clamp(max=width), boxes[:, 3].clamp(max=height)], dim=1)
+    return torch.stack(
+        [
+            boxes[:, 0].clamp(max=width),
+            boxes[:, 1].clamp(max=height),
+            boxes[:, 2].clamp(max=width),
+            boxes[:, 3].clamp(max=height),
+        ],
+        dim=1,
+    )
 
 
-def in_cells(values: Tensor, at: Tuple[Tensor, ...], like: Tensor) -> Tensor:
+def in_cells(values: Tensor, at: tuple[Tensor, ...], like: Tensor) -> Tensor:
     """Zeros, but for values, (M,), in the cells that indices, (M,) for each dimension, name.
 
-    A cell may be there several times, since objects lie close together: its last value counts, on any device. So
+    A cell may be there several times, since objects lie close together: its last value counts, on
+        any device. So
     it is in the published code on a CPU; on a GPU one counts there by chance.
     """
     filled = like.new_zeros(like.shape)
     cells = sum(index * step for index, step in zip(at, filled.stride()))
     last = cells.new_zeros(filled.numel()).scatter_reduce_(
-        0, cells, torch.arange(len(cells), device=cells.device), 'amax')
+        0, cells, torch.arange(len(cells), device=cells.device), 'amax'
+    )
     # Whoever writes into a cell writes the same.
     filled.view(-1)[cells] = values[last[cells]]
     return filled
@@ -249,7 +289,7 @@ def ciou(boxes: Tensor, others: Tensor, eps: float = 1e-7) -> Tensor:
     do not.
 
     Args:
-        boxes (Tensor): (M, 4), centre x, centre y, width, height.
+        boxes (Tensor): (M, 4), center x, center y, width, height.
         others (Tensor): (M, 4).
         eps (float): Keeps quotients finite. Defaults to 1e-7.
 
@@ -258,7 +298,9 @@ def ciou(boxes: Tensor, others: Tensor, eps: float = 1e-7) -> Tensor:
     """
     low, high = boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2
     other_low, other_high = others[:, :2] - others[:, 2:] / 2, others[:, :2] + others[:, 2:] / 2
-    inter = (torch.minimum(high, other_high) - torch.maximum(low, other_low)).clamp(min=0).prod(dim=1)
+    inter = (
+        (torch.minimum(high, other_high) - torch.maximum(low, other_low)).clamp(min=0).prod(dim=1)
+    )
     union = boxes[:, 2:].prod(dim=1) + others[:, 2:].prod(dim=1) - inter
     iou = inter / (union + eps)
     hull = torch.maximum(high, other_high) - torch.minimum(low, other_low)

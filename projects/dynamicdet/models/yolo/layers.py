@@ -1,5 +1,7 @@
 """A detector as a list of layers, to be run one after the other."""
-from typing import NamedTuple, Sequence, Tuple
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,22 +13,28 @@ class Layer(NamedTuple):
 
     Attributes:
         name (str): Of its module, in the detector (``get_submodule``).
-        inputs (tuple[int, ...]): Positions in the list of the earlier layers that it is given, in the order
-            in which they are put together; none for the one that sees the image.
+        inputs (tuple[int, ...]): Positions in the list of the earlier layers that it is given, in
+            the order in which they are put together; none for the one that sees the image.
         channels (int): Of the map that it gives.
         stride (int): Pixels of the image per cell of that map.
     """
+
     name: str
-    inputs: Tuple[int, ...]
+    inputs: tuple[int, ...]
     channels: int
     stride: int
 
 
 def join(maps: Sequence[Tensor]) -> Tensor:
-    """Maps, (N, C_i, H_i, W_i), behind each other: (N, sum of C_i, H, W). Smaller ones are brought to the
-    size of the largest, by nearest neighbours. One map, or the image, is left as it is."""
+    """Maps, (N, C_i, H_i, W_i), behind each other: (N, sum of C_i, H, W). Smaller ones are brought
+    to the size of the largest, by nearest neighbors. One map, or the image, is left as it is."""
     if len(maps) == 1:
         return maps[0]
     size = max(tuple(one.shape[2:]) for one in maps)
-    return torch.cat([one if tuple(one.shape[2:]) == size else F.interpolate(one, size=size, mode='nearest')
-                      for one in maps], dim=1)
+    return torch.cat(
+        [
+            one if tuple(one.shape[2:]) == size else F.interpolate(one, size=size, mode='nearest')
+            for one in maps
+        ],
+        dim=1,
+    )

@@ -1,5 +1,4 @@
 """YOLOv5's backbones."""
-from typing import Optional, Tuple
 
 from mmengine.model import BaseModule
 from torch import Tensor
@@ -21,16 +20,14 @@ class YOLOV5Backbone(BaseModule):
         init_cfg (dict, optional): As in mmengine. Defaults to None.
     """
 
-    def __init__(self,
-                 arch: str = 's',
-                 width: float = 1.0,
-                 depth: float = 1.0,
-                 init_cfg: Optional[dict] = None) -> None:
+    def __init__(
+        self, arch: str = 's', width: float = 1.0, depth: float = 1.0, init_cfg: dict | None = None
+    ) -> None:
         super().__init__(init_cfg)
         self.architecture = architecture(arch, width, depth)
         self.layers = build_layers(self.architecture, self.architecture.backbone)
 
-    def forward(self, images: Tensor) -> Tuple[Tensor, ...]:
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """The maps that the neck takes, of the strides 8, 16 and 32.
 
         Args:

@@ -1,5 +1,6 @@
 """What YOLOv5 is built of. Letters: N images, C channels, H x W the map's size."""
-from typing import Dict, Iterable, Sequence, Tuple
+
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,8 @@ from .architecture import Architecture, Row
 
 
 class PyramidPooling(BaseModule):
-    """Max pooling over 5, 9 and 13 pixels, each as one more pooling over 5, between two 1x1 convolutions:
-    (N, in_channels, H, W) to (N, out_channels, H, W)."""
+    """Max pooling over 5, 9 and 13 pixels, each as one more pooling over 5, between two 1x1
+    convolutions: (N, in_channels, H, W) to (N, out_channels, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -39,12 +40,18 @@ def _build(row: Row, entering: int) -> nn.Module:
     if row.kind == 'spp':
         return PyramidPooling(entering, row.channels)
     return CSPLayer(
-        entering, row.channels, num_blocks=row.count, add_identity=row.shortcut, norm_cfg=NORM,
-        act_cfg=ACTIVATION)
+        entering,
+        row.channels,
+        num_blocks=row.count,
+        add_identity=row.shortcut,
+        norm_cfg=NORM,
+        act_cfg=ACTIVATION,
+    )
 
 
-def run_layers(layers: ModuleDict, rows: Sequence[Row], maps: Dict[int, Tensor],
-               wanted: Sequence[int]) -> Tuple[Tensor, ...]:
+def run_layers(
+    layers: ModuleDict, rows: Sequence[Row], maps: dict[int, Tensor], wanted: Sequence[int]
+) -> tuple[Tensor, ...]:
     """Run rows in order; maps are let go once nothing needs them.
 
     Args:
@@ -54,7 +61,7 @@ def run_layers(layers: ModuleDict, rows: Sequence[Row], maps: Dict[int, Tensor],
         wanted (Sequence[int]): Numbers of the maps to give.
     """
     for index, row in enumerate(rows):
-        x = layers[str(row.number)](join([maps[number] for number in row.sources or (-1, )]))
-        needed = {number for later in rows[index + 1:] for number in later.sources}.union(wanted)
+        x = layers[str(row.number)](join([maps[number] for number in row.sources or (-1,)]))
+        needed = {number for later in rows[index + 1 :] for number in later.sources}.union(wanted)
         maps = {number: one for number, one in {**maps, row.number: x}.items() if number in needed}
     return tuple(maps[number] for number in wanted)

@@ -1,5 +1,6 @@
 """YOLOv5's head. Letters: L levels, A anchors per level, C classes."""
-from typing import List, Optional, Sequence
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,8 +13,11 @@ from ..yolo import AnchorHead, Matches
 from .architecture import architecture
 
 #: Of the published networks, width and height in pixels, three per level.
-ANCHORS = (((10, 13), (16, 30), (33, 23)), ((30, 61), (62, 45), (59, 119)),
-           ((116, 90), (156, 198), (373, 326)))
+ANCHORS = (
+    ((10, 13), (16, 30), (33, 23)),
+    ((30, 61), (62, 45), (59, 119)),
+    ((116, 90), (156, 198), (373, 326)),
+)
 
 
 @MODELS.register_module()
@@ -24,8 +28,8 @@ class YOLOV5Head(AnchorHead):
         num_classes (int): C.
         arch (str): 'n', 's', 'm', 'l' or 'x'; sets the channels.
         width (float): Factor on the channels, as in backbone and neck. Defaults to 1.
-        anchors (Sequence, optional): (3, A, 2), width and height in pixels. Defaults to the published
-            ones.
+        anchors (Sequence, optional): (3, A, 2), width and height in pixels. Defaults to the
+            published ones.
         loss_weights (dict): Of 'bbox', 'obj' and 'cls'. Defaults to those with which n and s were
             published.
         train_cfg (dict, optional): As of `AnchorHead`.
@@ -33,26 +37,44 @@ class YOLOV5Head(AnchorHead):
         init_cfg (dict, optional): As in mmengine. Defaults to None.
     """
 
-    def __init__(self,
-                 num_classes: int,
-                 arch: str = 's',
-                 width: float = 1.0,
-                 anchors: Optional[Sequence] = None,
-                 loss_weights: dict = dict(bbox=0.05, obj=1.0, cls=0.5),
-                 train_cfg: OptConfigType = None,
-                 test_cfg: OptConfigType = None,
-                 init_cfg: OptConfigType = None) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        arch: str = 's',
+        width: float = 1.0,
+        anchors: Sequence | None = None,
+        loss_weights: dict = dict(bbox=0.05, obj=1.0, cls=0.5),
+        train_cfg: OptConfigType = None,
+        test_cfg: OptConfigType = None,
+        init_cfg: OptConfigType = None,
+    ) -> None:
         table = architecture(arch, width)
-        super().__init__(num_classes, table.channels(*table.outputs), anchors or ANCHORS, loss_weights,
-                         train_cfg, test_cfg, init_cfg)
+        super().__init__(
+            num_classes,
+            table.channels(*table.outputs),
+            anchors or ANCHORS,
+            loss_weights,
+            train_cfg,
+            test_cfg,
+            init_cfg,
+        )
 
-    def _match(self, cls_scores: List[Tensor], bbox_preds: List[Tensor], objectnesses: List[Tensor],
-               batch_gt_instances: InstanceList) -> List[Matches]:
+    def _match(
+        self,
+        cls_scores: list[Tensor],
+        bbox_preds: list[Tensor],
+        objectnesses: list[Tensor],
+        batch_gt_instances: InstanceList,
+    ) -> list[Matches]:
         corners = [get_box_tensor(instances.bboxes).float() for instances in batch_gt_instances]
         boxes = bbox_xyxy_to_cxcywh(torch.cat(corners))
         labels = torch.cat([instances.labels for instances in batch_gt_instances])
-        image = torch.cat([torch.full_like(instances.labels, index)
-                           for index, instances in enumerate(batch_gt_instances)])
+        image = torch.cat(
+            [
+                torch.full_like(instances.labels, index)
+                for index, instances in enumerate(batch_gt_instances)
+            ]
+        )
         matches = []
         for level, objectness in enumerate(objectnesses):
             anchor, row, column, owner = self.candidates(boxes, level, objectness.shape[-2:])

@@ -1,5 +1,6 @@
 """YOLOv5's neck: upwards from the deepest map, then down again."""
-from typing import Optional, Sequence, Tuple
+
+from collections.abc import Sequence
 
 from mmengine.model import BaseModule
 from torch import Tensor
@@ -21,16 +22,14 @@ class YOLOV5PAFPN(BaseModule):
         init_cfg (dict, optional): As in mmengine. Defaults to None.
     """
 
-    def __init__(self,
-                 arch: str = 's',
-                 width: float = 1.0,
-                 depth: float = 1.0,
-                 init_cfg: Optional[dict] = None) -> None:
+    def __init__(
+        self, arch: str = 's', width: float = 1.0, depth: float = 1.0, init_cfg: dict | None = None
+    ) -> None:
         super().__init__(init_cfg)
         self.architecture = architecture(arch, width, depth)
         self.layers = build_layers(self.architecture, self.architecture.neck)
 
-    def forward(self, maps: Sequence[Tensor]) -> Tuple[Tensor, ...]:
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Mix the maps.
 
         Args:

@@ -5,6 +5,12 @@ from .head import YOLOV7Head
 from .neck import YOLOV7PAFPN
 
 __all__ = [
-    'ARCHITECTURES', 'Architecture', 'Elan', 'RepConv', 'YOLOV7Backbone', 'YOLOV7Head', 'YOLOV7PAFPN',
-    'architecture'
+    'ARCHITECTURES',
+    'Architecture',
+    'Elan',
+    'RepConv',
+    'YOLOV7Backbone',
+    'YOLOV7Head',
+    'YOLOV7PAFPN',
+    'architecture',
 ]

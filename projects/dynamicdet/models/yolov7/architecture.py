@@ -1,16 +1,18 @@
 """YOLOv7, YOLOv7-X and YOLOv7-W6 as one table (arXiv 2207.02696, figure 2 and its appendix).
 
-A row is a stage. Rows of the backbone run from shallow to deep, rows of the neck in the order in which
-they run: upwards from the deepest map, then down again.
+A row is a stage. Rows of the backbone run from shallow to deep, rows of the neck in the order in
+which they run: upwards from the deepest map, then down again.
 """
-from typing import List, NamedTuple, Optional, Tuple
+
+from typing import NamedTuple
 
 from ..yolo import Layer
 
 
 class Elan(NamedTuple):
-    """An ELAN block: two 1x1 branches; ``count`` 3x3 convolutions follow the second one, and what every
-    ``every``-th of them gives is put together with both branches."""
+    """An ELAN block: two 1x1 branches; ``count`` 3x3 convolutions follow the second one, and what
+    every ``every``-th of them gives is put together with both branches."""
+
     branch: int  # channels of each 1x1 branch
     width: int  # channels of the 3x3 convolutions
     count: int
@@ -21,33 +23,37 @@ class Elan(NamedTuple):
 class Stage(NamedTuple):
     """A stage of the backbone: it halves the resolution, then works at it.
 
-    ``down``: 'conv', a 3x3 convolution of stride 2; 'pool', one beside max pooling, half of the channels
-    each; 'none', where the stem has halved it already.
+    ``down``: 'conv', a 3x3 convolution of stride 2; 'pool', one beside max pooling, half of the
+    channels each; 'none', where the stem has halved it already.
     ``block``: None for nothing; a width for one 3x3 convolution; or an ELAN.
     """
+
     down: str
     entering: int  # channels that enter the block
     block: object
 
 
 class Architecture(NamedTuple):
-    """A table of the whole detector; strides of the first stage and the first output follow from it.
+    """A table of the whole detector; strides of the first stage and the first output follow from
+    it.
 
     ``pixel_unshuffle``: whether the stem begins by putting each 2 x 2 pixels into one.
     ``up``, ``down``: the neck's rows. A row of ``up`` is the width to which the deeper map and the
-    lateral one are brought, and an ELAN; of ``down`` the channels of its convolution of stride 2 (and,
-    under 'pool', of the pooled branch), and an ELAN.
-    ``outputs``: channels of the maps that the head gets, by a re-parameterised convolution or a plain one.
+    lateral one are brought, and an ELAN; of ``down`` the channels of its convolution of stride 2
+    (and, under 'pool', of the pooled branch), and an ELAN.
+    ``outputs``: channels of the maps that the head gets, by a re-parameterized convolution or a
+    plain one.
     """
+
     stem: int
     pixel_unshuffle: bool
-    stages: Tuple[Stage, ...]
+    stages: tuple[Stage, ...]
     spp: int
-    up: Tuple[Tuple[int, Elan], ...]
+    up: tuple[tuple[int, Elan], ...]
     down_kind: str
-    down: Tuple[Tuple[int, Elan], ...]
-    reparameterised: bool
-    outputs: Tuple[int, ...]
+    down: tuple[tuple[int, Elan], ...]
+    reparameterized: bool
+    outputs: tuple[int, ...]
 
     def scaled(self, width: float = 1.0, depth: float = 1.0) -> 'Architecture':
         """The table with all channels times ``width``, to multiples of 8, and all counts times
@@ -58,26 +64,30 @@ class Architecture(NamedTuple):
 
         def elan(row: Elan) -> Elan:
             count = max(1, round(row.count * depth / row.every)) * row.every
-            return Elan(channels(row.branch), channels(row.width), count, row.every, channels(row.out))
+            return Elan(
+                channels(row.branch), channels(row.width), count, row.every, channels(row.out)
+            )
 
-        def block(row: object) -> Optional[object]:
+        def block(row: object) -> object | None:
             return elan(row) if isinstance(row, Elan) else row and channels(row)
 
         return self._replace(
             stem=channels(self.stem),
             stages=tuple(
-                Stage(row.down, channels(row.entering), block(row.block)) for row in self.stages),
+                Stage(row.down, channels(row.entering), block(row.block)) for row in self.stages
+            ),
             spp=channels(self.spp),
             up=tuple((channels(entering), elan(row)) for entering, row in self.up),
             down=tuple((channels(entering), elan(row)) for entering, row in self.down),
-            outputs=tuple(map(channels, self.outputs)))
+            outputs=tuple(map(channels, self.outputs)),
+        )
 
     @property
     def levels(self) -> int:
         """How many maps the neck takes and gives: the deepest ones."""
         return len(self.outputs)
 
-    def layers(self) -> Tuple[Layer, ...]:
+    def layers(self) -> tuple[Layer, ...]:
         """The detector as a list to be run, one by one; what the head is given are its entries
         ``output_layers``.
 
@@ -85,44 +95,48 @@ class Architecture(NamedTuple):
             ValueError: Of W6, which begins by putting pixels into one, outside of any layer.
         """
         if self.pixel_unshuffle:
-            raise ValueError('YOLOv7-W6 has no table of layers: it rearranges the image before its first one')
-        rows: List[Layer] = []
+            raise ValueError(
+                'YOLOv7-W6 has no table of layers: it rearranges the image before its first one'
+            )
+        rows: list[Layer] = []
 
-        def add(name: str, inputs: Tuple[int, ...], channels: int, factor: int = 1) -> int:
+        def add(name: str, inputs: tuple[int, ...], channels: int, factor: int = 1) -> int:
             entering = min((rows[one].stride for one in inputs), default=1)
             rows.append(Layer(name, inputs, channels, entering * factor))
             return len(rows) - 1
 
         last, stages = add('backbone.stem', (), self.stem), []
         for index, (row, channels) in enumerate(zip(self.stages, self.stage_channels)):
-            last = add(f'backbone.downs.{index}', (last, ), row.entering, 2)
-            last = add(f'backbone.blocks.{index}', (last, ), channels)
+            last = add(f'backbone.downs.{index}', (last,), row.entering, 2)
+            last = add(f'backbone.blocks.{index}', (last,), channels)
             stages.append(last)
-        kept = [add('neck.spp', (last, ), self.spp)]
+        kept = [add('neck.spp', (last,), self.spp)]
         for index, (entering, row) in enumerate(self.up):
-            upper = add(f'neck.reduces.{index}', (kept[-1], ), entering)
-            lateral = add(f'neck.laterals.{index}', (stages[-2 - index], ), entering)
+            upper = add(f'neck.reduces.{index}', (kept[-1],), entering)
+            lateral = add(f'neck.laterals.{index}', (stages[-2 - index],), entering)
             kept.append(add(f'neck.up_blocks.{index}', (lateral, upper), row.out))
         outputs = [kept.pop()]
         for index, (entering, row) in enumerate(self.down):
             wide = 2 * entering if self.down_kind == 'pool' else entering
-            lower = add(f'neck.downs.{index}', (outputs[-1], ), wide, 2)
+            lower = add(f'neck.downs.{index}', (outputs[-1],), wide, 2)
             outputs.append(add(f'neck.down_blocks.{index}', (lower, kept.pop()), row.out))
         for index, (own, channels) in enumerate(zip(outputs, self.outputs)):
-            add(f'neck.outs.{index}', (own, ), channels)
+            add(f'neck.outs.{index}', (own,), channels)
         return tuple(rows)
 
     @property
-    def output_layers(self) -> Tuple[int, ...]:
+    def output_layers(self) -> tuple[int, ...]:
         """Positions in `layers` of what the head is given."""
         count = len(self.layers())
         return tuple(range(count - self.levels, count))
 
     @property
-    def stage_channels(self) -> Tuple[int, ...]:
+    def stage_channels(self) -> tuple[int, ...]:
         """Channels of the map of each stage."""
-        return tuple(row.block.out if isinstance(row.block, Elan) else row.block or row.entering
-                     for row in self.stages)
+        return tuple(
+            row.block.out if isinstance(row.block, Elan) else row.block or row.entering
+            for row in self.stages
+        )
 
 
 ARCHITECTURES = dict(
@@ -140,8 +154,9 @@ ARCHITECTURES = dict(
         up=((256, Elan(256, 128, 4, 1, 256)), (128, Elan(128, 64, 4, 1, 128))),
         down_kind='pool',
         down=((128, Elan(256, 128, 4, 1, 256)), (256, Elan(512, 256, 4, 1, 512))),
-        reparameterised=True,
-        outputs=(256, 512, 1024)),
+        reparameterized=True,
+        outputs=(256, 512, 1024),
+    ),
     x=Architecture(
         stem=40,
         pixel_unshuffle=False,
@@ -156,8 +171,9 @@ ARCHITECTURES = dict(
         up=((320, Elan(256, 256, 6, 2, 320)), (160, Elan(128, 128, 6, 2, 160))),
         down_kind='pool',
         down=((160, Elan(256, 256, 6, 2, 320)), (320, Elan(512, 512, 6, 2, 640))),
-        reparameterised=False,
-        outputs=(320, 640, 1280)),
+        reparameterized=False,
+        outputs=(320, 640, 1280),
+    ),
     w6=Architecture(
         stem=64,
         pixel_unshuffle=True,
@@ -170,13 +186,21 @@ ARCHITECTURES = dict(
             Stage('conv', 1024, Elan(512, 512, 4, 2, 1024)),
         ),
         spp=512,
-        up=((384, Elan(384, 192, 4, 1, 384)), (256, Elan(256, 128, 4, 1, 256)),
-            (128, Elan(128, 64, 4, 1, 128))),
+        up=(
+            (384, Elan(384, 192, 4, 1, 384)),
+            (256, Elan(256, 128, 4, 1, 256)),
+            (128, Elan(128, 64, 4, 1, 128)),
+        ),
         down_kind='conv',
-        down=((256, Elan(256, 128, 4, 1, 256)), (384, Elan(384, 192, 4, 1, 384)),
-              (512, Elan(512, 256, 4, 1, 512))),
-        reparameterised=False,
-        outputs=(256, 512, 768, 1024)))
+        down=(
+            (256, Elan(256, 128, 4, 1, 256)),
+            (384, Elan(384, 192, 4, 1, 384)),
+            (512, Elan(512, 256, 4, 1, 512)),
+        ),
+        reparameterized=False,
+        outputs=(256, 512, 768, 1024),
+    ),
+)
 
 
 def architecture(name: str, width: float = 1.0, depth: float = 1.0) -> Architecture:

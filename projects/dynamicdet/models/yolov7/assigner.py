@@ -2,7 +2,6 @@
 
 Letters: G objects, K candidates, C classes. Boxes are pixels.
 """
-from typing import Tuple
 
 import torch
 from torch import Tensor
@@ -10,10 +9,11 @@ from torch import Tensor
 from mmdet.structures.bbox import bbox_overlaps
 
 
-def sim_ota(boxes: Tensor, labels: Tensor, predicted: Tensor,
-            probabilities: Tensor) -> Tuple[Tensor, Tensor]:
-    """Choose among candidates by what the detector says of them (YOLOX, arXiv 2107.08430, section 2.1; as
-    YOLOv7 weighs it: ``cost = cls + 3 * iou``).
+def sim_ota(
+    boxes: Tensor, labels: Tensor, predicted: Tensor, probabilities: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Choose among candidates by what the detector says of them (YOLOX, arXiv 2107.08430, section
+    2.1; as YOLOv7 weighs it: ``cost = cls + 3 * iou``).
 
     An object takes as many candidates as its ten best overlaps sum to, at least one: those of the
     lowest cost. A candidate that several objects take goes to the one for which it costs least.

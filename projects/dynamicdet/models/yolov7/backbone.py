@@ -1,5 +1,6 @@
 """YOLOv7's backbones."""
-from typing import Optional, Sequence, Tuple
+
+from collections.abc import Sequence
 
 import torch.nn.functional as F
 from mmengine.model import BaseModule, ModuleList
@@ -23,25 +24,32 @@ class YOLOV7Backbone(BaseModule):
         depth (float): Factor on the length of the ELAN blocks. Defaults to 1.
         out_indices (Sequence[int], optional): Stages whose maps are given; stage 0 has stride 2.
             Defaults to those that the neck takes, from stride 8 on.
-        crossed_stage (int, optional): Of a second backbone of a cascade: the stage in front of which the convolution
-            that halves the resolution is given the first backbone's map in the place of its own, as in the released
-            Dy-YOLOv7-X; a 'pool' row. On its own a backbone ignores it. Defaults to None.
+        crossed_stage (int, optional): Of a second backbone of a cascade: the stage in front of
+            which the convolution that halves the resolution is given the first backbone's map in
+            the place of its own, as in the released Dy-YOLOv7-X; a 'pool' row. On its own a
+            backbone ignores it. Defaults to None.
         init_cfg (dict, optional): As in mmengine. Defaults to None.
     """
 
-    def __init__(self,
-                 arch: str = 'v7',
-                 width: float = 1.0,
-                 depth: float = 1.0,
-                 out_indices: Optional[Sequence[int]] = None,
-                 crossed_stage: Optional[int] = None,
-                 init_cfg: Optional[dict] = None) -> None:
+    def __init__(
+        self,
+        arch: str = 'v7',
+        width: float = 1.0,
+        depth: float = 1.0,
+        out_indices: Sequence[int] | None = None,
+        crossed_stage: int | None = None,
+        init_cfg: dict | None = None,
+    ) -> None:
         super().__init__(init_cfg)
         table = architecture(arch, width, depth)
         if crossed_stage is not None and not (
-                1 <= crossed_stage < len(table.stages) and table.stages[crossed_stage].down == 'pool'):
-            raise UsageError(f"crossed_stage must be a stage of '{arch}' that convolution and pooling enter side by side; "
-                             f'got {crossed_stage}')
+            1 <= crossed_stage < len(table.stages) and table.stages[crossed_stage].down == 'pool'
+        ):
+            raise UsageError(
+                f"crossed_stage must be a stage of '{arch}' that convolution and pooling enter "
+                'side by side; '
+                f'got {crossed_stage}'
+            )
         self.crossed_stage = crossed_stage
         self.pixel_unshuffle = table.pixel_unshuffle
         self.stem = conv(12 if table.pixel_unshuffle else 3, table.stem, 3)
@@ -50,7 +58,8 @@ class YOLOV7Backbone(BaseModule):
         for row, leaving in zip(table.stages, table.stage_channels):
             pooled = row.down == 'pool'
             self.downs.append(
-                down(row.down, channels, row.entering // 2 if pooled else row.entering))
+                down(row.down, channels, row.entering // 2 if pooled else row.entering)
+            )
             self.blocks.append(_block(row.entering, row.block))
             channels = leaving
         self.entering = [row.entering for row in table.stages]
@@ -58,7 +67,7 @@ class YOLOV7Backbone(BaseModule):
         #: Leading stages that a composite connection leaves out: those without a block.
         self.unconnected = sum(row.block is None for row in table.stages)
         stages = range(len(table.stages))
-        self.out_indices = tuple(stages[-table.levels:] if out_indices is None else out_indices)
+        self.out_indices = tuple(stages[-table.levels :] if out_indices is None else out_indices)
 
     def enter(self, images: Tensor) -> Tensor:
         """What enters the block of stage 0."""
@@ -66,7 +75,7 @@ class YOLOV7Backbone(BaseModule):
             images = F.pixel_unshuffle(images, 2)
         return self.downs[0](self.stem(images))
 
-    def forward(self, images: Tensor) -> Tuple[Tensor, ...]:
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Maps of the stages in ``out_indices``.
 
         Args:

@@ -1,5 +1,4 @@
 """What YOLOv7 is built of. Letters: N images, C channels, H x W the map's size."""
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,8 @@ class ElanBlock(BaseModule):
         self.shortcut = conv(in_channels, row.branch)
         self.entry = conv(in_channels, row.branch)
         self.convs = ModuleList(
-            conv(row.width if index else row.branch, row.width, 3) for index in range(row.count))
+            conv(row.width if index else row.branch, row.width, 3) for index in range(row.count)
+        )
         self.out = conv(2 * row.branch + row.count // row.every * row.width, row.out)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,10 +46,12 @@ class PoolDown(BaseModule):
         self.entry = conv(in_channels, width)
         self.strided = conv(width, width, 3, 2)
 
-    def forward(self, x: Tensor, convolved: Optional[Tensor] = None) -> Tensor:
+    def forward(self, x: Tensor, convolved: Tensor | None = None) -> Tensor:
         """The convolution may be given another map than the pooling, of the same shape."""
         entering = x if convolved is None else convolved
-        return torch.cat([self.strided(self.entry(entering)), self.pooled(F.max_pool2d(x, 2))], dim=1)
+        return torch.cat(
+            [self.strided(self.entry(entering)), self.pooled(F.max_pool2d(x, 2))], dim=1
+        )
 
 
 def down(kind: str, in_channels: int, width: int) -> nn.Module:
@@ -60,14 +62,15 @@ def down(kind: str, in_channels: int, width: int) -> nn.Module:
 
 
 class SppCsp(BaseModule):
-    """Spatial pyramid pooling inside a cross-stage partial block: max pooling over 5, 9 and 13 pixels,
-    each as one more pooling over 5."""
+    """Spatial pyramid pooling inside a cross-stage partial block: max pooling over 5, 9 and 13
+    pixels, each as one more pooling over 5."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         width = out_channels
         self.entry = nn.Sequential(
-            conv(in_channels, width), conv(width, width, 3), conv(width, width))
+            conv(in_channels, width), conv(width, width, 3), conv(width, width)
+        )
         self.shortcut = conv(in_channels, width)
         self.fused = nn.Sequential(conv(4 * width, width), conv(width, width, 3))
         self.out = conv(2 * width, out_channels)
@@ -93,7 +96,8 @@ class RepConv(Fusible, BaseModule):
     def _branch(in_channels: int, out_channels: int, kernel: int) -> nn.Sequential:
         return nn.Sequential(
             nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=False),
-            nn.BatchNorm2d(out_channels, eps=NORM['eps'], momentum=NORM['momentum']))
+            nn.BatchNorm2d(out_channels, eps=NORM['eps'], momentum=NORM['momentum']),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.dense(x)

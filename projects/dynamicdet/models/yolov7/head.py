@@ -2,7 +2,8 @@
 
 Letters: L levels, A anchors per level, C classes.
 """
-from typing import List, Optional, Sequence
+
+from collections.abc import Sequence
 
 import torch
 from mmengine.structures import InstanceData
@@ -18,41 +19,53 @@ from .assigner import sim_ota
 
 #: Anchors of the published networks, width and height in pixels, three per level.
 ANCHORS = dict(
-    p5=(((12, 16), (19, 36), (40, 28)), ((36, 75), (76, 55), (72, 146)),
-        ((142, 110), (192, 243), (459, 401))),
-    p6=(((19, 27), (44, 40), (38, 94)), ((96, 68), (86, 152), (180, 137)),
-        ((140, 301), (303, 264), (238, 542)), ((436, 615), (739, 380), (925, 792))))
+    p5=(
+        ((12, 16), (19, 36), (40, 28)),
+        ((36, 75), (76, 55), (72, 146)),
+        ((142, 110), (192, 243), (459, 401)),
+    ),
+    p6=(
+        ((19, 27), (44, 40), (38, 94)),
+        ((96, 68), (86, 152), (180, 137)),
+        ((140, 301), (303, 264), (238, 542)),
+        ((436, 615), (739, 380), (925, 792)),
+    ),
+)
 
 
 @MODELS.register_module()
 class YOLOV7Head(AnchorHead):
-    """An `AnchorHead` between what is added to its inputs and what its outputs are multiplied with (implicit
-    knowledge, arXiv 2105.04206).
+    """An `AnchorHead` between what is added to its inputs and what its outputs are multiplied with
+    (implicit knowledge, arXiv 2105.04206).
 
     Args:
         num_classes (int): C.
         arch (str): 'v7', 'x' or 'w6'; sets channels and levels.
         width (float): Factor on the channels, as in backbone and neck. Defaults to 1.
-        anchors (Sequence, optional): (L, A, 2), width and height in pixels. Defaults to the published
-            ones.
+        anchors (Sequence, optional): (L, A, 2), width and height in pixels. Defaults to the
+            published ones.
         loss_weights (dict): Of 'bbox', 'obj' and 'cls'. Defaults to the published ones.
         train_cfg (dict, optional): As of `AnchorHead`.
         test_cfg (dict, optional): As of `AnchorHead`.
         init_cfg (dict, optional): As in mmengine. Defaults to None.
     """
 
-    def __init__(self,
-                 num_classes: int,
-                 arch: str = 'v7',
-                 width: float = 1.0,
-                 anchors: Optional[Sequence] = None,
-                 loss_weights: dict = dict(bbox=0.05, obj=0.7, cls=0.3),
-                 train_cfg: OptConfigType = None,
-                 test_cfg: OptConfigType = None,
-                 init_cfg: OptConfigType = None) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        arch: str = 'v7',
+        width: float = 1.0,
+        anchors: Sequence | None = None,
+        loss_weights: dict = dict(bbox=0.05, obj=0.7, cls=0.3),
+        train_cfg: OptConfigType = None,
+        test_cfg: OptConfigType = None,
+        init_cfg: OptConfigType = None,
+    ) -> None:
         channels = architecture(arch, width).outputs
         anchors = anchors or ANCHORS['p5' if len(channels) == 3 else 'p6']
-        super().__init__(num_classes, channels, anchors, loss_weights, train_cfg, test_cfg, init_cfg)
+        super().__init__(
+            num_classes, channels, anchors, loss_weights, train_cfg, test_cfg, init_cfg
+        )
         wide = self.num_anchors * (5 + num_classes)
         self.added = nn.ParameterList(0.02 * torch.randn(1, own, 1, 1) for own in channels)
         self.multiplied = nn.ParameterList(1 + 0.02 * torch.randn(1, wide, 1, 1) for _ in channels)
@@ -72,18 +85,26 @@ class YOLOV7Head(AnchorHead):
             return self.convs[level](x)
         return self.convs[level](x + self.added[level]) * self.multiplied[level]
 
-    def _match(self, cls_scores: List[Tensor], bbox_preds: List[Tensor], objectnesses: List[Tensor],
-               batch_gt_instances: InstanceList) -> List[Matches]:
-        levels: List[List[Matches]] = [[] for _ in cls_scores]
+    def _match(
+        self,
+        cls_scores: list[Tensor],
+        bbox_preds: list[Tensor],
+        objectnesses: list[Tensor],
+        batch_gt_instances: InstanceList,
+    ) -> list[Matches]:
+        levels: list[list[Matches]] = [[] for _ in cls_scores]
         for index, instances in enumerate(batch_gt_instances):
-            outputs = [[part[index] for part in parts]
-                       for parts in zip(cls_scores, bbox_preds, objectnesses)]
+            outputs = [
+                [part[index] for part in parts]
+                for parts in zip(cls_scores, bbox_preds, objectnesses)
+            ]
             for level, own in enumerate(self._match_image(index, outputs, instances)):
                 levels[level].append(own)
         return [Matches(*map(torch.cat, zip(*parts))) for parts in levels]
 
-    def _match_image(self, index: int, outputs: List[List[Tensor]],
-                     instances: InstanceData) -> List[Matches]:
+    def _match_image(
+        self, index: int, outputs: list[list[Tensor]], instances: InstanceData
+    ) -> list[Matches]:
         corners = get_box_tensor(instances.bboxes).float()
         boxes = bbox_xyxy_to_cxcywh(corners)
         cells, predicted, probabilities = [], [], []
@@ -95,14 +116,25 @@ class YOLOV7Head(AnchorHead):
             predicted.append(bbox_cxcywh_to_xyxy(self.decode(raw, level, *at)))
             logits = cls.unflatten(0, (self.num_anchors, -1))[anchor, :, row, column]
             probabilities.append(
-                logits.float().sigmoid() * objectness[at].float().sigmoid()[:, None])
+                logits.float().sigmoid() * objectness[at].float().sigmoid()[:, None]
+            )
         cells = torch.cat(cells, dim=1)
         taken = owner = cells.new_zeros(0)
         if cells.shape[1]:
-            taken, owner = sim_ota(corners, instances.labels, torch.cat(predicted),
-                                   torch.cat(probabilities))
+            taken, owner = sim_ota(
+                corners, instances.labels, torch.cat(predicted), torch.cat(probabilities)
+            )
         # Level by level, as candidates are.
         level, anchor, row, column = cells[:, taken]
-        counts = (level == torch.arange(len(outputs), device=level.device)[:, None]).sum(dim=1).tolist()
-        whole = (torch.full_like(anchor, index), anchor, row, column, boxes[owner], instances.labels[owner])
+        counts = (
+            (level == torch.arange(len(outputs), device=level.device)[:, None]).sum(dim=1).tolist()
+        )
+        whole = (
+            torch.full_like(anchor, index),
+            anchor,
+            row,
+            column,
+            boxes[owner],
+            instances.labels[owner],
+        )
         return [Matches(*own) for own in zip(*(one.split(counts) for one in whole))]

@@ -1,5 +1,6 @@
 """YOLOv7's neck: upwards from the deepest map, then down again."""
-from typing import Optional, Sequence, Tuple
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,15 +25,13 @@ class YOLOV7PAFPN(BaseModule):
         init_cfg (dict, optional): As in mmengine. Defaults to None.
     """
 
-    def __init__(self,
-                 arch: str = 'v7',
-                 width: float = 1.0,
-                 depth: float = 1.0,
-                 init_cfg: Optional[dict] = None) -> None:
+    def __init__(
+        self, arch: str = 'v7', width: float = 1.0, depth: float = 1.0, init_cfg: dict | None = None
+    ) -> None:
         super().__init__(init_cfg)
         table = architecture(arch, width, depth)
         # Deep to shallow, without the deepest.
-        laterals = table.stage_channels[-table.levels:][-2::-1]
+        laterals = table.stage_channels[-table.levels :][-2::-1]
         self.architecture = table
         self.spp = SppCsp(table.stage_channels[-1], table.spp)
         self.reduces, self.laterals, self.up_blocks = ModuleList(), ModuleList(), ModuleList()
@@ -50,10 +49,11 @@ class YOLOV7PAFPN(BaseModule):
             self.down_blocks.append(ElanBlock(branches * entering + widths.pop(), row))
             outputs.append(row.out)
         self.outs = ModuleList(
-            RepConv(own, wanted) if table.reparameterised else conv(own, wanted, 3)
-            for own, wanted in zip(outputs, table.outputs))
+            RepConv(own, wanted) if table.reparameterized else conv(own, wanted, 3)
+            for own, wanted in zip(outputs, table.outputs)
+        )
 
-    def forward(self, maps: Sequence[Tensor]) -> Tuple[Tensor, ...]:
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Mix the maps.
 
         Args:

@@ -1,5 +1,4 @@
 """Step 1: let later exits learn most from the images that the first one gets wrong."""
-from typing import Dict, List
 
 import torch
 from torch import Tensor
@@ -9,12 +8,14 @@ from mmdet.structures import DetDataSample
 from .paired_losses import View, alone
 
 
-def specialised_losses(first: View, later: List[View], power: float) -> List[Dict[str, Tensor]]:
+def specialized_losses(first: View, later: list[View], power: float) -> list[dict[str, Tensor]]:
     """Losses of later exits in which images count by what the first exit gets wrong.
 
-    Boosting in spirit: ``w_i = (n_i * L1_i) ** power``, divided by its mean over the batch, where ``L1_i``
-    is the first exit's loss of image i, without gradient, and ``n_i`` its number of objects, at least 1:
-    mmdet's heads average over objects, AP counts them. The first exit's own loss is not touched.
+    Boosting in spirit: ``w_i = (n_i * L1_i) ** power``, divided by its mean over the batch, where
+        ``L1_i``
+    is the first exit's loss of image i, without gradient, and ``n_i`` its number of objects, at
+    least 1: mmdet's heads average over objects, AP counts them. The first exit's own loss is not
+        touched.
 
     Args:
         first (View): The first exit: branch, maps (N, C_i, H_i, W_i), a list of N data samples.
@@ -36,18 +37,22 @@ def _wrong(view: View, index: int) -> Tensor:
     """``n_i * L1_i``."""
     sample = view.sample[index]
     with torch.no_grad():
-        losses = view.branch.loss(tuple(m[index:index + 1] for m in view.maps), [_copy(sample)])
+        losses = view.branch.loss(tuple(m[index : index + 1] for m in view.maps), [_copy(sample)])
         total, _ = view.branch.parse_losses(losses)
     return total.detach() * max(1, len(sample.gt_instances))
 
 
-def _weighted(view: View, weights: Tensor) -> Dict[str, Tensor]:
-    summed: Dict[str, Tensor] = {}
+def _weighted(view: View, weights: Tensor) -> dict[str, Tensor]:
+    summed: dict[str, Tensor] = {}
     for index, weight in enumerate(weights):
-        own = view.branch.loss(tuple(m[index:index + 1] for m in view.maps), [view.sample[index]])
+        own = view.branch.loss(tuple(m[index : index + 1] for m in view.maps), [view.sample[index]])
         for name, value in own.items():
             # Losses of several levels come as lists; `parse_losses` adds them up.
-            value = sum(part.mean() for part in value) if isinstance(value, (list, tuple)) else value.mean()
+            value = (
+                sum(part.mean() for part in value)
+                if isinstance(value, (list, tuple))
+                else value.mean()
+            )
             summed[name] = summed.get(name, 0) + weight * value
     return summed
 

@@ -1,10 +1,11 @@
 """Eight-bit integers, simulated in torch as an int8 graph of ONNX Runtime computes them.
 
-Quantised are layers, that is convolutions and linear layers, with what enters and what leaves them:
+Quantized are layers, that is convolutions and linear layers, with what enters and what leaves them:
 
-* weights: symmetric, a scale for each output channel, integers in -127 ... 127 (-64 ... 64 where a processor
-  adds products in 16 bits, see `deploy.int8.needs_reduced_range`);
-* activations: one scale and zero point for a tensor, integers in 0 ... 255, for all who read the tensor;
+* weights: symmetric, a scale for each output channel, integers in -127 ... 127 (-64 ... 64 where a
+  processor adds products in 16 bits, see `deploy.int8.needs_reduced_range`);
+* activations: one scale and zero point for a tensor, integers in 0 ... 255, for all who read the
+  tensor;
 * biases: integers of 32 bits, in steps of the product of both scales;
 * a norm behind a convolution is part of it, and a ReLU behind both needs no integers of its own;
 * layers that give predictions may stay float, see docs/int8.md.
@@ -12,8 +13,10 @@ Quantised are layers, that is convolutions and linear layers, with what enters a
 Where that is follows from the calls that torch sees in a pass (`trace`), not from modules: sums and
 concatenations are no modules, and heads use one module at several levels.
 """
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,15 +30,16 @@ from ..transfers import Followed
 
 #: Share of a batch's range in the running one.
 MOMENTUM = 0.1
-_CONVS, _LINEARS, _NORMS = (torch.conv2d, F.conv2d), (F.linear, ), (F.batch_norm, )
+_CONVS, _LINEARS, _NORMS = (torch.conv2d, F.conv2d), (F.linear,), (F.batch_norm,)
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 
 
-def activation_scale(low: float, high: float) -> Tuple[np.float32, int]:
-    """Scale and zero point, 0 to 255, of a range. Zero is always in it, and is an integer of its own.
+def activation_scale(low: float, high: float) -> tuple[np.float32, int]:
+    """Scale and zero point, 0 to 255, of a range. Zero is always in it, and is an integer of its
+    own.
 
-    Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
-    Inference" (2018), equation 1.
+    Jacob et al., "Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference" (2018), equation 1.
     """
     low, high = min(low, 0.0), max(high, 0.0)
     scale = np.float32((high - low) / 255)
@@ -45,16 +49,18 @@ def activation_scale(low: float, high: float) -> Tuple[np.float32, int]:
     return scale, int(np.clip(np.rint(-low / float(scale)), 0, 255))
 
 
-def activation_step(bounds: Tensor) -> Tuple[Tensor, Tensor]:
-    """`activation_scale` of a range that is a tensor, (2, ), on its device; both are of no dimension."""
+def activation_step(bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """`activation_scale` of a range that is a tensor, (2, ), on its device; both are of no
+    dimension."""
     if bounds.device.type != 'cpu':
         return step_on_device(bounds)
     scale, zero = activation_scale(*bounds.tolist())
     return torch.tensor(scale), torch.tensor(zero, dtype=torch.int32)
 
 
-def step_on_device(bounds: Tensor) -> Tuple[Tensor, Tensor]:
-    """`activation_step` where the host would wait for each range: the same to the last bit, by more operations."""
+def step_on_device(bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """`activation_step` where the host would wait for each range: the same to the last bit, by more
+    operations."""
     low, high = bounds.detach().double().unbind()
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = ((high - low) / 255).float()
@@ -68,33 +74,35 @@ def weight_scale(weight: Tensor, reduced: bool = False) -> Tensor:
     return torch.where(scale > torch.finfo(torch.float32).tiny, scale, 1.0)
 
 
-def fake_quantise_weight(weight: Tensor, reduced: bool = False, noise: float = 1.0) -> Tensor:
+def fake_quantize_weight(weight: Tensor, reduced: bool = False, noise: float = 1.0) -> Tensor:
     """Round weights, (C, ...), to what 8 bits hold; gradients pass as if nothing had happened.
 
     Args:
         weight (Tensor): float32.
         reduced (bool): Whether to -64 ... 64.
-        noise (float): Share of the weights, by chance, that is rounded: quant-noise (Fan et al. 2021). In [0,
-            1].
+        noise (float): Share of the weights, by chance, that is rounded: quant-noise (Fan et al.
+            2021). In [0, 1].
     """
     if noise <= 0:
         return weight
     scale = weight_scale(weight, reduced)
     most = 64 if reduced else 127
-    # Zero points that are floats: those that are integers torch looks at on the host, two times a layer.
+    # Zero points that are floats: those that are integers torch looks at on the host, two times a
+    # layer.
     zeros = torch.zeros_like(scale)
     rounded = torch.fake_quantize_per_channel_affine(weight, scale, zeros, 0, -most, most)
     return rounded if noise >= 1 else torch.where(torch.rand_like(weight) < noise, rounded, weight)
 
 
 def round_bias(bias: Tensor, step: Tensor) -> Tensor:
-    """Round a bias, (C, ), to multiples of the scale of its channel's products, (C, ): integers of 32 bits
-    are added to those. Gradients pass."""
+    """Round a bias, (C, ), to multiples of the scale of its channel's products, (C, ): integers of
+    32 bits are added to those. Gradients pass."""
     return bias + (torch.round(bias / step) * step - bias).detach()
 
 
-def fold(weight: Tensor, bias: Optional[Tensor], norm: _BatchNorm) -> Tuple[Tensor, Tensor]:
-    """Weight and bias of a convolution that does what the convolution and the norm (in eval mode) do."""
+def fold(weight: Tensor, bias: Tensor | None, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution that does what the convolution and the norm (in eval mode)
+    do."""
     factor = (norm.running_var + norm.eps).rsqrt()
     factor = factor if norm.weight is None else factor * norm.weight
     shift = (0 if bias is None else bias) - norm.running_mean
@@ -115,10 +123,11 @@ class Layer:
         norm (nn.Module, optional): The norm that is part of it.
         spared (bool): Whether it stays float.
     """
+
     entering: str
     leaving: str
     weight: Tensor
-    norm: Optional[_BatchNorm]
+    norm: _BatchNorm | None
     spared: bool
 
 
@@ -132,10 +141,11 @@ class Plan:
         points (dict[int, str]): Call -> key of the range of its result.
         inputs (dict[int, str]): The same for what enters the pass.
     """
-    layers: Dict[int, Layer] = field(default_factory=dict)
-    norms: Set[int] = field(default_factory=set)
-    points: Dict[int, str] = field(default_factory=dict)
-    inputs: Dict[int, str] = field(default_factory=dict)
+
+    layers: dict[int, Layer] = field(default_factory=dict)
+    norms: set[int] = field(default_factory=set)
+    points: dict[int, str] = field(default_factory=dict)
+    inputs: dict[int, str] = field(default_factory=dict)
 
 
 class _Counted(TorchFunctionMode):
@@ -145,7 +155,9 @@ class _Counted(TorchFunctionMode):
         super().__init__()
         self.calls = 0
 
-    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Callable, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
         number = self.calls
         result = self.call(number, function, args, kwargs or {})
         self.calls += any(isinstance(one, Tensor) for one in tree_leaves(result))
@@ -156,20 +168,27 @@ class _Counted(TorchFunctionMode):
 
 
 class _Tracer(_Counted):
-    """Notes who makes and who reads each value. A value is a call, or an input: ('input', number)."""
+    """Notes who makes and who reads each value. A value is a call, or an input: ('input',
+    number)."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
         # An object that is written to in place becomes another value.
-        self.value_of: Dict[int, Any] = {id(tensor): ('input', index) for index, tensor in enumerate(inputs)}
-        self.readers: Dict[Any, List[int]] = {}
-        self.made: Dict[int, Tuple[Callable, tuple]] = {}
-        self.sizes: Dict[int, int] = {}
+        self.value_of: dict[int, Any] = {
+            id(tensor): ('input', index) for index, tensor in enumerate(inputs)
+        }
+        self.readers: dict[Any, list[int]] = {}
+        self.made: dict[int, tuple[Callable, tuple]] = {}
+        self.sizes: dict[int, int] = {}
         # An id is not used again while its object lives.
-        self.kept: List[Any] = list(inputs)
+        self.kept: list[Any] = list(inputs)
 
     def call(self, number: int, function: Callable, args: tuple, kwargs: dict) -> Any:
-        read = [self.value_of.get(id(one)) for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        read = [
+            self.value_of.get(id(one))
+            for one in tree_leaves((args, kwargs))
+            if isinstance(one, Tensor)
+        ]
         first = self.value_of.get(id(args[0])) if args else None
         result = function(*args, **kwargs)
         tensors = [one for one in tree_leaves(result) if isinstance(one, Tensor)]
@@ -185,10 +204,13 @@ class _Tracer(_Counted):
                 self.value_of[id(one)] = number if len(tensors) == 1 else (number, index)
         return result
 
-    def only_reader(self, value: Any, functions: Sequence[Callable]) -> Optional[int]:
+    def only_reader(self, value: Any, functions: Sequence[Callable]) -> int | None:
         readers = self.readers.get(value, [])
-        if len(readers) == 1 and self.made[readers[0]][0] in functions and self.made[
-                readers[0]][1][0] == value:
+        if (
+            len(readers) == 1
+            and self.made[readers[0]][0] in functions
+            and self.made[readers[0]][1][0] == value
+        ):
             return readers[0]
         return None
 
@@ -196,27 +218,33 @@ class _Tracer(_Counted):
         function, (_, *args) = self.made[number]
         return function in _CONVS or function in _LINEARS and args[0].dim() == 2
 
-    def predictions(self, layers: Sequence[int], share: float) -> Tuple[int, ...]:
+    def predictions(self, layers: Sequence[int], share: float) -> tuple[int, ...]:
         """See `last_layers`."""
-        read: Dict[int, Set[Any]] = {}
+        read: dict[int, set[Any]] = {}
         for value, readers in self.readers.items():
             maker = value[0] if isinstance(value, tuple) else value
             for reader in readers:
                 read.setdefault(reader, set()).add(maker)
-        steps = [(number, read.get(number, ()), (number, )) for number in sorted(self.made)]
-        costs = {number: self.sizes[number] * self.made[number][1][2][0].numel() for number in layers}
+        steps = [(number, read.get(number, ()), (number,)) for number in sorted(self.made)]
+        costs = {
+            number: self.sizes[number] * self.made[number][1][2][0].numel() for number in layers
+        }
         return last_layers(steps, costs, share)[0]
 
 
-def last_layers(steps: Sequence[Tuple[Any, Iterable, Iterable]], costs: Mapping[Any, float],
-                share: float) -> Tuple[Tuple[Any, ...], float]:
-    """Layers behind which there is no other, the cheapest first: what they give are scores and boxes.
+def last_layers(
+    steps: Sequence[tuple[Any, Iterable, Iterable]], costs: Mapping[Any, float], share: float
+) -> tuple[tuple[Any, ...], float]:
+    """Layers behind which there is no other, the cheapest first: what they give are scores and
+    boxes.
 
-    In 8 bits many scores become equal and boxes move in steps. That costs AP, though it is next to nothing of
-    the outputs' power: background, whose logits are far below zero, makes ranges wide. See docs/int8.md.
+    In 8 bits many scores become equal and boxes move in steps. That costs AP, though it is next to
+    nothing of the outputs' power: background, whose logits are far below zero, makes ranges wide.
+    See docs/int8.md.
 
     Args:
-        steps (Sequence[tuple]): Of a computation, in order: name, values that it reads, values that it makes.
+        steps (Sequence[tuple]): Of a computation, in order: name, values that it reads, values that
+            it makes.
         costs (Mapping): Multiply-adds of each layer, by the name of its step.
         share (float): Of them, what these layers may be.
 
@@ -240,8 +268,13 @@ def last_layers(steps: Sequence[Tuple[Any, Iterable, Iterable]], costs: Mapping[
 
 
 @torch.no_grad()
-def trace(run: Callable, inputs: Sequence[Tensor], modules: Sequence[nn.Module],
-          spared: Sequence[nn.Module] = (), float_share: float = 0.0) -> Plan:
+def trace(
+    run: Callable,
+    inputs: Sequence[Tensor],
+    modules: Sequence[nn.Module],
+    spared: Sequence[nn.Module] = (),
+    float_share: float = 0.0,
+) -> Plan:
     """Find the layers of a computation by running it once. Its norms must be in eval mode.
 
     Args:
@@ -249,11 +282,15 @@ def trace(run: Callable, inputs: Sequence[Tensor], modules: Sequence[nn.Module],
         inputs (Sequence[Tensor]): What to run it on.
         modules (Sequence[nn.Module]): Where its norms are.
         spared (Sequence[nn.Module]): Whose layers stay float.
-        float_share (float): Layers behind which there is no other stay float, too, the cheapest first, as long
-            as they are at most this share of the multiply-adds; see `last_layers`.
+        float_share (float): Layers behind which there is no other stay float, too, the cheapest
+            first, as long as they are at most this share of the multiply-adds; see `last_layers`.
     """
-    norms = {id(norm.running_mean): norm for module in modules for norm in module.modules()
-             if isinstance(norm, _BatchNorm)}
+    norms = {
+        id(norm.running_mean): norm
+        for module in modules
+        for norm in module.modules()
+        if isinstance(norm, _BatchNorm)
+    }
     kept_float = {id(one) for module in spared for one in module.parameters()}
     inputs = [tensor.detach() for tensor in inputs]
     tracer = _Tracer(inputs)
@@ -263,7 +300,7 @@ def trace(run: Callable, inputs: Sequence[Tensor], modules: Sequence[nn.Module],
         if isinstance(one, Tensor):
             # Who computes with the outputs is none of the calls.
             tracer.readers.setdefault(tracer.value_of.get(id(one)), []).append(-1)
-    tracer.made[-1] = (None, (None, ))
+    tracer.made[-1] = (None, (None,))
     plan, keys, found = Plan(), {}, []
     layers = [number for number in sorted(tracer.made) if tracer.is_layer(number)]
     predictions = tracer.predictions(layers, float_share)
@@ -276,8 +313,16 @@ def trace(run: Callable, inputs: Sequence[Tensor], modules: Sequence[nn.Module],
             leaving = norm_call
             plan.norms.add(norm_call)
         relu = tracer.only_reader(leaving, _RELUS)
-        found.append((number, value, leaving if relu is None else relu, weight, norm,
-                      number in predictions or id(weight) in kept_float))
+        found.append(
+            (
+                number,
+                value,
+                leaving if relu is None else relu,
+                weight,
+                norm,
+                number in predictions or id(weight) in kept_float,
+            )
+        )
     for index, (_, value, leaving, *_, spare) in enumerate(found):
         if not spare:
             keys.setdefault(value, f'in{index}')
@@ -295,10 +340,10 @@ def trace(run: Callable, inputs: Sequence[Tensor], modules: Sequence[nn.Module],
 class LearnedRange(torch.autograd.Function):
     """Round activations to what 8 bits hold, with gradients for the range, too.
 
-    With steps s = (high - low) / 255 and the rounded y, in straight-through terms: what lies above ``high``
-    becomes it, so its gradient is ``high``'s, as in PACT (Choi et al. 2018, equation 3), and likewise below
-    ``low``; what lies inside moves by its rounding error where the steps grow, dy/ds = (y - x) / s, as in LSQ
-    (Esser et al. 2020, equation 3).
+    With steps s = (high - low) / 255 and the rounded y, in straight-through terms: what lies above
+    ``high`` becomes it, so its gradient is ``high``'s, as in PACT (Choi et al. 2018, equation 3),
+    and likewise below ``low``; what lies inside moves by its rounding error where the steps grow,
+    dy/ds = (y - x) / s, as in LSQ (Esser et al. 2020, equation 3).
 
     Inputs: x, any shape; bounds (2, ), low and high; their scale and zero point.
     """
@@ -321,9 +366,9 @@ class LearnedRange(torch.autograd.Function):
 
 
 def move_range(bounds: Tensor, gradient: Tensor, rate: float) -> Tensor:
-    """A range after a step of descent: (2, ). Each bound moves against the sign of its gradient (signSGD,
-    Bernstein et al. 2018), by a share of the width: widths and gradients differ by orders of magnitude
-    between layers.
+    """A range after a step of descent: (2, ). Each bound moves against the sign of its gradient
+    (signSGD, Bernstein et al. 2018), by a share of the width: widths and gradients differ by orders
+    of magnitude between layers.
 
     Zero stays in the range, and a bound of zero stays zero: nothing is below a ReLU's.
 
@@ -334,8 +379,12 @@ def move_range(bounds: Tensor, gradient: Tensor, rate: float) -> Tensor:
     """
     low, high = bounds.detach().clamp(max=0)[0], bounds.detach().clamp(min=0)[1]
     step = rate * (high - low) * gradient.sign()
-    return torch.stack([torch.where(low < 0, (low - step[0]).clamp(max=0), 0.0),
-                        torch.where(high > 0, (high - step[1]).clamp(min=0), 0.0)])
+    return torch.stack(
+        [
+            torch.where(low < 0, (low - step[0]).clamp(max=0), 0.0),
+            torch.where(high > 0, (high - step[1]).clamp(min=0), 0.0),
+        ]
+    )
 
 
 # The simulation.
@@ -348,12 +397,13 @@ class Ranges:
         values (dict[str, Tensor]): Key -> (2, ).
         observing (bool): Whether passes change them.
         rounding (bool): Whether activations are rounded by them.
-        learning (bool): Whether they get gradients; then the first pass of a tensor gives its range.
+        learning (bool): Whether they get gradients; then the first pass of a tensor gives its
+            range.
     """
 
-    def __init__(self, values: Optional[Dict[str, Tensor]] = None) -> None:
+    def __init__(self, values: dict[str, Tensor] | None = None) -> None:
         self.values = dict(values or {})
-        self._steps: Dict[str, Followed] = {}
+        self._steps: dict[str, Followed] = {}
         self.observing, self.rounding, self.learning = False, True, False
 
     @torch.no_grad()
@@ -364,11 +414,11 @@ class Ranges:
         before = self.values.get(key)
         self.values[key] = now if before is None else before.to(now.device).lerp_(now, MOMENTUM)
 
-    def step(self, key: str) -> Tuple[Tensor, Tensor]:
+    def step(self, key: str) -> tuple[Tensor, Tensor]:
         """Scale and zero point of a known range."""
         return self._steps.setdefault(key, Followed(activation_step))(self.values[key])
 
-    def quantise(self, key: str, x: Tensor) -> Tensor:
+    def quantize(self, key: str, x: Tensor) -> Tensor:
         """Round activations to what 8 bits hold; as they are where no range is known."""
         self.observe(key, x)
         if key not in self.values or not self.rounding:
@@ -380,7 +430,6 @@ class Ranges:
 
 
 class _Simulator(_Counted):
-
     def __init__(self, plan: Plan, ranges: Ranges, reduced: bool, noise: float) -> None:
         super().__init__()
         self.plan, self.ranges, self.reduced, self.noise = plan, ranges, reduced, noise
@@ -396,14 +445,19 @@ class _Simulator(_Counted):
             if bias is not None and layer.entering in self.ranges.values and self.ranges.rounding:
                 step = self.ranges.step(layer.entering)[0] * weight_scale(weight, self.reduced)
                 bias = round_bias(bias, step)
-            result = function(x, fake_quantise_weight(weight, self.reduced, self.noise), bias, *rest,
-                              **kwargs)
+            result = function(
+                x, fake_quantize_weight(weight, self.reduced, self.noise), bias, *rest, **kwargs
+            )
         elif number in self.plan.norms and function in _NORMS:
             result = args[0]
         else:
             result = function(*args, **kwargs)
         key = self.plan.points.get(number)
-        return self.ranges.quantise(key, result) if key is not None and isinstance(result, Tensor) else result
+        return (
+            self.ranges.quantize(key, result)
+            if key is not None and isinstance(result, Tensor)
+            else result
+        )
 
 
 class Simulation:
@@ -418,27 +472,37 @@ class Simulation:
         float_share (float): See `trace`.
     """
 
-    def __init__(self, run: Callable, modules: Sequence[nn.Module], spared: Sequence[nn.Module] = (),
-                 reduced: bool = False, noise: float = 1.0, float_share: float = 0.0) -> None:
+    def __init__(
+        self,
+        run: Callable,
+        modules: Sequence[nn.Module],
+        spared: Sequence[nn.Module] = (),
+        reduced: bool = False,
+        noise: float = 1.0,
+        float_share: float = 0.0,
+    ) -> None:
         self.run, self.modules, self.spared = run, tuple(modules), tuple(spared)
         self.float_share = float_share
         self.reduced, self.noise = reduced, noise
         self.ranges = Ranges()
         #: Whether anything is rounded; if not, ranges are watched alone.
         self.active = True
-        self._plans: Dict[Any, Plan] = {}
+        self._plans: dict[Any, Plan] = {}
 
     @property
-    def keys(self) -> List[str]:
+    def keys(self) -> list[str]:
         """Of all ranges, known or not, once something has passed."""
         return sorted(
-            {key
-             for plan in self._plans.values()
-             for key in (*plan.points.values(), *plan.inputs.values())})
+            {
+                key
+                for plan in self._plans.values()
+                for key in (*plan.points.values(), *plan.inputs.values())
+            }
+        )
 
     def plan(self, *inputs: Tensor) -> Plan:
-        """Where integers are. What a detector calls depends on sizes and on whether it trains, not on how
-        many images there are."""
+        """Where integers are. What a detector calls depends on sizes and on whether it trains, not
+        on how many images there are."""
         key = (self.modules[0].training, tuple(tuple(one.shape[2:]) for one in inputs))
         if key not in self._plans:
             self._plans[key] = trace(self.run, inputs, self.modules, self.spared, self.float_share)
@@ -450,8 +514,10 @@ class Simulation:
                 norm.eval()
         plan = self.plan(*inputs)
         self.ranges.rounding = self.active
-        inputs = [self.ranges.quantise(plan.inputs[index], x) if index in plan.inputs else x
-                  for index, x in enumerate(inputs)]
+        inputs = [
+            self.ranges.quantize(plan.inputs[index], x) if index in plan.inputs else x
+            for index, x in enumerate(inputs)
+        ]
         if not self.active:
             noise = 0.0
         else:

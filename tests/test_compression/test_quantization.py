@@ -1,16 +1,17 @@
 """Eight bits, simulated: scales, rounding, and where they are."""
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dynamicdet.compression.quantisation import (
+from dynamicdet.compression.quantization import (
     LearnedRange,
     Ranges,
     Simulation,
     activation_scale,
-    fake_quantise_weight,
+    fake_quantize_weight,
     fold,
     move_range,
     round_bias,
@@ -19,15 +20,18 @@ from dynamicdet.compression.quantisation import (
 )
 
 
-@pytest.mark.parametrize('low, high, scale, zero', [
-    (0.0, 255.0, 1.0, 0),
-    (-127.5, 127.5, 1.0, 128),
-    # Zero is in every range.
-    (5.0, 51.0, 0.2, 0),
-    (-51.0, -5.0, 0.2, 255),
-    # Nothing but zeros.
-    (0.0, 0.0, 1.0, 0),
-])
+@pytest.mark.parametrize(
+    'low, high, scale, zero',
+    [
+        (0.0, 255.0, 1.0, 0),
+        (-127.5, 127.5, 1.0, 128),
+        # Zero is in every range.
+        (5.0, 51.0, 0.2, 0),
+        (-51.0, -5.0, 0.2, 255),
+        # Nothing but zeros.
+        (0.0, 0.0, 1.0, 0),
+    ],
+)
 def test_scale_and_zero_point_of_a_range(low, high, scale, zero):
     found, integer = activation_scale(low, high)
     assert found == pytest.approx(scale) and integer == zero
@@ -35,16 +39,18 @@ def test_scale_and_zero_point_of_a_range(low, high, scale, zero):
 
 def test_weights_are_rounded_for_each_channel():
     weight = torch.tensor([[127.0, 0.4, -0.6], [0.0, 0.0, 0.0], [0.127, 0.0014, -0.127]])
-    torch.testing.assert_close(fake_quantise_weight(weight),
-                               torch.tensor([[127.0, 0.0, -1.0], [0.0, 0.0, 0.0], [0.127, 0.001, -0.127]]))
+    torch.testing.assert_close(
+        fake_quantize_weight(weight),
+        torch.tensor([[127.0, 0.0, -1.0], [0.0, 0.0, 0.0], [0.127, 0.001, -0.127]]),
+    )
     # Of 7 bits: steps of 127 / 64.
-    assert fake_quantise_weight(weight, reduced=True)[0, 1:].tolist() == [0, 0]
+    assert fake_quantize_weight(weight, reduced=True)[0, 1:].tolist() == [0, 0]
     assert weight_scale(weight, reduced=True)[0] == pytest.approx(127 / 64)
 
 
 def test_gradients_pass_rounding():
     weight = torch.randn(3, 4, requires_grad=True)
-    fake_quantise_weight(weight).sum().backward()
+    fake_quantize_weight(weight).sum().backward()
     assert weight.grad.tolist() == [[1.0] * 4] * 3
     bias = torch.tensor([0.26], requires_grad=True)
     rounded = round_bias(bias, torch.tensor([0.1]))
@@ -55,9 +61,9 @@ def test_gradients_pass_rounding():
 def test_quant_noise_rounds_a_share_by_chance():
     torch.manual_seed(0)
     weight = torch.randn(10, 1000)
-    rounded = (fake_quantise_weight(weight, noise=0.3) != weight).float().mean()
+    rounded = (fake_quantize_weight(weight, noise=0.3) != weight).float().mean()
     assert 0.27 < rounded < 0.33
-    assert torch.equal(fake_quantise_weight(weight, noise=0), weight)
+    assert torch.equal(fake_quantize_weight(weight, noise=0), weight)
 
 
 def test_a_folded_norm_is_the_norm():
@@ -100,8 +106,10 @@ def test_integers_are_where_layers_read_and_write():
 def test_predictions_stay_float_while_they_are_cheap():
     """Of the block's two layers, of 81 multiply-adds a place, the second has none behind it."""
     block, x = Block().eval(), [torch.randn(1, 3, 4, 4)]
-    spared = [[layer.spared for layer in trace(block, x, [block], float_share=share).layers.values()]
-              for share in (0.0, 0.49, 0.5, 1.0)]
+    spared = [
+        [layer.spared for layer in trace(block, x, [block], float_share=share).layers.values()]
+        for share in (0.0, 0.49, 0.5, 1.0)
+    ]
     assert spared == [[False, False], [False, False], [False, True], [False, True]]
 
 
@@ -123,14 +131,16 @@ def test_a_simulated_block_is_the_block_by_hand():
         return (torch.clamp(torch.round(value / float(scale)) + zero, 0, 255) - zero) * float(scale)
 
     def scale_of(key, weight):
-        return float(activation_scale(*simulation.ranges.values[key].tolist())[0]) * weight_scale(weight)
+        return float(activation_scale(*simulation.ranges.values[key].tolist())[0]) * weight_scale(
+            weight
+        )
 
     entering = rounded('in0', x)
     weight, bias = fold(block.one.weight, None, block.norm)
     bias = round_bias(bias, scale_of('in0', weight))
-    middle = rounded('out0', F.conv2d(entering, fake_quantise_weight(weight), bias).relu())
+    middle = rounded('out0', F.conv2d(entering, fake_quantize_weight(weight), bias).relu())
     bias = round_bias(block.two.bias, scale_of('out0', block.two.weight))
-    leaving = rounded('out1', F.conv2d(middle, fake_quantise_weight(block.two.weight), bias))
+    leaving = rounded('out1', F.conv2d(middle, fake_quantize_weight(block.two.weight), bias))
     torch.testing.assert_close(simulation(x), (leaving + entering).relu())
 
 
@@ -147,7 +157,7 @@ def test_ranges_run_behind_the_activations():
     assert np.isclose(ranges.values['x'][0], -1.1)
     # Unknown tensors stay as they are.
     x = torch.randn(3)
-    assert ranges.quantise('y', x) is x
+    assert ranges.quantize('y', x) is x
 
 
 def test_the_gradient_of_a_learned_range_by_hand():
@@ -160,13 +170,18 @@ def test_the_gradient_of_a_learned_range_by_hand():
     y += 1
     y.backward(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]))
     assert x.grad.tolist() == [0, 2, 3, 4, 5, 0]
-    # What is below is low, what is above is high; what is rounded by -0.25 is that many steps' share.
+    # What is below is low, what is above is high; what is rounded by -0.25 is that many steps'
+    # share.
     error = 3 * -0.25 / 255
     assert bounds.grad.tolist() == pytest.approx([1 - error, 6 + error])
 
 
 def test_a_range_moves_by_a_share_with_zero_in_it():
-    bounds, up, down = torch.tensor([-1.0, 3.0]), torch.tensor([-1e-7, -2.0]), torch.tensor([1e-7, 2.0])
+    bounds, up, down = (
+        torch.tensor([-1.0, 3.0]),
+        torch.tensor([-1e-7, -2.0]),
+        torch.tensor([1e-7, 2.0]),
+    )
     assert move_range(bounds, up, 0.01).tolist() == pytest.approx([-0.96, 3.04])
     assert move_range(bounds, down, 0.01).tolist() == pytest.approx([-1.04, 2.96])
     assert move_range(bounds, torch.zeros(2), 0.01).tolist() == [-1, 3]
@@ -184,21 +199,21 @@ def test_a_range_learns_what_rounds_best(high):
     ranges.learning = True
     lost = []
     for _ in range(300):
-        loss = (ranges.quantise('x', x) - x).square().sum()
+        loss = (ranges.quantize('x', x) - x).square().sum()
         loss.backward()
         lost.append(loss.item())
         ranges.values['x'] = move_range(ranges.values['x'], ranges.values['x'].grad, 0.01)
     assert lost[-1] < lost[0] / 10 and abs(ranges.values['x'][1] - 10) < abs(high - 10) / 10
     # The value is that of running ranges, bit for bit.
-    learned = ranges.quantise('x', x)
+    learned = ranges.quantize('x', x)
     ranges.learning = False
-    assert torch.equal(ranges.quantise('x', x), learned)
+    assert torch.equal(ranges.quantize('x', x), learned)
 
 
 def test_a_learned_range_begins_with_what_passes_first():
     ranges = Ranges()
     ranges.learning = True
     empty = torch.zeros(0, 4)
-    assert ranges.quantise('x', empty) is empty and not ranges.values
-    ranges.quantise('x', torch.tensor([-1.0, 3.0], requires_grad=True)).sum().backward()
-    assert ranges.values['x'].tolist() == [-1, 3] and ranges.values['x'].grad.shape == (2, )
+    assert ranges.quantize('x', empty) is empty and not ranges.values
+    ranges.quantize('x', torch.tensor([-1.0, 3.0], requires_grad=True)).sum().backward()
+    assert ranges.values['x'].tolist() == [-1, 3] and ranges.values['x'].grad.shape == (2,)
