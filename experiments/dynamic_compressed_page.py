@@ -51,8 +51,7 @@ load average {load_before:.2f} and {load_after:.2f}. They were not trained at th
 """
 MACHINE = (
     '{device}, {threads} thread(s), {vnni} VNNI, {amx} AMX, torch {torch}, ONNX Runtime '
-    '{onnxruntime}, '
-    'OpenVINO {openvino}'
+    '{onnxruntime}, OpenVINO {openvino}'
 )
 NO_CLOCK = 'Latencies are not measured yet: `python experiments/dynamic_compressed.py --clock`.\n'
 

@@ -121,11 +121,9 @@ def main() -> None:
     )
     print(
         f'{type(model.gate).__name__} on {len(record["images"])} frames: AP {row["ap"]:.2f} (last '
-        'exit '
-        f'{last["ap"]:.2f}), per frame {row["gflops"]:.3f} GFLOPs ({last["gflops"]:.3f}) and '
+        f'exit {last["ap"]:.2f}), per frame {row["gflops"]:.3f} GFLOPs ({last["gflops"]:.3f}) and '
         f'{1e3 * row["latency"]:.2f} ms ({1e3 * last["latency"]:.2f}); thresholds {thresholds}; '
-        'written to '
-        f'{out}'
+        f'written to {out}'
     )
 
 

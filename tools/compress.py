@@ -52,8 +52,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--config',
         help="the detector's config: --report, with AP on its test set and latency (batch 1, "
-        'median, in '
-        'turns) of the checkpoint and of what the file holds',
+        'median, in turns) of the checkpoint and of what the file holds',
     )
     parser.add_argument(
         '--cfg-options', nargs='+', action=cli.ConfigOptions, help='override settings of the config'
@@ -69,8 +68,7 @@ def parse_args() -> argparse.Namespace:
         action='append',
         metavar='NAME=PATTERN,...',
         help="a row of the table, such as heads='rpn_head,roi_head'; again for more. two-stage "
-        'stands for '
-        'backbone with neck, proposals and RoI heads. Else rows go by first names',
+        'stands for backbone with neck, proposals and RoI heads. Else rows go by first names',
     )
     parser.add_argument(
         '--dry-run', action='store_true', help='say what would be written; write nothing'
@@ -168,8 +166,7 @@ def main() -> None:
     print(*lines, sep='\n')
     print(
         f'{"would write" if args.dry_run else "written to"} {args.out}: {size} bytes '
-        f'({size / 1e6:.2f} MB), '
-        f'{size / 1e6 / dense:.1%} of {dense:.2f} MB in float32'
+        f'({size / 1e6:.2f} MB), {size / 1e6 / dense:.1%} of {dense:.2f} MB in float32'
     )
 
 

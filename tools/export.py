@@ -95,8 +95,7 @@ def check(args: argparse.Namespace) -> None:
     if args.calibrate_images < 1:
         raise UsageError(
             f'--calibrate-images must be 1 or more, not {args.calibrate_images}: int8 needs images '
-            'to '
-            'calibrate on'
+            'to calibrate on'
         )
     if not 0 <= args.noise or not 0 <= args.float_share <= 1:
         raise UsageError('--noise must not be negative, and --float-share be in [0, 1]')
@@ -154,14 +153,12 @@ def main() -> None:
         print(
             f'{name}: noise {layers["noise_all_int8"]:.2g} of the signal in 8 bits; '
             f'{len(layers["float_layers"])} layers float ({layers["float_share"]:.1%} of the '
-            'multiply-adds), '
-            f'noise {layers["noise"]:.2g}'
+            f'multiply-adds), noise {layers["noise"]:.2g}'
         )
     if about.get('reduced_range'):
         print(
             'weights have 7 bits, since x86 processors without VNNI add products in 16 bits; '
-            'export on the '
-            'machine that counts, or with --reduce-range no'
+            'export on the machine that counts, or with --reduce-range no'
         )
     if about['latencies']:
         print(said(about['latencies']))

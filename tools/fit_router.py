@@ -79,8 +79,7 @@ def main() -> None:
     write_checkpoint(done, args.out)
     print(
         f'router fitted to {facts["rows"]} rows of {images} images ({fit.steps} steps, weight '
-        'decay '
-        f'{fit.weight_decay:g}); correlation with the gain on images that it was not fit to: '
+        f'decay {fit.weight_decay:g}); correlation with the gain on images that it was not fit to: '
         f'{fit.correlation:.3f}; delta {done["meta"]["router"]["delta"]:.4f}; written to {args.out}'
     )
 

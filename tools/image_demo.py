@@ -93,8 +93,8 @@ def require_distinct(pictures: dict[str, str]) -> None:
     if count > 1:
         names = [name for path, name in pictures.items() if Path(path).stem == stem]
         raise UsageError(
-            f'{" and ".join(names)} would write the same files: rename one, or give '
-            'them to separate runs with an --out-dir each'
+            f'{" and ".join(names)} would write the same files: rename one, or give them to '
+            'separate runs with an --out-dir each'
         )
 
 

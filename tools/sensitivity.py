@@ -116,8 +116,7 @@ def main() -> None:
     found = suggest(chosen, args.size)
     print(
         f'for {found.left:.1%} of these weights, at a predicted loss of {found.loss:.2f} '
-        f'{args.metric} '
-        f'(at least {found.bound:.2f}), prune:'
+        f'{args.metric} (at least {found.bound:.2f}), prune:'
     )
     print(*(f'  {name}: {share:.0%}' for name, share in found.shares.items()), sep='\n')
     plot = Path(out).with_suffix('.png')

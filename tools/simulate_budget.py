@@ -176,8 +176,7 @@ def main() -> None:
     print(
         f'{args.images} images; {"ms per image" if controller.measures else "hard share"}, target '
         f'{unit * controller.target:.4g}: mean {unit * trace[name].mean():.4g}, over any '
-        f'{args.mean_over} '
-        f'images {means.min():.4g} to {means.max():.4g}'
+        f'{args.mean_over} images {means.min():.4g} to {means.max():.4g}'
     )
     print(f'picture in {args.out}')
     if args.json:

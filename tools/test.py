@@ -26,8 +26,7 @@ def parse_args() -> argparse.Namespace:
         '--online',
         action='store_true',
         help='hold the budget over the images as they come: thresholds follow their difficulties '
-        'and, for '
-        '--target-latency or --throughput, the time that they take',
+        'and, for --target-latency or --throughput, the time that they take',
     )
     parser.add_argument('--out', help='write the predictions to this .pkl file')
     parser.add_argument('--show', action='store_true', help='show the predictions')
@@ -41,8 +40,8 @@ def hold_online(cfg: Config, budget: dict) -> None:
     """Let a controller hold the budget in place of the model's calibration."""
     if not budget or 'threshold' in budget:
         raise UsageError(
-            '--online needs something to hold: --hard-share, --target-latency, '
-            '--throughput or --target-gflops'
+            '--online needs something to hold: --hard-share, --target-latency, --throughput or '
+            '--target-gflops'
         )
     cfg.model.budget = None
     cfg.custom_hooks.append(dict(type='OnlineHook', **budget))

@@ -357,8 +357,7 @@ def _mend_ids(entries: list[dict], annotations: list[dict], what: str) -> tuple[
             'of text or with a point: read as the whole number that it is'
             if not renumbered
             else 'that is no whole number of 64 bits: all are numbered from 1 in the order of the '
-            'file, in results and '
-            'records too'
+            'file, in results and records too'
         )
         if kind == what or not renumbered:
             lines += _line(some, kind, odd, f'have {own_key} {text}')
@@ -404,8 +403,8 @@ def _number_annotations(annotations: list[dict]) -> list[str]:
         annotations,
         'annotation',
         odd,
-        'have an id that is 0 ("not matched", to COCO), '
-        'missing, repeated or no number: all are numbered from 1 in the order of the file',
+        'have an id that is 0 ("not matched", to COCO), missing, repeated or no number: all are '
+        'numbered from 1 in the order of the file',
     )
     for number, entry in enumerate(annotations, 1):
         entry['id'] = number

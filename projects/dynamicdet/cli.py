@@ -48,8 +48,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             print(
                 f'error: what the config describes cannot be built: {reason_of(error)} (in '
-                f'{Path(frame.filename).name}, '
-                f'line {frame.lineno})',
+                f'{Path(frame.filename).name}, line {frame.lineno})',
                 file=sys.stderr,
             )
         else:
@@ -137,8 +136,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         nargs='+',
         action=ConfigOptions,
         help='override settings of the config: key=value pairs, such as '
-        'model.budget.threshold=0.4; '
-        'a list is key="[a,b]" or key=a,b',
+        'model.budget.threshold=0.4; a list is key="[a,b]" or key=a,b',
     )
     parser.add_argument(
         '--launcher',

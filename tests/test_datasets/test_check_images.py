@@ -145,8 +145,7 @@ def test_lines_of_sizes_and_names(tmp_path):
     (line,) = check(tmp_path, 'a.jpg', 'b.jpg', width=2 * WIDTH, height=2 * HEIGHT)
     assert (
         '2 of 2 images have another size than their entry in the annotation file (first: a.jpg is '
-        '40 x 24, the '
-        'file says 80 x 48)'
+        '40 x 24, the file says 80 x 48)'
     ) in line
     (line,) = check(tmp_path, 'a.jpg', './a.jpg', 'b.jpg')
     assert '2 of 3 images have a file name of another entry (a.jpg, ./a.jpg)' in line

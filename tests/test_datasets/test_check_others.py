@@ -71,8 +71,7 @@ def test_names_that_the_config_does_not_have(voc):
     (line,) = voc.lines()
     assert line == (
         'the training set: 2 object(s) of 2 names that are not among the classes of the config '
-        '(bird, Cat): '
-        'not used'
+        '(bird, Cat): not used'
     )
     dataset = DATASETS.build(voc.config()['train_dataloader']['dataset'])
     assert [len(dataset.get_data_info(row)['instances']) for row in range(3)] == [1, 1, 1]

@@ -25,8 +25,8 @@ def test_step_1_says_that_its_router_is_not_trained(digits, tmp_path):
         )
     )
     assert lines_of(runner) == [
-        'the AP of this validation is of a mixture: 0.0% at exit 0, 100.0% at exit 1, by '
-        'threshold -1, of a router that is not trained yet'
+        'the AP of this validation is of a mixture: 0.0% at exit 0, 100.0% at exit 1, by threshold '
+        '-1, of a router that is not trained yet'
     ]
 
 

@@ -124,8 +124,8 @@ def test_three_exits():
         [25, 50, 25], dict(hard_share=0.5), thresholds, EVEN, [0.01, 0.02, 0.03], [1, 2, 3]
     )
     assert served.lines()[0] == (
-        'exits 0 / 1 / 2: 25.0 / 50.0 / 25.0 % wanted, 25.0 / 50.0 / 25.0 % served '
-        '(25 / 50 / 25 of 100 images)'
+        'exits 0 / 1 / 2: 25.0 / 50.0 / 25.0 % wanted, 25.0 / 50.0 / 25.0 % served (25 / 50 / 25 '
+        'of 100 images)'
     )
     assert served.mean_gflops == pytest.approx(2) and served.doubts() == []
     (doubt,) = account(

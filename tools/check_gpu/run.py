@@ -243,8 +243,7 @@ def table(machine: dict[str, Any], results: dict[str, dict]) -> str:
     }
     lines = [
         f'{machine["gpu"] or "no GPU: on the CPU"}; torch {machine["torch"]}, CUDA '
-        f'{machine["cuda"]}, '
-        f'ONNX Runtime {machine["onnxruntime"]}'
+        f'{machine["cuda"]}, ONNX Runtime {machine["onnxruntime"]}'
     ]
     lines += ['', 'AP on the training pictures, by share of hard images'] + [
         f'  {share:<40g}{100 * ap:>8.1f}' for share, ap in aps.items()

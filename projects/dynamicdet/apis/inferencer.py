@@ -129,8 +129,8 @@ class DynamicInferencer(DetInferencer):
         super().__init__(model, weights, device, scope, palette, show_progress)
         if not hasattr(self.model, 'set_budget'):
             raise UsageError(
-                f"this config's model, {type(self.model).__name__}, is not dynamic: "
-                "use mmdet's DetInferencer"
+                f"this config's model, {type(self.model).__name__}, is not dynamic: use mmdet's "
+                'DetInferencer'
             )
         device = next(self.model.parameters()).device
         self.model.timed_elsewhere = timed_elsewhere(
@@ -266,8 +266,7 @@ class DynamicInferencer(DetInferencer):
 
         Yields:
             dict: Each image's result, in the order of the images, as in ``predictions``: labels,
-                scores,
-            bboxes, ``difficulty`` and ``exit``.
+                scores, bboxes, ``difficulty`` and ``exit``.
         """
         images = (
             image if image is None else pictures_of([image], on_unreadable is not None)[0]

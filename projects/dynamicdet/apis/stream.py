@@ -134,8 +134,7 @@ class Stream:
 
         Yields:
             DetDataSample: As ``predict`` gives it, as soon as it and all before it are done. Where
-                the source
-            fails, all that came before first; then its error is raised.
+                the source fails, all that came before first; then its error is raised.
         """
         batches = iter(batches) if self.deadline is None else _watch(batches, self.due)
         while True:
@@ -292,9 +291,9 @@ def _require_batch(batch: dict) -> None:
     )
     if images is None or samples is None or len(images) != len(samples):
         raise UsageError(
-            'a batch has inputs and data_samples, one of each for an image, as a data loader gives '
-            'them; '
-            f'got {batch if images is None else f"{len(images)} and {len(samples or ())}"}'[:200]
+            'a batch has inputs and data_samples, one of each for an image, as a data loader '
+            'gives them; got '
+            f'{batch if images is None else f"{len(images)} and {len(samples or ())}"}'[:200]
         )
     for image in images:
         if (

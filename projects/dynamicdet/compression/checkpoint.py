@@ -144,8 +144,7 @@ def decompress(content: bytes) -> dict[str, Any]:
     if header['version'] != VERSION:
         raise UsageError(
             f'is of version {header["version"]} of the format, of which this release knows '
-            f'{VERSION}: '
-            'use a newer release'
+            f'{VERSION}: use a newer release'
         )
     frames = {name: array.tobytes() for name, array in arrays.items()}
     if _digest_of_file(header, frames) != header['sha256']:

@@ -108,10 +108,9 @@ def find_clusters(model: nn.Module) -> list[Cluster]:
 
     The graph is torch-pruning's (Fang et al. 2023, DepGraph), which follows autograd through one
     forward: so second backbones, connections between them, shared heads and sums over levels are
-        coupled by what is
-    really computed. Spreading along it is done here: its own compares lists of channels at every
-    step, which takes minutes behind a flattened RoI. Of convolutions with groups and of group norms
-    whole groups are a unit, so that the others compute what they did.
+        coupled by what is really computed. Spreading along it is done here: its own compares lists
+        of channels at every step, which takes minutes behind a flattened RoI. Of convolutions with
+        groups and of group norms whole groups are a unit, so that the others compute what they did.
 
     Raises:
         UsageError: If torch-pruning is not installed, or the detector is of a kind that this does

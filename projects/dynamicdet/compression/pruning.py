@@ -77,8 +77,7 @@ def _count(group: Mapping[str, Layer], block: Block, share: float) -> int:
         kind = 'channels' if block.structured else 'weights'
         raise UsageError(
             f'{what} would be pruned to nothing: {count} of its {total} {kind} at a target of '
-            f'{share}; '
-            'lower the target or exclude it'
+            f'{share}; lower the target or exclude it'
         )
     return count
 

@@ -152,8 +152,7 @@ def _require_fit(block: Block) -> None:
     if block.over == 'kind':
         raise UsageError(
             f"block '{block.name}': channels are coupled over layers of several kinds; over is "
-            "'layer' "
-            "or 'block'"
+            "'layer' or 'block'"
         )
 
 

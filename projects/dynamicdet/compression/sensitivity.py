@@ -76,8 +76,7 @@ def suggest(curves: Sequence[Curve], size: float) -> Suggestion:
     if left[-1].sum() > size * total * (1 + 1e-9):
         raise UsageError(
             f'{left[-1].sum() / total:.1%} of the weights are left at the largest measured share; '
-            'a '
-            f'size of {size:.1%} needs larger ones'
+            f'a size of {size:.1%} needs larger ones'
         )
     found = allocate(-losses, left, size * total / len(curves))
     shares = {one.name: float(one.shares[choice]) for one, choice in zip(curves, found.choice)}

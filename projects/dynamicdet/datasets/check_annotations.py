@@ -79,9 +79,8 @@ def _require_thick(images: list[dict], place: Place) -> None:
     thin = np.flatnonzero(sizes.max(1) > LONGEST * sizes.min(1))
     _require(
         not len(thin),
-        f'{place.name}: {len(thin)} image(s) are more than {LONGEST} times as long as '
-        f'wide ({some([images[index]["file_name"] for index in thin])}), and resizing leaves '
-        'nothing of '
+        f'{place.name}: {len(thin)} image(s) are more than {LONGEST} times as long as wide '
+        f'({some([images[index]["file_name"] for index in thin])}), and resizing leaves nothing of '
         'them: crop them, or take them out of the annotation file',
     )
 
@@ -105,8 +104,8 @@ def _require_unique(values: Iterator[Any], things: str, what: str, place: Place)
     shared = [value for value, count in Counter(values).items() if count > 1]
     _require(
         not shared,
-        f'{place.name}: {len(shared)} {what}(s) belong to several {things} '
-        f'(such as {some(shared)}): each needs its own',
+        f'{place.name}: {len(shared)} {what}(s) belong to several {things} (such as '
+        f'{some(shared)}): each needs its own',
     )
 
 
@@ -128,9 +127,8 @@ def _match_classes(
     used = [category for category in categories if category['name'] in set(wanted)]
     _require(
         used,
-        f'{place.name}: none of the classes of the config ({some(wanted)}) is among '
-        f'the categories of the annotation file ({some(names)}): '
-        'set metainfo=dict(classes=...)',
+        f'{place.name}: none of the classes of the config ({some(wanted)}) is among the categories '
+        f'of the annotation file ({some(names)}): set metainfo=dict(classes=...)',
     )
     # Two labels for a class would be one label too many for the detector's head.
     for key in ('id', 'name'):
@@ -139,16 +137,16 @@ def _match_classes(
     absent = [name for name in wanted if name not in names]
     if absent:
         lines.append(
-            f'{len(absent)} class(es) of the config are not among the categories of the '
-            f'file ({some(absent)}): mmdet numbers labels over the categories that the '
-            'file has, so the classes after them carry the wrong names'
+            f'{len(absent)} class(es) of the config are not among the categories of the file '
+            f'({some(absent)}): mmdet numbers labels over the categories that the file has, so the '
+            'classes after them carry the wrong names'
         )
     order = [category['name'] for category in used]
     if order != [name for name in wanted if name in order]:
         lines.append(
-            'the classes of the config are in another order than the categories of the '
-            'file: mmdet numbers labels in the order of the file, so they carry the wrong '
-            f'names; give them as {some(order, 10)}'
+            'the classes of the config are in another order than the categories of the file: '
+            'mmdet numbers labels in the order of the file, so they carry the wrong names; give '
+            f'them as {some(order, 10)}'
         )
     return {category['id']: category['name'] for category in used}, lines
 
@@ -191,8 +189,8 @@ def _check_boxes(
         ),
         (
             unused,
-            f'annotation(s) of {len(names)} categories of the file that are not among the '
-            f'classes of the config ({some(names)}): not used',
+            f'annotation(s) of {len(names)} categories of the file that are not among the classes '
+            f'of the config ({some(names)}): not used',
         ),
         ((extent <= 0).any(1), f'box(es) of zero or negative size: {not_used}'),
         ((inside <= 0).any(1), f'box(es) wholly outside their image: {not_used}'),
@@ -223,9 +221,8 @@ def _check_boxes(
     empty = len(images) - full.sum()
     if empty:
         lines.append(
-            f'{empty} of {len(images)} images without an annotation of the classes: '
-            'validation uses them, training leaves them out where filter_cfg has '
-            'filter_empty_gt=True'
+            f'{empty} of {len(images)} images without an annotation of the classes: validation '
+            'uses them, training leaves them out where filter_cfg has filter_empty_gt=True'
         )
     return lines + _check_filters(images, sizes, full, place)
 
@@ -242,15 +239,13 @@ def _check_filters(
     if small.any():
         lines.append(
             f'{small.sum()} of {len(images)} images are smaller than filter_cfg.min_size={least}: '
-            'training leaves '
-            'them out'
+            'training leaves them out'
         )
     unmarked = np.array([mark is not None and not image.get(mark) for image in images], dtype=bool)
     if unmarked.any():
         lines.append(
             f'{unmarked.sum()} of {len(images)} images have no mark {mark}, which filter_cfg '
-            'wants: training '
-            'leaves them out'
+            'wants: training leaves them out'
         )
     _require(
         (kept & ~small & ~unmarked).any(),

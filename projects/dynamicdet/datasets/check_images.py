@@ -162,8 +162,7 @@ def check_image_files(
         return []
     return [
         f'{len(found.resized)} of {count} images have another size than their entry in {listed} '
-        '(first: '
-        f'{found.resized[0]}): their boxes are in another frame than what the detector sees'
+        f'(first: {found.resized[0]}): their boxes are in another frame than what the detector sees'
     ]
 
 

@@ -37,10 +37,8 @@ def check_outlines(
         if trouble:
             raise UsageError(
                 f'{name}: annotation {entry["id"]} (image {entry["image_id"]}) {trouble}: the '
-                'masks of '
-                'this config need polygons [[x, y, x, y, x, y, ...], ...] or run lengths of the '
-                'size of '
-                'the image; correct it, or take a detector of boxes'
+                'masks of this config need polygons [[x, y, x, y, x, y, ...], ...] or run lengths '
+                'of the size of the image; correct it, or take a detector of boxes'
             )
         if (
             size
@@ -52,9 +50,8 @@ def check_outlines(
         return []
     return [
         f'{len(odd)} annotation(s) have a polygon of fewer than three points or of an odd count of '
-        'numbers beside '
-        f'others: training leaves it out (first: image {odd[0]["image_id"]}, annotation '
-        f'{odd[0]["id"]})'
+        f'numbers beside others: training leaves it out (first: image {odd[0]["image_id"]}, '
+        f'annotation {odd[0]["id"]})'
     ]
 
 

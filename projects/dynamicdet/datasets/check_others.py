@@ -41,8 +41,7 @@ def check_built(
     lines = (
         [
             f'{sum(unknown.values())} object(s) of {len(unknown)} names that are not among the '
-            'classes of the config '
-            f'({some(list(unknown))}): not used'
+            f'classes of the config ({some(list(unknown))}): not used'
         ]
         if unknown
         else []
@@ -143,15 +142,13 @@ def _check_filters(dataset: BaseDataset, count: int, place: Place) -> list[str]:
     if not left:
         raise UsageError(
             f'{place.name}: {place.key}.filter_cfg={dict(dataset.filter_cfg or {})} leaves none of '
-            f'{count} '
-            'images'
+            f'{count} images'
         )
     return (
         []
         if left == count
         else [
             f'{count - left} of {count} images are not as '
-            f'filter_cfg={dict(dataset.filter_cfg or {})} wants them: training '
-            'leaves them out'
+            f'filter_cfg={dict(dataset.filter_cfg or {})} wants them: training leaves them out'
         ]
     )

@@ -58,7 +58,7 @@ def hold_out(
     whole = DATASETS.build(dataset)
     if not isinstance(whole, BaseDataset):
         raise UsageError(
-            f'HoldOut takes a plain data set such as CocoDataset; put it inside '
+            'HoldOut takes a plain data set such as CocoDataset; put it inside '
             f'{type(whole).__name__}, not around it'
         )
     whole.full_init()
@@ -76,8 +76,7 @@ def hold_out(
     whole.get_subset_(rows)
     print_log(
         f'HoldOut: {len(rows)} of {len(ids)} training images are for the {part}, '
-        f'{len(ids) - len(rows)} for the '
-        f'{"router" if part == "cascade" else "cascade"}',
+        f'{len(ids) - len(rows)} for the {"router" if part == "cascade" else "cascade"}',
         'current',
     )
     return whole

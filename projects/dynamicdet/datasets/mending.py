@@ -32,8 +32,7 @@ def mend_annotations(
 
     Returns:
         tuple: What was read, by the paths that the config then has, files that are not there left
-            out; and what was
-        mended, a line each.
+            out; and what was mended, a line each.
 
     Raises:
         UsageError: If a file cannot be used.

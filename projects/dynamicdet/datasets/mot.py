@@ -85,8 +85,7 @@ def read_mot(root: str | Path, classes: Sequence[str] = CLASSES) -> dict:
 
     Returns:
         dict: CocoVID. ``frame_id`` counts from 0; a sequence without gt/gt.txt, as those of test
-            sets, has no
-        annotations.
+            sets, has no annotations.
 
     Raises:
         UsageError: If there is no sequence, or one cannot be read.

@@ -109,8 +109,8 @@ def require_one_coco(cfg: Mapping, split: str, what: str, file: bool = True) -> 
     ):
         raise UsageError(
             f'{what} on one data set in COCO format, and {opened[0].key} is of type '
-            f'{opened[0].kind}: convert '
-            'its annotations to COCO format, and name them by a CocoDataset'
+            f'{opened[0].kind}: convert its annotations to COCO format, and name them by a '
+            'CocoDataset'
         )
     dataset = cfg[f'{split}_dataloader']['dataset']
     while 'dataset' in dataset and dataset['type'] != 'HoldOut':

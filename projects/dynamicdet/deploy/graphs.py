@@ -127,8 +127,7 @@ def _no_operator(kinds: Sequence[str], layers: Sequence[str]) -> UsageError:
     more = f' and {len(layers) - 3} more' if len(layers) > 3 else ''
     return UsageError(
         f'{", ".join(kinds)} ({", ".join(layers[:3])}{more}) cannot be exported: ONNX Runtime has '
-        'no such '
-        'operator; train the detector with plain layers in their place'
+        'no such operator; train the detector with plain layers in their place'
     )
 
 

@@ -150,8 +150,7 @@ def describe(cfg: Config, made: Pruned, shape: Sequence[int] | None = None) -> l
         name = f'exit {exit}, ' if len(costs[0].exits) > 1 else ''
         lines.append(
             f'{name}GFLOPs at {shape[0]} x {shape[1]}: {dense.flops / 1e9:.2f} -> '
-            f'{small.flops / 1e9:.2f} '
-            f'({small.flops / dense.flops:.1%})'
+            f'{small.flops / 1e9:.2f} ({small.flops / dense.flops:.1%})'
         )
     return lines
 

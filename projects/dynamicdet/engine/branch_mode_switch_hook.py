@@ -26,21 +26,18 @@ class BranchModeSwitchHook(YOLOXModeSwitchHook):
         if isinstance(runner.train_loop, IterBasedTrainLoop):
             raise UsageError(
                 'BranchModeSwitchHook counts epochs, and this run has iterations alone: take it '
-                'out of '
-                'custom_hooks, or train by EpochBasedTrainLoop'
+                'out of custom_hooks, or train by EpochBasedTrainLoop'
             )
         if runner.max_epochs <= self.num_last_epochs + 1:
             runner.logger.warning(
                 f'BranchModeSwitchHook: all of the {runner.max_epochs} epochs are among the last '
-                'ones, and go without '
-                f'mosaic: num_last_epochs={self.num_last_epochs} in custom_hooks is for a longer '
-                'run'
+                f'ones, and go without mosaic: num_last_epochs={self.num_last_epochs} in '
+                'custom_hooks is for a longer run'
             )
         if not _mixture(runner):
             runner.logger.warning(
                 'BranchModeSwitchHook: the training data are not mixed (no MultiImageMixDataset), '
-                'so '
-                'there is no mosaic to end'
+                'so there is no mosaic to end'
             )
         if not _switchable_heads(runner):
             runner.logger.warning(

@@ -75,8 +75,8 @@ class PruningHook(Hook):
             )
         if start < 0 or self.end < start or interval < 1:
             raise UsageError(
-                f'PruningHook: start={start}, end={self.end}, interval={interval}: '
-                'start must not be negative, end not before start, interval at least 1'
+                f'PruningHook: start={start}, end={self.end}, interval={interval}: start must not '
+                'be negative, end not before start, interval at least 1'
             )
         for block in self.blocks:
             if soft and not block.structured:
@@ -185,8 +185,7 @@ class PruningHook(Hook):
         if getattr(plain_model(runner), 'train_router', False):
             raise UsageError(
                 'PruningHook: this config trains a router alone, and nothing else may change; '
-                'prune in '
-                'step 1'
+                'prune in step 1'
             )
         if self.by_epoch and isinstance(runner.train_loop, IterBasedTrainLoop):
             raise UsageError(
@@ -207,8 +206,7 @@ class PruningHook(Hook):
         if not set(saved['masks']) <= set(layers) or len(saved['shares']) != len(self.blocks):
             raise UsageError(
                 'PruningHook: the masks in the checkpoint are of other blocks; --resume goes on '
-                'with '
-                'the same config'
+                'with the same config'
             )
         self._shares = list(saved['shares'])
         self.masks = {
@@ -295,8 +293,8 @@ class PruningHook(Hook):
             empty = pruning.emptied(masks)
             if empty:
                 runner.logger.warning(
-                    f'nothing is left of {len(empty)} layers, such as {empty[0]}: nothing '
-                    'passes them any more'
+                    f'nothing is left of {len(empty)} layers, such as {empty[0]}: nothing passes '
+                    'them any more'
                 )
 
 

@@ -65,8 +65,7 @@ class QuantizationHook(Hook):
         if start < 0 or observe is not None and observe <= start:
             raise UsageError(
                 f'QuantizationHook: start={start}, observe={observe}: start must not be negative, '
-                'and '
-                'observe be later'
+                'and observe be later'
             )
         if not 0 < noise <= 1:
             raise UsageError(
@@ -167,8 +166,7 @@ class QuantizationHook(Hook):
         if can_fuse(model):
             raise UsageError(
                 'QuantizationHook: parts of this detector are fused for use, as YOLOv5 and YOLOv7 '
-                'have '
-                'them, and would be others then; export it by tools/export.py --int8 as it is'
+                'have them, and would be others then; export it by tools/export.py --int8 as it is'
             )
         trained = self._saved or {}
         for name, own, other in (

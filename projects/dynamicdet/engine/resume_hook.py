@@ -55,8 +55,7 @@ class ResumeHook(Hook):
         if runner.epoch and _remembers_images(runner.train_dataloader):
             runner.logger.info(
                 'The pipeline remembers images (CachedMosaic, CachedMixUp), which no checkpoint '
-                'holds: '
-                'this resumed run gathers new ones, and ends a little otherwise than an '
+                'holds: this resumed run gathers new ones, and ends a little otherwise than an '
                 'uninterrupted one'
             )
 

@@ -122,9 +122,8 @@ class RouterHook(Hook):
         if not self.loaded:
             where = f' (into {self.cascade})' if self.cascade else ''
             raise UsageError(
-                'step 2 trains the router of a trained cascade, and none was loaded: '
-                f'run step 1 first{where}, or name its checkpoint by --cfg-options '
-                'load_from=...'
+                'step 2 trains the router of a trained cascade, and none was loaded: run step 1 '
+                f'first{where}, or name its checkpoint by --cfg-options load_from=...'
             )
         # Runs of before there were quantiles kept delta alone.
         if self.delta == 'exact' and model.gains.isnan().any():
@@ -219,8 +218,7 @@ def measure_training_set(runner: Runner) -> tuple[dict[tuple, float], Tensor, Te
 
     Returns:
         tuple: Gains, as the objective counts them, by (image id, path), and mean and standard
-            deviation of
-        what the router sees, (d,) each.
+            deviation of what the router sees, (d,) each.
     """
     model = _model(runner)
     model.train()

@@ -33,14 +33,12 @@ def _check_mode_switch(cfg: Mapping) -> None:
     if _name(cfg.model) == 'DynamicDetector':
         raise UsageError(
             'YOLOXModeSwitchHook in custom_hooks looks for one head, and a DynamicDetector has '
-            'several: name '
-            'BranchModeSwitchHook instead, with the same settings'
+            'several: name BranchModeSwitchHook instead, with the same settings'
         )
     if _name(cfg.train_dataloader.dataset) != 'MultiImageMixDataset':
         raise UsageError(
             'YOLOXModeSwitchHook in custom_hooks ends the mosaic of a MultiImageMixDataset, and '
-            'the training '
-            f'data are a {_name(cfg.train_dataloader.dataset)}: take the hook out'
+            f'the training data are a {_name(cfg.train_dataloader.dataset)}: take the hook out'
         )
 
 
@@ -49,8 +47,7 @@ def _check_pipeline_switch(cfg: Mapping, hook: Mapping) -> list[str]:
     if 'dataset' in dataset and _name(dataset) != 'HoldOut' or 'datasets' in dataset:
         raise UsageError(
             f'PipelineSwitchHook in custom_hooks would change nothing: a {_name(dataset)} has no '
-            'pipeline to '
-            'replace, but the data sets in it have; take the hook out'
+            'pipeline to replace, but the data sets in it have; take the hook out'
         )
     epochs = cfg.train_cfg.get('max_epochs')
     if epochs is None:
@@ -61,8 +58,7 @@ def _check_pipeline_switch(cfg: Mapping, hook: Mapping) -> list[str]:
     if hook['switch_epoch'] >= epochs:
         return [
             f'PipelineSwitchHook switches after {hook["switch_epoch"]} epochs, and this run has '
-            f'{epochs}: the first '
-            'pipeline stays; set switch_epoch in custom_hooks'
+            f'{epochs}: the first pipeline stays; set switch_epoch in custom_hooks'
         ]
     return []
 

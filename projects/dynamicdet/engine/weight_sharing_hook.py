@@ -159,8 +159,8 @@ class WeightSharingHook(Hook):
         saved = self._saved
         if saved and saved.keys() != self._layers.keys():
             raise UsageError(
-                'WeightSharingHook: what the checkpoint shares are other layers; --resume goes '
-                'on with the same config'
+                'WeightSharingHook: what the checkpoint shares are other layers; --resume goes on '
+                'with the same config'
             )
         self.shared = {
             name: sharing.sharing_of(

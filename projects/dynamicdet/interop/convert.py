@@ -34,8 +34,7 @@ def convert_checkpoint(path: str, family: str, model: nn.Module) -> tuple[dict, 
 
     Returns:
         tuple[dict, list[str]]: The checkpoint, ``state_dict`` complete and ``meta`` with where it
-            comes
-        from; and what was done, in lines for the user.
+            comes from; and what was done, in lines for the user.
 
     Raises:
         UsageError: If the file cannot be read, one of its entries is unknown, or the model is not

@@ -90,8 +90,8 @@ def apply_rules(
             found.update(zip(names, _changed(rule, key, value), strict=True))
     if unknown:
         raise UsageError(
-            f'{len(unknown)} of its {len(state)} entries are unknown to this source (such '
-            f'as {", ".join(map(repr, unknown[:3]))}): is --from right?'
+            f'{len(unknown)} of its {len(state)} entries are unknown to this source (such as '
+            f'{", ".join(map(repr, unknown[:3]))}): is --from right?'
         )
     return found, skipped
 

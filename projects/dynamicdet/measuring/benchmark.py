@@ -262,8 +262,8 @@ def require_equal(stock: BaseDetector, model: DynamicDetector, batches: Sequence
         for one, other in ((a.pred_instances, b.pred_instances) for a, b in pairs):
             if not all(torch.equal(one[key], other[key]) for key in ('bboxes', 'scores', 'labels')):
                 raise RuntimeError(
-                    'exit 0 does not find what the stock detector finds: '
-                    'their times cannot be compared'
+                    'exit 0 does not find what the stock detector finds: their times cannot be '
+                    'compared'
                 )
             compared += len(one)
     return compared
@@ -284,8 +284,8 @@ def half_hard_threshold(model: DynamicDetector, batches: Sequence[dict]) -> floa
     hard = sum(score > threshold for score in scores)
     if 2 * hard != len(scores):
         raise UsageError(
-            f'{hard} of {len(scores)} images are hard, not half of them: too many '
-            'have the same difficulty; try another checkpoint or another seed'
+            f'{hard} of {len(scores)} images are hard, not half of them: too many have the same '
+            'difficulty; try another checkpoint or another seed'
         )
     return threshold
 
@@ -374,10 +374,9 @@ def measure(
 
     Returns:
         list[dict]: Per setting ``threads``, ``dtype``, ``memory_format``; ``seconds`` per call (of
-            one image,
-        of all batches), by what was timed; ``ratios``, by the keys of `WANTED`, both sides of each
-        from one round; all with ``median``, ``q1`` and ``q3``; ``boxes_compared``. Or ``refused``,
-        why that setting cannot be.
+            one image, of all batches), by what was timed; ``ratios``, by the keys of `WANTED`, both
+            sides of each from one round; all with ``median``, ``q1`` and ``q3``;
+            ``boxes_compared``. Or ``refused``, why that setting cannot be.
 
     Raises:
         RuntimeError: If exit 0 and the stock detector differ.

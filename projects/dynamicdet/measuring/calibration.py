@@ -112,8 +112,7 @@ def record_exits(model: DynamicDetector, loader: DataLoader, progress: Progress)
 
     Returns:
         list[dict]: Per image ``id``, ``file``, ``difficulty`` and ``detections`` of each exit: COCO
-            results
-        without image id, boxes x, y, w, h in the image's own frame.
+            results without image id, boxes x, y, w, h in the image's own frame.
     """
     images = []
     with kept_speed(model):
@@ -190,8 +189,7 @@ def calibrate(
 
     Returns:
         dict: ``threshold`` (a list for more than two exits), and of each exit ``lat1``, ``lat2``,
-            ... in
-        seconds and ``g0``, ``g1``, ... in GFLOPs.
+            ... in seconds and ``g0``, ``g1``, ... in GFLOPs.
 
     Raises:
         UsageError: If the router was not trained.

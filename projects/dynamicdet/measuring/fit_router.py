@@ -162,9 +162,8 @@ def put_router(
 
     Returns:
         dict: ``state_dict`` and ``meta``, without the optimizer and the like. Delta is the gains'
-            median, the
-        calibration of an older router is gone, and ``meta.router`` says where the router comes
-        from.
+            median, the calibration of an older router is gone, and ``meta.router`` says where the
+            router comes from.
 
     Raises:
         UsageError: If the checkpoint is of no cascade that fits the model.

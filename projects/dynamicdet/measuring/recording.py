@@ -196,8 +196,7 @@ def _add_costs(
 
     Returns:
         tuple: GFLOPs and seconds of exit 0's neck and heads, the mean over the images: what a
-            router that looks at
-        exit 0's detections pays for every image.
+            router that looks at exit 0's detections pays for every image.
     """
     divisor = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
     rows: dict[tuple, list[int]] = {}

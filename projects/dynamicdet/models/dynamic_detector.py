@@ -104,14 +104,14 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         objective = build_objective(objective)
         if not 0 < first_scale <= 1 or first_scale < 1 and reuse_stages:
             raise UsageError(
-                f'first_scale must be in (0, 1], and below 1 with reuse_stages=0, since the '
-                f'second backbone then needs its own stem; got {first_scale} with '
+                'first_scale must be in (0, 1], and below 1 with reuse_stages=0, since the second '
+                f'backbone then needs its own stem; got {first_scale} with '
                 f'reuse_stages={reuse_stages}'
             )
         if backbones == 1 and first_scale == 1:
             raise UsageError(
-                'one backbone has two exits only where they differ by resolution: give '
-                'first_scale below 1, or two backbones'
+                'one backbone has two exits only where they differ by resolution: give first_scale '
+                'below 1, or two backbones'
             )
         if not 0 <= specialize < math.inf:
             raise UsageError(f'specialize is a power, a number from 0 on; got {specialize}')

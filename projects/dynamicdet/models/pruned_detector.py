@@ -85,9 +85,7 @@ def _require_removed(model: nn.Module, state: Mapping[str, Tensor], prefix: str,
     if 2 * len(wrong) > there:
         raise UsageError(
             'the config is of a detector some of whose channels were removed, and this checkpoint '
-            'has '
-            f'others: {len(wrong)} of {there} layers do not fit, such as {wrong[0]}, '
+            f'has others: {len(wrong)} of {there} layers do not fit, such as {wrong[0]}, '
             f'{tuple(state[prefix + wrong[0]].shape)} for {tuple(own[wrong[0]].shape)}; take the '
-            'checkpoint '
-            'that tools/prune.py wrote beside the config'
+            'checkpoint that tools/prune.py wrote beside the config'
         )

@@ -107,8 +107,7 @@ def _plain_backbone(model: BaseDetector) -> Stage:
     if backbone is None:
         raise UsageError(
             f'{type(model).__name__} cannot be cut into graphs: only single- and two-stage '
-            'detectors, plain '
-            'or dynamic, can'
+            'detectors, plain or dynamic, can'
         )
     forward = backbone.forward
 

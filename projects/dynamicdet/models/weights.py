@@ -71,10 +71,9 @@ def fit_weights(
 
     Returns:
         tuple[dict, str]: Entries of the same shape as the model's, and those that match nothing,
-            which may be old
-        names that a layer renames as it loads; if there are none of these, also the model's own
-        entries for all that is missing. And a line that says what was filled and what starts
-        afresh.
+            which may be old names that a layer renames as it loads; if there are none of these,
+            also the model's own entries for all that is missing. And a line that says what was
+            filled and what starts afresh.
     """
     state = {key.removeprefix('module.'): value for key, value in state.items()}
     plain = hasattr(model, 'spread_plain_weights') and is_plain(state)
@@ -181,8 +180,7 @@ def require_all_channels(model: nn.Module, state: Mapping[str, torch.Tensor]) ->
     if shaped:
         raise UsageError(
             f'the checkpoint does not fit this config; its keys: {len(shaped)} of another shape '
-            '(such as '
-            f'{", ".join(shaped[:3])}); {_LOST}'
+            f'(such as {", ".join(shaped[:3])}); {_LOST}'
         )
 
 

@@ -141,8 +141,7 @@ def threshold_points(record: Mapping, chance: Chance, scores: np.ndarray) -> lis
 
     Returns:
         list[dict]: From all easy to all hard: ``threshold``, ``hard_share``, ``hard`` (images),
-            ``ap``,
-        ``gflops``, ``latency``.
+            ``ap``, ``gflops``, ``latency``.
     """
     points = {}
     for share in _SLIDER:
@@ -167,11 +166,12 @@ def merit(
 
     Returns:
         dict: Each ``name``, ``value``, ``low``, ``high`` (None where not defined) and ``meaning``.
-            A ratio is not
-        defined where intervals were asked for and what it is divided by cannot be told from zero.
+            A ratio is not defined where intervals were asked for and what it is divided by cannot
+            be told from zero.
     """
     choices, half = choices_of(scores), rows[HALF]
     gain = normalized_gain(chance, choices[HALF])
+    resampled = bool(len(chance.weights))
     found = dict(
         gain=dict(
             name='gain at half hard, AP',

@@ -26,9 +26,8 @@ def choose_images(
 
     Returns:
         dict: ``easiest`` and ``hardest``; ``wrongly_easy``: those that lose most by leaving early
-            where half
-        of the images are hard, and ``wrongly_hard``: those that lose most by going on. Indices, the
-        most extreme first; only images that lose something are wrongly routed.
+            where half of the images are hard, and ``wrongly_hard``: those that lose most by going
+            on. Indices, the most extreme first; only images that lose something are wrongly routed.
     """
     _, is_hard = split(difficulties, 0.5)
     order = np.argsort(difficulties, kind='stable')
@@ -47,13 +46,13 @@ _GROUPS = dict(
     hardest=('The hardest', 'Highest difficulty: they go on to the dear exit first.'),
     wrongly_easy=(
         'Wrongly easy',
-        'With half of the images hard, these leave at the cheap exit, and the dear '
-        'one would have found most more.',
+        'With half of the images hard, these leave at the cheap exit, and the dear one would have '
+        'found most more.',
     ),
     wrongly_hard=(
         'Wrongly hard',
-        'With half of the images hard, these go on to the dear exit, which finds '
-        'less than the cheap one.',
+        'With half of the images hard, these go on to the dear exit, which finds less than the '
+        'cheap one.',
     ),
 )
 
@@ -94,7 +93,6 @@ def _picture(
     ]
     caption = (
         f'{file_name(image)}: difficulty {image["difficulty"]:.3f}; AP of this image {aps[0]:.0f} '
-        'by '
-        f'exit {numbers[0]}, {aps[1]:.0f} by exit {numbers[1]}'
+        f'by exit {numbers[0]}, {aps[1]:.0f} by exit {numbers[1]}'
     )
     return picture_pair(image, numbers, objects, names, name, caption)

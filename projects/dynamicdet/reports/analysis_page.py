@@ -37,16 +37,14 @@ _LINES = dict(
         '',
         True,
         'the exit of each image chosen on another view of it and scored on the image itself, so '
-        'that '
-        'luck does not count: what a router could be hoped to reach',
+        'that luck does not count: what a router could be hoped to reach',
     ),
     oracle=(
         '#cc79a7',
         '',
         False,
         'the exit of each image chosen on the very detections that are scored, then refined on the '
-        'AP of '
-        'the whole set: a ceiling that rewards luck too',
+        'AP of the whole set: a ceiling that rewards luck too',
     ),
 )
 _PEER_COLORS = (
@@ -162,12 +160,9 @@ def lead(analysis: Mapping) -> str:
     )
     return (
         f'On {analysis["images"]:,} images, {easy} reaches {first:.1f} AP for {cheap:.3g} GFLOPs '
-        'per '
-        f'image, {hard} {last:.1f} for {dear:.3g}. With {half["hard_share"]:.0%} of the images '
-        'hard, '
-        f'the router reaches {half["ap"]:.1f} for {half["gflops"]:.3g}, {abs(gain["value"]):.1f} '
-        f'AP {side} '
-        f'random routing{ends}.'
+        f'per image, {hard} {last:.1f} for {dear:.3g}. With {half["hard_share"]:.0%} of the images '
+        f'hard, the router reaches {half["ap"]:.1f} for {half["gflops"]:.3g}, '
+        f'{abs(gain["value"]):.1f} AP {side} random routing{ends}.'
     )
 
 
@@ -283,7 +278,7 @@ Move the slider, or click into the chart.</p>
 
 def _swatch(line: Mapping) -> str:
     return (
-        f'<svg class="swatch" viewBox="0 0 26 10" aria-hidden="true"><path d="M0 5H26" '
+        '<svg class="swatch" viewBox="0 0 26 10" aria-hidden="true"><path d="M0 5H26" '
         f'stroke="{line["color"]}" stroke-width="3" stroke-dasharray="{line["dash"]}"/></svg>'
     )
 

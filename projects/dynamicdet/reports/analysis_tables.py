@@ -60,10 +60,9 @@ def peer_table(analysis: Mapping) -> str:
         for name, peer in analysis['peers'].items()
     ]
     said = _paragraph(
-        'Each takes half of the images as hard, by its own measure, or as near as ties allow; '
-        'the gain is the normalized one. Those that look at the detections of the first exit '
-        'must run its neck and heads on hard images too: that is charged. Switch their curves '
-        'on above.'
+        'Each takes half of the images as hard, by its own measure, or as near as ties allow; the '
+        'gain is the normalized one. Those that look at the detections of the first exit must run '
+        'its neck and heads on hard images too: that is charged. Switch their curves on above.'
     )
     absent = [f'{name}: {why}' for name, why in analysis['left_out'].items()]
     return (
@@ -128,8 +127,8 @@ def transfer_table(analysis: Mapping) -> str:
     """What the validation set's thresholds do here."""
     if not analysis['transfer']:
         return _paragraph(
-            'Not measured: give the record of the validation set by --val-record. Thresholds '
-            'are then chosen there and used here.'
+            'Not measured: give the record of the validation set by --val-record. Thresholds are '
+            'then chosen there and used here.'
         )
     rows = [
         [
@@ -142,9 +141,9 @@ def transfer_table(analysis: Mapping) -> str:
         for row in analysis['transfer']
     ]
     said = _paragraph(
-        'Thresholds chosen on the validation set for a wanted share, and what they give here: '
-        'the share that is really hard, its AP, and the AP of a threshold chosen here for the '
-        'share wanted.'
+        'Thresholds chosen on the validation set for a wanted share, and what they give here: the '
+        'share that is really hard, its AP, and the AP of a threshold chosen here for the share '
+        'wanted.'
     )
     return said + _table(
         ['wanted', 'threshold', 'hard here', 'AP here', 'AP at own threshold'], rows

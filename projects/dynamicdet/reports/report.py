@@ -115,15 +115,14 @@ def sentences(rows: Sequence[Mapping], record: Mapping, exits: Sequence[Mapping]
     )
     cheap, dear = record['gflops']
     told = [
-        f'On {len(record["images"])} images, exit 1 is {said} ({last:.2f} against '
-        f'{first:.2f}), for {dear:.2f} GFLOPs per image instead of {cheap:.2f}.'
+        f'On {len(record["images"])} images, exit 1 is {said} ({last:.2f} against {first:.2f}), '
+        f'for {dear:.2f} GFLOPs per image instead of {cheap:.2f}.'
     ]
     middle = min(rows, key=lambda row: abs(row['hard_share'] - 0.5))
     if not 0 < middle['hard_share'] < 1:
         return told + [
-            'The router cannot be judged: no row of the table lies between none and all '
-            'hard. Too many images have the same difficulty, or no such share was asked '
-            'for.'
+            'The router cannot be judged: no row of the table lies between none and all hard. Too '
+            'many images have the same difficulty, or no such share was asked for.'
         ]
     told.append(_verdict(middle))
     gain = gain_over_random(rows)
@@ -150,10 +149,9 @@ def misses(calibrated: Sequence[Mapping]) -> list[str]:
     worst = max(missed, key=lambda row: abs(row['hard_share'] - row['share']))
     return [
         f'The calibrated threshold for {worst["share"]:.0%} hard sends {worst["hard_share"]:.1%} '
-        'of these '
-        f'images on, where chance explains {worst["chance_low"]:.1%} to '
-        f'{worst["chance_high"]:.1%}: they differ '
-        'from those of the calibration. Calibrate on images like these, or hold the budget online.'
+        f'of these images on, where chance explains {worst["chance_low"]:.1%} to '
+        f'{worst["chance_high"]:.1%}: they differ from those of the calibration. Calibrate on '
+        'images like these, or hold the budget online.'
     ]
 
 
@@ -191,14 +189,14 @@ def _plots(
         trade_off=(
             'The trade-off',
             trade_off_figure(rows),
-            'What each hard share (percent at the points) costs and brings. Above the '
-            'dashed line, the router chooses better than chance.',
+            'What each hard share (percent at the points) costs and brings. Above the dashed line, '
+            'the router chooses better than chance.',
         ),
         difficulty=(
             'Difficulties',
             histogram_figure(difficulties, threshold),
-            'How the router spreads the images, and the threshold for half hard: '
-            f'{share:.0%} are above it and go on to exit 1.',
+            f'How the router spreads the images, and the threshold for half hard: {share:.0%} are '
+            'above it and go on to exit 1.',
         ),
         sizes=(
             'Each exit alone, by size of object',

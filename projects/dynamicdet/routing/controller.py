@@ -111,7 +111,7 @@ class Controller:
         given = {name: value for name, value in given.items() if value is not None}
         if len(given) != 1:
             raise UsageError(
-                f'a controller takes exactly one of target_latency, throughput, hard_share and '
+                'a controller takes exactly one of target_latency, throughput, hard_share and '
                 f'target_gflops; got {given}'
             )
         ((self._aim, target),) = given.items()
@@ -160,8 +160,8 @@ class Controller:
         if within != self.target:
             warnings.warn(
                 f'{_UNITS[self._aim].format(self.target)} is outside what the exits were '
-                'calibrated '
-                f'to, {self._costs[0]:.4g} to {self._costs[-1]:.4g}: it may be out of reach'
+                f'calibrated to, {self._costs[0]:.4g} to {self._costs[-1]:.4g}: it may be out of '
+                'reach'
             )
         return convert(within, *self._costs.tolist())
 

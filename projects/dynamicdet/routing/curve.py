@@ -252,8 +252,8 @@ def trade_off(
     scores = difficulties_of(record) if scores is None else np.asarray(scores)
     if scores.shape != (chance.mixtures.images,):
         raise UsageError(
-            f'a router gives one score for each of {chance.mixtures.images} images, got '
-            f'scores of shape {scores.shape}'
+            f'a router gives one score for each of {chance.mixtures.images} images, got scores of '
+            f'shape {scores.shape}'
         )
     rows = []
     for share in shares:
@@ -287,9 +287,9 @@ def by_calibration(
 
     Returns:
         list[dict]: Per share ``share``, ``threshold``, ``hard_share`` that is served,
-            ``chance_low`` and
-        ``chance_high``, the shares that chance explains (`served.chance_interval`), ``ap``,
-        ``ap50``, ``gflops`` and ``latency`` as of `trade_off`.
+            ``chance_low`` and ``chance_high``, the shares that chance explains
+            (`served.chance_interval`), ``ap``, ``ap50``, ``gflops`` and ``latency`` as of
+            `trade_off`.
     """
     own, rows = difficulties_of(record), []
     for share in shares:

@@ -131,13 +131,11 @@ def _gap(figures: Mapping) -> tuple[list, list]:
     if told < 0:
         return [
             f'The last exit is worse than the first, by {_show(gap, sign=-1)} AP: it costs more '
-            'and '
-            'finds less.'
+            'and finds less.'
         ], [_TRAIN, _RESOLUTION]
     return [
         f'Whether the exits differ in AP cannot be told ({_show(gap)}): a share of their '
-        'difference, '
-        'such as the normalized gain, means nothing here.'
+        'difference, such as the normalized gain, means nothing here.'
     ], [_RESOLUTION, _more(figures)]
 
 
@@ -156,16 +154,15 @@ def _strata(figures: Mapping) -> tuple[list, list]:
     if not told:
         return [
             f'Whether what the last exit adds differs between the {len(strata)} strata cannot be '
-            'told: a '
-            'benefit that is the same everywhere cannot be routed much better than at random.',
+            'told: a benefit that is the same everywhere cannot be routed much better than at '
+            'random.',
             *harm,
         ], [_RESOLUTION]
     first, second = max(told, key=lambda pair: abs(pair[0]['gap'][0] - pair[1]['gap'][0]))
     most, least = (first, second) if first['gap'][0] > second['gap'][0] else (second, first)
     return [
         f'What the last exit adds differs by kind of image: {_show(most["gap"])} AP on '
-        f'{most["name"]}, '
-        f'{_show(least["gap"])} on {least["name"]}.',
+        f'{most["name"]}, {_show(least["gap"])} on {least["name"]}.',
         *harm,
     ], []
 
@@ -175,14 +172,12 @@ def _honest_gain(figures: Mapping) -> tuple[list, list]:
     if told > 0:
         return [
             'The benefit differs by image, and not by luck: exits chosen on another view are '
-            'worth '
-            f'{_show(gain)} AP over random routing.'
+            f'worth {_show(gain)} AP over random routing.'
         ], []
     if told < 0:
         return [
             f'An oracle that saw another view of each image loses {_show(gain, sign=-1)} AP '
-            'against '
-            'random routing: what looks like a benefit in one view is a harm in the other.'
+            'against random routing: what looks like a benefit in one view is a harm in the other.'
         ], [_VIEWS]
     unsure = (
         'Without intervals it'
@@ -191,8 +186,8 @@ def _honest_gain(figures: Mapping) -> tuple[list, list]:
     )
     rest = '' if figures.get('bootstrap') == 0 else ' A router has nothing sure to learn.'
     return [
-        f'{unsure} cannot be told: an oracle that saw another view of '
-        f'each image has {_show(gain)} AP over random routing.{rest}'
+        f'{unsure} cannot be told: an oracle that saw another view of each image has {_show(gain)} '
+        f'AP over random routing.{rest}'
     ], [_RESOLUTION, _more(figures)]
 
 
@@ -205,8 +200,7 @@ def _loss_shares(figures: Mapping) -> tuple[list, list]:
         return [f'L1 > L2 on {shares}: a difference cannot be told.'], []
     return [
         f'The detectors remember their training images: L1 > L2 on {shares}. Loss differences '
-        'there say '
-        'little about new images.'
+        'there say little about new images.'
     ], [_HELD_OUT]
 
 
@@ -297,8 +291,7 @@ def _spread(figures: Mapping) -> tuple[list, list]:
         return [], []
     return [
         f'The difficulties are nearly all the same (90 % of them within {spread:.2g}): small '
-        'changes of '
-        'the input move an image across a threshold.'
+        'changes of the input move an image across a threshold.'
     ], [_STANDARDIZE]
 
 

@@ -113,13 +113,13 @@ def check_record(record: Mapping, coco: COCO) -> None:
         # Not `difficulty < 0 or ...`, which lets NaN pass.
         if not 0 <= image['difficulty'] <= 1:
             raise UsageError(
-                f'{name} has difficulty {image["difficulty"]}, not in [0, 1]: was the '
-                'router trained?'
+                f'{name} has difficulty {image["difficulty"]}, not in [0, 1]: was the router '
+                'trained?'
             )
         if len(image['detections']) != exits or exits < 2:
             raise UsageError(
-                f'{name} has detections of {len(image["detections"])} exits: record '
-                'every image through all exits, two or more'
+                f'{name} has detections of {len(image["detections"])} exits: record every image '
+                'through all exits, two or more'
             )
         seen.add(image['id'])
 
@@ -180,8 +180,8 @@ class Mixtures:
         self.exits = len(record['images'][0]['detections'])
         if any(len(image.get(source, ())) != self.exits for image in record['images']):
             raise UsageError(
-                'the record has no augmented view of every image under every exit: make it '
-                'anew, with views'
+                'the record has no augmented view of every image under every exit: make it anew, '
+                'with views'
             )
         self._coco = coco
         self._ids = np.array([image['id'] for image in record['images']])

@@ -69,9 +69,8 @@ def efficacy(
 
     Returns:
         dict: ``router_area`` and ``oracle_area`` in percent of AP; ``efficacy``, their ratio,
-            ``low``
-        and ``high``. The last three are None unless the oracle's area is above 0; the ends also
-        where it is not on more than one resample in forty.
+            ``low`` and ``high``. The last three are None unless the oracle's area is above 0; the
+            ends also where it is not on more than one resample in forty.
     """
     own, owns = _area(chance, router)
     best, bests = _area(chance, oracle)

@@ -147,8 +147,8 @@ def _to_arrays(record: Mapping) -> dict[str, np.ndarray]:
     for name in names.intersection(_DETECTIONS):
         if any(len(image[name]) != exits for image in images):
             raise UsageError(
-                f'the record has costs of {exits} exits, but not {name} of so many for each '
-                'image: record every image through every exit'
+                f'the record has costs of {exits} exits, but not {name} of so many for each image: '
+                'record every image through every exit'
             )
         for exit in range(exits):
             arrays.update(_flatten([image[name][exit] for image in images], f'{name}{exit}'))
@@ -184,8 +184,8 @@ def _check(arrays: Mapping[str, np.ndarray], source: str) -> None:
     images, exits = (np.size(arrays.get(name, ())) for name in ('image_id', 'gflops'))
     if not images or exits < 2:
         raise UsageError(
-            f'{source} is of {images} images and {exits} exits: record some images through '
-            'two exits or more'
+            f'{source} is of {images} images and {exits} exits: record some images through two '
+            'exits or more'
         )
     for name, shape in _shapes(arrays, images, exits).items():
         if name not in arrays:
@@ -193,8 +193,8 @@ def _check(arrays: Mapping[str, np.ndarray], source: str) -> None:
         values = arrays[name]
         if values.shape != shape:
             raise UsageError(
-                f'{source} has {name} of shape {values.shape}, where {images} images and '
-                f'{exits} exits need {shape}: record anew'
+                f'{source} has {name} of shape {values.shape}, where {images} images and {exits} '
+                f'exits need {shape}: record anew'
             )
         if values.dtype.kind == 'f' and not np.isfinite(values).all():
             raise UsageError(f'{source} has {name} that are not finite: was the detector trained?')

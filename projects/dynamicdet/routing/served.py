@@ -118,10 +118,9 @@ class Served:
         where = 'are hard' if len(self.counts) == 2 else f'left at exit {exit}'
         return [
             f'{self.shares[exit]:.1%} of these {self.images} images {where}, and {wanted:.1%} were '
-            'wanted; chance '
-            f'explains {low:.1%} to {high:.1%}. They differ from the {sum(self.calibrated)} images '
-            'of the calibration: '
-            'calibrate on images like these, or hold the budget online'
+            f'wanted; chance explains {low:.1%} to {high:.1%}. They differ from the '
+            f'{sum(self.calibrated)} images of the calibration: calibrate on images like these, or '
+            'hold the budget online'
         ]
 
     def _clock_doubt(self) -> list[str]:
@@ -131,9 +130,8 @@ class Served:
             return []
         return [
             f'an image took {1e3 * self.seconds:.1f} ms, and {1e3 * target:.1f} ms were wanted. '
-            'Latencies are '
-            'measured one image at a time: calibrate on a machine as loaded as this one, or hold '
-            'the budget online'
+            'Latencies are measured one image at a time: calibrate on a machine as loaded as this '
+            'one, or hold the budget online'
         ]
 
     def figures(self) -> dict[str, float]:
@@ -209,8 +207,7 @@ def missed(counts: Sequence[int], calibrated: Sequence[int]) -> dict[int, tuple[
 
     Returns:
         dict[int, tuple[float, float]]: Exit -> the shares that chance explains. Of two exits the
-            second alone; of more
-        each has its part of `DOUBTED`.
+            second alone; of more each has its part of `DOUBTED`.
     """
     exits = range(1, 2) if len(counts) == 2 else range(len(counts))
     found = {}

@@ -114,9 +114,8 @@ def simulate(
 
     Returns:
         dict: Per batch, (ceil(n / batch),): ``threshold`` (the first one), ``share`` aimed at,
-            ``hard``
-        (share of images not at the first exit), ``difficulty`` and ``latency``, means over its
-        images; and ``images``.
+            ``hard`` (share of images not at the first exit), ``difficulty`` and ``latency``, means
+            over its images; and ``images``.
     """
     rows, waiting = [], deque()
     for start in range(0, len(difficulties), batch):

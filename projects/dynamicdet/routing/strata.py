@@ -84,9 +84,8 @@ def benefits(
 
     Returns:
         dict: ``ap``: difference of per-image AP, percent (`Mixtures.image_ap`); ``loss``: loss
-            under
-        the first exit minus under the second, as the heads average it; ``loss_objects``: that times
-        the number of objects, which is the sum over objects, as AP counts.
+            under the first exit minus under the second, as the heads average it; ``loss_objects``:
+            that times the number of objects, which is the sum over objects, as AP counts.
     """
     easy, hard = exits
     per_image = mixtures.image_ap()
@@ -115,8 +114,8 @@ def rank_correlations(
 
     Returns:
         dict: Per key of ``gained``: ``correlation``, Spearman's, in [-1, 1], with ``low`` and
-            ``high``,
-        the ends of its 95 % interval; None where the scores or the gains are all the same.
+            ``high``, the ends of its 95 % interval; None where the scores or the gains are all the
+            same.
     """
     scores = np.asarray(scores, float)
     weights = bootstrap_weights(len(scores), resamples, seed)
@@ -145,9 +144,8 @@ def threshold_transfer(
 
     Returns:
         list[dict]: Per share: ``share`` as asked, ``threshold``, ``val_share`` and ``test_share``
-            that it
-        gives, ``ap`` on test, and ``own_ap`` of the test record's own threshold for the share as
-        asked.
+            that it gives, ``ap`` on test, and ``own_ap`` of the test record's own threshold for the
+            share as asked.
     """
     rows = []
     for share in shares:

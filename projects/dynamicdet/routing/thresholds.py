@@ -75,9 +75,8 @@ def shares_beyond(share: float, exits: int = 2) -> list[float]:
     With two exits it is the share itself. With more, exits are shared out as ``Binomial(K - 1,
     share)`` has
     it (0.5 of three: a quarter, a half, a quarter): all at the first at 0, all at the last at 1,
-        and the mean
-    number of the exit is ``(K - 1) * share``. It is a convention, one curve from end to end; other
-    shares can be given exit by exit.
+        and the mean number of the exit is ``(K - 1) * share``. It is a convention, one curve from
+        end to end; other shares can be given exit by exit.
 
     Args:
         share (float): In [0, 1].
@@ -153,8 +152,8 @@ def share_for_gflops(target: float, *gflops: float) -> float:
         UsageError: If the target is below ``g0`` or not finite.
     """
     said = (
-        f'a target of {target:g} GFLOPs is outside g0 = {gflops[0]:.4g} to '
-        f'g{len(gflops) - 1} = {gflops[-1]:.4g}'
+        f'a target of {target:g} GFLOPs is outside g0 = {gflops[0]:.4g} to g{len(gflops) - 1} = '
+        f'{gflops[-1]:.4g}'
     )
     return _share_for_cost(target, gflops, said, 'g0')
 
@@ -302,8 +301,7 @@ def _measured(costs: Sequence[float] | None, name: str) -> Sequence[float]:
     if costs is None or not np.isfinite(costs).all():
         raise UsageError(
             f'{name} needs a checkpoint calibrated for it: run tools/calibrate.py on it again; a '
-            'folder '
-            'needs latencies: run tools/export.py where its validation images are'
+            'folder needs latencies: run tools/export.py where its validation images are'
         )
     return costs
 

@@ -30,8 +30,7 @@ def all_exits_step(model: torch.nn.Module, batch: dict) -> SampleList:
 
     Returns:
         list[DetDataSample]: Of each frame, with ``exits``: a list of E InstanceData, and the last
-            one as
-        ``pred_instances``.
+            one as ``pred_instances``.
     """
     from .streams import as_frames
 
@@ -39,8 +38,7 @@ def all_exits_step(model: torch.nn.Module, batch: dict) -> SampleList:
     if not hasattr(model, 'predict_all'):
         raise UsageError(
             f'{type(model).__name__} has no exits to be tested one by one: the loops '
-            'AllExitsValLoop and '
-            'AllExitsTestLoop are for an EarlyExitDetector'
+            'AllExitsValLoop and AllExitsTestLoop are for an EarlyExitDetector'
         )
     data = model.data_preprocessor(batch, False)
     found = model.predict_all(data['inputs'], data['data_samples']).detections

@@ -194,8 +194,8 @@ def format_analysis(analysis: Mapping) -> str:
     by, fixed = analysis['by'], analysis['fixed']
     last = fixed[-1]
     lines = [
-        f'{"":24} {"AP":>6} {"GFLOPs":>8} {"ms":>8} {"saved":>6} {"over line":>10}  '
-        'shares of exits -1, 0, 1, ...'
+        f'{"":24} {"AP":>6} {"GFLOPs":>8} {"ms":>8} {"saved":>6} {"over line":>10}  shares of '
+        'exits -1, 0, 1, ...'
     ]
     for row in fixed:
         lines.append(_line(f'exit {row["exit"]}', row, last, fixed, by))

@@ -68,7 +68,7 @@ def resolve_budget(budget: Mapping, points: Tensor, exits: int) -> list[float]:
     affordable = torch.where(costs <= value * (1 + 1e-5), costs, -1.0)
     if affordable.max() < 0:
         raise UsageError(
-            f'{name}={value:g} cannot be met: the calibrated settings cost from '
-            f'{costs.min():.4g} on'
+            f'{name}={value:g} cannot be met: the calibrated settings cost from {costs.min():.4g} '
+            'on'
         )
     return points[affordable.argmax(), :exits].tolist()

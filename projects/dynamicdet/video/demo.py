@@ -91,8 +91,7 @@ class Summary:
         )
         return [
             f'frames cost {scale * mean:.3g} {unit} in the mean, and {scale * budget[name]:.3g} '
-            'were wanted: '
-            'calibrate on videos like this one, or hold the target on it (--online)'
+            'were wanted: calibrate on videos like this one, or hold the target on it (--online)'
             for name, (mean, scale, unit) in means.items()
             if name in budget and mean is not None and mean > 1.1 * budget[name]
         ]

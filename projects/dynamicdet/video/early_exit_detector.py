@@ -108,8 +108,8 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         if not hasattr(architecture, 'layers'):
             raise UsageError(
                 f'{type(self.detector).__name__} offers no table of its layers: an '
-                'EarlyExitDetector takes YOLOv5 or YOLOv7, or another whose '
-                'neck.architecture has layers()'
+                'EarlyExitDetector takes YOLOv5 or YOLOv7, or another whose neck.architecture has '
+                'layers()'
             )
         self.table, self.output_layers = architecture.layers(), architecture.output_layers
         if not 0 <= early_layer < len(self.table):

@@ -51,7 +51,7 @@ class LearnedGate(KeepsType, Gate):
         super().__init__(init_cfg)
         if not in_channels or width < 1:
             raise UsageError(
-                f'a learned gate takes the channels of one head or more and a width from 1 on; got '
+                'a learned gate takes the channels of one head or more and a width from 1 on; got '
                 f'{in_channels} and {width}'
             )
         self.in_channels = tuple(in_channels)
@@ -82,8 +82,7 @@ class LearnedGate(KeepsType, Gate):
         if evidence.exit >= len(self.in_channels):
             raise UsageError(
                 f'the gate was built for {len(self.in_channels)} heads, and the detector has more: '
-                'give '
-                'it the in_channels of all'
+                'give it the in_channels of all'
             )
         pooled = evidence.pooled[: evidence.exit + 1]
         seen = look(evidence).to(pooled[0].device) if self.looks_at_detections else None
@@ -103,8 +102,7 @@ class LearnedGate(KeepsType, Gate):
         if self.looks_at_detections and looks is None:
             raise UsageError(
                 'a gate that looks at detections is not trained with the detector: fit it to a '
-                'record '
-                '(tools/calibrate_video.py --fit-record)'
+                'record (tools/calibrate_video.py --fit-record)'
             )
         looks = looks or [None] * len(pooled)
         with torch.autocast(pooled[0].device.type, enabled=False):
@@ -280,7 +278,7 @@ class GumbelGate(LearnedGate):
         super().__init__(in_channels, width, looks_at_detections, init_cfg)
         if not cost_weight >= 0 or not temperature > 0:
             raise UsageError(
-                f'a GumbelGate takes a cost_weight from 0 on and a temperature above 0; got '
+                'a GumbelGate takes a cost_weight from 0 on and a temperature above 0; got '
                 f'{cost_weight} and {temperature}'
             )
         self.cost_weight, self.temperature = cost_weight, temperature

@@ -63,7 +63,7 @@ def _head_losses(
 def _require_anchors(head: nn.Module) -> AnchorHead:
     if not isinstance(head, AnchorHead):
         raise UsageError(
-            f'distillation needs a detector with the anchor head of YOLOv5 or YOLOv7, not '
+            'distillation needs a detector with the anchor head of YOLOv5 or YOLOv7, not '
             f'{type(head).__name__}'
         )
     return head

@@ -197,8 +197,7 @@ class VideoFile(Source):
         if len(films) > 1:
             self.notes = [
                 f'it has {len(films)} films: the one of {film.width} x {film.height} pixels, '
-                'stream '
-                f'{film.index}, is looked at'
+                f'stream {film.index}, is looked at'
             ]
         return film
 
