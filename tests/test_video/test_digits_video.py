@@ -374,7 +374,7 @@ def test_kill_leaves_nothing_and_a_rerun_succeeds(tmp_path):
         for name in ('dynamicdet', 'dynamicdet.video'):
             sys.modules[name] = types.ModuleType(name)
             sys.modules[name].__path__ = [{projects!r} + '/' + name.replace('.', '/')]
-        from dynamicdet.datasets.digits_video import make_digits_video
+        from dynamicdet.video.digits_video import make_digits_video
 
         def wait(done, total):
             print('half way', flush=True)
