@@ -1,6 +1,8 @@
 """What may import what: each row of `ROOMS` only from rows above it, and no files in a circle."""
 
 import ast
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -72,3 +74,29 @@ def test_no_files_import_each_other_in_a_circle():
         for path, others in FILES.items()
     }
     TopologicalSorter(graph).prepare()
+
+
+#: Imports all of two rooms where OpenMMLab's packages cannot be imported.
+_WITHOUT_OPENMMLAB = """
+import importlib, pkgutil, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in ('mmdet', 'mmcv', 'mmengine'):
+            raise ModuleNotFoundError(f'No module named {name!r}', name=name)
+
+sys.meta_path.insert(0, Absent())
+for room in ('routing', 'compression'):
+    package = importlib.import_module(f'dynamicdet.{room}')
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name != 'mmengine_format':
+            print(importlib.import_module(f'dynamicdet.{room}.{module.name}').__name__)
+"""
+
+
+def test_routing_and_compression_need_no_openmmlab():
+    done = subprocess.run(
+        [sys.executable, '-c', _WITHOUT_OPENMMLAB], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.split()) > 20

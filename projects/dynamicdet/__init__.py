@@ -9,7 +9,15 @@ import importlib.util
 
 from .version import __version__  # noqa: F401
 
-if importlib.util.find_spec('mmdet'):
+
+def _has_mmdet() -> bool:
+    try:
+        return importlib.util.find_spec('mmdet') is not None
+    except ImportError:
+        return False
+
+
+if _has_mmdet():
     # These register themselves.
     from . import apis, engine, models, video  # noqa: F401
     from .checkpoints import allow_mmengine_classes

@@ -1,7 +1,5 @@
 """Which weights go: hand-made cases, torch's own choices, limits and refusals."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -24,8 +22,6 @@ from dynamicdet.compression.pruning import (
 )
 from dynamicdet.compression.scores import Statistics, activation_scores
 from dynamicdet.errors import UsageError
-from dynamicdet.testing import shrink, tiny_detector
-from mmdet.registry import MODELS
 
 
 def net(seed=0):
@@ -65,23 +61,6 @@ def test_a_pattern_takes_what_is_below(pattern, names):
 def test_layers_are_convolutions_and_linear_layers_in_order():
     assert list(find_layers(net())) == ['0', '2', '4']
     assert list(layers_of(net(), every(exclude=['2']))) == ['0', '4']
-
-
-def test_rtmdets_shared_convolutions_count_once():
-    from mmengine.hub import get_config
-
-    model = MODELS.build(shrink(get_config('mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py').model))
-    layers = find_layers(model)
-    assert len({id(layer.weight) for layer in layers.values()}) == len(layers)
-    names = [layer.names for layer in layers.values() if len(layer.names) > 1]
-    assert names and all(name.startswith('bbox_head.') for group in names for name in group)
-    # By its second name too.
-    block = every(modules=[names[0][1]])
-    assert [layer.names for layer in layers_of(model, block).values()] == [names[0]]
-    masks = prune(model, [block])
-    assert pruned_share(masks) == pytest.approx(0.5, abs=0.01)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    assert torch.equal(modules[names[0][1]].weight == 0, ~masks[names[0][0]])
 
 
 # Who goes.
@@ -355,22 +334,3 @@ def test_blocks_must_not_overlap():
 def test_scores_from_training_are_asked_for():
     with pytest.raises(UsageError, match="score='gradient' needs scores from training steps"):
         prune(net(), [every(score='gradient')])
-
-
-def test_a_detector_by_blocks_of_their_own():
-    model = MODELS.build(tiny_detector('faster_rcnn'))
-    before = copy.deepcopy(model.state_dict())
-    prune(model, [Block('backbone', ['backbone', 'neck'], 0.3), Block('heads', ['roi_head'], 0.9)])
-    shares = {}
-    for name, layer in find_layers(model).items():
-        count = shares.setdefault(name.split('.')[0], [0, 0])
-        count[0] += zeros(layer.module)
-        count[1] += layer.weight.numel()
-    both = [shares['backbone'][index] + shares['neck'][index] for index in (0, 1)]
-    assert both[0] / both[1] == pytest.approx(0.3, abs=1e-3)
-    assert shares['roi_head'][0] / shares['roi_head'][1] == pytest.approx(0.9, abs=1e-3)
-    assert shares['rpn_head'][0] == 0
-    after = model.state_dict()
-    assert all(
-        torch.equal(after[key][after[key] != 0], before[key][after[key] != 0]) for key in before
-    )

@@ -10,7 +10,6 @@ from pycocotools.coco import COCO
 
 from conftest import SEED
 from dynamicdet.errors import UsageError
-from dynamicdet.models import Router
 from dynamicdet.routing import build_objective, quantiles_of
 from dynamicdet.routing.fitting import (
     _best_constant,
@@ -19,6 +18,7 @@ from dynamicdet.routing.fitting import (
     gains_of,
     rank_correlation,
 )
+from dynamicdet.routing.router import Router
 
 #: Half of the fits of the defaults.
 QUICK = dict(weight_decays=(0.01, 1.0), folds=2, seed=SEED)

@@ -1,10 +1,12 @@
+from mmdet.registry import MODELS
+
+from ..routing.router import Router
 from .branch import PassThroughBackbone, build_branch
 from .composite import CompositeBackbone, build_composite, register_family
 from .dynamic_detector import DynamicDetector
 from .fusing import can_fuse, fuse
 from .pruned_detector import build_pruned
 from .raw_outputs import detector_outputs
-from .router import Router
 from .yolov5 import YOLOV5PAFPN, YOLOV5Backbone, YOLOV5Head
 from .yolov7 import YOLOV7PAFPN, YOLOV7Backbone, YOLOV7Head
 
@@ -27,3 +29,6 @@ __all__ = [
     'fuse',
     'register_family',
 ]
+
+# It knows no framework; configs name it.
+MODELS.register_module(module=Router)

@@ -19,7 +19,7 @@ from ..compression.shrinking import (
     select_channels,
 )
 from ..errors import UsageError
-from .router import Router
+from ..routing.router import Router
 
 
 def _shrink_router(router: Router, kept: Kept) -> None:

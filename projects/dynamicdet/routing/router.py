@@ -5,10 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from mmengine.model import BaseModule
 from torch import Tensor, nn
-
-from mmdet.registry import MODELS
 
 from ..errors import UsageError
 from ..precision import KeepsType
@@ -23,8 +20,7 @@ POOLS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@MODELS.register_module()
-class Router(KeepsType, BaseModule):
+class Router(KeepsType):
     """Predict how much an image needs the second detector (DynamicDet, equations 6 to 8).
 
     Global average pooling of each map, concatenated to a vector of width d; ``fc d -> floor(d/4)``,
@@ -47,17 +43,12 @@ class Router(KeepsType, BaseModule):
         pools (Sequence[str]): What is kept of each channel of each map over the image: 'mean',
             'max', 'std' (spread). Defaults to the mean alone, the paper's. The vector has all means
             first, then all of the next.
-        init_cfg (dict, optional): As in mmengine. Defaults to None.
     """
 
     def __init__(
-        self,
-        in_channels: Sequence[int],
-        reduction: int = 4,
-        pools: Sequence[str] = ('mean',),
-        init_cfg: dict | None = None,
+        self, in_channels: Sequence[int], reduction: int = 4, pools: Sequence[str] = ('mean',)
     ) -> None:
-        super().__init__(init_cfg)
+        super().__init__()
         # One pool on a command line is no list.
         pools = (pools,) if isinstance(pools, str) else tuple(pools)
         unknown = [name for name in pools if name not in POOLS]

@@ -1,0 +1,229 @@
+"""What tests of detectors share: mmdet's scope, a small copy of the built-in data, small runs.
+
+conftest.py hands it on where OpenMMLab's packages are installed.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+from scipy.optimize import linear_sum_assignment
+from suite_settings import ROOT, SEED
+
+import dynamicdet  # noqa: F401  (registers)
+from dynamicdet.building import build_loader, load_dynamic_detector
+from dynamicdet.datasets.digits import make_digits
+from dynamicdet.files import latest_checkpoint
+from dynamicdet.measuring.calibration import record_exits
+from mmdet.utils import register_all_modules
+
+#: Exits differ after so many, and routers tell images apart; what they find is left to chance, see
+#: `findable`.
+CASCADE_EPOCHS = 12
+
+
+@pytest.fixture(autouse=True)
+def mmdet_scope():
+    register_all_modules(init_default_scope=True)
+
+
+@pytest.fixture(scope='session')
+def digits(tmp_path_factory):
+    """The built-in data set with 12 training images, 6 for validation and 6 for test, 64 pixels."""
+    root = tmp_path_factory.mktemp('data') / 'digits'
+    return make_digits(root, dict(train=12, val=6, test=6), image_size=64)
+
+
+def shrink_options(digits: Path) -> dict:
+    """Overrides that make the digits configs run in seconds on the small data."""
+    options = {
+        'randomness.seed': SEED,
+        'data_root': f'{digits}/',
+        'model.backbone.base_channels': 8,
+        'model.detector.neck.in_channels': [8, 16, 32, 64],
+        'train_dataloader.batch_size': 4,
+        # All of the small set, for either step.
+        'train_dataloader.dataset.indices': None,
+        'default_hooks.logger.interval': 1,
+    }
+    for split in ('train', 'val', 'test'):
+        options[f'{split}_dataloader.dataset.data_root'] = f'{digits}/'
+        options[f'{split}_dataloader.num_workers'] = 0
+        options[f'{split}_dataloader.persistent_workers'] = False
+        if split != 'train':
+            options[f'{split}_evaluator.ann_file'] = f'{digits}/annotations/instances_{split}.json'
+    return options
+
+
+@pytest.fixture
+def small_config(digits, tmp_path):
+    """``small_config(name, **options)``: a digits config, shrunk, whose work dir is
+    ``tmp_path/name``."""
+
+    def load(name: str, **options) -> Config:
+        cfg = Config.fromfile(ROOT / 'configs' / f'{name}.py')
+        cfg.merge_from_dict({**shrink_options(digits), **options})
+        cfg.work_dir = str(tmp_path / name)
+        return cfg
+
+    return load
+
+
+def run_tool(name: str, *arguments: object, timeout: float = 300, cwd: Path = ROOT, **environment):
+    """Run a tool in a process of its own.
+
+    Returns:
+        subprocess.CompletedProcess: With ``returncode``, ``stdout`` and ``stderr``.
+    """
+    return subprocess.run(
+        [sys.executable, str(ROOT / 'tools' / name), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+    )
+
+
+def load_small(name: str, digits: Path, work_dir: Path, val: bool = False, **options) -> Config:
+    """A digits config, shrunk, for a run in ``work_dir``; without validation unless asked for."""
+    cfg = Config.fromfile(ROOT / 'configs' / f'{name}.py')
+    cfg.merge_from_dict({**shrink_options(digits), **options})
+    if not val:
+        cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
+    cfg.work_dir = str(work_dir)
+    # mmengine keeps logs and scalars by this name and the second: two runs must not share them.
+    cfg.experiment_name = f'{name}-{uuid.uuid4().hex[:8]}'
+    return cfg
+
+
+def load_small_router(
+    digits: Path, work_dir: Path, cascade: Path | None, delta: str = 'exact', **options
+) -> Config:
+    """Step 2, shrunk: from the last checkpoint in ``cascade``, with a learning rate to be felt."""
+    cfg = load_small(
+        'dy_faster_rcnn_digits_router',
+        digits,
+        work_dir,
+        **{
+            'param_scheduler': [],
+            'optim_wrapper.accumulative_counts': 1,
+            'optim_wrapper.optimizer.lr': 1e-2,
+            'train_cfg.max_epochs': 1,
+            **options,
+        },
+    )
+    cfg.custom_hooks[-1].update(cascade=str(cascade) if cascade else None, delta=delta)
+    return cfg
+
+
+def train(cfg: Config) -> Runner:
+    """Run a config to its end, in this process."""
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    return runner
+
+
+@pytest.fixture(scope='session')
+def cascade(digits, tmp_path_factory) -> Path:
+    """Work dir of a step 1 that was trained a little."""
+    register_all_modules(init_default_scope=True)
+    work_dir = tmp_path_factory.mktemp('cascade')
+    train(
+        load_small(
+            'dy_faster_rcnn_digits',
+            digits,
+            work_dir,
+            **{
+                'param_scheduler': [],
+                'optim_wrapper.optimizer.lr': 2e-3,
+                'train_cfg.max_epochs': CASCADE_EPOCHS,
+                'default_hooks.checkpoint.interval': CASCADE_EPOCHS,
+            },
+        )
+    )
+    return work_dir
+
+
+def on_findable(findable: Path) -> dict:
+    """Overrides that make `findable` the test set, and let the detector show even what it is hardly
+    sure of."""
+    return {
+        'test_dataloader.dataset.ann_file': str(findable),
+        'test_dataloader.dataset.data_prefix.img': 'train/',
+        'test_evaluator.ann_file': str(findable),
+        'model.detector.test_cfg.rcnn.score_thr': 0.0,
+    }
+
+
+@pytest.fixture(scope='session')
+def findable(digits, cascade, tmp_path_factory) -> Path:
+    """Annotations of the training images whose objects are what the cascade finds first in them, so
+    that its AP is far from 0 and from 100, whatever it has learned: three boxes of one exit and one
+        of the other, by turns. Every
+    second box is narrowed to an IoU of 0.775."""
+    register_all_modules(init_default_scope=True)
+    path = digits / 'annotations' / 'instances_train.json'
+    cfg = load_small('dy_faster_rcnn_digits', digits, cascade, **on_findable(path))
+    model, _ = load_dynamic_detector(cfg, latest_checkpoint(cascade), 'cpu')
+    images = record_exits(model, build_loader(cfg.test_dataloader), lambda steps, _: steps)
+    content, objects = json.loads(path.read_text()), []
+    for row, image in enumerate(images):
+        for exit, found in enumerate(image['detections']):
+            for one in found[: 3 if row % 2 == exit else 1]:
+                left, top, width, height = one['bbox']
+                width *= 0.775 if len(objects) % 2 else 1
+                objects.append(
+                    dict(
+                        id=len(objects) + 1,
+                        image_id=image['id'],
+                        bbox=[left, top, width, height],
+                        area=width * height,
+                        iscrowd=0,
+                        category_id=one['category_id'],
+                    )
+                )
+    path = tmp_path_factory.mktemp('findable') / 'findable.json'
+    path.write_text(json.dumps({**content, 'annotations': objects}))
+    return path
+
+
+def spread_scores(model: torch.nn.Module) -> torch.nn.Module:
+    """Of a RetinaNet with random weights, whose scores would all be 1: which comes first, and so
+    what is suppressed, would be a matter of rounding."""
+    for name, weight in model.named_parameters():
+        if name.endswith('retina_cls.weight'):
+            weight.data *= 0.03
+    return model
+
+
+def _rows(detections) -> np.ndarray:
+    """Box, score and label of each, (n, 6), of an ``InstanceData`` or of COCO's results without
+    image ids."""
+    if isinstance(detections, list):
+        return np.array(
+            [[*one['bbox'], one['score'], one['category_id']] for one in detections]
+        ).reshape(-1, 6)
+    found = detections.detach().cpu()
+    return np.column_stack([found.bboxes, found.scores, found.labels])
+
+
+def same_detections(found, wanted) -> bool:
+    """Whether two results are the same, one to one: label, score within 0.001, box within 0.01
+    pixels and a thousandth of how far it reaches (random weights make much of rounding). Order
+    counts where scores differ by more."""
+    found, wanted = _rows(found), _rows(wanted)
+    if len(found) != len(wanted) or (np.abs(found[:, 4] - wanted[:, 4]) > 1e-3).any():
+        return False
+    large = np.abs(wanted[:, :4]).max(1, initial=0)
+    near = np.column_stack([1e-2 + 1e-3 * large] * 4 + [np.full((len(wanted), 2), [1e-3, 0.5])])
+    apart = (np.abs(found[:, None] - wanted) > near).any(2)
+    return not apart[linear_sum_assignment(apart)].any()
