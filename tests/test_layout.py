@@ -13,7 +13,8 @@ ROOMS = [
     line.split()
     for line in """
     errors version
-    files timing transfers precision stand_ins progress
+    files transfers precision stand_ins progress
+    timing
     annotations
     routing
     compression

@@ -10,6 +10,7 @@ from mmengine.runner import Runner
 from dynamicdet import cli
 from dynamicdet.engine.router_hook import leaves_load_from_unused
 from dynamicdet.engine.switches import check_switches
+from dynamicdet.engine.unwrapping import unwrap
 from dynamicdet.errors import UsageError
 from dynamicdet.files import latest_checkpoint
 from dynamicdet.models.weights import require_all_channels
@@ -86,9 +87,7 @@ def main() -> None:
         print(f'data: {line}', file=sys.stderr)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     if checkpoint:
-        require_all_channels(
-            getattr(runner.model, 'module', runner.model), checkpoint['state_dict']
-        )
+        require_all_channels(unwrap(runner.model), checkpoint['state_dict'])
     if args.dry_run:
         say_what_is_compressed(runner)
         return

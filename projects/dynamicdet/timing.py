@@ -1,11 +1,19 @@
 """The clock; what seconds were measured on, and whether they hold here."""
 
+import contextlib
 import os
 import platform
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
+
+from .progress import Progress
+
+Key = TypeVar('Key', bound=Hashable)
+Result = TypeVar('Result')
 
 #: What seconds depend on, beside the detector.
 _CONDITIONS = ('runtime', 'provider', 'device', 'threads', 'dtype')
@@ -16,6 +24,42 @@ def now(device: torch.device) -> float:
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def timed(run: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
+    """Seconds that a call takes, until a device has done what it was given; and what it returns."""
+    start = now(device)
+    result = run()
+    return now(device) - start, result
+
+
+def time_in_turns(
+    runs: Mapping[Key, Callable[[Any], Any]],
+    inputs: Sequence[Any],
+    device: torch.device,
+    progress: Progress,
+    rounds: int = 5,
+    forcing: Callable[[Key], contextlib.AbstractContextManager | None] = lambda key: None,
+) -> dict[Key, float]:
+    """Median seconds of calls that take turns, so that what disturbs a machine disturbs all of them.
+
+    Args:
+        runs (Mapping): Name -> a function of one input.
+        inputs (Sequence): What each is called with, in each round.
+        device (torch.device): Where they compute.
+        progress (Callable): Wraps the rounds.
+        rounds (int): How often each input is timed, after one untimed round. Defaults to 5.
+        forcing (Callable, optional): Is called with the name before each call, untimed; a context manager
+            that it returns is entered around the call.
+    """
+    times: dict[Key, list[float]] = {name: [] for name in runs}
+    for turn in progress(range(rounds + 1), 'latencies'):
+        for one in inputs:
+            for name, run in runs.items():
+                with forcing(name) or contextlib.nullcontext():
+                    seconds, _ = timed(lambda: run(one), device)
+                times[name] += [seconds] * (turn > 0)
+    return {name: statistics.median(own) for name, own in times.items()}
 
 
 def machine_of(device: str | torch.device, threads: int | None = None) -> dict[str, object]:

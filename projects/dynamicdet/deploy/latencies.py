@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.dataset import pseudo_collate
 
@@ -12,7 +11,7 @@ from mmdet.models.detectors import BaseDetector
 from ..measuring.calibration import measure_latencies
 from ..models import DynamicDetector
 from ..progress import Progress
-from ..timing import machine_of, now
+from ..timing import machine_of, time_in_turns
 from .runtimes import chosen_providers
 
 
@@ -33,15 +32,8 @@ def measure_latency(
     if isinstance(model, DynamicDetector):
         return list(measure_latencies(model, dataset, progress, images, rounds))
     batches = [pseudo_collate([dataset[index]]) for index in range(min(images, len(dataset)))]
-    times: list[float] = []
-    for turn in progress(range(rounds + 1), 'latencies'):
-        for batch in batches:
-            start = now(model.data_preprocessor.device)
-            model.test_step(batch)
-            seconds = now(model.data_preprocessor.device) - start
-            if turn:
-                times.append(seconds)
-    return [float(np.median(times))]
+    device = model.data_preprocessor.device
+    return [*time_in_turns({0: model.test_step}, batches, device, progress, rounds).values()]
 
 
 def conditions(

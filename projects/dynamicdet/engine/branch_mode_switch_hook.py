@@ -1,6 +1,5 @@
 """YOLOX's last epochs, for a dynamic detector."""
 
-from mmengine.model import is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
 
@@ -8,6 +7,7 @@ from mmdet.engine.hooks import YOLOXModeSwitchHook
 from mmdet.registry import HOOKS
 
 from ..errors import UsageError
+from .unwrapping import unwrap
 
 
 @HOOKS.register_module()
@@ -70,5 +70,5 @@ def _mixture(runner: Runner) -> list:
 
 
 def _switchable_heads(runner: Runner) -> list[nn.Module]:
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    model = unwrap(runner.model)
     return [part for part in model.modules() if hasattr(part, 'use_l1')]

@@ -6,6 +6,7 @@ from mmengine.runner import Runner
 from mmdet.registry import HOOKS
 
 from ..models.weights import is_plain, require_complete
+from .unwrapping import unwrap
 
 
 @HOOKS.register_module()
@@ -16,10 +17,8 @@ class CompleteCheckpointHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         # Inside a DDP or test-time augmentation wrapper, or both.
-        model = getattr(runner.model, 'module', runner.model)
+        model = unwrap(runner.model)
         state = checkpoint.get('state_dict', checkpoint)
         require_complete(
-            getattr(model, 'module', model),
-            state,
-            optional=('backbone.connections.', 'router.') if is_plain(state) else (),
+            model, state, optional=('backbone.connections.', 'router.') if is_plain(state) else ()
         )

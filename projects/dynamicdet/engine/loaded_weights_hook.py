@@ -3,12 +3,12 @@
 from typing import Any
 
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, Runner
 
 from mmdet.registry import HOOKS
 
 from ..models.weights import fit_weights
+from .unwrapping import unwrap
 
 
 @HOOKS.register_module()
@@ -29,7 +29,7 @@ class LoadedWeightsHook(Hook):
         # A loop that is not run is still a config.
         if runner._resume or not isinstance(runner._train_loop, BaseLoop):
             return
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = unwrap(runner.model)
         fitted, line = fit_weights(model, checkpoint.get('state_dict', checkpoint))
         if 'state_dict' not in checkpoint:
             # Bare weights, which EMAHook does not take.

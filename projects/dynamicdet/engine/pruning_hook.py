@@ -6,7 +6,6 @@ from dataclasses import fields
 import torch
 from mmengine.dist import all_reduce, broadcast, get_world_size
 from mmengine.hooks import EMAHook, Hook
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
@@ -17,6 +16,7 @@ from ..compression import pruning
 from ..compression.blocks import require_blocks
 from ..compression.scores import Statistics
 from ..errors import UsageError
+from .unwrapping import unwrap
 
 
 @HOOKS.register_module()
@@ -309,7 +309,7 @@ def _block(settings: dict) -> pruning.Block:
 
 def plain_model(runner: Runner) -> nn.Module:
     """The model without its DDP wrapper."""
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+    return unwrap(runner.model)
 
 
 def averages(runner: Runner) -> list[nn.Module]:

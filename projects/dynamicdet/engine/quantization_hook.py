@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from mmengine.dist import all_gather_object, all_reduce, get_world_size
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ from ..compression.quantization import Ranges, Simulation, move_range
 from ..errors import UsageError
 from ..models import can_fuse
 from ..models.stages import find_stages
+from .unwrapping import unwrap
 
 
 @HOOKS.register_module()
@@ -269,4 +269,4 @@ class QuantizationHook(Hook):
 
 def _plain(runner: Runner) -> nn.Module:
     """The model without its DDP wrapper."""
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+    return unwrap(runner.model)

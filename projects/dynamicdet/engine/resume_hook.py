@@ -2,7 +2,6 @@
 
 import torch
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner, set_random_seed
 from torch import nn
 from torch.utils.data import DataLoader
@@ -11,6 +10,7 @@ from mmdet.models.data_preprocessors import BatchSyncRandomResize
 from mmdet.registry import HOOKS
 
 from ..datasets.seeding import SeededBatchSampler, seed_samples
+from .unwrapping import unwrap
 
 
 @HOOKS.register_module()
@@ -120,7 +120,7 @@ class _Itself:
 
 
 def _random_resizes(runner: Runner) -> list[nn.Module]:
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    model = unwrap(runner.model)
     return [part for part in model.modules() if isinstance(part, BatchSyncRandomResize)]
 
 

@@ -13,7 +13,6 @@ from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
 from mmengine.dist import all_gather_object
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, Runner
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -25,6 +24,7 @@ from ..errors import UsageError
 from ..files import latest_checkpoint
 from ..models.weights import forget_other_router, require_complete
 from ..routing import GAINS, quantiles_of
+from .unwrapping import unwrap
 
 #: How many of the latest gains the online estimate looks at. The released code lets its
 #: list grow without bound and measures at each of the first 10,000 iterations.
@@ -209,7 +209,7 @@ def set_gains(model, gains: Sequence[float]) -> None:
 
 
 def _model(runner: Runner):
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+    return unwrap(runner.model)
 
 
 @torch.no_grad()

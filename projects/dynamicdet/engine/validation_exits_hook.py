@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from mmengine.dist import collect_results
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from mmdet.registry import HOOKS
 
 from ..models import DynamicDetector
+from .unwrapping import unwrap
 
 
 @HOOKS.register_module()
@@ -37,7 +37,7 @@ class ValidationExitsHook(Hook):
         self._exits.extend(sample.exit for sample in outputs or () if 'exit' in sample)
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = unwrap(runner.model)
         if isinstance(model, DynamicDetector):
             exits = collect_results(self._exits, len(runner.val_dataloader.dataset))
             # Rank 0 has them all.

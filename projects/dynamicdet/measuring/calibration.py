@@ -15,7 +15,7 @@ from ..models import DynamicDetector
 from ..models.online import kept_speed
 from ..progress import Progress
 from ..routing.thresholds import ALL_EASY, ALL_HARD
-from ..timing import dtype_of, machine_of, now
+from ..timing import dtype_of, machine_of, time_in_turns
 from ..transfers import to_host
 from .flops import count_flops
 
@@ -52,19 +52,16 @@ def measure_latencies(
         rows (Sequence[int], optional): Which images instead of the first.
     """
     batches = _single_batches(dataset, images, rows)
-    times: list[list[float]] = [[] for _ in range(model.num_exits)]
-    device = model.threshold.device
     with kept_speed(model):
-        for turn in progress(range(rounds + 1), 'latencies'):
-            for batch in batches:
-                for exit in range(model.num_exits):
-                    force_exit(model, exit)
-                    start = now(device)
-                    model.test_step(batch)
-                    seconds = now(device) - start
-                    if turn:
-                        times[exit].append(seconds)
-    return tuple(float(np.median(own)) for own in times)
+        medians = time_in_turns(
+            {exit: model.test_step for exit in range(model.num_exits)},
+            batches,
+            model.threshold.device,
+            progress,
+            rounds,
+            lambda exit: force_exit(model, exit),
+        )
+    return tuple(medians.values())
 
 
 @torch.no_grad()

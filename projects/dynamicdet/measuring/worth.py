@@ -18,7 +18,7 @@ from ..compression.report import Worth
 from ..models import DynamicDetector
 from ..models.online import kept_speed
 from ..progress import Progress
-from ..timing import now
+from ..timing import time_in_turns
 from .calibration import force_exit
 
 #: Images that are timed, and how often each, after one untimed round.
@@ -90,17 +90,20 @@ def latencies(
     turns."""
     batches = [pseudo_collate([dataset[index]]) for index in range(min(_IMAGES, len(dataset)))]
     turns = [(name, exit) for name, model in models.items() for exit in range(_exits(model))]
-    times: dict[tuple[str, int], list[float]] = {turn: [] for turn in turns}
     with contextlib.ExitStack() as stack:
         for model in models.values():
             if _exits(model) > 1:
                 stack.enter_context(kept_speed(model))
-        for round_ in progress(range(_ROUNDS + 1), 'latencies'):
-            for batch in batches:
-                for name, exit in turns:
-                    times[name, exit] += [_time(models[name], exit, batch)] * bool(round_)
+        medians = time_in_turns(
+            {turn: models[turn[0]].test_step for turn in turns},
+            batches,
+            next(next(iter(models.values())).parameters()).device,
+            progress,
+            _ROUNDS,
+            lambda turn: _force(models[turn[0]], turn[1]),
+        )
     return {
-        name: [float(np.median(times[name, exit])) for exit in range(_exits(model))]
+        name: [medians[name, exit] for exit in range(_exits(model))]
         for name, model in models.items()
     }
 
@@ -110,11 +113,6 @@ def _exits(model: BaseDetector) -> int:
     return model.num_exits if isinstance(model, DynamicDetector) else 1
 
 
-def _time(model: BaseDetector, exit: int, batch: dict) -> float:
-    """Seconds of a batch at an exit."""
+def _force(model: BaseDetector, exit: int) -> None:
     if _exits(model) > 1:
         force_exit(model, exit)
-    device = next(model.parameters()).device
-    start = now(device)
-    model.test_step(batch)
-    return now(device) - start

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import torch
 from mmengine.evaluator import BaseMetric
-from mmengine.model import is_model_wrapper
 from mmengine.runner import TestLoop, ValLoop
 from mmengine.runner.amp import autocast
 
@@ -18,6 +17,7 @@ from mmdet.evaluation import CocoMetric
 from mmdet.registry import LOOPS, METRICS
 from mmdet.structures import SampleList
 
+from ..engine.unwrapping import unwrap
 from ..errors import UsageError
 
 
@@ -34,7 +34,7 @@ def all_exits_step(model: torch.nn.Module, batch: dict) -> SampleList:
     """
     from .streams import as_frames
 
-    model = model.module if is_model_wrapper(model) else model
+    model = unwrap(model)
     if not hasattr(model, 'predict_all'):
         raise UsageError(
             f'{type(model).__name__} has no exits to be tested one by one: the loops '

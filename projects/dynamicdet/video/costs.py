@@ -5,7 +5,7 @@ outputs into detections count as none.
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..measuring.flops import Part, count_flops, count_parameters
-from ..timing import now
+from ..timing import timed
 
 
 class LayerCosts(NamedTuple):
@@ -157,14 +157,18 @@ def _seconds_once(model: nn.Module, images: Tensor) -> list[tuple]:
     layers, rows = _all_layers(model, images), []
     gap = torch.ones(1, dtype=torch.long, device=images.device)
     for position in range(len(model.table)):
-        main, x = _timed(lambda: layers.take(position), images)
+        main, x = timed(lambda: layers.take(position), images.device)
         head = mixing = 0.0
         if position in exits:
             own = model.heads[exits[position]]
-            head, features = _timed(lambda: (lambda f: (f, own((f,))))(own.features(x))[0], images)
+            head, features = timed(
+                lambda: (lambda f: (f, own((f,))))(own.features(x))[0], images.device
+            )
             if model.propagation is not None:
                 module = model.propagation[exits[position]]
-                mixing, _ = _timed(lambda: module(features, module.remember(features), gap), images)
+                mixing, _ = timed(
+                    lambda: module(features, module.remember(features), gap), images.device
+                )
         rows.append((main, head, mixing))
     return rows
 
@@ -224,9 +228,3 @@ def _cell(part: Part | None, seconds: Sequence[float]) -> str:
         return f'{"-":>37}'
     time = f'{1000 * seconds[0]:.2f}' if seconds else ''
     return f'{time:>21}{part.flops / 1e9:>8.3f}{part.parameters / 1e3:>8.1f}'
-
-
-def _timed(run: Callable[[], Tensor], images: Tensor) -> tuple:
-    start = now(images.device)
-    result = run()
-    return now(images.device) - start, result

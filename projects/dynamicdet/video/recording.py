@@ -21,7 +21,7 @@ from ..measuring.calibration import coco_results, passed, provenance
 from ..models import fuse
 from ..models.weights import is_plain, require_complete
 from ..progress import Progress
-from ..timing import now
+from ..timing import timed
 from .building import build_gate
 from .costs import exit_gflops
 from .early_exit_detector import EarlyExitDetector
@@ -258,9 +258,7 @@ def measure_exit_latencies(
         for one in forced:
             with force_exit(model, *one):
                 for batch in batches:
-                    start = now(device)
-                    model.test_step(batch)
-                    seconds = now(device) - start
+                    seconds, _ = timed(lambda: model.test_step(batch), device)
                     if turn:
                         times[one].append(seconds)
     medians = {one: float(np.median(own)) for one, own in times.items()}
