@@ -5,8 +5,6 @@ conftest.py hands it on where OpenMMLab's packages are installed.
 
 import json
 import os
-import subprocess
-import sys
 import uuid
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from scipy.optimize import linear_sum_assignment
 from suite_settings import ROOT, SEED
+from tool_server import ToolServer
 
 import dynamicdet  # noqa: F401  (registers)
 from dynamicdet.building import build_loader, load_dynamic_detector
@@ -77,19 +76,20 @@ def small_config(digits, tmp_path):
     return load
 
 
+#: Started by the first test that runs a tool.
+_tools: ToolServer | None = None
+
+
 def run_tool(name: str, *arguments: object, timeout: float = 300, cwd: Path = ROOT, **environment):
     """Run a tool in a process of its own.
 
     Returns:
         subprocess.CompletedProcess: With ``returncode``, ``stdout`` and ``stderr``.
     """
-    return subprocess.run(
-        [sys.executable, str(ROOT / 'tools' / name), *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        timeout=timeout,
-        capture_output=True,
-        text=True,
+    global _tools
+    _tools = _tools or ToolServer()
+    return _tools.run(
+        ROOT / 'tools' / name, [*map(str, arguments)], cwd, {**os.environ, **environment}, timeout
     )
 
 
