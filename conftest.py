@@ -5,6 +5,7 @@ train and draw from another seed: no test may hang on either.
 """
 
 import json
+import logging
 import os
 import random
 import subprocess
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 from scipy.optimize import linear_sum_assignment
 
@@ -70,6 +72,16 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture(autouse=True)
 def mmdet_scope():
     register_all_modules(init_default_scope=True)
+
+
+@pytest.fixture(autouse=True)
+def open_loggers():
+    """mmengine's loggers outlive the test that made them, and pytest closes what was its stdout:
+    they get that of this test."""
+    for logger in MMLogger._instance_dict.values():
+        for handler in logger.handlers:
+            if type(handler) is logging.StreamHandler and handler.stream.closed:
+                handler.setStream(sys.stdout)
 
 
 @pytest.fixture(scope='session')
