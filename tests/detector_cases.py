@@ -4,6 +4,7 @@ conftest.py hands it on where OpenMMLab's packages are installed.
 """
 
 import json
+import logging
 import os
 import uuid
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 from scipy.optimize import linear_sum_assignment
 from suite_settings import ROOT, SEED
@@ -32,6 +34,16 @@ CASCADE_EPOCHS = 12
 @pytest.fixture(autouse=True)
 def mmdet_scope():
     register_all_modules(init_default_scope=True)
+
+
+@pytest.fixture(autouse=True)
+def open_loggers():
+    """mmengine's loggers outlive the test that made them, and pytest closes what was its stdout:
+    they get that of this test."""
+    for logger in MMLogger._instance_dict.values():
+        for handler in logger.handlers:
+            if type(handler) is logging.StreamHandler and handler.stream.closed:
+                handler.setStream(sys.stdout)
 
 
 @pytest.fixture(scope='session')

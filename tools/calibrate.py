@@ -41,7 +41,7 @@ def main() -> None:
     check_budget(dict(hard_share=args.hard_share))
     cli.require_writable(out)
     require_dynamic(cfg)
-    cli.check_data(cfg, 'val', files=False)
+    cli.check_settings(cfg, 'val')
     model, checkpoint = load_dynamic_detector(cfg, args.checkpoint, args.device)
     require_trained_router(model)
     cli.check_data(cfg, 'val', files=not args.no_data_check)

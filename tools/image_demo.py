@@ -15,8 +15,7 @@ import mmengine
 
 from dynamicdet import cli
 from dynamicdet.apis import DynamicInferencer
-from dynamicdet.apis.pictures import pictures_in
-from dynamicdet.datasets.picture_formats import has_picture_suffix, picture_suffixes
+from dynamicdet.datasets.picture_formats import has_picture_suffix, picture_suffixes, pictures_in
 from dynamicdet.errors import UsageError
 
 
@@ -74,7 +73,7 @@ def find_pictures(inputs: list[str], folder: Path) -> dict[str, str]:
         if '://' in item:
             found[str(download(item, folder))] = item
         elif path.is_dir():
-            inside = pictures_in(item)
+            inside = [str(path) for path in pictures_in(item)]
             found.update(zip(inside, inside))
         elif not path.is_file():
             raise UsageError(f"there is no picture or folder at '{item}'")

@@ -49,7 +49,7 @@ def main() -> None:
     cli.require_writable(args.out)
     require_dynamic(cfg)
     require_recordable(cfg, args.split)
-    cli.check_data(cfg, args.split, files=False)
+    cli.check_settings(cfg, args.split)
     model, checkpoint = load_dynamic_detector(cfg, args.checkpoint, args.device, any_router=True)
     digest = exits_digest(checkpoint['state_dict'])
     cli.check_data(cfg, args.split, files=not args.no_data_check)

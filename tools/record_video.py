@@ -44,7 +44,7 @@ def main() -> None:
     if args.frames < 1 or args.rounds < 1:
         raise UsageError('--frames and --rounds must be 1 or more')
     require_recordable(cfg, args.split)
-    cli.check_data(cfg, args.split, files=False)
+    cli.check_settings(cfg, args.split)
     model, checkpoint = load_early_exit_detector(cfg, args.checkpoint, args.device)
     digest = exits_digest(checkpoint['state_dict'])
     cli.check_data(cfg, args.split, files=not args.no_data_check)

@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import warnings
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -16,6 +17,8 @@ from dynamicdet.deploy.runtimes import RUNTIMES
 from dynamicdet.engine import BudgetHook
 from dynamicdet.errors import UsageError
 from dynamicdet.files import write_atomically
+from dynamicdet.models import DynamicDetector
+from mmdet.models.detectors import BaseDetector
 
 
 def parse_args() -> argparse.Namespace:
@@ -63,7 +66,7 @@ def load(args: argparse.Namespace) -> Config:
     cli.override(cfg, args.cfg_options, args.folder)
     cli.require_settings(cfg, 'test_dataloader', 'test_evaluator', 'test_cfg')
     # Of its heads, before they are the folder's.
-    cli.check_data(cfg, 'test', files=False)
+    cli.check_settings(cfg, 'test')
     cfg.model = ConfigDict(
         type='DeployedDetector',
         folder=args.folder,
@@ -88,6 +91,27 @@ def load(args: argparse.Namespace) -> Config:
     return cfg
 
 
+def require_reachable(model: BaseDetector, budget: dict) -> None:
+    """Raise a `UsageError`, before anything is timed, if a budget cannot be met as the folder has
+    it. Latencies that it has from another machine or runtime rule nothing out."""
+    if not budget or not isinstance(model, DynamicDetector):
+        return
+    known = model.latencies.isfinite().all() and not model.timed_elsewhere
+    if 'target_latency' in budget and not known:
+        return
+    try:
+        # What there is to warn of is said when it is served.
+        with warnings.catch_warnings(action='ignore'):
+            model.set_budget(**budget)
+    except UsageError as error:
+        if 'target_latency' not in budget:
+            raise
+        raise UsageError(
+            f'{error}; these are the latencies of the folder, measured on this machine: where it '
+            'was busy then, tools/export.py measures them anew'
+        ) from error
+
+
 def main() -> None:
     args = parse_args()
     cli.prepare()
@@ -103,14 +127,11 @@ def main() -> None:
     cli.check_data(cfg, 'test')
     if args.images:
         settings = dict(cfg.test_dataloader, num_workers=0, persistent_workers=False)
+        model = load_deployed(args.folder, args.threads, args.runtime, args.providers)
+        require_reachable(model, cli.budget_from(args))
         with cli.silence():
             dataset = build_loader(settings).dataset
-        latencies: list[float] = measure_latency(
-            load_deployed(args.folder, args.threads, args.runtime, args.providers),
-            dataset,
-            cli.progress,
-            args.images,
-        )
+        latencies: list[float] = measure_latency(model, dataset, cli.progress, args.images)
         figures['milliseconds'] = [1e3 * seconds for seconds in latencies]
         print(said(dict(conditions(args.runtime, args.threads, args.providers), seconds=latencies)))
         # A budget in time goes by what runs the graphs now.

@@ -8,6 +8,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from dynamicdet import cli
+from dynamicdet.engine.frozen_parameters import count_frozen_parameters
 from dynamicdet.engine.router_hook import leaves_load_from_unused
 from dynamicdet.engine.switches import check_switches
 from dynamicdet.engine.unwrapping import unwrap
@@ -91,6 +92,7 @@ def main() -> None:
     if args.dry_run:
         say_what_is_compressed(runner)
         return
+    count_frozen_parameters(runner)
     try:
         runner.train()
     except ValueError as error:

@@ -39,6 +39,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except UsageError as error:
         print(f'error: {error}', file=sys.stderr)
     except Exception as error:
+        # What is no user's mistake is raised again.
         if is_of_empty_set(error):
             print(
                 'error: a data set of the config is empty: it has no image that can be used',
@@ -227,8 +228,14 @@ def override(cfg: Config, options: dict | None, name: str) -> None:
         _move_data(cfg, cfg.get('data_root'), options['data_root'])
     try:
         cfg.merge_from_dict(options or {})
-    except Exception as error:
+    except (AttributeError, KeyError, TypeError) as error:
+        # What mmengine raises where a key leads into a value that has no such part.
         raise UsageError(f"--cfg-options do not fit '{name}': {reason_of(error)}") from error
+    if (options or {}).get('load_from'):
+        # Given, not inherited, also where both are the same: it comes before step 1's result.
+        for hook in cfg.get('custom_hooks') or ():
+            if hook.get('type') == 'RouterHook':
+                hook['cascade'] = None
 
 
 def _move_data(cfg: Config, root: Any, new: Any) -> None:
@@ -344,6 +351,13 @@ def require_device(device: str) -> None:
         raise UsageError(f"the device '{device}' cannot be used: {reason_of(error)}") from error
 
 
+def check_settings(cfg: Config, *splits: str) -> None:
+    """Check what takes no time, before a model is loaded: data sets can be built, and have the
+    classes of the heads. `check_data` does that too; no annotation file is read here."""
+    if _speaks():
+        check_dataloaders(cfg, splits, files=False)
+
+
 def check_data(cfg: Config, *splits: str, files: bool = True) -> None:
     """Look through the data before a run; rank 0 prints what is odd.
 
@@ -356,16 +370,19 @@ def check_data(cfg: Config, *splits: str, files: bool = True) -> None:
         files (bool): Whether to look at boxes and image files, too, not at settings alone. Defaults
             to True.
     """
-    speaks = int(os.environ.get('RANK', 0)) == 0
-    if speaks:
-        check_dataloaders(cfg, splits, files=False)
+    check_settings(cfg, *splits)
     read, lines = mend_annotations(
         cfg, splits, Path(cfg.get('work_dir') or 'work_dirs') / 'annotations'
     )
-    if speaks and files:
+    if _speaks() and files:
         lines += check_dataloaders(cfg, splits, counter('image files'), read=read)
-    for line in lines if speaks else ():
+    for line in lines if _speaks() else ():
         print(f'data: {line}', file=sys.stderr)
+
+
+def _speaks() -> bool:
+    """Whether this process is the one that prints."""
+    return int(os.environ.get('RANK', 0)) == 0
 
 
 def say_served(served: Served | None) -> None:

@@ -173,10 +173,10 @@ def test_classes_that_do_not_fit(data):
     data.write({**coco(), 'categories': []})
     assert "no 'categories'" in data.refusal()
     data.write(coco())
-    (line,) = data.lines(('bird', 'cat', 'dog'))
-    assert '1 class(es) of the config are not among' in line and '(bird)' in line
-    (line,) = data.lines(('dog', 'cat'))
-    assert 'another order' in line and 'give them as cat, dog' in line
+    said = data.refusal(('bird', 'cat', 'dog'))
+    assert '1 of the 3 classes of the config are not among' in said and '(bird)' in said
+    said = data.refusal(('dog', 'cat'))
+    assert 'another order' in said and 'with cat, dog' in said
 
 
 def test_labels_follow_the_file(data):
@@ -353,8 +353,9 @@ def test_classes_of_the_data_sets_type(tmp_path):
     """Without metainfo, the type's own: COCO's 80, of which the file has two."""
     cfg = config(tmp_path)
     cfg.train_dataloader.dataset.pop('metainfo')
-    (line,) = check_dataloaders(cfg, ('train',))
-    assert line.startswith('the training set: 78 class(es) of the config are not among')
+    said = refusal(cfg, ('train',))
+    assert said.startswith('the training set: 78 of the 80 classes of the config are not among')
+    assert 'those that it has, in its order, as metainfo=dict(classes=(...))' in said
 
 
 def refusal(cfg, splits=('train', 'val')):
@@ -411,6 +412,8 @@ def test_empty_sets(tmp_path):
     assert refusal(cfg).startswith('the validation set: ') and 'there are no images' in refusal(cfg)
     (tmp_path / 'train.json').write_text(json.dumps({**coco(), 'annotations': []}))
     assert 'the training set has no annotation that training can use' in refusal(cfg)
+    cfg.train_dataloader.dataset.ann_file = None
+    assert refusal(cfg).startswith('train_dataloader.dataset has no ann_file')
 
 
 def test_evaluators(tmp_path):
@@ -418,6 +421,9 @@ def test_evaluators(tmp_path):
     message = refusal(cfg)
     assert message.startswith('val_evaluator: there is no annotation file at')
     assert 'val_evaluator.ann_file=...' in message
+    cfg.val_evaluator.ann_file = 5
+    assert refusal(cfg) == 'val_evaluator.ann_file must be one path; got 5'
+    cfg.val_evaluator.ann_file = 'none.json'
     cfg.val_evaluator = [dict(type='VOCMetric'), cfg.val_evaluator]
     assert refusal(cfg).startswith('val_evaluator.1: ')
     cfg.val_evaluator[1].ann_file = str(tmp_path / 'train.json')

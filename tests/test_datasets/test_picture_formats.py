@@ -4,7 +4,15 @@ import cv2
 import numpy as np
 import pytest
 
-from dynamicdet.datasets.picture_formats import has_picture_suffix, is_picture, picture_suffixes
+from dynamicdet.apis.pictures import pictures_of
+from dynamicdet.datasets.picture_formats import (
+    has_picture_suffix,
+    is_picture,
+    picture_suffixes,
+    pictures_in,
+)
+from dynamicdet.errors import UsageError
+from dynamicdet.video.sources import Folder
 from mmdet.apis.det_inferencer import IMG_EXTENSIONS
 
 
@@ -38,3 +46,18 @@ def test_what_is_no_picture(tmp_path):
         and not has_picture_suffix('jpg')
         and not has_picture_suffix('a.mp4')
     )
+
+
+def test_hidden_files_of_a_folder_are_no_pictures(tmp_path):
+    """macOS puts ``._a.jpg`` beside ``a.jpg`` on discs of other systems: no picture, by its name
+    one."""
+    for name in ('b.jpg', '._b.jpg', 'a.png', '._a.png', '.DS_Store'):
+        (tmp_path / name).write_bytes(b'\0\5\x16\7')
+    with pytest.warns(UserWarning, match=r'2 hidden files are left out \(such as \._a.png\)$'):
+        assert pictures_of(tmp_path) == [str(tmp_path / name) for name in ('a.png', 'b.jpg')]
+    with pytest.warns(UserWarning, match='2 hidden files'):
+        assert Folder(tmp_path).length == 2
+    for name in ('b.jpg', 'a.png'):
+        (tmp_path / name).unlink()
+    with pytest.raises(UsageError, match='there is no picture in'):
+        pictures_in(tmp_path)

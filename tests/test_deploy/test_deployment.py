@@ -620,6 +620,18 @@ def test_the_tool_serves_a_budget_in_time_by_what_it_measured(timed, tmp_path):
     assert figures['metrics']['budget/milliseconds'] == pytest.approx(figures['milliseconds'][1])
 
 
+def test_the_tool_refuses_a_budget_in_time_before_it_times(timed, tmp_path):
+    """By the folder's latencies, where it runs as it did; under other threads they rule nothing
+    out."""
+    status = []
+    for threads in (THREADS, THREADS + 1):
+        target = ('--target-latency', 1e-6, '--threads', threads, '--images', 1)
+        done = run_tool('test_deployed.py', timed[0], *target, '--work-dir', tmp_path)
+        assert done.returncode == 2 and 'cannot be met' in done.stderr.splitlines()[-1]
+        status.append(('latencies: exit 0 ' in done.stdout, 'of the folder' in done.stderr))
+    assert status == [(False, True), (True, False)]
+
+
 @pytest.mark.parametrize(
     'options, said',
     [
@@ -649,6 +661,7 @@ def test_the_tool_measures_what_it_exports_or_says_why_not(
         runpy.run_path(str(ROOT / 'tools/export.py'), run_name='__main__')
     out, err = capfd.readouterr()
     assert not end.value.code and said in out + err
+    assert (out + err).count('Loads checkpoint') == 1
     manifest = json.loads((tmp_path / 'out' / 'manifest.json').read_text())
     assert bool(options) == (manifest['latencies'] is None)
     # Nothing was looked at.

@@ -23,8 +23,10 @@ from torch.utils.data import DataLoader
 
 from conftest import load_small, load_small_router, train
 from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
+from dynamicdet.cli import override
 from dynamicdet.engine import RouterHook, router_hook
-from dynamicdet.engine.router_hook import inherits_load_from
+from dynamicdet.engine.frozen_parameters import count_frozen_parameters
+from dynamicdet.engine.router_hook import inherits_load_from, leaves_load_from_unused
 from dynamicdet.errors import UsageError
 from dynamicdet.files import latest_checkpoint
 from dynamicdet.routing import build_objective
@@ -234,6 +236,35 @@ def test_step_2_does_not_start_from_what_step_1_started_from(digits, cascade, tm
     runner = train(Config(cfg._cfg_dict, filename=inherited(tmp_path).filename))
     assert runner._load_from == latest_checkpoint(cascade)
     assert "step 2 does not start from load_from='published.pth'" in log_of(runner)
+    # The config that the run leaves is of this run.
+    assert Config.fromfile(tmp_path / 'work/step2.py').load_from is None
+
+
+def test_load_from_of_the_command_line_counts_where_it_is_the_inherited_one(
+    digits, cascade, tmp_path
+):
+    own, given = latest_checkpoint(cascade), str(tmp_path / 'given.pth')
+    shutil.copy(own, given)
+    (tmp_path / 'step1.py').write_text(f'load_from = {given!r}\nmodel = dict()\n')
+    (tmp_path / 'step2.py').write_text("_base_ = './step1.py'\n")
+    started = []
+    for options in ({}, dict(load_from=given)):
+        cfg = load_small_router(digits, tmp_path / 'work', cascade, load_from=given)
+        cfg = Config(cfg._cfg_dict, filename=str(tmp_path / 'step2.py'))
+        override(cfg, options, 'step2.py')
+        assert leaves_load_from_unused(cfg) == (not options)
+        started.append(train(cfg)._load_from)
+    assert started == [own, given]
+
+
+def test_one_line_says_which_parameters_are_frozen(digits, cascade, tmp_path):
+    runner = Runner.from_cfg(load_small_router(digits, tmp_path, cascade))
+    count_frozen_parameters(runner)
+    runner.train()
+    log, names = log_of(runner), [name for name, _ in runner.model.named_parameters()]
+    frozen = [name for name in names if not name.startswith('router.')]
+    assert f'{len(frozen)} of {len(names)} parameters are frozen (such as {frozen[0]})' in log
+    assert 'is skipped since' not in log and 'Epoch(train)' in log
 
 
 def test_weights_that_are_no_cascade_are_named(digits, cascade, tmp_path):

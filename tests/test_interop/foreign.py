@@ -7,14 +7,16 @@ import io
 import json
 import runpy
 import sys
+from pathlib import Path
 from unittest import mock
 
 import torch
 from mmengine.config import Config
 
-from conftest import ROOT
 from mmdet.registry import MODELS
 
+#: The helpers run without pytest, too.
+ROOT = Path(__file__).parents[2]
 DATA = ROOT / 'tests/data'
 _spec = importlib.util.spec_from_file_location('reference_weights', DATA / 'reference_weights.py')
 weights = importlib.util.module_from_spec(_spec)

@@ -5,10 +5,9 @@ import types
 
 import pytest
 import torch
-from foreign import build, convert
+from foreign import ROOT, build, convert
 from torch import nn
 
-from conftest import ROOT
 from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.errors import UsageError
 from dynamicdet.interop.convert import convert_checkpoint

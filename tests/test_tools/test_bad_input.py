@@ -13,6 +13,7 @@ import torch
 from mmengine.config import Config
 
 from conftest import ROOT, run_tool, shrink_options
+from dynamicdet.datasets import mending
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 
@@ -170,6 +171,18 @@ def test_step_2_opens_no_weights_that_it_does_not_use(tool, tmp_path):
     (tmp_path / 'step2.py').write_text("_base_ = './published.py'")
     assert 'run step 1 first' in error_of(tool('train', tmp_path / 'step2.py'))
     assert "'gone.pth'" in error_of(tool('train', tmp_path / 'published.py'))
+
+
+def test_an_annotation_file_is_read_once(tool, checkpoints, tmp_path, monkeypatch):
+    """Of COCO one is half a gigabyte."""
+    read, reader = [], mending.read_annotations
+    monkeypatch.setattr(
+        mending, 'read_annotations', lambda *args: read.append(args[0]) or reader(*args)
+    )
+    for name, out in (('calibrate', 'x.pth'), ('record', 'x.npz')):
+        read.clear()
+        status, said = tool(name, STEP_2, checkpoints['router'], '--out', tmp_path / out)
+        assert status == 0 and len(read) == 1, said
 
 
 def test_calibrating_step_1(tool, checkpoints):

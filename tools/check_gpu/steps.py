@@ -222,5 +222,10 @@ def all_steps(gpu: bool, provider: str) -> list[Step]:
         ),
         measuring('syncs', gpu=True, limit=90),
         measuring('timings', *(() if gpu else ('--small',)), limit=150),
-        Step('gpu_tests', ('-m', 'pytest', '-m', 'gpu', '-rs', '-q', 'tests'), gpu=True, limit=150),
+        Step(
+            'gpu_tests',
+            ('-m', 'pytest', '-m', 'gpu', '-rs', '-q', 'tests/test_gpu'),
+            gpu=True,
+            limit=150,
+        ),
     ]

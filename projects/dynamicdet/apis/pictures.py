@@ -3,14 +3,13 @@
 import os
 import os.path as osp
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Union
 
 import numpy as np
 from torch import Tensor
 
 from ..datasets.check_annotations import LONGEST
-from ..datasets.picture_formats import has_picture_suffix, picture_suffixes
+from ..datasets.picture_formats import pictures_in
 from ..errors import UsageError
 
 #: A path or URL, an array as OpenCV reads it, or mmdet's dict of either with more about it.
@@ -28,7 +27,7 @@ def pictures_of(inputs: Any, skip_missing: bool = False) -> list[Picture]:
         skip_missing (bool): Whether paths without a file are let through. Defaults to False.
     """
     if isinstance(inputs, (str, os.PathLike)) and osp.isdir(inputs):
-        return pictures_in(inputs)
+        return [str(path) for path in pictures_in(inputs)]
     if isinstance(inputs, np.ndarray) and inputs.dtype.kind in 'OU':
         # An array of paths, or of arrays.
         inputs = inputs.tolist()
@@ -39,16 +38,6 @@ def pictures_of(inputs: Any, skip_missing: bool = False) -> list[Picture]:
         for item in found:
             _require_file(item)
     return found
-
-
-def pictures_in(folder: str | os.PathLike) -> list[str]:
-    """Paths of a folder's pictures, in the order of their names."""
-    inside = [str(path) for path in sorted(Path(folder).iterdir()) if has_picture_suffix(path)]
-    if not inside:
-        raise UsageError(
-            f"there is no picture in '{folder}': looked for {', '.join(picture_suffixes())}"
-        )
-    return inside
 
 
 def as_picture(item: Any) -> Picture:

@@ -143,6 +143,7 @@ class Stream:
             except StopIteration:
                 break
             except Exception:
+                # The source's own, whatever it is: after what came before.
                 yield from self.flush()
                 raise
             yield from self.poll() if batch is None else self.put(batch)

@@ -117,7 +117,7 @@ def _check_opened(
     one: Opened, progress: CountProgress | None, masks: bool, read: Mapping[str, AnnotationFile]
 ) -> list[str]:
     """Look through a data set by what its class reads."""
-    from mmdet.datasets import CocoDataset, LVISV05Dataset, Objects365V2Dataset
+    from mmdet.datasets import CocoDataset, LVISV05Dataset, Objects365V1Dataset, Objects365V2Dataset
 
     dataset = one.dataset
     if dataset is None:
@@ -134,13 +134,16 @@ def _check_opened(
     if isinstance(dataset, MOTSequenceDataset):
         with dataset.as_cocovid() as ann_file:
             return _check(ann_file, folder, one.classes, progress, place)
-    if not is_coco_format(dataset) or isinstance(dataset, (LVISV05Dataset, Objects365V2Dataset)):
-        # Some read another form, and are a CocoDataset by name alone.
+    others = (LVISV05Dataset, Objects365V1Dataset, Objects365V2Dataset)
+    if not is_coco_format(dataset) or isinstance(dataset, others):
+        # Some read another form, or sort the categories, and are a CocoDataset by name alone.
         return [f'{place.name}: {line}' for line in check_built(dataset, place, progress)]
     if isinstance(dataset, CocoDataset) and 'img' not in dataset.data_prefix:
         raise UsageError(
             f"{one.key}: CocoDataset needs data_prefix=dict(img='folder of the images')"
         )
+    if not dataset.ann_file:
+        raise UsageError(f'{one.key} has no ann_file: name its annotation file')
     return _check(
         dataset.ann_file, folder, one.classes, progress, place, read.get(dataset.ann_file)
     )
@@ -152,9 +155,11 @@ def _check_evaluators(evaluators: Any, split: str, files: Sequence[str]) -> list
     lines = []
     for index, evaluator in enumerate(evaluators if several else [evaluators]):
         ann_file = evaluator.get('ann_file') if isinstance(evaluator, Mapping) else None
-        if not isinstance(ann_file, str) or '://' in ann_file:
-            continue
         key = f'{split}_evaluator.{index}' if several else f'{split}_evaluator'
+        if not isinstance(ann_file, (str, type(None))):
+            raise UsageError(f'{key}.ann_file must be one path; got {ann_file}')
+        if ann_file is None or '://' in ann_file:
+            continue
         if not osp.isfile(ann_file):
             raise UsageError(
                 f"{key}: there is no annotation file at '{ann_file}': "

@@ -50,8 +50,8 @@ def check_annotations(
     """
     images, annotations = data['images'], data['annotations']
     _require_thick(images, place)
-    categories, lines = _match_classes(data['categories'], classes, place)
-    lines += _check_names(images)
+    categories = _match_classes(data['categories'], classes, place)
+    lines = _check_names(images)
     lines += _check_boxes(images, annotations, categories, data['categories'], place)
     if place.masks:
         lines += check_outlines(
@@ -111,11 +111,11 @@ def _require_unique(values: Iterator[Any], things: str, what: str, place: Place)
 
 def _match_classes(
     categories: list[dict], classes: Sequence[str] | None, place: Place
-) -> tuple[dict[int, str], list[str]]:
-    """Find the classes among a file's categories.
+) -> dict[int, str]:
+    """Find the classes among a file's categories, as many and in the same order.
 
     Returns:
-        tuple: Id -> name of the categories that are used, in the file's order; and warnings.
+        dict: Id -> name of the categories that are used.
     """
     # ('cat') is a word, and mmdet would look for categories within it.
     _require(
@@ -133,22 +133,23 @@ def _match_classes(
     # Two labels for a class would be one label too many for the detector's head.
     for key in ('id', 'name'):
         _require_unique((category[key] for category in used), 'categories', key, place)
-    lines = []
+    # mmdet numbers labels over the categories that the file has, in the order of the file.
     absent = [name for name in wanted if name not in names]
-    if absent:
-        lines.append(
-            f'{len(absent)} class(es) of the config are not among the categories of the file '
-            f'({some(absent)}): mmdet numbers labels over the categories that the file has, so the '
-            'classes after them carry the wrong names'
-        )
+    _require(
+        not absent,
+        f'{place.name}: {len(absent)} of the {len(wanted)} classes of the config are not among the '
+        f'categories of the annotation file ({some(absent)}), and mmdet would give their labels to '
+        'others: add them to the categories, or give those that it has, in its order, as '
+        'metainfo=dict(classes=(...))',
+    )
     order = [category['name'] for category in used]
-    if order != [name for name in wanted if name in order]:
-        lines.append(
-            'the classes of the config are in another order than the categories of the file: '
-            'mmdet numbers labels in the order of the file, so they carry the wrong names; give '
-            f'them as {some(order, 10)}'
-        )
-    return {category['id']: category['name'] for category in used}, lines
+    _require(
+        order == list(wanted),
+        f'{place.name}: the classes of the config are in another order than the categories of the '
+        'annotation file, by which mmdet numbers labels: give them as metainfo=dict(classes=(...)) '
+        f'with {some(order, 10)}',
+    )
+    return {category['id']: category['name'] for category in used}
 
 
 def _check_boxes(

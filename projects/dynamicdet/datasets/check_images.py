@@ -354,6 +354,7 @@ def _look_at_foreign(path: str, head: bytes) -> Look:
         with Image.open(path) as image:
             return Look(str(image.format), 'foreign')
     except Exception:
+        # Unknown to Pillow, or broken: see `_look_at_other`.
         return Look('is no image', 'damaged')
 
 

@@ -67,6 +67,7 @@ def _load(dataset: BaseDataset, place: Place, unknown: Counter) -> list[dict]:
                 unknown.update(_unknown_names(entry['xml_path'], dataset.metainfo['classes']))
             return parse(entry)
         except Exception as error:
+            # Of the class, which users may have written: parsers raise anything.
             raise _refusal(dataset, place, error, _file_of(entry)) from error
 
     # Of this object alone, so that what fails has a name.
@@ -76,6 +77,7 @@ def _load(dataset: BaseDataset, place: Place, unknown: Counter) -> list[dict]:
     except UsageError:
         raise
     except Exception as error:
+        # As above, of all that is no entry.
         raise _refusal(dataset, place, error, dataset.ann_file) from error
     return [one for entry in dataset.data_list for one in entry.get('images', [entry])]
 

@@ -170,13 +170,16 @@ def _require_settings(dataset: Mapping, key: str) -> None:
     if 'type' not in dataset:
         raise UsageError(f'{key} has no type, such as CocoDataset')
     for name in ('metainfo', 'data_prefix', 'filter_cfg'):
-        if not isinstance(dataset.get(name), (Mapping, type(None))):
-            raise UsageError(f'{key}.{name} must be a dict; got {dataset[name]}')
+        # mmengine looks into data_prefix, whatever it is, where it is given.
+        given = dataset.get(name, {} if name == 'data_prefix' else None)
+        if not isinstance(given, Mapping) and (given is not None or name == 'data_prefix'):
+            raise UsageError(f'{key}.{name} must be a dict; got {given}')
     for name in ('ann_file', 'data_root'):
         value = dataset.get(name)
         if not isinstance(value, (str, type(None))):
             raise UsageError(
-                f'{key}.{name} must be one path; got {value}' + SEVERAL_FILES * (name == 'ann_file')
+                f'{key}.{name} must be one path; got {value}'
+                + SEVERAL_FILES * (name == 'ann_file' and isinstance(value, (list, tuple)))
             )
     if 'CLASSES' in (dataset.get('metainfo') or {}) or 'classes' in dataset:
         raise UsageError(

@@ -3,8 +3,12 @@ pictures and tools."""
 
 import functools
 import os
+import warnings
+from pathlib import Path
 
 import cv2
+
+from ..errors import UsageError
 
 #: Endings of names, as OpenCV's documentation of ``imread`` lists them, the usual ones first.
 #: Whether it reads a kind depends on how it was built.
@@ -54,3 +58,24 @@ def is_picture(path: str | os.PathLike) -> bool:
     """Whether a file begins like a picture that OpenCV reads, whatever its name. Only its head is
     looked at."""
     return cv2.haveImageReader(os.fspath(path))
+
+
+def pictures_in(folder: str | os.PathLike) -> list[Path]:
+    """Paths of a folder's pictures, by name. Hidden files, such as the ``._a.jpg`` that macOS puts
+    beside ``a.jpg``, are none: a warning says how many there are.
+
+    Raises:
+        UsageError: If there is none.
+    """
+    named = sorted(path for path in Path(folder).iterdir() if has_picture_suffix(path))
+    found = [path for path in named if not path.name.startswith('.')]
+    if not found:
+        raise UsageError(
+            f"there is no picture in '{folder}': looked for {', '.join(picture_suffixes())}"
+        )
+    if len(found) < len(named):
+        hidden = next(path.name for path in named if path.name.startswith('.'))
+        warnings.warn(
+            f"'{folder}': {len(named) - len(found)} hidden files are left out (such as {hidden})"
+        )
+    return found

@@ -100,7 +100,7 @@ def deploy(
     model, checkpoint = load_detector(bare, path)
     trained = checkpoint.get('quantization') if loader is not None else None
     exported = export_stages(model, fuse=trained is None)
-    deployed, _ = load_detector(bare, path)
+    deployed, _ = load_detector(bare, checkpoint)
     stages = find_stages(deployed)
     contents = {name: one.content for name, one in exported.items()}
     about: dict[str, Any] = dict(

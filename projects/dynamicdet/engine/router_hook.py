@@ -72,6 +72,9 @@ class RouterHook(Hook):
                 f"from step 1's, but from step 1's last checkpoint in {self.cascade}"
             )
             runner._load_from = None
+            # mmengine has written the config already.
+            runner.cfg.load_from = None
+            runner.dump_config()
         if not self.training or runner._load_from is not None:
             return
         if runner._resume:
@@ -160,7 +163,7 @@ class RouterHook(Hook):
 def inherits_load_from(cfg: Config) -> bool:
     """Whether a config's ``load_from`` is that of a config it is built on: what step 1 started
     from, where the config is step 2's. One that the config's own file sets, or that a command line
-    set, is meant."""
+    set, is meant; `cli.override` knows of the latter where the two are the same."""
     path, value = Path(cfg.filename or ''), cfg.get('load_from')
     if not value or path.suffix != '.py' or not path.is_file():
         return False

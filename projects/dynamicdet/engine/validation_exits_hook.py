@@ -55,6 +55,7 @@ def describe_exits(model: DynamicDetector, exits: Sequence[int]) -> str:
     shares = ', '.join(
         f'{exits.count(exit) / len(exits):.1%} at exit {exit}' for exit in range(model.num_exits)
     )
+    mixed = f'a mixture: {shares}' if len(set(exits)) > 1 else f'exit {exits[0]} alone'
     thresholds = ', '.join(f'{one:.4g}' for one in model.threshold.reshape(-1).tolist())
     router = ', of a router that is not trained yet' if model.delta.isnan() else ''
-    return f'the AP of this validation is of a mixture: {shares}, by threshold {thresholds}{router}'
+    return f'the AP of this validation is of {mixed}, by threshold {thresholds}{router}'

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from ..datasets.picture_formats import has_picture_suffix, picture_suffixes
+from ..datasets.picture_formats import pictures_in
 from ..datasets.picture_reading import read_picture
 from ..errors import UsageError
 from .writer import MAX_FPS, need_av
@@ -143,14 +143,7 @@ class Folder(Source):
         if not 0 < fps < float('inf'):
             raise UsageError(f'frames per second must be above 0; got {fps}')
         self.name, self.fps = str(path), fps
-        self._files = sorted(
-            (file for file in Path(path).iterdir() if has_picture_suffix(file)),
-            key=lambda file: _natural(file.name),
-        )
-        if not self._files:
-            raise UsageError(
-                f"there is no picture in '{path}': looked for {', '.join(picture_suffixes())}"
-            )
+        self._files = sorted(pictures_in(path), key=lambda file: _natural(file.name))
         self.length = len(self._files)
 
     def _read(self):
