@@ -11,7 +11,7 @@ ROOMS = [
     line.split()
     for line in """
     errors version
-    files timing transfers precision stand_ins progress
+    configs files timing transfers precision stand_ins progress
     annotations
     routing
     compression
