@@ -1,4 +1,4 @@
 # Step 2: the router of dy_rtmdet_s_half.py.
-_base_ = './dy_rtmdet_s_router.py'
-model = dict(first_scale=0.5, objective='rank')
-custom_hooks = _base_.custom_hooks[:-1] + [dict(type='RouterHook', cascade='work_dirs/dy_rtmdet_s_half')]
+_base_ = './dy_rtmdet_s_half.py'
+from dynamicdet.configs import router_step
+globals().update(router_step(_base_, objective='rank'))

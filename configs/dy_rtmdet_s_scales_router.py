@@ -1,4 +1,4 @@
 # Step 2: the router of dy_rtmdet_s_scales.py.
-_base_ = './dy_rtmdet_s_router.py'
-model = dict(backbones=1, shared=True, first_scale=0.5, objective='rank')
-custom_hooks = _base_.custom_hooks[:-1] + [dict(type='RouterHook', cascade='work_dirs/dy_rtmdet_s_scales')]
+_base_ = './dy_rtmdet_s_scales.py'
+from dynamicdet.configs import router_step
+globals().update(router_step(_base_, objective='rank'))

@@ -1,14 +1,4 @@
-# Step 2: the router of dy_yolov7_w6.py, at 1280 pixels.
-_base_ = ['./dy_yolov7_w6.py', './_base_/yolo_router.py']
-model = dict(train_router=True)
-pipeline = _base_.router_step.pipeline
-pipeline[3].update(scale=(1280, 1280))
-train_dataloader = dict(batch_size=8, dataset=dict(pipeline=pipeline))
-train_cfg = dict(_delete_=True, **_base_.router_step.train_cfg)
-optim_wrapper = dict(_delete_=True, **_base_.router_step.optim_wrapper)
-auto_scale_lr = dict(base_batch_size=64)
-param_scheduler = _base_.router_step.param_scheduler
-default_hooks = dict(checkpoint=dict(interval=1))
-custom_hooks = _base_.dynamic_hooks + [
-    dict(type='RouterHook', cascade='work_dirs/dy_yolov7_w6')
-]
+# Step 2: the router of dy_yolov7_w6.py.
+_base_ = './dy_yolov7_w6.py'
+from dynamicdet.configs import router_step
+globals().update(router_step(_base_))

@@ -1,5 +1,6 @@
 # Step 1: the cascade of two YOLOX-m, 300 epochs.
 _base_ = ['mmdet::yolox/yolox_m_8xb8-300e_coco.py', './_base_/dynamic.py']
+from dynamicdet.configs import by_type
 model = dict(
     _delete_=True,
     type='DynamicDetector',
@@ -7,7 +8,6 @@ model = dict(
     backbone=_base_.model.backbone,
     shared=False,
     reuse_stages=0)
-custom_hooks = [
-    dict(type='BranchModeSwitchHook', num_last_epochs=15, priority=48)
-] + _base_.custom_hooks[1:] + _base_.dynamic_hooks
+custom_hooks = by_type(
+    _base_.custom_hooks, YOLOXModeSwitchHook=dict(type='BranchModeSwitchHook')) + _base_.dynamic_hooks
 visualizer = dict(type='DynamicVisualizer')

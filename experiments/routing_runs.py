@@ -38,7 +38,6 @@ DYNAMIC = dict(
     depth={'model.first_scale': 1.0},
     depth_resolution={'model.shared': False},
     own={'model.backbones': 1, 'model.shared': False},
-    specialized={'model.first_scale': 1.0, 'model.specialize': 1.0},
     triple={'model.first_scale': 1.0, 'model.backbones': 3},
 )
 

@@ -13,7 +13,7 @@ ROOMS = [
     line.split()
     for line in """
     errors version
-    files transfers precision stand_ins progress
+    configs files transfers precision stand_ins progress
     timing
     annotations
     routing

@@ -55,7 +55,6 @@ def test_a_runs_options_are_those_of_its_config(run):
         'model.router',
         'model.backbones',
         'model.shared',
-        'model.specialize',
         'train_dataloader.dataset.data_root',
     )
     for option in run.options:
@@ -138,6 +137,13 @@ def test_step_2_of_the_experiment_has_the_cascades_model(one):
     )
     assert cfg.train_dataloader.dataset.indices == 1000
     assert cfg.train_dataloader.dataset.data_root == f'{DATA["root"]}/'
+
+
+def test_the_page_is_that_of_the_kept_numbers():
+    """Also of variants that are no option any more."""
+    runs = routing_page.read_runs()
+    assert ('yolox', 'specialized') in runs
+    assert routing_page.page(runs) == routing_page.PAGE.read_text()
 
 
 def test_routers_are_compared_with_the_papers_of_the_same_images_and_seed():

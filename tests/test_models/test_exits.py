@@ -6,8 +6,6 @@ from mmengine.runner.checkpoint import load_state_dict
 
 from conftest import same_detections
 from dynamicdet.errors import UsageError
-from dynamicdet.models.paired_losses import View
-from dynamicdet.models.specialization import specialized_losses
 from dynamicdet.testing import randomize, tiny_batch, tiny_detector, tiny_dynamic
 from mmdet.registry import MODELS
 
@@ -114,58 +112,10 @@ def test_one_backbone_is_the_plain_detector_at_two_sizes():
         (dict(backbones=1, reuse_stages=0), 'differ by resolution'),
         (dict(backbones=5), '1 to 4 backbones'),
         (dict(backbones=0), '1 to 4 backbones'),
-        (dict(specialize=-1.0), 'specialize is a power'),
-        (dict(specialize=float('nan')), 'specialize is a power'),
         (dict(backbones=2.5), 'backbones a whole one'),
-        (dict(specialize='much'), 'specialize must be a number'),
         (dict(first_scale='half'), 'first_scale must be a number'),
     ],
 )
 def test_what_makes_no_exits_is_refused(settings, said):
     with pytest.raises(UsageError, match=said):
         MODELS.build(tiny_dynamic('retinanet', **settings))
-
-
-class TestSpecialization:
-    def views(self, model, objects):
-        data = batch(model, objects)
-        return [
-            View(model.branch(exit), model.backbone.select(maps), samples, ratio)
-            for exit, (maps, samples, ratio) in enumerate(
-                model._all_exits(data['inputs'], data['data_samples'])
-            )
-        ]
-
-    def image_losses(self, view, index):
-        maps = tuple(m[index : index + 1] for m in view.maps)
-        return view.branch.parse_losses(view.branch.loss(maps, [view.sample[index]]))[0]
-
-    def test_power_0_is_the_mean_over_images(self):
-        views = self.views(build('retinanet').train(), (2, 1, 3))
-        (losses,) = specialized_losses(views[0], views[1:], 0.0)
-        want = sum(self.image_losses(views[1], index) for index in range(3)) / 3
-        assert torch.allclose(sum(losses.values()), want)
-
-    def test_images_count_by_what_the_first_exit_gets_wrong(self):
-        views = self.views(build('retinanet').train(), (2, 1, 3))
-        (losses,) = specialized_losses(views[0], views[1:], 2.0)
-        wrong = [
-            count * self.image_losses(views[0], index).item()
-            for index, count in enumerate((2, 1, 3))
-        ]
-        want = sum(w**2 * self.image_losses(views[1], index) for index, w in enumerate(wrong))
-        assert torch.allclose(sum(losses.values()), want / sum(w**2 for w in wrong), rtol=1e-4)
-
-    def test_no_gradient_from_the_weights(self):
-        """Or the first exit would learn to be wrong where the second is good."""
-        model = build('retinanet', shared=False).train()
-        views = self.views(model, (2, 1))
-        (losses,) = specialized_losses(views[0], views[1:], 1.0)
-        sum(losses.values()).backward()
-        assert all(p.grad is None for p in model.branches[0].parameters())
-
-    def test_in_training_an_image_without_objects_too(self):
-        model = build('faster_rcnn', specialize=1.0).train()
-        data = batch(model, (0, 2))
-        total, logged = model.parse_losses(model.loss(data['inputs'], data['data_samples']))
-        assert torch.isfinite(total) and any(key.startswith('exit1.') for key in logged)

@@ -11,7 +11,6 @@ Letters, as in the paper (DynamicDet, arXiv 2304.05552):
 """
 
 import copy
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -37,7 +36,6 @@ from .composite import build_composite
 from .paired_losses import View, paired_losses
 from .passage import Passage
 from .resolution import Ratio, reduce_images, reduce_samples, scale_boxes
-from .specialization import specialized_losses
 from .weights import is_plain
 
 
@@ -63,9 +61,6 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         first_scale (float): How large exit 0 sees the image, as a share of its delivered sides, in
             (0, 1]; later exits see it as delivered. Below 1 it takes ``reuse_stages=0``. Defaults
             to 1.
-        specialize (float): Step 1 only: power, at least 0, of what the first exit gets wrong on an
-            image, by which that image counts for later exits; see `specialized_losses`. Defaults to
-            0, the paper's: all images count the same.
         router (dict): Config of the router; ``type`` and ``in_channels`` are filled in. Defaults to
             the paper's.
         train_router (bool): Whether this is step 2. Then nothing but the router can change.
@@ -88,7 +83,6 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         backbones: int = 2,
         reuse_stages: int = 1,
         first_scale: float = 1.0,
-        specialize: float = 0.0,
         router: dict = dict(type='Router'),
         train_router: bool = False,
         objective: str | dict = 'paper',
@@ -96,9 +90,7 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         data_preprocessor: dict | None = None,
         init_cfg: dict | None = None,
     ) -> None:
-        for name, value in dict(
-            backbones=backbones, first_scale=first_scale, specialize=specialize
-        ).items():
+        for name, value in dict(backbones=backbones, first_scale=first_scale).items():
             if not isinstance(value, (int, float)) or name == 'backbones' and value != int(value):
                 raise UsageError(f'{name} must be a number, and backbones a whole one; got {value}')
         objective = build_objective(objective)
@@ -113,8 +105,6 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
                 'one backbone has two exits only where they differ by resolution: give first_scale '
                 'below 1, or two backbones'
             )
-        if not 0 <= specialize < math.inf:
-            raise UsageError(f'specialize is a power, a number from 0 on; got {specialize}')
         if budget:
             check_budget(budget)
         preprocessor = data_preprocessor or detector.get('data_preprocessor')
@@ -131,7 +121,6 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             {'type': 'Router', 'in_channels': self.backbone.channels, **router}
         )
         self.first_scale = first_scale
-        self.specialize = specialize
         #: Of the deepest map: all but a few detectors have 32; those with more pad to it.
         self.stride = max(32, getattr(self.data_preprocessor, 'pad_size_divisor', 1))
         self.objective = objective
@@ -298,21 +287,11 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         """
         if self.train_router:
             return self._router_losses(batch_inputs, batch_data_samples)
-        views = [
-            View(self.branch(exit), self.backbone.select(maps), samples, ratio)
-            for exit, (maps, samples, ratio) in enumerate(
-                self._all_exits(batch_inputs, batch_data_samples)
-            )
-        ]
-        first, *later = views
-        # A copy, since specialized losses look at these samples again.
-        every = [first.branch.loss(first.maps, reduce_samples(first.sample, (1.0, 1.0)))]
-        if self.specialize:
-            every += specialized_losses(first, later, self.specialize)
-        else:
-            every += [view.branch.loss(view.maps, view.sample) for view in later]
         losses = {}
-        for exit, own in enumerate(every):
+        for exit, (maps, samples, _) in enumerate(
+            self._all_exits(batch_inputs, batch_data_samples)
+        ):
+            own = self.branch(exit).loss(self.backbone.select(maps), samples)
             losses.update(rename_loss_dict(f'exit{exit}.', own))
         return losses
 
