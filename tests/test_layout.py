@@ -11,6 +11,7 @@ ROOMS = [
     line.split()
     for line in """
     errors version
+    private_torch private_mmengine
     files timing transfers precision stand_ins progress
     annotations
     routing

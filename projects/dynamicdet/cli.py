@@ -23,6 +23,7 @@ from .datasets.check import check_dataloaders, is_of_empty_set
 from .datasets.mending import mend_annotations
 from .datasets.opening import SEVERAL_FILES
 from .errors import UsageError, reason_of
+from .private_mmengine import parse_scalar
 from .progress import counter, progress, silence  # noqa: F401  (tools have them from here)
 from .routing.budget import BUDGET_NAMES, Budget
 from .routing.served import Served
@@ -98,7 +99,7 @@ class ConfigOptions(DictAction):
         value = value.strip('\'"')
         if ',' in value or value.startswith(('(', '[')):
             return DictAction._parse_iterable(value)
-        return DictAction._parse_int_float_bool(value)
+        return parse_scalar(value)
 
     @classmethod
     def _parse(cls, key: str, value: str) -> Any:
