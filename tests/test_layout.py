@@ -13,6 +13,7 @@ ROOMS = [
     line.split()
     for line in """
     errors version
+    private_torch private_mmengine
     configs files transfers precision stand_ins progress
     timing
     annotations

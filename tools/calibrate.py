@@ -13,7 +13,7 @@ from dynamicdet.building import build_loader, load_dynamic_detector, require_dyn
 from dynamicdet.checkpoints import write_checkpoint
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.calibration import calibrate, passed, provenance, require_trained_router
-from dynamicdet.routing.thresholds import check_budget
+from dynamicdet.routing.budget import Budget
 
 
 def parse_args() -> argparse.Namespace:
@@ -38,7 +38,7 @@ def main() -> None:
     out = args.out or args.checkpoint
     if '://' in out:
         raise UsageError('a checkpoint from a URL is not written back: name a file by --out')
-    check_budget(dict(hard_share=args.hard_share))
+    Budget('hard_share', args.hard_share)
     cli.require_writable(out)
     require_dynamic(cfg)
     cli.check_settings(cfg, 'val')

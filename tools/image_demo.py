@@ -103,7 +103,7 @@ def build_detector(args: argparse.Namespace) -> DynamicInferencer:
     if args.device:
         cli.require_device(args.device)
     return DynamicInferencer(
-        cfg, args.checkpoint, args.device, palette=args.palette, **cli.budget_from(args)
+        cfg, args.checkpoint, args.device, palette=args.palette, budget=cli.budget_from(args)
     )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from dynamicdet import cli
 from dynamicdet.errors import UsageError
 from dynamicdet.files import write_atomically
+from dynamicdet.routing.budget import Budget
 from dynamicdet.routing.controller import Controller
 from dynamicdet.routing.simulation import drifting, drifting_order, machine, running_mean, simulate
 
@@ -99,17 +100,11 @@ def make_stream(args: argparse.Namespace) -> tuple:
 
 
 def build(args: argparse.Namespace, latencies: list) -> Controller:
-    target = args.target_latency
-    if args.throughput is None and args.hard_share is None and target is None:
-        target = (latencies[0] + latencies[-1]) / 2
-    return Controller(
-        target_latency=target,
-        throughput=args.throughput,
-        hard_share=args.hard_share,
-        costs=latencies,
-        window=args.window,
-        gain=args.gain,
-    )
+    names = ('target_latency', 'throughput', 'hard_share')
+    budget = Budget.parse({name: getattr(args, name) for name in names})
+    if budget is None:
+        budget = Budget('target_latency', (latencies[0] + latencies[-1]) / 2)
+    return Controller(budget, costs=latencies, window=args.window, gain=args.gain)
 
 
 def draw(

@@ -12,7 +12,7 @@ from dynamicdet import cli
 from dynamicdet.building import whole_model
 from dynamicdet.engine import BudgetHook
 from dynamicdet.errors import UsageError
-from dynamicdet.routing.thresholds import check_budget
+from dynamicdet.routing.budget import Budget
 from mmdet.evaluation import DumpDetResults
 
 
@@ -36,15 +36,15 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def hold_online(cfg: Config, budget: dict) -> None:
+def hold_online(cfg: Config, budget: Budget | None) -> None:
     """Let a controller hold the budget in place of the model's calibration."""
-    if not budget or 'threshold' in budget:
+    if budget is None or budget.kind == 'threshold':
         raise UsageError(
             '--online needs something to hold: --hard-share, --target-latency, --throughput or '
             '--target-gflops'
         )
     cfg.model.budget = None
-    cfg.custom_hooks.append(dict(type='OnlineHook', **budget))
+    cfg.custom_hooks.append(dict(type='OnlineHook', budget=budget.as_dict()))
 
 
 def draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
@@ -103,11 +103,10 @@ def main() -> None:
     if budget:
         if whole_model(cfg).type != 'DynamicDetector':
             raise UsageError(
-                f'--{next(iter(budget)).replace("_", "-")} is for dynamic detectors; '
+                f'--{budget.kind.replace("_", "-")} is for dynamic detectors; '
                 f"this config's model is {cfg.model.type}"
             )
-        check_budget(budget)
-        cfg.model.budget = budget
+        cfg.model.budget = budget.as_dict()
     cfg.load_from = args.checkpoint
     cfg.resume = False
     cfg.custom_hooks = cfg.get('custom_hooks', []) + [

@@ -61,6 +61,7 @@ def parse_args() -> argparse.Namespace:
 
 def load(args: argparse.Namespace) -> Config:
     """The folder's config, with its detector as the model."""
+    budget = cli.budget_from(args)
     cli.register_all_modules(init_default_scope=False)
     cfg = read_config(args.folder)
     cli.override(cfg, args.cfg_options, args.folder)
@@ -73,7 +74,7 @@ def load(args: argparse.Namespace) -> Config:
         threads=args.threads,
         runtime=args.runtime,
         providers=args.providers,
-        budget=cli.budget_from(args) or None,
+        budget=budget and budget.as_dict(),
     )
     # What a training needs has no part in this.
     cfg.custom_hooks, cfg.load_from, cfg.resume, cfg.launcher = (

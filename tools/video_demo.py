@@ -7,12 +7,12 @@ Writes OUT.mp4 (boxes, the exit taken, the running cost), OUT.jsonl (a line per 
 import argparse
 import sys
 import warnings
-from collections.abc import Mapping
 
 from mmengine.config import Config
 
 from dynamicdet import cli
 from dynamicdet.errors import UsageError
+from dynamicdet.routing.budget import Budget
 from dynamicdet.video.demo import FrameDetector, Summary, require_film, run_demo
 from dynamicdet.video.sources import open_source
 
@@ -90,18 +90,18 @@ def build_detector(args: argparse.Namespace) -> FrameDetector:
     )
 
 
-def describe(summary: Summary, budget: Mapping[str, object]) -> str:
+def describe(summary: Summary, budget: Budget | None) -> str:
     """A line or two on what was done."""
     frames = summary.frames
     if not frames:
         return 'no frame could be read'
     parts = [f'{frames} frames, {1e3 * summary.seconds / frames:.1f} ms each']
-    if 'target_latency' in budget:
-        parts[0] += f' ({1e3 * budget["target_latency"]:.1f} wanted)'
+    if budget and budget.kind == 'target_latency':
+        parts[0] += f' ({1e3 * budget.value:.1f} wanted)'
     if summary.gflops is not None:
         parts.append(f'{summary.gflops:.3g} GFLOPs each')
-        if 'target_gflops' in budget:
-            parts[-1] += f' ({budget["target_gflops"]:.3g} wanted)'
+        if budget and budget.kind == 'target_gflops':
+            parts[-1] += f' ({budget.value:.3g} wanted)'
     parts += [f'exit {exit}: {count / frames:.0%}' for exit, count in sorted(summary.exits.items())]
     return f'{", ".join(parts)}\nwritten: {", ".join(summary.files)}'
 
@@ -113,6 +113,7 @@ def main() -> int:
     for message in ('palette does not exist.*', 'Failed to add .*'):
         warnings.filterwarnings('ignore', message=message)
     # First what takes no time to find out.
+    budget = Budget.parse(args.budget)
     require_film(args.out)
     cli.require_writable(args.out)
     source = open_source(args.video, args.fps)
@@ -128,10 +129,10 @@ def main() -> int:
         )
     if summary.ended:
         print(f'{source.name}: {summary.ended}', file=sys.stderr)
-    print(('interrupted: ' if summary.stopped else '') + describe(summary, args.budget or {}))
+    print(('interrupted: ' if summary.stopped else '') + describe(summary, budget))
     served = detector.served(summary)
     cli.say_served(served)
-    for above in summary.above(args.budget or {}) if served is None else []:
+    for above in summary.above(budget) if served is None else []:
         print(f'warning: {above}', file=sys.stderr)
     if not summary.frames:
         raise UsageError(f"'{source.name}' has no frame that can be read")

@@ -23,9 +23,10 @@ from .datasets.check import check_dataloaders, is_of_empty_set
 from .datasets.mending import mend_annotations
 from .datasets.opening import SEVERAL_FILES
 from .errors import UsageError, reason_of
+from .private_mmengine import parse_scalar
 from .progress import counter, progress, silence  # noqa: F401  (tools have them from here)
+from .routing.budget import BUDGET_NAMES, Budget
 from .routing.served import Served
-from .routing.thresholds import latency_of
 
 #: In front of the path of one of mmdet's configs, as in ``_base_``.
 _OF_MMDET = 'mmdet::'
@@ -99,7 +100,7 @@ class ConfigOptions(DictAction):
         value = value.strip('\'"')
         if ',' in value or value.startswith(('(', '[')):
             return DictAction._parse_iterable(value)
-        return DictAction._parse_int_float_bool(value)
+        return parse_scalar(value)
 
     @classmethod
     def _parse(cls, key: str, value: str) -> Any:
@@ -168,12 +169,9 @@ def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--threshold', type=float, help='hard above this difficulty, -1 to 1')
 
 
-def budget_from(args: argparse.Namespace) -> dict:
-    """The budget that was asked for: no entry or one."""
-    if args.throughput is not None:
-        return dict(target_latency=latency_of(args.throughput))
-    names = ('hard_share', 'target_latency', 'target_gflops', 'threshold')
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+def budget_from(args: argparse.Namespace) -> Budget | None:
+    """The budget that was asked for."""
+    return Budget.parse({name: getattr(args, name) for name in BUDGET_NAMES})
 
 
 def load_config(args: argparse.Namespace) -> Config:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .private_torch import changes_of
+
 if TYPE_CHECKING:
     from mmengine.structures import InstanceData
 
@@ -64,6 +66,6 @@ class Followed:
         if tensor.is_inference():
             return self._function(tensor)
         seen = self._seen
-        if seen is None or seen[0] is not tensor or seen[1] != tensor._version:
-            self._seen = seen = tensor, tensor._version, self._function(tensor)
+        if seen is None or seen[0] is not tensor or seen[1] != changes_of(tensor):
+            self._seen = seen = tensor, changes_of(tensor), self._function(tensor)
         return seen[2]

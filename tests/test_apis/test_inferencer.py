@@ -22,6 +22,7 @@ from conftest import same_detections
 from dynamicdet.apis import DynamicInferencer, DynamicVisualizer
 from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.errors import UsageError
+from dynamicdet.routing.budget import Budget
 from mmdet.apis import DetInferencer, inference_detector, init_detector
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
@@ -181,7 +182,7 @@ def test_budget_of_a_call(detector, paths, budget, hard):
 
 def test_a_call_says_what_it_served_and_warns_where_chance_does_not_explain_it(detector, paths):
     detector(paths, batch_size=4, hard_share=0.5)
-    assert detector.served.counts == (2, 2) and detector.served.budget == dict(hard_share=0.5)
+    assert detector.served.counts == (2, 2) and detector.served.budget == Budget('hard_share', 0.5)
     # A calibration on images that were all easier.
     known, detector.model.difficulties = detector.model.difficulties, torch.linspace(0, 1e-4, 1000)
     try:
@@ -218,7 +219,7 @@ def test_budget_of_the_constructor_is_restored(checkpoints, paths):
     with pytest.raises(UsageError):
         detector(paths, hard_share=2)
     assert sum(exits(detector(paths))) == 1
-    assert detector.model.budget == dict(hard_share=0.25)
+    assert detector.model.budget == Budget('hard_share', 0.25)
 
 
 def test_waiting_budget_of_the_config_is_restored(checkpoints, paths):

@@ -9,6 +9,7 @@ from conftest import same_detections, spread_scores
 from dynamicdet.apis.stream import Stream
 from dynamicdet.errors import UsageError
 from dynamicdet.models.online import Online, build_controller
+from dynamicdet.routing.budget import Budget
 from dynamicdet.routing.controller import Controller
 from dynamicdet.routing.thresholds import thresholds_for_share
 from dynamicdet.testing import randomize, tiny_batch, tiny_dynamic
@@ -245,7 +246,7 @@ def test_a_stream_that_is_left_early_stops_reading(model):
 
 def test_a_controller_sets_the_thresholds(model):
     kept = model.threshold.clone()
-    controller = Controller(hard_share=1)
+    controller = Controller(dict(hard_share=1))
     with Stream(model, 4, controller=controller) as stream:
         for one in stream.run(images()):
             # Between its batches the detector is its owner's.
@@ -254,7 +255,7 @@ def test_a_controller_sets_the_thresholds(model):
 
 
 def test_a_controller_is_told_the_time(model):
-    with Stream(model, 4, controller=Controller(target_latency=1e-6)) as stream:
+    with Stream(model, 4, controller=Controller(dict(target_latency=1e-6))) as stream:
         list(stream.run(images(12)))
     # Three measurements, each far too long: 4 images, 3 spans, a hundredth.
     assert (
@@ -284,13 +285,16 @@ def test_bad_settings(model, settings):
 
 def test_online_while_a_detector_works(model):
     kept = model.threshold.clone()
-    model.budget, model._budget_waits = dict(hard_share=0.5), True  # a config's, not calibrated
+    model.budget, model._budget_waits = (
+        Budget('hard_share', 0.5),
+        True,
+    )  # a config's, not calibrated
     controller = build_controller(model, dict(target_latency=1e-6))
     with Online(model, controller):
         predict(model, cut(images(), 5))
         assert torch.allclose(model.threshold, torch.tensor(controller.threshold))
     assert controller.share == pytest.approx(0.5 - 2 * 0.15) and torch.equal(model.threshold, kept)
-    assert model._budget_waits and model.budget == dict(hard_share=0.5)
+    assert model._budget_waits and model.budget == Budget('hard_share', 0.5)
     model.budget, model._budget_waits = None, False
     predict(model, images(1))
     # What comes later is not its business.

@@ -8,10 +8,11 @@ import pytest
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
+from torch import nn
 
 from conftest import ROOT
 from dynamicdet.compression.blocks import Block
-from dynamicdet.compression.coupling import find_clusters, raw_outputs
+from dynamicdet.compression.coupling import OUTPUT_RULES, find_clusters, raw_outputs
 from dynamicdet.compression.removal import Row, plan_removal, remove_channels
 from dynamicdet.compression.shrinking import channels_of, resize
 from dynamicdet.errors import UsageError
@@ -302,3 +303,26 @@ def test_early_exits_are_neither_removed_nor_exported():
         plan_removal(model, [every(modules=['detector.backbone'])], 4)
     with pytest.raises(UsageError, match='EarlyExitDetector cannot be cut'):
         find_stages(model)
+
+
+class Folded(nn.Module):
+    """Adds the second half of its channels to the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 32, 1), nn.Conv2d(16, 32, 1)
+        self.third, self.last = nn.Conv2d(32, 32, 1), nn.Conv2d(32, 4, 1)
+
+    def forward(self, images):
+        maps = self.first(images)
+        return self.last(self.third(self.second(maps[:, :16] + maps[:, 16:]).relu()).relu())
+
+
+def test_channels_that_are_added_to_each_other_stay_or_go_together(monkeypatch):
+    monkeypatch.setitem(OUTPUT_RULES, Folded, lambda model, images, _: model(images))
+    torch.manual_seed(0)
+    model = Folded()
+    plan = plan_removal(model, [every()], 4)
+    assert 'third' in plan.kept
+    remove_channels(model, plan)
+    assert model(torch.rand(1, 3, 8, 8)).shape == (1, 4, 8, 8)

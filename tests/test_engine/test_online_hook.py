@@ -27,7 +27,7 @@ def test_it_holds_during_the_test_alone(digits, cascade, tmp_path, share):
     )
     cfg.custom_hooks += [
         dict(type='FuseHook'),
-        dict(type='OnlineHook', hard_share=share),
+        dict(type='OnlineHook', budget=dict(hard_share=share)),
         dict(type='Exits'),
     ]
     Exits.found = []
@@ -41,7 +41,7 @@ def test_it_holds_during_the_test_alone(digits, cascade, tmp_path, share):
 def test_a_plain_detector_has_no_exits(digits, tmp_path):
     cfg = load_small('dy_faster_rcnn_digits', digits, tmp_path)
     cfg.model = cfg.model.detector
-    hook, runner = OnlineHook(hard_share=0.5), Runner.from_cfg(cfg)
+    hook, runner = OnlineHook(dict(hard_share=0.5)), Runner.from_cfg(cfg)
     with pytest.raises(UsageError, match='not for FasterRCNN'):
         hook.before_test_epoch(runner)
 

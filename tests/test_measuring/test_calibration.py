@@ -21,6 +21,7 @@ from dynamicdet.measuring.calibration import (
     provenance,
     record_exits,
 )
+from dynamicdet.routing.budget import Budget
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 
@@ -123,7 +124,7 @@ def test_latencies_are_told_apart_and_leave_the_budget(model, loader, monkeypatc
     model.set_budget(threshold=0.25)
     easy, hard = measure_latencies(model, loader.dataset, plain, images=2, rounds=2)
     assert 0 < easy < hard - 0.1
-    assert model.budget == dict(threshold=0.25) and model.threshold == 0.25
+    assert model.budget == Budget('threshold', 0.25) and model.threshold == 0.25
 
 
 @pytest.mark.parametrize(
@@ -142,14 +143,14 @@ def test_a_failure_leaves_the_budget_too(model, loader, measure, monkeypatch):
     model.set_budget(threshold=0.25)
     with pytest.raises(KeyboardInterrupt):
         measure(model, loader)
-    assert model.budget == dict(threshold=0.25) and model.threshold == 0.25
+    assert model.budget == Budget('threshold', 0.25) and model.threshold == 0.25
 
 
 def test_the_second_exit_costs_more(model, loader):
     model.set_budget(threshold=0.25)
     easy, hard = measure_gflops(model, loader.dataset, images=3)
     assert 0 < easy < hard < 4 * easy
-    assert model.budget == dict(threshold=0.25) and model.threshold == 0.25
+    assert model.budget == Budget('threshold', 0.25) and model.threshold == 0.25
 
 
 def test_compute_is_a_mean_over_images(model, loader):
@@ -214,7 +215,7 @@ def test_boxes_are_in_the_images_own_frame(model, renumbered):
 def test_recording_leaves_the_budget(model, loader):
     model.set_budget(threshold=0.25)
     record_exits(model, loader, plain)
-    assert model.budget == dict(threshold=0.25) and model.threshold == 0.25
+    assert model.budget == Budget('threshold', 0.25) and model.threshold == 0.25
 
 
 # All of it.

@@ -24,6 +24,7 @@ from dynamicdet.measuring.recording import (
     shift_detection,
     shift_images,
 )
+from dynamicdet.routing.budget import Budget
 from mmdet.registry import DATASETS, MODELS
 from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
@@ -95,7 +96,7 @@ def test_detections_are_both_exits_own(run):
 
 
 def test_the_model_stays_as_it_was(run):
-    assert run.model.budget == dict(threshold=0.25) and run.model.threshold == 0.25
+    assert run.model.budget == Budget('threshold', 0.25) and run.model.threshold == 0.25
     assert not run.model.training and not run.model.router._forward_pre_hooks
 
 

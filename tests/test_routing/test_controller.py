@@ -30,8 +30,8 @@ def held(trace, target, skip=0):
     return 100 * float(np.abs(means / target - 1).max())
 
 
-def build(**settings):
-    return Controller(**{'target_latency': TARGET, **settings})
+def build(budget=None, **settings):
+    return Controller(budget or dict(target_latency=TARGET), **settings)
 
 
 STATIONARY, FLAT = drifting(N, 1, swing=0), machine(N, LATENCIES)
@@ -113,7 +113,7 @@ def test_a_target_that_is_too_low_saturates_says_so_and_recovers():
 
 
 def test_a_target_that_is_too_high_takes_the_last_exit():
-    controller = build(target_latency=0.05, costs=LATENCIES)
+    controller = build(dict(target_latency=0.05), costs=LATENCIES)
     with pytest.warns(UserWarning, match='last exit'):
         trace = simulate(controller, STATIONARY, FLAT, BATCH)
     assert trace['hard'].min() == 1 and controller.threshold == -1
@@ -121,21 +121,21 @@ def test_a_target_that_is_too_high_takes_the_last_exit():
 
 
 def test_throughput_is_one_over_latency():
-    one, other = Controller(throughput=50), Controller(target_latency=0.02)
+    one, other = Controller(dict(throughput=50)), Controller(dict(target_latency=0.02))
     first, second = (simulate(each, STATIONARY, FLAT)['threshold'] for each in (one, other))
     assert (first == second).all()
 
 
 @pytest.mark.parametrize(
-    'settings',
+    'budget, settings',
     [
-        dict(hard_share=0.3),
-        dict(target_gflops=23, costs=(20, 30)),
-        dict(hard_share=0.3, gain=0.02, window=64),
+        (dict(hard_share=0.3), {}),
+        (dict(target_gflops=23), dict(costs=(20, 30))),
+        (dict(hard_share=0.3), dict(gain=0.02, window=64)),
     ],
 )
-def test_a_share_and_gflops_need_no_clock(settings):
-    controller = Controller(**settings)
+def test_a_share_and_gflops_need_no_clock(budget, settings):
+    controller = Controller(budget, **settings)
     trace = simulate(controller, drifting(N, 10000), machine(N, LATENCIES, [(0, N)], 7), BATCH)
     means = running_mean(trace['hard'], OVER // BATCH)[OVER // BATCH :]
     assert np.abs(means - 0.3).max() < 0.03
@@ -143,7 +143,7 @@ def test_a_share_and_gflops_need_no_clock(settings):
 
 def test_three_exits():
     latencies = machine(N, (0.01, 0.02, 0.04))
-    controller = build(costs=(0.01, 0.02, 0.04), target_latency=0.025)
+    controller = build(dict(target_latency=0.025), costs=(0.01, 0.02, 0.04))
     trace = simulate(controller, drifting(N, 10000), latencies, BATCH)
     assert held(trace, 0.025) < 4
     low, high = controller.threshold
@@ -156,7 +156,9 @@ def test_the_first_batch_is_parted_by_its_own_median():
 
 
 def test_a_calibration_is_where_it_starts():
-    controller = build(target_latency=0.015, costs=LATENCIES, difficulties=np.linspace(0, 1, 1001))
+    controller = build(
+        dict(target_latency=0.015), costs=LATENCIES, difficulties=np.linspace(0, 1, 1001)
+    )
     assert controller.share == pytest.approx(0.25)
     assert controller.threshold == pytest.approx(0.75, abs=0.01)
 
@@ -228,35 +230,36 @@ def test_states_that_are_none(change):
 @pytest.mark.parametrize(
     'settings',
     [
-        dict(),
-        dict(target_latency=0.1, hard_share=0.5),
-        dict(target_latency=0),
-        dict(target_latency=math.nan),
-        dict(target_latency=math.inf),
-        dict(throughput=0),
-        dict(throughput=-1),
-        dict(hard_share=1.5),
-        dict(hard_share=[0.5, 0.1]),
-        dict(target_gflops=3),
-        dict(target_latency=1, costs=(2, 1)),
-        dict(target_latency=1, costs=(0, 1)),
-        dict(target_latency=1, costs=(1, math.nan)),
-        dict(target_latency=1, costs=(1,)),
-        dict(target_latency=1, window=0),
-        dict(target_latency=1, gain=0),
-        dict(target_latency=1, gain=1),
-        dict(target_latency=1, difficulties=[math.nan]),
-        dict(hard_share=0.5, exits=1),
+        dict(budget={}),
+        dict(budget=dict(target_latency=0.1, hard_share=0.5)),
+        dict(budget=dict(target_latency=0)),
+        dict(budget=dict(target_latency=math.nan)),
+        dict(budget=dict(target_latency=math.inf)),
+        dict(budget=dict(throughput=0)),
+        dict(budget=dict(throughput=-1)),
+        dict(budget=dict(hard_share=1.5)),
+        dict(budget=dict(hard_share=[0.5, 0.1])),
+        dict(budget=dict(threshold=0.5)),
+        dict(budget=dict(target_gflops=3)),
+        dict(costs=(2, 1)),
+        dict(costs=(0, 1)),
+        dict(costs=(1, math.nan)),
+        dict(costs=(1,)),
+        dict(window=0),
+        dict(gain=0),
+        dict(gain=1),
+        dict(difficulties=[math.nan]),
+        dict(exits=1),
     ],
 )
 def test_bad_settings(settings):
     with pytest.raises(UsageError):
-        Controller(**settings)
+        Controller(**{'budget': dict(target_latency=1), **settings})
 
 
 @pytest.mark.parametrize('share', [0, 1])
 def test_an_end_that_is_asked_for_is_no_fault(share):
-    controller = Controller(hard_share=share)
+    controller = Controller(dict(hard_share=share))
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         trace = simulate(controller, STATIONARY, FLAT)
@@ -288,7 +291,7 @@ def test_running_mean_by_hand():
 
 
 def test_a_state_of_what_numpy_measured_is_plain():
-    controller = Controller(target_latency=0.02)
+    controller = Controller(dict(target_latency=0.02))
     controller.decide(np.float32([0.1, 0.9]))
     controller.measure(np.float32(0.02), np.int64(1))
     assert json.loads(json.dumps(controller.state_dict())) == controller.state_dict()
@@ -297,4 +300,4 @@ def test_a_state_of_what_numpy_measured_is_plain():
 @pytest.mark.parametrize('throughput', [0, -3, 1e-320, float('inf'), float('nan')])
 def test_a_throughput_is_called_by_its_name(throughput):
     with pytest.raises(UsageError, match='throughput is in images per second'):
-        Controller(throughput=throughput)
+        Controller(dict(throughput=throughput))

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from dynamicdet.errors import UsageError
+from dynamicdet.routing.budget import Budget
 from dynamicdet.routing.thresholds import (
-    check_budget,
     hard_share,
     mean_cost,
+    require_exits,
     resolve_threshold,
     share_for_gflops,
     share_for_latency,
@@ -215,7 +216,24 @@ def test_thresholds_of_three_exits():
 )
 def test_bad_budgets_by_exit(budget, said):
     with pytest.raises(UsageError, match=said):
-        check_budget(budget)
+        require_exits(Budget.parse(budget), 3)
+
+
+def test_a_budget_is_read_from_what_is_given():
+    share = Budget('hard_share', 0.5)
+    assert Budget.parse(share) == Budget.parse(dict(hard_share=0.5)) == share
+    assert Budget.parse(hard_share=0.5) == Budget.parse({}, hard_share=0.5, threshold=None) == share
+    assert Budget.parse() is None and Budget.parse(dict(threshold=None)) is None
+    assert Budget.parse(dict(throughput=50)) == Budget('target_latency', 0.02)
+    assert Budget.parse(share.as_dict()) == share
+    by_exit = Budget('threshold', [0.2, 0.4])
+    assert by_exit.value == (0.2, 0.4) and by_exit.as_dict() == dict(threshold=[0.2, 0.4])
+
+
+@pytest.mark.parametrize('named', [dict(threshold=0.5), dict(hard_share=0.5), dict(speed=1)])
+def test_a_budget_is_one_number(named):
+    with pytest.raises(UsageError, match='exactly one of .*, throughput; got hard_share=0.5, '):
+        Budget.parse(dict(hard_share=0.5), **named)
 
 
 def test_as_many_as_there_are_exits():

@@ -380,7 +380,7 @@ def test_a_gate_may_be_replaced(tmp_path):
         (early(), dict(gate=dict(type='NoGate')), 'is no gate'),
         (early(), dict(gate=dict(type='FixedExit', exit='a')), 'is no gate: a fixed exit is'),
         (tiny_detector('retinanet'), dict(budget=dict(threshold=0.5)), 'has one speed only'),
-        (early(), dict(budget=dict(hard_share=0.5)), 'is no budget of a EarlyExitDetector'),
+        (early(), dict(budget=dict(hard_share=0.5)), 'a budget of early exits is one of'),
         (early(), dict(budget=dict(target_gflops=1)), 'needs a calibrated checkpoint'),
         (early(), dict(score=float('nan')), 'in [[]0, 1[]]; got nan'),
     ],

@@ -9,6 +9,7 @@ from video_cases import BOX, detection, make_video_record, random_case, truth
 
 from conftest import SEED
 from dynamicdet.errors import UsageError
+from dynamicdet.routing.budget import Budget
 from dynamicdet.video.budgets import resolve_budget
 from dynamicdet.video.calibration import (
     OnlineThresholds,
@@ -129,7 +130,7 @@ def test_calibration_goes_into_a_checkpoint(two_kinds):
     # Any speed from then on: the dearest setting that a target pays for.
     points = state['operating_points']
     for row in found.front:
-        assert resolve_budget(dict(target_gflops=row['gflops']), points, 3) == pytest.approx(
+        assert resolve_budget(Budget('target_gflops', row['gflops']), points, 3) == pytest.approx(
             row['thresholds']
         )
 
@@ -151,7 +152,7 @@ def test_online_thresholds_hold_a_mean():
         dict(thresholds=[-1, level, level], latency=0.01 + 0.09 * (1 - level), gflops=1.0)
         for level in np.linspace(0, 1, 31)
     ]
-    online, spent = OnlineThresholds(rows, target_latency=0.06, gain=0.05), []
+    online, spent = OnlineThresholds(rows, dict(target_latency=0.06), gain=0.05), []
     assert online.thresholds[1] == pytest.approx(1 - 0.05 / 0.09, abs=0.03)
     for _ in range(600):
         level = online.thresholds[1]
@@ -159,11 +160,11 @@ def test_online_thresholds_hold_a_mean():
         online.measure(spent[-1])
     assert np.mean(spent[-200:]) == pytest.approx(0.06, rel=0.05)
     assert online.status()['thresholds'] == online.thresholds and online.status()['ignored'] == 0
-    for bad in (dict(), dict(target_latency=1, target_gflops=1)):
+    for bad in (dict(), dict(hard_share=0.5), dict(target_latency=1, target_gflops=1)):
         with pytest.raises(UsageError):
-            OnlineThresholds(rows, **bad)
+            OnlineThresholds(rows, bad)
     with pytest.raises(UsageError, match='two settings'):
-        OnlineThresholds(rows[:1], target_latency=0.06)
+        OnlineThresholds(rows[:1], dict(target_latency=0.06))
 
 
 # Fitting.

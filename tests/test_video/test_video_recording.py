@@ -18,6 +18,7 @@ from conftest import ROOT, same_detections
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.calibration import coco_results
 from dynamicdet.measuring.recording import build_record_loader
+from dynamicdet.routing.budget import Budget
 from dynamicdet.testing import randomize
 from dynamicdet.video.curves import settings_of
 from dynamicdet.video.digits_video import make_digits_video
@@ -119,7 +120,7 @@ def test_forced_exits_leave_the_detector_as_it_was(model, cfg):
         with force_exit(model, exit, looks):
             found = model.test_step(pseudo_collate([dataset[0], dataset[1]]))
         assert [sample.exit for sample in found] == [exit] * 2
-    assert model.gate is None and model.budget == dict(threshold=0.25)
+    assert model.gate is None and model.budget == Budget('threshold', 0.25)
     assert model.thresholds.tolist() == [0.25] * 4
 
 

@@ -5,7 +5,7 @@ import itertools
 import os
 import os.path as osp
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import mmcv
@@ -25,8 +25,8 @@ from ..errors import UsageError
 from ..models import DynamicDetector, fuse
 from ..models.online import Online, build_controller, kept_speed, timed_calls
 from ..models.weights import is_plain, require_complete
+from ..routing.budget import BUDGET_NAMES, Budget
 from ..routing.served import Served, account
-from ..routing.thresholds import check_budget, latency_of
 from ..timing import dtype_of, machine_of, timed_elsewhere
 from .pictures import Picture, pictures_of
 from .stream import Stream
@@ -62,8 +62,7 @@ class DynamicInferencer(DetInferencer):
     """`DetInferencer` whose speed can be chosen, for all calls or for one.
 
     Results, and the JSON files that it writes, have ``difficulty`` and ``exit`` beside what
-    mmdet's have. Give at most one of ``threshold``, ``hard_share``, ``target_latency``,
-    ``throughput`` and ``target_gflops``; see `DynamicDetector.set_budget`.
+    mmdet's have.
 
     Args:
         model (str or dict, optional): Config, or path of one. Defaults to the checkpoint's.
@@ -73,22 +72,21 @@ class DynamicInferencer(DetInferencer):
         palette (str): Colors of the boxes, as mmdet names them. Defaults to 'none': those of the
             data set.
         show_progress (bool): Whether to show a progress bar. Defaults to True.
-        threshold (float, optional): In [-1, 1]. Hard when the difficulty is above it.
-        hard_share (float, optional): Share of hard images, in [0, 1].
-        target_latency (float, optional): Mean seconds per image.
-        throughput (float, optional): Images per second: a latency of ``1 / throughput``.
-        target_gflops (float, optional): Mean GFLOPs per image, 2 x multiply-adds.
         online (bool): Whether a controller holds the budget on the images that come, whatever their
             difficulty and the machine's load: any but ``threshold``. It is ``self.controller``, see
             `routing.controller.Controller`, and goes on from call to call. Defaults to False.
+        budget (Budget or Mapping, optional): The speed of all calls, see `Budget.parse`. Defaults
+            to the config's or checkpoint's.
+        **named: The same by name, at most one: ``threshold``, ``hard_share``, ``target_latency``
+            (mean seconds per image), ``throughput`` (images per second) or ``target_gflops``.
 
     Attributes:
         served (Served, optional): What the last call served: pictures at each exit, against what
             was wanted, and their mean cost. Where more than chance parts them, the call warns.
 
     Raises:
-        UsageError: If the model is not dynamic, the checkpoint does not fill it, more than one of
-            the five is given, it is out of range, or it needs a calibrated checkpoint.
+        UsageError: If the model is not dynamic, the checkpoint does not fill it, more than one
+            budget is given, it is out of range, or it needs a calibrated checkpoint.
 
     Example:
         >>> detector = DynamicInferencer(
@@ -110,18 +108,13 @@ class DynamicInferencer(DetInferencer):
         scope: str | None = 'mmdet',
         palette: str = 'none',
         show_progress: bool = True,
-        threshold: float | None = None,
-        hard_share: float | None = None,
-        target_latency: float | None = None,
-        throughput: float | None = None,
-        target_gflops: float | None = None,
         online: bool = False,
+        budget: Budget | Mapping[str, float] | None = None,
+        **named: float,
     ) -> None:
-        budget = _given(threshold, hard_share, target_latency, throughput, target_gflops)
-        if budget:
-            # Before the model is built, which takes seconds.
-            check_budget(budget)
-        if online and (not budget or threshold is not None):
+        # Before the model is built, which takes seconds.
+        budget = Budget.parse(budget, **named)
+        if online and (budget is None or budget.kind == 'threshold'):
             raise UsageError(
                 'online needs something to hold: hard_share, target_latency, throughput or '
                 'target_gflops'
@@ -139,7 +132,7 @@ class DynamicInferencer(DetInferencer):
         self.controller = build_controller(self.model, budget) if online else None
         self._online_budget, self.served = budget, None
         if budget and not online:
-            self.model.set_budget(**budget)
+            self.model.set_budget(budget)
 
     def _load_weights_to_model(self, model: nn.Module, checkpoint: dict | None, cfg: dict) -> None:
         """As mmdet's, but refuse a checkpoint that leaves parts of the model random."""
@@ -157,11 +150,7 @@ class DynamicInferencer(DetInferencer):
         inputs: Picture | os.PathLike | Iterable[Picture | os.PathLike],
         batch_size: int = 1,
         *args,
-        threshold: float | None = None,
-        hard_share: float | None = None,
-        target_latency: float | None = None,
-        throughput: float | None = None,
-        target_gflops: float | None = None,
+        budget: Budget | Mapping[str, float] | None = None,
         **kwargs,
     ) -> dict:
         """As mmdet's, whose arguments are passed on; the speed holds for this call, and a
@@ -171,11 +160,8 @@ class DynamicInferencer(DetInferencer):
             inputs (str, path, np.ndarray or iterable): A picture, many, or a folder of them. Arrays
                 are as cv2.imread gives them: uint8, (H, W, 3), blue, green, red.
             batch_size (int): Pictures at a time. Defaults to 1.
-            threshold (float, optional): In [-1, 1]. Hard when the difficulty is above it.
-            hard_share (float, optional): Share of hard images, in [0, 1].
-            target_latency (float, optional): Mean seconds per image.
-            throughput (float, optional): Images per second.
-            target_gflops (float, optional): Mean GFLOPs per image, 2 x multiply-adds.
+            budget (Budget or Mapping, optional): The speed of this call, also by name, as the
+                constructor's.
             on_unreadable (callable, optional): Called with the path of a picture that cannot be
                 read and the reason; the others are processed. Without it, the call fails.
 
@@ -183,7 +169,8 @@ class DynamicInferencer(DetInferencer):
             dict: ``predictions``, one per picture, each with ``difficulty`` and ``exit``; and
             ``visualization``, the drawn pictures, if ``return_vis``.
         """
-        budget = _given(threshold, hard_share, target_latency, throughput, target_gflops)
+        named = {name: kwargs.pop(name) for name in BUDGET_NAMES if name in kwargs}
+        budget = Budget.parse(budget, **named)
         inputs = pictures_of(inputs, skip_missing=kwargs.get('on_unreadable') is not None)
         if not isinstance(batch_size, int) or batch_size < 1:
             raise UsageError(f'batch_size must be a whole number, 1 or more; got {batch_size}')
@@ -209,7 +196,7 @@ class DynamicInferencer(DetInferencer):
     def _account(
         self,
         predictions: list[dict | DetDataSample],
-        budget: dict[str, float],
+        budget: Budget | None,
         calls: list[tuple[float, int]],
     ) -> Served | None:
         model, online = self.model, not budget and self.controller is not None
@@ -231,12 +218,12 @@ class DynamicInferencer(DetInferencer):
         )
 
     @contextlib.contextmanager
-    def _speed(self, budget: dict[str, float]) -> Iterator[None]:
+    def _speed(self, budget: Budget | None) -> Iterator[None]:
         """A speed for a while: the one that is given, or else the controller's."""
         with contextlib.ExitStack() as stack:
             if budget:
                 stack.enter_context(kept_speed(self.model))
-                self.model.set_budget(**budget)
+                self.model.set_budget(budget)
             elif self.controller is not None:
                 stack.enter_context(Online(self.model, self.controller))
             yield
@@ -377,23 +364,3 @@ class DynamicInferencer(DetInferencer):
             # Over mmdet's file, which lacks the two.
             mmengine.dump(result, osp.join(pred_out_dir, 'preds', f'{name}.json'))
         return result
-
-
-def _given(
-    threshold: float | None,
-    hard_share: float | None,
-    target_latency: float | None,
-    throughput: float | None,
-    target_gflops: float | None,
-) -> dict[str, float]:
-    given = dict(
-        threshold=threshold,
-        hard_share=hard_share,
-        target_latency=target_latency,
-        throughput=throughput,
-        target_gflops=target_gflops,
-    )
-    budget = {name: value for name, value in given.items() if value is not None}
-    if len(budget) > 1:
-        raise UsageError(f'a budget is exactly one of {", ".join(given)}; got {budget}')
-    return dict(target_latency=latency_of(throughput)) if throughput is not None else budget

@@ -8,7 +8,6 @@ in.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -108,9 +107,10 @@ def find_clusters(model: nn.Module) -> list[Cluster]:
 
     The graph is torch-pruning's (Fang et al. 2023, DepGraph), which follows autograd through one
     forward: so second backbones, connections between them, shared heads and sums over levels are
-        coupled by what is really computed. Spreading along it is done here: its own compares lists
-        of channels at every step, which takes minutes behind a flattened RoI. Of convolutions with
-        groups and of group norms whole groups are a unit, so that the others compute what they did.
+    coupled by what is really computed. Of convolutions with groups and of group norms whole groups
+    are a unit, so that the others compute what they did. Its groups name one root for a channel:
+    where channels of one layer are added to each other, the rest of their coupling is not seen.
+    `plan_removal` finds that by computing, and leaves them alone.
 
     Raises:
         UsageError: If torch-pruning is not installed, or the detector is of a kind that this does
@@ -128,8 +128,8 @@ def find_clusters(model: nn.Module) -> list[Cluster]:
             name, count = names.of(module), channels_of(module)[1]
             roots = [index for index in range(count) if index not in seen.get(name, ())]
             if roots:
-                spreads.append(_spread(graph, library, module, roots))
-                for (target, leaving), channels in spreads[-1].found.items():
+                spreads.append(_spread(graph, module, roots))
+                for (target, leaving), channels in spreads[-1].items():
                     if leaving:
                         seen.setdefault(names.of(target.module), set()).update(channels)
     return _merge(spreads, names)
@@ -188,49 +188,24 @@ class _Names:
         return self._names.get(id(module), '')
 
 
-class _Spread(NamedTuple):
-    """Where channels that a layer gives, its roots, are met again: (node, whether it gives them) ->
-    channel -> root; and pairs of roots that meet in one channel."""
-
-    found: dict[tuple, dict[int, int]]
-    ties: set
+#: Where channels that a layer gives, its roots, are met again: (node, whether it gives them) ->
+#: channel -> root.
+_Spread = dict[tuple[Any, bool], dict[int, int]]
 
 
-def _spread(graph: Any, library: ModuleType, module: nn.Module, roots: list[int]) -> _Spread:
-    index = library._helpers._HybridIndex
-    handler = graph.get_pruner_of_module(module).prune_out_channels
-    node = graph.module2node[module]
-    found: dict[tuple, dict[int, int]] = {(node, True): {root: root for root in roots}}
-    ties = set()
-    waiting = [(node, handler, [index(idx=root, root_idx=root) for root in roots])]
-    while waiting:
-        node, handler, channels = waiting.pop()
-        for edge in node.dependencies:
-            if not edge.is_triggered_by(handler):
-                continue
-            mapped = channels
-            for mapping in edge.index_mapping:
-                mapped = mapped if mapping is None else mapping(mapped)
-            # What a norm or a sum is given is what it gives.
-            leaving = graph.is_out_channel_pruning_fn(edge.handler)
-            there = found.setdefault((edge.target, leaving), {})
-            known = len(there)
-            new = []
-            for one in mapped:
-                root = there.setdefault(one.idx, one.root_idx)
-                if root != one.root_idx:
-                    ties.add((root, one.root_idx))
-                elif len(there) > known:
-                    new.append(one)
-                known = len(there)
-            if new:
-                waiting.append((edge.target, edge.handler, new))
-    return _Spread(found, ties)
+def _spread(graph: Any, module: nn.Module, roots: list[int]) -> _Spread:
+    remove = graph.get_pruner_of_module(module).prune_out_channels
+    spread: _Spread = {}
+    for item in graph.get_pruning_group(module, remove, roots).items:
+        # What a norm or a sum is given is what it gives.
+        leaving = graph.is_out_channel_pruning_fn(item.dep.handler)
+        spread.setdefault((item.dep.target, leaving), {}).update(zip(item.idxs, item.root_idxs))
+    return spread
 
 
 def _merge(spreads: list[_Spread], names: _Names) -> list[Cluster]:
     """Clusters of spreads: those that share a convolution with groups become one."""
-    atoms = [{root: None for root in next(iter(spread.found.values()))} for spread in spreads]
+    atoms = [{root: None for root in next(iter(spread.values()))} for spread in spreads]
     offsets, total = [], 0
     for own in atoms:
         offsets.append(total)
@@ -239,9 +214,9 @@ def _merge(spreads: list[_Spread], names: _Names) -> list[Cluster]:
     members: dict[tuple[str, bool], dict[int, int]] = {}
     whys: dict[int, str] = {}
     for number, spread in enumerate(spreads):
-        for (node, leaving), channels in spread.found.items():
+        for (node, leaving), channels in spread.items():
             name, kind = names.of(node.module), type(node.module).__name__
-            if kind == '_OutputOp':
+            if node.type.name == 'OUTPUT':
                 whys[number] = GIVEN
             elif name and channels_of(node.module) is None:
                 whys[number] = f'a {kind} is among them'
@@ -257,9 +232,7 @@ def _merge(spreads: list[_Spread], names: _Names) -> list[Cluster]:
                 members.setdefault((name, leaving), {}).update(
                     {channel: atoms[number][root] for channel, root in channels.items()}
                 )
-    links = _group_links(members, names) + [
-        (own[one], own[other]) for own, spread in zip(atoms, spreads) for one, other in spread.ties
-    ]
+    links = _group_links(members, names)
     one, other = zip(*links) if links else ((), ())
     _, unit_of = connected_components(
         coo_matrix((np.ones(len(one)), (one, other)), (total, total)), directed=False

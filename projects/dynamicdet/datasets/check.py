@@ -6,12 +6,12 @@ that cannot be read when its turn comes, hours into a run. Both are said here, b
 
 import os
 import os.path as osp
-import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..annotations import AnnotationFile, original_of
 from ..errors import UsageError
+from ..private_mmengine import failed_to_serialize
 from ..progress import CountProgress
 from .check_annotations import Place, check_annotations
 from .check_classes import require_same_classes
@@ -100,9 +100,7 @@ def check_dataloaders(
 def is_of_empty_set(error: Exception) -> bool:
     """Whether an error is mmengine's of a data set without images, which it packs by
     np.concatenate."""
-    return any(
-        frame.name == '_serialize_data' for frame in traceback.extract_tb(error.__traceback__)
-    )
+    return failed_to_serialize(error)
 
 
 def _identity(one: Opened) -> tuple:

@@ -21,6 +21,7 @@ from ..models import DynamicDetector
 from ..models.online import kept_speed
 from ..models.stages import Stage, find_stages
 from ..progress import Progress
+from ..routing.budget import Budget
 from .folder import require_new, write_folder
 from .graphs import Exported, Graph, export_stages, need, release_weights
 from .int8 import (
@@ -342,4 +343,4 @@ def _recalibrate(
 ) -> None:
     """Difficulties are others in 8 bits; as many images go on as before."""
     model.difficulties = torch.from_numpy(measure_difficulties(model, batches, progress))
-    model.set_budget(hard_share=shares[0] if len(shares) == 1 else shares)
+    model.set_budget(Budget('hard_share', shares[0] if len(shares) == 1 else shares))

@@ -236,7 +236,7 @@ def DeployedDetector(
     if budget:
         if not hasattr(model, 'set_budget'):
             raise UsageError(f"'{folder}' holds a plain detector, which has no budget")
-        model.set_budget(**budget)
+        model.set_budget(budget)
     return model
 
 

@@ -26,6 +26,7 @@ from ..measuring.calibration import force_exit
 from ..models import DynamicDetector, can_fuse
 from ..models.fusing import fusible_parts
 from ..models.stages import Form, Stage, find_stages, flatten, record_inputs, unflatten
+from ..private_mmengine import normalizes
 from .runtimes import open_graph
 
 #: Operators of 2021, which have scales for each channel. ONNX Runtime quantizes them, and reads
@@ -136,7 +137,7 @@ def example_inputs(
 ) -> dict[str, tuple]:
     """What reaches each stage when two images of noise pass through all exits."""
     images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)).sub(0.5).mul(4)
-    if not getattr(model.data_preprocessor, '_enable_normalize', False):
+    if not normalizes(model.data_preprocessor):
         images = images * 50 + 100
     shape = dict(
         img_shape=tuple(size),

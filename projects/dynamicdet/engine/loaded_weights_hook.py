@@ -3,11 +3,12 @@
 from typing import Any
 
 from mmengine.hooks import Hook
-from mmengine.runner import BaseLoop, Runner
+from mmengine.runner import Runner
 
 from mmdet.registry import HOOKS
 
 from ..models.weights import fit_weights
+from ..private_mmengine import path_to_load, resumes, trains
 from .unwrapping import unwrap
 
 
@@ -27,7 +28,7 @@ class LoadedWeightsHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         # A loop that is not run is still a config.
-        if runner._resume or not isinstance(runner._train_loop, BaseLoop):
+        if resumes(runner) or not trains(runner):
             return
         model = unwrap(runner.model)
         fitted, line = fit_weights(model, checkpoint.get('state_dict', checkpoint))
@@ -35,4 +36,4 @@ class LoadedWeightsHook(Hook):
             # Bare weights, which EMAHook does not take.
             checkpoint.clear()
         checkpoint['state_dict'] = fitted
-        runner.logger.info(f"load_from '{runner._load_from}': {line}")
+        runner.logger.info(f"load_from '{path_to_load(runner)}': {line}")

@@ -1,5 +1,7 @@
 """Hold a budget over a test, image by image."""
 
+from collections.abc import Mapping
+
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
@@ -7,6 +9,7 @@ from mmdet.registry import HOOKS
 
 from ..errors import UsageError
 from ..models.online import Online, build_controller, dynamic_part
+from ..routing.budget import Budget
 
 
 @HOOKS.register_module()
@@ -17,11 +20,8 @@ class OnlineHook(Hook):
     Each process of a distributed test has a controller of its own, for the images that it sees.
 
     Args:
-        target_latency (float, optional): Mean seconds per image.
-        throughput (float, optional): Images per second.
-        hard_share (float, optional): In [0, 1].
-        target_gflops (float, optional): Mean GFLOPs per image; takes a calibrated checkpoint. Give
-            one of the four.
+        budget (Budget or Mapping): One of ``target_latency``, ``throughput``, ``hard_share`` and
+            ``target_gflops``, which takes a calibrated checkpoint: ``dict(hard_share=0.5)``.
 
     Raises:
         UsageError: If the model is not dynamic, or the budget is not one of these.
@@ -30,20 +30,8 @@ class OnlineHook(Hook):
     # After FuseHook, which puts a copy in the model's place.
     priority = 'LOWEST'
 
-    def __init__(
-        self,
-        target_latency: float | None = None,
-        throughput: float | None = None,
-        hard_share: float | None = None,
-        target_gflops: float | None = None,
-    ) -> None:
-        given = dict(
-            target_latency=target_latency,
-            throughput=throughput,
-            hard_share=hard_share,
-            target_gflops=target_gflops,
-        )
-        self.budget = {name: value for name, value in given.items() if value is not None}
+    def __init__(self, budget: Budget | Mapping[str, float]) -> None:
+        self.budget = Budget.parse(budget)
         self._online = None
 
     def before_test_epoch(self, runner: Runner) -> None:

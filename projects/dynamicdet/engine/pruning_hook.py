@@ -16,6 +16,7 @@ from ..compression import pruning
 from ..compression.blocks import require_blocks
 from ..compression.scores import Statistics
 from ..errors import UsageError
+from ..private_mmengine import resumes
 from .unwrapping import unwrap
 
 
@@ -118,7 +119,7 @@ class PruningHook(Hook):
         return lines
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        self._saved = checkpoint.get('pruning') if runner._resume else None
+        self._saved = checkpoint.get('pruning') if resumes(runner) else None
 
     def before_train(self, runner: Runner) -> None:
         self._require_fit(runner)

@@ -14,6 +14,7 @@ from ..compression.quantization import Ranges, Simulation, move_range
 from ..errors import UsageError
 from ..models import can_fuse
 from ..models.stages import find_stages
+from ..private_mmengine import resumes
 from .unwrapping import unwrap
 
 
@@ -100,7 +101,7 @@ class QuantizationHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         self._require_fit(runner)
-        if not runner._resume:
+        if not resumes(runner):
             self._saved = None
         self._install(_plain(runner))
 

@@ -2,7 +2,7 @@
 
 import torch
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner, set_random_seed
+from mmengine.runner import IterBasedTrainLoop, Runner, set_random_seed
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -10,6 +10,7 @@ from mmdet.models.data_preprocessors import BatchSyncRandomResize
 from mmdet.registry import HOOKS
 
 from ..datasets.seeding import SeededBatchSampler, seed_samples
+from ..private_mmengine import ranks_differ_in_seed, resumes, train_loader_settings, trains
 from .unwrapping import unwrap
 
 
@@ -40,11 +41,11 @@ class ResumeHook(Hook):
             if isinstance(hook, CheckpointHook) and not hook.backend_args:
                 hook.backend_args = dict(backend='atomic')
         # Still a config when testing.
-        if isinstance(runner._train_loop, BaseLoop):
+        if trains(runner):
             _seed_data(runner)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        if runner._resume:
+        if resumes(runner):
             for part, size in zip(_random_resizes(runner), checkpoint.get('batch_sizes', ())):
                 part._input_size = size
 
@@ -96,15 +97,14 @@ def _seed_data(runner: Runner) -> None:
 
 def _built_anew(runner: Runner, loader: DataLoader) -> DataLoader:
     """The same loader, as mmengine builds it, of the data set that is there."""
-    if not isinstance(runner._train_dataloader, dict):
-        return loader  # It was given ready-made.
-    settings = {**runner._train_dataloader, 'dataset': _Itself(loader.dataset)}
+    settings = train_loader_settings(runner)
+    if settings is None:
+        return loader
+    settings = {**settings, 'dataset': _Itself(loader.dataset)}
     # The data set is cut to it already.
     settings.pop('num_batch_per_epoch', None)
     return runner.build_dataloader(
-        settings,
-        seed=runner.seed,
-        diff_rank_seed=runner._randomness_cfg.get('diff_rank_seed', False),
+        settings, seed=runner.seed, diff_rank_seed=ranks_differ_in_seed(runner)
     )
 
 

@@ -13,7 +13,7 @@ from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
 from mmengine.dist import all_gather_object
 from mmengine.hooks import Hook
-from mmengine.runner import BaseLoop, Runner
+from mmengine.runner import Runner
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -23,6 +23,7 @@ from ..datasets.seeding import SeededBatchSampler, seed_samples
 from ..errors import UsageError
 from ..files import latest_checkpoint
 from ..models.weights import forget_other_router, require_complete
+from ..private_mmengine import path_to_load, resumes, start_anew, start_from, trains
 from ..routing import GAINS, quantiles_of
 from .unwrapping import unwrap
 
@@ -64,30 +65,35 @@ class RouterHook(Hook):
     def before_run(self, runner: Runner) -> None:
         """Find what to start from: this run's own last checkpoint, or step 1's."""
         # Built by now when training; still a config when testing.
-        self.training = isinstance(runner._train_loop, BaseLoop)
-        if self.training and self.cascade and not runner._resume and inherits_load_from(runner.cfg):
+        self.training = trains(runner)
+        if (
+            self.training
+            and self.cascade
+            and not resumes(runner)
+            and inherits_load_from(runner.cfg)
+        ):
             runner.logger.info(
-                f"step 2 does not start from load_from='{runner._load_from}', which its config "
+                f"step 2 does not start from load_from='{path_to_load(runner)}', which its config "
                 'inherits '
                 f"from step 1's, but from step 1's last checkpoint in {self.cascade}"
             )
-            runner._load_from = None
+            start_from(runner, None)
             # mmengine has written the config already.
             runner.cfg.load_from = None
             runner.dump_config()
-        if not self.training or runner._load_from is not None:
+        if not self.training or path_to_load(runner) is not None:
             return
-        if runner._resume:
-            runner._load_from = latest_checkpoint(runner.work_dir)
-        if runner._load_from is None and self.cascade:
-            runner._resume = False
-            runner._load_from = latest_checkpoint(self.cascade)
+        if resumes(runner):
+            start_from(runner, latest_checkpoint(runner.work_dir))
+        if path_to_load(runner) is None and self.cascade:
+            start_anew(runner)
+            start_from(runner, latest_checkpoint(self.cascade))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Refuse what does not fit; forget what a new router makes stale."""
         model = _model(runner)
         state = checkpoint.get('state_dict', checkpoint)
-        starting = self.training and not runner._resume
+        starting = self.training and not resumes(runner)
         if starting:
             drop_other_router(runner, model, state)
         if self.training:
@@ -95,7 +101,7 @@ class RouterHook(Hook):
                 require_complete(model, state, optional=('router.',) if starting else ())
             except UsageError as error:
                 raise UsageError(
-                    f"'{runner._load_from}': {error}"
+                    f"'{path_to_load(runner)}': {error}"
                     + (
                         "; step 2 starts from step 1's result: remove load_from, or name a "
                         'checkpoint of step 1'

@@ -15,6 +15,7 @@ from mmdet.registry import HOOKS
 from ..compression import sharing
 from ..compression.blocks import Layer, disjoint_layers, require_blocks
 from ..errors import UsageError
+from ..private_mmengine import resumes
 from .pruning_hook import PruningHook, averages, plain_model
 
 
@@ -73,7 +74,7 @@ class WeightSharingHook(Hook):
         ]
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        self._saved = checkpoint.get('weight_sharing') if runner._resume else None
+        self._saved = checkpoint.get('weight_sharing') if resumes(runner) else None
 
     def before_train(self, runner: Runner) -> None:
         self._require_fit(runner)

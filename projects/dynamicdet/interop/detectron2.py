@@ -8,6 +8,7 @@ layer.
 from torch import nn
 
 from ..errors import UsageError
+from ..private_mmengine import swaps_channels
 from .rules import Rule, Source, rename, skip
 
 _RES = r'backbone\.bottom_up\.res(\d)\.(\d+)\.'
@@ -51,7 +52,7 @@ def rules(model: nn.Module) -> list[Rule]:
     wrong = [
         name
         for name, is_wrong in (
-            ('bgr_to_rgb', getattr(images, '_channel_conversion', False)),
+            ('bgr_to_rgb', swaps_channels(images)),
             ('mean', not _is(images, 'mean', _MEAN)),
             ('std', not _is(images, 'std', std)),
             ('style', getattr(backbone, 'style', style) != style),

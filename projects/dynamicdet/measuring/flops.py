@@ -16,7 +16,6 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from mmdet.models.detectors import BaseDetector
@@ -27,6 +26,7 @@ from ..errors import UsageError
 from ..models import DynamicDetector
 from ..models.composite.composite import ORDINALS, CompositeBackbone
 from ..models.resolution import reduce_images, reduce_samples
+from ..private_torch import FUSED_CONVOLUTION, FUSED_SUM_CONVOLUTION, ShapesOnly
 from ..testing import randomize
 
 #: Height and width at which mmdet, Swin and CBNetV2 state what detectors of 1333 x 800 pixels cost.
@@ -43,12 +43,12 @@ def _packed_sum_flops(_, x_shape, w_shape, *__, out_shape, **___) -> int:
 
 #: How fused models run their convolutions on a CPU; see `models.fusing`.
 _PACKED = {
-    getattr(torch.ops.mkldnn, name): count
-    for name, count in (
-        ('_convolution_pointwise', _packed_flops),
-        ('_convolution_pointwise_', _packed_sum_flops),
+    operator: count
+    for operator, count in (
+        (FUSED_CONVOLUTION, _packed_flops),
+        (FUSED_SUM_CONVOLUTION, _packed_sum_flops),
     )
-    if hasattr(torch.ops.mkldnn, name)
+    if operator is not None
 }
 
 
@@ -215,7 +215,7 @@ def _shapes_only(module: nn.Module) -> contextlib.AbstractContextManager:
     """Tensors made inside have no values, and cost no time, where the module can do without."""
     if _needs_values(module):
         return contextlib.nullcontext()
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    return ShapesOnly(allow_non_fake_inputs=True)
 
 
 def _noise(shape: Sequence[int]) -> Tensor:

@@ -29,7 +29,8 @@ from mmdet.structures import OptSampleList, SampleList
 from ..errors import UsageError
 from ..precision import KeepsTypeOfBuffers
 from ..routing import GAINS, build_objective, image_aps, quantiles_of, resolve_threshold
-from ..routing.thresholds import Thresholds, check_budget
+from ..routing.budget import Budget
+from ..routing.thresholds import Thresholds, require_exits
 from ..transfers import to_host
 from .branch import build_branch
 from .composite import build_composite
@@ -105,8 +106,9 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
                 'one backbone has two exits only where they differ by resolution: give first_scale '
                 'below 1, or two backbones'
             )
-        if budget:
-            check_budget(budget)
+        budget = Budget.parse(budget)
+        if budget is not None:
+            require_exits(budget, max(2, backbones))
         preprocessor = data_preprocessor or detector.get('data_preprocessor')
         super().__init__(
             data_preprocessor=MODELS.build(copy.deepcopy(preprocessor)) if preprocessor else None,
@@ -127,7 +129,7 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         # Quantiles of the training set's gains, (101,); NaN until `RouterHook` has measured them,
         # which also keeps them in the checkpoint: they matter to step 2 alone.
         self.register_buffer('gains', torch.full((101,), float('nan')), persistent=False)
-        self.budget = dict(budget) if budget else None
+        self.budget: Budget | None = budget
         self.train_router = train_router
         # Between exit k and k + 1, ascending; of two exits a single number.
         shape = () if self.num_exits == 2 else (self.num_exits - 1,)
@@ -196,21 +198,17 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
 
     def set_budget(
         self,
-        threshold: None | float | Sequence[float] = None,
-        hard_share: None | float | Sequence[float] = None,
-        target_latency: float | None = None,
-        target_gflops: float | None = None,
+        budget: Budget | Mapping[str, float | Sequence[float]] | None = None,
+        **named: float | Sequence[float],
     ) -> Thresholds:
-        """Choose the speed; give one of the four.
+        """Choose the speed.
 
         Args:
-            threshold (float, optional): In [-1, 1]. Hard when the difficulty is above it. For K > 2
-                exits also a list of K - 1, ascending.
-            hard_share (float, optional): Share of the calibration's images that are hard. For K > 2
-                exits also a list: the shares that go beyond exit 0, 1, ..., falling.
-            target_latency (float, optional): Mean seconds per image, on the calibration's device.
-            target_gflops (float, optional): Mean GFLOPs per image, 2 x multiply-adds, as
-                calibrated.
+            budget (Budget or Mapping): A threshold, a share of the calibration's hard images, or
+                mean seconds or GFLOPs per image as they were calibrated; see `Budget.parse`. For
+                K > 2 exits a threshold or a hard share may also be a list of K - 1: rising
+                thresholds, or the shares that go beyond exit 0, 1, ..., falling.
+            **named: The same by name: ``set_budget(hard_share=0.5)``.
 
         Returns:
             float or list[float]: The threshold; K - 1 of them for K > 2 exits.
@@ -218,28 +216,22 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         Raises:
             UsageError: If out of range, or if the model is not calibrated and needs to be.
         """
-        given = dict(
-            threshold=threshold,
-            hard_share=hard_share,
-            target_latency=target_latency,
-            target_gflops=target_gflops,
-        )
-        budget = {name: value for name, value in given.items() if value is not None}
-        found = resolve_threshold(
+        budget = Budget.parse(budget, **named)
+        thresholds = resolve_threshold(
             budget, self.difficulties.tolist(), self.latencies.tolist(), self.gflops.tolist()
         )
-        self.threshold.copy_(torch.tensor(found))
+        self.threshold.copy_(torch.tensor(thresholds))
         self.budget, self._budget_waits = budget, False
-        if target_latency is not None and self.timed_elsewhere:
+        if budget.kind == 'target_latency' and self.timed_elsewhere:
             warnings.warn(self.timed_elsewhere)
-        return found
+        return thresholds
 
     def _apply_budget(self) -> None:
         """Set the threshold as soon as what the config's budget needs is loaded."""
-        if self.budget and ('threshold' in self.budget or len(self.difficulties)):
-            self.set_budget(**self.budget)
+        if self.budget and (self.budget.kind == 'threshold' or len(self.difficulties)):
+            self.set_budget(self.budget)
         else:
-            self._budget_waits = bool(self.budget)
+            self._budget_waits = self.budget is not None
 
     # Forward.
 
@@ -409,7 +401,7 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         `apis.stream`.
         """
         if self._budget_waits:
-            self.set_budget(**self.budget)
+            self.set_budget(self.budget)
         maps, ratio = self._first_maps(batch_inputs)
         phi = self.router(maps, _valid(batch_inputs, batch_data_samples))
         # One transfer from the device for both.

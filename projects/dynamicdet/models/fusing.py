@@ -7,8 +7,13 @@ import torch.nn.functional as F
 from mmcv.cnn import ConvModule, fuse_conv_bn
 from torch import Tensor, nn
 
-#: oneDNN's convolution with what follows it; made for torch's compiler, so not on every build.
-_PACKED = getattr(torch.ops.mkldnn, '_convolution_pointwise', None)
+from ..private_torch import (
+    FUSED_CONVOLUTION,
+    FUSED_SUM_CONVOLUTION,
+    changes_of,
+    has_bfloat16_convolutions,
+    pack_convolution_weight,
+)
 
 
 class Fusible:
@@ -68,9 +73,7 @@ def _replace_convolutions(module: nn.Module) -> None:
 
 def _knows(dtype: torch.dtype) -> bool:
     """Whether oneDNN has convolutions of a type on this processor: bfloat16 takes AVX-512."""
-    return dtype == torch.float32 or (
-        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and has_bfloat16_convolutions())
 
 
 class InferenceConv(nn.Module):
@@ -91,7 +94,7 @@ class InferenceConv(nn.Module):
         if not self._can_pack(x):
             y = self.conv(x)
             return F.silu(y, inplace=True) if self.silu else y
-        return _PACKED(*self._operands(x), 'swish' if self.silu else 'none', [], '')
+        return FUSED_CONVOLUTION(*self._operands(x), 'swish' if self.silu else 'none', [], '')
 
     def add_to(self, total: Tensor, x: Tensor) -> Tensor:
         """``total`` plus the convolution of x; on a CPU in place. For convolutions without a
@@ -100,15 +103,13 @@ class InferenceConv(nn.Module):
             return total + self.conv(x)
         operands = self._operands(x)
         total = total.to(operands[0].dtype).contiguous(memory_format=torch.channels_last)
-        return torch.ops.mkldnn._convolution_pointwise_.binary(
-            total, *operands, 'add', None, None, [], ''
-        )
+        return FUSED_SUM_CONVOLUTION.binary(total, *operands, 'add', None, None, [], '')
 
     def _can_pack(self, x: Tensor) -> bool:
         # Tensors of a subclass are there to be watched, not computed; inference mode's count no
         # changes.
         return (
-            _PACKED is not None
+            FUSED_CONVOLUTION is not None
             and x.device.type == 'cpu'
             and type(x) is Tensor
             and x.dtype in (torch.float32, torch.bfloat16)
@@ -138,9 +139,9 @@ class InferenceConv(nn.Module):
     def _packed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         conv = self.conv
         # Anew where the model was moved or cast, or its weights changed since.
-        key = (x.dtype, conv.weight.data_ptr(), conv.weight._version)
+        key = (x.dtype, conv.weight.data_ptr(), changes_of(conv.weight))
         if self._weights is None or self._weights[0] != key:
-            packed = torch.ops.mkldnn._reorder_convolution_weight(
+            packed = pack_convolution_weight(
                 conv.weight.to(x.dtype),
                 conv.padding,
                 conv.stride,

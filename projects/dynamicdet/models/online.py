@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import nn
 
+from ..routing.budget import Budget
 from ..routing.controller import Controller
 from ..timing import now
 from .dynamic_detector import DynamicDetector
@@ -17,22 +18,23 @@ def dynamic_part(model: nn.Module) -> DynamicDetector | None:
     return next((part for part in model.modules() if isinstance(part, DynamicDetector)), None)
 
 
-def build_controller(model: DynamicDetector, budget: Mapping[str, float]) -> Controller:
+def build_controller(model: DynamicDetector, budget: Budget | Mapping[str, float]) -> Controller:
     """A controller for a detector: what its calibration knows is where it starts; without one it
     learns.
 
     Args:
         model (DynamicDetector): Calibrated or not.
-        budget (Mapping): One of ``target_latency``, ``throughput``, ``hard_share`` and
-            ``target_gflops``, the last for a calibrated detector; see `Controller`.
+        budget (Budget or Mapping): One number, and no threshold; GFLOPs take a calibrated detector.
+            See `Controller`.
 
     Raises:
         UsageError: If the budget is none of these, or needs a calibration that is not there.
     """
-    known = model.gflops if 'target_gflops' in budget else model.latencies
+    budget = Budget.parse(budget)
+    known = model.gflops if budget and budget.kind == 'target_gflops' else model.latencies
     costs = known.tolist() if known.isfinite().all() and (known[1:] > known[:-1]).all() else None
     return Controller(
-        **budget, costs=costs, difficulties=model.difficulties.tolist(), exits=model.num_exits
+        budget, costs=costs, difficulties=model.difficulties.tolist(), exits=model.num_exits
     )
 
 

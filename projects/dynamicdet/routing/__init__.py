@@ -1,3 +1,4 @@
+from .budget import Budget
 from .objective import (
     FITS,
     GAINS,
@@ -12,6 +13,7 @@ from .objective import (
 from .thresholds import hard_share, resolve_threshold, share_for_latency, threshold_for_share
 
 __all__ = [
+    'Budget',
     'FITS',
     'GAINS',
     'OBJECTIVES',

@@ -14,14 +14,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..errors import UsageError
-from .thresholds import (
-    Thresholds,
-    check_budget,
-    latency_of,
-    share_for_gflops,
-    share_for_latency,
-    thresholds_for_share,
-)
+from .budget import Budget
+from .thresholds import Thresholds, share_for_gflops, share_for_latency, thresholds_for_share
 
 #: A single measurement counts as no more spans than this above or below the target: a machine that
 #: was suspended, or a first call that compiles, moves the share by a little, not to its end.
@@ -32,7 +26,6 @@ _MOST_STEP = 0.5
 
 _UNITS = dict(
     target_latency='{:.4g} s per image',
-    throughput='{:.4g} s per image',
     hard_share='a hard share of {:.3g}',
     target_gflops='{:.4g} GFLOPs per image',
 )
@@ -53,16 +46,13 @@ class Controller:
     target is what the share lost in it times ``span / gain``. So a running mean over W images is
     off by at most ``span / (gain * W)`` times the change of the share over those W images.
 
-    Give exactly one of the first four. ``decide`` is called with the difficulties of each batch and
-    gives its threshold; for a latency or a throughput ``measure`` is called with the seconds that
-    images took, as they become known. Memory: one float per image of the window. Not for several
-    threads at once.
+    ``decide`` is called with the difficulties of each batch and gives its threshold; for a latency
+    or a throughput ``measure`` is called with the seconds that images took, as they become known.
+    Memory: one float per image of the window. Not for several threads at once.
 
     Args:
-        target_latency (float, optional): Mean seconds per image.
-        throughput (float, optional): Images per second: a target latency of ``1 / throughput``.
-        hard_share (float, optional): In [0, 1].
-        target_gflops (float, optional): Mean GFLOPs per image; takes ``costs``.
+        budget (Budget or Mapping): One number, and no threshold; see `Budget.parse`. GFLOPs take
+            ``costs``.
         costs (Sequence[float], optional): Seconds, or GFLOPs, of each exit, (K,), rising: a
             calibration's. A latency needs none: it then starts at half hard, and takes the target
             for the span.
@@ -85,40 +75,25 @@ class Controller:
         UsageError: If an argument is out of range or missing.
 
     Example:
-        >>> controller = Controller(target_latency=0.03)
+        >>> controller = Controller(dict(target_latency=0.03))
         >>> threshold = controller.decide([0.2, 0.7, 0.4])
         >>> controller.measure(seconds=0.09, images=3)
     """
 
     def __init__(
         self,
-        target_latency: float | None = None,
-        throughput: float | None = None,
-        hard_share: float | None = None,
-        target_gflops: float | None = None,
+        budget: Budget | Mapping[str, float],
         costs: Sequence[float] | None = None,
         difficulties: Sequence[float] | None = None,
         exits: int = 2,
         window: int = 256,
         gain: float = 0.01,
     ) -> None:
-        given = dict(
-            target_latency=target_latency,
-            throughput=throughput,
-            hard_share=hard_share,
-            target_gflops=target_gflops,
-        )
-        given = {name: value for name, value in given.items() if value is not None}
-        if len(given) != 1:
-            raise UsageError(
-                'a controller takes exactly one of target_latency, throughput, hard_share and '
-                f'target_gflops; got {given}'
-            )
-        ((self._aim, target),) = given.items()
+        self.budget = _require_one_number(Budget.parse(budget))
+        self.target = float(self.budget.value)
         self.exits = len(costs) if costs is not None else exits
         if self.exits < 2:
             raise UsageError(f'a controller chooses between two exits or more, got {self.exits}')
-        self.target = _check_target(self._aim, target)
         if not isinstance(window, int) or window < 1 or not 0 < gain <= 0.1:
             raise UsageError(
                 f'window must be an integer of 1 or more and gain in (0, 0.1]; got {window} and '
@@ -133,11 +108,11 @@ class Controller:
         self.threshold: Thresholds = self._quantile() if self._recent else _middle(self.exits)
 
     def _known_costs(self, costs: Sequence[float] | None) -> np.ndarray | None:
-        if self._aim == 'hard_share':
+        if self.budget.kind == 'hard_share':
             # A share is a cost, too: nothing at the first exit, one at the last.
             return np.arange(self.exits) / (self.exits - 1)
         if costs is None:
-            if self._aim == 'target_gflops':
+            if self.budget.kind == 'target_gflops':
                 raise UsageError(
                     'target_gflops needs the GFLOPs of each exit: calibrate, or give costs'
                 )
@@ -153,13 +128,13 @@ class Controller:
     def _first_share(self) -> float:
         if self._costs is None:
             return 0.5
-        if self._aim == 'hard_share':
-            return float(self.target)
-        convert = share_for_gflops if self._aim == 'target_gflops' else share_for_latency
+        if self.budget.kind == 'hard_share':
+            return self.target
+        convert = share_for_gflops if self.budget.kind == 'target_gflops' else share_for_latency
         within = float(np.clip(self.target, self._costs[0], self._costs[-1]))
         if within != self.target:
             warnings.warn(
-                f'{_UNITS[self._aim].format(self.target)} is outside what the exits were '
+                f'{_UNITS[self.budget.kind].format(self.target)} is outside what the exits were '
                 f'calibrated to, {self._costs[0]:.4g} to {self._costs[-1]:.4g}: it may be out of '
                 'reach'
             )
@@ -169,7 +144,7 @@ class Controller:
     def measures(self) -> bool:
         """Whether it wants to be told how long images take: those of a latency and a throughput
         do."""
-        return self._aim in ('target_latency', 'throughput')
+        return self.budget.kind == 'target_latency'
 
     def decide(self, difficulties: Sequence[float]) -> Thresholds:
         """Take the difficulties of a batch, and say its threshold.
@@ -240,8 +215,8 @@ class Controller:
             return None
         end = 'first' if self.share == 0 else 'last'
         return (
-            f'{_UNITS[self._aim].format(self.target)} is out of reach: the mean is '
-            f'{_UNITS[self._aim].format(self.mean)} with every image at the {end} exit'
+            f'{_UNITS[self.budget.kind].format(self.target)} is out of reach: the mean is '
+            f'{_UNITS[self.budget.kind].format(self.mean)} with every image at the {end} exit'
         )
 
     def status(self) -> dict[str, object]:
@@ -300,16 +275,14 @@ class Controller:
         self._told = self.fault is not None
 
 
-def _check_target(aim: str, value: float) -> float:
-    """The target in the unit of the costs."""
-    if aim == 'throughput' and _is_number(value):
-        return float(latency_of(value))
-    check_budget({aim: value})
-    if aim != 'hard_share' and not math.isfinite(value):
-        raise UsageError(f'{aim} must be finite, got {value}')
-    if not _is_number(value):
-        raise UsageError(f'{aim} must be one number, got {value}')
-    return float(value)
+def _require_one_number(budget: Budget | None) -> Budget:
+    """A budget that a controller can hold."""
+    if budget is None or budget.kind == 'threshold' or isinstance(budget.value, tuple):
+        raise UsageError(
+            'a controller holds one of target_latency, throughput, hard_share and target_gflops, '
+            f'one number; got {budget and budget.as_dict()}'
+        )
+    return budget
 
 
 def _is_number(value: object) -> bool:

@@ -4,11 +4,12 @@ explains the difference from what was wanted."""
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import betabinom
 
+from .budget import Budget
 from .thresholds import ALL_EASY, ALL_HARD, mean_of_shares, wanted_shares
 
 #: Of tests on images like the calibration's, the share that is doubted all the same.
@@ -23,7 +24,7 @@ class Served:
 
     Attributes:
         counts (tuple[int, ...]): Images that left at each exit, (K,).
-        budget (Mapping): As it was asked for; empty for a checkpoint's own thresholds.
+        budget (Budget, optional): As it was asked for; None for a checkpoint's own thresholds.
         wanted (tuple[float, ...], optional): Share of the images that was wanted at each exit,
             (K,). None where thresholds were asked for, nothing is calibrated, or a controller moves
             the share.
@@ -37,7 +38,7 @@ class Served:
     """
 
     counts: tuple[int, ...]
-    budget: Mapping[str, object] = field(default_factory=dict)
+    budget: Budget | None = None
     wanted: tuple[float, ...] | None = None
     calibrated: tuple[int, ...] | None = None
     gflops: tuple[float, ...] = (math.nan,)
@@ -86,12 +87,13 @@ class Served:
 
     def _costs_line(self) -> list[str]:
         parts = []
-        if 'target_gflops' in self.budget:
-            parts.append(f'{self.budget["target_gflops"]:.3g} GFLOPs wanted')
+        kind = self.budget and self.budget.kind
+        if kind == 'target_gflops':
+            parts.append(f'{self.budget.value:.3g} GFLOPs wanted')
         if math.isfinite(self.mean_gflops):
             parts.append(f'{self.mean_gflops:.3g} GFLOPs')
-        if 'target_latency' in self.budget:
-            parts.append(f'{1e3 * self.budget["target_latency"]:.1f} ms wanted')
+        if kind == 'target_latency':
+            parts.append(f'{1e3 * self.budget.value:.1f} ms wanted')
         if math.isfinite(self.mean_latency):
             parts.append(f"{1e3 * self.mean_latency:.1f} ms by the exits' own latencies")
         if self.seconds is not None:
@@ -105,7 +107,7 @@ class Served:
 
     def _share_doubt(self) -> list[str]:
         # Who asks for a threshold has it.
-        if self.calibrated is None or not self.images or 'threshold' in self.budget:
+        if self.calibrated is None or not self.images or _asks_for_threshold(self.budget):
             return []
         misses = missed(self.counts, self.calibrated)
         if not misses:
@@ -124,9 +126,11 @@ class Served:
         ]
 
     def _clock_doubt(self) -> list[str]:
-        target = self.budget.get('target_latency')
         # A controller says itself what is out of its reach.
-        if self.online or target is None or self.seconds is None or self.seconds <= _SLOW * target:
+        if self.online or self.seconds is None or self.budget is None:
+            return []
+        target = self.budget.value
+        if self.budget.kind != 'target_latency' or self.seconds <= _SLOW * target:
             return []
         return [
             f'an image took {1e3 * self.seconds:.1f} ms, and {1e3 * target:.1f} ms were wanted. '
@@ -148,7 +152,7 @@ class Served:
 
 def account(
     counts: Sequence[int],
-    budget: Mapping | None = None,
+    budget: Budget | Mapping | None = None,
     thresholds: Sequence[float] | None = None,
     difficulties: Sequence[float] = (),
     latencies: Sequence[float] = (),
@@ -159,7 +163,7 @@ def account(
 
     Args:
         counts (Sequence[int]): Images that left at each exit, (K,).
-        budget (Mapping, optional): That was asked for; see `thresholds.check_budget`.
+        budget (Budget or Mapping, optional): That was asked for.
         thresholds (Sequence[float], optional): By which images left, (K - 1,); None where a
             controller moves them.
         difficulties (Sequence[float]): The calibration's; none without.
@@ -167,16 +171,18 @@ def account(
             not measured.
         seconds (float, optional): Mean per image by the clock.
     """
-    budget, exits = dict(budget or {}), len(counts)
+    budget, exits = Budget.parse(budget), len(counts)
     calibrated = None
-    forced = 'threshold' in budget and {*(thresholds or ())} <= {ALL_HARD, ALL_EASY}
+    by_threshold = _asks_for_threshold(budget)
+    forced = by_threshold and {*(thresholds or ())} <= {ALL_HARD, ALL_EASY}
     if thresholds is not None and len(difficulties) and not forced:
         left = np.searchsorted(
             np.asarray(thresholds, np.float32), np.asarray(difficulties, np.float32)
         )
         calibrated = tuple(np.bincount(left, minlength=exits).tolist())
     wanted = None
-    if 'hard_share' in budget or calibrated is not None and 'threshold' not in budget:
+    asks_for_share = budget is not None and budget.kind == 'hard_share'
+    if asks_for_share or calibrated is not None and not by_threshold:
         # What there was to say of the target was said when it was set.
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
@@ -245,6 +251,10 @@ def chance_interval(
     ).cumsum()
     low, high = np.searchsorted(chances, (doubted / 2, 1 - doubted / 2))
     return float(low) / images, float(min(high, images)) / images
+
+
+def _asks_for_threshold(budget: Budget | None) -> bool:
+    return budget is not None and budget.kind == 'threshold'
 
 
 def _shares_of(counts: Sequence[int]) -> tuple[float, ...]:

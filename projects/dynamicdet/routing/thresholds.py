@@ -7,7 +7,6 @@ of them are below its difficulty. Then one number still says how fast: see `shar
 """
 
 import math
-import numbers
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Union
@@ -15,6 +14,7 @@ from typing import Union
 import numpy as np
 
 from ..errors import UsageError
+from .budget import BUDGET_NAMES, Budget
 
 ALL_HARD, ALL_EASY = -1.0, 1.0
 
@@ -175,51 +175,8 @@ def _share_for_cost(target: float, costs: Sequence[float], said: str, least: str
     return high
 
 
-#: Each budget's name and range.
-_RANGES = dict(
-    threshold=(-1, 1), hard_share=(0, 1), target_latency=(0, math.inf), target_gflops=(0, math.inf)
-)
-
-
-def check_budget(budget: Mapping[str, float | Sequence[float]]) -> None:
-    """Raise a `UsageError` unless a budget is one of ``threshold`` in [-1, 1], ``hard_share`` in
-    [0, 1], ``target_latency`` > 0, seconds, and ``target_gflops`` > 0.
-
-    For more than two exits, ``threshold`` may be a list, rising, and ``hard_share`` one, falling:
-    what goes beyond each exit.
-    """
-    if len(budget) != 1 or next(iter(budget)) not in _RANGES:
-        raise UsageError(f'a budget is exactly one of {", ".join(_RANGES)}; got {dict(budget)}')
-    ((name, value),) = budget.items()
-    low, high = _RANGES[name]
-    by_exit = name in ('threshold', 'hard_share') and isinstance(value, (list, tuple))
-    for one in value if by_exit else [value]:
-        # Not `one < low`, which lets NaN pass.
-        if isinstance(one, bool) or not isinstance(one, numbers.Real) or not low <= one <= high:
-            raise UsageError(f'{name} must be a number in [{low}, {high}], got {value}')
-    if name.startswith('target') and value == 0:
-        raise UsageError(f'{name} must be above 0')
-    if by_exit and list(value) != sorted(value, reverse=name == 'hard_share'):
-        raise UsageError(
-            f'{name} by exit must {"rise" if name == "threshold" else "fall"}, got {value}'
-        )
-
-
-def latency_of(throughput: float) -> float:
-    """Seconds per image of a throughput in images per second.
-
-    Raises:
-        UsageError: If it is not a finite number above 0.
-    """
-    if not (0 < throughput < math.inf and math.isfinite(1 / throughput)):
-        raise UsageError(
-            f'throughput is in images per second and must be above 0, got {throughput}'
-        )
-    return 1 / throughput
-
-
 def resolve_threshold(
-    budget: Mapping[str, float | Sequence[float]],
+    budget: Budget | Mapping[str, float | Sequence[float]],
     difficulties: Sequence[float] | None = None,
     latencies: Sequence[float] | None = None,
     gflops: Sequence[float] | None = None,
@@ -227,8 +184,7 @@ def resolve_threshold(
     """Turn a budget into a threshold.
 
     Args:
-        budget (Mapping): One of ``threshold``, ``hard_share``, ``target_latency`` and
-            ``target_gflops``; see `check_budget`.
+        budget (Budget or Mapping): See `Budget.parse`.
         difficulties (Sequence[float], optional): The calibration's difficulties. A threshold
             needs none.
         latencies (Sequence[float], optional): The calibration's ``(lat1, lat2, ...)``, seconds,
@@ -242,22 +198,31 @@ def resolve_threshold(
     Raises:
         UsageError: If the budget is out of range, or needs a calibration that is not there.
     """
-    check_budget(budget)
-    ((name, value),) = budget.items()
+    budget = Budget.parse(budget)
+    if budget is None:
+        raise UsageError(f'a budget is exactly one of {", ".join(BUDGET_NAMES)}; got none')
+    name = budget.kind
     exits = next((len(costs) for costs in (latencies, gflops) if costs is not None), 2)
     if name == 'threshold':
-        return _per_exit(value, exits, name)
+        return _per_exit(budget.value, exits, name)
     if difficulties is None or not len(difficulties):
         raise UsageError(
             f'{name} needs a calibrated checkpoint: run tools/calibrate.py on it first'
         )
-    beyond = _per_exit(_beyond(name, value, exits, latencies, gflops), exits, name)
+    beyond = _per_exit(_beyond(budget, exits, latencies, gflops), exits, name)
     found = [_threshold(difficulties, share) for share in ([beyond] if exits == 2 else beyond)]
     return found[0] if exits == 2 else found
 
 
+def require_exits(budget: Budget, exits: int) -> None:
+    """Raise a `UsageError` if a budget that is given exit by exit is none for K exits: it has K - 1
+    numbers, of which thresholds rise and hard shares fall."""
+    if isinstance(budget.value, tuple):
+        _per_exit(budget.value, exits, budget.kind)
+
+
 def wanted_shares(
-    budget: Mapping[str, float | Sequence[float]],
+    budget: Budget | Mapping[str, float | Sequence[float]],
     exits: int = 2,
     latencies: Sequence[float] | None = None,
     gflops: Sequence[float] | None = None,
@@ -265,8 +230,7 @@ def wanted_shares(
     """The share of images that a budget wants at each exit, (K,).
 
     Args:
-        budget (Mapping): One of ``hard_share``, ``target_latency`` and ``target_gflops``; see
-            `check_budget`.
+        budget (Budget or Mapping): Any but a threshold.
         exits (int): K. Defaults to 2.
         latencies, gflops (Sequence[float], optional): The calibration's, (K,), which a target
             needs.
@@ -274,26 +238,21 @@ def wanted_shares(
     Raises:
         UsageError: As `resolve_threshold`.
     """
-    check_budget(budget)
-    ((name, value),) = budget.items()
-    beyond = _per_exit(_beyond(name, value, exits, latencies, gflops), exits, name)
+    budget = Budget.parse(budget)
+    beyond = _per_exit(_beyond(budget, exits, latencies, gflops), exits, budget.kind)
     return _at_exits([beyond] if exits == 2 else beyond)
 
 
 def _beyond(
-    name: str,
-    value: float | Sequence[float],
-    exits: int,
-    latencies: Sequence[float] | None,
-    gflops: Sequence[float] | None,
+    budget: Budget, exits: int, latencies: Sequence[float] | None, gflops: Sequence[float] | None
 ) -> float | Sequence[float]:
     """The share of images that goes beyond each exit but the last."""
-    if name == 'hard_share':
-        share = value
-    elif name == 'target_latency':
-        share = share_for_latency(value, *_measured(latencies, name))
+    if budget.kind == 'hard_share':
+        share = budget.value
+    elif budget.kind == 'target_latency':
+        share = share_for_latency(budget.value, *_measured(latencies, budget.kind))
     else:
-        share = share_for_gflops(value, *_measured(gflops, name))
+        share = share_for_gflops(budget.value, *_measured(gflops, budget.kind))
     return share if exits == 2 or isinstance(share, (list, tuple)) else shares_beyond(share, exits)
 
 
@@ -311,7 +270,11 @@ def _per_exit(value: float | Sequence[float], exits: int, name: str) -> Threshol
     values = list(value) if isinstance(value, (list, tuple)) else [value] * (exits - 1)
     if len(values) != exits - 1:
         raise UsageError(
-            f'{name} by exit must have {exits - 1} numbers for {exits} exits, got {value}'
+            f'{name} by exit must have {exits - 1} numbers for {exits} exits, got {values}'
+        )
+    if values != sorted(values, reverse=name != 'threshold'):
+        raise UsageError(
+            f'{name} by exit must {"rise" if name == "threshold" else "fall"}, got {values}'
         )
     return float(values[0]) if exits == 2 else [float(one) for one in values]
 

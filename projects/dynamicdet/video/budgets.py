@@ -1,11 +1,10 @@
 """From a wanted speed to the thresholds of an early-exit detector."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..routing.budget import Budget
 
 #: Rows of `EarlyExitDetector.operating_points`: more than a front of thresholds has use for.
 POINTS = 64
@@ -13,38 +12,28 @@ POINTS = 64
 _COLUMNS = dict(target_gflops=-2, target_latency=-1)
 
 
-def check_budget(budget: Mapping, exits: int) -> None:
+def require_early_exit_budget(budget: Budget, exits: int) -> None:
     """Raise a `UsageError` if a budget is none for E exits.
 
     Args:
-        budget (Mapping): One of ``threshold`` (a number, or E of them, in [-1, 1]),
-            ``target_gflops``, ``target_latency``.
+        budget (Budget): A threshold (a number, or E of them), or mean GFLOPs or seconds per frame.
         exits (int): E.
     """
     names = ('threshold', *_COLUMNS)
-    if len(budget) != 1 or next(iter(budget)) not in names:
-        raise UsageError(
-            f'a budget of early exits is one of {", ".join(names)}; got {dict(budget)}'
-        )
-    ((name, value),) = budget.items()
-    values = list(value) if isinstance(value, (list, tuple)) and name == 'threshold' else [value]
-    if not all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in values):
-        raise UsageError(f'{name} must be a number, got {value}')
-    whole = not isinstance(value, (list, tuple)) or len(values) == exits
-    if name == 'threshold' and not (whole and all(-1 <= one <= 1 for one in values)):
+    if budget.kind not in names:
+        raise UsageError(f'a budget of early exits is one of {", ".join(names)}; got {budget.kind}')
+    if isinstance(budget.value, tuple) and len(budget.value) != exits:
         raise UsageError(
             f'threshold is one number in [-1, 1], or {exits}: of exit -1 to {exits - 2}; got '
-            f'{value}'
+            f'{list(budget.value)}'
         )
-    if name != 'threshold' and not 0 < value < float('inf'):
-        raise UsageError(f'{name} must be above 0, got {value}')
 
 
-def resolve_budget(budget: Mapping, points: Tensor, exits: int) -> list[float]:
+def resolve_budget(budget: Budget, points: Tensor, exits: int) -> list[float]:
     """Thresholds of exit -1 to E - 2.
 
     Args:
-        budget (Mapping): That `check_budget` lets pass.
+        budget (Budget): That `require_early_exit_budget` lets pass.
         points (Tensor): (n, E + 2): E thresholds, mean GFLOPs and mean seconds of calibrated
             settings, each the best for its cost; rows with NaN are not used.
         exits (int): E.
@@ -52,13 +41,9 @@ def resolve_budget(budget: Mapping, points: Tensor, exits: int) -> list[float]:
     Raises:
         UsageError: If nothing is calibrated, or all costs more.
     """
-    ((name, value),) = budget.items()
+    name, value = budget.kind, budget.value
     if name == 'threshold':
-        return (
-            [float(one) for one in value]
-            if isinstance(value, (list, tuple))
-            else [float(value)] * exits
-        )
+        return [float(each) for each in (value if isinstance(value, tuple) else [value] * exits)]
     costs = points[:, _COLUMNS[name]].nan_to_num(nan=float('inf'))
     if not costs.isfinite().any():
         raise UsageError(

@@ -11,6 +11,7 @@ from pycocotools.coco import COCO
 
 from ..errors import UsageError
 from ..progress import CountProgress
+from ..routing.budget import Budget
 from ..routing.controller import Controller
 from .budgets import POINTS
 from .curves import CHANGE_LEVELS, curve, fixed_exits, front, settings_of
@@ -177,27 +178,25 @@ class OnlineThresholds:
 
     Args:
         front (Sequence[Mapping]): Of a `Calibration`: two rows or more.
-        target_latency, target_gflops (float, optional): Mean per frame; one of the two.
+        budget (Budget or Mapping): ``target_latency`` or ``target_gflops``, means per frame.
         window (int): As of `Controller`. Defaults to 256.
         gain (float): As of `Controller`. Defaults to 0.01.
 
     Raises:
-        UsageError: If not exactly one target is given, or the front does not rise.
+        UsageError: If the budget is no target, or the front does not rise.
     """
 
     def __init__(
         self,
         front: Sequence[Mapping],
-        target_latency: float | None = None,
-        target_gflops: float | None = None,
+        budget: Budget | Mapping[str, float],
         window: int = 256,
         gain: float = 0.01,
     ) -> None:
-        if (target_latency is None) == (target_gflops is None):
+        budget = Budget.parse(budget)
+        if budget is None or not budget.is_target:
             raise UsageError('give one of target_latency and target_gflops')
-        cost, target = (
-            ('gflops', target_gflops) if target_latency is None else ('latency', target_latency)
-        )
+        cost = _COST[budget.kind]
         self._rows = sorted(front, key=lambda row: row[cost])
         if len(self._rows) < 2:
             raise UsageError(
@@ -207,15 +206,20 @@ class OnlineThresholds:
         self._costs = np.array([row[cost] for row in self._rows])
         # Its unit is whatever it is told: seconds or GFLOPs.
         self._controller = Controller(
-            target_latency=target, costs=(self._costs[0], self._costs[-1]), window=window, gain=gain
+            Budget('target_latency', budget.value),
+            costs=(self._costs[0], self._costs[-1]),
+            window=window,
+            gain=gain,
         )
 
     @classmethod
-    def of_points(cls, points: torch.Tensor, **target: float) -> 'OnlineThresholds':
-        """From `EarlyExitDetector.operating_points` and one target."""
+    def of_points(
+        cls, points: torch.Tensor, budget: Budget | Mapping[str, float]
+    ) -> 'OnlineThresholds':
+        """From `EarlyExitDetector.operating_points` and a target."""
         known = points[~points.isnan().any(dim=1)].tolist()
         return cls(
-            [dict(thresholds=row[:-2], gflops=row[-2], latency=row[-1]) for row in known], **target
+            [dict(thresholds=row[:-2], gflops=row[-2], latency=row[-1]) for row in known], budget
         )
 
     def measure(self, cost: float, frames: int = 1) -> None:

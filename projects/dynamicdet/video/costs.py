@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..measuring.flops import Part, count_flops, count_parameters
+from ..private_torch import ShapesOnly
 from ..timing import timed
 
 
@@ -49,7 +49,7 @@ def layer_costs(model: nn.Module, shape: Sequence[int]) -> list[LayerCosts]:
         shape (Sequence[int]): Height and width, multiples of 32.
     """
     rows, exits = [], dict(zip(model.exit_layers, range(len(model.heads))))
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with ShapesOnly(allow_non_fake_inputs=True):
         device = next(model.parameters()).device
         layers = _all_layers(model, torch.zeros(1, 3, *shape, device=device))
         for position, layer in enumerate(model.table):
@@ -91,7 +91,7 @@ def _propagation_flops(module: nn.Module, features: Tensor) -> int:
 @torch.no_grad()
 def final_flops(model: nn.Module, shape: Sequence[int]) -> int:
     """FLOPs of the detector's own head for one image."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with ShapesOnly(allow_non_fake_inputs=True):
         device = next(model.parameters()).device
         maps = [
             torch.zeros(1, layer.channels, *(side // layer.stride for side in shape), device=device)

@@ -24,6 +24,7 @@ from ..checkpoints import read_checkpoint
 from ..errors import UsageError
 from ..models import DynamicDetector, fuse
 from ..models.weights import require_complete
+from ..routing.budget import Budget
 from ..routing.served import Served, account
 from ..timing import now
 from ..transfers import Followed, to_host
@@ -80,20 +81,20 @@ class Summary:
     stopped: bool = False
     files: list[str] = field(default_factory=list)
 
-    def above(self, budget: Mapping[str, object]) -> list[str]:
+    def above(self, budget: Budget | None) -> list[str]:
         """A sentence where the mean cost of frames, in GFLOPs or by the clock, is above a target by
         a tenth or more."""
-        if not self.frames:
+        if not self.frames or budget is None or not budget.is_target:
             return []
-        means = dict(
+        mean, scale, unit = dict(
             target_gflops=(self.gflops, 1, 'GFLOPs'),
             target_latency=(self.seconds / self.frames, 1e3, 'ms'),
-        )
+        )[budget.kind]
+        if mean is None or mean <= 1.1 * budget.value:
+            return []
         return [
-            f'frames cost {scale * mean:.3g} {unit} in the mean, and {scale * budget[name]:.3g} '
+            f'frames cost {scale * mean:.3g} {unit} in the mean, and {scale * budget.value:.3g} '
             'were wanted: calibrate on videos like this one, or hold the target on it (--online)'
-            for name, (mean, scale, unit) in means.items()
-            if name in budget and mean is not None and mean > 1.1 * budget[name]
         ]
 
 
@@ -106,7 +107,7 @@ class FrameDetector(DetInferencer):
         device (str, optional): Defaults to the best that is there.
         gate (Mapping, optional): Config of a gate in the place of the config's, for an
             `EarlyExitDetector`.
-        budget (Mapping, optional): The wanted speed: arguments of the model's ``set_budget``.
+        budget (Budget or Mapping, optional): The wanted speed; see the model's ``set_budget``.
         score (float): Detections below it are left out. Defaults to 0.3.
         online (bool): Whether the budget, ``target_latency`` or ``target_gflops``, is held on the
             frames that come: thresholds then follow what frames really cost, see
@@ -122,13 +123,14 @@ class FrameDetector(DetInferencer):
         checkpoint: str,
         device: str | None = None,
         gate: Mapping | None = None,
-        budget: Mapping | None = None,
+        budget: Budget | Mapping | None = None,
         score: float = 0.3,
         online: bool = False,
     ) -> None:
         # Not `score < 0 or ...`, which lets NaN pass.
         if not 0 <= score <= 1:
             raise UsageError(f'detections are left out below a score in [0, 1]; got {score}')
+        budget = Budget.parse(budget)
         self._gate, self._budget, self.score, self._warm = gate, budget, score, False
         self._costs = Followed(torch.Tensor.tolist)
         if gate:
@@ -141,8 +143,12 @@ class FrameDetector(DetInferencer):
             cfg.model.gate = dict(gate)
         super().__init__(cfg, checkpoint, device, show_progress=False)
         if budget:
-            _set_budget(self.model, budget)
-        self._online = _online_thresholds(self.model, budget or {}) if online else None
+            if not hasattr(self.model, 'set_budget'):
+                raise UsageError(
+                    f'a {type(self.model).__name__} has one speed only: leave out the budget'
+                )
+            self.model.set_budget(budget)
+        self._online = _online_thresholds(self.model, budget) if online else None
         self.exits = int(getattr(self.model, 'num_exits', 0))
         self.classes = list(self.model.dataset_meta['classes'])
         self.colors = colors_of(self.classes, self.model.dataset_meta.get('palette'))
@@ -166,7 +172,8 @@ class FrameDetector(DetInferencer):
         require_complete(model, state, ('operating_points',))
         calibrated = checkpoint.get('meta', {}).get('calibration', {}).get('gate')
         own = name_of(getattr(model, 'gate', None))
-        if calibrated not in (None, own) and 'threshold' not in (self._budget or {}):
+        by_threshold = self._budget is not None and self._budget.kind == 'threshold'
+        if calibrated not in (None, own) and not by_threshold:
             raise UsageError(
                 f"the checkpoint's thresholds are of {calibrated}, and the detector has {own}: "
                 'give '
@@ -203,7 +210,8 @@ class FrameDetector(DetInferencer):
         exit, difficulty = sample.get('exit'), sample.get('difficulty')
         gflops = self._gflops(exit)
         if self._online is not None:
-            self._online.measure(seconds if 'target_latency' in self._budget else gflops)
+            timed = self._budget.kind == 'target_latency'
+            self._online.measure(seconds if timed else gflops)
             self.model.set_budget(threshold=self._online.thresholds)
         return Seen(
             None if exit is None else int(exit),
@@ -252,25 +260,12 @@ def _try_gate(gate: Mapping) -> None:
         raise UsageError(f'{dict(gate)} is no gate: {reason}') from None
 
 
-def _online_thresholds(model: nn.Module, budget: Mapping) -> OnlineThresholds:
-    if set(budget) not in ({'target_latency'}, {'target_gflops'}) or not hasattr(
-        model, 'operating_points'
-    ):
+def _online_thresholds(model: nn.Module, budget: Budget | None) -> OnlineThresholds:
+    if budget is None or not budget.is_target or not hasattr(model, 'operating_points'):
         raise UsageError(
             'online holds target_latency or target_gflops, of a calibrated EarlyExitDetector'
         )
-    return OnlineThresholds.of_points(model.operating_points, **budget)
-
-
-def _set_budget(model: nn.Module, budget: Mapping) -> None:
-    if not hasattr(model, 'set_budget'):
-        raise UsageError(f'a {type(model).__name__} has one speed only: leave out the budget')
-    try:
-        model.set_budget(**budget)
-    except TypeError as error:
-        raise UsageError(
-            f'{dict(budget)} is no budget of a {type(model).__name__}: {error}'
-        ) from None
+    return OnlineThresholds.of_points(model.operating_points, budget)
 
 
 def _detections(found, score: float) -> list[dict]:

@@ -20,8 +20,9 @@ from mmdet.structures import OptSampleList, SampleList
 from ..errors import UsageError
 from ..models.weights import is_plain
 from ..precision import KeepsTypeOfBuffers
+from ..routing.budget import Budget
 from ..transfers import Followed, take_rows
-from .budgets import POINTS, check_budget, resolve_budget
+from .budgets import POINTS, require_early_exit_budget, resolve_budget
 from .building import build_gate, build_heads, build_propagation, learner
 from .evidence import AllExits, Evidence
 from .frames import Frames, last_found, nothing_found, scale_of, to_original
@@ -128,6 +129,7 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         self.distillation = distillation
         self.early_layer, self.cut = early_layer, cut
         self.mode = mode
+        budget = Budget.parse(budget)
         self._check(mode, budget)
         self._streams = Streams(max_streams)
         #: Of the thresholds: the host decides, and would wait for them at every exit.
@@ -140,14 +142,14 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         )
         #: What a gate that is trained before a calibration goes by; see `losses`.
         self.counted_gflops: list[float] | None = None
-        self.budget = dict(budget) if budget else None
+        self.budget: Budget | None = budget
         self._apply_budget()
         # Here and not in a hook: the optimizer and DDP look at `requires_grad` before any hook
         # runs.
         for name, parameter in self.named_parameters():
             parameter.requires_grad &= name.startswith(TRAINED[mode])
 
-    def _check(self, mode: str, budget: dict | None) -> None:
+    def _check(self, mode: str, budget: Budget | None) -> None:
         if mode not in TRAINED:
             raise UsageError(f"mode is one of {', '.join(TRAINED)}; got '{mode}'")
         if mode == 'propagation' and self.propagation is None:
@@ -157,7 +159,7 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
                 "mode='gate' needs a gate that learns, such as gate=dict(type='HaltingGate', ...)"
             )
         if budget:
-            check_budget(budget, self.num_exits)
+            require_early_exit_budget(budget, self.num_exits)
 
     def train(self, mode: bool = True) -> 'EarlyExitDetector':
         """What is not trained stays in eval mode, whatever a loop asks for. All streams are
@@ -203,18 +205,15 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
 
     def set_budget(
         self,
-        threshold: None | float | Sequence[float] = None,
-        target_gflops: float | None = None,
-        target_latency: float | None = None,
+        budget: Budget | Mapping[str, float | Sequence[float]] | None = None,
+        **named: float | Sequence[float],
     ) -> list[float]:
-        """Choose the speed; give one of the three.
+        """Choose the speed.
 
         Args:
-            threshold (float or list[float], optional): In [-1, 1]: of all exits, or of each from -1
-                to E - 2.
-            target_gflops (float, optional): Mean GFLOPs per frame, 2 x multiply-adds, as
-                calibrated.
-            target_latency (float, optional): Mean seconds per frame, as calibrated.
+            budget (Budget or Mapping): A threshold of all exits, or a list of each from -1 to
+                E - 2; or mean GFLOPs or seconds per frame, as calibrated. See `Budget.parse`.
+            **named: The same by name: ``set_budget(target_gflops=4)``.
 
         Returns:
             list[float]: The thresholds, (E,).
@@ -222,21 +221,22 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         Raises:
             UsageError: If out of range, or if the model is not calibrated and needs to be.
         """
-        given = dict(
-            threshold=threshold, target_gflops=target_gflops, target_latency=target_latency
-        )
-        budget = {name: value for name, value in given.items() if value is not None}
-        check_budget(budget, self.num_exits)
-        found = resolve_budget(budget, self.operating_points, self.num_exits)
-        self.thresholds.copy_(torch.tensor(found))
+        budget = Budget.parse(budget, **named)
+        if budget is None:
+            raise UsageError('give a budget: threshold, target_gflops or target_latency')
+        require_early_exit_budget(budget, self.num_exits)
+        thresholds = resolve_budget(budget, self.operating_points, self.num_exits)
+        self.thresholds.copy_(torch.tensor(thresholds))
         self.budget, self._budget_waits = budget, False
-        return found
+        return thresholds
 
     def _apply_budget(self) -> None:
         """Set the thresholds as soon as what the config's budget needs is loaded."""
-        self._budget_waits = bool(self.budget)
-        if self.budget and ('threshold' in self.budget or not self.operating_points.isnan().all()):
-            self.set_budget(**self.budget)
+        self._budget_waits = self.budget is not None
+        if self.budget and (
+            self.budget.kind == 'threshold' or not self.operating_points.isnan().all()
+        ):
+            self.set_budget(self.budget)
 
     # Forward.
 
@@ -287,7 +287,7 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
             ``difficulty`` (float, as the gate saw it at its last decision; 1 if there was none).
         """
         if self._budget_waits:
-            self.set_budget(**self.budget)
+            self.set_budget(self.budget)
         inputs, samples = as_frames(batch_inputs, batch_data_samples)
         for images, own in self._waves(inputs, samples):
             self._predict_wave(images, own, rescale)
