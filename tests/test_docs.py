@@ -9,6 +9,7 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
 from conftest import ROOT
+from dynamicdet.datasets.digits import SIZES
 from mmdet.registry import MODELS
 
 USER_PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -85,6 +86,17 @@ def test_programs_and_configs_that_are_named_exist(page):
     own = re.compile('/my_|NAME')
     missing = {name for name in named if not own.search(name) and not (ROOT / name).exists()}
     assert not missing
+
+
+@pytest.mark.parametrize('page', PAGES, ids=name_of)
+def test_options_of_commands_exist(page):
+    shared = (ROOT / 'projects/dynamicdet/cli.py').read_text()
+    text = re.sub(r'\\\n\s*', ' ', page.read_text())
+    for tool, rest in re.findall(r'^ {4,}.*python (tools/\w+\.py)(.*)$', text, re.M):
+        # Those of tools/make_digits.py are its splits.
+        source = (ROOT / tool).read_text() + shared + ''.join(f"'--{split}'" for split in SIZES)
+        options = re.findall(r'(?<= )--[a-z][\w-]*', rest.split('#')[0])
+        assert not [option for option in options if f"'{option}'" not in source], tool
 
 
 @pytest.mark.parametrize('page', USER_PAGES, ids=name_of)
