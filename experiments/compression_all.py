@@ -1,4 +1,4 @@
-"""The experiment on compression, docs/benchmarks.md: prune, share, quantize, fine-tune, measure.
+"""The experiment on compression, experiments/compression.md: prune, share, quantize, fine-tune, measure.
 
 It goes step by step, several at a time, and each step leaves a small file in
 experiments/results/compression: stop it when you like and start it again. Steps that have one are

@@ -1,4 +1,4 @@
-"""The experiment on dynamic and compressed together, docs/benchmarks.md: prune, export, quantize,
+"""The experiment on dynamic and compressed together, experiments/compression.md: prune, export, quantize,
 measure.
 
 It goes step by step, several at a time, and each step leaves a small file in
@@ -84,7 +84,7 @@ def train_start(detector: str) -> None:
 
 def prepare_whole(detector: str, folder: Path, name: str = CONFIG) -> Path:
     """The detector as it is, but with an untrained router that sees means alone, as those that
-    docs/benchmarks.md judges: one of three statistics has nine times the weights, and they stay
+    experiments/compression.md judges: one of three statistics has nine times the weights, and they stay
     float. Its config goes into the folder.
 
     Returns:

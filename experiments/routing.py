@@ -1,4 +1,4 @@
-"""The experiment on routing, docs/benchmarks.md: train, record, fit routers, sum up.
+"""The experiment on routing, experiments/routing.md: train, record, fit routers, sum up.
 
 Hours on two cores, so it goes step by step, several at a time, and each step leaves a file: stop it
 when you like and start it again. What a run came to is a small file in experiments/results/routing;

@@ -34,7 +34,7 @@ PAPER = 'paper, trained on'
 HEAD = """# The experiment on routing: numbers
 
 Written by `python experiments/routing_page.py` from the files in [routing/](routing), one per run of
-`python experiments/routing.py`; what it says is in [benchmarks.md](../../docs/benchmarks.md). AP on 1,000 test images
+`python experiments/routing.py`; what it says is in [routing.md](../routing.md). AP on 1,000 test images
 of the built-in data. Intervals are of 95 %, by {resamples} resamples of the test images, the same for all runs; where
 there are several seeds, figures are means over them, with the least and the largest in brackets; behind a semicolon, the
 least and the largest end of the seeds' intervals ("no interval": of a seed it is a ratio to what may be 0). Routers are fitted

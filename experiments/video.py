@@ -1,4 +1,4 @@
-"""The experiment on early exit in video, docs/benchmarks.md: train, record, compare gates, and run
+"""The experiment on early exit in video, experiments/video.md: train, record, compare gates, and run
 them by the clock.
 
 It goes step by step, several at a time, and each step leaves a small file in

@@ -22,7 +22,7 @@ PICTURE = ROOT / 'docs' / 'images' / 'video_gates.png'
 HEAD = """# The experiment on early exit in video: numbers
 
 Written by `python experiments/video_page.py` from the files in [video/](video), one per run of
-`python experiments/video.py`; what it says is in [benchmarks.md](../../docs/benchmarks.md). A small YOLOv5 with six early
+`python experiments/video.py`; what it says is in [video.md](../video.md). A small YOLOv5 with six early
 exits on {frames} frames of the built-in test videos, seed 0; {device}, {threads} thread(s), torch {torch}. Intervals are
 of 95 %, by {resamples} resamples of whole videos, the same for all runs, so that differences are paired. GFLOPs: 2 x
 multiply-adds. Gates are fitted to one half of the validation videos, and their thresholds are chosen on the other.

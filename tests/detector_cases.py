@@ -6,6 +6,7 @@ conftest.py hands it on where OpenMMLab's packages are installed.
 import json
 import logging
 import os
+import sys
 import uuid
 from pathlib import Path
 

@@ -8,7 +8,7 @@ Quantized are layers, that is convolutions and linear layers, with what enters a
   tensor;
 * biases: integers of 32 bits, in steps of the product of both scales;
 * a norm behind a convolution is part of it, and a ReLU behind both needs no integers of its own;
-* layers that give predictions may stay float, see docs/int8.md.
+* layers that give predictions may stay float, see docs/deploying.md.
 
 Where that is follows from the calls that torch sees in a pass (`trace`), not from modules: sums and
 concatenations are no modules, and heads use one module at several levels.
@@ -240,7 +240,7 @@ def last_layers(
 
     In 8 bits many scores become equal and boxes move in steps. That costs AP, though it is next to
     nothing of the outputs' power: background, whose logits are far below zero, makes ranges wide.
-    See docs/int8.md.
+    See docs/deploying.md.
 
     Args:
         steps (Sequence[tuple]): Of a computation, in order: name, values that it reads, values that

@@ -41,7 +41,7 @@ from ..routing.thresholds import ALL_EASY, ALL_HARD, Thresholds, threshold_for_s
 from ..testing import randomize
 from ..timing import now
 
-#: The overheads that the project allows itself (docs/benchmarks.md).
+#: The overheads that the project allows itself (experiments/overhead.md).
 WANTED = dict(exit0_to_stock=1.03, mixed_to_mean=1.1, stream_to_mean=1.05)
 #: Images of a mixed batch.
 BATCH_SIZE = 8

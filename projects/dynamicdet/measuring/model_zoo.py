@@ -32,7 +32,7 @@ _COLUMNS = (
 _HEAD = """# Model zoo
 
 Written by `python tools/get_flops.py --zoo`. What it counts, and how, is in
-[usage.md](usage.md#how-large-it-is).
+[evaluating.md](evaluating.md#size-and-flops).
 
 **The AP in the last column is the papers' own, not ours**: of their weights and code, on COCO val, at
 the share of hard images that stands beside it. This project has trained no detector on COCO and offers
