@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from dynamicdet.building import build_loader, load_dynamic_detector
 from dynamicdet.datasets.digits import make_digits
 from dynamicdet.files import latest_checkpoint
 from dynamicdet.measuring.calibration import record_exits
+from dynamicdet.routing.record import RoutingRecord
 from mmdet.utils import register_all_modules
 
 ROOT = Path(__file__).parent
@@ -231,6 +233,14 @@ def findable(digits, cascade, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp('findable') / 'findable.json'
     path.write_text(json.dumps({**content, 'annotations': objects}))
     return path
+
+
+def rebuilt(record: RoutingRecord, images: Iterable[dict] | None = None, **facts) -> RoutingRecord:
+    """A record of other images, or with other costs or provenance."""
+    kept = dict(
+        gflops=record.gflops, latencies=record.latencies, provenance=dict(record.provenance)
+    )
+    return RoutingRecord.from_images(list(record if images is None else images), **kept | facts)
 
 
 def spread_scores(model: torch.nn.Module) -> torch.nn.Module:
