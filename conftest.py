@@ -4,11 +4,14 @@ run."""
 import importlib.util
 import os
 import random
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
 import torch
 from suite_settings import ROOT, SEED, THREADS  # noqa: F401  (tests import them from here)
+
+from dynamicdet.routing.record import RoutingRecord
 
 if importlib.util.find_spec('mmdet'):
     from detector_cases import *  # noqa: F403
@@ -43,3 +46,11 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(
             'tests marked gpu were left out: torch sees no GPU (tools/check_gpu.sh)'
         )
+
+
+def rebuilt(record: RoutingRecord, images: Iterable[dict] | None = None, **facts) -> RoutingRecord:
+    """A record of other images, or with other costs or provenance."""
+    kept = dict(
+        gflops=record.gflops, latencies=record.latencies, provenance=dict(record.provenance)
+    )
+    return RoutingRecord.from_images(list(record if images is None else images), **kept | facts)

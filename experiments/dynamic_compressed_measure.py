@@ -99,7 +99,7 @@ def measure_ap(folder: Path, out: Path) -> None:
 def judge(model: DynamicDetector, loader, coco: COCO) -> dict:
     """``exit0``, ``half`` and ``exit1``: AP, AP50 and AP on resamples of the images; ``hard_share``
     of the second."""
-    record = dict(images=record_exits(model, loader, cli.progress))
+    record = record_exits(model, loader, cli.progress)
     mixtures = Mixtures(record, coco)
     hard = difficulties_of(record) > model.threshold.item()
     choices = dict(exit0=np.zeros(len(hard), int), half=hard, exit1=np.ones(len(hard), int))

@@ -138,7 +138,7 @@ def judge(path: Path, routers: dict) -> dict:
     return dict(
         exits=[mixtures.ap(np.full(mixtures.images, exit)) for exit in range(mixtures.exits)],
         random=[chance.at(round(share * mixtures.images))[0] for share in INNER],
-        provenance=record['provenance'],
+        provenance=record.provenance,
         routers=found,
     )
 

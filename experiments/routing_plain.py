@@ -14,16 +14,15 @@ from mmengine.dataset import pseudo_collate
 from dynamicdet import cli
 from dynamicdet.building import build_loader
 from dynamicdet.checkpoints import read_checkpoint
-from dynamicdet.measuring.calibration import provenance
+from dynamicdet.measuring.calibration import coco_results, provenance
 from dynamicdet.measuring.flops import count_flops
-from dynamicdet.measuring.recording import coco_results
 from dynamicdet.models.weights import require_complete
-from dynamicdet.routing.record import write_record
+from dynamicdet.routing.record import RoutingRecord, write_record
 from mmdet.apis import init_detector
 
 
 @torch.no_grad()
-def record_plain(config: str, checkpoint: str) -> dict:
+def record_plain(config: str, checkpoint: str) -> RoutingRecord:
     """Detections of the test set, latency at batch 1 (median over 100 images) and mean GFLOPs of
     10."""
     cfg = Config.fromfile(config)
@@ -45,12 +44,8 @@ def record_plain(config: str, checkpoint: str) -> dict:
                 )
             )
     latency, gflops = _costs(model, loader.dataset)
-    return dict(
-        images=images,
-        gflops=[gflops] * 2,
-        latencies=[latency] * 2,
-        provenance=provenance(cfg, checkpoint, loader.dataset, 'cpu'),
-    )
+    facts = provenance(cfg, checkpoint, loader.dataset, 'cpu')
+    return RoutingRecord.from_images(images, [gflops] * 2, [latency] * 2, facts)
 
 
 def _costs(model, dataset) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """What a run of the experiment on routing came to: from records to numbers."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -13,6 +14,7 @@ from dynamicdet.routing.evaluation import Mixtures
 from dynamicdet.routing.fitting import features_of, fit_router, gains_of, rank_correlation
 from dynamicdet.routing.merit import efficacy, normalized_gain
 from dynamicdet.routing.peers import PEERS, charge, peer_scores
+from dynamicdet.routing.record import RoutingRecord
 from dynamicdet.routing.strata import benefits, by_objects, by_size, rank_correlations
 from dynamicdet.routing.thresholds import shares_beyond
 
@@ -37,24 +39,28 @@ HELD_OUT = 'held out'
 INNER = SHARES[1:-1]
 
 
-def plain_results(record: Mapping, coco: COCO) -> dict:
+def plain_results(record: RoutingRecord, coco: COCO) -> dict:
     """AP of a plain detector, with resamples, and what it costs. Its record has one exit, twice."""
     chance = Chance(Mixtures(record, coco), resamples=RESAMPLES)
     return dict(
-        gflops=record['gflops'][0],
-        latency=record['latencies'][0],
-        provenance=record['provenance'],
+        gflops=record.gflops[0],
+        latency=record.latencies[0],
+        provenance=record.provenance,
         **_one_exit(chance, 0),
     )
 
 
 def dynamic_results(
-    test: Mapping, test_coco: COCO, sources: Mapping[str, Mapping], train_coco: COCO, seed: int
+    test: RoutingRecord,
+    test_coco: COCO,
+    sources: Mapping[str, RoutingRecord],
+    train_coco: COCO,
+    seed: int,
 ) -> dict:
     """All figures of a dynamic detector whose router is still to be found.
 
     Args:
-        test (Mapping): Record of the test set, with views.
+        test (RoutingRecord): Record of the test set, with views.
         test_coco (COCO): Its ground truth.
         sources (Mapping): Name -> record of what routers are fitted to.
         train_coco (COCO): Their ground truth.
@@ -82,9 +88,9 @@ def dynamic_results(
     )
     gained = benefits(test, mixtures)
     found = dict(
-        gflops=test['gflops'],
-        latencies=test['latencies'],
-        provenance=test['provenance'],
+        gflops=test.gflops,
+        latencies=test.latencies,
+        provenance=test.provenance,
         exits=exits,
         random=[chance.at(round(share * mixtures.images))[0] for share in INNER],
         by_size=by_size(mixtures),
@@ -101,8 +107,7 @@ def dynamic_results(
     )
     if mixtures.exits > 2:
         found['all_exits'] = {
-            name: over_all_exits(mixtures, scores, test['gflops'])
-            for name, scores in routers.items()
+            name: over_all_exits(mixtures, scores, test.gflops) for name, scores in routers.items()
         }
     return found
 
@@ -122,18 +127,19 @@ def over_all_exits(
     return found
 
 
-def together(*records: Mapping) -> dict:
+def together(first: RoutingRecord, *others: RoutingRecord) -> RoutingRecord:
     """Records of the same images as one, for fits."""
-    return dict(records[0], images=[image for record in records for image in record['images']])
+    images = [image for record in (first, *others) for image in record]
+    return RoutingRecord.from_images(images, first.gflops, first.latencies, first.provenance)
 
 
-def with_losses_of(record: Mapping, others: Sequence[Mapping]) -> dict:
+def with_losses_of(record: RoutingRecord, others: Sequence[RoutingRecord]) -> RoutingRecord:
     """A record with the losses that each of its images has in one of others: of detectors that were
     trained without it. What the router sees stays."""
-    losses = {image['id']: image['losses'] for other in others for image in other['images']}
-    return dict(
-        record, images=[dict(image, losses=losses[image['id']]) for image in record['images']]
-    )
+    losses = {
+        identity: own for other in others for identity, own in zip(other.ids.tolist(), other.losses)
+    }
+    return replace(record, losses=np.array([losses[one] for one in record.ids.tolist()]))
 
 
 def _one_exit(chance: Chance, exit: int) -> dict:
@@ -142,14 +148,14 @@ def _one_exit(chance: Chance, exit: int) -> dict:
 
 
 def _fitted(
-    record: Mapping, coco: COCO, test: Mapping, objective, seed: int, pools: int
+    record: RoutingRecord, coco: COCO, test: RoutingRecord, objective, seed: int, pools: int
 ) -> np.ndarray:
     """Difficulties of the test images by a router fitted to a record; ``pools`` of its three are
     seen."""
     objective = build_objective(objective)
     features, own = features_of(record), features_of(test)
     width = features.shape[1] // 3 * pools
-    ids = [image['id'] for image in record['images']]
+    ids = record.ids.tolist()
     # Views of one image stay together.
     groups = ids if len(set(ids)) < len(ids) else None
     fit = fit_router(
@@ -195,8 +201,8 @@ def _judge(chance: Chance, choices: np.ndarray, honest: np.ndarray) -> dict:
 
 
 def _peers(
-    test: Mapping,
-    sources: Mapping[str, Mapping],
+    test: RoutingRecord,
+    sources: Mapping[str, RoutingRecord],
     train_coco: COCO,
     chance: Chance,
     honest: np.ndarray,
@@ -216,10 +222,9 @@ def _peers(
     return found
 
 
-def _share_gaining(record: Mapping) -> float:
+def _share_gaining(record: RoutingRecord) -> float:
     """Share of images whose loss is smaller under the last exit."""
-    losses = np.array([image['losses'] for image in record['images']])
-    return float((losses[:, 0] > losses[:, -1]).mean())
+    return float((record.losses[:, 0] > record.losses[:, -1]).mean())
 
 
 def _short(values: Sequence[float]) -> list[float]:

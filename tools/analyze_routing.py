@@ -6,7 +6,6 @@ curve, a slider over the threshold, and images. Takes no model: seconds to minut
 
 import argparse
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 from pycocotools.coco import COCO
@@ -16,7 +15,7 @@ from dynamicdet.errors import UsageError
 from dynamicdet.measuring.fit_router import require_own
 from dynamicdet.reports.analysis import analyze, format_analysis, pair_of, write_analysis
 from dynamicdet.routing.evaluation import read_truth
-from dynamicdet.routing.record import read_record
+from dynamicdet.routing.record import RoutingRecord, read_record
 
 
 def parse_args() -> argparse.Namespace:
@@ -53,13 +52,13 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load_annotations(record: Mapping, ann_file: str, option: str) -> COCO:
+def load_annotations(record: RoutingRecord, ann_file: str, option: str) -> COCO:
     """Ground truth of a record, or a `UsageError` that names the option."""
-    path = ann_file or record['provenance'].get('ann_file', '')
+    path = ann_file or record.provenance.get('ann_file', '')
     if not path or not Path(path).is_file():
         raise UsageError(f"there is no annotation file '{path}': name it by {option}")
     try:
-        return read_truth(path, record['provenance'].get('categories') or None)
+        return read_truth(path, record.provenance.get('categories') or None)
     except UsageError as error:
         raise UsageError(f'{error}; or name another by {option}') from None
 
@@ -82,7 +81,7 @@ def main() -> None:
         if args.val_record
         else None
     )
-    if val and val[0]['provenance']['exits'] != record['provenance']['exits']:
+    if val and val[0].provenance['exits'] != record.provenance['exits']:
         raise UsageError(
             'the validation record has other exits than the test record: record both by the same '
             'detector'
@@ -91,7 +90,7 @@ def main() -> None:
         pair_of(read_record(args.train_record), tuple(args.exits)) if args.train_record else None
     )
     others = [one for one in (val[0] if val else None, training) if one]
-    facts = record['provenance']
+    facts = record.provenance
     require_own(others, 2, str(facts.get('checkpoint', '')), str(facts.get('exits_digest', '')))
     out_dir = args.out_dir or str(Path(args.record).with_suffix(''))
     cli.make_folder(out_dir)

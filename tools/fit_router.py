@@ -70,7 +70,7 @@ def main() -> None:
         records=args.records,
         features_from=args.features_from or [],
         objective=describe(objective),
-        rows=sum(len(record['images']) for record in records),
+        rows=sum(len(record) for record in records),
         images=images,
         seed=args.seed,
         cascade=args.checkpoint,

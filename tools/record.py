@@ -57,9 +57,9 @@ def main() -> None:
     record = record_data_set(
         model, cfg, loader, cli.progress, view=args.view, checkpoint=args.checkpoint
     )
-    record['provenance']['exits_digest'] = digest
+    record.provenance['exits_digest'] = digest
     write_record(record, args.out)
-    print(f'{len(record["images"])} images, {len(record["gflops"])} exits: {args.out}')
+    print(f'{len(record)} images, {record.exits} exits: {args.out}')
 
 
 if __name__ == '__main__':

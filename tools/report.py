@@ -6,6 +6,7 @@ it.
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -57,8 +58,8 @@ def main() -> None:
     cli.check_data(cfg, args.split, files=not args.no_data_check)
     model, _ = load_dynamic_detector(cfg, args.checkpoint, args.device)
     loader = build_loader(dict(cfg[f'{args.split}_dataloader'], dataset=dataset))
-    record = dict(
-        images=record_exits(model, loader, cli.progress),
+    record = dataclasses.replace(
+        record_exits(model, loader, cli.progress),
         gflops=measure_gflops(model, loader.dataset),
         latencies=measure_latencies(model, loader.dataset, cli.progress),
         provenance=dict(

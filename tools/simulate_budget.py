@@ -94,9 +94,9 @@ def make_stream(args: argparse.Namespace) -> tuple:
     from dynamicdet.routing.record import read_record
 
     record = read_record(args.record)
-    scores = np.array([image['difficulty'] for image in record['images']], np.float32)
+    scores = record.difficulty.astype(np.float32)
     order = drifting_order(scores, args.images, args.period, args.seed)
-    return scores[order], args.latencies or list(record['latencies'])
+    return scores[order], args.latencies or list(record.latencies)
 
 
 def build(args: argparse.Namespace, latencies: list) -> Controller:

@@ -8,12 +8,13 @@ from mmengine.config import Config
 
 from conftest import ROOT
 from dynamicdet.measuring import recording
+from dynamicdet.routing.record import RoutingRecord
 from mmdet.registry import MODELS
 
 sys.path.insert(0, str(ROOT / 'experiments'))
 import routing_hook  # noqa: E402
 import routing_page  # noqa: E402
-from routing_results import over_all_exits, with_losses_of  # noqa: E402
+from routing_results import over_all_exits, together, with_losses_of  # noqa: E402
 from routing_runs import AUGMENTED, DATA, HELD_OUT, all_runs  # noqa: E402
 from steps import do_all, run, wait_for  # noqa: E402
 
@@ -75,15 +76,27 @@ def test_what_one_half_is_asked_about_the_other_was_trained_on():
 
 
 def test_cross_fitted_losses_are_those_of_the_other_half():
-    own = dict(
-        images=[dict(id=1, losses=[9, 9], features='a'), dict(id=2, losses=[9, 9], features='b')]
-    )
-    halves = [dict(images=[dict(id=2, losses=[3, 4])]), dict(images=[dict(id=1, losses=[1, 2])])]
-    found = with_losses_of(own, halves)['images']
-    assert found == [
-        dict(id=1, losses=[1, 2], features='a'),
-        dict(id=2, losses=[3, 4], features='b'),
-    ]
+    def record(losses, features):
+        return RoutingRecord.from_images(
+            [
+                dict(
+                    id=identity,
+                    file='',
+                    difficulty=0.5,
+                    detections=[[], []],
+                    losses=own,
+                    features=np.full(2, features, np.float32),
+                )
+                for identity, own in losses.items()
+            ]
+        )
+
+    own = record({1: [9, 9], 2: [9, 9]}, features=5)
+    found = with_losses_of(own, [record({2: [3, 4]}, 6), record({1: [1, 2]}, 7)])
+    assert found.ids.tolist() == [1, 2] and found.losses.tolist() == [[1, 2], [3, 4]]
+    assert (found.features == 5).all()
+    both = together(own, found)
+    assert both.ids.tolist() == [1, 2, 1, 2] and both.losses[:2].tolist() == [[9, 9], [9, 9]]
 
 
 @pytest.mark.parametrize(

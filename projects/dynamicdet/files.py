@@ -2,17 +2,19 @@
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 
-def write_atomically(content: bytes, path: str | Path) -> None:
-    """Write to a temporary neighbor, then rename."""
+def write_atomically(content: bytes | Callable[[BinaryIO], None], path: str | Path) -> None:
+    """Write bytes, or what a function writes, to a temporary neighbor, then rename."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
     try:
         with os.fdopen(handle, 'wb') as file:
-            file.write(content)
+            content(file) if callable(content) else file.write(content)
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes private files; a checkpoint is as readable as the user's others.

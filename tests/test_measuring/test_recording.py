@@ -17,11 +17,11 @@ from dynamicdet.measuring import recording
 from dynamicdet.measuring.calibration import coco_results, measure_gflops, record_exits
 from dynamicdet.measuring.recording import (
     build_record_loader,
-    flip_detection,
+    flip_boxes,
     flip_images,
     gray_entropy,
     record_data_set,
-    shift_detection,
+    shift_boxes,
     shift_images,
 )
 from dynamicdet.routing.budget import Budget
@@ -88,7 +88,7 @@ def run(request, digits, tmp_path_factory):
 def test_detections_are_both_exits_own(run):
     expected = record_exits(run.model, run.loader, plain)
     assert sum(len(found) for image in expected for found in image['detections']) > 10
-    for image, other in zip(run.record['images'], expected):
+    for image, other in zip(run.record, expected):
         assert (image['id'], image['file']) == (other['id'], other['file'])
         assert image['difficulty'] == pytest.approx(other['difficulty'], abs=1e-6)
         for found, own in zip(image['detections'], other['detections']):
@@ -105,7 +105,7 @@ def test_losses_are_those_of_training(run):
     source = copy.deepcopy(run.cfg.val_dataloader.dataset)
     source.pipeline = copy.deepcopy(run.cfg.train_dataloader.dataset.pipeline)
     dataset = DATASETS.build(source)
-    for index, image in enumerate(run.record['images'][:3]):
+    for index, image in enumerate(list(run.record)[:3]):
         data = run.model.data_preprocessor(pseudo_collate([dataset[index]]), False)
         losses, features = run.model.exit_losses(data['inputs'], data['data_samples'])
         np.testing.assert_allclose(image['losses'], losses[:, 0], rtol=1e-3, atol=1e-4)
@@ -115,10 +115,10 @@ def test_losses_are_those_of_training(run):
 
 
 def test_difficulty_follows_from_the_features(run):
-    features = torch.tensor(np.stack([image['features'] for image in run.record['images']]))
+    features = torch.tensor(np.stack([image['features'] for image in run.record]))
     with torch.no_grad():
         scores = run.model.router.score(features)
-    expected = [image['difficulty'] for image in run.record['images']]
+    expected = [image['difficulty'] for image in run.record]
     np.testing.assert_allclose(scores, expected, atol=1e-6)
     assert scores.max() - scores.min() > 1e-3
 
@@ -140,15 +140,15 @@ def test_the_view_is_the_flipped_image(run):
         for one in found:
             left, top, width, height = one['bbox']
             one['bbox'] = [wide - left - width, top, width, height]
-        assert same_detections(run.record['images'][0]['view'][exit], found)
+        assert same_detections(run.record[0]['view'][exit], found)
     run.model.set_budget(threshold=0.25)
 
 
 def test_costs_and_provenance(run):
-    gflops, latencies = run.record['gflops'], run.record['latencies']
+    gflops, latencies = run.record.gflops, run.record.latencies
     assert gflops == pytest.approx(measure_gflops(run.model, run.loader.dataset))
     assert 0 < gflops[0] < gflops[1] and len(latencies) == 2 and min(latencies) > 0
-    facts = run.record['provenance']
+    facts = run.record.provenance
     # The neck and heads of the small exit 0 cost something, and not all of it.
     assert 0.02 * gflops[0] < facts['branch0_gflops'] < 0.98 * gflops[0]
     assert facts['checkpoint'] == run.path and facts['images'] == 6
@@ -182,10 +182,10 @@ def test_all_classes_must_be_in_the_annotations(run, digits, tmp_path):
 
 def test_images_cost_what_their_size_costs(run, monkeypatch):
     """Of each size, as the network sees it, some are measured."""
-    for image in run.record['images']:
+    for image in run.record:
         assert (
-            image['gflops'] == pytest.approx(run.record['gflops'])
-            and image['latencies'] == run.record['latencies']
+            image['gflops'] == pytest.approx(run.record.gflops)
+            and image['latencies'] == run.record.latencies
         )
     asked = []
 
@@ -224,7 +224,7 @@ def test_without_annotations_there_are_no_losses(run):
         ) as said:
             record = record_data_set(run.model, run.cfg, loader, plain, view='none')
         assert len([one for one in said if 'no losses' in str(one.message)]) == 1
-        assert set(record['images'][0]) == {
+        assert set(record[0]) == {
             'id',
             'file',
             'difficulty',
@@ -234,7 +234,7 @@ def test_without_annotations_there_are_no_losses(run):
             'gflops',
             'latencies',
         }
-        assert record['provenance']['view'] == 'none'
+        assert record.provenance['view'] == 'none'
 
 
 # The data.
@@ -295,9 +295,10 @@ def test_padding_stays_where_it_is():
 
 
 def test_a_box_and_its_mirror_image():
-    box = dict(bbox=[10, 5, 20, 8], score=0.5, category_id=3)
-    assert flip_detection(box, 100) == dict(bbox=[70, 5, 20, 8], score=0.5, category_id=3)
-    assert flip_detection(flip_detection(box, 100), 100) == box
+    boxes = np.array([[10, 5, 20, 8], [0, 1, 100, 2]], np.float32)
+    mirrored = flip_boxes(boxes, 100)
+    assert mirrored.tolist() == [[70, 5, 20, 8], [0, 1, 100, 2]] and mirrored.dtype == np.float32
+    assert (flip_boxes(mirrored, 100) == boxes).all()
 
 
 def test_entropy_counts_bits():
@@ -331,5 +332,5 @@ def test_a_shifted_view_lies_where_the_image_lies():
     assert torch.equal(shifted[..., 20:, :], batch[..., 20:, :])
     assert torch.equal(shifted[..., 24:], batch[..., 24:])
     # Five pixels of the delivered image are ten of the original.
-    box = dict(bbox=[30, 25, 20, 8], score=0.5, category_id=3)
-    assert shift_detection(box, sample) == dict(bbox=[20, 15, 20, 8], score=0.5, category_id=3)
+    boxes = np.array([[30, 25, 20, 8]], np.float32)
+    assert shift_boxes(boxes, sample).tolist() == [[20, 15, 20, 8]]

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import io
 import json
 import re
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
+from conftest import rebuilt
 from dynamicdet.errors import UsageError
 from dynamicdet.reports import analysis_estimates as estimates
 from dynamicdet.reports.analysis import analyze, format_analysis, pair_of, write_analysis
@@ -18,6 +20,7 @@ from dynamicdet.reports.analysis_curves import image_values, threshold_points
 from dynamicdet.reports.analysis_gallery import choose_images
 from dynamicdet.routing.curve import Chance
 from dynamicdet.routing.evaluation import Mixtures
+from dynamicdet.routing.record import RoutingRecord
 
 IMAGES = 40
 BOX = [10, 12, 20, 20]
@@ -83,8 +86,8 @@ def perfect(coco, tmp_path_factory):
                 entropy=float(generator.uniform(0, 8)),
             )
         )
-    return dict(
-        images=images,
+    return RoutingRecord.from_images(
+        images,
         gflops=[1.0, 3.0],
         latencies=[0.010, 0.020],
         provenance=dict(config='a<b>.py', branch0_gflops=0.5, branch0_latency=0.002, seed=0),
@@ -92,30 +95,16 @@ def perfect(coco, tmp_path_factory):
 
 
 def rerouted(record, difficulties):
-    return dict(
-        record,
-        images=[
-            dict(image, difficulty=float(difficulty))
-            for image, difficulty in zip(record['images'], difficulties)
-        ],
-    )
+    return dataclasses.replace(record, difficulty=np.array(difficulties, float))
 
 
 def elsewhere(record):
     """The same of other images."""
-    return dict(
-        record, images=[dict(image, file=f'other/{image["file"]}') for image in record['images']]
-    )
+    return dataclasses.replace(record, files=[f'other/{file}' for file in record.files])
 
 
 def without(record, *names):
-    return dict(
-        record,
-        images=[
-            {name: value for name, value in image.items() if name not in names}
-            for image in record['images']
-        ],
-    )
+    return dataclasses.replace(record, **dict.fromkeys(names))
 
 
 @pytest.fixture(scope='module')
@@ -135,28 +124,28 @@ def values(curve, key='ap'):
 
 
 def test_a_pair_of_exits(perfect):
-    record = copy.deepcopy(perfect)
-    for image in record['images']:
+    images = list(perfect)
+    for image in images:
         image['detections'] = [[], *image['detections']]
         image['losses'] = [9.0, *image['losses']]
         image['view'] = [[], *image['view']]
-    record.update(gflops=[0.5, 1.0, 3.0], latencies=[0.001, 0.010, 0.020])
+    record = rebuilt(perfect, images, gflops=[0.5, 1.0, 3.0], latencies=[0.001, 0.010, 0.020])
     pair = pair_of(record, (1, -1))
-    assert pair['gflops'] == [1.0, 3.0] and pair['latencies'] == [0.010, 0.020]
-    for image, other in zip(pair['images'], perfect['images']):
+    assert pair.gflops == [1.0, 3.0] and pair.latencies == [0.010, 0.020]
+    for image, other in zip(pair, perfect):
         for name in ('detections', 'losses', 'view', 'objects'):
             assert image[name] == other[name]
     # What exit 0's heads cost is not what exit 1's do.
-    assert pair['provenance']['exits'] == '1 and 2' and 'branch0_gflops' not in pair['provenance']
-    assert pair_of(record)['provenance']['exits'] == '0 and 2'
-    assert pair_of(record)['provenance']['branch0_gflops'] == 0.5
+    assert pair.provenance['exits'] == '1 and 2' and 'branch0_gflops' not in pair.provenance
+    assert pair_of(record).provenance['exits'] == '0 and 2'
+    assert pair_of(record).provenance['branch0_gflops'] == 0.5
     for exits in ((0, 3), (-4, 1), (1, 1), (2, -1)):
         with pytest.raises(UsageError, match='two different exits'):
             pair_of(record, exits)
 
 
 def test_more_than_two_are_refused(perfect, coco):
-    record = dict(perfect, gflops=[1, 2, 3])
+    record = perfect.take_exits([0, 1, 1])
     with pytest.raises(UsageError, match='the record has 3: choose two'):
         analyze(record, coco, bootstrap=0)
 
@@ -184,9 +173,7 @@ def test_a_perfect_router(analysis):
 
 def test_an_inverted_router(perfect, coco):
     found = analyze(
-        rerouted(perfect, [1 - image['difficulty'] for image in perfect['images']]),
-        coco,
-        bootstrap=20,
+        rerouted(perfect, [1 - image['difficulty'] for image in perfect]), coco, bootstrap=20
     )
     assert merit(found, 'efficacy')['value'] < -0.5
     assert merit(found, 'normalized gain at half hard')['value'] == pytest.approx(-0.5)
@@ -211,10 +198,10 @@ def test_the_oracles_programme_is_certified(analysis, perfect, coco):
 
 
 def test_memory_of_training_images_is_told(perfect, coco):
-    memorized = dict(
-        perfect, images=[dict(image, losses=[2.0, 1.0]) for image in perfect['images']]
+    memorized, new = (
+        dataclasses.replace(perfect, losses=np.tile(losses, (IMAGES, 1)))
+        for losses in ([2.0, 1.0], [1.0, 2.0])
     )
-    new = dict(perfect, images=[dict(image, losses=[1.0, 2.0]) for image in perfect['images']])
     said = analyze(new, coco, bootstrap=20, training=elsewhere(memorized))['diagnosis']
     assert any('remember their training images' in sentence for sentence in said)
     said = analyze(new, coco, bootstrap=20, training=elsewhere(new))['diagnosis']
@@ -230,14 +217,14 @@ def test_records_that_do_not_go_together_are_refused(perfect, coco):
     with pytest.raises(UsageError, match='the training record lacks losses'):
         analyze(perfect, coco, bootstrap=0, training=elsewhere(without(perfect, 'losses')))
     other = elsewhere(perfect)
-    other['images'] = [dict(image, id=image['id'] + 1000) for image in other['images']]
+    other.ids = other.ids + 1000
     with pytest.raises(UsageError, match='another number of objects'):
         analyze(perfect, coco, (other, coco), bootstrap=0)
 
 
 def test_a_peer_that_learned_from_other_features_is_left_out(perfect, coco):
     wider = elsewhere(perfect)
-    wider['images'] = [dict(image, features=np.ones(7, np.float32)) for image in wider['images']]
+    wider.features = np.ones((IMAGES, 7), np.float32)
     assert (
         'learns from 7 features per image'
         in analyze(perfect, coco, (wider, coco), bootstrap=0)['left_out']['ridge']
@@ -256,7 +243,7 @@ def test_the_slider_has_each_share_once(analysis, perfect, coco):
     points = analysis['thresholds']
     assert [point['hard'] for point in points] == list(range(IMAGES + 1))
     assert points[0]['threshold'] == 1 and points[-1]['threshold'] == -1
-    difficulties = np.array([image['difficulty'] for image in perfect['images']])
+    difficulties = np.array([image['difficulty'] for image in perfect])
     mixtures = Mixtures(perfect, coco)
     for point in points[::7]:
         is_hard = difficulties > point['threshold']
@@ -294,10 +281,10 @@ def test_all_parts_of_the_page_agree_on_what_large_images_cost(perfect, coco):
     sizes = [1.0 if index < IMAGES / 2 else 4.0 for index in range(IMAGES)]
     images = [
         dict(image, gflops=[size, 2 * size], latencies=[size / 100, size / 50])
-        for image, size in zip(perfect['images'], sizes)
+        for image, size in zip(perfect, sizes)
     ]
     found = analyze(
-        dict(perfect, images=images, gflops=[2.5, 5.0], latencies=[0.025, 0.05]), coco, bootstrap=0
+        rebuilt(perfect, images, gflops=[2.5, 5.0], latencies=[0.025, 0.05]), coco, bootstrap=0
     )
     (middle,) = (point for point in found['thresholds'] if point['hard_share'] == 0.5)
     routed = [found['curves']['router'][5], found['router']['half'], middle]
@@ -311,7 +298,7 @@ def test_all_parts_of_the_page_agree_on_what_large_images_cost(perfect, coco):
 
 def test_old_records_say_less(perfect, coco):
     record = without(perfect, 'view', 'losses', 'features', 'objects', 'entropy')
-    record['provenance'] = {}
+    record.provenance = {}
     found = analyze(record, coco, bootstrap=0)
     assert set(found['curves']) == {'router', 'random', 'oracle'}
     assert [one['name'] for one in found['merit']] == [
@@ -388,7 +375,7 @@ def test_gaps_of_strata(perfect, chance):
 
 
 def test_transfer_between_sets_that_differ(chance, perfect):
-    scores = np.array([image['difficulty'] for image in perfect['images']], np.float32)
+    scores = np.array([image['difficulty'] for image in perfect], np.float32)
     same = estimates.transfer(scores, scores, chance)
     assert same['got'][0] == 0.5 and same['got'][1] < 0.5 < same['got'][2]
     harder = estimates.transfer(scores / 2, scores, chance)
@@ -399,7 +386,7 @@ def test_transfer_between_sets_that_differ(chance, perfect):
 
 def test_leads_of_peers_at_equal_cost(perfect, chance):
     """A charged peer is compared with a router that may send more images on."""
-    scores = np.array([image['difficulty'] for image in perfect['images']], np.float32)
+    scores = np.array([image['difficulty'] for image in perfect], np.float32)
     inverted = 1 - scores
     leads = estimates.peer_leads(
         perfect, chance, inverted, dict(doubt_of_best=scores, image_entropy=scores, loss=scores)
@@ -435,7 +422,7 @@ def test_images_of_the_gallery():
 @pytest.fixture(scope='module')
 def page(perfect, coco, analysis, tmp_path_factory):
     record = copy.deepcopy(perfect)
-    record['images'][0]['file'] = '/nowhere/gone <1>.jpg'
+    record.files[0] = '/nowhere/gone <1>.jpg'
     return write_analysis(
         record, coco, analysis, tmp_path_factory.mktemp('out') / 'deep', title='A & <b>'
     )

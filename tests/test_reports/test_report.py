@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
+from conftest import rebuilt
 from dynamicdet.errors import UsageError
 from dynamicdet.reports.figures import picture_figure, png
 from dynamicdet.reports.report import (
@@ -21,6 +22,7 @@ from dynamicdet.reports.report import (
 )
 from dynamicdet.routing.curve import Chance, by_calibration, trade_off
 from dynamicdet.routing.evaluation import Mixtures
+from dynamicdet.routing.record import RoutingRecord
 from dynamicdet.routing.served import chance_interval
 
 IMAGES = 14
@@ -63,8 +65,8 @@ def record(tmp_path):
                 detections=[hit if index < IMAGES / 2 else [], hit],
             )
         )
-    return dict(
-        images=images,
+    return RoutingRecord.from_images(
+        images,
         gflops=[1.0, 3.0],
         latencies=[0.010, 0.020],
         provenance=dict(config='a<b>.py', seed=0),
@@ -112,7 +114,7 @@ def test_numbers(coco, record, tmp_path):
     write_report(record, coco, tmp_path / 'report')
     numbers = json.loads((tmp_path / 'report' / 'report.json').read_text())
     assert numbers['rows'] == trade_off(record, coco)
-    assert numbers['provenance'] == record['provenance']
+    assert numbers['provenance'] == record.provenance
     assert numbers['rank_correlation'] == pytest.approx(1)
     assert numbers['gain']['half'] == pytest.approx(0.5)
     first, second = numbers['exits']
@@ -133,7 +135,7 @@ def test_data_without_a_difficulty_of_their_own(coco, record, tmp_path):
 
 
 def test_pictures_that_are_gone_or_broken(coco, record, tmp_path):
-    record['images'][0]['file'] = str(tmp_path / 'gone <1>.jpg')
+    record.files[0] = str(tmp_path / 'gone <1>.jpg')
     (tmp_path / '1.png').write_bytes((tmp_path / '1.png').read_bytes()[:60])
     text = write_report(record, coco, tmp_path / 'report').read_text()
     assert text.count('picture not found') == 2
@@ -141,9 +143,8 @@ def test_pictures_that_are_gone_or_broken(coco, record, tmp_path):
 
 
 def test_few_images_that_are_all_alike(coco, record, tmp_path):
-    for image in record['images']:
-        image['difficulty'] = 0.5
-    record['images'] = record['images'][6:8]
+    record.difficulty[:] = 0.5
+    record = record.take([6, 7])
     text = write_report(record, coco, tmp_path / 'report').read_text()
     assert 'cannot be judged' in text and 'rank correlation: not defined' in text
 
@@ -157,7 +158,7 @@ def test_few_images_that_are_all_alike(coco, record, tmp_path):
 )
 def test_bad_records_write_nothing(coco, record, tmp_path, images, said):
     with pytest.raises(UsageError, match=said):
-        write_report(dict(record, images=images(record['images'])), coco, tmp_path / 'report')
+        write_report(rebuilt(record, images(record)), coco, tmp_path / 'report')
     assert not (tmp_path / 'report').exists()
 
 
@@ -240,7 +241,7 @@ def test_what_calibrated_thresholds_serve_stands_beside_what_this_set_would(coco
 
 def test_on_its_own_images_a_calibration_serves_what_was_asked_for(coco, record):
     chance = Chance(Mixtures(record, coco), draws=2, resamples=0)
-    own = [image['difficulty'] for image in record['images']]
+    own = [image['difficulty'] for image in record]
     rows, served = trade_off(record, coco, chance=chance), by_calibration(record, chance, own)
     for name in ('threshold', 'hard_share', 'ap', 'gflops', 'latency'):
         assert [one[name] for one in served] == [one[name] for one in rows]

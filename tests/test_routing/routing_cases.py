@@ -7,6 +7,9 @@ import io
 import numpy as np
 from pycocotools.coco import COCO
 
+from conftest import rebuilt
+from dynamicdet.routing.record import RoutingRecord
+
 BOX = [10, 10, 20, 20]
 #: The category of what is made by hand.
 CATEGORY = 7
@@ -54,8 +57,8 @@ def make_record(difficulties, *exits):
         dict(id=index, file=f'{index}.jpg', difficulty=difficulty, detections=list(own))
         for index, (difficulty, *own) in enumerate(zip(difficulties, *exits), 1)
     ]
-    return dict(
-        images=images,
+    return RoutingRecord.from_images(
+        images,
         gflops=[1.0 + 2 * exit for exit in range(len(exits))],
         latencies=[0.010 * (1 + exit) for exit in range(len(exits))],
         provenance={},
@@ -112,5 +115,5 @@ def random_case(images=30, seed=0, exits=2, categories=3, crowds=True, ties=True
                 detections=[detect(objects, 6 / (1 + exit)) for exit in range(exits)],
             )
         )
-    record = make_record([0.5], *[[[]]] * exits)
-    return build_coco(ids, annotations, range(1, categories + 2)), dict(record, images=entries)
+    record = rebuilt(make_record([0.5], *[[[]]] * exits), entries)
+    return build_coco(ids, annotations, range(1, categories + 2)), record

@@ -1,5 +1,6 @@
 import contextlib
 import copy
+import dataclasses
 import io
 import json
 
@@ -8,6 +9,7 @@ import pytest
 from pycocotools.cocoeval import COCOeval
 from routing_cases import BOX, found, ground_truth, make_record, random_case
 
+from conftest import rebuilt
 from dynamicdet.errors import UsageError
 from dynamicdet.routing.curve import (
     AREAS,
@@ -25,6 +27,7 @@ from dynamicdet.routing.curve import (
     trade_off,
 )
 from dynamicdet.routing.evaluation import Mixtures
+from dynamicdet.routing.record import RoutingRecord
 
 #: Precision 1 up to a recall of one half: 51 of the 101 recalls that COCO looks at.
 HALF_FOUND = 100 * 51 / 101
@@ -158,7 +161,7 @@ def test_nothing_detected_is_zero(coco):
 def test_trade_off_agrees_with_evaluating_the_mixture():
     coco, record = random_case()
     for row in trade_off(record, coco, resamples=0):
-        hard = [image['difficulty'] > row['threshold'] for image in record['images']]
+        hard = [image['difficulty'] > row['threshold'] for image in record]
         scores = evaluate(coco, mix(record, hard))
         assert row['hard_share'] == np.mean(hard)
         assert (row['ap'], row['ap50']) == pytest.approx((scores['ap'], scores['ap50']))
@@ -166,7 +169,7 @@ def test_trade_off_agrees_with_evaluating_the_mixture():
 
 def test_part_of_the_data_set(coco):
     record = only_hard_gain(PERFECT)
-    record['images'] = record['images'][2:6]
+    record = record.take(range(2, 6))
     first, last = trade_off(record, coco, shares=(0, 1))
     assert first['ap'] == pytest.approx(HALF_FOUND) and last['ap'] == pytest.approx(100)
 
@@ -195,11 +198,11 @@ def test_bad_difficulty(coco, value):
 def test_bad_records(coco):
     record = only_hard_gain(PERFECT)
     with pytest.raises(UsageError, match='no images'):
-        trade_off(dict(record, images=[]), coco)
+        trade_off(record.take([]), coco)
     with pytest.raises(UsageError, match='image 1 .* twice'):
-        check_record(dict(record, images=record['images'][:1] * 2), coco)
+        check_record(record.take([0, 0]), coco)
     with pytest.raises(UsageError, match='image 99 .* not in the annotation file'):
-        check_record(dict(record, images=[dict(record['images'][0], id=99)]), coco)
+        check_record(rebuilt(record, [dict(record[0], id=99)]), coco)
     with pytest.raises(UsageError, match='no objects'):
         trade_off(record, ground_truth([[]] * 8))
     with pytest.raises(UsageError, match='2 random draws'):
@@ -332,16 +335,20 @@ def test_hard_images_that_are_dearer_cost_more():
     """Two of four images are hard, and twice as large: the mean is of what was run, not of
     means."""
     coco, record = random_case(images=4)
-    record = dict(record, gflops=[1.5, 3.0], latencies=[0.015, 0.03])
-    scores = np.array([image['difficulty'] for image in record['images']])
+    record = rebuilt(record, gflops=[1.5, 3.0], latencies=[0.015, 0.03])
+    scores = np.array([image['difficulty'] for image in record])
     hard = scores > np.sort(scores)[1]
     plain = trade_off(record, coco, shares=[0.5])[0]
     assert (plain['gflops'], plain['latency']) == pytest.approx((2.25, 0.0225))
-    for image, large in zip(record['images'], hard):
-        image.update(
+    images = [
+        dict(
+            image,
             gflops=[2.0, 4.0] if large else [1.0, 2.0],
             latencies=[0.02, 0.04] if large else [0.01, 0.02],
         )
+        for image, large in zip(record, hard)
+    ]
+    record = rebuilt(record, images)
     row = trade_off(record, coco, shares=[0.5])[0]
     assert (row['gflops'], row['latency']) == pytest.approx((2.5, 0.025))
 
@@ -359,13 +366,12 @@ def test_scores_of_any_scale_are_parted(scores):
 
 def of_two_sizes():
     """Four images; the two with the higher score are four times as dear."""
+    scores = [0.1, 0.2, 0.8, 0.9]
     images = [
-        dict(gflops=[cost, 2 * cost], latencies=[cost / 10, cost / 5])
-        for cost in (1.0, 1.0, 4.0, 4.0)
+        dict(image, gflops=[cost, 2 * cost], latencies=[cost / 10, cost / 5])
+        for image, cost in zip(make_record(scores, [[]] * 4, [[]] * 4), (1.0, 1.0, 4.0, 4.0))
     ]
-    return dict(images=images, gflops=[2.5, 5.0], latencies=[0.25, 0.5]), np.array(
-        [0.1, 0.2, 0.8, 0.9]
-    )
+    return RoutingRecord.from_images(images, [2.5, 5.0], [0.25, 0.5]), np.array(scores)
 
 
 def test_a_choice_costs_what_its_images_cost():
@@ -374,7 +380,7 @@ def test_a_choice_costs_what_its_images_cost():
     assert costs_of(record, scores < 0.5) == pytest.approx(dict(gflops=3.0, latency=0.30))
     # Half of them drawn at random.
     assert costs_of(record, 0.5) == pytest.approx(dict(gflops=3.75, latency=0.375))
-    alike = dict(record, images=[{}] * 4)
+    alike = dataclasses.replace(record, image_gflops=None, image_latencies=None)
     assert costs_of(alike, scores > 0.5)['gflops'] == pytest.approx(3.75)
 
 

@@ -8,6 +8,7 @@ import pytest
 from pycocotools.cocoeval import COCOeval
 from routing_cases import BOX, build_coco, found, ground_truth, make_record, random_case
 
+from conftest import rebuilt
 from dynamicdet.errors import UsageError
 from dynamicdet.routing.evaluation import Mixtures, check_truth, evaluate, mix, read_truth
 
@@ -21,15 +22,15 @@ def assert_same(scores, expected):
 
 
 def by_pycocotools(coco, record, choice):
-    return evaluate(coco, mix(record, choice), [image['id'] for image in record['images']])
+    return evaluate(coco, mix(record, choice), [image['id'] for image in record])
 
 
 def with_copies(coco, record, choice, weights):
     """pycocotools' scores where each image is there as often as its weight says, copies side by
     side."""
     ids, annotations, results = [], [], []
-    for index in np.argsort([image['id'] for image in record['images']]):
-        image = record['images'][index]
+    for index in np.argsort([image['id'] for image in record]):
+        image = record[index]
         for _ in range(weights[index]):
             ids.append(len(ids) + 1)
             annotations += [
@@ -68,7 +69,7 @@ def test_weights_are_copies(seed, ties):
 def test_more_detections_than_count():
     # 100 of an image and category are looked at: the surest.
     coco, record = random_case(images=4, others=900)
-    assert max(len(found) for image in record['images'] for found in image['detections']) > 400
+    assert max(len(found) for image in record for found in image['detections']) > 400
     assert_same(
         Mixtures(record, coco).scores([0, 1, 0, 1]), by_pycocotools(coco, record, [0, 1, 0, 1])
     )
@@ -85,8 +86,8 @@ def test_equal_scores_go_by_image_id():
     # 1.
     coco = ground_truth([[], [BOX]])
     record = make_record([0.5, 0.5], [found(BOX), found(BOX)], [[], found(BOX)])
-    for images in (record['images'], record['images'][::-1]):
-        assert Mixtures(dict(record, images=images), coco).ap([0, 0]) == pytest.approx(50)
+    for images in (list(record), list(record)[::-1]):
+        assert Mixtures(rebuilt(record, images), coco).ap([0, 0]) == pytest.approx(50)
     coco = ground_truth([[BOX], []])
     assert Mixtures(record, coco).ap([0, 0]) == pytest.approx(100)
 
@@ -109,8 +110,9 @@ def test_crowds_are_neither_right_nor_wrong():
 
 def test_nothing_found():
     coco, record = random_case(images=8)
-    for image in record['images']:
-        image['detections'][0] = []
+    record = rebuilt(
+        record, [dict(image, detections=[[], image['detections'][1]]) for image in record]
+    )
     mixtures = Mixtures(record, coco)
     assert_same(mixtures.scores([0] * 8), by_pycocotools(coco, record, [0] * 8))
     assert mixtures.ap([0] * 8) == 0 and (mixtures.image_ap()[0] == 0).all()
@@ -130,7 +132,7 @@ def test_no_objects():
 
 def test_part_of_the_data_set():
     coco, record = random_case()
-    part = dict(record, images=record['images'][5:17])
+    part = record.take(range(5, 17))
     choice = np.arange(12) % 2
     assert_same(Mixtures(part, coco).scores(choice), by_pycocotools(coco, part, choice))
     weights = np.zeros(30, int)
@@ -147,11 +149,11 @@ def test_image_ap():
     per_image = Mixtures(record, coco).image_ap()
     assert per_image.shape == (3, 30)
     for exit, own in enumerate(per_image):
-        for value, image in zip(own, record['images']):
+        for value, image in zip(own, record):
             results = [dict(each, image_id=image['id']) for each in image['detections'][exit]]
             # Images without objects: 0.
             assert abs(value - (evaluate(coco, results, [image['id']])['ap'] or 0)) < 1e-8
-    empty = [not coco.getAnnIds([image['id']], iscrowd=False) for image in record['images']]
+    empty = [not coco.getAnnIds([image['id']], iscrowd=False) for image in record]
     assert any(empty) and (per_image[:, empty] == 0).all()
 
 
@@ -170,12 +172,15 @@ def test_image_ap_by_hand():
 
 def test_views():
     coco, record = random_case(images=10)
-    with pytest.raises(UsageError, match='no augmented view'):
+    with pytest.raises(UsageError, match='lacks view'):
         Mixtures(record, coco, view=True)
-    turned = copy.deepcopy(record)
-    for image in turned['images']:
-        image['view'] = image['detections']
-        image['detections'] = image['detections'][::-1]
+    turned = rebuilt(
+        record,
+        [
+            dict(image, view=image['detections'], detections=image['detections'][::-1])
+            for image in record
+        ],
+    )
     choice = np.arange(10) % 2
     original, views, swapped = (
         Mixtures(record, coco),
@@ -222,9 +227,12 @@ def test_bad_choices(choice, weights):
 
 def test_bad_records():
     coco, record = random_case(images=10)
-    record['images'][3]['detections'] = record['images'][3]['detections'][:1]
     with pytest.raises(UsageError, match='detections of 1 exits'):
-        Mixtures(record, coco)
+        Mixtures(record.take_exits([0]), coco)
+    images = list(record)
+    images[3]['detections'] = images[3]['detections'][:1]
+    with pytest.raises(UsageError, match='record every image through every exit'):
+        rebuilt(record, images)
 
 
 def test_annotations_of_another_split_are_refused():
@@ -232,19 +240,19 @@ def test_annotations_of_another_split_are_refused():
     coco, record = random_case(images=10)
     own = [
         dict(image, objects=len(coco.getAnnIds(imgIds=[image['id']], iscrowd=False)))
-        for image in record['images']
+        for image in record
     ]
-    check_truth(dict(record, images=own), coco)
+    check_truth(rebuilt(record, own), coco)
     few = [dict(image, objects=image['objects'] + (index < 4)) for index, image in enumerate(own)]
-    check_truth(dict(record, images=few), coco)
+    check_truth(rebuilt(record, few), coco)
     with pytest.raises(UsageError, match='10 of 10 images have another number of objects'):
         check_truth(
-            dict(record, images=[dict(image, objects=image['objects'] + 1) for image in own]), coco
+            rebuilt(record, [dict(image, objects=image['objects'] + 1) for image in own]), coco
         )
-    foreign = copy.deepcopy(record)
-    foreign['images'][0]['detections'][0] = [dict(bbox=[0, 0, 5, 5], score=0.5, category_id=77)]
+    foreign = list(record)
+    foreign[0]['detections'][0] = [dict(bbox=[0, 0, 5, 5], score=0.5, category_id=77)]
     with pytest.raises(UsageError, match='category 77'):
-        check_truth(foreign, coco)
+        check_truth(rebuilt(record, foreign), coco)
 
 
 def test_nothing_is_printed_or_written_into(capsys):
@@ -279,11 +287,13 @@ def test_a_detector_of_some_categories_is_judged_by_these_alone(tmp_path, capsys
     path.write_text(json.dumps(coco.dataset))
     known, *others = sorted(coco.cats)
     assert others
-    for image in record['images']:
+    images = list(record)
+    for image in images:
         image['detections'] = [
             [one for one in own if one['category_id'] == known] for own in image['detections']
         ]
         image['objects'] = len(coco.getAnnIds(imgIds=[image['id']], catIds=[known], iscrowd=False))
+    record = rebuilt(record, images)
     evaluator = COCOeval(coco, coco.loadRes(mix(record, [0] * 20)), 'bbox')
     evaluator.params.catIds = [known]
     evaluator.evaluate()

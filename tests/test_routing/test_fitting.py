@@ -1,6 +1,7 @@
 """Routers that are fit to arrays: what can be learned is, what cannot is not."""
 
 import contextlib
+import dataclasses
 import io
 
 import numpy as np
@@ -18,6 +19,7 @@ from dynamicdet.routing.fitting import (
     gains_of,
     rank_correlation,
 )
+from dynamicdet.routing.record import RoutingRecord
 from dynamicdet.routing.router import Router
 
 #: Half of the fits of the defaults.
@@ -178,8 +180,8 @@ def box(x, score):
 @pytest.fixture
 def record():
     """Exit 0 finds the object of image 4, exit 2 those of both images; exit 1 does not matter."""
-    return dict(
-        images=[
+    return RoutingRecord.from_images(
+        [
             dict(
                 id=7,
                 file='7.jpg',
@@ -230,7 +232,7 @@ def test_gains_of_a_record_by_hand(record, coco):
     'lacking, kind', [('losses', 'loss'), ('losses', 'loss_sum'), ('objects', 'loss_sum')]
 )
 def test_a_record_that_lacks_something_is_refused(record, lacking, kind):
-    del record['images'][1][lacking]
+    record = dataclasses.replace(record, **{lacking: None})
     with pytest.raises(
         UsageError, match=f'the record has no {lacking}: make it with tools/record.py'
     ):
@@ -243,10 +245,10 @@ def test_a_record_that_does_not_serve_is_refused(record):
     with pytest.raises(UsageError, match="one of loss, loss_sum, ap; got 'iou'"):
         gains_of(record, 'iou')
     with pytest.raises(UsageError, match='no images'):
-        gains_of(dict(images=[]), 'loss')
-    record['images'][1]['losses'][0] = float('nan')
+        gains_of(record.take([]), 'loss')
+    record.losses[1, 0] = float('nan')
     with pytest.raises(UsageError, match=r'image 4 \(4.jpg\) are not finite'):
         gains_of(record, 'loss')
-    del record['images'][0]['features']
+    record.features = None
     with pytest.raises(UsageError, match='has no features'):
         features_of(record)

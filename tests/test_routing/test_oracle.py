@@ -8,6 +8,7 @@ from scipy.optimize import linprog
 from dynamicdet.errors import UsageError
 from dynamicdet.routing.evaluation import Mixtures
 from dynamicdet.routing.oracle import allocate, honest_choices, object_count, oracle_choices, refine
+from dynamicdet.routing.record import RoutingRecord
 
 SHARES = (0, 0.25, 0.5, 0.75, 1)
 
@@ -275,7 +276,7 @@ def make_record(detections, views=None):
     ]
     for image, view in zip(images, views or []):
         image['view'] = view
-    return dict(images=images, gflops=[1.0, 3.0], latencies=[0.01, 0.02], provenance={})
+    return RoutingRecord.from_images(images, [1.0, 3.0], [0.01, 0.02])
 
 
 def noisy_case(n, deviations, seed=0):
@@ -405,8 +406,11 @@ def test_refine_ends_where_there_is_nothing_to_swap():
 
 def test_refine_three_exits():
     coco, record = crowded_case()
-    for image in record['images']:
-        image['detections'] = [[], *image['detections']]
+    images = [
+        dict(id=one['id'], file='', difficulty=0.5, detections=[[], *one['detections']])
+        for one in record
+    ]
+    record = RoutingRecord.from_images(images)
     mixtures = Mixtures(record, coco)
     start = np.array([2, 2, 1, 0, 0, 1, 1, 2])
     refined = refine(mixtures, start, evaluations=300)

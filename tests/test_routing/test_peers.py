@@ -12,6 +12,7 @@ from dynamicdet.routing.peers import (
     fit_ridge,
     peer_scores,
 )
+from dynamicdet.routing.record import RoutingRecord
 
 
 def boxes(*scores, side=10):
@@ -27,7 +28,7 @@ def make_record(firsts, **columns):
     for name, values in columns.items():
         for image, value in zip(images, values):
             image[name] = value
-    return dict(images=images, gflops=[10.0, 30.0], latencies=[0.01, 0.03], provenance={})
+    return RoutingRecord.from_images(images, [10.0, 30.0], [0.01, 0.03])
 
 
 @pytest.fixture
@@ -60,8 +61,7 @@ def test_by_hand(record, name, scores):
 
 
 def test_three_exits_compare_the_first_with_the_last(record):
-    for image in record['images']:
-        image['losses'] = [image['losses'][0], 99, image['losses'][1]]
+    record.losses = np.insert(record.losses, 1, 99, axis=1)
     assert peer_scores('loss', record).tolist() == [-1, 2, 0.5, 0]
 
 
@@ -137,7 +137,7 @@ def test_adaptive_feeding_sees_sizes():
 
 def test_adaptive_feeding_does_not_depend_on_the_order_of_detections():
     training, benefit = detected(np.random.default_rng(0), 60)
-    shuffled = make_record([image['detections'][0][::-1] for image in training['images']])
+    shuffled = make_record([image['detections'][0][::-1] for image in training])
     score = fit_adaptive_feeding(training, benefit)
     assert score(shuffled) == pytest.approx(score(training))
 
@@ -184,11 +184,11 @@ def test_cross_fit_never_shows_an_image_to_its_own_fit():
     seen = []
 
     def fit(part, benefit):
-        assert [image['id'] for image in part['images']] == benefit.tolist()
-        ids = {image['id'] for image in part['images']}
+        assert [image['id'] for image in part] == benefit.tolist()
+        ids = {image['id'] for image in part}
 
         def score(other):
-            own = [image['id'] for image in other['images']]
+            own = [image['id'] for image in other]
             assert not ids & set(own) and len(ids) + len(own) == 23
             seen.extend(own)
             return np.array(own, float)
@@ -205,6 +205,6 @@ def test_charge(record):
     )
     with pytest.raises(UsageError, match='what that costs: record anew'):
         charge('detections', record)
-    record['provenance']['branch0_gflops'] = 4
+    record.provenance['branch0_gflops'] = 4
     assert charge('detections', record) == 4
     assert charge('adaptive_feeding', record, branch_gflops=6) == 6

@@ -1,6 +1,7 @@
 """From a checkpoint to a page, by the two command lines of docs/routing.md; on a two-stage and a
 one-stage detector."""
 
+import dataclasses
 import json
 import re
 import runpy
@@ -13,7 +14,7 @@ import torch
 from mmengine.config import Config
 
 from conftest import ROOT, shrink_options
-from dynamicdet.routing.record import read_record, write_record
+from dynamicdet.routing.record import RoutingRecord, read_record, write_record
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 
@@ -81,8 +82,8 @@ def recorded(request, digits, tmp_path_factory):
 
 def test_from_a_checkpoint_to_a_page(recorded, capsys):
     record = read_record(recorded)
-    assert len(record['images']) == 6 and record['provenance']['checkpoint'].endswith('random.pth')
-    assert set(record['images'][0]) == {
+    assert len(record) == 6 and record.provenance['checkpoint'].endswith('random.pth')
+    assert set(record[0]) == {
         'id',
         'file',
         'difficulty',
@@ -96,10 +97,10 @@ def test_from_a_checkpoint_to_a_page(recorded, capsys):
         'objects',
     }
     capsys.readouterr()
-    val = dict(
+    val = dataclasses.replace(
         record,
-        images=[dict(image, file=f'val/{image["file"]}') for image in record['images']],
-        provenance=dict(record['provenance'], checkpoint='other.pth', exits_digest='other'),
+        files=[f'val/{file}' for file in record.files],
+        provenance=dict(record.provenance, checkpoint='other.pth', exits_digest='other'),
     )
     write_record(val, recorded.with_name('val.npz'))
     assert (
@@ -151,8 +152,8 @@ def record(digits, tmp_path_factory):
         )
     path = tmp_path_factory.mktemp('record') / 'three.npz'
     write_record(
-        dict(
-            images=images,
+        RoutingRecord.from_images(
+            images,
             gflops=[1, 2, 3],
             latencies=[0.1, 0.2, 0.3],
             provenance=dict(ann_file=str(annotations)),
@@ -186,7 +187,7 @@ def test_two_of_three_exits(record, tmp_path):
 
 def test_annotations_that_were_moved(record, digits, tmp_path, capsys):
     moved = read_record(record)
-    moved['provenance']['ann_file'] = '/nowhere/test.json'
+    moved.provenance['ann_file'] = '/nowhere/test.json'
     write_record(moved, tmp_path / 'moved.npz')
     assert call('analyze_routing.py', tmp_path / 'moved.npz') == 2
     assert "error: there is no annotation file '/nowhere/test.json': name it by --ann-file" in (

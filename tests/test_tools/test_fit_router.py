@@ -9,13 +9,13 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from conftest import run_tool
+from conftest import rebuilt, run_tool
 from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.fit_router import fit_to_records, ground_truths, put_router, require_own
 from dynamicdet.routing import build_objective
 from dynamicdet.routing.fitting import rank_correlation
-from dynamicdet.routing.record import write_record
+from dynamicdet.routing.record import RoutingRecord, write_record
 from dynamicdet.testing import tiny_detector, tiny_dynamic
 from mmdet.registry import MODELS
 
@@ -43,13 +43,11 @@ def make_record(model, images=60, first=0, seed=0, folder='a'):
                 objects=1 + index % 3,
             )
         )
-    return dict(
-        images=entries, gflops=[1.0, 2.0], latencies=[0.1, 0.2], provenance=dict(ann_file='')
-    )
+    return RoutingRecord.from_images(entries, [1.0, 2.0], [0.1, 0.2], dict(ann_file=''))
 
 
 def features(record):
-    return np.stack([image['features'] for image in record['images']])
+    return record.features
 
 
 def fit(model, records, objective='paper', **settings):
@@ -142,14 +140,14 @@ def test_the_tool_refuses_in_one_line(files):
 def test_records_of_another_detector_are_refused():
     record = make_record(build())
     with pytest.raises(UsageError, match='3 exits and this detector 2'):
-        require_own([dict(record, gflops=[1.0, 2.0, 3.0])], 2, 'a.pth')
+        require_own([record.take_exits([0, 1, 1])], 2, 'a.pth')
     with pytest.warns(UserWarning, match="of 'b.pth', not of 'a.pth'"):
-        require_own([dict(record, provenance=dict(checkpoint='b.pth'))], 2, 'a.pth')
+        require_own([rebuilt(record, provenance=dict(checkpoint='b.pth'))], 2, 'a.pth')
     require_own([record], 2, 'a.pth')
 
 
 def test_records_are_known_by_weights_whatever_their_files_are_called():
-    record = dict(
+    record = rebuilt(
         make_record(build()), provenance=dict(checkpoint='calibrated.pth', exits_digest='0123')
     )
     with warnings.catch_warnings():
@@ -167,7 +165,7 @@ def test_the_router_is_put_into_the_checkpoint():
     # As from a process that was wrapped for distribution.
     given = dict(state_dict={f'module.{name}': value for name, value in before.items()})
     got = put_router(model, given, found, dict(seed=0))['state_dict']
-    gains = [one['losses'][0] - one['losses'][1] for one in record['images']]
+    gains = [one['losses'][0] - one['losses'][1] for one in record]
     assert images == 60 and got['delta'].item() == pytest.approx(np.median(gains))
     assert got['difficulties'].numel() == 0 and got['threshold'] == 0.5
     for name, value in before.items():
@@ -192,13 +190,10 @@ def test_features_from_another_record():
     id."""
     model = build()
     folds = [make_record(model, first=0), make_record(model, first=60, seed=1)]
-    whole = dict(
-        images=[copy.deepcopy(one) for fold in reversed(folds) for one in reversed(fold['images'])]
-    )
+    whole = RoutingRecord.from_images([one for fold in folds[::-1] for one in list(fold)[::-1]])
     expected, _ = fit(model, folds)
     for fold in folds:
-        for image in fold['images']:
-            image['features'] = image['features'] * 0
+        fold.features = fold.features * 0
     got, _ = fit(model, folds, features_from=[whole])
     for name, value in expected.state.items():
         torch.testing.assert_close(got.state[name], value)
@@ -232,26 +227,28 @@ def test_gains_in_ap_come_from_the_record_s_own_annotations(tmp_path):
     model = build()
     record = make_record(model)
     box = dict(bbox=[0, 0, 10, 10], category_id=1)
-    for image in record['images']:
+    images = list(record)
+    for image in images:
         found = [dict(box, score=0.9)] if image['features'][0] > 0.5 else []
         image['detections'] = [[], found]
+    record = rebuilt(record, images)
     annotations = [
         dict(box, id=index, image_id=image['id'], area=100, iscrowd=0)
-        for index, image in enumerate(record['images'], 1)
+        for index, image in enumerate(record, 1)
     ]
     (tmp_path / 'truth.json').write_text(
         json.dumps(
             dict(
                 images=[
                     dict(id=image['id'], file_name=f'{image["id"]}.png', width=64, height=64)
-                    for image in record['images']
+                    for image in record
                 ],
                 annotations=annotations,
                 categories=[dict(id=1, name='it')],
             )
         )
     )
-    record['provenance']['ann_file'] = str(tmp_path / 'truth.json')
+    record.provenance['ann_file'] = str(tmp_path / 'truth.json')
     objective = build_objective('ap')
     cocos = ground_truths([record, record], objective)
     assert cocos[0] is cocos[1] and ground_truths([record], build_objective('rank')) is None
@@ -259,7 +256,7 @@ def test_gains_in_ap_come_from_the_record_s_own_annotations(tmp_path):
     gains = features(record)[:, 0] > 0.5
     assert found.quantiles[0] == 0 and found.quantiles[100] == pytest.approx(100, abs=1e-3)
     assert found.quantiles[50].item() == pytest.approx(100 * np.median(gains), abs=1e-3)
-    record['provenance']['ann_file'] = str(tmp_path / 'gone.json')
+    record.provenance['ann_file'] = str(tmp_path / 'gone.json')
     with pytest.raises(UsageError, match='no annotation file at'):
         ground_truths([record], objective)
 

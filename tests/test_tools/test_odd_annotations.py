@@ -91,7 +91,7 @@ def test_tools_run_through_a_mutant_to_the_ap_of_the_good_file(digits, tmp_path)
     assert 'data: the training set: ' in said and 'numbered from 1 in the order of the file' in said
     run('record.py', root, tmp_path / 'random.pth', '--out', tmp_path / 'r.npz', '--view', 'none')
     record = read_record(tmp_path / 'r.npz')
-    assert record['provenance']['ann_file'] == str(root / 'annotations/instances_test.json')
+    assert record.provenance['ann_file'] == str(root / 'annotations/instances_test.json')
     mixtures = Mixtures(record, read_truth(str(digits / 'annotations/instances_test.json')))
     assert call('analyze_routing.py', tmp_path / 'r.npz', '--bootstrap', 0) == 0
     ends = json.loads((tmp_path / 'r/routing.json').read_text())['ends']

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from steps import ON_TRAINING_PICTURES
@@ -30,6 +31,7 @@ from dynamicdet.measuring.benchmark import (
 )
 from dynamicdet.measuring.calibration import force_exit, record_exits
 from dynamicdet.routing.evaluation import evaluate, mix, read_truth
+from dynamicdet.routing.record import RoutingRecord
 from dynamicdet.routing.thresholds import ALL_EASY, ALL_HARD
 from dynamicdet.testing import agreement, count_waits, randomize
 
@@ -54,24 +56,22 @@ class Disagreement(Exception):
 # Detections.
 
 
-def record(cfg: Config, model: torch.nn.Module) -> dict:
+def record(cfg: Config, model: torch.nn.Module) -> RoutingRecord:
     """All exits' detections of the test set."""
     settings = copy.deepcopy(cfg.test_dataloader)
     settings.update(num_workers=0, persistent_workers=False)
     with cli.silence():
         loader = build_loader(settings)
-    return dict(images=record_exits(model, loader, quiet))
+    return record_exits(model, loader, quiet)
 
 
-def compare_exits(cfg: Config, one: dict, other: dict) -> dict[str, dict]:
+def compare_exits(cfg: Config, one: RoutingRecord, other: RoutingRecord) -> dict[str, dict]:
     """AP of both sides and how far they agree, of each exit."""
     truth, rows = read_truth(cfg.test_evaluator.ann_file), {}
-    for exit in range(len(one['images'][0]['detections'])):
-        aps = [
-            evaluate(truth, mix(side, [exit] * len(side['images'])))['ap'] for side in (one, other)
-        ]
+    for exit in range(one.exits):
+        aps = [evaluate(truth, mix(side, [exit] * len(side)))['ap'] for side in (one, other)]
         rows[f'exit {exit}'] = compare_detections(
-            *([image['detections'][exit] for image in side['images']] for side in (one, other)), aps
+            *(side.detections[exit] for side in (one, other)), aps
         )
     return rows
 
@@ -116,10 +116,7 @@ def compare(config: str, checkpoint: str) -> Figures:
         for device in ('cpu', 'cuda')
     ]
     rows = compare_exits(cfg, *records)
-    difficulty = max(
-        abs(one['difficulty'] - other['difficulty'])
-        for one, other in zip(*(side['images'] for side in records))
-    )
+    difficulty = float(np.abs(records[0].difficulty - records[1].difficulty).max())
     yield dict(title='CPU and GPU', rows=rows, difficulty=difficulty)
     require_agreement(rows, box=0.1, score=0.005)
     if difficulty > 1e-3:

@@ -1,19 +1,24 @@
 """Measure what the thresholds of a trained dynamic detector follow from."""
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
+from torch import Tensor
 from torch.utils.data import DataLoader
+
+from mmdet.structures import SampleList
 
 from ..annotations import original_of
 from ..errors import UsageError
 from ..models import DynamicDetector
 from ..models.online import kept_speed
+from ..models.passage import Passage
 from ..progress import Progress
+from ..routing.record import Detections, RoutingRecord
 from ..routing.thresholds import ALL_EASY, ALL_HARD
 from ..timing import dtype_of, machine_of, time_in_turns
 from ..transfers import to_host
@@ -99,8 +104,9 @@ def force_exit(model: DynamicDetector, exit: int) -> None:
 
 
 @torch.no_grad()
-def record_exits(model: DynamicDetector, loader: DataLoader, progress: Progress) -> list[dict]:
-    """Each exit's detections of every image: all that a trade-off curve needs.
+def record_exits(model: DynamicDetector, loader: DataLoader, progress: Progress) -> RoutingRecord:
+    """Each exit's detections of every image: all that a trade-off curve needs but the costs. Each
+    backbone runs once.
 
     Args:
         model (DynamicDetector): In eval mode.
@@ -108,37 +114,53 @@ def record_exits(model: DynamicDetector, loader: DataLoader, progress: Progress)
         progress (Callable): Wraps what is iterated over.
 
     Returns:
-        list[dict]: Per image ``id``, ``file``, ``difficulty`` and ``detections`` of each exit: COCO
-            results without image id, boxes x, y, w, h in the image's own frame.
+        RoutingRecord: Its costs are NaN.
     """
     images = []
     with kept_speed(model):
+        # A budget that waits for a calibration is not asked for here.
+        force_exit(model, 0)
         for batch in progress(loader, 'every exit'):
-            both = []
-            for exit in range(model.num_exits):
-                force_exit(model, exit)
-                samples = model.test_step(batch)
-                both.append([coco_results(sample, loader.dataset.cat_ids) for sample in samples])
+            data = model.data_preprocessor(batch, False)
+            samples = data['data_samples']
+            every = [
+                detected(model.finish(passage), loader.dataset.cat_ids)
+                for passage in passages(model, data['inputs'], samples)
+            ]
             images.extend(
                 dict(
                     id=sample.img_id,
                     file=sample.img_path,
                     difficulty=sample.difficulty,
-                    detections=list(pair),
+                    detections=list(own),
                 )
-                for sample, *pair in zip(samples, *both)
+                for sample, *own in zip(samples, *every)
             )
-    return images
+    return RoutingRecord.from_images(images)
 
 
-def coco_results(sample, category_ids: list[int]) -> list[dict]:
+def passages(model: DynamicDetector, inputs: Tensor, samples: SampleList) -> Iterator[Passage]:
+    """A batch before each exit, whatever the difficulties say; each backbone runs once."""
+    passage = model.start(inputs, samples)
+    yield passage
+    for _ in range(model.num_exits - 1):
+        passage = model.deepen(passage)
+        yield passage
+
+
+def detected(samples: SampleList, category_ids: Sequence[int]) -> list[tuple[np.ndarray, ...]]:
+    """Detections of each image as `Detections.join` takes them: boxes, (D, 4), x, y, w, h; scores
+    and categories, (D,)."""
+    known, found = np.asarray(category_ids, np.int32), []
+    for boxes, scores, labels in to_host([sample.pred_instances for sample in samples]):
+        boxes[:, 2:] -= boxes[:, :2]
+        found.append((boxes.numpy(), scores.numpy(), known[labels.numpy()]))
+    return found
+
+
+def coco_results(sample, category_ids: Sequence[int]) -> list[dict]:
     """Detections of an image as COCO has them; masks are left out, and left where they are."""
-    ((boxes, scores, labels),) = to_host([sample.pred_instances])
-    boxes[:, 2:] -= boxes[:, :2]
-    return [
-        dict(bbox=box, score=score, category_id=category_ids[label])
-        for box, score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist())
-    ]
+    return Detections.join(detected([sample], category_ids))[0]
 
 
 def provenance(cfg: Config, checkpoint: str, dataset, device: str) -> dict[str, object]:

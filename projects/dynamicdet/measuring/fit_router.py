@@ -15,6 +15,7 @@ from ..models.weights import is_plain, require_complete
 from ..routing import GAINS, Objective, build_objective
 from ..routing.evaluation import read_truth
 from ..routing.fitting import Fit, features_of, fit_router, gains_of
+from ..routing.record import RoutingRecord
 
 #: What follows from a router, and is stale where that is a new one.
 _CALIBRATION = ('difficulties', 'gflops', 'latencies', 'threshold')
@@ -22,10 +23,10 @@ _CALIBRATION = ('difficulties', 'gflops', 'latencies', 'threshold')
 
 def fit_to_records(
     router: nn.Module,
-    records: Sequence[Mapping],
+    records: Sequence[RoutingRecord],
     objective: Objective,
     cocos: Sequence | None = None,
-    features_from: Sequence[Mapping] | None = None,
+    features_from: Sequence[RoutingRecord] | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Fit, int]:
@@ -36,15 +37,15 @@ def fit_to_records(
 
     Args:
         router (nn.Module): A `Router` of the widths that are wanted; it stays as it is.
-        records (Sequence[Mapping]): Whose losses or detections give the gains; see
+        records (Sequence[RoutingRecord]): Whose losses or detections give the gains; see
             `routing.record`.
         objective (Objective): What to fit.
         cocos (Sequence[COCO], optional): Ground truth of each record, for gains in AP. Defaults to
             None.
-        features_from (Sequence[Mapping], optional): Records that give what the router sees, by
-            image id, each image once: for cross-fitting, where ``records`` come from cascades that
-                were trained without the
-            images, and the features from the one that the router is for. Defaults to the records
+        features_from (Sequence[RoutingRecord], optional): Records that give what the router sees,
+            by image id, each image once: for cross-fitting, where ``records`` come from cascades
+            that were trained without the images, and the features from the one that the router is
+            for. Defaults to the records
             themselves.
         seed (int): See `fit_router`. Defaults to 0.
         progress (Callable, optional): See `fit_router`.
@@ -59,18 +60,18 @@ def fit_to_records(
     gains = np.concatenate(
         [gains_of(record, objective.gain, coco) for record, coco in zip(records, cocos)]
     )
-    images = [image for record in records for image in record['images']]
     if features_from is None:
         features = _stacked([features_of(record) for record in records])
     else:
-        features = _by_id(features_from, images)
+        features = _by_id(features_from, records)
     wanted = len(router.mean)
     if features.shape[1] != wanted:
         raise UsageError(
             f'the records have {features.shape[1]} features per image, and the router of this '
             f'config takes {wanted}: record with the same backbone and router pools'
         )
-    _, groups = np.unique([image['file'] for image in images], return_inverse=True)
+    files = [file for record in records for file in record.files]
+    _, groups = np.unique(files, return_inverse=True)
     fit = fit_router(
         features,
         gains,
@@ -83,29 +84,31 @@ def fit_to_records(
     return fit, int(groups.max()) + 1
 
 
-def _by_id(records: Sequence[Mapping], images: Sequence[Mapping]) -> np.ndarray:
-    """Features of some images, (n, d), looked up in records."""
-    rows = _stacked([features_of(record) for record in records])
-    known: dict[int, np.ndarray] = {}
-    files = {}
-    for image, row in zip((image for record in records for image in record['images']), rows):
-        if image['id'] in known:
-            raise UsageError(
-                f'image {image["id"]} ({image["file"]}) is twice in the records of features'
-            )
-        known[image['id']], files[image['id']] = row, image['file']
-    missing = [one['id'] for one in images if one['id'] not in known]
+def _by_id(sources: Sequence[RoutingRecord], records: Sequence[RoutingRecord]) -> np.ndarray:
+    """Features of some records' images, (n, d), looked up in other records."""
+    rows = _stacked([features_of(source) for source in sources])
+    known: dict[int, tuple[int, str]] = {}
+    for row, (identity, file) in enumerate(_names_of(sources)):
+        if identity in known:
+            raise UsageError(f'image {identity} ({file}) is twice in the records of features')
+        known[identity] = row, file
+    wanted = _names_of(records)
+    missing = [identity for identity, _ in wanted if identity not in known]
     if missing:
         raise UsageError(
             f'{len(missing)} images (such as {missing[0]}) are not in the records of features'
         )
-    for one in images:
-        if files[one['id']] != one['file']:
+    for identity, file in wanted:
+        if known[identity][1] != file:
             raise UsageError(
-                f"image {one['id']} is '{one['file']}', and '{files[one['id']]}' in the records of "
+                f"image {identity} is '{file}', and '{known[identity][1]}' in the records of "
                 'features: they are of other images'
             )
-    return np.stack([known[one['id']] for one in images])
+    return rows[[known[identity][0] for identity, _ in wanted]]
+
+
+def _names_of(records: Sequence[RoutingRecord]) -> list[tuple[int, str]]:
+    return [pair for record in records for pair in zip(record.ids.tolist(), record.files)]
 
 
 def _stacked(parts: list[np.ndarray]) -> np.ndarray:
@@ -115,11 +118,13 @@ def _stacked(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def require_own(records: Sequence[Mapping], exits: int, checkpoint: str, digest: str = '') -> None:
+def require_own(
+    records: Sequence[RoutingRecord], exits: int, checkpoint: str, digest: str = ''
+) -> None:
     """Refuse records that cannot be of a detector, and warn of those that are of other weights.
 
     Args:
-        records (Sequence[Mapping]): See `routing.record`.
+        records (Sequence[RoutingRecord]): See `routing.record`.
         exits (int): How many the detector has.
         checkpoint (str): Its file, '' if that is not known.
         digest (str): Its `exits_digest`, '' if that is not known. Records that lack theirs go by
@@ -129,14 +134,14 @@ def require_own(records: Sequence[Mapping], exits: int, checkpoint: str, digest:
         UsageError: If a record has another number of exits.
     """
     for record in records:
-        other = str(record['provenance'].get('checkpoint', checkpoint))
-        if len(record['gflops']) != exits:
+        other = str(record.provenance.get('checkpoint', checkpoint))
+        if record.exits != exits:
             raise UsageError(
-                f"a record, of '{other}', has {len(record['gflops'])} exits and this detector "
+                f"a record, of '{other}', has {record.exits} exits and this detector "
                 f'{exits}: '
                 'record with this config and checkpoint'
             )
-        recorded = record['provenance'].get('exits_digest')
+        recorded = record.provenance.get('exits_digest')
         if recorded and digest:
             if recorded != digest:
                 warnings.warn(
@@ -193,7 +198,7 @@ def put_router(
     return dict(state_dict=state, meta=meta)
 
 
-def ground_truths(records: Sequence[Mapping], objective: Objective) -> list | None:
+def ground_truths(records: Sequence[RoutingRecord], objective: Objective) -> list | None:
     """A COCO object for each record, if the objective's gain needs one.
 
     Raises:
@@ -201,7 +206,7 @@ def ground_truths(records: Sequence[Mapping], objective: Objective) -> list | No
     """
     if GAINS[objective.gain].values != 'ap':
         return None
-    facts = [record.get('provenance', {}) for record in records]
+    facts = [record.provenance for record in records]
     named = [(str(one.get('ann_file', '')), tuple(one.get('categories', ()))) for one in facts]
     cocos = {one: _ground_truth(*one) for one in set(named)}
     return [cocos[one] for one in named]

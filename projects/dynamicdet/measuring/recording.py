@@ -25,12 +25,14 @@ from ..errors import UsageError
 from ..models import DynamicDetector
 from ..models.online import kept_speed
 from ..progress import Progress
+from ..routing.record import RoutingRecord
 from ..timing import now
 from .calibration import (
-    coco_results,
+    detected,
     force_exit,
     measure_gflops,
     measure_latencies,
+    passages,
     passed,
     provenance,
 )
@@ -96,7 +98,7 @@ def record_data_set(
     progress: Progress,
     view: str = 'flip',
     checkpoint: str = '',
-) -> dict:
+) -> RoutingRecord:
     """Run every image of a data set through every exit, and measure what each exit costs.
 
     Args:
@@ -112,7 +114,7 @@ def record_data_set(
         checkpoint (str): Path of the model's checkpoint, for the provenance.
 
     Returns:
-        dict: A record; see `routing.record`.
+        RoutingRecord: With all that it can hold of what was asked for.
     """
     annotated = _is_annotated(loader.dataset)
     if not annotated:
@@ -141,12 +143,8 @@ def record_data_set(
         branch0_latency=branch_latency,
         router='trained' if torch.isfinite(model.delta) else 'NOT trained',
     )
-    return dict(
-        images=images,
-        gflops=gflops,
-        latencies=latencies,
-        provenance={name: value for name, value in facts.items() if value is not None},
-    )
+    known = {name: value for name, value in facts.items() if value is not None}
+    return RoutingRecord.from_images(images, gflops, latencies, known)
 
 
 def _record_batch(
@@ -175,7 +173,8 @@ def _record_batch(
         seen = _every_exit(model, VIEWS[view].make(inputs, samples), samples, category_ids)
         for row, (entry, sample) in enumerate(zip(entries, samples)):
             entry['view'] = [
-                [VIEWS[view].back(one, sample) for one in per_image[row]] for per_image in seen
+                (VIEWS[view].back(per_image[row][0], sample), *per_image[row][1:])
+                for per_image in seen
             ]
     if annotated:
         # Last: some heads write into the annotations that they are given.
@@ -216,14 +215,12 @@ def _add_costs(
 
 def _every_exit(
     model: DynamicDetector, inputs: Tensor, samples: SampleList, category_ids: list[int]
-) -> list[list[list[dict]]]:
-    """COCO results by exit and image."""
-    found, passage = [], model.start(inputs, samples)
-    for exit in range(model.num_exits):
-        # Each backbone once, whatever the difficulties say.
-        passage = model.deepen(passage) if exit else passage
-        found.append([coco_results(sample, category_ids) for sample in model.finish(passage)])
-    return found
+) -> list[list[tuple]]:
+    """Detections by exit and image."""
+    return [
+        detected(model.finish(passage), category_ids)
+        for passage in passages(model, inputs, samples)
+    ]
 
 
 @contextlib.contextmanager
@@ -286,11 +283,11 @@ def flip_images(inputs: Tensor, samples: SampleList) -> Tensor:
     return flipped
 
 
-def flip_detection(detection: dict[str, object], width: float) -> dict[str, object]:
-    """A COCO result of the flipped image, in the frame of the image itself, ``width`` pixels
-    wide."""
-    x, y, wide, high = detection['bbox']
-    return dict(detection, bbox=[width - x - wide, y, wide, high])
+def flip_boxes(boxes: np.ndarray, width: float) -> np.ndarray:
+    """Boxes of the flipped image, (D, 4), x, y, w, h, in the frame of the image itself, ``width``
+    pixels wide."""
+    left = width - boxes[:, 0] - boxes[:, 2]
+    return np.column_stack([left, boxes[:, 1:]])
 
 
 def shift_images(inputs: Tensor, samples: SampleList) -> Tensor:
@@ -307,11 +304,10 @@ def shift_images(inputs: Tensor, samples: SampleList) -> Tensor:
     return shifted
 
 
-def shift_detection(detection: dict[str, object], sample) -> dict[str, object]:
-    """A COCO result of the shifted image, in the frame of the image itself."""
-    x, y, wide, high = detection['bbox']
+def shift_boxes(boxes: np.ndarray, sample) -> np.ndarray:
+    """Boxes of the shifted image, (D, 4), x, y, w, h, in the frame of the image itself."""
     across, down = (SHIFT / float(scale) for scale in sample.get('scale_factor', (1.0, 1.0)))
-    return dict(detection, bbox=[x - across, y - down, wide, high])
+    return boxes - np.array([across, down, 0, 0], boxes.dtype)
 
 
 def _delivered_width(sample) -> int:
@@ -339,10 +335,10 @@ class View(NamedTuple):
 VIEWS = dict(
     flip=View(
         flip_images,
-        lambda found, sample: flip_detection(found, _original_width(sample)),
+        lambda boxes, sample: flip_boxes(boxes, _original_width(sample)),
         'flipped from left to right',
     ),
-    shift=View(shift_images, shift_detection, f'shifted by {SHIFT} pixels'),
+    shift=View(shift_images, shift_boxes, f'shifted by {SHIFT} pixels'),
 )
 
 

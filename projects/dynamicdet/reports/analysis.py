@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from ..files import write_atomically
 from ..routing.curve import Chance, difficulties_of, trade_off
 from ..routing.diagnosis import diagnose
 from ..routing.evaluation import AREAS, Mixtures, check_record, check_truth
-from ..routing.record import require
+from ..routing.record import RoutingRecord, require
 from ..routing.strata import (
     benefits,
     by_difficulty,
@@ -31,21 +32,21 @@ from .analysis_text import format_analysis
 __all__ = ['analyze', 'format_analysis', 'pair_of', 'write_analysis']
 
 
-def pair_of(record: Mapping, exits: tuple[int, int] = (0, -1)) -> dict:
+def pair_of(record: RoutingRecord, exits: tuple[int, int] = (0, -1)) -> dict:
     """The record of two of its exits.
 
     Args:
-        record (Mapping): See `routing.record`; K exits.
+        record (RoutingRecord): See `routing.record`; K exits.
         exits (tuple[int, int]): Where easy and where hard images leave. Defaults to the first and
             the last.
 
     Returns:
-        dict: A record of two exits; ``provenance`` has their numbers as ``exits``.
+        RoutingRecord: Of two exits; ``provenance`` has their numbers as ``exits``.
 
     Raises:
         UsageError: If there are no such exits, or the two are one.
     """
-    count = len(record['gflops'])
+    count = record.exits
     if (
         any(not -count <= exit < count for exit in exits)
         or len({exit % count for exit in exits}) != 2
@@ -54,54 +55,36 @@ def pair_of(record: Mapping, exits: tuple[int, int] = (0, -1)) -> dict:
             f'two different exits are wanted, 0 to {count - 1}; got {exits[0]} and {exits[1]}'
         )
     easy, hard = (exit % count for exit in exits)
-
-    def take(values: Sequence) -> list:
-        return [values[easy], values[hard]]
-
-    images = []
-    for image in record['images']:
-        own = {
-            name: take(image[name])
-            for name in ('detections', 'view', 'losses', 'gflops', 'latencies')
-            if name in image
-        }
-        images.append({**image, **own})
-    facts = dict(record['provenance'], exits=f'{easy} and {hard}')
+    facts = dict(record.provenance, exits=f'{easy} and {hard}')
     if easy:
         # They are of exit 0, and peers would be charged for another one.
         for name in ('branch0_gflops', 'branch0_latency'):
             facts.pop(name, None)
-    return dict(
-        images=images,
-        gflops=take(record['gflops']),
-        latencies=take(record['latencies']),
-        provenance=facts,
-    )
+    return replace(record.take_exits((easy, hard)), provenance=facts)
 
 
 def analyze(
-    record: Mapping,
+    record: RoutingRecord,
     coco: COCO,
     validation: Validation = None,
     bootstrap: int = 200,
     seed: int = 0,
-    training: Mapping | None = None,
+    training: RoutingRecord | None = None,
     say: Callable[[str], None] = lambda what: None,
 ) -> dict:
     """What routing between two exits is worth, where, and against whom.
 
     Args:
-        record (Mapping): Of two exits; see `pair_of`. Without ``view`` there is no honest oracle
-            and no efficacy, without ``losses`` or ``objects`` less to correlate with.
+        record (RoutingRecord): Of two exits; see `pair_of`. Without ``view`` there is no honest
+            oracle and no efficacy, without ``losses`` or ``objects`` less to correlate with.
         coco (COCO): Its ground truth.
         validation (tuple, optional): Record of the validation set by the same detector, of the same
             exits, and its ground truth: thresholds are chosen on it and tried on ``record``, and
-                peers that learn
-            learn from it. Defaults to None.
+            peers that learn learn from it. Defaults to None.
         bootstrap (int): Resamples of the images for 95 % intervals; 0 for none. Defaults to 200.
         seed (int): Seed of resamples and random routing. Defaults to 0.
-        training (Mapping, optional): Record of images that the detectors were trained on, for the
-            diagnosis: whether the loss difference says the same there. Defaults to None.
+        training (RoutingRecord, optional): Record of images that the detectors were trained on, for
+            the diagnosis: whether the loss difference says the same there. Defaults to None.
         say (Callable): Called with what is done next.
 
     Returns:
@@ -134,10 +117,8 @@ def analyze(
     if training:
         require(training, 'losses', what='the training record')
         require_apart(record, training, 'training')
-    if len(record['gflops']) != 2:
-        raise UsageError(
-            f'routing is between two exits, the record has {len(record["gflops"])}: choose two'
-        )
+    if record.exits != 2:
+        raise UsageError(f'routing is between two exits, the record has {record.exits}: choose two')
     say('matching detections with objects')
     chance = Chance(Mixtures(record, coco), resamples=bootstrap, seed=seed)
     scores = difficulties_of(record)
@@ -157,7 +138,7 @@ def analyze(
     say('strata and correlations')
     correlations = _correlations(record, scores, gained, bootstrap, seed)
     analysis = dict(
-        images=len(record['images']),
+        images=len(record),
         ends=_ends(record, rows),
         curves=dict(
             router=curves.router_curve(rows), random=curves.random_curve(record, rows), **drawn
@@ -173,13 +154,13 @@ def analyze(
         transfer=threshold_transfer(difficulties_of(validation[0]), scores, chance)
         if validation
         else None,
-        provenance=dict(record['provenance']),
+        provenance=dict(record.provenance),
     )
     say('diagnosis')
     figures = dict(
-        images=len(record['images']),
+        images=len(record),
         bootstrap=bootstrap,
-        first_scale=float(record['provenance'].get('first_scale', 1.0)),
+        first_scale=float(record.provenance.get('first_scale', 1.0)),
         exits=estimates.exit_estimates(chance),
         gap=estimates.gap(chance),
         strata=estimates.strata_gaps(record, chance),
@@ -205,10 +186,10 @@ def analyze(
     return _plain(dict(analysis, diagnosis=diagnose(figures)))
 
 
-def require_apart(record: Mapping, other: Mapping, name: str) -> None:
+def require_apart(record: RoutingRecord, other: RoutingRecord, name: str) -> None:
     """Refuse a record that shares images with the one that is judged."""
-    files = {image['file'] for image in record['images']}
-    shared = [image['file'] for image in other['images'] if image['file'] in files]
+    files = set(record.files)
+    shared = [file for file in other.files if file in files]
     if shared:
         raise UsageError(
             f"{len(shared)} images (such as '{shared[0]}') are in the record that is judged and in "
@@ -218,7 +199,7 @@ def require_apart(record: Mapping, other: Mapping, name: str) -> None:
 
 
 def write_analysis(
-    record: Mapping,
+    record: RoutingRecord,
     coco: COCO,
     analysis: Mapping,
     out_dir: str | Path,
@@ -227,7 +208,7 @@ def write_analysis(
     """Write ``routing.html``, self-contained, and ``routing.json``.
 
     Args:
-        record (Mapping): What was analyzed.
+        record (RoutingRecord): What was analyzed.
         coco (COCO): Its ground truth.
         analysis (Mapping): As `analyze` gives it.
         out_dir (str or Path): Where to; made if absent. What is there is replaced, the page last.
@@ -242,8 +223,8 @@ def write_analysis(
     return Path(out_dir) / 'routing.html'
 
 
-def _ends(record: Mapping, rows: Sequence[Mapping]) -> list[dict]:
-    numbers = str(record['provenance'].get('exits', '0 and 1')).split(' and ')
+def _ends(record: RoutingRecord, rows: Sequence[Mapping]) -> list[dict]:
+    numbers = str(record.provenance.get('exits', '0 and 1')).split(' and ')
     by_share = {row['share']: row for row in rows}
     names = ('ap', 'ap50', 'gflops', 'latency')
     return [
@@ -261,9 +242,11 @@ def _estimate(one: Mapping) -> estimates.Estimate:
 _SIZES = dict(small='small: up to 32 x 32', medium='medium', large='large: from 96 x 96')
 
 
-def _strata(record: Mapping, coco: COCO, mixtures: Mixtures, scores: np.ndarray) -> list[dict]:
+def _strata(
+    record: RoutingRecord, coco: COCO, mixtures: Mixtures, scores: np.ndarray
+) -> list[dict]:
     """Tables of both exits' AP."""
-    found = coco.getAnnIds(imgIds=[image['id'] for image in record['images']], iscrowd=False)
+    found = coco.getAnnIds(imgIds=record.ids.tolist(), iscrowd=False)
     areas = np.array([annotation['area'] for annotation in coco.loadAnns(found)])
     counts = {
         size: int(((AREAS[size][0] <= areas) & (areas <= AREAS[size][1])).sum()) for size in _SIZES
@@ -279,7 +262,7 @@ def _strata(record: Mapping, coco: COCO, mixtures: Mixtures, scores: np.ndarray)
             ],
         )
     ]
-    if all('objects' in image for image in record['images']):
+    if record.objects is not None:
         tables.append(
             dict(
                 title='By number of objects',
@@ -321,12 +304,16 @@ _BENEFITS = dict(
 
 
 def _correlations(
-    record: Mapping, scores: np.ndarray, gained: Mapping[str, np.ndarray], bootstrap: int, seed: int
+    record: RoutingRecord,
+    scores: np.ndarray,
+    gained: Mapping[str, np.ndarray],
+    bootstrap: int,
+    seed: int,
 ) -> dict[str, dict]:
     others = {
-        name: np.array([image[name] for image in record['images']], float)
+        name: record.column(name).astype(float)
         for name in ('objects', 'entropy')
-        if all(name in image for image in record['images'])
+        if record.column(name) is not None
     }
     found = rank_correlations(scores, {**gained, **others}, bootstrap, seed)
     return {

@@ -18,10 +18,11 @@ from ..routing.evaluation import Mixtures
 from ..routing.merit import efficacy, normalized_gain
 from ..routing.oracle import allocate, honest_choices, object_count, oracle_choices, refine
 from ..routing.peers import PEERS, charge, peer_scores
+from ..routing.record import RoutingRecord
 from ..routing.strata import benefits
 
 #: The record of the validation set and its ground truth, if there is one.
-Validation = Optional[tuple[Mapping, COCO]]
+Validation = Optional[tuple[RoutingRecord, COCO]]
 
 #: Thresholds that the slider of the page can take: hard shares 0, 0.01, ... 1.
 _SLIDER = tuple(np.linspace(0, 1, 101))
@@ -39,7 +40,7 @@ def choices_of(scores: Sequence[float]) -> list[np.ndarray]:
 
 
 def oracles(
-    record: Mapping, coco: COCO, mixtures: Mixtures, seed: int = 0
+    record: RoutingRecord, coco: COCO, mixtures: Mixtures, seed: int = 0
 ) -> dict[str, np.ndarray]:
     """Choices of ``honest`` and ``oracle``, (shares, n). The honest one only where images have
     views.
@@ -48,7 +49,7 @@ def oracles(
     share.
     """
     values, found = image_values(record, coco, mixtures), {}
-    if all('view' in image for image in record['images']):
+    if record.view is not None:
         found['honest'] = honest_choices(record, coco, SHARES, by_objects=True, seed=seed)
     found['oracle'] = np.array(
         [
@@ -59,19 +60,19 @@ def oracles(
     return {name: choices.astype(bool) for name, choices in found.items()}
 
 
-def image_values(record: Mapping, coco: COCO, mixtures: Mixtures) -> np.ndarray:
+def image_values(record: RoutingRecord, coco: COCO, mixtures: Mixtures) -> np.ndarray:
     """What each image is worth under each exit, (2, n): its AP, percent, times its number of
     objects, as in the AP of the set an image counts by its objects."""
-    objects = np.array([object_count(coco, image['id']) for image in record['images']])
+    objects = np.array([object_count(coco, identity) for identity in record.ids.tolist()])
     return mixtures.image_ap() * objects
 
 
-def certificate(record: Mapping, values: np.ndarray) -> dict[str, float]:
+def certificate(record: RoutingRecord, values: np.ndarray) -> dict[str, float]:
     """What the oracle's program comes to where half of the images may be hard: ``value`` per
     image, of whole images; ``bound``, the optimum of the linear program, in which an image may be
     split; ``price``, in value per GFLOP. The budget is what half of all images, drawn at random,
     cost; an image counts by its mean."""
-    found = allocate(values, record['gflops'], float(np.mean(record['gflops'])))
+    found = allocate(values, record.gflops, float(np.mean(record.gflops)))
     images = values.shape[1]
     return dict(value=found.value / images, bound=found.bound / images, price=found.price)
 
@@ -94,7 +95,7 @@ def router_curve(rows: Sequence[Mapping]) -> list[dict]:
     ]
 
 
-def random_curve(record: Mapping, rows: Sequence[Mapping]) -> list[dict]:
+def random_curve(record: RoutingRecord, rows: Sequence[Mapping]) -> list[dict]:
     """Random routing at the same shares; ends are two standard deviations away: how far a draw may
     fall. It pays the mean over all images, whatever those cost that a router calls hard."""
     return [
@@ -111,7 +112,7 @@ def random_curve(record: Mapping, rows: Sequence[Mapping]) -> list[dict]:
 
 
 def curve_of(
-    record: Mapping,
+    record: RoutingRecord,
     chance: Chance,
     choices: Sequence[np.ndarray],
     intervals: bool = True,
@@ -136,7 +137,7 @@ def curve_of(
     return points
 
 
-def threshold_points(record: Mapping, chance: Chance, scores: np.ndarray) -> list[dict]:
+def threshold_points(record: RoutingRecord, chance: Chance, scores: np.ndarray) -> list[dict]:
     """The router at every percent of hard images: each share that a threshold really gives, once.
 
     Returns:
@@ -211,7 +212,7 @@ def _settled(ratio: Mapping, name: str, resampled: bool) -> float | None:
 
 
 def score_peers(
-    record: Mapping, validation: Validation, gained: Mapping[str, np.ndarray], seed: int = 0
+    record: RoutingRecord, validation: Validation, gained: Mapping[str, np.ndarray], seed: int = 0
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Scores of peers by key of `PEERS`, and why others have none.
 
@@ -240,7 +241,7 @@ def _target(name: str, gained: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def judge(
-    record: Mapping,
+    record: RoutingRecord,
     chance: Chance,
     choices: Sequence[np.ndarray],
     extra: Mapping[str, float] = _NOTHING,
@@ -254,10 +255,10 @@ def judge(
     )
 
 
-def judge_peer(name: str, record: Mapping, chance: Chance, scores: np.ndarray) -> dict:
+def judge_peer(name: str, record: RoutingRecord, chance: Chance, scores: np.ndarray) -> dict:
     """`judge` of a peer, with what it pays, and its ``meaning``."""
     # Records that do not say how long neck and heads take charge no time.
-    seconds = record['provenance'].get('branch0_latency', 0.0) if PEERS[name].charged else 0.0
+    seconds = record.provenance.get('branch0_latency', 0.0) if PEERS[name].charged else 0.0
     extra = dict(gflops=charge(name, record), latency=float(seconds))
     return dict(judge(record, chance, choices_of(scores), extra), meaning=_meaning(name))
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..routing.curve import Chance, bootstrap_weights, costs_of, hard_for, interval, split
 from ..routing.peers import PEERS, charge
-from ..routing.record import require
+from ..routing.record import RoutingRecord, require
 from ..routing.strata import OBJECTS
 from ..routing.thresholds import threshold_for_share
 
@@ -44,11 +44,11 @@ def gap(chance: Chance) -> Estimate:
     return difference(chance, hard, easy)
 
 
-def strata_gaps(record: Mapping, chance: Chance) -> list[dict]:
+def strata_gaps(record: RoutingRecord, chance: Chance) -> list[dict]:
     """The same on images with few and with many objects: ``name``, ``gap``."""
-    if not all('objects' in image for image in record['images']):
+    if record.objects is None:
         return []
-    objects = np.array([image['objects'] for image in record['images']])
+    objects = record.objects
     easy, hard = _ends(chance)
     found = []
     for name, (fewest, most) in OBJECTS.items():
@@ -73,12 +73,10 @@ def over_random(chance: Chance, is_hard: np.ndarray) -> Estimate:
     return (chance.mixtures.ap(choice) - mean, *interval(chance.resampled(choice) - means))
 
 
-def share_gaining(record: Mapping, resamples: int, seed: int = 0) -> Estimate:
+def share_gaining(record: RoutingRecord, resamples: int, seed: int = 0) -> Estimate:
     """The share of images whose loss is smaller under the dear exit."""
     require(record, 'losses')
-    gains = np.array(
-        [image['losses'][0] > image['losses'][-1] for image in record['images']], float
-    )
+    gains = (record.losses[:, 0] > record.losses[:, -1]).astype(float)
     weights = bootstrap_weights(len(gains), resamples, seed)
     return (float(gains.mean()), *interval(weights @ gains / len(gains)))
 
@@ -99,13 +97,13 @@ def transfer(
 
 
 def peer_leads(
-    record: Mapping, chance: Chance, scores: np.ndarray, peers: Mapping[str, np.ndarray]
+    record: RoutingRecord, chance: Chance, scores: np.ndarray, peers: Mapping[str, np.ndarray]
 ) -> dict[str, Estimate]:
     """How much more AP a peer has at half hard than the router at the same GFLOPs: for what a
     charged peer pays, the router may send more images on.
 
     Args:
-        record (Mapping): Of two exits.
+        record (RoutingRecord): Of two exits.
         chance (Chance): Of the record.
         scores (np.ndarray): The router's difficulties, (n,).
         peers (Mapping[str, np.ndarray]): Key of `PEERS` -> scores, (n,). References are left out,

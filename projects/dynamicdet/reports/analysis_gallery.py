@@ -7,6 +7,7 @@ from pycocotools.coco import COCO
 
 from ..routing.curve import difficulties_of, split
 from ..routing.evaluation import Mixtures
+from ..routing.record import RoutingRecord
 from .analysis_pictures import file_name, picture_groups, picture_pair
 
 #: Images of each kind.
@@ -57,23 +58,21 @@ _GROUPS = dict(
 )
 
 
-def make_gallery(record: Mapping, coco: COCO) -> str:
+def make_gallery(record: RoutingRecord, coco: COCO) -> str:
     """The gallery of a record of two exits, as HTML.
 
     Args:
-        record (Mapping): See `routing.record`.
+        record (RoutingRecord): See `routing.record`.
         coco (COCO): Its ground truth.
     """
     image_ap = Mixtures(record, coco).image_ap()
     names = {category['id']: category['name'] for category in coco.cats.values()}
     chosen = choose_images(difficulties_of(record), image_ap)
-    numbers = str(record['provenance'].get('exits', '0 and 1')).split(' and ')
+    numbers = str(record.provenance.get('exits', '0 and 1')).split(' and ')
     groups = []
     for kind, indices in chosen.items():
         pictures = [
-            _picture(
-                record['images'][index], image_ap[:, index], coco, names, numbers, f'{kind}{place}'
-            )
+            _picture(record[int(index)], image_ap[:, index], coco, names, numbers, f'{kind}{place}')
             for place, index in enumerate(indices)
         ]
         groups.append((*_GROUPS[kind], pictures))

@@ -20,6 +20,7 @@ from ..routing.curve import (
     mix,
     trade_off,
 )
+from ..routing.record import RoutingRecord
 from ..routing.thresholds import hard_share, threshold_for_share
 from .figures import (
     agreement_figure,
@@ -38,7 +39,7 @@ _GALLERY = 6
 
 
 def write_report(
-    record: Mapping,
+    record: RoutingRecord,
     coco: COCO,
     out_dir: str | Path,
     rows: Sequence[Mapping] | None = None,
@@ -48,7 +49,7 @@ def write_report(
     """Write ``report.html``, self-contained, its pictures as PNG files, and ``report.json``.
 
     Args:
-        record (Mapping): One pass over a data set; see `routing.curve`.
+        record (RoutingRecord): One pass over a data set; see `routing.curve`.
         coco (COCO): Its ground truth. Where all image entries have a ``difficulty``, as those of
             the built-in data, the router's is compared with it.
         out_dir (str or Path): Where to; made if absent. What is there is replaced file by file,
@@ -68,7 +69,7 @@ def write_report(
     """
     check_record(record, coco)
     rows = trade_off(record, coco) if rows is None else rows
-    ids = [image['id'] for image in record['images']]
+    ids = record.ids.tolist()
     exits = [evaluate(coco, mix(record, [exit] * len(ids)), ids) for exit in (0, 1)]
     correlation = _rank_correlation(record, coco)
     plots = _plots(record, coco, rows, exits, correlation)
@@ -79,7 +80,7 @@ def write_report(
         rows,
         list(plots.values()),
         gallery,
-        record['provenance'],
+        record.provenance,
         calibrated,
     )
     numbers = dict(
@@ -88,7 +89,7 @@ def write_report(
         exits=exits,
         gain=gain_over_random(rows),
         rank_correlation=correlation,
-        provenance=record['provenance'],
+        provenance=record.provenance,
     )
     out_dir = Path(out_dir)
     for name, (_, content, _) in plots.items():
@@ -101,21 +102,23 @@ def write_report(
     return out_dir / 'report.html'
 
 
-def sentences(rows: Sequence[Mapping], record: Mapping, exits: Sequence[Mapping]) -> list[str]:
+def sentences(
+    rows: Sequence[Mapping], record: RoutingRecord, exits: Sequence[Mapping]
+) -> list[str]:
     """What the numbers say, in plain words, whichever way they fall.
 
     Args:
         rows (Sequence[Mapping]): As `routing.curve.trade_off` gives them.
-        record (Mapping): See `routing.curve`.
+        record (RoutingRecord): See `routing.curve`.
         exits (Sequence[Mapping]): `routing.curve.evaluate` of exit 0 and of exit 1.
     """
     first, last = (scores['ap'] for scores in exits)
     said = (
         f'better than exit 0 by {last - first:.2f} AP' if last > first else 'NOT better than exit 0'
     )
-    cheap, dear = record['gflops']
+    cheap, dear = record.gflops
     told = [
-        f'On {len(record["images"])} images, exit 1 is {said} ({last:.2f} against {first:.2f}), '
+        f'On {len(record)} images, exit 1 is {said} ({last:.2f} against {first:.2f}), '
         f'for {dear:.2f} GFLOPs per image instead of {cheap:.2f}.'
     ]
     middle = min(rows, key=lambda row: abs(row['hard_share'] - 0.5))
@@ -175,7 +178,7 @@ def _gains(gain: float) -> str:
 
 
 def _plots(
-    record: Mapping,
+    record: RoutingRecord,
     coco: COCO,
     rows: Sequence[Mapping],
     exits: Sequence[Mapping],
@@ -220,15 +223,15 @@ def _plots(
     }
 
 
-def _given_difficulties(record: Mapping, coco: COCO) -> np.ndarray | None:
+def _given_difficulties(record: RoutingRecord, coco: COCO) -> np.ndarray | None:
     """Difficulties in the annotation file, (n,), in the record's order; None unless it has all."""
-    entries = coco.loadImgs([image['id'] for image in record['images']])
+    entries = coco.loadImgs(record.ids.tolist())
     if not all('difficulty' in entry for entry in entries):
         return None
     return np.array([entry['difficulty'] for entry in entries], float)
 
 
-def _rank_correlation(record: Mapping, coco: COCO) -> float | None:
+def _rank_correlation(record: RoutingRecord, coco: COCO) -> float | None:
     """Spearman's, in [-1, 1], of the router's difficulties and the annotation file's; None where
     the file has none or either side is constant."""
     given, difficulties = _given_difficulties(record, coco), difficulties_of(record)
@@ -237,14 +240,14 @@ def _rank_correlation(record: Mapping, coco: COCO) -> float | None:
     return float(spearmanr(given, difficulties).statistic)
 
 
-def _count_objects(record: Mapping, coco: COCO) -> dict[str, int]:
+def _count_objects(record: RoutingRecord, coco: COCO) -> dict[str, int]:
     """Objects of the record's images by size; crowds are left out, as in AP."""
-    found = coco.getAnnIds(imgIds=[image['id'] for image in record['images']], iscrowd=False)
+    found = coco.getAnnIds(imgIds=record.ids.tolist(), iscrowd=False)
     areas = [annotation['area'] for annotation in coco.loadAnns(found)]
     return {size: sum(low <= area <= high for area in areas) for size, (low, high) in AREAS.items()}
 
 
-def _gallery(record: Mapping, coco: COCO) -> dict[str, list[tuple[str, bytes | None, str]]]:
+def _gallery(record: RoutingRecord, coco: COCO) -> dict[str, list[tuple[str, bytes | None, str]]]:
     """The easiest and the hardest images: name, PNG if it can be read, caption."""
     difficulties = difficulties_of(record)
     threshold = np.float32(threshold_for_share(difficulties, 0.5))
@@ -255,10 +258,7 @@ def _gallery(record: Mapping, coco: COCO) -> dict[str, list[tuple[str, bytes | N
     return {
         end: [
             _shown(
-                record['images'][index],
-                names,
-                int(difficulties[index] > threshold),
-                f'{end}_{place}',
+                record[int(index)], names, int(difficulties[index] > threshold), f'{end}_{place}'
             )
             for place, index in enumerate(indices, 1)
         ]

@@ -12,6 +12,7 @@ from pycocotools.coco import COCO
 
 from ..errors import UsageError
 from .evaluation import AREAS, Mixtures, check_record, difficulties_of, evaluate, mix
+from .record import RoutingRecord
 from .served import chance_interval
 from .thresholds import threshold_for_share
 
@@ -202,7 +203,7 @@ class Chance:
 
 
 def trade_off(
-    record: Mapping,
+    record: RoutingRecord,
     coco: COCO,
     scores: Sequence[float] | None = None,
     shares: Sequence[float] = SHARES,
@@ -216,7 +217,7 @@ def trade_off(
     """AP and cost at several hard shares.
 
     Args:
-        record (Mapping): See `record`.
+        record (RoutingRecord): See `record`.
         coco (COCO): Its ground truth.
         scores (Sequence[float], optional): A router: (n,), large is hard, of any range. Defaults to
             the record's difficulties.
@@ -273,14 +274,17 @@ def trade_off(
 
 
 def by_calibration(
-    record: Mapping, chance: Chance, difficulties: Sequence[float], shares: Sequence[float] = SHARES
+    record: RoutingRecord,
+    chance: Chance,
+    difficulties: Sequence[float],
+    shares: Sequence[float] = SHARES,
 ) -> list[dict]:
     """AP and cost at several hard shares by the thresholds that a calibration gives for them, on
     images which it may not have seen: what is served, where `trade_off` takes the quantiles of the
         record itself.
 
     Args:
-        record (Mapping): See `record`.
+        record (RoutingRecord): See `record`.
         chance (Chance): Of it; its exits and its evaluation are used.
         difficulties (Sequence[float]): The calibration's, (n,), n > 0.
         shares (Sequence[float]): Wanted hard shares, in [0, 1]. Defaults to 0, 0.1, ... 1.
@@ -342,13 +346,13 @@ def _exit(exit: int, exits: int) -> int:
 
 
 def costs_of(
-    record: Mapping, is_hard: np.ndarray, exits: tuple[int, int] = (0, -1)
+    record: RoutingRecord, is_hard: np.ndarray, exits: tuple[int, int] = (0, -1)
 ) -> dict[str, float]:
     """What a choice costs per image: ``gflops`` and ``latency``, seconds; each image by its own
     where the record has that.
 
     Args:
-        record (Mapping): See `record`.
+        record (RoutingRecord): See `record`.
         is_hard (np.ndarray): (n,) bools; or, of images drawn at random, the share that is hard.
         exits (tuple[int, int]): Where easy and hard images leave. Defaults to the first and the
             last.
@@ -360,12 +364,12 @@ def costs_of(
     return costs
 
 
-def hard_for(record: Mapping, scores: Sequence[float], gflops: float) -> np.ndarray:
+def hard_for(record: RoutingRecord, scores: Sequence[float], gflops: float) -> np.ndarray:
     """The hardest images that a router may send from the first to the last exit for so many GFLOPs
     per image.
 
     Args:
-        record (Mapping): See `record`.
+        record (RoutingRecord): See `record`.
         scores (Sequence[float]): (n,), large is hard.
         gflops (float): Per image, on average over all.
 
@@ -379,9 +383,10 @@ def hard_for(record: Mapping, scores: Sequence[float], gflops: float) -> np.ndar
     return split(scores, count / len(scores))[1]
 
 
-def _each(record: Mapping, key: str) -> np.ndarray:
+def _each(record: RoutingRecord, key: str) -> np.ndarray:
     """(n, K): each image's own cost; the mean where the record has no other."""
-    return np.array([image.get(key, record[key]) for image in record['images']], float)
+    own = record.column(key)
+    return np.tile(getattr(record, key), (len(record), 1)) if own is None else own
 
 
 def _worth(chance: Chance, is_hard: np.ndarray) -> dict:

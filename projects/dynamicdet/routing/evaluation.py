@@ -8,13 +8,13 @@ Letters: ``n`` images, ``K`` exits, ``D`` detections of all exits, ``T`` IoU thr
 0.95), ``G`` groups, each with an AP of its own: the categories, or the categories of each image. A
 *segment* is a group at one threshold.
 
-AP is in percent. A record is a plain dictionary; see `record`.
+AP is in percent. Records are of `record`.
 """
 
 import contextlib
 import dataclasses
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -22,11 +22,14 @@ from pycocotools.cocoeval import COCOeval
 
 from ..annotations import read_annotations
 from ..errors import UsageError
+from .record import RoutingRecord, require
 
 #: As in pycocotools: areas in square pixels, both ends included.
 AREAS = dict(all=(0, 1e10), small=(0, 32**2), medium=(32**2, 96**2), large=(96**2, 1e10))
 #: As in pycocotools: so many detections of an image and category are looked at, the surest.
 _MAX_DETECTIONS = 100
+#: Images that pycocotools matches at a time.
+_PART = 500
 #: As in pycocotools: precision is averaged at these recalls.
 _RECALLS = np.linspace(0, 1, 101)
 
@@ -45,6 +48,8 @@ def evaluate(
         dict: ``ap``, ``ap50``, ``small``, ``medium``, ``large``, in percent; None where there are
         no objects.
     """
+    if not {one['image_id'] for one in results} <= set(coco.imgs):
+        raise ValueError('results are of images that the ground truth lacks')
     evaluator = _match(coco, results, coco.getImgIds() if image_ids is None else image_ids, AREAS)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluator.accumulate()
@@ -83,83 +88,83 @@ def read_truth(path: str, categories: Iterable[int] | None = None) -> COCO:
     return coco
 
 
-def mix(record: Mapping, choice: Sequence[int]) -> list[dict]:
+def mix(record: RoutingRecord, choice: Sequence[int]) -> list[dict]:
     """COCO results of a record's images.
 
     Args:
-        record (Mapping): See `record`.
+        record (RoutingRecord): Any.
         choice (Sequence[int]): The exit of each image, in the record's order; bools count as 0, 1.
     """
     return [
-        dict(detection, image_id=image['id'])
-        for image, exit in zip(record['images'], choice)
-        for detection in image['detections'][int(exit)]
+        dict(detection, image_id=identity)
+        for row, (identity, exit) in enumerate(zip(record.ids.tolist(), choice))
+        for detection in record.detections[int(exit)][row]
     ]
 
 
-def check_record(record: Mapping, coco: COCO) -> None:
+def check_record(record: RoutingRecord, coco: COCO) -> None:
     """Raise a `UsageError` unless a record has images of ``coco``, each once, with difficulties and
-    with detections of the same two exits or more."""
-    if not record['images']:
+    with detections of two exits or more."""
+    if not len(record):
         raise UsageError('the record has no images: the validation set is empty')
-    exits = len(record['images'][0]['detections'])
+    if record.exits < 2:
+        raise UsageError(
+            f'the record has detections of {record.exits} exits: record every image through all '
+            'exits, two or more'
+        )
     seen = set()
-    for image in record['images']:
-        name = f'image {image["id"]} ({image["file"]})'
-        if image['id'] not in coco.imgs:
-            raise UsageError(f'{name} is not in the annotation file')
-        if image['id'] in seen:
-            raise UsageError(f'{name} is in the record twice')
+    for row, (identity, difficulty) in enumerate(zip(record.ids.tolist(), record.difficulty)):
+        if identity not in coco.imgs:
+            raise UsageError(f'{_name_of(record, row)} is not in the annotation file')
+        if identity in seen:
+            raise UsageError(f'{_name_of(record, row)} is in the record twice')
         # Not `difficulty < 0 or ...`, which lets NaN pass.
-        if not 0 <= image['difficulty'] <= 1:
+        if not 0 <= difficulty <= 1:
             raise UsageError(
-                f'{name} has difficulty {image["difficulty"]}, not in [0, 1]: was the router '
-                'trained?'
+                f'{_name_of(record, row)} has difficulty {difficulty}, not in [0, 1]: was the '
+                'router trained?'
             )
-        if len(image['detections']) != exits or exits < 2:
-            raise UsageError(
-                f'{name} has detections of {len(image["detections"])} exits: record every image '
-                'through all exits, two or more'
-            )
-        seen.add(image['id'])
+        seen.add(identity)
 
 
-def check_truth(record: Mapping, coco: COCO) -> None:
+def _name_of(record: RoutingRecord, row: int) -> str:
+    return f'image {record.ids[row]} ({record.files[row]})'
+
+
+def check_truth(record: RoutingRecord, coco: COCO) -> None:
     """Raise a `UsageError` where a record seems to be of another data set or split than ``coco``:
     splits may share ids and file names, but not what is in their images."""
     found = {
-        detection['category_id']
-        for image in record['images']
-        for own in image['detections']
-        for detection in own
+        category for own in record.detections for category in np.unique(own.categories).tolist()
     }
     if not found <= set(coco.cats):
         raise UsageError(
             f'detections are of category {min(found - set(coco.cats))}, which the annotation file '
             'lacks: is it of another data set?'
         )
-    known = [image for image in record['images'] if 'objects' in image]
+    if record.objects is None:
+        return
     other = sum(
-        image['objects'] != len(coco.getAnnIds(imgIds=[image['id']], iscrowd=False))
-        for image in known
+        count != len(coco.getAnnIds(imgIds=[identity], iscrowd=False))
+        for identity, count in zip(record.ids.tolist(), record.objects.tolist())
     )
-    if other > len(known) / 2:
+    if other > len(record) / 2:
         raise UsageError(
-            f'{other} of {len(known)} images have another number of objects in the annotation file '
-            'than when they were recorded: is it of another split?'
+            f'{other} of {len(record)} images have another number of objects in the annotation '
+            'file than when they were recorded: is it of another split?'
         )
 
 
-def difficulties_of(record: Mapping) -> np.ndarray:
+def difficulties_of(record: RoutingRecord) -> np.ndarray:
     """Difficulties in the record's order, (n,), float32 as in the model."""
-    return np.array([image['difficulty'] for image in record['images']], np.float32)
+    return record.difficulty.astype(np.float32)
 
 
 class Mixtures:
     """AP of any choice of exits, in milliseconds, equal to COCO's.
 
     Args:
-        record (Mapping): See `record`.
+        record (RoutingRecord): Any.
         coco (COCO): Its ground truth.
         view (bool): Whether to take the detections of each image's augmented view. Defaults to
             False.
@@ -173,26 +178,13 @@ class Mixtures:
             objects, or if an augmented view is asked for that it lacks.
     """
 
-    def __init__(self, record: Mapping, coco: COCO, view: bool = False) -> None:
+    def __init__(self, record: RoutingRecord, coco: COCO, view: bool = False) -> None:
         check_record(record, coco)
-        source = 'view' if view else 'detections'
-        self.images = len(record['images'])
-        self.exits = len(record['images'][0]['detections'])
-        if any(len(image.get(source, ())) != self.exits for image in record['images']):
-            raise UsageError(
-                'the record has no augmented view of every image under every exit: make it anew, '
-                'with views'
-            )
-        self._coco = coco
-        self._ids = np.array([image['id'] for image in record['images']])
-        self._results = [
-            [
-                dict(detection, image_id=image['id'])
-                for image in record['images']
-                for detection in image[source][exit]
-            ]
-            for exit in range(self.exits)
-        ]
+        if view:
+            require(record, 'view')
+        self._detections = record.view if view else record.detections
+        self.images, self.exits = len(record), record.exits
+        self._coco, self._ids = coco, record.ids
         self._matches = {'all': self._match('all')}
         self._counts = {'all': _Counts(self._matches['all'], self.exits)}
         if not self._matches['all'].objects.any():
@@ -290,20 +282,29 @@ class Mixtures:
         return weights.astype(np.int64)
 
     def _match(self, area: str) -> '_Matches':
-        """Match every exit's detections with the objects of an area range, by pycocotools."""
+        """Match every exit's detections with the objects of an area range, by pycocotools, a part
+        of the images at a time: its dictionaries take 20 times the room of a record's arrays."""
         order = np.argsort(self._ids)
-        found = [_match(self._coco, results, self._ids, [area]) for results in self._results]
-        categories = len(found[0].params.catIds)
-        objects = np.zeros((self.images, categories))
-        entries = []
-        for exit, evaluator in enumerate(found):
-            # Entries are in the order category, image; pycocotools sorts the images by id.
-            for index, entry in enumerate(evaluator.evalImgs):
-                if entry is not None:
-                    category, rank = divmod(index, self.images)
-                    objects[order[rank], category] = np.count_nonzero(entry['gtIgnore'] == 0)
-                    entries.append((category, rank, exit, entry))
-        return _gather(entries, order, objects, len(found[0].params.iouThrs))
+        categories = len(set(self._coco.getCatIds()))
+        objects, parts = np.zeros((self.images, categories)), []
+        for start in range(0, self.images, _PART):
+            rows = order[start : start + _PART]
+            for exit, detections in enumerate(self._detections):
+                results = [
+                    dict(one, image_id=identity)
+                    for row, identity in zip(rows, self._ids[rows].tolist())
+                    for one in detections[row]
+                ]
+                found = _match(self._coco, results, self._ids[rows].tolist(), [area])
+                entries = []
+                # Entries are in the order category, image; pycocotools sorts the images by id.
+                for index, entry in enumerate(found.evalImgs):
+                    if entry is not None:
+                        category, rank = divmod(index, len(rows))
+                        objects[rows[rank], category] = np.count_nonzero(entry['gtIgnore'] == 0)
+                        entries.append((category, start + rank, exit, entry))
+                parts.append(_flatten(entries, len(found.params.iouThrs)))
+        return _gather(parts, order, objects)
 
 
 @dataclasses.dataclass
@@ -336,10 +337,9 @@ class _Matches:
         )
 
 
-def _gather(
-    entries: Iterable[tuple], order: np.ndarray, objects: np.ndarray, thresholds: int
-) -> _Matches:
-    """Lay pycocotools' entries (category, rank of the image id, exit, entry) out flat, and sort."""
+def _flatten(entries: Iterable[tuple], thresholds: int) -> tuple[np.ndarray, ...]:
+    """pycocotools' entries (category, rank of the image id, exit, entry), laid out flat: category,
+    rank, exit and score, (D,) each; matched and ignored, (T, D)."""
     entries = [entry for entry in entries if entry[3]['dtScores']]
     sizes = [len(entry['dtScores']) for *_, entry in entries]
     category, rank, exit = [
@@ -347,11 +347,21 @@ def _gather(
         for column in range(3)
     ]
     scores = np.array([score for *_, entry in entries for score in entry['dtScores']], float)
-    # Stable: an image's detections of one exit stay as pycocotools sorted them.
-    place = np.lexsort((rank, -scores, category))
     none = [np.zeros((thresholds, 0), bool)]
     matched = np.concatenate(none + [entry['dtMatches'] != 0 for *_, entry in entries], axis=1)
     ignored = np.concatenate(none + [entry['dtIgnore'] != 0 for *_, entry in entries], axis=1)
+    return category, rank, exit, scores, matched, ignored
+
+
+def _gather(
+    parts: Sequence[tuple[np.ndarray, ...]], order: np.ndarray, objects: np.ndarray
+) -> _Matches:
+    """Join what `_flatten` gave of parts of the images, and sort."""
+    category, rank, exit, scores, matched, ignored = (
+        np.concatenate(columns, axis=-1) for columns in zip(*parts)
+    )
+    # Stable: an image's detections of one exit stay as pycocotools sorted them.
+    place = np.lexsort((rank, -scores, category))
     return _Matches(
         category[place],
         order[rank[place]],
@@ -467,13 +477,19 @@ def _match(
 
 
 def _load(coco: COCO, results: Sequence[dict]) -> COCO:
-    # `loadRes` writes into what it is given, and fails on an empty list.
-    if results:
-        return coco.loadRes([dict(result) for result in results])
-    nothing = COCO()
-    nothing.dataset = dict(coco.dataset, annotations=[])
-    nothing.createIndex()
-    return nothing
+    """Results as `COCO.loadRes` makes them for boxes; that writes into what it is given, fails on
+    an empty list and copies all images of the data set."""
+    found = COCO()
+    found.dataset = dict(
+        images=[],
+        categories=coco.dataset['categories'],
+        annotations=[
+            dict(one, id=index, area=one['bbox'][2] * one['bbox'][3], iscrowd=0)
+            for index, one in enumerate(results, 1)
+        ],
+    )
+    found.createIndex()
+    return found
 
 
 def _mean(precision: np.ndarray) -> float | None:

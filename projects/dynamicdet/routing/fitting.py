@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from .objective import GAINS, Objective, build_objective, quantiles_of
+from .record import RoutingRecord
 
 #: Weight decays that cross-validation chooses among; AdamW shrinks a weight by ``lr * decay`` each
 #: step.
@@ -40,11 +41,11 @@ class Fit(NamedTuple):
     weight_decay: float
 
 
-def gains_of(record: Mapping, kind: str, coco=None) -> np.ndarray:
+def gains_of(record: RoutingRecord, kind: str, coco=None) -> np.ndarray:
     """What each image of a record gains by the last exit.
 
     Args:
-        record (Mapping): See `record`.
+        record (RoutingRecord): See `record`.
         kind (str): A key of `GAINS`.
         coco (COCO, optional): Ground truth of the record; 'ap' needs it. Defaults to None.
 
@@ -56,8 +57,7 @@ def gains_of(record: Mapping, kind: str, coco=None) -> np.ndarray:
     """
     if kind not in GAINS:
         raise UsageError(f"a gain is one of {', '.join(GAINS)}; got '{kind}'")
-    images = record['images']
-    if not images:
+    if not len(record):
         raise UsageError('the record has no images')
     if GAINS[kind].values == 'ap':
         from .evaluation import Mixtures
@@ -65,32 +65,33 @@ def gains_of(record: Mapping, kind: str, coco=None) -> np.ndarray:
         if coco is None:
             raise UsageError("gain 'ap' needs the annotation file of the record")
         values = Mixtures(record, coco).image_ap()
-        objects = np.ones(len(images))
+        objects = np.ones(len(record))
     else:
-        _require(images, 'losses')
-        values = np.array([image['losses'] for image in images], np.float64).T
-        objects = np.ones(len(images))
+        _require(record, 'losses')
+        values = record.losses.T
+        objects = np.ones(len(record))
     if kind == 'loss_sum':
-        _require(images, 'objects')
-        objects = np.array([image['objects'] for image in images], np.float64)
+        _require(record, 'objects')
+        objects = record.objects.astype(np.float64)
     gains = GAINS[kind].of(values, objects)
     if not np.isfinite(gains).all():
-        worst = images[int(np.flatnonzero(~np.isfinite(gains))[0])]
-        raise UsageError(f'the losses of image {worst["id"]} ({worst["file"]}) are not finite')
+        worst = int(np.flatnonzero(~np.isfinite(gains))[0])
+        raise UsageError(
+            f'the losses of image {record.ids[worst]} ({record.files[worst]}) are not finite'
+        )
     return gains
 
 
-def features_of(record: Mapping) -> np.ndarray:
+def features_of(record: RoutingRecord) -> np.ndarray:
     """What the router saw of each image, (n, d), float32, in the record's order."""
-    _require(record['images'], 'features')
-    features = np.stack([np.asarray(image['features'], np.float32) for image in record['images']])
-    if not np.isfinite(features).all():
+    _require(record, 'features')
+    if not np.isfinite(record.features).all():
         raise UsageError('some features of the record are not finite')
-    return features
+    return record.features
 
 
-def _require(images: Sequence[Mapping], name: str) -> None:
-    if not all(name in image for image in images):
+def _require(record: RoutingRecord, name: str) -> None:
+    if record.column(name) is None:
         raise UsageError(
             f'the record has no {name}: make it with tools/record.py, from a config whose test '
             'pipeline loads annotations'

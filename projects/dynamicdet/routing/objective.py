@@ -291,26 +291,19 @@ def image_aps(
 
 def _one_exit_aps(detections: Sequence[Mapping], truths: Sequence[Mapping]) -> np.ndarray:
     from .evaluation import Mixtures
+    from .record import Detections, RoutingRecord
 
     if not any((~np.asarray(truth['crowds'], bool)).any() for truth in truths):
         return np.zeros(len(truths))
+    found = Detections.join(
+        [(_xywh(own['bboxes']), own['scores'], own['labels']) for own in detections]
+    )
+    count = len(found)
     # As a record of two equal exits: there are no fewer.
-    images = [
-        dict(
-            id=index,
-            file='',
-            difficulty=0.0,
-            detections=2
-            * [
-                [
-                    dict(bbox=box, score=float(score), category_id=int(label))
-                    for box, score, label in zip(_xywh(own['bboxes']), own['scores'], own['labels'])
-                ]
-            ],
-        )
-        for index, own in enumerate(detections)
-    ]
-    return Mixtures(dict(images=images), _as_coco(truths)).image_ap()[0]
+    record = RoutingRecord(
+        np.arange(count), [''] * count, np.zeros(count), [found] * 2, [0.0] * 2, [0.0] * 2
+    )
+    return Mixtures(record, _as_coco(truths)).image_ap()[0]
 
 
 def _as_coco(truths: Sequence[Mapping]):

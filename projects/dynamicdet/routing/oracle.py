@@ -10,7 +10,7 @@ its per-image AP; ``costs``, (K,) or (K, n), what it costs.
   scored on what it chose by wins where the exits differ by luck alone; an honest one does not.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from pycocotools.coco import COCO
 
 from ..errors import UsageError
 from .evaluation import Mixtures
+from .record import RoutingRecord
 
 #: Sums over images are equal when they differ by less than this share of their size: rounding.
 _ROUNDING = 1e-12
@@ -151,7 +152,7 @@ def oracle_choices(
 
 
 def honest_choices(
-    record: Mapping,
+    record: RoutingRecord,
     coco: COCO,
     shares: Sequence[float],
     exact: bool = True,
@@ -166,7 +167,7 @@ def honest_choices(
     bound, but what knowing each image, seen twice, is worth.
 
     Args:
-        record (Mapping): With ``view`` in its images; two exits.
+        record (RoutingRecord): With ``view`` in its images; two exits.
         coco (COCO): Its ground truth.
         shares (Sequence[float]): Hard shares, in [0, 1].
         exact (bool): As in `oracle_choices`. Defaults to True.
@@ -180,13 +181,13 @@ def honest_choices(
     Raises:
         UsageError: If the record has no views.
     """
-    if any(image.get('view') is None for image in record['images']):
+    if record.view is None:
         raise UsageError(
             'an honest oracle needs detections of a second view of each image: record them too'
         )
     values = Mixtures(record, coco, view=True).image_ap()
     if by_objects:
-        values = values * [object_count(coco, image['id']) for image in record['images']]
+        values = values * [object_count(coco, identity) for identity in record.ids.tolist()]
     return oracle_choices(values, shares, exact, seed)
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import UsageError
-from .record import require
+from .record import RoutingRecord, require
 
 #: Detections below this score are not counted as such.
 SURE = 0.3
@@ -27,7 +27,7 @@ _COUNTED, _SUREST = (0.1, 0.3, 0.5), 10
 #: Penalties that the ridge regression chooses among.
 _PENALTIES = tuple(10.0**power for power in range(-1, 7))
 
-Scorer = Callable[[Mapping], np.ndarray]
+Scorer = Callable[[RoutingRecord], np.ndarray]
 
 
 class Peer(NamedTuple):
@@ -51,12 +51,12 @@ class Peer(NamedTuple):
     reference: bool = False
 
 
-def doubt_of_best(record: Mapping) -> np.ndarray:
+def doubt_of_best(record: RoutingRecord) -> np.ndarray:
     """1 minus the largest score of exit 0's detections, (n,), in [0, 1]; 1 without detections."""
     return np.array([1 - max(scores, default=0.0) for scores in _first_scores(record)])
 
 
-def mean_doubt(record: Mapping) -> np.ndarray:
+def mean_doubt(record: RoutingRecord) -> np.ndarray:
     """1 minus the mean score of exit 0's detections over `SURE`, (n,), in [0, 1].
 
     Where none is, 1 minus the largest score: more than of any image that has one.
@@ -68,12 +68,12 @@ def mean_doubt(record: Mapping) -> np.ndarray:
     return 1 - np.array(means)
 
 
-def entropy_of_scores(record: Mapping) -> np.ndarray:
+def entropy_of_scores(record: RoutingRecord) -> np.ndarray:
     """Sum over exit 0's detections of the entropy of its score p as a coin's, in bits, (n,)."""
     return np.array([_coin_entropy(np.array(scores)).sum() for scores in _first_scores(record)])
 
 
-def variance_of_scores(record: Mapping) -> np.ndarray:
+def variance_of_scores(record: RoutingRecord) -> np.ndarray:
     """Sum over exit 0's detections of p (1 - p), (n,): were scores probabilities, the variance of
     the number of right ones."""
     return np.array(
@@ -81,36 +81,36 @@ def variance_of_scores(record: Mapping) -> np.ndarray:
     )
 
 
-def detection_count(record: Mapping) -> np.ndarray:
+def detection_count(record: RoutingRecord) -> np.ndarray:
     """Number of exit 0's detections over `SURE`, (n,)."""
     return np.array(
         [sum(score > SURE for score in scores) for scores in _first_scores(record)], float
     )
 
 
-def image_entropy(record: Mapping) -> np.ndarray:
+def image_entropy(record: RoutingRecord) -> np.ndarray:
     """Entropy of the image's gray levels, in bits, (n,)."""
     return _column(record, 'entropy')
 
 
-def true_objects(record: Mapping) -> np.ndarray:
+def true_objects(record: RoutingRecord) -> np.ndarray:
     """Number of annotated objects, (n,)."""
     return _column(record, 'objects')
 
 
-def true_loss_difference(record: Mapping) -> np.ndarray:
+def true_loss_difference(record: RoutingRecord) -> np.ndarray:
     """The first exit's loss minus the last's, as the heads average it, (n,)."""
     losses = _column(record, 'losses')
     return losses[:, 0] - losses[:, -1]
 
 
-def true_loss_difference_by_objects(record: Mapping) -> np.ndarray:
+def true_loss_difference_by_objects(record: RoutingRecord) -> np.ndarray:
     """`true_loss_difference` times the number of objects: the sum over objects, as AP counts,
     (n,)."""
     return true_loss_difference(record) * true_objects(record)
 
 
-def fit_adaptive_feeding(record: Mapping, benefit: Sequence[float]) -> Scorer:
+def fit_adaptive_feeding(record: RoutingRecord, benefit: Sequence[float]) -> Scorer:
     """A linear support vector machine on exit 0's detections, as in Adaptive Feeding (Zhou, ICCV
     2017).
 
@@ -119,7 +119,7 @@ def fit_adaptive_feeding(record: Mapping, benefit: Sequence[float]) -> Scorer:
     of p (1 - p).
 
     Args:
-        record (Mapping): To fit to; images that the detectors were not trained on.
+        record (RoutingRecord): To fit to; images that the detectors were not trained on.
         benefit (Sequence[float]): AP of each image under the last exit minus under the first, (n,).
 
     Returns:
@@ -146,12 +146,12 @@ def fit_adaptive_feeding(record: Mapping, benefit: Sequence[float]) -> Scorer:
     return lambda other: machine.decision_function(_detection_statistics(other))
 
 
-def fit_ridge(record: Mapping, benefit: Sequence[float]) -> Scorer:
+def fit_ridge(record: RoutingRecord, benefit: Sequence[float]) -> Scorer:
     """Ridge regression of the benefit on the pooled features, its penalty by leave-one-out.
 
     Args:
-        record (Mapping): To fit to, with ``features``; images that the detectors were not trained
-            on.
+        record (RoutingRecord): To fit to, with ``features``; images that the detectors were not
+            trained on.
         benefit (Sequence[float]): What each image gains by the last exit, (n,), in any unit.
 
     Returns:
@@ -201,8 +201,8 @@ PEERS: dict[str, Peer] = {
 
 def peer_scores(
     name: str,
-    record: Mapping,
-    training: Mapping | None = None,
+    record: RoutingRecord,
+    training: RoutingRecord | None = None,
     benefit: Sequence[float] | None = None,
     seed: int = 0,
 ) -> np.ndarray:
@@ -210,8 +210,8 @@ def peer_scores(
 
     Args:
         name (str): A key of `PEERS`.
-        record (Mapping): What to score.
-        training (Mapping, optional): Record that a fitted peer is fitted to. Without one,
+        record (RoutingRecord): What to score.
+        training (RoutingRecord, optional): Record that a fitted peer is fitted to. Without one,
             ``record`` itself is split: each image is scored by a fit to others.
         benefit (Sequence[float], optional): Benefits of the images of ``training``, else of
             ``record``; fitted peers need them.
@@ -238,7 +238,7 @@ def peer_scores(
         return cross_fit(peer.function, record, benefit, seed=seed)
     require(training, *peer.needs)
     if 'features' in peer.needs:
-        widths = [len(one['images'][0]['features']) for one in (record, training)]
+        widths = [one.features.shape[1] for one in (record, training)]
         if widths[0] != widths[1]:
             raise UsageError(
                 f"peer '{name}' learns from {widths[1]} features per image, and these images have "
@@ -248,8 +248,8 @@ def peer_scores(
 
 
 def cross_fit(
-    fit: Callable[[Mapping, Sequence[float]], Scorer],
-    record: Mapping,
+    fit: Callable[[RoutingRecord, Sequence[float]], Scorer],
+    record: RoutingRecord,
     benefit: Sequence[float],
     folds: int = 5,
     seed: int = 0,
@@ -261,23 +261,23 @@ def cross_fit(
 
     Args:
         fit (Callable): For example `fit_ridge`.
-        record (Mapping): What to fit to and to score.
+        record (RoutingRecord): What to fit to and to score.
         benefit (Sequence[float]): Of each of its images, (n,).
         folds (int): Number of parts, 2 to n. Defaults to 5.
         seed (int): Seed of the split. Defaults to 0.
     """
-    benefit, images = _checked(benefit, record), record['images']
-    if len(images) < folds:
-        raise UsageError(f'{len(images)} images cannot be split into {folds} parts: record more')
-    scores = np.empty(len(images))
-    for part in np.array_split(np.random.default_rng(seed).permutation(len(images)), folds):
-        rest = np.setdiff1d(np.arange(len(images)), part)
-        own = fit(_subset(record, rest), benefit[rest])(_subset(record, part))
+    benefit, images = _checked(benefit, record), len(record)
+    if images < folds:
+        raise UsageError(f'{images} images cannot be split into {folds} parts: record more')
+    scores = np.empty(images)
+    for part in np.array_split(np.random.default_rng(seed).permutation(images), folds):
+        rest = np.setdiff1d(np.arange(images), part)
+        own = fit(record.take(rest), benefit[rest])(record.take(part))
         scores[part] = _ranks(own)
     return scores
 
 
-def charge(name: str, record: Mapping, branch_gflops: float | None = None) -> float:
+def charge(name: str, record: RoutingRecord, branch_gflops: float | None = None) -> float:
     """GFLOPs that a peer adds to each *hard* image.
 
     A peer that looks at exit 0's detections has run branch 0, neck and head, on every image. Easy
@@ -286,7 +286,7 @@ def charge(name: str, record: Mapping, branch_gflops: float | None = None) -> fl
 
     Args:
         name (str): A key of `PEERS`.
-        record (Mapping): Its provenance may say ``branch0_gflops``.
+        record (RoutingRecord): Its provenance may say ``branch0_gflops``.
         branch_gflops (float, optional): GFLOPs of branch 0. Defaults to the record's.
 
     Returns:
@@ -299,7 +299,7 @@ def charge(name: str, record: Mapping, branch_gflops: float | None = None) -> fl
     if not PEERS[name].charged:
         return 0.0
     if branch_gflops is None:
-        branch_gflops = record.get('provenance', {}).get('branch0_gflops')
+        branch_gflops = record.provenance.get('branch0_gflops')
     if branch_gflops is None:
         raise UsageError(
             f"peer '{name}' runs branch 0 on every image, and the record does not say what that "
@@ -308,11 +308,11 @@ def charge(name: str, record: Mapping, branch_gflops: float | None = None) -> fl
     return float(branch_gflops)
 
 
-def _first_scores(record: Mapping) -> list:
+def _first_scores(record: RoutingRecord) -> list:
     """Scores of exit 0's detections, a list per image, the surest first."""
+    first = record.detections[0]
     return [
-        sorted((detection['score'] for detection in image['detections'][0]), reverse=True)
-        for image in record['images']
+        sorted(first.scores[first.rows(row)].tolist(), reverse=True) for row in range(len(record))
     ]
 
 
@@ -321,20 +321,20 @@ def _coin_entropy(probabilities: np.ndarray) -> np.ndarray:
     return -(inside * np.log2(inside) + (1 - inside) * np.log2(1 - inside))
 
 
-def _column(record: Mapping, name: str) -> np.ndarray:
+def _column(record: RoutingRecord, name: str) -> np.ndarray:
     require(record, name)
-    return np.array([image[name] for image in record['images']], float)
+    return record.column(name).astype(float)
 
 
-def _features(record: Mapping) -> np.ndarray:
+def _features(record: RoutingRecord) -> np.ndarray:
     require(record, 'features')
-    return np.stack([np.asarray(image['features'], float) for image in record['images']])
+    return record.features.astype(float)
 
 
-def _detection_statistics(record: Mapping) -> np.ndarray:
+def _detection_statistics(record: RoutingRecord) -> np.ndarray:
     """What `fit_adaptive_feeding` sees, (n, 24): scores and sizes of the surest, counts, p (1 -
     p)."""
-    return np.array([_statistics(image['detections'][0]) for image in record['images']])
+    return np.array([_statistics(own) for own in record.detections[0]])
 
 
 def _statistics(detections: Sequence[Mapping]) -> list:
@@ -351,19 +351,13 @@ def _statistics(detections: Sequence[Mapping]) -> list:
     return [*scores[:_SUREST], *absent, *sizes, *absent, *counts, variance]
 
 
-def _checked(benefit: Sequence[float], record: Mapping) -> np.ndarray:
+def _checked(benefit: Sequence[float], record: RoutingRecord) -> np.ndarray:
     benefit = np.asarray(benefit, float)
-    if benefit.shape != (len(record['images']),):
-        raise UsageError(
-            f'{len(record["images"])} images need as many benefits, got {benefit.shape}'
-        )
+    if benefit.shape != (len(record),):
+        raise UsageError(f'{len(record)} images need as many benefits, got {benefit.shape}')
     if not np.isfinite(benefit).all():
         raise UsageError('some benefits are not finite')
     return benefit
-
-
-def _subset(record: Mapping, indices: Sequence[int]) -> dict:
-    return dict(record, images=[record['images'][index] for index in indices])
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

@@ -1,33 +1,23 @@
-"""A record on disk: one pass over a data set, every image through every exit, in one file.
+"""A routing record: one pass over a data set, every image through every exit, as flat arrays.
 
-A record is a plain dictionary:
+Letters: ``n`` images, ``K`` exits, ``D`` detections of one exit, ``d`` features.
 
-* ``images``: per image a dictionary of ``id`` (int), ``file`` (str), ``difficulty`` in [0, 1] and
-  ``detections``: K lists, one per exit, of COCO results without ``image_id``, boxes x, y, w, h in
-  the image's own frame. It may have ``losses``: K floats; ``features``: what the router saw, (d,)
-  float32; ``objects``: annotated objects without crowds; ``entropy``: of the gray levels, in bits,
-  in [0, 8]; ``gflops`` and ``latencies``: its own cost under each exit, K floats each, units as
-  below; ``view``: detections of an augmented view, like ``detections``, boxes in the original
-  frame. What one image has, all have.
-* ``gflops``: mean per image of each exit, K floats, 2 x multiply-adds.
-* ``latencies``: of each exit, K floats, seconds per image.
-* ``provenance``: a dictionary of strings, numbers and lists of them.
-
-The file is numpy's compressed ``.npz``, without pickles: detections of an exit lie one below the
-other, with the index of their image.
+In memory a detection takes 24 bytes. On disk a record is numpy's compressed ``.npz``, without
+pickles: detections of an exit lie one below the other, with the index of their image.
 """
 
-import io
 import json
 import struct
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import UsageError
+from ..files import write_atomically
 
 _FORMAT, _VERSION = 'dynamicdet record', 1
 #: What every image has besides detections: name -> type. Text is of any length.
@@ -43,8 +33,12 @@ _OPTIONAL = dict(
 )
 #: Of these, what has a number for each exit.
 _BY_EXIT = ('losses', 'gflops', 'latencies')
-#: Keys of an image that hold a list of COCO results per exit; the second is optional.
+#: What holds detections of each exit; the second is optional.
 _DETECTIONS = ('detections', 'view')
+#: The arrays of one exit's detections: name -> type in memory and on disk.
+_PARTS = dict(boxes=np.float32, scores=np.float32, categories=np.int32, images=np.int32)
+#: Keys of an image -> attributes of a record, where names differ.
+_ATTRIBUTES = dict(id='ids', file='files', gflops='image_gflops', latencies='image_latencies')
 #: What else np.load raises on a file that is cut short or foreign.
 _BROKEN = (
     OSError,
@@ -61,29 +55,266 @@ _BROKEN = (
 )
 
 
-def write_record(record: Mapping, path: str | Path) -> None:
+@dataclass(eq=False)
+class Detections(Sequence):
+    """Detections of one exit on n images, image by image. As a sequence: COCO results of each
+    image, without image ids, made on demand.
+
+    Attributes:
+        boxes (np.ndarray): (D, 4) float32: x, y, w, h in the image's own frame.
+        scores (np.ndarray): (D,) float32.
+        categories (np.ndarray): (D,) int32, category ids of the annotation file.
+        offsets (np.ndarray): (n + 1,) int64: image i has the rows offsets[i] to offsets[i + 1].
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    categories: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def join(cls, images: Sequence[tuple]) -> 'Detections':
+        """From ``(boxes, scores, categories)`` of each image: (D_i, 4), (D_i,), (D_i,)."""
+        columns = list(zip(*images)) or [[], [], []]
+        boxes, scores, categories = (
+            np.concatenate([np.zeros(0, kind), *(np.asarray(own, kind).ravel() for own in column)])
+            for column, kind in zip(columns, _PARTS.values())
+        )
+        counts = [np.size(own) for own in columns[1]]
+        return cls(
+            boxes.reshape(-1, 4), scores, categories, np.cumsum([0, *counts], dtype=np.int64)
+        )
+
+    @classmethod
+    def from_images(cls, images: Sequence) -> 'Detections':
+        """From COCO results of each image, a list, or what `join` takes of each, a tuple."""
+        return cls.join(
+            [
+                own
+                if isinstance(own, tuple)
+                else tuple([one[name] for one in own] for name in ('bbox', 'score', 'category_id'))
+                for own in images
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> list[dict]:
+        rows = self.rows(row)
+        return [
+            dict(bbox=box, score=score, category_id=category)
+            for box, score, category in zip(
+                self.boxes[rows].tolist(),
+                self.scores[rows].tolist(),
+                self.categories[rows].tolist(),
+            )
+        ]
+
+    def rows(self, image: int) -> slice:
+        """Where the detections of an image lie."""
+        image = range(len(self))[image]
+        return slice(int(self.offsets[image]), int(self.offsets[image + 1]))
+
+    @property
+    def images(self) -> np.ndarray:
+        """The image of each detection, (D,) int32, in [0, n)."""
+        return np.repeat(np.arange(len(self), dtype=np.int32), np.diff(self.offsets))
+
+    def take(self, images: Sequence[int]) -> 'Detections':
+        """Those of some images, in that order."""
+        images = np.asarray(images, np.int64)
+        counts = np.diff(self.offsets)[images]
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        rows = np.repeat(self.offsets[:-1][images] - offsets[:-1], counts) + np.arange(offsets[-1])
+        return Detections(self.boxes[rows], self.scores[rows], self.categories[rows], offsets)
+
+
+@dataclass(eq=False)
+class RoutingRecord(Sequence):
+    """Every image of a data set through every exit. As a sequence: a dictionary of each image, made
+    on demand, with ``id``, ``file``, ``difficulty``, ``detections`` (K lists of COCO results) and
+    what else the record has of its images, under the names below; its own costs as ``gflops`` and
+    ``latencies``.
+
+    Attributes:
+        ids (np.ndarray): (n,) int64, image ids of the annotation file.
+        files (list[str]): n paths.
+        difficulty (np.ndarray): (n,) float64 in [0, 1].
+        detections (list[Detections]): K, one per exit.
+        gflops (list[float]): Mean per image of each exit, K, 2 x multiply-adds.
+        latencies (list[float]): Of each exit, K, seconds per image.
+        provenance (dict): Of strings, numbers and lists of them.
+        view (list[Detections], optional): K, of an augmented view; boxes in the original frame.
+        losses (np.ndarray, optional): (n, K) float64.
+        features (np.ndarray, optional): What the router saw, (n, d) float32.
+        objects (np.ndarray, optional): Annotated objects without crowds, (n,) int64.
+        entropy (np.ndarray, optional): Of the gray levels, in bits, (n,) float64 in [0, 8].
+        image_gflops (np.ndarray, optional): Each image's own, (n, K) float64.
+        image_latencies (np.ndarray, optional): Each image's own, (n, K) float64.
+    """
+
+    ids: np.ndarray
+    files: list[str]
+    difficulty: np.ndarray
+    detections: list[Detections]
+    gflops: list[float]
+    latencies: list[float]
+    provenance: dict = field(default_factory=dict)
+    view: list[Detections] | None = None
+    losses: np.ndarray | None = None
+    features: np.ndarray | None = None
+    objects: np.ndarray | None = None
+    entropy: np.ndarray | None = None
+    image_gflops: np.ndarray | None = None
+    image_latencies: np.ndarray | None = None
+
+    @classmethod
+    def from_images(
+        cls,
+        images: Sequence[Mapping],
+        gflops: Sequence[float] | None = None,
+        latencies: Sequence[float] | None = None,
+        provenance: Mapping | None = None,
+    ) -> 'RoutingRecord':
+        """From dictionaries of images, as a record gives them back.
+
+        Args:
+            images (Sequence[Mapping]): What one has, all have. Detections of an exit may also be
+                a tuple of arrays, see `Detections.join`.
+            gflops (Sequence[float], optional): Of each exit. Defaults to NaN: not measured.
+            latencies (Sequence[float], optional): Of each exit. Defaults to NaN.
+            provenance (Mapping, optional): Defaults to nothing.
+
+        Raises:
+            UsageError: If images differ in what they have, or have what a record does not hold.
+        """
+        known = next((costs for costs in (gflops, latencies) if costs is not None), None)
+        if known is None:
+            known = images[0]['detections'] if len(images) else ()
+        exits, names = len(known), set(images[0] if len(images) else {*_REQUIRED, _DETECTIONS[0]})
+        if any(set(image) != names for image in images):
+            raise UsageError(
+                'images of the record differ in what they have: record all in one pass'
+            )
+        required = {*_REQUIRED, _DETECTIONS[0]}
+        odd = (required - names) | (names - required - {*_OPTIONAL, *_DETECTIONS})
+        if odd:
+            raise UsageError(
+                f'images of a record lack, or have beyond its format: {", ".join(sorted(odd))}'
+            )
+        columns = {
+            _ATTRIBUTES.get(name, name): _stack([image[name] for image in images], name, kind)
+            for name, kind in {**_REQUIRED, **_OPTIONAL}.items()
+            if name in names and name != 'file'
+        }
+        for name in names.intersection(_DETECTIONS):
+            if any(len(image[name]) != exits for image in images):
+                raise UsageError(
+                    f'the record has costs of {exits} exits, but not {name} of so many for each '
+                    'image: record every image through every exit'
+                )
+            columns[name] = [
+                Detections.from_images([image[name][exit] for image in images])
+                for exit in range(exits)
+            ]
+        return cls(
+            **columns,
+            files=[str(image['file']) for image in images],
+            gflops=[np.nan] * exits if gflops is None else list(gflops),
+            latencies=[np.nan] * exits if latencies is None else list(latencies),
+            provenance=dict(provenance or {}),
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, row: int) -> dict:
+        row = range(len(self))[row]
+        image = dict(id=int(self.ids[row]), file=self.files[row])
+        image.update(difficulty=float(self.difficulty[row]))
+        for name in _OPTIONAL:
+            values = self.column(name)
+            if values is not None:
+                image[name] = values[row] if name == 'features' else values[row].tolist()
+        for name in _DETECTIONS:
+            if getattr(self, name) is not None:
+                image[name] = [own[row] for own in getattr(self, name)]
+        return image
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RoutingRecord):
+            return NotImplemented
+        own, its = _to_arrays(self), _to_arrays(other)
+        return own.keys() == its.keys() and all(
+            np.array_equal(own[name], its[name], equal_nan=own[name].dtype.kind == 'f')
+            for name in own
+        )
+
+    __hash__ = None
+
+    @property
+    def exits(self) -> int:
+        """K."""
+        return len(self.detections)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays; without the paths."""
+        arrays = [self.ids, self.difficulty, *(self.column(name) for name in _OPTIONAL)]
+        for own in (*self.detections, *(self.view or ())):
+            arrays += [own.boxes, own.scores, own.categories, own.offsets]
+        return sum(array.nbytes for array in arrays if array is not None)
+
+    def column(self, name: str) -> np.ndarray | None:
+        """What images have under a name, say ``losses`` or ``gflops``; None if they lack it."""
+        return getattr(self, _ATTRIBUTES.get(name, name))
+
+    def take(self, images: Sequence[int]) -> 'RoutingRecord':
+        """A record of some images, in that order."""
+        rows = np.asarray(images, np.int64)
+        columns = {
+            _ATTRIBUTES.get(name, name): values[rows]
+            for name in ('id', 'difficulty', *_OPTIONAL)
+            if (values := self.column(name)) is not None
+        }
+        for name in _DETECTIONS:
+            if getattr(self, name) is not None:
+                columns[name] = [own.take(rows) for own in getattr(self, name)]
+        return replace(self, files=[self.files[row] for row in rows], **columns)
+
+    def take_exits(self, exits: Sequence[int]) -> 'RoutingRecord':
+        """A record of some exits, in that order."""
+        exits = list(exits)
+        columns = {
+            _ATTRIBUTES.get(name, name): values[:, exits]
+            for name in _BY_EXIT
+            if (values := self.column(name)) is not None
+        }
+        for name in ('gflops', 'latencies', *_DETECTIONS):
+            if getattr(self, name) is not None:
+                columns[name] = [getattr(self, name)[exit] for exit in exits]
+        return replace(self, **columns)
+
+
+def write_record(record: RoutingRecord, path: str | Path) -> None:
     """Write a record, whole or not at all.
 
     Args:
-        record (Mapping): See the top of this file. Numbers come back as they are, floats as
-            doubles.
+        record (RoutingRecord): Numbers come back as they are.
         path (str or Path): Where to; folders are made, a file that is there is replaced.
 
     Raises:
-        UsageError: If the record is empty, if images differ in what they have, or if lengths do not
-            fit or a number is not finite.
+        UsageError: If the record is empty, if lengths do not fit or a number is not finite.
     """
-    # Here, because it registers with mmengine, which reading does not need.
-    from ..files import write_atomically
-
+    if not len(record):
+        raise UsageError('the record has no images: there is nothing to write')
     arrays = _to_arrays(record)
     _check(arrays, 'the record')
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    write_atomically(buffer.getvalue(), path)
+    write_atomically(lambda file: np.savez_compressed(file, **arrays), path)
 
 
-def read_record(path: str | Path) -> dict:
+def read_record(path: str | Path) -> RoutingRecord:
     """Read a record.
 
     Args:
@@ -112,46 +343,30 @@ def read_record(path: str | Path) -> dict:
     return _from_arrays(arrays, provenance)
 
 
-def require(record: Mapping, *names: str, what: str = 'the record') -> None:
-    """Raise a `UsageError` unless all images have, say, ``losses``, which old records may lack."""
+def require(record: RoutingRecord, *names: str, what: str = 'the record') -> None:
+    """Raise a `UsageError` unless images have, say, ``losses``, which old records may lack."""
     for name in names:
-        if not all(name in image for image in record['images']):
+        if record.column(name) is None:
             raise UsageError(
                 f'{what} lacks {name} of its images: make it anew with tools/record.py'
             )
 
 
-def _to_arrays(record: Mapping) -> dict[str, np.ndarray]:
-    images, exits = record['images'], len(record['gflops'])
-    if not images:
-        raise UsageError('the record has no images: there is nothing to write')
-    names = set(images[0])
-    if any(set(image) != names for image in images):
-        raise UsageError('images of the record differ in what they have: record all in one pass')
-    required = {*_REQUIRED, _DETECTIONS[0]}
-    odd = (required - names) | (names - required - {*_OPTIONAL, *_DETECTIONS})
-    if odd:
-        raise UsageError(
-            f'images of a record lack, or have beyond its format: {", ".join(sorted(odd))}'
-        )
+def _to_arrays(record: RoutingRecord) -> dict[str, np.ndarray]:
     arrays = dict(
         format=np.array(_FORMAT),
         version=np.array(_VERSION),
-        gflops=np.array(record['gflops'], np.float64),
-        latencies=np.array(record['latencies'], np.float64),
-        provenance=np.array(json.dumps(record['provenance'], default=str)),
+        gflops=np.array(record.gflops, np.float64),
+        latencies=np.array(record.latencies, np.float64),
+        provenance=np.array(json.dumps(record.provenance, default=str)),
     )
     for name, kind in {**_REQUIRED, **_OPTIONAL}.items():
-        if name in names:
-            arrays[f'image_{name}'] = _stack([image[name] for image in images], name, kind)
-    for name in names.intersection(_DETECTIONS):
-        if any(len(image[name]) != exits for image in images):
-            raise UsageError(
-                f'the record has costs of {exits} exits, but not {name} of so many for each image: '
-                'record every image through every exit'
-            )
-        for exit in range(exits):
-            arrays.update(_flatten([image[name][exit] for image in images], f'{name}{exit}'))
+        if record.column(name) is not None:
+            arrays[f'image_{name}'] = np.asarray(record.column(name), kind)
+    for name in _DETECTIONS:
+        for exit, own in enumerate(getattr(record, name) or ()):
+            for part, kind in _PARTS.items():
+                arrays[f'{name}{exit}_{part}'] = np.asarray(getattr(own, part), kind)
     return arrays
 
 
@@ -162,21 +377,6 @@ def _stack(values: Sequence, name: str, kind: type) -> np.ndarray:
         raise UsageError(
             f'{name} of the record are not numbers of one shape for all images'
         ) from error
-
-
-def _flatten(lists: Sequence[Sequence[Mapping]], prefix: str) -> dict[str, np.ndarray]:
-    """COCO results of one exit, per image -> one array per part."""
-    found = [detection for own in lists for detection in own]
-    return {
-        f'{prefix}_boxes': np.array([detection['bbox'] for detection in found], float).reshape(
-            -1, 4
-        ),
-        f'{prefix}_scores': np.array([detection['score'] for detection in found], float),
-        f'{prefix}_categories': np.array(
-            [detection['category_id'] for detection in found], np.int64
-        ),
-        f'{prefix}_images': np.repeat(np.arange(len(lists)), [len(own) for own in lists]),
-    }
 
 
 def _check(arrays: Mapping[str, np.ndarray], source: str) -> None:
@@ -228,31 +428,34 @@ def _shapes(
     return shapes
 
 
-def _from_arrays(arrays: Mapping[str, np.ndarray], provenance: dict) -> dict:
-    names = [name for name in (*_REQUIRED, *_OPTIONAL) if f'image_{name}' in arrays]
-    values = [arrays[f'image_{name}'] for name in names]
-    # Features stay arrays; all else becomes Python's own numbers.
-    columns = [own if name == 'features' else own.tolist() for name, own in zip(names, values)]
-    images = [dict(zip(names, values)) for values in zip(*columns)]
+def _from_arrays(arrays: Mapping[str, np.ndarray], provenance: dict) -> RoutingRecord:
+    columns = {
+        _ATTRIBUTES.get(name, name): arrays[f'image_{name}'].astype(kind, copy=False)
+        for name, kind in {**_REQUIRED, **_OPTIONAL}.items()
+        if f'image_{name}' in arrays and name != 'file'
+    }
     exits = len(arrays['gflops'])
     for name in _DETECTIONS:
         if f'{name}0_boxes' in arrays:
-            per_exit = [_unflatten(arrays, f'{name}{exit}', len(images)) for exit in range(exits)]
-            for image, *own in zip(images, *per_exit):
-                image[name] = own
-    return dict(
-        images=images,
+            columns[name] = [
+                _unpack(arrays, f'{name}{exit}', len(columns['ids'])) for exit in range(exits)
+            ]
+    return RoutingRecord(
+        **columns,
+        files=arrays['image_file'].tolist(),
         gflops=arrays['gflops'].tolist(),
         latencies=arrays['latencies'].tolist(),
         provenance=provenance,
     )
 
 
-def _unflatten(arrays: Mapping[str, np.ndarray], prefix: str, images: int) -> list[list[dict]]:
-    lists: list[list[dict]] = [[] for _ in range(images)]
-    columns = [
-        arrays[f'{prefix}_{part}'].tolist() for part in ('boxes', 'scores', 'categories', 'images')
-    ]
-    for box, score, category, image in zip(*columns):
-        lists[image].append(dict(bbox=box, score=score, category_id=category))
-    return lists
+def _unpack(arrays: Mapping[str, np.ndarray], prefix: str, images: int) -> Detections:
+    """Detections of one exit. Files of earlier releases hold doubles."""
+    boxes, scores, categories, image = (
+        arrays[f'{prefix}_{part}'].astype(kind, copy=False) for part, kind in _PARTS.items()
+    )
+    if (np.diff(image) < 0).any():
+        order = np.argsort(image, kind='stable')
+        boxes, scores, categories = boxes[order], scores[order], categories[order]
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(image, minlength=images))])
+    return Detections(boxes, scores, categories, offsets.astype(np.int64))

@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 
 from .curve import RESAMPLES, SHARES, Chance, bootstrap_weights, interval, split
 from .evaluation import Mixtures
-from .record import require
+from .record import RoutingRecord, require
 from .thresholds import hard_share
 
 #: Strata by number of objects: name -> fewest and most.
@@ -23,11 +23,11 @@ def by_size(mixtures: Mixtures) -> dict[str, list[float | None]]:
     return {size: [scores[size] for scores in found] for size in ('small', 'medium', 'large')}
 
 
-def by_objects(record: Mapping, mixtures: Mixtures) -> list[dict]:
+def by_objects(record: RoutingRecord, mixtures: Mixtures) -> list[dict]:
     """AP of each exit by the number of an image's objects.
 
     Args:
-        record (Mapping): With ``objects``; see `record`.
+        record (RoutingRecord): With ``objects``; see `record`.
         mixtures (Mixtures): Of the same record.
 
     Returns:
@@ -38,7 +38,7 @@ def by_objects(record: Mapping, mixtures: Mixtures) -> list[dict]:
         UsageError: If the record lacks numbers of objects.
     """
     require(record, 'objects')
-    objects = np.array([image['objects'] for image in record['images']])
+    objects = record.objects
     return [
         dict(objects=name, **_stratum(mixtures, (objects >= fewest) & (objects <= most)))
         for name, (fewest, most) in OBJECTS.items()
@@ -73,12 +73,12 @@ def by_difficulty(mixtures: Mixtures, scores: Sequence[float], parts: int = 10) 
 
 
 def benefits(
-    record: Mapping, mixtures: Mixtures, exits: tuple[int, int] = (0, -1)
+    record: RoutingRecord, mixtures: Mixtures, exits: tuple[int, int] = (0, -1)
 ) -> dict[str, np.ndarray]:
     """What each image gains from the second of two exits, (n,) each.
 
     Args:
-        record (Mapping): See `record`. Without losses, or objects, there is less to tell.
+        record (RoutingRecord): See `record`. Without losses, or objects, there is less to tell.
         mixtures (Mixtures): Of the same record.
         exits (tuple[int, int]): The exits. Defaults to the first and the last.
 
@@ -90,11 +90,10 @@ def benefits(
     easy, hard = exits
     per_image = mixtures.image_ap()
     found = dict(ap=per_image[hard] - per_image[easy])
-    if all('losses' in image for image in record['images']):
-        losses = np.array([image['losses'] for image in record['images']], float)
-        found['loss'] = losses[:, easy] - losses[:, hard]
-        if all('objects' in image for image in record['images']):
-            found['loss_objects'] = found['loss'] * [image['objects'] for image in record['images']]
+    if record.losses is not None:
+        found['loss'] = record.losses[:, easy] - record.losses[:, hard]
+        if record.objects is not None:
+            found['loss_objects'] = found['loss'] * record.objects
     return found
 
 

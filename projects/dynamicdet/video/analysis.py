@@ -20,6 +20,7 @@ from .evidence import Evidence
 from .fitting import fit_halting_gate, fit_parts, shows_objects
 from .gates import Gate
 from .oracle import oracle_rows
+from .record import detections_of
 from .simulation import Replays, Seconds, difficulties_of, evidences, exit_costs
 from .streams import GRID
 
@@ -56,7 +57,7 @@ def load_truth(record: Mapping, path: str | None = None) -> COCO:
         coco = read_truth(path, record['provenance'].get('categories') or None)
     except UsageError as error:
         raise UsageError(f'{error}; or name another by --ann-file') from None
-    check_truth(record, coco)
+    check_truth(detections_of(record), coco)
     return coco
 
 

@@ -21,6 +21,7 @@ from .building import learner
 from .gates import Gate
 from .learned_gates import HaltingGate, LearnedGate, goes_on, look
 from .presence import Presence
+from .record import detections_of
 from .simulation import evidences, exit_costs, streams
 
 #: Weight decays and numbers of updates that cross-validation chooses among.
@@ -107,7 +108,7 @@ def fit_halting_gate(
             160.
         progress (Callable, optional): Called with (fits done, fits in all) after each.
     """
-    values = Mixtures(_plain(record), coco).image_ap()
+    values = Mixtures(detections_of(record), coco).image_ap()
     if by_objects:
         values = values * [object_count(coco, image['id']) for image in record['images']]
     costs = exit_costs(record, kind, gate.looks_at_detections)[1:]
@@ -132,7 +133,7 @@ def fit_gumbel_gate(
 ) -> GateFit:
     """Fit a `GumbelGate` to a record alone, the detector as it is: an exit's loss on a frame is ``1
     - AP``, AP in [0, 1]. Arguments as of `fit_halting_gate`."""
-    values = Mixtures(_plain(record), coco).image_ap()
+    values = Mixtures(detections_of(record), coco).image_ap()
     losses = torch.from_numpy(1 - values / 100).float()
     costs = torch.from_numpy(exit_costs(record, kind, gate.looks_at_detections)[1:])
 
@@ -350,16 +351,6 @@ def fit_gate(
         float(curves[:, 0].mean()),
         int(steps[last]),
         float(weight_decays[best]),
-    )
-
-
-def _plain(record: Mapping) -> dict:
-    """A record whose difficulties nobody looks at."""
-    return dict(
-        images=[
-            dict(id=image['id'], file=image['file'], difficulty=0.0, detections=image['detections'])
-            for image in record['images']
-        ]
     )
 
 

@@ -1,7 +1,8 @@
 """A record of a video run on disk: every frame through every exit, in frame order, in one file.
 
-In memory it is a record as in `routing.record` with E exits (``gflops`` and ``latencies`` are those
-of a frame that leaves at each exit when no other head is run), and:
+In memory it is a dictionary of ``images``, as a `routing.record.RoutingRecord` of E exits gives
+them one by one, ``gflops`` and ``latencies`` (of a frame that leaves at each exit when no other head
+is run) and ``provenance``, and:
 
 * each image also has ``video`` and ``frame`` (ints: its stream, and its place there), ``pooled`` (E
   - 1 arrays (C_l,), float32: what `Evidence.pooled` grows to), ``early``: the summary of its early
@@ -22,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UsageError
-from ..routing import record as routing_record
+from ..routing.record import RoutingRecord, read_record, write_record
 
 #: Where a video record's own part is in the provenance; and its version.
 _OWN, _VERSION = 'video_run', 1
@@ -57,7 +58,8 @@ def write_video_record(record: Mapping, path: str | Path) -> None:
     _check(own, len(images), len(record['gflops']), 'the record')
     plain = [_to_plain(image, own['widths']) for image in images]
     provenance = {**record['provenance'], _OWN: own}
-    routing_record.write_record(dict(record, images=plain, provenance=provenance), path)
+    packed = RoutingRecord.from_images(plain, record['gflops'], record['latencies'], provenance)
+    write_record(packed, path)
 
 
 def read_video_record(path: str | Path) -> dict:
@@ -69,9 +71,9 @@ def read_video_record(path: str | Path) -> dict:
     """
     if not Path(path).is_file():
         raise UsageError(f"there is no record '{path}': make it with tools/record_video.py")
-    record = routing_record.read_record(path)
-    own = record['provenance'].pop(_OWN, None)
-    if not isinstance(own, dict) or 'features' not in record['images'][0]:
+    packed = read_record(path)
+    own = packed.provenance.pop(_OWN, None)
+    if not isinstance(own, dict) or packed.features is None:
         raise UsageError(
             f"'{path}' is a record of images, not of a video run: make one with "
             'tools/record_video.py'
@@ -82,16 +84,33 @@ def read_video_record(path: str | Path) -> dict:
             'version '
             f'{_VERSION}: record anew'
         )
-    _check(own, len(record['images']), len(record['gflops']), f"'{path}'")
-    if sum(own['widths']) >= len(record['images'][0]['features']):
+    _check(own, len(packed), packed.exits, f"'{path}'")
+    if sum(own['widths']) >= packed.features.shape[1]:
         raise UsageError(f"'{path}' has fewer features than its heads need: record anew")
     ends = np.cumsum(own['widths']).tolist()
-    for image, video, frame in zip(record['images'], own['videos'], own['frames']):
+    images = list(packed)
+    for image, video, frame in zip(images, own['videos'], own['frames']):
         *pooled, early = np.split(image.pop('features'), ends)
         image.update(
             video=video, frame=frame, pooled=pooled, early=early, change=image.pop('difficulty')
         )
-    return dict(record, costs=own['costs'])
+    return dict(
+        images=images,
+        gflops=packed.gflops,
+        latencies=packed.latencies,
+        costs=own['costs'],
+        provenance=packed.provenance,
+    )
+
+
+def detections_of(record: Mapping) -> RoutingRecord:
+    """The detections of a video run alone, for AP. Nobody looks at the difficulties."""
+    return RoutingRecord.from_images(
+        [
+            dict(id=image['id'], file=image['file'], difficulty=0.0, detections=image['detections'])
+            for image in record['images']
+        ]
+    )
 
 
 def _to_plain(image: Mapping, widths: list[int]) -> dict:

@@ -21,6 +21,7 @@ from pycocotools.coco import COCO
 
 from ..errors import UsageError
 from ..routing.evaluation import Mixtures
+from ..routing.record import RoutingRecord
 from .evidence import Evidence
 from .gates import Gate
 from .streams import early_change
@@ -271,7 +272,7 @@ class Replays:
                 )
                 for image, at in zip(images, source)
             ]
-            self._known[key] = Mixtures(dict(images=shown), self._coco)
+            self._known[key] = Mixtures(RoutingRecord.from_images(shown), self._coco)
         return self._known[key]
 
     def ap(self, run: Run, weights: Sequence[int] | None = None) -> float:
