@@ -126,8 +126,9 @@ def small_config(digits, tmp_path):
     return load
 
 
-def run_tool(name: str, *arguments: object, timeout: float = 300, cwd: Path = ROOT, **environment):
-    """Run a tool in a process of its own.
+def run_tool(name: str, *arguments: object, timeout: float = 900, cwd: Path = ROOT, **environment):
+    """Run a tool in a process of its own. The limit is for one that hangs: a busy machine takes
+    minutes.
 
     Returns:
         subprocess.CompletedProcess: With ``returncode``, ``stdout`` and ``stderr``.
