@@ -81,7 +81,8 @@ def open_loggers():
     for logger in MMLogger._instance_dict.values():
         for handler in logger.handlers:
             if type(handler) is logging.StreamHandler and handler.stream.closed:
-                handler.setStream(sys.stdout)
+                # setStream() would flush the closed one.
+                handler.stream = sys.stdout
 
 
 @pytest.fixture(scope='session')
