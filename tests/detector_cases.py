@@ -44,7 +44,8 @@ def open_loggers():
     for logger in MMLogger._instance_dict.values():
         for handler in logger.handlers:
             if type(handler) is logging.StreamHandler and handler.stream.closed:
-                handler.setStream(sys.stdout)
+                # setStream() would flush the closed one.
+                handler.stream = sys.stdout
 
 
 @pytest.fixture(scope='session')
@@ -93,8 +94,8 @@ def small_config(digits, tmp_path):
 _tools: ToolServer | None = None
 
 
-def run_tool(name: str, *arguments: object, timeout: float = 300, cwd: Path = ROOT, **environment):
-    """Run a tool in a process of its own.
+def run_tool(name: str, *arguments: object, timeout: float = 900, cwd: Path = ROOT, **environment):
+    """Run a tool in a process of its own. The limit is for one that hangs.
 
     Returns:
         subprocess.CompletedProcess: With ``returncode``, ``stdout`` and ``stderr``.

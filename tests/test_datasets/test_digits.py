@@ -246,7 +246,7 @@ def test_two_processes_at_once(tmp_path):
         'print(len(calls))'
     )
     processes = [start(code, tmp_path / 'd') for _ in range(2)]
-    made = sorted(int(p.communicate(timeout=25)[0]) for p in processes)
+    made = sorted(int(p.communicate(timeout=600)[0]) for p in processes)
     assert [p.returncode for p in processes] == [0, 0]
     assert made == [0, 6]  # the second waited for the first
     other = digits.make_digits(tmp_path / 'other', FEW)

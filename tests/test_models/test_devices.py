@@ -295,7 +295,7 @@ class Ranks:
 
     def __init__(self):
         self.barrier, self.given, self.local = (
-            threading.Barrier(2, timeout=20),
+            threading.Barrier(2, timeout=300),
             [None, None],
             threading.local(),
         )

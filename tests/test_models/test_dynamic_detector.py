@@ -174,11 +174,12 @@ def test_mixed_batches_keep_order(name):
         model.set_budget(threshold=threshold)
         forced.append(model.predict(*fresh(model, batch)))
     scores = [sample.difficulty for sample in forced[0]]
-    middle = sorted(scores)[2]
+    # Between two difficulties: none of them hangs on its last bit.
+    middle = sum(sorted(scores)[2:4]) / 2
     model.set_budget(threshold=middle)
     results = model.predict(*fresh(model, batch))
     assert [sample.img_id for sample in results] == list(range(5))
-    assert {sample.exit for sample in results} == {0, 1}
+    assert sorted(sample.exit for sample in results) == [0, 0, 0, 1, 1]
     for index, sample in enumerate(results):
         assert sample.exit == int(scores[index] > middle)
         assert same_detections(sample.pred_instances, forced[sample.exit][index].pred_instances)
@@ -246,8 +247,8 @@ def test_reuse_stages_0_gives_the_second_backbone_a_stem():
     model.set_budget(threshold=-1)
     assert hasattr(model.backbone.second.conv1, 'weight')
     batch = tiny_batch((1, 2))
-    threshold = sorted(s.difficulty for s in model.predict(*fresh(model, batch)))[0]
-    model.set_budget(threshold=threshold)
+    scores = [sample.difficulty for sample in model.predict(*fresh(model, batch))]
+    model.set_budget(threshold=sum(scores) / 2)
     assert {s.exit for s in model.predict(*fresh(model, batch))} == {0, 1}
 
 

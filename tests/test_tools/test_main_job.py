@@ -403,7 +403,7 @@ def test_mmdets_own_test(job, digits):
         env={**os.environ, 'PYTHONPATH': ''},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert 'coco/bbox_mAP' in succeed(done)
     found = results(job.folder / 'mmdet.pkl')
