@@ -144,7 +144,7 @@ def test_a_failure_leaves_the_budget_too(model, loader, measure, monkeypatch):
     def fail(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(model, 'test_step', fail)
+    monkeypatch.setattr(model, 'branch', fail)
     model.set_budget(threshold=0.25)
     with pytest.raises(KeyboardInterrupt):
         measure(model, loader)

@@ -9,13 +9,14 @@ import pytest
 from video_cases import detection, make_video_record
 
 from dynamicdet.errors import UsageError
-from dynamicdet.routing.record import read_record, write_record
+from dynamicdet.routing.record import RoutingRecord, read_record, write_record
 from dynamicdet.video.record import read_video_record, write_video_record
 
 
 @pytest.fixture
 def record():
-    one, two = [[detection()], [], [detection(score=0.5)] * 2], [[], [], []]
+    # Scores that float32 holds.
+    one, two = [[detection(score=0.875)], [], [detection(score=0.5)] * 2], [[], [], []]
     return make_video_record([[(1.0, one), (2.0, two)], [(0.5, two)]])
 
 
@@ -55,9 +56,9 @@ def test_losses_of_exits_come_along(record, tmp_path):
 def test_is_a_record_for_tools_of_routing(record, tmp_path):
     write_video_record(record, tmp_path / 'videos.npz')
     plain = read_record(tmp_path / 'videos.npz')
-    assert [image['difficulty'] for image in plain['images']] == [1.0, pytest.approx(1 / 3), 1.0]
-    assert plain['images'][0]['detections'] == record['images'][0]['detections']
-    assert plain['gflops'] == record['gflops']
+    assert [image['difficulty'] for image in plain] == [1.0, pytest.approx(1 / 3), 1.0]
+    assert plain[0]['detections'] == record['images'][0]['detections']
+    assert plain.gflops == record['gflops']
 
 
 def test_a_record_of_images_is_refused(record, tmp_path):
@@ -65,7 +66,8 @@ def test_a_record_of_images_is_refused(record, tmp_path):
         dict(id=image['id'], file='a', difficulty=0.5, detections=image['detections'])
         for image in record['images']
     ]
-    write_record(dict(record, images=images), tmp_path / 'images.npz')
+    own = RoutingRecord.from_images(images, record['gflops'], record['latencies'])
+    write_record(own, tmp_path / 'images.npz')
     with pytest.raises(UsageError, match='not of a video run'):
         read_video_record(tmp_path / 'images.npz')
 

@@ -6,7 +6,7 @@ All that a router is judged by, or trained on, follows from it; see `routing.rec
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ from ..building import build_loader
 from ..datasets.opening import require_one_coco
 from ..errors import UsageError
 from ..models import DynamicDetector
+from ..models.kept_outputs import kept_outputs
 from ..models.online import kept_speed
 from ..progress import Progress
 from ..routing.record import RoutingRecord
@@ -116,18 +117,7 @@ def record_data_set(
     Returns:
         RoutingRecord: With all that it can hold of what was asked for.
     """
-    annotated = _is_annotated(loader.dataset)
-    if not annotated:
-        warnings.warn(
-            'the record will have no losses and no objects: the pipeline must load annotations '
-            'before it resizes (LoadAnnotations right after LoadImageFromFile)'
-        )
-    images = []
-    with torch.no_grad(), kept_speed(model):
-        # A budget that waits for a calibration is not asked for here.
-        force_exit(model, 0)
-        for batch in progress(loader, 'every exit'):
-            images.extend(_record_batch(model, batch, loader.dataset.cat_ids, annotated, view))
+    images = record_images(model, loader.dataset, loader, progress, view)
     branch_gflops, branch_latency = _add_costs(images, model, loader.dataset, progress)
     gflops, latencies = (
         np.mean([image[name] for image in images], axis=0).tolist()
@@ -147,6 +137,36 @@ def record_data_set(
     return RoutingRecord.from_images(images, gflops, latencies, known)
 
 
+@torch.no_grad()
+def record_images(
+    model: DynamicDetector, dataset, batches: Iterable[dict], progress: Progress, view: str
+) -> list[dict]:
+    """The part of a record that every image takes part in, each backbone run once per view.
+
+    Args:
+        model (DynamicDetector): See `record_data_set`, also for ``progress`` and ``view``.
+        dataset: The batches' data set.
+        batches (Iterable[dict]): All its images.
+
+    Returns:
+        list[dict]: As `RoutingRecord.from_images` takes them, with their ``shape`` besides: height
+            and width as delivered.
+    """
+    annotated = _is_annotated(dataset)
+    if not annotated:
+        warnings.warn(
+            'the record will have no losses and no objects: the pipeline must load annotations '
+            'before it resizes (LoadAnnotations right after LoadImageFromFile)'
+        )
+    images = []
+    with kept_speed(model):
+        # A budget that waits for a calibration is not asked for here.
+        force_exit(model, 0)
+        for batch in progress(batches, 'every exit'):
+            images.extend(_record_batch(model, batch, dataset.cat_ids, annotated, view))
+    return images
+
+
 def _record_batch(
     model: DynamicDetector, batch: dict, category_ids: list[int], annotated: bool, view: str
 ) -> list[dict]:
@@ -155,7 +175,12 @@ def _record_batch(
     data = model.data_preprocessor(batch, False)
     inputs, samples = data['inputs'], data['data_samples']
     with _watched_features(model) as features:
-        detections = _every_exit(model, inputs, samples, category_ids)
+        every = list(passages(model, inputs, samples))
+    detections, outputs = [], []
+    for passage in every:
+        with kept_outputs(model.branch(passage.exit)) as kept:
+            detections.append(detected(model.finish(passage), category_ids))
+        outputs.append(kept)
     seen_by_router = features[0].cpu().numpy()
     entries = [
         dict(
@@ -170,7 +195,10 @@ def _record_batch(
         for row, sample in enumerate(samples)
     ]
     if view != 'none':
-        seen = _every_exit(model, VIEWS[view].make(inputs, samples), samples, category_ids)
+        seen = [
+            detected(model.finish(passage), category_ids)
+            for passage in passages(model, VIEWS[view].make(inputs, samples), samples)
+        ]
         for row, (entry, sample) in enumerate(zip(entries, samples)):
             entry['view'] = [
                 (VIEWS[view].back(per_image[row][0], sample), *per_image[row][1:])
@@ -179,7 +207,7 @@ def _record_batch(
     if annotated:
         # Last: some heads write into the annotations that they are given.
         objects = [len(sample.gt_instances) for sample in samples]
-        losses, _ = model.exit_losses(inputs, samples)
+        losses = model.passage_losses(every, outputs)
         for entry, count, own in zip(entries, objects, losses.T.tolist()):
             entry.update(losses=own, objects=count)
     return entries
@@ -211,16 +239,6 @@ def _add_costs(
         for row in own:
             images[row].update(gflops=list(gflops), latencies=list(latencies))
     return tuple((branch / len(images)).tolist())
-
-
-def _every_exit(
-    model: DynamicDetector, inputs: Tensor, samples: SampleList, category_ids: list[int]
-) -> list[list[tuple]]:
-    """Detections by exit and image."""
-    return [
-        detected(model.finish(passage), category_ids)
-        for passage in passages(model, inputs, samples)
-    ]
 
 
 @contextlib.contextmanager

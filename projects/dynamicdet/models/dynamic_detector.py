@@ -34,6 +34,7 @@ from ..routing.thresholds import Thresholds, require_exits
 from ..transfers import to_host
 from .branch import build_branch
 from .composite import build_composite
+from .kept_outputs import Outputs
 from .paired_losses import View, paired_losses
 from .passage import Passage
 from .resolution import Ratio, reduce_images, reduce_samples, scale_boxes
@@ -300,12 +301,31 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             tuple[Tensor, Tensor]: Losses, (K, N), and what the router sees, (N, d); float32.
         """
         every = self._all_exits(batch_inputs, batch_data_samples)
+        features = self.router.pool(every[0][0], _valid(batch_inputs, batch_data_samples))
+        return self._image_losses(every), features
+
+    @torch.no_grad()
+    def passage_losses(
+        self, passages: Sequence[Passage], outputs: Sequence[Outputs] | None = None
+    ) -> Tensor:
+        """`exit_losses` of a batch that stands before each exit, (K, N): no backbone runs again.
+
+        Args:
+            passages (Sequence[Passage]): Of the same images, one for each exit.
+            outputs (Sequence[Outputs], optional): What the branches gave when these passages were
+                finished, see `kept_outputs`: not computed again either.
+        """
+        every = [(one.maps, reduce_samples(one.samples, one.ratio), one.ratio) for one in passages]
+        return self._image_losses(every, outputs)
+
+    def _image_losses(self, every: list[tuple], outputs: Sequence[Outputs] | None = None) -> Tensor:
+        """(K, N), float32; ``every`` as `_all_exits` gives it."""
+        outputs = outputs or [{}] * len(every)
         losses = [
-            [self.parse_losses(own)[0] for own in paired_losses(self._views(every, index))]
-            for index in range(len(batch_data_samples))
+            [self.parse_losses(own)[0] for own in paired_losses(self._views(every, index, outputs))]
+            for index in range(len(every[0][1]))
         ]
-        losses = torch.stack([torch.stack(pair) for pair in losses], dim=1).float()
-        return losses, self.router.pool(every[0][0], _valid(batch_inputs, batch_data_samples))
+        return torch.stack([torch.stack(pair) for pair in losses], dim=1).float()
 
     @torch.no_grad()
     def exit_gains(
@@ -338,7 +358,7 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         features = self.router.pool(every[0][0], _valid(batch_inputs, batch_data_samples))
         return features.new_tensor(image_aps(found, truths)), features
 
-    def _views(self, every: list[tuple], index: int) -> list[View]:
+    def _views(self, every: list[tuple], index: int, outputs: Sequence[Outputs]) -> list[View]:
         """All exits' views of one image of a batch."""
         return [
             View(
@@ -346,6 +366,8 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
                 tuple(m[index : index + 1] for m in self.backbone.select(maps)),
                 samples[index],
                 ratio,
+                outputs[exit],
+                index,
             )
             for exit, (maps, samples, ratio) in enumerate(every)
         ]

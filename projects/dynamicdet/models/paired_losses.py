@@ -12,6 +12,7 @@ from torch import Tensor
 from mmdet.models.detectors import BaseDetector, TwoStageDetector
 from mmdet.structures import DetDataSample
 
+from .kept_outputs import Outputs, given_again
 from .resolution import Ratio, scale_boxes
 
 #: Seeds what losses draw (samples of proposals, DINO's noise), the same for every image and both
@@ -21,12 +22,21 @@ _SEED = 0
 
 class View(NamedTuple):
     """What one exit sees of one image: its branch, maps of (1, C_i, H_i, W_i), the data sample in
-    the exit's frame, and how large that frame is against the delivered one."""
+    the exit's frame, and how large that frame is against the delivered one. What neck and dense
+    head gave for the batch that it is an image of need not be computed again, see
+    `kept_outputs`."""
 
     branch: BaseDetector
     maps: tuple[Tensor, ...]
     sample: DetDataSample
     ratio: Ratio
+    outputs: Outputs = {}
+    image: int = 0
+
+    def loss(self) -> dict[str, Tensor]:
+        """The branch's own, under the seed of all views."""
+        with given_again(self.outputs, self.image):
+            return _seeded(self.branch.loss, self.maps, [self.sample])
 
 
 def paired_losses(views: list[View]) -> list[dict[str, Tensor]]:
@@ -46,7 +56,7 @@ def paired_losses(views: list[View]) -> list[dict[str, Tensor]]:
             isinstance(view.branch, TwoStageDetector) and view.branch.with_rpn for view in views
         ):
             return _on_the_same_proposals(views)
-        return [_seeded(view.branch.loss, view.maps, [view.sample]) for view in views]
+        return [view.loss() for view in views]
 
 
 @contextlib.contextmanager
@@ -85,7 +95,7 @@ def _on_the_same_proposals(views: list[View]) -> list[dict[str, Tensor]]:
     pending = []
     for view in views:
         with _captured(view.branch.roi_head) as calls:
-            losses = _seeded(view.branch.loss, view.maps, [view.sample])
+            losses = view.loss()
         pending.append((losses, *calls))
     proposals = [call[1][0] for _, call in pending]
     for view, (losses, (features, _, samples)) in zip(views, pending):
