@@ -7,6 +7,7 @@ import shutil
 import pytest
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
+from test_layout import ROOMS
 
 from conftest import ROOT
 from dynamicdet.datasets.digits import SIZES
@@ -71,6 +72,11 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize('page', USER_PAGES, ids=name_of)
 def test_pages_for_users_are_short(page):
     assert len(words_of(page.read_text())) <= MOST_WORDS
+
+
+def test_architecture_has_the_rooms_of_the_package():
+    rows = re.findall(r'^\| (`.*?) \|', (ROOT / 'docs' / 'architecture.md').read_text(), re.M)
+    assert [set(re.findall(r'`(\w+)/?`', row)) for row in rows] == [set(rooms) for rooms in ROOMS]
 
 
 def test_readme_fits_on_three_screens():
