@@ -10,7 +10,7 @@ PACKAGE = ROOT / 'projects' / 'dynamicdet'
 ROOMS = [
     line.split()
     for line in """
-    errors version
+    errors experimental version
     configs files timing transfers precision stand_ins progress
     annotations
     routing
