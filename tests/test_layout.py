@@ -12,7 +12,7 @@ PACKAGE = ROOT / 'projects' / 'dynamicdet'
 ROOMS = [
     line.split()
     for line in """
-    errors version
+    errors experimental version
     private_torch private_mmengine
     configs files transfers precision stand_ins progress
     timing

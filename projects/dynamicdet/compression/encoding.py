@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .. import errors
 from ..errors import UsageError
+from ..experimental import warn_if_experimental
 from .sharing import share
 
 #: zstd's level for floats and integers of 8 bits, whose bytes do not repeat in sequences: higher
@@ -74,6 +75,8 @@ class Lossy:
     binary: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
+        if self.binary is not None:
+            warn_if_experimental('encoding', 'binary')
         if self.codebook is not None and not 2 <= self.codebook <= 8:
             raise UsageError(f'a codebook has indices of 2 to 8 bits, not of {self.codebook}')
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..experimental import warn_if_experimental
 from .encoding import Entry, frame, unframe
 
 #: Bits of the table for each symbol up to the largest: the length of its code word, from which a
@@ -116,6 +117,7 @@ def compare(entries: Sequence[Entry]) -> list[StreamSize]:
 
 def table(sizes: Sequence[StreamSize]) -> list[str]:
     """Lines of a table."""
+    warn_if_experimental('encoding', 'Huffman')
     width = max((len(size.name) for size in sizes), default=0)
     lines = [f'{"stream":{width}}        bytes         zstd      Huffman   entropy (order 0)']
     for size in sizes:

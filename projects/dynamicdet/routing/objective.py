@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UsageError
+from ..experimental import warn_if_experimental
 
 #: A gain of more than the 99% quantile counts as that, and one of less than the 1% quantile as
 #: that, where gains are regressed: a squared error would otherwise be about a few images.
@@ -136,6 +137,7 @@ def build_objective(config: str | Mapping | Objective) -> Objective:
     given = dict(type=config) if isinstance(config, str) else dict(config)
     name = given.pop('type', None)
     _one_of('objective', name, OBJECTIVES)
+    warn_if_experimental('objective', name)
     known = [field.name for field in dataclasses.fields(Objective)]
     unknown = [key for key in given if key not in known]
     if unknown:

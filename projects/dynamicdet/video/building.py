@@ -9,6 +9,7 @@ from torch import nn
 from mmdet.registry import MODELS
 
 from ..errors import UsageError
+from ..experimental import warn_if_experimental
 from ..models.yolo import AnchorHead, Layer
 from .gates import Gate
 from .learned_gates import LearnedGate
@@ -82,6 +83,7 @@ def build_propagation(propagation: dict | None, heads: Sequence[nn.Module]) -> M
     """One for each head, or None."""
     if not propagation:
         return None
+    warn_if_experimental('propagation', propagation.get('type', 'Propagation'))
     return ModuleList(
         MODELS.build({'type': 'Propagation', 'channels': head.channels, **propagation})
         for head in heads
@@ -102,6 +104,7 @@ def build_gate(gate: dict | None, channels: Sequence[int], early_channels: int) 
     gate = copy.deepcopy(gate)
     for own in (gate, gate.get('gate')):
         kind = own.get('type') if own else None
+        warn_if_experimental('gate', getattr(kind, '__name__', kind))
         kind = MODELS.get(kind) if isinstance(kind, str) else kind
         if isinstance(kind, type) and issubclass(kind, LearnedGate):
             own.setdefault('in_channels', list(channels))
