@@ -12,11 +12,11 @@ from dynamicdet.errors import UsageError
 from dynamicdet.measuring.fit_router import require_own
 from dynamicdet.video.analysis import (
     RULES,
-    analyze,
+    analyze_gates,
     fitted_gates,
-    format_analysis,
+    format_gate_analysis,
     load_truth,
-    write_analysis,
+    write_gate_analysis,
 )
 from dynamicdet.video.record import read_video_record
 from dynamicdet.video.recording import gate_of_checkpoint
@@ -80,9 +80,9 @@ def main() -> None:
         gates.update(
             fitted_gates(*load(args.fit_record, args.fit_ann_file, exits, own), seed=args.seed)
         )
-    analysis = analyze(record, coco, gates, val, args.by, say=say)
-    picture = write_analysis(analysis, out_dir)
-    print(format_analysis(analysis))
+    analysis = analyze_gates(record, coco, gates, val, args.by, say=say)
+    picture = write_gate_analysis(analysis, out_dir)
+    print(format_gate_analysis(analysis))
     print(f'\nThe same as a picture: {picture}')
 
 

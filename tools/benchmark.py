@@ -24,10 +24,10 @@ from dynamicdet.measuring.benchmark import (
     DTYPES,
     FORMATS,
     WANTED,
-    Setting,
+    MachineSetting,
     build_pair,
     make_batch,
-    measure,
+    measure_benchmark,
 )
 from dynamicdet.measuring.calibration import provenance
 
@@ -144,7 +144,9 @@ def main() -> None:
     cfg = cli.load_config(args)
     threads = args.threads or [torch.get_num_threads()]
     torch.set_num_threads(threads[0])
-    ways = [Setting(*way) for way in itertools.product(threads, args.dtype, args.memory_format)]
+    ways = [
+        MachineSetting(*way) for way in itertools.product(threads, args.dtype, args.memory_format)
+    ]
     # Before the work starts: what others do to the figures.
     load = os.getloadavg()[0]
     model, _ = build_pair(cfg, args.checkpoint, args.device, args.seed)
@@ -167,7 +169,9 @@ def main() -> None:
         batches=args.batches,
         batch_size=BATCH_SIZE,
     )
-    runs = measure(model, cfg.model, batches, args.rounds, args.batch_rounds, cli.progress, ways)
+    runs = measure_benchmark(
+        model, cfg.model, batches, args.rounds, args.batch_rounds, cli.progress, ways
+    )
     print(
         f'{args.config}, {weights}, {args.size[0]} x {args.size[1]} pixels\n'
         f'{machine["device"]}; torch {machine["torch"]}; load before: {load:.2f}'

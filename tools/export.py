@@ -20,7 +20,7 @@ from dynamicdet import cli
 from dynamicdet.building import build_loader, load_detector
 from dynamicdet.deploy.deployment import deploy
 from dynamicdet.deploy.folder import require_new
-from dynamicdet.deploy.graphs import exportable_stages, need
+from dynamicdet.deploy.graphs import exportable_stages, need_for_deployment
 from dynamicdet.deploy.latencies import said
 from dynamicdet.errors import UsageError
 
@@ -88,7 +88,7 @@ def parse_args() -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     for name in ('onnx', 'onnxruntime', *('zstandard',) * args.compress):
-        need(name)
+        need_for_deployment(name)
     require_new(args.out)
     if not args.dry_run:
         cli.make_folder(str(Path(args.out).absolute().parent))

@@ -12,9 +12,9 @@ from dynamicdet.building import build_model, require_dynamic, whole_model
 from dynamicdet.checkpoints import write_checkpoint
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.fit_router import (
-    describe,
     fit_to_records,
     ground_truths,
+    objective_settings,
     put_router,
     require_own,
     wanted_objective,
@@ -69,7 +69,7 @@ def main() -> None:
     facts = dict(
         records=args.records,
         features_from=args.features_from or [],
-        objective=describe(objective),
+        objective=objective_settings(objective),
         rows=sum(len(record['images']) for record in records),
         images=images,
         seed=args.seed,

@@ -17,7 +17,7 @@ from dynamicdet.measuring.flops import (
     measure_costs,
     stated_shape,
 )
-from dynamicdet.measuring.model_zoo import SHARES, count_row, make_page, read_models
+from dynamicdet.measuring.model_zoo import SHARES, count_row, make_model_zoo_page, read_models
 from dynamicdet.models import can_fuse, fuse
 from dynamicdet.video import EarlyExitDetector
 from dynamicdet.video.costs import as_table, layer_costs, layer_seconds
@@ -89,7 +89,7 @@ def write_zoo() -> None:
     entries = read_models(ROOT).values()
     page = ROOT / 'docs' / 'model_zoo.md'
     rows = [count_row(ROOT, entry) for entry in cli.progress(entries, 'detectors')]
-    write_atomically(make_page(rows).encode(), page)
+    write_atomically(make_model_zoo_page(rows).encode(), page)
     print(f'{len(rows)} detectors: {page}')
 
 

@@ -15,7 +15,7 @@ import mmengine
 
 from dynamicdet import cli
 from dynamicdet.apis import DynamicInferencer
-from dynamicdet.apis.pictures import pictures_in
+from dynamicdet.apis.image_inputs import pictures_in
 from dynamicdet.datasets.picture_formats import has_picture_suffix, picture_suffixes
 from dynamicdet.errors import UsageError
 

@@ -13,7 +13,7 @@ from mmengine.device import get_device
 
 from dynamicdet import cli
 from dynamicdet.building import build_loader, load_dynamic_detector, require_dynamic
-from dynamicdet.datasets.opening import require_one_coco
+from dynamicdet.datasets.config_datasets import require_one_coco
 from dynamicdet.measuring.calibration import (
     measure_gflops,
     measure_latencies,

@@ -19,9 +19,9 @@ from mmdet.utils import register_all_modules
 
 from .building import require_model
 from .checkpoints import read_checkpoint, weights_only
+from .datasets.annotation_repair import mend_annotations
 from .datasets.check import check_dataloaders, is_of_empty_set
-from .datasets.mending import mend_annotations
-from .datasets.opening import SEVERAL_FILES
+from .datasets.config_datasets import SEVERAL_FILES
 from .errors import UsageError, reason_of
 from .private_mmengine import parse_scalar
 from .progress import counter, progress, silence  # noqa: F401  (tools have them from here)
@@ -199,7 +199,7 @@ def load_config(args: argparse.Namespace) -> Config:
         ) from error
     override(cfg, args.cfg_options, args.config)
     require_model(cfg, args.config)
-    hold_out(cfg)
+    apply_router_holdout(cfg)
     cfg.launcher = getattr(args, 'launcher', 'none')
     if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
         _join_on_cpu(cfg)
@@ -249,7 +249,7 @@ def _move_data(cfg: Config, root: Any, new: Any) -> None:
         cfg[key] = moved(value)
 
 
-def hold_out(cfg: Config) -> None:
+def apply_router_holdout(cfg: Config) -> None:
     """Let ``router_holdout``, a share of the training images in (0, 1), count: step 1 does not see
     them, and step 2 (``model.train_router``) sees no others. As if each training set were wrapped
     in `HoldOut`."""

@@ -13,7 +13,7 @@ from mmengine.runner import CheckpointLoader
 from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.compression.checkpoint import compress, read_compressed, write_compressed
 from dynamicdet.compression.encoding import Lossy
-from dynamicdet.compression.pruning import Block, prune
+from dynamicdet.compression.pruning import Block, prune_weights
 from dynamicdet.errors import UsageError
 from dynamicdet.models.weights import require_complete
 from dynamicdet.testing import randomize, tiny_dynamic
@@ -135,7 +135,7 @@ def test_ranges_of_a_quantization_aware_training_come_back(tmp_path):
 
 def test_a_pruned_dynamic_detector(tmp_path):
     model = randomize(MODELS.build(tiny_dynamic('faster_rcnn')))
-    prune(model, [Block('all', ['*'], 0.7)])
+    prune_weights(model, [Block('all', ['*'], 0.7)])
     state = model.state_dict()
     write(state, tmp_path / 'a.ddz')
     loaded = CheckpointLoader.load_checkpoint(str(tmp_path / 'a.ddz'), map_location='cpu')[

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dynamicdet.datasets.check import check_dataloaders
-from dynamicdet.datasets.opening import require_one_coco
+from dynamicdet.datasets.config_datasets import require_one_coco
 from dynamicdet.errors import UsageError
 from mmdet.registry import DATASETS
 

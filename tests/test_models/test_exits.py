@@ -6,7 +6,7 @@ from mmengine.runner.checkpoint import load_state_dict
 
 from conftest import same_detections
 from dynamicdet.errors import UsageError
-from dynamicdet.models.paired_losses import View
+from dynamicdet.models.paired_losses import ExitView
 from dynamicdet.models.specialization import specialized_losses
 from dynamicdet.testing import randomize, tiny_batch, tiny_detector, tiny_dynamic
 from mmdet.registry import MODELS
@@ -130,7 +130,7 @@ class TestSpecialization:
     def views(self, model, objects):
         data = batch(model, objects)
         return [
-            View(model.branch(exit), model.backbone.select(maps), samples, ratio)
+            ExitView(model.branch(exit), model.backbone.select(maps), samples, ratio)
             for exit, (maps, samples, ratio) in enumerate(
                 model._all_exits(data['inputs'], data['data_samples'])
             )

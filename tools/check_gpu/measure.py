@@ -20,15 +20,15 @@ from dynamicdet import cli
 from dynamicdet.building import build_loader, load_dynamic_detector
 from dynamicdet.deploy.folder import load_deployed
 from dynamicdet.measuring.benchmark import (
-    Setting,
-    Task,
+    BenchmarkTask,
+    MachineSetting,
     build_pair,
     interleave,
     make_batch,
     quartiles,
     split_batch,
 )
-from dynamicdet.measuring.calibration import force_exit, record_exits
+from dynamicdet.measuring.calibration import force_dynamic_exit, record_exits
 from dynamicdet.routing.evaluation import evaluate, mix, read_truth
 from dynamicdet.routing.thresholds import ALL_EASY, ALL_HARD
 from dynamicdet.testing import agreement, count_waits, randomize
@@ -207,7 +207,7 @@ def syncs() -> Figures:
             (f'{name}, exit 1', model, 1),
         ):
             if exit is not None:
-                force_exit(model, exit)
+                force_dynamic_exit(model, exit)
             waits[label] = {}
             for batch in (split_batch(whole)[0], whole):
                 count = len(batch['inputs'])
@@ -250,16 +250,16 @@ def timings(small: bool = False) -> Figures:
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     # mmcv's operators have no half precision on a CPU.
     dtype = 'float16' if device == 'cuda' else 'float32'
-    setting, runs = Setting(torch.get_num_threads(), dtype), []
+    setting, runs = MachineSetting(torch.get_num_threads(), dtype), []
     for config, size in SMALL if small else REAL:
         model, stock = build_pair(Config.fromfile(ROOT / config), device=device)
         for count in (1, 2) if small else (1, 16):
             batches = [make_batch(size, count)]
             tasks = dict(
-                stock=Task(stock, batches),
+                stock=BenchmarkTask(stock, batches),
                 **{
-                    'exit 0': Task(model, batches, ALL_EASY),
-                    'exit 1': Task(model, batches, ALL_HARD),
+                    'exit 0': BenchmarkTask(model, batches, ALL_EASY),
+                    'exit 1': BenchmarkTask(model, batches, ALL_HARD),
                 },
             )
             seconds = interleave(

@@ -21,8 +21,8 @@ from mmdet.structures import DetDataSample, SampleList
 
 from ..errors import UsageError
 from ..models import DynamicDetector
-from ..models.online import Online
-from ..models.passage import Passage, join
+from ..models.batch_state import BatchState, join_batch_states
+from ..models.online_control import Online
 from ..routing.controller import Controller
 from ..timing import now
 
@@ -43,7 +43,7 @@ class _Waiting:
 
     number: int
     time: float
-    passage: Passage
+    passage: BatchState
 
 
 class Stream:
@@ -250,13 +250,13 @@ class Stream:
             self._groups[key] = group[full:]
         group = group[:full]
         with self._working():
-            passage = join([one.passage for one in group])
+            passage = join_batch_states([one.passage for one in group])
             if key[0] == 'finish':
                 self._finish(passage, group)
             else:
                 self._part(self.model.deepen(passage), group, False)
 
-    def _part(self, passage: Passage, owners: list, collect: bool) -> None:
+    def _part(self, passage: BatchState, owners: list, collect: bool) -> None:
         """Let those who leave here leave, or wait for others who do; let the others wait."""
         leaving = [row for row, exit in enumerate(passage.exits) if exit == passage.exit]
         going_on = [row for row, exit in enumerate(passage.exits) if exit > passage.exit]
@@ -269,7 +269,7 @@ class Stream:
                 _Waiting(owners[row].number, owners[row].time, one)
             )
 
-    def _finish(self, passage: Passage, owners: list) -> None:
+    def _finish(self, passage: BatchState, owners: list) -> None:
         for owner, sample in zip(owners, self.model.finish(passage)):
             self._done[owner.number] = sample
 

@@ -114,7 +114,7 @@ def compare(entries: Sequence[Entry]) -> list[StreamSize]:
     ]
 
 
-def table(sizes: Sequence[StreamSize]) -> list[str]:
+def stream_table(sizes: Sequence[StreamSize]) -> list[str]:
     """Lines of a table."""
     width = max((len(size.name) for size in sizes), default=0)
     lines = [f'{"stream":{width}}        bytes         zstd      Huffman   entropy (order 0)']

@@ -114,7 +114,7 @@ def fold(weight: Tensor, bias: Tensor | None, norm: _BatchNorm) -> tuple[Tensor,
 
 
 @dataclass(frozen=True)
-class Layer:
+class QuantizedLayer:
     """A call of a convolution or linear layer.
 
     Attributes:
@@ -132,17 +132,17 @@ class Layer:
 
 
 @dataclass
-class Plan:
+class QuantizationPlan:
     """Which calls of a pass are of layers, and whose results become integers.
 
     Attributes:
-        layers (dict[int, Layer]): By number of the call, in order.
+        layers (dict[int, QuantizedLayer]): By number of the call, in order.
         norms (set[int]): Calls that are part of a layer.
         points (dict[int, str]): Call -> key of the range of its result.
         inputs (dict[int, str]): The same for what enters the pass.
     """
 
-    layers: dict[int, Layer] = field(default_factory=dict)
+    layers: dict[int, QuantizedLayer] = field(default_factory=dict)
     norms: set[int] = field(default_factory=set)
     points: dict[int, str] = field(default_factory=dict)
     inputs: dict[int, str] = field(default_factory=dict)
@@ -274,7 +274,7 @@ def trace(
     modules: Sequence[nn.Module],
     spared: Sequence[nn.Module] = (),
     float_share: float = 0.0,
-) -> Plan:
+) -> QuantizationPlan:
     """Find the layers of a computation by running it once. Its norms must be in eval mode.
 
     Args:
@@ -301,7 +301,7 @@ def trace(
             # Who computes with the outputs is none of the calls.
             tracer.readers.setdefault(tracer.value_of.get(id(one)), []).append(-1)
     tracer.made[-1] = (None, (None,))
-    plan, keys, found = Plan(), {}, []
+    plan, keys, found = QuantizationPlan(), {}, []
     layers = [number for number in sorted(tracer.made) if tracer.is_layer(number)]
     predictions = tracer.predictions(layers, float_share)
     for number in layers:
@@ -328,7 +328,9 @@ def trace(
             keys.setdefault(value, f'in{index}')
             keys.setdefault(leaving, f'out{index}')
     for number, value, leaving, weight, norm, spare in found:
-        plan.layers[number] = Layer(keys.get(value, ''), keys.get(leaving, ''), weight, norm, spare)
+        plan.layers[number] = QuantizedLayer(
+            keys.get(value, ''), keys.get(leaving, ''), weight, norm, spare
+        )
     for value, key in keys.items():
         if isinstance(value, int):
             plan.points[value] = key
@@ -430,7 +432,7 @@ class Ranges:
 
 
 class _Simulator(_Counted):
-    def __init__(self, plan: Plan, ranges: Ranges, reduced: bool, noise: float) -> None:
+    def __init__(self, plan: QuantizationPlan, ranges: Ranges, reduced: bool, noise: float) -> None:
         super().__init__()
         self.plan, self.ranges, self.reduced, self.noise = plan, ranges, reduced, noise
 
@@ -487,7 +489,7 @@ class Simulation:
         self.ranges = Ranges()
         #: Whether anything is rounded; if not, ranges are watched alone.
         self.active = True
-        self._plans: dict[Any, Plan] = {}
+        self._plans: dict[Any, QuantizationPlan] = {}
 
     @property
     def keys(self) -> list[str]:
@@ -500,7 +502,7 @@ class Simulation:
             }
         )
 
-    def plan(self, *inputs: Tensor) -> Plan:
+    def plan(self, *inputs: Tensor) -> QuantizationPlan:
         """Where integers are. What a detector calls depends on sizes and on whether it trains, not
         on how many images there are."""
         key = (self.modules[0].training, tuple(tuple(one.shape[2:]) for one in inputs))

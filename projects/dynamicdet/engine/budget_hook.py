@@ -13,7 +13,7 @@ from mmengine.runner import Runner
 from mmdet.registry import HOOKS
 
 from ..models import DynamicDetector
-from ..models.online import dynamic_part, timed_calls
+from ..models.online_control import dynamic_part, timed_calls
 from ..routing.served import Served, account
 from ..timing import dtype_of, machine_of, timed_elsewhere
 from .online_hook import OnlineHook

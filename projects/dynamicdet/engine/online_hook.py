@@ -8,7 +8,7 @@ from mmengine.runner import Runner
 from mmdet.registry import HOOKS
 
 from ..errors import UsageError
-from ..models.online import Online, build_controller, dynamic_part
+from ..models.online_control import Online, build_controller, dynamic_part
 from ..routing.budget import Budget
 
 

@@ -202,7 +202,7 @@ class PruningHook(Hook):
                 'the target would not be reached'
             )
 
-    def _restore(self, layers: dict[str, pruning.Layer]) -> None:
+    def _restore(self, layers: dict[str, pruning.PrunableLayer]) -> None:
         saved = self._saved
         if not set(saved['masks']) <= set(layers) or len(saved['shares']) != len(self.blocks):
             raise UsageError(

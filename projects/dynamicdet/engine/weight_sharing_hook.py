@@ -13,7 +13,7 @@ from torch import nn
 from mmdet.registry import HOOKS
 
 from ..compression import sharing
-from ..compression.blocks import Layer, disjoint_layers, require_blocks
+from ..compression.blocks import PrunableLayer, disjoint_layers, require_blocks
 from ..errors import UsageError
 from ..private_mmengine import resumes
 from .pruning_hook import PruningHook, averages, plain_model
@@ -206,7 +206,7 @@ class WeightSharingHook(Hook):
             modules = dict(model.named_modules())
             self._tie({name: modules[name] for name in self.shared})
 
-    def _tie(self, layers: Mapping[str, Layer | nn.Module]) -> None:
+    def _tie(self, layers: Mapping[str, PrunableLayer | nn.Module]) -> None:
         for name, one in self.shared.items():
             sharing.tie(layers[name].weight, one)
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from ..annotations import original_of
 from ..errors import UsageError
 from ..models import DynamicDetector
-from ..models.online import kept_speed
+from ..models.online_control import kept_speed
 from ..progress import Progress
 from ..routing.thresholds import ALL_EASY, ALL_HARD
 from ..timing import dtype_of, machine_of, now
@@ -58,7 +58,7 @@ def measure_latencies(
         for turn in progress(range(rounds + 1), 'latencies'):
             for batch in batches:
                 for exit in range(model.num_exits):
-                    force_exit(model, exit)
+                    force_dynamic_exit(model, exit)
                     start = now(device)
                     model.test_step(batch)
                     seconds = now(device) - start
@@ -81,7 +81,7 @@ def measure_gflops(
     means = []
     with kept_speed(model):
         for exit in range(model.num_exits):
-            force_exit(model, exit)
+            force_dynamic_exit(model, exit)
             flops, _ = count_flops(lambda: [model.test_step(batch) for batch in batches])
             means.append(flops / len(batches) / 1e9)
     return tuple(means)
@@ -95,7 +95,7 @@ def _single_batches(dataset, images: int, rows: Sequence[int] | None) -> list[di
     ]
 
 
-def force_exit(model: DynamicDetector, exit: int) -> None:
+def force_dynamic_exit(model: DynamicDetector, exit: int) -> None:
     """Send every image to one exit: past all exits before it, and no further."""
     thresholds = [ALL_HARD] * exit + [ALL_EASY] * (model.num_exits - 1 - exit)
     model.set_budget(threshold=thresholds[0] if len(thresholds) == 1 else thresholds)
@@ -119,7 +119,7 @@ def record_exits(model: DynamicDetector, loader: DataLoader, progress: Progress)
         for batch in progress(loader, 'every exit'):
             both = []
             for exit in range(model.num_exits):
-                force_exit(model, exit)
+                force_dynamic_exit(model, exit)
                 samples = model.test_step(batch)
                 both.append([coco_results(sample, loader.dataset.cat_ids) for sample in samples])
             images.extend(

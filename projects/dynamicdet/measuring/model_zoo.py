@@ -117,7 +117,7 @@ def papers_ap(entry: Mapping) -> str:
     return f'{"; ".join(stated)} ([{figures["Source"]}]({figures["URL"]}))' if stated else ''
 
 
-def make_page(rows: Sequence[Sequence[str]]) -> str:
+def make_model_zoo_page(rows: Sequence[Sequence[str]]) -> str:
     """The page in Markdown."""
     lines = [' | '.join(cells) for cells in (_COLUMNS, ['---'] * len(_COLUMNS), *rows)]
     return '\n'.join([_HEAD, *(f'| {line} |' for line in lines)]) + '\n'

@@ -20,15 +20,15 @@ from torch.utils.data import DataLoader
 from mmdet.structures import SampleList
 
 from ..building import build_loader
-from ..datasets.opening import require_one_coco
+from ..datasets.config_datasets import require_one_coco
 from ..errors import UsageError
 from ..models import DynamicDetector
-from ..models.online import kept_speed
+from ..models.online_control import kept_speed
 from ..progress import Progress
 from ..timing import now
 from .calibration import (
     coco_results,
-    force_exit,
+    force_dynamic_exit,
     measure_gflops,
     measure_latencies,
     passed,
@@ -123,7 +123,7 @@ def record_data_set(
     images = []
     with torch.no_grad(), kept_speed(model):
         # A budget that waits for a calibration is not asked for here.
-        force_exit(model, 0)
+        force_dynamic_exit(model, 0)
         for batch in progress(loader, 'every exit'):
             images.extend(_record_batch(model, batch, loader.dataset.cat_ids, annotated, view))
     branch_gflops, branch_latency = _add_costs(images, model, loader.dataset, progress)

@@ -33,10 +33,10 @@ from ..routing import GAINS, build_objective, image_aps, quantiles_of, resolve_t
 from ..routing.budget import Budget
 from ..routing.thresholds import Thresholds, require_exits
 from ..transfers import to_host
+from .batch_state import BatchState
 from .branch import build_branch
 from .composite import build_composite
-from .paired_losses import View, paired_losses
-from .passage import Passage
+from .paired_losses import ExitView, paired_losses
 from .resolution import Ratio, reduce_images, reduce_samples, scale_boxes
 from .specialization import specialized_losses
 from .weights import is_plain
@@ -291,7 +291,7 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         if self.train_router:
             return self._router_losses(batch_inputs, batch_data_samples)
         views = [
-            View(self.branch(exit), self.backbone.select(maps), samples, ratio)
+            ExitView(self.branch(exit), self.backbone.select(maps), samples, ratio)
             for exit, (maps, samples, ratio) in enumerate(
                 self._all_exits(batch_inputs, batch_data_samples)
             )
@@ -359,10 +359,10 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         features = self.router.pool(every[0][0], _valid(batch_inputs, batch_data_samples))
         return features.new_tensor(image_aps(found, truths)), features
 
-    def _views(self, every: list[tuple], index: int) -> list[View]:
+    def _views(self, every: list[tuple], index: int) -> list[ExitView]:
         """All exits' views of one image of a batch."""
         return [
-            View(
+            ExitView(
                 self.branch(exit),
                 tuple(m[index : index + 1] for m in self.backbone.select(maps)),
                 samples[index],
@@ -415,7 +415,7 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
                 return batch_data_samples
             passage = self.deepen(going_on)
 
-    def start(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> Passage:
+    def start(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> BatchState:
         """Run the first backbone and the router: all that is known before the first exit.
 
         Between this, ``finish`` and ``deepen`` images may wait, part and join others: see
@@ -428,16 +428,16 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         # One transfer from the device for both.
         difficulties, exits = torch.stack([phi, self._exits_of(phi).float()]).tolist()
         images = batch_inputs if self._needs_images else None
-        return Passage(
+        return BatchState(
             0, images, maps, ratio, batch_data_samples, difficulties, [int(one) for one in exits]
         )
 
-    def deepen(self, passage: Passage) -> Passage:
+    def deepen(self, passage: BatchState) -> BatchState:
         """Run the next backbone on images that go on."""
         maps = self.deeper_maps(passage.exit + 1, passage.images, passage.maps)
         return replace(passage, exit=passage.exit + 1, maps=maps, ratio=(1.0, 1.0))
 
-    def finish(self, passage: Passage, rescale: bool = True) -> SampleList:
+    def finish(self, passage: BatchState, rescale: bool = True) -> SampleList:
         """Run this exit's neck and heads on all images of a passage; results go into the
         samples."""
         self._predict_at(passage.exit, passage.maps, passage.samples, passage.ratio, rescale)

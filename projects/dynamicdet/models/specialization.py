@@ -5,10 +5,12 @@ from torch import Tensor
 
 from mmdet.structures import DetDataSample
 
-from .paired_losses import View, alone
+from .paired_losses import ExitView, alone
 
 
-def specialized_losses(first: View, later: list[View], power: float) -> list[dict[str, Tensor]]:
+def specialized_losses(
+    first: ExitView, later: list[ExitView], power: float
+) -> list[dict[str, Tensor]]:
     """Losses of later exits in which images count by what the first exit gets wrong.
 
     Boosting in spirit: ``w_i = (n_i * L1_i) ** power``, divided by its mean over the batch, where
@@ -18,8 +20,8 @@ def specialized_losses(first: View, later: list[View], power: float) -> list[dic
         touched.
 
     Args:
-        first (View): The first exit: branch, maps (N, C_i, H_i, W_i), a list of N data samples.
-        later (list[View]): The others.
+        first (ExitView): The first exit: branch, maps (N, C_i, H_i, W_i), a list of N data samples.
+        later (list[ExitView]): The others.
         power (float): From 0 (all images count the same) on.
 
     Returns:
@@ -33,7 +35,7 @@ def specialized_losses(first: View, later: list[View], power: float) -> list[dic
         return [_weighted(view, weights) for view in later]
 
 
-def _wrong(view: View, index: int) -> Tensor:
+def _wrong(view: ExitView, index: int) -> Tensor:
     """``n_i * L1_i``."""
     sample = view.sample[index]
     with torch.no_grad():
@@ -42,7 +44,7 @@ def _wrong(view: View, index: int) -> Tensor:
     return total.detach() * max(1, len(sample.gt_instances))
 
 
-def _weighted(view: View, weights: Tensor) -> dict[str, Tensor]:
+def _weighted(view: ExitView, weights: Tensor) -> dict[str, Tensor]:
     summed: dict[str, Tensor] = {}
     for index, weight in enumerate(weights):
         own = view.branch.loss(tuple(m[index : index + 1] for m in view.maps), [view.sample[index]])

@@ -16,7 +16,7 @@ from ..routing.controller import Controller
 from .budgets import POINTS
 from .curves import CHANGE_LEVELS, curve, fixed_exits, front, settings_of
 from .gates import Gate, name_of
-from .simulation import Replays, Seconds, difficulties_of, evidences, exit_costs
+from .simulation import Replays, Seconds, evidences, exit_costs, gate_difficulties
 
 #: Levels that a calibration tries: finer than a curve.
 LEVELS = 61
@@ -78,7 +78,7 @@ def calibrate_gate(
     """
     ((name, value),) = _checked(wish).items()
     cost = by if by and name == 'max_drop' else _COST[name]
-    replays, found = Replays(record, coco), difficulties_of(gate, evidences(record))
+    replays, found = Replays(record, coco), gate_difficulties(gate, evidences(record))
     last = fixed_exits(record, replays)[-1]
     rows = curve(
         record,

@@ -19,7 +19,7 @@ from mmdet.structures.bbox import bbox_overlaps
 
 from ..errors import UsageError
 from ..transfers import to_host
-from .evidence import Evidence
+from .gate_inputs import Evidence
 from .presence import Presence
 
 #: Detections below this score are no evidence: exits report hundreds of them to fill the curve of
@@ -92,7 +92,7 @@ class FixedExit(Gate):
         return torch.full((_images(evidence),), float(evidence.exit < self.exit))
 
 
-class Found(NamedTuple):
+class GateDetections(NamedTuple):
     """Detections of an image, as gates look at them: the surest first."""
 
     boxes: np.ndarray
@@ -100,16 +100,20 @@ class Found(NamedTuple):
     labels: np.ndarray
 
 
-def surest(detections: Sequence[InstanceData], min_score: float = MIN_SCORE) -> list[Found]:
+def surest(
+    detections: Sequence[InstanceData], min_score: float = MIN_SCORE
+) -> list[GateDetections]:
     """Of each image the detections from a score on, at most `MOST`: boxes (D, 4), scores (D,) and
     labels (D,), on the CPU."""
     return [_surest(*(one.numpy() for one in own), min_score) for own in to_host(detections)]
 
 
-def _surest(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, min_score: float) -> Found:
+def _surest(
+    boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, min_score: float
+) -> GateDetections:
     order = np.argsort(-scores, kind='stable')[:MOST]
     order = order[scores[order] >= min_score]
-    return Found(boxes[order], scores[order], labels[order])
+    return GateDetections(boxes[order], scores[order], labels[order])
 
 
 def coin_entropy(scores: np.ndarray) -> np.ndarray:
@@ -213,13 +217,13 @@ class AgreementGate(Gate):
         found = surest([*detections, *evidence.earlier], self.min_score)
         return torch.tensor(
             [
-                1 - agreement(own, before, self.iou)
+                1 - detection_agreement(own, before, self.iou)
                 for own, before in zip(found, found[len(detections) :])
             ]
         )
 
 
-def agreement(one: Found, other: Found, iou: float = 0.3) -> float:
+def detection_agreement(one: GateDetections, other: GateDetections, iou: float = 0.3) -> float:
     """Agreement of two sets of detections, in [0, 1]; see `AgreementGate`."""
     total = float(one.scores.sum(dtype=np.float64) + other.scores.sum(dtype=np.float64))
     if total == 0:

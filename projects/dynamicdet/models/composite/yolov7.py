@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..yolov7 import YOLOV7Backbone, architecture
+from ..yolov7 import YOLOV7Backbone, yolov7_architecture
 from .composite import CompositeBackbone, biased_projection, register_family
 
 
@@ -20,7 +20,7 @@ class CompositeYOLOV7(CompositeBackbone):
     can_reuse = False
 
     def stage_indices(self, backbone: dict) -> tuple[Sequence[int], Sequence[int]]:
-        table = architecture(backbone.get('arch', 'v7'))
+        table = yolov7_architecture(backbone.get('arch', 'v7'))
         stages = tuple(range(len(table.stages)))
         return tuple(backbone.get('out_indices') or stages[-table.levels :]), stages
 

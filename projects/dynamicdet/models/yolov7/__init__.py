@@ -1,4 +1,4 @@
-from .architecture import ARCHITECTURES, Architecture, Elan, architecture
+from .architecture import ARCHITECTURES, Elan, YOLOv7Architecture, yolov7_architecture
 from .backbone import YOLOV7Backbone
 from .blocks import RepConv
 from .head import YOLOV7Head
@@ -6,7 +6,7 @@ from .neck import YOLOV7PAFPN
 
 __all__ = [
     'ARCHITECTURES',
-    'Architecture',
+    'YOLOv7Architecture',
     'Elan',
     'RepConv',
     'YOLOV7Backbone',

@@ -14,7 +14,7 @@ from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_xyxy_to_cxcywh, get_
 from mmdet.utils import InstanceList, OptConfigType
 
 from ..yolo import AnchorHead, Matches
-from .architecture import architecture
+from .architecture import yolov7_architecture
 from .assigner import sim_ota
 
 #: Anchors of the published networks, width and height in pixels, three per level.
@@ -61,7 +61,7 @@ class YOLOV7Head(AnchorHead):
         test_cfg: OptConfigType = None,
         init_cfg: OptConfigType = None,
     ) -> None:
-        channels = architecture(arch, width).outputs
+        channels = yolov7_architecture(arch, width).outputs
         anchors = anchors or ANCHORS['p5' if len(channels) == 3 else 'p6']
         super().__init__(
             num_classes, channels, anchors, loss_weights, train_cfg, test_cfg, init_cfg

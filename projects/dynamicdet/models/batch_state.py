@@ -13,7 +13,7 @@ from .resolution import Ratio
 
 
 @dataclass(frozen=True)
-class Passage:
+class BatchState:
     """Images that stand before the same exit. Parts can be cut out, put away and joined later.
 
     Attributes:
@@ -44,7 +44,7 @@ class Passage:
         tensors = self.maps if self.images is None else (self.images, *self.maps)
         return (self.exit, *(tuple(tensor.shape[1:]) for tensor in tensors))
 
-    def take(self, rows: Sequence[int]) -> 'Passage':
+    def take(self, rows: Sequence[int]) -> 'BatchState':
         """Some of the images: copies, so that the rest can be forgotten; this one itself if they
         are all."""
         rows = list(rows)
@@ -59,14 +59,14 @@ class Passage:
             exits=[self.exits[row] for row in rows],
         )
 
-    def split(self) -> tuple['Passage', 'Passage']:
+    def split(self) -> tuple['BatchState', 'BatchState']:
         """Those who leave at this exit, and those who go on. Either may be empty."""
         leaving = [row for row, exit in enumerate(self.exits) if exit == self.exit]
         going_on = [row for row, exit in enumerate(self.exits) if exit > self.exit]
         return self.take(leaving), self.take(going_on)
 
 
-def join(passages: Sequence[Passage]) -> Passage:
+def join_batch_states(passages: Sequence[BatchState]) -> BatchState:
     """Passages of equal ``shapes`` as one, in order."""
     first, *others = passages
     if not others:
