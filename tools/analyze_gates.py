@@ -24,6 +24,7 @@ from mmdet.registry import MODELS
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('record', help='record of the test videos')
     parser.add_argument('--ann-file', help='its annotations: what was recorded by default')
@@ -50,16 +51,19 @@ def parse_args() -> argparse.Namespace:
 
 
 def load(path: str, ann_file: str, exits: int, checkpoint: str) -> tuple:
+    """A record of videos and its ground truth; checks that it is of this checkpoint."""
     record = read_video_record(path)
     require_own([record], exits, checkpoint)
     return record, load_truth(record, ann_file)
 
 
 def say(what: str) -> None:
+    """Print what is done now, to stderr."""
     print(f'{what} ...', file=sys.stderr, flush=True)
 
 
 def main() -> None:
+    """Analyze gates on records and write tables and figures."""
     args = parse_args()
     cli.prepare()
     if args.seed < 0:

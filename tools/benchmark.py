@@ -50,6 +50,7 @@ RATIOS = dict(
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -102,6 +103,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
+    """Raise a `UsageError` for options that do not fit."""
     if min(args.rounds, args.batch_rounds, args.batches, *(args.threads or [1])) < 1:
         raise UsageError('--rounds, --batch-rounds, --batches and --threads must be 1 or more')
     if args.seed < 0:
@@ -138,6 +140,7 @@ def table(run: dict, batches: int) -> str:
 
 
 def main() -> None:
+    """Time a detector at each exit and write the rows."""
     args = parse_args()
     cli.prepare()
     check(args)

@@ -26,6 +26,7 @@ from dynamicdet.measuring.accuracy_and_latency import measure_detectors
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('checkpoint', metavar='CKPT', help='a checkpoint, compressed or not')
     parser.add_argument('--out', required=True, help='file to write; its name ends in .ddz')
@@ -134,6 +135,7 @@ def report(
 
 
 def main() -> None:
+    """Compress or unpack a checkpoint, or print its table."""
     args = parse_args()
     cli.prepare()
     require_suffix(args.out)

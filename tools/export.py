@@ -26,6 +26,7 @@ from dynamicdet.errors import UsageError
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file or URL')
@@ -87,6 +88,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
+    """Raise a `UsageError` for options that do not fit, before the model is built."""
     for name in ('onnx', 'onnxruntime', *('zstandard',) * args.compress):
         need_for_deployment(name)
     require_new(args.out)
@@ -113,6 +115,7 @@ def build_val_loader(cfg: Config) -> DataLoader:
 
 
 def main() -> None:
+    """Export a detector as a deployment folder."""
     args = parse_args()
     cli.prepare()
     check(args)

@@ -25,6 +25,7 @@ from dynamicdet.routing.record import read_record
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file of step 2')
     parser.add_argument('checkpoint', help='checkpoint file of step 1 or step 2; it stays as it is')
@@ -46,6 +47,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Fit a router to a record and write the checkpoint."""
     args = parse_args()
     cli.prepare()
     cfg = cli.load_config(args)

@@ -19,6 +19,7 @@ from dynamicdet.deploy.channel_removal import (
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', metavar='CKPT', help='its checkpoint')
@@ -72,6 +73,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Remove channels and write the smaller detector."""
     args = parse_args()
     cli.prepare()
     cfg = cli.load_config(args)

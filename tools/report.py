@@ -34,6 +34,7 @@ from dynamicdet.routing.evaluation import Mixtures, check_record, read_truth
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file of step 2')
@@ -47,6 +48,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Write the report of a detector."""
     args = parse_args()
     cli.prepare()
     cfg = cli.load_config(args)

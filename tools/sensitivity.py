@@ -30,6 +30,7 @@ from dynamicdet.measuring.sensitivity import (
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', metavar='CKPT', help='its checkpoint')
@@ -70,6 +71,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Measure AP at each share of each part and write the table."""
     args = parse_args()
     cli.prepare()
     cfg = cli.load_config(args)

@@ -19,6 +19,7 @@ from dynamicdet.files import write_atomically
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('folder', help='deployment folder')
     cli.add_budget_arguments(parser)
@@ -90,6 +91,7 @@ def load(args: argparse.Namespace) -> Config:
 
 
 def main() -> None:
+    """Time and test a deployment folder."""
     args = parse_args()
     cli.prepare()
     if args.threads < 1 or args.images < 0:

@@ -108,6 +108,7 @@ class ConfigOptions(DictAction):
         return None if value == 'None' else value.strip('\'"')
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
+        """Add ``KEY=VALUE`` pairs to those of earlier uses of the option."""
         options = dict(getattr(namespace, self.dest, None) or {})
         for pair in values:
             key, equals, value = pair.partition('=')

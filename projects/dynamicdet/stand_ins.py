@@ -86,6 +86,7 @@ class StandIn:
     name = 'object'
 
     def __new__(cls, *_: Any, **__: Any) -> 'StandIn':
+        """Take any arguments, and do nothing with them."""
         self = super().__new__(cls)
         self.state = {}
         return self
@@ -95,6 +96,7 @@ class StandIn:
 
     # As which lists and mappings are filled. What they held is not kept.
     def append(self, _: Any) -> None:
+        """Take what a pickle appends, and forget it."""
         pass
 
     extend = append

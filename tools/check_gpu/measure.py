@@ -44,6 +44,7 @@ Figures = Iterator[dict[str, Any]]
 
 
 def quiet(steps: Any, what: str) -> Any:
+    """Steps as they are, without a progress bar."""
     return steps
 
 
@@ -81,12 +82,14 @@ def compare_detections(
     others: Sequence[list[dict]],
     aps: Sequence[float | None] = (None, None),
 ) -> dict:
+    """How far detections agree by image, and both APs, as a row of the results."""
     return dict(agreement(ones, others)._asdict(), ap=list(aps))
 
 
 def require_agreement(
     rows: Mapping[str, dict], box: float, score: float, unmatched: float = 0.02, ap: float = 1.0
 ) -> None:
+    """Raise a `Disagreement` for rows whose boxes, scores, pairs or AP differ by more."""
     for name, own in rows.items():
         if not own['detections']:
             raise Disagreement(f'{name}: nothing was detected, so nothing was compared')
@@ -100,6 +103,7 @@ def require_agreement(
 
 
 def load_config(name: str) -> Config:
+    """A config as tools read it, tested on training pictures."""
     return cli.load_config(
         argparse.Namespace(
             config=name, cfg_options=dict(option.split('=') for option in ON_TRAINING_PICTURES)
@@ -158,6 +162,7 @@ def compare_video(one: str, other: str) -> Figures:
 
 
 def in_coco(frame: dict) -> list[dict]:
+    """A frame's detections, as COCO's results have them."""
     return [
         dict(bbox=found['bbox'], score=found['score'], category_id=found['label'])
         for found in frame['detections']
@@ -227,6 +232,7 @@ def syncs() -> Figures:
 
 
 def video_waits() -> tuple[dict[str, float], list]:
+    """How often an early-exit detector waits for the device, per frame, by batch; and where."""
     from mmdet.registry import MODELS
 
     cfg = Config.fromfile(ROOT / 'configs/video/early_exit_yolov5_s.py')
@@ -291,6 +297,7 @@ MEASUREMENTS = {
 
 
 def main() -> int:
+    """Run the measurement that the command line names; 1 if both sides disagree."""
     name, *arguments = sys.argv[1:]
     small = '--small' in arguments
     cli.prepare()

@@ -89,6 +89,7 @@ class PrunableLayer:
 
     @property
     def weight(self) -> nn.Parameter:
+        """The parameter that is pruned, (out, in / groups, ...)."""
         return self.module.weight
 
     @property

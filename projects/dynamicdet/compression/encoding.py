@@ -387,6 +387,7 @@ def _unplanes(content: np.ndarray, size: int) -> np.ndarray:
 
 
 def digest(value: Tensor) -> str:
+    """SHA-256 of the bytes of a tensor, in hexadecimal."""
     return hashlib.sha256(_bytes(value).tobytes()).hexdigest()
 
 

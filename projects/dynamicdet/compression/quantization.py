@@ -352,12 +352,14 @@ class LearnedRange(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, x: Tensor, bounds: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Values of x rounded to integer steps and back; ``bounds`` get gradients alone."""
         # Not what it gives: residual blocks and pyramids add to that in place.
         context.save_for_backward(x, scale, zero)
         return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255)
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple:
+        """Gradients of x where it was not clipped, and of both bounds."""
         x, scale, zero = context.saved_tensors
         steps = torch.round(x / scale)
         below, above = steps + zero < 0, steps + zero > 255
@@ -410,6 +412,7 @@ class Ranges:
 
     @torch.no_grad()
     def observe(self, key: str, x: Tensor) -> None:
+        """Start the range of a key with a tensor's extremes, or move it towards them."""
         if not (self.observing or self.learning and key not in self.values) or not x.numel():
             return
         now = torch.stack(x.detach().float().aminmax())
@@ -511,6 +514,7 @@ class Simulation:
         return self._plans[key]
 
     def __call__(self, *inputs: Tensor) -> Any:
+        """Run the pass with rounded weights and results; inputs and results as ``run`` has them."""
         for norm in (norm for module in self.modules for norm in module.modules()):
             if isinstance(norm, _BatchNorm):
                 norm.eval()

@@ -43,6 +43,7 @@ class OpenedDataSet(NamedTuple):
 
     @property
     def name(self) -> str:
+        """What messages call it, such as 'the training set'."""
         return f'the {SPLITS[self.split]} set'
 
 

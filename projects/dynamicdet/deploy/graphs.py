@@ -267,6 +267,7 @@ class Graph:
         }
 
     def __call__(self, *inputs: Tensor) -> Any:
+        """Run the graph: tensors as the stage is given them, results as it gives them."""
         arrays = self.arrays(*inputs)
         if self._watch is not None:
             self._watch({**self._feed(inputs), **arrays})

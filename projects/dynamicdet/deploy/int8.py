@@ -72,6 +72,7 @@ class Observer:
         self.shares: dict[str, float] = {}
 
     def __call__(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take the arrays of one run, by name, into the ranges and histograms."""
         for name, array in arrays.items():
             if array.size:
                 self._add(name, array)

@@ -97,9 +97,11 @@ class QuantizationHook(Hook):
         ]
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Keep the ranges that the checkpoint has."""
         self._saved = checkpoint.get('quantization')
 
     def before_train(self, runner: Runner) -> None:
+        """Check the run, find the layers and install the rounding."""
         self._require_fit(runner)
         if not resumes(runner):
             self._saved = None
@@ -120,6 +122,7 @@ class QuantizationHook(Hook):
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None
     ) -> None:
+        """Round from ``start`` on; observe or learn ranges until ``observe``, then keep them."""
         done = runner.epoch if self.by_epoch else runner.iter
         active, moving = done >= self.start, self.observe is None or done < self.observe
         learning = self.learned and active and moving
@@ -132,16 +135,19 @@ class QuantizationHook(Hook):
         data_batch: dict | None = None,
         outputs: dict | None = None,
     ) -> None:
+        """Agree with other ranks on observed ranges, or take a step with learned ones."""
         if any(one.ranges.observing for one in self.simulations.values()):
             self._agree()
         elif any(one.ranges.learning for one in self.simulations.values()):
             self._learn()
 
     def before_val(self, runner: Runner) -> None:
+        """Round as a deployed detector does; ranges stay."""
         # A run that has trained nothing yet knows no ranges, and is tested in float.
         self._set(True, False)
 
     def before_test(self, runner: Runner) -> None:
+        """Install the rounding by the checkpoint's ranges, if it has any."""
         if self._saved is not None and not self._stages:
             self._install(_plain(runner))
             self._set(True, False)
@@ -151,6 +157,7 @@ class QuantizationHook(Hook):
             )
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Add ranges and settings to the checkpoint."""
         checkpoint['quantization'] = dict(
             ranges={key: value.detach().cpu() for key, value in self._ranges().items()},
             reduced=self.reduced_range,
@@ -158,9 +165,11 @@ class QuantizationHook(Hook):
         )
 
     def after_train(self, runner: Runner) -> None:
+        """Take the rounding off."""
         self._remove()
 
     def after_test(self, runner: Runner) -> None:
+        """Take the rounding off."""
         self._remove()
 
     def _install(self, model: nn.Module) -> None:

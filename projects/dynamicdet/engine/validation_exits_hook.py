@@ -25,6 +25,7 @@ class ValidationExitsHook(Hook):
         self._exits: list[int] = []
 
     def before_val_epoch(self, runner: Runner) -> None:
+        """Start to count anew."""
         self._exits = []
 
     def after_val_iter(
@@ -34,9 +35,11 @@ class ValidationExitsHook(Hook):
         data_batch: dict | None = None,
         outputs: Sequence | None = None,
     ) -> None:
+        """Note the exit of each image of the batch."""
         self._exits.extend(sample.exit for sample in outputs or () if 'exit' in sample)
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        """Log the share of images at each exit, over all ranks."""
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         if isinstance(model, DynamicDetector):
             exits = collect_results(self._exits, len(runner.val_dataloader.dataset))

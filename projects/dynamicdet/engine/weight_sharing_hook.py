@@ -74,9 +74,11 @@ class WeightSharingHook(Hook):
         ]
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Keep the codebook indices of a run that is resumed."""
         self._saved = checkpoint.get('weight_sharing') if resumes(runner) else None
 
     def before_train(self, runner: Runner) -> None:
+        """Find the layers, put saved indices back and hook into the optimizer's steps."""
         self._require_fit(runner)
         found = disjoint_layers(plain_model(runner), self.blocks)
         self._layers = {name: layer for layers in found for name, layer in layers.items()}
@@ -93,12 +95,14 @@ class WeightSharingHook(Hook):
             )
 
     def before_train_epoch(self, runner: Runner) -> None:
+        """Begin to share weights once the epoch has come."""
         if self.by_epoch:
             self._begin(runner, runner.epoch)
 
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None
     ) -> None:
+        """Begin to share weights once the iteration has come."""
         if not self.by_epoch:
             self._begin(runner, runner.iter)
 
@@ -109,16 +113,19 @@ class WeightSharingHook(Hook):
         data_batch: dict | None = None,
         outputs: dict | None = None,
     ) -> None:
+        """Tie averaged weights to their codebooks again."""
         # Averaging works element by element, but not to the last bit alike.
         self._tie_averages(runner)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Add indices and pruned places of each layer."""
         checkpoint['weight_sharing'] = {
             name: dict(indices=one.indices.cpu(), pruned=one.pruned)
             for name, one in self.shared.items()
         }
 
     def after_train(self, runner: Runner) -> None:
+        """Take the hooks off the optimizer."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

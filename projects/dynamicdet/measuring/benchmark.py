@@ -73,6 +73,7 @@ class MachineSetting(NamedTuple):
 
     @contextlib.contextmanager
     def on(self, device: torch.device) -> Iterator[None]:
+        """Use the machine like this inside a ``with`` block; ``device`` is where models are."""
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:

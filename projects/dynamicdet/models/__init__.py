@@ -1,3 +1,5 @@
+"""Detectors, backbones, heads and routers; importing registers them."""
+
 from .branch import PassThroughBackbone, build_branch
 from .composite import CompositeBackbone, build_composite, register_family
 from .dynamic_detector import DynamicDetector

@@ -61,6 +61,7 @@ class Features(tuple):
 
     @classmethod
     def of(cls, maps: Sequence[Tensor], found: Any) -> 'Features':
+        """Maps with what the same stage found from them."""
         features = cls(maps)
         features.found = found
         return features

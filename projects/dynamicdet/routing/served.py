@@ -48,6 +48,7 @@ class Served:
 
     @property
     def images(self) -> int:
+        """How many images there were."""
         return sum(self.counts)
 
     @property

@@ -311,6 +311,7 @@ class Lines:
         self._file.close()
 
     def write(self, entry: dict) -> None:
+        """Append an entry as one line of JSON."""
         self._file.write(json.dumps(entry) + '\n')
 
 

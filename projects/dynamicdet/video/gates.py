@@ -89,6 +89,7 @@ class FixedExit(Gate):
         self.looks_at_detections = looks_at_detections
 
     def difficulty(self, evidence: Evidence) -> Tensor:
+        """1 before the exit, 0 from it on, (N,)."""
         return torch.full((_images(evidence),), float(evidence.exit < self.exit))
 
 
@@ -165,6 +166,7 @@ class ScoreGate(Gate):
         self.kind, self.over, self.min_score, self.empty = kind, over, min_score, empty
 
     def difficulty(self, evidence: Evidence) -> Tensor:
+        """How doubtful the exit's detections are, (N,), in [0, 1]; ``empty`` without any."""
         found = surest(_require_detections(evidence), self.min_score)
         return torch.tensor([self._of_image(own.scores) for own in found])
 
@@ -211,6 +213,7 @@ class AgreementGate(Gate):
         self.iou, self.min_score = iou, min_score
 
     def difficulty(self, evidence: Evidence) -> Tensor:
+        """One minus the agreement with the exit before, (N,); 1 at the first exit."""
         detections = _require_detections(evidence)
         if evidence.earlier is None:
             return torch.ones(len(detections))
@@ -281,6 +284,7 @@ class TemporalGate(Gate):
         self.gate, self.looks_at_detections = gate, gate.looks_at_detections
 
     def difficulty(self, evidence: Evidence) -> Tensor:
+        """Change since the last frame before any exit, then that of the inner gate, (N,)."""
         if evidence.exit < 0:
             if evidence.change is None:
                 raise ValueError('a TemporalGate decides by change, and was shown none')
@@ -290,6 +294,7 @@ class TemporalGate(Gate):
         return self.gate.difficulty(evidence)
 
     def sees_nothing(self, early: Tensor) -> Tensor:
+        """Which frames show nothing, by the presence classifier, (N,) bool."""
         if self.nothing is None:
             return super().sees_nothing(early)
         return self.nothing(early) <= self.nothing.level

@@ -215,6 +215,7 @@ class HaltingGate(LearnedGate):
         costs: Tensor,
         looks: Sequence[Tensor] | None = None,
     ) -> dict[str, Tensor]:
+        """``loss_gate``: how far the gate is from what is cheapest at the prices."""
         targets = torch.stack(
             [goes_on(cheapest(losses, costs, price), len(costs)) for price in self.prices]
         )

@@ -202,6 +202,7 @@ class VideoFile(FrameSource):
         return film
 
     def close(self) -> None:
+        """Close the file or connection."""
         self._container.close()
 
     def _read(self):
@@ -249,6 +250,7 @@ class Camera(FrameSource):
         self.fps = rate if 0 < rate <= MAX_FPS else DEFAULT_FPS
 
     def close(self) -> None:
+        """Give the camera back."""
         self._camera.release()
 
     def _read(self):

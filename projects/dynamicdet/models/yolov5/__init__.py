@@ -1,3 +1,5 @@
+"""YOLOv5: architecture table, backbone, neck and head."""
+
 from .architecture import SIZES, YOLOv5Architecture, YOLOv5Row, yolov5_architecture
 from .backbone import YOLOV5Backbone
 from .head import YOLOV5Head
@@ -10,5 +12,5 @@ __all__ = [
     'YOLOV5Backbone',
     'YOLOV5Head',
     'YOLOV5PAFPN',
-    'architecture',
+    'yolov5_architecture',
 ]

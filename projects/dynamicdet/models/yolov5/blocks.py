@@ -23,6 +23,7 @@ class PyramidPooling(BaseModule):
         self.out = conv(in_channels // 2 * 4, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Pool a map, (N, C, H, W), one, two and three times by 5, and join all four."""
         pooled = [self.entry(x)]
         for _ in range(3):
             pooled.append(F.max_pool2d(pooled[-1], 5, 1, 2))

@@ -1,3 +1,5 @@
+"""YOLOv7: architecture table, backbone, neck and head."""
+
 from .architecture import ARCHITECTURES, Elan, YOLOv7Architecture, yolov7_architecture
 from .backbone import YOLOV7Backbone
 from .blocks import RepConv
@@ -12,5 +14,5 @@ __all__ = [
     'YOLOV7Backbone',
     'YOLOV7Head',
     'YOLOV7PAFPN',
-    'architecture',
+    'yolov7_architecture',
 ]
