@@ -128,9 +128,8 @@ def table(run: dict, batches: int) -> str:
             1e3 * run['seconds'][key][part] / images for part in ('q1', 'median', 'q3')
         )
         spread = f'{low:.1f} to {high:.1f}'
-        lines.append(
-            f'{name:<42}{BATCH_SIZE if whole else 1:>6}{median:>10.1f}{spread:>20}{1e3 / median:>10.2f}'
-        )
+        size = BATCH_SIZE if whole else 1
+        lines.append(f'{name:<42}{size:>6}{median:>10.1f}{spread:>20}{1e3 / median:>10.2f}')
     lines.append(f'\n{"":<42}{"":>6}{"ratio":>10}{"quartiles":>20}{"wanted":>10}')
     for key, name in RATIOS.items():
         low, median, high = (run['ratios'][key][part] for part in ('q1', 'median', 'q3'))

@@ -33,7 +33,7 @@ def parse_args() -> argparse.Namespace:
         '--providers',
         nargs='+',
         metavar='NAME',
-        help='what ONNX Runtime computes with, such as CPUExecutionProvider: the best that is there',
+        help='what ONNX Runtime computes with, such as CPUExecutionProvider: the best there is',
     )
     parser.add_argument(
         '--threads', type=int, default=1, help='CPU threads of graphs and of torch: 1'

@@ -125,7 +125,8 @@ class ConfigOptions(DictAction):
             except (ValueError, AssertionError, RecursionError):
                 raise argparse.ArgumentError(
                     self,
-                    f'needs KEY=VALUE pairs, brackets balanced and around all of a list; got {pair}',
+                    'needs KEY=VALUE pairs, brackets balanced and around all of a list; got '
+                    f'{pair}',
                 ) from None
         setattr(namespace, self.dest, options)
 

@@ -17,7 +17,8 @@ def xml(*objects, size=(64, 48)):
         for name, box in objects
     )
     width, height = size
-    return f'<annotation><size><width>{width}</width><height>{height}</height></size>{parts}</annotation>'
+    sides = f'<width>{width}</width><height>{height}</height>'
+    return f'<annotation><size>{sides}</size>{parts}</annotation>'
 
 
 class Voc:

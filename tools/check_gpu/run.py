@@ -291,7 +291,8 @@ def parts_left_out(machine: dict[str, Any]) -> list[str]:
 def comparisons(figures: dict[str, Any]) -> list[str]:
     """Rows of detections that were compared."""
     return [
-        f'{figures["title"]:<42}{"AP":>8}{"AP":>8}{"boxes, pixels":>15}{"scores":>9}{"unmatched":>11}'
+        f'{figures["title"]:<42}{"AP":>8}{"AP":>8}{"boxes, pixels":>15}{"scores":>9}'
+        f'{"unmatched":>11}'
     ] + [
         f'  {name:<40}'
         + ''.join(f'{"" if ap is None else format(ap, ".1f"):>8}' for ap in own['ap'])

@@ -4,7 +4,7 @@ import os
 import os.path as osp
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -14,9 +14,12 @@ from ..datasets.picture_formats import has_picture_suffix, picture_suffixes
 from ..errors import UsageError
 
 #: A path or URL, an array as OpenCV reads it, or mmdet's dict of either with more about it.
-Picture = Union[str, np.ndarray, dict]
+Picture = str | np.ndarray | dict
 
-_WANTED = 'a picture is a path, a URL or an array as cv2.imread gives it: uint8, (height, width, 3), blue, green, red'
+_WANTED = (
+    'a picture is a path, a URL or an array as cv2.imread gives it: uint8, (height, width, 3), '
+    'blue, green, red'
+)
 
 
 def pictures_of(inputs: Any, skip_missing: bool = False) -> list[Picture]:

@@ -100,8 +100,8 @@ def shrink_layers(model: nn.Module, kept: Mapping[str, KeptChannels]) -> Channel
 
     Args:
         model (nn.Module): Any model.
-        kept (Mapping[str, KeptChannels]): Layer name -> what stays. Of convolutions with groups and of
-            group norms whole groups go.
+        kept (Mapping[str, KeptChannels]): Layer name -> what stays. Of convolutions with
+            groups and of group norms whole groups go.
 
     Returns:
         dict: The description.

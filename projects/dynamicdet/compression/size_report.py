@@ -154,7 +154,8 @@ def compression_table(
         sizes (Sequence[BlockSize]): From `block_sizes`.
         in_file (int): Bytes of the whole file.
         worth (AccuracyAndLatency, optional): Of the detector in the file.
-        before (AccuracyAndLatency, optional): Of the detector that it was made of, which then has a row, too.
+        before (AccuracyAndLatency, optional): Of the detector that it was made of, which
+            then has a row, too.
         file_before (int): Bytes of its file.
     """
     rest = BlockSize('(index)', 0, 0, in_file - sum(size.in_file for size in sizes))

@@ -63,10 +63,10 @@ class Costs(NamedTuple):
     """What a detector costs for one image.
 
     Attributes:
-        parts (dict[str, PartCost]): In the order in which they run. What is shared counts where it runs
-            first, so that the parameters add up to the detector's.
-        exits (tuple[PartCost, ...]): All that each exit needs, from exit 0 on; of a stock detector its
-            own.
+        parts (dict[str, PartCost]): In the order in which they run. What is shared counts where
+            it runs first, so that the parameters add up to the detector's.
+        exits (tuple[PartCost, ...]): All that each exit needs, from exit 0 on; of a stock detector
+            its own.
         rois (dict[str, int]): How many regions the heads of a two-stage detector were given:
             ``boxes`` and, where there are masks, ``masks``.
     """

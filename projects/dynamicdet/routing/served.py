@@ -80,11 +80,13 @@ class Served:
             known, said = _shares_of(self.calibrated), "of the calibration's images"
         if len(self.counts) == 2:
             before = '' if known is None else f'{known[1]:.1%} {said}, '
-            return f'hard: {before}{self.shares[1]:.1%} served ({self.counts[1]} of {self.images} images)'
+            served = f'{self.shares[1]:.1%} served ({self.counts[1]} of {self.images} images)'
+            return f'hard: {before}{served}'
         before = '' if known is None else f'{_percents(known)} {said}, '
         exits = ' / '.join(map(str, range(len(self.counts))))
         counts = ' / '.join(map(str, self.counts))
-        return f'exits {exits}: {before}{_percents(self.shares)} served ({counts} of {self.images} images)'
+        served = f'{_percents(self.shares)} served ({counts} of {self.images} images)'
+        return f'exits {exits}: {before}{served}'
 
     def _costs_line(self) -> list[str]:
         parts = []

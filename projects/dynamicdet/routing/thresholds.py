@@ -9,7 +9,6 @@ of them are below its difficulty. Then one number still says how fast: see `shar
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Union
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from .budget import BUDGET_NAMES, Budget
 ALL_HARD, ALL_EASY = -1.0, 1.0
 
 #: One threshold for two exits, K - 1 for more.
-Thresholds = Union[float, list[float]]
+Thresholds = float | list[float]
 
 
 def hard_share(difficulties: Sequence[float], threshold: float) -> float:

@@ -480,7 +480,8 @@ class _Show:
                 else '-1, nothing there'
             )
             first += f'  exit {taken}  difficulty {seen.difficulty:.2f}'
-        second = f'{1e3 * seen.seconds:.1f} ms, mean {1e3 * self.summary.seconds / self.summary.frames:.1f}'
+        mean = self.summary.seconds / self.summary.frames
+        second = f'{1e3 * seen.seconds:.1f} ms, mean {1e3 * mean:.1f}'
         if seen.gflops is not None:
             second += f'  {seen.gflops:.3g} GFLOPs, mean {self.summary.gflops:.3g}'
         return [first, second]

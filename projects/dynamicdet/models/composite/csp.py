@@ -20,7 +20,7 @@ class CompositeCSP(CompositeBackbone):
     """
 
     def stage_indices(self, backbone: dict) -> tuple[Sequence[int], Sequence[int]]:
-        """The config's ``out_indices`` from the first stage on, and those of all stages; 0 is the stem."""
+        """The config's ``out_indices``, less one for the stem, and those of all stages."""
         wanted = tuple(backbone.get('out_indices', (2, 3, 4)))
         if 0 in wanted:
             raise UsageError(
