@@ -66,16 +66,16 @@ class BatchState:
         return self.take(leaving), self.take(going_on)
 
 
-def join_batch_states(passages: Sequence[BatchState]) -> BatchState:
-    """Passages of equal ``shapes`` as one, in order."""
-    first, *others = passages
+def join_batch_states(states: Sequence[BatchState]) -> BatchState:
+    """States of equal ``shapes`` as one, in order."""
+    first, *others = states
     if not others:
         return first
     return replace(
         first,
-        images=None if first.images is None else torch.cat([one.images for one in passages]),
-        maps=tuple(torch.cat(maps) for maps in zip(*(one.maps for one in passages))),
-        samples=[sample for one in passages for sample in one.samples],
-        difficulties=[value for one in passages for value in one.difficulties],
-        exits=[exit for one in passages for exit in one.exits],
+        images=None if first.images is None else torch.cat([state.images for state in states]),
+        maps=tuple(torch.cat(maps) for maps in zip(*(state.maps for state in states))),
+        samples=[sample for state in states for sample in state.samples],
+        difficulties=[value for state in states for value in state.difficulties],
+        exits=[exit for state in states for exit in state.exits],
     )

@@ -193,15 +193,15 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
         """Take checkpoints of plain detectors, for all exits, and calibrations of any length."""
-        own = {
+        entries = {
             key[len(prefix) :]: state_dict.pop(key)
             for key in list(state_dict)
             if key.startswith(prefix)
         }
-        own = self.spread_plain_weights(own)
-        state_dict.update({prefix + key: value for key, value in own.items()})
-        if 'difficulties' in own:
-            self.difficulties = self.difficulties.new_empty(own['difficulties'].shape)
+        entries = self.spread_plain_weights(entries)
+        state_dict.update({prefix + key: value for key, value in entries.items()})
+        if 'difficulties' in entries:
+            self.difficulties = self.difficulties.new_empty(entries['difficulties'].shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._apply_budget()
 
@@ -304,8 +304,8 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         else:
             every += [view.branch.loss(view.maps, view.sample) for view in later]
         losses = {}
-        for exit, own in enumerate(every):
-            losses.update(rename_loss_dict(f'exit{exit}.', own))
+        for exit, exit_losses in enumerate(every):
+            losses.update(rename_loss_dict(f'exit{exit}.', exit_losses))
         return losses
 
     @torch.no_grad()
@@ -322,7 +322,10 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         """
         every = self._all_exits(batch_inputs, batch_data_samples)
         losses = [
-            [self.parse_losses(own)[0] for own in paired_losses(self._views(every, index))]
+            [
+                self.parse_losses(exit_losses)[0]
+                for exit_losses in paired_losses(self._views(every, index))
+            ]
             for index in range(len(batch_data_samples))
         ]
         losses = torch.stack([torch.stack(pair) for pair in losses], dim=1).float()
@@ -348,16 +351,16 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
     ) -> tuple[Tensor, Tensor]:
         """AP of each image by itself under each exit, (K, N), percent, and what the router sees."""
         every = self._all_exits(batch_inputs, batch_data_samples)
-        found, truths = [], []
+        detections, truths = [], []
         for exit, (maps, samples, _) in enumerate(every):
             # Copies: predictions are written into the samples.
-            own = self.branch(exit).predict(
+            predictions = self.branch(exit).predict(
                 self.backbone.select(maps), reduce_samples(samples, (1.0, 1.0)), rescale=False
             )
-            found.append(_as_arrays([sample.pred_instances for sample in own]))
+            detections.append(_as_arrays([sample.pred_instances for sample in predictions]))
             truths.append([_annotations(sample) for sample in samples])
         features = self.router.pool(every[0][0], _valid(batch_inputs, batch_data_samples))
-        return features.new_tensor(image_aps(found, truths)), features
+        return features.new_tensor(image_aps(detections, truths)), features
 
     def _views(self, every: list[tuple], index: int) -> list[ExitView]:
         """All exits' views of one image of a batch."""
@@ -406,14 +409,14 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             list[DetDataSample]: In input order; each with ``pred_instances``, ``difficulty``
             (float) and ``exit`` (0 to K - 1).
         """
-        passage = self.start(batch_inputs, batch_data_samples)
+        state = self.start(batch_inputs, batch_data_samples)
         while True:
-            leaving, going_on = passage.split()
+            leaving, going_on = state.split()
             if len(leaving):
                 self.finish(leaving, rescale)
             if not len(going_on):
                 return batch_data_samples
-            passage = self.deepen(going_on)
+            state = self.deepen(going_on)
 
     def start(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> BatchState:
         """Run the first backbone and the router: all that is known before the first exit.
@@ -432,18 +435,18 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             0, images, maps, ratio, batch_data_samples, difficulties, [int(one) for one in exits]
         )
 
-    def deepen(self, passage: BatchState) -> BatchState:
+    def deepen(self, state: BatchState) -> BatchState:
         """Run the next backbone on images that go on."""
-        maps = self.deeper_maps(passage.exit + 1, passage.images, passage.maps)
-        return replace(passage, exit=passage.exit + 1, maps=maps, ratio=(1.0, 1.0))
+        maps = self.deeper_maps(state.exit + 1, state.images, state.maps)
+        return replace(state, exit=state.exit + 1, maps=maps, ratio=(1.0, 1.0))
 
-    def finish(self, passage: BatchState, rescale: bool = True) -> SampleList:
-        """Run this exit's neck and heads on all images of a passage; results go into the
+    def finish(self, state: BatchState, rescale: bool = True) -> SampleList:
+        """Run this exit's neck and heads on all images of a batch state; results go into the
         samples."""
-        self._predict_at(passage.exit, passage.maps, passage.samples, passage.ratio, rescale)
-        for sample, difficulty in zip(passage.samples, passage.difficulties):
-            sample.set_metainfo(dict(difficulty=difficulty, exit=passage.exit))
-        return passage.samples
+        self._predict_at(state.exit, state.maps, state.samples, state.ratio, rescale)
+        for sample, difficulty in zip(state.samples, state.difficulties):
+            sample.set_metainfo(dict(difficulty=difficulty, exit=state.exit))
+        return state.samples
 
     def _exits_of(self, phi: Tensor) -> Tensor:
         """The exit of each image, (N,), by its difficulty, (N,)."""
@@ -458,13 +461,15 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
     ) -> None:
         """Run the neck and heads of an exit; what they find goes into the samples."""
         reduced = reduce_samples(samples, ratio) if ratio != (1.0, 1.0) else samples
-        found = self.branch(exit).predict(self.backbone.select(maps), reduced, rescale=rescale)
-        for sample, own in zip(samples, found):
-            sample.pred_instances = own.pred_instances
+        predictions = self.branch(exit).predict(
+            self.backbone.select(maps), reduced, rescale=rescale
+        )
+        for sample, prediction in zip(samples, predictions):
+            sample.pred_instances = prediction.pred_instances
             if not rescale and ratio != (1.0, 1.0):
                 wide, high = ratio
                 sample.pred_instances.bboxes = scale_boxes(
-                    own.pred_instances.bboxes, (1 / wide, 1 / high)
+                    prediction.pred_instances.bboxes, (1 / wide, 1 / high)
                 )
 
     def _forward(
@@ -505,7 +510,10 @@ def _annotations(sample) -> dict[str, np.ndarray]:
         every.append(sample.ignored_instances)
     # Annotations have no scores, and nobody looks at them.
     parts = _as_arrays(
-        [InstanceData(bboxes=one.bboxes, labels=one.labels, scores=one.labels) for one in every]
+        [
+            InstanceData(bboxes=instances.bboxes, labels=instances.labels, scores=instances.labels)
+            for instances in every
+        ]
     )
     crowds = [np.full(len(part['labels']), bool(index)) for index, part in enumerate(parts)]
     return dict(

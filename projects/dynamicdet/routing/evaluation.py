@@ -69,13 +69,19 @@ def read_truth(path: str, categories: Iterable[int] | None = None) -> COCO:
         UsageError: If it is no annotation file that can be used.
     """
     data = read_annotations(path).data
-    known = {one['id'] for one in data['categories']} if categories is None else set(categories)
+    known = (
+        {category['id'] for category in data['categories']}
+        if categories is None
+        else set(categories)
+    )
     coco = COCO()
     coco.dataset = dict(
         data,
-        categories=[one for one in data['categories'] if one['id'] in known],
+        categories=[category for category in data['categories'] if category['id'] in known],
         annotations=[
-            one for one in data['annotations'] if categories is None or one['category_id'] in known
+            annotation
+            for annotation in data['annotations']
+            if categories is None or annotation['category_id'] in known
         ],
     )
     with contextlib.redirect_stdout(io.StringIO()):
@@ -127,26 +133,26 @@ def check_record(record: Mapping, coco: COCO) -> None:
 def check_truth(record: Mapping, coco: COCO) -> None:
     """Raise a `UsageError` where a record seems to be of another data set or split than ``coco``:
     splits may share ids and file names, but not what is in their images."""
-    found = {
+    category_ids = {
         detection['category_id']
         for image in record['images']
-        for own in image['detections']
-        for detection in own
+        for exit_detections in image['detections']
+        for detection in exit_detections
     }
-    if not found <= set(coco.cats):
+    if not category_ids <= set(coco.cats):
         raise UsageError(
-            f'detections are of category {min(found - set(coco.cats))}, which the annotation file '
-            'lacks: is it of another data set?'
+            f'detections are of category {min(category_ids - set(coco.cats))}, which the '
+            'annotation file lacks: is it of another data set?'
         )
     known = [image for image in record['images'] if 'objects' in image]
-    other = sum(
+    mismatched = sum(
         image['objects'] != len(coco.getAnnIds(imgIds=[image['id']], iscrowd=False))
         for image in known
     )
-    if other > len(known) / 2:
+    if mismatched > len(known) / 2:
         raise UsageError(
-            f'{other} of {len(known)} images have another number of objects in the annotation file '
-            'than when they were recorded: is it of another split?'
+            f'{mismatched} of {len(known)} images have another number of objects in the annotation '
+            'file than when they were recorded: is it of another split?'
         )
 
 
@@ -255,12 +261,12 @@ class Mixtures:
         matches = self._matches['all']
         counts, objects = _Counts(matches.by_image(), self.exits), matches.objects.ravel()
         known = np.maximum((matches.objects > 0).sum(axis=1), 1)
-        found = []
+        aps = []
         for exit in range(self.exits):
             table, _ = self._tables(np.full(self.images, exit), None)
             each = np.nan_to_num(counts.precision(table, objects).mean(axis=1))
-            found.append(np.round(100 * each.reshape(self.images, -1).sum(axis=1) / known, 9))
-        return np.array(found)
+            aps.append(np.round(100 * each.reshape(self.images, -1).sum(axis=1) / known, 9))
+        return np.array(aps)
 
     def _precision(
         self, area: str, choice: Sequence[int], weights: Sequence[int] | None
@@ -292,18 +298,18 @@ class Mixtures:
     def _match(self, area: str) -> '_Matches':
         """Match every exit's detections with the objects of an area range, by pycocotools."""
         order = np.argsort(self._ids)
-        found = [_match(self._coco, results, self._ids, [area]) for results in self._results]
-        categories = len(found[0].params.catIds)
+        evaluators = [_match(self._coco, results, self._ids, [area]) for results in self._results]
+        categories = len(evaluators[0].params.catIds)
         objects = np.zeros((self.images, categories))
         entries = []
-        for exit, evaluator in enumerate(found):
+        for exit, evaluator in enumerate(evaluators):
             # Entries are in the order category, image; pycocotools sorts the images by id.
             for index, entry in enumerate(evaluator.evalImgs):
                 if entry is not None:
                     category, rank = divmod(index, self.images)
                     objects[order[rank], category] = np.count_nonzero(entry['gtIgnore'] == 0)
                     entries.append((category, rank, exit, entry))
-        return _gather(entries, order, objects, len(found[0].params.iouThrs))
+        return _gather(entries, order, objects, len(evaluators[0].params.iouThrs))
 
 
 @dataclasses.dataclass
@@ -324,10 +330,10 @@ class _Matches:
 
     def by_image(self) -> '_Matches':
         """The same with a group for each category of each image, n * categories of them."""
-        own = self.image * self.objects.shape[1] + self.group
-        order = np.argsort(own, kind='stable')
+        key = self.image * self.objects.shape[1] + self.group
+        order = np.argsort(key, kind='stable')
         return _Matches(
-            own[order],
+            key[order],
             self.image[order],
             self.exit[order],
             self.matched[:, order],

@@ -68,7 +68,7 @@ def calibrate_gate(
             points below the last exit's.
         by (str, optional): The cost that counts for ``max_drop``: 'gflops' or 'latency'. Defaults
             to 'gflops'.
-        seconds (tuple[float, float]): See `simulation.simulate`. Defaults to none.
+        seconds (tuple[float, float]): See `simulation.simulate_gate`. Defaults to none.
         count (int): Levels to try. Defaults to 61.
         change_count (int): Thresholds on change to try. Defaults to 16.
         progress (Callable, optional): Called with (settings done, settings in all).

@@ -98,7 +98,7 @@ def curve(
         difficulties (np.ndarray): (E - 1, n), its own.
         settings (Sequence[Setting]): Those that share a threshold on change are best next to each
             other.
-        seconds (tuple[float, float]): See `simulation.simulate`. Defaults to none.
+        seconds (tuple[float, float]): See `simulation.simulate_gate`. Defaults to none.
         progress (Callable, optional): Called with (settings done, settings in all).
     """
     rows, sources, nothing = [], {}, nothing_seen(record, gate)
