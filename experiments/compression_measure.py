@@ -21,8 +21,8 @@ from dynamicdet.building import build_loader, load_detector
 from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.compression.checkpoint import compress, decompress
 from dynamicdet.compression.encoding import Lossy
-from dynamicdet.compression.pruning import Block, prune
-from dynamicdet.compression.report import BlockSize, block_sizes, total
+from dynamicdet.compression.pruning import Block, prune_weights
+from dynamicdet.compression.size_report import BlockSize, block_sizes, total
 from dynamicdet.files import write_atomically
 from dynamicdet.measuring.calibration import coco_results, provenance
 from dynamicdet.routing.curve import bootstrap_weights
@@ -68,7 +68,7 @@ def _apply(
 ) -> BlockSize:
     """Compress a model, in place; what its file would hold."""
     if blocks:
-        prune(model, [Block(**block) for block in blocks], SEED)
+        prune_weights(model, [Block(**block) for block in blocks], SEED)
     state = model.state_dict()
     compressed = compress(dict(state_dict=state), Lossy(**lossy or {}))
     size = total(block_sizes(state, compressed.entries), len(compressed.content))

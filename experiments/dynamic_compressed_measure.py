@@ -31,7 +31,7 @@ from dynamicdet.compression.encoding import Lossy
 from dynamicdet.deploy.folder import load_deployed
 from dynamicdet.deploy.int8 import needs_reduced_range
 from dynamicdet.files import write_atomically
-from dynamicdet.measuring.benchmark import Task, half_hard_threshold, interleave, quartiles
+from dynamicdet.measuring.benchmark import BenchmarkTask, half_hard_threshold, interleave, quartiles
 from dynamicdet.measuring.calibration import provenance, record_exits
 from dynamicdet.models import DynamicDetector
 from dynamicdet.routing.curve import bootstrap_weights
@@ -159,10 +159,12 @@ def has_amx() -> bool:
     return cpu.exists() and 'amx_int8' in cpu.read_text()
 
 
-def tasks_of(model: DynamicDetector, batches: list[dict]) -> list[tuple[str, Task]]:
+def tasks_of(model: DynamicDetector, batches: list[dict]) -> list[tuple[str, BenchmarkTask]]:
     """The same images, all easy, half of them hard, all hard."""
     thresholds = dict(exit0=ALL_EASY, half=half_hard_threshold(model, batches), exit1=ALL_HARD)
-    return [(name, Task(model, batches, threshold)) for name, threshold in thresholds.items()]
+    return [
+        (name, BenchmarkTask(model, batches, threshold)) for name, threshold in thresholds.items()
+    ]
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from dynamicdet.building import build_loader
 from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.files import latest_checkpoint, write_atomically
 from dynamicdet.measuring.benchmark import (
-    Task,
+    BenchmarkTask,
     build_pair,
     half_hard_threshold,
     interleave,
@@ -74,18 +74,18 @@ def load_batches(detector: str, side: int, setting: Setting) -> list[dict]:
     ]
 
 
-def plain_tasks(detector: str, checkpoint: str, setting: Setting) -> dict[str, Task]:
+def plain_tasks(detector: str, checkpoint: str, setting: Setting) -> dict[str, BenchmarkTask]:
     model = MODELS.build(Config.fromfile(ROOT / DETECTORS[detector].plain).model)
     model.load_state_dict(read_checkpoint(checkpoint)['state_dict'])
     return {
-        f'plain_{name}': Task(model.eval(), load_batches(detector, side, setting))
+        f'plain_{name}': BenchmarkTask(model.eval(), load_batches(detector, side, setting))
         for name, (side, _) in SIZES.items()
     }
 
 
 def dynamic_tasks(
     detector: str, variant: str, checkpoint: str, setting: Setting
-) -> dict[str, Task]:
+) -> dict[str, BenchmarkTask]:
     """All images at exit 0, half of them hard, all at exit 1."""
     cfg = Config.fromfile(ROOT / DETECTORS[detector].dynamic)
     cfg.merge_from_dict(DYNAMIC[variant])
@@ -93,13 +93,13 @@ def dynamic_tasks(
     batches = load_batches(detector, DATA['size'], setting)
     thresholds = dict(exit0=ALL_EASY, half=half_hard_threshold(model, batches), exit1=ALL_HARD)
     return {
-        f'{variant}_{name}': Task(model, batches, threshold)
+        f'{variant}_{name}': BenchmarkTask(model, batches, threshold)
         for name, threshold in thresholds.items()
     }
 
 
 @torch.no_grad()
-def gflops_of(task: Task) -> float:
+def gflops_of(task: BenchmarkTask) -> float:
     if task.threshold is not None:
         task.detector.set_budget(threshold=task.threshold)
     images = sum(len(batch['inputs']) for batch in task.batches)

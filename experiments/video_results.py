@@ -15,7 +15,7 @@ from dynamicdet import cli
 from dynamicdet.building import build_loader
 from dynamicdet.measuring.calibration import coco_results, provenance
 from dynamicdet.routing.evaluation import evaluate
-from dynamicdet.video.analysis import RULES, analyze, fitted_gates, load_truth
+from dynamicdet.video.analysis import RULES, analyze_gates, fitted_gates, load_truth
 from dynamicdet.video.gates import Gate
 from dynamicdet.video.recording import (
     borrowed,
@@ -23,7 +23,7 @@ from dynamicdet.video.recording import (
     gate_of_checkpoint,
     load_early_exit_detector,
 )
-from dynamicdet.video.simulation import Replays, Run, streams
+from dynamicdet.video.simulation import GateRun, Replays, streams
 from mmdet.registry import MODELS
 
 #: Bootstrap resamples of whole videos, since frames of one are alike; seed 0, the same for all
@@ -43,7 +43,9 @@ def head_results(test: Mapping) -> dict:
     weights = resampled_videos(test)
     found = []
     for exit in range(exits):
-        run = Run(np.full(len(source), exit), source, np.zeros(len(source)), np.zeros(len(source)))
+        run = GateRun(
+            np.full(len(source), exit), source, np.zeros(len(source)), np.zeros(len(source))
+        )
         found.append(
             dict(
                 ap=replays.ap(run),
@@ -96,7 +98,7 @@ def gate_results(test: Mapping, val: Mapping, config: str, checkpoint: str) -> d
     """Curves of all gates, of the oracle and of fixed exits; settings are chosen on the other
     validation videos."""
     gates, chosen_on = gates_of(val, config, checkpoint), (halves(val)[1], load_truth(val))
-    found = analyze(test, load_truth(test), gates, chosen_on, 'latency')
+    found = analyze_gates(test, load_truth(test), gates, chosen_on, 'latency')
     return {name: found[name] for name in ('fixed', 'gates', 'oracles')}
 
 

@@ -8,7 +8,7 @@ device, or copy to it, is counted. What a kernel does inside stays unseen.
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, Union
+from typing import Any
 
 import mmcv._ext
 import torch
@@ -214,10 +214,8 @@ def far_device(monkeypatch: Any) -> Iterator[str]:
             mmcv._ext, name, lambda *args, own=own, **kwargs: _wrapped_call(own, args, kwargs)
         )
     # It knows the types of tensors of some devices.
-    monkeypatch.setattr(instance_data, 'IndexType', Union[instance_data.IndexType, FarTensor])
-    monkeypatch.setattr(
-        instance_data, 'BoolTypeTensor', Union[instance_data.BoolTypeTensor, FarMask]
-    )
+    monkeypatch.setattr(instance_data, 'IndexType', instance_data.IndexType | FarTensor)
+    monkeypatch.setattr(instance_data, 'BoolTypeTensor', instance_data.BoolTypeTensor | FarMask)
     before = torch._C._only_lift_cpu_tensors()
     # A list that becomes a tensor is copied to the device, and seen to be.
     torch._C._set_only_lift_cpu_tensors(True)

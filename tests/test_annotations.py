@@ -10,7 +10,7 @@ import pytest
 from mmengine.config import Config
 
 from dynamicdet.annotations import mended_copy, original_of, read_annotations
-from dynamicdet.datasets.mending import mend_annotations
+from dynamicdet.datasets.annotation_repair import mend_annotations
 from dynamicdet.errors import UsageError
 from dynamicdet.routing.evaluation import evaluate, read_truth
 

@@ -142,3 +142,22 @@ def test_configs_for_own_data_make_both_steps(name, tmp_path):
             assert dataset.metainfo == cfg.metainfo
         assert 'Mosaic' not in str(cfg.train_dataloader.dataset.get('pipeline')) or step == 1
         assert 0 < cfg.router_holdout < 1
+
+
+IMPORTS = [
+    (page.name, module, names)
+    for page in USER_PAGES
+    for module, names in re.findall(
+        r'^ *from (dynamicdet[\w.]*) import ([\w, ]+)$', page.read_text(), re.MULTILINE
+    )
+]
+
+
+@pytest.mark.parametrize('page, module, names', IMPORTS)
+def test_examples_import_what_is_there(page, module, names):
+    for name in names.split(','):
+        assert hasattr(importlib.import_module(module), name.strip()), f'{page}: {module}.{name}'
+
+
+def test_examples_are_found():
+    assert {'README.md', 'routing.md', 'serving.md'} <= {page for page, _, _ in IMPORTS}

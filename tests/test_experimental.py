@@ -6,11 +6,11 @@ import pytest
 
 from conftest import ROOT
 from dynamicdet.compression.encoding import Lossy
-from dynamicdet.compression.entropy import table
+from dynamicdet.compression.entropy import stream_table
 from dynamicdet.experimental import EXPERIMENTAL
 from dynamicdet.routing import OBJECTIVES, build_objective
 from dynamicdet.video import Gate
-from dynamicdet.video.building import build_gate, build_propagation
+from dynamicdet.video.part_building import build_gate, build_propagation
 from mmdet.registry import MODELS
 
 
@@ -56,7 +56,7 @@ def test_propagation():
 def test_encodings():
     assert not said(Lossy) and not said(lambda: Lossy(int8=[], codebook=4, codebook_keys=[]))
     assert len(said(lambda: Lossy(binary=[]))) == 1
-    assert len(said(table, [])) == 1
+    assert len(said(stream_table, [])) == 1
 
 
 def test_the_docs_name_all():

@@ -12,11 +12,11 @@ from dynamicdet.errors import UsageError
 from dynamicdet.measuring.fit_router import require_own
 from dynamicdet.video.analysis import (
     RULES,
-    analyze,
+    analyze_gates,
     fitted_gates,
-    format_analysis,
+    format_gate_analysis,
     load_truth,
-    write_analysis,
+    write_gate_analysis,
 )
 from dynamicdet.video.record import read_video_record
 from dynamicdet.video.recording import gate_of_checkpoint
@@ -24,6 +24,7 @@ from mmdet.registry import MODELS
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('record', help='record of the test videos')
     parser.add_argument('--ann-file', help='its annotations: what was recorded by default')
@@ -50,16 +51,19 @@ def parse_args() -> argparse.Namespace:
 
 
 def load(path: str, ann_file: str, exits: int, checkpoint: str) -> tuple:
+    """A record of videos and its ground truth; checks that it is of this checkpoint."""
     record = read_video_record(path)
     require_own([record], exits, checkpoint)
     return record, load_truth(record, ann_file)
 
 
 def say(what: str) -> None:
+    """Print what is done now, to stderr."""
     print(f'{what} ...', file=sys.stderr, flush=True)
 
 
 def main() -> None:
+    """Analyze gates on records and write tables and figures."""
     args = parse_args()
     cli.prepare()
     if args.seed < 0:
@@ -80,9 +84,9 @@ def main() -> None:
         gates.update(
             fitted_gates(*load(args.fit_record, args.fit_ann_file, exits, own), seed=args.seed)
         )
-    analysis = analyze(record, coco, gates, val, args.by, say=say)
-    picture = write_analysis(analysis, out_dir)
-    print(format_analysis(analysis))
+    analysis = analyze_gates(record, coco, gates, val, args.by, say=say)
+    picture = write_gate_analysis(analysis, out_dir)
+    print(format_gate_analysis(analysis))
     print(f'\nThe same as a picture: {picture}')
 
 

@@ -19,6 +19,7 @@ from dynamicdet.routing.record import RoutingRecord, read_record
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('record', help='record of the test data, by tools/record.py')
     parser.add_argument(
@@ -70,6 +71,7 @@ def load(path: str, ann_file: str, option: str, exits: list) -> tuple:
 
 
 def main() -> None:
+    """Analyze a router on a record and write the page."""
     args = parse_args()
     cli.prepare()
     for name in ('bootstrap', 'seed'):

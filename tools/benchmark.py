@@ -24,10 +24,10 @@ from dynamicdet.measuring.benchmark import (
     DTYPES,
     FORMATS,
     WANTED,
-    Setting,
+    MachineSetting,
     build_pair,
     make_batch,
-    measure,
+    measure_benchmark,
 )
 from dynamicdet.measuring.calibration import provenance
 
@@ -50,6 +50,7 @@ RATIOS = dict(
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -102,6 +103,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
+    """Raise a `UsageError` for options that do not fit."""
     if min(args.rounds, args.batch_rounds, args.batches, *(args.threads or [1])) < 1:
         raise UsageError('--rounds, --batch-rounds, --batches and --threads must be 1 or more')
     if args.seed < 0:
@@ -126,9 +128,8 @@ def table(run: dict, batches: int) -> str:
             1e3 * run['seconds'][key][part] / images for part in ('q1', 'median', 'q3')
         )
         spread = f'{low:.1f} to {high:.1f}'
-        lines.append(
-            f'{name:<42}{BATCH_SIZE if whole else 1:>6}{median:>10.1f}{spread:>20}{1e3 / median:>10.2f}'
-        )
+        size = BATCH_SIZE if whole else 1
+        lines.append(f'{name:<42}{size:>6}{median:>10.1f}{spread:>20}{1e3 / median:>10.2f}')
     lines.append(f'\n{"":<42}{"":>6}{"ratio":>10}{"quartiles":>20}{"wanted":>10}')
     for key, name in RATIOS.items():
         low, median, high = (run['ratios'][key][part] for part in ('q1', 'median', 'q3'))
@@ -138,13 +139,16 @@ def table(run: dict, batches: int) -> str:
 
 
 def main() -> None:
+    """Time a detector at each exit and write the rows."""
     args = parse_args()
     cli.prepare()
     check(args)
     cfg = cli.load_config(args)
     threads = args.threads or [torch.get_num_threads()]
     torch.set_num_threads(threads[0])
-    ways = [Setting(*way) for way in itertools.product(threads, args.dtype, args.memory_format)]
+    ways = [
+        MachineSetting(*way) for way in itertools.product(threads, args.dtype, args.memory_format)
+    ]
     # Before the work starts: what others do to the figures.
     load = os.getloadavg()[0]
     model, _ = build_pair(cfg, args.checkpoint, args.device, args.seed)
@@ -167,7 +171,9 @@ def main() -> None:
         batches=args.batches,
         batch_size=BATCH_SIZE,
     )
-    runs = measure(model, cfg.model, batches, args.rounds, args.batch_rounds, cli.progress, ways)
+    runs = measure_benchmark(
+        model, cfg.model, batches, args.rounds, args.batch_rounds, cli.progress, ways
+    )
     print(
         f'{args.config}, {weights}, {args.size[0]} x {args.size[1]} pixels\n'
         f'{machine["device"]}; torch {machine["torch"]}; load before: {load:.2f}'

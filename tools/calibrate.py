@@ -17,6 +17,7 @@ from dynamicdet.routing.budget import Budget
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file of step 2')
@@ -30,6 +31,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Calibrate a checkpoint and write it back."""
     args = parse_args()
     cli.prepare()
     cfg = cli.load_config(args)

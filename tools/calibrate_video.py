@@ -23,6 +23,7 @@ from dynamicdet.video.simulation import evidences
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file of an EarlyExitDetector with a gate')
     parser.add_argument('checkpoint', help='its checkpoint file')
@@ -53,11 +54,13 @@ def parse_args() -> argparse.Namespace:
 
 
 def wish_of(args: argparse.Namespace) -> dict:
+    """What is wished for, as `calibrate_gate` takes it."""
     given = {name: getattr(args, name) for name in ('max_drop', 'target_gflops', 'target_latency')}
     return {name: value for name, value in given.items() if value is not None} or dict(max_drop=1.0)
 
 
 def main() -> None:
+    """Choose the thresholds of a gate and write the checkpoint."""
     args = parse_args()
     cli.prepare()
     cfg = cli.load_config(args)

@@ -20,12 +20,13 @@ from dynamicdet.compression.checkpoint import (
     write_compressed,
 )
 from dynamicdet.compression.encoding import Lossy
-from dynamicdet.compression.report import TWO_STAGE, BlockSize, block_sizes, table
+from dynamicdet.compression.size_report import TWO_STAGE, BlockSize, block_sizes, compression_table
 from dynamicdet.errors import UsageError
-from dynamicdet.measuring.worth import measure
+from dynamicdet.measuring.accuracy_and_latency import measure_detectors
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('checkpoint', metavar='CKPT', help='a checkpoint, compressed or not')
     parser.add_argument('--out', required=True, help='file to write; its name ends in .ddz')
@@ -124,16 +125,17 @@ def report(
     """The table of blocks; with what the detectors are worth if there is a config."""
     size = len(compressed.content)
     if cfg is None:
-        return table(sizes, size)
+        return compression_table(sizes, size)
     states = dict(
         original=checkpoint['state_dict'], compressed=decompress(compressed.content)['state_dict']
     )
-    worth = measure(cfg, states, cli.progress, args.device)
+    worth = measure_detectors(cfg, states, cli.progress, args.device)
     before = Path(args.checkpoint).stat().st_size if Path(args.checkpoint).is_file() else 0
-    return table(sizes, size, worth['compressed'], worth['original'], before)
+    return compression_table(sizes, size, worth['compressed'], worth['original'], before)
 
 
 def main() -> None:
+    """Compress or unpack a checkpoint, or print its table."""
     args = parse_args()
     cli.prepare()
     require_suffix(args.out)
@@ -152,7 +154,7 @@ def main() -> None:
     compressed = compress(checkpoint, lossy)
     sizes = block_sizes(checkpoint['state_dict'], compressed.entries, groups)
     lines = report(args, cfg, checkpoint, compressed, sizes) if args.report or cfg else []
-    lines += entropy.table(entropy.compare(compressed.entries)) if args.entropy else []
+    lines += entropy.stream_table(entropy.compare(compressed.entries)) if args.entropy else []
     if not args.dry_run:
         write_compressed(compressed, args.out)
     counts = Counter(entry.row['encoding'] for entry in compressed.entries)

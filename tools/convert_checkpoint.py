@@ -18,6 +18,7 @@ from dynamicdet.interop import SOURCES, convert_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('source', metavar='SRC', help='a torch file, or a .pkl of numpy arrays')
     parser.add_argument(
@@ -37,6 +38,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Convert a checkpoint and write it."""
     args = parse_args()
     cli.prepare()
     cfg = cli.load_config(args)

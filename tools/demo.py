@@ -23,6 +23,7 @@ PROCESSES = 2
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--report', default='work_dirs/demo/report', help='where the report goes')
     return parser.parse_args()
@@ -56,6 +57,7 @@ def train(title: str, config: str) -> None:
 
 
 def main() -> None:
+    """Run all steps on the built-in data, one process each."""
     args = parse_args()
     start = time.monotonic()
     run('1/6 data: handwritten digits over photographs', 'python', 'tools/make_digits.py')

@@ -20,12 +20,13 @@ from dynamicdet import cli
 from dynamicdet.building import build_loader, load_detector
 from dynamicdet.deploy.deployment import deploy
 from dynamicdet.deploy.folder import require_new
-from dynamicdet.deploy.graphs import exportable_stages, need
+from dynamicdet.deploy.graphs import exportable_stages, need_for_deployment
 from dynamicdet.deploy.latencies import said
 from dynamicdet.errors import UsageError
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file or URL')
@@ -87,8 +88,9 @@ def parse_args() -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
+    """Raise a `UsageError` for options that do not fit, before the model is built."""
     for name in ('onnx', 'onnxruntime', *('zstandard',) * args.compress):
-        need(name)
+        need_for_deployment(name)
     require_new(args.out)
     if not args.dry_run:
         cli.make_folder(str(Path(args.out).absolute().parent))
@@ -113,6 +115,7 @@ def build_val_loader(cfg: Config) -> DataLoader:
 
 
 def main() -> None:
+    """Export a detector as a deployment folder."""
     args = parse_args()
     cli.prepare()
     check(args)

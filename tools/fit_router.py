@@ -12,9 +12,9 @@ from dynamicdet.building import build_model, require_dynamic, whole_model
 from dynamicdet.checkpoints import write_checkpoint
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.fit_router import (
-    describe,
     fit_to_records,
     ground_truths,
+    objective_settings,
     put_router,
     require_own,
     wanted_objective,
@@ -25,6 +25,7 @@ from dynamicdet.routing.record import read_record
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file of step 2')
     parser.add_argument('checkpoint', help='checkpoint file of step 1 or step 2; it stays as it is')
@@ -46,6 +47,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Fit a router to a record and write the checkpoint."""
     args = parse_args()
     cli.prepare()
     cfg = cli.load_config(args)
@@ -69,7 +71,7 @@ def main() -> None:
     facts = dict(
         records=args.records,
         features_from=args.features_from or [],
-        objective=describe(objective),
+        objective=objective_settings(objective),
         rows=sum(len(record) for record in records),
         images=images,
         seed=args.seed,

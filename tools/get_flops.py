@@ -17,7 +17,7 @@ from dynamicdet.measuring.flops import (
     measure_costs,
     stated_shape,
 )
-from dynamicdet.measuring.model_zoo import SHARES, count_row, make_page, read_models
+from dynamicdet.measuring.model_zoo import SHARES, count_row, make_model_zoo_page, read_models
 from dynamicdet.models import can_fuse, fuse
 from dynamicdet.video import EarlyExitDetector
 from dynamicdet.video.costs import as_table, layer_costs, layer_seconds
@@ -32,6 +32,7 @@ CANNOT_FUSE = (
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -86,14 +87,16 @@ def rois(costs: Costs) -> str:
 
 
 def write_zoo() -> None:
+    """Count all models of the metafiles and write docs/model_zoo.md."""
     entries = read_models(ROOT).values()
     page = ROOT / 'docs' / 'model_zoo.md'
     rows = [count_row(ROOT, entry) for entry in cli.progress(entries, 'detectors')]
-    write_atomically(make_page(rows).encode(), page)
+    write_atomically(make_model_zoo_page(rows).encode(), page)
     print(f'{len(rows)} detectors: {page}')
 
 
 def count_one(args: argparse.Namespace) -> None:
+    """Print what one config costs at each exit and hard share."""
     if not all(0 <= share <= 1 for share in args.hard_share):
         raise UsageError('--hard-share takes shares from 0 to 1')
     cfg = cli.load_config(args)
@@ -120,6 +123,7 @@ def count_one(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """Print the cost of a config, or write the page of all."""
     args = parse_args()
     cli.prepare()
     if args.zoo == bool(args.config):

@@ -20,12 +20,14 @@ from dynamicdet.errors import UsageError
 
 
 def positive(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError('must be 1 or more')
     return int(text)
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -98,6 +100,7 @@ def require_distinct(pictures: dict[str, str]) -> None:
 
 
 def build_detector(args: argparse.Namespace) -> DynamicInferencer:
+    """The detector that the options name."""
     cfg = cli.load_config(args)
     cli.require_checkpoint(args.checkpoint)
     if args.device:
@@ -108,6 +111,7 @@ def build_detector(args: argparse.Namespace) -> DynamicInferencer:
 
 
 def detect(args: argparse.Namespace, pictures: dict[str, str]) -> int:
+    """Detect in pictures, path -> name; 1 if some cannot be read, 2 if all."""
     faults = {}
     detector = build_detector(args)
     results = detector(
@@ -135,6 +139,7 @@ def detect(args: argparse.Namespace, pictures: dict[str, str]) -> int:
 
 
 def main() -> int:
+    """Detect in pictures; 1 if some cannot be read, 2 if all."""
     args = parse_args()
     cli.prepare()
     # Of labels that reach over the edge and of a folder that is named elsewhere.

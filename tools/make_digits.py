@@ -6,6 +6,7 @@ from dynamicdet.datasets.digits import SIZES, make_digits
 
 
 def parse_args():
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -18,11 +19,13 @@ def parse_args():
 
 
 def show(done, total):
+    """Print how many images are made, every hundred."""
     if done % 100 == 0 or done == total:
         print(f'\r{done} of {total} images', end='' if done < total else '\n', flush=True)
 
 
 def main():
+    """Make the built-in images."""
     args = parse_args()
     sizes = {split: getattr(args, split) for split in SIZES}
     try:

@@ -7,6 +7,7 @@ from dynamicdet.video.digits_video import SIZES, make_digits_video
 
 
 def parse_args():
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -23,10 +24,12 @@ def parse_args():
 
 
 def show(done, total):
+    """Print how many videos are made."""
     print(f'\r{done} of {total} videos', end='' if done < total else '\n', flush=True)
 
 
 def main():
+    """Make the built-in videos."""
     args = parse_args()
     sizes = {split: getattr(args, split) for split in SIZES}
     try:

@@ -10,10 +10,16 @@ from pathlib import Path
 
 from dynamicdet import cli
 from dynamicdet.building import load_detector
-from dynamicdet.deploy.removing import describe, parse_blocks, prune, write
+from dynamicdet.deploy.channel_removal import (
+    describe_pruning,
+    parse_blocks,
+    prune_detector,
+    write_pruned,
+)
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', metavar='CKPT', help='its checkpoint')
@@ -67,6 +73,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Remove channels and write the smaller detector."""
     args = parse_args()
     cli.prepare()
     cfg = cli.load_config(args)
@@ -74,14 +81,15 @@ def main() -> None:
     if not args.dry_run:
         cli.make_folder(args.out)
     model, checkpoint = load_detector(cfg, args.checkpoint, plain=True)
-    made = prune(cfg, model, blocks, args.round_to, args.seed)
-    print(*describe(cfg, made, args.shape), sep='\n')
+    made = prune_detector(cfg, model, blocks, args.round_to, args.seed)
+    print(*describe_pruning(cfg, made, args.shape), sep='\n')
     name = args.name or f'{Path(args.config).stem}_pruned'
     if args.dry_run:
         print(f'would write {name}.py and {name}.pth to {args.out}')
     else:
         print(
-            'written to ' + ' and '.join(write(made, checkpoint, args.checkpoint, args.out, name))
+            'written to '
+            + ' and '.join(write_pruned(made, checkpoint, args.checkpoint, args.out, name))
         )
 
 

@@ -17,6 +17,7 @@ from dynamicdet.routing.record import write_record
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument(
@@ -42,6 +43,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Record both exits on a data set."""
     args = parse_args()
     cli.prepare()
     cfg = cli.load_config(args)

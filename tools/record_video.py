@@ -18,6 +18,7 @@ from dynamicdet.video.recording import load_early_exit_detector, record_videos
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file of an EarlyExitDetector')
     parser.add_argument('checkpoint', help='its checkpoint file')
@@ -36,6 +37,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Record all exits on videos."""
     args = parse_args()
     cli.prepare()
     cfg = cli.load_config(args)

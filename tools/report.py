@@ -14,7 +14,7 @@ from mmengine.device import get_device
 
 from dynamicdet import cli
 from dynamicdet.building import build_loader, load_dynamic_detector, require_dynamic
-from dynamicdet.datasets.opening import require_one_coco
+from dynamicdet.datasets.config_datasets import require_one_coco
 from dynamicdet.measuring.calibration import (
     measure_gflops,
     measure_latencies,
@@ -35,6 +35,7 @@ from dynamicdet.routing.evaluation import Mixtures, check_record, read_truth
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file of step 2')
@@ -48,6 +49,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Write the report of a detector."""
     args = parse_args()
     cli.prepare()
     cfg = cli.load_config(args)

@@ -14,8 +14,8 @@ from dynamicdet import cli
 from dynamicdet.annotations import original_of
 from dynamicdet.building import build_loader
 from dynamicdet.compression.blocks import Block
-from dynamicdet.compression.sensitivity import suggest, table
-from dynamicdet.datasets.opening import require_one_coco
+from dynamicdet.compression.sensitivity import sensitivity_table, suggest
+from dynamicdet.datasets.config_datasets import require_one_coco
 from dynamicdet.errors import UsageError
 from dynamicdet.files import write_atomically
 from dynamicdet.measuring.sensitivity import (
@@ -23,13 +23,14 @@ from dynamicdet.measuring.sensitivity import (
     draw,
     identity_of,
     load,
-    measure,
+    measure_sensitivity,
     parts_of,
     truth_of,
 )
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', metavar='CKPT', help='its checkpoint')
@@ -70,6 +71,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Measure AP at each share of each part and write the table."""
     args = parse_args()
     cli.prepare()
     cfg = cli.load_config(args)
@@ -107,10 +109,10 @@ def main() -> None:
         args.metric,
         args.structured,
     )
-    curves = measure(
+    curves = measure_sensitivity(
         model, loader, parts, args.shares, args.images, args.metric, out, identity, cli.progress
     )
-    print(*table(curves), sep='\n')
+    print(*sensitivity_table(curves), sep='\n')
     # Of layers where they were measured: a block is what they add up to.
     chosen = curves[len(blocks) :] if args.layers else curves
     found = suggest(chosen, args.size)

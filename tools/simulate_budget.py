@@ -26,6 +26,7 @@ LOADS = ((0.28, 0.38), (0.75, 0.85))
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -67,6 +68,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
+    """Raise a `UsageError` for options that do not fit."""
     if min(args.images, args.batch_size, args.mean_over) < 1 or min(args.delay, args.seed) < 0:
         raise UsageError(
             '--images, --batch-size and --mean-over must be 1 or more, --delay and --seed 0 or more'
@@ -100,6 +102,7 @@ def make_stream(args: argparse.Namespace) -> tuple:
 
 
 def build(args: argparse.Namespace, latencies: list) -> Controller:
+    """The controller, of two exits or more with these latencies, seconds."""
     names = ('target_latency', 'throughput', 'hard_share')
     budget = Budget.parse({name: getattr(args, name) for name in names})
     if budget is None:
@@ -110,6 +113,7 @@ def build(args: argparse.Namespace, latencies: list) -> Controller:
 def draw(
     trace: dict, controller: Controller, latencies: list, spikes: list, args: argparse.Namespace
 ) -> None:
+    """Draw thresholds, shares and latencies over the images."""
     import matplotlib
 
     matplotlib.use('Agg')
@@ -156,6 +160,7 @@ def draw(
 
 
 def main() -> None:
+    """Simulate a controller on a drifting stream and draw it."""
     args = parse_args()
     check(args)
     warnings.simplefilter('always')

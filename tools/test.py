@@ -17,6 +17,7 @@ from mmdet.evaluation import DumpDetResults
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file or URL')
@@ -89,6 +90,7 @@ def augment(cfg: Config) -> None:
 
 
 def main() -> None:
+    """Test a detector and say what was served."""
     args = parse_args()
     cli.prepare()
     cfg = cli.load_config(args)

@@ -22,6 +22,7 @@ from mmdet.models.detectors import BaseDetector
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('folder', help='deployment folder')
     cli.add_budget_arguments(parser)
@@ -35,7 +36,7 @@ def parse_args() -> argparse.Namespace:
         '--providers',
         nargs='+',
         metavar='NAME',
-        help='what ONNX Runtime computes with, such as CPUExecutionProvider: the best that is there',
+        help='what ONNX Runtime computes with, such as CPUExecutionProvider: the best there is',
     )
     parser.add_argument(
         '--threads', type=int, default=1, help='CPU threads of graphs and of torch: 1'
@@ -114,6 +115,7 @@ def require_reachable(model: BaseDetector, budget: dict) -> None:
 
 
 def main() -> None:
+    """Time and test a deployment folder."""
     args = parse_args()
     cli.prepare()
     if args.threads < 1 or args.images < 0:

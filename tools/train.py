@@ -18,6 +18,7 @@ from dynamicdet.models.weights import require_all_channels
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
     cli.add_common_arguments(parser)
@@ -48,6 +49,7 @@ def say_what_is_compressed(runner: Runner) -> None:
 
 
 def main() -> None:
+    """Train a detector."""
     args = parse_args()
     cli.prepare()
     cfg = cli.load_config(args)

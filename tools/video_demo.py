@@ -21,6 +21,7 @@ class GateOptions(cli.ConfigOptions):
     """The first word may be the gate's type alone."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
+        """Read a type and its settings; the first word may leave out ``type=``."""
         head = values[0] if '=' in values[0] else f'type={values[0]}'
         super().__call__(parser, namespace, [head, *values[1:]], option_string)
         # gate.type=... is of a gate inside.
@@ -30,12 +31,14 @@ class GateOptions(cli.ConfigOptions):
 
 
 def positive(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError('must be 1 or more')
     return int(text)
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -80,6 +83,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def build_detector(args: argparse.Namespace) -> FrameDetector:
+    """The detector that the options name."""
     cfg = cli.load_config(args)
     cli.require_settings(cfg, 'test_dataloader')
     cli.require_checkpoint(args.checkpoint)
@@ -107,6 +111,7 @@ def describe(summary: Summary, budget: Budget | None) -> str:
 
 
 def main() -> int:
+    """Detect in a video; 1 if frames were lost, else 0."""
     args = parse_args()
     cli.prepare()
     # Nothing here draws with mmdet's visualizer.

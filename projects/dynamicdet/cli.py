@@ -19,9 +19,9 @@ from mmdet.utils import register_all_modules
 
 from .building import require_model
 from .checkpoints import read_checkpoint, weights_only
+from .datasets.annotation_repair import mend_annotations
 from .datasets.check import check_dataloaders, is_of_empty_set
-from .datasets.mending import mend_annotations
-from .datasets.opening import SEVERAL_FILES
+from .datasets.config_datasets import SEVERAL_FILES
 from .errors import UsageError, reason_of
 from .private_mmengine import parse_scalar
 from .progress import counter, progress, silence  # noqa: F401  (tools have them from here)
@@ -109,6 +109,7 @@ class ConfigOptions(DictAction):
         return None if value == 'None' else value.strip('\'"')
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
+        """Add ``KEY=VALUE`` pairs to those of earlier uses of the option."""
         options = dict(getattr(namespace, self.dest, None) or {})
         for pair in values:
             key, equals, value = pair.partition('=')
@@ -125,7 +126,8 @@ class ConfigOptions(DictAction):
             except (ValueError, AssertionError, RecursionError):
                 raise argparse.ArgumentError(
                     self,
-                    f'needs KEY=VALUE pairs, brackets balanced and around all of a list; got {pair}',
+                    'needs KEY=VALUE pairs, brackets balanced and around all of a list; got '
+                    f'{pair}',
                 ) from None
         setattr(namespace, self.dest, options)
 
@@ -200,7 +202,7 @@ def load_config(args: argparse.Namespace) -> Config:
         ) from error
     override(cfg, args.cfg_options, args.config)
     require_model(cfg, args.config)
-    hold_out(cfg)
+    apply_router_holdout(cfg)
     cfg.launcher = getattr(args, 'launcher', 'none')
     if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
         _join_on_cpu(cfg)
@@ -256,7 +258,7 @@ def _move_data(cfg: Config, root: Any, new: Any) -> None:
         cfg[key] = moved(value)
 
 
-def hold_out(cfg: Config) -> None:
+def apply_router_holdout(cfg: Config) -> None:
     """Let ``router_holdout``, a share of the training images in (0, 1), count: step 1 does not see
     them, and step 2 (``model.train_router``) sees no others. As if each training set were wrapped
     in `HoldOut`."""

@@ -86,6 +86,7 @@ class StandIn:
     name = 'object'
 
     def __new__(cls, *_: Any, **__: Any) -> 'StandIn':
+        """Take any arguments, and do nothing with them."""
         self = super().__new__(cls)
         self.state = {}
         return self
@@ -95,6 +96,7 @@ class StandIn:
 
     # As which lists and mappings are filled. What they held is not kept.
     def append(self, _: Any) -> None:
+        """Take what a pickle appends, and forget it."""
         pass
 
     extend = append
@@ -204,7 +206,10 @@ def why_unread(error: Exception) -> str:
     if refused:
         return refusal(refused[1])
     if 'Only persistent_load of storage is allowed' in message:
-        return 'it holds a whole module as torch before 1.6 wrote it: load it there, and save it by a newer torch'
+        return (
+            'it holds a whole module as torch before 1.6 wrote it: load it there, and save it by a '
+            'newer torch'
+        )
     own = re.search(r'WeightsUnpickler error: (.*)', message)
     return ((own[1] if own else message).splitlines() or [type(error).__name__])[0][:200]
 

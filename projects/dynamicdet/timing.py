@@ -81,7 +81,8 @@ def _cpu_name() -> str:
             names = [line.split(':')[1].strip() for line in file if line.startswith('model name')]
     except OSError:
         names = []
-    return f'{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores'
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f'{name}, {os.cpu_count()} cores'
 
 
 def timed_elsewhere(then: Mapping[str, object], here: Mapping[str, object]) -> str | None:
@@ -98,4 +99,7 @@ def timed_elsewhere(then: Mapping[str, object], here: Mapping[str, object]) -> s
     if not odd:
         return None
     was, now = (', '.join(f'{name} {facts[name]}' for name in odd) for facts in (then, here))
-    return f'latencies were measured with {was}, and here it is {now}: a target latency is met only if measured anew'
+    return (
+        f'latencies were measured with {was}, and here it is {now}: a target latency is met only '
+        'if measured anew'
+    )

@@ -62,6 +62,7 @@ class Followed:
         self._seen: tuple[Tensor, int, Any] | None = None
 
     def __call__(self, tensor: Tensor) -> Any:
+        """The function of a tensor, computed anew if the tensor has changed since."""
         # Those of inference mode count no changes.
         if tensor.is_inference():
             return self._function(tensor)

@@ -8,7 +8,7 @@ import torch
 from conftest import same_detections, spread_scores
 from dynamicdet.apis.stream import Stream
 from dynamicdet.errors import UsageError
-from dynamicdet.models.online import Online, build_controller
+from dynamicdet.models.online_control import Online, build_controller
 from dynamicdet.routing.budget import Budget
 from dynamicdet.routing.controller import Controller
 from dynamicdet.routing.thresholds import thresholds_for_share

@@ -6,7 +6,14 @@ import torch
 from test_checkpoint import sparse
 
 from dynamicdet.compression.encoding import Lossy, encode_state
-from dynamicdet.compression.entropy import code_lengths, compare, entropy, gaps, huffman_size, table
+from dynamicdet.compression.entropy import (
+    code_lengths,
+    compare,
+    entropy,
+    gaps,
+    huffman_size,
+    stream_table,
+)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +98,7 @@ def test_streams_of_a_file_are_compared():
     # 15 values: below 4 bits of 8; no code of symbols is below the entropy.
     assert sizes['codebook values'].huffman < kept / 2 + 40
     assert all(size.huffman >= size.entropy for size in sizes.values())
-    lines = table(list(sizes.values()))
+    lines = stream_table(list(sizes.values()))
     assert len(lines) == 8 and all('smaller by' in line for line in lines[1:])
     assert compare([]) == []
 

@@ -10,13 +10,13 @@ from dynamicdet.compression.pruning import (
     apply_masks,
     emptied,
     find_layers,
-    layers_of,
     layers_of_blocks,
     matches,
     pack,
-    prune,
     prune_block,
+    prune_weights,
     pruned_share,
+    selected_layers,
     share_at,
     unpack,
 )
@@ -60,7 +60,7 @@ def test_a_pattern_takes_what_is_below(pattern, names):
 
 def test_layers_are_convolutions_and_linear_layers_in_order():
     assert list(find_layers(net())) == ['0', '2', '4']
-    assert list(layers_of(net(), every(exclude=['2']))) == ['0', '4']
+    assert list(selected_layers(net(), every(exclude=['2']))) == ['0', '4']
 
 
 # Who goes.
@@ -72,7 +72,7 @@ def test_the_smallest_of_the_block_go_as_torch_chooses_them():
     torch_prune.global_unstructured(
         [(layer, 'weight') for layer in layers], torch_prune.L1Unstructured, amount=0.5
     )
-    masks = prune(model, [every()])
+    masks = prune_weights(model, [every()])
     for name, layer in zip(('0', '2', '4'), layers):
         assert torch.equal(masks[name], layer.weight_mask.bool())
         assert torch.equal(model[int(name)].weight, layer.weight)
@@ -83,7 +83,7 @@ def test_the_smallest_of_the_block_go_as_torch_chooses_them():
 
 def test_each_layer_by_itself_as_torch_chooses():
     model, theirs = net(), net()
-    prune(model, [every(over='layer', target=0.25)])
+    prune_weights(model, [every(over='layer', target=0.25)])
     for index in (0, 2, 4):
         torch_prune.l1_unstructured(theirs[index], 'weight', amount=0.25)
         assert torch.equal(model[index].weight, theirs[index].weight)
@@ -91,7 +91,7 @@ def test_each_layer_by_itself_as_torch_chooses():
 
 def test_channels_by_their_norm_as_torch_chooses():
     model, theirs = net(), net()
-    prune(model, [every(over='layer', structured=True)])
+    prune_weights(model, [every(over='layer', structured=True)])
     for index in (0, 2, 4):
         torch_prune.ln_structured(theirs[index], 'weight', amount=0.5, n=2, dim=0)
         assert torch.equal(model[index].weight, theirs[index].weight)
@@ -102,7 +102,7 @@ def test_layers_of_a_kind_compete_with_each_other():
     with torch.no_grad():
         model[4].weight.mul_(1e-3)
         model[0].weight.fill_(9)
-    masks = prune(model, [every(over='kind', target=0.25)])
+    masks = prune_weights(model, [every(over='kind', target=0.25)])
     # 24 of the 96 weights of the convolutions, the smaller of which has just 24; the linear layer
     # loses its own.
     assert (zeros(model[0]), zeros(model[2]), zeros(model[4])) == (0, 24, 8) and emptied(masks) == [
@@ -117,7 +117,7 @@ def test_channels_of_a_block_compete_by_their_mean():
     with torch.no_grad():
         model[0].weight.copy_(torch.arange(1.0, 5).view(4, 1, 1, 1).expand(4, 2, 3, 3))
         model[1].weight.fill_(2.5)
-    prune(model, [every(structured=True, target=0.25)])
+    prune_weights(model, [every(structured=True, target=0.25)])
     assert [int(channel.any()) for channel in model[0].weight] == [0, 0, 1, 1] and zeros(
         model[1]
     ) == 0
@@ -127,7 +127,7 @@ def test_every_layer_keeps_a_channel():
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 1))
     with torch.no_grad():
         model[1].weight.mul_(1e-3)
-    masks = prune(model, [every(structured=True, target=0.5)])
+    masks = prune_weights(model, [every(structured=True, target=0.5)])
     assert not emptied(masks) and int(masks['1'].flatten(1).any(1).sum()) == 1
 
 
@@ -136,14 +136,14 @@ def test_channels_of_a_transposed_convolution_are_in_its_second_dimension():
     with torch.no_grad():
         model[0].weight.fill_(1)
         model[0].weight[:, 2] = 0.5
-    mask = prune(model, [every(structured=True, target=0.25)])['0']
+    mask = prune_weights(model, [every(structured=True, target=0.25)])['0']
     assert not mask[:, 2].any() and mask.sum() == mask.numel() * 3 / 4
 
 
 @pytest.mark.parametrize('structured', [False, True])
 def test_random_masks_hang_on_the_seed_and_are_nested(structured):
     block = every(score='random', structured=structured, over='layer')
-    layers = layers_of(net(), block)
+    layers = selected_layers(net(), block)
     state = torch.random.get_rng_state()
     little, more, again, other = (
         prune_block(layers, block, share, seed=seed)
@@ -158,7 +158,7 @@ def test_random_masks_hang_on_the_seed_and_are_nested(structured):
 def test_what_was_pruned_stays_pruned_unless_all_is_chosen_anew():
     model = nn.Sequential(nn.Linear(4, 1))
     model[0].weight.data = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
-    layers = layers_of(model, every())
+    layers = selected_layers(model, every())
     first = prune_block(layers, every(), 0.25)
     model[0].weight.data = torch.tensor([[9.0, 2.0, 3.0, 4.0]])
     assert prune_block(layers, every(), 0.5, first)['0'].tolist() == [[False, False, True, True]]
@@ -176,7 +176,7 @@ def test_infinite_weights_can_be_pruned_too():
 
 
 def statistics(model, block):
-    layers = layers_of(model, block)
+    layers = selected_layers(model, block)
     return layers, Statistics(layers, dict.fromkeys(layers, block))
 
 
@@ -322,7 +322,7 @@ def test_blocks_that_cannot_be(settings, said):
 )
 def test_blocks_that_do_not_fit(settings, said):
     with pytest.raises(UsageError, match=said) as caught:
-        prune(net(), [every(**settings)])
+        prune_weights(net(), [every(**settings)])
     assert '\n' not in str(caught.value)
 
 
@@ -333,4 +333,4 @@ def test_blocks_must_not_overlap():
 
 def test_scores_from_training_are_asked_for():
     with pytest.raises(UsageError, match="score='gradient' needs scores from training steps"):
-        prune(net(), [every(score='gradient')])
+        prune_weights(net(), [every(score='gradient')])

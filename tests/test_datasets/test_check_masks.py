@@ -5,8 +5,8 @@ import pytest
 from mmengine.config import Config
 from pycocotools import mask as mask_utils
 
+from dynamicdet.datasets.annotation_repair import learns_masks
 from dynamicdet.datasets.check_masks import check_outlines
-from dynamicdet.datasets.mending import learns_masks
 from dynamicdet.errors import UsageError
 
 IMAGES = [dict(id=1, width=6, height=4)]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dynamicdet.datasets.check import check_dataloaders
-from dynamicdet.datasets.opening import require_one_coco
+from dynamicdet.datasets.config_datasets import require_one_coco
 from dynamicdet.errors import UsageError
 from mmdet.registry import DATASETS
 
@@ -17,7 +17,8 @@ def xml(*objects, size=(64, 48)):
         for name, box in objects
     )
     width, height = size
-    return f'<annotation><size><width>{width}</width><height>{height}</height></size>{parts}</annotation>'
+    sides = f'<width>{width}</width><height>{height}</height>'
+    return f'<annotation><size>{sides}</size>{parts}</annotation>'
 
 
 class Voc:

@@ -4,7 +4,7 @@ import pytest
 from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
 
-from dynamicdet.cli import hold_out
+from dynamicdet.cli import apply_router_holdout
 from dynamicdet.datasets.check import check_dataloaders
 from dynamicdet.errors import UsageError
 from mmdet.datasets.samplers import AspectRatioBatchSampler
@@ -121,7 +121,7 @@ def test_what_is_refused(whole, settings, said):
 )
 def test_what_cannot_be_held_out_of_is_said(share, loader, said):
     with pytest.raises(UsageError, match=f'router_holdout .*{said}'):
-        hold_out(
+        apply_router_holdout(
             Config(
                 dict(
                     router_holdout=share,
@@ -151,12 +151,12 @@ def test_one_line_of_a_config_holds_images_out(whole, wrapped):
                 train_dataloader=dict(dataset=wrapped(copy.deepcopy(whole))),
             )
         )
-        hold_out(cfg)
+        apply_router_holdout(cfg)
         data = DATASETS.build(cfg.train_dataloader.dataset)
         seen[step] = [data.get_data_info(index)['img_id'] for index in range(len(data))]
     assert seen['cascade'] and seen['router'] and not set(seen['cascade']) & set(seen['router'])
     assert sorted({*seen['cascade'], *seen['router']}) == sorted(ids(DATASETS.build(whole)))
-    hold_out(cfg)
+    apply_router_holdout(cfg)
     cfg.router_holdout = 0.4
     with pytest.raises(UsageError, match='HoldOut already'):
-        hold_out(cfg)
+        apply_router_holdout(cfg)

@@ -9,7 +9,10 @@ from dynamicdet.datasets.check import check_dataloaders
 from dynamicdet.errors import UsageError
 from mmdet.registry import DATASETS
 
-INFO = '[Sequence]\nname=a\nimDir=img1\nframeRate=30\nseqLength=2\nimWidth=64\nimHeight=48\nimExt=.png\n'
+INFO = (
+    '[Sequence]\nname=a\nimDir=img1\nframeRate=30\nseqLength=2\nimWidth=64\nimHeight=48\n'
+    'imExt=.png\n'
+)
 
 
 class Sequences:

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from dynamicdet.apis.pictures import pictures_of
+from dynamicdet.apis.image_inputs import pictures_of
 from dynamicdet.datasets.picture_formats import (
     has_picture_suffix,
     is_picture,

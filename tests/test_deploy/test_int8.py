@@ -11,10 +11,10 @@ from dynamicdet.deploy.int8 import (
     BETWEEN,
     Observer,
     Recipe,
-    layers_of,
     prediction_layers,
     quantize_graph,
     watched,
+    weighted_nodes,
 )
 from dynamicdet.models.stages import Stage, find_stages
 from dynamicdet.testing import tiny_detector
@@ -42,7 +42,7 @@ def graph():
     content = _export(
         Stage('head', head, lambda run: None, (head,)), (torch.rand(1, 3, 4, 4),)
     ).content
-    names = [node.name for node in layers_of(onnx.load_from_string(content))]
+    names = [node.name for node in weighted_nodes(onnx.load_from_string(content))]
     assert [name.split('/')[-2] for name in names] == ['neck', 'body', 'score', 'box']
     return content, dict(zip(names, (192, 512, 256, 512)))
 
@@ -118,7 +118,7 @@ def test_what_is_between_layers_stays_in_8_bits():
         for got, wanted in zip(Graph(one, None).arrays(images).values(), exact):
             assert 0 < ((got - wanted) ** 2).sum() / (wanted**2).sum() < 1e-3
     # A layer that stays float, and what it gives.
-    names = [node.name for node in layers_of(onnx.load_from_string(content))]
+    names = [node.name for node in weighted_nodes(onnx.load_from_string(content))]
     spared = quantize_graph(content, Recipe(ranges, tuple(names[1:2]), between=BETWEEN))
     assert {'Add', 'Concat'} <= kinds_in_float(spared)
 

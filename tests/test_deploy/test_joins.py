@@ -14,8 +14,8 @@ from dynamicdet.deploy.deployment import _place
 from dynamicdet.deploy.graphs import Graph, example_inputs, export_stages
 from dynamicdet.deploy.int8 import BETWEEN, Observer, Recipe, quantize_graph, watched
 from dynamicdet.deploy.joins import Join, join_graphs, joined_ranges, joins_of
-from dynamicdet.deploy.rois import place_roi_aligns
-from dynamicdet.measuring.calibration import force_exit
+from dynamicdet.deploy.roi_align import place_roi_aligns
+from dynamicdet.measuring.calibration import force_dynamic_exit
 from dynamicdet.models.stages import find_stages
 from dynamicdet.testing import randomize, tiny_batch, tiny_detector, tiny_dynamic
 from mmdet.registry import MODELS
@@ -118,7 +118,7 @@ def test_joined_graphs_detect_the_same(name):
             found = []
             for detector in detectors:
                 if hasattr(model, 'num_exits'):
-                    force_exit(detector, exit)
+                    force_dynamic_exit(detector, exit)
                 with torch.no_grad():
                     found.append(
                         [one for size in sizes for one in detector.test_step(batch_of(size))]

@@ -15,10 +15,10 @@ from conftest import RUNTIMES_TO_TRY, same_detections, spread_scores
 from dynamicdet.compression.quantization import Simulation
 from dynamicdet.deploy.graphs import Graph, example_inputs, export_stages, release_weights
 from dynamicdet.deploy.int8 import Recipe, quantize_graph, trained_ranges
-from dynamicdet.deploy.rois import _graph_of, place_roi_aligns
+from dynamicdet.deploy.roi_align import _graph_of, place_roi_aligns
 from dynamicdet.deploy.runtimes import CPU, RUNTIMES, OnnxRuntime, OpenVino, open_graph
 from dynamicdet.errors import UsageError
-from dynamicdet.measuring.calibration import force_exit
+from dynamicdet.measuring.calibration import force_dynamic_exit
 from dynamicdet.models.stages import find_stages, flatten, unflatten
 from dynamicdet.testing import randomize, shrink, tiny_batch, tiny_detector, tiny_dynamic
 from mmdet.registry import MODELS
@@ -111,7 +111,7 @@ def test_a_detector_on_graphs_detects_the_same(name, padded, runtime, exported):
     for exit in range(getattr(model, 'num_exits', 1)):
         for one in (model, deployed):
             if hasattr(one, 'num_exits'):
-                force_exit(one, exit)
+                force_dynamic_exit(one, exit)
         with torch.no_grad():
             expected = model.test_step(copy.deepcopy(batch))
             got = deployed.test_step(copy.deepcopy(batch))

@@ -8,7 +8,13 @@ from mmengine.hub import get_config
 from mmengine.runner import CheckpointLoader
 
 from dynamicdet.compression.checkpoint import compress, write_compressed
-from dynamicdet.compression.pruning import Block, find_layers, layers_of, prune, pruned_share
+from dynamicdet.compression.pruning import (
+    Block,
+    find_layers,
+    prune_weights,
+    pruned_share,
+    selected_layers,
+)
 from dynamicdet.models.weights import require_complete
 from dynamicdet.testing import randomize, shrink, tiny_detector, tiny_dynamic
 from mmdet.registry import MODELS
@@ -16,7 +22,7 @@ from mmdet.registry import MODELS
 
 def test_a_pruned_dynamic_detector(tmp_path):
     model = randomize(MODELS.build(tiny_dynamic('faster_rcnn')))
-    prune(model, [Block('all', ['*'], 0.7)])
+    prune_weights(model, [Block('all', ['*'], 0.7)])
     state = model.state_dict()
     write_compressed(compress(dict(state_dict=state)), str(tmp_path / 'a.ddz'))
     loaded = CheckpointLoader.load_checkpoint(str(tmp_path / 'a.ddz'), map_location='cpu')[
@@ -40,8 +46,8 @@ def test_rtmdets_shared_convolutions_count_once():
     assert names and all(name.startswith('bbox_head.') for group in names for name in group)
     # By its second name too.
     block = Block('all', [names[0][1]], 0.5)
-    assert [layer.names for layer in layers_of(model, block).values()] == [names[0]]
-    masks = prune(model, [block])
+    assert [layer.names for layer in selected_layers(model, block).values()] == [names[0]]
+    masks = prune_weights(model, [block])
     assert pruned_share(masks) == pytest.approx(0.5, abs=0.01)
     modules = dict(model.named_modules(remove_duplicate=False))
     assert torch.equal(modules[names[0][1]].weight == 0, ~masks[names[0][0]])
@@ -50,7 +56,9 @@ def test_rtmdets_shared_convolutions_count_once():
 def test_a_detector_by_blocks_of_their_own():
     model = MODELS.build(tiny_detector('faster_rcnn'))
     before = copy.deepcopy(model.state_dict())
-    prune(model, [Block('backbone', ['backbone', 'neck'], 0.3), Block('heads', ['roi_head'], 0.9)])
+    prune_weights(
+        model, [Block('backbone', ['backbone', 'neck'], 0.3), Block('heads', ['roi_head'], 0.9)]
+    )
     shares = {}
     for name, layer in find_layers(model).items():
         count = shares.setdefault(name.split('.')[0], [0, 0])

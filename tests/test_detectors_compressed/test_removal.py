@@ -13,7 +13,7 @@ from torch import nn
 from conftest import ROOT
 from dynamicdet.compression.blocks import Block
 from dynamicdet.compression.coupling import OUTPUT_RULES, find_clusters, raw_outputs
-from dynamicdet.compression.removal import Row, plan_removal, remove_channels
+from dynamicdet.compression.removal import BlockRemoval, plan_removal, remove_channels
 from dynamicdet.compression.shrinking import channels_of, resize
 from dynamicdet.errors import UsageError
 from dynamicdet.models import DynamicDetector, build_pruned
@@ -190,7 +190,7 @@ def test_the_weakest_go_and_masked_ones_first():
     plan = plan_removal(model, [every(0.25, modules=['bbox_head.cls_convs.0'])], 16)
     kept = plan.kept['bbox_head.cls_convs.0.conv'].leaving.tolist()
     assert kept == sorted(sorted(range(64), key=lambda index: -score[index])[:48])
-    assert plan.rows == [Row('all', 64, 48)]
+    assert plan.rows == [BlockRemoval('all', 64, 48)]
     # Who takes them in, and nothing else.
     assert set(plan.kept) == {'bbox_head.cls_convs.0.conv', 'bbox_head.cls_convs.1.conv'}
 

@@ -10,10 +10,10 @@ import torch
 
 from conftest import load_small, on_findable
 from dynamicdet.building import build_loader
-from dynamicdet.compression.sensitivity import Curve, suggest, table
+from dynamicdet.compression.sensitivity import Curve, sensitivity_table, suggest
 from dynamicdet.errors import UsageError
 from dynamicdet.files import latest_checkpoint
-from dynamicdet.measuring.sensitivity import blocks_of, draw, load, measure, parts_of
+from dynamicdet.measuring.sensitivity import blocks_of, draw, load, measure_sensitivity, parts_of
 from dynamicdet.testing import tiny_detector
 from mmdet.registry import MODELS
 
@@ -84,7 +84,7 @@ def test_curves_of_unlike_shares():
 
 
 def test_the_table_has_the_most_sensitive_first():
-    lines = table([curve('robust', 2_000_000, 0, 1), curve('fragile', 10, 10, 30)])
+    lines = sensitivity_table([curve('robust', 2_000_000, 0, 1), curve('fragile', 10, 10, 30)])
     assert [line.split()[0] for line in lines] == ['part', 'fragile', 'robust']
     assert lines[2].split()[1:] == ['2.00', 'M', '50.00', '50.00', '49.00']
 
@@ -130,7 +130,7 @@ def run(detector, path, calls=None, **changes):
                 calls.append(step)
             yield step
 
-    return measure(model, loader, parts, path=str(path), progress=progress, **settings)
+    return measure_sensitivity(model, loader, parts, path=str(path), progress=progress, **settings)
 
 
 def test_measured_curves_fall_resume_and_leave_the_model_as_it_was(detector, tmp_path):
@@ -171,7 +171,7 @@ def test_a_part_of_the_images(detector, tmp_path):
     model, loader = detector
     parts = parts_of(model, dict(backbone=['backbone']))
     seen = []
-    measure(
+    measure_sensitivity(
         model,
         loader,
         parts,
@@ -184,7 +184,7 @@ def test_a_part_of_the_images(detector, tmp_path):
     )
     assert seen == ['AP of 2 images']
     with pytest.raises(UsageError, match='below 1'):
-        measure(
+        measure_sensitivity(
             model,
             loader,
             parts,

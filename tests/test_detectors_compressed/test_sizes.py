@@ -7,7 +7,13 @@ from mmengine.hub import get_config
 from dynamicdet.compression.checkpoint import compress
 from dynamicdet.compression.encoding import Lossy
 from dynamicdet.compression.pruning import find_layers
-from dynamicdet.compression.report import TWO_STAGE, Worth, block_sizes, table, total
+from dynamicdet.compression.size_report import (
+    TWO_STAGE,
+    AccuracyAndLatency,
+    block_sizes,
+    compression_table,
+    total,
+)
 from dynamicdet.errors import UsageError
 from mmdet.registry import MODELS
 
@@ -87,7 +93,7 @@ def test_a_row_counts_weights_once_and_zeros_in_weights_alone():
     assert (neck.parameters, neck.zeros, delta.parameters) == (3, 0, 0)
     assert head.in_file == sum(entry.size for entry in compressed.entries[:5])
     # Rows and the index are the whole file.
-    lines = table([head, neck, delta], 5_000_000)
+    lines = compression_table([head, neck, delta], 5_000_000)
     figures = [float(line.split()[6]) for line in lines[1:]]
     assert sum(figures[:-1]) == pytest.approx(figures[-1]) == 5.0
     assert [line.split()[0] for line in lines] == [
@@ -115,7 +121,13 @@ def test_errors_are_of_all_weights_of_a_block():
 
 
 def test_what_is_unknown_is_a_dash():
-    lines = table([], 5, Worth(None, 12.34, 0.01), Worth(50.0, None, 0.02), 9_000_000)
+    lines = compression_table(
+        [],
+        5,
+        AccuracyAndLatency(None, 12.34, 0.01),
+        AccuracyAndLatency(50.0, None, 0.02),
+        9_000_000,
+    )
     assert lines[2].split()[-4:] == ['-', '12.34', '10.0', 'ms']
     assert lines[3].split()[0] == 'original' and lines[3].split()[6] == '9.000'
     assert lines[3].split()[-4:] == ['50.00', '-', '20.0', 'ms']

@@ -7,7 +7,7 @@ from test_distributed import differing, ranks, train_on_two
 from test_pruning_hook import BACKBONE, config
 
 from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
-from dynamicdet.deploy.removing import parse_blocks, prune
+from dynamicdet.deploy.channel_removal import parse_blocks, prune_detector
 from dynamicdet.files import latest_checkpoint
 from dynamicdet.testing import randomize
 from mmdet.registry import MODELS
@@ -17,7 +17,7 @@ from mmdet.registry import MODELS
 def test_all_hooks_on_a_smaller_detector(kind, digits, tmp_path):
     cfg = config(digits, tmp_path, ema=True, schedule='one_shot', start=1, blocks=[BACKBONE])
     cfg.custom_hooks.append(dict(type='QuantizationHook', ranges=kind, start=1))
-    made = prune(
+    made = prune_detector(
         cfg, randomize(MODELS.build(cfg.model)), parse_blocks(['backbone=0.5']), round_to=4
     )
     write_checkpoint(dict(state_dict=made.model.state_dict(), meta={}), str(tmp_path / 'small.pth'))

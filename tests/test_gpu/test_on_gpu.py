@@ -21,7 +21,7 @@ from dynamicdet.deploy.deployment import deploy
 from dynamicdet.deploy.folder import load_deployed
 from dynamicdet.files import latest_checkpoint
 from dynamicdet.measuring.benchmark import build_pair
-from dynamicdet.measuring.calibration import coco_results, force_exit
+from dynamicdet.measuring.calibration import coco_results, force_dynamic_exit
 from dynamicdet.testing import (
     STOCK,
     agreement,
@@ -67,7 +67,7 @@ def test_every_detector_finds_what_it_finds_on_the_cpu(name):
     require_same(*(detect(plain, batch, device) for device in ('cpu', 'cuda')))
     model = randomize(MODELS.build(tiny_dynamic(name)))
     for exit in (0, 1):
-        force_exit(model, exit)
+        force_dynamic_exit(model, exit)
         found = [detect(model, batch, device) for device in ('cpu', 'cuda')]
         assert {sample.exit for side in found for sample in side} == {exit}
         assert [one.difficulty for one in found[0]] == pytest.approx(
@@ -136,7 +136,7 @@ def test_exported_detectors_run_on_the_gpu(name, tmp_path):
         found = []
         for provider in ('CPUExecutionProvider', 'CUDAExecutionProvider'):
             deployed = load_deployed(str(tmp_path / 'out'), providers=[provider])
-            force_exit(deployed, exit)
+            force_dynamic_exit(deployed, exit)
             found.append(detect(deployed, batch, 'cpu'))
         same = agreement(
             *([coco_results(sample, list(range(80))) for sample in side] for side in found)
@@ -230,7 +230,7 @@ def test_a_process_group_of_one_gpu(digits, tmp_path):
 def test_the_router_makes_the_cpu_wait_twice_at_most(name):
     """For difficulties, and for where images go."""
     model, stock = build_pair(Config(dict(model=tiny_dynamic(name))), device='cuda')
-    force_exit(model, 0)
+    force_dynamic_exit(model, 0)
     batch, waits = tiny_batch((2,), masks=False), []
     for detector in (stock, model):
         # First calls wait for more.

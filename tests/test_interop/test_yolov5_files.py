@@ -12,9 +12,9 @@ from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.errors import UsageError
 from dynamicdet.interop.convert import convert_checkpoint
 from dynamicdet.interop.rules import apply_rules
-from dynamicdet.interop.yolov5 import rules
+from dynamicdet.interop.yolov5 import yolov5_rules
 from dynamicdet.models.weights import require_complete
-from dynamicdet.models.yolo import join
+from dynamicdet.models.yolo import concatenate_maps
 
 #: Their layers with weights: number, kind, sources, channels, and kernel or count.
 THEIRS = (
@@ -107,7 +107,7 @@ def test_all_keys_of_the_family(arch, width, depth):
         model = build(f'yolov5_{arch}')
         state = {key: torch.empty(shape) for key, shape in theirs.items()}
     del state['model.24.anchors']
-    found, skipped = apply_rules(rules(model), state)
+    found, skipped = apply_rules(yolov5_rules(model), state)
     assert set(skipped) == {'counters of training'}
     require_complete(model, found)
 
@@ -138,7 +138,7 @@ def their_forward(state, images):
 
     maps = {-1: images}
     for number, kind, sources, _, _ in THEIRS:
-        name, x = f'model.{number}', join([maps[source] for source in sources])
+        name, x = f'model.{number}', concatenate_maps([maps[source] for source in sources])
         if kind == 'Conv':
             maps[number] = conv(name, x)
         elif kind == 'SPPF':
@@ -330,5 +330,5 @@ def test_anchors_are_compared(anchors, said):
     with torch.device('meta'):
         model = build('yolov5_n')
     model.bbox_head.anchors = build('yolov5_n').bbox_head.anchors
-    ((reason, count),) = apply_rules(rules(model), {'model.24.anchors': anchors})[1].items()
+    ((reason, count),) = apply_rules(yolov5_rules(model), {'model.24.anchors': anchors})[1].items()
     assert said in reason and count == 1

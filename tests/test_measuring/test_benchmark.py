@@ -10,13 +10,13 @@ from conftest import run_tool
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring import benchmark
 from dynamicdet.measuring.benchmark import (
-    Setting,
-    Task,
+    BenchmarkTask,
+    MachineSetting,
     build_pair,
     half_hard_threshold,
     interleave,
     make_batch,
-    measure,
+    measure_benchmark,
     quartiles,
     reformat,
     require_equal,
@@ -104,7 +104,7 @@ def test_the_tool(tmp_path):
 def test_every_exit_is_timed(batch):
     settings = tiny_dynamic('yolox', backbones=3)
     model, stock = build_pair(Config(dict(model=settings)))
-    _, single, _ = benchmark._tasks(model, stock, [batch], Setting(1))
+    _, single, _ = benchmark._tasks(model, stock, [batch], MachineSetting(1))
     assert [name for _, name in single] == ['stock', 'exit0', 'exit1', 'exit2']
     for (_, name), task in single.items():
         if name != 'stock':
@@ -243,7 +243,10 @@ class Recorder(torch.nn.Linear):
 
 def test_tasks_take_turns():
     calls = []
-    tasks = dict(a=Task(Recorder('a', calls), [{}]), b=Task(Recorder('b', calls), [{}], 0.5))
+    tasks = dict(
+        a=BenchmarkTask(Recorder('a', calls), [{}]),
+        b=BenchmarkTask(Recorder('b', calls), [{}], 0.5),
+    )
     times = interleave(tasks, 2, no_progress, '')
     a, b = ('a', None), ('b', 0.5)
     # Two untimed rounds, two timed.
@@ -254,7 +257,7 @@ def test_tasks_take_turns():
 
 def test_many_tasks_take_turns_in_many_orders():
     calls = []
-    tasks = {name: Task(Recorder(name, calls), [{}]) for name in 'abcde'}
+    tasks = {name: BenchmarkTask(Recorder(name, calls), [{}]) for name in 'abcde'}
     interleave(tasks, 8, no_progress, '')
     rounds = [''.join(name for name, _ in calls[at : at + 5]) for at in range(0, 50, 5)]
     assert len(set(rounds)) == 10 and all(sorted(one) == list('abcde') for one in rounds)
@@ -269,11 +272,11 @@ def test_settings_hold_for_their_tasks_alone(pair, batch):
     model.router.register_forward_hook(
         lambda *_: seen.append((torch.get_num_threads(), torch.is_autocast_enabled('cpu')))
     )
-    task = Task(model, [batch], 1.0)
+    task = BenchmarkTask(model, [batch], 1.0)
     before = torch.get_num_threads()
-    interleave(dict(one=task._replace(setting=Setting(3)), other=task), 1, no_progress, '')
+    interleave(dict(one=task._replace(setting=MachineSetting(3)), other=task), 1, no_progress, '')
     assert set(seen) == {(3, False), (before, False)} and torch.get_num_threads() == before
-    with Setting(1, 'bfloat16').on(torch.device('cpu')):
+    with MachineSetting(1, 'bfloat16').on(torch.device('cpu')):
         assert (
             torch.is_autocast_enabled('cpu') and torch.get_autocast_dtype('cpu') == torch.bfloat16
         )
@@ -283,14 +286,14 @@ def test_roi_heads_take_contiguous_maps_only(pair, batch):
     model, _ = pair
     assert reformat(model, 'contiguous') is model
     settings = Config(dict(model=tiny_dynamic('faster_rcnn'))).model
-    first, second = measure(
+    first, second = measure_benchmark(
         model,
         settings,
         [batch],
         1,
         1,
         no_progress,
-        [Setting(1), Setting(1, memory_format='channels_last')],
+        [MachineSetting(1), MachineSetting(1, memory_format='channels_last')],
     )
     assert 'one-stage' in second['refused'] and 'ratios' not in second
     assert 0 < first['ratios']['stream_to_mean']['median'] < math.inf

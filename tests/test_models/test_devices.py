@@ -23,7 +23,7 @@ from dynamicdet.compression.quantization import (
 from dynamicdet.compression.sharing import sharing_of, tie, tie_gradient
 from dynamicdet.engine import quantization_hook
 from dynamicdet.engine.quantization_hook import QuantizationHook
-from dynamicdet.models.passage import Passage
+from dynamicdet.models.batch_state import BatchState
 from dynamicdet.testing import randomize, shrink, tiny_batch, tiny_dynamic
 from dynamicdet.transfers import Followed, take_rows, to_host
 from mmdet.registry import MODELS
@@ -148,7 +148,7 @@ def test_who_goes_on_is_waited_for_once(images, far):
 
 
 def test_a_passage_of_none_is_empty():
-    passage = Passage(
+    passage = BatchState(
         0, torch.ones(2, 3, 4, 4), (torch.ones(2, 8, 2, 2),), (1.0, 1.0), [0, 1], [0.1, 0.2], [0, 0]
     )
     empty = passage.split()[1]

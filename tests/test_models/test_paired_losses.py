@@ -7,7 +7,7 @@ from mmengine.config import Config
 from mmengine.runner.checkpoint import load_state_dict
 
 from conftest import ROOT
-from dynamicdet.models.paired_losses import View, paired_losses
+from dynamicdet.models.paired_losses import ExitView, paired_losses
 from dynamicdet.testing import randomize, shrink, tiny_batch, tiny_dynamic
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
@@ -47,7 +47,7 @@ def test_equal_exits_have_equal_losses(config):
         if key.startswith(('backbone', 'branches'))
     )
     branch, maps = model.branch(0), model.backbone.select(model.backbone.first_maps(data['inputs']))
-    (in_eval,) = paired_losses([View(branch, maps, data['data_samples'][0], (1.0, 1.0))])
+    (in_eval,) = paired_losses([ExitView(branch, maps, data['data_samples'][0], (1.0, 1.0))])
     branch.train()
     torch.manual_seed(0)
     expected = branch.loss(maps, data['data_samples'])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dynamicdet.models.yolo import AnchorHead, candidates, ciou, conv, join
+from dynamicdet.models.yolo import AnchorHead, candidates, ciou, concatenate_maps, conv
 
 
 def test_ciou_by_hand():
@@ -51,11 +51,11 @@ def test_candidates_know_their_objects():
 
 def test_join_doubles_the_smaller_maps():
     small, large = torch.tensor([[[[1.0, 2], [3, 4]]]]), torch.zeros(1, 2, 4, 4)
-    joined = join([small, large])
+    joined = concatenate_maps([small, large])
     assert joined[0, 0].tolist() == [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]]
     assert joined.shape == (1, 3, 4, 4) and not joined[0, 1:].any()
-    assert torch.equal(join([large, small])[0, 2], joined[0, 0])
-    assert join([small]) is small
+    assert torch.equal(concatenate_maps([large, small])[0, 2], joined[0, 0])
+    assert concatenate_maps([small]) is small
 
 
 @pytest.mark.parametrize('kernel, stride, side', [(1, 1, 8), (3, 1, 8), (3, 2, 4), (6, 2, 4)])

@@ -18,8 +18,8 @@ from dynamicdet.measuring.flops import (
     stated_shape,
 )
 from dynamicdet.models import YOLOV5PAFPN, YOLOV5Backbone, YOLOV5Head, can_fuse, fuse
-from dynamicdet.models.yolo import join
-from dynamicdet.models.yolov5 import SIZES, architecture
+from dynamicdet.models.yolo import concatenate_maps
+from dynamicdet.models.yolov5 import SIZES, yolov5_architecture
 from dynamicdet.testing import randomize, shrink, tiny_batch
 from mmdet.registry import MODELS
 
@@ -79,7 +79,7 @@ def by_table(model, images):
     maps = []
     for layer in model.neck.architecture.layers():
         inputs = [maps[position] for position in layer.inputs] or [images]
-        maps.append(model.get_submodule(layer.name)(join(inputs)))
+        maps.append(model.get_submodule(layer.name)(concatenate_maps(inputs)))
     return maps
 
 
@@ -115,7 +115,7 @@ def test_the_layers_of_the_seeds_table():
         for layer, (thousands, gflops), own in zip(layers, SEED, maps):
             module = model.get_submodule(layer.name)
             assert count_parameters(module) // 1000 == thousands
-            joined = join(
+            joined = concatenate_maps(
                 [maps[position] for position in layer.inputs] or [torch.zeros(1, 3, 640, 640)]
             )
             flops, _ = count_flops(lambda: module(joined))
@@ -148,11 +148,11 @@ def test_running_by_the_table_is_running(size):
 
 
 def test_layers_are_named_by_the_published_numbers():
-    names = [layer.name for layer in architecture('s').layers()]
+    names = [layer.name for layer in yolov5_architecture('s').layers()]
     assert names[:10] == [f'backbone.layers.{number}' for number in range(10)]
     assert names[10:] == [f'neck.layers.{number}' for number in (10, 13, 14, 17, 18, 20, 21, 23)]
     # Upwards 13 takes 10 doubled and 6; downwards 23 takes 21 and 10.
-    layers = architecture('s').layers()
+    layers = yolov5_architecture('s').layers()
     assert layers[11].inputs == (10, 6) and layers[17].inputs == (16, 10)
 
 

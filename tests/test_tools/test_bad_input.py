@@ -13,7 +13,7 @@ import torch
 from mmengine.config import Config
 
 from conftest import ROOT, run_tool, shrink_options
-from dynamicdet.datasets import mending
+from dynamicdet.datasets import annotation_repair
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 
@@ -175,9 +175,9 @@ def test_step_2_opens_no_weights_that_it_does_not_use(tool, tmp_path):
 
 def test_an_annotation_file_is_read_once(tool, checkpoints, tmp_path, monkeypatch):
     """Of COCO one is half a gigabyte."""
-    read, reader = [], mending.read_annotations
+    read, reader = [], annotation_repair.read_annotations
     monkeypatch.setattr(
-        mending, 'read_annotations', lambda *args: read.append(args[0]) or reader(*args)
+        annotation_repair, 'read_annotations', lambda *args: read.append(args[0]) or reader(*args)
     )
     for name, out in (('calibrate', 'x.pth'), ('record', 'x.npz')):
         read.clear()

@@ -15,14 +15,20 @@ from conftest import ROOT
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.flops import (
     Costs,
-    Part,
+    PartCost,
     build_detector,
     count_flops,
     count_parameters,
     measure_costs,
     stated_shape,
 )
-from dynamicdet.measuring.model_zoo import COUNTED, count_row, make_page, make_row, read_models
+from dynamicdet.measuring.model_zoo import (
+    COUNTED,
+    count_row,
+    make_model_zoo_page,
+    make_row,
+    read_models,
+)
 from dynamicdet.models import fuse
 from dynamicdet.testing import tiny_detector, tiny_dynamic
 
@@ -115,7 +121,7 @@ def test_a_smaller_image_costs_exit_0_less():
 
 
 def test_a_mix_costs_its_share():
-    costs = Costs({}, (Part(1, 100), Part(2, 300)), {})
+    costs = Costs({}, (PartCost(1, 100), PartCost(2, 300)), {})
     assert [costs.at(share) for share in (0, 0.25, 1)] == [100, 150, 300]
 
 
@@ -143,12 +149,13 @@ def test_the_page_has_a_row_for_each_detector():
 def test_the_page_is_what_the_tool_writes(config):
     cells = PAGE[config]
     shape = stated_shape(Config.fromfile(ROOT / config))
-    costs = Costs({}, (Part(0, 0), Part(0, 0)), {})
+    costs = Costs({}, (PartCost(0, 0), PartCost(0, 0)), {})
     blank = make_row(ENTRIES[config], 0, costs, shape)
     assert len(cells) == len(blank)
     assert [cells[0], *cells[7:]] == [blank[0], *blank[7:]]
     assert (
-        make_page([cells]).splitlines()[-1] in (ROOT / 'docs/model_zoo.md').read_text().splitlines()
+        make_model_zoo_page([cells]).splitlines()[-1]
+        in (ROOT / 'docs/model_zoo.md').read_text().splitlines()
     )
     gflops = [float(cell) for cell in cells[2:7]]
     assert 0 < gflops[0] < gflops[-1] and float(cells[1]) > 0

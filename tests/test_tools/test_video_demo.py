@@ -17,8 +17,8 @@ from mmdet.utils import register_all_modules
 CONFIG = f"""
 _base_ = ['{ROOT}/configs/_base_/digits_video.py', '{ROOT}/configs/_base_/digits_yolov7.py']
 custom_imports = dict(imports=['dynamicdet', 'dynamicdet.datasets.samplers'])
-model = dict(_delete_=True, type='EarlyExitDetector', detector=_base_.model, heads=dict(layers=[4, 10]),
-             gate=dict(type='FixedExit', exit=0))
+model = dict(_delete_=True, type='EarlyExitDetector', detector=_base_.model,
+             heads=dict(layers=[4, 10]), gate=dict(type='FixedExit', exit=0))
 """
 
 

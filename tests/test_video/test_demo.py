@@ -14,7 +14,7 @@ from mmengine.config import Config, ConfigDict
 from dynamicdet.errors import UsageError
 from dynamicdet.testing import tiny_detector, tiny_dynamic
 from dynamicdet.video.demo import FrameDetector, Lines, run_demo
-from dynamicdet.video.sources import Source, open_source
+from dynamicdet.video.sources import FrameSource, open_source
 from mmdet.registry import MODELS
 
 CLASSES = ('a', 'b', 'c')
@@ -94,7 +94,7 @@ def detector(tmp_path):
     return FrameDetector(config(early()), checkpoint, 'cpu', budget=dict(threshold=0.05), score=0.0)
 
 
-class Pictures(Source):
+class Pictures(FrameSource):
     """A source of what it is given; None is a frame that cannot be read, an error is raised."""
 
     name = 'pictures'
@@ -308,7 +308,7 @@ def test_memory_stays_flat(detector, tmp_path):
     process. To keep 600 small pictures would take 6 MB, those that are drawn 200."""
     picture, sizes = noise(1, 64, 64), {}
 
-    class Endless(Source):
+    class Endless(FrameSource):
         name = 'endless'
 
         def _read(self):
@@ -426,7 +426,7 @@ def test_a_real_file_goes_through(detector, tmp_path):
 def test_the_film_shows_frames_at_the_times_of_their_lines(detector, tmp_path):
     """Also behind frames that cannot be read, at the beginning too."""
 
-    class Uneven(Source):
+    class Uneven(FrameSource):
         name = 'uneven'
 
         def _read(self):

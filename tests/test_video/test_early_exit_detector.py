@@ -13,7 +13,7 @@ from dynamicdet.errors import UsageError
 from dynamicdet.testing import randomize, tiny_batch
 from dynamicdet.video import Gate
 from dynamicdet.video.propagation import carry_on
-from dynamicdet.video.streams import Stream
+from dynamicdet.video.streams import VideoStream
 from mmdet.registry import MODELS
 from mmdet.structures import TrackDataSample
 
@@ -332,7 +332,7 @@ def test_memory_stays_flat_over_many_streams():
 def test_gradients_pass_through_so_many_frames_and_no_more():
     model = propagating()
     maps = [torch.randn(1, 16, 4, 4, requires_grad=True) for _ in range(4)]
-    stream, outputs = Stream(), []
+    stream, outputs = VideoStream(), []
     for frame, own in enumerate(maps):
         stream.frame = frame
         outputs.append(carry_on(model.propagation[1], 1, own, [stream]))

@@ -13,14 +13,14 @@ from dynamicdet.video.oracle import oracle_rows, plan_with_reuse, plan_without_m
 from dynamicdet.video.simulation import (
     Replays,
     changes,
-    difficulties_of,
     evidences,
     exit_costs,
+    gate_difficulties,
     nothing_seen,
     reuse,
     row_of,
     shown_exits,
-    simulate,
+    simulate_gate,
     streams,
     take_exits,
 )
@@ -83,7 +83,7 @@ def test_nothing_is_seen_and_shown_until_the_scene_changes():
     gate = build('TemporalGate', nothing=dict(type='Presence', in_channels=2))
     sees_level(gate.nothing)
     assert nothing_seen(record, gate).tolist() == nothing.tolist()
-    run = simulate(record, gate, np.ones((2, 4), np.float32), [0.0, -1, -1])
+    run = simulate_gate(record, gate, np.ones((2, 4), np.float32), [0.0, -1, -1])
     assert run.exits.tolist() == [2, -1, -1, 2] and run.source.tolist() == [0, -1, -1, 3]
     assert run.gflops.tolist() == [10, 1, 1, 10]
     coco = truth(record, [[BOX], [], [], [BOX]])
@@ -105,7 +105,7 @@ def sees_level(presence):
 def test_single_frame():
     record = still([1.0])
     gate = build('TemporalGate')
-    run = simulate(record, gate, difficulties_of(gate, evidences(record)), [0.9, 0.5, 0.5])
+    run = simulate_gate(record, gate, gate_difficulties(gate, evidences(record)), [0.9, 0.5, 0.5])
     assert (
         run.exits.tolist() == [2] and run.source.tolist() == [0] and changes(record).tolist() == []
     )
@@ -118,22 +118,22 @@ def test_costs_by_hand():
     assert exit_costs(record, 'gflops', looks=True).tolist() == [1, 2, 5, 13]
     difficulties = np.array([[0.9, 0.9, 0.1], [0.2, 0.9, 0.9]], np.float32)
     looking = build('TemporalGate', gate=dict(type='ScoreGate'))
-    run = simulate(record, looking, difficulties, [0.1, 0.5, 0.5], seconds=(0.0, 0.001))
+    run = simulate_gate(record, looking, difficulties, [0.1, 0.5, 0.5], seconds=(0.0, 0.001))
     # Exit 1 after two decisions; reused; exit 0 after one.
     assert run.exits.tolist() == [1, -1, 0] and run.source.tolist() == [0, 0, 2]
     assert run.gflops.tolist() == [5, 1, 2]
     assert run.latencies.tolist() == pytest.approx([0.05 + 0.002, 0.01, 0.02 + 0.001])
     assert shown_exits(run).tolist() == [1, 1, 0]
     blind = build('TemporalGate', gate=dict(type='HaltingGate', in_channels=[4, 5]))
-    assert simulate(record, blind, difficulties, [0.1, 0.5, 0.5]).gflops.tolist() == [4, 1, 2]
+    assert simulate_gate(record, blind, difficulties, [0.1, 0.5, 0.5]).gflops.tolist() == [4, 1, 2]
     # A gate that does not decide early does not, whatever the first threshold.
     # Nobody is asked where nobody may leave.
-    assert simulate(
+    assert simulate_gate(
         record, blind, difficulties, [0.1, -1, -1], seconds=(0.0, 1.0)
     ).latencies.tolist() == pytest.approx([0.1, 0.01, 0.1])
     plain = build('ScoreGate')
-    assert simulate(record, plain, difficulties, [1, 0.5, 0.5]).exits.tolist() == [1, 2, 0]
-    assert simulate(record, plain, difficulties, [-1, -1, -1]).gflops.tolist() == [13] * 3
+    assert simulate_gate(record, plain, difficulties, [1, 0.5, 0.5]).exits.tolist() == [1, 2, 0]
+    assert simulate_gate(record, plain, difficulties, [-1, -1, -1]).gflops.tolist() == [13] * 3
     row = row_of(run, 12.5, 3)
     assert row['gflops'] == pytest.approx(8 / 3) and row['shares'] == pytest.approx(
         [1 / 3, 1 / 3, 1 / 3, 0]
@@ -144,8 +144,8 @@ def test_a_gate_stops_where_it_must():
     record = still([1.0, 2.0])
     for exit in range(3):
         gate = build('FixedExit', exit=exit)
-        found = difficulties_of(gate, evidences(record))
-        assert simulate(record, gate, found, [-1, 0.5, 0.5]).exits.tolist() == [exit] * 2
+        found = gate_difficulties(gate, evidences(record))
+        assert simulate_gate(record, gate, found, [-1, 0.5, 0.5]).exits.tolist() == [exit] * 2
 
 
 def test_gates_see_the_record_as_the_detector_shows_it():
@@ -156,15 +156,15 @@ def test_gates_see_the_record_as_the_detector_shows_it():
     assert shown[1].detections[0].bboxes.tolist() == [[10, 10, 20, 30]]
     assert [len(own.pooled) for own in shown] == [1, 2] and shown[1].pooled[1].shape == (2, 5)
     # Half of the box: IoU 1/2.
-    assert difficulties_of(build('AgreementGate'), shown).tolist() == [[1, 1], [0.5, 0]]
-    assert difficulties_of(build('ScoreGate'), shown).tolist() == [[1, 1], [1, 1]]
+    assert gate_difficulties(build('AgreementGate'), shown).tolist() == [[1, 1], [0.5, 0]]
+    assert gate_difficulties(build('ScoreGate'), shown).tolist() == [[1, 1], [1, 1]]
 
 
 def test_difficulties_out_of_range_are_refused():
     gate = build('HaltingGate', in_channels=[4, 5])
     torch.nn.init.constant_(gate.go[0].bias, float('nan'))
     with pytest.raises(UsageError, match='not in'):
-        difficulties_of(gate, evidences(still([1.0])))
+        gate_difficulties(gate, evidences(still([1.0])))
 
 
 def test_ap_of_what_is_shown():
@@ -176,13 +176,13 @@ def test_ap_of_what_is_shown():
     temporal, found = build('TemporalGate'), np.ones((2, 4), np.float32)
 
     def ap(thresholds):
-        return replays.ap(simulate(record, temporal, found, thresholds))
+        return replays.ap(simulate_gate(record, temporal, found, thresholds))
 
     assert ap([-1, -1, -1]) == pytest.approx(100)
     assert ap([-1, 1, 1]) == 0
     # The map does not tell: all frames show the first. Two of three objects, two false boxes that
     # are as sure; recalls up to 2/3 at precision 1, beyond it 0.
-    reused = simulate(record, temporal, found, [0.5, -1, -1])
+    reused = simulate_gate(record, temporal, found, [0.5, -1, -1])
     assert reused.source.tolist() == [0] * 4 and reused.exits.tolist() == [2, -1, -1, -1]
     assert replays.ap(reused) == pytest.approx(100 * 67 / 101, abs=0.01)
     # Nothing is ever computed, and nothing found.
@@ -215,7 +215,7 @@ def test_nothing_is_reused_beyond_a_cut():
 def test_curve_goes_from_the_last_exit_to_the_first():
     record, coco = random_case()
     replays, gate = Replays(record, coco), build('ScoreGate', kind='confidence')
-    found = difficulties_of(gate, evidences(record))
+    found = gate_difficulties(gate, evidences(record))
     rows = curve(record, replays, gate, found, settings_of(record, gate, found))
     fixed = fixed_exits(record, replays)
     assert rows[0]['shares'] == [0, 0, 0, 1] and rows[-1]['shares'] == [0, 1, 0, 0]
@@ -326,9 +326,10 @@ def test_oracles_bound_what_gates_do():
     assert all(one['bound'] <= two['bound'] + 1e-6 for one, two in zip(own, again))
     # No gate's mean AP of frames is above the bound of its own cost.
     gate = build('TemporalGate', gate=dict(type='ScoreGate'))
-    found = difficulties_of(gate, evidences(record))
+    found = gate_difficulties(gate, evidences(record))
     runs = [
-        simulate(record, gate, found, setting) for setting in settings_of(record, gate, found, 4, 3)
+        simulate_gate(record, gate, found, setting)
+        for setting in settings_of(record, gate, found, 4, 3)
     ]
     bounds = oracle_rows(record, replays, [run.gflops.mean() for run in runs])
     for run, row in zip(runs, bounds):

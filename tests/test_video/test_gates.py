@@ -9,8 +9,8 @@ from mmengine.structures import InstanceData
 
 from conftest import SEED
 from dynamicdet.errors import UsageError
-from dynamicdet.video.evidence import Evidence
-from dynamicdet.video.gates import agreement, coin_entropy, name_of, surest
+from dynamicdet.video.gate_inputs import Evidence
+from dynamicdet.video.gates import coin_entropy, detection_agreement, name_of, surest
 from dynamicdet.video.learned_gates import cheapest, goes_on, log_exits
 from mmdet.registry import MODELS
 
@@ -159,8 +159,10 @@ def test_agreement_is_symmetric_and_bounded():
 
     for _ in range(20):
         one, other = draw(), draw()
-        assert 0 < agreement(one, other, 0.0) < 1
-        assert agreement(one, other, 0.0) == pytest.approx(agreement(other, one, 0.0))
+        assert 0 < detection_agreement(one, other, 0.0) < 1
+        assert detection_agreement(one, other, 0.0) == pytest.approx(
+            detection_agreement(other, one, 0.0)
+        )
 
 
 def test_first_exit_has_none_to_agree_with():

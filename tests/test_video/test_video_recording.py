@@ -24,7 +24,7 @@ from dynamicdet.video.curves import settings_of
 from dynamicdet.video.digits_video import make_digits_video
 from dynamicdet.video.record import read_video_record, write_video_record
 from dynamicdet.video.recording import borrowed, force_exit, load_early_exit_detector, record_videos
-from dynamicdet.video.simulation import difficulties_of, evidences, simulate
+from dynamicdet.video.simulation import evidences, gate_difficulties, simulate_gate
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 
@@ -182,11 +182,11 @@ def test_simulation_is_what_the_detector_does(world, config):
         gate.nothing.level.fill_(chances[len(chances) // 2 - 1 :][:2].mean())
     for layer in getattr(gate, 'go', ()):
         torch.nn.init.normal_(layer.weight, std=3.0)
-    difficulties = difficulties_of(gate, evidences(record))
+    difficulties = gate_difficulties(gate, evidences(record))
     seen = set()
     settings = settings_of(record, gate, difficulties, count=3, change_count=2)
     for setting in [*settings[::2], settings[-1]]:
-        run = simulate(record, gate, difficulties, setting)
+        run = simulate_gate(record, gate, difficulties, setting)
         with borrowed(model, gate, setting):
             found = run_lazily(model, dataset, range(len(dataset)))
         assert [sample.exit for sample in found] == run.exits[in_order].tolist()

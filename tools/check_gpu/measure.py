@@ -21,15 +21,15 @@ from dynamicdet import cli
 from dynamicdet.building import build_loader, load_dynamic_detector
 from dynamicdet.deploy.folder import load_deployed
 from dynamicdet.measuring.benchmark import (
-    Setting,
-    Task,
+    BenchmarkTask,
+    MachineSetting,
     build_pair,
     interleave,
     make_batch,
     quartiles,
     split_batch,
 )
-from dynamicdet.measuring.calibration import force_exit, record_exits
+from dynamicdet.measuring.calibration import force_dynamic_exit, record_exits
 from dynamicdet.routing.evaluation import evaluate, mix, read_truth
 from dynamicdet.routing.record import RoutingRecord
 from dynamicdet.routing.thresholds import ALL_EASY, ALL_HARD
@@ -46,6 +46,7 @@ Figures = Iterator[dict[str, Any]]
 
 
 def quiet(steps: Any, what: str) -> Any:
+    """Steps as they are, without a progress bar."""
     return steps
 
 
@@ -81,12 +82,14 @@ def compare_detections(
     others: Sequence[list[dict]],
     aps: Sequence[float | None] = (None, None),
 ) -> dict:
+    """How far detections agree by image, and both APs, as a row of the results."""
     return dict(agreement(ones, others)._asdict(), ap=list(aps))
 
 
 def require_agreement(
     rows: Mapping[str, dict], box: float, score: float, unmatched: float = 0.02, ap: float = 1.0
 ) -> None:
+    """Raise a `Disagreement` for rows whose boxes, scores, pairs or AP differ by more."""
     for name, own in rows.items():
         if not own['detections']:
             raise Disagreement(f'{name}: nothing was detected, so nothing was compared')
@@ -100,6 +103,7 @@ def require_agreement(
 
 
 def load_config(name: str) -> Config:
+    """A config as tools read it, tested on training pictures."""
     return cli.load_config(
         argparse.Namespace(
             config=name, cfg_options=dict(option.split('=') for option in ON_TRAINING_PICTURES)
@@ -155,6 +159,7 @@ def compare_video(one: str, other: str) -> Figures:
 
 
 def in_coco(frame: dict) -> list[dict]:
+    """A frame's detections, as COCO's results have them."""
     return [
         dict(bbox=found['bbox'], score=found['score'], category_id=found['label'])
         for found in frame['detections']
@@ -204,7 +209,7 @@ def syncs() -> Figures:
             (f'{name}, exit 1', model, 1),
         ):
             if exit is not None:
-                force_exit(model, exit)
+                force_dynamic_exit(model, exit)
             waits[label] = {}
             for batch in (split_batch(whole)[0], whole):
                 count = len(batch['inputs'])
@@ -224,6 +229,7 @@ def syncs() -> Figures:
 
 
 def video_waits() -> tuple[dict[str, float], list]:
+    """How often an early-exit detector waits for the device, per frame, by batch; and where."""
     from mmdet.registry import MODELS
 
     cfg = Config.fromfile(ROOT / 'configs/video/early_exit_yolov5_s.py')
@@ -247,16 +253,16 @@ def timings(small: bool = False) -> Figures:
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     # mmcv's operators have no half precision on a CPU.
     dtype = 'float16' if device == 'cuda' else 'float32'
-    setting, runs = Setting(torch.get_num_threads(), dtype), []
+    setting, runs = MachineSetting(torch.get_num_threads(), dtype), []
     for config, size in SMALL if small else REAL:
         model, stock = build_pair(Config.fromfile(ROOT / config), device=device)
         for count in (1, 2) if small else (1, 16):
             batches = [make_batch(size, count)]
             tasks = dict(
-                stock=Task(stock, batches),
+                stock=BenchmarkTask(stock, batches),
                 **{
-                    'exit 0': Task(model, batches, ALL_EASY),
-                    'exit 1': Task(model, batches, ALL_HARD),
+                    'exit 0': BenchmarkTask(model, batches, ALL_EASY),
+                    'exit 1': BenchmarkTask(model, batches, ALL_HARD),
                 },
             )
             seconds = interleave(
@@ -288,6 +294,7 @@ MEASUREMENTS = {
 
 
 def main() -> int:
+    """Run the measurement that the command line names; 1 if both sides disagree."""
     name, *arguments = sys.argv[1:]
     small = '--small' in arguments
     cli.prepare()

@@ -49,6 +49,7 @@ PASSED, FAILED, LEFT_OUT = 'passed', 'failed', 'left out'
 
 
 def parse_args() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -61,11 +62,13 @@ def parse_args() -> argparse.Namespace:
 
 
 def refuse(reason: object) -> NoReturn:
+    """End with a line that says why, and exit status 2."""
     print(f'error: {reason}', file=sys.stderr)
     sys.exit(2)
 
 
 def require_modules() -> None:
+    """Refuse to start where a package is missing."""
     missing = [name for name in MODULES if importlib.util.find_spec(name) is None]
     if missing:
         refuse(
@@ -99,6 +102,7 @@ def prepare(folder: Path):
 
 
 def describe_machine() -> dict[str, Any]:
+    """Processor, GPU and versions, for the results."""
     import onnxruntime
     import torch
 
@@ -183,6 +187,7 @@ def figures_of(step: Step, folder: Path) -> dict[str, Any]:
 
 
 def reason_to_leave_out(step: Step, results: dict[str, dict], gpu: bool) -> str:
+    """Why a step is not run; empty if it is."""
     if step.gpu and not gpu:
         return 'torch sees no GPU'
     missing = [name for name in step.needs if results[name]['status'] != PASSED]
@@ -225,6 +230,7 @@ def run_steps(folder: Path, machine: dict[str, Any]) -> dict[str, dict]:
 
 
 def write(folder: Path, machine: dict[str, Any], results: dict[str, dict], complete: bool) -> None:
+    """Write results so far as check_gpu.json."""
     content = dict(
         complete=complete,
         machine=machine,
@@ -285,7 +291,8 @@ def parts_left_out(machine: dict[str, Any]) -> list[str]:
 def comparisons(figures: dict[str, Any]) -> list[str]:
     """Rows of detections that were compared."""
     return [
-        f'{figures["title"]:<42}{"AP":>8}{"AP":>8}{"boxes, pixels":>15}{"scores":>9}{"unmatched":>11}'
+        f'{figures["title"]:<42}{"AP":>8}{"AP":>8}{"boxes, pixels":>15}{"scores":>9}'
+        f'{"unmatched":>11}'
     ] + [
         f'  {name:<40}'
         + ''.join(f'{"" if ap is None else format(ap, ".1f"):>8}' for ap in own['ap'])
@@ -295,6 +302,7 @@ def comparisons(figures: dict[str, Any]) -> list[str]:
 
 
 def main() -> int:
+    """Run all steps; 1 if one failed."""
     args = parse_args()
     require_modules()
     folder = Path(args.work_dir).absolute()

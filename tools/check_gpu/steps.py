@@ -10,7 +10,8 @@ EPOCHS = 10
 #: work dirs.
 DETECTOR, ROUTER, QAT = 'dy_faster_rcnn_digits.py', 'dy_faster_rcnn_digits_router.py', 'qat.py'
 CONFIGS = {
-    DETECTOR: """model = dict(backbone=dict(base_channels=8), detector=dict(neck=dict(in_channels=[8, 16, 32, 64])))
+    DETECTOR: """model = dict(
+    backbone=dict(base_channels=8), detector=dict(neck=dict(in_channels=[8, 16, 32, 64])))
 """,
     QAT: """model = dict(backbone=dict(base_channels=8), neck=dict(in_channels=[8, 16, 32, 64]))
 custom_hooks = _base_.custom_hooks + [dict(type='QuantizationHook')]

@@ -23,12 +23,12 @@ from mmdet.structures import DetDataSample
 from ..datasets.picture_reading import read_picture
 from ..errors import UsageError
 from ..models import DynamicDetector, fuse
-from ..models.online import Online, build_controller, kept_speed, timed_calls
+from ..models.online_control import Online, build_controller, kept_speed, timed_calls
 from ..models.weights import is_plain, require_complete
 from ..routing.budget import BUDGET_NAMES, Budget
 from ..routing.served import Served, account
 from ..timing import dtype_of, machine_of, timed_elsewhere
-from .pictures import Picture, pictures_of
+from .image_inputs import Picture, pictures_of
 from .stream import Stream
 
 

@@ -21,8 +21,8 @@ from mmdet.structures import DetDataSample, SampleList
 
 from ..errors import UsageError
 from ..models import DynamicDetector
-from ..models.online import Online
-from ..models.passage import Passage, join
+from ..models.batch_state import BatchState, join_batch_states
+from ..models.online_control import Online
 from ..routing.controller import Controller
 from ..timing import now
 
@@ -43,7 +43,7 @@ class _Waiting:
 
     number: int
     time: float
-    passage: Passage
+    state: BatchState
 
 
 class Stream:
@@ -222,8 +222,8 @@ class Stream:
             )
             data = self.model.data_preprocessor(data, False)
             with self._routing:
-                passage = self.model.start(data['inputs'], data['data_samples'])
-            self._part(passage, images, self.collect_easy)
+                state = self.model.start(data['inputs'], data['data_samples'])
+            self._part(state, images, self.collect_easy)
         while True:
             # Full ones, or the largest where too many wait in all.
             key = max(
@@ -251,27 +251,27 @@ class Stream:
             self._groups[key] = group[full:]
         group = group[:full]
         with self._working():
-            passage = join([one.passage for one in group])
+            state = join_batch_states([one.state for one in group])
             if key[0] == 'finish':
-                self._finish(passage, group)
+                self._finish(state, group)
             else:
-                self._part(self.model.deepen(passage), group, False)
+                self._part(self.model.deepen(state), group, False)
 
-    def _part(self, passage: Passage, owners: list, collect: bool) -> None:
+    def _part(self, state: BatchState, owners: list, collect: bool) -> None:
         """Let those who leave here leave, or wait for others who do; let the others wait."""
-        leaving = [row for row, exit in enumerate(passage.exits) if exit == passage.exit]
-        going_on = [row for row, exit in enumerate(passage.exits) if exit > passage.exit]
+        leaving = [row for row, exit in enumerate(state.exits) if exit == state.exit]
+        going_on = [row for row, exit in enumerate(state.exits) if exit > state.exit]
         if leaving and not collect:
-            self._finish(passage.take(leaving), [owners[row] for row in leaving])
+            self._finish(state.take(leaving), [owners[row] for row in leaving])
         for row in going_on + (leaving if collect else []):
-            one = passage.take([row])
+            one = state.take([row])
             key = ('finish' if row in leaving else 'deepen', *one.shapes)
             self._groups.setdefault(key, []).append(
                 _Waiting(owners[row].number, owners[row].time, one)
             )
 
-    def _finish(self, passage: Passage, owners: list) -> None:
-        for owner, sample in zip(owners, self.model.finish(passage)):
+    def _finish(self, state: BatchState, owners: list) -> None:
+        for owner, sample in zip(owners, self.model.finish(state)):
             self._done[owner.number] = sample
 
     @contextlib.contextmanager

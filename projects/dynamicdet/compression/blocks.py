@@ -14,7 +14,7 @@ SCOPES = ('block', 'layer', 'kind')
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-class Part(Protocol):
+class LayerSelection(Protocol):
     """What chooses layers: patterns of module names, under a name for messages."""
 
     name: str
@@ -79,7 +79,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Layer:
+class PrunableLayer:
     """A module with a weight to prune. ``name`` is its first name, ``names`` are all that it goes
     by."""
 
@@ -89,6 +89,7 @@ class Layer:
 
     @property
     def weight(self) -> nn.Parameter:
+        """The parameter that is pruned, (out, in / groups, ...)."""
         return self.module.weight
 
     @property
@@ -97,14 +98,14 @@ class Layer:
         return 1 if isinstance(self.module, _TRANSPOSED) else 0
 
 
-def find_layers(model: nn.Module) -> dict[str, Layer]:
+def find_layers(model: nn.Module) -> dict[str, PrunableLayer]:
     """All layers with a weight of two or more dimensions: convolutions of all sorts and linear
     layers.
 
     A weight that is held under several names (as RTMDet's heads do) is one layer.
 
     Returns:
-        dict: First name -> `Layer`, in the model's order.
+        dict: First name -> `PrunableLayer`, in the model's order.
     """
     found: dict[int, tuple[nn.Module, list[str]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -118,7 +119,9 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
             and not grouped_transposed
         ):
             found.setdefault(id(weight), (module, []))[1].append(name)
-    return {names[0]: Layer(names[0], tuple(names), module) for module, names in found.values()}
+    return {
+        names[0]: PrunableLayer(names[0], tuple(names), module) for module, names in found.values()
+    }
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
@@ -128,7 +131,7 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(part, pattern) for pattern in patterns for part in above)
 
 
-def layers_of(model: nn.Module, block: Part) -> dict[str, Layer]:
+def selected_layers(model: nn.Module, block: LayerSelection) -> dict[str, PrunableLayer]:
     """The layers of a block, in the model's order.
 
     Raises:
@@ -153,14 +156,16 @@ def layers_of(model: nn.Module, block: Part) -> dict[str, Layer]:
     return kept
 
 
-def disjoint_layers(model: nn.Module, blocks: Sequence[Part]) -> list[dict[str, Layer]]:
+def disjoint_layers(
+    model: nn.Module, blocks: Sequence[LayerSelection]
+) -> list[dict[str, PrunableLayer]]:
     """The layers of each block, which must not overlap.
 
     Raises:
-        UsageError: If they do, or `layers_of` does.
+        UsageError: If they do, or `selected_layers` does.
     """
     owner: dict[str, str] = {}
-    found = [layers_of(model, block) for block in blocks]
+    found = [selected_layers(model, block) for block in blocks]
     for block, layers in zip(blocks, found):
         for name in layers:
             if name in owner:
@@ -182,6 +187,6 @@ def require_blocks(blocks: object, hook: str) -> None:
         raise UsageError(f'{hook}: blocks is a list of dictionaries, one or more; got {blocks!r}')
 
 
-def units(layer: Layer, block: Block) -> int:
+def units(layer: PrunableLayer, block: Block) -> int:
     """How many weights a layer has, or channels where whole ones are pruned."""
     return layer.weight.shape[layer.dim] if block.structured else layer.weight.numel()

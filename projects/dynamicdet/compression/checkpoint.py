@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..files import write_atomically
-from .encoding import Entry, Frames, Lossy, decode, digest, encode_state, need
+from .encoding import Entry, Frames, Lossy, decode, digest, encode_state, need_for_compression
 
 FORMAT, VERSION = 'dynamicdet.ddz', '1'
 SUFFIX = '.ddz'
@@ -51,8 +51,8 @@ def compress(checkpoint: Mapping[str, Any], lossy: Lossy = Lossy()) -> Compresse
         UsageError: If a pattern matches nothing, a weight cannot be stored, or a library is
             missing.
     """
-    need('zstandard')
-    need('safetensors')
+    need_for_compression('zstandard')
+    need_for_compression('safetensors')
     from safetensors.numpy import save
 
     state = checkpoint['state_dict']
@@ -114,8 +114,8 @@ def read_compressed(path: str, fetch: Callable[[str], bytes] | None = None) -> d
         FileNotFoundError: If there is none.
         UsageError: If it is something else, truncated or altered, or a library is missing.
     """
-    need('zstandard')
-    need('safetensors')
+    need_for_compression('zstandard')
+    need_for_compression('safetensors')
     path = str(path) if fetch and '://' in str(path) else str(Path(path).expanduser())
     if not (fetch and '://' in path) and not Path(path).is_file():
         raise FileNotFoundError(path)

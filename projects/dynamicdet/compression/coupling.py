@@ -24,7 +24,7 @@ GIVEN = 'the detector gives them'
 _CONVS = (nn.Conv2d, nn.ConvTranspose2d)
 
 
-class Member(NamedTuple):
+class ClusterMember(NamedTuple):
     """Channels of a layer that belong to units of a cluster.
 
     Attributes:
@@ -47,13 +47,13 @@ class Cluster:
     Attributes:
         width (int): Channels of a unit, where it has fewest.
         units (int): U.
-        members (list[Member]): All layers that lose channels with it.
+        members (list[ClusterMember]): All layers that lose channels with it.
         why (str): What keeps it as it is; empty if it may shrink.
     """
 
     width: int
     units: int
-    members: list[Member] = field(repr=False)
+    members: list[ClusterMember] = field(repr=False)
     why: str = ''
 
     @property
@@ -313,7 +313,7 @@ def _clusters(
         inside = part_of.reshape(-1) == part
         number = np.cumsum(inside) - 1
         members = [
-            Member(name, leaving, channels[inside[wanted]], number[wanted[inside[wanted]]])
+            ClusterMember(name, leaving, channels[inside[wanted]], number[wanted[inside[wanted]]])
             for name, leaving, channels, wanted in rows
             if inside[wanted].any()
         ]

@@ -238,7 +238,7 @@ def _frames(parts: Mapping[str, np.ndarray], level: int = _LEVEL) -> tuple[Frame
 def frame(part: np.ndarray, level: int = _SLOW_LEVEL) -> bytes:
     """A zstd frame of numbers."""
     content = np.ascontiguousarray(part).view(np.uint8).tobytes()
-    return need('zstandard').ZstdCompressor(level=level).compress(content)
+    return need_for_compression('zstandard').ZstdCompressor(level=level).compress(content)
 
 
 def _total(frames: Frames) -> int:
@@ -364,7 +364,7 @@ def unframe(content: bytes, size: int) -> np.ndarray:
     Raises:
         ValueError: If it is of another size.
     """
-    zstandard = need('zstandard')
+    zstandard = need_for_compression('zstandard')
     if zstandard.frame_content_size(content) != size:
         raise ValueError('a frame is of another size than the index says')
     return np.frombuffer(zstandard.ZstdDecompressor().decompress(content), np.uint8)
@@ -390,9 +390,10 @@ def _unplanes(content: np.ndarray, size: int) -> np.ndarray:
 
 
 def digest(value: Tensor) -> str:
+    """SHA-256 of the bytes of a tensor, in hexadecimal."""
     return hashlib.sha256(_bytes(value).tobytes()).hexdigest()
 
 
-def need(name: str) -> ModuleType:
+def need_for_compression(name: str) -> ModuleType:
     """An optional library."""
     return errors.need(name, 'compressed checkpoints', 'compression')

@@ -115,7 +115,7 @@ def compare(entries: Sequence[Entry]) -> list[StreamSize]:
     ]
 
 
-def table(sizes: Sequence[StreamSize]) -> list[str]:
+def stream_table(sizes: Sequence[StreamSize]) -> list[str]:
     """Lines of a table."""
     warn_if_experimental('encoding', 'Huffman')
     width = max((len(size.name) for size in sizes), default=0)

@@ -16,22 +16,30 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from ..errors import UsageError
-from .blocks import Block, Layer, disjoint_layers, find_layers, layers_of, matches, units
+from .blocks import (
+    Block,
+    PrunableLayer,
+    disjoint_layers,
+    find_layers,
+    matches,
+    selected_layers,
+    units,
+)
 from .scores import magnitude_scores, random_scores
 
 __all__ = [
     'Block',
-    'Layer',
+    'PrunableLayer',
     'Masks',
     'SCHEDULES',
     'apply_masks',
     'emptied',
     'find_layers',
-    'layers_of',
+    'selected_layers',
     'layers_of_blocks',
     'matches',
     'pack',
-    'prune',
+    'prune_weights',
     'prune_block',
     'pruned_share',
     'share_at',
@@ -42,7 +50,7 @@ Masks = dict[str, Tensor]
 SCHEDULES = ('one_shot', 'iterative', 'cubic')
 
 
-def layers_of_blocks(model: nn.Module, blocks: Sequence[Block]) -> list[dict[str, Layer]]:
+def layers_of_blocks(model: nn.Module, blocks: Sequence[Block]) -> list[dict[str, PrunableLayer]]:
     """The layers of each block, which must not overlap, and each of whose targets must leave
     something.
 
@@ -56,16 +64,16 @@ def layers_of_blocks(model: nn.Module, blocks: Sequence[Block]) -> list[dict[str
     return found
 
 
-def _groups(layers: Mapping[str, Layer], block: Block) -> list[dict[str, Layer]]:
+def _groups(layers: Mapping[str, PrunableLayer], block: Block) -> list[dict[str, PrunableLayer]]:
     """The layers whose weights compete with one another."""
-    keys: dict[object, dict[str, Layer]] = {}
+    keys: dict[object, dict[str, PrunableLayer]] = {}
     for name, layer in layers.items():
         key = dict(block=None, layer=name, kind=type(layer.module))[block.over]
         keys.setdefault(key, {})[name] = layer
     return list(keys.values())
 
 
-def _count(group: Mapping[str, Layer], block: Block, share: float) -> int:
+def _count(group: Mapping[str, PrunableLayer], block: Block, share: float) -> int:
     """How many weights (or channels) of a group go. Every layer keeps a channel where channels
     go."""
     total = sum(units(layer, block) for layer in group.values())
@@ -83,7 +91,7 @@ def _count(group: Mapping[str, Layer], block: Block, share: float) -> int:
 
 
 def prune_block(
-    layers: Mapping[str, Layer],
+    layers: Mapping[str, PrunableLayer],
     block: Block,
     share: float,
     masks: Mapping[str, Tensor] | None = None,
@@ -93,7 +101,7 @@ def prune_block(
     """Choose what goes.
 
     Args:
-        layers (Mapping[str, Layer]): The block's, from `layers_of`.
+        layers (Mapping[str, PrunableLayer]): The block's, from `selected_layers`.
         block (Block): How.
         share (float): Share to be pruned afterwards, in [0, 1).
         masks (Mapping[str, Tensor], optional): Masks so far: what they have pruned stays pruned.
@@ -133,12 +141,12 @@ def prune_block(
     return {name: chosen[name] for name in layers}
 
 
-def _kept_units(mask: Tensor, layer: Layer, block: Block) -> Tensor:
+def _kept_units(mask: Tensor, layer: PrunableLayer, block: Block) -> Tensor:
     return mask.transpose(0, layer.dim).flatten(1).any(1) if block.structured else mask
 
 
 def _rank(
-    group: Mapping[str, Layer],
+    group: Mapping[str, PrunableLayer],
     block: Block,
     count: int,
     values: Mapping[str, Tensor],
@@ -175,7 +183,7 @@ def _rank(
     return masks
 
 
-def prune(model: nn.Module, blocks: Sequence[Block], seed: int = 0) -> Masks:
+def prune_weights(model: nn.Module, blocks: Sequence[Block], seed: int = 0) -> Masks:
     """Prune a model to its blocks' targets, once, in place. For magnitude and random scores.
 
     Returns:

@@ -114,7 +114,7 @@ def fold(weight: Tensor, bias: Tensor | None, norm: _BatchNorm) -> tuple[Tensor,
 
 
 @dataclass(frozen=True)
-class Layer:
+class QuantizedLayer:
     """A call of a convolution or linear layer.
 
     Attributes:
@@ -132,17 +132,17 @@ class Layer:
 
 
 @dataclass
-class Plan:
+class QuantizationPlan:
     """Which calls of a pass are of layers, and whose results become integers.
 
     Attributes:
-        layers (dict[int, Layer]): By number of the call, in order.
+        layers (dict[int, QuantizedLayer]): By number of the call, in order.
         norms (set[int]): Calls that are part of a layer.
         points (dict[int, str]): Call -> key of the range of its result.
         inputs (dict[int, str]): The same for what enters the pass.
     """
 
-    layers: dict[int, Layer] = field(default_factory=dict)
+    layers: dict[int, QuantizedLayer] = field(default_factory=dict)
     norms: set[int] = field(default_factory=set)
     points: dict[int, str] = field(default_factory=dict)
     inputs: dict[int, str] = field(default_factory=dict)
@@ -274,7 +274,7 @@ def trace(
     modules: Sequence[nn.Module],
     spared: Sequence[nn.Module] = (),
     float_share: float = 0.0,
-) -> Plan:
+) -> QuantizationPlan:
     """Find the layers of a computation by running it once. Its norms must be in eval mode.
 
     Args:
@@ -301,7 +301,7 @@ def trace(
             # Who computes with the outputs is none of the calls.
             tracer.readers.setdefault(tracer.value_of.get(id(one)), []).append(-1)
     tracer.made[-1] = (None, (None,))
-    plan, keys, found = Plan(), {}, []
+    plan, keys, found = QuantizationPlan(), {}, []
     layers = [number for number in sorted(tracer.made) if tracer.is_layer(number)]
     predictions = tracer.predictions(layers, float_share)
     for number in layers:
@@ -328,7 +328,9 @@ def trace(
             keys.setdefault(value, f'in{index}')
             keys.setdefault(leaving, f'out{index}')
     for number, value, leaving, weight, norm, spare in found:
-        plan.layers[number] = Layer(keys.get(value, ''), keys.get(leaving, ''), weight, norm, spare)
+        plan.layers[number] = QuantizedLayer(
+            keys.get(value, ''), keys.get(leaving, ''), weight, norm, spare
+        )
     for value, key in keys.items():
         if isinstance(value, int):
             plan.points[value] = key
@@ -350,12 +352,14 @@ class LearnedRange(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, x: Tensor, bounds: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Values of x rounded to integer steps and back; ``bounds`` get gradients alone."""
         # Not what it gives: residual blocks and pyramids add to that in place.
         context.save_for_backward(x, scale, zero)
         return torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255)
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple:
+        """Gradients of x where it was not clipped, and of both bounds."""
         x, scale, zero = context.saved_tensors
         steps = torch.round(x / scale)
         below, above = steps + zero < 0, steps + zero > 255
@@ -408,6 +412,7 @@ class Ranges:
 
     @torch.no_grad()
     def observe(self, key: str, x: Tensor) -> None:
+        """Start the range of a key with a tensor's extremes, or move it towards them."""
         if not (self.observing or self.learning and key not in self.values) or not x.numel():
             return
         now = torch.stack(x.detach().float().aminmax())
@@ -430,7 +435,7 @@ class Ranges:
 
 
 class _Simulator(_Counted):
-    def __init__(self, plan: Plan, ranges: Ranges, reduced: bool, noise: float) -> None:
+    def __init__(self, plan: QuantizationPlan, ranges: Ranges, reduced: bool, noise: float) -> None:
         super().__init__()
         self.plan, self.ranges, self.reduced, self.noise = plan, ranges, reduced, noise
 
@@ -487,7 +492,7 @@ class Simulation:
         self.ranges = Ranges()
         #: Whether anything is rounded; if not, ranges are watched alone.
         self.active = True
-        self._plans: dict[Any, Plan] = {}
+        self._plans: dict[Any, QuantizationPlan] = {}
 
     @property
     def keys(self) -> list[str]:
@@ -500,7 +505,7 @@ class Simulation:
             }
         )
 
-    def plan(self, *inputs: Tensor) -> Plan:
+    def plan(self, *inputs: Tensor) -> QuantizationPlan:
         """Where integers are. What a detector calls depends on sizes and on whether it trains, not
         on how many images there are."""
         key = (self.modules[0].training, tuple(tuple(one.shape[2:]) for one in inputs))
@@ -509,6 +514,7 @@ class Simulation:
         return self._plans[key]
 
     def __call__(self, *inputs: Tensor) -> Any:
+        """Run the pass with rounded weights and results; inputs and results as ``run`` has them."""
         for norm in (norm for module in self.modules for norm in module.modules()):
             if isinstance(norm, _BatchNorm):
                 norm.eval()

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from .blocks import Block, Layer, find_layers
+from .blocks import Block, PrunableLayer, find_layers
 from .coupling import GIVEN, Cluster, example, find_clusters, raw_outputs
 from .pruning import layers_of_blocks
 from .scores import magnitude_scores, random_scores
-from .shrinking import Channels, Kept, channels_of, get, rule_of, shrink
+from .shrinking import Channels, KeptChannels, channels_of, get, rule_of, shrink_layers
 
 #: Channels that vector units of processors and accelerators take at a time.
 ROUND_TO = 16
 
 
 @dataclass(frozen=True)
-class Row:
+class BlockRemoval:
     """What a block loses: channels that could go, and that are left of these."""
 
     block: str
@@ -38,24 +38,24 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RemovalPlan:
     """What goes.
 
     Attributes:
-        kept (dict[str, Kept]): Layer -> what stays of it, of layers that lose channels.
-        rows (list[Row]): One per block.
+        kept (dict[str, KeptChannels]): Layer -> what stays of it, of layers that lose channels.
+        rows (list[BlockRemoval]): One per block.
         alone (dict[str, str]): First layer of a cluster that stays as it is -> why. Prediction
             layers, and what is in no block, are not named.
     """
 
-    kept: dict[str, Kept] = field(repr=False)
-    rows: list[Row] = field(default_factory=list)
+    kept: dict[str, KeptChannels] = field(repr=False)
+    rows: list[BlockRemoval] = field(default_factory=list)
     alone: dict[str, str] = field(default_factory=dict)
 
 
 def plan_removal(
     model: nn.Module, blocks: Sequence[Block], round_to: int = ROUND_TO, seed: int = 0
-) -> Plan:
+) -> RemovalPlan:
     """Choose the channels that go; the model is left as it is.
 
     What is left computes what it did with the others at zero; that is checked on an image of noise,
@@ -120,12 +120,14 @@ def plan_removal(
                 )
             left += cluster.width * (cluster.units if failed else int(stays.sum()))
         rows.append(
-            Row(block.name, sum(cluster.width * cluster.units for cluster, _ in pairs), left)
+            BlockRemoval(
+                block.name, sum(cluster.width * cluster.units for cluster, _ in pairs), left
+            )
         )
-    return Plan(_kept(model, sound), rows, alone)
+    return RemovalPlan(_kept(model, sound), rows, alone)
 
 
-def remove_channels(model: nn.Module, plan: Plan) -> Channels:
+def remove_channels(model: nn.Module, plan: RemovalPlan) -> Channels:
     """Carry a plan out, in place.
 
     Returns:
@@ -134,7 +136,7 @@ def remove_channels(model: nn.Module, plan: Plan) -> Channels:
     """
     channels = {
         **getattr(model, 'removed_channels', {}),
-        **shrink(model, plan.kept),
+        **shrink_layers(model, plan.kept),
         **_fit_extractors(model),
     }
     model.removed_channels = channels
@@ -163,7 +165,11 @@ def _options(cluster: Cluster, round_to: int) -> list[int]:
 
 
 def _choose(
-    block: Block, clusters: Sequence[Cluster], layers: Mapping[str, Layer], round_to: int, seed: int
+    block: Block,
+    clusters: Sequence[Cluster],
+    layers: Mapping[str, PrunableLayer],
+    round_to: int,
+    seed: int,
 ) -> list[tuple[Cluster, np.ndarray]]:
     """Which units of each cluster stay, bool (U, )."""
     scores = [_scores(block, cluster, layers, seed) for cluster in clusters]
@@ -195,7 +201,9 @@ def _choose(
     return chosen
 
 
-def _scores(block: Block, cluster: Cluster, layers: Mapping[str, Layer], seed: int) -> np.ndarray:
+def _scores(
+    block: Block, cluster: Cluster, layers: Mapping[str, PrunableLayer], seed: int
+) -> np.ndarray:
     """What makes a unit worth keeping, (U, ): the mean over the cluster's layers of its Ln norm,
     each over the layer's mean, so that layers and clusters compare."""
     total, count = np.zeros(cluster.units), 0
@@ -216,7 +224,9 @@ def _scores(block: Block, cluster: Cluster, layers: Mapping[str, Layer], seed: i
     return total / count
 
 
-def _kept(model: nn.Module, chosen: Sequence[tuple[Cluster, np.ndarray]]) -> dict[str, Kept]:
+def _kept(
+    model: nn.Module, chosen: Sequence[tuple[Cluster, np.ndarray]]
+) -> dict[str, KeptChannels]:
     """Layer -> what stays of it."""
     gone: dict[str, dict[bool, set]] = {}
     for cluster, stays in chosen:
@@ -226,7 +236,7 @@ def _kept(model: nn.Module, chosen: Sequence[tuple[Cluster, np.ndarray]]) -> dic
     kept = {}
     for name, sides in gone.items():
         entering, leaving, _ = channels_of(get(model, name))
-        kept[name] = Kept(
+        kept[name] = KeptChannels(
             *(
                 _without(sides.get(side), count)
                 for side, count in ((False, entering), (True, leaving))
@@ -234,7 +244,7 @@ def _kept(model: nn.Module, chosen: Sequence[tuple[Cluster, np.ndarray]]) -> dic
         )
     if 'router.fc1' in kept:
         # What standardizes the router's features is as long as they are.
-        kept['router'] = Kept(entering=kept['router.fc1'].entering)
+        kept['router'] = KeptChannels(entering=kept['router.fc1'].entering)
     return {
         name: one
         for name, one in kept.items()
@@ -272,7 +282,7 @@ def _sound(
 
 
 @torch.no_grad()
-def _same(model: nn.Module, kept: Mapping[str, Kept]) -> bool:
+def _same(model: nn.Module, kept: Mapping[str, KeptChannels]) -> bool:
     """Whether a detector without channels says of noise what it says where nothing takes them
     in."""
     whole, small = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
@@ -287,7 +297,7 @@ def _same(model: nn.Module, kept: Mapping[str, Kept]) -> bool:
             gone = torch.ones(layer.weight.shape[dim], dtype=torch.bool)
             gone[one.entering] = False
             layer.weight.index_fill_(dim, gone.nonzero().squeeze(1).to(layer.weight.device), 0)
-    shrink(small, kept)
+    shrink_layers(small, kept)
     try:
         _fit_extractors(small)
         found = _run(small)

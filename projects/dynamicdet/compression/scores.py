@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .blocks import Block, Layer, units
+from .blocks import Block, PrunableLayer, units
 
 
-def magnitude_scores(layer: Layer, block: Block) -> Tensor:
+def magnitude_scores(layer: PrunableLayer, block: Block) -> Tensor:
     """|w|, or the Ln norm of each channel.
 
     Channels of several layers compete by the norm's mean over their weights, (sum |w|^n /
@@ -24,7 +24,7 @@ def magnitude_scores(layer: Layer, block: Block) -> Tensor:
     return norms if block.over == 'layer' else norms / rows.shape[1] ** (1 / block.norm)
 
 
-def random_scores(layer: Layer, block: Block, seed: int) -> Tensor:
+def random_scores(layer: PrunableLayer, block: Block, seed: int) -> Tensor:
     """Uniform in [0, 1), by seed and name alone: the same on every rank and at every call, so that
     masks of a growing share are nested."""
     # torch's generator takes 32 bits.
@@ -33,7 +33,7 @@ def random_scores(layer: Layer, block: Block, seed: int) -> Tensor:
     return torch.rand(shape, generator=generator).to(layer.weight.device)
 
 
-def taylor_terms(layer: Layer, block: Block) -> Tensor | None:
+def taylor_terms(layer: PrunableLayer, block: Block) -> Tensor | None:
     """(w g)^2 of each weight, or (sum of w g over a channel)^2, from the gradient that is there."""
     if layer.weight.grad is None:
         return None
@@ -43,11 +43,13 @@ def taylor_terms(layer: Layer, block: Block) -> Tensor | None:
     return product.square()
 
 
-def activation_scores(layer: Layer, block: Block, squares: Tensor, outputs: Tensor) -> Tensor:
+def activation_scores(
+    layer: PrunableLayer, block: Block, squares: Tensor, outputs: Tensor
+) -> Tensor:
     """Scores from what a layer saw.
 
     Args:
-        layer (Layer): The layer.
+        layer (PrunableLayer): The layer.
         block (Block): Its block.
         squares (Tensor): Mean square of each input channel, (channels in, ).
         outputs (Tensor): Mean absolute value of each output channel, (C, ).
@@ -71,7 +73,7 @@ class Statistics:
     """Gathers gradients and activations of some layers over training steps.
 
     Args:
-        layers (Mapping[str, Layer]): Layer name -> layer.
+        layers (Mapping[str, PrunableLayer]): Layer name -> layer.
         blocks (Mapping[str, Block]): Layer name -> its block. Only blocks that score by
             ``activation`` or ``gradient`` are watched.
 
@@ -79,7 +81,7 @@ class Statistics:
         totals (dict): Name -> sums so far, of what `state_dict` gives.
     """
 
-    def __init__(self, layers: Mapping[str, Layer], blocks: Mapping[str, Block]) -> None:
+    def __init__(self, layers: Mapping[str, PrunableLayer], blocks: Mapping[str, Block]) -> None:
         self._layers = {
             name: layer
             for name, layer in layers.items()

@@ -85,7 +85,7 @@ def suggest(curves: Sequence[Curve], size: float) -> Suggestion:
     )
 
 
-def table(curves: Sequence[Curve]) -> list[str]:
+def sensitivity_table(curves: Sequence[Curve]) -> list[str]:
     """Lines of a table: AP of each part at each share, most sensitive first (by mean loss)."""
     width = max(len(one.name) for one in curves)
     lines = [

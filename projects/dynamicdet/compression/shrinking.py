@@ -19,7 +19,7 @@ from ..errors import UsageError
 Channels = dict[str, Sequence[int]]
 
 
-class Kept(NamedTuple):
+class KeptChannels(NamedTuple):
     """Channels of a layer that stay, ascending; None where all do."""
 
     entering: Tensor | None = None
@@ -32,12 +32,12 @@ class ChannelRule(NamedTuple):
 
     Attributes:
         channels (Callable): Module -> how many channels it is given, which are those that it gives.
-        select (Callable): (module, `Kept`) -> None: keeps these, in place.
+        select (Callable): (module, `KeptChannels`) -> None: keeps these, in place.
         is_told (bool): Whether it has no weights, and knows only how many channels it is given.
     """
 
     channels: Callable[[Any], int]
-    select: Callable[[Any, Kept], None]
+    select: Callable[[Any, KeptChannels], None]
     is_told: bool = False
 
 
@@ -95,13 +95,13 @@ def channels_of(layer: Any) -> tuple | None:
     return None if own is None else (own, own, 1)
 
 
-def shrink(model: nn.Module, kept: Mapping[str, Kept]) -> Channels:
+def shrink_layers(model: nn.Module, kept: Mapping[str, KeptChannels]) -> Channels:
     """Take channels out of layers, in place; module objects stay, their parameters are replaced.
 
     Args:
         model (nn.Module): Any model.
-        kept (Mapping[str, Kept]): Layer name -> what stays. Of convolutions with groups and of
-            group norms whole groups go.
+        kept (Mapping[str, KeptChannels]): Layer name -> what stays. Of convolutions with
+            groups and of group norms whole groups go.
 
     Returns:
         dict: The description.
@@ -124,7 +124,7 @@ def shrink(model: nn.Module, kept: Mapping[str, Kept]) -> Channels:
     return {name: list(channels_of(get(model, name))) for name in kept}
 
 
-def _shrink_conv(layer: nn.Module, kept: Kept) -> None:
+def _shrink_conv(layer: nn.Module, kept: KeptChannels) -> None:
     out, entering = (1, 0) if isinstance(layer, nn.ConvTranspose2d) else (0, 1)
     if layer.groups > 1:
         # Groups go as a whole; what enters the others stays.
@@ -191,8 +191,8 @@ def resize(model: nn.Module, channels: Channels) -> None:
             None if count == most else torch.arange(count) for count, most in zip(wanted[:2], there)
         )
         grouped = there[2] > 1 and leaving is None
-        kept[name] = Kept(entering, torch.arange(wanted[1]) if grouped else leaving)
-    made = shrink(model, kept)
+        kept[name] = KeptChannels(entering, torch.arange(wanted[1]) if grouped else leaving)
+    made = shrink_layers(model, kept)
     for name, wanted in channels.items():
         if made[name] != list(wanted):
             raise UsageError(

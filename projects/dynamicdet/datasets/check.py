@@ -13,13 +13,13 @@ from ..annotations import AnnotationFile, original_of
 from ..errors import UsageError
 from ..private_mmengine import failed_to_serialize
 from ..progress import CountProgress
-from .check_annotations import Place, check_annotations
+from .annotation_repair import is_turned, learns_masks, read_for
+from .check_annotations import DataSetPlace, check_annotations
 from .check_classes import require_same_classes
 from .check_images import check_image_files
 from .check_others import check_built
-from .mending import is_turned, learns_masks, read_for
+from .config_datasets import OpenedDataSet, is_coco_format, open_data_sets
 from .mot import MOTSequenceDataset
-from .opening import Opened, is_coco_format, open_data_sets
 from .video import VideoDataset
 
 
@@ -49,7 +49,7 @@ def check_coco(
         UsageError: If a run on this data cannot go on to its end: files are missing, damaged or no
             COCO annotations, there are no images, or none of the classes is known.
     """
-    return _check(ann_file, image_root, classes, progress, Place(f"'{ann_file}'"))
+    return _check(ann_file, image_root, classes, progress, DataSetPlace(f"'{ann_file}'"))
 
 
 def check_dataloaders(
@@ -103,7 +103,7 @@ def is_of_empty_set(error: Exception) -> bool:
     return failed_to_serialize(error)
 
 
-def _identity(one: Opened) -> tuple:
+def _identity(one: OpenedDataSet) -> tuple:
     """What is looked at, and what for."""
     own = one.dataset
     return (one.split == 'train', one.classes) + (
@@ -112,7 +112,10 @@ def _identity(one: Opened) -> tuple:
 
 
 def _check_opened(
-    one: Opened, progress: CountProgress | None, masks: bool, read: Mapping[str, AnnotationFile]
+    one: OpenedDataSet,
+    progress: CountProgress | None,
+    masks: bool,
+    read: Mapping[str, AnnotationFile],
 ) -> list[str]:
     """Look through a data set by what its class reads."""
     from mmdet.datasets import CocoDataset, LVISV05Dataset, Objects365V1Dataset, Objects365V2Dataset
@@ -121,7 +124,9 @@ def _check_opened(
     if dataset is None:
         return [f'{one.key}: data sets of type {one.kind} are not checked']
     filters = {} if dataset.test_mode or one.split != 'train' else dict(dataset.filter_cfg or {})
-    place = Place(one.name, one.key, one.split == 'train', filters, masks, is_turned(dataset))
+    place = DataSetPlace(
+        one.name, one.key, one.split == 'train', filters, masks, is_turned(dataset)
+    )
     folder = dataset.data_prefix.get('img', dataset.data_prefix.get('img_path', ''))
     if (getattr(dataset, 'backend_args', None) or {}).get(
         'backend', 'local'
@@ -186,7 +191,7 @@ def _check(
     image_root: str,
     classes: Sequence[str] | None,
     progress: CountProgress | None,
-    place: Place,
+    place: DataSetPlace,
     file: AnnotationFile | None = None,
 ) -> list[str]:
     if not osp.isfile(ann_file):

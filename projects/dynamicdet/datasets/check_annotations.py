@@ -20,7 +20,7 @@ _ROUNDING = 0.5  # pixels
 _SLACK = 1.01
 
 
-class Place(NamedTuple):
+class DataSetPlace(NamedTuple):
     """What messages call a data set, and where the config has it."""
 
     name: str
@@ -32,7 +32,7 @@ class Place(NamedTuple):
 
 
 def check_annotations(
-    data: dict[str, Any], classes: Sequence[str] | None, place: Place
+    data: dict[str, Any], classes: Sequence[str] | None, place: DataSetPlace
 ) -> list[str]:
     """Look through the content of an annotation file.
 
@@ -40,7 +40,7 @@ def check_annotations(
         data (dict): As `read_annotations` gives it; with ``segmentation`` if the place learns
             masks.
         classes (Sequence[str], optional): Classes of the detector; None: all of the file.
-        place (Place): What the data are for.
+        place (DataSetPlace): What the data are for.
 
     Returns:
         list[str]: Warnings.
@@ -74,7 +74,7 @@ def some(values: Sequence[Any], count: int = 3) -> str:
     return ', '.join(said) + (', ...' if len(values) > count else '')
 
 
-def _require_thick(images: list[dict], place: Place) -> None:
+def _require_thick(images: list[dict], place: DataSetPlace) -> None:
     sizes = np.array([(image['width'], image['height']) for image in images])
     thin = np.flatnonzero(sizes.max(1) > LONGEST * sizes.min(1))
     _require(
@@ -100,7 +100,7 @@ def _check_names(images: list[dict]) -> list[str]:
     ]
 
 
-def _require_unique(values: Iterator[Any], things: str, what: str, place: Place) -> None:
+def _require_unique(values: Iterator[Any], things: str, what: str, place: DataSetPlace) -> None:
     shared = [value for value, count in Counter(values).items() if count > 1]
     _require(
         not shared,
@@ -110,7 +110,7 @@ def _require_unique(values: Iterator[Any], things: str, what: str, place: Place)
 
 
 def _match_classes(
-    categories: list[dict], classes: Sequence[str] | None, place: Place
+    categories: list[dict], classes: Sequence[str] | None, place: DataSetPlace
 ) -> dict[int, str]:
     """Find the classes among a file's categories, as many and in the same order.
 
@@ -157,7 +157,7 @@ def _check_boxes(
     annotations: list[dict],
     used: dict[int, str],
     categories: list[dict],
-    place: Place,
+    place: DataSetPlace,
 ) -> list[str]:
     """Say which annotations mmdet does not use, each by the first reason that holds.
 
@@ -229,7 +229,7 @@ def _check_boxes(
 
 
 def _check_filters(
-    images: list[dict], sizes: np.ndarray, full: np.ndarray, place: Place
+    images: list[dict], sizes: np.ndarray, full: np.ndarray, place: DataSetPlace
 ) -> list[str]:
     """Say what a training leaves out for its size or for lack of a mark, as ``filter_data`` of
     `CocoDataset` and `VideoDataset` do."""

@@ -14,14 +14,14 @@ from mmdet.registry import MODELS
 
 from ..errors import UsageError
 from .check_annotations import some
-from .opening import Opened
+from .config_datasets import OpenedDataSet
 
 #: Keys of heads that tell classes apart, in mmdet's detectors and in `EarlyExitDetector`. That of
 #: proposals tells objects from background alone, and a semantic one has classes of its own.
 HEADS = ('bbox_head', 'mask_head', 'mask_iou_head', 'point_head', 'heads')
 
 
-def require_same_classes(model: Any, opened: Sequence[Opened]) -> None:
+def require_same_classes(model: Any, opened: Sequence[OpenedDataSet]) -> None:
     """Raise a `UsageError` unless all data sets name the same classes, and every head has as
     many."""
     told = [one for one in opened if one.classes]
@@ -90,5 +90,5 @@ def _default(kind: Any) -> int | None:
     return None
 
 
-def _said(one: Opened) -> str:
+def _said(one: OpenedDataSet) -> str:
     return f'{one.name} ({one.key}) has {len(one.classes)} classes ({some(one.classes)})'

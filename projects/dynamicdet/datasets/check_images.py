@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..errors import UsageError
 from ..progress import CountProgress
-from .check_annotations import Place, some
+from .check_annotations import DataSetPlace, some
 from .picture_formats import is_picture
 
 #: Bytes at the end of an image file in which its end marker must be: the size of one page. As many
@@ -117,7 +117,7 @@ def _sort_in(found: Pictures, image: Mapping[str, Any], look: Look) -> None:
 def check_image_files(
     image_root: str,
     images: Sequence[Mapping[str, Any]],
-    place: Place,
+    place: DataSetPlace,
     progress: CountProgress | None = None,
     listed: str = 'the annotation file',
 ) -> list[str]:
@@ -126,7 +126,7 @@ def check_image_files(
 
     Args:
         image_root (str): As of `look_at_images`, like ``images`` and ``progress``.
-        place (Place): What messages call the data set, and how it loads pictures.
+        place (DataSetPlace): What messages call the data set, and how it loads pictures.
         listed (str): What names the files, in words.
 
     Returns:

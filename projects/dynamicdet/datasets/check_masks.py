@@ -79,7 +79,10 @@ def _trouble(outline: Any, size: Sequence[int]) -> str:
 def _trouble_of_runs(outline: dict, size: Sequence[int]) -> str:
     counts = outline.get('counts')
     if outline.get('size') != list(size):
-        return f'has run lengths of the size {outline.get("size")}, in an image of (height, width) {list(size)}'
+        return (
+            f'has run lengths of the size {outline.get("size")}, in an image of (height, width) '
+            f'{list(size)}'
+        )
     if not isinstance(counts, (list, str)):
         return 'has no run lengths'
     try:

@@ -13,19 +13,19 @@ from mmengine.dataset import BaseDataset
 
 from ..errors import UsageError
 from ..progress import CountProgress
-from .check_annotations import Place, some
+from .annotation_repair import is_turned
+from .check_annotations import DataSetPlace, some
 from .check_images import check_image_files
-from .mending import is_turned
 
 
 def check_built(
-    dataset: BaseDataset, place: Place, progress: CountProgress | None = None
+    dataset: BaseDataset, place: DataSetPlace, progress: CountProgress | None = None
 ) -> list[str]:
     """Let a data set read its annotations, and look for its image files.
 
     Args:
         dataset (BaseDataset): Built with ``lazy_init``; it is read by this.
-        place (Place): What messages call it.
+        place (DataSetPlace): What messages call it.
         progress (callable, optional): Called as ``progress(done, total)``, counts of image files.
 
     Returns:
@@ -57,7 +57,7 @@ def check_built(
     return lines + check_image_files('', pictures, place, progress, f"'{dataset.ann_file}'")
 
 
-def _load(dataset: BaseDataset, place: Place, unknown: Counter) -> list[dict]:
+def _load(dataset: BaseDataset, place: DataSetPlace, unknown: Counter) -> list[dict]:
     """Entries of the images, those of videos too. Fills ``data_list``."""
     parse = dataset.parse_data_info
 
@@ -82,7 +82,7 @@ def _load(dataset: BaseDataset, place: Place, unknown: Counter) -> list[dict]:
     return [one for entry in dataset.data_list for one in entry.get('images', [entry])]
 
 
-def _refusal(dataset: BaseDataset, place: Place, error: Exception, file: str) -> UsageError:
+def _refusal(dataset: BaseDataset, place: DataSetPlace, error: Exception, file: str) -> UsageError:
     kind = type(dataset).__name__
     if isinstance(error, OSError) and error.filename:
         # A file that is no list gives names without end.
@@ -111,7 +111,7 @@ def _unknown_names(path: str, classes: list[str]) -> Counter:
     return Counter(str(name) for name in names if name not in classes)
 
 
-def _check_boxes(entries: list[dict], place: Place) -> list[str]:
+def _check_boxes(entries: list[dict], place: DataSetPlace) -> list[str]:
     """Boxes without an area, of which mmdet makes losses that are not finite; and images without
     any."""
     owners = [entry for entry in entries for _ in entry.get('instances') or ()]
@@ -136,7 +136,7 @@ def _check_boxes(entries: list[dict], place: Place) -> list[str]:
     return lines
 
 
-def _check_filters(dataset: BaseDataset, count: int, place: Place) -> list[str]:
+def _check_filters(dataset: BaseDataset, count: int, place: DataSetPlace) -> list[str]:
     """What filter_cfg and indices leave out."""
     kept = dataset.filter_data()
     dataset.data_list = kept

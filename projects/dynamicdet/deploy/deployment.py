@@ -16,14 +16,14 @@ from mmdet.models.detectors import BaseDetector
 from ..building import load_detector, whole_model
 from ..compression.quantization import trace
 from ..errors import UsageError
-from ..measuring.calibration import force_exit, measure_difficulties, provenance
+from ..measuring.calibration import force_dynamic_exit, measure_difficulties, provenance
 from ..models import DynamicDetector
-from ..models.online import kept_speed
+from ..models.online_control import kept_speed
 from ..models.stages import Stage, find_stages
 from ..progress import Progress
 from ..routing.budget import Budget
 from .folder import require_new, write_folder
-from .graphs import Exported, Graph, export_stages, need, release_weights
+from .graphs import Exported, Graph, export_stages, need_for_deployment, release_weights
 from .int8 import (
     BETWEEN,
     PLAIN_BETWEEN,
@@ -40,7 +40,7 @@ from .int8 import (
 )
 from .joins import join_graphs, joined_ranges, joins_of
 from .latencies import conditions, measure_latency, put_latencies
-from .rois import place_roi_aligns
+from .roi_align import place_roi_aligns
 
 #: Batches on which layers are tried in 8 bits.
 _TRIED = 16
@@ -91,7 +91,7 @@ def deploy(
         UsageError: If something is missing, or does not fit.
     """
     for name in ('onnx', 'onnxruntime', *('zstandard',) * compress):
-        need(name)
+        need_for_deployment(name)
     require_new(out)
     if loader is not None and (images < 1 or not len(loader.dataset)):
         raise UsageError('int8 needs validation images to calibrate on, and there is none')
@@ -106,7 +106,9 @@ def deploy(
     contents = {name: one.content for name, one in exported.items()}
     about: dict[str, Any] = dict(
         int8=loader is not None,
-        versions={name: need(name).__version__ for name in ('torch', 'onnx', 'onnxruntime')},
+        versions={
+            name: need_for_deployment(name).__version__ for name in ('torch', 'onnx', 'onnxruntime')
+        },
         provenance=provenance(cfg, path, loader.dataset if loader is not None else (), 'cpu'),
     )
     if loader is None:
@@ -188,7 +190,7 @@ def _drive(model: BaseDetector, batches: Sequence[dict], progress: Progress, wha
                 continue
             with kept_speed(model):
                 for exit in range(exits):
-                    force_exit(model, exit)
+                    force_dynamic_exit(model, exit)
                     model.test_step(batch)
 
 

@@ -32,9 +32,9 @@ from ..errors import UsageError
 from ..models import DynamicDetector
 from ..models.stages import find_stages
 from ..timing import timed_elsewhere
-from .graphs import Graph, need, release_weights
+from .graphs import Graph, need_for_deployment, release_weights
 from .latencies import conditions, put_latencies
-from .rois import place_roi_aligns
+from .roi_align import place_roi_aligns
 
 FORMAT, VERSION = 'dynamicdet.deployed', 5
 MANIFEST, CONFIG, STATE = 'manifest.json', 'config.json', 'state.pth'
@@ -242,14 +242,14 @@ def DeployedDetector(
 
 def _compressed(content: bytes) -> bytes:
     # What level 19 saves beyond is 1 %, in ten times the time.
-    return need('zstandard').ZstdCompressor(level=3).compress(content)
+    return need_for_deployment('zstandard').ZstdCompressor(level=3).compress(content)
 
 
 def _read_graph(path: Path, size: int) -> bytes:
     """An ONNX file, no larger than the manifest says."""
     content = path.read_bytes()
     if path.name.endswith(_SMALL):
-        zstandard = need('zstandard')
+        zstandard = need_for_deployment('zstandard')
         if zstandard.frame_content_size(content) != size:
             raise UsageError(f"'{path}' is damaged: export the detector again")
         content = zstandard.ZstdDecompressor().decompress(content)

@@ -22,7 +22,7 @@ from mmdet.structures import DetDataSample
 
 from .. import errors
 from ..errors import UsageError
-from ..measuring.calibration import force_exit
+from ..measuring.calibration import force_dynamic_exit
 from ..models import DynamicDetector, can_fuse
 from ..models.fusing import fusible_parts
 from ..models.stages import Form, Stage, find_stages, flatten, record_inputs, unflatten
@@ -78,7 +78,7 @@ def export_stages(
         UsageError: If a library is missing, the detector cannot be cut, or one of its layers cannot
             be in a graph.
     """
-    need('onnx')
+    need_for_deployment('onnx')
     exportable_stages(model)
     if fuse and can_fuse(model):
         # As `models.fuse`, but for what is made for torch on a CPU alone.
@@ -153,7 +153,7 @@ def example_inputs(
     def drive() -> None:
         for exit in range(getattr(model, 'num_exits', 1)):
             if isinstance(model, DynamicDetector):
-                force_exit(model, exit)
+                force_dynamic_exit(model, exit)
             model.predict(images, samples)
 
     seen = record_inputs(stages, drive)
@@ -202,7 +202,7 @@ def _require_standard(content: bytes, stage: str) -> None:
     functions that are no layers, and so not seen before."""
     odd = [
         node
-        for node in need('onnx').load_from_string(content).graph.node
+        for node in need_for_deployment('onnx').load_from_string(content).graph.node
         if node.domain not in ('', 'ai.onnx')
     ]
     if odd:
@@ -267,6 +267,7 @@ class Graph:
         }
 
     def __call__(self, *inputs: Tensor) -> Any:
+        """Run the graph: tensors as the stage is given them, results as it gives them."""
         arrays = self.arrays(*inputs)
         if self._watch is not None:
             self._watch({**self._feed(inputs), **arrays})
@@ -311,6 +312,6 @@ def release_weights(stages: Sequence[Stage]) -> None:
             setattr(module, name, None)
 
 
-def need(name: str) -> ModuleType:
+def need_for_deployment(name: str) -> ModuleType:
     """An optional library."""
     return errors.need(name, 'graphs', 'deploy')

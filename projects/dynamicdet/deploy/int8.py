@@ -17,10 +17,16 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..compression.quantization import Layer, Plan, activation_scale, fold, last_layers
+from ..compression.quantization import (
+    QuantizationPlan,
+    QuantizedLayer,
+    activation_scale,
+    fold,
+    last_layers,
+)
 from ..errors import UsageError
 from ..models.stages import Stage
-from .graphs import Graph, is_output, need
+from .graphs import Graph, is_output, need_for_deployment
 
 #: Layers, that is what has weights, and what is part of them.
 LAYERS = ('Conv', 'Gemm')
@@ -66,6 +72,7 @@ class Observer:
         self.shares: dict[str, float] = {}
 
     def __call__(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take the arrays of one run, by name, into the ranges and histograms."""
         for name, array in arrays.items():
             if array.size:
                 self._add(name, array)
@@ -124,7 +131,7 @@ def least_error(counts: np.ndarray, low: float, high: float) -> Range:
 
 def watched(content: bytes) -> bytes:
     """A graph that also gives all tensors that enter or leave a layer."""
-    onnx = need('onnx')
+    onnx = need_for_deployment('onnx')
     model = onnx.load_from_string(content)
     for name in _activations(model):
         if not is_output(name):
@@ -140,9 +147,11 @@ def _activations(model: Any) -> list[str]:
         [one.name for one in model.graph.output],
     )
     names: dict[str, None] = {}
-    for node in _between(model, {*inputs, *(node.output[0] for node in layers_of(model))}, outputs):
+    for node in _between(
+        model, {*inputs, *(node.output[0] for node in weighted_nodes(model))}, outputs
+    ):
         names.update(dict.fromkeys((*_data_of(model, node), *node.output)))
-    for node in layers_of(model):
+    for node in weighted_nodes(model):
         leaving = node.output[0]
         relu = only_relu(model, leaving)
         for name in (node.input[0], leaving, *([relu.output[0]] if relu is not None else [])):
@@ -150,7 +159,7 @@ def _activations(model: Any) -> list[str]:
     return [name for name in names if name not in inputs]
 
 
-def layers_of(model: Any) -> list[Any]:
+def weighted_nodes(model: Any) -> list[Any]:
     """Nodes with weights."""
     weights = {one.name for one in model.graph.initializer}
     return [
@@ -185,7 +194,7 @@ def _between(
         if node.op_type in (*kinds, 'Relu') and data and all(name in eight for name in data):
             found.append(node)
             eight.update(node.output)
-    wanted, kept = {*wanted, *(node.input[0] for node in layers_of(model))}, []
+    wanted, kept = {*wanted, *(node.input[0] for node in weighted_nodes(model))}, []
     for node in reversed(found):
         if wanted.intersection(node.output):
             kept.append(node)
@@ -224,8 +233,8 @@ class Recipe:
 
 def quantize_graph(content: bytes, recipe: Recipe) -> bytes:
     """A graph with all layers in 8 bits but those that a recipe spares."""
-    need('onnxruntime')
-    onnx = need('onnx')
+    need_for_deployment('onnxruntime')
+    onnx = need_for_deployment('onnx')
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization.calibrate import TensorData
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
@@ -233,13 +242,13 @@ def quantize_graph(content: bytes, recipe: Recipe) -> bytes:
     model = onnx.load_from_string(content)
     names = [
         node.name
-        for node in layers_of(model)
+        for node in weighted_nodes(model)
         if node.name not in recipe.float_layers and node.input[0] in recipe.ranges
     ]
     if not names:
         return content
     relus = [node.name for node in model.graph.node if node.op_type == 'Relu']
-    own = {node.output[0] for node in layers_of(model) if node.name in names}
+    own = {node.output[0] for node in weighted_nodes(model) if node.name in names}
     inputs = {one.name for one in model.graph.input}
     between = [
         node
@@ -277,7 +286,7 @@ def quantize_graph(content: bytes, recipe: Recipe) -> bytes:
 
 def spared_layers(content: bytes, stage: Stage) -> tuple[str, ...]:
     """Nodes whose weights are of a stage's spared modules."""
-    onnx = need('onnx')
+    onnx = need_for_deployment('onnx')
     model = onnx.load_from_string(content)
     weights = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
     spared = [
@@ -288,7 +297,7 @@ def spared_layers(content: bytes, stage: Stage) -> tuple[str, ...]:
     ]
     return tuple(
         node.name
-        for node in layers_of(model)
+        for node in weighted_nodes(model)
         if any(_equal(weights[node.input[1]], one) for one in spared)
     )
 
@@ -302,8 +311,8 @@ def prediction_layers(
 ) -> tuple[tuple[str, ...], float]:
     """`last_layers` of a float graph, where what a stage gives are predictions. ``costs`` are of
     nodes that ran."""
-    model = need('onnx').load_from_string(content)
-    own = {node.name: costs.get(node.name, 0) for node in layers_of(model)}
+    model = need_for_deployment('onnx').load_from_string(content)
+    own = {node.name: costs.get(node.name, 0) for node in weighted_nodes(model)}
     return last_layers(
         [(node.name, node.input, node.output) for node in model.graph.node], own, share
     )
@@ -364,10 +373,10 @@ def choose_float(
         noise (float): Power of the error over that of the outputs that is wanted. 0.01 is 20 dB.
         share (float): Of the multiply-adds, what may stay float.
     """
-    onnx = need('onnx')
+    onnx = need_for_deployment('onnx')
     names = [
         node.name
-        for node in layers_of(onnx.load_from_string(content))
+        for node in weighted_nodes(onnx.load_from_string(content))
         if node.name not in recipe.float_layers
     ]
     exact = Graph(content, None)
@@ -398,13 +407,13 @@ def choose_float(
 
 def multiply_adds(content: bytes, sizes: Mapping[str, float]) -> dict[str, float]:
     """Of each layer, for an image or RoI, by the elements of its output (`Observer.shares`)."""
-    onnx = need('onnx')
+    onnx = need_for_deployment('onnx')
     model = onnx.load_from_string(content)
     weights = {one.name: list(one.dims) for one in model.graph.initializer}
     # Of a convolution (out, in / groups, height, width), of a Gemm (out, in).
     return {
         node.name: sizes.get(node.output[0], 0) * float(np.prod(weights[node.input[1]][1:]))
-        for node in layers_of(model)
+        for node in weighted_nodes(model)
     }
 
 
@@ -412,23 +421,23 @@ def multiply_adds(content: bytes, sizes: Mapping[str, float]) -> dict[str, float
 
 
 def trained_ranges(
-    content: bytes, plan: Plan, ranges: Mapping[str, Sequence[float]]
+    content: bytes, plan: QuantizationPlan, ranges: Mapping[str, Sequence[float]]
 ) -> tuple[dict[str, Range], tuple[str, ...]]:
     """Ranges that a training found, by the names of a graph's tensors; and the layers that have
     none.
 
     Args:
         content (bytes): The float graph of the same stage.
-        plan (Plan): Where the training had integers.
+        plan (QuantizationPlan): Where the training had integers.
         ranges (Mapping): Key of the plan -> lowest and highest value.
 
     Raises:
         UsageError: If the graph is of another detector.
     """
-    onnx = need('onnx')
+    onnx = need_for_deployment('onnx')
     model = onnx.load_from_string(content)
     own = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
-    nodes, layers = layers_of(model), list(plan.layers.values())
+    nodes, layers = weighted_nodes(model), list(plan.layers.values())
     # Calls and nodes are in one order; weights prove it.
     if len(nodes) != len(layers) or not all(
         _equal(own[node.input[1]], _folded(layer)) for node, layer in zip(nodes, layers)
@@ -453,6 +462,6 @@ def trained_ranges(
     return found, tuple(unknown)
 
 
-def _folded(layer: Layer) -> np.ndarray:
+def _folded(layer: QuantizedLayer) -> np.ndarray:
     weight = layer.weight if layer.norm is None else fold(layer.weight, None, layer.norm)[0]
     return weight.detach().cpu().numpy()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .graphs import need
+from .graphs import need_for_deployment
 from .int8 import Range
 
 #: Scale and zero point.
@@ -73,7 +73,10 @@ def join_graphs(contents: Mapping[str, bytes], joins: Sequence[Join]) -> dict[st
     Returns:
         dict[str, bytes]: Graphs that compute the same.
     """
-    models = {name: need('onnx').load_from_string(content) for name, content in contents.items()}
+    models = {
+        name: need_for_deployment('onnx').load_from_string(content)
+        for name, content in contents.items()
+    }
     for outputs, inputs in joins:
         step, *others = {_step_of(models[name], f'out{index}') for name, index in outputs}
         if step is None or others:
@@ -97,7 +100,7 @@ def _step_of(model: Any, name: str) -> Step | None:
 
 def _constants(model: Any, names: list[str]) -> Step | None:
     """Scale and zero point, if they are of activations in U8."""
-    onnx = need('onnx')
+    onnx = need_for_deployment('onnx')
     arrays = [
         onnx.numpy_helper.to_array(one)
         for name in names
@@ -122,7 +125,7 @@ def _give(model: Any, name: str, step: Step) -> None:
 def _take(model: Any, name: str, step: Step) -> None:
     """Let an input be in 8 bits: for those who would make just these, and in float for all
     others."""
-    onnx = need('onnx')
+    onnx = need_for_deployment('onnx')
     value = next((one for one in model.graph.input if one.name == name), None)
     if value is None:  # it changes nothing there, so it is not in the graph
         return
@@ -174,4 +177,4 @@ def _rename(model: Any, old: str, new: str) -> None:
 
 
 def _as_eight(value: Any) -> None:
-    value.type.tensor_type.elem_type = need('onnx').TensorProto.UINT8
+    value.type.tensor_type.elem_type = need_for_deployment('onnx').TensorProto.UINT8

@@ -60,4 +60,7 @@ def said(latencies: Mapping[str, Any]) -> str:
     each = ', '.join(
         f'exit {exit} {1e3 * seconds:.1f} ms' for exit, seconds in enumerate(latencies['seconds'])
     )
-    return f'latencies: {each}; {latencies["runtime"]}, threads {latencies["threads"]}, one image at a time'
+    return (
+        f'latencies: {each}; {latencies["runtime"]}, threads {latencies["threads"]}, one image at '
+        'a time'
+    )

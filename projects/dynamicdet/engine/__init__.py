@@ -1,3 +1,5 @@
+"""Hooks and backends for mmengine runs; importing registers them."""
+
 from .atomic_backend import AtomicBackend
 from .branch_mode_switch_hook import BranchModeSwitchHook
 from .budget_hook import BudgetHook

@@ -23,6 +23,7 @@ class BranchModeSwitchHook(YOLOXModeSwitchHook):
     """
 
     def before_train(self, runner: Runner) -> None:
+        """Raise a `UsageError` in a loop of iterations; log what will not switch."""
         if isinstance(runner.train_loop, IterBasedTrainLoop):
             raise UsageError(
                 'BranchModeSwitchHook counts epochs, and this run has iterations alone: take it '
@@ -46,6 +47,7 @@ class BranchModeSwitchHook(YOLOXModeSwitchHook):
             )
 
     def before_train_epoch(self, runner: Runner) -> None:
+        """Switch all branches and the pipeline once its epoch has come."""
         # As mmdet's counts them: one epoch earlier than its argument says.
         if self._has_switched or runner.epoch + 1 < runner.max_epochs - self.num_last_epochs:
             return

@@ -13,7 +13,7 @@ from mmengine.runner import Runner
 from mmdet.registry import HOOKS
 
 from ..models import DynamicDetector
-from ..models.online import dynamic_part, timed_calls
+from ..models.online_control import dynamic_part, timed_calls
 from ..routing.served import Served, account
 from ..timing import dtype_of, machine_of, timed_elsewhere
 from .online_hook import OnlineHook
@@ -41,6 +41,7 @@ class BudgetHook(Hook):
         self._timer = None
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Note how the calibration's machine differs from this one."""
         model = dynamic_part(runner.model)
         if model is None:
             return
@@ -55,6 +56,7 @@ class BudgetHook(Hook):
     def before_test_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None
     ) -> None:
+        """Start to time calls of the detector with the first batch."""
         model = dynamic_part(runner.model)
         # At the first: other hooks put copies in the model's place before.
         if batch_idx == 0 and model is not None:
@@ -71,12 +73,14 @@ class BudgetHook(Hook):
         data_batch: dict | None = None,
         outputs: Sequence | None = None,
     ) -> None:
+        """Note exit and seconds of each image of the batch."""
         if self._timer is not None:
             # What a first run takes is no cost of an image.
             seconds = self._calls[-1] if batch_idx else float('nan')
             self._left.extend((sample.exit, seconds) for sample in outputs)
 
     def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        """Gather all ranks, make the account and add its figures to the metrics."""
         if self._timer is None:
             return
         self._timer.__exit__(None, None, None)

@@ -16,6 +16,7 @@ class CompleteCheckpointHook(Hook):
     fills both exits but for connections and router. ``tools/test.py`` adds this hook."""
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Raise a `UsageError` if the checkpoint leaves a part of the model random."""
         # Inside a DDP or test-time augmentation wrapper, or both.
         model = unwrap(runner.model)
         state = checkpoint.get('state_dict', checkpoint)

@@ -24,6 +24,7 @@ class FiniteLossHook(Hook):
         data_batch: dict | None = None,
         outputs: dict | None = None,
     ) -> None:
+        """Raise a `UsageError` that names losses that are not finite, and the images."""
         # The log reads every loss on the host each iteration anyhow: no further sync.
         bad = [
             name

@@ -23,12 +23,14 @@ class FuseHook(Hook):
         self._model = None
 
     def before_test_epoch(self, runner: Runner) -> None:
+        """Put a fused copy in the place of the model."""
         if can_fuse(runner.model):
             owner, name = _place(runner)
             self._model = getattr(owner, name)
             setattr(owner, name, fuse(copy.deepcopy(self._model)))
 
     def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        """Put the model back."""
         if self._model is not None:
             setattr(*_place(runner), self._model)
             self._model = None

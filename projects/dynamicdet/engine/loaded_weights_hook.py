@@ -27,6 +27,7 @@ class LoadedWeightsHook(Hook):
     priority = 45
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Keep of the checkpoint what fits, and log in one line what does not."""
         # A loop that is not run is still a config.
         if resumes(runner) or not trains(runner):
             return

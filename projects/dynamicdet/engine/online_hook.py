@@ -8,7 +8,7 @@ from mmengine.runner import Runner
 from mmdet.registry import HOOKS
 
 from ..errors import UsageError
-from ..models.online import Online, build_controller, dynamic_part
+from ..models.online_control import Online, build_controller, dynamic_part
 from ..routing.budget import Budget
 
 
@@ -35,6 +35,7 @@ class OnlineHook(Hook):
         self._online = None
 
     def before_test_epoch(self, runner: Runner) -> None:
+        """Let a new controller set the thresholds."""
         model = dynamic_part(runner.model)
         if model is None:
             raise UsageError(
@@ -44,6 +45,7 @@ class OnlineHook(Hook):
         self._online.__enter__()
 
     def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        """Put the thresholds back and log what the controller reached."""
         if self._online is not None:
             self._online.__exit__(None, None, None)
             runner.logger.info(f'online budget: {self._online.controller.status()}')

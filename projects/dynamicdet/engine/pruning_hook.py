@@ -119,9 +119,11 @@ class PruningHook(Hook):
         return lines
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Keep the masks of a run that is resumed."""
         self._saved = checkpoint.get('pruning') if resumes(runner) else None
 
     def before_train(self, runner: Runner) -> None:
+        """Find the layers, put saved masks back and hook into the optimizer's steps."""
         self._require_fit(runner)
         model = plain_model(runner)
         self._layers = pruning.layers_of_blocks(model, self.blocks)
@@ -140,6 +142,7 @@ class PruningHook(Hook):
             )
 
     def before_train_epoch(self, runner: Runner) -> None:
+        """Prune to the share of this epoch, where schedules count epochs."""
         if self.by_epoch and not self.soft:
             self._advance(runner, runner.epoch)
         if self.by_epoch:
@@ -148,6 +151,7 @@ class PruningHook(Hook):
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None
     ) -> None:
+        """Prune to the share of this iteration, where schedules count iterations."""
         if not self.by_epoch and not self.soft:
             self._advance(runner, runner.iter)
         self._counted = False
@@ -160,15 +164,18 @@ class PruningHook(Hook):
         data_batch: dict | None = None,
         outputs: dict | None = None,
     ) -> None:
+        """Sum statistics over all ranks; soft pruning: zero the weakest, if iterations count."""
         self._statistics.finish(all_reduce)
         if self.soft and not self.by_epoch:
             self._soften(runner, runner.iter + 1, runner.max_iters)
 
     def after_train_epoch(self, runner: Runner) -> None:
+        """Soft pruning: zero the weakest weights, if epochs count."""
         if self.soft and self.by_epoch:
             self._soften(runner, runner.epoch + 1, runner.max_epochs)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Add masks and shares to the checkpoint."""
         checkpoint['pruning'] = dict(
             masks={name: pruning.pack(mask) for name, mask in self.masks.items()},
             shares=list(self._shares),
@@ -176,6 +183,7 @@ class PruningHook(Hook):
         )
 
     def after_train(self, runner: Runner) -> None:
+        """Take the hooks off the optimizer and the layers."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -202,7 +210,7 @@ class PruningHook(Hook):
                 'the target would not be reached'
             )
 
-    def _restore(self, layers: dict[str, pruning.Layer]) -> None:
+    def _restore(self, layers: dict[str, pruning.PrunableLayer]) -> None:
         saved = self._saved
         if not set(saved['masks']) <= set(layers) or len(saved['shares']) != len(self.blocks):
             raise UsageError(

@@ -97,9 +97,11 @@ class QuantizationHook(Hook):
         ]
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Keep the ranges that the checkpoint has."""
         self._saved = checkpoint.get('quantization')
 
     def before_train(self, runner: Runner) -> None:
+        """Check the run, find the layers and install the rounding."""
         self._require_fit(runner)
         if not resumes(runner):
             self._saved = None
@@ -120,6 +122,7 @@ class QuantizationHook(Hook):
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None
     ) -> None:
+        """Round from ``start`` on; observe or learn ranges until ``observe``, then keep them."""
         done = runner.epoch if self.by_epoch else runner.iter
         active, moving = done >= self.start, self.observe is None or done < self.observe
         learning = self.learned and active and moving
@@ -132,16 +135,19 @@ class QuantizationHook(Hook):
         data_batch: dict | None = None,
         outputs: dict | None = None,
     ) -> None:
-        if any(one.ranges.observing for one in self.simulations.values()):
+        """Agree with other ranks on observed ranges, or take a step with learned ones."""
+        if any(simulation.ranges.observing for simulation in self.simulations.values()):
             self._agree()
-        elif any(one.ranges.learning for one in self.simulations.values()):
+        elif any(simulation.ranges.learning for simulation in self.simulations.values()):
             self._learn()
 
     def before_val(self, runner: Runner) -> None:
+        """Round as a deployed detector does; ranges stay."""
         # A run that has trained nothing yet knows no ranges, and is tested in float.
         self._set(True, False)
 
     def before_test(self, runner: Runner) -> None:
+        """Install the rounding by the checkpoint's ranges, if it has any."""
         if self._saved is not None and not self._stages:
             self._install(_plain(runner))
             self._set(True, False)
@@ -151,6 +157,7 @@ class QuantizationHook(Hook):
             )
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Add ranges and settings to the checkpoint."""
         checkpoint['quantization'] = dict(
             ranges={key: value.detach().cpu() for key, value in self._ranges().items()},
             reduced=self.reduced_range,
@@ -158,9 +165,11 @@ class QuantizationHook(Hook):
         )
 
     def after_train(self, runner: Runner) -> None:
+        """Take the rounding off."""
         self._remove()
 
     def after_test(self, runner: Runner) -> None:
+        """Take the rounding off."""
         self._remove()
 
     def _install(self, model: nn.Module) -> None:
@@ -170,17 +179,18 @@ class QuantizationHook(Hook):
                 'have them, and would be others then; export it by tools/export.py --int8 as it is'
             )
         trained = self._saved or {}
-        for name, own, other in (
+        for name, value, trained_value in (
             ('reduced_range', self.reduced_range, trained.get('reduced')),
             ('float_share', self.float_share, trained.get('float_share')),
         ):
-            if other is not None and own != other:
+            if trained_value is not None and value != trained_value:
                 raise UsageError(
-                    f'QuantizationHook: {name}={own}, but the checkpoint was trained with {other}'
+                    f'QuantizationHook: {name}={value}, but the checkpoint was trained with '
+                    f'{trained_value}'
                 )
         self._stages = find_stages(model)
         for stage in self._stages:
-            one = Simulation(
+            simulation = Simulation(
                 stage.run,
                 stage.modules,
                 stage.spared,
@@ -188,18 +198,18 @@ class QuantizationHook(Hook):
                 self.noise,
                 self.float_share if stage.predicts else 0.0,
             )
-            self.simulations[stage.name] = one
-            stage.place(one)
+            self.simulations[stage.name] = simulation
+            stage.place(simulation)
         device = next(model.parameters()).device
         for key, value in trained.get('ranges', {}).items():
-            name, _, own = key.partition('/')
+            name, _, range_key = key.partition('/')
             if name not in self.simulations:
                 raise UsageError(
                     f"QuantizationHook: the checkpoint has ranges of '{name}', which this detector "
                     'has '
                     'not; --resume goes on with the same config'
                 )
-            self.simulations[name].ranges.values[own] = value.to(device)
+            self.simulations[name].ranges.values[range_key] = value.to(device)
 
     def _remove(self) -> None:
         for stage in self._stages:
@@ -207,21 +217,22 @@ class QuantizationHook(Hook):
         self._stages, self.simulations = [], {}
 
     def _set(self, active: bool, observing: bool, learning: bool = False) -> None:
-        for one in self.simulations.values():
-            one.active, one.ranges.observing, one.ranges.learning = active, observing, learning
+        for simulation in self.simulations.values():
+            simulation.active = active
+            simulation.ranges.observing, simulation.ranges.learning = observing, learning
 
     def _ranges(self) -> dict[str, Tensor]:
         return {
             f'{name}/{key}': value
-            for name, one in self.simulations.items()
-            for key, value in sorted(one.ranges.values.items())
+            for name, simulation in self.simulations.items()
+            for key, value in sorted(simulation.ranges.values.items())
         }
 
     def _agree(self) -> None:
         """The mean of the ranges over the ranks, which see other images."""
         if get_world_size() > 1:
-            for one, key, value in self._means(self._keys(), lambda value: value):
-                one.values[key] = value
+            for ranges, key, value in self._means(self._keys(), lambda value: value):
+                ranges.values[key] = value
 
     def _learn(self) -> None:
         """A step of descent; the gradient is the mean over the ranks, as of weights. What came into
@@ -232,16 +243,20 @@ class QuantizationHook(Hook):
                 keys, lambda value: value.new_zeros(2) if value.grad is None else value.grad
             )
         ]
-        for one, key, value in self._means(keys, lambda value: value):
-            one.values[key] = value
-        for one, key, gradient in gradients:
-            one.values[key] = move_range(one.values[key], gradient, self.rate)
+        for ranges, key, value in self._means(keys, lambda value: value):
+            ranges.values[key] = value
+        for ranges, key, gradient in gradients:
+            ranges.values[key] = move_range(ranges.values[key], gradient, self.rate)
 
     def _keys(self) -> list[tuple[str, str]]:
         """Stage and key of each range that any rank knows, the same on all: a rank may have come by
         a stage that others have not, such as a RoI head that had no RoIs there."""
-        own = [(name, key) for name, one in self.simulations.items() for key in one.ranges.values]
-        return sorted({tuple(one) for every in all_gather_object(own) for one in every})
+        known_here = [
+            (name, key)
+            for name, simulation in self.simulations.items()
+            for key in simulation.ranges.values
+        ]
+        return sorted({tuple(pair) for pairs in all_gather_object(known_here) for pair in pairs})
 
     def _means(
         self, keys: Sequence[tuple[str, str]], of: Callable[[Tensor], Tensor]
@@ -255,7 +270,10 @@ class QuantizationHook(Hook):
         device = next(first.modules[0].parameters()).device
         empty = torch.full((2,), float('nan'), device=device)
         every = torch.stack(
-            [of(one.values[key]).detach() if key in one.values else empty for one, key in named]
+            [
+                of(ranges.values[key]).detach() if key in ranges.values else empty
+                for ranges, key in named
+            ]
         )
         known = every.isfinite().float()
         every = every.nan_to_num()
@@ -263,9 +281,9 @@ class QuantizationHook(Hook):
         all_reduce(known)
         means = every / known.clamp(min=1)
         # One look for all of them.
-        for (one, key), mean, count in zip(named, means, known[:, 0].tolist()):
+        for (ranges, key), mean, count in zip(named, means, known[:, 0].tolist()):
             if count > 0:
-                yield one, key, mean
+                yield ranges, key, mean
 
 
 def _plain(runner: Runner) -> nn.Module:

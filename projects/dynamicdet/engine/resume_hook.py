@@ -37,6 +37,7 @@ class ResumeHook(Hook):
     priority = 'VERY_HIGH'
 
     def before_run(self, runner: Runner) -> None:
+        """Write checkpoints atomically, and seed the data of a training."""
         for hook in runner.hooks:
             if isinstance(hook, CheckpointHook) and not hook.backend_args:
                 hook.backend_args = dict(backend='atomic')
@@ -45,14 +46,17 @@ class ResumeHook(Hook):
             _seed_data(runner)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Resumed: give batch-wise resizes the size at which the run stopped."""
         if resumes(runner):
             for part, size in zip(_random_resizes(runner), checkpoint.get('batch_sizes', ())):
                 part._input_size = size
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Add the current sizes of batch-wise resizes."""
         checkpoint['batch_sizes'] = [part._input_size for part in _random_resizes(runner)]
 
     def before_train(self, runner: Runner) -> None:
+        """Log where a pipeline remembers images that no checkpoint holds."""
         if runner.epoch and _remembers_images(runner.train_dataloader):
             runner.logger.info(
                 'The pipeline remembers images (CachedMosaic, CachedMixUp), which no checkpoint '
@@ -61,6 +65,7 @@ class ResumeHook(Hook):
             )
 
     def before_train_epoch(self, runner: Runner) -> None:
+        """Seed by epoch and rank, so that a resumed epoch draws as an uninterrupted one."""
         if isinstance(runner.train_loop, IterBasedTrainLoop):
             return
         _seed(runner, runner.epoch)
@@ -70,6 +75,7 @@ class ResumeHook(Hook):
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None
     ) -> None:
+        """Seed by iteration, or at the first iteration of an epoch once its workers run."""
         if isinstance(runner.train_loop, IterBasedTrainLoop):
             _seed(runner, runner.iter)
         elif batch_idx == 0:

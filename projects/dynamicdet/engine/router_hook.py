@@ -127,6 +127,7 @@ class RouterHook(Hook):
         self.loaded = True
 
     def before_train(self, runner: Runner) -> None:
+        """Raise a `UsageError` without weights of step 1; measure an exact delta."""
         model = _model(runner)
         if not self.loaded:
             where = f' (into {self.cascade})' if self.cascade else ''
@@ -152,6 +153,7 @@ class RouterHook(Hook):
         data_batch: dict | None = None,
         outputs: dict | None = None,
     ) -> None:
+        """Online: move delta to the median of the last gains of all ranks."""
         if self.delta == 'online':
             model = _model(runner)
             for gains in all_gather_object(model.last_gains.tolist()):
@@ -159,6 +161,7 @@ class RouterHook(Hook):
             set_gains(model, self.window)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Add the quantiles of the gains, (101,), and what kind of gain they are of."""
         model = _model(runner)
         checkpoint['router_gains'] = model.gains.tolist()
         checkpoint['router_gain'] = model.objective.gain

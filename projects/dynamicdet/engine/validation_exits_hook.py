@@ -25,6 +25,7 @@ class ValidationExitsHook(Hook):
         self._exits: list[int] = []
 
     def before_val_epoch(self, runner: Runner) -> None:
+        """Start to count anew."""
         self._exits = []
 
     def after_val_iter(
@@ -34,6 +35,7 @@ class ValidationExitsHook(Hook):
         data_batch: dict | None = None,
         outputs: Sequence | None = None,
     ) -> None:
+        """Note the exit of each image of the batch."""
         self._exits.extend(sample.exit for sample in outputs or () if 'exit' in sample)
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:

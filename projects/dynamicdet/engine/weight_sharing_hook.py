@@ -13,7 +13,7 @@ from torch import nn
 from mmdet.registry import HOOKS
 
 from ..compression import sharing
-from ..compression.blocks import Layer, disjoint_layers, require_blocks
+from ..compression.blocks import PrunableLayer, disjoint_layers, require_blocks
 from ..errors import UsageError
 from ..private_mmengine import resumes
 from .pruning_hook import PruningHook, averages, plain_model
@@ -66,39 +66,47 @@ class WeightSharingHook(Hook):
         """What it would do, a line for each block; raises what a training would."""
         self._require_fit(runner)
         unit = 'epochs' if self.by_epoch else 'iterations'
-        found = disjoint_layers(plain_model(runner), self.blocks)
+        layers_by_block = disjoint_layers(plain_model(runner), self.blocks)
         return [
             f'share {block.name}: {2**block.bits} values in each of {len(layers)} layers, after '
             f'{self.start} {unit}'
-            for block, layers in zip(self.blocks, found)
+            for block, layers in zip(self.blocks, layers_by_block)
         ]
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Keep the codebook indices of a run that is resumed."""
         self._saved = checkpoint.get('weight_sharing') if resumes(runner) else None
 
     def before_train(self, runner: Runner) -> None:
+        """Find the layers, put saved indices back and hook into the optimizer's steps."""
         self._require_fit(runner)
-        found = disjoint_layers(plain_model(runner), self.blocks)
-        self._layers = {name: layer for layers in found for name, layer in layers.items()}
+        layers_by_block = disjoint_layers(plain_model(runner), self.blocks)
+        self._layers = {name: layer for layers in layers_by_block for name, layer in layers.items()}
         self._bits = {
-            name: block.bits for block, layers in zip(self.blocks, found) for name in layers
+            name: block.bits
+            for block, layers in zip(self.blocks, layers_by_block)
+            for name in layers
         }
         if self._saved is not None:
             self._restore()
         wrapper = runner.optim_wrapper
-        for one in wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]:
-            self._handles.append(one.optimizer.register_step_pre_hook(self._before_step))
+        for optim_wrapper in (
+            wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
+        ):
+            self._handles.append(optim_wrapper.optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(
-                one.optimizer.register_step_post_hook(lambda *_: self._tie(self._layers))
+                optim_wrapper.optimizer.register_step_post_hook(lambda *_: self._tie(self._layers))
             )
 
     def before_train_epoch(self, runner: Runner) -> None:
+        """Begin to share weights once the epoch has come."""
         if self.by_epoch:
             self._begin(runner, runner.epoch)
 
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None
     ) -> None:
+        """Begin to share weights once the iteration has come."""
         if not self.by_epoch:
             self._begin(runner, runner.iter)
 
@@ -109,16 +117,19 @@ class WeightSharingHook(Hook):
         data_batch: dict | None = None,
         outputs: dict | None = None,
     ) -> None:
+        """Tie averaged weights to their codebooks again."""
         # Averaging works element by element, but not to the last bit alike.
         self._tie_averages(runner)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Add indices and pruned places of each layer."""
         checkpoint['weight_sharing'] = {
-            name: dict(indices=one.indices.cpu(), pruned=one.pruned)
-            for name, one in self.shared.items()
+            name: dict(indices=shared.indices.cpu(), pruned=shared.pruned)
+            for name, shared in self.shared.items()
         }
 
     def after_train(self, runner: Runner) -> None:
+        """Take the hooks off the optimizer."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -165,9 +176,9 @@ class WeightSharingHook(Hook):
             )
         self.shared = {
             name: sharing.sharing_of(
-                one['indices'].to(self._layers[name].weight.device), one['pruned']
+                entry['indices'].to(self._layers[name].weight.device), entry['pruned']
             )
-            for name, one in saved.items()
+            for name, entry in saved.items()
         }
 
     def _begin(self, runner: Runner, step: int) -> None:
@@ -188,27 +199,27 @@ class WeightSharingHook(Hook):
     def _agree(self) -> None:
         """Rank 0's indices on all ranks."""
         if get_world_size() > 1:
-            for name, one in self.shared.items():
-                broadcast(one.indices, src=0)
+            for name, shared in self.shared.items():
+                broadcast(shared.indices, src=0)
                 broadcast(self._layers[name].weight.data, src=0)
-                self.shared[name] = sharing.sharing_of(one.indices, one.pruned)
+                self.shared[name] = sharing.sharing_of(shared.indices, shared.pruned)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_) -> None:
         # Gradients are unscaled and averaged over the ranks here. Each optimizer's own, once.
-        own = {id(weight) for group in optimizer.param_groups for weight in group['params']}
-        for name, one in self.shared.items():
+        trained = {id(weight) for group in optimizer.param_groups for weight in group['params']}
+        for name, shared in self.shared.items():
             weight = self._layers[name].weight
-            if id(weight) in own and weight.grad is not None:
-                sharing.tie_gradient(weight.grad, one, self.reduction)
+            if id(weight) in trained and weight.grad is not None:
+                sharing.tie_gradient(weight.grad, shared, self.reduction)
 
     def _tie_averages(self, runner: Runner) -> None:
         for model in averages(runner) if self.shared else []:
             modules = dict(model.named_modules())
             self._tie({name: modules[name] for name in self.shared})
 
-    def _tie(self, layers: Mapping[str, Layer | nn.Module]) -> None:
-        for name, one in self.shared.items():
-            sharing.tie(layers[name].weight, one)
+    def _tie(self, layers: Mapping[str, PrunableLayer | nn.Module]) -> None:
+        for name, shared in self.shared.items():
+            sharing.tie(layers[name].weight, shared)
 
 
 def _block(settings: dict) -> sharing.SharedBlock:

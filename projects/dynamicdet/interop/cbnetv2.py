@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..models import CompositeBackbone
-from .rules import Rule, Source, rename, skip
+from .rules import Rule, WeightSource, rename, skip
 
 
 def unfold_order(values: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def unfold_order(values: Tensor) -> Tensor:
     return pixels.transpose(-1, -2).flatten(-2)
 
 
-def rules(model: nn.Module) -> list[Rule]:
+def cbnetv2_rules(model: nn.Module) -> list[Rule]:
     """The table, for a dynamic detector."""
     backbone = getattr(model, 'backbone', None)
     if not isinstance(backbone, CompositeBackbone):
@@ -70,4 +70,4 @@ def rules(model: nn.Module) -> list[Rule]:
     return rows
 
 
-CBNETV2 = Source(rules)
+CBNETV2 = WeightSource(cbnetv2_rules)

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import UsageError
 from ..private_mmengine import swaps_channels
-from .rules import Rule, Source, rename, skip
+from .rules import Rule, WeightSource, rename, skip
 
 _RES = r'backbone\.bottom_up\.res(\d)\.(\d+)\.'
 _BLOCK = 'backbone.layer<1-1>.<2>.'
@@ -44,7 +44,7 @@ _PLAIN = ((1.0, 1.0, 1.0), 'caffe')
 _GROUPED = ((57.375, 57.12, 58.395), 'pytorch')
 
 
-def rules(model: nn.Module) -> list[Rule]:
+def detectron2_rules(model: nn.Module) -> list[Rule]:
     """The table; refuses a config under which the weights would load and see wrong images."""
     backbone = getattr(model.backbone, 'first', model.backbone)
     images = model.data_preprocessor
@@ -73,4 +73,4 @@ def _is(images: nn.Module, name: str, wanted: tuple) -> bool:
     return given is not None and (given.flatten() - given.new_tensor(wanted)).abs().max() < 1e-3
 
 
-DETECTRON2 = Source(rules, kept=('router.', 'backbone.connections.'))
+DETECTRON2 = WeightSource(detectron2_rules, kept=('router.', 'backbone.connections.'))

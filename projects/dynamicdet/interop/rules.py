@@ -40,7 +40,7 @@ def skip(pattern: str, reason: str | Callable[[Tensor], str]) -> Rule:
     return Rule(pattern, reason=reason)
 
 
-class Source(NamedTuple):
+class WeightSource(NamedTuple):
     """Where checkpoints come from.
 
     Attributes:

@@ -56,4 +56,7 @@ def _compare_anchors(anchors: Tensor, head: AnchorHead, units: Sequence[int]) ->
         same = torch.allclose(pixels, own, rtol=1e-2)
     if same:
         return 'anchors, which the config has'
-    return "anchors THAT DIFFER from the config's: set bbox_head.anchors to theirs, or boxes will be wrong"
+    return (
+        "anchors THAT DIFFER from the config's: set bbox_head.anchors to theirs, or boxes will be "
+        'wrong'
+    )

@@ -4,15 +4,15 @@ description."""
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..models.yolov5 import YOLOV5PAFPN, Row
-from .rules import Rule, Source, rename, skip
+from ..models.yolov5 import YOLOV5PAFPN, YOLOv5Row
+from .rules import Rule, WeightSource, rename, skip
 from .yolo import UNNEEDED, anchor_head_rows
 
 #: The head comes behind all rows of the table.
 _HEAD = 24
 
 
-def _rows(row: Row) -> list[Rule]:
+def _rows(row: YOLOv5Row) -> list[Rule]:
     layer, own = rf'model\.{row.number}\.', row.name
     if row.kind == 'conv':
         return [rename(layer + r'((?:conv|bn)\.\w+)', f'{own}.<1>')]
@@ -37,7 +37,7 @@ def _refuse(_: Tensor) -> str:
     )
 
 
-def rules(model: nn.Module) -> list[Rule]:
+def yolov5_rules(model: nn.Module) -> list[Rule]:
     """The table for YOLOv5."""
     neck = getattr(model, 'neck', None)
     if not isinstance(neck, YOLOV5PAFPN):
@@ -49,4 +49,4 @@ def rules(model: nn.Module) -> list[Rule]:
     return rows + anchor_head_rows(rf'model\.{_HEAD}\.', 'bbox_head', model.bbox_head)
 
 
-YOLOV5 = Source(rules, kept=())
+YOLOV5 = WeightSource(yolov5_rules, kept=())

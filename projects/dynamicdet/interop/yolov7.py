@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..models import DynamicDetector
-from ..models.yolov7 import YOLOV7PAFPN, Architecture, Elan, YOLOV7Head
-from .rules import Rule, Source, rename, skip
+from ..models.yolov7 import YOLOV7PAFPN, Elan, YOLOv7Architecture, YOLOV7Head
+from .rules import Rule, WeightSource, rename, skip
 from .yolo import UNNEEDED, anchor_head_rows, kinds_apart
 
 #: Their names inside SPPCSPC -> ours.
@@ -40,7 +40,9 @@ def _down(name: str, kind: str) -> list[str | None]:
     return [name] if kind == 'conv' else []
 
 
-def backbone_layers(table: Architecture, connected: int | None = None) -> Iterator[str | None]:
+def backbone_layers(
+    table: YOLOv7Architecture, connected: int | None = None
+) -> Iterator[str | None]:
     """Layers of a backbone; of a second one with the sums that begin at stage ``connected``."""
     # The second backbone begins behind the rearranged pixels of the first one.
     if table.pixel_unshuffle and connected is None:
@@ -55,7 +57,7 @@ def backbone_layers(table: Architecture, connected: int | None = None) -> Iterat
             yield from _elan(name, row.block) if isinstance(row.block, Elan) else [name]
 
 
-def head_layers(table: Architecture) -> Iterator[str | None]:
+def head_layers(table: YOLOv7Architecture) -> Iterator[str | None]:
     """Layers of neck and head; the last one is the head."""
     yield 'neck.spp'
     for index, (_, row) in enumerate(table.up):
@@ -74,7 +76,7 @@ def head_layers(table: Architecture) -> Iterator[str | None]:
 
 
 def _backbone_rows(
-    theirs: str, first: int, layers: Iterator[str | None], ours: str, table: Architecture
+    theirs: str, first: int, layers: Iterator[str | None], ours: str, table: YOLOv7Architecture
 ) -> list[Rule]:
     rows = []
     for number, name in enumerate(layers, start=first):
@@ -209,5 +211,7 @@ def _require_yolov7(model: nn.Module, dynamic: bool = False) -> None:
         )
 
 
-DYNAMICDET = Source(dynamic_rules, kept=('router.',))
-YOLOV7 = Source(static_rules, kept=('router.', 'backbone.connections.'), defaults=_no_knowledge)
+DYNAMICDET = WeightSource(dynamic_rules, kept=('router.',))
+YOLOV7 = WeightSource(
+    static_rules, kept=('router.', 'backbone.connections.'), defaults=_no_knowledge
+)

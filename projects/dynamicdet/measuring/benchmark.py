@@ -33,7 +33,7 @@ from ..compression.shrinking import resize
 from ..datasets.digits import load_sources, make_image
 from ..errors import UsageError
 from ..models import DynamicDetector
-from ..models.online import Online, build_controller
+from ..models.online_control import Online, build_controller
 from ..models.resolution import reduce_images, reduce_samples
 from ..models.weights import is_plain, require_complete
 from ..progress import Progress
@@ -58,7 +58,7 @@ DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.floa
 FORMATS = dict(contiguous=torch.contiguous_format, channels_last=torch.channels_last)
 
 
-class Setting(NamedTuple):
+class MachineSetting(NamedTuple):
     """How the machine is used.
 
     Attributes:
@@ -73,6 +73,7 @@ class Setting(NamedTuple):
 
     @contextlib.contextmanager
     def on(self, device: torch.device) -> Iterator[None]:
+        """Use the machine like this inside a ``with`` block; ``device`` is where models are."""
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
@@ -82,7 +83,7 @@ class Setting(NamedTuple):
             torch.set_num_threads(before)
 
 
-class Task(NamedTuple):
+class BenchmarkTask(NamedTuple):
     """What is timed: one detector on some batches.
 
     Attributes:
@@ -91,14 +92,14 @@ class Task(NamedTuple):
         threshold (float or list[float], optional): Set before the clock starts. None for stock
             detectors.
         policy (str): One of `POLICIES`.
-        setting (Setting, optional): Defaults to what torch is set to.
+        setting (MachineSetting, optional): Defaults to what torch is set to.
     """
 
     detector: BaseDetector
     batches: list[dict]
     threshold: Thresholds | None = None
     policy: str = 'threshold'
-    setting: Setting | None = None
+    setting: MachineSetting | None = None
 
 
 def build_pair(
@@ -292,12 +293,12 @@ def half_hard_threshold(model: DynamicDetector, batches: Sequence[dict]) -> floa
 
 @torch.no_grad()
 def interleave(
-    tasks: Mapping[object, Task], rounds: int, progress: Progress, what: str
+    tasks: Mapping[object, BenchmarkTask], rounds: int, progress: Progress, what: str
 ) -> dict[object, np.ndarray]:
     """Time tasks in turns: each once a round, in many orders one after the other.
 
     Args:
-        tasks (Mapping[object, Task]): What to time, by name.
+        tasks (Mapping[object, BenchmarkTask]): What to time, by name.
         rounds (int): Timed rounds; some untimed ones come first.
         progress (Callable): Wraps what is iterated over.
         what (str): What the progress says.
@@ -324,7 +325,7 @@ def _orders(names: list) -> list[list]:
     return [order for one in turned for order in (one, one[::-1])]
 
 
-def _time(task: Task) -> float:
+def _time(task: BenchmarkTask) -> float:
     detector = task.detector
     if task.threshold is not None:
         detector.set_budget(threshold=task.threshold)
@@ -352,14 +353,14 @@ def quartiles(values: Sequence[float]) -> dict[str, float]:
     return dict(median=median, q1=low, q3=high)
 
 
-def measure(
+def measure_benchmark(
     model: DynamicDetector,
     settings: Mapping,
     batches: Sequence[dict],
     rounds: int,
     batch_rounds: int,
     progress: Progress,
-    ways: Sequence[Setting] = (),
+    ways: Sequence[MachineSetting] = (),
 ) -> list[dict]:
     """Measure all overheads, and the latency of each exit, under each setting, all taking turns.
 
@@ -370,7 +371,7 @@ def measure(
         rounds (int): Timed rounds at batch 1.
         batch_rounds (int): Timed rounds of all batches.
         progress (Callable): Wraps what is iterated over.
-        ways (Sequence[Setting]): Defaults to what torch is set to, alone.
+        ways (Sequence[MachineSetting]): Defaults to what torch is set to, alone.
 
     Returns:
         list[dict]: Per setting ``threads``, ``dtype``, ``memory_format``; ``seconds`` per call (of
@@ -382,7 +383,7 @@ def measure(
         RuntimeError: If exit 0 and the stock detector differ.
         UsageError: If the images' difficulties do not part the batches in halves.
     """
-    ways = list(ways) or [Setting(torch.get_num_threads())]
+    ways = list(ways) or [MachineSetting(torch.get_num_threads())]
     found, single, whole, formatted = {}, {}, {}, {}
     for way in ways:
         try:
@@ -433,8 +434,8 @@ def _is_refusal(error: Exception) -> bool:
 
 @torch.no_grad()
 def _tasks(
-    model: DynamicDetector, stock: BaseDetector, batches: Sequence[dict], way: Setting
-) -> tuple[int, dict[tuple, Task], dict[tuple, Task]]:
+    model: DynamicDetector, stock: BaseDetector, batches: Sequence[dict], way: MachineSetting
+) -> tuple[int, dict[tuple, BenchmarkTask], dict[tuple, BenchmarkTask]]:
     """Boxes that were compared; what is timed on one image; what on all batches."""
     one, *others = split_batch(batches[0])
     with way.on(_device(model)):
@@ -443,19 +444,19 @@ def _tasks(
         # Every operator once, under the data type.
         model.set_budget(threshold=ALL_HARD)
         model.test_step(one)
-    single = dict(stock=Task(stock, [one]))
+    single = dict(stock=BenchmarkTask(stock, [one]))
     single.update(
         {
-            f'exit{exit}': Task(model, [one], _leaving_at(exit, model.num_exits))
+            f'exit{exit}': BenchmarkTask(model, [one], _leaving_at(exit, model.num_exits))
             for exit in range(model.num_exits)
         }
     )
     whole = dict(
-        all_easy=Task(model, batches, ALL_EASY),
-        half_hard=Task(model, batches, middle),
-        all_hard=Task(model, batches, ALL_HARD),
+        all_easy=BenchmarkTask(model, batches, ALL_EASY),
+        half_hard=BenchmarkTask(model, batches, middle),
+        all_hard=BenchmarkTask(model, batches, ALL_HARD),
     )
-    whole.update({policy: Task(model, batches, middle, policy) for policy in POLICIES[1:]})
+    whole.update({policy: BenchmarkTask(model, batches, middle, policy) for policy in POLICIES[1:]})
     return boxes, *(
         {(way, name): task._replace(setting=way) for name, task in tasks.items()}
         for tasks in (single, whole)

@@ -15,8 +15,8 @@ from mmdet.structures import SampleList
 from ..annotations import original_of
 from ..errors import UsageError
 from ..models import DynamicDetector
-from ..models.online import kept_speed
-from ..models.passage import Passage
+from ..models.batch_state import BatchState
+from ..models.online_control import kept_speed
 from ..progress import Progress
 from ..routing.record import Detections, RoutingRecord
 from ..routing.thresholds import ALL_EASY, ALL_HARD
@@ -64,7 +64,7 @@ def measure_latencies(
             model.threshold.device,
             progress,
             rounds,
-            lambda exit: force_exit(model, exit),
+            lambda exit: force_dynamic_exit(model, exit),
         )
     return tuple(medians.values())
 
@@ -83,7 +83,7 @@ def measure_gflops(
     means = []
     with kept_speed(model):
         for exit in range(model.num_exits):
-            force_exit(model, exit)
+            force_dynamic_exit(model, exit)
             flops, _ = count_flops(lambda: [model.test_step(batch) for batch in batches])
             means.append(flops / len(batches) / 1e9)
     return tuple(means)
@@ -97,7 +97,7 @@ def _single_batches(dataset, images: int, rows: Sequence[int] | None) -> list[di
     ]
 
 
-def force_exit(model: DynamicDetector, exit: int) -> None:
+def force_dynamic_exit(model: DynamicDetector, exit: int) -> None:
     """Send every image to one exit: past all exits before it, and no further."""
     thresholds = [ALL_HARD] * exit + [ALL_EASY] * (model.num_exits - 1 - exit)
     model.set_budget(threshold=thresholds[0] if len(thresholds) == 1 else thresholds)
@@ -119,7 +119,7 @@ def record_exits(model: DynamicDetector, loader: DataLoader, progress: Progress)
     images = []
     with kept_speed(model):
         # A budget that waits for a calibration is not asked for here.
-        force_exit(model, 0)
+        force_dynamic_exit(model, 0)
         for batch in progress(loader, 'every exit'):
             data = model.data_preprocessor(batch, False)
             samples = data['data_samples']
@@ -139,7 +139,7 @@ def record_exits(model: DynamicDetector, loader: DataLoader, progress: Progress)
     return RoutingRecord.from_images(images)
 
 
-def passages(model: DynamicDetector, inputs: Tensor, samples: SampleList) -> Iterator[Passage]:
+def passages(model: DynamicDetector, inputs: Tensor, samples: SampleList) -> Iterator[BatchState]:
     """A batch before each exit, whatever the difficulties say; each backbone runs once."""
     passage = model.start(inputs, samples)
     yield passage

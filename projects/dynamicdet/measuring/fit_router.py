@@ -220,7 +220,7 @@ def _ground_truth(path: str, categories: Sequence[int]):
     return read_truth(path, categories or None)
 
 
-def describe(objective: Objective) -> dict:
+def objective_settings(objective: Objective) -> dict:
     """An objective's settings, as a dictionary of strings and numbers."""
     return {
         name: value for name, value in dataclasses.asdict(objective).items() if value is not None

@@ -52,7 +52,7 @@ _PACKED = {
 }
 
 
-class Part(NamedTuple):
+class PartCost(NamedTuple):
     """Parameters of a part of a detector, and its FLOPs for one image."""
 
     parameters: int
@@ -63,16 +63,16 @@ class Costs(NamedTuple):
     """What a detector costs for one image.
 
     Attributes:
-        parts (dict[str, Part]): In the order in which they run. What is shared counts where it runs
-            first, so that the parameters add up to the detector's.
-        exits (tuple[Part, ...]): All that each exit needs, from exit 0 on; of a stock detector its
-            own.
+        parts (dict[str, PartCost]): In the order in which they run. What is shared counts where
+            it runs first, so that the parameters add up to the detector's.
+        exits (tuple[PartCost, ...]): All that each exit needs, from exit 0 on; of a stock detector
+            its own.
         rois (dict[str, int]): How many regions the heads of a two-stage detector were given:
             ``boxes`` and, where there are masks, ``masks``.
     """
 
-    parts: dict[str, Part]
-    exits: tuple[Part, ...]
+    parts: dict[str, PartCost]
+    exits: tuple[PartCost, ...]
     rois: dict[str, int]
 
     def at(self, hard_share: float) -> float:
@@ -138,7 +138,7 @@ def measure_costs(model: BaseDetector, shape: Sequence[int]) -> Costs:
     if isinstance(model, DynamicDetector):
         return _dynamic_costs(model, shape)
     flops, rois = _run_detector(model, (1, 3, *shape), _sample(shape))
-    whole = Part(count_parameters(model), flops)
+    whole = PartCost(count_parameters(model), flops)
     return Costs(dict(detector=whole), (whole,), rois)
 
 
@@ -149,7 +149,9 @@ def _dynamic_costs(model: DynamicDetector, shape: Sequence[int]) -> Costs:
         images = _noise((1, 3, *shape))
         smaller, ratio = reduce_images(images, model.first_scale, model.stride)
         flops, maps = count_flops(lambda: net.first_maps(smaller))
-        router = Part(count_parameters(model.router), count_flops(lambda: model.router(maps))[0])
+        router = PartCost(
+            count_parameters(model.router), count_flops(lambda: model.router(maps))[0]
+        )
         seen = [(flops, _shapes(net.select(maps)))]
         for exit in range(1, model.num_exits):
             flops, maps = count_flops(lambda: model.deeper_maps(exit, images, maps))
@@ -161,14 +163,14 @@ def _dynamic_costs(model: DynamicDetector, shape: Sequence[int]) -> Costs:
             samples = [sample] if exit else reduce_samples([sample], ratio)
             heads, rois = _run_detector(model.branch(exit), shapes, *samples)
         name, own = _backbone_of(net, exit)
-        parts[name] = Part(count_parameters(*own), flops)
+        parts[name] = PartCost(count_parameters(*own), flops)
         if exit == 0:
             parts['router'] = router
         own_branch = count_parameters(*model.branches[exit : exit + 1])
-        parts[f'{ORDINALS[exit]} neck and heads'] = Part(own_branch, heads)
+        parts[f'{ORDINALS[exit]} neck and heads'] = PartCost(own_branch, heads)
         # Each exit runs its own neck and heads only.
         used, run = [*used, *own], run + flops
-        exits.append(Part(count_parameters(*used, model.branch(exit)), run + heads))
+        exits.append(PartCost(count_parameters(*used, model.branch(exit)), run + heads))
     return Costs(parts, tuple(exits), rois)
 
 

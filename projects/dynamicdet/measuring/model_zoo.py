@@ -34,14 +34,14 @@ _HEAD = """# Model zoo
 Written by `python tools/get_flops.py --zoo`. What it counts, and how, is in
 [evaluating.md](evaluating.md#size-and-flops).
 
-**The AP in the last column is the papers' own, not ours**: of their weights and code, on COCO val, at
-the share of hard images that stands beside it. This project has trained no detector on COCO and offers
-no weights.
+**The AP in the last column is the papers' own, not ours**: of their weights and code, on COCO val,
+at the share of hard images that stands beside it. This project has trained no detector on COCO and
+offers no weights.
 
-GFLOPs are per image, at 0, 10, 50, 90 and 100% hard images, counted as the detector's own paper counts
-them: multiply-adds, or twice that. Only rows of one kind compare. YOLOv7 is counted fused, as its paper
-does; the others have nothing to fuse that counts. Parameters are those of the whole detector in
-training, router included.
+GFLOPs are per image, at 0, 10, 50, 90 and 100% hard images, counted as the detector's own paper
+counts them: multiply-adds, or twice that. Only rows of one kind compare. YOLOv7 is counted fused,
+as its paper does; the others have nothing to fuse that counts. Parameters are those of the whole
+detector in training, router included.
 """
 
 
@@ -117,7 +117,7 @@ def papers_ap(entry: Mapping) -> str:
     return f'{"; ".join(stated)} ([{figures["Source"]}]({figures["URL"]}))' if stated else ''
 
 
-def make_page(rows: Sequence[Sequence[str]]) -> str:
+def make_model_zoo_page(rows: Sequence[Sequence[str]]) -> str:
     """The page in Markdown."""
     lines = [' | '.join(cells) for cells in (_COLUMNS, ['---'] * len(_COLUMNS), *rows)]
     return '\n'.join([_HEAD, *(f'| {line} |' for line in lines)]) + '\n'

@@ -20,17 +20,17 @@ from torch.utils.data import DataLoader
 from mmdet.structures import SampleList
 
 from ..building import build_loader
-from ..datasets.opening import require_one_coco
+from ..datasets.config_datasets import require_one_coco
 from ..errors import UsageError
 from ..models import DynamicDetector
 from ..models.kept_outputs import kept_outputs
-from ..models.online import kept_speed
+from ..models.online_control import kept_speed
 from ..progress import Progress
 from ..routing.record import RoutingRecord
 from ..timing import now
 from .calibration import (
     detected,
-    force_exit,
+    force_dynamic_exit,
     measure_gflops,
     measure_latencies,
     passages,
@@ -161,7 +161,7 @@ def record_images(
     images = []
     with kept_speed(model):
         # A budget that waits for a calibration is not asked for here.
-        force_exit(model, 0)
+        force_dynamic_exit(model, 0)
         for batch in progress(batches, 'every exit'):
             images.extend(_record_batch(model, batch, dataset.cat_ids, annotated, view))
     return images

@@ -26,7 +26,7 @@ from ..routing.evaluation import evaluate, read_truth
 from .calibration import coco_results
 
 
-class Part(NamedTuple):
+class PrunedPart(NamedTuple):
     """What is pruned alone: the layers of a block, or one layer; ``weights`` is how many it has."""
 
     name: str
@@ -40,7 +40,7 @@ def parts_of(
     layers: bool = False,
     structured: bool = False,
     most: float = 0.0,
-) -> list[Part]:
+) -> list[PrunedPart]:
     """Blocks, and where wanted each of their layers, whose names are then the layers'.
 
     Layers too small to be pruned by the share ``most`` are no parts: nothing would be left of them.
@@ -53,10 +53,10 @@ def parts_of(
     ]
     found = layers_of_blocks(model, every)
     counts = [sum(layer.weight.numel() for layer in own.values()) for own in found]
-    parts = [Part(block.name, block, count) for block, count in zip(every, counts)]
+    parts = [PrunedPart(block.name, block, count) for block, count in zip(every, counts)]
     if layers:
         parts += [
-            Part(name, Block(name, [name], 0.0, structured=structured), layer.weight.numel())
+            PrunedPart(name, Block(name, [name], 0.0, structured=structured), layer.weight.numel())
             for block, own in zip(every, found)
             for name, layer in own.items()
             if round(most * units(layer, block)) < units(layer, block)
@@ -66,10 +66,10 @@ def parts_of(
     return parts
 
 
-def measure(
+def measure_sensitivity(
     model: nn.Module,
     loader: DataLoader,
-    parts: Sequence[Part],
+    parts: Sequence[PrunedPart],
     shares: Sequence[float],
     images: int,
     metric: str,
@@ -83,7 +83,7 @@ def measure(
     Args:
         model (nn.Module): Any detector, in eval mode; as it was afterwards.
         loader (DataLoader): Over a COCO-format data set, in order.
-        parts (Sequence[Part]): What is pruned.
+        parts (Sequence[PrunedPart]): What is pruned.
         shares (Sequence[float]): In [0, 1); 0 is added.
         images (int): How many are looked at, spread evenly over the set; 0 for all.
         metric (str): 'AP' or 'AP50'.

@@ -1,3 +1,5 @@
+"""Detectors, backbones, heads and routers; importing registers them."""
+
 from mmdet.registry import MODELS
 
 from ..routing.router import Router

@@ -14,6 +14,7 @@ class PassThroughBackbone(BaseModule):
     this one in its place ``loss``, ``predict`` and ``_forward`` take feature maps."""
 
     def forward(self, maps):
+        """The maps that it is given, as they are."""
         return maps
 
 

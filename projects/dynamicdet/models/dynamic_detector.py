@@ -32,11 +32,11 @@ from ..routing import GAINS, build_objective, image_aps, quantiles_of, resolve_t
 from ..routing.budget import Budget
 from ..routing.thresholds import Thresholds, require_exits
 from ..transfers import to_host
+from .batch_state import BatchState
 from .branch import build_branch
 from .composite import build_composite
 from .kept_outputs import Outputs
-from .paired_losses import View, paired_losses
-from .passage import Passage
+from .paired_losses import ExitView, paired_losses
 from .resolution import Ratio, reduce_images, reduce_samples, scale_boxes
 from .weights import is_plain
 
@@ -183,15 +183,15 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
         """Take checkpoints of plain detectors, for all exits, and calibrations of any length."""
-        own = {
+        entries = {
             key[len(prefix) :]: state_dict.pop(key)
             for key in list(state_dict)
             if key.startswith(prefix)
         }
-        own = self.spread_plain_weights(own)
-        state_dict.update({prefix + key: value for key, value in own.items()})
-        if 'difficulties' in own:
-            self.difficulties = self.difficulties.new_empty(own['difficulties'].shape)
+        entries = self.spread_plain_weights(entries)
+        state_dict.update({prefix + key: value for key, value in entries.items()})
+        if 'difficulties' in entries:
+            self.difficulties = self.difficulties.new_empty(entries['difficulties'].shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._apply_budget()
 
@@ -306,12 +306,12 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
 
     @torch.no_grad()
     def passage_losses(
-        self, passages: Sequence[Passage], outputs: Sequence[Outputs] | None = None
+        self, passages: Sequence[BatchState], outputs: Sequence[Outputs] | None = None
     ) -> Tensor:
         """`exit_losses` of a batch that stands before each exit, (K, N): no backbone runs again.
 
         Args:
-            passages (Sequence[Passage]): Of the same images, one for each exit.
+            passages (Sequence[BatchState]): Of the same images, one for each exit.
             outputs (Sequence[Outputs], optional): What the branches gave when these passages were
                 finished, see `kept_outputs`: not computed again either.
         """
@@ -347,21 +347,21 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
     ) -> tuple[Tensor, Tensor]:
         """AP of each image by itself under each exit, (K, N), percent, and what the router sees."""
         every = self._all_exits(batch_inputs, batch_data_samples)
-        found, truths = [], []
+        detections, truths = [], []
         for exit, (maps, samples, _) in enumerate(every):
             # Copies: predictions are written into the samples.
-            own = self.branch(exit).predict(
+            predictions = self.branch(exit).predict(
                 self.backbone.select(maps), reduce_samples(samples, (1.0, 1.0)), rescale=False
             )
-            found.append(_as_arrays([sample.pred_instances for sample in own]))
+            detections.append(_as_arrays([sample.pred_instances for sample in predictions]))
             truths.append([_annotations(sample) for sample in samples])
         features = self.router.pool(every[0][0], _valid(batch_inputs, batch_data_samples))
-        return features.new_tensor(image_aps(found, truths)), features
+        return features.new_tensor(image_aps(detections, truths)), features
 
-    def _views(self, every: list[tuple], index: int, outputs: Sequence[Outputs]) -> list[View]:
+    def _views(self, every: list[tuple], index: int, outputs: Sequence[Outputs]) -> list[ExitView]:
         """All exits' views of one image of a batch."""
         return [
-            View(
+            ExitView(
                 self.branch(exit),
                 tuple(m[index : index + 1] for m in self.backbone.select(maps)),
                 samples[index],
@@ -407,16 +407,16 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             list[DetDataSample]: In input order; each with ``pred_instances``, ``difficulty``
             (float) and ``exit`` (0 to K - 1).
         """
-        passage = self.start(batch_inputs, batch_data_samples)
+        state = self.start(batch_inputs, batch_data_samples)
         while True:
-            leaving, going_on = passage.split()
+            leaving, going_on = state.split()
             if len(leaving):
                 self.finish(leaving, rescale)
             if not len(going_on):
                 return batch_data_samples
-            passage = self.deepen(going_on)
+            state = self.deepen(going_on)
 
-    def start(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> Passage:
+    def start(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> BatchState:
         """Run the first backbone and the router: all that is known before the first exit.
 
         Between this, ``finish`` and ``deepen`` images may wait, part and join others: see
@@ -429,22 +429,22 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         # One transfer from the device for both.
         difficulties, exits = torch.stack([phi, self._exits_of(phi).float()]).tolist()
         images = batch_inputs if self._needs_images else None
-        return Passage(
+        return BatchState(
             0, images, maps, ratio, batch_data_samples, difficulties, [int(one) for one in exits]
         )
 
-    def deepen(self, passage: Passage) -> Passage:
+    def deepen(self, state: BatchState) -> BatchState:
         """Run the next backbone on images that go on."""
-        maps = self.deeper_maps(passage.exit + 1, passage.images, passage.maps)
-        return replace(passage, exit=passage.exit + 1, maps=maps, ratio=(1.0, 1.0))
+        maps = self.deeper_maps(state.exit + 1, state.images, state.maps)
+        return replace(state, exit=state.exit + 1, maps=maps, ratio=(1.0, 1.0))
 
-    def finish(self, passage: Passage, rescale: bool = True) -> SampleList:
-        """Run this exit's neck and heads on all images of a passage; results go into the
+    def finish(self, state: BatchState, rescale: bool = True) -> SampleList:
+        """Run this exit's neck and heads on all images of a batch state; results go into the
         samples."""
-        self._predict_at(passage.exit, passage.maps, passage.samples, passage.ratio, rescale)
-        for sample, difficulty in zip(passage.samples, passage.difficulties):
-            sample.set_metainfo(dict(difficulty=difficulty, exit=passage.exit))
-        return passage.samples
+        self._predict_at(state.exit, state.maps, state.samples, state.ratio, rescale)
+        for sample, difficulty in zip(state.samples, state.difficulties):
+            sample.set_metainfo(dict(difficulty=difficulty, exit=state.exit))
+        return state.samples
 
     def _exits_of(self, phi: Tensor) -> Tensor:
         """The exit of each image, (N,), by its difficulty, (N,)."""
@@ -459,13 +459,15 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
     ) -> None:
         """Run the neck and heads of an exit; what they find goes into the samples."""
         reduced = reduce_samples(samples, ratio) if ratio != (1.0, 1.0) else samples
-        found = self.branch(exit).predict(self.backbone.select(maps), reduced, rescale=rescale)
-        for sample, own in zip(samples, found):
-            sample.pred_instances = own.pred_instances
+        predictions = self.branch(exit).predict(
+            self.backbone.select(maps), reduced, rescale=rescale
+        )
+        for sample, prediction in zip(samples, predictions):
+            sample.pred_instances = prediction.pred_instances
             if not rescale and ratio != (1.0, 1.0):
                 wide, high = ratio
                 sample.pred_instances.bboxes = scale_boxes(
-                    own.pred_instances.bboxes, (1 / wide, 1 / high)
+                    prediction.pred_instances.bboxes, (1 / wide, 1 / high)
                 )
 
     def _forward(
@@ -506,7 +508,10 @@ def _annotations(sample) -> dict[str, np.ndarray]:
         every.append(sample.ignored_instances)
     # Annotations have no scores, and nobody looks at them.
     parts = _as_arrays(
-        [InstanceData(bboxes=one.bboxes, labels=one.labels, scores=one.labels) for one in every]
+        [
+            InstanceData(bboxes=instances.bboxes, labels=instances.labels, scores=instances.labels)
+            for instances in every
+        ]
     )
     crowds = [np.full(len(part['labels']), bool(index)) for index, part in enumerate(parts)]
     return dict(

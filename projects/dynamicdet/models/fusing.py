@@ -91,6 +91,7 @@ class InferenceConv(nn.Module):
         self._weights = None
 
     def forward(self, x: Tensor) -> Tensor:
+        """The convolution of x, (N, C, H, W), with its SiLU if it has one."""
         if not self._can_pack(x):
             y = self.conv(x)
             return F.silu(y, inplace=True) if self.silu else y

@@ -20,7 +20,7 @@ from .resolution import Ratio, scale_boxes
 _SEED = 0
 
 
-class View(NamedTuple):
+class ExitView(NamedTuple):
     """What one exit sees of one image: its branch, maps of (1, C_i, H_i, W_i), the data sample in
     the exit's frame, and how large that frame is against the delivered one. What neck and dense
     head gave for the batch that it is an image of need not be computed again, see
@@ -39,7 +39,7 @@ class View(NamedTuple):
             return _seeded(self.branch.loss, self.maps, [self.sample])
 
 
-def paired_losses(views: list[View]) -> list[dict[str, Tensor]]:
+def paired_losses(views: list[ExitView]) -> list[dict[str, Tensor]]:
     """Each view's own losses, all under the same random draw.
 
     Two-stage heads learn from a sample of their own proposals. Exits propose different regions, the
@@ -91,7 +91,7 @@ def _flagged_as_training(branch: BaseDetector) -> Iterator[None]:
             module.training = flag
 
 
-def _on_the_same_proposals(views: list[View]) -> list[dict[str, Tensor]]:
+def _on_the_same_proposals(views: list[ExitView]) -> list[dict[str, Tensor]]:
     pending = []
     for view in views:
         with _captured(view.branch.roi_head) as calls:
@@ -104,7 +104,7 @@ def _on_the_same_proposals(views: list[View]) -> list[dict[str, Tensor]]:
     return [losses for losses, _ in pending]
 
 
-def _together(proposals: list[InstanceData], views: list[View], ratio: Ratio) -> InstanceData:
+def _together(proposals: list[InstanceData], views: list[ExitView], ratio: Ratio) -> InstanceData:
     """All proposals in the frame of one view. New: heads write into what they are given."""
     boxes = [
         scale_boxes(own.bboxes, (ratio[0] / view.ratio[0], ratio[1] / view.ratio[1]))

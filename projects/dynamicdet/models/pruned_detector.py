@@ -14,7 +14,7 @@ from ..compression.shrinking import (
     CHANNEL_RULES,
     ChannelRule,
     Channels,
-    Kept,
+    KeptChannels,
     resize,
     select_channels,
 )
@@ -22,12 +22,12 @@ from ..errors import UsageError
 from ..routing.router import Router
 
 
-def _shrink_router(router: Router, kept: Kept) -> None:
+def _shrink_router(router: Router, kept: KeptChannels) -> None:
     select_channels(router, 'mean', 0, kept.entering)
     select_channels(router, 'std', 0, kept.entering)
 
 
-def _shrink_extractor(extractor: BaseRoIExtractor, kept: Kept) -> None:
+def _shrink_extractor(extractor: BaseRoIExtractor, kept: KeptChannels) -> None:
     extractor.out_channels = len(kept.leaving)
 
 

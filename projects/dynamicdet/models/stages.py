@@ -3,7 +3,8 @@ Python.
 
 A stage takes tensors and gives tensors. `Stage.place` puts another computation in its place, for
 good: an ONNX graph, or the same in 8 bits. What lies between, such as proposals, decoding, NMS and
-who goes on to the next exit, stays as it is and notices nothing; RoIAlign is replaced in `rois`.
+who goes on to the next exit, stays as it is and notices nothing; RoIAlign is replaced in
+`deploy.roi_align`.
 
     first, second, ...        the backbones; the first with the router, if there is one
     branch0, branch1, ...     neck and dense head (two-stage: RPN) of an exit
@@ -61,6 +62,7 @@ class Features(tuple):
 
     @classmethod
     def of(cls, maps: Sequence[Tensor], found: Any) -> 'Features':
+        """Maps with what the same stage found from them."""
         features = cls(maps)
         features.found = found
         return features
@@ -82,15 +84,17 @@ def find_stages(model: BaseDetector) -> list[Stage]:
     # Of one backbone alone the exits differ by resolution.
     seen = [backbone.select(maps[min(exit, len(maps) - 1)]) for exit in range(model.num_exits)]
     for number, branch in enumerate(model.branches):
-        own = [one for exit, one in enumerate(seen) if model.branch(exit) is branch]
-        stages += _branch(f'branch{number}', branch, partial(_sources, own))
+        branch_maps = [
+            maps_of_exit for exit, maps_of_exit in enumerate(seen) if model.branch(exit) is branch
+        ]
+        stages += _branch(f'branch{number}', branch, partial(_sources, branch_maps))
     return stages
 
 
 def _sources(maps: Sequence[Sequence[Output]], index: int) -> tuple[Output, ...]:
     """Where an input comes from if it is of one of several sets of maps; those come first of all
     inputs."""
-    return tuple(dict.fromkeys(own[index] for own in maps if index < len(own)))
+    return tuple(dict.fromkeys(outputs[index] for outputs in maps if index < len(outputs)))
 
 
 def _maps_of(backbone: CompositeBackbone) -> list[tuple[Output, ...]]:
@@ -201,10 +205,10 @@ def _branch(name: str, branch: BaseDetector, source: Source) -> list[Stage]:
             part = getattr(branch.roi_head, kind, None)
             every = part if isinstance(part, nn.ModuleList) else [part]
             # Cascades may hold one head several times.
-            unique = {id(one): one for one in every if one is not None}.values()
+            unique = {id(part): part for part in every if part is not None}.values()
             stages += [
-                _module(f'{name}.{kind}{index}', one, kind != 'shared_head')
-                for index, one in enumerate(unique)
+                _module(f'{name}.{kind}{index}', part, kind != 'shared_head')
+                for index, part in enumerate(unique)
             ]
     return stages
 

@@ -99,7 +99,10 @@ def fit_weights(
     filled = 'the detector'
     if plain and hasattr(model, 'num_exits'):
         filled = 'both exits' if model.num_exits == 2 else f'all {model.num_exits} exits'
-    line = f'{"a plain detector" if plain else "a checkpoint"} fills {filled}, {len(fitting)} of {len(initialized)} entries'
+    line = (
+        f'{"a plain detector" if plain else "a checkpoint"} fills {filled}, {len(fitting)} of '
+        f'{len(initialized)} entries'
+    )
     for keys, said in (
         (reshaped, 'afresh, since of another shape (other classes?)'),
         (missing, 'afresh, since missing'),
@@ -140,7 +143,10 @@ def forget_other_router(model: nn.Module, state: dict[str, torch.Tensor]) -> boo
     return other
 
 
-_LOST = 'it looks like a detector that has lost channels: use the config that tools/prune.py wrote beside it'
+_LOST = (
+    'it looks like a detector that has lost channels: use the config that tools/prune.py wrote '
+    'beside it'
+)
 
 
 def _lost_channels(given: Mapping[str, tuple], wanted: Mapping[str, tuple]) -> list[str]:

@@ -1,3 +1,5 @@
+"""From difficulties to thresholds, and what a router learns; numpy and torch alone."""
+
 from .budget import Budget
 from .objective import (
     FITS,

@@ -159,7 +159,9 @@ class Chance:
         again and again."""
         key = np.asarray(choice, np.int8).tobytes()
         if key not in self._resampled:
-            self._resampled[key] = np.array([self.mixtures.ap(choice, own) for own in self.weights])
+            self._resampled[key] = np.array(
+                [self.mixtures.ap(choice, counts) for counts in self.weights]
+            )
         return self._resampled[key]
 
     def at(self, hard: int) -> tuple[float, float, np.ndarray]:
@@ -179,10 +181,10 @@ class Chance:
         if hard in (0, images):
             return self.mixtures.ap(choice), 0.0, self.resampled(choice)
         generator = np.random.default_rng([self._seed, hard])
-        found = [self.mixtures.ap(generator.permutation(choice)) for _ in range(self._draws)]
+        aps = [self.mixtures.ap(generator.permutation(choice)) for _ in range(self._draws)]
         return (
-            float(np.mean(found)),
-            float(np.std(found, ddof=1)),
+            float(np.mean(aps)),
+            float(np.std(aps, ddof=1)),
             self._resampled_mean(choice, generator),
         )
 
@@ -195,9 +197,11 @@ class Chance:
         probabilities = np.zeros((self.mixtures.images, self.mixtures.exits))
         for exit in self.exits:
             probabilities[:, exit] = (choice == exit).mean()
-        expected = np.array([self.mixtures.expected_ap(probabilities, own) for own in self.weights])
+        expected = np.array(
+            [self.mixtures.expected_ap(probabilities, counts) for counts in self.weights]
+        )
         drawn = np.array(
-            [self.mixtures.ap(generator.permutation(choice), own) for own in self.weights]
+            [self.mixtures.ap(generator.permutation(choice), counts) for counts in self.weights]
         )
         return expected + np.nanmean(drawn - expected)
 
@@ -295,12 +299,12 @@ def by_calibration(
             (`served.chance_interval`), ``ap``, ``ap50``, ``gflops`` and ``latency`` as of
             `trade_off`.
     """
-    own, rows = difficulties_of(record), []
+    test_difficulties, rows = difficulties_of(record), []
     for share in shares:
         threshold = threshold_for_share(difficulties, share)
-        is_hard = own > np.float32(threshold)
+        is_hard = test_difficulties > np.float32(threshold)
         above = int((np.asarray(difficulties, np.float32) > np.float32(threshold)).sum())
-        low, high = chance_interval(above, len(difficulties), len(own))
+        low, high = chance_interval(above, len(difficulties), len(test_difficulties))
         rows.append(
             dict(
                 share=share,
@@ -393,7 +397,7 @@ def _worth(chance: Chance, is_hard: np.ndarray) -> dict:
     choice = chance.choice(is_hard)
     row = chance.mixtures.scores(choice, sizes=False)
     row['random_ap'], row['random_std'], at_random = chance.at(int(is_hard.sum()))
-    own = chance.resampled(choice)
-    for name, values in dict(ap=own, random=at_random, gain=own - at_random).items():
+    router_aps = chance.resampled(choice)
+    for name, values in dict(ap=router_aps, random=at_random, gain=router_aps - at_random).items():
         row[f'{name}_low'], row[f'{name}_high'] = interval(values)
     return row

@@ -74,13 +74,19 @@ def read_truth(path: str, categories: Iterable[int] | None = None) -> COCO:
         UsageError: If it is no annotation file that can be used.
     """
     data = read_annotations(path).data
-    known = {one['id'] for one in data['categories']} if categories is None else set(categories)
+    known = (
+        {category['id'] for category in data['categories']}
+        if categories is None
+        else set(categories)
+    )
     coco = COCO()
     coco.dataset = dict(
         data,
-        categories=[one for one in data['categories'] if one['id'] in known],
+        categories=[category for category in data['categories'] if category['id'] in known],
         annotations=[
-            one for one in data['annotations'] if categories is None or one['category_id'] in known
+            annotation
+            for annotation in data['annotations']
+            if categories is None or annotation['category_id'] in known
         ],
     )
     with contextlib.redirect_stdout(io.StringIO()):
@@ -134,13 +140,13 @@ def _name_of(record: RoutingRecord, row: int) -> str:
 def check_truth(record: RoutingRecord, coco: COCO) -> None:
     """Raise a `UsageError` where a record seems to be of another data set or split than ``coco``:
     splits may share ids and file names, but not what is in their images."""
-    found = {
+    category_ids = {
         category for own in record.detections for category in np.unique(own.categories).tolist()
     }
-    if not found <= set(coco.cats):
+    if not category_ids <= set(coco.cats):
         raise UsageError(
-            f'detections are of category {min(found - set(coco.cats))}, which the annotation file '
-            'lacks: is it of another data set?'
+            f'detections are of category {min(category_ids - set(coco.cats))}, which the '
+            'annotation file lacks: is it of another data set?'
         )
     if record.objects is None:
         return
@@ -247,12 +253,12 @@ class Mixtures:
         matches = self._matches['all']
         counts, objects = _Counts(matches.by_image(), self.exits), matches.objects.ravel()
         known = np.maximum((matches.objects > 0).sum(axis=1), 1)
-        found = []
+        aps = []
         for exit in range(self.exits):
             table, _ = self._tables(np.full(self.images, exit), None)
             each = np.nan_to_num(counts.precision(table, objects).mean(axis=1))
-            found.append(np.round(100 * each.reshape(self.images, -1).sum(axis=1) / known, 9))
-        return np.array(found)
+            aps.append(np.round(100 * each.reshape(self.images, -1).sum(axis=1) / known, 9))
+        return np.array(aps)
 
     def _precision(
         self, area: str, choice: Sequence[int], weights: Sequence[int] | None
@@ -325,10 +331,10 @@ class _Matches:
 
     def by_image(self) -> '_Matches':
         """The same with a group for each category of each image, n * categories of them."""
-        own = self.image * self.objects.shape[1] + self.group
-        order = np.argsort(own, kind='stable')
+        key = self.image * self.objects.shape[1] + self.group
+        order = np.argsort(key, kind='stable')
         return _Matches(
-            own[order],
+            key[order],
             self.image[order],
             self.exit[order],
             self.matched[:, order],

@@ -36,19 +36,27 @@ def normalized_gain(chance: Chance, is_hard: Sequence[bool]) -> dict[str, float 
     is_hard = np.asarray(is_hard, bool)
     share = float(is_hard.mean())
     choices = [chance.choice(np.full(len(is_hard), end)) for end in (False, True)]
-    first, last, own = (chance.mixtures.ap(choice) for choice in (*choices, chance.choice(is_hard)))
+    first, last, router_ap = (
+        chance.mixtures.ap(choice) for choice in (*choices, chance.choice(is_hard))
+    )
     chord = first + share * (last - first)
-    found = dict(
-        hard_share=share, ap=own, chord=chord, range=last - first, gain=None, low=None, high=None
+    row = dict(
+        hard_share=share,
+        ap=router_ap,
+        chord=chord,
+        range=last - first,
+        gain=None,
+        low=None,
+        high=None,
     )
     if abs(last - first) <= SAME_AP:
-        return found
-    firsts, lasts, owns = map(chance.resampled, (*choices, chance.choice(is_hard)))
+        return row
+    firsts, lasts, router_aps = map(chance.resampled, (*choices, chance.choice(is_hard)))
     with np.errstate(divide='ignore', invalid='ignore'):
-        gains = (owns - firsts - share * (lasts - firsts)) / (lasts - firsts)
-    found['gain'] = (own - chord) / (last - first)
-    found['low'], found['high'] = _ends(gains, (lasts - firsts) * np.sign(last - first))
-    return found
+        gains = (router_aps - firsts - share * (lasts - firsts)) / (lasts - firsts)
+    row['gain'] = (router_ap - chord) / (last - first)
+    row['low'], row['high'] = _ends(gains, (lasts - firsts) * np.sign(last - first))
+    return row
 
 
 def efficacy(
@@ -72,16 +80,16 @@ def efficacy(
             ``low`` and ``high``. The last three are None unless the oracle's area is above 0; the
             ends also where it is not on more than one resample in forty.
     """
-    own, owns = _area(chance, router)
-    best, bests = _area(chance, oracle)
-    found = dict(router_area=own, oracle_area=best, efficacy=None, low=None, high=None)
-    if best <= SAME_AP:
-        return found
+    router_area, router_areas = _area(chance, router)
+    oracle_area, oracle_areas = _area(chance, oracle)
+    row = dict(router_area=router_area, oracle_area=oracle_area, efficacy=None, low=None, high=None)
+    if oracle_area <= SAME_AP:
+        return row
     with np.errstate(divide='ignore', invalid='ignore'):
-        ratios = owns / bests
-    found['efficacy'] = own / best
-    found['low'], found['high'] = _ends(ratios, bests)
-    return found
+        ratios = router_areas / oracle_areas
+    row['efficacy'] = router_area / oracle_area
+    row['low'], row['high'] = _ends(ratios, oracle_areas)
+    return row
 
 
 def _area(chance: Chance, choices: Sequence[Sequence[bool]]) -> tuple:

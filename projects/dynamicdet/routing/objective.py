@@ -320,16 +320,18 @@ def _as_coco(truths: Sequence[Mapping]):
             area=box[2] * box[3],
             iscrowd=int(crowd),
         )
-        for index, own in enumerate(truths)
-        for box, label, crowd in zip(_xywh(own['bboxes']), own['labels'], own['crowds'])
+        for index, image_truths in enumerate(truths)
+        for box, label, crowd in zip(
+            _xywh(image_truths['bboxes']), image_truths['labels'], image_truths['crowds']
+        )
     ]
-    labels = {one['category_id'] for one in annotations}
+    labels = {annotation['category_id'] for annotation in annotations}
     coco = COCO()
     coco.dataset = dict(
         images=[dict(id=index) for index in range(len(truths))],
         categories=[dict(id=label, name=str(label)) for label in sorted(labels)],
         # From 1 on: pycocotools takes an id of 0 for no match.
-        annotations=[dict(one, id=index) for index, one in enumerate(annotations, 1)],
+        annotations=[dict(annotation, id=index) for index, annotation in enumerate(annotations, 1)],
     )
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()

@@ -48,6 +48,7 @@ class Served:
 
     @property
     def images(self) -> int:
+        """How many images there were."""
         return sum(self.counts)
 
     @property
@@ -79,11 +80,13 @@ class Served:
             known, said = _shares_of(self.calibrated), "of the calibration's images"
         if len(self.counts) == 2:
             before = '' if known is None else f'{known[1]:.1%} {said}, '
-            return f'hard: {before}{self.shares[1]:.1%} served ({self.counts[1]} of {self.images} images)'
+            served = f'{self.shares[1]:.1%} served ({self.counts[1]} of {self.images} images)'
+            return f'hard: {before}{served}'
         before = '' if known is None else f'{_percents(known)} {said}, '
         exits = ' / '.join(map(str, range(len(self.counts))))
         counts = ' / '.join(map(str, self.counts))
-        return f'exits {exits}: {before}{_percents(self.shares)} served ({counts} of {self.images} images)'
+        served = f'{_percents(self.shares)} served ({counts} of {self.images} images)'
+        return f'exits {exits}: {before}{served}'
 
     def _costs_line(self) -> list[str]:
         parts = []
@@ -142,12 +145,14 @@ class Served:
         """Numbers of `lines` by name, for logs and files; what is not known is left out."""
         if not self.images:
             return {}
-        found = {f'exit{exit}_share': share for exit, share in enumerate(self.shares)}
-        found.update({f'exit{exit}_wanted': share for exit, share in enumerate(self.wanted or ())})
-        found.update(gflops=self.mean_gflops, milliseconds=1e3 * self.mean_latency)
+        figures = {f'exit{exit}_share': share for exit, share in enumerate(self.shares)}
+        figures.update(
+            {f'exit{exit}_wanted': share for exit, share in enumerate(self.wanted or ())}
+        )
+        figures.update(gflops=self.mean_gflops, milliseconds=1e3 * self.mean_latency)
         if self.seconds is not None:
-            found['clock_milliseconds'] = 1e3 * self.seconds
-        return {name: value for name, value in found.items() if math.isfinite(value)}
+            figures['clock_milliseconds'] = 1e3 * self.seconds
+        return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
 def account(
@@ -216,14 +221,14 @@ def missed(counts: Sequence[int], calibrated: Sequence[int]) -> dict[int, tuple[
             second alone; of more each has its part of `DOUBTED`.
     """
     exits = range(1, 2) if len(counts) == 2 else range(len(counts))
-    found = {}
+    misses = {}
     for exit in exits:
         low, high = chance_interval(
             calibrated[exit], sum(calibrated), sum(counts), DOUBTED / len(exits)
         )
         if not low <= counts[exit] / sum(counts) <= high:
-            found[exit] = low, high
-    return found
+            misses[exit] = low, high
+    return misses
 
 
 def chance_interval(

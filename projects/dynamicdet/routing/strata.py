@@ -19,8 +19,10 @@ OBJECTS = {'0': (0, 0), '1': (1, 1), '2': (2, 2), '3-4': (3, 4), '5-8': (5, 8), 
 
 def by_size(mixtures: Mixtures) -> dict[str, list[float | None]]:
     """AP of each exit by the area of the objects: ``small``, ``medium``, ``large`` -> K values."""
-    found = [mixtures.scores(np.full(mixtures.images, exit)) for exit in range(mixtures.exits)]
-    return {size: [scores[size] for scores in found] for size in ('small', 'medium', 'large')}
+    exit_scores = [
+        mixtures.scores(np.full(mixtures.images, exit)) for exit in range(mixtures.exits)
+    ]
+    return {size: [scores[size] for scores in exit_scores] for size in ('small', 'medium', 'large')}
 
 
 def by_objects(record: RoutingRecord, mixtures: Mixtures) -> list[dict]:
@@ -58,18 +60,18 @@ def by_difficulty(mixtures: Mixtures, scores: Sequence[float], parts: int = 10) 
         many; ``ap``, K values.
     """
     scores = np.asarray(scores, float)
-    found = []
+    rows = []
     for members in np.array_split(np.argsort(scores, kind='stable'), min(parts, len(scores))):
         inside = np.zeros(len(scores), bool)
         inside[members] = True
-        found.append(
+        rows.append(
             dict(
                 low=float(scores[members].min()),
                 high=float(scores[members].max()),
                 **_stratum(mixtures, inside),
             )
         )
-    return found
+    return rows
 
 
 def benefits(
@@ -118,13 +120,15 @@ def rank_correlations(
     """
     scores = np.asarray(scores, float)
     weights = bootstrap_weights(len(scores), resamples, seed)
-    found = {}
+    correlations = {}
     for name, values in gained.items():
         values = np.asarray(values, float)
-        drawn = [_spearman(np.repeat(scores, own), np.repeat(values, own)) for own in weights]
+        drawn = [
+            _spearman(np.repeat(scores, counts), np.repeat(values, counts)) for counts in weights
+        ]
         low, high = interval([each for each in drawn if each is not None])
-        found[name] = dict(correlation=_spearman(scores, values), low=low, high=high)
-    return found
+        correlations[name] = dict(correlation=_spearman(scores, values), low=low, high=high)
+    return correlations
 
 
 def threshold_transfer(
@@ -150,7 +154,7 @@ def threshold_transfer(
     for share in shares:
         threshold, _ = split(val_scores, share)
         is_hard = np.asarray(test_scores, np.float32) > np.float32(threshold)
-        _, own = split(test_scores, share)
+        _, test_hard = split(test_scores, share)
         rows.append(
             dict(
                 share=share,
@@ -158,18 +162,18 @@ def threshold_transfer(
                 val_share=hard_share(val_scores, threshold),
                 test_share=float(is_hard.mean()),
                 ap=chance.mixtures.ap(chance.choice(is_hard)),
-                own_ap=chance.mixtures.ap(chance.choice(own)),
+                own_ap=chance.mixtures.ap(chance.choice(test_hard)),
             )
         )
     return rows
 
 
 def _stratum(mixtures: Mixtures, inside: np.ndarray) -> dict:
-    found = [
+    aps = [
         mixtures.scores(np.full(mixtures.images, exit), inside.astype(int), sizes=False)['ap']
         for exit in range(mixtures.exits)
     ]
-    return dict(images=int(inside.sum()), ap=found)
+    return dict(images=int(inside.sum()), ap=aps)
 
 
 def _spearman(first: np.ndarray, second: np.ndarray) -> float | None:

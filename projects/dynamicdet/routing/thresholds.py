@@ -9,7 +9,6 @@ of them are below its difficulty. Then one number still says how fast: see `shar
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Union
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from .budget import BUDGET_NAMES, Budget
 ALL_HARD, ALL_EASY = -1.0, 1.0
 
 #: One threshold for two exits, K - 1 for more.
-Thresholds = Union[float, list[float]]
+Thresholds = float | list[float]
 
 
 def hard_share(difficulties: Sequence[float], threshold: float) -> float:
@@ -116,8 +115,10 @@ def _at_exits(beyond: Sequence[float]) -> list[float]:
 def thresholds_for_share(difficulties: Sequence[float], share: float, exits: int = 2) -> Thresholds:
     """`threshold_for_share`, for any number of exits: a float for two, K - 1 in rising order for
     more."""
-    found = [threshold_for_share(difficulties, beyond) for beyond in shares_beyond(share, exits)]
-    return found[0] if exits == 2 else found
+    thresholds = [
+        threshold_for_share(difficulties, beyond) for beyond in shares_beyond(share, exits)
+    ]
+    return thresholds[0] if exits == 2 else thresholds
 
 
 def share_for_latency(target: float, *latencies: float) -> float:
@@ -210,8 +211,8 @@ def resolve_threshold(
             f'{name} needs a calibrated checkpoint: run tools/calibrate.py on it first'
         )
     beyond = _per_exit(_beyond(budget, exits, latencies, gflops), exits, name)
-    found = [_threshold(difficulties, share) for share in ([beyond] if exits == 2 else beyond)]
-    return found[0] if exits == 2 else found
+    thresholds = [_threshold(difficulties, share) for share in ([beyond] if exits == 2 else beyond)]
+    return thresholds[0] if exits == 2 else thresholds
 
 
 def require_exits(budget: Budget, exits: int) -> None:
@@ -276,7 +277,7 @@ def _per_exit(value: float | Sequence[float], exits: int, name: str) -> Threshol
         raise UsageError(
             f'{name} by exit must {"rise" if name == "threshold" else "fall"}, got {values}'
         )
-    return float(values[0]) if exits == 2 else [float(one) for one in values]
+    return float(values[0]) if exits == 2 else [float(number) for number in values]
 
 
 def _threshold(difficulties: Sequence[float], share: float) -> float:

@@ -2,8 +2,8 @@
 
 from .all_exits import AllExitsTestLoop, AllExitsValLoop, ExitsMetric
 from .early_exit_detector import EarlyExitDetector
-from .evidence import AllExits, Evidence
 from .exit_curve_hook import ExitCurveHook
+from .gate_inputs import AllExits, Evidence
 from .gates import AgreementGate, FixedExit, Gate, ScoreGate, TemporalGate
 from .heads import ExitHead
 from .learned_gates import GumbelGate, HaltingGate

@@ -87,7 +87,7 @@ class ExitsMetric(BaseMetric):
         collect_device (str): As of `CocoMetric`. Defaults to 'cpu'.
     """
 
-    #: For `datasets.mending`, which lets those that do read a mended file.
+    #: For `datasets.annotation_repair`, which lets those that do read a mended file.
     reads_coco_annotations = True
 
     def __init__(

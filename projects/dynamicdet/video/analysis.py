@@ -16,12 +16,12 @@ from mmdet.registry import MODELS
 from ..errors import UsageError
 from ..routing.evaluation import check_truth, read_truth
 from .curves import curve, fixed_exits, front, line_at, settings_of
-from .evidence import Evidence
 from .fitting import fit_halting_gate, fit_parts, shows_objects
+from .gate_inputs import Evidence
 from .gates import Gate
 from .oracle import oracle_rows
 from .record import detections_of
-from .simulation import Replays, Seconds, difficulties_of, evidences, exit_costs
+from .simulation import Replays, Seconds, evidences, exit_costs, gate_difficulties
 from .streams import GRID
 
 #: Gates that need no training: name -> config.
@@ -115,7 +115,7 @@ def decision_seconds(
     return float(np.median(looks)) if looks else 0.0, float(np.median(times))
 
 
-def analyze(
+def analyze_gates(
     record: Mapping,
     coco: COCO,
     gates: Mapping[str, Gate],
@@ -170,7 +170,7 @@ def analyze(
 def _one_gate(gate: Gate, test: tuple, val: tuple | None, by: str, seconds: Seconds) -> dict:
     """Settings are chosen on one record, and run on the other."""
     record, replays, shown = val or test
-    difficulties = difficulties_of(gate, shown)
+    difficulties = gate_difficulties(gate, shown)
     rows = curve(
         record, replays, gate, difficulties, settings_of(record, gate, difficulties), seconds
     )
@@ -183,14 +183,14 @@ def _one_gate(gate: Gate, test: tuple, val: tuple | None, by: str, seconds: Seco
             record,
             replays,
             gate,
-            difficulties_of(gate, shown),
+            gate_difficulties(gate, shown),
             [row['thresholds'] for row in best],
             seconds,
         )
     return dict(rows=best, seconds=seconds, within=best[good[0]] if good else None)
 
 
-def format_analysis(analysis: Mapping) -> str:
+def format_gate_analysis(analysis: Mapping) -> str:
     """A table for the terminal."""
     by, fixed = analysis['by'], analysis['fixed']
     last = fixed[-1]
@@ -225,7 +225,7 @@ def _line(name: str, row: Mapping, last: Mapping, fixed: Sequence[Mapping], by: 
     )
 
 
-def write_analysis(analysis: Mapping, folder: str) -> Path:
+def write_gate_analysis(analysis: Mapping, folder: str) -> Path:
     """Write ``gates.json`` and ``gates.png``; the picture's path."""
     from ..files import write_atomically
 

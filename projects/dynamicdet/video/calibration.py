@@ -16,7 +16,7 @@ from ..routing.controller import Controller
 from .budgets import POINTS
 from .curves import CHANGE_LEVELS, curve, fixed_exits, front, settings_of
 from .gates import Gate, name_of
-from .simulation import Replays, Seconds, difficulties_of, evidences, exit_costs
+from .simulation import Replays, Seconds, evidences, exit_costs, gate_difficulties
 
 #: Levels that a calibration tries: finer than a curve.
 LEVELS = 61
@@ -68,7 +68,7 @@ def calibrate_gate(
             points below the last exit's.
         by (str, optional): The cost that counts for ``max_drop``: 'gflops' or 'latency'. Defaults
             to 'gflops'.
-        seconds (tuple[float, float]): See `simulation.simulate`. Defaults to none.
+        seconds (tuple[float, float]): See `simulation.simulate_gate`. Defaults to none.
         count (int): Levels to try. Defaults to 61.
         change_count (int): Thresholds on change to try. Defaults to 16.
         progress (Callable, optional): Called with (settings done, settings in all).
@@ -78,7 +78,7 @@ def calibrate_gate(
     """
     ((name, value),) = _checked(wish).items()
     cost = by if by and name == 'max_drop' else _COST[name]
-    replays, found = Replays(record, coco), difficulties_of(gate, evidences(record))
+    replays, found = Replays(record, coco), gate_difficulties(gate, evidences(record))
     last = fixed_exits(record, replays)[-1]
     rows = curve(
         record,

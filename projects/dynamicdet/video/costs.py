@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..measuring.flops import Part, count_flops, count_parameters
+from ..measuring.flops import PartCost, count_flops, count_parameters
 from ..private_torch import ShapesOnly
 from ..timing import timed
 
@@ -22,9 +22,9 @@ class LayerCosts(NamedTuple):
     Attributes:
         name (str): Of its module.
         stride (int): Pixels per cell.
-        main (Part): The layer itself: parameters and FLOPs.
-        head (Part, optional): Its auxiliary head, without propagation; None if it has none.
-        propagation (Part, optional): The head's.
+        main (PartCost): The layer itself: parameters and FLOPs.
+        head (PartCost, optional): Its auxiliary head, without propagation; None if it has none.
+        propagation (PartCost, optional): The head's.
         products (int): Of ``propagation.flops``, those of attention's two products: counters that
             look at layers alone, as the seed's, leave them out.
         seconds (tuple[float, ...]): That main, head and propagation took, 0 for what is not there;
@@ -33,9 +33,9 @@ class LayerCosts(NamedTuple):
 
     name: str
     stride: int
-    main: Part
-    head: Part | None
-    propagation: Part | None
+    main: PartCost
+    head: PartCost | None
+    propagation: PartCost | None
     products: int
     seconds: tuple = ()
 
@@ -55,7 +55,7 @@ def layer_costs(model: nn.Module, shape: Sequence[int]) -> list[LayerCosts]:
         for position, layer in enumerate(model.table):
             flops, x = count_flops(lambda: layers.take(position))
             main, head, propagation, products = (
-                Part(count_parameters(model.detector.get_submodule(layer.name)), flops),
+                PartCost(count_parameters(model.detector.get_submodule(layer.name)), flops),
                 None,
                 None,
                 0,
@@ -63,10 +63,12 @@ def layer_costs(model: nn.Module, shape: Sequence[int]) -> list[LayerCosts]:
             if position in exits:
                 own = model.heads[exits[position]]
                 flops, features = count_flops(lambda: own.features(x))
-                head = Part(count_parameters(own), flops + count_flops(lambda: own((features,)))[0])
+                head = PartCost(
+                    count_parameters(own), flops + count_flops(lambda: own((features,)))[0]
+                )
                 if model.propagation is not None:
                     module = model.propagation[exits[position]]
-                    propagation = Part(
+                    propagation = PartCost(
                         count_parameters(module), _propagation_flops(module, features)
                     )
                     products = 4 * features[0].numel() * module.size**2
@@ -76,7 +78,7 @@ def layer_costs(model: nn.Module, shape: Sequence[int]) -> list[LayerCosts]:
 
 def _all_layers(model: nn.Module, images: Tensor):
     """Like ``model.lazy``, but every layer's map may be taken, and a second time as an output."""
-    from .lazy import LazyLayers
+    from .lazy_layers import LazyLayers
 
     return LazyLayers(
         model.detector, model.table, images, (*range(len(model.table)), *model.output_layers)
@@ -198,13 +200,13 @@ def as_table(model: nn.Module, rows: Sequence[LayerCosts], shape: Sequence[int])
         f'{"all":<30}'
         + ''.join(
             _cell(
-                Part(sum(part.parameters for part in own), sum(part.flops for part in own)),
+                PartCost(sum(part.parameters for part in own), sum(part.flops for part in own)),
                 [sum(row.seconds[place] for row in rows)] if rows[0].seconds else [],
             )
             for place, own in enumerate(totals)
         )
     )
-    final = Part(count_parameters(model.detector.bbox_head), final_flops(model, shape))
+    final = PartCost(count_parameters(model.detector.bbox_head), final_flops(model, shape))
     lines.append(f'{"the detector" + chr(39) + "s own head":<30}{_cell(final, [])}')
     for exit, gflops in enumerate(exit_gflops(model, shape, rows), start=-1):
         lines.append(f'a frame that leaves at exit {exit:>2}: {gflops:8.2f} GFLOPs')
@@ -223,7 +225,7 @@ def as_table(model: nn.Module, rows: Sequence[LayerCosts], shape: Sequence[int])
     return '\n'.join(lines)
 
 
-def _cell(part: Part | None, seconds: Sequence[float]) -> str:
+def _cell(part: PartCost | None, seconds: Sequence[float]) -> str:
     if part is None:
         return f'{"-":>37}'
     time = f'{1000 * seconds[0]:.2f}' if seconds else ''

@@ -12,15 +12,15 @@ import numpy as np
 from ..progress import CountProgress
 from .gates import Gate
 from .simulation import (
+    GateRun,
     Replays,
-    Run,
     Seconds,
     changes,
     exit_costs,
     nothing_seen,
     reuse,
     row_of,
-    simulate,
+    simulate_gate,
 )
 
 #: How many thresholds on difficulty, and how many on change, a curve tries.
@@ -98,7 +98,7 @@ def curve(
         difficulties (np.ndarray): (E - 1, n), its own.
         settings (Sequence[Setting]): Those that share a threshold on change are best next to each
             other.
-        seconds (tuple[float, float]): See `simulation.simulate`. Defaults to none.
+        seconds (tuple[float, float]): See `simulation.simulate_gate`. Defaults to none.
         progress (Callable, optional): Called with (settings done, settings in all).
     """
     rows, sources, nothing = [], {}, nothing_seen(record, gate)
@@ -106,7 +106,7 @@ def curve(
         change = setting[0]
         if gate.early and change not in sources:
             sources[change] = reuse(record, change, nothing)
-        run = simulate(record, gate, difficulties, setting, seconds, sources.get(change))
+        run = simulate_gate(record, gate, difficulties, setting, seconds, sources.get(change))
         rows.append(
             dict(row_of(run, replays.ap(run), len(record['gflops'])), thresholds=list(setting))
         )
@@ -131,7 +131,7 @@ def fixed_exits(record: Mapping, replays: Replays) -> list[dict]:
     gflops, latencies = (exit_costs(record, kind, looks=False) for kind in ('gflops', 'latencies'))
     rows = []
     for exit in range(exits):
-        run = Run(
+        run = GateRun(
             np.full(images, exit),
             np.arange(images),
             np.full(images, gflops[exit + 1]),

@@ -28,11 +28,11 @@ from ..routing.budget import Budget
 from ..routing.served import Served, account
 from ..timing import now
 from ..transfers import Followed, to_host
-from .building import build_gate
 from .calibration import OnlineThresholds
 from .gates import name_of
 from .overlay import colors_of, draw_frame
-from .sources import Frame, Source
+from .part_building import build_gate
+from .sources import FrameSource, VideoFrame
 from .timeline import Timeline, draw_timeline
 from .writer import MAX_FPS, VideoWriter
 
@@ -311,6 +311,7 @@ class Lines:
         self._file.close()
 
     def write(self, entry: dict) -> None:
+        """Append an entry as one line of JSON."""
         self._file.write(json.dumps(entry) + '\n')
 
 
@@ -323,7 +324,7 @@ def _claim(file: TextIO) -> None:
 
 def run_demo(
     detector: FrameDetector,
-    source: Source,
+    source: FrameSource,
     out: str | Path,
     most: int | None = None,
     say: Callable[[str], None] = print,
@@ -339,7 +340,7 @@ def run_demo(
 
     Args:
         detector (FrameDetector): Detects.
-        source (Source): Of the frames; it is closed at the end.
+        source (FrameSource): Of the frames; it is closed at the end.
         out (str or Path): Video to write, .mp4.
         most (int, optional): Stop after so many frames.
         say (Callable): Told what is odd, a line each, the first 20 of a kind at most.
@@ -411,7 +412,7 @@ class _Show:
     _drawn: np.ndarray | None = None
     _gflops: float = 0.0
 
-    def take(self, frame: Frame, stream: str) -> None:
+    def take(self, frame: VideoFrame, stream: str) -> None:
         entry = dict(frame=frame.number, time=round(frame.time, 4))
         if frame.picture is None:
             self._skip(frame, entry)
@@ -445,11 +446,11 @@ class _Show:
         )
         self._film(frame)
 
-    def _film(self, frame: Frame) -> None:
+    def _film(self, frame: VideoFrame) -> None:
         """Show what was drawn last at a frame's time."""
         self.writer.write(self._drawn, self.slower * frame.time, frame.duration)
 
-    def _skip(self, frame: Frame, entry: dict) -> None:
+    def _skip(self, frame: VideoFrame, entry: dict) -> None:
         self.summary.faults += 1
         self.say('fault', f'frame {frame.number}: {frame.fault}')
         self.timeline.add_fault(frame.time)
@@ -457,7 +458,7 @@ class _Show:
         if self._drawn is not None:
             self._film(frame)
 
-    def _count(self, frame: Frame, seen: Seen) -> None:
+    def _count(self, frame: VideoFrame, seen: Seen) -> None:
         summary = self.summary
         summary.frames += 1
         summary.seconds += seen.seconds
@@ -468,7 +469,7 @@ class _Show:
             summary.gflops = self._gflops / summary.frames
         self.timeline.add(frame.time, seen.exit, seen.seconds, seen.gflops)
 
-    def _text(self, frame: Frame, seen: Seen) -> list[str]:
+    def _text(self, frame: VideoFrame, seen: Seen) -> list[str]:
         first = f'frame {frame.number}  {frame.time:.2f} s'
         if seen.exit is not None:
             taken = (
@@ -479,7 +480,8 @@ class _Show:
                 else '-1, nothing there'
             )
             first += f'  exit {taken}  difficulty {seen.difficulty:.2f}'
-        second = f'{1e3 * seen.seconds:.1f} ms, mean {1e3 * self.summary.seconds / self.summary.frames:.1f}'
+        mean = self.summary.seconds / self.summary.frames
+        second = f'{1e3 * seen.seconds:.1f} ms, mean {1e3 * mean:.1f}'
         if seen.gflops is not None:
             second += f'  {seen.gflops:.3g} GFLOPs, mean {self.summary.gflops:.3g}'
         return [first, second]

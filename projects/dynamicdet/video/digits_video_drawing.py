@@ -83,7 +83,7 @@ class Shot(NamedTuple):
     facts: dict
 
 
-class Frame(NamedTuple):
+class DrawnFrame(NamedTuple):
     """A drawn frame.
 
     Attributes:
@@ -102,7 +102,7 @@ class Frame(NamedTuple):
 
 def make_video(
     sources: Sources, split: str, index: int, size: int, length: int, seed: int
-) -> tuple[dict, Iterator[Frame]]:
+) -> tuple[dict, Iterator[DrawnFrame]]:
     """Make one video.
 
     Returns:
@@ -289,7 +289,7 @@ def _draw_light(rng, length, hard) -> np.ndarray:
     return light
 
 
-def _draw_frames(rng, shots, size) -> Iterator[Frame]:
+def _draw_frames(rng, shots, size) -> Iterator[DrawnFrame]:
     # One sheet of noise, seen through another window in each frame: drawing it anew costs more than
     # all else.
     sheet = rng.normal(0, rng.uniform(*NOISE), (size + 64, size + 64, 3)).astype(np.float32)
@@ -304,7 +304,7 @@ def _draw_frames(rng, shots, size) -> Iterator[Frame]:
         instances += len(shot.items)
 
 
-def _draw_frame(shot: Shot, t: int, cut: bool, instances: int, noise: np.ndarray) -> Frame:
+def _draw_frame(shot: Shot, t: int, cut: bool, instances: int, noise: np.ndarray) -> DrawnFrame:
     size = len(noise)
     before = max(t - 1, 0)
     pan = shot.camera[t] - shot.camera[before]
@@ -346,7 +346,7 @@ def _draw_frame(shot: Shot, t: int, cut: bool, instances: int, noise: np.ndarray
         occlusion=_round(hidden),
         number=len(digits),
     )
-    return Frame(picture, owner, digits, facts)
+    return DrawnFrame(picture, owner, digits, facts)
 
 
 def _motion(shot: Shot, t: int, size: int) -> tuple[float, float]:

@@ -23,13 +23,13 @@ from ..precision import KeepsTypeOfBuffers
 from ..routing.budget import Budget
 from ..transfers import Followed, take_rows
 from .budgets import POINTS, require_early_exit_budget, resolve_budget
-from .building import build_gate, build_heads, build_propagation, learner
-from .evidence import AllExits, Evidence
 from .frames import Frames, last_found, nothing_found, scale_of, to_original
-from .lazy import LazyLayers
+from .gate_inputs import AllExits, Evidence
+from .lazy_layers import LazyLayers
 from .losses import training_losses
+from .part_building import build_gate, build_heads, build_propagation, learner
 from .propagation import carry_on
-from .streams import Stream, Streams, as_frames, early_change, early_summary, is_cut, waves
+from .streams import Streams, VideoStream, as_frames, early_change, early_summary, is_cut, waves
 
 #: What each mode trains: prefixes of parameters. 'joint' trains a gate that learns, too.
 TRAINED = dict(
@@ -490,7 +490,7 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         return AllExits(detections, pooled, frames.early, frames.change)
 
     def _detect(
-        self, exit: int, x: Tensor, samples: SampleList, streams: list[Stream]
+        self, exit: int, x: Tensor, samples: SampleList, streams: list[VideoStream]
     ) -> list[InstanceData]:
         """Detections of a head in the network's frame, from its layer's map."""
         features = self.heads[exit].features(x)

@@ -17,9 +17,9 @@ from torch import Tensor
 from ..errors import UsageError
 from ..routing.evaluation import Mixtures
 from ..routing.oracle import allocate, object_count
-from .building import learner
 from .gates import Gate
 from .learned_gates import HaltingGate, LearnedGate, goes_on, look
+from .part_building import learner
 from .presence import Presence
 from .record import detections_of
 from .simulation import evidences, exit_costs, streams

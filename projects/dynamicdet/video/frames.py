@@ -11,8 +11,8 @@ from mmdet.structures import DetDataSample, SampleList
 from mmdet.structures.bbox import scale_boxes
 
 from ..transfers import take_rows
-from .lazy import LazyLayers
-from .streams import Stream
+from .lazy_layers import LazyLayers
+from .streams import VideoStream
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Frames:
     Attributes:
         layers (LazyLayers): Of these frames.
         samples (list[DetDataSample]): Theirs.
-        streams (list[Stream]): Theirs.
+        streams (list[VideoStream]): Theirs.
         difficulties (list[float]): As the gate saw them last; 1 where it has not.
         early (Tensor, optional): Summary of the early map, (N, d).
         change (Tensor, optional): (N,).
@@ -33,7 +33,7 @@ class Frames:
 
     layers: LazyLayers
     samples: SampleList
-    streams: list[Stream]
+    streams: list[VideoStream]
     difficulties: list[float]
     early: Tensor | None = None
     change: Tensor | None = None
@@ -85,7 +85,7 @@ def nothing_found(device: torch.device) -> InstanceData:
 
 
 def last_found(
-    stream: Stream, sample: DetDataSample, rescale: bool, device: torch.device
+    stream: VideoStream, sample: DetDataSample, rescale: bool, device: torch.device
 ) -> InstanceData:
     """A stream's last detections; none, on a device, where there are none."""
     if stream.found is None:

@@ -19,7 +19,7 @@ from mmdet.structures.bbox import bbox_overlaps
 
 from ..errors import UsageError
 from ..transfers import to_host
-from .evidence import Evidence
+from .gate_inputs import Evidence
 from .presence import Presence
 
 #: Detections below this score are no evidence: exits report hundreds of them to fill the curve of
@@ -89,10 +89,11 @@ class FixedExit(Gate):
         self.looks_at_detections = looks_at_detections
 
     def difficulty(self, evidence: Evidence) -> Tensor:
+        """1 before the exit, 0 from it on, (N,)."""
         return torch.full((_images(evidence),), float(evidence.exit < self.exit))
 
 
-class Found(NamedTuple):
+class GateDetections(NamedTuple):
     """Detections of an image, as gates look at them: the surest first."""
 
     boxes: np.ndarray
@@ -100,16 +101,20 @@ class Found(NamedTuple):
     labels: np.ndarray
 
 
-def surest(detections: Sequence[InstanceData], min_score: float = MIN_SCORE) -> list[Found]:
+def surest(
+    detections: Sequence[InstanceData], min_score: float = MIN_SCORE
+) -> list[GateDetections]:
     """Of each image the detections from a score on, at most `MOST`: boxes (D, 4), scores (D,) and
     labels (D,), on the CPU."""
     return [_surest(*(one.numpy() for one in own), min_score) for own in to_host(detections)]
 
 
-def _surest(boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, min_score: float) -> Found:
+def _surest(
+    boxes: np.ndarray, scores: np.ndarray, labels: np.ndarray, min_score: float
+) -> GateDetections:
     order = np.argsort(-scores, kind='stable')[:MOST]
     order = order[scores[order] >= min_score]
-    return Found(boxes[order], scores[order], labels[order])
+    return GateDetections(boxes[order], scores[order], labels[order])
 
 
 def coin_entropy(scores: np.ndarray) -> np.ndarray:
@@ -161,6 +166,7 @@ class ScoreGate(Gate):
         self.kind, self.over, self.min_score, self.empty = kind, over, min_score, empty
 
     def difficulty(self, evidence: Evidence) -> Tensor:
+        """How doubtful the exit's detections are, (N,), in [0, 1]; ``empty`` without any."""
         found = surest(_require_detections(evidence), self.min_score)
         return torch.tensor([self._of_image(own.scores) for own in found])
 
@@ -207,19 +213,20 @@ class AgreementGate(Gate):
         self.iou, self.min_score = iou, min_score
 
     def difficulty(self, evidence: Evidence) -> Tensor:
+        """One minus the agreement with the exit before, (N,); 1 at the first exit."""
         detections = _require_detections(evidence)
         if evidence.earlier is None:
             return torch.ones(len(detections))
         found = surest([*detections, *evidence.earlier], self.min_score)
         return torch.tensor(
             [
-                1 - agreement(own, before, self.iou)
+                1 - detection_agreement(own, before, self.iou)
                 for own, before in zip(found, found[len(detections) :])
             ]
         )
 
 
-def agreement(one: Found, other: Found, iou: float = 0.3) -> float:
+def detection_agreement(one: GateDetections, other: GateDetections, iou: float = 0.3) -> float:
     """Agreement of two sets of detections, in [0, 1]; see `AgreementGate`."""
     total = float(one.scores.sum(dtype=np.float64) + other.scores.sum(dtype=np.float64))
     if total == 0:
@@ -277,6 +284,7 @@ class TemporalGate(Gate):
         self.gate, self.looks_at_detections = gate, gate.looks_at_detections
 
     def difficulty(self, evidence: Evidence) -> Tensor:
+        """Change since the last frame before any exit, then that of the inner gate, (N,)."""
         if evidence.exit < 0:
             if evidence.change is None:
                 raise ValueError('a TemporalGate decides by change, and was shown none')
@@ -286,6 +294,7 @@ class TemporalGate(Gate):
         return self.gate.difficulty(evidence)
 
     def sees_nothing(self, early: Tensor) -> Tensor:
+        """Which frames show nothing, by the presence classifier, (N,) bool."""
         if self.nothing is None:
             return super().sees_nothing(early)
         return self.nothing(early) <= self.nothing.level

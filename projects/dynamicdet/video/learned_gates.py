@@ -17,8 +17,8 @@ from mmdet.registry import MODELS
 
 from ..errors import UsageError
 from ..precision import KeepsType
-from .evidence import Evidence
-from .gates import Gate, agreement, coin_entropy, squash, surest
+from .gate_inputs import Evidence
+from .gates import Gate, coin_entropy, detection_agreement, squash, surest
 
 #: What a gate is told of the detections of an exit, see `_look`.
 _LOOKS = 4
@@ -166,7 +166,7 @@ def look(evidence: Evidence) -> Tensor:
                 doubts.mean() if len(doubts) else 0.0,
                 squash(doubts.sum()),
                 found.scores.max(initial=0.0),
-                1.0 if before is None else 1 - agreement(found, before),
+                1.0 if before is None else 1 - detection_agreement(found, before),
             )
         )
     return torch.from_numpy(np.array(rows, np.float32).reshape(-1, _LOOKS))
@@ -215,6 +215,7 @@ class HaltingGate(LearnedGate):
         costs: Tensor,
         looks: Sequence[Tensor] | None = None,
     ) -> dict[str, Tensor]:
+        """``loss_gate``: how far the gate is from what is cheapest at the prices."""
         targets = torch.stack(
             [goes_on(cheapest(losses, costs, price), len(costs)) for price in self.prices]
         )

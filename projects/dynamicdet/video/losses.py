@@ -11,11 +11,11 @@ from mmdet.structures import SampleList
 from ..errors import UsageError
 from ..models.yolo import AnchorHead
 from ..transfers import take_rows
-from .building import learner
 from .costs import exit_gflops
 from .distillation import Distillation, distillation_losses, make_lesson
+from .part_building import learner
 from .propagation import carry_on
-from .streams import Stream, clips, early_summary, is_cut
+from .streams import VideoStream, clips, early_summary, is_cut
 
 
 def training_losses(model: nn.Module, images: Tensor, samples: SampleList) -> dict[str, Tensor]:
@@ -77,7 +77,7 @@ def _features(
     if model.propagation is None:
         return features
     numbers = clips(samples)
-    streams = [Stream() for _ in range(max(numbers) + 1)]
+    streams = [VideoStream() for _ in range(max(numbers) + 1)]
     steps: list[list[int]] = []
     for index, number in enumerate(numbers):
         step = numbers[:index].count(number)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import UsageError
 from ..routing.oracle import allocate
-from .simulation import Replays, Run, exit_costs, row_of, streams
+from .simulation import GateRun, Replays, exit_costs, row_of, streams
 
 #: How long the oracle may reuse detections, in frames.
 LONGEST = 8
@@ -20,7 +20,7 @@ LONGEST = 8
 _STEPS = 40
 
 
-class Plan(NamedTuple):
+class ExitPlan(NamedTuple):
     """What an oracle chose: ``exits``, (n,), -1 where nothing is computed; ``source``, (n,), as in
     `simulation`; ``value``, the sum of what is shown; ``bound``: no choice within the budget has a
     larger one."""
@@ -31,7 +31,7 @@ class Plan(NamedTuple):
     bound: float
 
 
-def plan_without_memory(values: np.ndarray, costs: Sequence[float], budget: float) -> Plan:
+def plan_without_memory(values: np.ndarray, costs: Sequence[float], budget: float) -> ExitPlan:
     """The oracle of Gay 2022: per frame an exit or *no detection*, by `routing.oracle.allocate`.
 
     Args:
@@ -42,12 +42,12 @@ def plan_without_memory(values: np.ndarray, costs: Sequence[float], budget: floa
     values = np.asarray(values, float)
     found = allocate(np.concatenate([np.zeros((1, values.shape[1])), values]), costs, budget)
     exits = found.choice - 1
-    return Plan(exits, np.where(exits < 0, -1, np.arange(len(exits))), found.value, found.bound)
+    return ExitPlan(exits, np.where(exits < 0, -1, np.arange(len(exits))), found.value, found.bound)
 
 
 def plan_with_reuse(
     values: np.ndarray, costs: Sequence[float], budget: float, videos: Sequence[Sequence[int]]
-) -> Plan:
+) -> ExitPlan:
     """An oracle that may also show again what it last computed, for up to L frames.
 
     At a price per cost the best plan of a video is a shortest path: at each frame one of E exits is
@@ -103,7 +103,7 @@ def plan_with_reuse(
 
 def _plan_at(
     values: np.ndarray, costs: np.ndarray, price: float, videos: Sequence[Sequence[int]]
-) -> Plan:
+) -> ExitPlan:
     exits, source = np.full(values.shape[2], -1), np.full(values.shape[2], -1)
     total = 0.0
     for frames in videos:
@@ -114,7 +114,7 @@ def _plan_at(
         exits[where[ages == 0]] = chosen[ages == 0]
         source[where[shown]] = where[own[shown]]
         total += values[ages[shown], chosen[shown], where[shown]].sum()
-    return Plan(exits, source, float(total), np.inf)
+    return ExitPlan(exits, source, float(total), np.inf)
 
 
 def _path(values: np.ndarray, paid: np.ndarray) -> tuple:
@@ -207,7 +207,7 @@ def oracle_rows(
             if reuses
             else plan_without_memory(values[0], costs, budget)
         )
-        run = Run(plan.exits, plan.source, gflops[plan.exits + 1], latencies[plan.exits + 1])
+        run = GateRun(plan.exits, plan.source, gflops[plan.exits + 1], latencies[plan.exits + 1])
         rows.append(
             dict(
                 row_of(run, replays.ap(run), exits),

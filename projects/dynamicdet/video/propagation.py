@@ -12,7 +12,7 @@ from mmdet.models.layers import SinePositionalEncoding
 from mmdet.registry import MODELS
 
 from ..errors import UsageError
-from .streams import Memory, Stream
+from .streams import Memory, VideoStream
 
 #: By eye: a mix that starts as a ninth of memory, so that heads trained without it work from the
 #: first step.
@@ -120,7 +120,9 @@ def _as_tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
-def carry_on(mix: Propagation, exit: int, features: Tensor, streams: Sequence[Stream]) -> Tensor:
+def carry_on(
+    mix: Propagation, exit: int, features: Tensor, streams: Sequence[VideoStream]
+) -> Tensor:
     """Mix a head's features with what its streams remember, and let them remember the result.
 
     Streams that remember nothing leave their features as they are.
@@ -129,7 +131,7 @@ def carry_on(mix: Propagation, exit: int, features: Tensor, streams: Sequence[St
         mix (Propagation): The head's.
         exit (int): The head's number.
         features (Tensor): (N, C, H, W).
-        streams (Sequence[Stream]): Of the N frames, which are their latest.
+        streams (Sequence[VideoStream]): Of the N frames, which are their latest.
 
     Returns:
         Tensor: f_final, (N, C, H, W).

@@ -22,10 +22,10 @@ from ..models import fuse
 from ..models.weights import is_plain, require_complete
 from ..progress import Progress
 from ..timing import timed
-from .building import build_gate
 from .costs import exit_gflops
 from .early_exit_detector import EarlyExitDetector
 from .gates import FixedExit, Gate, TemporalGate
+from .part_building import build_gate
 from .streams import as_frames
 
 #: Above all difficulties, and below all.

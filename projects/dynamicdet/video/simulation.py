@@ -22,7 +22,7 @@ from pycocotools.coco import COCO
 from ..errors import UsageError
 from ..routing.evaluation import Mixtures
 from ..routing.record import RoutingRecord
-from .evidence import Evidence
+from .gate_inputs import Evidence
 from .gates import Gate
 from .streams import early_change
 
@@ -32,7 +32,7 @@ _BATCH = 256
 Seconds = tuple[float, float]
 
 
-class Run(NamedTuple):
+class GateRun(NamedTuple):
     """What a gate did.
 
     Attributes:
@@ -79,7 +79,7 @@ def _instances(detections: Sequence[Mapping]) -> InstanceData:
 
 
 @torch.no_grad()
-def difficulties_of(gate: Gate, shown: Sequence[Evidence]) -> np.ndarray:
+def gate_difficulties(gate: Gate, shown: Sequence[Evidence]) -> np.ndarray:
     """A gate's difficulties at exits 0 to E - 2, (E - 1, n), float32.
 
     Args:
@@ -195,20 +195,20 @@ def exit_costs(record: Mapping, kind: str, looks: bool) -> np.ndarray:
     return np.array([own['early'], *(own['looked'] if looks else record[kind])])
 
 
-def simulate(
+def simulate_gate(
     record: Mapping,
     gate: Gate,
     difficulties: np.ndarray,
     thresholds: Sequence[float],
     seconds: Seconds = (0.0, 0.0),
     source: np.ndarray | None = None,
-) -> Run:
+) -> GateRun:
     """Let a gate run through a record.
 
     Args:
         record (Mapping): Of a video run.
         gate (Gate): Says whether it decides early and looks at detections.
-        difficulties (np.ndarray): Its own, see `difficulties_of`.
+        difficulties (np.ndarray): Its own, see `gate_difficulties`.
         thresholds (Sequence[float]): (E,); the first is not looked at unless the gate decides
             early.
         seconds (tuple[float, float]): That the gate takes on each frame, and for each decision at
@@ -226,7 +226,7 @@ def simulate(
     # As the detector, which asks at no exit where no threshold lets a frame leave, unless heads are
     # run anyway.
     decisions *= gate.looks_at_detections or max(thresholds[1:]) >= 0
-    return Run(
+    return GateRun(
         exits,
         source,
         exit_costs(record, 'gflops', gate.looks_at_detections)[exits + 1],
@@ -275,17 +275,17 @@ class Replays:
             self._known[key] = Mixtures(RoutingRecord.from_images(shown), self._coco)
         return self._known[key]
 
-    def ap(self, run: Run, weights: Sequence[int] | None = None) -> float:
+    def ap(self, run: GateRun, weights: Sequence[int] | None = None) -> float:
         """COCO's AP of a run, in percent; ``weights`` as of `Mixtures.ap`."""
         return self.mixtures(run.source).ap(shown_exits(run), weights)
 
 
-def shown_exits(run: Run) -> np.ndarray:
+def shown_exits(run: GateRun) -> np.ndarray:
     """The exit whose detections are shown, (n,): of frames that reuse, that of their source."""
     return np.where(run.source >= 0, run.exits[run.source], 0)
 
 
-def row_of(run: Run, ap: float, exits: int) -> dict:
+def row_of(run: GateRun, ap: float, exits: int) -> dict:
     """A point of a curve: ``ap``, mean ``gflops`` and ``latency``, ``shares`` of exits -1, 0, ...,
     E - 1."""
     counts = np.bincount(run.exits + 1, minlength=exits + 1)

@@ -28,7 +28,7 @@ PATIENCE = 10.0
 MOST_FAULTS = 100
 
 
-class Frame(NamedTuple):
+class VideoFrame(NamedTuple):
     """One frame of a source.
 
     Attributes:
@@ -69,7 +69,7 @@ class _Clock:
         return self._last
 
 
-class Source:
+class FrameSource:
     """Go through it once, in a ``with`` block. The classes below are its kinds; `open_source` finds
     the right one.
 
@@ -89,17 +89,17 @@ class Source:
     ended: str | None = None
     notes: Sequence[str] = ()
 
-    def __enter__(self) -> 'Source':
+    def __enter__(self) -> 'FrameSource':
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
 
-    def __iter__(self) -> Iterator[Frame]:
+    def __iter__(self) -> Iterator[VideoFrame]:
         faults, clock = 0, _Clock(self.fps)
         for number, (said, picture, fault, duration) in enumerate(self._read()):
             time = clock.time(said) if fault is None else clock.time_of_fault()
-            yield Frame(number, time, picture, fault, duration)
+            yield VideoFrame(number, time, picture, fault, duration)
             faults = 0 if fault is None else faults + 1
             if faults >= MOST_FAULTS:
                 self.ended = f'{faults} frames in a row cannot be read'
@@ -114,7 +114,7 @@ class Source:
         raise NotImplementedError
 
 
-def open_source(source: str | int, fps: float | None = None) -> Source:
+def open_source(source: str | int, fps: float | None = None) -> FrameSource:
     """Open a source of frames.
 
     Args:
@@ -135,7 +135,7 @@ def open_source(source: str | int, fps: float | None = None) -> Source:
     raise UsageError(f"there is no video, folder, camera or stream '{text}'")
 
 
-class Folder(Source):
+class Folder(FrameSource):
     """The pictures in a folder, by name; numbers in names count as numbers: 2.jpg comes before
     10.jpg."""
 
@@ -152,7 +152,7 @@ class Folder(Source):
             yield None, picture, fault and f"'{file.name}' {fault}", None
 
 
-class VideoFile(Source):
+class VideoFile(FrameSource):
     """A video file or network stream, by PyAV.
 
     A frame that the decoder refuses, or marks as damaged, is one that cannot be read. Films that a
@@ -195,6 +195,7 @@ class VideoFile(Source):
         return film
 
     def close(self) -> None:
+        """Close the file or connection."""
         self._container.close()
 
     def _read(self):
@@ -230,7 +231,7 @@ class VideoFile(Source):
                 yield None, f'cannot be decoded: {error.strerror}'
 
 
-class Camera(Source):
+class Camera(FrameSource):
     """A camera of this machine, by OpenCV, until it is taken away."""
 
     def __init__(self, number: int) -> None:
@@ -242,6 +243,7 @@ class Camera(Source):
         self.fps = rate if 0 < rate <= MAX_FPS else DEFAULT_FPS
 
     def close(self) -> None:
+        """Give the camera back."""
         self._camera.release()
 
     def _read(self):

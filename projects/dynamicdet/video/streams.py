@@ -62,7 +62,7 @@ class Memory(NamedTuple):
 
 
 @dataclass
-class Stream:
+class VideoStream:
     """What is remembered of a stream.
 
     Attributes:
@@ -100,7 +100,7 @@ class Streams:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._streams: OrderedDict[Hashable, Stream] = OrderedDict()
+        self._streams: OrderedDict[Hashable, VideoStream] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -112,7 +112,7 @@ class Streams:
         else:
             self._streams.pop(video_id, None)
 
-    def at(self, samples: SampleList, shape: Sequence[int]) -> list[Stream]:
+    def at(self, samples: SampleList, shape: Sequence[int]) -> list[VideoStream]:
         """The streams of N frames, no two of one stream, with these frames as the latest.
 
         A frame begins anew if its ``frame_id`` is 0 or not above the one before. Where the size
@@ -130,12 +130,12 @@ class Streams:
             self._streams.popitem(last=False)
         return streams
 
-    def _at(self, meta: dict, shape: tuple[int, ...]) -> Stream:
+    def _at(self, meta: dict, shape: tuple[int, ...]) -> VideoStream:
         shape = (*shape, *meta.get('img_shape', ())[:2])
         key = meta.get('video_id')
         old = self._streams.pop(key, None)
         frame = meta.get('frame_id', old.frame + 1 if old else 0)
-        stream = old if old and frame > old.frame else Stream()
+        stream = old if old and frame > old.frame else VideoStream()
         if stream.shape != shape:
             stream.early = None
         stream.frame, stream.shape = frame, shape

@@ -27,6 +27,7 @@ class Bin:
     exits: Counter = field(default_factory=Counter)
 
     def add(self, other: 'Bin') -> None:
+        """Take the frames of another bin in."""
         self.frames += other.frames
         self.faults += other.faults
         self.seconds += other.seconds

@@ -15,7 +15,9 @@ from ..errors import UsageError, need
 MAX_FPS = 1000
 #: Ticks per second of a film's clock, at least: times are right to a tenth of a millisecond.
 _CLOCK = 10_000
-CRF = 20  # x264's quality, 0 (lossless) to 51; below 20 no difference is seen at this size of boxes and text
+#: x264's quality, 0 (lossless) to 51; below 20 no difference is seen at this size of boxes and
+#: text.
+CRF = 20
 
 
 def need_av() -> ModuleType:

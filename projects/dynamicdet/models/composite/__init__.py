@@ -1,3 +1,5 @@
+"""Composite backbones, one module per family of backbones."""
+
 from .composite import CompositeBackbone, Connection, build_composite, register_family
 from .csp import CompositeCSP
 from .resnet import CompositeResNet

@@ -106,6 +106,7 @@ class Connection(BaseModule):
         return x + _resize(total, sizes[0])
 
     def train(self, mode: bool = True) -> 'Connection':
+        """Set the mode; norms stay in eval mode."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, _BatchNorm):

@@ -34,20 +34,24 @@ class CompositeSwin(CompositeBackbone):
     can_reuse = False
 
     def stage_indices(self, backbone: dict) -> tuple[Sequence[int], Sequence[int]]:
+        """The config's ``out_indices``, and all stages."""
         stages = tuple(range(len(backbone.get('depths', (2, 2, 6, 2)))))
         return tuple(backbone.get('out_indices', (0, 1, 2, 3))), stages
 
     def stage_channels(self, net: nn.Module) -> tuple[list[int], list[int]]:
+        """Channels that enter each stage, and that leave it."""
         # Patch merging doubles channels, so each stage gives as many as enter it.
         return net.num_features, net.num_features
 
     def stem(self, net: nn.Module, images: Tensor) -> Tensor:
+        """Images, (N, 3, H, W), to embedded patches, as a map."""
         tokens, size = net.patch_embed(images)
         if net.use_abs_pos_embed:
             tokens = tokens + net.absolute_pos_embed
         return _to_map(net.drop_after_pos(tokens), size)
 
     def stage(self, net: nn.Module, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A stage's normed map, and the merged patches that enter the next stage."""
         tokens = x.flatten(2).transpose(1, 2)
         entering, entering_size, leaving, size = net.stages[index](tokens, tuple(x.shape[-2:]))
         output = _to_map(getattr(net, f'norm{index}')(leaving), size).contiguous()

@@ -3,12 +3,12 @@
 from .assigner import candidates
 from .blocks import ACTIVATION, NORM, conv
 from .head import AnchorHead, Matches, ciou
-from .layers import Layer, join
+from .layers import YOLOLayer, concatenate_maps
 
 __all__ = [
     'ACTIVATION',
     'AnchorHead',
-    'Layer',
+    'YOLOLayer',
     'Matches',
     'NORM',
     'candidates',

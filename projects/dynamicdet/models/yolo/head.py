@@ -79,7 +79,7 @@ class AnchorHead(KeepsTypeOfBuffers, Fusible, BaseDenseHead):
         self.train_cfg, self.test_cfg = train_cfg or {}, test_cfg
         self.register_buffer('anchors', anchors.float(), persistent=False)
         self.convs = ModuleList(
-            nn.Conv2d(own, self.num_anchors * (5 + num_classes), 1) for own in channels
+            nn.Conv2d(count, self.num_anchors * (5 + num_classes), 1) for count in channels
         )
 
     def init_weights(self) -> None:
@@ -157,8 +157,8 @@ class AnchorHead(KeepsTypeOfBuffers, Fusible, BaseDenseHead):
             boxes, scores = (torch.cat(parts) for parts in zip(*levels))
             scores, labels, keep, _ = filter_scores_and_topk(scores, cfg.score_thr, cfg.nms_pre)
             boxes = _clip(bbox_cxcywh_to_xyxy(boxes[keep]), meta)
-            found = InstanceData(bboxes=boxes, scores=scores, labels=labels)
-            results.append(self._bbox_post_process(found, cfg, rescale, with_nms, meta))
+            detections = InstanceData(bboxes=boxes, scores=scores, labels=labels)
+            results.append(self._bbox_post_process(detections, cfg, rescale, with_nms, meta))
         return results
 
     def _confident(
@@ -196,18 +196,18 @@ class AnchorHead(KeepsTypeOfBuffers, Fusible, BaseDenseHead):
         with torch.no_grad():
             matches = self._match(cls_scores, bbox_preds, objectnesses, batch_gt_instances)
         boxes, objects, classes = [], [], []
-        for level, own in enumerate(matches):
-            at = (own.image, own.anchor, own.row, own.column)
+        for level, match in enumerate(matches):
+            at = (match.image, match.anchor, match.row, match.column)
             raw = _anchors_apart(bbox_preds[level], self.num_anchors)
-            raw = raw[own.image, own.anchor, :, own.row, own.column]
-            overlap = ciou(self.decode(raw, level, *at[1:]), own.boxes)
+            raw = raw[match.image, match.anchor, :, match.row, match.column]
+            overlap = ciou(self.decode(raw, level, *at[1:]), match.boxes)
             boxes.append(_mean(1 - overlap, raw))
             logits = objectnesses[level].float()
             target = in_cells(overlap.detach().clamp(min=0), at, logits)
             objects.append(F.binary_cross_entropy_with_logits(logits, target))
             logits = _anchors_apart(cls_scores[level], self.num_anchors)
-            logits = logits[own.image, own.anchor, :, own.row, own.column].float()
-            target = F.one_hot(own.labels, self.num_classes).to(logits)
+            logits = logits[match.image, match.anchor, :, match.row, match.column].float()
+            target = F.one_hot(match.labels, self.num_classes).to(logits)
             classes.append(
                 _mean(F.binary_cross_entropy_with_logits(logits, target, reduction='none'), logits)
             )
@@ -221,7 +221,9 @@ class AnchorHead(KeepsTypeOfBuffers, Fusible, BaseDenseHead):
         share = self.num_classes / 80 if self.num_classes > 1 else 0
         return dict(
             loss_bbox=weights['bbox'] * sum(boxes),
-            loss_obj=weights['obj'] * area * sum(b * one for b, one in zip(balance, objects)),
+            loss_obj=weights['obj']
+            * area
+            * sum(b * objectness_loss for b, objectness_loss in zip(balance, objects)),
             loss_cls=weights['cls'] * share * sum(classes),
         )
 
@@ -305,8 +307,8 @@ def ciou(boxes: Tensor, others: Tensor, eps: float = 1e-7) -> Tensor:
     iou = inter / (union + eps)
     hull = torch.maximum(high, other_high) - torch.minimum(low, other_low)
     distance = (boxes[:, :2] - others[:, :2]).square().sum(dim=1) / (hull.square().sum(dim=1) + eps)
-    angle, other = (torch.atan(b[:, 2] / (b[:, 3] + eps)) for b in (boxes, others))
-    shape = 4 / math.pi**2 * (angle - other).square()
+    angle, other_angle = (torch.atan(b[:, 2] / (b[:, 3] + eps)) for b in (boxes, others))
+    shape = 4 / math.pi**2 * (angle - other_angle).square()
     with torch.no_grad():
         weight = shape / (shape - iou + 1 + eps)
     return iou - distance - weight * shape

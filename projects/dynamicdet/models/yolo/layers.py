@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Layer(NamedTuple):
-    """One that computes; it is given the `join` of its inputs.
+class YOLOLayer(NamedTuple):
+    """One that computes; it is given the `concatenate_maps` of its inputs.
 
     Attributes:
         name (str): Of its module, in the detector (``get_submodule``).
@@ -25,7 +25,7 @@ class Layer(NamedTuple):
     stride: int
 
 
-def join(maps: Sequence[Tensor]) -> Tensor:
+def concatenate_maps(maps: Sequence[Tensor]) -> Tensor:
     """Maps, (N, C_i, H_i, W_i), behind each other: (N, sum of C_i, H, W). Smaller ones are brought
     to the size of the largest, by nearest neighbors. One map, or the image, is left as it is."""
     if len(maps) == 1:

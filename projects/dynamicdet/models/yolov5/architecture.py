@@ -7,12 +7,12 @@ number there and no row here. Layers up to `LAST_OF_BACKBONE` are the backbone.
 import math
 from typing import NamedTuple
 
-from ..yolo import Layer
+from ..yolo import YOLOLayer
 
 LAST_OF_BACKBONE = 9
 
 
-class Row(NamedTuple):
+class YOLOv5Row(NamedTuple):
     """A layer.
 
     ``kind``: 'conv', a convolution; 'csp', a cross-stage partial block of bottlenecks; 'spp',
@@ -38,14 +38,14 @@ class Row(NamedTuple):
         return f'{"backbone" if self.number <= LAST_OF_BACKBONE else "neck"}.layers.{self.number}'
 
 
-class Architecture(NamedTuple):
+class YOLOv5Architecture(NamedTuple):
     """A table of the whole detector: its rows in the order in which they run, and the numbers of
     those that the head is given."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[YOLOv5Row, ...]
     outputs: tuple[int, ...]
 
-    def scaled(self, width: float = 1.0, depth: float = 1.0) -> 'Architecture':
+    def scaled(self, width: float = 1.0, depth: float = 1.0) -> 'YOLOv5Architecture':
         """The table with all channels times ``width``, up to multiples of 8, and all counts times
         ``depth``, rounded."""
         return self._replace(
@@ -63,17 +63,17 @@ class Architecture(NamedTuple):
         by_number = {row.number: row.channels for row in self.rows}
         return tuple(by_number[number] for number in numbers)
 
-    def entering(self, row: Row) -> int:
+    def entering(self, row: YOLOv5Row) -> int:
         """Channels that a layer is given."""
         return sum(self.channels(*row.sources)) if row.sources else 3
 
     @property
-    def backbone(self) -> tuple[Row, ...]:
+    def backbone(self) -> tuple[YOLOv5Row, ...]:
         """Rows of the backbone."""
         return tuple(row for row in self.rows if row.number <= LAST_OF_BACKBONE)
 
     @property
-    def neck(self) -> tuple[Row, ...]:
+    def neck(self) -> tuple[YOLOv5Row, ...]:
         """Rows of the neck."""
         return tuple(row for row in self.rows if row.number > LAST_OF_BACKBONE)
 
@@ -83,7 +83,7 @@ class Architecture(NamedTuple):
         numbers = {number for row in self.neck for number in row.sources}
         return tuple(row.number for row in self.backbone if row.number in numbers)
 
-    def layers(self) -> tuple[Layer, ...]:
+    def layers(self) -> tuple[YOLOLayer, ...]:
         """The rows as a list to be run, one by one; what the head is given are its entries
         ``output_layers``."""
         positions = {row.number: position for position, row in enumerate(self.rows)}
@@ -91,7 +91,7 @@ class Architecture(NamedTuple):
         for row in self.rows:
             inputs = tuple(positions[number] for number in row.sources)
             entering = min((layers[position].stride for position in inputs), default=1)
-            layers.append(Layer(row.name, inputs, row.channels, entering * row.stride))
+            layers.append(YOLOLayer(row.name, inputs, row.channels, entering * row.stride))
         return tuple(layers)
 
     @property
@@ -102,26 +102,26 @@ class Architecture(NamedTuple):
 
 
 #: At width and depth 1.
-_TABLE = Architecture(
+_TABLE = YOLOv5Architecture(
     rows=(
-        Row(0, 'conv', (), 64, kernel=6, stride=2),
-        Row(1, 'conv', (0,), 128, kernel=3, stride=2),
-        Row(2, 'csp', (1,), 128, count=3, shortcut=True),
-        Row(3, 'conv', (2,), 256, kernel=3, stride=2),
-        Row(4, 'csp', (3,), 256, count=6, shortcut=True),
-        Row(5, 'conv', (4,), 512, kernel=3, stride=2),
-        Row(6, 'csp', (5,), 512, count=9, shortcut=True),
-        Row(7, 'conv', (6,), 1024, kernel=3, stride=2),
-        Row(8, 'csp', (7,), 1024, count=3, shortcut=True),
-        Row(9, 'spp', (8,), 1024),
-        Row(10, 'conv', (9,), 512),
-        Row(13, 'csp', (10, 6), 512, count=3),
-        Row(14, 'conv', (13,), 256),
-        Row(17, 'csp', (14, 4), 256, count=3),
-        Row(18, 'conv', (17,), 256, kernel=3, stride=2),
-        Row(20, 'csp', (18, 14), 512, count=3),
-        Row(21, 'conv', (20,), 512, kernel=3, stride=2),
-        Row(23, 'csp', (21, 10), 1024, count=3),
+        YOLOv5Row(0, 'conv', (), 64, kernel=6, stride=2),
+        YOLOv5Row(1, 'conv', (0,), 128, kernel=3, stride=2),
+        YOLOv5Row(2, 'csp', (1,), 128, count=3, shortcut=True),
+        YOLOv5Row(3, 'conv', (2,), 256, kernel=3, stride=2),
+        YOLOv5Row(4, 'csp', (3,), 256, count=6, shortcut=True),
+        YOLOv5Row(5, 'conv', (4,), 512, kernel=3, stride=2),
+        YOLOv5Row(6, 'csp', (5,), 512, count=9, shortcut=True),
+        YOLOv5Row(7, 'conv', (6,), 1024, kernel=3, stride=2),
+        YOLOv5Row(8, 'csp', (7,), 1024, count=3, shortcut=True),
+        YOLOv5Row(9, 'spp', (8,), 1024),
+        YOLOv5Row(10, 'conv', (9,), 512),
+        YOLOv5Row(13, 'csp', (10, 6), 512, count=3),
+        YOLOv5Row(14, 'conv', (13,), 256),
+        YOLOv5Row(17, 'csp', (14, 4), 256, count=3),
+        YOLOv5Row(18, 'conv', (17,), 256, kernel=3, stride=2),
+        YOLOv5Row(20, 'csp', (18, 14), 512, count=3),
+        YOLOv5Row(21, 'conv', (20,), 512, kernel=3, stride=2),
+        YOLOv5Row(23, 'csp', (21, 10), 1024, count=3),
     ),
     outputs=(17, 20, 23),
 )
@@ -129,7 +129,7 @@ _TABLE = Architecture(
 SIZES = dict(n=(0.25, 0.33), s=(0.5, 0.33), m=(0.75, 0.67), l=(1.0, 1.0), x=(1.25, 1.33))
 
 
-def architecture(arch: str, width: float = 1.0, depth: float = 1.0) -> Architecture:
+def yolov5_architecture(arch: str, width: float = 1.0, depth: float = 1.0) -> YOLOv5Architecture:
     """The table of a size, scaled further.
 
     Raises:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mmdet.registry import MODELS
 
-from .architecture import architecture
+from .architecture import yolov5_architecture
 from .blocks import build_layers, run_layers
 
 
@@ -24,7 +24,7 @@ class YOLOV5Backbone(BaseModule):
         self, arch: str = 's', width: float = 1.0, depth: float = 1.0, init_cfg: dict | None = None
     ) -> None:
         super().__init__(init_cfg)
-        self.architecture = architecture(arch, width, depth)
+        self.architecture = yolov5_architecture(arch, width, depth)
         self.layers = build_layers(self.architecture, self.architecture.backbone)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from mmdet.models.layers import CSPLayer
 
-from ..yolo import ACTIVATION, NORM, conv, join
-from .architecture import Architecture, Row
+from ..yolo import ACTIVATION, NORM, concatenate_maps, conv
+from .architecture import YOLOv5Architecture, YOLOv5Row
 
 
 class PyramidPooling(BaseModule):
@@ -23,18 +23,19 @@ class PyramidPooling(BaseModule):
         self.out = conv(in_channels // 2 * 4, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Pool a map, (N, C, H, W), one, two and three times by 5, and join all four."""
         pooled = [self.entry(x)]
         for _ in range(3):
             pooled.append(F.max_pool2d(pooled[-1], 5, 1, 2))
         return self.out(torch.cat(pooled, dim=1))
 
 
-def build_layers(table: Architecture, rows: Iterable[Row]) -> ModuleDict:
+def build_layers(table: YOLOv5Architecture, rows: Iterable[YOLOv5Row]) -> ModuleDict:
     """Modules of rows, by number."""
     return ModuleDict({str(row.number): _build(row, table.entering(row)) for row in rows})
 
 
-def _build(row: Row, entering: int) -> nn.Module:
+def _build(row: YOLOv5Row, entering: int) -> nn.Module:
     if row.kind == 'conv':
         return conv(entering, row.channels, row.kernel, row.stride)
     if row.kind == 'spp':
@@ -50,18 +51,20 @@ def _build(row: Row, entering: int) -> nn.Module:
 
 
 def run_layers(
-    layers: ModuleDict, rows: Sequence[Row], maps: dict[int, Tensor], wanted: Sequence[int]
+    layers: ModuleDict, rows: Sequence[YOLOv5Row], maps: dict[int, Tensor], wanted: Sequence[int]
 ) -> tuple[Tensor, ...]:
     """Run rows in order; maps are let go once nothing needs them.
 
     Args:
         layers (ModuleDict): From `build_layers`.
-        rows (Sequence[Row]): The same rows.
+        rows (Sequence[YOLOv5Row]): The same rows.
         maps (dict[int, Tensor]): What they are given, by number; -1 is the image.
         wanted (Sequence[int]): Numbers of the maps to give.
     """
     for index, row in enumerate(rows):
-        x = layers[str(row.number)](join([maps[number] for number in row.sources or (-1,)]))
+        x = layers[str(row.number)](
+            concatenate_maps([maps[number] for number in row.sources or (-1,)])
+        )
         needed = {number for later in rows[index + 1 :] for number in later.sources}.union(wanted)
         maps = {number: one for number, one in {**maps, row.number: x}.items() if number in needed}
     return tuple(maps[number] for number in wanted)

@@ -10,7 +10,7 @@ from mmdet.structures.bbox import bbox_xyxy_to_cxcywh, get_box_tensor
 from mmdet.utils import InstanceList, OptConfigType
 
 from ..yolo import AnchorHead, Matches
-from .architecture import architecture
+from .architecture import yolov5_architecture
 
 #: Of the published networks, width and height in pixels, three per level.
 ANCHORS = (
@@ -48,7 +48,7 @@ class YOLOV5Head(AnchorHead):
         test_cfg: OptConfigType = None,
         init_cfg: OptConfigType = None,
     ) -> None:
-        table = architecture(arch, width)
+        table = yolov5_architecture(arch, width)
         super().__init__(
             num_classes,
             table.channels(*table.outputs),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmdet.registry import MODELS
 
-from .architecture import architecture
+from .architecture import yolov5_architecture
 from .blocks import build_layers, run_layers
 
 
@@ -26,7 +26,7 @@ class YOLOV5PAFPN(BaseModule):
         self, arch: str = 's', width: float = 1.0, depth: float = 1.0, init_cfg: dict | None = None
     ) -> None:
         super().__init__(init_cfg)
-        self.architecture = architecture(arch, width, depth)
+        self.architecture = yolov5_architecture(arch, width, depth)
         self.layers = build_layers(self.architecture, self.architecture.neck)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:

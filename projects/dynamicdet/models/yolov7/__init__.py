@@ -1,4 +1,6 @@
-from .architecture import ARCHITECTURES, Architecture, Elan, architecture
+"""YOLOv7: architecture table, backbone, neck and head."""
+
+from .architecture import ARCHITECTURES, Elan, YOLOv7Architecture, yolov7_architecture
 from .backbone import YOLOV7Backbone
 from .blocks import RepConv
 from .head import YOLOV7Head
@@ -6,11 +8,11 @@ from .neck import YOLOV7PAFPN
 
 __all__ = [
     'ARCHITECTURES',
-    'Architecture',
+    'YOLOv7Architecture',
     'Elan',
     'RepConv',
     'YOLOV7Backbone',
     'YOLOV7Head',
     'YOLOV7PAFPN',
-    'architecture',
+    'yolov7_architecture',
 ]

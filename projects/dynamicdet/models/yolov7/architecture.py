@@ -6,7 +6,7 @@ which they run: upwards from the deepest map, then down again.
 
 from typing import NamedTuple
 
-from ..yolo import Layer
+from ..yolo import YOLOLayer
 
 
 class Elan(NamedTuple):
@@ -20,7 +20,7 @@ class Elan(NamedTuple):
     out: int  # channels that leave
 
 
-class Stage(NamedTuple):
+class YOLOv7Stage(NamedTuple):
     """A stage of the backbone: it halves the resolution, then works at it.
 
     ``down``: 'conv', a 3x3 convolution of stride 2; 'pool', one beside max pooling, half of the
@@ -33,7 +33,7 @@ class Stage(NamedTuple):
     block: object
 
 
-class Architecture(NamedTuple):
+class YOLOv7Architecture(NamedTuple):
     """A table of the whole detector; strides of the first stage and the first output follow from
     it.
 
@@ -47,7 +47,7 @@ class Architecture(NamedTuple):
 
     stem: int
     pixel_unshuffle: bool
-    stages: tuple[Stage, ...]
+    stages: tuple[YOLOv7Stage, ...]
     spp: int
     up: tuple[tuple[int, Elan], ...]
     down_kind: str
@@ -55,7 +55,7 @@ class Architecture(NamedTuple):
     reparameterized: bool
     outputs: tuple[int, ...]
 
-    def scaled(self, width: float = 1.0, depth: float = 1.0) -> 'Architecture':
+    def scaled(self, width: float = 1.0, depth: float = 1.0) -> 'YOLOv7Architecture':
         """The table with all channels times ``width``, to multiples of 8, and all counts times
         ``depth``."""
 
@@ -74,7 +74,8 @@ class Architecture(NamedTuple):
         return self._replace(
             stem=channels(self.stem),
             stages=tuple(
-                Stage(row.down, channels(row.entering), block(row.block)) for row in self.stages
+                YOLOv7Stage(row.down, channels(row.entering), block(row.block))
+                for row in self.stages
             ),
             spp=channels(self.spp),
             up=tuple((channels(entering), elan(row)) for entering, row in self.up),
@@ -87,7 +88,7 @@ class Architecture(NamedTuple):
         """How many maps the neck takes and gives: the deepest ones."""
         return len(self.outputs)
 
-    def layers(self) -> tuple[Layer, ...]:
+    def layers(self) -> tuple[YOLOLayer, ...]:
         """The detector as a list to be run, one by one; what the head is given are its entries
         ``output_layers``.
 
@@ -98,11 +99,11 @@ class Architecture(NamedTuple):
             raise ValueError(
                 'YOLOv7-W6 has no table of layers: it rearranges the image before its first one'
             )
-        rows: list[Layer] = []
+        rows: list[YOLOLayer] = []
 
         def add(name: str, inputs: tuple[int, ...], channels: int, factor: int = 1) -> int:
             entering = min((rows[one].stride for one in inputs), default=1)
-            rows.append(Layer(name, inputs, channels, entering * factor))
+            rows.append(YOLOLayer(name, inputs, channels, entering * factor))
             return len(rows) - 1
 
         last, stages = add('backbone.stem', (), self.stem), []
@@ -140,15 +141,15 @@ class Architecture(NamedTuple):
 
 
 ARCHITECTURES = dict(
-    v7=Architecture(
+    v7=YOLOv7Architecture(
         stem=32,
         pixel_unshuffle=False,
         stages=(
-            Stage('conv', 64, 64),
-            Stage('conv', 128, Elan(64, 64, 4, 2, 256)),
-            Stage('pool', 256, Elan(128, 128, 4, 2, 512)),
-            Stage('pool', 512, Elan(256, 256, 4, 2, 1024)),
-            Stage('pool', 1024, Elan(256, 256, 4, 2, 1024)),
+            YOLOv7Stage('conv', 64, 64),
+            YOLOv7Stage('conv', 128, Elan(64, 64, 4, 2, 256)),
+            YOLOv7Stage('pool', 256, Elan(128, 128, 4, 2, 512)),
+            YOLOv7Stage('pool', 512, Elan(256, 256, 4, 2, 1024)),
+            YOLOv7Stage('pool', 1024, Elan(256, 256, 4, 2, 1024)),
         ),
         spp=512,
         up=((256, Elan(256, 128, 4, 1, 256)), (128, Elan(128, 64, 4, 1, 128))),
@@ -157,15 +158,15 @@ ARCHITECTURES = dict(
         reparameterized=True,
         outputs=(256, 512, 1024),
     ),
-    x=Architecture(
+    x=YOLOv7Architecture(
         stem=40,
         pixel_unshuffle=False,
         stages=(
-            Stage('conv', 80, 80),
-            Stage('conv', 160, Elan(64, 64, 6, 2, 320)),
-            Stage('pool', 320, Elan(128, 128, 6, 2, 640)),
-            Stage('pool', 640, Elan(256, 256, 6, 2, 1280)),
-            Stage('pool', 1280, Elan(256, 256, 6, 2, 1280)),
+            YOLOv7Stage('conv', 80, 80),
+            YOLOv7Stage('conv', 160, Elan(64, 64, 6, 2, 320)),
+            YOLOv7Stage('pool', 320, Elan(128, 128, 6, 2, 640)),
+            YOLOv7Stage('pool', 640, Elan(256, 256, 6, 2, 1280)),
+            YOLOv7Stage('pool', 1280, Elan(256, 256, 6, 2, 1280)),
         ),
         spp=640,
         up=((320, Elan(256, 256, 6, 2, 320)), (160, Elan(128, 128, 6, 2, 160))),
@@ -174,16 +175,16 @@ ARCHITECTURES = dict(
         reparameterized=False,
         outputs=(320, 640, 1280),
     ),
-    w6=Architecture(
+    w6=YOLOv7Architecture(
         stem=64,
         pixel_unshuffle=True,
         stages=(
-            Stage('none', 64, None),
-            Stage('conv', 128, Elan(64, 64, 4, 2, 128)),
-            Stage('conv', 256, Elan(128, 128, 4, 2, 256)),
-            Stage('conv', 512, Elan(256, 256, 4, 2, 512)),
-            Stage('conv', 768, Elan(384, 384, 4, 2, 768)),
-            Stage('conv', 1024, Elan(512, 512, 4, 2, 1024)),
+            YOLOv7Stage('none', 64, None),
+            YOLOv7Stage('conv', 128, Elan(64, 64, 4, 2, 128)),
+            YOLOv7Stage('conv', 256, Elan(128, 128, 4, 2, 256)),
+            YOLOv7Stage('conv', 512, Elan(256, 256, 4, 2, 512)),
+            YOLOv7Stage('conv', 768, Elan(384, 384, 4, 2, 768)),
+            YOLOv7Stage('conv', 1024, Elan(512, 512, 4, 2, 1024)),
         ),
         spp=512,
         up=(
@@ -203,7 +204,7 @@ ARCHITECTURES = dict(
 )
 
 
-def architecture(name: str, width: float = 1.0, depth: float = 1.0) -> Architecture:
+def yolov7_architecture(name: str, width: float = 1.0, depth: float = 1.0) -> YOLOv7Architecture:
     """A row of `ARCHITECTURES`, scaled.
 
     Raises:

@@ -10,7 +10,7 @@ from mmdet.registry import MODELS
 
 from ...errors import UsageError
 from ..yolo import conv
-from .architecture import Elan, architecture
+from .architecture import Elan, yolov7_architecture
 from .blocks import ElanBlock, down
 
 
@@ -41,7 +41,7 @@ class YOLOV7Backbone(BaseModule):
         init_cfg: dict | None = None,
     ) -> None:
         super().__init__(init_cfg)
-        table = architecture(arch, width, depth)
+        table = yolov7_architecture(arch, width, depth)
         if crossed_stage is not None and not (
             1 <= crossed_stage < len(table.stages) and table.stages[crossed_stage].down == 'pool'
         ):

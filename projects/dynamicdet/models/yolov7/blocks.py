@@ -26,6 +26,7 @@ class ElanBlock(BaseModule):
         self.out = conv(2 * row.branch + row.count // row.every * row.width, row.out)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Join both entries and every ``every``-th map of the convolutions."""
         kept = [self.shortcut(x), self.entry(x)]
         x = kept[-1]
         for index, own in enumerate(self.convs, start=1):
@@ -76,6 +77,7 @@ class SppCsp(BaseModule):
         self.out = conv(2 * width, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Pool a map by 5, 9 and 13 and join it with a map that was not pooled."""
         pooled = [self.entry(x)]
         for _ in range(3):
             pooled.append(F.max_pool2d(pooled[-1], 5, 1, 2))
@@ -100,6 +102,7 @@ class RepConv(Fusible, BaseModule):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Both convolutions of x, summed, and the activation; one convolution once fused."""
         y = self.dense(x)
         return y if self.point is None else self.activate(y + self.point(x))
 

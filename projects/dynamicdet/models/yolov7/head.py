@@ -14,7 +14,7 @@ from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_xyxy_to_cxcywh, get_
 from mmdet.utils import InstanceList, OptConfigType
 
 from ..yolo import AnchorHead, Matches
-from .architecture import architecture
+from .architecture import yolov7_architecture
 from .assigner import sim_ota
 
 #: Anchors of the published networks, width and height in pixels, three per level.
@@ -61,13 +61,13 @@ class YOLOV7Head(AnchorHead):
         test_cfg: OptConfigType = None,
         init_cfg: OptConfigType = None,
     ) -> None:
-        channels = architecture(arch, width).outputs
+        channels = yolov7_architecture(arch, width).outputs
         anchors = anchors or ANCHORS['p5' if len(channels) == 3 else 'p6']
         super().__init__(
             num_classes, channels, anchors, loss_weights, train_cfg, test_cfg, init_cfg
         )
         wide = self.num_anchors * (5 + num_classes)
-        self.added = nn.ParameterList(0.02 * torch.randn(1, own, 1, 1) for own in channels)
+        self.added = nn.ParameterList(0.02 * torch.randn(1, count, 1, 1) for count in channels)
         self.multiplied = nn.ParameterList(1 + 0.02 * torch.randn(1, wide, 1, 1) for _ in channels)
         self.fused = False
 
@@ -98,8 +98,8 @@ class YOLOV7Head(AnchorHead):
                 [part[index] for part in parts]
                 for parts in zip(cls_scores, bbox_preds, objectnesses)
             ]
-            for level, own in enumerate(self._match_image(index, outputs, instances)):
-                levels[level].append(own)
+            for level, match in enumerate(self._match_image(index, outputs, instances)):
+                levels[level].append(match)
         return [Matches(*map(torch.cat, zip(*parts))) for parts in levels]
 
     def _match_image(

@@ -10,7 +10,7 @@ from torch import Tensor
 from mmdet.registry import MODELS
 
 from ..yolo import conv
-from .architecture import architecture
+from .architecture import yolov7_architecture
 from .blocks import ElanBlock, RepConv, SppCsp, down
 
 
@@ -29,7 +29,7 @@ class YOLOV7PAFPN(BaseModule):
         self, arch: str = 'v7', width: float = 1.0, depth: float = 1.0, init_cfg: dict | None = None
     ) -> None:
         super().__init__(init_cfg)
-        table = architecture(arch, width, depth)
+        table = yolov7_architecture(arch, width, depth)
         # Deep to shallow, without the deepest.
         laterals = table.stage_channels[-table.levels :][-2::-1]
         self.architecture = table

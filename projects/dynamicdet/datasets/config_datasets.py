@@ -21,7 +21,7 @@ SPLITS = dict(train='training', val='validation', test='test')
 SEVERAL_FILES = ': several annotation files are several data sets, in a ConcatDataset'
 
 
-class Opened(NamedTuple):
+class OpenedDataSet(NamedTuple):
     """A data set of a config.
 
     Attributes:
@@ -43,10 +43,11 @@ class Opened(NamedTuple):
 
     @property
     def name(self) -> str:
+        """What messages call it, such as 'the training set'."""
         return f'the {SPLITS[self.split]} set'
 
 
-def open_data_sets(cfg: Mapping, split: str) -> list[Opened]:
+def open_data_sets(cfg: Mapping, split: str) -> list[OpenedDataSet]:
     """The data sets of a split, those inside RepeatDataset, ConcatDataset and the like; none if it
     is not there.
 
@@ -126,12 +127,12 @@ def is_coco_format(dataset: Any) -> bool:
     )
 
 
-def _open(key: str, dataset: Any, split: str) -> Opened:
+def _open(key: str, dataset: Any, split: str) -> OpenedDataSet:
     if not isinstance(dataset, Mapping):
         if isinstance(dataset, (str, int, float, list, tuple)):
             raise UsageError(f'{key} must be a dict with the type of a data set; got {dataset}')
         # Built in the config.
-        return Opened(key, split, type(dataset).__name__)
+        return OpenedDataSet(key, split, type(dataset).__name__)
     _require_settings(dataset, key)
     with DefaultScope.overwrite_default_scope('mmdet'):
         kind, name = dataset['type'], getattr(dataset['type'], '__name__', dataset['type'])
@@ -142,7 +143,7 @@ def _open(key: str, dataset: Any, split: str) -> Opened:
                 'custom_imports?'
             )
         if not (isinstance(kind, type) and issubclass(kind, BaseDataset)):
-            return Opened(key, split, name)
+            return OpenedDataSet(key, split, name)
         try:
             built = DATASETS.build({**copy.deepcopy(dataset), 'lazy_init': True})
         except UsageError:
@@ -155,7 +156,7 @@ def _open(key: str, dataset: Any, split: str) -> Opened:
             ) from error
     metainfo = built.metainfo
     classes = metainfo.get('thing_classes', metainfo.get('classes'))
-    return Opened(
+    return OpenedDataSet(
         key,
         split,
         name,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..models.yolo import Layer, join
+from ..models.yolo import YOLOLayer, concatenate_maps
 from ..transfers import take_rows
 
 
@@ -17,14 +17,14 @@ class LazyLayers:
 
     Args:
         detector (nn.Module): Whose modules the table names.
-        table (Sequence[Layer]): Each layer behind those that it is given.
+        table (Sequence[YOLOLayer]): Each layer behind those that it is given.
         images (Tensor): (N, 3, H, W).
         wanted (Sequence[int]): Positions in the table of the maps that will be taken, each as often
             as it is there.
     """
 
     def __init__(
-        self, detector: nn.Module, table: Sequence[Layer], images: Tensor, wanted: Sequence[int]
+        self, detector: nn.Module, table: Sequence[YOLOLayer], images: Tensor, wanted: Sequence[int]
     ) -> None:
         self._detector, self._table = detector, table
         self._wanted = Counter(wanted)
@@ -42,7 +42,7 @@ class LazyLayers:
         for one in self._missing(position):
             inputs = self._table[one].inputs or (-1,)
             module = self._detector.get_submodule(self._table[one].name)
-            self._maps[one] = module(join([self._maps[own] for own in inputs]))
+            self._maps[one] = module(concatenate_maps([self._maps[own] for own in inputs]))
             self._done.add(one)
             self._let_go(inputs)
         taken = self._maps[position]

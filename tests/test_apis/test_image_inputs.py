@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dynamicdet.apis.pictures import pictures_of
+from dynamicdet.apis.image_inputs import pictures_of
 from dynamicdet.errors import UsageError
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)

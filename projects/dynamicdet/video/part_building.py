@@ -10,20 +10,20 @@ from mmdet.registry import MODELS
 
 from ..errors import UsageError
 from ..experimental import warn_if_experimental
-from ..models.yolo import AnchorHead, Layer
+from ..models.yolo import AnchorHead, YOLOLayer
 from .gates import Gate
 from .learned_gates import LearnedGate
 
 
 def build_heads(
-    heads: dict, detector: nn.Module, table: Sequence[Layer]
+    heads: dict, detector: nn.Module, table: Sequence[YOLOLayer]
 ) -> tuple[tuple[int, ...], list[float], list[nn.Module]]:
     """The heads of some layers.
 
     Args:
         heads (dict): As of `EarlyExitDetector`; it stays as it is.
         detector (nn.Module): The base; what the config lacks is as in its ``bbox_head``.
-        table (Sequence[Layer]): Its layers.
+        table (Sequence[YOLOLayer]): Its layers.
 
     Returns:
         tuple: Positions in the table, weights of losses, heads.

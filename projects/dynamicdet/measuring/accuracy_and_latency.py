@@ -14,20 +14,20 @@ from torch.utils.data import DataLoader
 from mmdet.models.detectors import BaseDetector
 
 from ..building import build_loader, load_detector
-from ..compression.report import Worth
+from ..compression.size_report import AccuracyAndLatency
 from ..models import DynamicDetector
-from ..models.online import kept_speed
+from ..models.online_control import kept_speed
 from ..progress import Progress
 from ..timing import time_in_turns
-from .calibration import force_exit
+from .calibration import force_dynamic_exit
 
 #: Images that are timed, and how often each, after one untimed round.
 _IMAGES, _ROUNDS = 20, 5
 
 
-def measure(
+def measure_detectors(
     cfg: Config, states: Mapping[str, Mapping[str, Tensor]], progress: Progress, device: str = 'cpu'
-) -> dict[str, Worth]:
+) -> dict[str, AccuracyAndLatency]:
     """Test detectors of one config, by the config's own evaluator, and time them in turns.
 
     Args:
@@ -44,10 +44,13 @@ def measure(
         for name, state in states.items()
     }
     loader = build_loader(cfg.test_dataloader)
-    tested = {name: evaluate(cfg, model, loader, progress, name) for name, model in models.items()}
+    tested = {
+        name: evaluate_detector(cfg, model, loader, progress, name)
+        for name, model in models.items()
+    }
     seconds = latencies(models, loader.dataset, progress)
     return {
-        name: Worth(
+        name: AccuracyAndLatency(
             metric(metrics, 'mAP', 'AP'),
             metric(metrics, 'mAP_50', 'AP50'),
             float(np.dot(shares, seconds[name])),
@@ -58,7 +61,7 @@ def measure(
 
 
 @torch.no_grad()
-def evaluate(
+def evaluate_detector(
     cfg: Config, model: BaseDetector, loader: DataLoader, progress: Progress, name: str
 ) -> tuple[dict[str, float], list[float]]:
     """What the config's evaluator says of the test set; and the share of images that left at each
@@ -115,4 +118,4 @@ def _exits(model: BaseDetector) -> int:
 
 def _force(model: BaseDetector, exit: int) -> None:
     if _exits(model) > 1:
-        force_exit(model, exit)
+        force_dynamic_exit(model, exit)

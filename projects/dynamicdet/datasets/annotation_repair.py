@@ -15,7 +15,7 @@ from mmdet.registry import DATASETS, METRICS
 
 from ..annotations import AnnotationFile, mended_copy, read_annotations
 from ..errors import UsageError
-from .opening import SPLITS
+from .config_datasets import SPLITS
 from .video import VideoDataset
 
 

@@ -12,7 +12,7 @@ from mmdet.models.detectors import BaseDetector
 
 from ..checkpoints import write_checkpoint
 from ..compression.blocks import Block
-from ..compression.removal import Plan, plan_removal, remove_channels
+from ..compression.removal import RemovalPlan, plan_removal, remove_channels
 from ..errors import UsageError
 from ..files import write_atomically
 from ..measuring.flops import build_detector, count_parameters, measure_costs, stated_shape
@@ -25,13 +25,13 @@ class Pruned(NamedTuple):
     Attributes:
         model (BaseDetector): The detector.
         cfg (Config): Builds it.
-        plan (Plan): What went.
+        plan (RemovalPlan): What went.
         parameters (tuple[int, int]): Before and after.
     """
 
     model: BaseDetector
     cfg: Config
-    plan: Plan
+    plan: RemovalPlan
     parameters: tuple[int, int]
 
 
@@ -71,7 +71,7 @@ def parse_blocks(
     return blocks
 
 
-def prune(
+def prune_detector(
     cfg: Config, model: BaseDetector, blocks: Sequence[Block], round_to: int, seed: int = 0
 ) -> Pruned:
     """Remove channels of a model, in place.
@@ -123,7 +123,7 @@ def pruned_config(cfg: Config, channels: dict[str, Sequence[int]]) -> Config:
     return cfg
 
 
-def describe(cfg: Config, made: Pruned, shape: Sequence[int] | None = None) -> list[str]:
+def describe_pruning(cfg: Config, made: Pruned, shape: Sequence[int] | None = None) -> list[str]:
     """Lines for a user: blocks, what stayed though it was asked for, parameters and GFLOPs.
 
     Raises:
@@ -155,7 +155,7 @@ def describe(cfg: Config, made: Pruned, shape: Sequence[int] | None = None) -> l
     return lines
 
 
-def write(
+def write_pruned(
     made: Pruned, checkpoint: dict[str, Any], source: str, folder: str, name: str
 ) -> tuple[str, str]:
     """Write ``NAME.pth`` and ``NAME.py``, each whole or not at all.

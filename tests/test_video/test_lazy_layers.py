@@ -5,10 +5,10 @@ import torch
 from exit_cases import base
 from torch import nn
 
-from dynamicdet.models.yolo import Layer
-from dynamicdet.models.yolov7.architecture import architecture
+from dynamicdet.models.yolo import YOLOLayer
+from dynamicdet.models.yolov7.architecture import yolov7_architecture
 from dynamicdet.testing import randomize
-from dynamicdet.video.lazy import LazyLayers
+from dynamicdet.video.lazy_layers import LazyLayers
 from mmdet.registry import MODELS
 
 
@@ -26,10 +26,10 @@ class Counting(nn.Module):
 
 #: Of the layers b and c one is not needed for the other; d is given both.
 TABLE = (
-    Layer('a', (), 1, 1),
-    Layer('b', (0,), 1, 1),
-    Layer('c', (0,), 1, 1),
-    Layer('d', (1, 2), 2, 1),
+    YOLOLayer('a', (), 1, 1),
+    YOLOLayer('b', (0,), 1, 1),
+    YOLOLayer('c', (0,), 1, 1),
+    YOLOLayer('d', (1, 2), 2, 1),
 )
 
 
@@ -116,9 +116,9 @@ def test_the_table_of_yolov7_has_its_maps(name):
                 64 // row.stride,
                 32 // row.stride,
             )
-    assert architecture(name).output_layers == tuple(range(22, 25))
+    assert yolov7_architecture(name).output_layers == tuple(range(22, 25))
 
 
 def test_yolov7_w6_says_why_it_has_none():
     with pytest.raises(ValueError, match='W6'):
-        architecture('w6').layers()
+        yolov7_architecture('w6').layers()

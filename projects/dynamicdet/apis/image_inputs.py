@@ -3,7 +3,7 @@
 import os
 import os.path as osp
 from collections.abc import Iterable, Mapping
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -13,9 +13,12 @@ from ..datasets.picture_formats import pictures_in
 from ..errors import UsageError
 
 #: A path or URL, an array as OpenCV reads it, or mmdet's dict of either with more about it.
-Picture = Union[str, np.ndarray, dict]
+Picture = str | np.ndarray | dict
 
-_WANTED = 'a picture is a path, a URL or an array as cv2.imread gives it: uint8, (height, width, 3), blue, green, red'
+_WANTED = (
+    'a picture is a path, a URL or an array as cv2.imread gives it: uint8, (height, width, 3), '
+    'blue, green, red'
+)
 
 
 def pictures_of(inputs: Any, skip_missing: bool = False) -> list[Picture]:

@@ -7,7 +7,7 @@ import numpy as np
 from mmcv.ops import RoIAlign
 from torch import Tensor, nn
 
-from .graphs import Graph, need
+from .graphs import Graph, need_for_deployment
 from .runtimes import CPU
 
 
@@ -26,7 +26,7 @@ class _Align:
     """One of them."""
 
     def __init__(self, layer: RoIAlign, threads: int | None, runtime: str) -> None:
-        need('onnx')
+        need_for_deployment('onnx')
 
         def graph(channels: int) -> Graph:
             content = _graph_of(layer, channels if runtime == 'openvino' else 0)
@@ -66,7 +66,7 @@ def _graph_of(layer: RoIAlign, channels: int) -> bytes:
     """The operator as a graph. If there are so many channels, and not 0, a depthwise 1x1
     convolution with ones comes first: behind one OpenVINO keeps channels next to each other, and
         RoIAlign takes a tenth of the time."""
-    onnx = need('onnx')
+    onnx = need_for_deployment('onnx')
     make, kinds = onnx.helper, onnx.TensorProto
     copy = make.make_node('Conv', ['in0', 'ones'], ['maps'], group=channels, kernel_shape=[1, 1])
     ones = onnx.numpy_helper.from_array(np.ones((channels, 1, 1, 1), np.float32), 'ones')

@@ -13,7 +13,7 @@ from .resolution import Ratio
 
 
 @dataclass(frozen=True)
-class Passage:
+class BatchState:
     """Images that stand before the same exit. Parts can be cut out, put away and joined later.
 
     Attributes:
@@ -44,7 +44,7 @@ class Passage:
         tensors = self.maps if self.images is None else (self.images, *self.maps)
         return (self.exit, *(tuple(tensor.shape[1:]) for tensor in tensors))
 
-    def take(self, rows: Sequence[int]) -> 'Passage':
+    def take(self, rows: Sequence[int]) -> 'BatchState':
         """Some of the images: copies, so that the rest can be forgotten; this one itself if they
         are all."""
         rows = list(rows)
@@ -59,23 +59,23 @@ class Passage:
             exits=[self.exits[row] for row in rows],
         )
 
-    def split(self) -> tuple['Passage', 'Passage']:
+    def split(self) -> tuple['BatchState', 'BatchState']:
         """Those who leave at this exit, and those who go on. Either may be empty."""
         leaving = [row for row, exit in enumerate(self.exits) if exit == self.exit]
         going_on = [row for row, exit in enumerate(self.exits) if exit > self.exit]
         return self.take(leaving), self.take(going_on)
 
 
-def join(passages: Sequence[Passage]) -> Passage:
-    """Passages of equal ``shapes`` as one, in order."""
-    first, *others = passages
+def join_batch_states(states: Sequence[BatchState]) -> BatchState:
+    """States of equal ``shapes`` as one, in order."""
+    first, *others = states
     if not others:
         return first
     return replace(
         first,
-        images=None if first.images is None else torch.cat([one.images for one in passages]),
-        maps=tuple(torch.cat(maps) for maps in zip(*(one.maps for one in passages))),
-        samples=[sample for one in passages for sample in one.samples],
-        difficulties=[value for one in passages for value in one.difficulties],
-        exits=[exit for one in passages for exit in one.exits],
+        images=None if first.images is None else torch.cat([state.images for state in states]),
+        maps=tuple(torch.cat(maps) for maps in zip(*(state.maps for state in states))),
+        samples=[sample for state in states for sample in state.samples],
+        difficulties=[value for state in states for value in state.difficulties],
+        exits=[exit for state in states for exit in state.exits],
     )

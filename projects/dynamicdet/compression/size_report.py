@@ -32,7 +32,7 @@ TWO_STAGE = dict(backbone=['backbone', 'neck'], proposals=['rpn_head'], roi_head
 MEGABYTE = 1e6
 
 
-class Worth(NamedTuple):
+class AccuracyAndLatency(NamedTuple):
     """AP and AP50 in percent, None where the evaluator has none; seconds of an image at batch 1,
     the mean over the exits that images took; and these shares, (K,), in [0, 1], empty where a
     detector has one exit."""
@@ -141,11 +141,11 @@ def total(sizes: Sequence[BlockSize], in_file: int, name: str = 'total') -> Bloc
     return BlockSize(name, *sums[:2], in_file, *sums[2:])
 
 
-def table(
+def compression_table(
     sizes: Sequence[BlockSize],
     in_file: int,
-    worth: Worth | None = None,
-    before: Worth | None = None,
+    worth: AccuracyAndLatency | None = None,
+    before: AccuracyAndLatency | None = None,
     file_before: int = 0,
 ) -> list[str]:
     """Lines of a table: blocks, what is neither, and all.
@@ -153,8 +153,9 @@ def table(
     Args:
         sizes (Sequence[BlockSize]): From `block_sizes`.
         in_file (int): Bytes of the whole file.
-        worth (Worth, optional): Of the detector in the file.
-        before (Worth, optional): Of the detector that it was made of, which then has a row, too.
+        worth (AccuracyAndLatency, optional): Of the detector in the file.
+        before (AccuracyAndLatency, optional): Of the detector that it was made of, which
+            then has a row, too.
         file_before (int): Bytes of its file.
     """
     rest = BlockSize('(index)', 0, 0, in_file - sum(size.in_file for size in sizes))
@@ -174,7 +175,7 @@ def table(
     return lines
 
 
-def _worth(worth: Worth) -> str:
+def _worth(worth: AccuracyAndLatency) -> str:
     points = ''.join(
         f'{"-" if value is None else f"{value:.2f}":>8}' for value in (worth.ap, worth.ap50)
     )
