@@ -22,13 +22,14 @@ ifneq ($(shell cat $(READY) 2>/dev/null),$(CURDIR))
 .PHONY: $(READY)
 endif
 
-.PHONY: help setup demo test benchmark clean
+.PHONY: help setup demo lint test benchmark clean
 
 help:
 	@cat <<-'EOF'
 	make setup      virtual environment in .venv, with all that the project needs
 	make demo       setup, then the main job on the built-in data set; report in work_dirs/demo/report
-	make test       setup, then the tests
+	make lint       setup, then ruff and codespell
+	make test       setup, then lint and the tests
 	make benchmark  setup, then the benchmark
 	make clean      remove .venv and build outputs; work_dirs and pip's cache stay
 	EOF
@@ -38,7 +39,12 @@ setup: $(READY)
 demo: $(READY)
 	@"$(PY)" tools/demo.py $(ARGS)
 
-test: $(READY)
+lint: $(READY)
+	@"$(VENV)/bin/ruff" check .
+	"$(VENV)/bin/ruff" format --check .
+	"$(VENV)/bin/codespell" .
+
+test: $(READY) lint
 	@"$(PY)" -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 benchmark: $(READY)

@@ -41,7 +41,7 @@ def time_in_turns(
     rounds: int = 5,
     forcing: Callable[[Key], contextlib.AbstractContextManager | None] = lambda key: None,
 ) -> dict[Key, float]:
-    """Median seconds of calls that take turns, so that what disturbs a machine disturbs all of them.
+    """Median seconds of calls that take turns: what disturbs a machine disturbs all of them.
 
     Args:
         runs (Mapping): Name -> a function of one input.
@@ -49,8 +49,8 @@ def time_in_turns(
         device (torch.device): Where they compute.
         progress (Callable): Wraps the rounds.
         rounds (int): How often each input is timed, after one untimed round. Defaults to 5.
-        forcing (Callable, optional): Is called with the name before each call, untimed; a context manager
-            that it returns is entered around the call.
+        forcing (Callable, optional): Is called with the name before each call, untimed; a context
+            manager that it returns is entered around the call.
     """
     times: dict[Key, list[float]] = {name: [] for name in runs}
     for turn in progress(range(rounds + 1), 'latencies'):

@@ -124,8 +124,8 @@ def record_exits(model: DynamicDetector, loader: DataLoader, progress: Progress)
             data = model.data_preprocessor(batch, False)
             samples = data['data_samples']
             every = [
-                detected(model.finish(passage), loader.dataset.cat_ids)
-                for passage in passages(model, data['inputs'], samples)
+                detected(model.finish(state), loader.dataset.cat_ids)
+                for state in exit_states(model, data['inputs'], samples)
             ]
             images.extend(
                 dict(
@@ -139,13 +139,15 @@ def record_exits(model: DynamicDetector, loader: DataLoader, progress: Progress)
     return RoutingRecord.from_images(images)
 
 
-def passages(model: DynamicDetector, inputs: Tensor, samples: SampleList) -> Iterator[BatchState]:
+def exit_states(
+    model: DynamicDetector, inputs: Tensor, samples: SampleList
+) -> Iterator[BatchState]:
     """A batch before each exit, whatever the difficulties say; each backbone runs once."""
-    passage = model.start(inputs, samples)
-    yield passage
+    state = model.start(inputs, samples)
+    yield state
     for _ in range(model.num_exits - 1):
-        passage = model.deepen(passage)
-        yield passage
+        state = model.deepen(state)
+        yield state
 
 
 def detected(samples: SampleList, category_ids: Sequence[int]) -> list[tuple[np.ndarray, ...]]:

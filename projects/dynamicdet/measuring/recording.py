@@ -33,7 +33,7 @@ from .calibration import (
     force_dynamic_exit,
     measure_gflops,
     measure_latencies,
-    passages,
+    exit_states,
     passed,
     provenance,
 )
@@ -175,11 +175,11 @@ def _record_batch(
     data = model.data_preprocessor(batch, False)
     inputs, samples = data['inputs'], data['data_samples']
     with _watched_features(model) as features:
-        every = list(passages(model, inputs, samples))
+        every = list(exit_states(model, inputs, samples))
     detections, outputs = [], []
-    for passage in every:
-        with kept_outputs(model.branch(passage.exit)) as kept:
-            detections.append(detected(model.finish(passage), category_ids))
+    for state in every:
+        with kept_outputs(model.branch(state.exit)) as kept:
+            detections.append(detected(model.finish(state), category_ids))
         outputs.append(kept)
     seen_by_router = features[0].cpu().numpy()
     entries = [
@@ -196,8 +196,8 @@ def _record_batch(
     ]
     if view != 'none':
         seen = [
-            detected(model.finish(passage), category_ids)
-            for passage in passages(model, VIEWS[view].make(inputs, samples), samples)
+            detected(model.finish(state), category_ids)
+            for state in exit_states(model, VIEWS[view].make(inputs, samples), samples)
         ]
         for row, (entry, sample) in enumerate(zip(entries, samples)):
             entry['view'] = [
