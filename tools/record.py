@@ -37,7 +37,8 @@ def parse_args() -> argparse.Namespace:
         choices=['flip', 'shift', 'none'],
         default='flip',
         help='how each image is seen a second time, for the honest oracle: flipped by default; '
-        'shifted, for what has no mirror image, such as digits; or none, in half the time',
+        'shifted, for what has no mirror image, such as digits; or none, in about two thirds of '
+        'the time',
     )
     return parser.parse_args()
 

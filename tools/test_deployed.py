@@ -93,20 +93,20 @@ def load(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def require_reachable(model: BaseDetector, budget: dict) -> None:
+def require_reachable(model: BaseDetector, budget: Budget | None) -> None:
     """Raise a `UsageError`, before anything is timed, if a budget cannot be met as the folder has
     it. Latencies that it has from another machine or runtime rule nothing out."""
-    if not budget or not isinstance(model, DynamicDetector):
+    if budget is None or not isinstance(model, DynamicDetector):
         return
     known = model.latencies.isfinite().all() and not model.timed_elsewhere
-    if 'target_latency' in budget and not known:
+    if budget.kind == 'target_latency' and not known:
         return
     try:
         # What there is to warn of is said when it is served.
         with warnings.catch_warnings(action='ignore'):
-            model.set_budget(**budget)
+            model.set_budget(budget)
     except UsageError as error:
-        if 'target_latency' not in budget:
+        if budget.kind != 'target_latency':
             raise
         raise UsageError(
             f'{error}; these are the latencies of the folder, measured on this machine: where it '

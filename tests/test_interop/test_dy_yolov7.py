@@ -95,7 +95,7 @@ def test_maps_and_boxes(published, exit, name):
 
 
 def targets(spec):
-    rows = torch.tensor(spec['targets_image_class_cxcywh_normalized'])
+    rows = torch.tensor(spec['targets_image_class_cxcywh_normalised'])
     height, width = spec['images']['shape'][2:]
     instances = []
     for image in range(spec['images']['shape'][0]):

@@ -1,8 +1,8 @@
 """A record of a video run on disk: every frame through every exit, in frame order, in one file.
 
 In memory it is a dictionary of ``images``, as a `routing.record.RoutingRecord` of E exits gives
-them one by one, ``gflops`` and ``latencies`` (of a frame that leaves at each exit when no other head
-is run) and ``provenance``, and:
+them one by one, ``gflops`` and ``latencies`` (of a frame that leaves at each exit when no other
+head is run) and ``provenance``, and:
 
 * each image also has ``video`` and ``frame`` (ints: its stream, and its place there), ``pooled`` (E
   - 1 arrays (C_l,), float32: what `Evidence.pooled` grows to), ``early``: the summary of its early
