@@ -8,7 +8,7 @@ from conftest import ROOT
 
 FILES = (
     'tests/test_deploy/test_stages_graphs.py',
-    'tests/test_deploy/test_joins.py',
+    'tests/test_deploy/test_rois.py',
     'tests/test_tools/test_dynamic_compressed.py',
 )
 
