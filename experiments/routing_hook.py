@@ -59,9 +59,10 @@ def router_config(one: Run, objective: str) -> Config:
             'model.objective': objective,
             'train_dataloader.dataset.indices': IMAGES,
             'randomness.seed': one.seed,
-            f'custom_hooks.{len(cfg.custom_hooks) - 1}.cascade': str(ROUTING / one.name),
         }
     )
+    (hook,) = (hook for hook in cfg.custom_hooks if hook.type == 'RouterHook')
+    hook.cascade = str(ROUTING / one.name)
     # A validation tells nothing that the test set does not.
     cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
     return cfg

@@ -187,7 +187,7 @@ def test_what_was_changed_or_cut_is_refused(folder, tmp_path):
         [
             ('first.onnx', lambda content: content[:-1]),
             ('state.pth', lambda content: b'x' + content[1:]),
-            ('manifest.json', lambda content: content.replace(b'"version": 5', b'"version": 1')),
+            ('manifest.json', lambda content: content.replace(b'"version": 6', b'"version": 1')),
             ('manifest.json', lambda content: content[:100]),
             ('config.json', lambda content: None),
         ]

@@ -141,3 +141,29 @@ def kinds_in_float(content):
         if node.op_type not in ('QuantizeLinear', 'DequantizeLinear')
         and any(name not in whole and name not in constants for name in node.input if name)
     }
+
+
+class Sized(nn.Module):
+    """What reads a map for its size alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        small = self.one(x)
+        return self.two(nn.functional.interpolate(small, size=x.shape[-2:], mode='nearest'))
+
+
+def test_nothing_is_made_float_for_its_size():
+    module, images = Sized().eval(), torch.randn(1, 3, 8, 8)
+    content = _export(Stage('sized', module, lambda run: None, (module,)), (images,)).content
+    observer = Observer()
+    observer(dict(in0=images.numpy(), **Graph(watched(content), None).arrays(images)))
+    small = quantize_graph(content, Recipe(observer.ranges('minmax'), between=BETWEEN))
+    nodes = onnx.load_from_string(small).graph.node
+    makers = {name: node.op_type for node in nodes for name in node.output}
+    sizes = [node for node in nodes if node.op_type == 'Shape']
+    assert sizes and all(makers.get(node.input[0]) != 'DequantizeLinear' for node in sizes)
+    one, other = (Graph(each, None).arrays(images)['out0'] for each in (small, content))
+    assert 0 < abs(one - other).max() < 0.1

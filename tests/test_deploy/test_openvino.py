@@ -8,7 +8,7 @@ from conftest import ROOT
 
 FILES = (
     'tests/test_deploy/test_stages_graphs.py',
-    'tests/test_deploy/test_joins.py',
+    'tests/test_deploy/test_roi_align.py',
     'experiments/tests/test_dynamic_compressed.py',
 )
 

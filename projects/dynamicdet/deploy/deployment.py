@@ -38,7 +38,6 @@ from .int8 import (
     trained_ranges,
     watched,
 )
-from .joins import join_graphs, joined_ranges, joins_of
 from .latencies import conditions, measure_latency, put_latencies
 from .roi_align import place_roi_aligns
 
@@ -222,15 +221,6 @@ def _int8(
     if reduced is None:
         reduced = trained['reduced'] if trained else needs_reduced_range()
     ranges = {name: observer.ranges(method) for name, observer in observers.items()}
-    joins = joins_of(
-        {
-            (stage.name, index): stage.source(index)
-            for stage in stages
-            for index in range(len(exported[stage.name].inputs))
-            if stage.source(index)
-        }
-    )
-    ends = joined_ranges(joins, ranges)
     contents, found = {}, {}
     for stage in progress(stages, 'layers'):
         content = exported[stage.name].content
@@ -250,11 +240,10 @@ def _int8(
                 prediction_layers(content, costs, share) if stage.predicts else ((), 0.0)
             )
             recipe = Recipe(
-                {**ranges[stage.name], **ends[stage.name]},
+                ranges[stage.name],
                 (*spared, *predictions),
                 reduced,
                 (PLAIN_BETWEEN if stage.predicts else BETWEEN) if between else (),
-                tuple(ends[stage.name]),
             )
             # Of the other layers, what is left of the share.
             result = choose_float(
@@ -275,7 +264,7 @@ def _int8(
             noise=result.after,
         )
     images = sum(len(batch['inputs']) for batch in batches)
-    return join_graphs(contents, joins), dict(
+    return contents, dict(
         reduced_range=reduced,
         calibration=dict(images=images, ranges='trained' if trained else method),
         layers=found,

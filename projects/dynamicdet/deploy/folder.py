@@ -36,7 +36,7 @@ from .graphs import Graph, need_for_deployment, release_weights
 from .latencies import conditions, put_latencies
 from .roi_align import place_roi_aligns
 
-FORMAT, VERSION = 'dynamicdet.deployed', 5
+FORMAT, VERSION = 'dynamicdet.deployed', 6
 MANIFEST, CONFIG, STATE = 'manifest.json', 'config.json', 'state.pth'
 #: How graphs are called, as they are and by zstd.
 _GRAPH, _SMALL = '.onnx', '.onnx.zst'

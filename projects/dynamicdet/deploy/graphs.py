@@ -5,7 +5,7 @@ import io
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -239,9 +239,6 @@ class Graph:
         watch (Callable, optional): Is shown all that enters and leaves, arrays by name.
         runtime (str): What runs it, see `open_graph`. Defaults to 'onnxruntime'.
         providers (Sequence[str], optional): Of ONNX Runtime, see `open_graph`.
-
-    Attributes:
-        steps (dict[int, tuple]): Scale and zero point of outputs in 8 bits, see `joins`.
     """
 
     def __init__(
@@ -255,7 +252,6 @@ class Graph:
     ) -> None:
         self._graph = open_graph(content, runtime, threads, providers)
         self._form, self._watch = form, watch
-        self.steps = _given_steps(self._graph.metadata)
 
     def arrays(self, *inputs: Tensor) -> dict[str, Any]:
         """All outputs, as numpy arrays by name, in order."""
@@ -282,16 +278,6 @@ def _as_array(value: Tensor) -> np.ndarray:
     """On the CPU; graphs know no floats but float32, also under AMP."""
     value = value.detach().float() if value.is_floating_point() else value.detach()
     return value.cpu().contiguous().numpy()
-
-
-def _given_steps(metadata: Mapping[str, str]) -> dict[int, tuple[float, int]]:
-    """Steps of outputs in 8 bits, from a graph's metadata."""
-    found = {}
-    for key, value in metadata.items():
-        if key.startswith('out'):
-            scale, zero = value.split()
-            found[int(key.removeprefix('out'))] = float(scale), int(zero)
-    return found
 
 
 def is_output(name: str) -> bool:

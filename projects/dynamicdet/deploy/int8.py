@@ -221,14 +221,12 @@ class Recipe:
         float_layers (tuple[str]): Names of nodes that stay float.
         reduced (bool): Whether weights have 7 bits. Defaults to what this processor needs.
         between (tuple[str]): What is in 8 bits, too, between layers that are (of `BETWEEN`).
-        ends (tuple[str]): Inputs that come in 8 bits, and outputs that had better leave so.
     """
 
     ranges: dict[str, Range]
     float_layers: tuple[str, ...] = ()
     reduced: bool = field(default_factory=needs_reduced_range)
     between: tuple[str, ...] = ()
-    ends: tuple[str, ...] = ()
 
 
 def quantize_graph(content: bytes, recipe: Recipe) -> bytes:
@@ -252,9 +250,7 @@ def quantize_graph(content: bytes, recipe: Recipe) -> bytes:
     inputs = {one.name for one in model.graph.input}
     between = [
         node
-        for node in _between(
-            model, own | inputs.intersection(recipe.ends), recipe.ends, recipe.between
-        )
+        for node in _between(model, own, kinds=recipe.between)
         if node.op_type in recipe.between
     ]
     same = {name for node in between if node.op_type in _SAME for name in node.output}
@@ -281,7 +277,24 @@ def quantize_graph(content: bytes, recipe: Recipe) -> bytes:
         dict(TensorQuantOverrides=overrides, ForceQuantizeNoInputCheck=True),
     )
     quantizer.quantize_model()
+    _spare_shapes(quantizer.model.model)
     return quantizer.model.model.SerializeToString()
+
+
+def _spare_shapes(model: Any) -> None:
+    """Let sizes be read from 8 bits, and leave out what was made float for them alone."""
+    makers = {
+        node.output[0]: node for node in model.graph.node if node.op_type == 'DequantizeLinear'
+    }
+    for node in model.graph.node:
+        if node.op_type == 'Shape' and node.input[0] in makers:
+            node.input[0] = makers[node.input[0]].input[0]
+    read = {name for node in model.graph.node for name in node.input} | {
+        one.name for one in model.graph.output
+    }
+    for name, node in makers.items():
+        if name not in read:
+            model.graph.node.remove(node)
 
 
 def spared_layers(content: bytes, stage: Stage) -> tuple[str, ...]:

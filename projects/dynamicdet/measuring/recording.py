@@ -30,10 +30,10 @@ from ..routing.record import RoutingRecord
 from ..timing import now
 from .calibration import (
     detected,
+    exit_states,
     force_dynamic_exit,
     measure_gflops,
     measure_latencies,
-    exit_states,
     passed,
     provenance,
 )

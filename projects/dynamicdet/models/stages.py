@@ -12,8 +12,7 @@ who goes on to the next exit, stays as it is and notices nothing; RoIAlign is re
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,13 +21,10 @@ from torch import Tensor, nn
 from mmdet.models.detectors import BaseDetector
 
 from ..errors import UsageError
-from . import CompositeBackbone, DynamicDetector
+from . import DynamicDetector
 
 #: Tensors -> any nesting of lists and tuples of tensors.
 Run = Callable[..., Any]
-#: A stage, and the number of one of its outputs.
-Output = tuple[str, int]
-Source = Callable[[int], tuple[Output, ...]]
 
 
 @dataclass(frozen=True)
@@ -42,8 +38,6 @@ class Stage:
         modules (tuple[nn.Module]): All that it computes with.
         spared (tuple[nn.Module]): What of it is never quantized.
         predicts (bool): Whether what it gives are predictions, such as scores and boxes.
-        source (Callable): Number of an input -> the outputs of stages before that it may be;
-            several, where exits share what comes behind them.
     """
 
     name: str
@@ -52,7 +46,6 @@ class Stage:
     modules: tuple[nn.Module, ...]
     spared: tuple[nn.Module, ...] = ()
     predicts: bool = False
-    source: Source = lambda index: ()
 
 
 class Features(tuple):
@@ -75,35 +68,11 @@ def find_stages(model: BaseDetector) -> list[Stage]:
         UsageError: If it is no single- or two-stage detector, such as DETR.
     """
     if not isinstance(model, DynamicDetector):
-        return [
-            _plain_backbone(model),
-            *_branch('branch0', model, lambda index: (('first', index),)),
-        ]
-    backbone, maps = model.backbone, _maps_of(model.backbone)
-    stages = [_first(model), *_deeper(model, maps)]
-    # Of one backbone alone the exits differ by resolution.
-    seen = [backbone.select(maps[min(exit, len(maps) - 1)]) for exit in range(model.num_exits)]
+        return [_plain_backbone(model), *_branch('branch0', model)]
+    stages = [_first(model), *_deeper(model)]
     for number, branch in enumerate(model.branches):
-        branch_maps = [
-            maps_of_exit for exit, maps_of_exit in enumerate(seen) if model.branch(exit) is branch
-        ]
-        stages += _branch(f'branch{number}', branch, partial(_sources, branch_maps))
+        stages += _branch(f'branch{number}', branch)
     return stages
-
-
-def _sources(maps: Sequence[Sequence[Output]], index: int) -> tuple[Output, ...]:
-    """Where an input comes from if it is of one of several sets of maps; those come first of all
-    inputs."""
-    return tuple(dict.fromkeys(outputs[index] for outputs in maps if index < len(outputs)))
-
-
-def _maps_of(backbone: CompositeBackbone) -> list[tuple[Output, ...]]:
-    """Where the maps of each backbone come from."""
-    count, reused = len(backbone.channels), backbone.reuse_stages
-    maps = [tuple(('first', index) for index in range(count))]
-    for name in backbone.names[1:]:
-        maps.append((*maps[-1][:reused], *((name, index) for index in range(count - reused))))
-    return maps
 
 
 def _plain_backbone(model: BaseDetector) -> Stage:
@@ -128,14 +97,12 @@ def _first(model: DynamicDetector) -> Stage:
     """
     backbone, router = model.backbone, model.router
     first_maps, score = backbone.first_maps, router.forward
-    placed: list[Run] = []
 
     def run(images: Tensor) -> tuple:
         maps = first_maps(images)
         return maps, score(maps)
 
     def place(run: Run) -> None:
-        placed.append(run)
         backbone.first_maps = lambda images: Features.of(*run(images))
         router.forward = forward
 
@@ -145,19 +112,13 @@ def _first(model: DynamicDetector) -> Stage:
         whole = valid is None or all(high == wide == 1 for high, wide in valid)
         if whole and isinstance(maps, Features):
             return maps.found
-        steps = getattr(placed[-1], 'steps', {})
-        return score([_in_float(one, steps.get(index)) for index, one in enumerate(maps)], valid)
+        return score(maps, valid)
 
     # Its cost is nothing, and who goes on depends on it.
     return Stage('first', run, place, (backbone.first, router), (router,))
 
 
-def _in_float(values: Tensor, step: tuple[float, int] | None) -> Tensor:
-    """What values in 8 bits stand for, if they are."""
-    return values if step is None else (values.float() - step[1]) * step[0]
-
-
-def _deeper(model: DynamicDetector, maps: Sequence[Sequence[Output]]) -> list[Stage]:
+def _deeper(model: DynamicDetector) -> list[Stage]:
     backbone = model.backbone
     deeper_maps, reused = backbone.deeper_maps, backbone.reuse_stages
     placed: dict[int, Run] = {}
@@ -183,14 +144,13 @@ def _deeper(model: DynamicDetector, maps: Sequence[Sequence[Output]]) -> list[St
             lambda *inputs, index=index: run(index, *inputs),
             lambda other, index=index: place(index, other),
             (backbone.nets[index], backbone.connections),
-            source=partial(_sources, [maps[index - 1]]),
         )
         for index, name in enumerate(backbone.names)
         if index
     ]
 
 
-def _branch(name: str, branch: BaseDetector, source: Source) -> list[Stage]:
+def _branch(name: str, branch: BaseDetector) -> list[Stage]:
     """Neck with dense head, and the heads on RoIs."""
     two_stage = getattr(branch, 'roi_head', None) is not None
     head = getattr(branch, 'rpn_head' if two_stage else 'bbox_head', None)
@@ -199,7 +159,7 @@ def _branch(name: str, branch: BaseDetector, source: Source) -> list[Stage]:
             f'{type(branch).__name__} cannot be cut into graphs: it has no dense head; single- and '
             'two-stage detectors have'
         )
-    stages = [replace(_dense(name, branch, head, two_stage), source=source)]
+    stages = [_dense(name, branch, head, two_stage)]
     if two_stage:
         for kind in ('shared_head', 'bbox_head', 'mask_head'):
             part = getattr(branch.roi_head, kind, None)
