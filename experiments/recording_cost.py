@@ -22,7 +22,7 @@ from mmengine.config import DictAction
 
 from dynamicdet import cli
 from dynamicdet.building import load_dynamic_detector
-from dynamicdet.measuring.calibration import force_exit, passages
+from dynamicdet.measuring.calibration import exit_states, force_dynamic_exit
 from dynamicdet.measuring.recording import build_record_loader, record_images
 from dynamicdet.models import DynamicDetector
 from dynamicdet.routing.record import RoutingRecord, write_record
@@ -41,18 +41,18 @@ def parse_args() -> argparse.Namespace:
 @torch.no_grad()
 def forced(model: DynamicDetector, batches: list) -> None:
     for exit in range(model.num_exits):
-        force_exit(model, exit)
+        force_dynamic_exit(model, exit)
         for batch in batches:
             model.test_step(batch)
 
 
 @torch.no_grad()
 def steps(model: DynamicDetector, batches: list) -> None:
-    force_exit(model, 0)
+    force_dynamic_exit(model, 0)
     for batch in batches:
         data = model.data_preprocessor(batch, False)
-        for passage in passages(model, data['inputs'], data['data_samples']):
-            model.finish(passage)
+        for state in exit_states(model, data['inputs'], data['data_samples']):
+            model.finish(state)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from dynamicdet.engine import BudgetHook
 from dynamicdet.errors import UsageError
 from dynamicdet.files import write_atomically
 from dynamicdet.models import DynamicDetector
+from dynamicdet.routing.budget import Budget
 from mmdet.models.detectors import BaseDetector
 
 

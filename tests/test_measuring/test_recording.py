@@ -14,7 +14,12 @@ from conftest import ROOT, same_detections, shrink_options
 from dynamicdet.building import load_dynamic_detector
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring import recording
-from dynamicdet.measuring.calibration import coco_results, force_exit, measure_gflops, record_exits
+from dynamicdet.measuring.calibration import (
+    coco_results,
+    force_dynamic_exit,
+    measure_gflops,
+    record_exits,
+)
 from dynamicdet.measuring.recording import (
     build_record_loader,
     flip_boxes,
@@ -89,7 +94,7 @@ def test_detections_are_both_exits_own(run):
     """Bit by bit, though the backbones run once for both."""
     expected = []
     for exit in range(2):
-        force_exit(run.model, exit)
+        force_dynamic_exit(run.model, exit)
         with torch.no_grad():
             expected.append(
                 [sample for batch in run.loader for sample in run.model.test_step(batch)]

@@ -39,6 +39,7 @@ class ValidationExitsHook(Hook):
         self._exits.extend(sample.exit for sample in outputs or () if 'exit' in sample)
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        """Log the share of images at each exit, over all ranks."""
         model = unwrap(runner.model)
         if isinstance(model, DynamicDetector):
             exits = collect_results(self._exits, len(runner.val_dataloader.dataset))
