@@ -33,8 +33,8 @@ LAYERS = ('Conv', 'Gemm')
 #: What may stay in 8 bits between layers: sums, joins, pooling, and SiLU, which is a sigmoid and a
 #: product. In float, SiLU takes as long as the convolutions in 8 bits.
 BETWEEN = ('Add', 'Concat', 'MaxPool', 'Mul', 'Resize', 'Sigmoid')
-#: Without SiLU: a head's predictions are made of it. experiments/compression.md has what rounding it
-#: costs there.
+#: Without SiLU: a head's predictions are made of it. experiments/compression.md has what rounding
+#: it costs there.
 PLAIN_BETWEEN = tuple(kind for kind in BETWEEN if kind not in ('Mul', 'Sigmoid'))
 #: Of these, what gives the values that it takes: scale and zero stay.
 _SAME = ('MaxPool', 'Resize')

@@ -6,7 +6,6 @@ A *choice* is a bool per image, (n,): whether it is hard. *Choices* are such for
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Optional
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -22,7 +21,7 @@ from ..routing.record import RoutingRecord
 from ..routing.strata import benefits
 
 #: The record of the validation set and its ground truth, if there is one.
-Validation = Optional[tuple[RoutingRecord, COCO]]
+Validation = tuple[RoutingRecord, COCO] | None
 
 #: Thresholds that the slider of the page can take: hard shares 0, 0.01, ... 1.
 _SLIDER = tuple(np.linspace(0, 1, 101))
