@@ -19,7 +19,7 @@ from pycocotools.coco import COCO
 from dynamicdet import cli
 from dynamicdet.building import build_loader, load_detector
 from dynamicdet.checkpoints import read_checkpoint
-from dynamicdet.compression.checkpoint import compress, decompress
+from dynamicdet.compression.ddz import compress, decompress
 from dynamicdet.compression.encoding import Lossy
 from dynamicdet.compression.pruning import Block, prune_weights
 from dynamicdet.compression.size_report import BlockSize, block_sizes, total

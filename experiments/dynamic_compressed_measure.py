@@ -26,7 +26,7 @@ from pycocotools.coco import COCO
 from dynamicdet import cli
 from dynamicdet.building import build_loader, load_detector
 from dynamicdet.checkpoints import read_checkpoint
-from dynamicdet.compression.checkpoint import compress, decompress
+from dynamicdet.compression.ddz import compress, decompress
 from dynamicdet.compression.encoding import Lossy
 from dynamicdet.deploy.folder import load_deployed
 from dynamicdet.deploy.int8 import needs_reduced_range

@@ -22,7 +22,8 @@ from mmengine.config import DictAction
 
 from dynamicdet import cli
 from dynamicdet.building import load_dynamic_detector
-from dynamicdet.measuring.calibration import exit_states, force_dynamic_exit
+from dynamicdet.measuring.calibration import exit_states
+from dynamicdet.measuring.latencies import force_dynamic_exit
 from dynamicdet.measuring.recording import build_record_loader, record_images
 from dynamicdet.models import DynamicDetector
 from dynamicdet.routing.record import RoutingRecord, write_record

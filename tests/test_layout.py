@@ -91,7 +91,7 @@ sys.meta_path.insert(0, Absent())
 for room in ('routing', 'compression'):
     package = importlib.import_module(f'dynamicdet.{room}')
     for module in pkgutil.iter_modules(package.__path__):
-        if module.name != 'mmengine_format':
+        if module.name != 'ddz_loading':
             print(importlib.import_module(f'dynamicdet.{room}.{module.name}').__name__)
 """
 

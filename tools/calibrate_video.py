@@ -11,7 +11,7 @@ import argparse
 from dynamicdet import cli
 from dynamicdet.checkpoints import write_checkpoint
 from dynamicdet.errors import UsageError
-from dynamicdet.measuring.fit_router import require_own
+from dynamicdet.measuring.fit_router import require_records_of_detector
 from dynamicdet.models.weights import exits_digest
 from dynamicdet.video.analysis import decision_seconds, load_truth
 from dynamicdet.video.calibration import calibrate_gate, put_calibration
@@ -81,7 +81,7 @@ def main() -> None:
             f'the checkpoint has no trained {name_of(model.gate)}: fit it by --fit-record'
         )
     digest = exits_digest(checkpoint['state_dict'])
-    require_own([record], model.num_exits, args.checkpoint, digest)
+    require_records_of_detector([record], model.num_exits, args.checkpoint, digest)
     facts = dict(
         record=args.record,
         wish=wish_of(args),
@@ -91,7 +91,7 @@ def main() -> None:
     )
     if args.fit_record:
         other = read_video_record(args.fit_record)
-        require_own([other], model.num_exits, args.checkpoint, digest)
+        require_records_of_detector([other], model.num_exits, args.checkpoint, digest)
         # What was trained with the detector stays, if there is something else to fit.
         fits = fit_parts(
             model.gate,

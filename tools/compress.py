@@ -12,7 +12,7 @@ from mmengine.config import Config
 
 from dynamicdet import cli
 from dynamicdet.compression import entropy
-from dynamicdet.compression.checkpoint import (
+from dynamicdet.compression.ddz import (
     Compressed,
     compress,
     decompress,

@@ -16,7 +16,7 @@ from dynamicdet.measuring.fit_router import (
     ground_truths,
     objective_settings,
     put_router,
-    require_own,
+    require_records_of_detector,
     wanted_objective,
 )
 from dynamicdet.models.weights import exits_digest
@@ -62,7 +62,7 @@ def main() -> None:
     model = build_model(cfg)
     # Folds' records are of other cascades: then those that give the features must be of this one.
     digest = exits_digest(checkpoint['state_dict'])
-    require_own(seen or records, model.num_exits, args.checkpoint, digest)
+    require_records_of_detector(seen or records, model.num_exits, args.checkpoint, digest)
     with cli.silence():
         cocos = ground_truths(records, objective)
     fit, images = fit_to_records(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dynamicdet import cli
 from dynamicdet.building import load_detector
-from dynamicdet.deploy.channel_removal import (
+from dynamicdet.deploy.pruned_config import (
     describe_pruning,
     parse_blocks,
     prune_detector,

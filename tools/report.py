@@ -15,13 +15,8 @@ from mmengine.device import get_device
 from dynamicdet import cli
 from dynamicdet.building import build_loader, load_dynamic_detector, require_dynamic
 from dynamicdet.datasets.config_datasets import require_one_coco
-from dynamicdet.measuring.calibration import (
-    measure_gflops,
-    measure_latencies,
-    passed,
-    provenance,
-    record_exits,
-)
+from dynamicdet.measuring.calibration import measure_gflops, passed, provenance, record_exits
+from dynamicdet.measuring.latencies import measure_latencies
 from dynamicdet.reports.analysis import pair_of
 from dynamicdet.reports.report import (
     BY_CALIBRATION,

@@ -21,7 +21,7 @@ if _has_mmdet():
     # These register themselves.
     from . import apis, engine, models, video  # noqa: F401
     from .checkpoints import allow_mmengine_classes
-    from .compression import mmengine_format  # noqa: F401
+    from .compression import ddz_loading  # noqa: F401
     from .datasets import holdout, mot, samplers  # noqa: F401
     from .deploy import folder  # noqa: F401
 

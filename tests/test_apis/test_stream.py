@@ -118,9 +118,9 @@ def count_passes(model):
     """How many images each later pass has, in a list that grows; ``del model.deepen`` ends it."""
     passes, deepen = [], model.deepen
 
-    def counted(passage):
-        passes.append(len(passage))
-        return deepen(passage)
+    def counted(state):
+        passes.append(len(state))
+        return deepen(state)
 
     model.deepen = counted
     return passes

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_checkpoint import same_bits, sparse
+from test_ddz import same_bits, sparse
 
 from dynamicdet.compression.encoding import Lossy, binarize, decode, encode_state, quantize
 from dynamicdet.errors import UsageError

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_checkpoint import sparse
+from test_ddz import sparse
 
 from dynamicdet.compression.encoding import Lossy, encode_state
 from dynamicdet.compression.entropy import (

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from test_checkpoint import sparse
+from test_ddz import sparse
 from test_encoding import coded
 from torch import nn
 

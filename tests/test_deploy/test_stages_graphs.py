@@ -18,7 +18,7 @@ from dynamicdet.deploy.int8 import Recipe, quantize_graph, trained_ranges
 from dynamicdet.deploy.roi_align import _graph_of, place_roi_aligns
 from dynamicdet.deploy.runtimes import CPU, RUNTIMES, OnnxRuntime, OpenVino, open_graph
 from dynamicdet.errors import UsageError
-from dynamicdet.measuring.calibration import force_dynamic_exit
+from dynamicdet.measuring.latencies import force_dynamic_exit
 from dynamicdet.models.stages import find_stages, flatten, unflatten
 from dynamicdet.testing import randomize, shrink, tiny_batch, tiny_detector, tiny_dynamic
 from mmdet.registry import MODELS

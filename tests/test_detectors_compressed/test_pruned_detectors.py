@@ -7,7 +7,7 @@ import torch
 from mmengine.hub import get_config
 from mmengine.runner import CheckpointLoader
 
-from dynamicdet.compression.checkpoint import compress, write_compressed
+from dynamicdet.compression.ddz import compress, write_compressed
 from dynamicdet.compression.pruning import (
     Block,
     find_layers,

@@ -12,8 +12,8 @@ from torch import nn
 
 from conftest import ROOT
 from dynamicdet.compression.blocks import Block
+from dynamicdet.compression.channel_removal import BlockRemoval, plan_removal, remove_channels
 from dynamicdet.compression.coupling import OUTPUT_RULES, find_clusters, raw_outputs
-from dynamicdet.compression.removal import BlockRemoval, plan_removal, remove_channels
 from dynamicdet.compression.shrinking import channels_of, resize
 from dynamicdet.errors import UsageError
 from dynamicdet.models import DynamicDetector, build_pruned

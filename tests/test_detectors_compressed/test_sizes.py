@@ -4,7 +4,7 @@ import pytest
 import torch
 from mmengine.hub import get_config
 
-from dynamicdet.compression.checkpoint import compress
+from dynamicdet.compression.ddz import compress
 from dynamicdet.compression.encoding import Lossy
 from dynamicdet.compression.pruning import find_layers
 from dynamicdet.compression.size_report import (

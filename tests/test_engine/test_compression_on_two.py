@@ -7,7 +7,7 @@ from test_distributed import differing, ranks, train_on_two
 from test_pruning_hook import BACKBONE, config
 
 from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
-from dynamicdet.deploy.channel_removal import parse_blocks, prune_detector
+from dynamicdet.deploy.pruned_config import parse_blocks, prune_detector
 from dynamicdet.files import latest_checkpoint
 from dynamicdet.testing import randomize
 from mmdet.registry import MODELS

@@ -8,7 +8,7 @@ from test_distributed import ranks, train_on_two
 
 from conftest import load_small, train
 from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
-from dynamicdet.compression.checkpoint import compress
+from dynamicdet.compression.ddz import compress
 from dynamicdet.compression.pruning import Block, find_layers, prune_weights
 from dynamicdet.engine import WeightSharingHook
 from dynamicdet.engine.pruning_hook import averages

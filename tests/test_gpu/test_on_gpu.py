@@ -21,7 +21,8 @@ from dynamicdet.deploy.deployment import deploy
 from dynamicdet.deploy.folder import load_deployed
 from dynamicdet.files import latest_checkpoint
 from dynamicdet.measuring.benchmark import build_pair
-from dynamicdet.measuring.calibration import coco_results, force_dynamic_exit
+from dynamicdet.measuring.calibration import coco_results
+from dynamicdet.measuring.latencies import force_dynamic_exit
 from dynamicdet.testing import (
     STOCK,
     agreement,

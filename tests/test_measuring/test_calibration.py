@@ -16,11 +16,11 @@ from dynamicdet.measuring.calibration import (
     calibrate,
     measure_difficulties,
     measure_gflops,
-    measure_latencies,
     passed,
     provenance,
     record_exits,
 )
+from dynamicdet.measuring.latencies import measure_latencies
 from dynamicdet.routing.budget import Budget
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules

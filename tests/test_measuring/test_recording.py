@@ -14,12 +14,8 @@ from conftest import ROOT, same_detections, shrink_options
 from dynamicdet.building import load_dynamic_detector
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring import recording
-from dynamicdet.measuring.calibration import (
-    coco_results,
-    force_dynamic_exit,
-    measure_gflops,
-    record_exits,
-)
+from dynamicdet.measuring.calibration import coco_results, measure_gflops, record_exits
+from dynamicdet.measuring.latencies import force_dynamic_exit
 from dynamicdet.measuring.recording import (
     build_record_loader,
     flip_boxes,

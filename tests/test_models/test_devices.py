@@ -147,11 +147,11 @@ def test_who_goes_on_is_waited_for_once(images, far):
     )
 
 
-def test_a_passage_of_none_is_empty():
-    passage = BatchState(
+def test_a_state_of_none_is_empty():
+    state = BatchState(
         0, torch.ones(2, 3, 4, 4), (torch.ones(2, 8, 2, 2),), (1.0, 1.0), [0, 1], [0.1, 0.2], [0, 0]
     )
-    empty = passage.split()[1]
+    empty = state.split()[1]
     assert (
         len(empty) == 0
         and empty.images.shape == (0, 3, 4, 4)
@@ -273,8 +273,8 @@ def test_decisions_stay_in_float32(dtype):
     assert model.backbone.first.conv1.weight.dtype == dtype
     # In half precision all three were 0.5.
     assert model._exits_of(torch.tensor([0.50003, 0.50006, 0.5001])).tolist() == [0, 0, 1]
-    passage = model.start(images.to(dtype), samples)
-    assert passage.difficulties == pytest.approx(
+    state = model.start(images.to(dtype), samples)
+    assert state.difficulties == pytest.approx(
         expected.tolist(), abs=1e-6 if dtype == torch.float64 else 0.02
     )
 

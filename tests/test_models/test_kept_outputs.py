@@ -7,7 +7,7 @@ import torch
 from mmengine.config import Config
 
 from conftest import ROOT
-from dynamicdet.measuring.calibration import passages
+from dynamicdet.measuring.calibration import exit_states
 from dynamicdet.models.kept_outputs import kept_outputs
 from dynamicdet.testing import randomize, shrink, tiny_batch, tiny_dynamic
 from mmdet.registry import MODELS
@@ -51,13 +51,13 @@ def test_losses_are_those_of_each_image(name, shared):
     inputs, samples = data['inputs'], data['data_samples']
     expected, _ = model.exit_losses(inputs, copy.deepcopy(samples))
     forwards = {part: vars(part).get('forward') for part in model.modules()}
-    every, outputs = list(passages(model, inputs, samples)), []
-    for passage in every:
-        with kept_outputs(model.branch(passage.exit)) as kept:
-            model.finish(passage)
+    every, outputs = list(exit_states(model, inputs, samples)), []
+    for state in every:
+        with kept_outputs(model.branch(state.exit)) as kept:
+            model.finish(state)
         outputs.append(kept)
         assert [type(part).__name__ for part in kept] == {**KEPT, **SHIPPED}[name]
-    losses = model.passage_losses(every, outputs)
+    losses = model.losses_of_states(every, outputs)
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-4)
     assert losses.isfinite().all() and not torch.equal(losses[0], losses[1])
     # Everything is as it was.

@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 from conftest import ROOT, load_small, run_tool
 from dynamicdet import cli
 from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
-from dynamicdet.deploy.channel_removal import parse_blocks
+from dynamicdet.deploy.pruned_config import parse_blocks
 from dynamicdet.errors import UsageError
 from dynamicdet.models import DynamicDetector
 from dynamicdet.testing import randomize

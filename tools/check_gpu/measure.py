@@ -29,7 +29,8 @@ from dynamicdet.measuring.benchmark import (
     quartiles,
     split_batch,
 )
-from dynamicdet.measuring.calibration import force_dynamic_exit, record_exits
+from dynamicdet.measuring.calibration import record_exits
+from dynamicdet.measuring.latencies import force_dynamic_exit
 from dynamicdet.routing.evaluation import evaluate, mix, read_truth
 from dynamicdet.routing.record import RoutingRecord
 from dynamicdet.routing.thresholds import ALL_EASY, ALL_HARD

@@ -1,1 +1,1 @@
-"""Data: the built-in set, and what to look at before a run. Neither needs torch."""
+"""Data: the built-in sets, checks before a run, mended annotations, seeds, held-out parts."""

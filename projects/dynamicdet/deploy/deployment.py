@@ -16,7 +16,8 @@ from mmdet.models.detectors import BaseDetector
 from ..building import load_detector, whole_model
 from ..compression.quantization import trace
 from ..errors import UsageError
-from ..measuring.calibration import force_dynamic_exit, measure_difficulties, provenance
+from ..measuring.calibration import measure_difficulties, provenance
+from ..measuring.latencies import force_dynamic_exit
 from ..models import DynamicDetector
 from ..models.online_control import kept_speed
 from ..models.stages import Stage, find_stages

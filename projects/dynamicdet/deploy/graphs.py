@@ -22,7 +22,7 @@ from mmdet.structures import DetDataSample
 
 from .. import errors
 from ..errors import UsageError
-from ..measuring.calibration import force_dynamic_exit
+from ..measuring.latencies import force_dynamic_exit
 from ..models import DynamicDetector, can_fuse
 from ..models.fusing import fusible_parts
 from ..models.stages import Form, Stage, find_stages, flatten, record_inputs, unflatten

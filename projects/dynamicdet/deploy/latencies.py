@@ -8,7 +8,7 @@ from mmengine.dataset import pseudo_collate
 
 from mmdet.models.detectors import BaseDetector
 
-from ..measuring.calibration import measure_latencies
+from ..measuring.latencies import measure_latencies
 from ..models import DynamicDetector
 from ..progress import Progress
 from ..timing import machine_of, time_in_turns

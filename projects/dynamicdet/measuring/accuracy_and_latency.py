@@ -19,7 +19,7 @@ from ..models import DynamicDetector
 from ..models.online_control import kept_speed
 from ..progress import Progress
 from ..timing import time_in_turns
-from .calibration import force_dynamic_exit
+from .latencies import force_dynamic_exit
 
 #: Images that are timed, and how often each, after one untimed round.
 _IMAGES, _ROUNDS = 20, 5

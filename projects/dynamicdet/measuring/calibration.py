@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.dataset import pseudo_collate
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -19,10 +18,10 @@ from ..models.batch_state import BatchState
 from ..models.online_control import kept_speed
 from ..progress import Progress
 from ..routing.record import Detections, RoutingRecord
-from ..routing.thresholds import ALL_EASY, ALL_HARD
-from ..timing import dtype_of, machine_of, time_in_turns
+from ..timing import dtype_of, machine_of
 from ..transfers import to_host
 from .flops import count_flops
+from .latencies import force_dynamic_exit, measure_latencies, single_batches
 
 
 @torch.no_grad()
@@ -38,38 +37,6 @@ def measure_difficulties(
 
 
 @torch.no_grad()
-def measure_latencies(
-    model: DynamicDetector,
-    dataset,
-    progress: Progress,
-    images: int = 20,
-    rounds: int = 5,
-    rows: Sequence[int] | None = None,
-) -> tuple[float, ...]:
-    """Median seconds per image of each exit: batch 1, data in memory, exits taking turns.
-
-    Args:
-        model (DynamicDetector): In eval mode, on the device that counts.
-        dataset: The data set; its first ``images`` are timed.
-        progress (Callable): Wraps what is iterated over.
-        images (int): How many images. Defaults to 20.
-        rounds (int): How often each is timed, after one untimed round. Defaults to 5.
-        rows (Sequence[int], optional): Which images instead of the first.
-    """
-    batches = _single_batches(dataset, images, rows)
-    with kept_speed(model):
-        medians = time_in_turns(
-            {exit: model.test_step for exit in range(model.num_exits)},
-            batches,
-            model.threshold.device,
-            progress,
-            rounds,
-            lambda exit: force_dynamic_exit(model, exit),
-        )
-    return tuple(medians.values())
-
-
-@torch.no_grad()
 def measure_gflops(
     model: DynamicDetector, dataset, images: int = 10, rows: Sequence[int] | None = None
 ) -> tuple[float, ...]:
@@ -79,7 +46,7 @@ def measure_gflops(
     The cost of two-stage heads varies with the proposals, hence the mean over some images: the
     first, or those of the given rows.
     """
-    batches = _single_batches(dataset, images, rows)
+    batches = single_batches(dataset, images, rows)
     means = []
     with kept_speed(model):
         for exit in range(model.num_exits):
@@ -87,20 +54,6 @@ def measure_gflops(
             flops, _ = count_flops(lambda: [model.test_step(batch) for batch in batches])
             means.append(flops / len(batches) / 1e9)
     return tuple(means)
-
-
-def _single_batches(dataset, images: int, rows: Sequence[int] | None) -> list[dict]:
-    """Batches of one image: the first ones, or those of some rows."""
-    return [
-        pseudo_collate([dataset[row]])
-        for row in (range(min(images, len(dataset))) if rows is None else rows)
-    ]
-
-
-def force_dynamic_exit(model: DynamicDetector, exit: int) -> None:
-    """Send every image to one exit: past all exits before it, and no further."""
-    thresholds = [ALL_HARD] * exit + [ALL_EASY] * (model.num_exits - 1 - exit)
-    model.set_budget(threshold=thresholds[0] if len(thresholds) == 1 else thresholds)
 
 
 @torch.no_grad()

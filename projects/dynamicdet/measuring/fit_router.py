@@ -118,7 +118,7 @@ def _stacked(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def require_own(
+def require_records_of_detector(
     records: Sequence[RoutingRecord], exits: int, checkpoint: str, digest: str = ''
 ) -> None:
     """Refuse records that cannot be of a detector, and warn of those that are of other weights.

@@ -28,16 +28,9 @@ from ..models.online_control import kept_speed
 from ..progress import Progress
 from ..routing.record import RoutingRecord
 from ..timing import now
-from .calibration import (
-    detected,
-    exit_states,
-    force_dynamic_exit,
-    measure_gflops,
-    measure_latencies,
-    passed,
-    provenance,
-)
+from .calibration import detected, exit_states, measure_gflops, passed, provenance
 from .flops import count_flops
+from .latencies import force_dynamic_exit, measure_latencies
 
 #: How far an image is shifted for a second view: no multiple of any map's stride, so that maps
 #: differ.
@@ -207,7 +200,7 @@ def _record_batch(
     if annotated:
         # Last: some heads write into the annotations that they are given.
         objects = [len(sample.gt_instances) for sample in samples]
-        losses = model.passage_losses(every, outputs)
+        losses = model.losses_of_states(every, outputs)
         for entry, count, own in zip(entries, objects, losses.T.tolist()):
             entry.update(losses=own, objects=count)
     return entries

@@ -305,17 +305,17 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         return self._image_losses(every), features
 
     @torch.no_grad()
-    def passage_losses(
-        self, passages: Sequence[BatchState], outputs: Sequence[Outputs] | None = None
+    def losses_of_states(
+        self, states: Sequence[BatchState], outputs: Sequence[Outputs] | None = None
     ) -> Tensor:
         """`exit_losses` of a batch that stands before each exit, (K, N): no backbone runs again.
 
         Args:
-            passages (Sequence[BatchState]): Of the same images, one for each exit.
-            outputs (Sequence[Outputs], optional): What the branches gave when these passages were
+            states (Sequence[BatchState]): Of the same images, one for each exit.
+            outputs (Sequence[Outputs], optional): What the branches gave when these states were
                 finished, see `kept_outputs`: not computed again either.
         """
-        every = [(one.maps, reduce_samples(one.samples, one.ratio), one.ratio) for one in passages]
+        every = [(one.maps, reduce_samples(one.samples, one.ratio), one.ratio) for one in states]
         return self._image_losses(every, outputs)
 
     def _image_losses(self, every: list[tuple], outputs: Sequence[Outputs] | None = None) -> Tensor:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from dynamicdet.compression.checkpoint import compress, read_compressed, write_compressed
+from dynamicdet.compression import ddz
+from dynamicdet.compression.ddz import compress, read_compressed, write_compressed
 from dynamicdet.compression.encoding import Lossy
 from dynamicdet.errors import UsageError
 
@@ -171,15 +172,13 @@ def test_each_tensor_has_a_checksum_of_its_own(small, monkeypatch):
     """With the file's own made to agree, an index that names other values is still refused."""
     from safetensors.numpy import load, save
 
-    from dynamicdet.compression import checkpoint
-
     content = small.read_bytes()
     header = json.loads(content[8 : 8 + struct.unpack('<Q', content[:8])[0]])['__metadata__']
     index = json.loads(header['index'])
     index['entries'][1]['sha256'] = index['entries'][0]['sha256']
     header['index'] = json.dumps(index)
     arrays = load(content)
-    header['sha256'] = checkpoint._digest_of_file(
+    header['sha256'] = ddz._digest_of_file(
         header, {name: one.tobytes() for name, one in arrays.items()}
     )
     small.write_bytes(save(arrays, metadata=header))

@@ -12,7 +12,7 @@ from mmdet.models.detectors import BaseDetector
 
 from ..checkpoints import write_checkpoint
 from ..compression.blocks import Block
-from ..compression.removal import RemovalPlan, plan_removal, remove_channels
+from ..compression.channel_removal import RemovalPlan, plan_removal, remove_channels
 from ..errors import UsageError
 from ..files import write_atomically
 from ..measuring.flops import build_detector, count_parameters, measure_costs, stated_shape

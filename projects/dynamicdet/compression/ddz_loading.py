@@ -7,7 +7,7 @@ import torch
 from mmengine.fileio import get
 from mmengine.runner import CheckpointLoader
 
-from .checkpoint import read_compressed
+from .ddz import read_compressed
 
 
 # mmengine tries its patterns from the last to the first in the alphabet: ours for URLs comes before

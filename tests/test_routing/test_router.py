@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dynamicdet.errors import UsageError
-from dynamicdet.models import Router
+from dynamicdet.routing.router import Router
 
 
 def test_by_hand():

@@ -1,0 +1,1 @@
+"""What a detector costs and finds, measured on data: calibration, records, FLOPs, latencies."""

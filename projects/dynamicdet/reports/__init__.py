@@ -1,0 +1,1 @@
+"""Pages, tables and pictures that are made of records."""
