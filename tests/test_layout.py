@@ -52,6 +52,8 @@ FILES = {path: imports_of(path) for path in PACKAGE.rglob('*.py')}
 
 
 def test_rooms_import_from_rooms_above_alone():
+    # Or a wheel would lack it.
+    assert all((path.parent / '__init__.py').is_file() for path in FILES)
     level = {room: number for number, rooms in enumerate(ROOMS) for room in rooms}
     room_of = {path: path.relative_to(PACKAGE).parts[0].removesuffix('.py') for path in FILES}
     assert set(room_of.values()) == {*level, '__init__'}
