@@ -27,6 +27,7 @@ from dynamicdet.files import write_atomically
 from dynamicdet.measuring.calibration import coco_results, provenance
 from dynamicdet.routing.curve import bootstrap_weights
 from dynamicdet.routing.evaluation import Mixtures
+from dynamicdet.routing.record import RoutingRecord
 
 #: Of the test images, all with seed 0, so that points are compared on the same images.
 RESAMPLES = 100
@@ -87,7 +88,9 @@ def judge(model, batches: Sequence[dict], coco: COCO, category_ids: list[int]) -
             images.append(
                 dict(id=sample.img_id, file=sample.img_path, difficulty=0.5, detections=[found] * 2)
             )
-    mixtures = Mixtures(dict(images=images), coco)
+    mixtures = Mixtures(
+        RoutingRecord.from_images(images, gflops=[0.0] * 2, latencies=[0.0] * 2), coco
+    )
     choice = [0] * len(images)
     resampled = [
         mixtures.scores(choice, weights, sizes=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dynamicdet import cli
 from dynamicdet.errors import UsageError
-from dynamicdet.measuring.fit_router import require_records_of_detector
+from dynamicdet.routing.record import require_of_detector
 from dynamicdet.video.analysis import (
     RULES,
     analyze_gates,
@@ -53,7 +53,7 @@ def parse_args() -> argparse.Namespace:
 def load(path: str, ann_file: str, exits: int, checkpoint: str) -> tuple:
     """A record of videos and its ground truth; checks that it is of this checkpoint."""
     record = read_video_record(path)
-    require_records_of_detector([record], exits, checkpoint)
+    require_of_detector(record['provenance'], len(record['gflops']), exits, checkpoint)
     return record, load_truth(record, ann_file)
 
 

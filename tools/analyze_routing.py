@@ -12,10 +12,9 @@ from pycocotools.coco import COCO
 
 from dynamicdet import cli
 from dynamicdet.errors import UsageError
-from dynamicdet.measuring.fit_router import require_records_of_detector
 from dynamicdet.reports.analysis import analyze, format_analysis, pair_of, write_analysis
 from dynamicdet.routing.evaluation import read_truth
-from dynamicdet.routing.record import RoutingRecord, read_record
+from dynamicdet.routing.record import RoutingRecord, read_record, require_of_detector
 
 
 def parse_args() -> argparse.Namespace:
@@ -93,9 +92,14 @@ def main() -> None:
     )
     others = [one for one in (val[0] if val else None, training) if one]
     facts = record.provenance
-    require_records_of_detector(
-        others, 2, str(facts.get('checkpoint', '')), str(facts.get('exits_digest', ''))
-    )
+    for other in others:
+        require_of_detector(
+            other.provenance,
+            other.exits,
+            2,
+            str(facts.get('checkpoint', '')),
+            str(facts.get('exits_digest', '')),
+        )
     out_dir = args.out_dir or str(Path(args.record).with_suffix(''))
     cli.make_folder(out_dir)
     analysis = analyze(

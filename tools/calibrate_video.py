@@ -11,8 +11,8 @@ import argparse
 from dynamicdet import cli
 from dynamicdet.checkpoints import write_checkpoint
 from dynamicdet.errors import UsageError
-from dynamicdet.measuring.fit_router import require_records_of_detector
 from dynamicdet.models.weights import exits_digest
+from dynamicdet.routing.record import require_of_detector
 from dynamicdet.video.analysis import decision_seconds, load_truth
 from dynamicdet.video.calibration import calibrate_gate, put_calibration
 from dynamicdet.video.fitting import fit_parts, untrained_parts
@@ -81,7 +81,8 @@ def main() -> None:
             f'the checkpoint has no trained {name_of(model.gate)}: fit it by --fit-record'
         )
     digest = exits_digest(checkpoint['state_dict'])
-    require_records_of_detector([record], model.num_exits, args.checkpoint, digest)
+    own = (model.num_exits, args.checkpoint, digest)
+    require_of_detector(record['provenance'], len(record['gflops']), *own)
     facts = dict(
         record=args.record,
         wish=wish_of(args),
@@ -91,7 +92,7 @@ def main() -> None:
     )
     if args.fit_record:
         other = read_video_record(args.fit_record)
-        require_records_of_detector([other], model.num_exits, args.checkpoint, digest)
+        require_of_detector(other['provenance'], len(other['gflops']), *own)
         # What was trained with the detector stays, if there is something else to fit.
         fits = fit_parts(
             model.gate,

@@ -16,12 +16,11 @@ from dynamicdet.measuring.fit_router import (
     ground_truths,
     objective_settings,
     put_router,
-    require_records_of_detector,
     wanted_objective,
 )
 from dynamicdet.models.weights import exits_digest
 from dynamicdet.routing import OBJECTIVES
-from dynamicdet.routing.record import read_record
+from dynamicdet.routing.record import read_record, require_of_detector
 
 
 def parse_args() -> argparse.Namespace:
@@ -62,7 +61,10 @@ def main() -> None:
     model = build_model(cfg)
     # Folds' records are of other cascades: then those that give the features must be of this one.
     digest = exits_digest(checkpoint['state_dict'])
-    require_records_of_detector(seen or records, model.num_exits, args.checkpoint, digest)
+    for record in seen or records:
+        require_of_detector(
+            record.provenance, record.exits, model.num_exits, args.checkpoint, digest
+        )
     with cli.silence():
         cocos = ground_truths(records, objective)
     fit, images = fit_to_records(

@@ -7,7 +7,7 @@ of its lazy configs.
 """
 
 import ast
-import sys
+import inspect
 from pathlib import Path
 
 from mmengine.config import Config
@@ -47,7 +47,7 @@ def router_step(
     """
     if cascade is None:
         # mmengine compiles a config under the name of its file.
-        name = _first_base(sys._getframe(1).f_code.co_filename)
+        name = _first_base(inspect.currentframe().f_back.f_code.co_filename)
         cascade = name and f'work_dirs/{name}'
     model = dict(train_router=True)
     if objective is not None:

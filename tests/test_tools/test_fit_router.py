@@ -12,15 +12,10 @@ from mmengine.config import Config
 from conftest import rebuilt, run_tool
 from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
 from dynamicdet.errors import UsageError
-from dynamicdet.measuring.fit_router import (
-    fit_to_records,
-    ground_truths,
-    put_router,
-    require_records_of_detector,
-)
+from dynamicdet.measuring.fit_router import fit_to_records, ground_truths, put_router
 from dynamicdet.routing import build_objective
 from dynamicdet.routing.fitting import rank_correlation
-from dynamicdet.routing.record import RoutingRecord, write_record
+from dynamicdet.routing.record import RoutingRecord, require_of_detector, write_record
 from dynamicdet.testing import tiny_detector, tiny_dynamic
 from mmdet.registry import MODELS
 
@@ -145,12 +140,10 @@ def test_the_tool_refuses_in_one_line(files):
 def test_records_of_another_detector_are_refused():
     record = make_record(build())
     with pytest.raises(UsageError, match='3 exits and this detector 2'):
-        require_records_of_detector([record.take_exits([0, 1, 1])], 2, 'a.pth')
+        require_of_detector(record.provenance, 3, 2, 'a.pth')
     with pytest.warns(UserWarning, match="of 'b.pth', not of 'a.pth'"):
-        require_records_of_detector(
-            [rebuilt(record, provenance=dict(checkpoint='b.pth'))], 2, 'a.pth'
-        )
-    require_records_of_detector([record], 2, 'a.pth')
+        require_of_detector(dict(checkpoint='b.pth'), 2, 2, 'a.pth')
+    require_of_detector(record.provenance, record.exits, 2, 'a.pth')
 
 
 def test_records_are_known_by_weights_whatever_their_files_are_called():
@@ -159,9 +152,9 @@ def test_records_are_known_by_weights_whatever_their_files_are_called():
     )
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        require_records_of_detector([record], 2, 'epoch_2.pth', '0123')
+        require_of_detector(record.provenance, record.exits, 2, 'epoch_2.pth', '0123')
     with pytest.warns(UserWarning, match="other weights than those of 'calibrated.pth'"):
-        require_records_of_detector([record], 2, 'calibrated.pth', '4567')
+        require_of_detector(record.provenance, record.exits, 2, 'calibrated.pth', '4567')
 
 
 def test_the_router_is_put_into_the_checkpoint():

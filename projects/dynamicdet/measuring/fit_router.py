@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -116,42 +115,6 @@ def _stacked(parts: list[np.ndarray]) -> np.ndarray:
     if len(widths) > 1:
         raise UsageError(f'the records have features of different widths: {widths}')
     return np.concatenate(parts)
-
-
-def require_records_of_detector(
-    records: Sequence[RoutingRecord], exits: int, checkpoint: str, digest: str = ''
-) -> None:
-    """Refuse records that cannot be of a detector, and warn of those that are of other weights.
-
-    Args:
-        records (Sequence[RoutingRecord]): See `routing.record`.
-        exits (int): How many the detector has.
-        checkpoint (str): Its file, '' if that is not known.
-        digest (str): Its `exits_digest`, '' if that is not known. Records that lack theirs go by
-            the name of their file. Defaults to ''.
-
-    Raises:
-        UsageError: If a record has another number of exits.
-    """
-    for record in records:
-        other = str(record.provenance.get('checkpoint', checkpoint))
-        if record.exits != exits:
-            raise UsageError(
-                f"a record, of '{other}', has {record.exits} exits and this detector "
-                f'{exits}: '
-                'record with this config and checkpoint'
-            )
-        recorded = record.provenance.get('exits_digest')
-        if recorded and digest:
-            if recorded != digest:
-                warnings.warn(
-                    f"a record is of '{other}', whose exits have other weights than those of "
-                    f"'{checkpoint}'"
-                )
-        elif checkpoint and Path(other).name != Path(checkpoint).name:
-            warnings.warn(
-                f"a record is of '{other}', not of '{checkpoint}': is it the same detector?"
-            )
 
 
 def put_router(

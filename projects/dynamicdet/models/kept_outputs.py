@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.models.detectors import BaseDetector, SingleStageDetector, TwoStageDetector
 
+from ..private_torch import changes_of
+
 #: Part of a branch -> its output for a batch, nested lists and tuples of tensors (N, ...).
 Outputs = Mapping[nn.Module, Any]
 #: Whether a part gives the same when it is flagged as training, as losses want it.
@@ -90,7 +92,7 @@ def _is_same_in_training(part: nn.Module, inputs: tuple, outputs: Any) -> bool:
 
 def _versions(outputs: Any) -> list[int]:
     # Those of inference mode count no changes, and no head of mmdet changes them.
-    return [0 if one.is_inference() else one._version for one in _tensors(outputs)]
+    return [0 if one.is_inference() else changes_of(one) for one in _tensors(outputs)]
 
 
 def _tensors(node: Any) -> Iterator[Tensor]:

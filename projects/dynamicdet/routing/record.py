@@ -8,6 +8,7 @@ pickles: detections of an exit lie one below the other, with the index of their 
 
 import json
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -459,3 +460,36 @@ def _unpack(arrays: Mapping[str, np.ndarray], prefix: str, images: int) -> Detec
         boxes, scores, categories = boxes[order], scores[order], categories[order]
     offsets = np.concatenate([[0], np.cumsum(np.bincount(image, minlength=images))])
     return Detections(boxes, scores, categories, offsets.astype(np.int64))
+
+
+def require_of_detector(
+    provenance: Mapping, recorded_exits: int, exits: int, checkpoint: str, digest: str = ''
+) -> None:
+    """Refuse a record that cannot be of a detector, and warn of one that is of other weights.
+
+    Args:
+        provenance (Mapping): Of the record, also one of videos.
+        recorded_exits (int): How many exits the record has.
+        exits (int): How many the detector has.
+        checkpoint (str): The detector's file, '' if that is not known.
+        digest (str): Its `exits_digest`, '' if that is not known. A record that lacks its own goes
+            by the name of the file. Defaults to ''.
+
+    Raises:
+        UsageError: If the record has another number of exits.
+    """
+    other = str(provenance.get('checkpoint', checkpoint))
+    if recorded_exits != exits:
+        raise UsageError(
+            f"a record, of '{other}', has {recorded_exits} exits and this detector {exits}: record "
+            'with this config and checkpoint'
+        )
+    recorded = provenance.get('exits_digest')
+    if recorded and digest:
+        if recorded != digest:
+            warnings.warn(
+                f"a record is of '{other}', whose exits have other weights than those of "
+                f"'{checkpoint}'"
+            )
+    elif checkpoint and Path(other).name != Path(checkpoint).name:
+        warnings.warn(f"a record is of '{other}', not of '{checkpoint}': is it the same detector?")
