@@ -4,7 +4,8 @@ import ast
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
 from mmengine.dist import all_gather_object
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import Runner
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -135,6 +136,7 @@ class RouterHook(Hook):
                 'step 2 trains the router of a trained cascade, and none was loaded: run step 1 '
                 f'first{where}, or name its checkpoint by --cfg-options load_from=...'
             )
+        copy_frozen_averages(runner)
         # Runs of before there were quantiles kept delta alone.
         if self.delta == 'exact' and model.gains.isnan().any():
             gains, mean, std = measure_training_set(runner)
@@ -167,6 +169,23 @@ class RouterHook(Hook):
         checkpoint['router_gain'] = model.objective.gain
         if self.delta == 'online':
             checkpoint['router_differences'] = list(self.window)
+
+
+def copy_frozen_averages(runner: Runner) -> None:
+    """Let averages of weights that do not change be these weights: an average of equal numbers may
+    be off by their last bit, and step 2 changes no weight but the router's."""
+    for hook in runner.hooks:
+        if isinstance(hook, EMAHook):
+            # It is given values without their flags: where they lie tells which they are of.
+            trained = {one.data_ptr() for one in _model(runner).router.parameters()}
+            hook.ema_model.avg_func = partial(_average, hook.ema_model.avg_func, trained)
+
+
+def _average(average: Callable, trained: set, averaged: Tensor, source: Tensor, steps: int) -> None:
+    if source.data_ptr() in trained:
+        average(averaged, source, steps)
+    else:
+        averaged.copy_(source)
 
 
 def inherits_load_from(cfg: Config) -> bool:
