@@ -26,8 +26,8 @@ from . import analysis_curves as curves
 from . import analysis_estimates as estimates
 from .analysis_curves import Validation
 from .analysis_gallery import make_gallery
-from .analysis_page import make_page
 from .analysis_text import format_analysis
+from .page import make_page
 
 __all__ = ['analyze', 'format_analysis', 'pair_of', 'write_analysis']
 

@@ -4,7 +4,7 @@ import base64
 import html
 from collections.abc import Mapping, Sequence
 
-from .analysis_tables import shown_facts
+from .page import shown_facts
 from .figures import MIN_SCORE
 
 

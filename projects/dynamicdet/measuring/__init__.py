@@ -1,0 +1,1 @@
+"""Calibration, recording and measuring of detectors."""
