@@ -12,6 +12,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from .analysis_gallery import LETTERS, MIN_SCORE
+from .analysis_text import (
+    BY_CALIBRATION,
+    BY_QUANTILE,
+    NOT_CALIBRATED,
+    calibrated_table,
+    end_names,
+    misses,
+    sentences,
+    share_cell,
+)
 from .figures import EXIT_COLORS
 
 #: Curve -> name, color (Okabe-Ito, but for grays), dashes, whether it is drawn at first, what it
@@ -56,6 +66,7 @@ _TEMPLATES = Environment(
 _TEMPLATES.filters.update(
     form=lambda value, spec: '–' if value is None else format(value, spec),
     curve_name=lambda curve: _CURVES[curve][0],
+    share_cell=share_cell,
 )
 _TEMPLATES.policies['json.dumps_kwargs'] = dict(separators=(',', ':'), allow_nan=False)
 
@@ -73,8 +84,12 @@ def make_page(title: str, analysis: Mapping, gallery: Sequence[Mapping]) -> str:
     return _TEMPLATES.get_template('page.html.jinja').render(
         analysis,
         title=title,
-        lead=lead(analysis),
-        ends=end_names(analysis),
+        lead=' '.join([*sentences(analysis), *misses(analysis['calibrated'])]),
+        by_quantile=BY_QUANTILE,
+        by_calibration=BY_CALIBRATION,
+        not_calibrated=NOT_CALIBRATED,
+        served=calibrated_table(analysis['calibrated']),
+        end_names=end_names(analysis),
         lines=lines,
         drawn=_drawn(analysis, lines),
         largest_ap=max(aps, default=1),
@@ -86,32 +101,6 @@ def make_page(title: str, analysis: Mapping, gallery: Sequence[Mapping]) -> str:
         # The package's own: neither holds anything of the data.
         style=Markup((_FOLDER / 'page.css').read_text(encoding='utf-8')),
         script=Markup((_FOLDER / 'page.js').read_text(encoding='utf-8')),
-    )
-
-
-def end_names(analysis: Mapping) -> list[str]:
-    """What the two exits are called."""
-    return [f'exit {end["exit"]}' for end in analysis['ends']]
-
-
-def lead(analysis: Mapping) -> str:
-    """The whole in two sentences.
-
-    Args:
-        analysis (Mapping): As `analysis.analyze` gives it.
-    """
-    (first, cheap), (last, dear) = ((end['ap'], end['gflops']) for end in analysis['ends'])
-    easy, hard = end_names(analysis)
-    gain, half = analysis['merit'][0], analysis['router']['half']
-    side = 'above' if gain['value'] >= 0 else 'BELOW'
-    ends = (
-        '' if gain['low'] is None else f' (95 % interval {gain["low"]:+.1f} to {gain["high"]:+.1f})'
-    )
-    return (
-        f'On {analysis["images"]:,} images, {easy} reaches {first:.1f} AP for {cheap:.3g} GFLOPs '
-        f'per image, {hard} {last:.1f} for {dear:.3g}. With {half["hard_share"]:.0%} of the images '
-        f'hard, the router reaches {half["ap"]:.1f} for {half["gflops"]:.3g}, '
-        f'{abs(gain["value"]):.1f} AP {side} random routing{ends}.'
     )
 
 
