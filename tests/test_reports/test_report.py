@@ -88,6 +88,8 @@ def row(ap, random_ap, random_std, share=0.5):
         latency=0.015,
         random_ap=random_ap,
         random_std=random_std,
+        gain_low=-0.1,
+        gain_high=2.0,
     )
 
 
@@ -213,6 +215,7 @@ def test_the_verdict_is_honest(ap, said):
     text = ' '.join(sentences(dict(images=14, rows=rows, ends=ends(25.0, 35.0))))
     assert 'exit 1 is better than exit 0 by 10.00 AP (35.00 against 25.00)' in text
     assert said in text and 'standard deviation of random routing 0.30' in text
+    assert '; 95 % interval of the gain -0.10 to +2.00)' in text
     assert 'for 3.00 GFLOPs per image instead of 1.00' in text
 
 
@@ -312,9 +315,16 @@ def test_boxes_below_the_score_are_not_drawn(record):
 
 
 def test_picture_of_the_trade_off(coco, record):
-    content = png(trade_off_figure(trade_off(record, coco, resamples=0)))
+    rows = trade_off(record, coco, resamples=0)
+    figure = trade_off_figure(rows)
+    above = figure.axes[1]
+    # One axis of costs is the other, rescaled: 1 to 3 GFLOPs are 10 to 20 ms.
+    assert above.get_xlim() == pytest.approx([5 * x + 5 for x in figure.axes[0].get_xlim()])
+    content = png(figure)
     pixels = np.asarray(Image.open(io.BytesIO(content)).convert('RGB'))
     # 5.2 x 4.4 inches of 180 dots; both exits and the router are drawn in their colors.
     assert pixels.shape == (792, 936, 3)
     for color in ((0, 0x72, 0xB2), (0xD5, 0x5E, 0), (0x22, 0x22, 0x22)):
         assert (pixels == color).all(-1).sum() > 50
+    rows[5]['latency'] += 0.001
+    assert len(trade_off_figure(rows).axes) == 1

@@ -112,7 +112,10 @@ def _verdict(row: Mapping) -> str:
     gain, spread = row['ap'] - row['random_ap'], row['random_std']
     where = 'half' if round(row['hard_share'], 2) == 0.5 else f'{row["hard_share"]:.0%}'
     head = f'With {where} of the images hard, the router'
-    known = f'(standard deviation of random routing {spread:.2f})'
+    known = f'(standard deviation of random routing {spread:.2f}'
+    if row['gain_low'] is not None:
+        known += f'; 95 % interval of the gain {row["gain_low"]:+.2f} to {row["gain_high"]:+.2f}'
+    known += ')'
     gained = f'{head} {_gains(gain)} over random routing'
     if gain <= 0:
         return f'{head} does NOT gain over random routing: it {_gains(gain)} {known}.'

@@ -1,4 +1,4 @@
-"""The report's pictures: numbers -> PNG. Nothing here touches matplotlib's global state."""
+"""The trade-off as a picture: numbers -> PNG. Nothing here touches matplotlib's global state."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 
 #: One color for one thing, in all pictures; told apart by color-blind readers too (Okabe-Ito).
 EXIT_COLORS = ('#0072b2', '#d55e00')
+#: Latencies this far off a straight line, as a share of their range, have no axis.
+_BENT = 0.02
 _ROUTER, _RANDOM, _INK, _FAINT = '#222222', '#8a8a8a', '#333333', '#dddddd'
-#: Inches and dots per inch: narrow, so that the letters stay legible when a phone shrinks it.
-_WIDTH, _DPI = 5.2, 180
 
 
 def png(figure: Figure) -> bytes:
@@ -30,7 +30,13 @@ def trade_off_figure(rows: Sequence[Mapping]) -> Figure:
     """
     rows = sorted(rows, key=lambda row: row['hard_share'])
     column = {key: np.array([row[key] for row in rows]) for key in rows[0]}
-    figure, axes = _figure(4.4)
+    # Narrow, so that the letters stay legible when a phone shrinks it.
+    figure = Figure((5.2, 4.4), dpi=180, layout='constrained')
+    axes = figure.add_subplot()
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.grid(color=_FAINT, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=10, colors=_INK)
     at_random, spread = column['random_ap'], column['random_std']
     axes.fill_between(
         column['gflops'],
@@ -66,32 +72,23 @@ def trade_off_figure(rows: Sequence[Mapping]) -> Figure:
                 label=f'exit {exit} for all images',
             )
     axes.margins(x=0.07, y=0.12)
-    axes.set(xlabel='GFLOPs per image', ylabel='AP (%)')
+    axes.set_xlabel('GFLOPs per image', fontsize=11, color=_INK)
+    axes.set_ylabel('AP (%)', fontsize=11, color=_INK)
     axes.legend(fontsize=9, frameon=False, loc='lower right')
-    _add_latency_axis(axes, rows)
+    _add_latency_axis(axes, column['gflops'], 1000 * column['latency'])
     return figure
 
 
-def _add_latency_axis(axes: Axes, rows: Sequence[Mapping]) -> None:
-    """Both costs are linear in the hard share, so that one axis is the other, rescaled."""
-    (x0, ms0), (x1, ms1) = [(row['gflops'], 1000 * row['latency']) for row in (rows[0], rows[-1])]
-    if x0 == x1:
+def _add_latency_axis(axes: Axes, gflops: np.ndarray, milliseconds: np.ndarray) -> None:
+    """GFLOPs rescaled. Left out where images of several sizes bend latency over GFLOPs."""
+    if gflops[0] == gflops[-1]:
+        return
+    slope = (milliseconds[-1] - milliseconds[0]) / (gflops[-1] - gflops[0])
+    line = milliseconds[0] + slope * (gflops - gflops[0])
+    if not np.allclose(line, milliseconds, rtol=0, atol=_BENT * np.ptp(milliseconds)):
         return
     above = axes.twiny()
-    above.set_xlim([ms0 + (x - x0) / (x1 - x0) * (ms1 - ms0) for x in axes.get_xlim()])
+    above.set_xlim([milliseconds[0] + slope * (x - gflops[0]) for x in axes.get_xlim()])
     above.set_xlabel('latency (ms per image)', fontsize=11, color=_INK)
     above.tick_params(labelsize=10, colors=_INK)
     above.spines[['right']].set_visible(False)
-
-
-def _figure(height: float) -> tuple:
-    """A figure with one set of axes, in the report's look."""
-    figure = Figure((_WIDTH, height), dpi=_DPI, layout='constrained')
-    axes = figure.add_subplot()
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.grid(color=_FAINT, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=10, colors=_INK)
-    axes.xaxis.label.set(fontsize=11, color=_INK)
-    axes.yaxis.label.set(fontsize=11, color=_INK)
-    return figure, axes
