@@ -83,6 +83,8 @@ def main() -> None:
         checkpoint,
         '--out-dir',
         args.report,
+        '--view',
+        'shift',
     )
     print(f'\nAll in {(time.monotonic() - start) / 60:.1f} minutes. Open {args.report}/report.html')
 

@@ -1,32 +1,32 @@
-"""Show what a dynamic detector gains: a table, and a page with the trade-off curve against random
-routing, the difficulties, the easiest and hardest images, and both exits' AP by size.
+"""Show what a dynamic detector gains: record every image through every exit, as tools/record.py
+does, and analyze the record, as tools/analyze_routing.py does, with the thresholds of the
+checkpoint's calibration.
 
-One pass over the test set runs every image through both exits; every mix of the two follows from
-it.
+Prints tables and a diagnosis; writes report.html, the page, report.json, its numbers, trade_off.png
+and record.npz.
 """
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 
 from mmengine.device import get_device
 
 from dynamicdet import cli
-from dynamicdet.building import build_loader, load_dynamic_detector, require_dynamic
-from dynamicdet.datasets.config_datasets import require_one_coco
-from dynamicdet.measuring.calibration import measure_gflops, passed, provenance, record_exits
-from dynamicdet.measuring.latencies import measure_latencies
-from dynamicdet.reports.analysis import pair_of
-from dynamicdet.reports.report import (
-    BY_CALIBRATION,
-    BY_QUANTILE,
-    format_table,
-    misses,
-    write_report,
+from dynamicdet.building import load_dynamic_detector, require_dynamic
+from dynamicdet.files import write_atomically
+from dynamicdet.measuring.recording import (
+    VIEWS,
+    build_record_loader,
+    record_data_set,
+    require_recordable,
 )
-from dynamicdet.routing.curve import Chance, by_calibration, trade_off
-from dynamicdet.routing.evaluation import Mixtures, check_record, read_truth
+from dynamicdet.models.weights import exits_digest
+from dynamicdet.reports.analysis import analyze, format_analysis, pair_of, write_analysis
+from dynamicdet.reports.analysis_text import misses
+from dynamicdet.reports.figures import png, trade_off_figure
+from dynamicdet.routing.evaluation import read_truth
+from dynamicdet.routing.record import write_record
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,6 +40,13 @@ def parse_args() -> argparse.Namespace:
         '--split', choices=['val', 'test'], default='test', help='data: test by default'
     )
     parser.add_argument('--device', default=get_device(), help='device whose latencies count')
+    parser.add_argument(
+        '--view',
+        choices=[*VIEWS, 'none'],
+        default='flip',
+        help='second view of each image, for the honest oracle: flip by default; shift, for what '
+        'has no mirror image, such as digits; or none, in about two thirds of the time',
+    )
     return parser.parse_args()
 
 
@@ -49,41 +56,32 @@ def main() -> None:
     cli.prepare()
     cfg = cli.load_config(args)
     require_dynamic(cfg)
-    cli.require_settings(cfg, f'{args.split}_dataloader')
+    require_recordable(cfg, args.split)
+    cli.check_settings(cfg, args.split)
     cli.require_device(args.device)
-    dataset = require_one_coco(cfg, args.split, 'a report is made')
+    out_dir = Path(args.out_dir or Path(cfg.work_dir) / 'report')
+    cli.make_folder(str(out_dir))
+    model, checkpoint = load_dynamic_detector(cfg, args.checkpoint, args.device)
+    digest = exits_digest(checkpoint['state_dict'])
     cli.check_data(cfg, args.split, files=not args.no_data_check)
-    model, _ = load_dynamic_detector(cfg, args.checkpoint, args.device)
-    loader = build_loader(dict(cfg[f'{args.split}_dataloader'], dataset=dataset))
-    record = dataclasses.replace(
-        record_exits(model, loader, cli.progress),
-        gflops=measure_gflops(model, loader.dataset),
-        latencies=measure_latencies(model, loader.dataset, cli.progress),
-        provenance=dict(
-            provenance(cfg, args.checkpoint, loader.dataset, args.device), **passed(model, loader)
-        ),
+    loader = build_record_loader(cfg, args.split)
+    record = record_data_set(
+        model, cfg, loader, cli.progress, view=args.view, checkpoint=args.checkpoint
     )
-    if model.num_exits > 2:
-        # The page is about two: where easy and where hard images leave.
-        record = pair_of(record)
+    record.provenance['exits_digest'] = digest
+    write_record(record, out_dir / 'record.npz')
+    record = pair_of(record)
     coco = read_truth(loader.dataset.ann_file, loader.dataset.cat_ids)
-    check_record(record, coco)
-    chance = Chance(Mixtures(record, coco))
-    rows = trade_off(record, coco, progress=cli.counter('evaluations'), chance=chance)
-    difficulties = model.difficulties.tolist()
-    calibrated = by_calibration(record, chance, difficulties) if difficulties else []
-    page = write_report(
-        record, coco, args.out_dir or Path(cfg.work_dir) / 'report', rows, calibrated=calibrated
+    analysis = analyze(
+        record,
+        coco,
+        say=lambda what: print(f'{what} ...', file=sys.stderr, flush=True),
+        calibration=model.difficulties.tolist(),
     )
-    print(f'{BY_QUANTILE}\n\n{format_table(rows)}')
-    if calibrated:
-        print(f'\n{BY_CALIBRATION}\n\n{format_table(calibrated, calibrated=True)}')
-    else:
-        print(
-            '\nThe checkpoint is not calibrated: there is no threshold to serve a hard share by '
-            '(tools/calibrate.py)'
-        )
-    for miss in misses(calibrated):
+    write_atomically(png(trade_off_figure(analysis['rows'])), out_dir / 'trade_off.png')
+    page = write_analysis(record, coco, analysis, out_dir, name='report')
+    print(format_analysis(analysis))
+    for miss in misses(analysis['calibrated']):
         print(f'warning: {miss}', file=sys.stderr)
     print(f'\nThe same with pictures: {page}')
 

@@ -309,7 +309,7 @@ def test_old_records_say_less(perfect, coco):
         'features' in found['left_out']['ridge']
         and 'record anew' in found['left_out']['detections']
     )
-    assert found['peers'] == {} and found['transfer'] is None
+    assert found['peers'] == {} and found['calibrated'] == []
     assert [one['name'] for one in found['correlations']] == ['per-image AP gained']
     assert found['curves']['router'][3]['low'] is None
     assert format_analysis(found)
@@ -338,9 +338,9 @@ def test_correlations_and_transfer(analysis):
     assert found['per-image AP gained']['value'] > 0.8
     assert found['number of objects']['value'] > 0.8
     assert abs(found['entropy of the image']['value']) < 0.5
-    for row in analysis['transfer']:
-        assert row['test_share'] == row['val_share'] == pytest.approx(row['share'])
-        assert row['ap'] == row['own_ap']
+    for row, own in zip(analysis['calibrated'], analysis['rows'], strict=True):
+        assert row['hard_share'] == own['hard_share'] == pytest.approx(row['share'])
+        assert row['ap'] == own['ap']
 
 
 def test_it_can_be_written_as_json(analysis):

@@ -7,7 +7,7 @@ from routing_cases import BOX, found, ground_truth, make_record, random_case
 
 from conftest import rebuilt
 from dynamicdet.errors import UsageError
-from dynamicdet.routing.curve import Chance
+from dynamicdet.routing.curve import Chance, by_calibration, trade_off
 from dynamicdet.routing.evaluation import Mixtures, evaluate, mix
 from dynamicdet.routing.strata import (
     OBJECTS,
@@ -16,8 +16,8 @@ from dynamicdet.routing.strata import (
     by_objects,
     by_size,
     rank_correlations,
-    threshold_transfer,
 )
+from dynamicdet.routing.thresholds import hard_share
 
 LARGE = [50, 50, 120, 120]
 
@@ -119,24 +119,27 @@ def test_rank_correlations():
     assert json.loads(json.dumps(found)) == found
 
 
-def test_threshold_transfer(counted):
+def test_thresholds_of_other_images(counted):
     coco, record = counted
-    test = [image['difficulty'] for image in record]
-    # Validation images are easier: at its median, 1/4, six of the eight test images are hard.
-    rows = threshold_transfer(
-        np.array(test) / 2, test, Chance(Mixtures(record, coco), resamples=0), shares=(0, 0.5, 1)
-    )
+    test = np.array([image['difficulty'] for image in record])
+    chance = Chance(Mixtures(record, coco), resamples=0)
+    # The calibration's images are easier: at its median, 1/4, six of the eight test images are
+    # hard.
+    rows = by_calibration(record, chance, test / 2, shares=(0, 0.5, 1))
     none, half, all_hard = rows
-    assert (none['val_share'], none['test_share'], none['threshold']) == (0, 0, 1)
-    assert (all_hard['val_share'], all_hard['test_share'], all_hard['threshold']) == (1, 1, -1)
+    for row, own, threshold in ((none, 0, 1), (all_hard, 1, -1)):
+        assert (hard_share(test / 2, row['threshold']), row['hard_share']) == (own, own)
+        assert row['threshold'] == threshold
+        # Forced thresholds serve all or none: nothing is left to chance.
+        assert (row['chance_low'], row['chance_high']) == (own, own)
     assert half['threshold'] == pytest.approx(1.75 / 7, abs=1e-6)
-    assert (half['val_share'], half['test_share']) == (0.5, 0.75)
+    assert (hard_share(test / 2, half['threshold']), half['hard_share']) == (0.5, 0.75)
+    assert half['chance_low'] < 0.5 < half['chance_high']
     # All images with more than three objects are among either's hard ones.
-    assert half['ap'] == half['own_ap'] == pytest.approx(100)
+    (own,) = trade_off(record, coco, shares=[0.5], chance=chance)
+    assert half['ap'] == own['ap'] == pytest.approx(100)
     # Harder ones: threshold 0.9, only the image of 12 is hard. 18 of 39 objects: 47 of 101 recalls.
-    (high,) = threshold_transfer(
-        [0.8, 1.0], test, Chance(Mixtures(record, coco), resamples=0), [0.5]
-    )
-    assert (high['val_share'], high['test_share']) == (0.5, 0.125)
-    assert (high['ap'], high['own_ap']) == pytest.approx((100 * 47 / 101, 100))
+    (high,) = by_calibration(record, chance, [0.8, 1.0], [0.5])
+    assert (hard_share([0.8, 1.0], high['threshold']), high['hard_share']) == (0.5, 0.125)
+    assert (high['ap'], own['ap']) == pytest.approx((100 * 47 / 101, 100))
     assert json.loads(json.dumps(rows)) == rows

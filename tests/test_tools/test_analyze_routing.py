@@ -125,7 +125,7 @@ def test_from_a_checkpoint_to_a_page(recorded, capsys):
     assert f'The same with pictures: {page}' in said.out and 'Diagnosis' in said.out
     assert 'the curve and random routing ...' in said.err
     analysis = json.loads((page.parent / 'routing.json').read_text())
-    assert analysis['images'] == 6 and len(analysis['transfer']) == 11
+    assert analysis['images'] == 6 and len(analysis['calibrated']) == 11
     assert page.stat().st_size < 3e6
 
 

@@ -5,11 +5,13 @@ import io
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from test_analyze_routing import call, write_checkpoint
 
 from conftest import ROOT, shrink_options
+from dynamicdet.reports.analysis_text import BY_CALIBRATION, BY_QUANTILE
 from dynamicdet.routing.evaluation import Mixtures, read_truth
 from dynamicdet.routing.record import read_record
 
@@ -99,5 +101,13 @@ def test_tools_run_through_a_mutant_to_the_ap_of_the_good_file(digits, tmp_path)
         [mixtures.ap([exit] * 6) for exit in range(2)]
     )
     run('calibrate.py', root, tmp_path / 'random.pth')
-    run('report.py', root, tmp_path / 'random.pth', '--out-dir', tmp_path / 'report')
-    assert (tmp_path / 'report/report.html').stat().st_size
+    said = run('report.py', root, tmp_path / 'random.pth', '--out-dir', tmp_path / 'report')
+    assert BY_CALIBRATION in (tmp_path / 'report/report.html').read_text()
+    assert BY_CALIBRATION in said and BY_QUANTILE in said
+    found = json.loads((tmp_path / 'report/report.json').read_text())
+    assert [one['ap'] for one in found['ends']] == [one['ap'] for one in ends]
+    assert 'honest' in found['curves'] and len(found['calibrated']) == len(found['rows']) == 11
+    # What it recorded can be analyzed again.
+    assert (tmp_path / 'report/trade_off.png').stat().st_size
+    again = read_record(tmp_path / 'report/record.npz')
+    np.testing.assert_array_equal(again.difficulty, record.difficulty)

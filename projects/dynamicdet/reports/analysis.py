@@ -10,24 +10,17 @@ from pycocotools.coco import COCO
 
 from ..errors import UsageError
 from ..files import write_atomically
-from ..routing.curve import Chance, difficulties_of, trade_off
+from ..routing.curve import Chance, by_calibration, difficulties_of, trade_off
 from ..routing.diagnosis import diagnose
 from ..routing.evaluation import AREAS, Mixtures, check_record, check_truth
 from ..routing.record import RoutingRecord, require
-from ..routing.strata import (
-    benefits,
-    by_difficulty,
-    by_objects,
-    by_size,
-    rank_correlations,
-    threshold_transfer,
-)
+from ..routing.strata import benefits, by_difficulty, by_objects, by_size, rank_correlations
 from . import analysis_curves as curves
 from . import analysis_estimates as estimates
 from .analysis_curves import Validation
 from .analysis_gallery import make_gallery
-from .analysis_page import make_page
 from .analysis_text import format_analysis
+from .page import make_page
 
 __all__ = ['analyze', 'format_analysis', 'pair_of', 'write_analysis']
 
@@ -71,13 +64,15 @@ def analyze(
     seed: int = 0,
     training: RoutingRecord | None = None,
     say: Callable[[str], None] = lambda what: None,
+    calibration: Sequence[float] = (),
 ) -> dict:
     """What routing between two exits is worth, where, and against whom.
 
     Args:
         record (RoutingRecord): Of two exits; see `pair_of`. Without ``view`` there is no honest
             oracle and no efficacy, without ``losses`` or ``objects`` less to correlate with.
-        coco (COCO): Its ground truth.
+        coco (COCO): Its ground truth. Where all image entries have a ``difficulty``, as those of
+            the built-in data, the router's is correlated with it.
         validation (tuple, optional): Record of the validation set by the same detector, of the same
             exits, and its ground truth: thresholds are chosen on it and tried on ``record``, and
             peers that learn learn from it. Defaults to None.
@@ -86,12 +81,17 @@ def analyze(
         training (RoutingRecord, optional): Record of images that the detectors were trained on, for
             the diagnosis: whether the loss difference says the same there. Defaults to None.
         say (Callable): Called with what is done next.
+        calibration (Sequence[float]): Difficulties of the calibration's images, (m,), whose
+            thresholds are tried on ``record``. Defaults to those of ``validation``, if there is
+            one.
 
     Returns:
         dict: Numbers, strings, lists and dictionaries, as JSON has them:
 
         * ``images``, their number; ``ends``: per exit ``exit``, ``ap``, ``ap50``, ``gflops``,
           ``latency``.
+        * ``rows`` of `routing.curve.trade_off`: budgets by the record's own quantiles; and
+          ``calibrated``, rows of `routing.curve.by_calibration`, none without a calibration.
         * ``curves``: of ``router``, ``random``, ``honest`` (oracle) and ``oracle``; and
           ``thresholds``, the router's at all percents of hard images: see `analysis_curves`.
         * ``merit``: list of ``name``, ``value``, ``low``, ``high``, ``meaning``.
@@ -101,9 +101,7 @@ def analyze(
         * ``certificate``: of the oracle's program; see `analysis_curves.certificate`.
         * ``strata``: tables of ``title``, ``name``, ``counts`` and ``rows`` of ``name``, ``count``,
           ``aps``.
-        * ``correlations``, like ``merit``; ``transfer``, rows of
-          `routing.strata.threshold_transfer`, None without ``validation``.
-        * ``diagnosis``: sentences; ``provenance``: the record's.
+        * ``correlations``, like ``merit``; ``diagnosis``: sentences; ``provenance``: the record's.
 
     Raises:
         UsageError: If the record does not fit ``coco`` or has not two exits, or its images have no
@@ -128,6 +126,8 @@ def analyze(
     oracles = curves.oracles(record, coco, chance.mixtures, seed)
     drawn = {name: curves.curve_of(record, chance, choices) for name, choices in oracles.items()}
     merit = curves.merit(chance, scores, rows, oracles.get('honest'))
+    if validation and not len(calibration):
+        calibration = difficulties_of(validation[0])
     say('peers')
     gained = benefits(record, chance.mixtures)
     peers, left_out = curves.score_peers(record, validation, gained, seed)
@@ -136,10 +136,12 @@ def analyze(
         for name, own in peers.items()
     }
     say('strata and correlations')
-    correlations = _correlations(record, scores, gained, bootstrap, seed)
+    correlations = _correlations(record, coco, scores, gained, bootstrap, seed)
     analysis = dict(
         images=len(record),
         ends=_ends(record, rows),
+        rows=rows,
+        calibrated=by_calibration(record, chance, calibration) if len(calibration) else [],
         curves=dict(
             router=curves.router_curve(rows), random=curves.random_curve(record, rows), **drawn
         ),
@@ -151,9 +153,6 @@ def analyze(
         certificate=curves.certificate(record, curves.image_values(record, coco, chance.mixtures)),
         strata=_strata(record, coco, chance.mixtures, scores),
         correlations=list(correlations.values()),
-        transfer=threshold_transfer(difficulties_of(validation[0]), scores, chance)
-        if validation
-        else None,
         provenance=dict(record.provenance),
     )
     say('diagnosis')
@@ -181,8 +180,8 @@ def analyze(
             train=estimates.share_gaining(training, bootstrap, seed),
             held_out=estimates.share_gaining(record, bootstrap, seed),
         )
-    if validation:
-        figures['transfer'] = estimates.transfer(difficulties_of(validation[0]), scores, chance)
+    if len(calibration):
+        figures['transfer'] = estimates.transfer(np.asarray(calibration), scores, chance)
     return _plain(dict(analysis, diagnosis=diagnose(figures)))
 
 
@@ -204,6 +203,7 @@ def write_analysis(
     analysis: Mapping,
     out_dir: str | Path,
     title: str = 'What routing is worth',
+    name: str = 'routing',
 ) -> Path:
     """Write ``routing.html``, self-contained, and ``routing.json``.
 
@@ -213,14 +213,15 @@ def write_analysis(
         analysis (Mapping): As `analyze` gives it.
         out_dir (str or Path): Where to; made if absent. What is there is replaced, the page last.
         title (str): Of the page.
+        name (str): Of both files. Defaults to 'routing'.
 
     Returns:
         Path: The page.
     """
-    page = make_page(title, analysis, make_gallery(record, coco))
-    write_atomically(json.dumps(analysis, indent=1).encode(), Path(out_dir) / 'routing.json')
-    write_atomically(page.encode(), Path(out_dir) / 'routing.html')
-    return Path(out_dir) / 'routing.html'
+    page, path = make_page(title, analysis, make_gallery(record, coco)), Path(out_dir) / name
+    write_atomically(json.dumps(analysis, indent=1).encode(), path.with_suffix('.json'))
+    write_atomically(page.encode(), path.with_suffix('.html'))
+    return path.with_suffix('.html')
 
 
 def _ends(record: RoutingRecord, rows: Sequence[Mapping]) -> list[dict]:
@@ -300,11 +301,16 @@ _BENEFITS = dict(
     loss_objects=('loss saved x objects', 'The same, summed over objects, which is how AP counts.'),
     objects=('number of objects', 'Annotated ones.'),
     entropy=('entropy of the image', 'Of its gray levels.'),
+    difficulty=(
+        'difficulty in the annotation file',
+        'That the image was made with; the router never sees it.',
+    ),
 )
 
 
 def _correlations(
     record: RoutingRecord,
+    coco: COCO,
     scores: np.ndarray,
     gained: Mapping[str, np.ndarray],
     bootstrap: int,
@@ -315,6 +321,9 @@ def _correlations(
         for name in ('objects', 'entropy')
         if record.column(name) is not None
     }
+    entries = coco.loadImgs(record.ids.tolist())
+    if all('difficulty' in entry for entry in entries):
+        others['difficulty'] = np.array([entry['difficulty'] for entry in entries], float)
     found = rank_correlations(scores, {**gained, **others}, bootstrap, seed)
     return {
         name: dict(

@@ -1,17 +1,31 @@
-"""Which images the routing page shows: the easiest, the hardest, and those routed the wrong way."""
+"""Which images the page shows, the easiest, the hardest, and those routed the wrong way; and what
+is drawn of each: boxes of both exits, as vectors over one JPEG."""
 
-from collections.abc import Mapping
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 
 from ..routing.curve import difficulties_of, split
 from ..routing.evaluation import Mixtures
 from ..routing.record import RoutingRecord
-from .analysis_pictures import file_name, picture_groups, picture_pair
+from .figures import EXIT_COLORS
 
 #: Images of each kind.
 _COUNT = 4
+#: Boxes below this score are not drawn.
+MIN_SCORE = 0.3
+#: Longest side of a picture that is kept in the page, pixels, and its JPEG quality: about 15 KB
+#: each.
+_SIDE, _QUALITY = 360, 72
+#: Longest side of the frame that boxes are drawn in: letters stay legible on small images.
+_FRAME = 320
+#: Height of a label's letters in that frame.
+LETTERS = 15
 
 
 def choose_images(
@@ -58,40 +72,105 @@ _GROUPS = dict(
 )
 
 
-def make_gallery(record: RoutingRecord, coco: COCO) -> str:
-    """The gallery of a record of two exits, as HTML.
+def make_gallery(record: RoutingRecord, coco: COCO) -> list[dict]:
+    """The gallery of a record of two exits.
 
     Args:
         record (RoutingRecord): See `routing.record`.
         coco (COCO): Its ground truth.
+
+    Returns:
+        list[dict]: Per kind of images ``title``, ``meaning`` and ``pictures``, as `show_image`
+            gives them, with ``id``, unique in the page, and ``caption``.
     """
     image_ap = Mixtures(record, coco).image_ap()
     names = {category['id']: category['name'] for category in coco.cats.values()}
-    chosen = choose_images(difficulties_of(record), image_ap)
     numbers = str(record.provenance.get('exits', '0 and 1')).split(' and ')
     groups = []
-    for kind, indices in chosen.items():
-        pictures = [
-            _picture(record[int(index)], image_ap[:, index], coco, names, numbers, f'{kind}{place}')
-            for place, index in enumerate(indices)
-        ]
-        groups.append((*_GROUPS[kind], pictures))
-    return picture_groups(groups)
+    for kind, indices in choose_images(difficulties_of(record), image_ap).items():
+        pictures = []
+        for place, index in enumerate(indices):
+            image, aps = record[int(index)], image_ap[:, index]
+            found = coco.loadAnns(coco.getAnnIds(imgIds=[image['id']], iscrowd=False))
+            caption = (
+                f'{Path(image["file"]).name}: difficulty {image["difficulty"]:.3f}; AP of this '
+                f'image {aps[0]:.0f} by exit {numbers[0]}, {aps[1]:.0f} by exit {numbers[1]}'
+            )
+            shown = show_image(image, numbers, [one['bbox'] for one in found], names)
+            pictures.append(dict(shown, id=f'{kind}{place}', caption=caption))
+        title, meaning = _GROUPS[kind]
+        groups.append(dict(title=title, meaning=meaning, pictures=pictures))
+    return groups
 
 
-def _picture(
+def show_image(
     image: Mapping,
-    aps: np.ndarray,
-    coco: COCO,
+    exits: Sequence[str],
+    objects: Sequence[Sequence[float]],
     names: Mapping[int, str],
-    numbers: list[str],
-    name: str,
-) -> str:
-    objects = [
-        one['bbox'] for one in coco.loadAnns(coco.getAnnIds(imgIds=[image['id']], iscrowd=False))
-    ]
-    caption = (
-        f'{file_name(image)}: difficulty {image["difficulty"]:.3f}; AP of this image {aps[0]:.0f} '
-        f'by exit {numbers[0]}, {aps[1]:.0f} by exit {numbers[1]}'
+) -> dict:
+    """An image as it is drawn twice, side by side: with the boxes of a cheap and of a dear exit.
+
+    Args:
+        image (Mapping): Entry of a record of two exits.
+        exits (Sequence[str]): What the two exits are called.
+        objects (Sequence[Sequence[float]]): Annotated boxes, (x, y, w, h), pixels.
+        names (Mapping[int, str]): Category id -> name.
+
+    Returns:
+        dict: ``source``, the pixels as a data URL, None where they cannot be read; ``width`` and
+            ``height`` of the frame, ``objects`` in it, and ``sides``: per exit ``label``, ``color``
+            and ``boxes`` of ``box``, ``label``, ``label_box`` and ``baseline`` of its letters.
+    """
+    pixels = _read(image['file'])
+    if pixels is None:
+        return dict(source=None)
+    scale = _FRAME / max(pixels.size)
+    width, height = (scale * side for side in pixels.size)
+    sides = []
+    for detections, exit, color in zip(image['detections'], exits, EXIT_COLORS):
+        found = [one for one in detections if one['score'] >= MIN_SCORE]
+        found.sort(key=lambda one: one['score'])
+        label = f'Exit {exit}: {len(found)} {"box" if len(found) == 1 else "boxes"}'
+        boxes = [_labeled(one, scale, width, names) for one in found]
+        sides.append(dict(label=label, color=color, boxes=boxes))
+    return dict(
+        source=f'data:image/jpeg;base64,{base64.b64encode(_jpeg(pixels)).decode()}',
+        width=width,
+        height=height,
+        objects=[_scaled(box, scale) for box in objects],
+        sides=sides,
     )
-    return picture_pair(image, numbers, objects, names, name, caption)
+
+
+def _read(path: str) -> Image.Image | None:
+    try:
+        # Boxes are in the frame that mmcv reads, turned as the camera says.
+        with Image.open(path) as file:
+            return ImageOps.exif_transpose(file).convert('RGB')
+    except (OSError, SyntaxError):  # Pillow's word for some broken files is the latter.
+        return None
+
+
+def _jpeg(pixels: Image.Image) -> bytes:
+    small = pixels.copy()
+    small.thumbnail((_SIDE, _SIDE))
+    buffer = io.BytesIO()
+    small.save(buffer, 'JPEG', quality=_QUALITY, optimize=True)
+    return buffer.getvalue()
+
+
+def _scaled(box: Sequence[float], scale: float) -> list[float]:
+    return [scale * side for side in box]
+
+
+def _labeled(detection: Mapping, scale: float, width: float, names: Mapping[int, str]) -> dict:
+    """A box with its class and score: above it, or inside where that would leave the picture."""
+    x, y, *_ = box = _scaled(detection['bbox'], scale)
+    category = detection['category_id']
+    label = f'{names.get(category, category)} {detection["score"]:.2f}'
+    long = 0.56 * LETTERS * len(label) + 4
+    left = max(0.0, min(x, width - long))
+    top = y - LETTERS - 2 if y > LETTERS + 2 else max(0.0, y)
+    label_box = (left, top, long, LETTERS + 2)
+    return dict(box=box, label=label, label_box=label_box, baseline=top + LETTERS - 1)

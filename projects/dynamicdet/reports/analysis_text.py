@@ -1,6 +1,133 @@
-"""The analysis on a terminal: plain tables."""
+"""The analysis in words and in plain tables, for the page and for a terminal."""
 
 from collections.abc import Mapping, Sequence
+
+from ..routing.curve import gain_over_random
+
+#: Titles of the tables of budgets.
+BY_QUANTILE = "By this set's quantile: thresholds that give these images the hard share"
+BY_CALIBRATION = 'By the calibrated threshold: what is served when the hard share is asked for'
+
+NOT_CALIBRATED = (
+    'No calibrated threshold was tried: the checkpoint is not calibrated (tools/calibrate.py), or '
+    'no record of the validation set was given (--val-record).'
+)
+
+
+def end_names(analysis: Mapping) -> list[str]:
+    """What the two exits are called."""
+    return [f'exit {end["exit"]}' for end in analysis['ends']]
+
+
+def share_cell(row: Mapping) -> str:
+    """The hard share of a row, and the one that was asked for where it is another."""
+    asked, got = f'{row["share"]:.0%}', f'{row["hard_share"]:.0%}'
+    return got if got == asked else f'{got} (asked {asked})'
+
+
+def calibrated_table(rows: Sequence[Mapping]) -> list[list[str]]:
+    """What calibrated thresholds serve: a heading, and a line of cells per row.
+
+    Args:
+        rows (Sequence[Mapping]): As `routing.curve.by_calibration` gives them.
+    """
+    lines = ['wanted,threshold,served,chance explains,AP,AP50,GFLOPs,ms'.split(',')]
+    for row in rows:
+        span = f'{row["chance_low"]:.1%} to {row["chance_high"]:.1%}'
+        cells = [
+            f'{row["share"]:.0%}',
+            f'{row["threshold"]:.4f}',
+            f'{row["hard_share"]:.1%}',
+            f'{span} !' if is_missed(row) else span,
+            f'{row["ap"]:.2f}',
+            f'{row["ap50"]:.2f}',
+            f'{row["gflops"]:.2f}',
+            f'{1000 * row["latency"]:.1f}',
+        ]
+        lines.append(cells)
+    return lines
+
+
+def is_missed(row: Mapping) -> bool:
+    """Whether more than chance parts the hard share that a calibrated threshold serves from the
+    wanted one."""
+    return not row['chance_low'] <= row['hard_share'] <= row['chance_high']
+
+
+def sentences(analysis: Mapping) -> list[str]:
+    """What the budgets' numbers say, in plain words, whichever way they fall.
+
+    Args:
+        analysis (Mapping): As `analysis.analyze` gives it; ``images``, ``ends`` and ``rows`` are
+            read.
+    """
+    rows = analysis['rows']
+    (first, cheap), (last, dear) = ((end['ap'], end['gflops']) for end in analysis['ends'])
+    easy, hard = end_names(analysis)
+    said = f'better than {easy} by {last - first:.2f} AP'
+    if last <= first:
+        said = f'NOT better than {easy}'
+    told = [
+        f'On {analysis["images"]:,} images, {hard} is {said} ({last:.2f} against {first:.2f}), '
+        f'for {dear:.2f} GFLOPs per image instead of {cheap:.2f}.'
+    ]
+    middle = min(rows, key=lambda row: abs(row['hard_share'] - 0.5))
+    if not 0 < middle['hard_share'] < 1:
+        return told + [
+            'The router cannot be judged: no row of the table lies between none and all hard. Too '
+            'many images have the same difficulty.'
+        ]
+    told.append(_verdict(middle))
+    gain = gain_over_random(rows)
+    told.append(f'Over all shares between the ends, it {_gains(gain["mean"])} on average.')
+    if gain['half'] is not None and last > first:
+        side = 'above' if gain['half'] >= 0 else 'below'
+        told.append(
+            f'At half hard, its AP is {side} the straight line between the exits by '
+            f'{abs(gain["half"]):.0%} of their difference.'
+        )
+    return told
+
+
+def misses(calibrated: Sequence[Mapping]) -> list[str]:
+    """A sentence on the hard share that calibrated thresholds miss most, if they miss any by more
+    than chance.
+
+    Args:
+        calibrated (Sequence[Mapping]): As `routing.curve.by_calibration` gives them.
+    """
+    missed = [row for row in calibrated if is_missed(row)]
+    if not missed:
+        return []
+    worst = max(missed, key=lambda row: abs(row['hard_share'] - row['share']))
+    return [
+        f'The calibrated threshold for {worst["share"]:.0%} hard sends {worst["hard_share"]:.1%} '
+        f'of these images on, where chance explains {worst["chance_low"]:.1%} to '
+        f'{worst["chance_high"]:.1%}: they differ from those of the calibration. Calibrate on '
+        'images like these, or hold the budget online.'
+    ]
+
+
+def _verdict(row: Mapping) -> str:
+    gain, spread = row['ap'] - row['random_ap'], row['random_std']
+    where = 'half' if round(row['hard_share'], 2) == 0.5 else f'{row["hard_share"]:.0%}'
+    head = f'With {where} of the images hard, the router'
+    known = f'(standard deviation of random routing {spread:.2f}'
+    if row['gain_low'] is not None:
+        known += f'; 95 % interval of the gain {row["gain_low"]:+.2f} to {row["gain_high"]:+.2f}'
+    known += ')'
+    gained = f'{head} {_gains(gain)} over random routing'
+    if gain <= 0:
+        return f'{head} does NOT gain over random routing: it {_gains(gain)} {known}.'
+    if gain <= spread:
+        return f'{gained}, which is within one standard deviation {known}: it may well be chance.'
+    if gain <= 2 * spread:
+        return f'{gained}, which is within two standard deviations {known}: it may be chance.'
+    return f'{gained}, more than two standard deviations {known}.'
+
+
+def _gains(gain: float) -> str:
+    return f'{"gains" if gain >= 0 else "loses"} {abs(gain):.2f} AP'
 
 
 def format_analysis(analysis: Mapping) -> str:
@@ -10,8 +137,9 @@ def format_analysis(analysis: Mapping) -> str:
         analysis (Mapping): As `analysis.analyze` gives it.
     """
     parts = [
-        _heading('The trade-off'),
+        _heading(BY_QUANTILE),
         _trade_off(analysis['curves']),
+        *_calibrated(analysis['calibrated']),
         _heading('Figures of merit'),
         _named(analysis['merit']),
     ]
@@ -20,14 +148,9 @@ def format_analysis(analysis: Mapping) -> str:
     for table in analysis['strata']:
         parts += [
             _heading(f'AP of each exit {_lower(table["title"])}'),
-            _stratum(table, analysis['ends']),
+            _stratum(table, end_names(analysis)),
         ]
     parts += [_heading('Rank correlation of difficulty with'), _named(analysis['correlations'])]
-    if analysis['transfer']:
-        parts += [
-            _heading('Thresholds chosen on the validation set'),
-            _transfer(analysis['transfer']),
-        ]
     parts += [_heading('Diagnosis'), '\n'.join(f'- {line}' for line in analysis['diagnosis'])]
     return '\n'.join(parts)
 
@@ -70,7 +193,7 @@ def _trade_off(curves: Mapping) -> str:
     for at, row in enumerate(curves['router']):
         lines.append(
             [
-                f'{row["hard_share"]:.0%}',
+                share_cell(row),
                 f'{row["threshold"]:.4f}',
                 f'{row["ap"]:.2f}',
                 _span(row, '.2f'),
@@ -80,6 +203,12 @@ def _trade_off(curves: Mapping) -> str:
             ]
         )
     return _table(lines)
+
+
+def _calibrated(rows: Sequence[Mapping]) -> list[str]:
+    if not rows:
+        return [f'\n{NOT_CALIBRATED}']
+    return [_heading(BY_CALIBRATION), _table(calibrated_table(rows))]
 
 
 def _span(one: Mapping, form: str) -> str:
@@ -109,24 +238,9 @@ def _number(value: float | None) -> str:
     return '-' if value is None else f'{value:.1f}'
 
 
-def _stratum(table: Mapping, ends: Sequence[Mapping]) -> str:
-    lines = [[table['name'], table['counts'], *(f'exit {end["exit"]}' for end in ends), 'gain']]
+def _stratum(table: Mapping, ends: Sequence[str]) -> str:
+    lines = [[table['name'], table['counts'], *ends, 'gain']]
     for row in table['rows']:
         gain = '-' if None in row['aps'] else f'{row["aps"][1] - row["aps"][0]:+.1f}'
         lines.append([row['name'], str(row['count']), *map(_number, row['aps']), gain])
-    return _table(lines)
-
-
-def _transfer(rows: Sequence[Mapping]) -> str:
-    lines = [['wanted', 'threshold', 'hard here', 'AP here', 'AP at own threshold']]
-    lines += [
-        [
-            f'{row["share"]:.0%}',
-            f'{row["threshold"]:.4f}',
-            f'{row["test_share"]:.1%}',
-            f'{row["ap"]:.2f}',
-            f'{row["own_ap"]:.2f}',
-        ]
-        for row in rows
-    ]
     return _table(lines)

@@ -14,7 +14,7 @@ from ..errors import UsageError
 from .evaluation import AREAS, Mixtures, check_record, difficulties_of, evaluate, mix
 from .record import RoutingRecord
 from .served import chance_interval
-from .thresholds import threshold_for_share
+from .thresholds import ALL_EASY, ALL_HARD, threshold_for_share
 
 __all__ = [
     'AREAS',
@@ -285,7 +285,7 @@ def by_calibration(
 ) -> list[dict]:
     """AP and cost at several hard shares by the thresholds that a calibration gives for them, on
     images which it may not have seen: what is served, where `trade_off` takes the quantiles of the
-        record itself.
+    record itself.
 
     Args:
         record (RoutingRecord): See `record`.
@@ -296,20 +296,23 @@ def by_calibration(
     Returns:
         list[dict]: Per share ``share``, ``threshold``, ``hard_share`` that is served,
             ``chance_low`` and ``chance_high``, the shares that chance explains
-            (`served.chance_interval`), ``ap``, ``ap50``, ``gflops`` and ``latency`` as of
-            `trade_off`.
+            (`served.chance_interval`; of a forced threshold, which serves all or none, that one
+            share), ``ap``, ``ap50``, ``gflops`` and ``latency`` as of `trade_off`.
     """
     test_difficulties, rows = difficulties_of(record), []
     for share in shares:
         threshold = threshold_for_share(difficulties, share)
         is_hard = test_difficulties > np.float32(threshold)
+        served = float(is_hard.mean())
         above = int((np.asarray(difficulties, np.float32) > np.float32(threshold)).sum())
         low, high = chance_interval(above, len(difficulties), len(test_difficulties))
+        if threshold in (ALL_HARD, ALL_EASY):
+            low = high = served
         rows.append(
             dict(
                 share=share,
                 threshold=threshold,
-                hard_share=float(is_hard.mean()),
+                hard_share=served,
                 chance_low=low,
                 chance_high=high,
                 **costs_of(record, is_hard, chance.exits),

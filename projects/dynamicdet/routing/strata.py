@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.stats import spearmanr
 
-from .curve import RESAMPLES, SHARES, Chance, bootstrap_weights, interval, split
+from .curve import RESAMPLES, bootstrap_weights, interval
 from .evaluation import Mixtures
 from .record import RoutingRecord, require
-from .thresholds import hard_share
 
 #: Strata by number of objects: name -> fewest and most.
 OBJECTS = {'0': (0, 0), '1': (1, 1), '2': (2, 2), '3-4': (3, 4), '5-8': (5, 8), '9+': (9, np.inf)}
@@ -129,43 +128,6 @@ def rank_correlations(
         low, high = interval([each for each in drawn if each is not None])
         correlations[name] = dict(correlation=_spearman(scores, values), low=low, high=high)
     return correlations
-
-
-def threshold_transfer(
-    val_scores: Sequence[float],
-    test_scores: Sequence[float],
-    chance: Chance,
-    shares: Sequence[float] = SHARES,
-) -> list[dict]:
-    """What thresholds chosen on one data set do on another.
-
-    Args:
-        val_scores (Sequence[float]): Difficulties of the data that thresholds are chosen on, (m,).
-        test_scores (Sequence[float]): Those of the test record, by the same router, (n,).
-        chance (Chance): Of the test record.
-        shares (Sequence[float]): Wanted hard shares. Defaults to 0, 0.1, ... 1.
-
-    Returns:
-        list[dict]: Per share: ``share`` as asked, ``threshold``, ``val_share`` and ``test_share``
-            that it gives, ``ap`` on test, and ``own_ap`` of the test record's own threshold for the
-            share as asked.
-    """
-    rows = []
-    for share in shares:
-        threshold, _ = split(val_scores, share)
-        is_hard = np.asarray(test_scores, np.float32) > np.float32(threshold)
-        _, test_hard = split(test_scores, share)
-        rows.append(
-            dict(
-                share=share,
-                threshold=threshold,
-                val_share=hard_share(val_scores, threshold),
-                test_share=float(is_hard.mean()),
-                ap=chance.mixtures.ap(chance.choice(is_hard)),
-                own_ap=chance.mixtures.ap(chance.choice(test_hard)),
-            )
-        )
-    return rows
 
 
 def _stratum(mixtures: Mixtures, inside: np.ndarray) -> dict:

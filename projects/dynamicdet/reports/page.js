@@ -1,18 +1,13 @@
-"""The part of the routing page that moves: the trade-off chart, its switches and the slider.
+/* The part of the page that moves: the trade-off chart, its switches and the slider.
 
-Plain JavaScript without libraries, for the page that `analysis_page` makes. It reads what it draws
-from the JSON in the element ``data``:
+It reads what it draws from the JSON in the element `data`:
+  points: one per threshold, from all easy to all hard: threshold, share, easy, hard (numbers of
+    images), ap, gflops, latency (ms).
+  lines: name, color, dash, shown, and points of gflops, latency, ap and, where there is a band, low
+    and high. The first is the router's own.
+  start: the index of the point to begin at. colors: of the first and the last exit.
 
-* ``points``: one per threshold, from all easy to all hard: ``threshold``, ``share``, ``easy``,
-  ``hard`` (numbers of images), ``ap``, ``gflops``, ``latency`` (ms).
-* ``lines``: ``name``, ``color``, ``dash``, ``shown``, and ``points`` of ``gflops``, ``latency``,
-  ``ap`` and, where there is a band, ``low`` and ``high``. The first is the router's own.
-* ``start``: the index of the point to begin at. ``colors``: of the first and the last exit.
-
-The address keeps the setting (``#at=50&cost=latency&lines=0,1,4``), so that a link shows the same.
-"""
-
-SCRIPT = r"""
+The address keeps the setting (#at=50&cost=latency&lines=0,1,4), so that a link shows the same. */
 'use strict';
 const data = JSON.parse(document.getElementById('data').textContent);
 const slider = document.getElementById('threshold');
@@ -182,4 +177,3 @@ window.addEventListener('hashchange', () => { readAddress(); update(); });
 window.addEventListener('resize', draw);
 readAddress();
 update();
-"""
