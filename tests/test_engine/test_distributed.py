@@ -118,7 +118,10 @@ def test_step_2_on_two_processes(digits, cascade, tmp_path):
     alone = train(load_small_router(digits, tmp_path / 'alone', cascade, **options)).model
     # Other images are in a batch together: sums of losses are rounded otherwise.
     assert first['delta'].item() == pytest.approx(alone.delta.item(), abs=1e-5)
-    assert 'the median of L1 - L2 over 11 training images' in printed
+    assert (
+        'the median of the loss at the first exit less that at the last over 11 training images'
+        in printed
+    )
     before = read_checkpoint(latest_checkpoint(cascade))['state_dict']
     # All that training has changed, on either rank.
     changed = differing(first, before) - {'delta'}

@@ -90,11 +90,11 @@ def test_latency_by_hand():
 
 
 def test_latency_out_of_range_names_both_ends():
-    with pytest.raises(UsageError, match=r'lat1 = 0\.02 s.*lat2 = 0\.04 s'):
+    with pytest.raises(UsageError, match=r'lat1 = 0\.02 s \(exit 0\) to lat2 = 0\.04 s \(exit 1\)'):
         share_for_latency(0.010, 0.020, 0.040)
     with pytest.raises(UsageError):
         share_for_latency(math.nan, 0.020, 0.040)
-    with pytest.warns(UserWarning, match=r'lat1 = 0\.02 s.*lat2 = 0\.04 s'):
+    with pytest.warns(UserWarning, match=r'lat1 = 0\.02 s \(exit 0\) to lat2 = 0\.04 s \(exit 1\)'):
         assert share_for_latency(0.050, 0.020, 0.040) == 1
 
 
@@ -152,10 +152,11 @@ def test_gflops_by_hand():
 
 def test_gflops_out_of_range_name_both_ends():
     with pytest.raises(
-        UsageError, match='10 GFLOPs is outside g0 = 20 to g1 = 40: it cannot be met'
+        UsageError,
+        match=r'10 GFLOPs is outside g0 = 20 \(exit 0\) to g1 = 40 \(exit 1\): it cannot be met',
     ):
         share_for_gflops(10, 20, 40)
-    with pytest.warns(UserWarning, match='50 GFLOPs is outside g0 = 20 to g1 = 40'):
+    with pytest.warns(UserWarning, match=r'50 GFLOPs is outside g0 = 20 \(exit 0\) to g1 = 40'):
         assert share_for_gflops(50, 20, 40) == 1
 
 

@@ -40,6 +40,7 @@ class Gain(NamedTuple):
     said: str
 
 
+_LESS = 'the loss at the first exit less that at the last'
 #: Name -> gain, (N,). Only differences between the first and the last exit count, however many are
 #: between.
 #:
@@ -50,11 +51,17 @@ class Gain(NamedTuple):
 #: * ``ap``: difference of the per-image COCO AP. Costs a prediction by each exit; many images gain
 #: 0.
 GAINS = {
-    'loss': Gain(lambda losses, objects: losses[0] - losses[-1], 'losses', 'L1 - L2'),
+    'loss': Gain(lambda losses, objects: losses[0] - losses[-1], 'losses', _LESS),
     'loss_sum': Gain(
-        lambda losses, objects: (losses[0] - losses[-1]) * objects, 'losses', '(L1 - L2) x objects'
+        lambda losses, objects: (losses[0] - losses[-1]) * objects,
+        'losses',
+        f'{_LESS}, times its objects',
     ),
-    'ap': Gain(lambda aps, objects: aps[-1] - aps[0], 'ap', 'AP2 - AP1 per image'),
+    'ap': Gain(
+        lambda aps, objects: aps[-1] - aps[0],
+        'ap',
+        'the AP at the last exit less that at the first, per image',
+    ),
 }
 
 

@@ -135,8 +135,8 @@ def share_for_latency(target: float, *latencies: float) -> float:
         UsageError: If the target is below ``lat1`` or not finite.
     """
     said = (
-        f'a target latency of {target:g} s is outside lat1 = {latencies[0]:.4g} s to '
-        f'lat{len(latencies)} = {latencies[-1]:.4g} s'
+        f'a target latency of {target:g} s is outside lat1 = {latencies[0]:.4g} s '
+        f'(exit 0) to lat{len(latencies)} = {latencies[-1]:.4g} s (exit {len(latencies) - 1})'
     )
     return _share_for_cost(target, latencies, said, 'lat1')
 
@@ -153,8 +153,8 @@ def share_for_gflops(target: float, *gflops: float) -> float:
         UsageError: If the target is below ``g0`` or not finite.
     """
     said = (
-        f'a target of {target:g} GFLOPs is outside g0 = {gflops[0]:.4g} to g{len(gflops) - 1} = '
-        f'{gflops[-1]:.4g}'
+        f'a target of {target:g} GFLOPs is outside g0 = {gflops[0]:.4g} (exit 0) to '
+        f'g{len(gflops) - 1} = {gflops[-1]:.4g} (exit {len(gflops) - 1})'
     )
     return _share_for_cost(target, gflops, said, 'g0')
 
