@@ -16,7 +16,7 @@ from dynamicdet.annotations import mended_copy, read_annotations
 from dynamicdet.datasets.check import check_coco
 from dynamicdet.errors import UsageError
 from dynamicdet.routing.evaluation import Mixtures, evaluate, read_truth
-from dynamicdet.routing.record import read_record, write_record
+from dynamicdet.routing.record import RoutingRecord, read_record, write_record
 from mmdet.datasets import CocoDataset
 from mmdet.evaluation import CocoMetric
 
@@ -177,7 +177,7 @@ def judge(path, folder, images, found, classes):
         for image, label, box, score in found
     ]
     truth = read_truth(path)
-    record = dict(
+    record = RoutingRecord.from_images(
         gflops=[1.0, 2.0],
         latencies=[1.0, 2.0],
         provenance={},

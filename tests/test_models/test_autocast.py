@@ -53,7 +53,9 @@ def build(name):
 @pytest.mark.parametrize('name', NAMES)
 def test_both_steps_and_detection(name, operators_know_half):
     model = randomize(build(name))
-    batch = tiny_batch((2, 1), size=(64, 64))
+    # No map of one cell, from which oneDNN's convolutions in bfloat16 (AVX-512) give gradients
+    # that are now finite and now not.
+    batch = tiny_batch((2, 1), size=(128, 128))
     exact = model.eval().test_step(copy.deepcopy(batch))
     for step_2 in (False, True):
         model.train_router = step_2
