@@ -153,7 +153,9 @@ def test_the_simulation_is_what_the_int8_graph_computes(name, runtime, exported)
             simulation.active, simulation.ranges.observing = False, True
             watched, _ = flatten(simulation(*given))
             simulation.active, simulation.ranges.observing = True, False
-            simulated, _ = flatten(simulation(*given))
+            # By torch's own kernels: which ties there are would be a matter of oneDNN's.
+            with torch.backends.mkldnn.flags(enabled=False):
+                simulated, _ = flatten(simulation(*given))
         # With norms folded, and nothing rounded, nothing changes.
         assert noise(watched, exact) < 1e-9
         ranges, unknown = trained_ranges(
@@ -165,7 +167,7 @@ def test_the_simulation_is_what_the_int8_graph_computes(name, runtime, exported)
         got, _ = flatten(Graph(content, form, runtime=runtime)(*given))
         changed = noise(simulated, exact)
         assert changed > 1e-5
-        assert noise(simulated, got) < (changed / 3 if runtime == 'onnxruntime' else changed)
+        assert noise(simulated, got) < (changed / 4 if runtime == 'onnxruntime' else changed)
         assert noise(got, exact) < 1.2 * changed
 
 
