@@ -5,7 +5,7 @@ import warnings
 import pytest
 
 from conftest import ROOT
-from dynamicdet.compression.encoding import Lossy
+from dynamicdet.compression.encoding import Lossy, encode_state
 from dynamicdet.compression.entropy import stream_table
 from dynamicdet.experimental import EXPERIMENTAL
 from dynamicdet.routing import OBJECTIVES, build_objective
@@ -54,8 +54,9 @@ def test_propagation():
 
 
 def test_encodings():
-    assert not said(Lossy) and not said(lambda: Lossy(int8=[], codebook=4, codebook_keys=[]))
-    assert len(said(lambda: Lossy(binary=[]))) == 1
+    for lossy in (Lossy(), Lossy(int8=[], codebook=4, codebook_keys=[])):
+        assert not said(encode_state, {}, lossy)
+    assert len(said(encode_state, {}, Lossy(binary=[]))) == 1
     assert len(said(stream_table, [])) == 1
 
 

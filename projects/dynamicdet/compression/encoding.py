@@ -75,8 +75,6 @@ class Lossy:
     binary: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.binary is not None:
-            warn_if_experimental('encoding', 'binary')
         if self.codebook is not None and not 2 <= self.codebook <= 8:
             raise UsageError(f'a codebook has indices of 2 to 8 bits, not of {self.codebook}')
 
@@ -151,6 +149,9 @@ def encode_state(state: Mapping[str, Tensor], lossy: Lossy = Lossy()) -> list[En
         if kind is None and row['sha256'] != identity[-1]:
             raise AssertionError(f'{key} does not come back as it was')
         entries.append(Entry(row, frames))
+    if lossy.binary is not None:
+        # Where it worked: what cannot be stored is said in one line.
+        warn_if_experimental('encoding', 'binary')
     return entries
 
 
