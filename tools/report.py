@@ -15,6 +15,7 @@ from mmengine.device import get_device
 from dynamicdet import cli
 from dynamicdet.building import load_dynamic_detector, require_dynamic
 from dynamicdet.files import write_atomically
+from dynamicdet.measuring.baselines import parse_baselines, record_baseline
 from dynamicdet.measuring.recording import (
     VIEWS,
     build_record_loader,
@@ -47,6 +48,7 @@ def parse_args() -> argparse.Namespace:
         help='second view of each image, for the honest oracle: flip by default; shift, for what '
         'has no mirror image, such as digits; or none, in about two thirds of the time',
     )
+    cli.add_baseline_argument(parser)
     return parser.parse_args()
 
 
@@ -59,6 +61,7 @@ def main() -> None:
     require_recordable(cfg, args.split)
     cli.check_settings(cfg, args.split)
     cli.require_device(args.device)
+    baselines = parse_baselines(args.baseline, cli.read_config)
     out_dir = Path(args.out_dir or Path(cfg.work_dir) / 'report')
     cli.make_folder(str(out_dir))
     model, checkpoint = load_dynamic_detector(cfg, args.checkpoint, args.device)
@@ -70,6 +73,17 @@ def main() -> None:
     )
     record.provenance['exits_digest'] = digest
     write_record(record, out_dir / 'record.npz')
+    plain = {
+        one.name: record_baseline(
+            one,
+            record,
+            cli.progress,
+            args.device,
+            out_dir / 'record_baselines',
+            (model, loader.dataset),
+        )
+        for one in baselines
+    }
     record = pair_of(record)
     coco = read_truth(loader.dataset.ann_file, loader.dataset.cat_ids)
     analysis = analyze(
@@ -77,8 +91,11 @@ def main() -> None:
         coco,
         say=lambda what: print(f'{what} ...', file=sys.stderr, flush=True),
         calibration=model.difficulties.tolist(),
+        baselines=plain,
+        by_class=model.objective.by_class,
     )
-    write_atomically(png(trade_off_figure(analysis['rows'])), out_dir / 'trade_off.png')
+    figure = trade_off_figure(analysis['rows'], analysis['baselines']['points'])
+    write_atomically(png(figure), out_dir / 'trade_off.png')
     page = write_analysis(record, coco, analysis, out_dir, name='report')
     print(format_analysis(analysis))
     for miss in misses(analysis['calibrated']):

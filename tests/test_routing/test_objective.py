@@ -230,7 +230,7 @@ def test_half_precision_is_not_asked_to_hold_gains():
         (dict(gain='loss'), "got 'None'"),
         ('cost_weight', 'needs its lambda'),
         (dict(type='rank', power=2), "'rank' has no setting power"),
-        (dict(type='rank', gain='iou'), "gain must be one of loss, loss_sum, ap; got 'iou'"),
+        (dict(type='rank', gain='iou'), "gain must be one of loss, loss_sum, ap, reward; got 'iou'"),
         (dict(type='rank', fit='tree'), 'fit must be one of'),
         (dict(type='rank', error='hinge'), 'error must be one of bce, squared'),
         (dict(type='paper', share=1.5), 'share must be in'),

@@ -77,7 +77,7 @@ def test_needs_are_what_is_needed(record, name):
         features=generator.normal(size=(20, 3)),
     )
     assert set(peer.needs) <= set(columns)
-    benefit = np.arange(20) % 2 if peer.fitted else None
+    benefit = np.arange(20) % 2 if peer.fitted or peer.function is None else None
     firsts = [boxes(*generator.uniform(size=2)) for _ in range(20)]
     alone = make_record(firsts, **{need: columns[need] for need in peer.needs})
     assert np.isfinite(peer_scores(name, alone, benefit=benefit)).all()

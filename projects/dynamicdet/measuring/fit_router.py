@@ -13,7 +13,7 @@ from ..errors import UsageError
 from ..models.weights import is_plain, require_complete
 from ..routing import GAINS, Objective, build_objective
 from ..routing.evaluation import read_truth
-from ..routing.fitting import Fit, features_of, fit_router, gains_of
+from ..routing.fitting import Fit, features_of, fit_router, gains_of, weights_of
 from ..routing.record import RoutingRecord
 
 #: What follows from a router, and is stale where that is a new one.
@@ -39,8 +39,8 @@ def fit_to_records(
         records (Sequence[RoutingRecord]): Whose losses or detections give the gains; see
             `routing.record`.
         objective (Objective): What to fit.
-        cocos (Sequence[COCO], optional): Ground truth of each record, for gains in AP. Defaults to
-            None.
+        cocos (Sequence[COCO], optional): Ground truth of each record, for gains in AP and by
+            class. Defaults to None.
         features_from (Sequence[RoutingRecord], optional): Records that give what the router sees,
             by image id, each image once: for cross-fitting, where ``records`` come from cascades
             that were trained without the images, and the features from the one that the router is
@@ -56,8 +56,9 @@ def fit_to_records(
         UsageError: If a record lacks something, or its features are not as wide as the router's.
     """
     cocos = cocos or [None] * len(records)
+    weights = weights_of(records, cocos) if objective.by_class else None
     gains = np.concatenate(
-        [gains_of(record, objective.gain, coco) for record, coco in zip(records, cocos)]
+        [gains_of(record, objective.gain, coco, weights) for record, coco in zip(records, cocos)]
     )
     if features_from is None:
         features = _stacked([features_of(record) for record in records])
@@ -167,7 +168,7 @@ def ground_truths(records: Sequence[RoutingRecord], objective: Objective) -> lis
     Raises:
         UsageError: If a record does not say its annotation file, or there is none.
     """
-    if GAINS[objective.gain].values != 'ap':
+    if GAINS[objective.gain].values == 'losses' and not objective.by_class:
         return None
     facts = [record.provenance for record in records]
     named = [(str(one.get('ann_file', '')), tuple(one.get('categories', ()))) for one in facts]
@@ -178,7 +179,8 @@ def ground_truths(records: Sequence[RoutingRecord], objective: Objective) -> lis
 def _ground_truth(path: str, categories: Sequence[int]):
     if not Path(path).is_file():
         raise UsageError(
-            f"there is no annotation file at '{path}', where the record is from: gain 'ap' needs it"
+            f"there is no annotation file at '{path}', where the record is from; "
+            'the objective needs it'
         )
     return read_truth(path, categories or None)
 

@@ -14,9 +14,10 @@ from ..routing.curve import Chance, by_calibration, difficulties_of, trade_off
 from ..routing.diagnosis import diagnose
 from ..routing.evaluation import AREAS, Mixtures, check_record, check_truth
 from ..routing.record import RoutingRecord, require
-from ..routing.strata import benefits, by_difficulty, by_objects, by_size, rank_correlations
+from ..routing.strata import by_difficulty, by_objects, by_size, rank_correlations
 from . import analysis_curves as curves
 from . import analysis_estimates as estimates
+from .analysis_baselines import compare
 from .analysis_curves import Validation
 from .analysis_gallery import make_gallery
 from .analysis_text import format_analysis
@@ -65,6 +66,8 @@ def analyze(
     training: RoutingRecord | None = None,
     say: Callable[[str], None] = lambda what: None,
     calibration: Sequence[float] = (),
+    baselines: Mapping[str, RoutingRecord] | None = None,
+    by_class: bool = False,
 ) -> dict:
     """What routing between two exits is worth, where, and against whom.
 
@@ -84,6 +87,10 @@ def analyze(
         calibration (Sequence[float]): Difficulties of the calibration's images, (m,), whose
             thresholds are tried on ``record``. Defaults to those of ``validation``, if there is
             one.
+        baselines (Mapping[str, RoutingRecord], optional): Name -> record of a plain detector on the
+            same pictures; see `measuring.baselines`. Defaults to none.
+        by_class (bool): Whether oracles and the diagnosis count an object by the weight of its
+            class (`routing.class_weights`). Defaults to False: all objects alike.
 
     Returns:
         dict: Numbers, strings, lists and dictionaries, as JSON has them:
@@ -98,6 +105,8 @@ def analyze(
         * ``router``, and ``peers`` by name: ``curve``, ``half`` (its point at half hard), ``gain``
           (normalized, there), ``low``, ``high``, ``meaning``; ``left_out``: why a peer is not
           there, by name.
+        * ``baselines``: ``points`` and ``leads`` of `analysis_baselines.compare`, both empty
+          without.
         * ``certificate``: of the oracle's program; see `analysis_curves.certificate`.
         * ``strata``: tables of ``title``, ``name``, ``counts`` and ``rows`` of ``name``, ``count``,
           ``aps``.
@@ -123,13 +132,16 @@ def analyze(
     say('the curve and random routing')
     rows = trade_off(record, coco, chance=chance)
     say('oracles')
-    oracles = curves.oracles(record, coco, chance.mixtures, seed)
+    oracles = curves.oracles(record, coco, chance.mixtures, seed, by_class)
     drawn = {name: curves.curve_of(record, chance, choices) for name, choices in oracles.items()}
     merit = curves.merit(chance, scores, rows, oracles.get('honest'))
     if validation and not len(calibration):
         calibration = difficulties_of(validation[0])
     say('peers')
-    gained = benefits(record, chance.mixtures)
+    gained, facts = curves.all_benefits(record, coco, chance.mixtures), dict(record.provenance)
+    record = curves.with_class_objects(record, *(validation or (record, coco)))
+    if validation:
+        validation = curves.with_class_objects(validation[0], *validation), validation[1]
     peers, left_out = curves.score_peers(record, validation, gained, seed)
     judged = {
         curves.words(name): curves.judge_peer(name, record, chance, own)
@@ -150,11 +162,17 @@ def analyze(
         router=curves.judge(record, chance, curves.choices_of(scores)),
         peers=judged,
         left_out={curves.words(name): why for name, why in left_out.items()},
-        certificate=curves.certificate(record, curves.image_values(record, coco, chance.mixtures)),
+        baselines=dict(points=[], leads=[]),
+        certificate=curves.certificate(
+            record, curves.image_values(record, coco, chance.mixtures, by_class)
+        ),
         strata=_strata(record, coco, chance.mixtures, scores),
         correlations=list(correlations.values()),
-        provenance=dict(record.provenance),
+        provenance=facts,
     )
+    if baselines:
+        say('plain detectors')
+        analysis['baselines'] = compare(record, coco, chance, curves.choices_of(scores), baselines)
     say('diagnosis')
     figures = dict(
         images=len(record),
@@ -163,13 +181,17 @@ def analyze(
         exits=estimates.exit_estimates(chance),
         gap=estimates.gap(chance),
         strata=estimates.strata_gaps(record, chance),
-        correlation=_benefit_correlations(correlations, validation, bootstrap, seed),
+        correlation=_benefit_correlations(correlations, validation, bootstrap, seed, by_class),
         router_gain=_estimate(merit['gain']),
         half_share=rows[curves.HALF]['hard_share'],
         normalized_gain=_estimate(merit['normalized_gain']),
         spread=estimates.spread(scores),
         peers=estimates.peer_leads(record, chance, scores, peers),
+        class_gain=estimates.class_gain(chance, gained),
     )
+    if baselines:
+        at_half = analysis['baselines']['leads'][curves.HALF]
+        figures['baselines'] = {cost: at_half[f'lead_{cost}'] for cost in ('gflops', 'latency')}
     if 'honest' in oracles:
         figures.update(
             honest_gain=estimates.over_random(chance, oracles['honest'][curves.HALF]),
@@ -299,6 +321,18 @@ _BENEFITS = dict(
     ap=('per-image AP gained', 'What the image gains by the dear exit, in AP of that image alone.'),
     loss=('loss saved', 'As the heads average it over an image: one object counts as much as ten.'),
     loss_objects=('loss saved x objects', 'The same, summed over objects, which is how AP counts.'),
+    loss_class=(
+        'loss saved x objects, by class',
+        'The same, each object by how rare its class is: AP is a mean over classes.',
+    ),
+    ap_class=(
+        'per-image AP gained, by class',
+        'Summed over objects, each by how rare its class is.',
+    ),
+    reward=(
+        'reward by ORIC',
+        'What the dear exit adds on this image to the AP of an ensemble of images.',
+    ),
     objects=('number of objects', 'Annotated ones.'),
     entropy=('entropy of the image', 'Of its gray levels.'),
     difficulty=(
@@ -338,14 +372,19 @@ def _correlations(
 
 
 def _benefit_correlations(
-    correlations: Mapping[str, Mapping], validation: Validation, bootstrap: int, seed: int
+    correlations: Mapping[str, Mapping],
+    validation: Validation,
+    bootstrap: int,
+    seed: int,
+    by_class: bool,
 ) -> dict[str, estimates.Estimate]:
     """With what is saved over all objects or, without losses, the AP gained; here and on the
     validation set."""
-    name = 'loss_objects' if 'loss_objects' in correlations else 'ap'
+    kind = '_class' if by_class else '_objects'
+    name = f'loss{kind}' if f'loss{kind}' in correlations else 'ap_class' if by_class else 'ap'
     found = dict(test=_estimate(correlations[name]))
     if validation:
-        gained = benefits(validation[0], Mixtures(*validation))
+        gained = curves.all_benefits(*validation, Mixtures(*validation))
         if name in gained:
             own = rank_correlations(
                 difficulties_of(validation[0]), {name: gained[name]}, bootstrap, seed

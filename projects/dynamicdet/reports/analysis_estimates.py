@@ -128,6 +128,18 @@ def peer_leads(
     return leads
 
 
+def class_gain(chance: Chance, gained: Mapping[str, np.ndarray]) -> Estimate:
+    """AP at half hard where true gains in AP are weighted by class, minus AP where they are not:
+    what classes matter here.
+
+    Args:
+        chance (Chance): Of the record.
+        gained (Mapping[str, np.ndarray]): With ``ap`` and ``ap_class``, (n,) each.
+    """
+    choices = [chance.choice(split(gained[name], 0.5)[1]) for name in ('ap_class', 'ap')]
+    return difference(chance, *choices)
+
+
 def spread(scores: np.ndarray) -> float:
     """The range of difficulties that 90 % of the images lie in."""
     low, high = np.percentile(scores, (5, 95))

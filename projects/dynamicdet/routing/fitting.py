@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from .class_weights import class_weights, count_objects, mean_weights
+from .evaluation import Mixtures
 from .objective import GAINS, Objective, build_objective, quantiles_of
 from .record import RoutingRecord
+from .rewards import marginal_rewards
 
 #: Weight decays that cross-validation chooses among; AdamW shrinks a weight by ``lr * decay`` each
 #: step.
@@ -41,45 +44,74 @@ class Fit(NamedTuple):
     weight_decay: float
 
 
-def gains_of(record: RoutingRecord, kind: str, coco=None) -> np.ndarray:
+def gains_of(
+    record: RoutingRecord, kind: str, coco=None, weights: Sequence[float] | None = None
+) -> np.ndarray:
     """What each image of a record gains by the last exit.
 
     Args:
         record (RoutingRecord): See `record`.
         kind (str): A key of `GAINS`.
-        coco (COCO, optional): Ground truth of the record; 'ap' needs it. Defaults to None.
+        coco (COCO, optional): Ground truth of the record; 'ap', 'reward' and gains by class need
+            it. Defaults to None.
+        weights (Sequence[float], optional): For gains by class: of each category's objects,
+            (categories,), by sorted id; see `class_weights`. A gain in loss is multiplied by the
+            mean weight of the image's objects, one in AP is taken category by category
+            (`Mixtures.image_ap`). Defaults to all alike.
 
     Returns:
         np.ndarray: (n,), float64, in the record's order.
 
     Raises:
-        UsageError: If the record lacks what the kind is made of.
+        UsageError: If the record lacks what the kind is made of, or the kind has no classes.
     """
     if kind not in GAINS:
         raise UsageError(f"a gain is one of {', '.join(GAINS)}; got '{kind}'")
     if not len(record):
         raise UsageError('the record has no images')
-    if GAINS[kind].values == 'ap':
-        from .evaluation import Mixtures
-
-        if coco is None:
-            raise UsageError("gain 'ap' needs the annotation file of the record")
-        values = Mixtures(record, coco).image_ap()
-        objects = np.ones(len(record))
-    else:
-        _require(record, 'losses')
-        values = record.losses.T
-        objects = np.ones(len(record))
+    values = GAINS[kind].values
+    if coco is None and (values != 'losses' or weights is not None):
+        name = kind if weights is None else f'{kind} by class'
+        raise UsageError(f"gain '{name}' needs the annotation file of the record")
+    if values == 'reward':
+        return marginal_rewards(record, coco)
+    objects = np.ones(len(record))
+    if values == 'ap':
+        aps = Mixtures(record, coco).image_ap(weights)
+        return GAINS[kind].of(aps, objects)
+    _require(record, 'losses')
     if kind == 'loss_sum':
         _require(record, 'objects')
         objects = record.objects.astype(np.float64)
-    gains = GAINS[kind].of(values, objects)
+    gains = GAINS[kind].of(record.losses.T, objects)
+    if weights is not None:
+        gains = gains * mean_weights(count_objects(coco, record.ids), weights)
     if not np.isfinite(gains).all():
         worst = int(np.flatnonzero(~np.isfinite(gains))[0])
         raise UsageError(
             f'the losses of image {record.ids[worst]} ({record.files[worst]}) are not finite'
         )
     return gains
+
+
+def weights_of(records: Sequence[RoutingRecord], cocos: Sequence) -> np.ndarray:
+    """Weights of each category's objects, (categories,), by sorted id, from all different images of
+    some records.
+
+    Args:
+        records (Sequence[RoutingRecord]): An image that is in several counts once.
+        cocos (Sequence[COCO]): Ground truth of each.
+
+    Raises:
+        UsageError: If the records' categories differ.
+    """
+    if len({tuple(sorted(coco.getCatIds())) for coco in cocos}) > 1:
+        raise UsageError('the records are of annotation files with different categories')
+    counts: dict[tuple[int, str], np.ndarray] = {}
+    for record, coco in zip(records, cocos):
+        names = zip(record.ids.tolist(), record.files)
+        counts.update(zip(names, count_objects(coco, record.ids)))
+    return class_weights(np.sum(list(counts.values()), axis=0))
 
 
 def features_of(record: RoutingRecord) -> np.ndarray:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import UsageError
+from .class_weights import class_weights
 from .record import RoutingRecord, require
 
 #: Detections below this score are not counted as such.
@@ -41,14 +42,17 @@ class Peer(NamedTuple):
         fitted (bool): Whether it is fitted to a record first.
         charged (bool): Whether it looks at exit 0's detections, see `charge`.
         reference (bool): Whether it looks at the annotations, which no router can.
+        benefit (str): What a fitted one learns, and a reference without a function is: a key of
+            `strata.benefits`.
     """
 
-    function: Callable
+    function: Callable | None
     needs: tuple[str, ...]
     description: str
     fitted: bool = False
     charged: bool = False
     reference: bool = False
+    benefit: str = ''
 
 
 def doubt_of_best(record: RoutingRecord) -> np.ndarray:
@@ -79,6 +83,30 @@ def variance_of_scores(record: RoutingRecord) -> np.ndarray:
     return np.array(
         [sum(score * (1 - score) for score in scores) for scores in _first_scores(record)]
     )
+
+
+def variance_by_class(record: RoutingRecord) -> np.ndarray:
+    """`variance_of_scores`, each detection by the weight of its class (`class_weights`), (n,): a
+    doubt of a rare class moves AP more than one of a frequent class. Nothing is fitted."""
+    scores = record.detections[0].scores.astype(float)
+    return _summed(record, scores * (1 - scores) * first_weights(record))
+
+
+def first_weights(record: RoutingRecord) -> np.ndarray:
+    """Weight of the class of each of exit 0's detections, (D,).
+
+    Objects of a class are counted by ``class_objects`` in the record's provenance, by
+    ``categories``; where it does not say them, by the sum of exit 0's scores of the class.
+    """
+    first, facts = record.detections[0], record.provenance
+    known, place = np.unique(first.categories, return_inverse=True)
+    if 'class_objects' in facts:
+        counts = dict(zip(facts['categories'], facts['class_objects']))
+        # With those that are not detected: the mean weight is over all objects.
+        counts = {**dict.fromkeys(known.tolist(), 0), **counts}
+        weights = dict(zip(counts, class_weights(list(counts.values()))))
+        return np.array([weights[one] for one in known.tolist()] or [1.0])[place]
+    return class_weights(np.bincount(place, first.scores, minlength=len(known)))[place]
 
 
 def detection_count(record: RoutingRecord) -> np.ndarray:
@@ -157,16 +185,30 @@ def fit_ridge(record: RoutingRecord, benefit: Sequence[float]) -> Scorer:
     Returns:
         Callable: ``record -> scores``, predicted benefits, (n,).
     """
+    return _fit_ridge(_features, record, benefit)
+
+
+def fit_ridge_on_both(record: RoutingRecord, benefit: Sequence[float]) -> Scorer:
+    """`fit_ridge` on the pooled features and on what exit 0 detects (`detection_features`)."""
+    return _fit_ridge(_both, record, benefit)
+
+
+def fit_ridge_on_detections(record: RoutingRecord, benefit: Sequence[float]) -> Scorer:
+    """`fit_ridge` on what exit 0 detects (`detection_features`) alone."""
+    return _fit_ridge(detection_features, record, benefit)
+
+
+def _fit_ridge(seen: Scorer, record: RoutingRecord, benefit: Sequence[float]) -> Scorer:
     from sklearn.linear_model import RidgeCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     model = make_pipeline(StandardScaler(), RidgeCV(alphas=_PENALTIES))
-    model.fit(_features(record), _checked(benefit, record))
-    return lambda other: model.predict(_features(other))
+    model.fit(seen(record), _checked(benefit, record))
+    return lambda other: model.predict(seen(other))
 
 
-#: Name -> peer. Fitted ones take any benefit; Adaptive Feeding's is the difference of per-image AP.
+#: Name -> peer. Fitted ones take any benefit; what each learns in an analysis is its ``benefit``.
 PEERS: dict[str, Peer] = {
     'doubt_of_best': Peer(doubt_of_best, (), "1 - exit 0's largest score", charged=True),
     'mean_doubt': Peer(mean_doubt, (), "1 - mean of exit 0's scores over 0.3", charged=True),
@@ -176,6 +218,12 @@ PEERS: dict[str, Peer] = {
     'score_variance': Peer(
         variance_of_scores, (), "p (1 - p) of exit 0's scores, summed", charged=True
     ),
+    'class_variance': Peer(
+        variance_by_class,
+        (),
+        "p (1 - p) of exit 0's scores over the objects of their class, summed",
+        charged=True,
+    ),
     'detections': Peer(detection_count, (), "exit 0's detections over 0.3", charged=True),
     'adaptive_feeding': Peer(
         fit_adaptive_feeding,
@@ -183,9 +231,32 @@ PEERS: dict[str, Peer] = {
         "Adaptive Feeding: linear SVM on exit 0's detections",
         fitted=True,
         charged=True,
+        benefit='ap',
+    ),
+    'oric': Peer(
+        fit_ridge_on_detections,
+        (),
+        "ORIC: its reward, by ridge regression on exit 0's detections",
+        fitted=True,
+        charged=True,
+        benefit='reward',
     ),
     'image_entropy': Peer(image_entropy, ('entropy',), "entropy of the image's gray levels"),
-    'ridge': Peer(fit_ridge, ('features',), 'ridge regression on the pooled features', fitted=True),
+    'ridge': Peer(
+        fit_ridge,
+        ('features',),
+        'ridge regression on the pooled features',
+        fitted=True,
+        benefit='loss_objects',
+    ),
+    'ridge_by_class': Peer(
+        fit_ridge_on_both,
+        ('features',),
+        "ridge regression on the pooled features and exit 0's detections, by class",
+        fitted=True,
+        charged=True,
+        benefit='ap_class',
+    ),
     'objects': Peer(true_objects, ('objects',), 'true number of objects', reference=True),
     'loss': Peer(
         true_loss_difference, ('losses',), 'true loss difference, averaged', reference=True
@@ -196,6 +267,17 @@ PEERS: dict[str, Peer] = {
         'true loss difference times objects',
         reference=True,
     ),
+    'loss_class': Peer(
+        None,
+        ('losses', 'objects'),
+        'true loss difference times objects, by class',
+        reference=True,
+        benefit='loss_class',
+    ),
+    'ap_class': Peer(
+        None, (), 'true difference of AP, by class', reference=True, benefit='ap_class'
+    ),
+    'reward': Peer(None, (), 'true reward by ORIC', reference=True, benefit='reward'),
 }
 
 
@@ -214,7 +296,7 @@ def peer_scores(
         training (RoutingRecord, optional): Record that a fitted peer is fitted to. Without one,
             ``record`` itself is split: each image is scored by a fit to others.
         benefit (Sequence[float], optional): Benefits of the images of ``training``, else of
-            ``record``; fitted peers need them.
+            ``record``; fitted peers need them. Of ``record`` for a reference that is its benefit.
         seed (int): Seed of the split. Defaults to 0.
 
     Returns:
@@ -228,12 +310,16 @@ def peer_scores(
         raise UsageError(f"no peer is named '{name}': choose from {', '.join(PEERS)}")
     peer = PEERS[name]
     require(record, *peer.needs)
-    if not peer.fitted:
+    if not peer.fitted and peer.function is not None:
         return peer.function(record)
     if benefit is None:
         raise UsageError(
             f"peer '{name}' is fitted: give the benefits of the images that it is fitted to"
+            if peer.fitted
+            else f"peer '{name}' is a benefit: give it"
         )
+    if peer.function is None:
+        return _checked(benefit, record)
     if training is None:
         return cross_fit(peer.function, record, benefit, seed=seed)
     require(training, *peer.needs)
@@ -308,6 +394,11 @@ def charge(name: str, record: RoutingRecord, branch_gflops: float | None = None)
     return float(branch_gflops)
 
 
+def _summed(record: RoutingRecord, values: np.ndarray) -> np.ndarray:
+    """Sums over each image's detections of exit 0, (n,), of a value for each of them, (D,)."""
+    return np.bincount(record.detections[0].images, values, minlength=len(record))
+
+
 def _first_scores(record: RoutingRecord) -> list:
     """Scores of exit 0's detections, a list per image, the surest first."""
     first = record.detections[0]
@@ -329,6 +420,18 @@ def _column(record: RoutingRecord, name: str) -> np.ndarray:
 def _features(record: RoutingRecord) -> np.ndarray:
     require(record, 'features')
     return record.features.astype(float)
+
+
+def detection_features(record: RoutingRecord) -> np.ndarray:
+    """What routers see of exit 0's detections, (n, 26): `_detection_statistics`, and the sums over
+    the detections of score and p (1 - p), by the weight of their class."""
+    scores, weights = record.detections[0].scores.astype(float), first_weights(record)
+    sums = [_summed(record, values * weights) for values in (scores, scores * (1 - scores))]
+    return np.column_stack([_detection_statistics(record), *sums])
+
+
+def _both(record: RoutingRecord) -> np.ndarray:
+    return np.hstack([_features(record), detection_features(record)])
 
 
 def _detection_statistics(record: RoutingRecord) -> np.ndarray:
