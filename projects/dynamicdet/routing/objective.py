@@ -280,10 +280,14 @@ def _regression(objective: Objective, logits: Tensor, gains: Tensor, quantiles: 
     difficulty 0.5 are images whose expected gain per GFLOP is above the (1 - share) quantile of
     gains per GFLOP.
     """
+    return F.mse_loss(logits, wanted_logits(objective, gains, quantiles))
+
+
+def wanted_logits(objective: Objective, gains: Tensor, quantiles: Tensor) -> Tensor:
+    """``(g - offset) / s``, (N,), of gains, (N,): what 'regression' regresses."""
     inner = quantiles[_TAIL : len(quantiles) - _TAIL]
     spread = inner.std(correction=0).clamp(min=torch.finfo(gains.dtype).tiny)
-    target = (gains.clamp(inner[0], inner[-1]) - offset_of(objective, quantiles)) / spread
-    return F.mse_loss(logits, target)
+    return (gains.clamp(inner[0], inner[-1]) - offset_of(objective, quantiles)) / spread
 
 
 #: Name -> how z, and with it phi, is fit to gains.
