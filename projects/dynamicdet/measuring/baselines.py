@@ -186,22 +186,23 @@ def _path(folder: str | Path, baseline: Baseline, facts: Mapping) -> Path:
 def _categories(cfg: Config, checkpoint: Mapping, record: RoutingRecord) -> np.ndarray:
     """Category id of each of a plain detector's labels, by the names of classes; -1 for classes
     that the record has not."""
-    known = dict(zip(record.provenance.get('classes', ()), record.provenance.get('categories', ())))
+    facts = record.provenance
+    known = dict(zip(facts.get('classes', ()), facts.get('categories', ())))
+    if not known:
+        raise UsageError('the record does not say its classes: record anew by tools/record.py')
     dataset = cfg.test_dataloader.dataset
     kind = DATASETS.get(dataset.get('type', '')) if isinstance(dataset.get('type'), str) else None
-    named = (
-        (checkpoint.get('meta', {}).get('dataset_meta') or {}).get('classes')
-        or dataset.get('metainfo', {}).get('classes')
-        or getattr(kind, 'METAINFO', {}).get('classes', ())
+    # The checkpoint says what it was trained on, unless it is older than such notes.
+    for named in (
+        (checkpoint.get('meta', {}).get('dataset_meta') or {}).get('classes') or (),
+        (dataset.get('metainfo') or getattr(kind, 'METAINFO', {})).get('classes') or (),
+    ):
+        if set(known) <= set(named):
+            return np.array([known.get(name, -1) for name in named])
+    raise UsageError(
+        f"the baseline '{cfg.filename}' does not know all classes of the record, such as "
+        f"'{next(iter(known))}'"
     )
-    missing = [name for name in known if name not in named]
-    if missing or not known:
-        raise UsageError(
-            f"the baseline '{cfg.filename}' does not know class '{missing[0]}' of the record"
-            if known
-            else 'the record does not say its classes: record anew by tools/record.py'
-        )
-    return np.array([known.get(name, -1) for name in named])
 
 
 class _Pictures:

@@ -14,6 +14,8 @@ from .analysis_estimates import Estimate
 
 #: What may be equal.
 _COSTS = ('gflops', 'latency')
+#: Costs this near, as a share, are equal: means are rounded.
+_ROUNDING = 1e-9
 
 
 def compare(
@@ -94,7 +96,7 @@ def shares_at(costs: Sequence[float], cost: float) -> np.ndarray | None:
         costs (Sequence[float]): Rising, (m,).
         cost (float): In the same unit.
     """
-    if cost < costs[0]:
+    if cost < costs[0] * (1 - _ROUNDING):
         return None
     return np.array([np.interp(cost, costs, row) for row in np.eye(len(costs))])
 

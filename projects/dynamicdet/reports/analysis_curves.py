@@ -253,11 +253,11 @@ def with_class_objects(record: RoutingRecord, source: RoutingRecord, coco: COCO)
     return replace(record, provenance={**record.provenance, **facts})
 
 
-def _target(name: str, gained: Mapping[str, np.ndarray]) -> np.ndarray:
+def _target(name: str, gained: Mapping[str, np.ndarray]) -> np.ndarray | None:
     """What a peer learns, or is: a regression of losses their rank, whose tails are long."""
     benefit = PEERS[name].benefit
     if name != 'ridge':
-        return gained[benefit]
+        return gained.get(benefit)
     return rankdata(gained[benefit]) if benefit in gained else gained['ap']
 
 

@@ -11,20 +11,17 @@ after its neck and head ran, which an image that goes on to the last exit would 
 references.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from ..errors import UsageError
-from .class_weights import class_weights
+from .detection_features import first_features, first_weights, statistics, variances
 from .record import RoutingRecord, require
 
 #: Detections below this score are not counted as such.
 SURE = 0.3
-#: Scores that `adaptive_feeding` looks at, and of how many of the surest detections it sees score
-#: and size.
-_COUNTED, _SUREST = (0.1, 0.3, 0.5), 10
 #: Penalties that the ridge regression chooses among.
 _PENALTIES = tuple(10.0**power for power in range(-1, 7))
 
@@ -88,25 +85,7 @@ def variance_of_scores(record: RoutingRecord) -> np.ndarray:
 def variance_by_class(record: RoutingRecord) -> np.ndarray:
     """`variance_of_scores`, each detection by the weight of its class (`class_weights`), (n,): a
     doubt of a rare class moves AP more than one of a frequent class. Nothing is fitted."""
-    scores = record.detections[0].scores.astype(float)
-    return _summed(record, scores * (1 - scores) * first_weights(record))
-
-
-def first_weights(record: RoutingRecord) -> np.ndarray:
-    """Weight of the class of each of exit 0's detections, (D,).
-
-    Objects of a class are counted by ``class_objects`` in the record's provenance, by
-    ``categories``; where it does not say them, by the sum of exit 0's scores of the class.
-    """
-    first, facts = record.detections[0], record.provenance
-    known, place = np.unique(first.categories, return_inverse=True)
-    if 'class_objects' in facts:
-        counts = dict(zip(facts['categories'], facts['class_objects']))
-        # With those that are not detected: the mean weight is over all objects.
-        counts = {**dict.fromkeys(known.tolist(), 0), **counts}
-        weights = dict(zip(counts, class_weights(list(counts.values()))))
-        return np.array([weights[one] for one in known.tolist()] or [1.0])[place]
-    return class_weights(np.bincount(place, first.scores, minlength=len(known)))[place]
+    return variances(record.detections[0], first_weights(record))
 
 
 def detection_count(record: RoutingRecord) -> np.ndarray:
@@ -170,8 +149,8 @@ def fit_adaptive_feeding(record: RoutingRecord, benefit: Sequence[float]) -> Sco
         StandardScaler(),
         LinearSVC(class_weight='balanced', dual=False, max_iter=10_000, random_state=0),
     )
-    machine.fit(_detection_statistics(record), gains)
-    return lambda other: machine.decision_function(_detection_statistics(other))
+    machine.fit(statistics(record.detections[0]), gains)
+    return lambda other: machine.decision_function(statistics(other.detections[0]))
 
 
 def fit_ridge(record: RoutingRecord, benefit: Sequence[float]) -> Scorer:
@@ -189,13 +168,14 @@ def fit_ridge(record: RoutingRecord, benefit: Sequence[float]) -> Scorer:
 
 
 def fit_ridge_on_both(record: RoutingRecord, benefit: Sequence[float]) -> Scorer:
-    """`fit_ridge` on the pooled features and on what exit 0 detects (`detection_features`)."""
+    """`fit_ridge` on the pooled features and on what exit 0 detects
+    (`detection_features.features`)."""
     return _fit_ridge(_both, record, benefit)
 
 
 def fit_ridge_on_detections(record: RoutingRecord, benefit: Sequence[float]) -> Scorer:
-    """`fit_ridge` on what exit 0 detects (`detection_features`) alone."""
-    return _fit_ridge(detection_features, record, benefit)
+    """`fit_ridge` on what exit 0 detects (`detection_features.features`) alone."""
+    return _fit_ridge(first_features, record, benefit)
 
 
 def _fit_ridge(seen: Scorer, record: RoutingRecord, benefit: Sequence[float]) -> Scorer:
@@ -269,7 +249,7 @@ PEERS: dict[str, Peer] = {
     ),
     'loss_class': Peer(
         None,
-        ('losses', 'objects'),
+        ('losses',),
         'true loss difference times objects, by class',
         reference=True,
         benefit='loss_class',
@@ -394,11 +374,6 @@ def charge(name: str, record: RoutingRecord, branch_gflops: float | None = None)
     return float(branch_gflops)
 
 
-def _summed(record: RoutingRecord, values: np.ndarray) -> np.ndarray:
-    """Sums over each image's detections of exit 0, (n,), of a value for each of them, (D,)."""
-    return np.bincount(record.detections[0].images, values, minlength=len(record))
-
-
 def _first_scores(record: RoutingRecord) -> list:
     """Scores of exit 0's detections, a list per image, the surest first."""
     first = record.detections[0]
@@ -422,36 +397,8 @@ def _features(record: RoutingRecord) -> np.ndarray:
     return record.features.astype(float)
 
 
-def detection_features(record: RoutingRecord) -> np.ndarray:
-    """What routers see of exit 0's detections, (n, 26): `_detection_statistics`, and the sums over
-    the detections of score and p (1 - p), by the weight of their class."""
-    scores, weights = record.detections[0].scores.astype(float), first_weights(record)
-    sums = [_summed(record, values * weights) for values in (scores, scores * (1 - scores))]
-    return np.column_stack([_detection_statistics(record), *sums])
-
-
 def _both(record: RoutingRecord) -> np.ndarray:
-    return np.hstack([_features(record), detection_features(record)])
-
-
-def _detection_statistics(record: RoutingRecord) -> np.ndarray:
-    """What `fit_adaptive_feeding` sees, (n, 24): scores and sizes of the surest, counts, p (1 -
-    p)."""
-    return np.array([_statistics(own) for own in record.detections[0]])
-
-
-def _statistics(detections: Sequence[Mapping]) -> list:
-    detections = sorted(detections, key=lambda detection: -detection['score'])
-    scores = [detection['score'] for detection in detections]
-    # Pixels, not square pixels, whose largest few would be all that counts.
-    areas = [
-        max(0.0, detection['bbox'][2] * detection['bbox'][3]) for detection in detections[:_SUREST]
-    ]
-    sizes = [area**0.5 for area in areas]
-    absent = [0.0] * (_SUREST - len(sizes))
-    counts = [sum(score > floor for score in scores) for floor in _COUNTED]
-    variance = sum(score * (1 - score) for score in scores)
-    return [*scores[:_SUREST], *absent, *sizes, *absent, *counts, variance]
+    return np.hstack([_features(record), first_features(record)])
 
 
 def _checked(benefit: Sequence[float], record: RoutingRecord) -> np.ndarray:
