@@ -33,7 +33,7 @@ from dynamicdet.routing.record import RoutingRecord, read_record
 #: Mean GFLOPs per picture at which routers are compared.
 BUDGETS = (0.84, 1.05, 1.27, 1.7)
 #: Sides of the squares that plain detectors see.
-SIZES = (256, 320, 416, 480, 512, 576, 640)
+SIZES = (320, 416, 512, 640)
 RESAMPLES, SEED = 200, 0
 #: What is fitted: gains of `all_benefits`.
 GAINS = ('loss', 'loss_objects', 'loss_class', 'ap', 'ap_class', 'reward')

@@ -19,7 +19,8 @@ from dynamicdet.measuring.fit_router import (
     wanted_objective,
 )
 from dynamicdet.models.weights import exits_digest
-from dynamicdet.routing import OBJECTIVES
+from dynamicdet.routing import GAINS, OBJECTIVES
+from dynamicdet.routing.fitting import Fit
 from dynamicdet.routing.record import read_record, require_of_detector
 
 
@@ -40,6 +41,17 @@ def parse_args() -> argparse.Namespace:
         choices=[name for name in OBJECTIVES if name != 'cost_weight'],
         help="what the router learns; by default the config's, where it can also have numbers",
     )
+    parser.add_argument(
+        '--gain', choices=list(GAINS), help="what an image gains, instead of the objective's own"
+    )
+    parser.add_argument(
+        '--by-class',
+        action='store_true',
+        help='count an object by how rare its class is, as AP does',
+    )
+    parser.add_argument(
+        '--linear', action='store_true', help='fit a linear router, by ridge regression'
+    )
     parser.add_argument('--seed', type=int, default=0, help='of weights, order and folds: 0')
     parser.add_argument('--out', required=True, help='checkpoint file to write')
     return parser.parse_args()
@@ -54,7 +66,7 @@ def main() -> None:
     if args.seed < 0:
         raise UsageError('--seed must be 0 or more')
     cli.require_writable(args.out)
-    objective = wanted_objective(args.objective, whole_model(cfg))
+    objective = wanted_objective(args.objective, whole_model(cfg), args.gain, args.by_class)
     records = [read_record(path) for path in args.records]
     seen = [read_record(path) for path in args.features_from] if args.features_from else None
     checkpoint = cli.require_checkpoint(args.checkpoint)
@@ -68,7 +80,7 @@ def main() -> None:
     with cli.silence():
         cocos = ground_truths(records, objective)
     fit, images = fit_to_records(
-        model.router, records, objective, cocos, seen, args.seed, cli.counter('fits')
+        model.router, records, objective, cocos, seen, args.seed, cli.counter('fits'), args.linear
     )
     facts = dict(
         records=args.records,
@@ -77,15 +89,23 @@ def main() -> None:
         rows=sum(len(record) for record in records),
         images=images,
         seed=args.seed,
+        linear=args.linear,
         cascade=args.checkpoint,
     )
     done = put_router(model, checkpoint, fit, facts)
     write_checkpoint(done, args.out)
     print(
-        f'router fitted to {facts["rows"]} rows of {images} images ({fit.steps} steps, weight '
-        f'decay {fit.weight_decay:g}); correlation with the gain on images that it was not fit to: '
+        f'router fitted to {facts["rows"]} rows of {images} images ({_chosen(fit)}); correlation '
+        'with the gain on images that it was not fit to: '
         f'{fit.correlation:.3f}; delta {done["meta"]["router"]["delta"]:.4f}; written to {args.out}'
     )
+
+
+def _chosen(fit: Fit) -> str:
+    """What cross-validation chose."""
+    if not fit.steps:
+        return f'penalty {fit.weight_decay:g}'
+    return f'{fit.steps} steps, weight decay {fit.weight_decay:g}'
 
 
 if __name__ == '__main__':

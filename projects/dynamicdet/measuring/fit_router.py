@@ -11,9 +11,9 @@ from torch import nn
 
 from ..errors import UsageError
 from ..models.weights import is_plain, require_complete
-from ..routing import GAINS, Objective, build_objective
+from ..routing import GAINS, Objective, build_objective, check_objective
 from ..routing.evaluation import read_truth
-from ..routing.fitting import Fit, features_of, fit_router, gains_of, weights_of
+from ..routing.fitting import Fit, features_of, fit_ridge_router, fit_router, gains_of, weights_of
 from ..routing.record import RoutingRecord
 
 #: What follows from a router, and is stale where that is a new one.
@@ -28,6 +28,7 @@ def fit_to_records(
     features_from: Sequence[RoutingRecord] | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    linear: bool = False,
 ) -> tuple[Fit, int]:
     """Fit a router to records.
 
@@ -48,6 +49,7 @@ def fit_to_records(
             themselves.
         seed (int): See `fit_router`. Defaults to 0.
         progress (Callable, optional): See `fit_router`.
+        linear (bool): Whether by `fit_ridge_router` instead of `fit_router`. Defaults to False.
 
     Returns:
         tuple[Fit, int]: The fit and the number of different images.
@@ -72,7 +74,7 @@ def fit_to_records(
         )
     files = [file for record in records for file in record.files]
     _, groups = np.unique(files, return_inverse=True)
-    fit = fit_router(
+    fit = (fit_ridge_router if linear else fit_router)(
         features,
         gains,
         objective,
@@ -192,6 +194,13 @@ def objective_settings(objective: Objective) -> dict:
     }
 
 
-def wanted_objective(name: str | None, model: Mapping) -> Objective:
-    """The objective that is asked for by name, or else the one of a config's model."""
-    return build_objective(name or model.get('objective', 'paper'))
+def wanted_objective(
+    name: str | None, model: Mapping, gain: str | None = None, by_class: bool = False
+) -> Objective:
+    """The objective that is asked for by name, or else the one of a config's model; with another
+    gain, or by class, where that is asked for."""
+    objective = build_objective(name or model.get('objective', 'paper'))
+    changes = {} if gain is None else dict(gain=gain)
+    if by_class:
+        changes['by_class'] = True
+    return check_objective(dataclasses.replace(objective, **changes))

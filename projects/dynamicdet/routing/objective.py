@@ -171,12 +171,18 @@ def build_objective(config: str | Mapping | Objective) -> Objective:
             "objective 'cost_weight' needs its lambda: objective=dict(type='cost_weight', "
             'offset=...), in units of the loss'
         )
-    objective = Objective(**{**OBJECTIVES[name], **given})
+    return check_objective(Objective(**{**OBJECTIVES[name], **given}))
+
+
+def check_objective(objective: Objective) -> Objective:
+    """The objective itself, or a `UsageError` if a setting is unknown or out of range."""
     _one_of('gain', objective.gain, GAINS)
     _one_of('fit', objective.fit, FITS)
     _one_of('error', objective.error, ('bce', 'squared'))
     if not _is_number(objective.share) or not 0 <= objective.share <= 1:
         raise UsageError(f"an objective's share must be in [0, 1], got {objective.share}")
+    if not isinstance(objective.by_class, bool):
+        raise UsageError(f"an objective's by_class is True or False, got {objective.by_class}")
     if objective.by_class and objective.gain == 'reward':
         raise UsageError("gain 'reward' counts classes as AP does: leave by_class away")
     if objective.offset is not None and not _is_number(objective.offset):
