@@ -129,6 +129,32 @@ def test_from_a_checkpoint_to_a_page(recorded, capsys):
     assert page.stat().st_size < 3e6
 
 
+def test_plain_detectors_beside_a_router(recorded, tmp_path, capsys):
+    """At two sizes; the second time their records are there."""
+    name = 'yolox_nano_digits' if 'yolox' in str(read_record(recorded).provenance) else None
+    config = ROOT / f'configs/{name or "faster_rcnn_digits"}.py'
+    cfg = Config.fromfile(config)
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'plain.pth')
+    arguments = [recorded, '--bootstrap', 5, '--by-class', '--out-dir', tmp_path]
+    arguments += ['--baseline', config, tmp_path / 'plain.pth', 64, 96]
+    for _ in range(2):
+        assert call('analyze_routing.py', *arguments) == 0
+        said = capsys.readouterr()
+        assert 'Plain detectors on the same images' in said.out
+    assert 'plain detector:' not in said.err
+    kept = list((recorded.parent / 'test_baselines').glob(f'{config.stem}-*.npz'))
+    assert len(kept) == 2
+    found = json.loads((tmp_path / 'routing.json').read_text())['baselines']
+    assert [point['name'] for point in found['points']] == [f'{config.stem} {n}' for n in (64, 96)]
+    assert found['points'][0]['gflops'] < found['points'][1]['gflops']
+    assert len(found['leads']) == 11
+    assert call('analyze_routing.py', recorded, '--baseline', config) == 2
+    assert '--baseline takes CONFIG CHECKPOINT' in capsys.readouterr().err
+
+
 @pytest.fixture(scope='module')
 def record(digits, tmp_path_factory):
     """Path of a small record made by hand: exit 1 finds what is there."""

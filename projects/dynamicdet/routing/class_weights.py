@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 #: Added to a class's number of objects, or a class with one object would count a thousand times one
-#: with a thousand. On COCO and on the built-in data 5 to 100 served alike (experiments/real.md).
+#: with a thousand. On COCO 5 to 100 serve about alike (experiments/real.md).
 SMOOTHING = 20.0
 
 
