@@ -25,7 +25,7 @@ from dynamicdet.compression.pruning import Block, prune_weights
 from dynamicdet.compression.size_report import BlockSize, block_sizes, total
 from dynamicdet.files import write_atomically
 from dynamicdet.measuring.calibration import coco_results, provenance
-from dynamicdet.routing.curve import bootstrap_weights
+from dynamicdet.routing.bootstrap import bootstrap_weights
 from dynamicdet.routing.evaluation import Mixtures
 from dynamicdet.routing.record import RoutingRecord
 

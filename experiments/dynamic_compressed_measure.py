@@ -34,7 +34,7 @@ from dynamicdet.files import write_atomically
 from dynamicdet.measuring.benchmark import BenchmarkTask, half_hard_threshold, interleave, quartiles
 from dynamicdet.measuring.calibration import provenance, record_exits
 from dynamicdet.models import DynamicDetector
-from dynamicdet.routing.curve import bootstrap_weights
+from dynamicdet.routing.bootstrap import bootstrap_weights
 from dynamicdet.routing.evaluation import Mixtures, difficulties_of
 from dynamicdet.routing.thresholds import ALL_EASY, ALL_HARD
 

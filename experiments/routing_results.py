@@ -9,7 +9,7 @@ from pycocotools.coco import COCO
 from dynamicdet.reports.analysis import pair_of
 from dynamicdet.reports.analysis_curves import oracles
 from dynamicdet.routing import build_objective
-from dynamicdet.routing.curve import SHARES, Chance, split
+from dynamicdet.routing.curve import SHARES, RandomRouting, split_by_share
 from dynamicdet.routing.evaluation import Mixtures
 from dynamicdet.routing.fitting import features_of, fit_router, gains_of, rank_correlation
 from dynamicdet.routing.merit import efficacy, normalized_gain
@@ -41,12 +41,12 @@ INNER = SHARES[1:-1]
 
 def plain_results(record: RoutingRecord, coco: COCO) -> dict:
     """AP of a plain detector, with resamples, and what it costs. Its record has one exit, twice."""
-    chance = Chance(Mixtures(record, coco), resamples=RESAMPLES)
+    random_routing = RandomRouting(Mixtures(record, coco), resamples=RESAMPLES)
     return dict(
         gflops=record.gflops[0],
         latency=record.latencies[0],
         provenance=record.provenance,
-        **_one_exit(chance, 0),
+        **_one_exit(random_routing, 0),
     )
 
 
@@ -67,8 +67,8 @@ def dynamic_results(
         seed (int): Of the fits.
     """
     mixtures = Mixtures(test, test_coco)
-    chance = Chance(mixtures, resamples=RESAMPLES)
-    exits = [_one_exit(chance, exit) for exit in range(mixtures.exits)]
+    random_routing = RandomRouting(mixtures, resamples=RESAMPLES)
+    exits = [_one_exit(random_routing, exit) for exit in range(mixtures.exits)]
     pair = pair_of(test)
     honest, luck = (
         choices[1:-1]
@@ -92,18 +92,19 @@ def dynamic_results(
         latencies=test.latencies,
         provenance=test.provenance,
         exits=exits,
-        random=[chance.at(round(share * mixtures.images))[0] for share in INNER],
+        random=[random_routing.at(round(share * mixtures.images))[0] for share in INNER],
         by_size=by_size(mixtures),
         by_objects=by_objects(test, mixtures),
         share_gaining={
             name: _share_gaining(record) for name, record in {**sources, 'test': test}.items()
         },
-        honest=_judge(chance, honest, honest),
-        oracle=dict(_judge(chance, luck, honest), refined=True),
+        honest=_judge(random_routing, honest, honest),
+        oracle=dict(_judge(random_routing, luck, honest), refined=True),
         routers={
-            name: _judge_scores(chance, scores, honest, gained) for name, scores in routers.items()
+            name: _judge_scores(random_routing, scores, honest, gained)
+            for name, scores in routers.items()
         },
-        peers=_peers(test, sources, train_coco, chance, honest, gained, seed),
+        peers=_peers(test, sources, train_coco, random_routing, honest, gained, seed),
     )
     if mixtures.exits > 2:
         found['all_exits'] = {
@@ -142,9 +143,11 @@ def with_losses_of(record: RoutingRecord, others: Sequence[RoutingRecord]) -> Ro
     return replace(record, losses=np.array([losses[one] for one in record.ids.tolist()]))
 
 
-def _one_exit(chance: Chance, exit: int) -> dict:
-    choice = np.full(chance.mixtures.images, exit)
-    return dict(ap=chance.mixtures.ap(choice), resampled=_short(chance.resampled(choice)))
+def _one_exit(random_routing: RandomRouting, exit: int) -> dict:
+    choice = np.full(random_routing.mixtures.images, exit)
+    return dict(
+        ap=random_routing.mixtures.ap(choice), resampled=_short(random_routing.resampled(choice))
+    )
 
 
 def _fitted(
@@ -173,11 +176,14 @@ def _fitted(
 
 
 def _judge_scores(
-    chance: Chance, scores: np.ndarray, honest: np.ndarray, gained: Mapping[str, np.ndarray]
+    random_routing: RandomRouting,
+    scores: np.ndarray,
+    honest: np.ndarray,
+    gained: Mapping[str, np.ndarray],
 ) -> dict:
-    choices = np.array([split(scores, share)[1] for share in INNER])
+    choices = np.array([split_by_share(scores, share)[1] for share in INNER])
     return dict(
-        _judge(chance, choices, honest),
+        _judge(random_routing, choices, honest),
         correlation={
             name: one['correlation']
             for name, one in rank_correlations(scores, gained, resamples=0).items()
@@ -186,17 +192,17 @@ def _judge_scores(
     )
 
 
-def _judge(chance: Chance, choices: np.ndarray, honest: np.ndarray) -> dict:
+def _judge(random_routing: RandomRouting, choices: np.ndarray, honest: np.ndarray) -> dict:
     """AP at each share; on each resample at half hard and in the mean over shares; both figures of
     merit."""
     half = choices[len(choices) // 2]
-    resampled = [chance.resampled(chance.choice(choice)) for choice in choices]
+    resampled = [random_routing.resampled(random_routing.choice(choice)) for choice in choices]
     return dict(
-        ap=[chance.mixtures.ap(chance.choice(choice)) for choice in choices],
-        resampled_half=_short(chance.resampled(chance.choice(half))),
+        ap=[random_routing.mixtures.ap(random_routing.choice(choice)) for choice in choices],
+        resampled_half=_short(random_routing.resampled(random_routing.choice(half))),
         resampled_mean=_short(np.mean(resampled, axis=0)),
-        normalized_gain=normalized_gain(chance, half),
-        efficacy=efficacy(chance, choices, honest),
+        normalized_gain=normalized_gain(random_routing, half),
+        efficacy=efficacy(random_routing, choices, honest),
     )
 
 
@@ -204,7 +210,7 @@ def _peers(
     test: RoutingRecord,
     sources: Mapping[str, RoutingRecord],
     train_coco: COCO,
-    chance: Chance,
+    random_routing: RandomRouting,
     honest: np.ndarray,
     gained: Mapping[str, np.ndarray],
     seed: int,
@@ -217,7 +223,9 @@ def _peers(
         target = 'ap' if name == 'adaptive_feeding' else 'loss_sum'
         scores = peer_scores(name, test, held, gains_of(held, target, train_coco), seed)
         found[name] = dict(
-            _judge_scores(chance, scores, honest, gained), charge=charge(name, test), target=target
+            _judge_scores(random_routing, scores, honest, gained),
+            charge=charge(name, test),
+            target=target,
         )
     return found
 

@@ -18,7 +18,7 @@ from dynamicdet.reports import analysis_estimates as estimates
 from dynamicdet.reports.analysis import analyze, format_analysis, pair_of, write_analysis
 from dynamicdet.reports.analysis_curves import image_values, threshold_points
 from dynamicdet.reports.analysis_gallery import choose_images
-from dynamicdet.routing.curve import Chance
+from dynamicdet.routing.curve import RandomRouting
 from dynamicdet.routing.evaluation import Mixtures
 from dynamicdet.routing.record import RoutingRecord
 
@@ -255,8 +255,8 @@ def test_the_slider_has_each_share_once(analysis, perfect, coco):
 
 def test_equal_difficulties_are_not_parted(perfect, coco):
     record = rerouted(perfect, [0.2] * 30 + [0.7] * 10)
-    chance = Chance(Mixtures(record, coco), resamples=0)
-    points = threshold_points(record, chance, np.array([0.2] * 30 + [0.7] * 10, np.float32))
+    random_routing = RandomRouting(Mixtures(record, coco), resamples=0)
+    points = threshold_points(record, random_routing, np.array([0.2] * 30 + [0.7] * 10, np.float32))
     assert [point['hard'] for point in points] == [0, 10, 40]
 
 
@@ -352,20 +352,20 @@ def test_it_can_be_written_as_json(analysis):
 
 
 @pytest.fixture(scope='module')
-def chance(perfect, coco):
-    return Chance(Mixtures(perfect, coco), resamples=30)
+def random_routing(perfect, coco):
+    return RandomRouting(Mixtures(perfect, coco), resamples=30)
 
 
-def test_gap_and_its_interval(chance, analysis):
-    value, low, high = estimates.gap(chance)
+def test_gap_and_its_interval(random_routing, analysis):
+    value, low, high = estimates.gap(random_routing)
     assert value == pytest.approx(100 - analysis['ends'][0]['ap'])
     assert 0 < low < value < high < 100
     # The same choice twice: no difference on any resample.
-    assert estimates.difference(chance, [0] * IMAGES, [0] * IMAGES) == (0, 0, 0)
+    assert estimates.difference(random_routing, [0] * IMAGES, [0] * IMAGES) == (0, 0, 0)
 
 
-def test_gaps_of_strata(perfect, chance):
-    one, three = estimates.strata_gaps(perfect, chance)
+def test_gaps_of_strata(perfect, random_routing):
+    one, three = estimates.strata_gaps(perfect, random_routing)
     assert one['name'] == 'images with 1 object' and one['gap'] == pytest.approx(
         (0, 0, 0), abs=1e-6
     )
@@ -374,27 +374,30 @@ def test_gaps_of_strata(perfect, chance):
     )
 
 
-def test_transfer_between_sets_that_differ(chance, perfect):
+def test_transfer_between_sets_that_differ(random_routing, perfect):
     scores = np.array([image['difficulty'] for image in perfect], np.float32)
-    same = estimates.transfer(scores, scores, chance)
+    same = estimates.transfer(scores, scores, random_routing)
     assert same['got'][0] == 0.5 and same['got'][1] < 0.5 < same['got'][2]
-    harder = estimates.transfer(scores / 2, scores, chance)
+    harder = estimates.transfer(scores / 2, scores, random_routing)
     # The middle of the halved scores is their lower quarter: three quarters lie above.
     assert harder['asked'] == 0.5 and harder['got'][0] == pytest.approx(0.75, abs=0.03)
     assert harder['got'][1] > 0.5
 
 
-def test_leads_of_peers_at_equal_cost(perfect, chance):
+def test_leads_of_peers_at_equal_cost(perfect, random_routing):
     """A charged peer is compared with a router that may send more images on."""
     scores = np.array([image['difficulty'] for image in perfect], np.float32)
     inverted = 1 - scores
     leads = estimates.peer_leads(
-        perfect, chance, inverted, dict(doubt_of_best=scores, image_entropy=scores, loss=scores)
+        perfect,
+        random_routing,
+        inverted,
+        dict(doubt_of_best=scores, image_entropy=scores, loss=scores),
     )
     assert set(leads) == {'doubt of best', 'image entropy'}
-    half = chance.mixtures.ap(inverted > np.sort(inverted)[IMAGES // 2 - 1])
+    half = random_routing.mixtures.ap(inverted > np.sort(inverted)[IMAGES // 2 - 1])
     # 0.5 of 2 GFLOPs between the exits buy a quarter more hard images: 25 of 40 instead of 20.
-    more = chance.mixtures.ap(inverted >= np.sort(inverted)[-25])
+    more = random_routing.mixtures.ap(inverted >= np.sort(inverted)[-25])
     assert more > half
     assert leads['image entropy'][0] == pytest.approx(100 - half)
     assert leads['doubt of best'][0] == pytest.approx(100 - more)

@@ -24,7 +24,7 @@ from dynamicdet.reports.analysis_text import (
     share_cell,
 )
 from dynamicdet.reports.figures import png, trade_off_figure
-from dynamicdet.routing.curve import Chance, by_calibration, trade_off
+from dynamicdet.routing.curve import RandomRouting, calibrated_trade_off, trade_off
 from dynamicdet.routing.evaluation import Mixtures
 from dynamicdet.routing.record import RoutingRecord
 from dynamicdet.routing.served import chance_interval
@@ -285,8 +285,8 @@ def test_what_calibrated_thresholds_serve_stands_beside_what_this_set_would(coco
     (said,) = misses(numbers['calibrated'])
     text = html.unescape(page.read_text())
     assert said in text and BY_QUANTILE in text and BY_CALIBRATION in text
-    chance = Chance(Mixtures(record, coco), draws=2, resamples=0)
-    assert numbers['calibrated'] == by_calibration(record, chance, calibration)
+    random_routing = RandomRouting(Mixtures(record, coco), draws=2, resamples=0)
+    assert numbers['calibrated'] == calibrated_trade_off(record, random_routing, calibration)
     shown = [row for row in tables_of(page)[BY_CALIBRATION] if row]
     assert shown == calibrated_table(numbers['calibrated'])
     lines = format_analysis(numbers).split('\n')
@@ -294,9 +294,12 @@ def test_what_calibrated_thresholds_serve_stands_beside_what_this_set_would(coco
 
 
 def test_on_its_own_images_a_calibration_serves_what_was_asked_for(coco, record):
-    chance = Chance(Mixtures(record, coco), draws=2, resamples=0)
+    random_routing = RandomRouting(Mixtures(record, coco), draws=2, resamples=0)
     own = [image['difficulty'] for image in record]
-    rows, served = trade_off(record, coco, chance=chance), by_calibration(record, chance, own)
+    rows, served = (
+        trade_off(record, coco, random_routing=random_routing),
+        calibrated_trade_off(record, random_routing, own),
+    )
     for name in ('threshold', 'hard_share', 'ap', 'gflops', 'latency'):
         assert [one[name] for one in served] == [one[name] for one in rows]
     assert misses(served) == []

@@ -10,9 +10,9 @@ from pycocotools.coco import COCO
 
 from ..errors import UsageError
 from ..files import write_atomically
-from ..routing.curve import Chance, by_calibration, difficulties_of, trade_off
+from ..routing.curve import RandomRouting, calibrated_trade_off, trade_off
 from ..routing.diagnosis import diagnose
-from ..routing.evaluation import AREAS, Mixtures, check_record, check_truth
+from ..routing.evaluation import AREAS, Mixtures, check_record, check_truth, difficulties_of
 from ..routing.record import RoutingRecord, require
 from ..routing.strata import benefits, by_difficulty, by_objects, by_size, rank_correlations
 from . import analysis_curves as curves
@@ -91,7 +91,7 @@ def analyze(
         * ``images``, their number; ``ends``: per exit ``exit``, ``ap``, ``ap50``, ``gflops``,
           ``latency``.
         * ``rows`` of `routing.curve.trade_off`: budgets by the record's own quantiles; and
-          ``calibrated``, rows of `routing.curve.by_calibration`, none without a calibration.
+          ``calibrated``, rows of `routing.curve.calibrated_trade_off`, none without a calibration.
         * ``curves``: of ``router``, ``random``, ``honest`` (oracle) and ``oracle``; and
           ``thresholds``, the router's at all percents of hard images: see `analysis_curves`.
         * ``merit``: list of ``name``, ``value``, ``low``, ``high``, ``meaning``.
@@ -118,21 +118,23 @@ def analyze(
     if record.exits != 2:
         raise UsageError(f'routing is between two exits, the record has {record.exits}: choose two')
     say('matching detections with objects')
-    chance = Chance(Mixtures(record, coco), resamples=bootstrap, seed=seed)
+    random_routing = RandomRouting(Mixtures(record, coco), resamples=bootstrap, seed=seed)
     scores = difficulties_of(record)
     say('the curve and random routing')
-    rows = trade_off(record, coco, chance=chance)
+    rows = trade_off(record, coco, random_routing=random_routing)
     say('oracles')
-    oracles = curves.oracles(record, coco, chance.mixtures, seed)
-    drawn = {name: curves.curve_of(record, chance, choices) for name, choices in oracles.items()}
-    merit = curves.merit(chance, scores, rows, oracles.get('honest'))
+    oracles = curves.oracles(record, coco, random_routing.mixtures, seed)
+    drawn = {
+        name: curves.curve_of(record, random_routing, choices) for name, choices in oracles.items()
+    }
+    merit = curves.merit(random_routing, scores, rows, oracles.get('honest'))
     if validation and not len(calibration):
         calibration = difficulties_of(validation[0])
     say('peers')
-    gained = benefits(record, chance.mixtures)
+    gained = benefits(record, random_routing.mixtures)
     peers, left_out = curves.score_peers(record, validation, gained, seed)
     judged = {
-        curves.words(name): curves.judge_peer(name, record, chance, own)
+        curves.words(name): curves.judge_peer(name, record, random_routing, own)
         for name, own in peers.items()
     }
     say('strata and correlations')
@@ -141,17 +143,21 @@ def analyze(
         images=len(record),
         ends=_ends(record, rows),
         rows=rows,
-        calibrated=by_calibration(record, chance, calibration) if len(calibration) else [],
+        calibrated=calibrated_trade_off(record, random_routing, calibration)
+        if len(calibration)
+        else [],
         curves=dict(
             router=curves.router_curve(rows), random=curves.random_curve(record, rows), **drawn
         ),
-        thresholds=curves.threshold_points(record, chance, scores),
+        thresholds=curves.threshold_points(record, random_routing, scores),
         merit=list(merit.values()),
-        router=curves.judge(record, chance, curves.choices_of(scores)),
+        router=curves.judge(record, random_routing, curves.choices_of(scores)),
         peers=judged,
         left_out={curves.words(name): why for name, why in left_out.items()},
-        certificate=curves.certificate(record, curves.image_values(record, coco, chance.mixtures)),
-        strata=_strata(record, coco, chance.mixtures, scores),
+        certificate=curves.certificate(
+            record, curves.image_values(record, coco, random_routing.mixtures)
+        ),
+        strata=_strata(record, coco, random_routing.mixtures, scores),
         correlations=list(correlations.values()),
         provenance=dict(record.provenance),
     )
@@ -160,19 +166,19 @@ def analyze(
         images=len(record),
         bootstrap=bootstrap,
         first_scale=float(record.provenance.get('first_scale', 1.0)),
-        exits=estimates.exit_estimates(chance),
-        gap=estimates.gap(chance),
-        strata=estimates.strata_gaps(record, chance),
+        exits=estimates.exit_estimates(random_routing),
+        gap=estimates.gap(random_routing),
+        strata=estimates.strata_gaps(record, random_routing),
         correlation=_benefit_correlations(correlations, validation, bootstrap, seed),
         router_gain=_estimate(merit['gain']),
         half_share=rows[curves.HALF]['hard_share'],
         normalized_gain=_estimate(merit['normalized_gain']),
         spread=estimates.spread(scores),
-        peers=estimates.peer_leads(record, chance, scores, peers),
+        peers=estimates.peer_leads(record, random_routing, scores, peers),
     )
     if 'honest' in oracles:
         figures.update(
-            honest_gain=estimates.over_random(chance, oracles['honest'][curves.HALF]),
+            honest_gain=estimates.over_random(random_routing, oracles['honest'][curves.HALF]),
             efficacy=_estimate(merit['efficacy']),
         )
     if training:
@@ -181,7 +187,7 @@ def analyze(
             held_out=estimates.share_gaining(record, bootstrap, seed),
         )
     if len(calibration):
-        figures['transfer'] = estimates.transfer(np.asarray(calibration), scores, chance)
+        figures['transfer'] = estimates.transfer(np.asarray(calibration), scores, random_routing)
     return _plain(dict(analysis, diagnosis=diagnose(figures)))
 
 

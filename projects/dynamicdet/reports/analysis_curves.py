@@ -12,7 +12,8 @@ from pycocotools.coco import COCO
 from scipy.stats import rankdata
 
 from ..errors import UsageError
-from ..routing.curve import SHARES, Chance, costs_of, interval, split
+from ..routing.bootstrap import confidence_interval
+from ..routing.curve import SHARES, RandomRouting, costs_of, split_by_share
 from ..routing.evaluation import Mixtures
 from ..routing.merit import efficacy, normalized_gain
 from ..routing.oracle import allocate, honest_choices, object_count, oracle_choices, refine
@@ -35,7 +36,7 @@ _NOTHING = dict(gflops=0.0, latency=0.0)
 
 def choices_of(scores: Sequence[float]) -> list[np.ndarray]:
     """Which images are hard at all of `SHARES`, by a router's scores."""
-    return [split(scores, share)[1] for share in SHARES]
+    return [split_by_share(scores, share)[1] for share in SHARES]
 
 
 def oracles(
@@ -112,7 +113,7 @@ def random_curve(record: RoutingRecord, rows: Sequence[Mapping]) -> list[dict]:
 
 def curve_of(
     record: RoutingRecord,
-    chance: Chance,
+    random_routing: RandomRouting,
     choices: Sequence[np.ndarray],
     intervals: bool = True,
     extra: Mapping[str, float] = _NOTHING,
@@ -120,14 +121,16 @@ def curve_of(
     """The curve of any choices; what is ``extra`` is paid for each hard image."""
     points = []
     for share, is_hard in zip(SHARES, choices):
-        choice, got = chance.choice(is_hard), float(np.mean(is_hard))
-        low, high = interval(chance.resampled(choice)) if intervals else (None, None)
+        choice, got = random_routing.choice(is_hard), float(np.mean(is_hard))
+        low, high = (
+            confidence_interval(random_routing.resampled(choice)) if intervals else (None, None)
+        )
         costs = {name: cost + got * extra[name] for name, cost in costs_of(record, is_hard).items()}
         points.append(
             dict(
                 share=share,
                 hard_share=got,
-                ap=chance.mixtures.ap(choice),
+                ap=random_routing.mixtures.ap(choice),
                 low=low,
                 high=high,
                 **costs,
@@ -136,7 +139,9 @@ def curve_of(
     return points
 
 
-def threshold_points(record: RoutingRecord, chance: Chance, scores: np.ndarray) -> list[dict]:
+def threshold_points(
+    record: RoutingRecord, random_routing: RandomRouting, scores: np.ndarray
+) -> list[dict]:
     """The router at every percent of hard images: each share that a threshold really gives, once.
 
     Returns:
@@ -145,21 +150,24 @@ def threshold_points(record: RoutingRecord, chance: Chance, scores: np.ndarray) 
     """
     points = {}
     for share in _SLIDER:
-        threshold, is_hard = split(scores, share)
+        threshold, is_hard = split_by_share(scores, share)
         count = int(is_hard.sum())
         if count not in points:
             points[count] = dict(
                 threshold=float(threshold),
                 hard_share=count / len(scores),
                 hard=count,
-                ap=chance.mixtures.ap(chance.choice(is_hard)),
+                ap=random_routing.mixtures.ap(random_routing.choice(is_hard)),
                 **costs_of(record, is_hard),
             )
     return [points[count] for count in sorted(points)]
 
 
 def merit(
-    chance: Chance, scores: np.ndarray, rows: Sequence[Mapping], oracle: Sequence[np.ndarray] | None
+    random_routing: RandomRouting,
+    scores: np.ndarray,
+    rows: Sequence[Mapping],
+    oracle: Sequence[np.ndarray] | None,
 ) -> dict[str, dict]:
     """Figures of merit: ``gain``, ``normalized_gain`` and, given the honest oracle's choices,
     ``efficacy``.
@@ -170,8 +178,8 @@ def merit(
             be told from zero.
     """
     choices, half = choices_of(scores), rows[HALF]
-    gain = normalized_gain(chance, choices[HALF])
-    resampled = bool(len(chance.weights))
+    gain = normalized_gain(random_routing, choices[HALF])
+    resampled = bool(len(random_routing.weights))
     found = dict(
         gain=dict(
             name='gain at half hard, AP',
@@ -191,7 +199,7 @@ def merit(
         ),
     )
     if oracle is not None:
-        own = efficacy(chance, choices, oracle)
+        own = efficacy(random_routing, choices, oracle)
         found['efficacy'] = dict(
             name='efficacy',
             value=_settled(own, 'efficacy', resampled),
@@ -241,25 +249,27 @@ def _target(name: str, gained: Mapping[str, np.ndarray]) -> np.ndarray:
 
 def judge(
     record: RoutingRecord,
-    chance: Chance,
+    random_routing: RandomRouting,
     choices: Sequence[np.ndarray],
     extra: Mapping[str, float] = _NOTHING,
 ) -> dict:
     """Any router's ``curve``, its point at ``half`` hard, its normalized ``gain`` there, ``low``
     and ``high``."""
-    curve = curve_of(record, chance, choices, intervals=False, extra=extra)
-    gain = normalized_gain(chance, choices[HALF])
+    curve = curve_of(record, random_routing, choices, intervals=False, extra=extra)
+    gain = normalized_gain(random_routing, choices[HALF])
     return dict(
         curve=curve, half=curve[HALF], gain=gain['gain'], low=gain['low'], high=gain['high']
     )
 
 
-def judge_peer(name: str, record: RoutingRecord, chance: Chance, scores: np.ndarray) -> dict:
+def judge_peer(
+    name: str, record: RoutingRecord, random_routing: RandomRouting, scores: np.ndarray
+) -> dict:
     """`judge` of a peer, with what it pays, and its ``meaning``."""
     # Records that do not say how long neck and heads take charge no time.
     seconds = record.provenance.get('branch0_latency', 0.0) if PEERS[name].charged else 0.0
     extra = dict(gflops=charge(name, record), latency=float(seconds))
-    return dict(judge(record, chance, choices_of(scores), extra), meaning=_meaning(name))
+    return dict(judge(record, random_routing, choices_of(scores), extra), meaning=_meaning(name))
 
 
 def words(name: str) -> str:

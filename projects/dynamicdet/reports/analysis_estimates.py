@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..routing.curve import Chance, bootstrap_weights, costs_of, hard_for, interval, split
+from ..routing.bootstrap import bootstrap_weights, confidence_interval
+from ..routing.curve import RandomRouting, costs_of, hardest_for_gflops, split_by_share
 from ..routing.peers import PEERS, charge
 from ..routing.record import RoutingRecord, require
 from ..routing.strata import OBJECTS
@@ -20,36 +21,44 @@ Estimate = tuple[float, float | None, float | None]
 _FEWEST = 20
 
 
-def difference(chance: Chance, first: Sequence[int], second: Sequence[int]) -> Estimate:
+def difference(
+    random_routing: RandomRouting, first: Sequence[int], second: Sequence[int]
+) -> Estimate:
     """AP of one choice minus that of another, on paired resamples.
 
     Args:
-        chance (Chance): Of the record.
+        random_routing (RandomRouting): Of the record.
         first (Sequence[int]): Exit of each image, (n,).
         second (Sequence[int]): The same.
     """
-    value = chance.mixtures.ap(first) - chance.mixtures.ap(second)
-    return (value, *interval(chance.resampled(first) - chance.resampled(second)))
+    value = random_routing.mixtures.ap(first) - random_routing.mixtures.ap(second)
+    return (
+        value,
+        *confidence_interval(random_routing.resampled(first) - random_routing.resampled(second)),
+    )
 
 
-def exit_estimates(chance: Chance) -> list[Estimate]:
+def exit_estimates(random_routing: RandomRouting) -> list[Estimate]:
     """AP of the cheap and of the dear exit alone."""
-    choices = _ends(chance)
-    return [(chance.mixtures.ap(choice), *interval(chance.resampled(choice))) for choice in choices]
+    choices = _ends(random_routing)
+    return [
+        (random_routing.mixtures.ap(choice), *confidence_interval(random_routing.resampled(choice)))
+        for choice in choices
+    ]
 
 
-def gap(chance: Chance) -> Estimate:
+def gap(random_routing: RandomRouting) -> Estimate:
     """By how much the dear exit is better."""
-    easy, hard = _ends(chance)
-    return difference(chance, hard, easy)
+    easy, hard = _ends(random_routing)
+    return difference(random_routing, hard, easy)
 
 
-def strata_gaps(record: RoutingRecord, chance: Chance) -> list[dict]:
+def strata_gaps(record: RoutingRecord, random_routing: RandomRouting) -> list[dict]:
     """The same on images with few and with many objects: ``name``, ``gap``."""
     if record.objects is None:
         return []
     objects = record.objects
-    easy, hard = _ends(chance)
+    easy, hard = _ends(random_routing)
     found = []
     for name, (fewest, most) in OBJECTS.items():
         inside = ((objects >= max(1, fewest)) & (objects <= most)).astype(int)
@@ -57,20 +66,27 @@ def strata_gaps(record: RoutingRecord, chance: Chance) -> list[dict]:
             continue
 
         def gain(weights: np.ndarray) -> float:
-            return chance.mixtures.ap(hard, weights) - chance.mixtures.ap(easy, weights)
+            return random_routing.mixtures.ap(hard, weights) - random_routing.mixtures.ap(
+                easy, weights
+            )
 
         # A resample may have none of these images, and no AP then.
-        drawn = [gain(weights * inside) for weights in chance.weights if (weights * inside).any()]
+        drawn = [
+            gain(weights * inside) for weights in random_routing.weights if (weights * inside).any()
+        ]
         label = f'images with {name} object{"s" * (name != "1")}'
-        found.append(dict(name=label, gap=(gain(inside), *interval(drawn))))
+        found.append(dict(name=label, gap=(gain(inside), *confidence_interval(drawn))))
     return found
 
 
-def over_random(chance: Chance, is_hard: np.ndarray) -> Estimate:
+def over_random(random_routing: RandomRouting, is_hard: np.ndarray) -> Estimate:
     """AP of a choice minus that of random routing of as many images."""
-    choice = chance.choice(is_hard)
-    mean, _, means = chance.at(int(is_hard.sum()))
-    return (chance.mixtures.ap(choice) - mean, *interval(chance.resampled(choice) - means))
+    choice = random_routing.choice(is_hard)
+    mean, _, means = random_routing.at(int(is_hard.sum()))
+    return (
+        random_routing.mixtures.ap(choice) - mean,
+        *confidence_interval(random_routing.resampled(choice) - means),
+    )
 
 
 def share_gaining(record: RoutingRecord, resamples: int, seed: int = 0) -> Estimate:
@@ -78,33 +94,36 @@ def share_gaining(record: RoutingRecord, resamples: int, seed: int = 0) -> Estim
     require(record, 'losses')
     gains = (record.losses[:, 0] > record.losses[:, -1]).astype(float)
     weights = bootstrap_weights(len(gains), resamples, seed)
-    return (float(gains.mean()), *interval(weights @ gains / len(gains)))
+    return (float(gains.mean()), *confidence_interval(weights @ gains / len(gains)))
 
 
 def transfer(
-    val_scores: np.ndarray, scores: np.ndarray, chance: Chance, share: float = 0.5
+    val_scores: np.ndarray, scores: np.ndarray, random_routing: RandomRouting, share: float = 0.5
 ) -> dict:
     """The hard share that a threshold of the validation set really gives; both sets are
     resampled."""
     threshold = threshold_for_share(val_scores, share)
     hard = scores > np.float32(threshold)
-    drawn = bootstrap_weights(len(val_scores), len(chance.weights), seed=1)
+    drawn = bootstrap_weights(len(val_scores), len(random_routing.weights), seed=1)
     shares = []
-    for own, weights in zip(drawn, chance.weights):
+    for own, weights in zip(drawn, random_routing.weights):
         cut = threshold_for_share(np.repeat(val_scores, own), share)
         shares.append(np.average(scores > np.float32(cut), weights=weights))
-    return dict(asked=share, got=(float(hard.mean()), *interval(shares)))
+    return dict(asked=share, got=(float(hard.mean()), *confidence_interval(shares)))
 
 
 def peer_leads(
-    record: RoutingRecord, chance: Chance, scores: np.ndarray, peers: Mapping[str, np.ndarray]
+    record: RoutingRecord,
+    random_routing: RandomRouting,
+    scores: np.ndarray,
+    peers: Mapping[str, np.ndarray],
 ) -> dict[str, Estimate]:
     """How much more AP a peer has at half hard than the router at the same GFLOPs: for what a
     charged peer pays, the router may send more images on.
 
     Args:
         record (RoutingRecord): Of two exits.
-        chance (Chance): Of the record.
+        random_routing (RandomRouting): Of the record.
         scores (np.ndarray): The router's difficulties, (n,).
         peers (Mapping[str, np.ndarray]): Key of `PEERS` -> scores, (n,). References are left out,
             and those whose cost the router cannot have, because many of its difficulties are equal.
@@ -113,9 +132,9 @@ def peer_leads(
     for name, own in peers.items():
         if PEERS[name].reference:
             continue
-        is_hard = split(own, 0.5)[1]
+        is_hard = split_by_share(own, 0.5)[1]
         paid = costs_of(record, is_hard)['gflops'] + charge(name, record) * is_hard.mean()
-        router = hard_for(record, scores, paid)
+        router = hardest_for_gflops(record, scores, paid)
         # Equal difficulties go together: there may be no choice at that cost.
         spent, most = (costs_of(record, choice)['gflops'] for choice in (router, 1.0))
         if not router.all() and abs(spent - paid) > _NEAR * (
@@ -123,7 +142,7 @@ def peer_leads(
         ):
             continue
         leads[name.replace('_', ' ')] = difference(
-            chance, chance.choice(is_hard), chance.choice(router)
+            random_routing, random_routing.choice(is_hard), random_routing.choice(router)
         )
     return leads
 
@@ -134,6 +153,8 @@ def spread(scores: np.ndarray) -> float:
     return float(high - low)
 
 
-def _ends(chance: Chance) -> tuple[np.ndarray, np.ndarray]:
-    images = chance.mixtures.images
-    return chance.choice(np.zeros(images, bool)), chance.choice(np.ones(images, bool))
+def _ends(random_routing: RandomRouting) -> tuple[np.ndarray, np.ndarray]:
+    images = random_routing.mixtures.images
+    return random_routing.choice(np.zeros(images, bool)), random_routing.choice(
+        np.ones(images, bool)
+    )

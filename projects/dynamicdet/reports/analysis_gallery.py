@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 
-from ..routing.curve import difficulties_of, split
-from ..routing.evaluation import Mixtures
+from ..routing.curve import split_by_share
+from ..routing.evaluation import Mixtures, difficulties_of
 from ..routing.record import RoutingRecord
 from .figures import EXIT_COLORS
 
@@ -44,7 +44,7 @@ def choose_images(
             where half of the images are hard, and ``wrongly_hard``: those that lose most by going
             on. Indices, the most extreme first; only images that lose something are wrongly routed.
     """
-    _, is_hard = split(difficulties, 0.5)
+    _, is_hard = split_by_share(difficulties, 0.5)
     order = np.argsort(difficulties, kind='stable')
     gain = image_ap[1] - image_ap[0]
     losses = dict(wrongly_easy=np.where(is_hard, 0, gain), wrongly_hard=np.where(is_hard, -gain, 0))

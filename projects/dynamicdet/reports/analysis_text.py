@@ -29,7 +29,7 @@ def calibrated_table(rows: Sequence[Mapping]) -> list[list[str]]:
     """What calibrated thresholds serve: a heading, and a line of cells per row.
 
     Args:
-        rows (Sequence[Mapping]): As `routing.curve.by_calibration` gives them.
+        rows (Sequence[Mapping]): As `routing.curve.calibrated_trade_off` gives them.
     """
     lines = ['wanted,threshold,served,chance explains,AP,AP50,GFLOPs,ms'.split(',')]
     for row in rows:
@@ -94,7 +94,7 @@ def misses(calibrated: Sequence[Mapping]) -> list[str]:
     than chance.
 
     Args:
-        calibrated (Sequence[Mapping]): As `routing.curve.by_calibration` gives them.
+        calibrated (Sequence[Mapping]): As `routing.curve.calibrated_trade_off` gives them.
     """
     missed = [row for row in calibrated if is_missed(row)]
     if not missed:

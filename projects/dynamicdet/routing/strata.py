@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.stats import spearmanr
 
-from .curve import RESAMPLES, bootstrap_weights, interval
+from .bootstrap import RESAMPLES, bootstrap_weights, confidence_interval
 from .evaluation import Mixtures
 from .record import RoutingRecord, require
 
@@ -125,7 +125,7 @@ def rank_correlations(
         drawn = [
             _spearman(np.repeat(scores, counts), np.repeat(values, counts)) for counts in weights
         ]
-        low, high = interval([each for each in drawn if each is not None])
+        low, high = confidence_interval([each for each in drawn if each is not None])
         correlations[name] = dict(correlation=_spearman(scores, values), low=low, high=high)
     return correlations
 
