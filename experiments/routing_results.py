@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 from pycocotools.coco import COCO
 
-from dynamicdet.reports.analysis import pair_of
-from dynamicdet.reports.analysis_curves import oracles
+from dynamicdet.reports.routing_analysis import two_exit_record
+from dynamicdet.reports.routing_analysis_curves import oracles
 from dynamicdet.routing import build_objective
 from dynamicdet.routing.curve import SHARES, RandomRouting, split_by_share
 from dynamicdet.routing.evaluation import Mixtures
@@ -69,7 +69,7 @@ def dynamic_results(
     mixtures = Mixtures(test, test_coco)
     random_routing = RandomRouting(mixtures, resamples=RESAMPLES)
     exits = [_one_exit(random_routing, exit) for exit in range(mixtures.exits)]
-    pair = pair_of(test)
+    pair = two_exit_record(test)
     honest, luck = (
         choices[1:-1]
         for choices in map(

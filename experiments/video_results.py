@@ -15,7 +15,7 @@ from dynamicdet import cli
 from dynamicdet.building import build_loader
 from dynamicdet.measuring.calibration import coco_results, provenance
 from dynamicdet.routing.evaluation import evaluate
-from dynamicdet.video.analysis import RULES, analyze_gates, fitted_gates, load_truth
+from dynamicdet.video.gate_analysis import RULES, analyze_gates, fitted_gates, load_truth
 from dynamicdet.video.gates import Gate
 from dynamicdet.video.recording import (
     borrowed,

@@ -13,9 +13,9 @@ from dynamicdet.checkpoints import write_checkpoint
 from dynamicdet.errors import UsageError
 from dynamicdet.models.weights import exits_digest
 from dynamicdet.routing.record import require_of_detector
-from dynamicdet.video.analysis import decision_seconds, load_truth
 from dynamicdet.video.calibration import calibrate_gate, put_calibration
 from dynamicdet.video.fitting import fit_parts, untrained_parts
+from dynamicdet.video.gate_analysis import decision_seconds, load_truth
 from dynamicdet.video.gates import name_of
 from dynamicdet.video.record import read_video_record
 from dynamicdet.video.recording import load_early_exit_detector

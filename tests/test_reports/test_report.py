@@ -13,9 +13,10 @@ from pycocotools.coco import COCO
 
 from conftest import rebuilt
 from dynamicdet.errors import UsageError
-from dynamicdet.reports.analysis import analyze, format_analysis, write_analysis
-from dynamicdet.reports.analysis_gallery import show_image
-from dynamicdet.reports.analysis_text import (
+from dynamicdet.reports.figures import png, trade_off_figure
+from dynamicdet.reports.routing_analysis import analyze_routing, format_analysis, write_analysis
+from dynamicdet.reports.routing_analysis_gallery import show_image
+from dynamicdet.reports.routing_analysis_text import (
     BY_CALIBRATION,
     BY_QUANTILE,
     calibrated_table,
@@ -23,7 +24,6 @@ from dynamicdet.reports.analysis_text import (
     sentences,
     share_cell,
 )
-from dynamicdet.reports.figures import png, trade_off_figure
 from dynamicdet.routing.curve import RandomRouting, calibrated_trade_off, trade_off
 from dynamicdet.routing.evaluation import Mixtures
 from dynamicdet.routing.record import RoutingRecord
@@ -94,7 +94,7 @@ def row(ap, random_ap, random_std, share=0.5):
 
 
 def write_report(record, coco, out, calibration=(), **kwargs):
-    analysis = analyze(record, coco, bootstrap=0, calibration=calibration)
+    analysis = analyze_routing(record, coco, bootstrap=0, calibration=calibration)
     return write_analysis(record, coco, analysis, out, name='report', **kwargs)
 
 

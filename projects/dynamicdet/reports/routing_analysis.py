@@ -15,17 +15,17 @@ from ..routing.diagnosis import diagnose
 from ..routing.evaluation import AREAS, Mixtures, check_record, check_truth, difficulties_of
 from ..routing.record import RoutingRecord, require
 from ..routing.strata import benefits, by_difficulty, by_objects, by_size, rank_correlations
-from . import analysis_curves as curves
-from . import analysis_estimates as estimates
-from .analysis_curves import Validation
-from .analysis_gallery import make_gallery
-from .analysis_text import format_analysis
+from . import routing_analysis_curves as curves
+from . import routing_analysis_estimates as estimates
 from .page import make_page
+from .routing_analysis_curves import Validation
+from .routing_analysis_gallery import make_gallery
+from .routing_analysis_text import format_analysis
 
-__all__ = ['analyze', 'format_analysis', 'pair_of', 'write_analysis']
+__all__ = ['analyze_routing', 'format_analysis', 'two_exit_record', 'write_analysis']
 
 
-def pair_of(record: RoutingRecord, exits: tuple[int, int] = (0, -1)) -> dict:
+def two_exit_record(record: RoutingRecord, exits: tuple[int, int] = (0, -1)) -> dict:
     """The record of two of its exits.
 
     Args:
@@ -56,7 +56,7 @@ def pair_of(record: RoutingRecord, exits: tuple[int, int] = (0, -1)) -> dict:
     return replace(record.take_exits((easy, hard)), provenance=facts)
 
 
-def analyze(
+def analyze_routing(
     record: RoutingRecord,
     coco: COCO,
     validation: Validation = None,
@@ -69,8 +69,8 @@ def analyze(
     """What routing between two exits is worth, where, and against whom.
 
     Args:
-        record (RoutingRecord): Of two exits; see `pair_of`. Without ``view`` there is no honest
-            oracle and no efficacy, without ``losses`` or ``objects`` less to correlate with.
+        record (RoutingRecord): Of two exits; see `two_exit_record`. Without ``view`` there is no
+            honest oracle and no efficacy, without ``losses`` or ``objects`` less to correlate with.
         coco (COCO): Its ground truth. Where all image entries have a ``difficulty``, as those of
             the built-in data, the router's is correlated with it.
         validation (tuple, optional): Record of the validation set by the same detector, of the same
@@ -93,12 +93,13 @@ def analyze(
         * ``rows`` of `routing.curve.trade_off`: budgets by the record's own quantiles; and
           ``calibrated``, rows of `routing.curve.calibrated_trade_off`, none without a calibration.
         * ``curves``: of ``router``, ``random``, ``honest`` (oracle) and ``oracle``; and
-          ``thresholds``, the router's at all percents of hard images: see `analysis_curves`.
+          ``thresholds``, the router's at all percents of hard images: see
+          `routing_analysis_curves`.
         * ``merit``: list of ``name``, ``value``, ``low``, ``high``, ``meaning``.
         * ``router``, and ``peers`` by name: ``curve``, ``half`` (its point at half hard), ``gain``
           (normalized, there), ``low``, ``high``, ``meaning``; ``left_out``: why a peer is not
           there, by name.
-        * ``certificate``: of the oracle's program; see `analysis_curves.certificate`.
+        * ``certificate``: of the oracle's program; see `routing_analysis_curves.certificate`.
         * ``strata``: tables of ``title``, ``name``, ``counts`` and ``rows`` of ``name``, ``count``,
           ``aps``.
         * ``correlations``, like ``merit``; ``diagnosis``: sentences; ``provenance``: the record's.
@@ -216,7 +217,7 @@ def write_analysis(
     Args:
         record (RoutingRecord): What was analyzed.
         coco (COCO): Its ground truth.
-        analysis (Mapping): As `analyze` gives it.
+        analysis (Mapping): As `analyze_routing` gives it.
         out_dir (str or Path): Where to; made if absent. What is there is replaced, the page last.
         title (str): Of the page.
         name (str): Of both files. Defaults to 'routing'.

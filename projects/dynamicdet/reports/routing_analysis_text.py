@@ -58,8 +58,8 @@ def sentences(analysis: Mapping) -> list[str]:
     """What the budgets' numbers say, in plain words, whichever way they fall.
 
     Args:
-        analysis (Mapping): As `analysis.analyze` gives it; ``images``, ``ends`` and ``rows`` are
-            read.
+        analysis (Mapping): As `routing_analysis.analyze_routing` gives it; ``images``, ``ends`` and
+            ``rows`` are read.
     """
     rows = analysis['rows']
     (first, cheap), (last, dear) = ((end['ap'], end['gflops']) for end in analysis['ends'])
@@ -134,7 +134,7 @@ def format_analysis(analysis: Mapping) -> str:
     """Tables and sentences.
 
     Args:
-        analysis (Mapping): As `analysis.analyze` gives it.
+        analysis (Mapping): As `routing_analysis.analyze_routing` gives it.
     """
     parts = [
         _heading(BY_QUANTILE),
