@@ -18,7 +18,7 @@ from ..building import load_detector
 from ..checkpoints import read_checkpoint
 from ..compression.blocks import Block, find_layers, units
 from ..compression.pruning import apply_masks, layers_of_blocks, prune_block
-from ..compression.sensitivity import Curve, Suggestion
+from ..compression.pruning_allocation import PruningAllocation, SensitivityCurve
 from ..errors import UsageError
 from ..files import write_atomically
 from ..progress import Progress
@@ -76,7 +76,7 @@ def measure_sensitivity(
     path: str,
     identity: dict[str, Any],
     progress: Progress,
-) -> list[Curve]:
+) -> list[SensitivityCurve]:
     """AP at each share of each part, the rest as it is. What is measured is written at once, and
     not measured again by a later call.
 
@@ -118,7 +118,7 @@ def measure_sensitivity(
         content = dict(identity=identity, blocks=blocks, results=results)
         write_atomically(json.dumps(content, indent=1).encode(), path)
     return [
-        Curve(
+        SensitivityCurve(
             part.name, part.weights, shares, [results[_key(part.name, share)] for share in shares]
         )
         for part in parts
@@ -213,7 +213,23 @@ def _ap(model: nn.Module, loader: DataLoader, dataset: Any, coco: COCO, metric: 
     return float(found)
 
 
-def draw(curves: Sequence[Curve], suggestion: Suggestion, metric: str) -> bytes:
+def sensitivity_table(curves: Sequence[SensitivityCurve]) -> list[str]:
+    """Lines of a table: AP of each part at each share, most sensitive first (by mean loss)."""
+    width = max(len(one.name) for one in curves)
+    lines = [
+        f'{"part":{width}}  weights  ' + ' '.join(f'{share:7.0%}' for share in curves[0].shares)
+    ]
+    for one in sorted(curves, key=lambda curve: np.mean(curve.aps)):
+        lines.append(
+            f'{one.name:{width}}  {one.weights / 1e6:5.2f} M  '
+            + ' '.join(f'{ap:7.2f}' for ap in one.aps)
+        )
+    return lines
+
+
+def draw_sensitivity(
+    curves: Sequence[SensitivityCurve], allocation: PruningAllocation, metric: str
+) -> bytes:
     """A PNG: AP against share, a line per part; where the suggestion stands on it, a circle."""
     from ..reports.figures import png
 
@@ -222,8 +238,8 @@ def draw(curves: Sequence[Curve], suggestion: Suggestion, metric: str) -> bytes:
     # Who suffers most first; too many lines say nothing.
     for one in sorted(curves, key=lambda curve: np.mean(curve.aps))[:12]:
         (line,) = axes.plot(one.shares, one.aps, '.-', label=one.name)
-        if one.name in suggestion.shares:
-            place = list(one.shares).index(suggestion.shares[one.name])
+        if one.name in allocation.shares:
+            place = list(one.shares).index(allocation.shares[one.name])
             axes.plot(
                 one.shares[place],
                 one.aps[place],
@@ -238,7 +254,7 @@ def draw(curves: Sequence[Curve], suggestion: Suggestion, metric: str) -> bytes:
     return png(figure)
 
 
-def load(cfg, checkpoint: str, device: str) -> nn.Module:
+def load_any_detector(cfg, checkpoint: str, device: str) -> nn.Module:
     """A config's detector from its checkpoint, in eval mode on a device."""
     init_default_scope('mmdet')
     return load_detector(cfg, checkpoint, device, plain=True)[0]
