@@ -16,6 +16,7 @@ from dynamicdet.building import build_loader
 from dynamicdet.measuring.calibration import coco_results, provenance
 from dynamicdet.routing.evaluation import evaluate
 from dynamicdet.video.gate_analysis import RULES, analyze_gates, fitted_gates, load_truth
+from dynamicdet.video.gate_simulation import GateRun, Replays, frames_by_video
 from dynamicdet.video.gates import Gate
 from dynamicdet.video.recording import (
     borrowed,
@@ -23,7 +24,6 @@ from dynamicdet.video.recording import (
     gate_of_checkpoint,
     load_early_exit_detector,
 )
-from dynamicdet.video.simulation import GateRun, Replays, streams
 from mmdet.registry import MODELS
 
 #: Bootstrap resamples of whole videos, since frames of one are alike; seed 0, the same for all
@@ -59,7 +59,7 @@ def head_results(test: Mapping) -> dict:
 
 def resampled_videos(record: Mapping) -> np.ndarray:
     """How often each frame counts on each resample, (B, n)."""
-    videos, generator = streams(record), np.random.default_rng(0)
+    videos, generator = frames_by_video(record), np.random.default_rng(0)
     weights = np.zeros((RESAMPLES, len(record['images'])), int)
     for own in weights:
         for video, times in zip(

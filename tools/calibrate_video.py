@@ -16,10 +16,10 @@ from dynamicdet.routing.record import require_of_detector
 from dynamicdet.video.calibration import calibrate_gate, put_calibration
 from dynamicdet.video.fitting import fit_parts, untrained_parts
 from dynamicdet.video.gate_analysis import decision_seconds, load_truth
+from dynamicdet.video.gate_simulation import evidence_by_exit
 from dynamicdet.video.gates import name_of
 from dynamicdet.video.record import read_video_record
 from dynamicdet.video.recording import load_early_exit_detector
-from dynamicdet.video.simulation import evidences
 
 
 def parse_args() -> argparse.Namespace:
@@ -110,7 +110,7 @@ def main() -> None:
                 for name, own in fits.items()
             }
         )
-    seconds = decision_seconds(model.gate, record, evidences(record))
+    seconds = decision_seconds(model.gate, record, evidence_by_exit(record))
     found = calibrate_gate(
         record, coco, model.gate, facts['wish'], args.by, seconds, progress=cli.counter('settings')
     )

@@ -12,7 +12,7 @@ from mmengine.config import ConfigDict
 from torch import nn
 
 from conftest import RUNTIMES_TO_TRY, same_detections, spread_scores
-from dynamicdet.compression.quantization import Simulation
+from dynamicdet.compression.quantization import Int8Simulation
 from dynamicdet.deploy.graphs import Graph, example_inputs, export_stages, release_weights
 from dynamicdet.deploy.int8 import Recipe, quantize_graph, trained_ranges
 from dynamicdet.deploy.roi_align import _graph_of, place_roi_aligns
@@ -141,7 +141,7 @@ def test_the_simulation_is_what_the_int8_graph_computes(name, runtime, exported)
     inputs = example_inputs(model, stages, (64, 96))
     for stage in stages:
         given = inputs[stage.name]
-        simulation = Simulation(
+        simulation = Int8Simulation(
             stage.run,
             stage.modules,
             stage.spared,

@@ -14,7 +14,7 @@ from torch import nn
 from conftest import ROOT
 from dynamicdet.compression.coupling import example, raw_outputs
 from dynamicdet.compression.quantization import (
-    Simulation,
+    Int8Simulation,
     activation_scale,
     activation_step,
     move_range,
@@ -179,7 +179,7 @@ class Layers(nn.Module):
 @pytest.mark.parametrize('learning', [False, True])
 def test_a_step_in_eight_bits_waits_for_nothing(learning, far):
     layers = Layers().to(far)
-    simulation = Simulation(layers, [layers])
+    simulation = Int8Simulation(layers, [layers])
     ranges, x = simulation.ranges, torch.randn(2, 3, 6, 6).to(far)
     simulation.active, ranges.observing = False, True
     simulation(x)
@@ -327,7 +327,7 @@ def test_ranks_that_know_other_ranges_agree(monkeypatch):
     for own in known:
         hook = QuantizationHook()
         hook.simulations = {
-            name: Simulation(layer, [layer])
+            name: Int8Simulation(layer, [layer])
             for name, layer in dict(first=Layers(), head=Layers()).items()
         }
         for name, values in own.items():

@@ -26,9 +26,9 @@ from dynamicdet.video.fitting import (
     oracle_targets,
     shows_objects,
 )
-from dynamicdet.video.simulation import (
+from dynamicdet.video.gate_simulation import (
     Replays,
-    evidences,
+    evidence_by_exit,
     gate_difficulties,
     nothing_seen,
     simulate_gate,
@@ -114,7 +114,9 @@ def test_change_and_level_are_searched_together():
     assert found.row['gflops'] < 0.75 * alone.row['gflops']
     assert found.row['ap'] >= found.last['ap'] - 1
     # What it says is what its thresholds do.
-    run = simulate_gate(record, gate, gate_difficulties(gate, evidences(record)), found.thresholds)
+    run = simulate_gate(
+        record, gate, gate_difficulties(gate, evidence_by_exit(record)), found.thresholds
+    )
     assert run.gflops.mean() == pytest.approx(found.row['gflops'])
     assert Replays(record, coco).ap(run) == pytest.approx(found.row['ap'])
 
@@ -225,7 +227,7 @@ def test_fitted_gate_beats_chance_on_other_videos(kind, fit):
     )
     # Others, and what the features say: skilled frames leave first.
     other, truths = random_case(videos=8, length=10, seed=5)
-    difficulty = gate_difficulties(gate, evidences(other))[0]
+    difficulty = gate_difficulties(gate, evidence_by_exit(other))[0]
     skill = np.array([image['pooled'][0][0] for image in other['images']])
     assert np.corrcoef(difficulty, skill)[0, 1] < -0.3
 
@@ -239,8 +241,8 @@ def test_fitted_gate_may_look_at_detections():
         record,
         Replays(record, coco),
         gate,
-        gate_difficulties(gate, evidences(record)),
-        settings_of(record, gate, gate_difficulties(gate, evidences(record)), count=3),
+        gate_difficulties(gate, evidence_by_exit(record)),
+        settings_of(record, gate, gate_difficulties(gate, evidence_by_exit(record)), count=3),
     )
     assert rows[0]['gflops'] == 13
 

@@ -22,9 +22,9 @@ from dynamicdet.routing.budget import Budget
 from dynamicdet.testing import randomize
 from dynamicdet.video.curves import settings_of
 from dynamicdet.video.digits_video import make_digits_video
+from dynamicdet.video.gate_simulation import evidence_by_exit, gate_difficulties, simulate_gate
 from dynamicdet.video.record import read_video_record, write_video_record
 from dynamicdet.video.recording import borrowed, force_exit, load_early_exit_detector, record_videos
-from dynamicdet.video.simulation import evidences, gate_difficulties, simulate_gate
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 
@@ -182,7 +182,7 @@ def test_simulation_is_what_the_detector_does(world, config):
         gate.nothing.level.fill_(chances[len(chances) // 2 - 1 :][:2].mean())
     for layer in getattr(gate, 'go', ()):
         torch.nn.init.normal_(layer.weight, std=3.0)
-    difficulties = gate_difficulties(gate, evidences(record))
+    difficulties = gate_difficulties(gate, evidence_by_exit(record))
     seen = set()
     settings = settings_of(record, gate, difficulties, count=3, change_count=2)
     for setting in [*settings[::2], settings[-1]]:

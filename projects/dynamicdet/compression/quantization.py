@@ -10,8 +10,8 @@ Quantized are layers, that is convolutions and linear layers, with what enters a
 * a norm behind a convolution is part of it, and a ReLU behind both needs no integers of its own;
 * layers that give predictions may stay float, see docs/deploying.md.
 
-Where that is follows from the calls that torch sees in a pass (`trace`), not from modules: sums and
-concatenations are no modules, and heads use one module at several levels.
+Where that is follows from the calls that torch sees in a pass (`trace_quantization`), not from
+modules: sums and concatenations are no modules, and heads use one module at several levels.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -268,7 +268,7 @@ def last_layers(
 
 
 @torch.no_grad()
-def trace(
+def trace_quantization(
     run: Callable,
     inputs: Sequence[Tensor],
     modules: Sequence[nn.Module],
@@ -465,7 +465,7 @@ class _Simulator(_Counted):
         )
 
 
-class Simulation:
+class Int8Simulation:
     """A computation as in 8 bits: runs in its place.
 
     Args:
@@ -474,7 +474,7 @@ class Simulation:
         spared (Sequence[nn.Module]): Whose layers stay float.
         reduced (bool): Whether weights are in -64 ... 64.
         noise (float): Share of the weights that is rounded in a pass while training, in (0, 1].
-        float_share (float): See `trace`.
+        float_share (float): See `trace_quantization`.
     """
 
     def __init__(
@@ -510,7 +510,9 @@ class Simulation:
         on how many images there are."""
         key = (self.modules[0].training, tuple(tuple(one.shape[2:]) for one in inputs))
         if key not in self._plans:
-            self._plans[key] = trace(self.run, inputs, self.modules, self.spared, self.float_share)
+            self._plans[key] = trace_quantization(
+                self.run, inputs, self.modules, self.spared, self.float_share
+            )
         return self._plans[key]
 
     def __call__(self, *inputs: Tensor) -> Any:

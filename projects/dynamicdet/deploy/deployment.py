@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from mmdet.models.detectors import BaseDetector
 
 from ..building import load_detector, whole_model
-from ..compression.quantization import trace
+from ..compression.quantization import trace_quantization
 from ..errors import UsageError
 from ..measuring.calibration import measure_difficulties, provenance
 from ..measuring.latencies import force_dynamic_exit
@@ -286,7 +286,7 @@ class _Kept:
 
 def _trained(stage: Stage, exported: Exported, trained: Mapping[str, Any], reduced: bool) -> Recipe:
     """The recipe of a quantization-aware training."""
-    plan = trace(
+    plan = trace_quantization(
         stage.run,
         exported.inputs,
         stage.modules,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmdet.registry import HOOKS
 
-from ..compression.quantization import Ranges, Simulation, move_range
+from ..compression.quantization import Int8Simulation, Ranges, move_range
 from ..errors import UsageError
 from ..models import can_fuse
 from ..models.stages import find_stages
@@ -85,7 +85,7 @@ class QuantizationHook(Hook):
         self.reduced_range, self.by_epoch = reduced_range, by_epoch
         self._saved: dict | None = None
         self._stages: list = []
-        self.simulations: dict[str, Simulation] = {}
+        self.simulations: dict[str, Int8Simulation] = {}
 
     def describe(self, runner: Runner) -> list[str]:
         """What it would do; raises what a training would."""
@@ -190,7 +190,7 @@ class QuantizationHook(Hook):
                 )
         self._stages = find_stages(model)
         for stage in self._stages:
-            simulation = Simulation(
+            simulation = Int8Simulation(
                 stage.run,
                 stage.modules,
                 stage.spared,

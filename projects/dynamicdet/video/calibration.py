@@ -15,8 +15,8 @@ from ..routing.budget import Budget
 from ..routing.controller import Controller
 from .budgets import POINTS
 from .curves import CHANGE_LEVELS, curve, fixed_exits, front, settings_of
+from .gate_simulation import Replays, Seconds, evidence_by_exit, exit_costs, gate_difficulties
 from .gates import Gate, name_of
-from .simulation import Replays, Seconds, evidences, exit_costs, gate_difficulties
 
 #: Levels that a calibration tries: finer than a curve.
 LEVELS = 61
@@ -31,7 +31,8 @@ class Calibration(NamedTuple):
         thresholds (list[float]): (E,), of exits -1, 0, ..., E - 2.
         gflops, latencies (list[float]): (E + 1,), of a frame that leaves at exit -1, 0, ..., E - 1;
             seconds.
-        row (dict): The point that the thresholds give on the record, see `simulation.row_of`.
+        row (dict): The point that the thresholds give on the record, see
+            `gate_simulation.curve_point`.
         last (dict): That of the last exit for all frames, no other head run.
         front (list[dict]): The best rows of all that were tried, from the cheapest, with their
             ``thresholds``.
@@ -68,7 +69,7 @@ def calibrate_gate(
             points below the last exit's.
         by (str, optional): The cost that counts for ``max_drop``: 'gflops' or 'latency'. Defaults
             to 'gflops'.
-        seconds (tuple[float, float]): See `simulation.simulate_gate`. Defaults to none.
+        seconds (tuple[float, float]): See `gate_simulation.simulate_gate`. Defaults to none.
         count (int): Levels to try. Defaults to 61.
         change_count (int): Thresholds on change to try. Defaults to 16.
         progress (Callable, optional): Called with (settings done, settings in all).
@@ -78,7 +79,7 @@ def calibrate_gate(
     """
     ((name, value),) = _checked(wish).items()
     cost = by if by and name == 'max_drop' else _COST[name]
-    replays, found = Replays(record, coco), gate_difficulties(gate, evidences(record))
+    replays, found = Replays(record, coco), gate_difficulties(gate, evidence_by_exit(record))
     last = fixed_exits(record, replays)[-1]
     rows = curve(
         record,

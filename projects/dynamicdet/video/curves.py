@@ -1,8 +1,8 @@
 """AP against cost on a recorded video run: of gates, of fixed exits, of all mixtures of fixed
 exits.
 
-A *setting* is E thresholds, as in `simulation`. A *row* is a point of a curve, see
-`simulation.row_of`; costs are 'gflops' or 'latency'.
+A *setting* is E thresholds, as in `gate_simulation`. A *row* is a point of a curve, see
+`gate_simulation.curve_point`; costs are 'gflops' or 'latency'.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,18 +10,18 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..progress import CountProgress
-from .gates import Gate
-from .simulation import (
+from .gate_simulation import (
     GateRun,
     Replays,
     Seconds,
-    changes,
+    curve_point,
+    detection_sources,
     exit_costs,
+    frame_changes,
     nothing_seen,
-    reuse,
-    row_of,
     simulate_gate,
 )
+from .gates import Gate
 
 #: How many thresholds on difficulty, and how many on change, a curve tries.
 LEVELS, CHANGE_LEVELS = 21, 16
@@ -67,7 +67,7 @@ def settings_of(
     levels = [-1.0, *between(quantiles, count), 1.0]
     early = [-1.0]
     if gate.early:
-        seen = np.concatenate([changes(record, lag) for lag in _LAGS])
+        seen = np.concatenate([frame_changes(record, lag) for lag in _LAGS])
         if len(seen):
             early += between(
                 np.quantile(seen, np.linspace(0, 1, 4 * change_count + 1)), change_count
@@ -98,17 +98,17 @@ def curve(
         difficulties (np.ndarray): (E - 1, n), its own.
         settings (Sequence[Setting]): Those that share a threshold on change are best next to each
             other.
-        seconds (tuple[float, float]): See `simulation.simulate_gate`. Defaults to none.
+        seconds (tuple[float, float]): See `gate_simulation.simulate_gate`. Defaults to none.
         progress (Callable, optional): Called with (settings done, settings in all).
     """
     rows, sources, nothing = [], {}, nothing_seen(record, gate)
     for setting in settings:
         change = setting[0]
         if gate.early and change not in sources:
-            sources[change] = reuse(record, change, nothing)
+            sources[change] = detection_sources(record, change, nothing)
         run = simulate_gate(record, gate, difficulties, setting, seconds, sources.get(change))
         rows.append(
-            dict(row_of(run, replays.ap(run), len(record['gflops'])), thresholds=list(setting))
+            dict(curve_point(run, replays.ap(run), len(record['gflops'])), thresholds=list(setting))
         )
         if progress:
             progress(len(rows), len(settings))
@@ -137,7 +137,7 @@ def fixed_exits(record: Mapping, replays: Replays) -> list[dict]:
             np.full(images, gflops[exit + 1]),
             np.full(images, latencies[exit + 1]),
         )
-        rows.append(dict(row_of(run, replays.ap(run), exits), exit=exit))
+        rows.append(dict(curve_point(run, replays.ap(run), exits), exit=exit))
     return rows
 
 

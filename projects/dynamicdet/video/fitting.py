@@ -17,12 +17,12 @@ from torch import Tensor
 from ..errors import UsageError
 from ..routing.evaluation import Mixtures
 from ..routing.oracle import allocate, object_count
+from .gate_simulation import evidence_by_exit, exit_costs, frames_by_video
 from .gates import Gate
 from .learned_gates import HaltingGate, LearnedGate, goes_on, look
 from .part_building import learner
 from .presence import Presence
 from .record import detections_of
-from .simulation import evidences, exit_costs, streams
 
 #: Weight decays and numbers of updates that cross-validation chooses among.
 WEIGHT_DECAYS, STEPS = (0.01, 1.0), (10, 20, 40, 80, 160)
@@ -312,7 +312,7 @@ def fit_gate(
     Raises:
         UsageError: If the record has other heads than the gate, or too few frames.
     """
-    shown = evidences(record)
+    shown = evidence_by_exit(record)
     pooled = shown[-1].pooled
     if [x.shape[1] for x in pooled] != list(gate.in_channels):
         raise UsageError(
@@ -356,7 +356,7 @@ def fit_gate(
 
 def _folds(record: Mapping, folds: int, seed: int) -> list[np.ndarray]:
     """Frames of each fold."""
-    groups = streams(record)
+    groups = frames_by_video(record)
     if len(groups) < 2 * folds:
         groups = [
             own[start : start + _BLOCK] for own in groups for start in range(0, len(own), _BLOCK)

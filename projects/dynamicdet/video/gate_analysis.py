@@ -18,10 +18,10 @@ from ..routing.evaluation import check_truth, read_truth
 from .curves import curve, fixed_exits, front, line_at, settings_of
 from .fitting import fit_halting_gate, fit_parts, shows_objects
 from .gate_inputs import Evidence
+from .gate_simulation import Replays, Seconds, evidence_by_exit, exit_costs, gate_difficulties
 from .gates import Gate
 from .oracle import oracle_rows
 from .record import detections_of
-from .simulation import Replays, Seconds, evidences, exit_costs, gate_difficulties
 from .streams import GRID
 
 #: Gates that need no training: name -> config.
@@ -143,7 +143,7 @@ def analyze_gates(
         that costs least among those chosen to lose at most 1 AP (None: there is none); ``oracles``:
         by name rows; ``by``, ``own_choice``, ``provenance``.
     """
-    replays, shown = Replays(record, coco), evidences(record)
+    replays, shown = Replays(record, coco), evidence_by_exit(record)
     found = dict(
         fixed=fixed_exits(record, replays),
         gates={},
@@ -152,7 +152,7 @@ def analyze_gates(
         own_choice=chosen_on is None,
         provenance=record['provenance'],
     )
-    val = chosen_on and (chosen_on[0], Replays(*chosen_on), evidences(chosen_on[0]))
+    val = chosen_on and (chosen_on[0], Replays(*chosen_on), evidence_by_exit(chosen_on[0]))
     for name, gate in gates.items():
         say(name)
         seconds = decision_seconds(gate.eval(), record, shown) if timed else (0.0, 0.0)

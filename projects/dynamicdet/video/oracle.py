@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import UsageError
 from ..routing.oracle import allocate
-from .simulation import GateRun, Replays, exit_costs, row_of, streams
+from .gate_simulation import GateRun, Replays, curve_point, exit_costs, frames_by_video
 
 #: How long the oracle may reuse detections, in frames.
 LONGEST = 8
@@ -22,8 +22,8 @@ _STEPS = 40
 
 class ExitPlan(NamedTuple):
     """What an oracle chose: ``exits``, (n,), -1 where nothing is computed; ``source``, (n,), as in
-    `simulation`; ``value``, the sum of what is shown; ``bound``: no choice within the budget has a
-    larger one."""
+    `gate_simulation`; ``value``, the sum of what is shown; ``bound``: no choice within the budget
+    has a larger one."""
 
     exits: np.ndarray
     source: np.ndarray
@@ -155,7 +155,7 @@ def values_by_age(
 
     Args:
         replays (Replays): Of the record.
-        videos (Sequence[Sequence[int]]): See `simulation.streams`.
+        videos (Sequence[Sequence[int]]): See `gate_simulation.frames_by_video`.
         frames (int): n.
         longest (int): L. Defaults to 8.
     """
@@ -195,7 +195,7 @@ def oracle_rows(
         longest (int): For how many frames. Defaults to 8.
     """
     frames, exits = len(record['images']), len(record['gflops'])
-    videos = streams(record)
+    videos = frames_by_video(record)
     values = values_by_age(replays, videos, frames, longest if reuses else 0)
     gflops, latencies = (exit_costs(record, name, looks=False) for name in ('gflops', 'latencies'))
     costs = dict(gflops=gflops, latencies=latencies)[kind]
@@ -210,7 +210,7 @@ def oracle_rows(
         run = GateRun(plan.exits, plan.source, gflops[plan.exits + 1], latencies[plan.exits + 1])
         rows.append(
             dict(
-                row_of(run, replays.ap(run), exits),
+                curve_point(run, replays.ap(run), exits),
                 budget=float(budget),
                 value=plan.value / frames,
                 bound=plan.bound / frames,

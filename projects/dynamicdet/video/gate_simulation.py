@@ -51,7 +51,7 @@ class GateRun(NamedTuple):
 # What is shown to a gate.
 
 
-def evidences(record: Mapping) -> list[Evidence]:
+def evidence_by_exit(record: Mapping) -> list[Evidence]:
     """What a gate is shown of all frames at exits 0 to E - 2; boxes are in the frame of the
     image."""
     images, exits = record['images'], len(record['gflops'])
@@ -84,7 +84,7 @@ def gate_difficulties(gate: Gate, shown: Sequence[Evidence]) -> np.ndarray:
 
     Args:
         gate (Gate): On the CPU.
-        shown (Sequence[Evidence]): See `evidences`.
+        shown (Sequence[Evidence]): See `evidence_by_exit`.
 
     Raises:
         UsageError: If they are not all in [0, 1].
@@ -114,7 +114,7 @@ def take_exits(difficulties: np.ndarray, thresholds: Sequence[float]) -> np.ndar
     return np.where(leaves.any(axis=0), leaves.argmax(axis=0), len(difficulties))
 
 
-def streams(record: Mapping) -> list[list[int]]:
+def frames_by_video(record: Mapping) -> list[list[int]]:
     """The frames of each video, in their order: numbers of images of the record."""
     by_video: dict[int, list] = {}
     for index, image in enumerate(record['images']):
@@ -140,7 +140,9 @@ def nothing_seen(record: Mapping, gate: Gate) -> np.ndarray:
         )
 
 
-def reuse(record: Mapping, threshold: float, nothing: np.ndarray | None = None) -> np.ndarray:
+def detection_sources(
+    record: Mapping, threshold: float, nothing: np.ndarray | None = None
+) -> np.ndarray:
     """Whose detections are shown where frames that changed by at most a threshold reuse the last
     ones, and others may show nothing: ``source``.
 
@@ -152,7 +154,7 @@ def reuse(record: Mapping, threshold: float, nothing: np.ndarray | None = None) 
         return source
     threshold = np.float32(threshold)
     nothing = np.zeros(len(source), bool) if nothing is None else nothing
-    for frames in streams(record):
+    for frames in frames_by_video(record):
         last = -1
         for index in frames:
             if _change(record, index, last) <= threshold:
@@ -163,13 +165,13 @@ def reuse(record: Mapping, threshold: float, nothing: np.ndarray | None = None) 
     return source
 
 
-def changes(record: Mapping, lag: int = 1) -> np.ndarray:
+def frame_changes(record: Mapping, lag: int = 1) -> np.ndarray:
     """Change of each frame that has one so long before it in its video against that one,
     float32."""
     return np.array(
         [
             _change(record, frames[place], frames[place - lag])
-            for frames in streams(record)
+            for frames in frames_by_video(record)
             for place in range(lag, len(frames))
         ],
         np.float32,
@@ -213,13 +215,13 @@ def simulate_gate(
             early.
         seconds (tuple[float, float]): That the gate takes on each frame, and for each decision at
             an exit. Defaults to none.
-        source (np.ndarray, optional): Of a gate that decides early, see `reuse`, which makes it
-            otherwise.
+        source (np.ndarray, optional): Of a gate that decides early, see `detection_sources`, which
+            makes it otherwise.
     """
     if not gate.early:
         source = np.arange(difficulties.shape[1])
     elif source is None:
-        source = reuse(record, thresholds[0], nothing_seen(record, gate))
+        source = detection_sources(record, thresholds[0], nothing_seen(record, gate))
     own = take_exits(difficulties, thresholds)
     exits = np.where(source == np.arange(len(source)), own, -1)
     decisions = np.where(exits < 0, 0, np.minimum(exits + 1, len(difficulties)))
@@ -285,7 +287,7 @@ def shown_exits(run: GateRun) -> np.ndarray:
     return np.where(run.source >= 0, run.exits[run.source], 0)
 
 
-def row_of(run: GateRun, ap: float, exits: int) -> dict:
+def curve_point(run: GateRun, ap: float, exits: int) -> dict:
     """A point of a curve: ``ap``, mean ``gflops`` and ``latency``, ``shares`` of exits -1, 0, ...,
     E - 1."""
     counts = np.bincount(run.exits + 1, minlength=exits + 1)
