@@ -294,7 +294,7 @@ def test_a_detector_of_another_kind():
 
 
 def test_early_exits_are_neither_removed_nor_exported():
-    from dynamicdet.models.stages import find_stages
+    from dynamicdet.models.detector_parts import find_parts
 
     model = MODELS.build(
         shrink(Config.fromfile(ROOT / 'configs/video/early_exit_yolov5_digits.py').model)
@@ -302,7 +302,7 @@ def test_early_exits_are_neither_removed_nor_exported():
     with pytest.raises(UsageError, match='EarlyExitDetector cannot be removed: only those of'):
         plan_removal(model, [every(modules=['detector.backbone'])], 4)
     with pytest.raises(UsageError, match='EarlyExitDetector cannot be cut'):
-        find_stages(model)
+        find_parts(model)
 
 
 class Folded(nn.Module):

@@ -1,7 +1,7 @@
 """Graphs in integers of 8 bits, by ONNX Runtime's QDQ quantizer: activations U8, weights S8 for
 each channel.
 
-Three steps, each on the graphs of all stages:
+Three steps, each on the graphs of all parts:
 
 1. `Observer`: what range each tensor has, while images pass through the deployed detector;
 2. `prediction_layers` stay float, and `choose_float`: which others cost too much in 8 bits, by
@@ -25,7 +25,7 @@ from ..compression.quantization import (
     last_layers,
 )
 from ..errors import UsageError
-from ..models.stages import Stage
+from ..models.detector_parts import DetectorPart
 from .graphs import Graph, is_output, need_for_deployment
 
 #: Layers, that is what has weights, and what is part of them.
@@ -214,7 +214,7 @@ def only_relu(model: Any, name: str) -> Any | None:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a stage is quantized.
+    """How a part is quantized.
 
     Attributes:
         ranges (dict): Tensor -> lowest and highest value.
@@ -297,14 +297,14 @@ def _spare_shapes(model: Any) -> None:
             model.graph.node.remove(node)
 
 
-def spared_layers(content: bytes, stage: Stage) -> tuple[str, ...]:
-    """Nodes whose weights are of a stage's spared modules."""
+def spared_layers(content: bytes, part: DetectorPart) -> tuple[str, ...]:
+    """Nodes whose weights are of a part's spared modules."""
     onnx = need_for_deployment('onnx')
     model = onnx.load_from_string(content)
     weights = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
     spared = [
         one.detach().cpu().numpy()
-        for module in stage.spared
+        for module in part.spared
         for one in module.parameters()
         if one.dim() > 1
     ]
@@ -322,7 +322,7 @@ def _equal(one: np.ndarray, other: np.ndarray) -> bool:
 def prediction_layers(
     content: bytes, costs: Mapping[str, float], share: float
 ) -> tuple[tuple[str, ...], float]:
-    """`last_layers` of a float graph, where what a stage gives are predictions. ``costs`` are of
+    """`last_layers` of a float graph, where what a part gives are predictions. ``costs`` are of
     nodes that ran."""
     model = need_for_deployment('onnx').load_from_string(content)
     own = {node.name: costs.get(node.name, 0) for node in weighted_nodes(model)}
@@ -334,7 +334,7 @@ def prediction_layers(
 def noise_of(
     reference: Sequence[Sequence[np.ndarray]], graph: Graph, feeds: Sequence[Sequence[Tensor]]
 ) -> float:
-    """Power of the error over that of the outputs, the mean over a stage's outputs."""
+    """Power of the error over that of the outputs, the mean over a part's outputs."""
     errors, powers = None, None
     for expected, inputs in zip(reference, feeds):
         got = graph.arrays(*inputs).values()
@@ -348,7 +348,7 @@ def noise_of(
 
 @dataclass
 class Sensitivity:
-    """What 8 bits cost a stage.
+    """What 8 bits cost a part.
 
     Attributes:
         before, after (float): Noise over signal at its outputs, with all layers in 8 bits and with
@@ -381,7 +381,7 @@ def choose_float(
     Args:
         content (bytes): The float graph.
         recipe (Recipe): Its ranges; layers that it spares are not tried.
-        feeds (Sequence): What reaches the stage, for some batches.
+        feeds (Sequence): What reaches the part, for some batches.
         costs (Mapping[str, float]): Multiply-adds of each layer for an image or RoI.
         noise (float): Power of the error over that of the outputs that is wanted. 0.01 is 20 dB.
         share (float): Of the multiply-adds, what may stay float.
@@ -440,7 +440,7 @@ def trained_ranges(
     none.
 
     Args:
-        content (bytes): The float graph of the same stage.
+        content (bytes): The float graph of the same part.
         plan (QuantizationPlan): Where the training had integers.
         ranges (Mapping): Key of the plan -> lowest and highest value.
 
