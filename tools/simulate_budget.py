@@ -18,6 +18,7 @@ from dynamicdet import cli
 from dynamicdet.errors import UsageError
 from dynamicdet.files import write_atomically
 from dynamicdet.routing.budget import Budget
+from dynamicdet.routing.budget_controller import BudgetController
 from dynamicdet.routing.budget_simulation import (
     drifting_difficulties,
     drifting_order,
@@ -25,7 +26,6 @@ from dynamicdet.routing.budget_simulation import (
     running_mean,
     simulate_controller,
 )
-from dynamicdet.routing.controller import Controller
 
 #: Where load begins and ends, as shares of the stream: one in rising, one in falling difficulty.
 LOADS = ((0.28, 0.38), (0.75, 0.85))
@@ -110,17 +110,21 @@ def make_stream(args: argparse.Namespace) -> tuple:
     return scores[order], args.latencies or list(record.latencies)
 
 
-def build(args: argparse.Namespace, latencies: list) -> Controller:
+def build(args: argparse.Namespace, latencies: list) -> BudgetController:
     """The controller, of two exits or more with these latencies, seconds."""
     names = ('target_latency', 'throughput', 'hard_share')
     budget = Budget.parse({name: getattr(args, name) for name in names})
     if budget is None:
         budget = Budget('target_latency', (latencies[0] + latencies[-1]) / 2)
-    return Controller(budget, costs=latencies, window=args.window, gain=args.gain)
+    return BudgetController(budget, costs=latencies, window=args.window, gain=args.gain)
 
 
 def draw(
-    trace: dict, controller: Controller, latencies: list, spikes: list, args: argparse.Namespace
+    trace: dict,
+    controller: BudgetController,
+    latencies: list,
+    spikes: list,
+    args: argparse.Namespace,
 ) -> None:
     """Draw thresholds, shares and latencies over the images."""
     import matplotlib

@@ -12,7 +12,7 @@ from dynamicdet.errors import UsageError
 from dynamicdet.routing.budget import Budget
 from dynamicdet.video.budgets import resolve_budget
 from dynamicdet.video.calibration import (
-    OnlineThresholds,
+    GateBudgetController,
     calibrate_gate,
     operating_points,
     put_calibration,
@@ -160,7 +160,7 @@ def test_online_thresholds_hold_a_mean():
         dict(thresholds=[-1, level, level], latency=0.01 + 0.09 * (1 - level), gflops=1.0)
         for level in np.linspace(0, 1, 31)
     ]
-    online, spent = OnlineThresholds(rows, dict(target_latency=0.06), gain=0.05), []
+    online, spent = GateBudgetController(rows, dict(target_latency=0.06), gain=0.05), []
     assert online.thresholds[1] == pytest.approx(1 - 0.05 / 0.09, abs=0.03)
     for _ in range(600):
         level = online.thresholds[1]
@@ -170,9 +170,9 @@ def test_online_thresholds_hold_a_mean():
     assert online.status()['thresholds'] == online.thresholds and online.status()['ignored'] == 0
     for bad in (dict(), dict(hard_share=0.5), dict(target_latency=1, target_gflops=1)):
         with pytest.raises(UsageError):
-            OnlineThresholds(rows, bad)
+            GateBudgetController(rows, bad)
     with pytest.raises(UsageError, match='two settings'):
-        OnlineThresholds(rows[:1], dict(target_latency=0.06))
+        GateBudgetController(rows[:1], dict(target_latency=0.06))
 
 
 # Fitting.

@@ -23,7 +23,12 @@ from mmdet.structures import DetDataSample
 from ..datasets.picture_reading import read_picture
 from ..errors import UsageError
 from ..models import DynamicDetector, fuse
-from ..models.online_control import Online, build_controller, kept_speed, timed_calls
+from ..models.budget_control import (
+    BudgetControl,
+    build_budget_controller,
+    preserved_budget,
+    timed_calls,
+)
 from ..models.weights import is_plain, require_complete
 from ..routing.budget import BUDGET_NAMES, Budget
 from ..routing.served import Served, account
@@ -74,7 +79,8 @@ class DynamicInferencer(DetInferencer):
         show_progress (bool): Whether to show a progress bar. Defaults to True.
         online (bool): Whether a controller holds the budget on the images that come, whatever their
             difficulty and the machine's load: any but ``threshold``. It is ``self.controller``, see
-            `routing.controller.Controller`, and goes on from call to call. Defaults to False.
+            `routing.budget_controller.BudgetController`, and goes on from call to call. Defaults to
+            False.
         budget (Budget or Mapping, optional): The speed of all calls, see `Budget.parse`. Defaults
             to the config's or checkpoint's.
         **named: The same by name, at most one: ``threshold``, ``hard_share``, ``target_latency``
@@ -129,7 +135,7 @@ class DynamicInferencer(DetInferencer):
         self.model.timed_elsewhere = timed_elsewhere(
             self._calibration, dict(machine_of(device), dtype=dtype_of(self.model))
         )
-        self.controller = build_controller(self.model, budget) if online else None
+        self.controller = build_budget_controller(self.model, budget) if online else None
         self._online_budget, self.served = budget, None
         if budget and not online:
             self.model.set_budget(budget)
@@ -222,10 +228,10 @@ class DynamicInferencer(DetInferencer):
         """A speed for a while: the one that is given, or else the controller's."""
         with contextlib.ExitStack() as stack:
             if budget:
-                stack.enter_context(kept_speed(self.model))
+                stack.enter_context(preserved_budget(self.model))
                 self.model.set_budget(budget)
             elif self.controller is not None:
-                stack.enter_context(Online(self.model, self.controller))
+                stack.enter_context(BudgetControl(self.model, self.controller))
             yield
 
     def stream(

@@ -19,8 +19,8 @@ from ..errors import UsageError
 from ..measuring.calibration import measure_difficulties, provenance
 from ..measuring.latencies import force_dynamic_exit
 from ..models import DynamicDetector
+from ..models.budget_control import preserved_budget
 from ..models.detector_parts import DetectorPart, find_parts
-from ..models.online_control import kept_speed
 from ..progress import Progress
 from ..routing.budget import Budget
 from .folder import require_new, write_folder
@@ -188,7 +188,7 @@ def _drive(model: BaseDetector, batches: Sequence[dict], progress: Progress, wha
             if not isinstance(model, DynamicDetector):
                 model.test_step(batch)
                 continue
-            with kept_speed(model):
+            with preserved_budget(model):
                 for exit in range(exits):
                     force_dynamic_exit(model, exit)
                     model.test_step(batch)

@@ -13,7 +13,7 @@ from mmengine.runner import Runner
 from mmdet.registry import HOOKS
 
 from ..models import DynamicDetector
-from ..models.online_control import dynamic_part, timed_calls
+from ..models.budget_control import find_dynamic_detector, timed_calls
 from ..routing.served import Served, account
 from ..timing import dtype_of, machine_of, timed_elsewhere
 from .online_hook import OnlineHook
@@ -42,7 +42,7 @@ class BudgetHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Note how the calibration's machine differs from this one."""
-        model = dynamic_part(runner.model)
+        model = find_dynamic_detector(runner.model)
         if model is None:
             return
         device = model.threshold.device
@@ -57,7 +57,7 @@ class BudgetHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None
     ) -> None:
         """Start to time calls of the detector with the first batch."""
-        model = dynamic_part(runner.model)
+        model = find_dynamic_detector(runner.model)
         # At the first: other hooks put copies in the model's place before.
         if batch_idx == 0 and model is not None:
             self._left, self._calls = [], []
@@ -95,7 +95,7 @@ class BudgetHook(Hook):
 
 
 def _account(runner: Runner, left: Sequence[tuple[int, float]]) -> Served:
-    model: DynamicDetector = dynamic_part(runner.model)
+    model: DynamicDetector = find_dynamic_detector(runner.model)
     online = next((hook for hook in runner.hooks if isinstance(hook, OnlineHook)), None)
     exits = [exit for exit, _ in left]
     counts = [exits.count(exit) for exit in range(model.num_exits)]

@@ -16,7 +16,7 @@ from mmdet.models.detectors import BaseDetector
 from ..building import build_loader, load_detector
 from ..compression.size_report import AccuracyAndLatency
 from ..models import DynamicDetector
-from ..models.online_control import kept_speed
+from ..models.budget_control import preserved_budget
 from ..progress import Progress
 from ..timing import time_in_turns
 from .latencies import force_dynamic_exit
@@ -96,7 +96,7 @@ def latencies(
     with contextlib.ExitStack() as stack:
         for model in models.values():
             if _exits(model) > 1:
-                stack.enter_context(kept_speed(model))
+                stack.enter_context(preserved_budget(model))
         medians = time_in_turns(
             {turn: models[turn[0]].test_step for turn in turns},
             batches,

@@ -33,7 +33,7 @@ from ..compression.shrinking import resize
 from ..datasets.digits import load_sources, make_image
 from ..errors import UsageError
 from ..models import DynamicDetector
-from ..models.online_control import Online, build_controller
+from ..models.budget_control import BudgetControl, build_budget_controller
 from ..models.resolution import reduce_images, reduce_samples
 from ..models.weights import is_plain, require_complete
 from ..progress import Progress
@@ -334,7 +334,9 @@ def _time(task: BenchmarkTask) -> float:
         if task.setting is not None:
             stack.enter_context(task.setting.on(device))
         if task.policy == 'online':
-            stack.enter_context(Online(detector, build_controller(detector, dict(hard_share=0.5))))
+            stack.enter_context(
+                BudgetControl(detector, build_budget_controller(detector, dict(hard_share=0.5)))
+            )
         start = now(device)
         if task.policy.startswith('stream'):
             size = len(task.batches[0]['inputs'])

@@ -15,7 +15,7 @@ from ..annotations import original_of
 from ..errors import UsageError
 from ..models import DynamicDetector
 from ..models.batch_state import BatchState
-from ..models.online_control import kept_speed
+from ..models.budget_control import preserved_budget
 from ..progress import Progress
 from ..routing.record import Detections, RoutingRecord
 from ..timing import dtype_of, machine_of
@@ -48,7 +48,7 @@ def measure_gflops(
     """
     batches = single_batches(dataset, images, rows)
     means = []
-    with kept_speed(model):
+    with preserved_budget(model):
         for exit in range(model.num_exits):
             force_dynamic_exit(model, exit)
             flops, _ = count_flops(lambda: [model.test_step(batch) for batch in batches])
@@ -70,7 +70,7 @@ def record_exits(model: DynamicDetector, loader: DataLoader, progress: Progress)
         RoutingRecord: Its costs are NaN.
     """
     images = []
-    with kept_speed(model):
+    with preserved_budget(model):
         # A budget that waits for a calibration is not asked for here.
         force_dynamic_exit(model, 0)
         for batch in progress(loader, 'every exit'):

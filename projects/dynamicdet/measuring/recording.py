@@ -23,8 +23,8 @@ from ..building import build_loader
 from ..datasets.config_datasets import require_one_coco
 from ..errors import UsageError
 from ..models import DynamicDetector
+from ..models.budget_control import preserved_budget
 from ..models.kept_outputs import kept_outputs
-from ..models.online_control import kept_speed
 from ..progress import Progress
 from ..routing.record import RoutingRecord
 from ..timing import now
@@ -152,7 +152,7 @@ def record_images(
             'before it resizes (LoadAnnotations right after LoadImageFromFile)'
         )
     images = []
-    with kept_speed(model):
+    with preserved_budget(model):
         # A budget that waits for a calibration is not asked for here.
         force_dynamic_exit(model, 0)
         for batch in progress(batches, 'every exit'):

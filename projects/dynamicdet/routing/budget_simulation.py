@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .controller import Controller
+from .budget_controller import BudgetController
 
 
 def drifting_difficulties(n: int, period: float, swing: float = 1.5, seed: int = 0) -> np.ndarray:
@@ -97,7 +97,7 @@ def loaded_latencies(
 
 
 def simulate_controller(
-    controller: Controller,
+    controller: BudgetController,
     difficulties: Sequence[float],
     latencies: np.ndarray,
     batch: int = 8,
@@ -106,7 +106,7 @@ def simulate_controller(
     """Let a controller route a stream.
 
     Args:
-        controller (Controller): It is changed.
+        controller (BudgetController): It is changed.
         difficulties (Sequence[float]): (n,).
         latencies (ndarray): (n, K), seconds.
         batch (int): Images of a batch. Defaults to 8.

@@ -12,7 +12,7 @@ from pycocotools.coco import COCO
 from ..errors import UsageError
 from ..progress import CountProgress
 from ..routing.budget import Budget
-from ..routing.controller import Controller
+from ..routing.budget_controller import BudgetController
 from .budgets import POINTS
 from .curves import CHANGE_LEVELS, curve, fixed_exits, front, settings_of
 from .gate_simulation import Replays, Seconds, evidence_by_exit, exit_costs, gate_difficulties
@@ -170,18 +170,18 @@ def operating_points(rows: Sequence[Mapping], exits: int) -> torch.Tensor:
     return points
 
 
-class OnlineThresholds:
+class GateBudgetController:
     """Hold a mean cost on a stream whose frames grow harder, or on a machine that slows down.
 
     A calibration's front is a line of settings from cheap to dear. Where on it to be is the share
-    of a `routing.controller.Controller`, which moves with what frames really cost; the setting is
-    the one whose cost on the calibration's record is nearest.
+    of a `routing.budget_controller.BudgetController`, which moves with what frames really cost; the
+    setting is the one whose cost on the calibration's record is nearest.
 
     Args:
         front (Sequence[Mapping]): Of a `Calibration`: two rows or more.
         budget (Budget or Mapping): ``target_latency`` or ``target_gflops``, means per frame.
-        window (int): As of `Controller`. Defaults to 256.
-        gain (float): As of `Controller`. Defaults to 0.01.
+        window (int): As of `BudgetController`. Defaults to 256.
+        gain (float): As of `BudgetController`. Defaults to 0.01.
 
     Raises:
         UsageError: If the budget is no target, or the front does not rise.
@@ -206,7 +206,7 @@ class OnlineThresholds:
             )
         self._costs = np.array([row[cost] for row in self._rows])
         # Its unit is whatever it is told: seconds or GFLOPs.
-        self._controller = Controller(
+        self._controller = BudgetController(
             Budget('target_latency', budget.value),
             costs=(self._costs[0], self._costs[-1]),
             window=window,
@@ -216,7 +216,7 @@ class OnlineThresholds:
     @classmethod
     def of_points(
         cls, points: torch.Tensor, budget: Budget | Mapping[str, float]
-    ) -> 'OnlineThresholds':
+    ) -> 'GateBudgetController':
         """From `EarlyExitDetector.operating_points` and a target."""
         known = points[~points.isnan().any(dim=1)].tolist()
         return cls(
@@ -234,5 +234,5 @@ class OnlineThresholds:
         return list(self._rows[int(np.abs(self._costs - wanted).argmin())]['thresholds'])
 
     def status(self) -> dict[str, object]:
-        """As `Controller.status`, with the ``thresholds``."""
+        """As `BudgetController.status`, with the ``thresholds``."""
         return dict(self._controller.status(), thresholds=self.thresholds)

@@ -28,7 +28,7 @@ from ..routing.budget import Budget
 from ..routing.served import Served, account
 from ..timing import now
 from ..transfers import Followed, to_host
-from .calibration import OnlineThresholds
+from .calibration import GateBudgetController
 from .gates import name_of
 from .overlay import colors_of, draw_frame
 from .part_building import build_gate
@@ -111,7 +111,7 @@ class FrameDetector(DetInferencer):
         score (float): Detections below it are left out. Defaults to 0.3.
         online (bool): Whether the budget, ``target_latency`` or ``target_gflops``, is held on the
             frames that come: thresholds then follow what frames really cost, see
-                `OnlineThresholds`. Defaults to False.
+                `GateBudgetController`. Defaults to False.
 
     Raises:
         UsageError: If the model takes no gate or budget, or the checkpoint does not fit.
@@ -148,7 +148,7 @@ class FrameDetector(DetInferencer):
                     f'a {type(self.model).__name__} has one speed only: leave out the budget'
                 )
             self.model.set_budget(budget)
-        self._online = _online_thresholds(self.model, budget) if online else None
+        self._online = _gate_controller(self.model, budget) if online else None
         self.exits = int(getattr(self.model, 'num_exits', 0))
         self.classes = list(self.model.dataset_meta['classes'])
         self.colors = colors_of(self.classes, self.model.dataset_meta.get('palette'))
@@ -260,12 +260,12 @@ def _try_gate(gate: Mapping) -> None:
         raise UsageError(f'{dict(gate)} is no gate: {reason}') from None
 
 
-def _online_thresholds(model: nn.Module, budget: Budget | None) -> OnlineThresholds:
+def _gate_controller(model: nn.Module, budget: Budget | None) -> GateBudgetController:
     if budget is None or not budget.is_target or not hasattr(model, 'operating_points'):
         raise UsageError(
             'online holds target_latency or target_gflops, of a calibrated EarlyExitDetector'
         )
-    return OnlineThresholds.of_points(model.operating_points, budget)
+    return GateBudgetController.of_points(model.operating_points, budget)
 
 
 def _detections(found, score: float) -> list[dict]:

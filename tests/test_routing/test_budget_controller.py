@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dynamicdet.errors import UsageError
+from dynamicdet.routing.budget_controller import BudgetController
 from dynamicdet.routing.budget_simulation import (
     drifting_difficulties,
     drifting_order,
@@ -14,7 +15,6 @@ from dynamicdet.routing.budget_simulation import (
     simulate_controller,
     stepping_difficulties,
 )
-from dynamicdet.routing.controller import Controller
 from dynamicdet.routing.thresholds import hard_share
 
 LATENCIES = (0.010, 0.030)
@@ -31,7 +31,7 @@ def held(trace, target, skip=0):
 
 
 def build(budget=None, **settings):
-    return Controller(budget or dict(target_latency=TARGET), **settings)
+    return BudgetController(budget or dict(target_latency=TARGET), **settings)
 
 
 STATIONARY, FLAT = drifting_difficulties(N, 1, swing=0), loaded_latencies(N, LATENCIES)
@@ -121,7 +121,7 @@ def test_a_target_that_is_too_high_takes_the_last_exit():
 
 
 def test_throughput_is_one_over_latency():
-    one, other = Controller(dict(throughput=50)), Controller(dict(target_latency=0.02))
+    one, other = BudgetController(dict(throughput=50)), BudgetController(dict(target_latency=0.02))
     first, second = (
         simulate_controller(each, STATIONARY, FLAT)['threshold'] for each in (one, other)
     )
@@ -137,7 +137,7 @@ def test_throughput_is_one_over_latency():
     ],
 )
 def test_a_share_and_gflops_need_no_clock(budget, settings):
-    controller = Controller(budget, **settings)
+    controller = BudgetController(budget, **settings)
     trace = simulate_controller(
         controller,
         drifting_difficulties(N, 10000),
@@ -261,12 +261,12 @@ def test_states_that_are_none(change):
 )
 def test_bad_settings(settings):
     with pytest.raises(UsageError):
-        Controller(**{'budget': dict(target_latency=1), **settings})
+        BudgetController(**{'budget': dict(target_latency=1), **settings})
 
 
 @pytest.mark.parametrize('share', [0, 1])
 def test_an_end_that_is_asked_for_is_no_fault(share):
-    controller = Controller(dict(hard_share=share))
+    controller = BudgetController(dict(hard_share=share))
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         trace = simulate_controller(controller, STATIONARY, FLAT)
@@ -298,7 +298,7 @@ def test_running_mean_by_hand():
 
 
 def test_a_state_of_what_numpy_measured_is_plain():
-    controller = Controller(dict(target_latency=0.02))
+    controller = BudgetController(dict(target_latency=0.02))
     controller.decide(np.float32([0.1, 0.9]))
     controller.measure(np.float32(0.02), np.int64(1))
     assert json.loads(json.dumps(controller.state_dict())) == controller.state_dict()
@@ -307,4 +307,4 @@ def test_a_state_of_what_numpy_measured_is_plain():
 @pytest.mark.parametrize('throughput', [0, -3, 1e-320, float('inf'), float('nan')])
 def test_a_throughput_is_called_by_its_name(throughput):
     with pytest.raises(UsageError, match='throughput is in images per second'):
-        Controller(dict(throughput=throughput))
+        BudgetController(dict(throughput=throughput))
