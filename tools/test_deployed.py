@@ -147,7 +147,9 @@ def main() -> None:
         for key, value in figures['metrics'].items():
             if not key.startswith('budget/'):
                 print(f'{key}: {value:.4f}')
-        cli.say_served(next(hook for hook in runner.hooks if isinstance(hook, BudgetHook)).served)
+        cli.print_budget_report(
+            next(hook for hook in runner.hooks if isinstance(hook, BudgetHook)).budget_report
+        )
     if args.out:
         write_atomically(json.dumps(figures, indent=1).encode(), args.out)
 

@@ -24,10 +24,10 @@ from dynamicdet.reports.routing_analysis_text import (
     sentences,
     share_cell,
 )
+from dynamicdet.routing.budget_report import share_prediction_interval
 from dynamicdet.routing.curve import RandomRouting, calibrated_trade_off, trade_off
 from dynamicdet.routing.evaluation import Mixtures
 from dynamicdet.routing.record import RoutingRecord
-from dynamicdet.routing.served import chance_interval
 
 IMAGES = 14
 BOX = [10, 12, 20, 20]
@@ -274,7 +274,7 @@ def test_what_calibrated_thresholds_serve_stands_beside_what_this_set_would(coco
     assert [one['gflops'] for one in served] == [1, 3, 3] and served[1]['ap'] == rows[2][
         'ap'
     ] == pytest.approx(100)
-    low, high = chance_interval(50, 100, IMAGES)
+    low, high = share_prediction_interval(50, 100, IMAGES)
     table = calibrated_table(served)
     assert table[2][:2] == ['50%', f'{served[1]["threshold"]:.4f}']
     assert table[2][2:4] == ['100.0%', f'{low:.1%} to {high:.1%} !']

@@ -12,9 +12,9 @@ from pycocotools.coco import COCO
 
 from ..errors import UsageError
 from .bootstrap import RESAMPLES, bootstrap_weights, confidence_interval
+from .budget_report import share_prediction_interval
 from .evaluation import Mixtures, check_record, difficulties_of
 from .record import RoutingRecord
-from .served import chance_interval
 from .thresholds import ALL_EASY, ALL_HARD, threshold_for_share
 
 SHARES = tuple(tenth / 10 for tenth in range(11))
@@ -256,8 +256,8 @@ def calibrated_trade_off(
     Returns:
         list[dict]: Per share ``share``, ``threshold``, ``hard_share`` that is served,
             ``chance_low`` and ``chance_high``, the shares that chance explains
-            (`served.chance_interval`; of a forced threshold, which serves all or none, that one
-            share), ``ap``, ``ap50``, ``gflops`` and ``latency`` as of `trade_off`.
+            (`budget_report.share_prediction_interval`; of a forced threshold, which serves all or
+            none, that one share), ``ap``, ``ap50``, ``gflops`` and ``latency`` as of `trade_off`.
     """
     test_difficulties, rows = difficulties_of(record), []
     for share in shares:
@@ -265,7 +265,7 @@ def calibrated_trade_off(
         is_hard = test_difficulties > np.float32(threshold)
         served = float(is_hard.mean())
         above = int((np.asarray(difficulties, np.float32) > np.float32(threshold)).sum())
-        low, high = chance_interval(above, len(difficulties), len(test_difficulties))
+        low, high = share_prediction_interval(above, len(difficulties), len(test_difficulties))
         if threshold in (ALL_HARD, ALL_EASY):
             low = high = served
         rows.append(

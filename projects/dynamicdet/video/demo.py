@@ -25,7 +25,7 @@ from ..errors import UsageError
 from ..models import DynamicDetector, fuse
 from ..models.weights import require_complete
 from ..routing.budget import Budget
-from ..routing.served import Served, account
+from ..routing.budget_report import BudgetReport, report_budget
 from ..timing import now
 from ..transfers import Followed, to_host
 from .calibration import GateBudgetController
@@ -226,12 +226,12 @@ class FrameDetector(DetInferencer):
         if hasattr(self.model, 'reset'):
             self.model.reset(stream)
 
-    def served(self, summary: Summary) -> Served | None:
+    def budget_report(self, summary: Summary) -> BudgetReport | None:
         """What a `DynamicDetector` served of its budget; None of other detectors."""
         model = self.model
         if not isinstance(model, DynamicDetector):
             return None
-        return account(
+        return report_budget(
             [summary.exits[exit] for exit in range(model.num_exits)],
             model.budget,
             model.threshold.reshape(-1).tolist(),
