@@ -20,7 +20,7 @@ from dynamicdet.compression.quantization import (
     move_range,
     step_on_device,
 )
-from dynamicdet.compression.sharing import sharing_of, tie, tie_gradient
+from dynamicdet.compression.weight_sharing import tie_gradient, tie_weights, weight_sharing_of
 from dynamicdet.engine import quantization_hook
 from dynamicdet.engine.quantization_hook import QuantizationHook
 from dynamicdet.models.batch_state import BatchState
@@ -223,8 +223,8 @@ def test_shared_values_sum_the_same_way_each_time(far):
     generator = torch.Generator().manual_seed(0)
     indices = torch.randint(0, 16, (5000,), dtype=torch.uint8, generator=generator)
     gradient = torch.randn(50, 100, generator=generator)
-    own, there = sharing_of(indices, True), sharing_of(indices.to(far), True)
-    for change in (tie, tie_gradient):
+    own, there = weight_sharing_of(indices, True), weight_sharing_of(indices.to(far), True)
+    for change in (tie_weights, tie_gradient):
         near, distant = gradient.clone(), gradient.clone().to(far)
         change(near, own)
         with counted() as seen:

@@ -26,7 +26,7 @@ from torch import Tensor
 from .. import errors
 from ..errors import UsageError
 from ..experimental import warn_if_experimental
-from .sharing import share
+from .weight_sharing import cluster_weights
 
 #: zstd's level for floats and integers of 8 bits, whose bytes do not repeat in sequences: higher
 #: ones gain 2 % of floats, nothing of integers, and take ten times as long.
@@ -180,7 +180,7 @@ def _encode(
             *_smaller(dict(scale=_planes(_bytes(torch.from_numpy(scale)))), numbers.reshape(-1)),
         )
     if kind == 'codebook':
-        table, indices = share(value.float(), bits)
+        table, indices = cluster_weights(value.float(), bits)
         return _with_table(torch.from_numpy(table).to(value.dtype), indices)
     if kind == 'binary':
         return _binary(*binarize(value.float()))
