@@ -19,10 +19,10 @@ from dynamicdet.video.gate_analysis import RULES, analyze_gates, fitted_gates, l
 from dynamicdet.video.gate_simulation import GateRun, Replays, frames_by_video
 from dynamicdet.video.gates import Gate
 from dynamicdet.video.recording import (
-    borrowed,
-    force_exit,
+    forced_exit,
     gate_of_checkpoint,
     load_early_exit_detector,
+    temporary_gate,
 )
 from mmdet.registry import MODELS
 
@@ -117,12 +117,15 @@ def clock_results(
     model, _ = load_early_exit_detector(cfg, checkpoint)
     gates = gates_of(val, config, checkpoint)
     ways = {
-        f'exit {exit}': lambda exit=exit: force_exit(model, exit) for exit in range(model.num_exits)
+        f'exit {exit}': lambda exit=exit: forced_exit(model, exit)
+        for exit in range(model.num_exits)
     }
     for name, own in numbers['gates'].items():
         if own['within']:
             gate, thresholds = gates[name].eval(), own['within']['thresholds']
-            ways[name] = lambda gate=gate, thresholds=thresholds: borrowed(model, gate, thresholds)
+            ways[name] = lambda gate=gate, thresholds=thresholds: temporary_gate(
+                model, gate, thresholds
+            )
     dataset = build_loader(cfg.test_dataloader).dataset
     clocks = {name: Clock() for name in ways}
     torch.set_num_threads(threads)

@@ -13,7 +13,7 @@ from mmengine.registry import DefaultScope
 from mmdet.registry import MODELS
 
 from ..errors import UsageError
-from .check_annotations import some
+from .check_annotations import first_few
 from .config_datasets import OpenedDataSet
 
 #: Keys of heads that tell classes apart, in mmdet's detectors and in `EarlyExitDetector`. That of
@@ -91,4 +91,4 @@ def _default(kind: Any) -> int | None:
 
 
 def _said(one: OpenedDataSet) -> str:
-    return f'{one.name} ({one.key}) has {len(one.classes)} classes ({some(one.classes)})'
+    return f'{one.name} ({one.key}) has {len(one.classes)} classes ({first_few(one.classes)})'

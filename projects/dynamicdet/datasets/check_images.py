@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..errors import UsageError
 from ..progress import CountProgress
-from .check_annotations import DataSetPlace, some
+from .check_annotations import DataSetPlace, first_few
 from .picture_formats import is_picture
 
 #: Bytes at the end of an image file in which its end marker must be: the size of one page. As many
@@ -138,7 +138,7 @@ def check_image_files(
     found, count = look_at_images(image_root, images, progress, place.turned), len(images)
     inside = f" in '{image_root}'" if image_root else ''
     said = [
-        f'{len(files)} of {count} image files {what} ({some(files)})'
+        f'{len(files)} of {count} image files {what} ({first_few(files)})'
         for files, what in ((found.missing, 'are missing'), (found.damaged, 'are damaged'))
         if files
     ]
@@ -155,8 +155,8 @@ def check_image_files(
     if found.foreign:
         raise UsageError(
             f'{place.name}: {len(found.foreign)} of {count} image files are of a format that the '
-            f'installed OpenCV does not read ({some(found.foreign)}){inside}: convert them to JPEG '
-            'or PNG'
+            f'installed OpenCV does not read ({first_few(found.foreign)}){inside}: convert them to '
+            'JPEG or PNG'
         )
     if not found.resized:
         return []

@@ -14,7 +14,7 @@ from mmengine.dataset import BaseDataset
 from ..errors import UsageError
 from ..progress import CountProgress
 from .annotation_repair import is_turned
-from .check_annotations import DataSetPlace, some
+from .check_annotations import DataSetPlace, first_few
 from .check_images import check_image_files
 
 
@@ -41,7 +41,7 @@ def check_built(
     lines = (
         [
             f'{sum(unknown.values())} object(s) of {len(unknown)} names that are not among the '
-            f'classes of the config ({some(list(unknown))}): not used'
+            f'classes of the config ({first_few(list(unknown))}): not used'
         ]
         if unknown
         else []

@@ -12,7 +12,7 @@ from mmdet.datasets import CocoDataset, CocoPanopticDataset
 from mmdet.registry import DATASETS
 
 from ..errors import UsageError
-from .check_annotations import some
+from .check_annotations import first_few
 from .mot import MOTSequenceDataset
 from .video import VideoDataset
 
@@ -97,7 +97,7 @@ def require_one_coco(cfg: Mapping, split: str, what: str, file: bool = True) -> 
     opened = open_data_sets(cfg, split)
     if len(opened) != 1:
         has = (
-            f'has {len(opened)} ({some([one.key for one in opened])})'
+            f'has {len(opened)} ({first_few([one.key for one in opened])})'
             if opened
             else 'is not in the config'
         )
@@ -198,12 +198,13 @@ def _names(classes: Any, key: str) -> tuple[str, ...]:
     if wrong:
         text = ','.join(f'"{name}"' for name in classes[:3])
         raise UsageError(
-            f'{key}: the classes must be text, and {some(wrong)} are none; on the command line, '
-            'give them as '
+            f'{key}: the classes must be text, and {first_few(wrong)} are none; on the command '
+            'line, give them as '
             f"'{key}.metainfo.classes=[{text}{', ...' if len(classes) > 3 else ''}]'"
         )
     if len(set(classes)) < len(classes) or not classes:
         raise UsageError(
-            f'{key}: the classes must be names, one at least and each once; got {some(classes, 10)}'
+            f'{key}: the classes must be names, one at least and each once; got '
+            f'{first_few(classes, 10)}'
         )
     return tuple(classes)

@@ -210,8 +210,8 @@ def load_deployed(
     return model
 
 
-@MODELS.register_module()
-def DeployedDetector(
+@MODELS.register_module(name='DeployedDetector')
+def load_deployed_detector(
     folder: str,
     threads: int | None = None,
     budget: dict | None = None,

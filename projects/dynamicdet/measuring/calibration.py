@@ -77,7 +77,7 @@ def record_exits(model: DynamicDetector, loader: DataLoader, progress: Progress)
             data = model.data_preprocessor(batch, False)
             samples = data['data_samples']
             every = [
-                detected(model.finish(state), loader.dataset.cat_ids)
+                detection_arrays(model.finish(state), loader.dataset.cat_ids)
                 for state in exit_states(model, data['inputs'], samples)
             ]
             images.extend(
@@ -103,7 +103,9 @@ def exit_states(
         yield state
 
 
-def detected(samples: SampleList, category_ids: Sequence[int]) -> list[tuple[np.ndarray, ...]]:
+def detection_arrays(
+    samples: SampleList, category_ids: Sequence[int]
+) -> list[tuple[np.ndarray, ...]]:
     """Detections of each image as `Detections.join` takes them: boxes, (D, 4), x, y, w, h; scores
     and categories, (D,)."""
     known, found = np.asarray(category_ids, np.int32), []
@@ -115,12 +117,12 @@ def detected(samples: SampleList, category_ids: Sequence[int]) -> list[tuple[np.
 
 def coco_results(sample, category_ids: Sequence[int]) -> list[dict]:
     """Detections of an image as COCO has them; masks are left out, and left where they are."""
-    return Detections.join(detected([sample], category_ids))[0]
+    return Detections.join(detection_arrays([sample], category_ids))[0]
 
 
 def provenance(cfg: Config, checkpoint: str, dataset, device: str) -> dict[str, object]:
     """Where figures come from: what was measured, on which data and which machine. See also
-    `passed`."""
+    `inference_settings`."""
     return dict(
         config=str(cfg.filename),
         checkpoint=str(checkpoint),
@@ -135,7 +137,7 @@ def provenance(cfg: Config, checkpoint: str, dataset, device: str) -> dict[str, 
     )
 
 
-def passed(model: torch.nn.Module, loader: DataLoader) -> dict[str, object]:
+def inference_settings(model: torch.nn.Module, loader: DataLoader) -> dict[str, object]:
     """How images passed through a model: in which numbers, and how many at a time. Latencies are of
     one at a time."""
     batch_size = getattr(loader.batch_sampler, 'batch_size', loader.batch_size)

@@ -28,7 +28,13 @@ from ..models.kept_outputs import kept_outputs
 from ..progress import Progress
 from ..routing.record import RoutingRecord
 from ..timing import now
-from .calibration import detected, exit_states, measure_gflops, passed, provenance
+from .calibration import (
+    detection_arrays,
+    exit_states,
+    inference_settings,
+    measure_gflops,
+    provenance,
+)
 from .flops import count_flops
 from .latencies import force_dynamic_exit, measure_latencies
 
@@ -119,7 +125,7 @@ def record_data_set(
     device = str(model.threshold.device)
     facts = dict(
         provenance(cfg, checkpoint, loader.dataset, device),
-        **passed(model, loader),
+        **inference_settings(model, loader),
         view=VIEWS[view].said if view in VIEWS else 'none',
         first_scale=model.first_scale,
         branch0_gflops=branch_gflops,
@@ -172,7 +178,7 @@ def _record_batch(
     detections, outputs = [], []
     for state in every:
         with kept_outputs(model.branch(state.exit)) as kept:
-            detections.append(detected(model.finish(state), category_ids))
+            detections.append(detection_arrays(model.finish(state), category_ids))
         outputs.append(kept)
     seen_by_router = features[0].cpu().numpy()
     entries = [
@@ -189,7 +195,7 @@ def _record_batch(
     ]
     if view != 'none':
         seen = [
-            detected(model.finish(state), category_ids)
+            detection_arrays(model.finish(state), category_ids)
             for state in exit_states(model, VIEWS[view].make(inputs, samples), samples)
         ]
         for row, (entry, sample) in enumerate(zip(entries, samples)):

@@ -47,19 +47,19 @@ class Frames:
         kept = [place for place in range(len(self.samples)) if place not in gone]
         self.layers.keep(kept)
 
-        def some(values: list | None) -> list | None:
+        def of_kept(values: list | None) -> list | None:
             return values and [values[one] for one in kept]
 
         return Frames(
             self.layers,
-            some(self.samples),
-            some(self.streams),
-            some(self.difficulties),
+            of_kept(self.samples),
+            of_kept(self.streams),
+            of_kept(self.difficulties),
             None if self.early is None else take_rows(self.early, kept),
             None,
             None,
             [take_rows(one, kept) for one in self.pooled],
-            some(self.earlier),
+            of_kept(self.earlier),
         )
 
 

@@ -17,7 +17,7 @@ from mmdet.structures import DetDataSample
 from ..building import build_model, load_detector
 from ..checkpoints import read_checkpoint
 from ..errors import UsageError
-from ..measuring.calibration import coco_results, passed, provenance
+from ..measuring.calibration import coco_results, inference_settings, provenance
 from ..models import fuse
 from ..models.weights import is_plain, require_complete
 from ..progress import Progress
@@ -138,7 +138,7 @@ def record_videos(
     }
     facts = dict(
         provenance(cfg, checkpoint, loader.dataset, str(model.thresholds.device)),
-        **passed(model, loader),
+        **inference_settings(model, loader),
         cut=model.cut,
     )
     return dict(
@@ -186,25 +186,25 @@ def _record_batch(model: EarlyExitDetector, batch: dict, category_ids: Sequence[
 
 
 @contextlib.contextmanager
-def borrowed(
+def temporary_gate(
     model: EarlyExitDetector, gate: Gate | None, thresholds: Sequence[float]
 ) -> Iterator[None]:
     """Let a detector run with another gate and other thresholds, and give it its own back. Streams
     are forgotten before and after."""
-    own, budget, waits = model.gate, model.budget, model._budget_waits
-    before = model.thresholds.clone()
+    gate_before, budget, waits = model.gate, model.budget, model._budget_waits
+    thresholds_before = model.thresholds.clone()
     try:
         model.gate = gate
         model.set_budget(threshold=list(thresholds))
         model.reset()
         yield
     finally:
-        model.gate, model.budget, model._budget_waits = own, budget, waits
-        model.thresholds.copy_(before)
+        model.gate, model.budget, model._budget_waits = gate_before, budget, waits
+        model.thresholds.copy_(thresholds_before)
         model.reset()
 
 
-def force_exit(
+def forced_exit(
     model: EarlyExitDetector, exit: int, looks: bool = False
 ) -> contextlib.AbstractContextManager:
     """While this is open, every frame leaves at one exit, -1 to E - 1.
@@ -215,9 +215,9 @@ def force_exit(
         looks (bool): Whether all heads on the way are run. Defaults to False.
     """
     if exit < 0:
-        return borrowed(model, TemporalGate(), [_ALL_LEAVE] * model.num_exits)
+        return temporary_gate(model, TemporalGate(), [_ALL_LEAVE] * model.num_exits)
     gate = None if exit == model.num_exits - 1 and not looks else FixedExit(exit, looks)
-    return borrowed(model, gate, [_NONE_LEAVES] + [0.5] * (model.num_exits - 1))
+    return temporary_gate(model, gate, [_NONE_LEAVES] + [0.5] * (model.num_exits - 1))
 
 
 def _gflops(model: EarlyExitDetector, dataset, frames: int = 10) -> dict[str, object]:
@@ -232,7 +232,7 @@ def _gflops(model: EarlyExitDetector, dataset, frames: int = 10) -> dict[str, ob
     ]
     means = {}
     for name, looks in (('alone', False), ('looked', True)):
-        with force_exit(model, model.num_exits - 1, looks):
+        with forced_exit(model, model.num_exits - 1, looks):
             by_shape = {shape: exit_gflops(model, shape) for shape in set(shapes)}
         means[name] = np.mean([by_shape[shape] for shape in shapes], axis=0).tolist()
     return dict(early=means['alone'][0], alone=means['alone'][1:], looked=means['looked'][1:])
@@ -256,7 +256,7 @@ def measure_exit_latencies(
     device = model.thresholds.device
     for turn in progress(range(rounds + 1), 'latencies'):
         for one in forced:
-            with force_exit(model, *one):
+            with forced_exit(model, *one):
                 for batch in batches:
                     seconds, _ = timed(lambda: model.test_step(batch), device)
                     if turn:
