@@ -27,8 +27,8 @@ from dynamicdet.files import latest_checkpoint, write_atomically
 from dynamicdet.models import Router
 from dynamicdet.routing.curve import RandomRouting, split_by_share
 from dynamicdet.routing.evaluation import Mixtures
-from dynamicdet.routing.fitting import features_of, rank_correlation
 from dynamicdet.routing.record import read_record
+from dynamicdet.routing.router_fitting import features_of_record, rank_correlation
 from dynamicdet.routing.strata import benefits
 
 WORK = ROOT / 'work_dirs' / 'routing_hook'
@@ -124,7 +124,10 @@ def judge(path: Path, routers: dict) -> dict:
     with cli.silence():
         coco = COCO(ROOT / DATA['root'] / 'annotations/instances_test.json')
     mixtures = Mixtures(record, coco)
-    random_routing, features = RandomRouting(mixtures, resamples=RESAMPLES), features_of(record)
+    random_routing, features = (
+        RandomRouting(mixtures, resamples=RESAMPLES),
+        features_of_record(record),
+    )
     gained = benefits(record, mixtures)['loss_objects']
     found = {}
     for name, checkpoint in routers.items():

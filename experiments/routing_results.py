@@ -11,10 +11,15 @@ from dynamicdet.reports.routing_analysis_curves import oracles
 from dynamicdet.routing import build_objective
 from dynamicdet.routing.curve import SHARES, RandomRouting, split_by_share
 from dynamicdet.routing.evaluation import Mixtures
-from dynamicdet.routing.fitting import features_of, fit_router, gains_of, rank_correlation
 from dynamicdet.routing.merit import efficacy, normalized_gain
 from dynamicdet.routing.peers import PEERS, charge, peer_scores
 from dynamicdet.routing.record import RoutingRecord
+from dynamicdet.routing.router_fitting import (
+    features_of_record,
+    fit_router,
+    gains_of_record,
+    rank_correlation,
+)
 from dynamicdet.routing.strata import benefits, by_objects, by_size, rank_correlations
 from dynamicdet.routing.thresholds import shares_beyond
 
@@ -156,14 +161,14 @@ def _fitted(
     """Difficulties of the test images by a router fitted to a record; ``pools`` of its three are
     seen."""
     objective = build_objective(objective)
-    features, own = features_of(record), features_of(test)
+    features, own = features_of_record(record), features_of_record(test)
     width = features.shape[1] // 3 * pools
     ids = record.ids.tolist()
     # Views of one image stay together.
     groups = ids if len(set(ids)) < len(ids) else None
     fit = fit_router(
         features[:, :width],
-        gains_of(record, objective.gain, coco),
+        gains_of_record(record, objective.gain, coco),
         objective,
         groups=groups,
         seed=seed,
@@ -221,7 +226,7 @@ def _peers(
     found = {}
     for name in PEERS:
         target = 'ap' if name == 'adaptive_feeding' else 'loss_sum'
-        scores = peer_scores(name, test, held, gains_of(held, target, train_coco), seed)
+        scores = peer_scores(name, test, held, gains_of_record(held, target, train_coco), seed)
         found[name] = dict(
             _judge_scores(random_routing, scores, honest, gained),
             charge=charge(name, test),

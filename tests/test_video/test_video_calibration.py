@@ -18,10 +18,10 @@ from dynamicdet.video.calibration import (
     put_calibration,
 )
 from dynamicdet.video.curves import curve, settings_of
-from dynamicdet.video.fitting import (
+from dynamicdet.video.gate_fitting import (
+    fit_gate_parts,
     fit_gumbel_gate,
     fit_halting_gate,
-    fit_parts,
     fit_presence,
     oracle_targets,
     shows_objects,
@@ -286,13 +286,13 @@ def test_presence_is_learned():
     record, coco = empty_case()
     assert shows_objects(record, coco).sum() == 30
     gate = build('TemporalGate', nothing=dict(type='Presence', in_channels=2))
-    fit = fit_parts(gate, record, coco, seed=SEED)['nothing']
+    fit = fit_gate_parts(gate, record, coco, seed=SEED)['nothing']
     assert fit.missed == 0 and fit.spared > 0.9 and 0 < fit.level < 1
     assert not any(own.requires_grad for own in gate.parameters())
     other, coco = empty_case(videos=3)
     assert (nothing_seen(other, gate) == ~shows_objects(other, coco)).mean() > 0.9
     again = build('TemporalGate', nothing=dict(type='Presence', in_channels=2))
-    assert fit_parts(again, record, empty_case()[1], seed=SEED)['nothing'] == fit
+    assert fit_gate_parts(again, record, empty_case()[1], seed=SEED)['nothing'] == fit
     assert all(
         torch.equal(one, again.state_dict()[name]) for name, one in gate.state_dict().items()
     )
@@ -321,4 +321,4 @@ def test_presence_needs_both_kinds_of_frames():
 
 
 def test_nothing_to_fit():
-    assert fit_parts(build('TemporalGate', gate=dict(type='ScoreGate')), *empty_case()) == {}
+    assert fit_gate_parts(build('TemporalGate', gate=dict(type='ScoreGate')), *empty_case()) == {}

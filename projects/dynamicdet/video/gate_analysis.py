@@ -16,7 +16,7 @@ from mmdet.registry import MODELS
 from ..errors import UsageError
 from ..routing.evaluation import check_truth, read_truth
 from .curves import curve, fixed_exits, front, line_at, settings_of
-from .fitting import fit_halting_gate, fit_parts, shows_objects
+from .gate_fitting import fit_gate_parts, fit_halting_gate, shows_objects
 from .gate_inputs import Evidence
 from .gate_simulation import Replays, Seconds, evidence_by_exit, exit_costs, gate_difficulties
 from .gates import Gate
@@ -83,7 +83,7 @@ def fitted_gates(
         found['temporal, nothing'] = MODELS.build(
             dict(type='TemporalGate', nothing=dict(type='Presence', in_channels=parts))
         )
-        fit_parts(found['temporal, nothing'], record, coco, by, seed)
+        fit_gate_parts(found['temporal, nothing'], record, coco, by, seed)
     return found
 
 

@@ -183,7 +183,7 @@ class HaltingGate(LearnedGate):
         above it.
 
     While a detector is trained, the oracle of each image takes the exit with the least ``loss +
-    price * cost``, for each of the prices. On a record `fitting.fit_halting_gate` does it in
+    price * cost``, for each of the prices. On a record `gate_fitting.fit_halting_gate` does it in
     seconds, by AP.
 
     Args:

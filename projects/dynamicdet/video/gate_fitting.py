@@ -146,7 +146,7 @@ def fit_gumbel_gate(
     return fit_gate(gate, record, loss, seed, steps, progress=progress)
 
 
-def fit_parts(
+def fit_gate_parts(
     gate: Gate,
     record: Mapping,
     coco: COCO,
@@ -168,7 +168,7 @@ def fit_parts(
     return found
 
 
-def untrained_parts(gate: Gate, state: Mapping[str, Tensor]) -> list[str]:
+def untrained_gate_parts(gate: Gate, state: Mapping[str, Tensor]) -> list[str]:
     """Parts of a detector's gate that its checkpoint has no trained weights of: 'gate',
     'nothing'."""
     missing = gate.state_dict().keys() - {
