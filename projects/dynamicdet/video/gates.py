@@ -73,7 +73,7 @@ class FixedExit(Gate):
     """Always leave at one exit: difficulty 1 before it, 0 from it on.
 
     That is for thresholds from 0 up to, not including, 1: at 1 every image leaves at once, below 0
-        none does.
+    none does.
 
     Args:
         exit (int): 0 to E - 1.
@@ -136,7 +136,7 @@ class ScoreGate(Gate):
     image's difficulty is the mean d of the doubts, or, by their sum s, ``s / (1 + s)``: many
     doubtful objects are then harder than one. (Classifiers exit early by the entropy of their one
     output: BranchyNet, arXiv 1709.01686. A detector has many outputs or none, hence the mean or
-        sum.)
+    sum.)
 
     Args:
         kind (str): 'entropy' or 'confidence'. Defaults to 'entropy'.
@@ -250,11 +250,11 @@ def detection_agreement(one: GateDetections, other: GateDetections, iou: float =
 
 @MODELS.register_module()
 class TemporalGate(Gate):
-    """Where the scene has not changed, look no further: before the first exit, difficulty is the
-    change.
+    """Reuse: where the scene has not changed, a frame shows the previous frame's detections, and no
+    exit is run. Before the first exit, difficulty is the change.
 
-    The image then leaves with the last detections of its stream. A stream's first frame has change
-    1. Frames that go on are for another gate.
+    The previous frame is the last one of the stream that was computed, or seen to show nothing. A
+    stream's first frame has change 1. Frames that go on are for another gate.
 
     Where the early map changed, but shows nothing, there is no need to look either (*no
     detection*), if ``nothing`` says so: difficulty is then 0.
