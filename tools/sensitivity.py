@@ -13,8 +13,8 @@ from mmengine.device import get_device
 from dynamicdet import cli
 from dynamicdet.annotations import original_of
 from dynamicdet.building import build_loader
-from dynamicdet.compression.blocks import Block
 from dynamicdet.compression.pruning_allocation import allocate_pruning
+from dynamicdet.compression.pruning_blocks import PruningBlock
 from dynamicdet.datasets.config_datasets import require_one_coco
 from dynamicdet.errors import UsageError
 from dynamicdet.files import write_atomically
@@ -83,7 +83,7 @@ def main() -> None:
     out = args.out or str(Path(cfg.work_dir) / 'sensitivity.json')
     cli.require_writable(out)
     for share in args.shares:
-        Block('--shares', ['*'], share)
+        PruningBlock('--shares', ['*'], share)
     if args.images < 0:
         raise UsageError(f'--images must be 1 or more, or 0 for all; got {args.images}')
     dataset = require_one_coco(cfg, 'val', 'sensitivity is measured')

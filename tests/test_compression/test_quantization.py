@@ -12,7 +12,7 @@ from dynamicdet.compression.quantization import (
     Ranges,
     activation_scale,
     fake_quantize_weight,
-    fold,
+    fold_norm,
     move_range,
     round_bias,
     trace_quantization,
@@ -72,7 +72,7 @@ def test_a_folded_norm_is_the_norm():
         one.normal_()
     norm.running_var.uniform_(0.5, 2)
     x = torch.randn(2, 3, 5, 5)
-    weight, bias = fold(conv.weight, conv.bias, norm)
+    weight, bias = fold_norm(conv.weight, conv.bias, norm)
     torch.testing.assert_close(F.conv2d(x, weight, bias), norm(conv(x)), rtol=1e-4, atol=1e-5)
 
 
@@ -139,7 +139,7 @@ def test_a_simulated_block_is_the_block_by_hand():
         )
 
     entering = rounded('in0', x)
-    weight, bias = fold(block.one.weight, None, block.norm)
+    weight, bias = fold_norm(block.one.weight, None, block.norm)
     bias = round_bias(bias, scale_of('in0', weight))
     middle = rounded('out0', F.conv2d(entering, fake_quantize_weight(weight), bias).relu())
     bias = round_bias(block.two.bias, scale_of('out0', block.two.weight))

@@ -12,7 +12,7 @@ from mmengine.config import Config, ConfigDict
 from torch import nn
 
 from conftest import ROOT
-from dynamicdet.compression.coupling import example, raw_outputs
+from dynamicdet.compression.coupling import example_image, raw_outputs
 from dynamicdet.compression.quantization import (
     Int8Simulation,
     activation_scale,
@@ -234,7 +234,7 @@ def test_shared_values_sum_the_same_way_each_time(far):
 
 def test_examples_are_where_the_detector_is(far):
     model = randomize(MODELS.build(tiny_dynamic('faster_rcnn'))).to(far).eval()
-    assert all(one.device.type == far for one in raw_outputs(model, example(model)))
+    assert all(one.device.type == far for one in raw_outputs(model, example_image(model)))
 
 
 def test_detections_come_at_once(far):

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from .blocks import Block, PrunableLayer, find_layers
-from .coupling import GIVEN, Cluster, example, find_clusters, raw_outputs
+from .coupling import GIVEN, Cluster, example_image, find_clusters, raw_outputs
 from .pruning import layers_of_blocks
+from .pruning_blocks import PrunableLayer, PruningBlock, find_layers
 from .scores import magnitude_scores, random_scores
-from .shrinking import Channels, KeptChannels, channels_of, get, rule_of, shrink_layers
+from .shrinking import Channels, KeptChannels, channels_of, get_by_name, rule_of, shrink_layers
 
 #: Channels that vector units of processors and accelerators take at a time.
 ROUND_TO = 16
@@ -54,7 +54,7 @@ class RemovalPlan:
 
 
 def plan_removal(
-    model: nn.Module, blocks: Sequence[Block], round_to: int = ROUND_TO, seed: int = 0
+    model: nn.Module, blocks: Sequence[PruningBlock], round_to: int = ROUND_TO, seed: int = 0
 ) -> RemovalPlan:
     """Choose the channels that go; the model is left as it is.
 
@@ -64,7 +64,8 @@ def plan_removal(
     Args:
         model (nn.Module): With the weights by which channels are ranked; those that a mask has set
             to zero come first.
-        blocks (Sequence[Block]): Of ``structured`` ones, with scores by magnitude or at random.
+        blocks (Sequence[PruningBlock]): Of ``structured`` ones, with scores by magnitude or at
+            random.
             ``over='layer'`` takes the same share from every cluster, ``'block'`` the weakest of
             all.
         round_to (int): Channels that stay are a multiple of it.
@@ -143,7 +144,7 @@ def remove_channels(model: nn.Module, plan: RemovalPlan) -> Channels:
     return channels
 
 
-def _require_fit(block: Block) -> None:
+def _require_fit(block: PruningBlock) -> None:
     if block.score not in ('magnitude', 'random'):
         raise UsageError(
             f"block '{block.name}': channels are removed by magnitude or at random, not by "
@@ -165,7 +166,7 @@ def _options(cluster: Cluster, round_to: int) -> list[int]:
 
 
 def _choose(
-    block: Block,
+    block: PruningBlock,
     clusters: Sequence[Cluster],
     layers: Mapping[str, PrunableLayer],
     round_to: int,
@@ -202,7 +203,7 @@ def _choose(
 
 
 def _scores(
-    block: Block, cluster: Cluster, layers: Mapping[str, PrunableLayer], seed: int
+    block: PruningBlock, cluster: Cluster, layers: Mapping[str, PrunableLayer], seed: int
 ) -> np.ndarray:
     """What makes a unit worth keeping, (U, ): the mean over the cluster's layers of its Ln norm,
     each over the layer's mean, so that layers and clusters compare."""
@@ -235,7 +236,7 @@ def _kept(
             gone.setdefault(member.layer, {}).setdefault(member.leaving, set()).update(removed)
     kept = {}
     for name, sides in gone.items():
-        entering, leaving, _ = channels_of(get(model, name))
+        entering, leaving, _ = channels_of(get_by_name(model, name))
         kept[name] = KeptChannels(
             *(
                 _without(sides.get(side), count)
@@ -287,7 +288,7 @@ def _same(model: nn.Module, kept: Mapping[str, KeptChannels]) -> bool:
     in."""
     whole, small = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
     for name, one in kept.items():
-        layer = get(whole, name)
+        layer = get_by_name(whole, name)
         if (
             one.entering is not None
             and getattr(layer, 'groups', 1) == 1
@@ -315,7 +316,7 @@ def _same(model: nn.Module, kept: Mapping[str, KeptChannels]) -> bool:
 
 
 def _run(model: nn.Module) -> list[Tensor]:
-    return raw_outputs(model, example(model))
+    return raw_outputs(model, example_image(model))
 
 
 def _is_told(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from ..errors import UsageError, need
-from .shrinking import channels_of, get
+from .shrinking import channels_of, get_by_name
 
 #: Why prediction layers stay as they are.
 GIVEN = 'the detector gives them'
@@ -96,7 +96,7 @@ def _flat(outputs: Any) -> list[Tensor]:
     return [one for output in outputs if output is not None for one in _flat(output)]
 
 
-def example(model: nn.Module, size: int = 64) -> Tensor:
+def example_image(model: nn.Module, size: int = 64) -> Tensor:
     """An image to trace a model with, (1, 3, size, size), where the model is."""
     noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     return noise.to(next(model.parameters()).device)
@@ -119,7 +119,9 @@ def find_clusters(model: nn.Module) -> list[Cluster]:
     library = need('torch_pruning', 'tools that remove channels', 'compression')
     traced = _Traced(model)
     with torch.enable_grad():
-        graph = library.DependencyGraph().build_dependency(traced, example(traced), verbose=False)
+        graph = library.DependencyGraph().build_dependency(
+            traced, example_image(traced), verbose=False
+        )
     names = _Names(traced)
     spreads: list[_Spread] = []
     seen: dict[str, set] = {}
@@ -169,7 +171,10 @@ class _Traced(nn.Module):
 @torch.no_grad()
 def _routed_channels(model: nn.Module) -> list[int]:
     """Channels of the maps that a router sees."""
-    return [one.shape[1] for one in copy.deepcopy(model.backbone).eval().first_maps(example(model))]
+    return [
+        one.shape[1]
+        for one in copy.deepcopy(model.backbone).eval().first_maps(example_image(model))
+    ]
 
 
 class _Names:
@@ -273,7 +278,7 @@ def _group_links(
     """Pairs of atoms that are in one group of a layer."""
     links = []
     for (name, leaving), channels in members.items():
-        entering, given, groups = channels_of(get(names.model, name))
+        entering, given, groups = channels_of(get_by_name(names.model, name))
         if groups == 1:
             continue
         first: dict[int, int] = {}

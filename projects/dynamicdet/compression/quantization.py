@@ -100,7 +100,7 @@ def round_bias(bias: Tensor, step: Tensor) -> Tensor:
     return bias + (torch.round(bias / step) * step - bias).detach()
 
 
-def fold(weight: Tensor, bias: Tensor | None, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+def fold_norm(weight: Tensor, bias: Tensor | None, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     """Weight and bias of a convolution that does what the convolution and the norm (in eval mode)
     do."""
     factor = (norm.running_var + norm.eps).rsqrt()
@@ -446,7 +446,7 @@ class _Simulator(_Counted):
             x, weight, *rest = args
             bias, rest = (rest[0], rest[1:]) if rest else (None, ())
             if layer.norm is not None:
-                weight, bias = fold(weight, bias, layer.norm)
+                weight, bias = fold_norm(weight, bias, layer.norm)
             if bias is not None and layer.entering in self.ranges.values and self.ranges.rounding:
                 step = self.ranges.step(layer.entering)[0] * weight_scale(weight, self.reduced)
                 bias = round_bias(bias, step)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..errors import UsageError
-from .encoding import Entry, decode
+from .encoding import Entry, decode_tensor
 
 #: State entries that no training changes by gradients: statistics of norms, a dynamic detector's
 #: settings.
@@ -122,7 +122,7 @@ def block_sizes(
         if value.dim() > 1:
             sum_[1] += value.numel() - int(value.count_nonzero())
             if entries:
-                written = decode(entries[index].row, entries[index].frames).double()
+                written = decode_tensor(entries[index].row, entries[index].frames).double()
                 sum_[3] += float(value.cpu().double().square().sum())
                 sum_[4] += float((value.cpu().double() - written).square().sum())
     return [BlockSize(name, *sums[name]) for name in sums]
@@ -132,7 +132,7 @@ def _belongs(key: str, pattern: str) -> bool:
     return fnmatchcase(key, pattern) or fnmatchcase(key, f'{pattern}.*')
 
 
-def total(sizes: Sequence[BlockSize], in_file: int, name: str = 'total') -> BlockSize:
+def total_size(sizes: Sequence[BlockSize], in_file: int, name: str = 'total') -> BlockSize:
     """All blocks together; ``in_file`` is the whole file, with its index."""
     sums = [
         sum(getattr(size, part) for size in sizes)
@@ -159,9 +159,9 @@ def compression_table(
         file_before (int): Bytes of its file.
     """
     rest = BlockSize('(index)', 0, 0, in_file - sum(size.in_file for size in sizes))
-    rows = [(size, None) for size in (*sizes, rest)] + [(total(sizes, in_file), worth)]
+    rows = [(size, None) for size in (*sizes, rest)] + [(total_size(sizes, in_file), worth)]
     if before is not None:
-        original = total(sizes, file_before, 'original')
+        original = total_size(sizes, file_before, 'original')
         rows.append((replace(original, lost=0.0), before))
     width = max(len(size.name) for size, _ in rows)
     head = f'{"block":{width}}  parameters   pruned  float32 left   in the file   error'

@@ -25,7 +25,8 @@ class WeightSharingBlock:
 
     Args:
         name (str): For messages.
-        modules (Sequence[str]): Patterns of module names, as `blocks.Block` has them.
+        modules (Sequence[str]): Patterns of module names, as `pruning_blocks.PruningBlock` has
+            them.
         bits (int): Of an index, 2 to 8: a layer has at most 2^bits values, zero among them.
         exclude (Sequence[str]): Patterns of modules that stay as they are.
     """

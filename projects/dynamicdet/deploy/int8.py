@@ -21,7 +21,7 @@ from ..compression.quantization import (
     QuantizationPlan,
     QuantizedLayer,
     activation_scale,
-    fold,
+    fold_norm,
     last_layers,
 )
 from ..errors import UsageError
@@ -476,5 +476,5 @@ def trained_ranges(
 
 
 def _folded(layer: QuantizedLayer) -> np.ndarray:
-    weight = layer.weight if layer.norm is None else fold(layer.weight, None, layer.norm)[0]
+    weight = layer.weight if layer.norm is None else fold_norm(layer.weight, None, layer.norm)[0]
     return weight.detach().cpu().numpy()

@@ -13,7 +13,7 @@ from torch import nn
 from mmdet.registry import HOOKS
 
 from ..compression import weight_sharing
-from ..compression.blocks import PrunableLayer, disjoint_layers, require_blocks
+from ..compression.pruning_blocks import PrunableLayer, disjoint_layers, require_blocks
 from ..errors import UsageError
 from ..private_mmengine import resumes
 from .pruning_hook import PruningHook, averages, plain_model

@@ -29,7 +29,7 @@ from mmdet.structures import DetDataSample
 from ..apis.stream import Stream
 from ..building import require_dynamic
 from ..checkpoints import read_checkpoint
-from ..compression.shrinking import resize
+from ..compression.shrinking import resize_channels
 from ..datasets.digits import load_sources, make_image
 from ..errors import UsageError
 from ..models import DynamicDetector
@@ -147,7 +147,7 @@ def build_stock(settings: Mapping, model: DynamicDetector) -> BaseDetector:
     detector = copy.deepcopy(whole['detector'])
     detector['backbone'] = copy.deepcopy(whole.get('backbone') or detector['backbone'])
     stock = MODELS.build(detector)
-    resize(stock, _of_exit0(getattr(model, 'removed_channels', {})))
+    resize_channels(stock, _of_exit0(getattr(model, 'removed_channels', {})))
     stock.load_state_dict(_of_exit0(model.state_dict()), assign=True)
     stock.data_preprocessor = _FirstView(model)
     return stock

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Subset
 
 from ..building import load_detector
 from ..checkpoints import read_checkpoint
-from ..compression.blocks import Block, find_layers, units
 from ..compression.pruning import apply_masks, layers_of_blocks, prune_block
 from ..compression.pruning_allocation import PruningAllocation, SensitivityCurve
+from ..compression.pruning_blocks import PruningBlock, count_units, find_layers
 from ..errors import UsageError
 from ..files import write_atomically
 from ..progress import Progress
@@ -30,7 +30,7 @@ class PrunedPart(NamedTuple):
     """What is pruned alone: the layers of a block, or one layer; ``weights`` is how many it has."""
 
     name: str
-    block: Block
+    block: PruningBlock
     weights: int
 
 
@@ -49,17 +49,20 @@ def parts_of(
         UsageError: If a pattern matches nothing, or blocks overlap.
     """
     every = [
-        Block(name, list(patterns), 0.0, structured=structured) for name, patterns in blocks.items()
+        PruningBlock(name, list(patterns), 0.0, structured=structured)
+        for name, patterns in blocks.items()
     ]
     found = layers_of_blocks(model, every)
     counts = [sum(layer.weight.numel() for layer in own.values()) for own in found]
     parts = [PrunedPart(block.name, block, count) for block, count in zip(every, counts)]
     if layers:
         parts += [
-            PrunedPart(name, Block(name, [name], 0.0, structured=structured), layer.weight.numel())
+            PrunedPart(
+                name, PruningBlock(name, [name], 0.0, structured=structured), layer.weight.numel()
+            )
             for block, own in zip(every, found)
             for name, layer in own.items()
-            if round(most * units(layer, block)) < units(layer, block)
+            if round(most * count_units(layer, block)) < count_units(layer, block)
         ]
     if len({part.name for part in parts}) < len(parts):
         raise UsageError('two parts have the same name: name a block other than a layer')
@@ -98,7 +101,7 @@ def measure_sensitivity(
     for part in parts:
         # Refuses shares outside [0, 1).
         for share in shares:
-            Block(part.name, part.block.modules, share)
+            PruningBlock(part.name, part.block.modules, share)
     blocks = {part.name: list(part.block.modules) for part in parts}
     saved = _resume(path, identity, blocks)
     results, blocks = saved['results'], {**saved['blocks'], **blocks}

@@ -15,7 +15,7 @@ from ..compression.shrinking import (
     ChannelRule,
     Channels,
     KeptChannels,
-    resize,
+    resize_channels,
     select_channels,
 )
 from ..errors import UsageError
@@ -64,7 +64,7 @@ def build_pruned(
     if budget is not None:
         detector['budget'] = budget
     model = MODELS.build(detector)
-    resize(model, channels)
+    resize_channels(model, channels)
     model.removed_channels = {name: list(counts) for name, counts in channels.items()}
     model.register_load_state_dict_pre_hook(_require_removed)
     return model

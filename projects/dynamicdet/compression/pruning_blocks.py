@@ -23,7 +23,7 @@ class LayerSelection(Protocol):
 
 
 @dataclass(frozen=True)
-class Block:
+class PruningBlock:
     """What is pruned together, how far and by what.
 
     Args:
@@ -124,7 +124,7 @@ def find_layers(model: nn.Module) -> dict[str, PrunableLayer]:
     }
 
 
-def matches(name: str, patterns: Sequence[str]) -> bool:
+def matches_patterns(name: str, patterns: Sequence[str]) -> bool:
     """Whether a module, or one that it is part of, matches one of the patterns."""
     parts = name.split('.')
     above = ['.'.join(parts[: count + 1]) for count in range(len(parts))]
@@ -139,7 +139,9 @@ def selected_layers(model: nn.Module, block: LayerSelection) -> dict[str, Prunab
     """
     every = find_layers(model)
     for pattern in (*block.modules, *block.exclude):
-        if not any(matches(name, [pattern]) for layer in every.values() for name in layer.names):
+        if not any(
+            matches_patterns(name, [pattern]) for layer in every.values() for name in layer.names
+        ):
             parts = ', '.join(dict.fromkeys(name.split('.')[0] for name in every))
             raise UsageError(
                 f"block '{block.name}': the pattern '{pattern}' matches no module with weights; "
@@ -148,8 +150,8 @@ def selected_layers(model: nn.Module, block: LayerSelection) -> dict[str, Prunab
     kept = {
         name: layer
         for name, layer in every.items()
-        if any(matches(own, block.modules) for own in layer.names)
-        and not any(matches(own, block.exclude) for own in layer.names)
+        if any(matches_patterns(own, block.modules) for own in layer.names)
+        and not any(matches_patterns(own, block.exclude) for own in layer.names)
     }
     if not kept:
         raise UsageError(f"block '{block.name}': exclude={list(block.exclude)} leaves no layer")
@@ -187,6 +189,6 @@ def require_blocks(blocks: object, hook: str) -> None:
         raise UsageError(f'{hook}: blocks is a list of dictionaries, one or more; got {blocks!r}')
 
 
-def units(layer: PrunableLayer, block: Block) -> int:
+def count_units(layer: PrunableLayer, block: PruningBlock) -> int:
     """How many weights a layer has, or channels where whole ones are pruned."""
     return layer.weight.shape[layer.dim] if block.structured else layer.weight.numel()
