@@ -29,7 +29,7 @@ from dynamicdet.routing.curve import RandomRouting, split_by_share
 from dynamicdet.routing.evaluation import Mixtures
 from dynamicdet.routing.record import read_record
 from dynamicdet.routing.router_fitting import features_of_record, rank_correlation
-from dynamicdet.routing.strata import benefits
+from dynamicdet.routing.strata import exit_benefits
 
 WORK = ROOT / 'work_dirs' / 'routing_hook'
 RESULTS = ROOT / 'experiments' / 'results' / 'routing_hook'
@@ -128,7 +128,7 @@ def judge(path: Path, routers: dict) -> dict:
         RandomRouting(mixtures, resamples=RESAMPLES),
         features_of_record(record),
     )
-    gained = benefits(record, mixtures)['loss_objects']
+    gained = exit_benefits(record, mixtures)['loss_objects']
     found = {}
     for name, checkpoint in routers.items():
         scores = logits(checkpoint, features)

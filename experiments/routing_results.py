@@ -7,12 +7,12 @@ import numpy as np
 from pycocotools.coco import COCO
 
 from dynamicdet.reports.routing_analysis import two_exit_record
-from dynamicdet.reports.routing_analysis_curves import oracles
+from dynamicdet.reports.routing_analysis_curves import choices_by_oracle
 from dynamicdet.routing import build_objective
 from dynamicdet.routing.curve import SHARES, RandomRouting, split_by_share
 from dynamicdet.routing.evaluation import Mixtures
 from dynamicdet.routing.merit import efficacy, normalized_gain
-from dynamicdet.routing.peers import PEERS, charge, peer_scores
+from dynamicdet.routing.peers import PEERS, peer_gflops, peer_scores
 from dynamicdet.routing.record import RoutingRecord
 from dynamicdet.routing.router_fitting import (
     features_of_record,
@@ -20,7 +20,7 @@ from dynamicdet.routing.router_fitting import (
     gains_of_record,
     rank_correlation,
 )
-from dynamicdet.routing.strata import benefits, by_objects, by_size, rank_correlations
+from dynamicdet.routing.strata import by_objects, by_size, exit_benefits, rank_correlations
 from dynamicdet.routing.thresholds import shares_beyond
 
 #: Bootstrap resamples, all with seed 0: AP on each is kept, so that runs compare on the same
@@ -78,7 +78,7 @@ def dynamic_results(
     honest, luck = (
         choices[1:-1]
         for choices in map(
-            oracles(pair, test_coco, Mixtures(pair, test_coco)).get, ('honest', 'oracle')
+            choices_by_oracle(pair, test_coco, Mixtures(pair, test_coco)).get, ('honest', 'oracle')
         )
     )
     routers = {}
@@ -91,7 +91,7 @@ def dynamic_results(
     routers['rank, more pools'] = _fitted(
         sources[HELD_OUT], train_coco, test, 'rank', seed, pools=3
     )
-    gained = benefits(test, mixtures)
+    gained = exit_benefits(test, mixtures)
     found = dict(
         gflops=test.gflops,
         latencies=test.latencies,
@@ -229,7 +229,7 @@ def _peers(
         scores = peer_scores(name, test, held, gains_of_record(held, target, train_coco), seed)
         found[name] = dict(
             _judge_scores(random_routing, scores, honest, gained),
-            charge=charge(name, test),
+            charge=peer_gflops(name, test),
             target=target,
         )
     return found

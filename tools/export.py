@@ -21,7 +21,7 @@ from dynamicdet.building import build_loader, load_detector
 from dynamicdet.deploy.deployment import deploy
 from dynamicdet.deploy.folder import require_new
 from dynamicdet.deploy.graphs import exportable_parts, need_for_deployment
-from dynamicdet.deploy.latencies import said
+from dynamicdet.deploy.latencies import describe_latencies
 from dynamicdet.errors import UsageError
 
 
@@ -164,7 +164,7 @@ def main() -> None:
             'export on the machine that counts, or with --reduce-range no'
         )
     if about['latencies']:
-        print(said(about['latencies']))
+        print(describe_latencies(about['latencies']))
     print(f'written to {args.out}: {about["bytes"] / 1e6:.2f} MB')
 
 

@@ -29,7 +29,7 @@ from dynamicdet.reports.routing_analysis import (
     two_exit_record,
     write_analysis,
 )
-from dynamicdet.reports.routing_analysis_text import misses
+from dynamicdet.reports.routing_analysis_text import share_miss_sentences
 from dynamicdet.routing.evaluation import read_truth
 from dynamicdet.routing.record import write_record
 
@@ -86,7 +86,7 @@ def main() -> None:
     write_atomically(png(trade_off_figure(analysis['rows'])), out_dir / 'trade_off.png')
     page = write_analysis(record, coco, analysis, out_dir, name='report')
     print(format_analysis(analysis))
-    for miss in misses(analysis['calibrated']):
+    for miss in share_miss_sentences(analysis['calibrated']):
         print(f'warning: {miss}', file=sys.stderr)
     print(f'\nThe same with pictures: {page}')
 

@@ -27,10 +27,10 @@ from dynamicdet.deploy.int8 import (
     Observer,
     Recipe,
     choose_float,
+    expose_layer_tensors,
     least_error,
     multiply_adds,
     quantize_graph,
-    watched,
 )
 from dynamicdet.deploy.latencies import put_latencies
 from dynamicdet.deploy.runtimes import RUNTIMES
@@ -296,7 +296,7 @@ def test_the_layer_that_suffers_stays_float():
     x = torch.randn(1, 3, 8, 8)
     exported = _export(DetectorPart('two', module, lambda run: None, (module,)), (x,))
     observer = Observer()
-    Graph(watched(exported.content), exported.form, watch=observer)(x)
+    Graph(expose_layer_tensors(exported.content), exported.form, watch=observer)(x)
     ranges = observer.ranges('minmax')
     costs = multiply_adds(exported.content, observer.shares)
     assert sorted(costs.values()) == [64 * 16, 64 * 24]

@@ -11,9 +11,9 @@ from dynamicdet.deploy.int8 import (
     BETWEEN,
     Observer,
     Recipe,
+    expose_layer_tensors,
     prediction_layers,
     quantize_graph,
-    watched,
     weighted_nodes,
 )
 from dynamicdet.models.detector_parts import DetectorPart, find_parts
@@ -99,7 +99,7 @@ def test_what_is_between_layers_stays_in_8_bits():
         DetectorPart('between', module, lambda run: None, (module,)), (images,)
     ).content
     observer = Observer()
-    observer(dict(in0=images.numpy(), **Graph(watched(content), None).arrays(images)))
+    observer(dict(in0=images.numpy(), **Graph(expose_layer_tensors(content), None).arrays(images)))
     ranges = observer.ranges('minmax')
     found = {
         between: quantize_graph(content, Recipe(ranges, between=BETWEEN if between else ()))
@@ -161,7 +161,7 @@ def test_nothing_is_made_float_for_its_size():
     module, images = Sized().eval(), torch.randn(1, 3, 8, 8)
     content = _export(DetectorPart('sized', module, lambda run: None, (module,)), (images,)).content
     observer = Observer()
-    observer(dict(in0=images.numpy(), **Graph(watched(content), None).arrays(images)))
+    observer(dict(in0=images.numpy(), **Graph(expose_layer_tensors(content), None).arrays(images)))
     small = quantize_graph(content, Recipe(observer.ranges('minmax'), between=BETWEEN))
     nodes = onnx.load_from_string(small).graph.node
     makers = {name: node.op_type for node in nodes for name in node.output}

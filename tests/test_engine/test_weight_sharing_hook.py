@@ -12,7 +12,7 @@ from dynamicdet.compression.ddz import compress
 from dynamicdet.compression.pruning import prune_weights
 from dynamicdet.compression.pruning_blocks import PruningBlock, find_layers
 from dynamicdet.engine import WeightSharingHook
-from dynamicdet.engine.pruning_hook import averages
+from dynamicdet.engine.pruning_hook import averaged_models
 from dynamicdet.errors import UsageError
 from dynamicdet.testing import randomize
 from mmdet.registry import HOOKS, MODELS
@@ -64,7 +64,7 @@ class WatchSharing(Hook):
         )
         self.averages += [
             {name: layer.weight.detach().clone() for name, layer in find_layers(model).items()}
-            for model in averages(runner)
+            for model in averaged_models(runner)
         ]
 
 

@@ -19,10 +19,10 @@ from dynamicdet.reports.routing_analysis_gallery import show_image
 from dynamicdet.reports.routing_analysis_text import (
     BY_CALIBRATION,
     BY_QUANTILE,
+    budget_sentences,
     calibrated_table,
-    misses,
-    sentences,
     share_cell,
+    share_miss_sentences,
 )
 from dynamicdet.routing.budget_report import share_prediction_interval
 from dynamicdet.routing.curve import RandomRouting, calibrated_trade_off, trade_off
@@ -137,7 +137,7 @@ def test_the_page_and_its_files(coco, record, tmp_path, capsys):
     assert '<h1>Digits &amp; &lt;more&gt;</h1>' in text and 'a&lt;b&gt;.py' in text
     assert NAME not in text and html.escape(NAME, quote=False) in text.replace('&#34;', '"')
     # Not calibrated: one table, and nothing is missed.
-    assert BY_CALIBRATION not in text and misses(()) == []
+    assert BY_CALIBRATION not in text and share_miss_sentences(()) == []
     assert 'is not calibrated' in text
     assert tables_of(page)['Does difficulty follow the benefit?'][-1][:2] == [
         'difficulty in the annotation file',
@@ -212,7 +212,7 @@ def test_a_failure_leaves_the_page_that_was_there(coco, record, tmp_path):
 )
 def test_the_verdict_is_honest(ap, said):
     rows = [row(25, 25, 0, share=0), row(ap, 30, 0.3), row(35, 35, 0, share=1)]
-    text = ' '.join(sentences(dict(images=14, rows=rows, ends=ends(25.0, 35.0))))
+    text = ' '.join(budget_sentences(dict(images=14, rows=rows, ends=ends(25.0, 35.0))))
     assert 'exit 1 is better than exit 0 by 10.00 AP (35.00 against 25.00)' in text
     assert said in text and 'standard deviation of random routing 0.30' in text
     assert '; 95 % interval of the gain -0.10 to +2.00)' in text
@@ -221,7 +221,7 @@ def test_the_verdict_is_honest(ap, said):
 
 def test_a_second_exit_that_is_worse():
     rows = [row(25, 25, 0, share=0), row(24, 24, 0.3), row(20, 20, 0, share=1)]
-    text = ' '.join(sentences(dict(images=14, rows=rows, ends=ends(25.0, 20.0))))
+    text = ' '.join(budget_sentences(dict(images=14, rows=rows, ends=ends(25.0, 20.0))))
     assert 'exit 1 is NOT better than exit 0' in text and 'straight line' not in text
 
 
@@ -280,9 +280,9 @@ def test_what_calibrated_thresholds_serve_stands_beside_what_this_set_would(coco
     assert table[2][2:4] == ['100.0%', f'{low:.1%} to {high:.1%} !']
     # What is forced is certain.
     assert [table[at][3] for at in (1, 3)] == ['0.0% to 0.0%', '100.0% to 100.0%']
-    (sentence,) = misses(served)
+    (sentence,) = share_miss_sentences(served)
     assert 'for 50% hard sends 100.0% of these images on' in sentence
-    (said,) = misses(numbers['calibrated'])
+    (said,) = share_miss_sentences(numbers['calibrated'])
     text = html.unescape(page.read_text())
     assert said in text and BY_QUANTILE in text and BY_CALIBRATION in text
     random_routing = RandomRouting(Mixtures(record, coco), draws=2, resamples=0)
@@ -302,7 +302,7 @@ def test_on_its_own_images_a_calibration_serves_what_was_asked_for(coco, record)
     )
     for name in ('threshold', 'hard_share', 'ap', 'gflops', 'latency'):
         assert [one[name] for one in served] == [one[name] for one in rows]
-    assert misses(served) == []
+    assert share_miss_sentences(served) == []
 
 
 def test_boxes_below_the_score_are_not_drawn(record):

@@ -364,11 +364,11 @@ def random_routing(perfect, coco):
 
 
 def test_gap_and_its_interval(random_routing, analysis):
-    value, low, high = estimates.gap(random_routing)
+    value, low, high = estimates.exit_gap(random_routing)
     assert value == pytest.approx(100 - analysis['ends'][0]['ap'])
     assert 0 < low < value < high < 100
     # The same choice twice: no difference on any resample.
-    assert estimates.difference(random_routing, [0] * IMAGES, [0] * IMAGES) == (0, 0, 0)
+    assert estimates.ap_difference(random_routing, [0] * IMAGES, [0] * IMAGES) == (0, 0, 0)
 
 
 def test_gaps_of_strata(perfect, random_routing):
@@ -383,9 +383,9 @@ def test_gaps_of_strata(perfect, random_routing):
 
 def test_transfer_between_sets_that_differ(random_routing, perfect):
     scores = np.array([image['difficulty'] for image in perfect], np.float32)
-    same = estimates.transfer(scores, scores, random_routing)
+    same = estimates.threshold_transfer(scores, scores, random_routing)
     assert same['got'][0] == 0.5 and same['got'][1] < 0.5 < same['got'][2]
-    harder = estimates.transfer(scores / 2, scores, random_routing)
+    harder = estimates.threshold_transfer(scores / 2, scores, random_routing)
     # The middle of the halved scores is their lower quarter: three quarters lie above.
     assert harder['asked'] == 0.5 and harder['got'][0] == pytest.approx(0.75, abs=0.03)
     assert harder['got'][1] > 0.5
@@ -411,7 +411,7 @@ def test_leads_of_peers_at_equal_cost(perfect, random_routing):
 
 
 def test_spread():
-    assert estimates.spread(np.linspace(0, 1, 101)) == pytest.approx(0.9)
+    assert estimates.difficulty_spread(np.linspace(0, 1, 101)) == pytest.approx(0.9)
 
 
 # The gallery.

@@ -21,7 +21,13 @@ from dynamicdet.routing.curve import (
     split_by_share,
     trade_off,
 )
-from dynamicdet.routing.evaluation import AREAS, Mixtures, check_record, evaluate, mix
+from dynamicdet.routing.evaluation import (
+    AREAS,
+    Mixtures,
+    check_record,
+    evaluate_coco,
+    mixed_results,
+)
 from dynamicdet.routing.record import RoutingRecord
 
 #: Precision 1 up to a recall of one half: 51 of the 101 recalls that COCO looks at.
@@ -43,28 +49,28 @@ PERFECT = [0.1, 0.15, 0.2, 0.25, 0.6, 0.7, 0.8, 0.9]
 
 def test_evaluate_by_hand(coco):
     hits = [dict(result, image_id=image) for image in range(1, 5) for result in found(BOX)]
-    scores = evaluate(coco, hits)
+    scores = evaluate_coco(coco, hits)
     assert scores['ap'] == scores['ap50'] == scores['small'] == pytest.approx(HALF_FOUND)
     # A box of 400 square pixels is small: there is nothing of another size.
     assert scores['medium'] is None and scores['large'] is None
     # All that is there is found, if only those images are looked at.
-    assert evaluate(coco, hits, image_ids=[1, 2, 3, 4])['ap'] == pytest.approx(100)
+    assert evaluate_coco(coco, hits, image_ids=[1, 2, 3, 4])['ap'] == pytest.approx(100)
 
 
 def test_evaluate_counts_overlap(coco):
     # 20 x 20 against 20 x 16: IoU 0.8, right at 0.5, 0.55, ... 0.8, seven of ten.
     close = [dict(found([10, 10, 20, 16])[0], image_id=image) for image in range(1, 9)]
-    scores = evaluate(coco, close)
+    scores = evaluate_coco(coco, close)
     assert scores['ap50'] == pytest.approx(100)
     assert scores['ap'] == pytest.approx(70)
 
 
 def test_evaluate_agrees_with_pycocotools(capsys):
     coco, record = random_case()
-    results = mix(record, [True] * 30)
+    results = mixed_results(record, [True] * 30)
     before = copy.deepcopy(results)
     capsys.readouterr()
-    scores = evaluate(coco, results)
+    scores = evaluate_coco(coco, results)
     assert results == before
     assert capsys.readouterr().out == ''
     with contextlib.redirect_stdout(io.StringIO()):
@@ -79,10 +85,10 @@ def test_evaluate_agrees_with_pycocotools(capsys):
 
 
 def test_evaluate_nothing(coco):
-    assert evaluate(coco, [])['ap'] == 0
-    assert evaluate(ground_truth([[]]), [])['ap'] is None
+    assert evaluate_coco(coco, [])['ap'] == 0
+    assert evaluate_coco(ground_truth([[]]), [])['ap'] is None
     false = [dict(found(BOX)[0], image_id=1)]
-    assert evaluate(ground_truth([[]]), false)['ap'] is None
+    assert evaluate_coco(ground_truth([[]]), false)['ap'] is None
 
 
 def test_mix_takes_the_exit_of_each_image():
@@ -91,7 +97,7 @@ def test_mix_takes_the_exit_of_each_image():
         [found([1, 1, 1, 1]), found([2, 2, 2, 2]), []],
         [found([3, 3, 3, 3]), found([4, 4, 4, 4]), found([5, 5, 5, 5])],
     )
-    taken = mix(record, [False, True, False])
+    taken = mixed_results(record, [False, True, False])
     assert [(result['image_id'], result['bbox'][0]) for result in taken] == [(1, 1), (2, 4)]
 
 
@@ -157,7 +163,7 @@ def test_trade_off_agrees_with_evaluating_the_mixture():
     coco, record = random_case()
     for row in trade_off(record, coco, resamples=0):
         hard = [image['difficulty'] > row['threshold'] for image in record]
-        scores = evaluate(coco, mix(record, hard))
+        scores = evaluate_coco(coco, mixed_results(record, hard))
         assert row['hard_share'] == np.mean(hard)
         assert (row['ap'], row['ap50']) == pytest.approx((scores['ap'], scores['ap50']))
 

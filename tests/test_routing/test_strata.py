@@ -8,13 +8,13 @@ from routing_cases import BOX, found, ground_truth, make_record, random_case
 from conftest import rebuilt
 from dynamicdet.errors import UsageError
 from dynamicdet.routing.curve import RandomRouting, calibrated_trade_off, trade_off
-from dynamicdet.routing.evaluation import Mixtures, evaluate, mix
+from dynamicdet.routing.evaluation import Mixtures, evaluate_coco, mixed_results
 from dynamicdet.routing.strata import (
     OBJECTS,
-    benefits,
     by_difficulty,
     by_objects,
     by_size,
+    exit_benefits,
     rank_correlations,
 )
 from dynamicdet.routing.thresholds import hard_share
@@ -79,8 +79,8 @@ def test_strata_are_as_if_alone():
         assert inside.sum() == row['images']
         ids = [image['id'] for image, own in zip(record, inside) if own]
         for exit in (0, 1):
-            results = [own for own in mix(record, [exit] * 30) if own['image_id'] in ids]
-            assert row['ap'][exit] == pytest.approx(evaluate(coco, results, ids)['ap'])
+            results = [own for own in mixed_results(record, [exit] * 30) if own['image_id'] in ids]
+            assert row['ap'][exit] == pytest.approx(evaluate_coco(coco, results, ids)['ap'])
 
 
 def test_by_difficulty_of_few_or_equal_images(counted):
@@ -92,15 +92,15 @@ def test_by_difficulty_of_few_or_equal_images(counted):
 
 def test_benefits(counted):
     coco, record = counted
-    found = benefits(record, Mixtures(record, coco))
+    found = exit_benefits(record, Mixtures(record, coco))
     counts = np.array([0, 1, 2, 3, 4, 8, 9, 12])
     assert found['ap'] == pytest.approx(np.where(counts > 3, 100, 0))
     assert found['loss'].tolist() == (counts - 1).tolist()
     assert found['loss_objects'].tolist() == (counts * (counts - 1)).tolist()
-    back = benefits(record, Mixtures(record, coco), exits=(1, 0))
+    back = exit_benefits(record, Mixtures(record, coco), exits=(1, 0))
     assert back['ap'] == pytest.approx(-found['ap']) and (back['loss'] == -found['loss']).all()
     bare = dataclasses.replace(record, losses=None)
-    assert set(benefits(bare, Mixtures(bare, coco))) == {'ap'}
+    assert set(exit_benefits(bare, Mixtures(bare, coco))) == {'ap'}
 
 
 def test_rank_correlations():

@@ -8,7 +8,14 @@ import torch
 from video_cases import BOX, detection, make_video_record, random_case, truth
 
 from dynamicdet.errors import UsageError
-from dynamicdet.video.curves import between, curve, fixed_exits, front, line_at, settings_of
+from dynamicdet.video.curves import (
+    fixed_exits,
+    gate_curve,
+    line_at,
+    pareto_front,
+    quantile_thresholds,
+    settings_of,
+)
 from dynamicdet.video.gate_simulation import (
     Replays,
     curve_point,
@@ -194,11 +201,11 @@ def test_ap_of_what_is_shown():
 
 
 def test_thresholds_lie_between_values():
-    assert between([0.2, 0.4, 0.4, 0.8], 9) == pytest.approx([0.3, 0.6])
-    assert between([0.5], 9) == [] and between([], 9) == []
+    assert quantile_thresholds([0.2, 0.4, 0.4, 0.8], 9) == pytest.approx([0.3, 0.6])
+    assert quantile_thresholds([0.5], 9) == [] and quantile_thresholds([], 9) == []
     neighbors = np.float32(0.5), np.nextafter(np.float32(0.5), np.float32(1))
-    assert all(neighbors[0] <= one < neighbors[1] for one in between(neighbors, 9))
-    many = between(np.linspace(0, 1, 100), 5)
+    assert all(neighbors[0] <= one < neighbors[1] for one in quantile_thresholds(neighbors, 9))
+    many = quantile_thresholds(np.linspace(0, 1, 100), 5)
     assert len(many) == 5 and many == sorted(many)
 
 
@@ -220,7 +227,7 @@ def test_curve_goes_from_the_last_exit_to_the_first():
     record, coco = random_case()
     replays, gate = Replays(record, coco), build('ScoreGate', kind='confidence')
     found = gate_difficulties(gate, evidence_by_exit(record))
-    rows = curve(record, replays, gate, found, settings_of(record, gate, found))
+    rows = gate_curve(record, replays, gate, found, settings_of(record, gate, found))
     fixed = fixed_exits(record, replays)
     assert rows[0]['shares'] == [0, 0, 0, 1] and rows[-1]['shares'] == [0, 1, 0, 0]
     assert rows[0]['ap'] == fixed[-1]['ap'] and rows[-1]['ap'] == fixed[0]['ap']
@@ -231,7 +238,7 @@ def test_curve_goes_from_the_last_exit_to_the_first():
 
 def test_front_and_line():
     rows = [dict(gflops=x, ap=y) for x, y in ((1, 10), (2, 11), (3, 30), (3, 29), (4, 20), (5, 40))]
-    assert [row['ap'] for row in front(rows)] == [10, 11, 30, 40]
+    assert [row['ap'] for row in pareto_front(rows)] == [10, 11, 30, 40]
     # From 1 to 3 by a straight line, above the point at 2.
     assert [line_at(rows, x) for x in (1, 2, 3, 4, 9)] == [10, 20, 30, 35, 40]
     assert np.isnan(line_at(rows, 0.5))

@@ -7,12 +7,12 @@ from dynamicdet.video.streams import (
     GRID,
     Streams,
     as_frames,
-    clips,
+    clip_numbers,
     early_change,
     early_summary,
     is_cut,
     part_changes,
-    waves,
+    stream_waves,
 )
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample, TrackDataSample
@@ -88,14 +88,14 @@ def test_streams_are_forgotten_when_there_are_too_many_or_by_name():
 
 
 def test_waves_keep_each_streams_order():
-    assert waves(['a', 'b', 'a', None, None, 'a', 'b']) == [[0, 1, 3, 4], [2, 6], [5]]
-    assert waves([]) == []
+    assert stream_waves(['a', 'b', 'a', None, None, 'a', 'b']) == [[0, 1, 3, 4], [2, 6], [5]]
+    assert stream_waves([]) == []
 
 
 def test_clips_begin_at_step_0():
     steps = [0, 1, 0, 1, 2, None, None, 0]
     samples = [sample(**({} if step is None else dict(clip_step=step))) for step in steps]
-    assert clips(samples) == [0, 0, 1, 1, 1, 2, 3, 4]
+    assert clip_numbers(samples) == [0, 0, 1, 1, 1, 2, 3, 4]
 
 
 def test_clips_as_mmdet_gives_them():

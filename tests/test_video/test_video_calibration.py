@@ -17,7 +17,7 @@ from dynamicdet.video.calibration import (
     operating_points,
     put_calibration,
 )
-from dynamicdet.video.curves import curve, settings_of
+from dynamicdet.video.curves import gate_curve, settings_of
 from dynamicdet.video.gate_fitting import (
     fit_gate_parts,
     fit_gumbel_gate,
@@ -237,7 +237,7 @@ def test_fitted_gate_may_look_at_detections():
     gate = build('HaltingGate', in_channels=[4, 5], width=8, looks_at_detections=True)
     found = fit_halting_gate(gate, record, coco, prices=[3.0], steps=(5, 15), seed=SEED)
     assert found.loss < found.untrained
-    rows = curve(
+    rows = gate_curve(
         record,
         Replays(record, coco),
         gate,

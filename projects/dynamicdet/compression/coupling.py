@@ -16,7 +16,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
-from ..errors import UsageError, need
+from ..errors import UsageError, import_optional
 from .shrinking import channels_of, get_by_name
 
 #: Why prediction layers stay as they are.
@@ -116,7 +116,7 @@ def find_clusters(model: nn.Module) -> list[Cluster]:
         UsageError: If torch-pruning is not installed, or the detector is of a kind that this does
             not know.
     """
-    library = need('torch_pruning', 'tools that remove channels', 'compression')
+    library = import_optional('torch_pruning', 'tools that remove channels', 'compression')
     traced = _Traced(model)
     with torch.enable_grad():
         graph = library.DependencyGraph().build_dependency(

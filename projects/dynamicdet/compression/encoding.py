@@ -401,4 +401,4 @@ def tensor_digest(value: Tensor) -> str:
 
 def need_for_compression(name: str) -> ModuleType:
     """An optional library."""
-    return errors.need(name, 'compressed checkpoints', 'compression')
+    return errors.import_optional(name, 'compressed checkpoints', 'compression')

@@ -61,11 +61,11 @@ def open_data_sets(cfg: Mapping, split: str) -> list[OpenedDataSet]:
         raise UsageError(f'{key} must be a dict with a dataset; got {str(loader)[:100]}')
     return [
         _open(inner, dataset, split)
-        for inner, dataset in leaves(loader['dataset'], f'{key}.dataset')
+        for inner, dataset in inner_datasets(loader['dataset'], f'{key}.dataset')
     ]
 
 
-def leaves(dataset: Any, key: str) -> Iterator[tuple[str, Any]]:
+def inner_datasets(dataset: Any, key: str) -> Iterator[tuple[str, Any]]:
     """The configs of the data sets inside RepeatDataset, ConcatDataset and the like, and their
     keys."""
     if isinstance(dataset, Mapping) and 'datasets' in dataset:
@@ -74,9 +74,9 @@ def leaves(dataset: Any, key: str) -> Iterator[tuple[str, Any]]:
                 f'{key}.datasets must be a list of data sets; got {dataset["datasets"]}'
             )
         for index, inner in enumerate(dataset['datasets']):
-            yield from leaves(inner, f'{key}.datasets.{index}')
+            yield from inner_datasets(inner, f'{key}.datasets.{index}')
     elif isinstance(dataset, Mapping) and 'dataset' in dataset:
-        yield from leaves(dataset['dataset'], f'{key}.dataset')
+        yield from inner_datasets(dataset['dataset'], f'{key}.dataset')
     else:
         yield key, dataset
 

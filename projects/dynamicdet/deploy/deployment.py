@@ -31,15 +31,15 @@ from .int8 import (
     Observer,
     Recipe,
     choose_float,
+    expose_layer_tensors,
     multiply_adds,
     needs_reduced_range,
     prediction_layers,
     quantize_graph,
     spared_layers,
     trained_ranges,
-    watched,
 )
-from .latencies import conditions, measure_latency, put_latencies
+from .latencies import measure_latency, put_latencies, timing_conditions
 from .roi_align import place_roi_aligns
 
 #: Batches on which layers are tried in 8 bits.
@@ -210,7 +210,7 @@ def _int8(
     """Graphs in 8 bits, and what was found on the way."""
     observers = {part.name: Observer() for part in parts}
     feeds: dict[str, list[tuple[Tensor, ...]]] = {part.name: [] for part in parts}
-    watching = {name: watched(one.content) for name, one in exported.items()}
+    watching = {name: expose_layer_tensors(one.content) for name, one in exported.items()}
     for part in parts:
         part.place(
             _Kept(
@@ -329,7 +329,7 @@ def _time(
     images = min(_TIMED, len(dataset))
     seconds = measure_latency(model, dataset, progress, images, _ROUNDS)
     put_latencies(model, seconds)
-    return dict(seconds=seconds, images=images, batch_size=1, **conditions())
+    return dict(seconds=seconds, images=images, batch_size=1, **timing_conditions())
 
 
 def _recalibrate(

@@ -33,7 +33,7 @@ from ..models import DynamicDetector
 from ..models.detector_parts import find_parts
 from ..timing import timed_elsewhere
 from .graphs import Graph, need_for_deployment, release_weights
-from .latencies import conditions, put_latencies
+from .latencies import put_latencies, timing_conditions
 from .roi_align import place_roi_aligns
 
 FORMAT, VERSION = 'dynamicdet.deployed', 6
@@ -203,7 +203,7 @@ def load_deployed(
         state = torch.load(Path(folder) / STATE, map_location='cpu', weights_only=True)
     if isinstance(model, DynamicDetector):
         model.timed_elsewhere = timed_elsewhere(
-            manifest['latencies'] or {}, conditions(runtime, threads, providers)
+            manifest['latencies'] or {}, timing_conditions(runtime, threads, providers)
         )
     model.load_state_dict(state)
     model.cfg, model.dataset_meta = cfg, _restored(manifest['dataset_meta'])

@@ -307,4 +307,4 @@ def release_weights(parts: Sequence[DetectorPart]) -> None:
 
 def need_for_deployment(name: str) -> ModuleType:
     """An optional library."""
-    return errors.need(name, 'graphs', 'deploy')
+    return errors.import_optional(name, 'graphs', 'deploy')

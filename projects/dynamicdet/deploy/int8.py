@@ -129,7 +129,7 @@ def least_error(counts: np.ndarray, low: float, high: float) -> Range:
     return best[1]
 
 
-def watched(content: bytes) -> bytes:
+def expose_layer_tensors(content: bytes) -> bytes:
     """A graph that also gives all tensors that enter or leave a layer."""
     onnx = need_for_deployment('onnx')
     model = onnx.load_from_string(content)

@@ -279,7 +279,7 @@ class PruningHook(Hook):
             )
             self._shares[index] = due[index]
         self._agree()
-        for model in [plain_model(runner), *averages(runner)]:
+        for model in [plain_model(runner), *averaged_models(runner)]:
             pruning.apply_masks(model, self.masks)
         self._statistics.reset()
         self._log(runner, changed)
@@ -324,6 +324,6 @@ def plain_model(runner: Runner) -> nn.Module:
     return unwrap(runner.model)
 
 
-def averages(runner: Runner) -> list[nn.Module]:
+def averaged_models(runner: Runner) -> list[nn.Module]:
     """The averaged models of all `EMAHook`s."""
     return [hook.ema_model.module for hook in runner.hooks if isinstance(hook, EMAHook)]

@@ -16,7 +16,7 @@ from ..compression import weight_sharing
 from ..compression.pruning_blocks import PrunableLayer, disjoint_layers, require_blocks
 from ..errors import UsageError
 from ..private_mmengine import resumes
-from .pruning_hook import PruningHook, averages, plain_model
+from .pruning_hook import PruningHook, averaged_models, plain_model
 
 
 @HOOKS.register_module()
@@ -214,7 +214,7 @@ class WeightSharingHook(Hook):
                 weight_sharing.tie_gradient(weight.grad, shared, self.reduction)
 
     def _tie_averages(self, runner: Runner) -> None:
-        for model in averages(runner) if self.shared else []:
+        for model in averaged_models(runner) if self.shared else []:
             modules = dict(model.named_modules())
             self._tie({name: modules[name] for name in self.shared})
 

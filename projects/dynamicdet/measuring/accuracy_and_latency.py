@@ -48,11 +48,11 @@ def measure_detectors(
         name: evaluate_detector(cfg, model, loader, progress, name)
         for name, model in models.items()
     }
-    seconds = latencies(models, loader.dataset, progress)
+    seconds = exit_latencies(models, loader.dataset, progress)
     return {
         name: AccuracyAndLatency(
-            metric(metrics, 'mAP', 'AP'),
-            metric(metrics, 'mAP_50', 'AP50'),
+            box_ap(metrics, 'mAP', 'AP'),
+            box_ap(metrics, 'mAP_50', 'AP50'),
             float(np.dot(shares, seconds[name])),
             shares if len(shares) > 1 else (),
         )
@@ -76,7 +76,7 @@ def evaluate_detector(
     return evaluator.evaluate(len(loader.dataset)), (counts / counts.sum()).tolist()
 
 
-def metric(found: Mapping[str, float], *names: str) -> float | None:
+def box_ap(found: Mapping[str, float], *names: str) -> float | None:
     """The box AP among an evaluator's figures, in percent, such as COCO's or VOC's."""
     for name in names:
         for key in (f'coco/bbox_{name}', f'pascal_voc/{name}'):
@@ -86,7 +86,7 @@ def metric(found: Mapping[str, float], *names: str) -> float | None:
 
 
 @torch.no_grad()
-def latencies(
+def exit_latencies(
     models: Mapping[str, BaseDetector], dataset, progress: Progress
 ) -> dict[str, list[float]]:
     """Median seconds of an image under each exit, (K,): batch 1, data in memory, detectors taking

@@ -167,7 +167,7 @@ class _Refused(UsageError):
     """A setting that this detector cannot have."""
 
 
-def reformat(model: DynamicDetector, memory_format: str) -> DynamicDetector:
+def with_memory_format(model: DynamicDetector, memory_format: str) -> DynamicDetector:
     """A detector whose weights and images lie in memory as asked for: itself if contiguous, else a
     copy.
 
@@ -292,7 +292,7 @@ def half_hard_threshold(model: DynamicDetector, batches: Sequence[dict]) -> floa
 
 
 @torch.no_grad()
-def interleave(
+def time_interleaved(
     tasks: Mapping[object, BenchmarkTask], rounds: int, progress: Progress, what: str
 ) -> dict[object, np.ndarray]:
     """Time tasks in turns: each once a round, in many orders one after the other.
@@ -390,7 +390,7 @@ def measure_benchmark(
     for way in ways:
         try:
             if way.memory_format not in formatted:
-                own = reformat(model, way.memory_format)
+                own = with_memory_format(model, way.memory_format)
                 formatted[way.memory_format] = (
                     own,
                     build_stock(settings, own).to(_device(own)).eval(),
@@ -407,8 +407,8 @@ def measure_benchmark(
         found[way] = dict(way._asdict(), boxes_compared=boxes)
         single.update(tasks)
         whole.update(batch_tasks)
-    seconds = interleave(single, rounds, progress, 'batch 1')
-    seconds.update(interleave(whole, batch_rounds, progress, 'whole batches'))
+    seconds = time_interleaved(single, rounds, progress, 'batch 1')
+    seconds.update(time_interleaved(whole, batch_rounds, progress, 'whole batches'))
     for way, one in found.items():
         if 'refused' not in one:
             one.update(

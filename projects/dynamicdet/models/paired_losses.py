@@ -49,7 +49,7 @@ def paired_losses(views: list[ExitView]) -> list[dict[str, Tensor]]:
     asked about the same sample of them.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(alone())
+        stack.enter_context(without_other_ranks())
         for view in views:
             stack.enter_context(_flagged_as_training(view.branch))
         if all(
@@ -60,7 +60,7 @@ def paired_losses(views: list[ExitView]) -> list[dict[str, Tensor]]:
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
+def without_other_ranks() -> Iterator[None]:
     """As if there were no other ranks: mmdet's heads average what they divide by over all of them,
     and an image's loss would depend on images elsewhere."""
     # Where torch has no processes, its package has no groups either.

@@ -17,11 +17,11 @@ from .routing_analysis_text import (
     BY_CALIBRATION,
     BY_QUANTILE,
     NOT_CALIBRATED,
+    budget_sentences,
     calibrated_table,
     end_names,
-    misses,
-    sentences,
     share_cell,
+    share_miss_sentences,
 )
 
 #: Curve -> name, color (Okabe-Ito, but for grays), dashes, whether it is drawn at first, what it
@@ -84,7 +84,7 @@ def make_page(title: str, analysis: Mapping, gallery: Sequence[Mapping]) -> str:
     return _TEMPLATES.get_template('page.html.jinja').render(
         analysis,
         title=title,
-        lead=' '.join([*sentences(analysis), *misses(analysis['calibrated'])]),
+        lead=' '.join([*budget_sentences(analysis), *share_miss_sentences(analysis['calibrated'])]),
         by_quantile=BY_QUANTILE,
         by_calibration=BY_CALIBRATION,
         not_calibrated=NOT_CALIBRATED,

@@ -13,8 +13,8 @@ from ..files import write_atomically
 from ..routing.curve import RandomRouting, calibrated_trade_off, trade_off
 from ..routing.diagnosis import diagnose
 from ..routing.evaluation import AREAS, Mixtures, check_record, check_truth, difficulties_of
-from ..routing.record import RoutingRecord, require
-from ..routing.strata import benefits, by_difficulty, by_objects, by_size, rank_correlations
+from ..routing.record import RoutingRecord, require_columns
+from ..routing.strata import by_difficulty, by_objects, by_size, exit_benefits, rank_correlations
 from . import routing_analysis_curves as curves
 from . import routing_analysis_estimates as estimates
 from .page import make_page
@@ -99,7 +99,8 @@ def analyze_routing(
         * ``router``, and ``peers`` by name: ``curve``, ``half`` (its point at half hard), ``gain``
           (normalized, there), ``low``, ``high``, ``meaning``; ``left_out``: why a peer is not
           there, by name.
-        * ``certificate``: of the oracle's program; see `routing_analysis_curves.certificate`.
+        * ``certificate``: of the oracle's program; see
+          `routing_analysis_curves.oracle_certificate`.
         * ``strata``: tables of ``title``, ``name``, ``counts`` and ``rows`` of ``name``, ``count``,
           ``aps``.
         * ``correlations``, like ``merit``; ``diagnosis``: sentences; ``provenance``: the record's.
@@ -114,7 +115,7 @@ def analyze_routing(
         check_truth(*validation)
         require_apart(record, validation[0], 'validation')
     if training:
-        require(training, 'losses', what='the training record')
+        require_columns(training, 'losses', what='the training record')
         require_apart(record, training, 'training')
     if record.exits != 2:
         raise UsageError(f'routing is between two exits, the record has {record.exits}: choose two')
@@ -124,18 +125,18 @@ def analyze_routing(
     say('the curve and random routing')
     rows = trade_off(record, coco, random_routing=random_routing)
     say('oracles')
-    oracles = curves.oracles(record, coco, random_routing.mixtures, seed)
+    oracles = curves.choices_by_oracle(record, coco, random_routing.mixtures, seed)
     drawn = {
         name: curves.curve_of(record, random_routing, choices) for name, choices in oracles.items()
     }
-    merit = curves.merit(random_routing, scores, rows, oracles.get('honest'))
+    merit = curves.merit_rows(random_routing, scores, rows, oracles.get('honest'))
     if validation and not len(calibration):
         calibration = difficulties_of(validation[0])
     say('peers')
-    gained = benefits(record, random_routing.mixtures)
+    gained = exit_benefits(record, random_routing.mixtures)
     peers, left_out = curves.score_peers(record, validation, gained, seed)
     judged = {
-        curves.words(name): curves.judge_peer(name, record, random_routing, own)
+        curves.peer_title(name): curves.judge_peer(name, record, random_routing, own)
         for name, own in peers.items()
     }
     say('strata and correlations')
@@ -152,10 +153,10 @@ def analyze_routing(
         ),
         thresholds=curves.threshold_points(record, random_routing, scores),
         merit=list(merit.values()),
-        router=curves.judge(record, random_routing, curves.choices_of(scores)),
+        router=curves.judge_router(record, random_routing, curves.choices_of(scores)),
         peers=judged,
-        left_out={curves.words(name): why for name, why in left_out.items()},
-        certificate=curves.certificate(
+        left_out={curves.peer_title(name): why for name, why in left_out.items()},
+        certificate=curves.oracle_certificate(
             record, curves.image_values(record, coco, random_routing.mixtures)
         ),
         strata=_strata(record, coco, random_routing.mixtures, scores),
@@ -168,13 +169,13 @@ def analyze_routing(
         bootstrap=bootstrap,
         first_scale=float(record.provenance.get('first_scale', 1.0)),
         exits=estimates.exit_estimates(random_routing),
-        gap=estimates.gap(random_routing),
+        gap=estimates.exit_gap(random_routing),
         strata=estimates.strata_gaps(record, random_routing),
         correlation=_benefit_correlations(correlations, validation, bootstrap, seed),
         router_gain=_estimate(merit['gain']),
         half_share=rows[curves.HALF]['hard_share'],
         normalized_gain=_estimate(merit['normalized_gain']),
-        spread=estimates.spread(scores),
+        spread=estimates.difficulty_spread(scores),
         peers=estimates.peer_leads(record, random_routing, scores, peers),
     )
     if 'honest' in oracles:
@@ -188,7 +189,9 @@ def analyze_routing(
             held_out=estimates.share_gaining(record, bootstrap, seed),
         )
     if len(calibration):
-        figures['transfer'] = estimates.transfer(np.asarray(calibration), scores, random_routing)
+        figures['transfer'] = estimates.threshold_transfer(
+            np.asarray(calibration), scores, random_routing
+        )
     return _plain(dict(analysis, diagnosis=diagnose(figures)))
 
 
@@ -352,7 +355,7 @@ def _benefit_correlations(
     name = 'loss_objects' if 'loss_objects' in correlations else 'ap'
     found = dict(test=_estimate(correlations[name]))
     if validation:
-        gained = benefits(validation[0], Mixtures(*validation))
+        gained = exit_benefits(validation[0], Mixtures(*validation))
         if name in gained:
             own = rank_correlations(
                 difficulties_of(validation[0]), {name: gained[name]}, bootstrap, seed

@@ -16,10 +16,10 @@ from ..routing.bootstrap import confidence_interval
 from ..routing.curve import SHARES, RandomRouting, costs_of, split_by_share
 from ..routing.evaluation import Mixtures
 from ..routing.merit import efficacy, normalized_gain
-from ..routing.oracle import allocate, honest_choices, object_count, oracle_choices, refine
-from ..routing.peers import PEERS, charge, peer_scores
+from ..routing.oracle import allocate, honest_choices, object_count, oracle_choices, refine_choice
+from ..routing.peers import PEERS, peer_gflops, peer_scores
 from ..routing.record import RoutingRecord
-from ..routing.strata import benefits
+from ..routing.strata import exit_benefits
 
 #: The record of the validation set and its ground truth, if there is one.
 Validation = tuple[RoutingRecord, COCO] | None
@@ -39,7 +39,7 @@ def choices_of(scores: Sequence[float]) -> list[np.ndarray]:
     return [split_by_share(scores, share)[1] for share in SHARES]
 
 
-def oracles(
+def choices_by_oracle(
     record: RoutingRecord, coco: COCO, mixtures: Mixtures, seed: int = 0
 ) -> dict[str, np.ndarray]:
     """Choices of ``honest`` and ``oracle``, (shares, n). The honest one only where images have
@@ -53,7 +53,7 @@ def oracles(
         found['honest'] = honest_choices(record, coco, SHARES, by_objects=True, seed=seed)
     found['oracle'] = np.array(
         [
-            refine(mixtures, choice, _EVALUATIONS, seed, values).choice
+            refine_choice(mixtures, choice, _EVALUATIONS, seed, values).choice
             for choice in oracle_choices(values, SHARES, seed=seed)
         ]
     )
@@ -67,7 +67,7 @@ def image_values(record: RoutingRecord, coco: COCO, mixtures: Mixtures) -> np.nd
     return mixtures.image_ap() * objects
 
 
-def certificate(record: RoutingRecord, values: np.ndarray) -> dict[str, float]:
+def oracle_certificate(record: RoutingRecord, values: np.ndarray) -> dict[str, float]:
     """What the oracle's program comes to where half of the images may be hard: ``value`` per
     image, of whole images; ``bound``, the optimum of the linear program, in which an image may be
     split; ``price``, in value per GFLOP. The budget is what half of all images, drawn at random,
@@ -163,7 +163,7 @@ def threshold_points(
     return [points[count] for count in sorted(points)]
 
 
-def merit(
+def merit_rows(
     random_routing: RandomRouting,
     scores: np.ndarray,
     rows: Sequence[Mapping],
@@ -227,11 +227,11 @@ def score_peers(
     """
     training, source = None, gained
     if validation:
-        training, source = validation[0], benefits(validation[0], Mixtures(*validation))
+        training, source = validation[0], exit_benefits(validation[0], Mixtures(*validation))
     found, left_out = {}, {}
     for name, peer in PEERS.items():
         try:
-            charge(name, record)
+            peer_gflops(name, record)
             target = _target(name, source) if peer.fitted else None
             found[name] = peer_scores(name, record, training, target, seed)
         except UsageError as error:
@@ -247,7 +247,7 @@ def _target(name: str, gained: Mapping[str, np.ndarray]) -> np.ndarray:
     return rankdata(gained['loss_objects'])
 
 
-def judge(
+def judge_router(
     record: RoutingRecord,
     random_routing: RandomRouting,
     choices: Sequence[np.ndarray],
@@ -265,14 +265,16 @@ def judge(
 def judge_peer(
     name: str, record: RoutingRecord, random_routing: RandomRouting, scores: np.ndarray
 ) -> dict:
-    """`judge` of a peer, with what it pays, and its ``meaning``."""
+    """`judge_router` of a peer, with what it pays, and its ``meaning``."""
     # Records that do not say how long neck and heads take charge no time.
     seconds = record.provenance.get('branch0_latency', 0.0) if PEERS[name].charged else 0.0
-    extra = dict(gflops=charge(name, record), latency=float(seconds))
-    return dict(judge(record, random_routing, choices_of(scores), extra), meaning=_meaning(name))
+    extra = dict(gflops=peer_gflops(name, record), latency=float(seconds))
+    return dict(
+        judge_router(record, random_routing, choices_of(scores), extra), meaning=_meaning(name)
+    )
 
 
-def words(name: str) -> str:
+def peer_title(name: str) -> str:
     """What a peer is called: 'true' where it sees the annotations."""
     plain = name.replace('_objects', ' x objects').replace('_', ' ')
     return f'true {plain}' if PEERS[name].reference else plain

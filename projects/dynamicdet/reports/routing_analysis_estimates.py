@@ -7,8 +7,8 @@ import numpy as np
 
 from ..routing.bootstrap import bootstrap_weights, confidence_interval
 from ..routing.curve import RandomRouting, costs_of, hardest_for_gflops, split_by_share
-from ..routing.peers import PEERS, charge
-from ..routing.record import RoutingRecord, require
+from ..routing.peers import PEERS, peer_gflops
+from ..routing.record import RoutingRecord, require_columns
 from ..routing.strata import OBJECTS
 from ..routing.thresholds import threshold_for_share
 
@@ -21,7 +21,7 @@ Estimate = tuple[float, float | None, float | None]
 _FEWEST = 20
 
 
-def difference(
+def ap_difference(
     random_routing: RandomRouting, first: Sequence[int], second: Sequence[int]
 ) -> Estimate:
     """AP of one choice minus that of another, on paired resamples.
@@ -47,10 +47,10 @@ def exit_estimates(random_routing: RandomRouting) -> list[Estimate]:
     ]
 
 
-def gap(random_routing: RandomRouting) -> Estimate:
+def exit_gap(random_routing: RandomRouting) -> Estimate:
     """By how much the dear exit is better."""
     easy, hard = _ends(random_routing)
-    return difference(random_routing, hard, easy)
+    return ap_difference(random_routing, hard, easy)
 
 
 def strata_gaps(record: RoutingRecord, random_routing: RandomRouting) -> list[dict]:
@@ -91,13 +91,13 @@ def over_random(random_routing: RandomRouting, is_hard: np.ndarray) -> Estimate:
 
 def share_gaining(record: RoutingRecord, resamples: int, seed: int = 0) -> Estimate:
     """The share of images whose loss is smaller under the dear exit."""
-    require(record, 'losses')
+    require_columns(record, 'losses')
     gains = (record.losses[:, 0] > record.losses[:, -1]).astype(float)
     weights = bootstrap_weights(len(gains), resamples, seed)
     return (float(gains.mean()), *confidence_interval(weights @ gains / len(gains)))
 
 
-def transfer(
+def threshold_transfer(
     val_scores: np.ndarray, scores: np.ndarray, random_routing: RandomRouting, share: float = 0.5
 ) -> dict:
     """The hard share that a threshold of the validation set really gives; both sets are
@@ -133,7 +133,7 @@ def peer_leads(
         if PEERS[name].reference:
             continue
         is_hard = split_by_share(own, 0.5)[1]
-        paid = costs_of(record, is_hard)['gflops'] + charge(name, record) * is_hard.mean()
+        paid = costs_of(record, is_hard)['gflops'] + peer_gflops(name, record) * is_hard.mean()
         router = hardest_for_gflops(record, scores, paid)
         # Equal difficulties go together: there may be no choice at that cost.
         spent, most = (costs_of(record, choice)['gflops'] for choice in (router, 1.0))
@@ -141,13 +141,13 @@ def peer_leads(
             most - costs_of(record, 0.0)['gflops']
         ):
             continue
-        leads[name.replace('_', ' ')] = difference(
+        leads[name.replace('_', ' ')] = ap_difference(
             random_routing, random_routing.choice(is_hard), random_routing.choice(router)
         )
     return leads
 
 
-def spread(scores: np.ndarray) -> float:
+def difficulty_spread(scores: np.ndarray) -> float:
     """The range of difficulties that 90 % of the images lie in."""
     low, high = np.percentile(scores, (5, 95))
     return float(high - low)

@@ -54,7 +54,7 @@ def is_missed(row: Mapping) -> bool:
     return not row['chance_low'] <= row['hard_share'] <= row['chance_high']
 
 
-def sentences(analysis: Mapping) -> list[str]:
+def budget_sentences(analysis: Mapping) -> list[str]:
     """What the budgets' numbers say, in plain words, whichever way they fall.
 
     Args:
@@ -89,7 +89,7 @@ def sentences(analysis: Mapping) -> list[str]:
     return told
 
 
-def misses(calibrated: Sequence[Mapping]) -> list[str]:
+def share_miss_sentences(calibrated: Sequence[Mapping]) -> list[str]:
     """A sentence on the hard share that calibrated thresholds miss most, if they miss any by more
     than chance.
 

@@ -107,7 +107,7 @@ def _other_scale(figures: Mapping) -> str:
     )
 
 
-def side(estimate: Estimate | None, of: float = 0.0) -> int:
+def interval_sign(estimate: Estimate | None, of: float = 0.0) -> int:
     """1 if the whole interval lies above ``of``, -1 if below, 0 if the data do not tell."""
     if estimate is None:
         return 0
@@ -125,7 +125,7 @@ def _exits(figures: Mapping) -> tuple[list, list]:
 
 
 def _gap(figures: Mapping) -> tuple[list, list]:
-    gap, told = figures['gap'], side(figures['gap'])
+    gap, told = figures['gap'], interval_sign(figures['gap'])
     if told > 0:
         return [f'The last exit is better than the first by {_show(gap)} AP.'], []
     if told < 0:
@@ -147,7 +147,9 @@ def _strata(figures: Mapping) -> tuple[list, list]:
     if not pairs:
         return [], []
     harmed = [
-        stratum['name'] for stratum in strata if side(_widened(stratum['gap'], len(strata))) < 0
+        stratum['name']
+        for stratum in strata
+        if interval_sign(_widened(stratum['gap'], len(strata))) < 0
     ]
     harm = [f'The last exit does harm on {", ".join(harmed)}.'] if harmed else []
     told = [pair for pair in pairs if _differ(pair[0]['gap'], pair[1]['gap'], len(pairs))]
@@ -168,7 +170,7 @@ def _strata(figures: Mapping) -> tuple[list, list]:
 
 
 def _honest_gain(figures: Mapping) -> tuple[list, list]:
-    gain, told = figures['honest_gain'], side(figures['honest_gain'])
+    gain, told = figures['honest_gain'], interval_sign(figures['honest_gain'])
     if told > 0:
         return [
             'The benefit differs by image, and not by luck: exits chosen on another view are '
@@ -210,7 +212,7 @@ def _correlation(figures: Mapping) -> tuple[list, list]:
     }
     sentences, hints = [], []
     for name, estimate in parts.items():
-        told = side(estimate)
+        told = interval_sign(estimate)
         said = {
             1: 'Difficulty goes with the benefit',
             -1: 'Difficulty goes against the benefit',
@@ -218,15 +220,19 @@ def _correlation(figures: Mapping) -> tuple[list, list]:
         }[told]
         sentences.append(f'{said} on {name} (rank correlation {_show(estimate, 2)}).')
         # Where nothing is known to differ by image there is nothing to find, and no target helps.
-        if told < 0 or (told == 0 and side(figures.get('honest_gain')) > 0):
+        if told < 0 or (told == 0 and interval_sign(figures.get('honest_gain')) > 0):
             hints += [_COUNT, _HELD_OUT]
-    if 'test' in parts and side(parts.get('val')) > 0 and side(parts['test']) == 0:
+    if (
+        'test' in parts
+        and interval_sign(parts.get('val')) > 0
+        and interval_sign(parts['test']) == 0
+    ):
         hints.append(_more(figures))
     return sentences, hints
 
 
 def _router_gain(figures: Mapping) -> tuple[list, list]:
-    gain, told = figures['router_gain'], side(figures['router_gain'])
+    gain, told = figures['router_gain'], interval_sign(figures['router_gain'])
     share = figures.get('half_share', 0.5)
     # Equal difficulties are not parted.
     at = (
@@ -243,12 +249,14 @@ def _router_gain(figures: Mapping) -> tuple[list, list]:
 
 
 def _normalized_gain(figures: Mapping) -> tuple[list, list]:
-    gain, told = figures['normalized_gain'], side(figures['normalized_gain'])
-    if 'gap' in figures and side(figures['gap']) <= 0:
+    gain, told = figures['normalized_gain'], interval_sign(figures['normalized_gain'])
+    if 'gap' in figures and interval_sign(figures['gap']) <= 0:
         return [], []  # a ratio to what may be 0, or of turned sign
     shown = f'normalized gain {_show(gain, 2)}'
     if told > 0:
-        size = {1: 'more than', -1: 'less than', 0: 'not told from'}[side(gain, _PAPERS_GAIN)]
+        size = {1: 'more than', -1: 'less than', 0: 'not told from'}[
+            interval_sign(gain, _PAPERS_GAIN)
+        ]
         return [
             f"The router beats random routing at half hard: {shown}, {size} the paper's "
             f'{_PAPERS_GAIN:g}.'
@@ -259,15 +267,15 @@ def _normalized_gain(figures: Mapping) -> tuple[list, list]:
             _HELD_OUT,
         ]
     # It predicts something, but not what AP counts.
-    finds = any(side(estimate) > 0 for estimate in figures.get('correlation', {}).values())
+    finds = any(interval_sign(estimate) > 0 for estimate in figures.get('correlation', {}).values())
     return [f'Whether the router beats random routing at half hard cannot be told: {shown}.'], [
         _COUNT
     ] if finds else []
 
 
 def _efficacy(figures: Mapping) -> tuple[list, list]:
-    efficacy, told = figures['efficacy'], side(figures['efficacy'])
-    if 'honest_gain' in figures and side(figures['honest_gain']) <= 0:
+    efficacy, told = figures['efficacy'], interval_sign(figures['efficacy'])
+    if 'honest_gain' in figures and interval_sign(figures['honest_gain']) <= 0:
         return [], []  # a share of what may be nothing
     shown = f'efficacy {_show(efficacy, 2)}'
     if told < 0:
@@ -279,7 +287,7 @@ def _efficacy(figures: Mapping) -> tuple[list, list]:
         return [
             f'Whether the router gets any of what the honest oracle gets cannot be told: {shown}.'
         ], [_more(figures)]
-    part = {1: 'more than half', -1: 'less than half', 0: 'a part'}[side(efficacy, 0.5)]
+    part = {1: 'more than half', -1: 'less than half', 0: 'a part'}[interval_sign(efficacy, 0.5)]
     return [
         f'Over all hard shares the router gets {part} of what the honest oracle gets: {shown}.'
     ], [_RICHER] if part == 'less than half' else []
@@ -297,7 +305,7 @@ def _spread(figures: Mapping) -> tuple[list, list]:
 
 def _transfer(figures: Mapping) -> tuple[list, list]:
     asked, got = figures['transfer']['asked'], figures['transfer']['got']
-    told = side(got, asked)
+    told = interval_sign(got, asked)
     shares = f'a hard share of {_show(got, 2)} where {asked:g} was asked for'
     if not told:
         return [f'The threshold of val gives, on test, {shares}: a difference cannot be told.'], []
@@ -310,7 +318,9 @@ def _transfer(figures: Mapping) -> tuple[list, list]:
 def _peers(figures: Mapping) -> tuple[list, list]:
     """The interval of each peer's lead widens with the number of peers (Bonferroni)."""
     leads = {name: lead for name, lead in figures['peers'].items() if _known(lead)}
-    ahead = {name: lead for name, lead in leads.items() if side(_widened(lead, len(leads))) > 0}
+    ahead = {
+        name: lead for name, lead in leads.items() if interval_sign(_widened(lead, len(leads))) > 0
+    }
     if not leads:
         return [], []
     if not ahead:
@@ -353,7 +363,10 @@ def _differ(first: Estimate, second: Estimate, comparisons: int = 1) -> bool:
         return False
     half = math.hypot(*((high - low) / 2 for _, low, high in (first, second)))
     difference = first[0] - second[0]
-    return side(_widened((difference, difference - half, difference + half), comparisons)) != 0
+    return (
+        interval_sign(_widened((difference, difference - half, difference + half), comparisons))
+        != 0
+    )
 
 
 def _widened(estimate: Estimate, comparisons: int) -> Estimate:

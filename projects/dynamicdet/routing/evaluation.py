@@ -22,7 +22,7 @@ from pycocotools.cocoeval import COCOeval
 
 from ..annotations import read_annotations
 from ..errors import UsageError
-from .record import RoutingRecord, require
+from .record import RoutingRecord, require_columns
 
 #: As in pycocotools: areas in square pixels, both ends included.
 AREAS = dict(all=(0, 1e10), small=(0, 32**2), medium=(32**2, 96**2), large=(96**2, 1e10))
@@ -34,7 +34,7 @@ _PART = 500
 _RECALLS = np.linspace(0, 1, 101)
 
 
-def evaluate(
+def evaluate_coco(
     coco: COCO, results: Sequence[dict], image_ids: Sequence[int] | None = None
 ) -> dict[str, float | None]:
     """COCO's box AP by pycocotools, silently.
@@ -94,7 +94,7 @@ def read_truth(path: str, categories: Iterable[int] | None = None) -> COCO:
     return coco
 
 
-def mix(record: RoutingRecord, choice: Sequence[int]) -> list[dict]:
+def mixed_results(record: RoutingRecord, choice: Sequence[int]) -> list[dict]:
     """COCO results of a record's images.
 
     Args:
@@ -187,7 +187,7 @@ class Mixtures:
     def __init__(self, record: RoutingRecord, coco: COCO, view: bool = False) -> None:
         check_record(record, coco)
         if view:
-            require(record, 'view')
+            require_columns(record, 'view')
         self._detections = record.view if view else record.detections
         self.images, self.exits = len(record), record.exits
         self._coco, self._ids = coco, record.ids

@@ -344,7 +344,7 @@ def read_record(path: str | Path) -> RoutingRecord:
     return _from_arrays(arrays, provenance)
 
 
-def require(record: RoutingRecord, *names: str, what: str = 'the record') -> None:
+def require_columns(record: RoutingRecord, *names: str, what: str = 'the record') -> None:
     """Raise a `UsageError` unless images have, say, ``losses``, which old records may lack."""
     for name in names:
         if record.column(name) is None:

@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 
 from .bootstrap import RESAMPLES, bootstrap_weights, confidence_interval
 from .evaluation import Mixtures
-from .record import RoutingRecord, require
+from .record import RoutingRecord, require_columns
 
 #: Strata by number of objects: name -> fewest and most.
 OBJECTS = {'0': (0, 0), '1': (1, 1), '2': (2, 2), '3-4': (3, 4), '5-8': (5, 8), '9+': (9, np.inf)}
@@ -38,7 +38,7 @@ def by_objects(record: RoutingRecord, mixtures: Mixtures) -> list[dict]:
     Raises:
         UsageError: If the record lacks numbers of objects.
     """
-    require(record, 'objects')
+    require_columns(record, 'objects')
     objects = record.objects
     return [
         dict(objects=name, **_stratum(mixtures, (objects >= fewest) & (objects <= most)))
@@ -73,7 +73,7 @@ def by_difficulty(mixtures: Mixtures, scores: Sequence[float], parts: int = 10) 
     return rows
 
 
-def benefits(
+def exit_benefits(
     record: RoutingRecord, mixtures: Mixtures, exits: tuple[int, int] = (0, -1)
 ) -> dict[str, np.ndarray]:
     """What each image gains from the second of two exits, (n,) each.
@@ -108,7 +108,7 @@ def rank_correlations(
 
     Args:
         scores (Sequence[float]): Difficulties, (n,).
-        gained (Mapping[str, Sequence[float]]): As `benefits` gives it.
+        gained (Mapping[str, Sequence[float]]): As `exit_benefits` gives it.
         resamples (int): Bootstrap resamples for the intervals. Defaults to 200.
         seed (int): Their seed. Defaults to 0.
 

@@ -14,7 +14,7 @@ from ..progress import CountProgress
 from ..routing.budget import Budget
 from ..routing.budget_controller import BudgetController
 from .budgets import POINTS
-from .curves import CHANGE_LEVELS, curve, fixed_exits, front, settings_of
+from .curves import CHANGE_LEVELS, fixed_exits, gate_curve, pareto_front, settings_of
 from .gate_simulation import Replays, Seconds, evidence_by_exit, exit_costs, gate_difficulties
 from .gates import Gate, name_of
 
@@ -81,7 +81,7 @@ def calibrate_gate(
     cost = by if by and name == 'max_drop' else _COST[name]
     replays, found = Replays(record, coco), gate_difficulties(gate, evidence_by_exit(record))
     last = fixed_exits(record, replays)[-1]
-    rows = curve(
+    rows = gate_curve(
         record,
         replays,
         gate,
@@ -95,7 +95,7 @@ def calibrate_gate(
         exit_costs(record, kind, gate.looks_at_detections).tolist()
         for kind in ('gflops', 'latencies')
     )
-    return Calibration(row['thresholds'], gflops, latencies, row, last, front(rows, cost))
+    return Calibration(row['thresholds'], gflops, latencies, row, last, pareto_front(rows, cost))
 
 
 def _checked(wish: Mapping[str, float]) -> Mapping[str, float]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..measuring.flops import PartCost, count_flops, count_parameters
 from ..private_torch import ShapesOnly
-from ..timing import timed
+from ..timing import time_call
 
 
 class LayerCosts(NamedTuple):
@@ -159,16 +159,16 @@ def _seconds_once(model: nn.Module, images: Tensor) -> list[tuple]:
     layers, rows = _all_layers(model, images), []
     gap = torch.ones(1, dtype=torch.long, device=images.device)
     for position in range(len(model.table)):
-        main, x = timed(lambda: layers.take(position), images.device)
+        main, x = time_call(lambda: layers.take(position), images.device)
         head = mixing = 0.0
         if position in exits:
             own = model.heads[exits[position]]
-            head, features = timed(
+            head, features = time_call(
                 lambda: (lambda f: (f, own((f,))))(own.features(x))[0], images.device
             )
             if model.propagation is not None:
                 module = model.propagation[exits[position]]
-                mixing, _ = timed(
+                mixing, _ = time_call(
                     lambda: module(features, module.remember(features), gap), images.device
                 )
         rows.append((main, head, mixing))

@@ -32,7 +32,7 @@ _LAGS = (1, 4)
 Setting = list[float]
 
 
-def between(values: Sequence[float], count: int) -> list[float]:
+def quantile_thresholds(values: Sequence[float], count: int) -> list[float]:
     """So many thresholds at quantiles of some values, at most; each halfway between two of them, so
     that noise in the last digits moves nothing."""
     values = np.unique(np.asarray(values, np.float32))
@@ -64,12 +64,12 @@ def settings_of(
     # By quantile of all difficulties, each as often as it occurs: where many frames are, steps are
     # small.
     quantiles = np.quantile(difficulties, np.linspace(0, 1, 4 * count + 1))
-    levels = [-1.0, *between(quantiles, count), 1.0]
+    levels = [-1.0, *quantile_thresholds(quantiles, count), 1.0]
     early = [-1.0]
     if gate.early:
         seen = np.concatenate([frame_changes(record, lag) for lag in _LAGS])
         if len(seen):
-            early += between(
+            early += quantile_thresholds(
                 np.quantile(seen, np.linspace(0, 1, 4 * change_count + 1)), change_count
             )
         if nothing_seen(record, gate).any():
@@ -80,7 +80,7 @@ def settings_of(
     return [[change] + [level] * len(difficulties) for change in early for level in levels]
 
 
-def curve(
+def gate_curve(
     record: Mapping,
     replays: Replays,
     gate: Gate,
@@ -115,7 +115,7 @@ def curve(
     return rows
 
 
-def front(rows: Sequence[Mapping], cost: str = 'gflops') -> list[dict]:
+def pareto_front(rows: Sequence[Mapping], cost: str = 'gflops') -> list[dict]:
     """The rows that no other beats in AP at as little cost, from the cheapest on, AP rising."""
     best, kept = -np.inf, []
     for row in sorted(rows, key=lambda row: (row[cost], -row['ap'])):
@@ -149,7 +149,7 @@ def line_at(rows: Sequence[Mapping], cost: float, key: str = 'gflops') -> float:
     For fixed exits: what choosing among them by the roll of dice gives, about.
     """
     hull: list[tuple] = []
-    for point in [(row[key], row['ap']) for row in front(rows, key)]:
+    for point in [(row[key], row['ap']) for row in pareto_front(rows, key)]:
         while len(hull) > 1 and _turns_up(hull[-2], hull[-1], point):
             hull.pop()
         hull.append(point)

@@ -27,9 +27,17 @@ from .frames import Frames, last_found, nothing_found, scale_of, to_original
 from .gate_inputs import AllExits, Evidence
 from .lazy_layers import LazyLayers
 from .losses import training_losses
-from .part_building import build_gate, build_heads, build_propagation, learner
+from .part_building import build_gate, build_heads, build_propagation, learned_part
 from .propagation import carry_on
-from .streams import Streams, VideoStream, as_frames, early_change, early_summary, is_cut, waves
+from .streams import (
+    Streams,
+    VideoStream,
+    as_frames,
+    early_change,
+    early_summary,
+    is_cut,
+    stream_waves,
+)
 
 #: What each mode trains: prefixes of parameters. 'joint' trains a gate that learns, too.
 TRAINED = dict(
@@ -154,7 +162,7 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
             raise UsageError(f"mode is one of {', '.join(TRAINED)}; got '{mode}'")
         if mode == 'propagation' and self.propagation is None:
             raise UsageError("mode='propagation' needs propagation=dict(type='Propagation')")
-        if mode == 'gate' and learner(self.gate) is None:
+        if mode == 'gate' and learned_part(self.gate) is None:
             raise UsageError(
                 "mode='gate' needs a gate that learns, such as gate=dict(type='HaltingGate', ...)"
             )
@@ -248,7 +256,7 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
     def loss(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> dict[str, Tensor]:
         """Losses of what is trained: ``exitK.*`` of each head, ``final.*`` of the detector's own
         output, those of the gate. Frames of one clip are recognized by ``clip_step``, see
-        `streams.clips`.
+        `streams.clip_numbers`.
 
         Args:
             batch_inputs (Tensor): (N, 3, H, W), or of clips (B, T, 3, H, W).
@@ -324,7 +332,7 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         )
 
     def _parts(self, samples: SampleList) -> list[list[int]]:
-        return waves([sample.metainfo.get('video_id') for sample in samples])
+        return stream_waves([sample.metainfo.get('video_id') for sample in samples])
 
     def _waves(self, inputs: Tensor, samples: SampleList):
         for part in self._parts(samples):

@@ -38,7 +38,7 @@ class ExitCurveHook(Hook):
         if not found or runner.rank != 0:
             return
         folder = Path(runner.work_dir)
-        history = updated(
+        history = updated_history(
             read_history(folder / 'exit_curve.json'),
             runner.epoch or runner.iter,
             [found[exit] for exit in sorted(found)],
@@ -58,7 +58,7 @@ def read_history(path: Path) -> list[dict]:
         return []
 
 
-def updated(history: list[dict], epoch: int, ap: list[float]) -> list[dict]:
+def updated_history(history: list[dict], epoch: int, ap: list[float]) -> list[dict]:
     """History up to an epoch: what a run that starts anew left of later ones is gone."""
     return [*(one for one in history if one['epoch'] < epoch), dict(epoch=epoch, ap=ap)]
 

@@ -15,7 +15,7 @@ from mmdet.registry import MODELS
 
 from ..errors import UsageError
 from ..routing.evaluation import check_truth, read_truth
-from .curves import curve, fixed_exits, front, line_at, settings_of
+from .curves import fixed_exits, gate_curve, line_at, pareto_front, settings_of
 from .gate_fitting import fit_gate_parts, fit_halting_gate, shows_objects
 from .gate_inputs import Evidence
 from .gate_simulation import Replays, Seconds, evidence_by_exit, exit_costs, gate_difficulties
@@ -171,15 +171,15 @@ def _one_gate(gate: Gate, test: tuple, val: tuple | None, by: str, seconds: Seco
     """Settings are chosen on one record, and run on the other."""
     record, replays, shown = val or test
     difficulties = gate_difficulties(gate, shown)
-    rows = curve(
+    rows = gate_curve(
         record, replays, gate, difficulties, settings_of(record, gate, difficulties), seconds
     )
     last = fixed_exits(record, replays)[-1]['ap']
-    best = front(rows, by)
+    best = pareto_front(rows, by)
     good = [place for place, row in enumerate(best) if row['ap'] >= last - DROP - 1e-9]
     if val:
         record, replays, shown = test
-        best = curve(
+        best = gate_curve(
             record,
             replays,
             gate,

@@ -19,8 +19,8 @@ from ..routing.evaluation import Mixtures
 from ..routing.oracle import allocate, object_count
 from .gate_simulation import evidence_by_exit, exit_costs, frames_by_video
 from .gates import Gate
-from .learned_gates import HaltingGate, LearnedGate, goes_on, look
-from .part_building import learner
+from .learned_gates import HaltingGate, LearnedGate, detection_features, goes_on
+from .part_building import learned_part
 from .presence import Presence
 from .record import detections_of
 
@@ -158,7 +158,7 @@ def fit_gate_parts(
     """Fit those parts of a gate that learn: how each was fitted; nothing where none does. Other
     arguments as of `fit_halting_gate`."""
     found: dict[str, NamedTuple] = {}
-    learns = learner(gate) if 'gate' in parts else None
+    learns = learned_part(gate) if 'gate' in parts else None
     nothing = getattr(gate, 'nothing', None) if 'nothing' in parts else None
     if learns is not None:
         fit = fit_halting_gate if isinstance(learns, HaltingGate) else fit_gumbel_gate
@@ -319,7 +319,7 @@ def fit_gate(
             f'the gate is for heads of {list(gate.in_channels)} channels, the record has '
             f'{[x.shape[1] for x in pooled]}: set the in_channels of the gate'
         )
-    looks = [look(one) for one in shown] if gate.looks_at_detections else None
+    looks = [detection_features(one) for one in shown] if gate.looks_at_detections else None
     data = (pooled, looks, loss)
     parts = _folds(record, folds, seed)
     everyone = np.arange(len(record['images']))

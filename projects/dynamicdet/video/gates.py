@@ -101,7 +101,7 @@ class GateDetections(NamedTuple):
     labels: np.ndarray
 
 
-def surest(
+def most_confident(
     detections: Sequence[InstanceData], min_score: float = MIN_SCORE
 ) -> list[GateDetections]:
     """Of each image the detections from a score on, at most `MOST`: boxes (D, 4), scores (D,) and
@@ -167,7 +167,7 @@ class ScoreGate(Gate):
 
     def difficulty(self, evidence: Evidence) -> Tensor:
         """How doubtful the exit's detections are, (N,), in [0, 1]; ``empty`` without any."""
-        found = surest(_require_detections(evidence), self.min_score)
+        found = most_confident(_require_detections(evidence), self.min_score)
         return torch.tensor([self._of_image(own.scores) for own in found])
 
     def _of_image(self, scores: np.ndarray) -> float:
@@ -217,7 +217,7 @@ class AgreementGate(Gate):
         detections = _require_detections(evidence)
         if evidence.earlier is None:
             return torch.ones(len(detections))
-        found = surest([*detections, *evidence.earlier], self.min_score)
+        found = most_confident([*detections, *evidence.earlier], self.min_score)
         return torch.tensor(
             [
                 1 - detection_agreement(own, before, self.iou)

@@ -13,9 +13,9 @@ from ..models.yolo import AnchorHead
 from ..transfers import take_rows
 from .costs import exit_gflops
 from .distillation import Distillation, distillation_losses, make_lesson
-from .part_building import learner
+from .part_building import learned_part
 from .propagation import carry_on
-from .streams import VideoStream, clips, early_summary, is_cut
+from .streams import VideoStream, clip_numbers, early_summary, is_cut
 
 
 def training_losses(model: nn.Module, images: Tensor, samples: SampleList) -> dict[str, Tensor]:
@@ -36,7 +36,7 @@ def training_losses(model: nn.Module, images: Tensor, samples: SampleList) -> di
         losses.update(_head_losses(model, raws, outputs, samples))
     if model.mode == 'joint':
         losses.update(rename_loss_dict('final.', model.detector.bbox_head.loss(outputs, samples)))
-    if model.mode == 'gate' or model.mode == 'joint' and learner(model.gate):
+    if model.mode == 'gate' or model.mode == 'joint' and learned_part(model.gate):
         losses.update(_gate_losses(model, maps, raws, outputs, samples, images.shape[-2:]))
     return losses
 
@@ -76,7 +76,7 @@ def _features(
     features = [head.features(own) for head, own in zip(model.heads, maps)]
     if model.propagation is None:
         return features
-    numbers = clips(samples)
+    numbers = clip_numbers(samples)
     streams = [VideoStream() for _ in range(max(numbers) + 1)]
     steps: list[list[int]] = []
     for index, number in enumerate(numbers):
@@ -142,7 +142,7 @@ def _gate_losses(
         ]
         own.append(model.detector.bbox_head.loss([x[index : index + 1] for x in outputs], [sample]))
         rows.append(torch.stack([_total(losses) for losses in own]))
-    return learner(model.gate).loss(
+    return learned_part(model.gate).loss(
         [x.mean(dim=(2, 3), dtype=torch.float32) for x in maps],
         torch.stack(rows, dim=1),
         _costs(model, shape),

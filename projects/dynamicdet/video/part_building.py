@@ -113,7 +113,7 @@ def build_gate(gate: dict | None, channels: Sequence[int], early_channels: int) 
     return MODELS.build(gate)
 
 
-def learner(gate: nn.Module | None) -> nn.Module | None:
+def learned_part(gate: nn.Module | None) -> nn.Module | None:
     """The gate, or the one that it wraps, that learns; None if there is none."""
     inner = getattr(gate, 'gate', None)
     return gate if hasattr(gate, 'loss') else inner if hasattr(inner, 'loss') else None

@@ -21,7 +21,7 @@ from ..measuring.calibration import coco_results, inference_settings, provenance
 from ..models import fuse
 from ..models.weights import is_plain, require_complete
 from ..progress import Progress
-from ..timing import timed
+from ..timing import time_call
 from .costs import exit_gflops
 from .early_exit_detector import EarlyExitDetector
 from .gates import FixedExit, Gate, TemporalGate
@@ -258,7 +258,7 @@ def measure_exit_latencies(
         for one in forced:
             with forced_exit(model, *one):
                 for batch in batches:
-                    seconds, _ = timed(lambda: model.test_step(batch), device)
+                    seconds, _ = time_call(lambda: model.test_step(batch), device)
                     if turn:
                         times[one].append(seconds)
     medians = {one: float(np.median(own)) for one, own in times.items()}

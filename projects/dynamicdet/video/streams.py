@@ -144,7 +144,7 @@ class Streams:
         return stream
 
 
-def waves(keys: Sequence[Hashable | None]) -> list[list[int]]:
+def stream_waves(keys: Sequence[Hashable | None]) -> list[list[int]]:
     """Part images so that no two of one stream run at once, and each stream's keep their order.
 
     Args:
@@ -164,7 +164,7 @@ def waves(keys: Sequence[Hashable | None]) -> list[list[int]]:
     return parts
 
 
-def clips(samples: SampleList) -> list[int]:
+def clip_numbers(samples: SampleList) -> list[int]:
     """The clip of each image of a training batch, by number: one begins at each ``clip_step`` 0,
     and at each image without ``clip_step``."""
     numbers, number = [], -1
