@@ -207,11 +207,11 @@ class Stream:
         return late or self._count - one.number > self.most_behind
 
     def _ready(self) -> SampleList:
-        found = []
+        ready = []
         while self._next in self._done:
-            found.append(self._done.pop(self._next))
+            ready.append(self._done.pop(self._next))
             self._next += 1
-        return found
+        return ready
 
     @torch.no_grad()
     def _first_pass(self) -> None:

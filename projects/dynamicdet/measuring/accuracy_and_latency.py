@@ -76,12 +76,12 @@ def evaluate_detector(
     return evaluator.evaluate(len(loader.dataset)), (counts / counts.sum()).tolist()
 
 
-def box_ap(found: Mapping[str, float], *names: str) -> float | None:
+def box_ap(metrics: Mapping[str, float], *names: str) -> float | None:
     """The box AP among an evaluator's figures, in percent, such as COCO's or VOC's."""
     for name in names:
         for key in (f'coco/bbox_{name}', f'pascal_voc/{name}'):
-            if key in found:
-                return 100 * found[key]
+            if key in metrics:
+                return 100 * metrics[key]
     return None
 
 

@@ -127,8 +127,8 @@ def build_pair(
     if checkpoint:
         state = read_checkpoint(checkpoint)['state_dict']
         # A plain detector has no more than the two exits share with it.
-        own = ('backbone.connections.', 'router.') if is_plain(state) else ()
-        require_complete(model, state, own)
+        optional = ('backbone.connections.', 'router.') if is_plain(state) else ()
+        require_complete(model, state, optional)
         model.load_state_dict(state, strict=False)
     else:
         randomize(model, seed)
@@ -156,10 +156,10 @@ def build_stock(settings: Mapping, model: DynamicDetector) -> BaseDetector:
 def _of_exit0(named: Mapping[str, object]) -> dict[str, object]:
     """What belongs to exit 0, by the stock detector's names."""
     return {
-        plain + name[len(own) :]: value
+        plain + name[len(prefix) :]: value
         for name, value in named.items()
-        for own, plain in (('backbone.first.', 'backbone.'), ('branches.0.', ''))
-        if name.startswith(own)
+        for prefix, plain in (('backbone.first.', 'backbone.'), ('branches.0.', ''))
+        if name.startswith(prefix)
     }
 
 
@@ -386,14 +386,14 @@ def measure_benchmark(
         UsageError: If the images' difficulties do not part the batches in halves.
     """
     ways = list(ways) or [MachineSetting(torch.get_num_threads())]
-    found, single, whole, formatted = {}, {}, {}, {}
+    rows, single, whole, formatted = {}, {}, {}, {}
     for way in ways:
         try:
             if way.memory_format not in formatted:
-                own = with_memory_format(model, way.memory_format)
+                dynamic = with_memory_format(model, way.memory_format)
                 formatted[way.memory_format] = (
-                    own,
-                    build_stock(settings, own).to(_device(own)).eval(),
+                    dynamic,
+                    build_stock(settings, dynamic).to(_device(dynamic)).eval(),
                 )
             boxes, tasks, batch_tasks = _tasks(*formatted[way.memory_format], batches, way)
         except (UsageError, RuntimeError, NotImplementedError) as error:
@@ -402,21 +402,21 @@ def measure_benchmark(
             reason = str(error).splitlines()[0]
             if not isinstance(error, UsageError):
                 reason = f"an operator of mmcv's lacks {way.dtype} on this device: {reason}"
-            found[way] = dict(way._asdict(), refused=reason)
+            rows[way] = dict(way._asdict(), refused=reason)
             continue
-        found[way] = dict(way._asdict(), boxes_compared=boxes)
+        rows[way] = dict(way._asdict(), boxes_compared=boxes)
         single.update(tasks)
         whole.update(batch_tasks)
     seconds = time_interleaved(single, rounds, progress, 'batch 1')
     seconds.update(time_interleaved(whole, batch_rounds, progress, 'whole batches'))
-    for way, one in found.items():
+    for way, one in rows.items():
         if 'refused' not in one:
             one.update(
                 _summary(
                     {name: values for (owner, name), values in seconds.items() if owner == way}
                 )
             )
-    return list(found.values())
+    return list(rows.values())
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -426,11 +426,11 @@ def _device(model: nn.Module) -> torch.device:
 def _is_refusal(error: Exception) -> bool:
     """Whether an operator lacks a data type, or a format was refused, rather than something being
     wrong."""
-    said = str(error)
+    message = str(error)
     return (
         isinstance(error, _Refused)
-        or 'not implemented for' in said
-        or 'expected scalar type' in said
+        or 'not implemented for' in message
+        or 'expected scalar type' in message
     )
 
 
@@ -467,8 +467,8 @@ def _tasks(
 
 def _leaving_at(exit: int, exits: int) -> Thresholds:
     """Thresholds with which every image leaves at one exit."""
-    found = [ALL_HARD] * exit + [ALL_EASY] * (exits - 1 - exit)
-    return found[0] if exits == 2 else found
+    thresholds = [ALL_HARD] * exit + [ALL_EASY] * (exits - 1 - exit)
+    return thresholds[0] if exits == 2 else thresholds
 
 
 def _summary(seconds: Mapping[str, np.ndarray]) -> dict[str, dict]:

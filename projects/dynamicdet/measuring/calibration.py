@@ -85,9 +85,9 @@ def record_exits(model: DynamicDetector, loader: DataLoader, progress: Progress)
                     id=sample.img_id,
                     file=sample.img_path,
                     difficulty=sample.difficulty,
-                    detections=list(own),
+                    detections=list(by_exit),
                 )
-                for sample, *own in zip(samples, *every)
+                for sample, *by_exit in zip(samples, *every)
             )
     return RoutingRecord.from_images(images)
 
@@ -108,11 +108,11 @@ def detection_arrays(
 ) -> list[tuple[np.ndarray, ...]]:
     """Detections of each image as `Detections.join` takes them: boxes, (D, 4), x, y, w, h; scores
     and categories, (D,)."""
-    known, found = np.asarray(category_ids, np.int32), []
+    categories, arrays = np.asarray(category_ids, np.int32), []
     for boxes, scores, labels in to_host([sample.pred_instances for sample in samples]):
         boxes[:, 2:] -= boxes[:, :2]
-        found.append((boxes.numpy(), scores.numpy(), known[labels.numpy()]))
-    return found
+        arrays.append((boxes.numpy(), scores.numpy(), categories[labels.numpy()]))
+    return arrays
 
 
 def coco_results(sample, category_ids: Sequence[int]) -> list[dict]:

@@ -194,21 +194,21 @@ def _record_batch(
         for row, sample in enumerate(samples)
     ]
     if view != 'none':
-        seen = [
+        view_detections = [
             detection_arrays(model.finish(state), category_ids)
             for state in exit_states(model, VIEWS[view].make(inputs, samples), samples)
         ]
         for row, (entry, sample) in enumerate(zip(entries, samples)):
             entry['view'] = [
                 (VIEWS[view].back(per_image[row][0], sample), *per_image[row][1:])
-                for per_image in seen
+                for per_image in view_detections
             ]
     if annotated:
         # Last: some heads write into the annotations that they are given.
         objects = [len(sample.gt_instances) for sample in samples]
         losses = model.losses_of_states(every, outputs)
-        for entry, count, own in zip(entries, objects, losses.T.tolist()):
-            entry.update(losses=own, objects=count)
+        for entry, count, image_losses in zip(entries, objects, losses.T.tolist()):
+            entry.update(losses=image_losses, objects=count)
     return entries
 
 
@@ -229,13 +229,15 @@ def _add_costs(
     for row, image in enumerate(images):
         rows.setdefault(tuple(-(-side // divisor) for side in image.pop('shape')), []).append(row)
     branch = np.zeros(2)
-    for own in progress(list(rows.values()), 'costs of sizes'):
-        counted, timed = (own[: max(number // len(rows), _LEAST)] for number in (_COUNTED, _TIMED))
+    for same_size in progress(list(rows.values()), 'costs of sizes'):
+        counted, timed = (
+            same_size[: max(number // len(rows), _LEAST)] for number in (_COUNTED, _TIMED)
+        )
         gflops = measure_gflops(model, dataset, rows=counted)
         latencies = measure_latencies(model, dataset, lambda steps, what: steps, rows=timed)
         routing = _measure_routing(model, dataset, counted)
-        branch += len(own) * np.maximum(0, np.subtract((gflops[0], latencies[0]), routing))
-        for row in own:
+        branch += len(same_size) * np.maximum(0, np.subtract((gflops[0], latencies[0]), routing))
+        for row in same_size:
             images[row].update(gflops=list(gflops), latencies=list(latencies))
     return tuple((branch / len(images)).tolist())
 
@@ -243,7 +245,7 @@ def _add_costs(
 @contextlib.contextmanager
 def _watched_features(model: DynamicDetector) -> Iterator[list[Tensor]]:
     """What the router is shown while this is open: (N, d) for each time it is asked."""
-    seen: list[Tensor] = []
+    features: list[Tensor] = []
 
     def watch(router: nn.Module, arguments: tuple) -> None:
         if not arguments[0][0].is_floating_point():
@@ -251,11 +253,11 @@ def _watched_features(model: DynamicDetector) -> Iterator[list[Tensor]]:
                 'a deployed detector in 8 bits shows no features: record the one that it was made '
                 'from'
             )
-        seen.append(router.pool(*arguments).float())
+        features.append(router.pool(*arguments).float())
 
     hook = model.router.register_forward_pre_hook(watch)
     try:
-        yield seen
+        yield features
     finally:
         hook.remove()
 
@@ -314,8 +316,8 @@ def shift_images(inputs: Tensor, samples: SampleList) -> Tensor:
     shifted = inputs.clone()
     for image, sample in zip(shifted, samples):
         height, width = sample.img_shape[0], _delivered_width(sample)
-        own = image[..., :height, :width]
-        image[..., :height, :width] = F.pad(own, (SHIFT, 0, SHIFT, 0), 'replicate')[
+        content = image[..., :height, :width]
+        image[..., :height, :width] = F.pad(content, (SHIFT, 0, SHIFT, 0), 'replicate')[
             ..., :height, :width
         ]
     return shifted

@@ -52,16 +52,19 @@ def parts_of(
         PruningBlock(name, list(patterns), 0.0, structured=structured)
         for name, patterns in blocks.items()
     ]
-    found = layers_of_blocks(model, every)
-    counts = [sum(layer.weight.numel() for layer in own.values()) for own in found]
+    layers_by_block = layers_of_blocks(model, every)
+    counts = [
+        sum(layer.weight.numel() for layer in block_layers.values())
+        for block_layers in layers_by_block
+    ]
     parts = [PrunedPart(block.name, block, count) for block, count in zip(every, counts)]
     if layers:
         parts += [
             PrunedPart(
                 name, PruningBlock(name, [name], 0.0, structured=structured), layer.weight.numel()
             )
-            for block, own in zip(every, found)
-            for name, layer in own.items()
+            for block, block_layers in zip(every, layers_by_block)
+            for name, layer in block_layers.items()
             if round(most * count_units(layer, block)) < count_units(layer, block)
         ]
     if len({part.name for part in parts}) < len(parts):
@@ -110,7 +113,7 @@ def measure_sensitivity(
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}
     # By key: nothing pruned is measured once.
     todo = {_key(part.name, share): (part, share) for part in parts for share in shares}
-    todo = [one for key, one in todo.items() if key not in results]
+    todo = [part_share for key, part_share in todo.items() if key not in results]
     for part, share in progress(todo, f'{metric} of {len(loader.dataset)} images'):
         layers = layers_of_blocks(model, [part.block])[0]
         if share:
@@ -210,10 +213,10 @@ def _ap(model: nn.Module, loader: DataLoader, dataset: Any, coco: COCO, metric: 
             results += [
                 dict(one, image_id=sample.img_id) for one in coco_results(sample, dataset.cat_ids)
             ]
-    found = evaluate_coco(coco, results, ids)[metric.lower()]
-    if found is None:
+    ap = evaluate_coco(coco, results, ids)[metric.lower()]
+    if ap is None:
         raise UsageError('there is no object in these images: take more of them')
-    return float(found)
+    return float(ap)
 
 
 def sensitivity_table(curves: Sequence[SensitivityCurve]) -> list[str]:

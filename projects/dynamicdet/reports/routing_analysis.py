@@ -136,8 +136,8 @@ def analyze_routing(
     gained = exit_benefits(record, random_routing.mixtures)
     peers, left_out = curves.score_peers(record, validation, gained, seed)
     judged = {
-        curves.peer_title(name): curves.judge_peer(name, record, random_routing, own)
-        for name, own in peers.items()
+        curves.peer_title(name): curves.judge_peer(name, record, random_routing, peer_scores)
+        for name, peer_scores in peers.items()
     }
     say('strata and correlations')
     correlations = _correlations(record, coco, scores, gained, bootstrap, seed)
@@ -257,8 +257,8 @@ def _strata(
     record: RoutingRecord, coco: COCO, mixtures: Mixtures, scores: np.ndarray
 ) -> list[dict]:
     """Tables of both exits' AP."""
-    found = coco.getAnnIds(imgIds=record.ids.tolist(), iscrowd=False)
-    areas = np.array([annotation['area'] for annotation in coco.loadAnns(found)])
+    annotation_ids = coco.getAnnIds(imgIds=record.ids.tolist(), iscrowd=False)
+    areas = np.array([annotation['area'] for annotation in coco.loadAnns(annotation_ids)])
     counts = {
         size: int(((AREAS[size][0] <= areas) & (areas <= AREAS[size][1])).sum()) for size in _SIZES
     }
@@ -334,16 +334,16 @@ def _correlations(
     entries = coco.loadImgs(record.ids.tolist())
     if all('difficulty' in entry for entry in entries):
         others['difficulty'] = np.array([entry['difficulty'] for entry in entries], float)
-    found = rank_correlations(scores, {**gained, **others}, bootstrap, seed)
+    correlations = rank_correlations(scores, {**gained, **others}, bootstrap, seed)
     return {
         name: dict(
             name=_BENEFITS[name][0],
-            value=one['correlation'],
-            low=one['low'],
-            high=one['high'],
+            value=estimate['correlation'],
+            low=estimate['low'],
+            high=estimate['high'],
             meaning=_BENEFITS[name][1],
         )
-        for name, one in found.items()
+        for name, estimate in correlations.items()
     }
 
 
@@ -353,17 +353,22 @@ def _benefit_correlations(
     """With what is saved over all objects or, without losses, the AP gained; here and on the
     validation set."""
     name = 'loss_objects' if 'loss_objects' in correlations else 'ap'
-    found = dict(test=_estimate(correlations[name]))
+    estimates_by_set = dict(test=_estimate(correlations[name]))
     if validation:
         gained = exit_benefits(validation[0], Mixtures(*validation))
         if name in gained:
-            own = rank_correlations(
+            val_correlations = rank_correlations(
                 difficulties_of(validation[0]), {name: gained[name]}, bootstrap, seed
             )
-            found = dict(
-                val=(own[name]['correlation'], own[name]['low'], own[name]['high']), **found
+            estimates_by_set = dict(
+                val=(
+                    val_correlations[name]['correlation'],
+                    val_correlations[name]['low'],
+                    val_correlations[name]['high'],
+                ),
+                **estimates_by_set,
             )
-    return found
+    return estimates_by_set
 
 
 def _plain(value: object) -> object:

@@ -48,16 +48,16 @@ def choices_by_oracle(
     Both choose by `image_values`; the oracle is then refined on the AP of the whole set, share by
     share.
     """
-    values, found = image_values(record, coco, mixtures), {}
+    values, choices_by_name = image_values(record, coco, mixtures), {}
     if record.view is not None:
-        found['honest'] = honest_choices(record, coco, SHARES, by_objects=True, seed=seed)
-    found['oracle'] = np.array(
+        choices_by_name['honest'] = honest_choices(record, coco, SHARES, by_objects=True, seed=seed)
+    choices_by_name['oracle'] = np.array(
         [
             refine_choice(mixtures, choice, _EVALUATIONS, seed, values).choice
             for choice in oracle_choices(values, SHARES, seed=seed)
         ]
     )
-    return {name: choices.astype(bool) for name, choices in found.items()}
+    return {name: choices.astype(bool) for name, choices in choices_by_name.items()}
 
 
 def image_values(record: RoutingRecord, coco: COCO, mixtures: Mixtures) -> np.ndarray:
@@ -72,9 +72,11 @@ def oracle_certificate(record: RoutingRecord, values: np.ndarray) -> dict[str, f
     image, of whole images; ``bound``, the optimum of the linear program, in which an image may be
     split; ``price``, in value per GFLOP. The budget is what half of all images, drawn at random,
     cost; an image counts by its mean."""
-    found = allocate(values, record.gflops, float(np.mean(record.gflops)))
+    allocation = allocate(values, record.gflops, float(np.mean(record.gflops)))
     images = values.shape[1]
-    return dict(value=found.value / images, bound=found.bound / images, price=found.price)
+    return dict(
+        value=allocation.value / images, bound=allocation.bound / images, price=allocation.price
+    )
 
 
 def router_curve(rows: Sequence[Mapping]) -> list[dict]:
@@ -180,7 +182,7 @@ def merit_rows(
     choices, half = choices_of(scores), rows[HALF]
     gain = normalized_gain(random_routing, choices[HALF])
     resampled = bool(len(random_routing.weights))
-    found = dict(
+    figures = dict(
         gain=dict(
             name='gain at half hard, AP',
             value=half['ap'] - half['random_ap'],
@@ -199,17 +201,17 @@ def merit_rows(
         ),
     )
     if oracle is not None:
-        own = efficacy(random_routing, choices, oracle)
-        found['efficacy'] = dict(
+        figure = efficacy(random_routing, choices, oracle)
+        figures['efficacy'] = dict(
             name='efficacy',
-            value=_settled(own, 'efficacy', resampled),
-            low=own['low'],
-            high=own['high'],
+            value=_settled(figure, 'efficacy', resampled),
+            low=figure['low'],
+            high=figure['high'],
             meaning='The area between router and random routing, over all shares, as a share of '
             'the honest '
             "oracle's. 1: as good as knowing another view of the image; 0: chance; below 0: worse.",
         )
-    return found
+    return figures
 
 
 def _settled(ratio: Mapping, name: str, resampled: bool) -> float | None:
@@ -228,15 +230,15 @@ def score_peers(
     training, source = None, gained
     if validation:
         training, source = validation[0], exit_benefits(validation[0], Mixtures(*validation))
-    found, left_out = {}, {}
+    scores_by_peer, left_out = {}, {}
     for name, peer in PEERS.items():
         try:
             peer_gflops(name, record)
             target = _target(name, source) if peer.fitted else None
-            found[name] = peer_scores(name, record, training, target, seed)
+            scores_by_peer[name] = peer_scores(name, record, training, target, seed)
         except UsageError as error:
             left_out[name] = str(error)
-    return found, left_out
+    return scores_by_peer, left_out
 
 
 def _target(name: str, gained: Mapping[str, np.ndarray]) -> np.ndarray:

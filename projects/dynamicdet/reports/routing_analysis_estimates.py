@@ -59,7 +59,7 @@ def strata_gaps(record: RoutingRecord, random_routing: RandomRouting) -> list[di
         return []
     objects = record.objects
     easy, hard = _ends(random_routing)
-    found = []
+    gaps = []
     for name, (fewest, most) in OBJECTS.items():
         inside = ((objects >= max(1, fewest)) & (objects <= most)).astype(int)
         if inside.sum() < _FEWEST:
@@ -75,8 +75,8 @@ def strata_gaps(record: RoutingRecord, random_routing: RandomRouting) -> list[di
             gain(weights * inside) for weights in random_routing.weights if (weights * inside).any()
         ]
         label = f'images with {name} object{"s" * (name != "1")}'
-        found.append(dict(name=label, gap=(gain(inside), *confidence_interval(drawn))))
-    return found
+        gaps.append(dict(name=label, gap=(gain(inside), *confidence_interval(drawn))))
+    return gaps
 
 
 def over_random(random_routing: RandomRouting, is_hard: np.ndarray) -> Estimate:
@@ -106,8 +106,8 @@ def threshold_transfer(
     hard = scores > np.float32(threshold)
     drawn = bootstrap_weights(len(val_scores), len(random_routing.weights), seed=1)
     shares = []
-    for own, weights in zip(drawn, random_routing.weights):
-        cut = threshold_for_share(np.repeat(val_scores, own), share)
+    for counts, weights in zip(drawn, random_routing.weights):
+        cut = threshold_for_share(np.repeat(val_scores, counts), share)
         shares.append(np.average(scores > np.float32(cut), weights=weights))
     return dict(asked=share, got=(float(hard.mean()), *confidence_interval(shares)))
 
@@ -129,10 +129,10 @@ def peer_leads(
             and those whose cost the router cannot have, because many of its difficulties are equal.
     """
     leads = {}
-    for name, own in peers.items():
+    for name, peer_scores in peers.items():
         if PEERS[name].reference:
             continue
-        is_hard = split_by_share(own, 0.5)[1]
+        is_hard = split_by_share(peer_scores, 0.5)[1]
         paid = costs_of(record, is_hard)['gflops'] + peer_gflops(name, record) * is_hard.mean()
         router = hardest_for_gflops(record, scores, paid)
         # Equal difficulties go together: there may be no choice at that cost.

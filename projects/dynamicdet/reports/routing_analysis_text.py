@@ -67,26 +67,26 @@ def budget_sentences(analysis: Mapping) -> list[str]:
     said = f'better than {easy} by {last - first:.2f} AP'
     if last <= first:
         said = f'NOT better than {easy}'
-    told = [
+    sentences = [
         f'On {analysis["images"]:,} images, {hard} is {said} ({last:.2f} against {first:.2f}), '
         f'for {dear:.2f} GFLOPs per image instead of {cheap:.2f}.'
     ]
     middle = min(rows, key=lambda row: abs(row['hard_share'] - 0.5))
     if not 0 < middle['hard_share'] < 1:
-        return told + [
+        return sentences + [
             'The router cannot be judged: no row of the table lies between none and all hard. Too '
             'many images have the same difficulty.'
         ]
-    told.append(_verdict(middle))
+    sentences.append(_verdict(middle))
     gain = gain_over_random(rows)
-    told.append(f'Over all shares between the ends, it {_gains(gain["mean"])} on average.')
+    sentences.append(f'Over all shares between the ends, it {_gains(gain["mean"])} on average.')
     if gain['half'] is not None and last > first:
         side = 'above' if gain['half'] >= 0 else 'below'
-        told.append(
+        sentences.append(
             f'At half hard, its AP is {side} the straight line between the exits by '
             f'{abs(gain["half"]):.0%} of their difference.'
         )
-    return told
+    return sentences
 
 
 def share_miss_sentences(calibrated: Sequence[Mapping]) -> list[str]:

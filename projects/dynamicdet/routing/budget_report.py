@@ -75,14 +75,14 @@ class BudgetReport:
 
     def _shares_line(self) -> str:
         known = self.wanted
-        said = 'wanted'
+        origin = 'wanted'
         if known is None and self.calibrated is not None:
-            known, said = _shares_of(self.calibrated), "of the calibration's images"
+            known, origin = _shares_of(self.calibrated), "of the calibration's images"
         if len(self.counts) == 2:
-            before = '' if known is None else f'{known[1]:.1%} {said}, '
+            before = '' if known is None else f'{known[1]:.1%} {origin}, '
             served = f'{self.shares[1]:.1%} served ({self.counts[1]} of {self.images} images)'
             return f'hard: {before}{served}'
-        before = '' if known is None else f'{_percents(known)} {said}, '
+        before = '' if known is None else f'{_percents(known)} {origin}, '
         exits = ' / '.join(map(str, range(len(self.counts))))
         counts = ' / '.join(map(str, self.counts))
         served = f'{_percents(self.shares)} served ({counts} of {self.images} images)'

@@ -352,8 +352,8 @@ def hardest_for_gflops(record: RoutingRecord, scores: Sequence[float], gflops: f
 
 def _each(record: RoutingRecord, key: str) -> np.ndarray:
     """(n, K): each image's own cost; the mean where the record has no other."""
-    own = record.column(key)
-    return np.tile(getattr(record, key), (len(record), 1)) if own is None else own
+    column = record.column(key)
+    return np.tile(getattr(record, key), (len(record), 1)) if column is None else column
 
 
 def _worth(random_routing: RandomRouting, is_hard: np.ndarray) -> dict:

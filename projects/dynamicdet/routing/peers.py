@@ -272,8 +272,8 @@ def cross_fit(
     scores = np.empty(images)
     for part in np.array_split(np.random.default_rng(seed).permutation(images), folds):
         rest = np.setdiff1d(np.arange(images), part)
-        own = fit(record.take(rest), benefit[rest])(record.take(part))
-        scores[part] = _ranks(own)
+        part_scores = fit(record.take(rest), benefit[rest])(record.take(part))
+        scores[part] = _ranks(part_scores)
     return scores
 
 
@@ -334,7 +334,7 @@ def _features(record: RoutingRecord) -> np.ndarray:
 def _detection_statistics(record: RoutingRecord) -> np.ndarray:
     """What `fit_adaptive_feeding` sees, (n, 24): scores and sizes of the surest, counts, p (1 -
     p)."""
-    return np.array([_statistics(own) for own in record.detections[0]])
+    return np.array([_statistics(detections) for detections in record.detections[0]])
 
 
 def _statistics(detections: Sequence[Mapping]) -> list:

@@ -90,12 +90,12 @@ def exit_benefits(
     """
     easy, hard = exits
     per_image = mixtures.image_ap()
-    found = dict(ap=per_image[hard] - per_image[easy])
+    benefits = dict(ap=per_image[hard] - per_image[easy])
     if record.losses is not None:
-        found['loss'] = record.losses[:, easy] - record.losses[:, hard]
+        benefits['loss'] = record.losses[:, easy] - record.losses[:, hard]
         if record.objects is not None:
-            found['loss_objects'] = found['loss'] * record.objects
-    return found
+            benefits['loss_objects'] = benefits['loss'] * record.objects
+    return benefits
 
 
 def rank_correlations(
