@@ -102,13 +102,13 @@ def plan_removal(
         else:
             clusters[owners.pop()].append(cluster)
     chosen: list[list[tuple[Cluster, np.ndarray]]] = []
-    for block, own in zip(blocks, clusters):
-        if not own and block.target:
+    for block, block_clusters in zip(blocks, clusters):
+        if not block_clusters and block.target:
             raise UsageError(
                 f"block '{block.name}': nothing in it can be removed"
                 + ''.join(f"; '{name}' stays: {why}" for name, why in list(alone.items())[:1])
             )
-        chosen.append(_choose(block, own, layers, round_to, seed))
+        chosen.append(_choose(block, block_clusters, layers, round_to, seed))
     sound = _sound(model, [pair for pairs in chosen for pair in pairs if not pair[1].all()])
     rows = []
     for block, pairs in zip(blocks, chosen):
@@ -190,14 +190,17 @@ def _choose(
         stays = np.empty(len(order), bool)
         stays[order] = np.cumsum(widths[order]) > block.target * widths.sum()
         goals = [
-            part.sum() for part in np.split(stays, np.cumsum([len(own) for own in scores])[:-1])
+            part.sum()
+            for part in np.split(
+                stays, np.cumsum([len(cluster_scores) for cluster_scores in scores])[:-1]
+            )
         ]
     chosen = []
-    for cluster, own, goal in zip(clusters, scores, goals):
+    for cluster, cluster_scores, goal in zip(clusters, scores, goals):
         # The nearest; of two the larger.
         count = min(_options(cluster, round_to), key=lambda option: (abs(option - goal), -option))
         stays = np.zeros(cluster.units, bool)
-        stays[np.argsort(-own, kind='stable')[:count]] = True
+        stays[np.argsort(-cluster_scores, kind='stable')[:count]] = True
         chosen.append((cluster, stays))
     return chosen
 
@@ -217,10 +220,10 @@ def _scores(
             if block.score == 'random'
             else magnitude_scores(layer, block)
         )
-        own = np.bincount(
+        member_scores = np.bincount(
             member.units, values.cpu().double().numpy()[member.channels], cluster.units
         )
-        total += own / own.mean() if own.any() else own
+        total += member_scores / member_scores.mean() if member_scores.any() else member_scores
         count += 1
     return total / count
 
@@ -301,7 +304,7 @@ def _same(model: nn.Module, kept: Mapping[str, KeptChannels]) -> bool:
     shrink_layers(small, kept)
     try:
         _fit_extractors(small)
-        found = _run(small)
+        outputs = _run(small)
     except (RuntimeError, ValueError, IndexError):
         # Shapes that do not go together.
         return False
@@ -311,7 +314,7 @@ def _same(model: nn.Module, kept: Mapping[str, KeptChannels]) -> bool:
         and torch.allclose(
             one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()), equal_nan=True
         )
-        for one, other in zip(found, wanted)
+        for one, other in zip(outputs, wanted)
     )
 
 

@@ -111,7 +111,8 @@ def compare_stream_sizes(entries: Sequence[Entry]) -> list[StreamSize]:
                 other = index_gaps(np.unpackbits(stream).astype(bool))
                 _add(sums, f'{entry.row["encoding"]} gaps', [other], len(zstd_frame(other)))
     return [
-        StreamSize(name, *map(int, own[:3]), float(own[3])) for name, own in sorted(sums.items())
+        StreamSize(name, *map(int, sizes[:3]), float(sizes[3]))
+        for name, sizes in sorted(sums.items())
     ]
 
 
@@ -131,13 +132,13 @@ def stream_table(sizes: Sequence[StreamSize]) -> list[str]:
 
 
 def _add(sums: dict[str, np.ndarray], kind: str, streams: Sequence[np.ndarray], zstd: int) -> None:
-    own = [
+    sizes = [
         sum(map(len, streams)),
         zstd,
         sum(map(huffman_size, streams)),
         sum(map(entropy_bytes, streams)),
     ]
-    sums[kind] = sums.get(kind, 0) + np.array(own)
+    sums[kind] = sums.get(kind, 0) + np.array(sizes)
 
 
 def _planes(entry: Entry, name: str, stream: np.ndarray) -> Sequence[np.ndarray]:

@@ -32,11 +32,11 @@ def layers_of_blocks(
     Raises:
         UsageError: If not.
     """
-    found = disjoint_layers(model, blocks)
-    for block, layers in zip(blocks, found):
+    layers_by_block = disjoint_layers(model, blocks)
+    for block, layers in zip(blocks, layers_by_block):
         for group in _groups(layers, block):
             _count(group, block, block.target)
-    return found
+    return layers_by_block
 
 
 def _groups(
@@ -137,10 +137,10 @@ def _rank(
         scores = scores.clone()
         start = 0
         for name in group:
-            own = slice(start, start + values[name].numel())
-            best = torch.where(kept[name].flatten(), scores[own], -1).argmax()
-            scores[own][best] = float('inf')
-            start = own.stop
+            span = slice(start, start + values[name].numel())
+            best = torch.where(kept[name].flatten(), scores[span], -1).argmax()
+            scores[span][best] = float('inf')
+            start = span.stop
     more = count - int((~alive).sum())
     if more > 0:
         there = alive.nonzero().squeeze(1)

@@ -64,22 +64,29 @@ def allocate_pruning(curves: Sequence[SensitivityCurve], size: float) -> Pruning
     if (
         not curves
         or any(
-            list(one.shares) != list(curves[0].shares) or len(one.aps) != len(one.shares)
-            for one in curves
+            list(curve.shares) != list(curves[0].shares) or len(curve.aps) != len(curve.shares)
+            for curve in curves
         )
         or curves[0].shares[0] != 0
     ):
         raise UsageError('curves must be of the same shares, the first of which is 0')
-    losses = np.array([np.maximum(one.aps[0] - np.asarray(one.aps, float), 0) for one in curves]).T
-    left = np.outer(1 - np.asarray(curves[0].shares, float), [one.weights for one in curves])
-    total = sum(one.weights for one in curves)
+    losses = np.array(
+        [np.maximum(curve.aps[0] - np.asarray(curve.aps, float), 0) for curve in curves]
+    ).T
+    left = np.outer(1 - np.asarray(curves[0].shares, float), [curve.weights for curve in curves])
+    total = sum(curve.weights for curve in curves)
     if left[-1].sum() > size * total * (1 + 1e-9):
         raise UsageError(
             f'{left[-1].sum() / total:.1%} of the weights are left at the largest measured share; '
             f'a size of {size:.1%} needs larger ones'
         )
-    found = allocate(-losses, left, size * total / len(curves))
-    shares = {one.name: float(one.shares[choice]) for one, choice in zip(curves, found.choice)}
+    allocation = allocate(-losses, left, size * total / len(curves))
+    shares = {
+        curve.name: float(curve.shares[choice]) for curve, choice in zip(curves, allocation.choice)
+    }
     return PruningAllocation(
-        shares, float(found.cost * len(curves) / total), -found.value + 0.0, max(-found.bound, 0.0)
+        shares,
+        float(allocation.cost * len(curves) / total),
+        -allocation.value + 0.0,
+        max(-allocation.bound, 0.0),
     )

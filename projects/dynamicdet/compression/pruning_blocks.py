@@ -107,7 +107,7 @@ def find_layers(model: nn.Module) -> dict[str, PrunableLayer]:
     Returns:
         dict: First name -> `PrunableLayer`, in the model's order.
     """
-    found: dict[int, tuple[nn.Module, list[str]]] = {}
+    modules: dict[int, tuple[nn.Module, list[str]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         weight = getattr(module, 'weight', None)
         grouped_transposed = isinstance(module, _TRANSPOSED) and module.groups > 1
@@ -118,9 +118,10 @@ def find_layers(model: nn.Module) -> dict[str, PrunableLayer]:
             and not isinstance(module, nn.Embedding)
             and not grouped_transposed
         ):
-            found.setdefault(id(weight), (module, []))[1].append(name)
+            modules.setdefault(id(weight), (module, []))[1].append(name)
     return {
-        names[0]: PrunableLayer(names[0], tuple(names), module) for module, names in found.values()
+        names[0]: PrunableLayer(names[0], tuple(names), module)
+        for module, names in modules.values()
     }
 
 
@@ -150,8 +151,8 @@ def selected_layers(model: nn.Module, block: LayerSelection) -> dict[str, Prunab
     kept = {
         name: layer
         for name, layer in every.items()
-        if any(matches_patterns(own, block.modules) for own in layer.names)
-        and not any(matches_patterns(own, block.exclude) for own in layer.names)
+        if any(matches_patterns(alias, block.modules) for alias in layer.names)
+        and not any(matches_patterns(alias, block.exclude) for alias in layer.names)
     }
     if not kept:
         raise UsageError(f"block '{block.name}': exclude={list(block.exclude)} leaves no layer")
@@ -167,8 +168,8 @@ def disjoint_layers(
         UsageError: If they do, or `selected_layers` does.
     """
     owner: dict[str, str] = {}
-    found = [selected_layers(model, block) for block in blocks]
-    for block, layers in zip(blocks, found):
+    layers_by_block = [selected_layers(model, block) for block in blocks]
+    for block, layers in zip(blocks, layers_by_block):
         for name in layers:
             if name in owner:
                 raise UsageError(
@@ -176,7 +177,7 @@ def disjoint_layers(
                     'from one'
                 )
             owner[name] = block.name
-    return found
+    return layers_by_block
 
 
 def require_blocks(blocks: object, hook: str) -> None:

@@ -301,7 +301,7 @@ def trace_quantization(
             # Who computes with the outputs is none of the calls.
             tracer.readers.setdefault(tracer.value_of.get(id(one)), []).append(-1)
     tracer.made[-1] = (None, (None,))
-    plan, keys, found = QuantizationPlan(), {}, []
+    plan, keys, traced = QuantizationPlan(), {}, []
     layers = [number for number in sorted(tracer.made) if tracer.is_layer(number)]
     predictions = tracer.predictions(layers, float_share)
     for number in layers:
@@ -313,7 +313,7 @@ def trace_quantization(
             leaving = norm_call
             plan.norms.add(norm_call)
         relu = tracer.only_reader(leaving, _RELUS)
-        found.append(
+        traced.append(
             (
                 number,
                 value,
@@ -323,11 +323,11 @@ def trace_quantization(
                 number in predictions or id(weight) in kept_float,
             )
         )
-    for index, (_, value, leaving, *_, spare) in enumerate(found):
+    for index, (_, value, leaving, *_, spare) in enumerate(traced):
         if not spare:
             keys.setdefault(value, f'in{index}')
             keys.setdefault(leaving, f'out{index}')
-    for number, value, leaving, weight, norm, spare in found:
+    for number, value, leaving, weight, norm, spare in traced:
         plan.layers[number] = QuantizedLayer(
             keys.get(value, ''), keys.get(leaving, ''), weight, norm, spare
         )

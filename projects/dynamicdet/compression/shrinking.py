@@ -85,14 +85,14 @@ def channels_of(layer: Any) -> tuple | None:
         return layer.in_features, layer.out_features, 1
     if isinstance(layer, nn.GroupNorm):
         return layer.num_channels, layer.num_channels, layer.num_groups
-    own = None
+    count = None
     if isinstance(layer, _BatchNorm):
-        own = layer.num_features
+        count = layer.num_features
     elif rule_of(layer):
-        own = rule_of(layer).channels(layer)
+        count = rule_of(layer).channels(layer)
     elif isinstance(layer, nn.Parameter) and layer.dim() == 4 and layer.numel() == layer.shape[1]:
-        own = layer.shape[1]
-    return None if own is None else (own, own, 1)
+        count = layer.shape[1]
+    return None if count is None else (count, count, 1)
 
 
 def shrink_layers(model: nn.Module, kept: Mapping[str, KeptChannels]) -> Channels:
@@ -150,13 +150,13 @@ def _shrink_norm(layer: nn.Module, kept: Tensor) -> None:
 
 
 def _shrink_parameter(model: nn.Module, name: str, kept: Tensor) -> None:
-    parent, _, own = name.rpartition('.')
+    parent, _, attribute = name.rpartition('.')
     # A ParameterList knows its entries by number.
     owner, value = get_by_name(model, parent), get_by_name(model, name)
     chosen = nn.Parameter(
         value.detach().index_select(1, kept.to(value.device)).clone(), value.requires_grad
     )
-    setattr(owner, own, chosen)
+    setattr(owner, attribute, chosen)
 
 
 def resize_channels(model: nn.Module, channels: Channels) -> None:

@@ -96,7 +96,7 @@ def block_sizes(
         if not any(_belongs(key, pattern) for key in state):
             raise UsageError(f"the pattern '{pattern}' matches no entry of the checkpoint")
     sums: dict[str, list[float]] = {}
-    seen = set()
+    pointers = set()
     for index, (key, value) in enumerate(state.items()):
         block = next(
             (
@@ -112,12 +112,12 @@ def block_sizes(
             bool(entries)
             and entries[index].row['encoding'] == 'same'
             or value.device.type != 'meta'
-            and value.data_ptr() in seen
+            and value.data_ptr() in pointers
         )
         if repeated or not value.is_floating_point() or key.split('.')[-1] in _BUFFERS:
             continue
         if value.device.type != 'meta':
-            seen.add(value.data_ptr())
+            pointers.add(value.data_ptr())
         sum_[0] += value.numel()
         if value.dim() > 1:
             sum_[1] += value.numel() - int(value.count_nonzero())
@@ -166,11 +166,11 @@ def compression_table(
     width = max(len(size.name) for size, _ in rows)
     head = f'{"block":{width}}  parameters   pruned  float32 left   in the file   error'
     lines = [head + '      AP    AP50    latency' * (worth is not None)]
-    for size, own in rows:
+    for size, accuracy in rows:
         lines.append(
             f'{size.name:{width}}  {size.parameters / 1e6:8.3f} M  {size.pruned:6.1%}  '
             f'{size.megabytes:9.3f} MB  {size.in_file / MEGABYTE:9.3f} MB  {size.error:6.2%}'
-            + (_worth(own) if own else '')
+            + (_worth(accuracy) if accuracy else '')
         )
     return lines
 

@@ -163,7 +163,7 @@ def cluster_weights(
 
 def _lloyd(values: np.ndarray, count: int, iterations: int) -> np.ndarray:
     """k-means of sorted values: clusters are runs, whose means are differences of running sums."""
-    sums, squares = (np.concatenate([[0.0], np.cumsum(own)]) for own in (values, values**2))
+    sums, squares = (np.concatenate([[0.0], np.cumsum(powers)]) for powers in (values, values**2))
     centroids = np.linspace(values[0], values[-1], count)
     for _ in range(iterations):
         cuts = np.concatenate(

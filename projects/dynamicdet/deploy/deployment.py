@@ -222,7 +222,7 @@ def _int8(
     if reduced is None:
         reduced = trained['reduced'] if trained else needs_reduced_range()
     ranges = {name: observer.ranges(method) for name, observer in observers.items()}
-    contents, found = {}, {}
+    contents, about_layers = {}, {}
     for part in progress(parts, 'layers'):
         content = exported[part.name].content
         spared, costs = (
@@ -237,7 +237,7 @@ def _int8(
                 costs[name] for name in recipe.float_layers if name not in spared
             ) / (sum(cost for name, cost in costs.items() if name not in spared) or 1)
         else:
-            predictions, own = (
+            predictions, predictions_share = (
                 prediction_layers(content, costs, share) if part.predicts else ((), 0.0)
             )
             recipe = Recipe(
@@ -253,12 +253,14 @@ def _int8(
                 feeds[part.name],
                 costs,
                 noise,
-                max(0.0, share - own) / (1 - own) if own < 1 else 0.0,
+                max(0.0, share - predictions_share) / (1 - predictions_share)
+                if predictions_share < 1
+                else 0.0,
             )
-            result.share = own + result.share * (1 - own)
+            result.share = predictions_share + result.share * (1 - predictions_share)
             recipe = replace(recipe, float_layers=(*recipe.float_layers, *result.chosen))
         contents[part.name] = quantize_graph(content, recipe)
-        found[part.name] = dict(
+        about_layers[part.name] = dict(
             float_layers=list(recipe.float_layers),
             float_share=result.share,
             noise_all_int8=result.before,
@@ -268,7 +270,7 @@ def _int8(
     return contents, dict(
         reduced_range=reduced,
         calibration=dict(images=images, ranges='trained' if trained else method),
-        layers=found,
+        layers=about_layers,
     )
 
 
@@ -296,12 +298,12 @@ def _trained(
         trained['float_share'] if part.predicts else 0.0,
     )
     prefix = f'{part.name}/'
-    own = {
+    part_ranges = {
         key.removeprefix(prefix): value.tolist()
         for key, value in trained['ranges'].items()
         if key.startswith(prefix)
     }
-    ranges, unknown = trained_ranges(exported.content, plan, own)
+    ranges, unknown = trained_ranges(exported.content, plan, part_ranges)
     return Recipe(ranges, unknown, reduced)
 
 

@@ -163,24 +163,24 @@ def example_inputs(
                 force_dynamic_exit(model, exit)
             model.predict(images, samples)
 
-    seen = record_inputs(parts, drive)
-    missing = [part.name for part in parts if part.name not in seen]
+    inputs = record_inputs(parts, drive)
+    missing = [part.name for part in parts if part.name not in inputs]
     if missing:
         raise UsageError(
             f'nothing reached {", ".join(missing)} of {type(model).__name__}: it has no part in '
             'prediction, or its weights are untrained'
         )
-    return seen
+    return inputs
 
 
 def _export(part: DetectorPart, inputs: Sequence[Tensor]) -> Exported:
     with torch.no_grad():
         tensors, form = flatten(part.run(*inputs))
-    given = [f'in{index}' for index in range(len(inputs))]
-    made = [f'out{index}' for index in range(len(tensors))]
+    input_names = [f'in{index}' for index in range(len(inputs))]
+    output_names = [f'out{index}' for index in range(len(tensors))]
     axes = {
         name: {axis: f'{name}_{axis}' for axis in range(tensor.dim()) if axis != 1}
-        for name, tensor in zip(given + made, [*inputs, *tensors])
+        for name, tensor in zip(input_names + output_names, [*inputs, *tensors])
     }
     file = io.BytesIO()
     # By tracing: with torch.export a graph takes twenty times as long, and is the same.
@@ -190,8 +190,8 @@ def _export(part: DetectorPart, inputs: Sequence[Tensor]) -> Exported:
                 _Flat(part).eval(),
                 tuple(inputs),
                 file,
-                input_names=given,
-                output_names=made,
+                input_names=input_names,
+                output_names=output_names,
                 dynamic_axes=axes,
                 opset_version=OPSET,
                 dynamo=False,
@@ -275,10 +275,10 @@ class Graph:
         if self._watch is not None:
             self._watch({**self._feed(inputs), **arrays})
         device = inputs[0].device
-        own = [
+        outputs = [
             torch.from_numpy(array).to(device) for name, array in arrays.items() if is_output(name)
         ]
-        return unflatten(own, self._form)
+        return unflatten(outputs, self._form)
 
 
 def _as_array(value: Tensor) -> np.ndarray:
@@ -298,10 +298,10 @@ def release_weights(parts: Sequence[DetectorPart]) -> None:
     spared = [module for part in parts for module in part.spared]
     kept = {id(one) for module in spared for one in (*module.parameters(), *module.buffers())}
     for module in (one for part in parts for whole in part.modules for one in whole.modules()):
-        own = dict(module.named_parameters(recurse=False))
+        tensors = dict(module.named_parameters(recurse=False))
         if isinstance(module, _BatchNorm):
-            own.update(module.named_buffers(recurse=False))
-        for name in (name for name, one in own.items() if id(one) not in kept):
+            tensors.update(module.named_buffers(recurse=False))
+        for name in (name for name, one in tensors.items() if id(one) not in kept):
             setattr(module, name, None)
 
 

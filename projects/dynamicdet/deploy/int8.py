@@ -188,14 +188,14 @@ def _between(
         wanted (Iterable[str]): Tensors.
         kinds (Sequence[str]): Operators.
     """
-    eight, found = set(eight), []
+    eight, candidates = set(eight), []
     for node in model.graph.node:
         data = _data_of(model, node)
         if node.op_type in (*kinds, 'Relu') and data and all(name in eight for name in data):
-            found.append(node)
+            candidates.append(node)
             eight.update(node.output)
     wanted, kept = {*wanted, *(node.input[0] for node in weighted_nodes(model))}, []
-    for node in reversed(found):
+    for node in reversed(candidates):
         if wanted.intersection(node.output):
             kept.append(node)
             wanted.update(_data_of(model, node))
@@ -246,11 +246,11 @@ def quantize_graph(content: bytes, recipe: Recipe) -> bytes:
     if not names:
         return content
     relus = [node.name for node in model.graph.node if node.op_type == 'Relu']
-    own = {node.output[0] for node in weighted_nodes(model) if node.name in names}
+    outputs = {node.output[0] for node in weighted_nodes(model) if node.name in names}
     inputs = {one.name for one in model.graph.input}
     between = [
         node
-        for node in _between(model, own, kinds=recipe.between)
+        for node in _between(model, outputs, kinds=recipe.between)
         if node.op_type in recipe.between
     ]
     same = {name for node in between if node.op_type in _SAME for name in node.output}
@@ -325,9 +325,9 @@ def prediction_layers(
     """`last_layers` of a float graph, where what a part gives are predictions. ``costs`` are of
     nodes that ran."""
     model = need_for_deployment('onnx').load_from_string(content)
-    own = {node.name: costs.get(node.name, 0) for node in weighted_nodes(model)}
+    layer_costs = {node.name: costs.get(node.name, 0) for node in weighted_nodes(model)}
     return last_layers(
-        [(node.name, node.input, node.output) for node in model.graph.node], own, share
+        [(node.name, node.input, node.output) for node in model.graph.node], layer_costs, share
     )
 
 
@@ -402,20 +402,20 @@ def choose_float(
         return noise_of(reference, Graph(quantized, None), feeds)
 
     before = measure(())
-    found = Sensitivity(before, before)
+    sensitivity = Sensitivity(before, before)
     if before <= noise or not names:
-        return found
-    found.each = {name: measure(other for other in names if other != name) for name in names}
+        return sensitivity
+    sensitivity.each = {name: measure(other for other in names if other != name) for name in names}
     total = sum(costs.get(name, 0) for name in names) or 1
-    for name in sorted(names, key=lambda one: -found.each[one]):
+    for name in sorted(names, key=lambda one: -sensitivity.each[one]):
         cost = costs.get(name, 0) / total
-        if found.after <= noise:
+        if sensitivity.after <= noise:
             break
-        if found.share + cost <= share:
-            found.chosen.append(name)
-            found.share += cost
-            found.after = measure(found.chosen)
-    return found
+        if sensitivity.share + cost <= share:
+            sensitivity.chosen.append(name)
+            sensitivity.share += cost
+            sensitivity.after = measure(sensitivity.chosen)
+    return sensitivity
 
 
 def multiply_adds(content: bytes, sizes: Mapping[str, float]) -> dict[str, float]:
@@ -449,16 +449,16 @@ def trained_ranges(
     """
     onnx = need_for_deployment('onnx')
     model = onnx.load_from_string(content)
-    own = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
+    weights = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
     nodes, layers = weighted_nodes(model), list(plan.layers.values())
     # Calls and nodes are in one order; weights prove it.
     if len(nodes) != len(layers) or not all(
-        _equal(own[node.input[1]], _folded(layer)) for node, layer in zip(nodes, layers)
+        _equal(weights[node.input[1]], _folded(layer)) for node, layer in zip(nodes, layers)
     ):
         raise UsageError(
             'the trained ranges are of another detector: its layers are not those of the graph'
         )
-    found: dict[str, Range] = {}
+    range_by_name: dict[str, Range] = {}
     unknown = []
     for node, layer in zip(nodes, layers):
         relu = only_relu(model, node.output[0])
@@ -471,8 +471,8 @@ def trained_ranges(
             (leaving, layer.leaving),
             (node.output[0], layer.leaving),
         ):
-            found[name] = tuple(float(one) for one in ranges[key])
-    return found, tuple(unknown)
+            range_by_name[name] = tuple(float(one) for one in ranges[key])
+    return range_by_name, tuple(unknown)
 
 
 def _folded(layer: QuantizedLayer) -> np.ndarray:

@@ -36,7 +36,7 @@ class Pruned(NamedTuple):
 
 
 def parse_blocks(
-    given: Sequence[str],
+    options: Sequence[str],
     exclude: Sequence[str] = (),
     over: str = 'layer',
     norm: float = 2,
@@ -48,14 +48,16 @@ def parse_blocks(
         UsageError: If one is no such thing, or its share is outside [0, 1).
     """
     blocks = []
-    for one in given:
-        patterns, _, share = one.rpartition('=')
+    for option in options:
+        patterns, _, share = option.rpartition('=')
         try:
             target = float(share)
         except ValueError:
             target = None
         if not patterns or target is None:
-            raise UsageError(f"--block needs PATTERN,...=SHARE, such as backbone=0.5; got '{one}'")
+            raise UsageError(
+                f"--block needs PATTERN,...=SHARE, such as backbone=0.5; got '{option}'"
+            )
         blocks.append(
             PruningBlock(
                 patterns,

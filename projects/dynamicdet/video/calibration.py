@@ -79,14 +79,14 @@ def calibrate_gate(
     """
     ((name, value),) = _checked(wish).items()
     cost = by if by and name == 'max_drop' else _COST[name]
-    replays, found = Replays(record, coco), gate_difficulties(gate, evidence_by_exit(record))
+    replays, difficulties = Replays(record, coco), gate_difficulties(gate, evidence_by_exit(record))
     last = fixed_exits(record, replays)[-1]
     rows = gate_curve(
         record,
         replays,
         gate,
-        found,
-        settings_of(record, gate, found, count, change_count),
+        difficulties,
+        settings_of(record, gate, difficulties, count, change_count),
         seconds,
         progress,
     )

@@ -67,10 +67,10 @@ def settings_of(
     levels = [-1.0, *quantile_thresholds(quantiles, count), 1.0]
     early = [-1.0]
     if gate.early:
-        seen = np.concatenate([frame_changes(record, lag) for lag in _LAGS])
-        if len(seen):
+        change_samples = np.concatenate([frame_changes(record, lag) for lag in _LAGS])
+        if len(change_samples):
             early += quantile_thresholds(
-                np.quantile(seen, np.linspace(0, 1, 4 * change_count + 1)), change_count
+                np.quantile(change_samples, np.linspace(0, 1, 4 * change_count + 1)), change_count
             )
         if nothing_seen(record, gate).any():
             early.append(0.0)

@@ -268,8 +268,8 @@ def _gate_controller(model: nn.Module, budget: Budget | None) -> GateBudgetContr
     return GateBudgetController.of_points(model.operating_points, budget)
 
 
-def _detections(found, score: float) -> list[dict]:
-    ((boxes, scores, labels),) = to_host([found])
+def _detections(instances, score: float) -> list[dict]:
+    ((boxes, scores, labels),) = to_host([instances])
     order = scores.argsort(descending=True)
     order = order[scores[order] >= score]
     rows = zip(*(values[order].tolist() for values in (boxes, labels, scores)))

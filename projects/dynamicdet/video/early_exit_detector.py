@@ -350,21 +350,21 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         )
         if look:
             frames.early = early_summary(frames.layers.take(self.early_layer))
-            seen = [
+            known = [
                 place for place, stream in enumerate(frames.streams) if stream.early is not None
             ]
             change, cut = (
                 frames.early.new_ones(len(samples)),
                 frames.early.new_zeros(len(samples), dtype=torch.bool),
             )
-            if seen:
+            if known:
                 current, previous = (
-                    take_rows(frames.early, seen),
-                    torch.stack([frames.streams[place].early for place in seen]),
+                    take_rows(frames.early, known),
+                    torch.stack([frames.streams[place].early for place in known]),
                 )
-                change = _with_rows(change, seen, early_change(current, previous))
+                change = _with_rows(change, known, early_change(current, previous))
                 if self.cut is not None:
-                    cut = _with_rows(cut, seen, is_cut(current, previous, self.cut))
+                    cut = _with_rows(cut, known, is_cut(current, previous, self.cut))
             frames.change, frames.cut = change, cut
         return frames
 

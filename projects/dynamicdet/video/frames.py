@@ -68,11 +68,11 @@ def scale_of(sample: DetDataSample) -> tuple[float, ...]:
     return tuple(sample.metainfo.get('scale_factor', (1.0, 1.0)))
 
 
-def to_original(found: InstanceData, sample: DetDataSample) -> InstanceData:
+def to_original(instances: InstanceData, sample: DetDataSample) -> InstanceData:
     """A copy of detections in the network's frame, in that of the original image."""
-    found = found.clone()
-    found.bboxes = scale_boxes(found.bboxes, [1 / one for one in sample.scale_factor])
-    return found
+    instances = instances.clone()
+    instances.bboxes = scale_boxes(instances.bboxes, [1 / one for one in sample.scale_factor])
+    return instances
 
 
 def nothing_found(device: torch.device) -> InstanceData:
@@ -90,7 +90,7 @@ def last_found(
     """A stream's last detections; none, on a device, where there are none."""
     if stream.found is None:
         return nothing_found(device)
-    found = stream.found.clone()
+    instances = stream.found.clone()
     # By way of the network's frame, so that boxes stay on what they were found on where the
     # picture's size changes.
     before, now = (
@@ -99,5 +99,5 @@ def last_found(
     )
     factors = [one / other for one, other in zip(before, now)]
     if factors != [1, 1]:
-        found.bboxes = scale_boxes(found.bboxes, factors)
-    return found
+        instances.bboxes = scale_boxes(instances.bboxes, factors)
+    return instances

@@ -59,11 +59,13 @@ def evidence_by_exit(record: Mapping) -> list[Evidence]:
         torch.from_numpy(np.stack([image['pooled'][head] for image in images]))
         for head in range(exits - 1)
     ]
-    found = [
+    instances = [
         [_instances(image['detections'][exit]) for image in images] for exit in range(exits - 1)
     ]
     return [
-        Evidence(exit, found[exit], found[exit - 1] if exit else None, pooled[: exit + 1], None)
+        Evidence(
+            exit, instances[exit], instances[exit - 1] if exit else None, pooled[: exit + 1], None
+        )
         for exit in range(exits - 1)
     ]
 
@@ -90,13 +92,13 @@ def gate_difficulties(gate: Gate, shown: Sequence[Evidence]) -> np.ndarray:
         UsageError: If they are not all in [0, 1].
     """
     gate.eval()
-    found = np.stack([gate.difficulty(one).float().numpy() for one in shown])
+    difficulties = np.stack([gate.difficulty(evidence).float().numpy() for evidence in shown])
     # Not `found < 0 or ...`, which lets NaN pass.
-    if not ((found >= 0) & (found <= 1)).all():
+    if not ((difficulties >= 0) & (difficulties <= 1)).all():
         raise UsageError(
             f'some difficulties of the {type(gate).__name__} are not in [0, 1]: was it trained?'
         )
-    return found
+    return difficulties
 
 
 # Who leaves where.
@@ -119,7 +121,7 @@ def frames_by_video(record: Mapping) -> list[list[int]]:
     by_video: dict[int, list] = {}
     for index, image in enumerate(record['images']):
         by_video.setdefault(image['video'], []).append((image['frame'], index))
-    return [[index for _, index in sorted(own)] for own in by_video.values()]
+    return [[index for _, index in sorted(frames)] for frames in by_video.values()]
 
 
 def nothing_seen(record: Mapping, gate: Gate) -> np.ndarray:
@@ -193,8 +195,8 @@ def exit_costs(record: Mapping, kind: str, looks: bool) -> np.ndarray:
         kind (str): 'gflops' or 'latencies'.
         looks (bool): Whether all heads on the way are run.
     """
-    own = record['costs'][kind]
-    return np.array([own['early'], *(own['looked'] if looks else record[kind])])
+    costs = record['costs'][kind]
+    return np.array([costs['early'], *(costs['looked'] if looks else record[kind])])
 
 
 def simulate_gate(
@@ -222,8 +224,8 @@ def simulate_gate(
         source = np.arange(difficulties.shape[1])
     elif source is None:
         source = detection_sources(record, thresholds[0], nothing_seen(record, gate))
-    own = take_exits(difficulties, thresholds)
-    exits = np.where(source == np.arange(len(source)), own, -1)
+    taken = take_exits(difficulties, thresholds)
+    exits = np.where(source == np.arange(len(source)), taken, -1)
     decisions = np.where(exits < 0, 0, np.minimum(exits + 1, len(difficulties)))
     # As the detector, which asks at no exit where no threshold lets a frame leave, unless heads are
     # run anyway.

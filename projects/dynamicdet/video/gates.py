@@ -106,7 +106,9 @@ def most_confident(
 ) -> list[GateDetections]:
     """Of each image the detections from a score on, at most `MOST`: boxes (D, 4), scores (D,) and
     labels (D,), on the CPU."""
-    return [_surest(*(one.numpy() for one in own), min_score) for own in to_host(detections)]
+    return [
+        _surest(*(one.numpy() for one in instances), min_score) for instances in to_host(detections)
+    ]
 
 
 def _surest(

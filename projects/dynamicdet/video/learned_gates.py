@@ -162,14 +162,14 @@ def detection_features(evidence: Evidence) -> Tensor:
     there is none)."""
     count, rows = len(evidence.detections), []
     every = most_confident([*evidence.detections, *(evidence.earlier or ())])
-    for found, before in zip(every[:count], every[count:] or [None] * count):
-        doubts = coin_entropy(found.scores)
+    for detections, earlier in zip(every[:count], every[count:] or [None] * count):
+        doubts = coin_entropy(detections.scores)
         rows.append(
             (
                 doubts.mean() if len(doubts) else 0.0,
                 squash(doubts.sum()),
-                found.scores.max(initial=0.0),
-                1.0 if before is None else 1 - detection_agreement(found, before),
+                detections.scores.max(initial=0.0),
+                1.0 if earlier is None else 1 - detection_agreement(detections, earlier),
             )
         )
     return torch.from_numpy(np.array(rows, np.float32).reshape(-1, _LOOKS))

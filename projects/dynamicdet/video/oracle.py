@@ -40,9 +40,11 @@ def plan_without_memory(values: np.ndarray, costs: Sequence[float], budget: floa
         budget (float): Mean cost per frame.
     """
     values = np.asarray(values, float)
-    found = allocate(np.concatenate([np.zeros((1, values.shape[1])), values]), costs, budget)
-    exits = found.choice - 1
-    return ExitPlan(exits, np.where(exits < 0, -1, np.arange(len(exits))), found.value, found.bound)
+    allocation = allocate(np.concatenate([np.zeros((1, values.shape[1])), values]), costs, budget)
+    exits = allocation.choice - 1
+    return ExitPlan(
+        exits, np.where(exits < 0, -1, np.arange(len(exits))), allocation.value, allocation.bound
+    )
 
 
 def plan_with_reuse(
@@ -108,11 +110,11 @@ def _plan_at(
     total = 0.0
     for frames in videos:
         ages, chosen = _path(values[:, :, frames], price * costs)
-        own = np.arange(len(frames)) - ages
+        shown_places = np.arange(len(frames)) - ages
         shown = chosen >= 0
         where = np.asarray(frames)
         exits[where[ages == 0]] = chosen[ages == 0]
-        source[where[shown]] = where[own[shown]]
+        source[where[shown]] = where[shown_places[shown]]
         total += values[ages[shown], chosen[shown], where[shown]].sum()
     return ExitPlan(exits, source, float(total), np.inf)
 
@@ -159,16 +161,16 @@ def values_by_age(
         frames (int): n.
         longest (int): L. Defaults to 8.
     """
-    found = []
+    by_age = []
     for age in range(longest + 1):
         source = np.full(frames, -1)
-        for own in videos:
-            source[own[age:]] = own[: len(own) - age]
+        for frames_of_video in videos:
+            source[frames_of_video[age:]] = frames_of_video[: len(frames_of_video) - age]
         values = replays.mixtures(source).image_ap()[:-1]
-        found.append(np.where(source >= 0, values, -np.inf))
+        by_age.append(np.where(source >= 0, values, -np.inf))
         if (source < 0).all():
             break
-    return np.stack(found)
+    return np.stack(by_age)
 
 
 def oracle_rows(

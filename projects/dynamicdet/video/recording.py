@@ -58,9 +58,11 @@ def load_early_exit_detector(
         raise UsageError(f"'{path}' is a plain detector's: train the heads first")
     init_default_scope('mmdet')
     # Another gate than that of the checkpoint may be asked for.
-    own = {key for key in build_model(cfg).state_dict() if key.startswith('gate.')}
+    gate_keys = {key for key in build_model(cfg).state_dict() if key.startswith('gate.')}
     state = {
-        key: value for key, value in state.items() if not key.startswith('gate.') or key in own
+        key: value
+        for key, value in state.items()
+        if not key.startswith('gate.') or key in gate_keys
     }
     model, checkpoint = load_detector(cfg, dict(checkpoint, state_dict=state), device, ('gate.',))
     model.cfg = cfg
@@ -79,21 +81,23 @@ def gate_of_checkpoint(cfg: Config, path: str) -> Gate:
         key.removeprefix('module.'): value
         for key, value in read_checkpoint(path)['state_dict'].items()
     }
-    own = {
+    gate_state = {
         key.removeprefix('gate.'): value for key, value in state.items() if key.startswith('gate.')
     }
     # One number for each head, in order.
     channels = [
-        value.shape[1] for key, value in own.items() if re.search(r'project\.\d+\.weight$', key)
+        value.shape[1]
+        for key, value in gate_state.items()
+        if re.search(r'project\.\d+\.weight$', key)
     ]
-    moments = own.get('nothing.mean')
+    moments = gate_state.get('nothing.mean')
     if cfg.model.gate.get('nothing') and moments is None:
         raise UsageError(
             f"'{path}' has no trained Presence: fit it by tools/calibrate_video.py --fit-record"
         )
     gate = build_gate(cfg.model.gate, channels, 0 if moments is None else len(moments) // 2)
-    require_complete(gate, own)
-    gate.load_state_dict(own)
+    require_complete(gate, gate_state)
+    gate.load_state_dict(gate_state)
     return gate.eval()
 
 
@@ -130,11 +134,11 @@ def record_videos(
         images.extend(_record_batch(model, batch, loader.dataset.cat_ids))
     gflops, lean = _gflops(model, loader.dataset), {}
     seconds = measure_exit_latencies(model, loader.dataset, progress, frames, rounds)
-    for kind, own in (('gflops', gflops), ('latencies', seconds)):
-        lean[kind] = list(own['alone'])
+    for kind, measured in (('gflops', gflops), ('latencies', seconds)):
+        lean[kind] = list(measured['alone'])
     costs = {
-        kind: dict(early=own['early'], looked=list(own['looked']))
-        for kind, own in (('gflops', gflops), ('latencies', seconds))
+        kind: dict(early=measured['early'], looked=list(measured['looked']))
+        for kind, measured in (('gflops', gflops), ('latencies', seconds))
     }
     facts = dict(
         provenance(cfg, checkpoint, loader.dataset, str(model.thresholds.device)),
@@ -164,9 +168,9 @@ def _record_batch(model: EarlyExitDetector, batch: dict, category_ids: Sequence[
                 f'frames do not say their {", ".join(missing)}: name them in the meta_keys of the '
                 "pipeline's PackDetInputs"
             )
-    found = model.predict_all(inputs, samples)
-    change, early = found.change.tolist(), found.early.cpu().numpy()
-    pooled = [one.cpu().numpy() for one in found.pooled]
+    outputs = model.predict_all(inputs, samples)
+    change, early = outputs.change.tolist(), outputs.early.cpu().numpy()
+    pooled = [one.cpu().numpy() for one in outputs.pooled]
     return [
         dict(
             id=int(sample.img_id),
@@ -177,8 +181,8 @@ def _record_batch(model: EarlyExitDetector, batch: dict, category_ids: Sequence[
             early=early[row].copy(),
             pooled=[one[row].copy() for one in pooled],
             detections=[
-                coco_results(DetDataSample(pred_instances=own[row]), category_ids)
-                for own in found.detections
+                coco_results(DetDataSample(pred_instances=instances[row]), category_ids)
+                for instances in outputs.detections
             ],
         )
         for row, sample in enumerate(samples)
@@ -261,7 +265,7 @@ def measure_exit_latencies(
                     seconds, _ = time_call(lambda: model.test_step(batch), device)
                     if turn:
                         times[one].append(seconds)
-    medians = {one: float(np.median(own)) for one, own in times.items()}
+    medians = {one: float(np.median(exit_times)) for one, exit_times in times.items()}
     return dict(
         early=medians[-1, False],
         alone=[medians[exit, False] for exit in exits],

@@ -153,11 +153,11 @@ def stream_waves(keys: Sequence[Hashable | None]) -> list[list[int]]:
     Returns:
         list[list[int]]: Indices of the images that run first, second, ...
     """
-    seen: dict[Hashable, int] = {}
+    counts: dict[Hashable, int] = {}
     parts: list[list[int]] = []
     for index, key in enumerate(keys):
-        place = 0 if key is None else seen.get(key, 0)
-        seen[key] = place + 1
+        place = 0 if key is None else counts.get(key, 0)
+        counts[key] = place + 1
         if place == len(parts):
             parts.append([])
         parts[place].append(index)
@@ -191,8 +191,8 @@ def as_frames(inputs: Tensor, samples: Sequence) -> tuple[Tensor, list[DetDataSa
         return inputs, list(samples)
     frames = []
     for clip in samples:
-        own = clip.video_data_samples if isinstance(clip, TrackDataSample) else clip
-        for step, sample in enumerate(own):
+        clip_frames = clip.video_data_samples if isinstance(clip, TrackDataSample) else clip
+        for step, sample in enumerate(clip_frames):
             sample.set_metainfo(dict(clip_step=step))
             frames.append(sample)
     return inputs.flatten(0, 1), frames
