@@ -396,10 +396,10 @@ def print_budget_report(budget_report: BudgetReport | None) -> None:
 
 def _say_warning(message: Any, category: type, filename: str, *args: Any) -> None:
     """The package's own warnings are a line without a place in its code."""
-    own = Path(filename).is_relative_to(Path(__file__).parent)
+    is_ours = Path(filename).is_relative_to(Path(__file__).parent)
     print(
         f'warning: {message}'
-        if own
+        if is_ours
         else warnings.formatwarning(message, category, filename, *args[:1]).rstrip(),
         file=sys.stderr,
     )

@@ -43,10 +43,10 @@ def test_a_stream_goes_on():
 def test_a_frame_of_another_size_is_a_change_and_nothing_is_lost(meta, shape):
     streams = Streams(4)
     (first,) = streams.at([sample('a', 3)], (64, 64))
-    first.early, first.found, first.memories = torch.zeros(1), 'found', {0: 'a map'}
+    first.early, first.detections, first.memories = torch.zeros(1), 'found', {0: 'a map'}
     (again,) = streams.at([sample('a', **meta)], shape)
     assert again is first and again.early is None and again.frame == 4
-    assert (again.found, again.memories) == ('found', {0: 'a map'})
+    assert (again.detections, again.memories) == ('found', {0: 'a map'})
     again.early = torch.ones(1)
     assert streams.at([sample('a', **dict(meta, frame=5))], shape)[0].early is not None
 

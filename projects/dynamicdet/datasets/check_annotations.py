@@ -67,11 +67,11 @@ def _require(condition: Any, message: str) -> None:
 
 def first_few(values: Sequence[Any], count: int = 3) -> str:
     """The first few of them, in words; in quotes where blanks or line ends would not be seen."""
-    said = (
+    texts = (
         text if text.isprintable() and text == text.strip() else repr(text)
         for text in map(str, values[:count])
     )
-    return ', '.join(said) + (', ...' if len(values) > count else '')
+    return ', '.join(texts) + (', ...' if len(values) > count else '')
 
 
 def _require_thick(images: list[dict], place: DataSetPlace) -> None:
@@ -257,15 +257,15 @@ def _check_filters(
 
 
 def _line(
-    found: np.ndarray, text: str, images: list[dict], annotations: list[dict], image: np.ndarray
+    indices: np.ndarray, text: str, images: list[dict], annotations: list[dict], image: np.ndarray
 ) -> list[str]:
     """A line about some annotations, by their indices; none if there are none."""
-    if not len(found):
+    if not len(indices):
         return []
-    first = annotations[found[0]]
+    first = annotations[indices[0]]
     where = (
-        f"'{images[image[found[0]]]['file_name']}'"
-        if image[found[0]] >= 0
+        f"'{images[image[indices[0]]]['file_name']}'"
+        if image[indices[0]] >= 0
         else f'image_id {first["image_id"]}'
     )
-    return [f'{len(found)} {text} (first: {where}, annotation {first["id"]})']
+    return [f'{len(indices)} {text} (first: {where}, annotation {first["id"]})']

@@ -123,13 +123,13 @@ def _check_boxes(entries: list[dict], place: DataSetPlace) -> list[str]:
     lines = []
     if len(bad):
         first = owners[bad[0]]
-        said = (
+        complaint = (
             f'{len(bad)} box(es) without a width or height above 0 (first: {boxes[bad[0]]}, '
             f"'{first.get('xml_path', first.get('img_path'))}')"
         )
         if place.training:
-            raise UsageError(f'{place.name}: {said}: correct them, or take them out')
-        lines.append(f'{said}: nothing can match them')
+            raise UsageError(f'{place.name}: {complaint}: correct them, or take them out')
+        lines.append(f'{complaint}: nothing can match them')
     empty = sum(not entry.get('instances') for entry in entries)
     if empty:
         lines.append(f'{empty} of {len(entries)} images without an object of the classes')

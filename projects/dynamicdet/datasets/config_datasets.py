@@ -172,9 +172,9 @@ def _require_settings(dataset: Mapping, key: str) -> None:
         raise UsageError(f'{key} has no type, such as CocoDataset')
     for name in ('metainfo', 'data_prefix', 'filter_cfg'):
         # mmengine looks into data_prefix, whatever it is, where it is given.
-        given = dataset.get(name, {} if name == 'data_prefix' else None)
-        if not isinstance(given, Mapping) and (given is not None or name == 'data_prefix'):
-            raise UsageError(f'{key}.{name} must be a dict; got {given}')
+        setting = dataset.get(name, {} if name == 'data_prefix' else None)
+        if not isinstance(setting, Mapping) and (setting is not None or name == 'data_prefix'):
+            raise UsageError(f'{key}.{name} must be a dict; got {setting}')
     for name in ('ann_file', 'data_root'):
         value = dataset.get(name)
         if not isinstance(value, (str, type(None))):

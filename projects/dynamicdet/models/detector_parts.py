@@ -49,15 +49,15 @@ class DetectorPart:
 
 
 class Features(tuple):
-    """Maps, with what the same part found from them: a head's outputs or difficulties."""
+    """Maps, with what the same part computed from them: a head's outputs or difficulties."""
 
-    found: Any = None
+    outputs: Any = None
 
     @classmethod
-    def of(cls, maps: Sequence[Tensor], found: Any) -> 'Features':
-        """Maps with what the same part found from them."""
+    def of(cls, maps: Sequence[Tensor], outputs: Any) -> 'Features':
+        """Maps with what the same part computed from them."""
         features = cls(maps)
-        features.found = found
+        features.outputs = outputs
         return features
 
 
@@ -111,7 +111,7 @@ def _first(model: DynamicDetector) -> DetectorPart:
     ) -> Tensor:
         whole = valid is None or all(high == wide == 1 for high, wide in valid)
         if whole and isinstance(maps, Features):
-            return maps.found
+            return maps.outputs
         return score(maps, valid)
 
     # Its cost is nothing, and who goes on depends on it.
@@ -186,7 +186,7 @@ def _dense(name: str, branch: BaseDetector, head: nn.Module, two_stage: bool) ->
 
     def place(other: Run) -> None:
         neck.forward = lambda maps: Features.of(*other(*maps))
-        head.forward = lambda features: features.found
+        head.forward = lambda features: features.outputs
 
     # What an RPN gives are proposals, which the heads on RoIs judge anew.
     return DetectorPart(name, run, place, (neck, head), predicts=not two_stage)

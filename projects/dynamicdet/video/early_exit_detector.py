@@ -23,7 +23,7 @@ from ..precision import KeepsTypeOfBuffers
 from ..routing.budget import Budget
 from ..transfers import Followed, take_rows
 from .budgets import POINTS, require_early_exit_budget, resolve_budget
-from .frames import Frames, last_found, nothing_found, scale_of, to_original
+from .frames import Frames, last_detections, no_detections, scale_of, to_original
 from .gate_inputs import AllExits, Evidence
 from .lazy_layers import LazyLayers
 from .losses import training_losses
@@ -425,9 +425,9 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
                 frames.early.device,
             )
             instances = (
-                nothing_found(device)
+                no_detections(device)
                 if news[place]
-                else last_found(stream, sample, rescale, device)
+                else last_detections(stream, sample, rescale, device)
             )
             self._leave(frames, place, -1, instances, rescale, news[place])
         return frames.without(places) if places else frames
@@ -484,7 +484,7 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         sample.set_metainfo(dict(exit=exit, difficulty=frames.difficulties[place]))
         if new:
             # A copy: whoever evaluates moves results to where they want them.
-            stream.found, stream.rescaled, stream.scale = (
+            stream.detections, stream.rescaled, stream.scale = (
                 instances.clone(),
                 rescale,
                 scale_of(sample),

@@ -75,7 +75,7 @@ def to_original(instances: InstanceData, sample: DetDataSample) -> InstanceData:
     return instances
 
 
-def nothing_found(device: torch.device) -> InstanceData:
+def no_detections(device: torch.device) -> InstanceData:
     """No detections."""
     return InstanceData(
         bboxes=torch.zeros(0, 4, device=device),
@@ -84,13 +84,13 @@ def nothing_found(device: torch.device) -> InstanceData:
     )
 
 
-def last_found(
+def last_detections(
     stream: VideoStream, sample: DetDataSample, rescale: bool, device: torch.device
 ) -> InstanceData:
     """A stream's last detections; none, on a device, where there are none."""
-    if stream.found is None:
-        return nothing_found(device)
-    instances = stream.found.clone()
+    if stream.detections is None:
+        return no_detections(device)
+    instances = stream.detections.clone()
     # By way of the network's frame, so that boxes stay on what they were found on where the
     # picture's size changes.
     before, now = (

@@ -69,10 +69,10 @@ class VideoStream:
         frame (int): Number of its latest frame.
         shape (tuple[int, ...]): Of its frames, as the network sees them.
         memories (dict[int, Memory]): By exit.
-        early (Tensor, optional): Summary of the early map, (d,), of the frame that ``found`` is
-            from.
-        found (InstanceData, optional): The detections that were computed last, in the original's
-            frame or not, as ``rescaled`` says.
+        early (Tensor, optional): Summary of the early map, (d,), of the frame that ``detections``
+            are from.
+        detections (InstanceData, optional): The detections that were computed last, in the
+            original's frame or not, as ``rescaled`` says.
         scale (tuple[float, ...]): By which width and height of its original were multiplied for the
             network.
     """
@@ -81,13 +81,13 @@ class VideoStream:
     shape: tuple[int, ...] = ()
     memories: dict[int, Memory] = field(default_factory=dict)
     early: Tensor | None = None
-    found: InstanceData | None = None
+    detections: InstanceData | None = None
     rescaled: bool = True
     scale: tuple[float, ...] = (1.0, 1.0)
 
     def forget(self) -> None:
         """Begin anew: at a cut."""
-        self.memories, self.early, self.found = {}, None, None
+        self.memories, self.early, self.detections = {}, None, None
 
 
 class Streams:
