@@ -11,7 +11,7 @@ from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
 from dynamicdet.compression.ddz import compress
 from dynamicdet.compression.pruning import Block, find_layers, prune_weights
 from dynamicdet.engine import WeightSharingHook
-from dynamicdet.engine.pruning_hook import averages
+from dynamicdet.engine.compression_hook import averages
 from dynamicdet.errors import UsageError
 from dynamicdet.testing import randomize
 from mmdet.registry import HOOKS, MODELS

@@ -177,16 +177,6 @@ def disjoint_layers(
     return found
 
 
-def require_blocks(blocks: object, hook: str) -> None:
-    """Raise a `UsageError` unless a hook was given a list of dictionaries, one or more."""
-    if (
-        not isinstance(blocks, (list, tuple))
-        or not blocks
-        or not all(isinstance(one, dict) for one in blocks)
-    ):
-        raise UsageError(f'{hook}: blocks is a list of dictionaries, one or more; got {blocks!r}')
-
-
 def units(layer: PrunableLayer, block: Block) -> int:
     """How many weights a layer has, or channels where whole ones are pruned."""
     return layer.weight.shape[layer.dim] if block.structured else layer.weight.numel()
