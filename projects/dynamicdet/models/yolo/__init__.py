@@ -1,18 +1,20 @@
 """What YOLOv5 and YOLOv7 have in common."""
 
 from .assigner import candidates
-from .blocks import ACTIVATION, NORM, conv
+from .blocks import ACTIVATION, NORM, conv, pyramid
 from .head import AnchorHead, Matches, ciou
-from .layers import YOLOLayer, concatenate_maps
+from .layers import YOLOLayer, append_layer, concatenate_maps
 
 __all__ = [
     'ACTIVATION',
     'AnchorHead',
-    'YOLOLayer',
     'Matches',
     'NORM',
+    'YOLOLayer',
+    'append_layer',
     'candidates',
     'ciou',
+    'concatenate_maps',
     'conv',
-    'join',
+    'pyramid',
 ]

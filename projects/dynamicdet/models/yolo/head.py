@@ -167,13 +167,21 @@ class AnchorHead(KeepsTypeOfBuffers, Fusible, BaseDenseHead):
         """Boxes, (K, 4) as center and size, and scores, (K, C), of one image's cells whose
         objectness is above the threshold: a score cannot be above it. Only they are decoded."""
         objectness = objectness.float().sigmoid()
-        at = anchor, row, column = (objectness > threshold).nonzero(as_tuple=True)
+        at = (objectness > threshold).nonzero(as_tuple=True)
         scores = objectness[at][:, None]
         if self.num_classes > 1:
-            logits = cls.unflatten(0, (self.num_anchors, -1))[anchor, :, row, column]
-            scores = scores * logits.float().sigmoid()
-        raw = box.unflatten(0, (self.num_anchors, 4))[anchor, :, row, column]
-        return self.decode(raw, level, anchor, row, column), scores
+            scores = scores * self.at_cells(cls, at).float().sigmoid()
+        return self.decode(self.at_cells(box, at), level, *at), scores
+
+    def at_cells(self, outputs: Tensor, cells: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """What one image's map of a level, (A * K, H_l, W_l), has in some cells, (M, K).
+
+        Args:
+            outputs (Tensor): Such as its class scores.
+            cells (tuple[Tensor]): Anchor, row and column, (M,) each.
+        """
+        anchor, row, column = cells
+        return outputs.unflatten(0, (self.num_anchors, -1))[anchor, :, row, column]
 
     # Training.
 

@@ -32,9 +32,7 @@ class YOLOV5Head(AnchorHead):
             published ones.
         loss_weights (dict): Of 'bbox', 'obj' and 'cls'. Defaults to those with which n and s were
             published.
-        train_cfg (dict, optional): As of `AnchorHead`.
-        test_cfg (dict, optional): As of `AnchorHead`.
-        init_cfg (dict, optional): As in mmengine. Defaults to None.
+        train_cfg, test_cfg, init_cfg: As of `AnchorHead`.
     """
 
     def __init__(
@@ -49,14 +47,9 @@ class YOLOV5Head(AnchorHead):
         init_cfg: OptConfigType = None,
     ) -> None:
         table = yolov5_architecture(arch, width)
+        channels, anchors = table.channels(*table.outputs), anchors or ANCHORS
         super().__init__(
-            num_classes,
-            table.channels(*table.outputs),
-            anchors or ANCHORS,
-            loss_weights,
-            train_cfg,
-            test_cfg,
-            init_cfg,
+            num_classes, channels, anchors, loss_weights, train_cfg, test_cfg, init_cfg
         )
 
     def _match(
@@ -68,13 +61,9 @@ class YOLOV5Head(AnchorHead):
     ) -> list[Matches]:
         corners = [get_box_tensor(instances.bboxes).float() for instances in batch_gt_instances]
         boxes = bbox_xyxy_to_cxcywh(torch.cat(corners))
-        labels = torch.cat([instances.labels for instances in batch_gt_instances])
-        image = torch.cat(
-            [
-                torch.full_like(instances.labels, index)
-                for index, instances in enumerate(batch_gt_instances)
-            ]
-        )
+        each = [instances.labels for instances in batch_gt_instances]
+        labels = torch.cat(each)
+        image = torch.cat([torch.full_like(own, index) for index, own in enumerate(each)])
         matches = []
         for level, objectness in enumerate(objectnesses):
             anchor, row, column, owner = self.candidates(boxes, level, objectness.shape[-2:])
