@@ -138,6 +138,13 @@ class ConfigOptions(DictAction):
         setattr(namespace, self.dest, options)
 
 
+def positive(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError('must be 1 or more')
+    return int(text)
+
+
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that mmdet's train and test tools share."""
     parser.add_argument('--work-dir', help='where logs and checkpoints go')
