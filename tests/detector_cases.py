@@ -18,6 +18,7 @@ from far_device import far_device
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
+from mmengine.structures import InstanceData
 from scipy.optimize import linear_sum_assignment
 from suite_settings import ROOT, SEED
 from tool_server import ToolServer
@@ -56,6 +57,14 @@ def far(monkeypatch):
     """A device that is not the CPU, see far_device.py."""
     with far_device(monkeypatch) as device:
         yield device
+
+
+def instances(*boxes):
+    """Objects with these corners; their classes are 0, 1, 2, 0, ..."""
+    return InstanceData(
+        bboxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        labels=torch.arange(len(boxes)) % 3,
+    )
 
 
 def no_progress(steps, _):

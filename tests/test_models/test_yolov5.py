@@ -6,10 +6,9 @@ import pytest
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.optim import build_optim_wrapper
-from mmengine.structures import InstanceData
 from torch import nn
 
-from conftest import ROOT
+from conftest import ROOT, instances
 from dynamicdet.measuring.flops import (
     build_detector,
     count_flops,
@@ -196,13 +195,6 @@ def test_fused_is_the_same():
 
 
 # The head.
-
-
-def instances(*boxes):
-    return InstanceData(
-        bboxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-        labels=torch.arange(len(boxes)) % 3,
-    )
 
 
 def raw(head, size=64, images=1, value=0.0):
