@@ -38,7 +38,7 @@ from .composite import build_composite
 from .kept_outputs import Outputs
 from .paired_losses import ExitView, paired_losses
 from .resolution import Ratio, reduce_images, reduce_samples, scale_boxes
-from .weights import is_plain
+from .weights import is_plain, rename_entries
 
 
 @MODELS.register_module()
@@ -183,13 +183,7 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
         """Take checkpoints of plain detectors, for all exits, and calibrations of any length."""
-        entries = {
-            key[len(prefix) :]: state_dict.pop(key)
-            for key in list(state_dict)
-            if key.startswith(prefix)
-        }
-        entries = self.spread_plain_weights(entries)
-        state_dict.update({prefix + key: value for key, value in entries.items()})
+        entries = rename_entries(state_dict, prefix, self.spread_plain_weights)
         if 'difficulties' in entries:
             self.difficulties = self.difficulties.new_empty(entries['difficulties'].shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
