@@ -209,7 +209,7 @@ def raw(head, size=64, images=1, value=0.0):
 def test_all_candidates_of_an_object_answer_for_it():
     """An object of 24 x 24 pixels, centered at (18, 30) in the second of two images."""
     head = YOLOV5Head(3, 'n', 0.5)
-    levels = head._match(*raw(head, images=2), [instances(), instances([6, 18, 30, 42])])
+    levels = head._match(list(zip(*raw(head, images=2))), [instances(), instances([6, 18, 30, 42])])
     # Level 0: all of (10, 13), (16, 30), (33, 23) are within four times; cell (3, 2), those to the
     # left and below. Level 1: (30, 61) and (62, 45); cell (1, 1), those to the left and below.
     # Level 2: none.

@@ -2,12 +2,13 @@
 
 from .assigner import candidates
 from .blocks import ACTIVATION, NORM, conv, pyramid
-from .head import AnchorHead, Matches, ciou
+from .head import AnchorHead, LevelOutput, Matches, ciou
 from .layers import YOLOLayer, append_layer, concatenate_maps
 
 __all__ = [
     'ACTIVATION',
     'AnchorHead',
+    'LevelOutput',
     'Matches',
     'NORM',
     'YOLOLayer',

@@ -27,6 +27,10 @@ from .assigner import candidates
 _BALANCE = {3: (4.0, 1.0, 0.4), 4: (4.0, 1.0, 0.25, 0.06)}
 
 
+#: Of a level: class scores, box predictions and objectness, as `AnchorHead.forward` gives them.
+LevelOutput = tuple[Tensor, Tensor, Tensor]
+
+
 class Matches(NamedTuple):
     """Cells of one level that answer for an object: indices, (M,); boxes, (M, 4) as center and
     size; and labels, (M,)."""
@@ -202,7 +206,8 @@ class AnchorHead(KeepsTypeOfBuffers, Fusible, BaseDenseHead):
         by C / 80.
         """
         with torch.no_grad():
-            matches = self._match(cls_scores, bbox_preds, objectnesses, batch_gt_instances)
+            levels = list(zip(cls_scores, bbox_preds, objectnesses))
+            matches = self._match(levels, batch_gt_instances)
         boxes, objects, classes = [], [], []
         for level, match in enumerate(matches):
             at = (match.image, match.anchor, match.row, match.column)
@@ -236,13 +241,7 @@ class AnchorHead(KeepsTypeOfBuffers, Fusible, BaseDenseHead):
         )
 
     @abstractmethod
-    def _match(
-        self,
-        cls_scores: list[Tensor],
-        bbox_preds: list[Tensor],
-        objectnesses: list[Tensor],
-        batch_gt_instances: InstanceList,
-    ) -> list[Matches]:
+    def _match(self, levels: list[LevelOutput], instances: InstanceList) -> list[Matches]:
         """Cells of each level that answer for an object, over the batch. Without gradients."""
 
 

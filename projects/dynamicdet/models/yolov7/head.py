@@ -13,7 +13,7 @@ from mmdet.registry import MODELS
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_xyxy_to_cxcywh, get_box_tensor
 from mmdet.utils import InstanceList, OptConfigType
 
-from ..yolo import AnchorHead, Matches
+from ..yolo import AnchorHead, LevelOutput, Matches
 from .architecture import yolov7_architecture
 from .assigner import sim_ota
 
@@ -83,22 +83,12 @@ class YOLOV7Head(AnchorHead):
             return self.convs[level](x)
         return self.convs[level](x + self.added[level]) * self.multiplied[level]
 
-    def _match(
-        self,
-        cls_scores: list[Tensor],
-        bbox_preds: list[Tensor],
-        objectnesses: list[Tensor],
-        batch_gt_instances: InstanceList,
-    ) -> list[Matches]:
-        levels: list[list[Matches]] = [[] for _ in cls_scores]
-        for index, instances in enumerate(batch_gt_instances):
-            outputs = [
-                [part[index] for part in parts]
-                for parts in zip(cls_scores, bbox_preds, objectnesses)
-            ]
-            for level, match in enumerate(self._match_image(index, outputs, instances)):
-                levels[level].append(match)
-        return [Matches(*map(torch.cat, zip(*parts))) for parts in levels]
+    def _match(self, levels: list[LevelOutput], instances: InstanceList) -> list[Matches]:
+        images = [
+            self._match_image(index, [[part[index] for part in parts] for parts in levels], own)
+            for index, own in enumerate(instances)
+        ]
+        return [Matches(*map(torch.cat, zip(*of_level))) for of_level in zip(*images)]
 
     def _match_image(
         self, index: int, outputs: list[list[Tensor]], instances: InstanceData
