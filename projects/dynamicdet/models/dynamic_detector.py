@@ -310,11 +310,16 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
                 finished, see `kept_outputs`: not computed again either.
         """
         every = [(one.maps, reduce_samples(one.samples, one.ratio), one.ratio) for one in states]
+        for _, samples, _ in every:
+            for sample in samples:
+                # Losses do not look at it, and detectors copy what they are given.
+                if 'pred_instances' in sample:
+                    del sample.pred_instances
         return self._image_losses(every, outputs)
 
     def _image_losses(self, every: list[tuple], outputs: Sequence[Outputs] | None = None) -> Tensor:
         """(K, N), float32; ``every`` as `_all_exits` gives it."""
-        outputs = outputs or [{}] * len(every)
+        outputs = outputs or [Outputs()] * len(every)
         losses = [
             [self.parse_losses(own)[0] for own in paired_losses(self._views(every, index, outputs))]
             for index in range(len(every[0][1]))
