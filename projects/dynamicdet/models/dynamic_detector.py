@@ -298,7 +298,7 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         features = self.router.pool(every[0][0], _valid(batch_inputs, batch_data_samples))
         return self._image_losses(every), features
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def losses_of_states(
         self, states: Sequence[BatchState], outputs: Sequence[Outputs] | None = None
     ) -> Tensor:
