@@ -25,7 +25,8 @@ from .datasets.annotation_repair import mend_annotations
 from .datasets.check import check_dataloaders, is_of_empty_set
 from .datasets.config_datasets import SEVERAL_FILES
 from .errors import UsageError, reason_of
-from .measuring.recording import VIEWS, build_record_loader, record_data_set, require_recordable
+from .measuring.recording import build_record_loader, record_data_set, require_recordable
+from .measuring.views import VIEWS
 from .models import DynamicDetector
 from .models.weights import exits_digest
 from .private_mmengine import parse_scalar

@@ -16,15 +16,8 @@ from dynamicdet.errors import UsageError
 from dynamicdet.measuring import recording
 from dynamicdet.measuring.calibration import coco_results, measure_gflops, record_exits
 from dynamicdet.measuring.latencies import force_dynamic_exit
-from dynamicdet.measuring.recording import (
-    build_record_loader,
-    flip_boxes,
-    flip_images,
-    gray_entropy,
-    record_data_set,
-    shift_boxes,
-    shift_images,
-)
+from dynamicdet.measuring.recording import build_record_loader, gray_entropy, record_data_set
+from dynamicdet.measuring.views import flip_boxes, flip_images, shift_boxes, shift_images
 from dynamicdet.routing.budget import Budget
 from mmdet.registry import DATASETS
 from mmdet.structures import DetDataSample
