@@ -12,9 +12,14 @@ from pathlib import Path
 
 from dynamicdet import cli
 from dynamicdet.files import write_atomically
-from dynamicdet.reports.analysis import analyze, format_analysis, pair_of, write_analysis
-from dynamicdet.reports.analysis_text import misses
 from dynamicdet.reports.figures import png, trade_off_figure
+from dynamicdet.reports.routing_analysis import (
+    analyze_routing,
+    format_analysis,
+    two_exit_record,
+    write_analysis,
+)
+from dynamicdet.reports.routing_analysis_text import share_miss_sentences
 from dynamicdet.routing.evaluation import read_truth
 
 
@@ -38,9 +43,9 @@ def main() -> None:
     out_dir = Path(args.out_dir or Path(cfg.work_dir) / 'report')
     cli.make_folder(str(out_dir))
     model, loader, record = cli.make_record(args, cfg, out_dir / 'record.npz')
-    record = pair_of(record)
+    record = two_exit_record(record)
     coco = read_truth(loader.dataset.ann_file, loader.dataset.cat_ids)
-    analysis = analyze(
+    analysis = analyze_routing(
         record,
         coco,
         say=lambda what: print(f'{what} ...', file=sys.stderr, flush=True),
@@ -49,7 +54,7 @@ def main() -> None:
     write_atomically(png(trade_off_figure(analysis['rows'])), out_dir / 'trade_off.png')
     page = write_analysis(record, coco, analysis, out_dir, name='report')
     print(format_analysis(analysis))
-    for miss in misses(analysis['calibrated']):
+    for miss in share_miss_sentences(analysis['calibrated']):
         print(f'warning: {miss}', file=sys.stderr)
     print(f'\nThe same with pictures: {page}')
 

@@ -14,9 +14,9 @@ from dynamicdet.building import build_loader, load_dynamic_detector
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.calibration import (
     calibrate,
+    inference_settings,
     measure_difficulties,
     measure_gflops,
-    passed,
     provenance,
     record_exits,
 )
@@ -254,7 +254,7 @@ def test_how_images_passed(model, digits, batch_size, dtype):
     loader = build_loader(
         load_config(digits, **{'val_dataloader.batch_size': batch_size}).val_dataloader
     )
-    assert passed(model.to(getattr(torch, dtype)), loader) == dict(
+    assert inference_settings(model.to(getattr(torch, dtype)), loader) == dict(
         dtype=dtype, batch_size=batch_size, latency_batch_size=1
     )
 

@@ -11,7 +11,7 @@ import torch
 from mmengine.config import Config
 
 from conftest import ROOT, call_tool, shrink_options, write_random
-from dynamicdet.reports.analysis_text import BY_CALIBRATION, BY_QUANTILE
+from dynamicdet.reports.routing_analysis_text import BY_CALIBRATION, BY_QUANTILE
 from dynamicdet.routing.evaluation import Mixtures, read_truth
 from dynamicdet.routing.record import read_record
 

@@ -95,6 +95,6 @@ def plain_model(runner: Runner) -> nn.Module:
     return unwrap(runner.model)
 
 
-def averages(runner: Runner) -> list[nn.Module]:
+def averaged_models(runner: Runner) -> list[nn.Module]:
     """The averaged models of all `EMAHook`s."""
     return [hook.ema_model.module for hook in runner.hooks if isinstance(hook, EMAHook)]

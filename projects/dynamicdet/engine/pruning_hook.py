@@ -10,9 +10,10 @@ from torch import nn
 from mmdet.registry import HOOKS
 
 from ..compression import pruning
+from ..compression.pruning_blocks import PrunableLayer, PruningBlock
 from ..compression.scores import Statistics
 from ..errors import UsageError
-from .compression_hook import CompressionHook, averages, build_blocks, plain_model
+from .compression_hook import CompressionHook, averaged_models, build_blocks, plain_model
 
 
 @HOOKS.register_module()
@@ -25,7 +26,8 @@ class PruningHook(CompressionHook):
     the same masks.
 
     Args:
-        blocks (Sequence[dict]): Arguments of `dynamicdet.compression.pruning.Block`: ``name``,
+        blocks (Sequence[dict]): Arguments of `dynamicdet.compression.pruning_blocks.PruningBlock`:
+            ``name``,
             ``modules`` (patterns), ``target`` (in [0, 1)) and, where a block differs from what is
             given here, ``score``, ``structured``, ``over``, ``norm``, ``exclude``.
         schedule (str): ``one_shot``, ``iterative`` or ``cubic``; see `pruning.share_at`.
@@ -64,7 +66,7 @@ class PruningHook(CompressionHook):
     ) -> None:
         super().__init__(by_epoch)
         common = dict(score=score, structured=structured, over=over, norm=norm)
-        self.blocks = build_blocks(pruning.Block, blocks, 'PruningHook', common)
+        self.blocks = build_blocks(PruningBlock, blocks, 'PruningHook', common)
         self.end = start if end is None else end
         if schedule not in pruning.SCHEDULES:
             raise UsageError(
@@ -161,7 +163,7 @@ class PruningHook(CompressionHook):
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Add masks and shares to the checkpoint."""
         checkpoint['pruning'] = dict(
-            masks={name: pruning.pack(mask) for name, mask in self.masks.items()},
+            masks={name: pruning.pack_mask(mask) for name, mask in self.masks.items()},
             shares=list(self._shares),
             totals={key: value.cpu() for key, value in self._statistics.totals.items()},
         )
@@ -182,7 +184,7 @@ class PruningHook(CompressionHook):
                 f'{length}; the target would not be reached'
             )
 
-    def _restore(self, layers: dict[str, pruning.PrunableLayer]) -> None:
+    def _restore(self, layers: dict[str, PrunableLayer]) -> None:
         saved = self._saved
         if not set(saved['masks']) <= set(layers) or len(saved['shares']) != len(self.blocks):
             raise UsageError(
@@ -191,7 +193,9 @@ class PruningHook(CompressionHook):
             )
         self._shares = list(saved['shares'])
         self.masks = {
-            name: pruning.unpack(packed, layers[name].weight.shape).to(layers[name].weight.device)
+            name: pruning.unpack_mask(packed, layers[name].weight.shape).to(
+                layers[name].weight.device
+            )
             for name, packed in saved['masks'].items()
         }
         self._statistics.load(saved['totals'])
@@ -248,7 +252,7 @@ class PruningHook(CompressionHook):
             )
             self._shares[index] = due[index]
         self._agree()
-        for model in [plain_model(runner), *averages(runner)]:
+        for model in [plain_model(runner), *averaged_models(runner)]:
             pruning.apply_masks(model, self.masks)
         self._statistics.reset()
         self._log(runner, changed)
@@ -271,7 +275,7 @@ class PruningHook(CompressionHook):
                 f'pruned {self.blocks[index].name}: {pruning.pruned_share(masks):.2%} of '
                 f'{total / 1e6:.2f} M weights'
             )
-            empty = pruning.emptied(masks)
+            empty = pruning.empty_layers(masks)
             if empty:
                 runner.logger.warning(
                     f'nothing is left of {len(empty)} layers, such as {empty[0]}: nothing passes '

@@ -9,10 +9,10 @@ from torch import nn
 
 from mmdet.registry import HOOKS
 
-from ..compression import sharing
-from ..compression.blocks import PrunableLayer, disjoint_layers
+from ..compression import weight_sharing
+from ..compression.pruning_blocks import PrunableLayer, disjoint_layers
 from ..errors import UsageError
-from .compression_hook import CompressionHook, averages, build_blocks, plain_model
+from .compression_hook import CompressionHook, averaged_models, build_blocks, plain_model
 from .pruning_hook import PruningHook
 
 
@@ -27,7 +27,8 @@ class WeightSharingHook(CompressionHook):
     ``--resume``. All ranks share alike.
 
     Args:
-        blocks (Sequence[dict]): Arguments of `dynamicdet.compression.sharing.SharedBlock`:
+        blocks (Sequence[dict]): Arguments of
+            `dynamicdet.compression.weight_sharing.WeightSharingBlock`:
             ``name``, ``modules`` (patterns) and, where wanted, ``bits`` (2 to 8, 4 by default) and
             ``exclude``.
         start (int): Epochs, or iterations, done before sharing begins. A `PruningHook` of the same
@@ -46,17 +47,17 @@ class WeightSharingHook(CompressionHook):
         self, blocks: Sequence[dict], start: int = 0, by_epoch: bool = True, reduction: str = 'sum'
     ) -> None:
         super().__init__(by_epoch)
-        self.blocks = build_blocks(sharing.SharedBlock, blocks, 'WeightSharingHook')
+        self.blocks = build_blocks(weight_sharing.WeightSharingBlock, blocks, 'WeightSharingHook')
         if start < 0:
             raise UsageError(f'WeightSharingHook: start={start} must not be negative')
-        if reduction not in sharing.REDUCTIONS:
+        if reduction not in weight_sharing.REDUCTIONS:
             raise UsageError(
                 f"WeightSharingHook: reduction='{reduction}' is none of "
-                f'{", ".join(sharing.REDUCTIONS)}'
+                f'{", ".join(weight_sharing.REDUCTIONS)}'
             )
         self.start, self.reduction = start, reduction
         #: Layer name -> who shares; empty before sharing begins.
-        self.shared: dict[str, sharing.Sharing] = {}
+        self.shared: dict[str, weight_sharing.WeightSharing] = {}
 
     def describe(self, runner: Runner) -> list[str]:
         """What it would do, a line for each block; raises what a training would."""
@@ -143,7 +144,7 @@ class WeightSharingHook(CompressionHook):
                 'with the same config'
             )
         self.shared = {
-            name: sharing.sharing_of(
+            name: weight_sharing.weight_sharing_of(
                 entry['indices'].to(self._layers[name].weight.device), entry['pruned']
             )
             for name, entry in saved.items()
@@ -154,7 +155,7 @@ class WeightSharingHook(CompressionHook):
             return
         for name, layer in self._layers.items():
             try:
-                self.shared[name] = sharing.share_weight(layer.weight, self._bits[name])
+                self.shared[name] = weight_sharing.share_weights(layer.weight, self._bits[name])
             except UsageError as error:
                 raise UsageError(f"WeightSharingHook: layer '{name}': {error}") from None
         self._agree()
@@ -170,7 +171,7 @@ class WeightSharingHook(CompressionHook):
             for name, shared in self.shared.items():
                 broadcast(shared.indices, src=0)
                 broadcast(self._layers[name].weight.data, src=0)
-                self.shared[name] = sharing.sharing_of(shared.indices, shared.pruned)
+                self.shared[name] = weight_sharing.weight_sharing_of(shared.indices, shared.pruned)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_) -> None:
         # Gradients are unscaled and averaged over the ranks here. Each optimizer's own, once.
@@ -178,13 +179,13 @@ class WeightSharingHook(CompressionHook):
         for name, shared in self.shared.items():
             weight = self._layers[name].weight
             if id(weight) in trained and weight.grad is not None:
-                sharing.tie_gradient(weight.grad, shared, self.reduction)
+                weight_sharing.tie_gradient(weight.grad, shared, self.reduction)
 
     def _tie_averages(self, runner: Runner) -> None:
-        for model in averages(runner) if self.shared else []:
+        for model in averaged_models(runner) if self.shared else []:
             modules = dict(model.named_modules())
             self._tie({name: modules[name] for name in self.shared})
 
     def _tie(self, layers: Mapping[str, PrunableLayer | nn.Module]) -> None:
         for name, shared in self.shared.items():
-            sharing.tie(layers[name].weight, shared)
+            weight_sharing.tie_weights(layers[name].weight, shared)

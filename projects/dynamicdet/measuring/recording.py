@@ -19,12 +19,18 @@ from ..building import build_loader
 from ..datasets.config_datasets import require_one_coco
 from ..errors import UsageError
 from ..models import DynamicDetector
+from ..models.budget_control import preserved_budget
 from ..models.kept_outputs import kept_outputs
-from ..models.online_control import kept_speed
 from ..progress import Progress
 from ..routing.record import RoutingRecord
 from ..timing import now
-from .calibration import detected, exit_states, measure_gflops, passed, provenance
+from .calibration import (
+    detection_arrays,
+    exit_states,
+    inference_settings,
+    measure_gflops,
+    provenance,
+)
 from .flops import count_flops
 from .latencies import force_dynamic_exit, measure_latencies
 from .views import VIEWS
@@ -113,7 +119,7 @@ def record_data_set(
     device = str(model.threshold.device)
     facts = dict(
         provenance(cfg, checkpoint, loader.dataset, device),
-        **passed(model, loader),
+        **inference_settings(model, loader),
         view=VIEWS[view].said if view in VIEWS else 'none',
         first_scale=model.first_scale,
         branch0_gflops=branch_gflops,
@@ -146,7 +152,7 @@ def record_images(
             'before it resizes (LoadAnnotations right after LoadImageFromFile)'
         )
     images = []
-    with kept_speed(model):
+    with preserved_budget(model):
         # A budget that waits for a calibration is not asked for here.
         force_dynamic_exit(model, 0)
         for batch in progress(batches, 'every exit'):
@@ -166,7 +172,7 @@ def _record_batch(
     detections, outputs = [], []
     for state in every:
         with kept_outputs(model.branch(state.exit)) as kept:
-            detections.append(detected(model.finish(state), category_ids))
+            detections.append(detection_arrays(model.finish(state), category_ids))
         outputs.append(kept)
     seen_by_router = features[0].cpu().numpy()
     entries = [
@@ -182,21 +188,21 @@ def _record_batch(
         for row, sample in enumerate(samples)
     ]
     if view != 'none':
-        seen = [
-            detected(model.finish(state), category_ids)
+        view_detections = [
+            detection_arrays(model.finish(state), category_ids)
             for state in exit_states(model, VIEWS[view].make(inputs, samples), samples)
         ]
         for row, (entry, sample) in enumerate(zip(entries, samples)):
             entry['view'] = [
                 (VIEWS[view].back(per_image[row][0], sample), *per_image[row][1:])
-                for per_image in seen
+                for per_image in view_detections
             ]
     if annotated:
         # Last: some heads write into the annotations that they are given.
         objects = [len(sample.gt_instances) for sample in samples]
         losses = model.losses_of_states(every, outputs)
-        for entry, count, own in zip(entries, objects, losses.T.tolist()):
-            entry.update(losses=own, objects=count)
+        for entry, count, image_losses in zip(entries, objects, losses.T.tolist()):
+            entry.update(losses=image_losses, objects=count)
     return entries
 
 
@@ -217,13 +223,15 @@ def _add_costs(
     for row, image in enumerate(images):
         rows.setdefault(tuple(-(-side // divisor) for side in image.pop('shape')), []).append(row)
     branch = np.zeros(2)
-    for own in progress(list(rows.values()), 'costs of sizes'):
-        counted, timed = (own[: max(number // len(rows), _LEAST)] for number in (_COUNTED, _TIMED))
+    for same_size in progress(list(rows.values()), 'costs of sizes'):
+        counted, timed = (
+            same_size[: max(number // len(rows), _LEAST)] for number in (_COUNTED, _TIMED)
+        )
         gflops = measure_gflops(model, dataset, rows=counted)
         latencies = measure_latencies(model, dataset, lambda steps, what: steps, rows=timed)
         routing = _measure_routing(model, dataset, counted)
-        branch += len(own) * np.maximum(0, np.subtract((gflops[0], latencies[0]), routing))
-        for row in own:
+        branch += len(same_size) * np.maximum(0, np.subtract((gflops[0], latencies[0]), routing))
+        for row in same_size:
             images[row].update(gflops=list(gflops), latencies=list(latencies))
     return tuple((branch / len(images)).tolist())
 
@@ -231,7 +239,7 @@ def _add_costs(
 @contextlib.contextmanager
 def _watched_features(model: DynamicDetector) -> Iterator[list[Tensor]]:
     """What the router is shown while this is open: (N, d) for each time it is asked."""
-    seen: list[Tensor] = []
+    features: list[Tensor] = []
 
     def watch(router: nn.Module, arguments: tuple) -> None:
         if not arguments[0][0].is_floating_point():
@@ -239,11 +247,11 @@ def _watched_features(model: DynamicDetector) -> Iterator[list[Tensor]]:
                 'a deployed detector in 8 bits shows no features: record the one that it was made '
                 'from'
             )
-        seen.append(router.pool(*arguments).float())
+        features.append(router.pool(*arguments).float())
 
     hook = model.router.register_forward_pre_hook(watch)
     try:
-        yield seen
+        yield features
     finally:
         hook.remove()
 

@@ -45,8 +45,8 @@ def shift_images(inputs: Tensor, samples: SampleList) -> Tensor:
     shifted = inputs.clone()
     for image, sample in zip(shifted, samples):
         height, width = sample.img_shape[0], _delivered_width(sample)
-        own = image[..., :height, :width]
-        image[..., :height, :width] = F.pad(own, (SHIFT, 0, SHIFT, 0), 'replicate')[
+        content = image[..., :height, :width]
+        image[..., :height, :width] = F.pad(content, (SHIFT, 0, SHIFT, 0), 'replicate')[
             ..., :height, :width
         ]
     return shifted

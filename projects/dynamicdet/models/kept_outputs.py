@@ -70,11 +70,11 @@ def kept_outputs(branch: BaseDetector) -> Iterator[Outputs]:
 
 
 @contextlib.contextmanager
-def given_again(outputs: Outputs, image: int) -> Iterator[None]:
+def replayed_outputs(outputs: Outputs, image: int) -> Iterator[None]:
     """While this is open, parts give what they gave for one image of the batch, and do not run."""
     with contextlib.ExitStack() as stack:
-        for part, own in outputs.items():
-            given = _giving(_map(own, lambda tensor: tensor[image : image + 1]))
+        for part, part_outputs in outputs.items():
+            given = _giving(_map(part_outputs, lambda tensor: tensor[image : image + 1]))
             stack.enter_context(_hidden(part, 'forward', given))
             if outputs.proposals and isinstance(part, RPNHead):
                 # New: losses write into what they are given.
@@ -117,7 +117,7 @@ def _kept_proposals(branch: BaseDetector, kept: Outputs) -> Iterator[None]:
 
     def first_of_all(*outputs: Any, cfg: Any = None, **arguments: Any) -> InstanceList:
         kept.proposals = predict(*outputs, cfg=many, **arguments)
-        return [own[: few.max_per_img] for own in kept.proposals]
+        return [proposals[: few.max_per_img] for proposals in kept.proposals]
 
     with _hidden(head, 'predict_by_feat', first_of_all):
         yield
@@ -153,11 +153,11 @@ def _parts(branch: BaseDetector) -> list[nn.Module]:
 def _is_same_in_training(part: nn.Module, inputs: tuple, outputs: Any) -> bool:
     before, part.training = part.training, True
     try:
-        again = list(_tensors(part.forward(*inputs)))
+        second = list(_tensors(part.forward(*inputs)))
     finally:
         part.training = before
-    own = list(_tensors(outputs))
-    return len(own) == len(again) and all(map(torch.equal, own, again))
+    first = list(_tensors(outputs))
+    return len(first) == len(second) and all(map(torch.equal, first, second))
 
 
 def _versions(outputs: Any) -> list[int]:

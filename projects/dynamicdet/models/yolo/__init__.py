@@ -1,6 +1,6 @@
 """What YOLOv5 and YOLOv7 have in common."""
 
-from .assigner import candidates
+from .assigner import candidate_cells
 from .blocks import ACTIVATION, NORM, conv, pyramid
 from .head import AnchorHead, LevelOutput, Matches, ciou
 from .layers import YOLOLayer, append_layer, concatenate_maps
@@ -13,7 +13,7 @@ __all__ = [
     'NORM',
     'YOLOLayer',
     'append_layer',
-    'candidates',
+    'candidate_cells',
     'ciou',
     'concatenate_maps',
     'conv',
