@@ -19,11 +19,11 @@ from routing import make_data
 from routing import train as train_cascade
 from routing_results import INNER, RESAMPLES
 from routing_runs import DATA, DETECTORS, DYNAMIC, HELD_OUT, SEEDS, Run, all_runs, data_options
-from steps import ROOT, do_all, make_parser, reading, run, wait_for
+from steps import ROOT, do_all, make_parser, reading, run, train_once, wait_for
 
 from dynamicdet import cli
 from dynamicdet.checkpoints import read_checkpoint
-from dynamicdet.files import latest_checkpoint, write_atomically
+from dynamicdet.files import write_atomically
 from dynamicdet.models import Router
 from dynamicdet.routing.curve import RandomRouting, split_by_share
 from dynamicdet.routing.evaluation import Mixtures
@@ -71,19 +71,13 @@ def router_config(one: Run, objective: str) -> Config:
 def train_router(one: Run, objective: str) -> Path:
     """Step 2, or go on with it; its last checkpoint."""
     folder = WORK / one.name / objective
-    if not (folder / 'trained').exists():
+
+    def write_config() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         router_config(one, objective).dump(folder / 'config.py')
-        run(
-            'tools/train.py',
-            str(folder / 'config.py'),
-            '--no-data-check',
-            '--resume',
-            f'--work-dir={folder}',
-            log=folder / 'train.log',
-        )
-        (folder / 'trained').touch()
-    return Path(latest_checkpoint(str(folder)))
+        return folder / 'config.py'
+
+    return Path(train_once(folder, write_config))
 
 
 def record_test(one: Run, config: Path, checkpoint: Path) -> Path:

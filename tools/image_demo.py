@@ -19,13 +19,6 @@ from dynamicdet.datasets.picture_formats import has_picture_suffix, picture_suff
 from dynamicdet.errors import UsageError
 
 
-def positive(text: str) -> int:
-    """A whole number from 1 on, for argparse."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError('must be 1 or more')
-    return int(text)
-
-
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
@@ -36,7 +29,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('checkpoint', help='checkpoint file or URL')
     parser.add_argument('--out-dir', default='outputs', help='where results go: outputs')
     parser.add_argument('--device', help='such as cpu or cuda:0; the best that is there')
-    parser.add_argument('--batch-size', type=positive, default=1, help='pictures at a time: 1')
+    parser.add_argument('--batch-size', type=cli.positive, default=1, help='pictures at a time: 1')
     parser.add_argument(
         '--pred-score-thr', type=float, default=0.3, help='draw boxes of at least this score: 0.3'
     )

@@ -30,13 +30,6 @@ class GateOptions(cli.ConfigOptions):
         setattr(namespace, self.dest, nested.to_dict())
 
 
-def positive(text: str) -> int:
-    """A whole number from 1 on, for argparse."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError('must be 1 or more')
-    return int(text)
-
-
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
@@ -71,7 +64,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--pred-score-thr', type=float, default=0.3, help='leave out boxes of a lower score: 0.3'
     )
-    parser.add_argument('--frames', type=positive, help='stop after so many frames')
+    parser.add_argument('--frames', type=cli.positive, help='stop after so many frames')
     parser.add_argument('--fps', type=float, help='frames per second of a folder: 25')
     parser.add_argument(
         '--cfg-options',

@@ -13,20 +13,27 @@ from typing import Any, NoReturn
 
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.device import get_device
+from torch.utils.data import DataLoader
 
 import mmdet
 from mmdet.utils import register_all_modules
 
-from .building import require_model
+from .building import load_dynamic_detector, require_dynamic, require_model
 from .checkpoints import read_checkpoint, weights_only
 from .datasets.annotation_repair import mend_annotations
 from .datasets.check import check_dataloaders, is_of_empty_set
 from .datasets.config_datasets import SEVERAL_FILES
 from .errors import UsageError, reason_of
+from .measuring.recording import build_record_loader, record_data_set, require_recordable
+from .measuring.views import VIEWS
+from .models import DynamicDetector
+from .models.weights import exits_digest
 from .private_mmengine import parse_scalar
 from .progress import counter, progress, silence  # noqa: F401  (tools have them from here)
 from .routing.budget import BUDGET_NAMES, Budget
 from .routing.budget_report import BudgetReport
+from .routing.record import RoutingRecord, write_record
 
 #: In front of the path of one of mmdet's configs, as in ``_base_``.
 _OF_MMDET = 'mmdet::'
@@ -132,6 +139,13 @@ class ConfigOptions(DictAction):
         setattr(namespace, self.dest, options)
 
 
+def positive(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError('must be 1 or more')
+    return int(text)
+
+
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that mmdet's train and test tools share."""
     parser.add_argument('--work-dir', help='where logs and checkpoints go')
@@ -169,6 +183,52 @@ def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
         '--target-gflops', type=float, help='mean GFLOPs per image, 2 x multiply-adds'
     )
     group.add_argument('--threshold', type=float, help='hard above this difficulty, -1 to 1')
+
+
+def add_record_arguments(parser: argparse.ArgumentParser, *splits: str) -> None:
+    """What to record, and how: ``--split``, ``--device`` and ``--view``."""
+    also = "; train takes the training images under the test's pipeline" * ('train' in splits)
+    parser.add_argument(
+        '--split', choices=splits, default='test', help=f'data: test by default{also}'
+    )
+    parser.add_argument('--device', default=get_device(), help='device whose latencies count')
+    parser.add_argument(
+        '--view',
+        choices=[*VIEWS, 'none'],
+        default='flip',
+        help='how each image is seen a second time, for the honest oracle: flipped by default; '
+        'shifted, for what has no mirror image, such as digits; or none, in about two thirds of '
+        'the time',
+    )
+
+
+def require_record(args: argparse.Namespace, cfg: Config) -> None:
+    """Raise a `UsageError` where `make_record` would, as far as that takes no time."""
+    require_device(args.device)
+    require_dynamic(cfg)
+    require_recordable(cfg, args.split)
+    check_settings(cfg, args.split)
+
+
+def make_record(
+    args: argparse.Namespace, cfg: Config, path: str | Path, any_router: bool = False
+) -> tuple[DynamicDetector, DataLoader, RoutingRecord]:
+    """Record a split of the data and write it: the detector, the data and the record.
+
+    Args:
+        args (Namespace): With `add_record_arguments` and `add_common_arguments`.
+        cfg (Config): Of a dynamic detector.
+        path (str | Path): File to write.
+        any_router (bool): Whether the router may be untrained, or another than the checkpoint's.
+    """
+    model, checkpoint = load_dynamic_detector(cfg, args.checkpoint, args.device, any_router)
+    digest = exits_digest(checkpoint['state_dict'])
+    check_data(cfg, args.split, files=not args.no_data_check)
+    loader = build_record_loader(cfg, args.split)
+    record = record_data_set(model, cfg, loader, progress, args.view, args.checkpoint)
+    record.provenance['exits_digest'] = digest
+    write_record(record, path)
+    return model, loader, record
 
 
 def budget_from(args: argparse.Namespace) -> Budget | None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 
-from conftest import load_small, on_findable
+from conftest import load_small, no_progress, on_findable
 from dynamicdet.building import build_loader, load_detector
 from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.compression.size_report import BlockSize, compression_table
@@ -14,10 +14,6 @@ from dynamicdet.measuring import accuracy_and_latency
 from dynamicdet.measuring.accuracy_and_latency import box_ap, measure_detectors
 from dynamicdet.measuring.calibration import coco_results
 from dynamicdet.routing.evaluation import evaluate_coco
-
-
-def plain(steps, _):
-    return steps
 
 
 @pytest.fixture
@@ -37,7 +33,7 @@ def test_ap_is_cocos(cfg, findable, cascade):
     blind = {
         key: torch.zeros_like(value) if 'fc_cls' in key else value for key, value in state.items()
     }
-    found = measure_detectors(cfg, dict(one=state, blind=blind), plain)
+    found = measure_detectors(cfg, dict(one=state, blind=blind), no_progress)
     model, loader = load_detector(cfg, dict(state_dict=state))[0], build_loader(cfg.test_dataloader)
     results = [
         dict(one, image_id=sample.img_id)
@@ -62,7 +58,7 @@ def test_the_latency_is_that_of_the_exits_taken(
     cfg.model.budget = dict(threshold=threshold)
     state = read_checkpoint(latest_checkpoint(cascade))['state_dict']
     monkeypatch.setattr(accuracy_and_latency, 'exit_latencies', lambda *_: dict(one=[0.25, 0.75]))
-    found = measure_detectors(cfg, dict(one=state), plain)['one']
+    found = measure_detectors(cfg, dict(one=state), no_progress)['one']
     assert (found.shares, found.latency) == (shares, seconds)
     sizes = [BlockSize('backbone', 4, 0, 16)]
     assert compression_table(sizes, 20, found)[-1].endswith(
@@ -78,14 +74,16 @@ def test_each_exit_is_timed(cfg, cascade):
         lambda *_: exits.append(float(model.threshold))
     )
     loader = build_loader(cfg.test_dataloader)
-    seconds = accuracy_and_latency.exit_latencies(dict(one=model), loader.dataset, plain)['one']
+    seconds = accuracy_and_latency.exit_latencies(dict(one=model), loader.dataset, no_progress)[
+        'one'
+    ]
     assert len(seconds) == 2 and min(seconds) > 0
     assert exits == [1.0, -1.0] * (len(exits) // 2) and model.threshold == 1.0
 
 
 def test_a_checkpoint_of_another_detector(cfg):
     with pytest.raises(UsageError, match='does not fit this config'):
-        measure_detectors(cfg, dict(one={'w': torch.ones(1)}), plain)
+        measure_detectors(cfg, dict(one={'w': torch.ones(1)}), no_progress)
 
 
 def test_other_evaluators():

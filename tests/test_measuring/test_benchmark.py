@@ -6,7 +6,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from conftest import run_tool
+from conftest import no_progress, run_tool
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring import benchmark
 from dynamicdet.measuring.benchmark import (
@@ -24,10 +24,6 @@ from dynamicdet.measuring.benchmark import (
 )
 from dynamicdet.testing import tiny_detector, tiny_dynamic
 from mmdet.registry import MODELS
-
-
-def no_progress(steps, what):
-    return steps
 
 
 @pytest.fixture(scope='module')

@@ -8,7 +8,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from conftest import ROOT, SEED, THREADS, shrink_options
+from conftest import ROOT, SEED, THREADS, no_progress, shrink_options
 from dynamicdet import timing
 from dynamicdet.building import build_loader, load_dynamic_detector
 from dynamicdet.errors import UsageError
@@ -24,11 +24,6 @@ from dynamicdet.measuring.latencies import measure_latencies
 from dynamicdet.routing.budget import Budget
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
-
-
-def plain(steps, _):
-    """No progress bar."""
-    return steps
 
 
 def load_config(digits, name='dy_faster_rcnn_digits_router', **options):
@@ -85,7 +80,7 @@ def run(model, loader, threshold):
 
 def test_difficulties_are_those_of_predict(model, loader):
     expected = [sample.difficulty for sample in run(model, loader, 0.5)]
-    found = measure_difficulties(model, loader, plain)
+    found = measure_difficulties(model, loader, no_progress)
     assert found.dtype == np.float32 and found.shape == (6,)
     assert found.tolist() == sorted(expected)
     assert found[-1] - found[0] > 1e-3
@@ -98,8 +93,8 @@ def test_difficulties_do_not_depend_on_the_batch(model, digits, loader, batch_si
     )
     assert len(other) != len(loader)
     np.testing.assert_allclose(
-        measure_difficulties(model, other, plain),
-        measure_difficulties(model, loader, plain),
+        measure_difficulties(model, other, no_progress),
+        measure_difficulties(model, loader, no_progress),
         atol=1e-5,
     )
 
@@ -107,7 +102,7 @@ def test_difficulties_do_not_depend_on_the_batch(model, digits, loader, batch_si
 def test_difficulties_run_no_second_backbone(model, loader, monkeypatch):
     monkeypatch.setattr(model.backbone, 'deeper_maps', None)
     monkeypatch.setattr(model, 'branches', None)
-    assert len(measure_difficulties(model, loader, plain)) == 6
+    assert len(measure_difficulties(model, loader, no_progress)) == 6
 
 
 # Latencies and compute.
@@ -128,16 +123,18 @@ def test_latencies_are_told_apart_and_leave_the_budget(model, loader, monkeypatc
     monkeypatch.setattr(timing, 'now', look)
     monkeypatch.setattr(model.backbone, 'deeper_maps', slow)
     model.set_budget(threshold=0.25)
-    assert measure_latencies(model, loader.dataset, plain, images=2, rounds=2) == (1, 21)
+    assert measure_latencies(model, loader.dataset, no_progress, images=2, rounds=2) == (1, 21)
     assert model.budget == Budget('threshold', 0.25) and model.threshold == 0.25
 
 
 @pytest.mark.parametrize(
     'measure',
     [
-        lambda model, loader: measure_latencies(model, loader.dataset, plain, images=1, rounds=1),
+        lambda model, loader: measure_latencies(
+            model, loader.dataset, no_progress, images=1, rounds=1
+        ),
         lambda model, loader: measure_gflops(model, loader.dataset, images=1),
-        lambda model, loader: record_exits(model, loader, plain),
+        lambda model, loader: record_exits(model, loader, no_progress),
     ],
 )
 def test_a_failure_leaves_the_budget_too(model, loader, measure, monkeypatch):
@@ -183,7 +180,7 @@ def renumbered(digits, tmp_path):
 
 
 def test_both_exits_are_recorded(model, renumbered):
-    images = record_exits(model, renumbered, plain)
+    images = record_exits(model, renumbered, no_progress)
     forced = [run(model, renumbered, threshold) for threshold in (1, -1)]
     assert [image['id'] for image in images] == [1, 2, 3, 4, 5, 6]
     for index, image in enumerate(images):
@@ -209,7 +206,7 @@ def test_boxes_are_in_the_images_own_frame(model, renumbered):
     boxes = np.array(
         [
             entry['bbox']
-            for image in record_exits(model, renumbered, plain)
+            for image in record_exits(model, renumbered, no_progress)
             for entry in image['detections'][1]
         ]
     )
@@ -219,7 +216,7 @@ def test_boxes_are_in_the_images_own_frame(model, renumbered):
 
 def test_recording_leaves_the_budget(model, loader):
     model.set_budget(threshold=0.25)
-    record_exits(model, loader, plain)
+    record_exits(model, loader, no_progress)
     assert model.budget == Budget('threshold', 0.25) and model.threshold == 0.25
 
 
@@ -227,8 +224,10 @@ def test_recording_leaves_the_budget(model, loader):
 
 
 def test_calibration_fills_the_model(model, loader):
-    found = calibrate(model, loader, plain, hard_share=1 / 3)
-    np.testing.assert_array_equal(model.difficulties, measure_difficulties(model, loader, plain))
+    found = calibrate(model, loader, no_progress, hard_share=1 / 3)
+    np.testing.assert_array_equal(
+        model.difficulties, measure_difficulties(model, loader, no_progress)
+    )
     assert model.latencies.tolist() == pytest.approx([found['lat1'], found['lat2']])
     assert model.threshold.item() == pytest.approx(found['threshold'])
     assert sum(sample.exit for batch in loader for sample in model.test_step(batch)) == 2
@@ -237,7 +236,7 @@ def test_calibration_fills_the_model(model, loader):
 def test_a_router_that_was_not_trained(model, loader):
     model.delta.fill_(float('nan'))
     with pytest.raises(UsageError, match='step 1.*step 2'):
-        calibrate(model, loader, plain)
+        calibrate(model, loader, no_progress)
     assert not len(model.difficulties)
 
 

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from far_device import counted, far_device
+from far_device import counted
 from mmengine.config import Config, ConfigDict
 from torch import nn
 
@@ -27,12 +27,6 @@ from dynamicdet.models.batch_state import BatchState
 from dynamicdet.testing import randomize, shrink, tiny_batch, tiny_dynamic
 from dynamicdet.transfers import Followed, take_rows, to_host
 from mmdet.registry import MODELS
-
-
-@pytest.fixture
-def far(monkeypatch):
-    with far_device(monkeypatch) as device:
-        yield device
 
 
 def settings(name):

@@ -3,17 +3,11 @@
 import pytest
 import torch
 from exit_cases import frames, tiny
-from far_device import counted, far_device
+from far_device import counted
 
 from dynamicdet.video.frames import no_detections
 
 PROPAGATION = dict(type='Propagation', size=2, gaps=3)
-
-
-@pytest.fixture
-def far(monkeypatch):
-    with far_device(monkeypatch) as device:
-        yield device
 
 
 def run(model, device='cpu', steps=3):

@@ -22,6 +22,13 @@ class LayerSelection(Protocol):
     exclude: Sequence[str]
 
 
+def require_patterns(block: LayerSelection) -> None:
+    """Raise a `UsageError` where patterns are no list of them."""
+    for patterns, what in ((block.modules, 'modules'), (block.exclude, 'exclude')):
+        if isinstance(patterns, str):
+            raise UsageError(f"block '{block.name}': {what} is a list of patterns, not one string")
+
+
 @dataclass(frozen=True)
 class PruningBlock:
     """What is pruned together, how far and by what.
@@ -69,11 +76,7 @@ class PruningBlock:
                 raise UsageError(
                     f"block '{self.name}': {what}='{value}' is none of {', '.join(known)}"
                 )
-        for patterns, what in ((self.modules, 'modules'), (self.exclude, 'exclude')):
-            if isinstance(patterns, str):
-                raise UsageError(
-                    f"block '{self.name}': {what} is a list of patterns, not one string"
-                )
+        require_patterns(self)
         if not self.modules:
             raise UsageError(f"block '{self.name}' names no modules")
 
@@ -178,16 +181,6 @@ def disjoint_layers(
                 )
             owner[name] = block.name
     return layers_by_block
-
-
-def require_blocks(blocks: object, hook: str) -> None:
-    """Raise a `UsageError` unless a hook was given a list of dictionaries, one or more."""
-    if (
-        not isinstance(blocks, (list, tuple))
-        or not blocks
-        or not all(isinstance(one, dict) for one in blocks)
-    ):
-        raise UsageError(f'{hook}: blocks is a list of dictionaries, one or more; got {blocks!r}')
 
 
 def count_units(layer: PrunableLayer, block: PruningBlock) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from .pruning_blocks import require_patterns
 
 REDUCTIONS = ('sum', 'mean')
 
@@ -39,11 +40,7 @@ class WeightSharingBlock:
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
             raise UsageError(f"block '{self.name}': an index has 2 to 8 bits, not {self.bits}")
-        for patterns, what in ((self.modules, 'modules'), (self.exclude, 'exclude')):
-            if isinstance(patterns, str):
-                raise UsageError(
-                    f"block '{self.name}': {what} is a list of patterns, not one string"
-                )
+        require_patterns(self)
 
 
 class WeightSharing(NamedTuple):

@@ -92,7 +92,7 @@ class RouterHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Refuse what does not fit; forget what a new router makes stale."""
-        model = _model(runner)
+        model = unwrap(runner.model)
         state = checkpoint.get('state_dict', checkpoint)
         starting = self.training and not resumes(runner)
         if starting:
@@ -129,7 +129,7 @@ class RouterHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Raise a `UsageError` without weights of step 1; measure an exact delta."""
-        model = _model(runner)
+        model = unwrap(runner.model)
         if not self.loaded:
             where = f' (into {self.cascade})' if self.cascade else ''
             raise UsageError(
@@ -157,14 +157,14 @@ class RouterHook(Hook):
     ) -> None:
         """Online: move delta to the median of the last gains of all ranks."""
         if self.delta == 'online':
-            model = _model(runner)
+            model = unwrap(runner.model)
             for gains in all_gather_object(model.last_gains.tolist()):
                 self.window.extend(gains)
             set_gains(model, self.window)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Add the quantiles of the gains, (101,), and what kind of gain they are of."""
-        model = _model(runner)
+        model = unwrap(runner.model)
         checkpoint['router_gains'] = model.gains.tolist()
         checkpoint['router_gain'] = model.objective.gain
         if self.delta == 'online':
@@ -177,7 +177,7 @@ def copy_frozen_averages(runner: Runner) -> None:
     for hook in runner.hooks:
         if isinstance(hook, EMAHook):
             # It is given values without their flags: where they lie tells which they are of.
-            trained = {one.data_ptr() for one in _model(runner).router.parameters()}
+            trained = {one.data_ptr() for one in unwrap(runner.model).router.parameters()}
             hook.ema_model.avg_func = partial(_average, hook.ema_model.avg_func, trained)
 
 
@@ -239,10 +239,6 @@ def set_gains(model, gains: Sequence[float]) -> None:
     model.delta.fill_(quantiles[len(quantiles) // 2])
 
 
-def _model(runner: Runner):
-    return unwrap(runner.model)
-
-
 @torch.no_grad()
 def measure_training_set(runner: Runner) -> tuple[dict[tuple, float], Tensor, Tensor]:
     """What step 2 needs to know of the training set, by one pass over it; the same on all ranks.
@@ -251,7 +247,7 @@ def measure_training_set(runner: Runner) -> tuple[dict[tuple, float], Tensor, Te
         tuple: Gains, as the objective counts them, by (image id, path), and mean and standard
             deviation of what the router sees, (d,) each.
     """
-    model = _model(runner)
+    model = unwrap(runner.model)
     model.train()
     gain_by_image: dict[tuple, float] = {}
     # Count, sum and sum of squares, in double precision: one pass, bounded memory.

@@ -6,18 +6,14 @@ All that a router is judged by, or trained on, follows from it; see `routing.rec
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-
-from mmdet.structures import SampleList
 
 from ..building import build_loader
 from ..datasets.config_datasets import require_one_coco
@@ -37,10 +33,8 @@ from .calibration import (
 )
 from .flops import count_flops
 from .latencies import force_dynamic_exit, measure_latencies
+from .views import VIEWS
 
-#: How far an image is shifted for a second view: no multiple of any map's stride, so that maps
-#: differ.
-SHIFT = 5
 #: Images whose GFLOPs are counted, and whose latency is measured, of all sizes; and of one size at
 #: the least.
 _COUNTED, _TIMED, _LEAST = 10, 20, 2
@@ -280,85 +274,6 @@ def _measure_routing(
     flops, _ = count_flops(lambda: [run(batch) for batch in batches])
     seconds = [run(batch) for _ in range(rounds) for batch in batches]
     return flops / len(batches) / 1e9, float(np.median(seconds))
-
-
-# The augmented view.
-
-
-def flip_images(inputs: Tensor, samples: SampleList) -> Tensor:
-    """Flip each image of a batch from left to right; its padding stays at the right and below.
-
-    Args:
-        inputs (Tensor): (N, 3, H, W).
-        samples (list[DetDataSample]): With ``img_shape``, ``ori_shape`` and ``scale_factor``.
-
-    Returns:
-        Tensor: (N, 3, H, W), new.
-    """
-    flipped = inputs.clone()
-    for image, sample in zip(flipped, samples):
-        width = _delivered_width(sample)
-        image[..., :width] = image[..., :width].flip(-1)
-    return flipped
-
-
-def flip_boxes(boxes: np.ndarray, width: float) -> np.ndarray:
-    """Boxes of the flipped image, (D, 4), x, y, w, h, in the frame of the image itself, ``width``
-    pixels wide."""
-    left = width - boxes[:, 0] - boxes[:, 2]
-    return np.column_stack([left, boxes[:, 1:]])
-
-
-def shift_images(inputs: Tensor, samples: SampleList) -> Tensor:
-    """Shift each image of a batch to the right and down by `SHIFT` pixels, its edge repeated behind
-    it. For what has no mirror image, such as digits and signs. Arguments and result as
-    `flip_images`'s."""
-    shifted = inputs.clone()
-    for image, sample in zip(shifted, samples):
-        height, width = sample.img_shape[0], _delivered_width(sample)
-        content = image[..., :height, :width]
-        image[..., :height, :width] = F.pad(content, (SHIFT, 0, SHIFT, 0), 'replicate')[
-            ..., :height, :width
-        ]
-    return shifted
-
-
-def shift_boxes(boxes: np.ndarray, sample) -> np.ndarray:
-    """Boxes of the shifted image, (D, 4), x, y, w, h, in the frame of the image itself."""
-    across, down = (SHIFT / float(scale) for scale in sample.get('scale_factor', (1.0, 1.0)))
-    return boxes - np.array([across, down, 0, 0], boxes.dtype)
-
-
-def _delivered_width(sample) -> int:
-    """Of the image as delivered, without what a pipeline or the batch pads it with at the right."""
-    return min(sample.img_shape[1], round(sample.ori_shape[1] * _scale(sample)))
-
-
-def _original_width(sample) -> float:
-    """The same in pixels of the original image."""
-    return _delivered_width(sample) / _scale(sample)
-
-
-def _scale(sample) -> float:
-    return float(sample.get('scale_factor', (1.0, 1.0))[0])
-
-
-class View(NamedTuple):
-    """A second look at an image: how it is made from a batch, and how what is found comes back."""
-
-    make: Callable
-    back: Callable
-    said: str
-
-
-VIEWS = dict(
-    flip=View(
-        flip_images,
-        lambda boxes, sample: flip_boxes(boxes, _original_width(sample)),
-        'flipped from left to right',
-    ),
-    shift=View(shift_images, shift_boxes, f'shifted by {SHIFT} pixels'),
-)
 
 
 def gray_entropy(pixels: Tensor) -> float:

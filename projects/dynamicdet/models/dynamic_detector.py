@@ -38,7 +38,7 @@ from .composite import build_composite
 from .kept_outputs import Outputs
 from .paired_losses import ExitView, paired_losses
 from .resolution import Ratio, reduce_images, reduce_samples, scale_boxes
-from .weights import is_plain
+from .weights import is_plain, rename_entries
 
 
 @MODELS.register_module()
@@ -183,13 +183,7 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
         """Take checkpoints of plain detectors, for all exits, and calibrations of any length."""
-        entries = {
-            key[len(prefix) :]: state_dict.pop(key)
-            for key in list(state_dict)
-            if key.startswith(prefix)
-        }
-        entries = self.spread_plain_weights(entries)
-        state_dict.update({prefix + key: value for key, value in entries.items()})
+        entries = rename_entries(state_dict, prefix, self.spread_plain_weights)
         if 'difficulties' in entries:
             self.difficulties = self.difficulties.new_empty(entries['difficulties'].shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -304,7 +298,7 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         features = self.router.pool(every[0][0], _valid(batch_inputs, batch_data_samples))
         return self._image_losses(every), features
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def losses_of_states(
         self, states: Sequence[BatchState], outputs: Sequence[Outputs] | None = None
     ) -> Tensor:
@@ -316,11 +310,16 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
                 finished, see `kept_outputs`: not computed again either.
         """
         every = [(one.maps, reduce_samples(one.samples, one.ratio), one.ratio) for one in states]
+        for _, samples, _ in every:
+            for sample in samples:
+                # Losses do not look at it, and detectors copy what they are given.
+                if 'pred_instances' in sample:
+                    del sample.pred_instances
         return self._image_losses(every, outputs)
 
     def _image_losses(self, every: list[tuple], outputs: Sequence[Outputs] | None = None) -> Tensor:
         """(K, N), float32; ``every`` as `_all_exits` gives it."""
-        outputs = outputs or [{}] * len(every)
+        outputs = outputs or [Outputs()] * len(every)
         losses = [
             [
                 self.parse_losses(exit_losses)[0]

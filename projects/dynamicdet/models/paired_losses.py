@@ -30,7 +30,7 @@ class ExitView(NamedTuple):
     maps: tuple[Tensor, ...]
     sample: DetDataSample
     ratio: Ratio
-    outputs: Outputs = {}
+    outputs: Outputs = Outputs()
     image: int = 0
 
     def loss(self) -> dict[str, Tensor]:

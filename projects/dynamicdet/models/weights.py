@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -58,6 +58,19 @@ def require_complete(
         raise UsageError(
             f'the checkpoint does not fit this config; its keys: {"; ".join(complaints)}'
         )
+
+
+def rename_entries(
+    state: dict[str, torch.Tensor],
+    prefix: str,
+    rename: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]],
+) -> dict[str, torch.Tensor]:
+    """Rename, in place, the entries of a state dict that belong to the module with a prefix; these
+    entries, without the prefix."""
+    own = [key for key in state if key.startswith(prefix)]
+    renamed = rename({key[len(prefix) :]: state.pop(key) for key in own})
+    state.update({prefix + key: value for key, value in renamed.items()})
+    return renamed
 
 
 def fit_weights(

@@ -18,7 +18,7 @@ from mmdet.registry import MODELS
 from mmdet.structures import OptSampleList, SampleList
 
 from ..errors import UsageError
-from ..models.weights import is_plain
+from ..models.weights import is_plain, rename_entries
 from ..precision import KeepsTypeOfBuffers
 from ..routing.budget import Budget
 from ..transfers import Followed, take_rows
@@ -199,13 +199,7 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         }
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
-        entries = {
-            key[len(prefix) :]: state_dict.pop(key)
-            for key in list(state_dict)
-            if key.startswith(prefix)
-        }
-        entries = self.spread_plain_weights(entries)
-        state_dict.update({prefix + key: value for key, value in entries.items()})
+        rename_entries(state_dict, prefix, self.spread_plain_weights)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._apply_budget()
 

@@ -6,6 +6,7 @@ in any unit, such as its detection loss or ``1 - AP``. ``costs``, (E,): what lea
 any unit; only its share of the last exit's counts.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -118,10 +119,8 @@ class LearnedGate(KeepsType, Gate):
     def _states(self, pooled: Sequence[Tensor]) -> list[Tensor]:
         """The state at each exit whose features are given, (N, width)."""
         means, stds = self.mean.split(self.in_channels), self.std.split(self.in_channels)
-        state, states = (
-            pooled[0].new_zeros(len(pooled[0]), self.cell.hidden_size, dtype=torch.float32),
-            [],
-        )
+        size = len(pooled[0]), self.cell.hidden_size
+        state, states = pooled[0].new_zeros(size, dtype=torch.float32), []
         for x, mean, std, project in zip(pooled, means, stds, self.project):
             state = self.cell(F.relu(project((x.float() - mean) / std)), state)
             states.append(state)
@@ -153,7 +152,14 @@ class LearnedGate(KeepsType, Gate):
             costs (Tensor): (E,).
             looks (Sequence[Tensor], optional): (N, 4) each, if the gate looks at detections.
         """
-        raise NotImplementedError
+        # Products are in half precision under AMP.
+        with torch.autocast(losses.device.type, enabled=False):
+            return self._losses(self.logits(pooled, looks), losses.float(), costs / costs[-1])
+
+    @abstractmethod
+    def _losses(self, go: Tensor, losses: Tensor, shares: Tensor) -> dict[str, Tensor]:
+        """By ``go`` of all exits but the last, (E - 1, N), losses, (E, N), and the exits' shares of
+        the last one's cost, (E,)."""
 
 
 def detection_features(evidence: Evidence) -> Tensor:
@@ -190,12 +196,9 @@ class HaltingGate(LearnedGate):
     seconds, by AP.
 
     Args:
-        in_channels (Sequence[int]): As of `LearnedGate`.
-        width (int): As of `LearnedGate`. Defaults to 32.
-        looks_at_detections (bool): As of `LearnedGate`. Defaults to False.
+        in_channels, width, looks_at_detections, init_cfg: As of `LearnedGate`.
         prices (Sequence[float]): In units of a loss for the cost of the last exit, above 0.
             Defaults to 0.03, 0.1, 0.3 and 1.
-        init_cfg (dict, optional): As in mmengine. Defaults to None.
     """
 
     def __init__(
@@ -211,18 +214,12 @@ class HaltingGate(LearnedGate):
             raise UsageError(f"a HaltingGate's prices are above 0, got {prices}")
         self.prices = tuple(prices)
 
-    def loss(
-        self,
-        pooled: Sequence[Tensor],
-        losses: Tensor,
-        costs: Tensor,
-        looks: Sequence[Tensor] | None = None,
-    ) -> dict[str, Tensor]:
+    def _losses(self, go: Tensor, losses: Tensor, shares: Tensor) -> dict[str, Tensor]:
         """``loss_gate``: how far the gate is from what is cheapest at the prices."""
         targets = torch.stack(
-            [goes_on(cheapest_exits(losses, costs, price), len(costs)) for price in self.prices]
+            [goes_on(cheapest_exits(losses, shares, price), len(shares)) for price in self.prices]
         )
-        return dict(loss_gate=self.target_loss(pooled, targets.mean(dim=0), looks))
+        return dict(loss_gate=F.binary_cross_entropy_with_logits(go, targets.mean(dim=0)))
 
     def target_loss(
         self, pooled: Sequence[Tensor], targets: Tensor, looks: Sequence[Tensor] | None = None
@@ -261,13 +258,10 @@ class GumbelGate(LearnedGate):
     thresholds leave earlier or later.
 
     Args:
-        in_channels (Sequence[int]): As of `LearnedGate`.
-        width (int): As of `LearnedGate`. Defaults to 32.
-        looks_at_detections (bool): As of `LearnedGate`. Defaults to False.
+        in_channels, width, looks_at_detections, init_cfg: As of `LearnedGate`.
         cost_weight (float): Price of the last exit's cost in units of a loss, from 0 on. Defaults
             to 0.3.
         temperature (float): Above 0. Defaults to 1.
-        init_cfg (dict, optional): As in mmengine. Defaults to None.
     """
 
     def __init__(
@@ -287,31 +281,19 @@ class GumbelGate(LearnedGate):
             )
         self.cost_weight, self.temperature = cost_weight, temperature
 
-    def loss(
-        self,
-        pooled: Sequence[Tensor],
-        losses: Tensor,
-        costs: Tensor,
-        looks: Sequence[Tensor] | None = None,
-    ) -> dict[str, Tensor]:
+    def _losses(self, go: Tensor, losses: Tensor, shares: Tensor) -> dict[str, Tensor]:
         """``loss_gate_task`` and ``loss_gate_cost``, each the mean over images; ``gate_exit``, the
         mean exit drawn.
 
         Gradients reach the gate, and through ``losses`` the exits, each by how often it was drawn.
         """
-        # Products are in half precision under AMP.
-        with torch.autocast(losses.device.type, enabled=False):
-            losses = losses.float()
-            shares = (costs / costs[-1]).to(losses)
-            drawn = F.gumbel_softmax(
-                log_exits(self.logits(pooled, looks)).T, self.temperature, hard=True
-            )  # (N, E)
-            numbers = torch.arange(len(costs), dtype=drawn.dtype, device=drawn.device)
-            return dict(
-                loss_gate_task=(drawn * losses.T).sum(dim=1).mean(),
-                loss_gate_cost=self.cost_weight * (drawn @ shares).mean(),
-                gate_exit=(drawn.detach() @ numbers).mean(),
-            )
+        drawn = F.gumbel_softmax(log_exits(go).T, self.temperature, hard=True)  # (N, E)
+        numbers = torch.arange(len(shares), dtype=drawn.dtype, device=drawn.device)
+        return dict(
+            loss_gate_task=(drawn * losses.T).sum(dim=1).mean(),
+            loss_gate_cost=self.cost_weight * (drawn @ shares.to(losses)).mean(),
+            gate_exit=(drawn.detach() @ numbers).mean(),
+        )
 
 
 def log_exits(go: Tensor) -> Tensor:
