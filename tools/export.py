@@ -13,16 +13,7 @@ import copy
 import sys
 from pathlib import Path
 
-from mmengine.config import Config
-from torch.utils.data import DataLoader
-
-from dynamicdet import cli
-from dynamicdet.building import build_loader, load_detector
-from dynamicdet.deploy.deployment import deploy
-from dynamicdet.deploy.folder import require_new
-from dynamicdet.deploy.graphs import exportable_stages, need_for_deployment
-from dynamicdet.deploy.latencies import said
-from dynamicdet.errors import UsageError
+from dynamicdet_options import ConfigOptions
 
 
 def parse_args() -> argparse.Namespace:
@@ -78,13 +69,29 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=cli.ConfigOptions,
+        action=ConfigOptions,
         help='override settings of the config: key=value pairs',
     )
     parser.add_argument(
         '--dry-run', action='store_true', help='say what would be exported; write nothing'
     )
     return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+from mmengine.config import Config
+from torch.utils.data import DataLoader
+
+from dynamicdet import cli
+from dynamicdet.building import build_loader, load_detector
+from dynamicdet.deploy.deployment import deploy
+from dynamicdet.deploy.folder import require_new
+from dynamicdet.deploy.graphs import exportable_stages, need_for_deployment
+from dynamicdet.deploy.latencies import said
+from dynamicdet.errors import UsageError
 
 
 def check(args: argparse.Namespace) -> None:

@@ -7,13 +7,7 @@ seconds.
 
 import argparse
 
-from mmengine.device import get_device
-
-from dynamicdet import cli
-from dynamicdet.building import load_dynamic_detector, require_dynamic
-from dynamicdet.measuring.recording import build_record_loader, record_data_set, require_recordable
-from dynamicdet.models.weights import exits_digest
-from dynamicdet.routing.record import write_record
+from dynamicdet_options import add_common_arguments
 
 
 def parse_args() -> argparse.Namespace:
@@ -23,7 +17,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         'checkpoint', help='checkpoint file of step 2, or of step 1 to train routers on'
     )
-    cli.add_common_arguments(parser)
+    add_common_arguments(parser)
     parser.add_argument('--out', default='record.npz', help='file to write: record.npz')
     parser.add_argument(
         '--split',
@@ -31,7 +25,7 @@ def parse_args() -> argparse.Namespace:
         default='test',
         help="data: test by default; train takes the training images under the test's pipeline",
     )
-    parser.add_argument('--device', default=get_device(), help='device whose latencies count')
+    parser.add_argument('--device', help='device whose latencies count; the best that is there')
     parser.add_argument(
         '--view',
         choices=['flip', 'shift', 'none'],
@@ -43,9 +37,23 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+from mmengine.device import get_device
+
+from dynamicdet import cli
+from dynamicdet.building import load_dynamic_detector, require_dynamic
+from dynamicdet.measuring.recording import build_record_loader, record_data_set, require_recordable
+from dynamicdet.models.weights import exits_digest
+from dynamicdet.routing.record import write_record
+
+
 def main() -> None:
     """Record both exits on a data set."""
     args = parse_args()
+    args.device = args.device or get_device()
     cli.prepare()
     cfg = cli.load_config(args)
     cli.require_device(args.device)

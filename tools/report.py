@@ -10,17 +10,40 @@ import argparse
 import sys
 from pathlib import Path
 
+from dynamicdet_options import add_common_arguments
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file of step 2')
+    add_common_arguments(parser)
+    parser.add_argument('--out-dir', help='where the page goes; WORK_DIR/report by default')
+    parser.add_argument(
+        '--split', choices=['val', 'test'], default='test', help='data: test by default'
+    )
+    parser.add_argument('--device', help='device whose latencies count; the best that is there')
+    parser.add_argument(
+        '--view',
+        choices=['flip', 'shift', 'none'],
+        default='flip',
+        help='second view of each image, for the honest oracle: flip by default; shift, for what '
+        'has no mirror image, such as digits; or none, in about two thirds of the time',
+    )
+    return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
 from mmengine.device import get_device
 
 from dynamicdet import cli
 from dynamicdet.building import load_dynamic_detector, require_dynamic
 from dynamicdet.files import write_atomically
-from dynamicdet.measuring.recording import (
-    VIEWS,
-    build_record_loader,
-    record_data_set,
-    require_recordable,
-)
+from dynamicdet.measuring.recording import build_record_loader, record_data_set, require_recordable
 from dynamicdet.models.weights import exits_digest
 from dynamicdet.reports.analysis import analyze, format_analysis, pair_of, write_analysis
 from dynamicdet.reports.analysis_text import misses
@@ -29,30 +52,10 @@ from dynamicdet.routing.evaluation import read_truth
 from dynamicdet.routing.record import write_record
 
 
-def parse_args() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='checkpoint file of step 2')
-    cli.add_common_arguments(parser)
-    parser.add_argument('--out-dir', help='where the page goes; WORK_DIR/report by default')
-    parser.add_argument(
-        '--split', choices=['val', 'test'], default='test', help='data: test by default'
-    )
-    parser.add_argument('--device', default=get_device(), help='device whose latencies count')
-    parser.add_argument(
-        '--view',
-        choices=[*VIEWS, 'none'],
-        default='flip',
-        help='second view of each image, for the honest oracle: flip by default; shift, for what '
-        'has no mirror image, such as digits; or none, in about two thirds of the time',
-    )
-    return parser.parse_args()
-
-
 def main() -> None:
     """Write the report of a detector."""
     args = parse_args()
+    args.device = args.device or get_device()
     cli.prepare()
     cfg = cli.load_config(args)
     require_dynamic(cfg)

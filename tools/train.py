@@ -3,25 +3,14 @@
 import argparse
 import sys
 
-from mmengine.device import get_device
-from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
-
-from dynamicdet import cli
-from dynamicdet.engine.frozen_parameters import count_frozen_parameters
-from dynamicdet.engine.router_hook import leaves_load_from_unused
-from dynamicdet.engine.switches import check_switches
-from dynamicdet.engine.unwrapping import unwrap
-from dynamicdet.errors import UsageError
-from dynamicdet.files import latest_checkpoint
-from dynamicdet.models.weights import require_all_channels
+from dynamicdet_options import add_common_arguments
 
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
-    cli.add_common_arguments(parser)
+    add_common_arguments(parser)
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
     parser.add_argument(
         '--auto-scale-lr', action='store_true', help='scale the learning rate by the batch size'
@@ -38,6 +27,24 @@ def parse_args() -> argparse.Namespace:
         help='say what would be pruned, shared or rounded; train nothing',
     )
     return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+from mmengine.device import get_device
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from dynamicdet import cli
+from dynamicdet.engine.frozen_parameters import count_frozen_parameters
+from dynamicdet.engine.router_hook import leaves_load_from_unused
+from dynamicdet.engine.switches import check_switches
+from dynamicdet.engine.unwrapping import unwrap
+from dynamicdet.errors import UsageError
+from dynamicdet.files import latest_checkpoint
+from dynamicdet.models.weights import require_all_channels
 
 
 def say_what_is_compressed(runner: Runner) -> None:
