@@ -28,8 +28,8 @@ PATHS = (
 
 
 class ConfigOptions(argparse.Action):
-    """mmengine's `DictAction`; but paths and single values are taken as they are, quoted elements of a list are
-    text, and mistakes are said."""
+    """mmengine's `DictAction`; but paths and single values are taken as they are, quoted elements
+    of a list are text, and mistakes are said."""
 
     @staticmethod
     def _parse_iterable(value: str) -> Any:

@@ -3,9 +3,9 @@ or in 8 bits.
 
 Dynamic detectors stay dynamic. In 8 bits, ranges are measured on validation images that pass
 through the exported detector by the config's test pipeline, layers that suffer too much stay float,
-and a calibrated dynamic detector is calibrated anew: as many images are hard as before. The latency
-of each exit is measured on the same images, as this machine runs the graphs (OMP_NUM_THREADS
-threads): budgets in time go by it.
+and a calibrated dynamic detector keeps its calibration: thresholds follow what 8 bits change, so
+that as many images are hard as before. The latency of each exit is measured on the same images, as
+this machine runs the graphs (OMP_NUM_THREADS threads): budgets in time go by it.
 """
 
 import argparse

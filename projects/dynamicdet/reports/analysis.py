@@ -126,7 +126,8 @@ def analyze(
     oracles = curves.oracles(record, coco, chance.mixtures, seed)
     drawn = {name: curves.curve_of(record, chance, choices) for name, choices in oracles.items()}
     merit = curves.merit(chance, scores, rows, oracles.get('honest'))
-    if validation and not len(calibration):
+    calibrated = len(calibration) > 0
+    if validation and not calibrated:
         calibration = difficulties_of(validation[0])
     say('peers')
     gained = benefits(record, chance.mixtures)
@@ -181,7 +182,8 @@ def analyze(
             held_out=estimates.share_gaining(record, bootstrap, seed),
         )
     if len(calibration):
-        figures['transfer'] = estimates.transfer(np.asarray(calibration), scores, chance)
+        found = estimates.transfer(np.asarray(calibration), scores, chance)
+        figures['transfer'] = dict(found, calibrated=calibrated)
     return _plain(dict(analysis, diagnosis=diagnose(figures)))
 
 

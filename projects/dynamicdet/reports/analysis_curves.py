@@ -246,12 +246,11 @@ def judge(
     extra: Mapping[str, float] = _NOTHING,
 ) -> dict:
     """Any router's ``curve``, its point at ``half`` hard, its normalized ``gain`` there, ``low``
-    and ``high``."""
+    and ``high``; ``gain`` None where not defined, see `merit`."""
     curve = curve_of(record, chance, choices, intervals=False, extra=extra)
     gain = normalized_gain(chance, choices[HALF])
-    return dict(
-        curve=curve, half=curve[HALF], gain=gain['gain'], low=gain['low'], high=gain['high']
-    )
+    settled = _settled(gain, 'gain', bool(len(chance.weights)))
+    return dict(curve=curve, half=curve[HALF], gain=settled, low=gain['low'], high=gain['high'])
 
 
 def judge_peer(name: str, record: RoutingRecord, chance: Chance, scores: np.ndarray) -> dict:
