@@ -33,8 +33,8 @@ from .image_inputs import Picture, pictures_of
 from .stream import Stream
 
 if 'mmdet' not in FUNCTIONS.children:
-    # mmengine's inferencers look for their collate function in the data set's scope, where mmdet has
-    # no registry of functions, and warn of it. From an empty one they go on to mmengine's.
+    # mmengine's inferencers look for their collate function in mmdet's scope, which has no registry
+    # of functions, and warn. From an empty one they go on to mmengine's.
     Registry('function', parent=FUNCTIONS, scope='mmdet', locations=['mmengine.dataset'])
 
 

@@ -30,14 +30,11 @@ from ..routing.record import RoutingRecord
 from ..timing import now
 from .calibration import detected, exit_states, measure_gflops, passed, provenance
 from .flops import count_flops
-from .latencies import force_dynamic_exit, measure_latencies
+from .latencies import force_dynamic_exit, measure_latencies, measured_rows, rows_by_size
 
 #: How far an image is shifted for a second view: no multiple of any map's stride, so that maps
 #: differ.
 SHIFT = 5
-#: Images whose GFLOPs are counted, and whose latency is measured, of all sizes; and of one size at
-#: the least.
-_COUNTED, _TIMED, _LEAST = 10, 20, 2
 #: Weights of red, green and blue in a gray level (ITU-R BT.601).
 _GRAY = (0.299, 0.587, 0.114)
 
@@ -209,22 +206,17 @@ def _record_batch(
 def _add_costs(
     images: list[dict], model: DynamicDetector, dataset, progress: Progress
 ) -> tuple[float, float]:
-    """GFLOPs and latency of each image under each exit, at batch 1: those of its size.
-
-    Images of one size, padded as the network sees it, cost the same but for a two-stage head's
-    proposals; some of each size are measured.
+    """GFLOPs and latency of each image under each exit, at batch 1: those of its size, of which
+    some are measured, as by `calibration.mean_costs`.
 
     Returns:
         tuple: GFLOPs and seconds of exit 0's neck and heads, the mean over the images: what a
             router that looks at exit 0's detections pays for every image.
     """
-    divisor = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
-    rows: dict[tuple, list[int]] = {}
-    for row, image in enumerate(images):
-        rows.setdefault(tuple(-(-side // divisor) for side in image.pop('shape')), []).append(row)
+    sizes = rows_by_size(model, [image.pop('shape') for image in images])
     branch = np.zeros(2)
-    for own in progress(list(rows.values()), 'costs of sizes'):
-        counted, timed = (own[: max(number // len(rows), _LEAST)] for number in (_COUNTED, _TIMED))
+    for own in progress(sizes, 'costs of sizes'):
+        counted, timed = measured_rows(own, len(sizes))
         gflops = measure_gflops(model, dataset, rows=counted)
         latencies = measure_latencies(model, dataset, lambda steps, what: steps, rows=timed)
         routing = _measure_routing(model, dataset, counted)
