@@ -8,7 +8,7 @@ from dynamicdet.routing.budget import Budget
 from dynamicdet.routing.thresholds import (
     hard_share,
     mean_cost,
-    moved,
+    quantile_map,
     require_exits,
     resolve_threshold,
     share_for_gflops,
@@ -246,9 +246,11 @@ def test_as_many_as_there_are_exits():
 def test_difficulties_move_as_those_of_some_images():
     """By hand: 0.2 goes to 0.3 and 0.6 to 0.5; half way between them nothing moves."""
     before, after = np.array([0.6, 0.2]), np.array([0.3, 0.5])
-    found = moved(np.array([-1, 0, 0.1, 0.2, 0.4, 0.6, 0.8, 1]), before, after)
+    found = quantile_map(np.array([-1, 0, 0.1, 0.2, 0.4, 0.6, 0.8, 1]), before, after)
     assert found == pytest.approx([-1, 0, 0.15, 0.3, 0.4, 0.5, 0.75, 1])
-    assert moved(np.array([0.5]), np.array([0.5, 0.5]), np.array([0.4, 0.8])) == pytest.approx(0.6)
+    assert quantile_map(
+        np.array([0.5]), np.array([0.5, 0.5]), np.array([0.4, 0.8])
+    ) == pytest.approx(0.6)
 
 
 def test_moving_difficulties_and_thresholds_keeps_hard_shares():
@@ -256,6 +258,8 @@ def test_moving_difficulties_and_thresholds_keeps_hard_shares():
     scores, before, after = rng.random(500), rng.random(7), rng.random(7) ** 2
     for share in (0, 0.2, 0.5, 0.9, 1):
         threshold = threshold_for_share(scores, share)
-        (found,) = moved(np.array([threshold]), before, after)
-        assert hard_share(moved(scores, before, after), found) == pytest.approx(share, abs=1e-9)
-    assert moved(scores, before, before) == pytest.approx(scores, abs=1e-7)
+        (found,) = quantile_map(np.array([threshold]), before, after)
+        assert hard_share(quantile_map(scores, before, after), found) == pytest.approx(
+            share, abs=1e-9
+        )
+    assert quantile_map(scores, before, before) == pytest.approx(scores, abs=1e-7)

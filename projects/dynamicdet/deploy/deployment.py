@@ -23,7 +23,7 @@ from ..models import DynamicDetector
 from ..models.online_control import kept_speed
 from ..models.stages import Stage, find_stages
 from ..progress import Progress
-from ..routing.thresholds import moved
+from ..routing.thresholds import quantile_map
 from .folder import require_new, write_folder
 from .graphs import Exported, Graph, export_stages, need_for_deployment, release_weights
 from .int8 import (
@@ -341,5 +341,5 @@ def _carry_calibration(model: DynamicDetector, before: np.ndarray, after: np.nda
     """
     for name in ('difficulties', 'threshold'):
         own = getattr(model, name)
-        found = moved(own.reshape(-1).numpy(), before, after)
+        found = quantile_map(own.reshape(-1).numpy(), before, after)
         setattr(model, name, torch.from_numpy(found).view_as(own))

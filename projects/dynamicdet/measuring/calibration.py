@@ -24,8 +24,8 @@ from .flops import count_flops
 from .latencies import (
     force_dynamic_exit,
     measure_latencies,
-    measured_rows,
     rows_by_size,
+    rows_to_measure,
     single_batches,
 )
 
@@ -85,7 +85,7 @@ def mean_costs(
     """
     sizes, costs = rows_by_size(model, shapes), np.zeros((2, model.num_exits))
     for own in progress(sizes, 'costs of sizes'):
-        counted, timed = measured_rows(own, len(sizes))
+        counted, timed = rows_to_measure(own, len(sizes))
         costs += len(own) * np.array(
             [
                 measure_gflops(model, dataset, rows=counted),

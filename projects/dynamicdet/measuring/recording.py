@@ -30,7 +30,7 @@ from ..routing.record import RoutingRecord
 from ..timing import now
 from .calibration import detected, exit_states, measure_gflops, passed, provenance
 from .flops import count_flops
-from .latencies import force_dynamic_exit, measure_latencies, measured_rows, rows_by_size
+from .latencies import force_dynamic_exit, measure_latencies, rows_by_size, rows_to_measure
 
 #: How far an image is shifted for a second view: no multiple of any map's stride, so that maps
 #: differ.
@@ -216,7 +216,7 @@ def _add_costs(
     sizes = rows_by_size(model, [image.pop('shape') for image in images])
     branch = np.zeros(2)
     for own in progress(sizes, 'costs of sizes'):
-        counted, timed = measured_rows(own, len(sizes))
+        counted, timed = rows_to_measure(own, len(sizes))
         gflops = measure_gflops(model, dataset, rows=counted)
         latencies = measure_latencies(model, dataset, lambda steps, what: steps, rows=timed)
         routing = _measure_routing(model, dataset, counted)

@@ -68,7 +68,7 @@ def threshold_for_share(difficulties: Sequence[float], share: float) -> float:
     return float(middle if below <= middle < above else below)
 
 
-def moved(difficulties: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+def quantile_map(difficulties: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """Difficulties as another form of a detector would give them, from what it does to some images.
 
     Quantiles of the images go to the same quantiles, 0 and 1 stay, and between them it is linear.
