@@ -12,9 +12,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from mmengine.dataset import pseudo_collate
 from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import Runner
 from torch import nn
+from torch.utils.data import DataLoader
 
 from conftest import ROOT, THREADS, load_small, run_tool, train
 from dynamicdet import building
@@ -514,7 +516,8 @@ def test_a_calibrated_detector_keeps_its_calibration(calibrated, images, tmp_pat
     """Difficulties move with the weights; the hard share is the checkpoint's, not that of the
     images that int8 has seen."""
     cfg, path, _ = calibrated
-    about = deploy(cfg, path, str(tmp_path / 'out'), val_loader(cfg), images=images)
+    one_by_one = DataLoader(val_loader(cfg).dataset, collate_fn=pseudo_collate)
+    about = deploy(cfg, path, str(tmp_path / 'out'), one_by_one, images=images)
     assert about['calibration'] == dict(images=images, ranges='mse')
     # The router's two layers.
     assert len(about['layers']['first']['float_layers']) >= 2
