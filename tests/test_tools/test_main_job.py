@@ -152,7 +152,8 @@ def test_a_dry_run_says_what_would_be_trained(job, digits, inside, tmp_path, cap
     if step == 1:
         assert said['weights'] == 'random, all of them' and 'RouterHook' not in hooks
     else:
-        assert said['weights'].startswith(f"load_from '{job.cascade}': a checkpoint fills")
+        start = f"load_from '{job.cascade}': for exits 0, 1, a checkpoint fills"
+        assert said['weights'].startswith(start)
         assert 'RouterHook' in hooks
     assert not list(tmp_path.rglob('*.pth'))
 

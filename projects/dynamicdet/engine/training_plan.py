@@ -104,14 +104,19 @@ def _weights(runner: Runner, model: nn.Module) -> str:
     path = path_to_load(runner)
     if path:
         state = read_checkpoint(str(path))['state_dict']
-        return (
-            f"{'goes on from' if resumes(runner) else 'load_from'} '{path}': "
-            + (fit_weights(model, state)[1])
-        )
+        start = 'goes on from' if resumes(runner) else 'load_from'
+        return f"{start} '{path}': {_exits(model)}{fit_weights(model, state)[1]}"
     if isinstance(model, DynamicDetector) and model.train_router:
         return 'NONE: step 2 needs those of step 1, which there are not yet'
     pretrained = list(dict.fromkeys(_pretrained(runner.cfg.model)))
     return ', '.join(pretrained) or 'random, all of them'
+
+
+def _exits(model: nn.Module) -> str:
+    """A checkpoint is of all exits, or a plain detector's for each."""
+    if not isinstance(model, DynamicDetector):
+        return ''
+    return f'for exits {", ".join(map(str, range(model.num_exits)))}, '
 
 
 def _pretrained(node: object) -> Iterator[str]:
