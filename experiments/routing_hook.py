@@ -25,11 +25,11 @@ from dynamicdet import cli
 from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.files import latest_checkpoint, write_atomically
 from dynamicdet.models import Router
-from dynamicdet.routing.curve import Chance, split
+from dynamicdet.routing.curve import RandomRouting, split_by_share
 from dynamicdet.routing.evaluation import Mixtures
-from dynamicdet.routing.fitting import features_of, rank_correlation
 from dynamicdet.routing.record import read_record
-from dynamicdet.routing.strata import benefits
+from dynamicdet.routing.router_fitting import features_of_record, rank_correlation
+from dynamicdet.routing.strata import exit_benefits
 
 WORK = ROOT / 'work_dirs' / 'routing_hook'
 RESULTS = ROOT / 'experiments' / 'results' / 'routing_hook'
@@ -124,13 +124,16 @@ def judge(path: Path, routers: dict) -> dict:
     with cli.silence():
         coco = COCO(ROOT / DATA['root'] / 'annotations/instances_test.json')
     mixtures = Mixtures(record, coco)
-    chance, features = Chance(mixtures, resamples=RESAMPLES), features_of(record)
-    gained = benefits(record, mixtures)['loss_objects']
+    random_routing, features = (
+        RandomRouting(mixtures, resamples=RESAMPLES),
+        features_of_record(record),
+    )
+    gained = exit_benefits(record, mixtures)['loss_objects']
     found = {}
     for name, checkpoint in routers.items():
         scores = logits(checkpoint, features)
-        choices = [chance.choice(split(scores, share)[1]) for share in INNER]
-        resampled = np.mean([chance.resampled(choice) for choice in choices], axis=0)
+        choices = [random_routing.choice(split_by_share(scores, share)[1]) for share in INNER]
+        resampled = np.mean([random_routing.resampled(choice) for choice in choices], axis=0)
         found[name] = dict(
             ap=[mixtures.ap(choice) for choice in choices],
             resampled_mean=[round(float(value), 3) for value in resampled],
@@ -138,7 +141,7 @@ def judge(path: Path, routers: dict) -> dict:
         )
     return dict(
         exits=[mixtures.ap(np.full(mixtures.images, exit)) for exit in range(mixtures.exits)],
-        random=[chance.at(round(share * mixtures.images))[0] for share in INNER],
+        random=[random_routing.at(round(share * mixtures.images))[0] for share in INNER],
         provenance=record.provenance,
         routers=found,
     )

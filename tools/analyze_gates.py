@@ -42,7 +42,7 @@ if __name__ == '__main__':
 from dynamicdet import cli
 from dynamicdet.errors import UsageError
 from dynamicdet.routing.record import require_of_detector
-from dynamicdet.video.analysis import (
+from dynamicdet.video.gate_analysis import (
     RULES,
     analyze_gates,
     fitted_gates,

@@ -33,7 +33,12 @@ from dynamicdet import cli
 from dynamicdet.building import build_loader, load_dynamic_detector, require_dynamic
 from dynamicdet.checkpoints import write_checkpoint
 from dynamicdet.errors import UsageError
-from dynamicdet.measuring.calibration import calibrate, passed, provenance, require_trained_router
+from dynamicdet.measuring.calibration import (
+    calibrate,
+    inference_settings,
+    provenance,
+    require_trained_router,
+)
 from dynamicdet.routing.budget import Budget
 
 
@@ -63,7 +68,7 @@ def main() -> None:
         found,
         hard_share=args.hard_share,
         **provenance(cfg, args.checkpoint, loader.dataset, args.device),
-        **passed(model, loader),
+        **inference_settings(model, loader),
     )
     write_checkpoint(checkpoint, out)
     costs = [

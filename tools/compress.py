@@ -161,7 +161,11 @@ def main() -> None:
     compressed = compress(checkpoint, lossy)
     sizes = block_sizes(checkpoint['state_dict'], compressed.entries, groups)
     lines = report(args, cfg, checkpoint, compressed, sizes) if args.report or cfg else []
-    lines += entropy.stream_table(entropy.compare(compressed.entries)) if args.entropy else []
+    lines += (
+        entropy.stream_table(entropy.compare_stream_sizes(compressed.entries))
+        if args.entropy
+        else []
+    )
     if not args.dry_run:
         write_compressed(compressed, args.out)
     counts = Counter(entry.row['encoding'] for entry in compressed.entries)

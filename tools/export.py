@@ -1,4 +1,4 @@
-"""Export a detector to ONNX Runtime or OpenVINO: a folder with a graph for each stage, in float32
+"""Export a detector to ONNX Runtime or OpenVINO: a folder with a graph for each part, in float32
 or in 8 bits.
 
 Dynamic detectors stay dynamic. In 8 bits, ranges are measured on validation images that pass
@@ -40,7 +40,7 @@ def parse_args() -> argparse.Namespace:
         '--noise',
         type=float,
         default=0.01,
-        help="error of a stage's outputs to get down to by leaving layers float, as a share of "
+        help="error of a part's outputs to get down to by leaving layers float, as a share of "
         'their power: 0.01',
     )
     parser.add_argument(
@@ -89,8 +89,8 @@ from dynamicdet import cli
 from dynamicdet.building import build_loader, load_detector
 from dynamicdet.deploy.deployment import deploy
 from dynamicdet.deploy.folder import require_new
-from dynamicdet.deploy.graphs import exportable_stages, need_for_deployment
-from dynamicdet.deploy.latencies import said
+from dynamicdet.deploy.graphs import exportable_parts, need_for_deployment
+from dynamicdet.deploy.latencies import describe_latencies
 from dynamicdet.errors import UsageError
 
 
@@ -128,9 +128,9 @@ def main() -> None:
     check(args)
     cfg = cli.load_config(args)
     if args.dry_run:
-        stages = exportable_stages(load_detector(cfg, args.checkpoint)[0])
+        parts = exportable_parts(load_detector(cfg, args.checkpoint)[0])
         kind = 'int8' if args.int8 else 'float32'
-        print(f'would write {args.out}, {kind}: {", ".join(stage.name for stage in stages)}')
+        print(f'would write {args.out}, {kind}: {", ".join(part.name for part in parts)}')
         return
     loader, fault = None, None
     try:
@@ -171,7 +171,7 @@ def main() -> None:
             'export on the machine that counts, or with --reduce-range no'
         )
     if about['latencies']:
-        print(said(about['latencies']))
+        print(describe_latencies(about['latencies']))
     print(f'written to {args.out}: {about["bytes"] / 1e6:.2f} MB')
 
 

@@ -40,11 +40,11 @@ from dynamicdet import cli
 from dynamicdet.building import build_model, require_dynamic, whole_model
 from dynamicdet.checkpoints import write_checkpoint
 from dynamicdet.errors import UsageError
-from dynamicdet.measuring.fit_router import (
-    fit_to_records,
+from dynamicdet.measuring.router_from_records import (
+    fit_router_to_records,
     ground_truths,
+    insert_router,
     objective_settings,
-    put_router,
     wanted_objective,
 )
 from dynamicdet.models.weights import exits_digest
@@ -73,7 +73,7 @@ def main() -> None:
         )
     with cli.silence():
         cocos = ground_truths(records, objective)
-    fit, images = fit_to_records(
+    fit, images = fit_router_to_records(
         model.router, records, objective, cocos, seen, args.seed, cli.counter('fits')
     )
     facts = dict(
@@ -85,7 +85,7 @@ def main() -> None:
         seed=args.seed,
         cascade=args.checkpoint,
     )
-    done = put_router(model, checkpoint, fit, facts)
+    done = insert_router(model, checkpoint, fit, facts)
     write_checkpoint(done, args.out)
     print(
         f'router fitted to {facts["rows"]} rows of {images} images ({fit.steps} steps, weight '

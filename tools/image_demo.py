@@ -137,8 +137,8 @@ def detect(args: argparse.Namespace, pictures: dict[str, str]) -> int:
     if not results:
         return 2
     saved = not (args.no_save_vis and args.no_save_pred)
-    if detector.served is not None:
-        print(*detector.served.lines(), sep='\n')
+    if detector.budget_report is not None:
+        print(*detector.budget_report.lines(), sep='\n')
     print(
         f'{len(results)} images; ' + (f'results in {args.out_dir}' if saved else 'nothing written')
     )

@@ -45,9 +45,14 @@ from dynamicdet.building import load_dynamic_detector, require_dynamic
 from dynamicdet.files import write_atomically
 from dynamicdet.measuring.recording import build_record_loader, record_data_set, require_recordable
 from dynamicdet.models.weights import exits_digest
-from dynamicdet.reports.analysis import analyze, format_analysis, pair_of, write_analysis
-from dynamicdet.reports.analysis_text import misses
 from dynamicdet.reports.figures import png, trade_off_figure
+from dynamicdet.reports.routing_analysis import (
+    analyze_routing,
+    format_analysis,
+    two_exit_record,
+    write_analysis,
+)
+from dynamicdet.reports.routing_analysis_text import share_miss_sentences
 from dynamicdet.routing.evaluation import read_truth
 from dynamicdet.routing.record import write_record
 
@@ -73,9 +78,9 @@ def main() -> None:
     )
     record.provenance['exits_digest'] = digest
     write_record(record, out_dir / 'record.npz')
-    record = pair_of(record)
+    record = two_exit_record(record)
     coco = read_truth(loader.dataset.ann_file, loader.dataset.cat_ids)
-    analysis = analyze(
+    analysis = analyze_routing(
         record,
         coco,
         say=lambda what: print(f'{what} ...', file=sys.stderr, flush=True),
@@ -84,7 +89,7 @@ def main() -> None:
     write_atomically(png(trade_off_figure(analysis['rows'])), out_dir / 'trade_off.png')
     page = write_analysis(record, coco, analysis, out_dir, name='report')
     print(format_analysis(analysis))
-    for miss in misses(analysis['calibrated']):
+    for miss in share_miss_sentences(analysis['calibrated']):
         print(f'warning: {miss}', file=sys.stderr)
     print(f'\nThe same with pictures: {page}')
 

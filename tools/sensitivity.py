@@ -61,18 +61,19 @@ from mmengine.device import get_device
 from dynamicdet import cli
 from dynamicdet.annotations import original_of
 from dynamicdet.building import build_loader
-from dynamicdet.compression.blocks import Block
-from dynamicdet.compression.sensitivity import sensitivity_table, suggest
+from dynamicdet.compression.pruning_allocation import allocate_pruning
+from dynamicdet.compression.pruning_blocks import PruningBlock
 from dynamicdet.datasets.config_datasets import require_one_coco
 from dynamicdet.errors import UsageError
 from dynamicdet.files import write_atomically
 from dynamicdet.measuring.sensitivity import (
     blocks_of,
-    draw,
+    draw_sensitivity,
     identity_of,
-    load,
+    load_any_detector,
     measure_sensitivity,
     parts_of,
+    sensitivity_table,
     truth_of,
 )
 
@@ -90,12 +91,12 @@ def main() -> None:
     out = args.out or str(Path(cfg.work_dir) / 'sensitivity.json')
     cli.require_writable(out)
     for share in args.shares:
-        Block('--shares', ['*'], share)
+        PruningBlock('--shares', ['*'], share)
     if args.images < 0:
         raise UsageError(f'--images must be 1 or more, or 0 for all; got {args.images}')
     dataset = require_one_coco(cfg, 'val', 'sensitivity is measured')
     cli.check_data(cfg, 'val')
-    model = load(cfg, args.checkpoint, args.device)
+    model = load_any_detector(cfg, args.checkpoint, args.device)
     blocks = {}
     for one in args.block or []:
         name, equals, patterns = one.partition('=')
@@ -123,14 +124,14 @@ def main() -> None:
     print(*sensitivity_table(curves), sep='\n')
     # Of layers where they were measured: a block is what they add up to.
     chosen = curves[len(blocks) :] if args.layers else curves
-    found = suggest(chosen, args.size)
+    allocation = allocate_pruning(chosen, args.size)
     print(
-        f'for {found.left:.1%} of these weights, at a predicted loss of {found.loss:.2f} '
-        f'{args.metric} (at least {found.bound:.2f}), prune:'
+        f'for {allocation.left:.1%} of these weights, at a predicted loss of {allocation.loss:.2f} '
+        f'{args.metric} (at least {allocation.bound:.2f}), prune:'
     )
-    print(*(f'  {name}: {share:.0%}' for name, share in found.shares.items()), sep='\n')
+    print(*(f'  {name}: {share:.0%}' for name, share in allocation.shares.items()), sep='\n')
     plot = Path(out).with_suffix('.png')
-    write_atomically(draw(curves, found, args.metric), plot)
+    write_atomically(draw_sensitivity(curves, allocation, args.metric), plot)
     print(f'written to {out} and {plot}')
 
 

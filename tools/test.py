@@ -134,7 +134,9 @@ def main() -> None:
     if args.out:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
     runner.test()
-    cli.say_served(next(hook for hook in runner.hooks if isinstance(hook, BudgetHook)).served)
+    cli.print_budget_report(
+        next(hook for hook in runner.hooks if isinstance(hook, BudgetHook)).budget_report
+    )
 
 
 if __name__ == '__main__':

@@ -58,7 +58,7 @@ from mmengine.runner import Runner
 from dynamicdet import cli
 from dynamicdet.building import build_loader
 from dynamicdet.deploy.folder import load_deployed, read_config
-from dynamicdet.deploy.latencies import conditions, measure_latency, said
+from dynamicdet.deploy.latencies import describe_latencies, measure_latency, timing_conditions
 from dynamicdet.engine import BudgetHook
 from dynamicdet.errors import UsageError
 from dynamicdet.files import write_atomically
@@ -143,7 +143,13 @@ def main() -> None:
             dataset = build_loader(settings).dataset
         latencies: list[float] = measure_latency(model, dataset, cli.progress, args.images)
         figures['milliseconds'] = [1e3 * seconds for seconds in latencies]
-        print(said(dict(conditions(args.runtime, args.threads, args.providers), seconds=latencies)))
+        print(
+            describe_latencies(
+                dict(
+                    timing_conditions(args.runtime, args.threads, args.providers), seconds=latencies
+                )
+            )
+        )
         # A budget in time goes by what runs the graphs now.
         cfg.model.latencies = latencies
     if not args.no_ap:
@@ -153,7 +159,9 @@ def main() -> None:
         for key, value in figures['metrics'].items():
             if not key.startswith('budget/'):
                 print(f'{key}: {value:.4f}')
-        cli.say_served(next(hook for hook in runner.hooks if isinstance(hook, BudgetHook)).served)
+        cli.print_budget_report(
+            next(hook for hook in runner.hooks if isinstance(hook, BudgetHook)).budget_report
+        )
     if args.out:
         write_atomically(json.dumps(figures, indent=1).encode(), args.out)
 

@@ -142,9 +142,9 @@ def main() -> int:
     if summary.ended:
         print(f'{source.name}: {summary.ended}', file=sys.stderr)
     print(('interrupted: ' if summary.stopped else '') + describe(summary, budget))
-    served = detector.served(summary)
-    cli.say_served(served)
-    for above in summary.above(budget) if served is None else []:
+    budget_report = detector.budget_report(summary)
+    cli.print_budget_report(budget_report)
+    for above in summary.above(budget) if budget_report is None else []:
         print(f'warning: {above}', file=sys.stderr)
     if not summary.frames:
         raise UsageError(f"'{source.name}' has no frame that can be read")

@@ -29,7 +29,7 @@ from .datasets.config_datasets import SEVERAL_FILES
 from .errors import UsageError, reason_of
 from .progress import counter, progress, silence  # noqa: F401  (tools have them from here)
 from .routing.budget import BUDGET_NAMES, Budget
-from .routing.served import Served
+from .routing.budget_report import BudgetReport
 
 #: In front of the path of one of mmdet's configs, as in ``_base_``.
 _OF_MMDET = 'mmdet::'
@@ -283,21 +283,21 @@ def _speaks() -> bool:
     return int(os.environ.get('RANK', 0)) == 0
 
 
-def say_served(served: Served | None) -> None:
+def print_budget_report(budget_report: BudgetReport | None) -> None:
     """What was wanted and served, and what it cost; a warning where chance does not explain the
     difference."""
-    if served is not None:
-        print(*served.lines(), sep='\n')
-        for doubt in served.doubts():
+    if budget_report is not None:
+        print(*budget_report.lines(), sep='\n')
+        for doubt in budget_report.doubts():
             warnings.warn(doubt)
 
 
 def _say_warning(message: Any, category: type, filename: str, *args: Any) -> None:
     """The package's own warnings are a line without a place in its code."""
-    own = Path(filename).is_relative_to(Path(__file__).parent)
+    is_ours = Path(filename).is_relative_to(Path(__file__).parent)
     print(
         f'warning: {message}'
-        if own
+        if is_ours
         else warnings.formatwarning(message, category, filename, *args[:1]).rstrip(),
         file=sys.stderr,
     )

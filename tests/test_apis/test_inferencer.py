@@ -185,7 +185,9 @@ def test_budget_of_a_call(detector, paths, budget, hard):
 
 def test_a_call_says_what_it_served_and_warns_where_chance_does_not_explain_it(detector, paths):
     detector(paths, batch_size=4, hard_share=0.5)
-    assert detector.served.counts == (2, 2) and detector.served.budget == Budget('hard_share', 0.5)
+    assert detector.budget_report.counts == (2, 2) and detector.budget_report.budget == Budget(
+        'hard_share', 0.5
+    )
     # A calibration on images that were all easier.
     known, detector.model.difficulties = detector.model.difficulties, torch.linspace(0, 1e-4, 1000)
     try:
@@ -195,7 +197,7 @@ def test_a_call_says_what_it_served_and_warns_where_chance_does_not_explain_it(d
             detector(paths, hard_share=0.1)
     finally:
         detector.model.difficulties = known
-    assert detector.served.doubts() and detector.served.counts == (0, 4)
+    assert detector.budget_report.doubts() and detector.budget_report.counts == (0, 4)
 
 
 def test_latencies_of_another_machine_are_said_to_who_asks_for_time(checkpoints, paths, tmp_path):

@@ -29,16 +29,16 @@ from dynamicdet.deploy.int8 import (
     Observer,
     Recipe,
     choose_float,
+    expose_layer_tensors,
     least_error,
     multiply_adds,
     quantize_graph,
-    watched,
 )
 from dynamicdet.deploy.latencies import put_latencies
 from dynamicdet.deploy.runtimes import RUNTIMES
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.calibration import measure_difficulties
-from dynamicdet.models.stages import Stage
+from dynamicdet.models.detector_parts import DetectorPart
 from dynamicdet.testing import randomize, tiny_batch
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
@@ -296,9 +296,9 @@ def test_the_layer_that_suffers_stays_float():
     torch.manual_seed(0)
     module = Two().eval()
     x = torch.randn(1, 3, 8, 8)
-    exported = _export(Stage('two', module, lambda run: None, (module,)), (x,))
+    exported = _export(DetectorPart('two', module, lambda run: None, (module,)), (x,))
     observer = Observer()
-    Graph(watched(exported.content), exported.form, watch=observer)(x)
+    Graph(expose_layer_tensors(exported.content), exported.form, watch=observer)(x)
     ranges = observer.ranges('minmax')
     costs = multiply_adds(exported.content, observer.shares)
     assert sorted(costs.values()) == [64 * 16, 64 * 24]
@@ -390,7 +390,7 @@ def test_learned_ranges_move_are_resumed_and_exported(digits, tmp_path):
 
 
 class TestsAverages(Hook):
-    """Compares, while it validates, what a first stage gives with what it would give in float."""
+    """Compares, while it validates, what a first part gives with what it would give in float."""
 
     priority = 'LOWEST'
     noise = None

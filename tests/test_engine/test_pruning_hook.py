@@ -7,7 +7,8 @@ from test_distributed import ranks, train_on_two
 
 from conftest import load_small, train
 from dynamicdet.checkpoints import read_checkpoint
-from dynamicdet.compression.pruning import find_layers, unpack
+from dynamicdet.compression.pruning import unpack_mask
+from dynamicdet.compression.pruning_blocks import find_layers
 from dynamicdet.engine import PruningHook
 from dynamicdet.errors import UsageError
 from mmdet.registry import HOOKS, MODELS
@@ -131,7 +132,7 @@ def test_a_checkpoint_is_a_plain_detectors(one_shot):
         layers = find_layers(model)
         for name, packed in checkpoint['pruning']['masks'].items():
             weight = layers[name].weight
-            assert torch.equal(weight == 0, ~unpack(packed, weight.shape))
+            assert torch.equal(weight == 0, ~unpack_mask(packed, weight.shape))
     assert {name.split('.')[0] for name in checkpoint['pruning']['masks']} == {
         'backbone',
         'neck',

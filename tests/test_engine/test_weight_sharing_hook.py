@@ -9,9 +9,10 @@ from test_distributed import ranks, train_on_two
 from conftest import load_small, train
 from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
 from dynamicdet.compression.ddz import compress
-from dynamicdet.compression.pruning import Block, find_layers, prune_weights
+from dynamicdet.compression.pruning import prune_weights
+from dynamicdet.compression.pruning_blocks import PruningBlock, find_layers
 from dynamicdet.engine import WeightSharingHook
-from dynamicdet.engine.pruning_hook import averages
+from dynamicdet.engine.pruning_hook import averaged_models
 from dynamicdet.errors import UsageError
 from dynamicdet.testing import randomize
 from mmdet.registry import HOOKS, MODELS
@@ -63,7 +64,7 @@ class WatchSharing(Hook):
         )
         self.averages += [
             {name: layer.weight.detach().clone() for name, layer in find_layers(model).items()}
-            for model in averages(runner)
+            for model in averaged_models(runner)
         ]
 
 
@@ -90,7 +91,7 @@ def pruned(digits, tmp_path_factory):
     register_all_modules(init_default_scope=True)
     folder = tmp_path_factory.mktemp('to_share')
     model = randomize(MODELS.build(config(digits, folder).model))
-    prune_weights(model, [Block('all', ['*'], 0.6)])
+    prune_weights(model, [PruningBlock('all', ['*'], 0.6)])
     write_checkpoint(dict(state_dict=model.state_dict()), str(folder / 'pruned.pth'))
     return folder / 'pruned.pth'
 

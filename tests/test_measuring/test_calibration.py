@@ -15,10 +15,10 @@ from dynamicdet.errors import UsageError
 from dynamicdet.measuring import calibration
 from dynamicdet.measuring.calibration import (
     calibrate,
+    inference_settings,
     mean_costs,
     measure_difficulties,
     measure_gflops,
-    passed,
     provenance,
     record_exits,
 )
@@ -274,7 +274,7 @@ def test_how_images_passed(model, digits, batch_size, dtype):
     loader = build_loader(
         load_config(digits, **{'val_dataloader.batch_size': batch_size}).val_dataloader
     )
-    assert passed(model.to(getattr(torch, dtype)), loader) == dict(
+    assert inference_settings(model.to(getattr(torch, dtype)), loader) == dict(
         dtype=dtype, batch_size=batch_size, latency_batch_size=1
     )
 

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from dynamicdet.errors import UsageError
-from dynamicdet.routing.diagnosis import diagnose, side
+from dynamicdet.routing.diagnosis import diagnose, interval_sign
 
 UP, DOWN, OPEN = (2.0, 1.0, 3.0), (-2.0, -3.0, -1.0), (2.0, -1.0, 5.0)
 
@@ -27,11 +27,11 @@ def text(**figures):
     ],
 )
 def test_side(estimate, told):
-    assert side(estimate) == told
+    assert interval_sign(estimate) == told
 
 
 def test_side_of_another_value():
-    assert [side((0.5, 0.4, 0.6), of) for of in (0.3, 0.5, 0.7)] == [1, 0, -1]
+    assert [interval_sign((0.5, 0.4, 0.6), of) for of in (0.3, 0.5, 0.7)] == [1, 0, -1]
 
 
 def test_nothing_to_say():

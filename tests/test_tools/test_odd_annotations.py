@@ -11,7 +11,7 @@ import torch
 from test_analyze_routing import call, write_checkpoint
 
 from conftest import ROOT, shrink_options
-from dynamicdet.reports.analysis_text import BY_CALIBRATION, BY_QUANTILE
+from dynamicdet.reports.routing_analysis_text import BY_CALIBRATION, BY_QUANTILE
 from dynamicdet.routing.evaluation import Mixtures, read_truth
 from dynamicdet.routing.record import read_record
 

@@ -5,7 +5,7 @@ import torch
 from exit_cases import frames, tiny
 from far_device import counted, far_device
 
-from dynamicdet.video.frames import nothing_found
+from dynamicdet.video.frames import no_detections
 
 PROPAGATION = dict(type='Propagation', size=2, gaps=3)
 
@@ -115,7 +115,7 @@ def test_training_elsewhere(far):
 
 
 def test_nothing_found_is_where_the_frames_are(far):
-    assert {value.device.type for value in nothing_found(torch.device(far)).values()} == {far}
+    assert {value.device.type for value in no_detections(torch.device(far)).values()} == {far}
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])

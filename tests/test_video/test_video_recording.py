@@ -22,9 +22,14 @@ from dynamicdet.routing.budget import Budget
 from dynamicdet.testing import randomize
 from dynamicdet.video.curves import settings_of
 from dynamicdet.video.digits_video import make_digits_video
+from dynamicdet.video.gate_simulation import evidence_by_exit, gate_difficulties, simulate_gate
 from dynamicdet.video.record import read_video_record, write_video_record
-from dynamicdet.video.recording import borrowed, force_exit, load_early_exit_detector, record_videos
-from dynamicdet.video.simulation import evidences, gate_difficulties, simulate_gate
+from dynamicdet.video.recording import (
+    forced_exit,
+    load_early_exit_detector,
+    record_videos,
+    temporary_gate,
+)
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 
@@ -117,7 +122,7 @@ def test_forced_exits_leave_the_detector_as_it_was(model, cfg):
     dataset = build_record_loader(cfg, 'test').dataset
     model.set_budget(threshold=0.25)
     for exit, looks in ((-1, False), (0, False), (2, True), (3, False), (3, True)):
-        with force_exit(model, exit, looks):
+        with forced_exit(model, exit, looks):
             found = model.test_step(pseudo_collate([dataset[0], dataset[1]]))
         assert [sample.exit for sample in found] == [exit] * 2
     assert model.gate is None and model.budget == Budget('threshold', 0.25)
@@ -182,12 +187,12 @@ def test_simulation_is_what_the_detector_does(world, config):
         gate.nothing.level.fill_(chances[len(chances) // 2 - 1 :][:2].mean())
     for layer in getattr(gate, 'go', ()):
         torch.nn.init.normal_(layer.weight, std=3.0)
-    difficulties = gate_difficulties(gate, evidences(record))
+    difficulties = gate_difficulties(gate, evidence_by_exit(record))
     seen = set()
     settings = settings_of(record, gate, difficulties, count=3, change_count=2)
     for setting in [*settings[::2], settings[-1]]:
         run = simulate_gate(record, gate, difficulties, setting)
-        with borrowed(model, gate, setting):
+        with temporary_gate(model, gate, setting):
             found = run_lazily(model, dataset, range(len(dataset)))
         assert [sample.exit for sample in found] == run.exits[in_order].tolist()
         seen.update(run.exits.tolist())

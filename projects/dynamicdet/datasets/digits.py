@@ -108,14 +108,14 @@ def _is_made(home, stamp):
     """True: made with this stamp; False: missing or empty; else FileExistsError."""
     if not home.exists() or (home.is_dir() and not any(home.iterdir())):
         return False
-    found = None
+    stamps = None
     try:
-        found = [json.loads(_annotations(home, s).read_text())['info']['recipe'] for s in SPLITS]
+        stamps = [json.loads(_annotations(home, s).read_text())['info']['recipe'] for s in SPLITS]
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not a data set of ours
-    if found == [stamp] * len(SPLITS):
+    if stamps == [stamp] * len(SPLITS):
         return True
-    what = f'a digits data set made with {found[0]}' if found else 'something else'
+    what = f'a digits data set made with {stamps[0]}' if stamps else 'something else'
     raise FileExistsError(
         f'{home} holds {what}, and digits was asked for {stamp}: give another root, or move or '
         'remove that one'

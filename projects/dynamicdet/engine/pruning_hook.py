@@ -13,7 +13,7 @@ from torch import nn
 from mmdet.registry import HOOKS
 
 from ..compression import pruning
-from ..compression.blocks import require_blocks
+from ..compression.pruning_blocks import PrunableLayer, PruningBlock, require_blocks
 from ..compression.scores import Statistics
 from ..errors import UsageError
 from ..private_mmengine import resumes
@@ -30,7 +30,8 @@ class PruningHook(Hook):
     the same masks.
 
     Args:
-        blocks (Sequence[dict]): Arguments of `dynamicdet.compression.pruning.Block`: ``name``,
+        blocks (Sequence[dict]): Arguments of `dynamicdet.compression.pruning_blocks.PruningBlock`:
+            ``name``,
             ``modules`` (patterns), ``target`` (in [0, 1)) and, where a block differs from what is
             given here, ``score``, ``structured``, ``over``, ``norm``, ``exclude``.
         schedule (str): ``one_shot``, ``iterative`` or ``cubic``; see `pruning.share_at`.
@@ -177,7 +178,7 @@ class PruningHook(Hook):
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Add masks and shares to the checkpoint."""
         checkpoint['pruning'] = dict(
-            masks={name: pruning.pack(mask) for name, mask in self.masks.items()},
+            masks={name: pruning.pack_mask(mask) for name, mask in self.masks.items()},
             shares=list(self._shares),
             totals={key: value.cpu() for key, value in self._statistics.totals.items()},
         )
@@ -210,7 +211,7 @@ class PruningHook(Hook):
                 'the target would not be reached'
             )
 
-    def _restore(self, layers: dict[str, pruning.PrunableLayer]) -> None:
+    def _restore(self, layers: dict[str, PrunableLayer]) -> None:
         saved = self._saved
         if not set(saved['masks']) <= set(layers) or len(saved['shares']) != len(self.blocks):
             raise UsageError(
@@ -219,7 +220,9 @@ class PruningHook(Hook):
             )
         self._shares = list(saved['shares'])
         self.masks = {
-            name: pruning.unpack(packed, layers[name].weight.shape).to(layers[name].weight.device)
+            name: pruning.unpack_mask(packed, layers[name].weight.shape).to(
+                layers[name].weight.device
+            )
             for name, packed in saved['masks'].items()
         }
         self._statistics.load(saved['totals'])
@@ -276,7 +279,7 @@ class PruningHook(Hook):
             )
             self._shares[index] = due[index]
         self._agree()
-        for model in [plain_model(runner), *averages(runner)]:
+        for model in [plain_model(runner), *averaged_models(runner)]:
             pruning.apply_masks(model, self.masks)
         self._statistics.reset()
         self._log(runner, changed)
@@ -299,7 +302,7 @@ class PruningHook(Hook):
                 f'pruned {self.blocks[index].name}: {pruning.pruned_share(masks):.2%} of '
                 f'{total / 1e6:.2f} M weights'
             )
-            empty = pruning.emptied(masks)
+            empty = pruning.empty_layers(masks)
             if empty:
                 runner.logger.warning(
                     f'nothing is left of {len(empty)} layers, such as {empty[0]}: nothing passes '
@@ -307,13 +310,13 @@ class PruningHook(Hook):
                 )
 
 
-def _block(settings: dict) -> pruning.Block:
-    known = {entry.name for entry in fields(pruning.Block)}
+def _block(settings: dict) -> PruningBlock:
+    known = {entry.name for entry in fields(PruningBlock)}
     needed = {'name', 'modules', 'target'}
     for wrong, what in ((set(settings) - known, 'unknown'), (needed - set(settings), 'missing')):
         if wrong:
             raise UsageError(f'PruningHook: {what} in a block: {", ".join(sorted(wrong))}')
-    return pruning.Block(**settings)
+    return PruningBlock(**settings)
 
 
 def plain_model(runner: Runner) -> nn.Module:
@@ -321,6 +324,6 @@ def plain_model(runner: Runner) -> nn.Module:
     return unwrap(runner.model)
 
 
-def averages(runner: Runner) -> list[nn.Module]:
+def averaged_models(runner: Runner) -> list[nn.Module]:
     """The averaged models of all `EMAHook`s."""
     return [hook.ema_model.module for hook in runner.hooks if isinstance(hook, EMAHook)]

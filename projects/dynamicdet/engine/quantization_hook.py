@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from mmdet.registry import HOOKS
 
-from ..compression.quantization import Ranges, Simulation, move_range
+from ..compression.quantization import Int8Simulation, Ranges, move_range
 from ..errors import UsageError
 from ..models import can_fuse
-from ..models.stages import find_stages
+from ..models.detector_parts import find_parts
 from ..private_mmengine import resumes
 from .unwrapping import unwrap
 
@@ -22,7 +22,7 @@ from .unwrapping import unwrap
 class QuantizationHook(Hook):
     """Let a trained detector get used to 8 bits: quantization-aware training.
 
-    From ``start`` on, stages compute as their int8 graphs will: weights and activations are
+    From ``start`` on, parts compute as their int8 graphs will: weights and activations are
     rounded, gradients pass. Norms stay as they are, in eval mode, since graphs have them in their
     convolutions. Validation, and tests of the run's checkpoints with the same config, are in 8 bits
     too.
@@ -44,11 +44,11 @@ class QuantizationHook(Hook):
             are trained with the weights, by gradients (`quantization.LearnedRange`).
         rate (float): Share of its width by which an end of a learned range moves in an iteration.
             In (0, 0.1].
-        float_share (float): What layers that give predictions may be of a stage's multiply-adds to
+        float_share (float): What layers that give predictions may be of a part's multiply-adds to
             stay float, as they do in ``tools/export.py --int8``. In [0, 1]; 0 quantizes all.
     """
 
-    # After EMAHook, which must copy the detector before its stages are replaced, and whose averages
+    # After EMAHook, which must copy the detector before its parts are replaced, and whose averages
     # are tested.
     priority = 'BELOW_NORMAL'
 
@@ -84,13 +84,13 @@ class QuantizationHook(Hook):
         self.learned, self.rate = ranges == 'learned', rate
         self.reduced_range, self.by_epoch = reduced_range, by_epoch
         self._saved: dict | None = None
-        self._stages: list = []
-        self.simulations: dict[str, Simulation] = {}
+        self._parts: list = []
+        self.simulations: dict[str, Int8Simulation] = {}
 
     def describe(self, runner: Runner) -> list[str]:
         """What it would do; raises what a training would."""
         self._require_fit(runner)
-        names = ', '.join(stage.name for stage in find_stages(_plain(runner)))
+        names = ', '.join(part.name for part in find_parts(_plain(runner)))
         unit = 'epochs' if self.by_epoch else 'iterations'
         return [
             f'round to {7 if self.reduced_range else 8} bits, after {self.start} {unit}: {names}'
@@ -148,10 +148,10 @@ class QuantizationHook(Hook):
 
     def before_test(self, runner: Runner) -> None:
         """Install the rounding by the checkpoint's ranges, if it has any."""
-        if self._saved is not None and not self._stages:
+        if self._saved is not None and not self._parts:
             self._install(_plain(runner))
             self._set(True, False)
-        elif not self._stages:
+        elif not self._parts:
             runner.logger.warning(
                 'QuantizationHook: the checkpoint has no ranges: it is tested in float32'
             )
@@ -188,18 +188,18 @@ class QuantizationHook(Hook):
                     f'QuantizationHook: {name}={value}, but the checkpoint was trained with '
                     f'{trained_value}'
                 )
-        self._stages = find_stages(model)
-        for stage in self._stages:
-            simulation = Simulation(
-                stage.run,
-                stage.modules,
-                stage.spared,
+        self._parts = find_parts(model)
+        for part in self._parts:
+            simulation = Int8Simulation(
+                part.run,
+                part.modules,
+                part.spared,
                 self.reduced_range,
                 self.noise,
-                self.float_share if stage.predicts else 0.0,
+                self.float_share if part.predicts else 0.0,
             )
-            self.simulations[stage.name] = simulation
-            stage.place(simulation)
+            self.simulations[part.name] = simulation
+            part.place(simulation)
         device = next(model.parameters()).device
         for key, value in trained.get('ranges', {}).items():
             name, _, range_key = key.partition('/')
@@ -212,9 +212,9 @@ class QuantizationHook(Hook):
             self.simulations[name].ranges.values[range_key] = value.to(device)
 
     def _remove(self) -> None:
-        for stage in self._stages:
-            stage.place(stage.run)
-        self._stages, self.simulations = [], {}
+        for part in self._parts:
+            part.place(part.run)
+        self._parts, self.simulations = [], {}
 
     def _set(self, active: bool, observing: bool, learning: bool = False) -> None:
         for simulation in self.simulations.values():
@@ -249,8 +249,8 @@ class QuantizationHook(Hook):
             ranges.values[key] = move_range(ranges.values[key], gradient, self.rate)
 
     def _keys(self) -> list[tuple[str, str]]:
-        """Stage and key of each range that any rank knows, the same on all: a rank may have come by
-        a stage that others have not, such as a RoI head that had no RoIs there."""
+        """Part and key of each range that any rank knows, the same on all: a rank may have come by
+        a part that others have not, such as a RoI head that had no RoIs there."""
         known_here = [
             (name, key)
             for name, simulation in self.simulations.items()

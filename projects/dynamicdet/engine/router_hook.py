@@ -195,14 +195,14 @@ def inherits_load_from(cfg: Config) -> bool:
     path, value = Path(cfg.filename or ''), cfg.get('load_from')
     if not value or path.suffix != '.py' or not path.is_file():
         return False
-    own = {
+    assigned = {
         target.id
         for node in ast.walk(ast.parse(path.read_text(encoding='utf-8')))
         if isinstance(node, ast.Assign)
         for target in node.targets
         if isinstance(target, ast.Name)
     }
-    return 'load_from' not in own and Config.fromfile(path).get('load_from') == value
+    return 'load_from' not in assigned and Config.fromfile(path).get('load_from') == value
 
 
 def leaves_load_from_unused(cfg: Config) -> bool:
@@ -253,7 +253,7 @@ def measure_training_set(runner: Runner) -> tuple[dict[tuple, float], Tensor, Te
     """
     model = _model(runner)
     model.train()
-    own: dict[tuple, float] = {}
+    gain_by_image: dict[tuple, float] = {}
     # Count, sum and sum of squares, in double precision: one pass, bounded memory.
     moments = [0, 0.0, 0.0]
     for batch in with_progress(runner, every_image(runner.train_dataloader), 'delta'):
@@ -263,7 +263,7 @@ def measure_training_set(runner: Runner) -> tuple[dict[tuple, float], Tensor, Te
             gains, features = model.exit_gains(data['inputs'], data['data_samples'])
         for sample, gain in zip(data['data_samples'], gains.tolist()):
             # By both: data sets that are concatenated may use an id twice.
-            own[sample.get('img_id', len(own)), sample.get('img_path')] = gain
+            gain_by_image[sample.get('img_id', len(gain_by_image)), sample.get('img_path')] = gain
         features = features.double().cpu()
         moments = [
             moments[0] + len(features),
@@ -271,7 +271,7 @@ def measure_training_set(runner: Runner) -> tuple[dict[tuple, float], Tensor, Te
             moments[2] + features.square().sum(0),
         ]
     gathered: dict[tuple, float] = {}
-    parts = all_gather_object((own, moments))
+    parts = all_gather_object((gain_by_image, moments))
     for part, _ in parts:
         gathered.update(part)
     bad = [path for (_, path), value in gathered.items() if not np.isfinite(value)]

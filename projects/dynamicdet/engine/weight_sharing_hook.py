@@ -12,11 +12,11 @@ from torch import nn
 
 from mmdet.registry import HOOKS
 
-from ..compression import sharing
-from ..compression.blocks import PrunableLayer, disjoint_layers, require_blocks
+from ..compression import weight_sharing
+from ..compression.pruning_blocks import PrunableLayer, disjoint_layers, require_blocks
 from ..errors import UsageError
 from ..private_mmengine import resumes
-from .pruning_hook import PruningHook, averages, plain_model
+from .pruning_hook import PruningHook, averaged_models, plain_model
 
 
 @HOOKS.register_module()
@@ -30,7 +30,8 @@ class WeightSharingHook(Hook):
     ``--resume``. All ranks share alike.
 
     Args:
-        blocks (Sequence[dict]): Arguments of `dynamicdet.compression.sharing.SharedBlock`:
+        blocks (Sequence[dict]): Arguments of
+            `dynamicdet.compression.weight_sharing.WeightSharingBlock`:
             ``name``, ``modules`` (patterns) and, where wanted, ``bits`` (2 to 8, 4 by default) and
             ``exclude``.
         start (int): Epochs, or iterations, done before sharing begins. A `PruningHook` of the same
@@ -51,14 +52,14 @@ class WeightSharingHook(Hook):
         self.blocks = [_block(block) for block in blocks]
         if start < 0:
             raise UsageError(f'WeightSharingHook: start={start} must not be negative')
-        if reduction not in sharing.REDUCTIONS:
+        if reduction not in weight_sharing.REDUCTIONS:
             raise UsageError(
                 f"WeightSharingHook: reduction='{reduction}' is none of "
-                f'{", ".join(sharing.REDUCTIONS)}'
+                f'{", ".join(weight_sharing.REDUCTIONS)}'
             )
         self.start, self.by_epoch, self.reduction = start, by_epoch, reduction
         #: Layer name -> who shares; empty before sharing begins.
-        self.shared: dict[str, sharing.Sharing] = {}
+        self.shared: dict[str, weight_sharing.WeightSharing] = {}
         self._saved: dict | None = None
         self._handles: list = []
 
@@ -175,7 +176,7 @@ class WeightSharingHook(Hook):
                 'with the same config'
             )
         self.shared = {
-            name: sharing.sharing_of(
+            name: weight_sharing.weight_sharing_of(
                 entry['indices'].to(self._layers[name].weight.device), entry['pruned']
             )
             for name, entry in saved.items()
@@ -186,7 +187,7 @@ class WeightSharingHook(Hook):
             return
         for name, layer in self._layers.items():
             try:
-                self.shared[name] = sharing.share_weight(layer.weight, self._bits[name])
+                self.shared[name] = weight_sharing.share_weights(layer.weight, self._bits[name])
             except UsageError as error:
                 raise UsageError(f"WeightSharingHook: layer '{name}': {error}") from None
         self._agree()
@@ -202,7 +203,7 @@ class WeightSharingHook(Hook):
             for name, shared in self.shared.items():
                 broadcast(shared.indices, src=0)
                 broadcast(self._layers[name].weight.data, src=0)
-                self.shared[name] = sharing.sharing_of(shared.indices, shared.pruned)
+                self.shared[name] = weight_sharing.weight_sharing_of(shared.indices, shared.pruned)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_) -> None:
         # Gradients are unscaled and averaged over the ranks here. Each optimizer's own, once.
@@ -210,24 +211,24 @@ class WeightSharingHook(Hook):
         for name, shared in self.shared.items():
             weight = self._layers[name].weight
             if id(weight) in trained and weight.grad is not None:
-                sharing.tie_gradient(weight.grad, shared, self.reduction)
+                weight_sharing.tie_gradient(weight.grad, shared, self.reduction)
 
     def _tie_averages(self, runner: Runner) -> None:
-        for model in averages(runner) if self.shared else []:
+        for model in averaged_models(runner) if self.shared else []:
             modules = dict(model.named_modules())
             self._tie({name: modules[name] for name in self.shared})
 
     def _tie(self, layers: Mapping[str, PrunableLayer | nn.Module]) -> None:
         for name, shared in self.shared.items():
-            sharing.tie(layers[name].weight, shared)
+            weight_sharing.tie_weights(layers[name].weight, shared)
 
 
-def _block(settings: dict) -> sharing.SharedBlock:
-    known = {entry.name for entry in fields(sharing.SharedBlock)}
+def _block(settings: dict) -> weight_sharing.WeightSharingBlock:
+    known = {entry.name for entry in fields(weight_sharing.WeightSharingBlock)}
     for wrong, what in (
         (set(settings) - known, 'unknown'),
         ({'name', 'modules'} - set(settings), 'missing'),
     ):
         if wrong:
             raise UsageError(f'WeightSharingHook: {what} in a block: {", ".join(sorted(wrong))}')
-    return sharing.SharedBlock(**settings)
+    return weight_sharing.WeightSharingBlock(**settings)

@@ -15,7 +15,7 @@ from ..annotations import original_of
 from ..errors import UsageError
 from ..models import DynamicDetector
 from ..models.batch_state import BatchState
-from ..models.online_control import kept_speed
+from ..models.budget_control import preserved_budget
 from ..progress import Progress
 from ..routing.record import Detections, RoutingRecord
 from ..timing import dtype_of, machine_of
@@ -63,7 +63,7 @@ def measure_gflops(
     """
     batches = single_batches(dataset, images, rows)
     means = []
-    with kept_speed(model):
+    with preserved_budget(model):
         for exit in range(model.num_exits):
             force_dynamic_exit(model, exit)
             flops, _ = count_flops(lambda: [model.test_step(batch) for batch in batches])
@@ -110,14 +110,14 @@ def record_exits(model: DynamicDetector, loader: DataLoader, progress: Progress)
         RoutingRecord: Its costs are NaN.
     """
     images = []
-    with kept_speed(model):
+    with preserved_budget(model):
         # A budget that waits for a calibration is not asked for here.
         force_dynamic_exit(model, 0)
         for batch in progress(loader, 'every exit'):
             data = model.data_preprocessor(batch, False)
             samples = data['data_samples']
             every = [
-                detected(model.finish(state), loader.dataset.cat_ids)
+                detection_arrays(model.finish(state), loader.dataset.cat_ids)
                 for state in exit_states(model, data['inputs'], samples)
             ]
             images.extend(
@@ -125,9 +125,9 @@ def record_exits(model: DynamicDetector, loader: DataLoader, progress: Progress)
                     id=sample.img_id,
                     file=sample.img_path,
                     difficulty=sample.difficulty,
-                    detections=list(own),
+                    detections=list(by_exit),
                 )
-                for sample, *own in zip(samples, *every)
+                for sample, *by_exit in zip(samples, *every)
             )
     return RoutingRecord.from_images(images)
 
@@ -143,24 +143,26 @@ def exit_states(
         yield state
 
 
-def detected(samples: SampleList, category_ids: Sequence[int]) -> list[tuple[np.ndarray, ...]]:
+def detection_arrays(
+    samples: SampleList, category_ids: Sequence[int]
+) -> list[tuple[np.ndarray, ...]]:
     """Detections of each image as `Detections.join` takes them: boxes, (D, 4), x, y, w, h; scores
     and categories, (D,)."""
-    known, found = np.asarray(category_ids, np.int32), []
+    categories, arrays = np.asarray(category_ids, np.int32), []
     for boxes, scores, labels in to_host([sample.pred_instances for sample in samples]):
         boxes[:, 2:] -= boxes[:, :2]
-        found.append((boxes.numpy(), scores.numpy(), known[labels.numpy()]))
-    return found
+        arrays.append((boxes.numpy(), scores.numpy(), categories[labels.numpy()]))
+    return arrays
 
 
 def coco_results(sample, category_ids: Sequence[int]) -> list[dict]:
     """Detections of an image as COCO has them; masks are left out, and left where they are."""
-    return Detections.join(detected([sample], category_ids))[0]
+    return Detections.join(detection_arrays([sample], category_ids))[0]
 
 
 def provenance(cfg: Config, checkpoint: str, dataset, device: str) -> dict[str, object]:
     """Where figures come from: what was measured, on which data and which machine. See also
-    `passed`."""
+    `inference_settings`."""
     return dict(
         config=str(cfg.filename),
         checkpoint=str(checkpoint),
@@ -175,7 +177,7 @@ def provenance(cfg: Config, checkpoint: str, dataset, device: str) -> dict[str, 
     )
 
 
-def passed(model: torch.nn.Module, loader: DataLoader) -> dict[str, object]:
+def inference_settings(model: torch.nn.Module, loader: DataLoader) -> dict[str, object]:
     """How images passed through a model: in which numbers, and how many at a time. Latencies are of
     one at a time."""
     batch_size = getattr(loader.batch_sampler, 'batch_size', loader.batch_size)

@@ -6,7 +6,7 @@ import torch
 from mmengine.dataset import pseudo_collate
 
 from ..models import DynamicDetector
-from ..models.online_control import kept_speed
+from ..models.budget_control import preserved_budget
 from ..progress import Progress
 from ..routing.thresholds import ALL_EASY, ALL_HARD
 from ..timing import time_in_turns
@@ -42,7 +42,7 @@ def measure_latencies(
         rows (Sequence[int], optional): Which images instead of the first.
     """
     batches = single_batches(dataset, images, rows)
-    with kept_speed(model):
+    with preserved_budget(model):
         medians = time_in_turns(
             {exit: model.test_step for exit in range(model.num_exits)},
             batches,

@@ -23,12 +23,18 @@ from ..building import build_loader
 from ..datasets.config_datasets import require_one_coco
 from ..errors import UsageError
 from ..models import DynamicDetector
+from ..models.budget_control import preserved_budget
 from ..models.kept_outputs import kept_outputs
-from ..models.online_control import kept_speed
 from ..progress import Progress
 from ..routing.record import RoutingRecord
 from ..timing import now
-from .calibration import detected, exit_states, measure_gflops, passed, provenance
+from .calibration import (
+    detection_arrays,
+    exit_states,
+    inference_settings,
+    measure_gflops,
+    provenance,
+)
 from .flops import count_flops
 from .latencies import force_dynamic_exit, measure_latencies, rows_by_size, rows_to_measure
 
@@ -116,7 +122,7 @@ def record_data_set(
     device = str(model.threshold.device)
     facts = dict(
         provenance(cfg, checkpoint, loader.dataset, device),
-        **passed(model, loader),
+        **inference_settings(model, loader),
         view=VIEWS[view].said if view in VIEWS else 'none',
         first_scale=model.first_scale,
         branch0_gflops=branch_gflops,
@@ -149,7 +155,7 @@ def record_images(
             'before it resizes (LoadAnnotations right after LoadImageFromFile)'
         )
     images = []
-    with kept_speed(model):
+    with preserved_budget(model):
         # A budget that waits for a calibration is not asked for here.
         force_dynamic_exit(model, 0)
         for batch in progress(batches, 'every exit'):
@@ -169,7 +175,7 @@ def _record_batch(
     detections, outputs = [], []
     for state in every:
         with kept_outputs(model.branch(state.exit)) as kept:
-            detections.append(detected(model.finish(state), category_ids))
+            detections.append(detection_arrays(model.finish(state), category_ids))
         outputs.append(kept)
     seen_by_router = features[0].cpu().numpy()
     entries = [
@@ -185,21 +191,21 @@ def _record_batch(
         for row, sample in enumerate(samples)
     ]
     if view != 'none':
-        seen = [
-            detected(model.finish(state), category_ids)
+        view_detections = [
+            detection_arrays(model.finish(state), category_ids)
             for state in exit_states(model, VIEWS[view].make(inputs, samples), samples)
         ]
         for row, (entry, sample) in enumerate(zip(entries, samples)):
             entry['view'] = [
                 (VIEWS[view].back(per_image[row][0], sample), *per_image[row][1:])
-                for per_image in seen
+                for per_image in view_detections
             ]
     if annotated:
         # Last: some heads write into the annotations that they are given.
         objects = [len(sample.gt_instances) for sample in samples]
         losses = model.losses_of_states(every, outputs)
-        for entry, count, own in zip(entries, objects, losses.T.tolist()):
-            entry.update(losses=own, objects=count)
+        for entry, count, image_losses in zip(entries, objects, losses.T.tolist()):
+            entry.update(losses=image_losses, objects=count)
     return entries
 
 
@@ -215,13 +221,13 @@ def _add_costs(
     """
     sizes = rows_by_size(model, [image.pop('shape') for image in images])
     branch = np.zeros(2)
-    for own in progress(sizes, 'costs of sizes'):
-        counted, timed = rows_to_measure(own, len(sizes))
+    for same_size in progress(sizes, 'costs of sizes'):
+        counted, timed = rows_to_measure(same_size, len(sizes))
         gflops = measure_gflops(model, dataset, rows=counted)
         latencies = measure_latencies(model, dataset, lambda steps, what: steps, rows=timed)
         routing = _measure_routing(model, dataset, counted)
-        branch += len(own) * np.maximum(0, np.subtract((gflops[0], latencies[0]), routing))
-        for row in own:
+        branch += len(same_size) * np.maximum(0, np.subtract((gflops[0], latencies[0]), routing))
+        for row in same_size:
             images[row].update(gflops=list(gflops), latencies=list(latencies))
     return tuple((branch / len(images)).tolist())
 
@@ -229,7 +235,7 @@ def _add_costs(
 @contextlib.contextmanager
 def _watched_features(model: DynamicDetector) -> Iterator[list[Tensor]]:
     """What the router is shown while this is open: (N, d) for each time it is asked."""
-    seen: list[Tensor] = []
+    features: list[Tensor] = []
 
     def watch(router: nn.Module, arguments: tuple) -> None:
         if not arguments[0][0].is_floating_point():
@@ -237,11 +243,11 @@ def _watched_features(model: DynamicDetector) -> Iterator[list[Tensor]]:
                 'a deployed detector in 8 bits shows no features: record the one that it was made '
                 'from'
             )
-        seen.append(router.pool(*arguments).float())
+        features.append(router.pool(*arguments).float())
 
     hook = model.router.register_forward_pre_hook(watch)
     try:
-        yield seen
+        yield features
     finally:
         hook.remove()
 
@@ -300,8 +306,8 @@ def shift_images(inputs: Tensor, samples: SampleList) -> Tensor:
     shifted = inputs.clone()
     for image, sample in zip(shifted, samples):
         height, width = sample.img_shape[0], _delivered_width(sample)
-        own = image[..., :height, :width]
-        image[..., :height, :width] = F.pad(own, (SHIFT, 0, SHIFT, 0), 'replicate')[
+        content = image[..., :height, :width]
+        image[..., :height, :width] = F.pad(content, (SHIFT, 0, SHIFT, 0), 'replicate')[
             ..., :height, :width
         ]
     return shifted

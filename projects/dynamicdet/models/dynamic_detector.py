@@ -284,8 +284,8 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         for exit, (maps, samples, _) in enumerate(
             self._all_exits(batch_inputs, batch_data_samples)
         ):
-            own = self.branch(exit).loss(self.backbone.select(maps), samples)
-            losses.update(rename_loss_dict(f'exit{exit}.', own))
+            branch_losses = self.branch(exit).loss(self.backbone.select(maps), samples)
+            losses.update(rename_loss_dict(f'exit{exit}.', branch_losses))
         return losses
 
     @torch.no_grad()
@@ -322,7 +322,10 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         """(K, N), float32; ``every`` as `_all_exits` gives it."""
         outputs = outputs or [{}] * len(every)
         losses = [
-            [self.parse_losses(own)[0] for own in paired_losses(self._views(every, index, outputs))]
+            [
+                self.parse_losses(exit_losses)[0]
+                for exit_losses in paired_losses(self._views(every, index, outputs))
+            ]
             for index in range(len(every[0][1]))
         ]
         return torch.stack([torch.stack(pair) for pair in losses], dim=1).float()

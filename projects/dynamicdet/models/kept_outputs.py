@@ -51,12 +51,12 @@ def kept_outputs(branch: BaseDetector) -> Iterator[Outputs]:
 
 
 @contextlib.contextmanager
-def given_again(outputs: Outputs, image: int) -> Iterator[None]:
+def replayed_outputs(outputs: Outputs, image: int) -> Iterator[None]:
     """While this is open, parts give what they gave for one image of the batch, and do not run."""
     before = {part: vars(part).get('forward') for part in outputs}
-    for part, own in outputs.items():
+    for part, part_outputs in outputs.items():
         # On the object, where it hides the method of the class.
-        part.forward = _giving(_map(own, lambda tensor: tensor[image : image + 1]))
+        part.forward = _replay(_map(part_outputs, lambda tensor: tensor[image : image + 1]))
     try:
         yield
     finally:
@@ -66,7 +66,7 @@ def given_again(outputs: Outputs, image: int) -> Iterator[None]:
                 part.forward = forward
 
 
-def _giving(outputs: Any) -> Callable:
+def _replay(outputs: Any) -> Callable:
     return lambda *_: outputs
 
 
@@ -83,11 +83,11 @@ def _parts(branch: BaseDetector) -> list[nn.Module]:
 def _is_same_in_training(part: nn.Module, inputs: tuple, outputs: Any) -> bool:
     before, part.training = part.training, True
     try:
-        again = list(_tensors(part.forward(*inputs)))
+        second = list(_tensors(part.forward(*inputs)))
     finally:
         part.training = before
-    own = list(_tensors(outputs))
-    return len(own) == len(again) and all(map(torch.equal, own, again))
+    first = list(_tensors(outputs))
+    return len(first) == len(second) and all(map(torch.equal, first, second))
 
 
 def _versions(outputs: Any) -> list[int]:

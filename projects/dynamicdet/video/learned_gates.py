@@ -18,7 +18,7 @@ from mmdet.registry import MODELS
 from ..errors import UsageError
 from ..precision import KeepsType
 from .gate_inputs import Evidence
-from .gates import Gate, coin_entropy, detection_agreement, squash, surest
+from .gates import Gate, coin_entropy, detection_agreement, most_confident, squash
 
 #: What a gate is told of the detections of an exit, see `_look`.
 _LOOKS = 4
@@ -37,7 +37,8 @@ class LearnedGate(KeepsType, Gate):
         in_channels (Sequence[int]): C_l of the heads, (E - 1,), in order.
         width (int): Of the state. Defaults to 32.
         looks_at_detections (bool): Whether the last layers are told four numbers of the exit's
-            detections as well, see `look`. Each head passed is then paid for. Defaults to False.
+            detections as well, see `detection_features`. Each head passed is then paid for.
+            Defaults to False.
         init_cfg (dict, optional): As in mmengine. Defaults to None.
     """
 
@@ -85,7 +86,9 @@ class LearnedGate(KeepsType, Gate):
                 'give it the in_channels of all'
             )
         pooled = evidence.pooled[: evidence.exit + 1]
-        seen = look(evidence).to(pooled[0].device) if self.looks_at_detections else None
+        seen = (
+            detection_features(evidence).to(pooled[0].device) if self.looks_at_detections else None
+        )
         with torch.autocast(pooled[0].device.type, enabled=False):
             return self._go(evidence.exit, self._states(pooled)[-1], seen).sigmoid()
 
@@ -153,20 +156,20 @@ class LearnedGate(KeepsType, Gate):
         raise NotImplementedError
 
 
-def look(evidence: Evidence) -> Tensor:
+def detection_features(evidence: Evidence) -> Tensor:
     """Four numbers in [0, 1] of each image's detections, (N, 4): mean and sum s, as ``s / (1 +
     s)``, of the scores' entropies, the best score, and the disagreement with the exit before (1 if
     there is none)."""
     count, rows = len(evidence.detections), []
-    every = surest([*evidence.detections, *(evidence.earlier or ())])
-    for found, before in zip(every[:count], every[count:] or [None] * count):
-        doubts = coin_entropy(found.scores)
+    every = most_confident([*evidence.detections, *(evidence.earlier or ())])
+    for detections, earlier in zip(every[:count], every[count:] or [None] * count):
+        doubts = coin_entropy(detections.scores)
         rows.append(
             (
                 doubts.mean() if len(doubts) else 0.0,
                 squash(doubts.sum()),
-                found.scores.max(initial=0.0),
-                1.0 if before is None else 1 - detection_agreement(found, before),
+                detections.scores.max(initial=0.0),
+                1.0 if earlier is None else 1 - detection_agreement(detections, earlier),
             )
         )
     return torch.from_numpy(np.array(rows, np.float32).reshape(-1, _LOOKS))
@@ -183,7 +186,7 @@ class HaltingGate(LearnedGate):
         above it.
 
     While a detector is trained, the oracle of each image takes the exit with the least ``loss +
-    price * cost``, for each of the prices. On a record `fitting.fit_halting_gate` does it in
+    price * cost``, for each of the prices. On a record `gate_fitting.fit_halting_gate` does it in
     seconds, by AP.
 
     Args:
@@ -217,7 +220,7 @@ class HaltingGate(LearnedGate):
     ) -> dict[str, Tensor]:
         """``loss_gate``: how far the gate is from what is cheapest at the prices."""
         targets = torch.stack(
-            [goes_on(cheapest(losses, costs, price), len(costs)) for price in self.prices]
+            [goes_on(cheapest_exits(losses, costs, price), len(costs)) for price in self.prices]
         )
         return dict(loss_gate=self.target_loss(pooled, targets.mean(dim=0), looks))
 
@@ -228,7 +231,7 @@ class HaltingGate(LearnedGate):
         return F.binary_cross_entropy_with_logits(self.logits(pooled, looks), targets.float())
 
 
-def cheapest(losses: Tensor, costs: Tensor, price: float) -> Tensor:
+def cheapest_exits(losses: Tensor, costs: Tensor, price: float) -> Tensor:
     """The exit of each image with the least ``loss + price * cost / last cost``, (N,), the first of
     equals."""
     return (losses.detach() + price * (costs / costs[-1])[:, None]).argmin(dim=0)

@@ -1,6 +1,6 @@
 """What YOLOv5 and YOLOv7 have in common."""
 
-from .assigner import candidates
+from .assigner import candidate_cells
 from .blocks import ACTIVATION, NORM, conv
 from .head import AnchorHead, Matches, ciou
 from .layers import YOLOLayer, concatenate_maps
@@ -11,8 +11,8 @@ __all__ = [
     'YOLOLayer',
     'Matches',
     'NORM',
-    'candidates',
+    'candidate_cells',
     'ciou',
     'conv',
-    'join',
+    'concatenate_maps',
 ]

@@ -21,7 +21,7 @@ from mmdet.utils import ConfigType, InstanceList, OptConfigType, OptInstanceList
 
 from ...precision import KeepsTypeOfBuffers
 from ..fusing import Fusible
-from .assigner import candidates
+from .assigner import candidate_cells
 
 #: What each level's objectness counts, shallow to deep, by the number of levels.
 _BALANCE = {3: (4.0, 1.0, 0.4), 4: (4.0, 1.0, 0.25, 0.06)}
@@ -125,7 +125,7 @@ class AnchorHead(KeepsTypeOfBuffers, Fusible, BaseDenseHead):
     def candidates(self, boxes: Tensor, level: int, size: tuple[int, int]) -> tuple[Tensor, ...]:
         """Anchors and cells of a level that may answer for boxes, (G, 4) as center and size in
         pixels: the function of that name."""
-        return candidates(
+        return candidate_cells(
             boxes,
             self.anchors[level],
             self.strides[level],

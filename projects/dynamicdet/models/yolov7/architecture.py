@@ -121,8 +121,8 @@ class YOLOv7Architecture(NamedTuple):
             wide = 2 * entering if self.down_kind == 'pool' else entering
             lower = add(f'neck.downs.{index}', (outputs[-1],), wide, 2)
             outputs.append(add(f'neck.down_blocks.{index}', (lower, kept.pop()), row.out))
-        for index, (own, channels) in enumerate(zip(outputs, self.outputs)):
-            add(f'neck.outs.{index}', (own,), channels)
+        for index, (source, channels) in enumerate(zip(outputs, self.outputs)):
+            add(f'neck.outs.{index}', (source,), channels)
         return tuple(rows)
 
     @property

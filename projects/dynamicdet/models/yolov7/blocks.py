@@ -29,8 +29,8 @@ class ElanBlock(BaseModule):
         """Join both entries and every ``every``-th map of the convolutions."""
         kept = [self.shortcut(x), self.entry(x)]
         x = kept[-1]
-        for index, own in enumerate(self.convs, start=1):
-            x = own(x)
+        for index, layer in enumerate(self.convs, start=1):
+            x = layer(x)
             if index % self.every == 0:
                 kept.append(x)
         # Deepest first, as published weights have it.
