@@ -8,19 +8,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from pycocotools.coco import COCO
-
-from dynamicdet import cli
-from dynamicdet.errors import UsageError
-from dynamicdet.reports.routing_analysis import (
-    analyze_routing,
-    format_analysis,
-    two_exit_record,
-    write_analysis,
-)
-from dynamicdet.routing.evaluation import read_truth
-from dynamicdet.routing.record import RoutingRecord, read_record, require_of_detector
-
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
@@ -55,6 +42,24 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--seed', type=int, default=0, help='of resamples and random routing: 0')
     parser.add_argument('--title', default='What routing is worth', help='of the page')
     return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+from pycocotools.coco import COCO
+
+from dynamicdet import cli
+from dynamicdet.errors import UsageError
+from dynamicdet.reports.routing_analysis import (
+    analyze_routing,
+    format_analysis,
+    two_exit_record,
+    write_analysis,
+)
+from dynamicdet.routing.evaluation import read_truth
+from dynamicdet.routing.record import RoutingRecord, read_record, require_of_detector
 
 
 def load_annotations(record: RoutingRecord, ann_file: str, option: str) -> COCO:

@@ -6,6 +6,27 @@ hard share into the checkpoint.
 
 import argparse
 
+from dynamicdet_options import add_common_arguments
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file of step 2')
+    add_common_arguments(parser)
+    parser.add_argument('--out', help='write here instead of into the checkpoint')
+    parser.add_argument('--device', help='device whose latencies count; the best that is there')
+    parser.add_argument(
+        '--hard-share', type=float, default=0.5, help='default hard share of the checkpoint: 0.5'
+    )
+    return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
 from mmengine.device import get_device
 
 from dynamicdet import cli
@@ -21,23 +42,10 @@ from dynamicdet.measuring.calibration import (
 from dynamicdet.routing.budget import Budget
 
 
-def parse_args() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='checkpoint file of step 2')
-    cli.add_common_arguments(parser)
-    parser.add_argument('--out', help='write here instead of into the checkpoint')
-    parser.add_argument('--device', default=get_device(), help='device whose latencies count')
-    parser.add_argument(
-        '--hard-share', type=float, default=0.5, help='default hard share of the checkpoint: 0.5'
-    )
-    return parser.parse_args()
-
-
 def main() -> None:
     """Calibrate a checkpoint and write it back."""
     args = parse_args()
+    args.device = args.device or get_device()
     cli.prepare()
     cfg = cli.load_config(args)
     cli.require_settings(cfg, 'val_dataloader')

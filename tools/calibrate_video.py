@@ -8,18 +8,7 @@ The gate is the config's: --cfg-options model.gate.type=AgreementGate takes anot
 
 import argparse
 
-from dynamicdet import cli
-from dynamicdet.checkpoints import write_checkpoint
-from dynamicdet.errors import UsageError
-from dynamicdet.models.weights import exits_digest
-from dynamicdet.routing.record import require_of_detector
-from dynamicdet.video.calibration import calibrate_gate, put_calibration
-from dynamicdet.video.gate_analysis import decision_seconds, load_truth
-from dynamicdet.video.gate_fitting import fit_gate_parts, untrained_gate_parts
-from dynamicdet.video.gate_simulation import evidence_by_exit
-from dynamicdet.video.gates import name_of
-from dynamicdet.video.record import read_video_record
-from dynamicdet.video.recording import load_early_exit_detector
+from dynamicdet_options import add_common_arguments
 
 
 def parse_args() -> argparse.Namespace:
@@ -27,7 +16,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file of an EarlyExitDetector with a gate')
     parser.add_argument('checkpoint', help='its checkpoint file')
-    cli.add_common_arguments(parser)
+    add_common_arguments(parser)
     parser.add_argument('--record', required=True, help='record of the validation videos')
     parser.add_argument('--ann-file', help='its annotations: what was recorded by default')
     wish = parser.add_mutually_exclusive_group()
@@ -51,6 +40,24 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--seed', type=int, default=0, help='of the fit: 0')
     parser.add_argument('--out', help='write here instead of into the checkpoint')
     return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+from dynamicdet import cli
+from dynamicdet.checkpoints import write_checkpoint
+from dynamicdet.errors import UsageError
+from dynamicdet.models.weights import exits_digest
+from dynamicdet.routing.record import require_of_detector
+from dynamicdet.video.calibration import calibrate_gate, put_calibration
+from dynamicdet.video.gate_analysis import decision_seconds, load_truth
+from dynamicdet.video.gate_fitting import fit_gate_parts, untrained_gate_parts
+from dynamicdet.video.gate_simulation import evidence_by_exit
+from dynamicdet.video.gates import name_of
+from dynamicdet.video.record import read_video_record
+from dynamicdet.video.recording import load_early_exit_detector
 
 
 def wish_of(args: argparse.Namespace) -> dict:

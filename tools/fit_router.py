@@ -7,6 +7,35 @@ that was trained without it, with --features-from a record of all of them by CHE
 
 import argparse
 
+from dynamicdet_options import add_common_arguments
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file of step 2')
+    parser.add_argument('checkpoint', help='checkpoint file of step 1 or step 2; it stays as it is')
+    add_common_arguments(parser)
+    parser.add_argument(
+        '--records', nargs='+', required=True, help='files of tools/record.py to learn from'
+    )
+    parser.add_argument(
+        '--features-from', nargs='+', help='records that give what the router sees instead'
+    )
+    parser.add_argument(
+        '--objective',
+        choices=['paper', 'no_offset', 'loss_sum', 'rank', 'pairwise', 'ap', 'gain'],
+        help="what the router learns; by default the config's, where it can also have numbers",
+    )
+    parser.add_argument('--seed', type=int, default=0, help='of weights, order and folds: 0')
+    parser.add_argument('--out', required=True, help='checkpoint file to write')
+    return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
 from dynamicdet import cli
 from dynamicdet.building import build_model, require_dynamic, whole_model
 from dynamicdet.checkpoints import write_checkpoint
@@ -19,30 +48,7 @@ from dynamicdet.measuring.router_from_records import (
     wanted_objective,
 )
 from dynamicdet.models.weights import exits_digest
-from dynamicdet.routing import OBJECTIVES
 from dynamicdet.routing.record import read_record, require_of_detector
-
-
-def parse_args() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file of step 2')
-    parser.add_argument('checkpoint', help='checkpoint file of step 1 or step 2; it stays as it is')
-    cli.add_common_arguments(parser)
-    parser.add_argument(
-        '--records', nargs='+', required=True, help='files of tools/record.py to learn from'
-    )
-    parser.add_argument(
-        '--features-from', nargs='+', help='records that give what the router sees instead'
-    )
-    parser.add_argument(
-        '--objective',
-        choices=[name for name in OBJECTIVES if name != 'cost_weight'],
-        help="what the router learns; by default the config's, where it can also have numbers",
-    )
-    parser.add_argument('--seed', type=int, default=0, help='of weights, order and folds: 0')
-    parser.add_argument('--out', required=True, help='checkpoint file to write')
-    return parser.parse_args()
 
 
 def main() -> None:

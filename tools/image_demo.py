@@ -11,12 +11,7 @@ from collections import Counter
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-import mmengine
-
-from dynamicdet import cli
-from dynamicdet.apis import DynamicInferencer
-from dynamicdet.datasets.picture_formats import has_picture_suffix, picture_suffixes, pictures_in
-from dynamicdet.errors import UsageError
+from dynamicdet_options import add_budget_arguments, positive
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,11 +24,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('checkpoint', help='checkpoint file or URL')
     parser.add_argument('--out-dir', default='outputs', help='where results go: outputs')
     parser.add_argument('--device', help='such as cpu or cuda:0; the best that is there')
-    parser.add_argument('--batch-size', type=cli.positive, default=1, help='pictures at a time: 1')
+    parser.add_argument('--batch-size', type=positive, default=1, help='pictures at a time: 1')
     parser.add_argument(
         '--pred-score-thr', type=float, default=0.3, help='draw boxes of at least this score: 0.3'
     )
-    cli.add_budget_arguments(parser)
+    add_budget_arguments(parser)
     parser.add_argument('--no-save-vis', action='store_true', help='write no pictures')
     parser.add_argument('--no-save-pred', action='store_true', help='write no results')
     parser.add_argument(
@@ -46,6 +41,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--print-result', action='store_true', help='print the results')
     parser.set_defaults(cfg_options=None)
     return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+import mmengine
+
+from dynamicdet import cli
+from dynamicdet.apis import DynamicInferencer
+from dynamicdet.datasets.picture_formats import has_picture_suffix, picture_suffixes, pictures_in
+from dynamicdet.errors import UsageError
 
 
 def download(url: str, folder: Path) -> Path:

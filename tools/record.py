@@ -7,7 +7,7 @@ seconds.
 
 import argparse
 
-from dynamicdet import cli
+from dynamicdet_options import add_common_arguments, add_record_arguments
 
 
 def parse_args() -> argparse.Namespace:
@@ -17,10 +17,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         'checkpoint', help='checkpoint file of step 2, or of step 1 to train routers on'
     )
-    cli.add_common_arguments(parser)
+    add_common_arguments(parser)
     parser.add_argument('--out', default='record.npz', help='file to write: record.npz')
-    cli.add_record_arguments(parser, 'train', 'val', 'test')
+    add_record_arguments(parser, 'train', 'val', 'test')
     return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+
+from dynamicdet import cli
 
 
 def main() -> None:

@@ -10,6 +10,24 @@ import argparse
 import sys
 from pathlib import Path
 
+from dynamicdet_options import add_common_arguments, add_record_arguments
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file of step 2')
+    add_common_arguments(parser)
+    parser.add_argument('--out-dir', help='where the page goes; WORK_DIR/report by default')
+    add_record_arguments(parser, 'val', 'test')
+    return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
 from dynamicdet import cli
 from dynamicdet.files import write_atomically
 from dynamicdet.reports.figures import png, trade_off_figure
@@ -21,17 +39,6 @@ from dynamicdet.reports.routing_analysis import (
 )
 from dynamicdet.reports.routing_analysis_text import share_miss_sentences
 from dynamicdet.routing.evaluation import read_truth
-
-
-def parse_args() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='checkpoint file of step 2')
-    cli.add_common_arguments(parser)
-    parser.add_argument('--out-dir', help='where the page goes; WORK_DIR/report by default')
-    cli.add_record_arguments(parser, 'val', 'test')
-    return parser.parse_args()
 
 
 def main() -> None:

@@ -8,26 +8,7 @@ they come: the same command goes on where it was stopped. A plot is beside it.
 import argparse
 from pathlib import Path
 
-from mmengine.device import get_device
-
-from dynamicdet import cli
-from dynamicdet.annotations import original_of
-from dynamicdet.building import build_loader
-from dynamicdet.compression.pruning_allocation import allocate_pruning
-from dynamicdet.compression.pruning_blocks import PruningBlock
-from dynamicdet.datasets.config_datasets import require_one_coco
-from dynamicdet.errors import UsageError
-from dynamicdet.files import write_atomically
-from dynamicdet.measuring.sensitivity import (
-    blocks_of,
-    draw_sensitivity,
-    identity_of,
-    load_any_detector,
-    measure_sensitivity,
-    parts_of,
-    sensitivity_table,
-    truth_of,
-)
+from dynamicdet_options import ConfigOptions
 
 
 def parse_args() -> argparse.Namespace:
@@ -61,19 +42,46 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--size', type=float, default=0.7, help='share of the weights that may be left: 0.7'
     )
-    parser.add_argument('--device', default=get_device(), help='where to run')
+    parser.add_argument('--device', help='where to run; the best that is there')
     parser.add_argument(
         '--dry-run', action='store_true', help='say what would be measured; measure nothing'
     )
     parser.add_argument(
-        '--cfg-options', nargs='+', action=cli.ConfigOptions, help='override settings of the config'
+        '--cfg-options', nargs='+', action=ConfigOptions, help='override settings of the config'
     )
     return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+from mmengine.device import get_device
+
+from dynamicdet import cli
+from dynamicdet.annotations import original_of
+from dynamicdet.building import build_loader
+from dynamicdet.compression.pruning_allocation import allocate_pruning
+from dynamicdet.compression.pruning_blocks import PruningBlock
+from dynamicdet.datasets.config_datasets import require_one_coco
+from dynamicdet.errors import UsageError
+from dynamicdet.files import write_atomically
+from dynamicdet.measuring.sensitivity import (
+    blocks_of,
+    draw_sensitivity,
+    identity_of,
+    load_any_detector,
+    measure_sensitivity,
+    parts_of,
+    sensitivity_table,
+    truth_of,
+)
 
 
 def main() -> None:
     """Measure AP at each share of each part and write the table."""
     args = parse_args()
+    args.device = args.device or get_device()
     cli.prepare()
     cfg = cli.load_config(args)
     cli.require_settings(cfg, 'val_dataloader')

@@ -12,24 +12,6 @@ import math
 import warnings
 from pathlib import Path
 
-import numpy as np
-
-from dynamicdet import cli
-from dynamicdet.errors import UsageError
-from dynamicdet.files import write_atomically
-from dynamicdet.routing.budget import Budget
-from dynamicdet.routing.budget_controller import BudgetController
-from dynamicdet.routing.budget_simulation import (
-    drifting_difficulties,
-    drifting_order,
-    loaded_latencies,
-    running_mean,
-    simulate_controller,
-)
-
-#: Where load begins and ends, as shares of the stream: one in rising, one in falling difficulty.
-LOADS = ((0.28, 0.38), (0.75, 0.85))
-
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
@@ -71,6 +53,29 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--seed', type=int, default=0, help='0')
     parser.add_argument('--json', help='write the trace here, too')
     return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+import numpy as np
+
+from dynamicdet import cli
+from dynamicdet.errors import UsageError
+from dynamicdet.files import write_atomically
+from dynamicdet.routing.budget import Budget
+from dynamicdet.routing.budget_controller import BudgetController
+from dynamicdet.routing.budget_simulation import (
+    drifting_difficulties,
+    drifting_order,
+    loaded_latencies,
+    running_mean,
+    simulate_controller,
+)
+
+#: Where load begins and ends, as shares of the stream: one in rising, one in falling difficulty.
+LOADS = ((0.28, 0.38), (0.75, 0.85))
 
 
 def check(args: argparse.Namespace) -> None:

@@ -8,16 +8,10 @@ import argparse
 import sys
 import warnings
 
-from mmengine.config import Config
-
-from dynamicdet import cli
-from dynamicdet.errors import UsageError
-from dynamicdet.routing.budget import Budget
-from dynamicdet.video.demo import FrameDetector, Summary, require_film, run_demo
-from dynamicdet.video.sources import open_source
+from dynamicdet_options import ConfigOptions, positive
 
 
-class GateOptions(cli.ConfigOptions):
+class GateOptions(ConfigOptions):
     """The first word may be the gate's type alone."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
@@ -25,6 +19,8 @@ class GateOptions(cli.ConfigOptions):
         head = values[0] if '=' in values[0] else f'type={values[0]}'
         super().__call__(parser, namespace, [head, *values[1:]], option_string)
         # gate.type=... is of a gate inside.
+        from mmengine.config import Config
+
         nested = Config()
         nested.merge_from_dict(getattr(namespace, self.dest))
         setattr(namespace, self.dest, nested.to_dict())
@@ -51,7 +47,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--budget',
         nargs=1,
-        action=cli.ConfigOptions,
+        action=ConfigOptions,
         metavar='KEY=VALUE',
         help='the wanted speed: target_gflops=2.5, target_latency=0.02 (seconds) or threshold=0.4',
     )
@@ -64,15 +60,26 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--pred-score-thr', type=float, default=0.3, help='leave out boxes of a lower score: 0.3'
     )
-    parser.add_argument('--frames', type=cli.positive, help='stop after so many frames')
+    parser.add_argument('--frames', type=positive, help='stop after so many frames')
     parser.add_argument('--fps', type=float, help='frames per second of a folder: 25')
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=cli.ConfigOptions,
+        action=ConfigOptions,
         help='override settings of the config: KEY=VALUE',
     )
     return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+from dynamicdet import cli
+from dynamicdet.errors import UsageError
+from dynamicdet.routing.budget import Budget
+from dynamicdet.video.demo import FrameDetector, Summary, require_film, run_demo
+from dynamicdet.video.sources import open_source
 
 
 def build_detector(args: argparse.Namespace) -> FrameDetector:

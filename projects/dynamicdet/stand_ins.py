@@ -211,7 +211,9 @@ def why_unread(error: Exception) -> str:
             'newer torch'
         )
     own = re.search(r'WeightsUnpickler error: (.*)', message)
-    return ((own[1] if own else message).splitlines() or [type(error).__name__])[0][:200]
+    first = ((own[1] if own else message).splitlines() or [''])[0][:200]
+    # The unpickler names bytes that it does not know by their numbers.
+    return first if re.search('[a-zA-Z]', first) else f'{type(error).__name__} {first}'.strip()
 
 
 def refusal_message(name: str) -> str:

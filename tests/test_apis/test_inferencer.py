@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from logging.handlers import BufferingHandler
 from pathlib import Path
 
 import cv2
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
+from mmengine.dataset import pseudo_collate
+from mmengine.logging import MMLogger
+from mmengine.registry import FUNCTIONS, init_default_scope
 from mmengine.runner import save_checkpoint
 from mmengine.structures import InstanceData
 from PIL import Image
@@ -492,6 +495,16 @@ def test_corner_is_not_left_over():
     )
     visualizer.add_datasample('b', picture, prediction((96, 128), 0), draw_gt=False)
     assert np.array_equal(visualizer.get_image(), picture)
+
+
+def test_inferencers_find_a_registry_of_functions_in_mmdets_scope():
+    """Else mmengine warns for each inferencer that there is none."""
+    logger, log = MMLogger.get_current_instance(), BufferingHandler(100)
+    logger.addHandler(log)
+    with FUNCTIONS.switch_scope_and_registry('mmdet') as registry:
+        assert registry.scope == 'mmdet' and registry.get('pseudo_collate') is pseudo_collate
+    logger.removeHandler(log)
+    assert not [one.getMessage() for one in log.buffer if one.levelname == 'WARNING']
 
 
 # The tool.

@@ -12,9 +12,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from mmengine.dataset import pseudo_collate
 from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import Runner
 from torch import nn
+from torch.utils.data import DataLoader
 
 from conftest import ROOT, THREADS, load_small, run_tool, train
 from dynamicdet import building
@@ -509,18 +511,25 @@ def calibrated(digits, tmp_path_factory):
     return cfg, str(folder / 'calibrated.pth'), scores
 
 
-def test_a_calibrated_detector_is_calibrated_anew(calibrated, tmp_path):
-    cfg, path, scores = calibrated
-    about = deploy(cfg, path, str(tmp_path / 'out'), val_loader(cfg), images=6)
-    assert about['calibration'] == dict(images=6, ranges='mse')
+@pytest.mark.parametrize('images', [6, 1])
+def test_a_calibrated_detector_keeps_its_calibration(calibrated, images, tmp_path):
+    """Difficulties move with the weights; the hard share is the checkpoint's, not that of the
+    images that int8 has seen."""
+    cfg, path, _ = calibrated
+    one_by_one = DataLoader(val_loader(cfg).dataset, collate_fn=pseudo_collate)
+    about = deploy(cfg, path, str(tmp_path / 'out'), one_by_one, images=images)
+    assert about['calibration'] == dict(images=images, ranges='mse')
     # The router's two layers.
     assert len(about['layers']['first']['float_layers']) >= 2
+    before = torch.load(path, weights_only=True)['state_dict']
     deployed = load_deployed(str(tmp_path / 'out'))
-    assert len(deployed.difficulties) == 6 and not torch.equal(
-        deployed.difficulties, torch.from_numpy(scores)
-    )
-    assert (deployed.difficulties > deployed.threshold).sum() == 2
+    assert len(deployed.difficulties) == 9
+    assert not torch.equal(deployed.difficulties, before['difficulties'])
+    hard = before['difficulties'] > before['threshold']
+    assert torch.equal(deployed.difficulties > deployed.threshold, hard) and 0 < hard.sum() < 9
     assert (deployed.latencies < 30).all()
+    if images == 1:
+        return
     exits = [sample.exit for batch in val_loader(cfg) for sample in deployed.test_step(batch)]
     assert sorted(exits) == [0, 0, 0, 0, 1, 1]
 

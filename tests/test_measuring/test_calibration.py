@@ -12,9 +12,11 @@ from conftest import ROOT, SEED, THREADS, no_progress, shrink_options
 from dynamicdet import timing
 from dynamicdet.building import build_loader, load_dynamic_detector
 from dynamicdet.errors import UsageError
+from dynamicdet.measuring import calibration
 from dynamicdet.measuring.calibration import (
     calibrate,
     inference_settings,
+    mean_costs,
     measure_difficulties,
     measure_gflops,
     provenance,
@@ -231,6 +233,23 @@ def test_calibration_fills_the_model(model, loader):
     assert model.latencies.tolist() == pytest.approx([found['lat1'], found['lat2']])
     assert model.threshold.item() == pytest.approx(found['threshold'])
     assert sum(sample.exit for batch in loader for sample in model.test_step(batch)) == 2
+
+
+def test_images_of_other_sizes_count_as_in_a_record(model, monkeypatch):
+    """Two of three are small: by the first images alone, all would be."""
+    divisor = model.data_preprocessor.pad_size_divisor
+    asked = []
+
+    def measured(model, dataset, *_, rows):
+        asked.append(rows)
+        return 1 + rows[0], 10 + 10 * rows[0]
+
+    for name in ('measure_gflops', 'measure_latencies'):
+        monkeypatch.setattr(calibration, name, measured)
+    shapes = [(divisor, divisor)] * 2 + [(divisor, 2 * divisor)]
+    gflops, latencies = mean_costs(model, None, shapes, no_progress)
+    assert asked == [[0, 1]] * 2 + [[2]] * 2
+    assert gflops == latencies == pytest.approx([(1 + 1 + 3) / 3, (10 + 10 + 30) / 3])
 
 
 def test_a_router_that_was_not_trained(model, loader):

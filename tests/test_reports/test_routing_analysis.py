@@ -23,6 +23,7 @@ from dynamicdet.reports.routing_analysis import (
 )
 from dynamicdet.reports.routing_analysis_curves import image_values, threshold_points
 from dynamicdet.reports.routing_analysis_gallery import choose_images
+from dynamicdet.reports.routing_analysis_text import budget_sentences
 from dynamicdet.routing.curve import RandomRouting
 from dynamicdet.routing.evaluation import Mixtures
 from dynamicdet.routing.record import RoutingRecord
@@ -184,6 +185,23 @@ def test_an_inverted_router(perfect, coco):
     assert merit(found, 'normalized gain at half hard')['value'] == pytest.approx(-0.5)
     assert any('costs' in sentence or 'worse' in sentence for sentence in found['diagnosis'])
     assert any('against the benefit on test' in sentence for sentence in found['diagnosis'])
+
+
+def test_a_ratio_to_what_may_be_nothing_is_given_nowhere(perfect, coco):
+    """Exits swapped on every other image: whether they differ cannot be told. With a calibration,
+    the diagnosis does not speak of val."""
+    images = list(perfect)
+    for image in images[::2]:
+        image['detections'] = image['detections'][::-1]
+    record = rebuilt(perfect, images)
+    found = analyze_routing(record, coco, bootstrap=40, calibration=[0.1, 0.2, 0.3, 0.4])
+    said = ' '.join(found['diagnosis'])
+    assert 'the normalized gain, is not defined' in said
+    assert merit(found, 'normalized gain at half hard')['value'] is None
+    assert found['router']['gain'] is None
+    assert all(peer['gain'] is None for peer in found['peers'].values())
+    assert 'straight line' not in ' '.join(budget_sentences(found))
+    assert 'calibrated threshold' in said and 'threshold of val' not in said
 
 
 def test_oracles_bound_the_perfect_router(analysis):

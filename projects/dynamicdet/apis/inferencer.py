@@ -13,6 +13,7 @@ import mmengine
 import numpy as np
 from mmcv.transforms import Compose
 from mmengine.infer.infer import ModelType
+from mmengine.registry import FUNCTIONS, Registry
 from torch import nn
 
 from mmdet.apis import DetInferencer
@@ -35,6 +36,11 @@ from ..routing.budget_report import BudgetReport, report_budget
 from ..timing import dtype_of, machine_of, timed_elsewhere
 from .image_inputs import Picture, pictures_of
 from .stream import Stream
+
+if 'mmdet' not in FUNCTIONS.children:
+    # mmengine's inferencers look for their collate function in mmdet's scope, which has no registry
+    # of functions, and warn. From an empty one they go on to mmengine's.
+    Registry('function', parent=FUNCTIONS, scope='mmdet', locations=['mmengine.dataset'])
 
 
 @dataclass

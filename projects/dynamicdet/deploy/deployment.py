@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from torch import Tensor
@@ -22,7 +23,7 @@ from ..models import DynamicDetector
 from ..models.budget_control import preserved_budget
 from ..models.detector_parts import DetectorPart, find_parts
 from ..progress import Progress
-from ..routing.budget import Budget
+from ..routing.thresholds import quantile_map
 from .folder import require_new, write_folder
 from .graphs import Exported, Graph, export_parts, need_for_deployment, release_weights
 from .int8 import (
@@ -117,7 +118,7 @@ def deploy(
             del about['provenance'][name]
     if loader is not None:
         batches = _first(loader, images)
-        shares = _hard_shares(deployed, batches, progress)
+        before = _calibrated_scores(deployed, batches, progress)
         contents, details = _int8(
             deployed,
             parts,
@@ -135,8 +136,8 @@ def deploy(
         about['provenance'].update(images=details['calibration']['images'])
     _place(parts, contents, exported)
     place_roi_aligns(deployed)
-    if loader is not None and shares is not None:
-        _recalibrate(deployed, batches, shares, progress)
+    if loader is not None and before is not None:
+        _carry_calibration(deployed, before, measure_difficulties(deployed, batches, progress))
     about['latencies'] = _time(
         deployed, timed if timed is not None or loader is None else loader.dataset, progress
     )
@@ -307,17 +308,13 @@ def _trained(
     return Recipe(ranges, unknown, reduced)
 
 
-def _hard_shares(
+def _calibrated_scores(
     model: BaseDetector, batches: Sequence[dict], progress: Progress
-) -> list[float] | None:
-    """The share of images that goes on at each threshold, of a calibrated dynamic detector."""
+) -> np.ndarray | None:
+    """Sorted difficulties of some images, of a calibrated dynamic detector."""
     if not isinstance(model, DynamicDetector) or not len(model.difficulties):
         return None
-    difficulties = torch.from_numpy(measure_difficulties(model, batches, progress))
-    return [
-        (difficulties > threshold).float().mean().item()
-        for threshold in model.threshold.reshape(-1)
-    ]
+    return measure_difficulties(model, batches, progress)
 
 
 def _time(
@@ -334,9 +331,19 @@ def _time(
     return dict(seconds=seconds, images=images, batch_size=1, **timing_conditions())
 
 
-def _recalibrate(
-    model: DynamicDetector, batches: Sequence[dict], shares: list[float], progress: Progress
-) -> None:
-    """Difficulties are others in 8 bits; as many images go on as before."""
-    model.difficulties = torch.from_numpy(measure_difficulties(model, batches, progress))
-    model.set_budget(Budget('hard_share', shares[0] if len(shares) == 1 else shares))
+def _carry_calibration(model: DynamicDetector, before: np.ndarray, after: np.ndarray) -> None:
+    """Keep a calibration where difficulties have changed.
+
+    The images that were calibrated on are many; those that int8 looks at are few, and may be easier
+    or harder. So of the few counts only how their difficulties have moved. The calibration's and
+    the thresholds move likewise: as many of the calibration's images are hard as before.
+
+    Args:
+        model (DynamicDetector): With the calibration of the float detector.
+        before, after (np.ndarray): Sorted difficulties of some images, (m,), in float and in 8
+            bits.
+    """
+    for name in ('difficulties', 'threshold'):
+        own = getattr(model, name)
+        found = quantile_map(own.reshape(-1).numpy(), before, after)
+        setattr(model, name, torch.from_numpy(found).view_as(own))

@@ -21,7 +21,13 @@ from ..routing.record import Detections, RoutingRecord
 from ..timing import dtype_of, machine_of
 from ..transfers import to_host
 from .flops import count_flops
-from .latencies import force_dynamic_exit, measure_latencies, single_batches
+from .latencies import (
+    force_dynamic_exit,
+    measure_latencies,
+    rows_by_size,
+    rows_to_measure,
+    single_batches,
+)
 
 
 @torch.no_grad()
@@ -29,11 +35,20 @@ def measure_difficulties(
     model: DynamicDetector, loader: DataLoader, progress: Progress
 ) -> np.ndarray:
     """Difficulties of a data set, sorted, (n,), float32. Runs the first backbone and the router."""
+    return np.sort(_scores_and_shapes(model, loader, progress)[0])
+
+
+def _scores_and_shapes(
+    model: DynamicDetector, loader: DataLoader, progress: Progress
+) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """Difficulty of each image, float32, and its height and width as delivered."""
     scores: list[float] = []
+    shapes: list[tuple[int, int]] = []
     for batch in progress(loader, 'difficulties'):
         data = model.data_preprocessor(batch, False)
         scores.extend(model.score(data['inputs'], data['data_samples']).tolist())
-    return np.sort(np.asarray(scores, np.float32))
+        shapes.extend(tuple(sample.img_shape[:2]) for sample in data['data_samples'])
+    return np.asarray(scores, np.float32), shapes
 
 
 @torch.no_grad()
@@ -54,6 +69,31 @@ def measure_gflops(
             flops, _ = count_flops(lambda: [model.test_step(batch) for batch in batches])
             means.append(flops / len(batches) / 1e9)
     return tuple(means)
+
+
+def mean_costs(
+    model: DynamicDetector, dataset, shapes: Sequence[tuple[int, int]], progress: Progress
+) -> tuple[list[float], list[float]]:
+    """Mean GFLOPs and seconds per image of each exit, over images of all sizes: a record's mean.
+
+    Args:
+        model (DynamicDetector): In eval mode, on the device that counts.
+        dataset: The images, (n,).
+        shapes (Sequence[tuple]): Height and width of each as delivered. Some of each size are
+            measured, and count for all of it.
+        progress (Callable): Wraps what is iterated over.
+    """
+    sizes, costs = rows_by_size(model, shapes), np.zeros((2, model.num_exits))
+    for own in progress(sizes, 'costs of sizes'):
+        counted, timed = rows_to_measure(own, len(sizes))
+        costs += len(own) * np.array(
+            [
+                measure_gflops(model, dataset, rows=counted),
+                measure_latencies(model, dataset, lambda steps, what: steps, rows=timed),
+            ]
+        )
+    gflops, latencies = (costs / len(shapes)).tolist()
+    return gflops, latencies
 
 
 @torch.no_grad()
@@ -171,10 +211,10 @@ def calibrate(
         UsageError: If the router was not trained.
     """
     require_trained_router(model)
-    difficulties = measure_difficulties(model, loader, progress)
-    latencies = measure_latencies(model, loader.dataset, progress)
-    gflops = measure_gflops(model, loader.dataset)
-    model.difficulties = torch.from_numpy(difficulties).to(model.difficulties.device)
+    with torch.no_grad():
+        scores, shapes = _scores_and_shapes(model, loader, progress)
+    gflops, latencies = mean_costs(model, loader.dataset, shapes, progress)
+    model.difficulties = torch.from_numpy(np.sort(scores)).to(model.difficulties.device)
     model.latencies.copy_(torch.tensor(latencies))
     model.gflops.copy_(torch.tensor(gflops))
     threshold = model.set_budget(hard_share=hard_share)

@@ -32,12 +32,9 @@ from .calibration import (
     provenance,
 )
 from .flops import count_flops
-from .latencies import force_dynamic_exit, measure_latencies
+from .latencies import force_dynamic_exit, measure_latencies, rows_by_size, rows_to_measure
 from .views import VIEWS
 
-#: Images whose GFLOPs are counted, and whose latency is measured, of all sizes; and of one size at
-#: the least.
-_COUNTED, _TIMED, _LEAST = 10, 20, 2
 #: Weights of red, green and blue in a gray level (ITU-R BT.601).
 _GRAY = (0.299, 0.587, 0.114)
 
@@ -209,24 +206,17 @@ def _record_batch(
 def _add_costs(
     images: list[dict], model: DynamicDetector, dataset, progress: Progress
 ) -> tuple[float, float]:
-    """GFLOPs and latency of each image under each exit, at batch 1: those of its size.
-
-    Images of one size, padded as the network sees it, cost the same but for a two-stage head's
-    proposals; some of each size are measured.
+    """GFLOPs and latency of each image under each exit, at batch 1: those of its size, of which
+    some are measured, as by `calibration.mean_costs`.
 
     Returns:
         tuple: GFLOPs and seconds of exit 0's neck and heads, the mean over the images: what a
             router that looks at exit 0's detections pays for every image.
     """
-    divisor = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
-    rows: dict[tuple, list[int]] = {}
-    for row, image in enumerate(images):
-        rows.setdefault(tuple(-(-side // divisor) for side in image.pop('shape')), []).append(row)
+    sizes = rows_by_size(model, [image.pop('shape') for image in images])
     branch = np.zeros(2)
-    for same_size in progress(list(rows.values()), 'costs of sizes'):
-        counted, timed = (
-            same_size[: max(number // len(rows), _LEAST)] for number in (_COUNTED, _TIMED)
-        )
+    for same_size in progress(sizes, 'costs of sizes'):
+        counted, timed = rows_to_measure(same_size, len(sizes))
         gflops = measure_gflops(model, dataset, rows=counted)
         latencies = measure_latencies(model, dataset, lambda steps, what: steps, rows=timed)
         routing = _measure_routing(model, dataset, counted)

@@ -130,7 +130,8 @@ def analyze_routing(
         name: curves.curve_of(record, random_routing, choices) for name, choices in oracles.items()
     }
     merit = curves.merit_rows(random_routing, scores, rows, oracles.get('honest'))
-    if validation and not len(calibration):
+    calibrated = len(calibration) > 0
+    if validation and not calibrated:
         calibration = difficulties_of(validation[0])
     say('peers')
     gained = exit_benefits(record, random_routing.mixtures)
@@ -189,9 +190,8 @@ def analyze_routing(
             held_out=estimates.share_gaining(record, bootstrap, seed),
         )
     if len(calibration):
-        figures['transfer'] = estimates.threshold_transfer(
-            np.asarray(calibration), scores, random_routing
-        )
+        transfer = estimates.threshold_transfer(np.asarray(calibration), scores, random_routing)
+        figures['transfer'] = dict(transfer, calibrated=calibrated)
     return _plain(dict(analysis, diagnosis=diagnose(figures)))
 
 

@@ -256,12 +256,11 @@ def judge_router(
     extra: Mapping[str, float] = _NOTHING,
 ) -> dict:
     """Any router's ``curve``, its point at ``half`` hard, its normalized ``gain`` there, ``low``
-    and ``high``."""
+    and ``high``; ``gain`` None where not defined, see `merit_rows`."""
     curve = curve_of(record, random_routing, choices, intervals=False, extra=extra)
     gain = normalized_gain(random_routing, choices[HALF])
-    return dict(
-        curve=curve, half=curve[HALF], gain=gain['gain'], low=gain['low'], high=gain['high']
-    )
+    settled = _settled(gain, 'gain', bool(len(random_routing.weights)))
+    return dict(curve=curve, half=curve[HALF], gain=settled, low=gain['low'], high=gain['high'])
 
 
 def judge_peer(

@@ -58,8 +58,8 @@ def budget_sentences(analysis: Mapping) -> list[str]:
     """What the budgets' numbers say, in plain words, whichever way they fall.
 
     Args:
-        analysis (Mapping): As `routing_analysis.analyze_routing` gives it; ``images``, ``ends`` and
-            ``rows`` are read.
+        analysis (Mapping): As `routing_analysis.analyze_routing` gives it; ``images``, ``ends``,
+            ``rows`` and, where it is there, the ``gain`` of ``router`` are read.
     """
     rows = analysis['rows']
     (first, cheap), (last, dear) = ((end['ap'], end['gflops']) for end in analysis['ends'])
@@ -80,7 +80,9 @@ def budget_sentences(analysis: Mapping) -> list[str]:
     sentences.append(_verdict(middle))
     gain = gain_over_random(rows)
     sentences.append(f'Over all shares between the ends, it {_gains(gain["mean"])} on average.')
-    if gain['half'] is not None and last > first:
+    # As the tables: no ratio to what may be nothing.
+    defined = analysis.get('router', dict(gain=gain['half']))['gain'] is not None
+    if gain['half'] is not None and defined and last > first:
         side = 'above' if gain['half'] >= 0 else 'below'
         sentences.append(
             f'At half hard, its AP is {side} the straight line between the exits by '

@@ -24,8 +24,8 @@ told. An estimate whose value or ends are None or NaN settles nothing.
 * ``bootstrap``: how many resamples the intervals are from; at 0 there are none.
 * ``loss_shares``: ``dict(train, held_out)``, estimates of the share of images with L1 > L2.
 * ``spread``: 90 % range of the difficulties, from their 5 % to their 95 % quantile, in [0, 1].
-* ``transfer``: ``dict(asked, got)``: the hard share asked for; estimate of that on test, at val's
-  threshold.
+* ``transfer``: ``dict(asked, got, calibrated)``: the hard share asked for; estimate of what the
+  threshold serves; whether it is of a checkpoint's calibration, by default of a record of val.
 * ``peers``: name -> estimate of how much more AP a peer has than the router at the same cost. No
   references.
 """
@@ -93,18 +93,17 @@ def diagnose(figures: Mapping) -> list[str]:
         if figures.get(name) is not None:
             sentences, hints = question(figures)
             findings += sentences
-            advice += [_other_scale(figures) if hint == _RESOLUTION else hint for hint in hints]
+            advice += hints
     return findings + list(dict.fromkeys(advice))
 
 
-def _other_scale(figures: Mapping) -> str:
-    """Advice to change the resolution of the exits, by what it is now."""
+def _resolution(figures: Mapping, sign: int = 0) -> list[str]:
+    """Advice to change the resolution of the exits, by what it is now. Where they differ in it
+    already, what cannot be told (``sign`` 0) speaks neither for nor against another."""
     scale = figures.get('first_scale', 1.0)
-    return (
-        _RESOLUTION
-        if scale == 1
-        else f'Try another first_scale than {scale:g}, which the exits have now.'
-    )
+    if scale == 1:
+        return [_RESOLUTION]
+    return [f'Try another first_scale than {scale:g}, which the exits have now.'] if sign else []
 
 
 def interval_sign(estimate: Estimate | None, of: float = 0.0) -> int:
@@ -132,11 +131,17 @@ def _gap(figures: Mapping) -> tuple[list, list]:
         return [
             f'The last exit is worse than the first, by {_show(gap, sign=-1)} AP: it costs more '
             'and finds less.'
-        ], [_TRAIN, _RESOLUTION]
-    return [
-        f'Whether the exits differ in AP cannot be told ({_show(gap)}): a share of their '
-        'difference, such as the normalized gain, means nothing here.'
-    ], [_RESOLUTION, _more(figures)]
+        ], [_TRAIN, *_resolution(figures, sign)]
+    # Without intervals ratios are given as they are.
+    rest = (
+        ''
+        if figures.get('bootstrap') == 0
+        else ': a share of their difference, such as the normalized gain, is not defined'
+    )
+    return [f'Whether the exits differ in AP cannot be told ({_show(gap)}){rest}.'], [
+        *_resolution(figures),
+        _more(figures),
+    ]
 
 
 def _strata(figures: Mapping) -> tuple[list, list]:
@@ -159,7 +164,7 @@ def _strata(figures: Mapping) -> tuple[list, list]:
             'told: a benefit that is the same everywhere cannot be routed much better than at '
             'random.',
             *harm,
-        ], [_RESOLUTION]
+        ], _resolution(figures)
     first, second = max(differing, key=lambda pair: abs(pair[0]['gap'][0] - pair[1]['gap'][0]))
     most, least = (first, second) if first['gap'][0] > second['gap'][0] else (second, first)
     return [
@@ -190,7 +195,7 @@ def _honest_gain(figures: Mapping) -> tuple[list, list]:
     return [
         f'{unsure} cannot be told: an oracle that saw another view of each image has {_show(gain)} '
         f'AP over random routing.{rest}'
-    ], [_RESOLUTION, _more(figures)]
+    ], [*_resolution(figures), _more(figures)]
 
 
 def _loss_shares(figures: Mapping) -> tuple[list, list]:
@@ -305,14 +310,15 @@ def _spread(figures: Mapping) -> tuple[list, list]:
 
 def _transfer(figures: Mapping) -> tuple[list, list]:
     asked, got = figures['transfer']['asked'], figures['transfer']['got']
+    calibrated = figures['transfer'].get('calibrated', False)
+    threshold = 'calibrated threshold' if calibrated else 'threshold of val'
     sign = interval_sign(got, asked)
     shares = f'a hard share of {_show(got, 2)} where {asked:g} was asked for'
     if not sign:
-        return [f'The threshold of val gives, on test, {shares}: a difference cannot be told.'], []
-    return [
-        f'The threshold of val calls too {"many" if sign > 0 else "few"} images of test hard: '
-        f'{shares}.'
-    ], [_CALIBRATE]
+        return [f'The {threshold} gives {shares}: a difference cannot be told.'], []
+    return [f'The {threshold} calls too {"many" if sign > 0 else "few"} images hard: {shares}.'], [
+        _CALIBRATE
+    ]
 
 
 def _peers(figures: Mapping) -> tuple[list, list]:

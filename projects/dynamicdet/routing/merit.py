@@ -127,6 +127,9 @@ def _area(random_routing: RandomRouting, choices: Sequence[Sequence[bool]]) -> t
 
 
 def _ends(ratios: np.ndarray, denominators: np.ndarray) -> tuple:
-    """The interval of ratios, unless their denominators are not safely above 0."""
-    safe = denominators > SAME_AP
-    return confidence_interval(ratios[safe]) if (~safe).sum() <= 0.025 * len(safe) else (None, None)
+    """The interval of ratios, unless that of their denominators is not above 0: what then is said
+    of the denominators themselves, and what of the ratios, agree."""
+    low, _ = confidence_interval(denominators)
+    if low is None or low <= SAME_AP:
+        return None, None
+    return confidence_interval(ratios[denominators > SAME_AP])

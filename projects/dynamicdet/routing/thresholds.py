@@ -68,6 +68,27 @@ def threshold_for_share(difficulties: Sequence[float], share: float) -> float:
     return float(middle if below <= middle < above else below)
 
 
+def quantile_map(difficulties: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Difficulties as another form of a detector would give them, from what it does to some images.
+
+    Quantiles of the images go to the same quantiles, 0 and 1 stay, and between them it is linear.
+    So the order of difficulties stays, and equal forms leave all as it is.
+
+    Args:
+        difficulties (np.ndarray): (n,), of the detector as it was; or thresholds, of which -1 and 1
+            stay.
+        before, after (np.ndarray): Of some images, (m,), m > 0: as it was, and in the other form.
+
+    Returns:
+        np.ndarray: (n,), float32.
+    """
+    old, new = (np.concatenate([[0.0], np.sort(one), [1.0]]) for one in (before, after))
+    known, place = np.unique(old, return_inverse=True)
+    # Where several had the same difficulty, by the mean of what they have now.
+    moves = np.bincount(place, new - old) / np.bincount(place)
+    return (difficulties + np.interp(difficulties, known, moves)).astype(np.float32)
+
+
 def shares_beyond(share: float, exits: int = 2) -> list[float]:
     """How many images go beyond each exit but the last, at a hard share: (K - 1,), falling.
 
