@@ -21,14 +21,14 @@ from scipy.stats import rankdata
 from dynamicdet import cli
 from dynamicdet.files import write_atomically
 from dynamicdet.measuring.baselines import Baseline, record_baseline
-from dynamicdet.reports.analysis_baselines import front, shares_at
-from dynamicdet.reports.analysis_curves import all_benefits, with_class_objects
-from dynamicdet.routing.curve import bootstrap_weights, interval
+from dynamicdet.reports.routing_analysis_baselines import baseline_front, front_shares
+from dynamicdet.reports.routing_analysis_curves import all_benefits, with_class_objects
+from dynamicdet.routing.bootstrap import bootstrap_weights, confidence_interval
 from dynamicdet.routing.detection_features import first_features
 from dynamicdet.routing.evaluation import Mixtures, read_truth
-from dynamicdet.routing.fitting import fit_ridge_router, fit_router
 from dynamicdet.routing.peers import PEERS, peer_scores
 from dynamicdet.routing.record import RoutingRecord, read_record
+from dynamicdet.routing.router_fitting import fit_ridge_router, fit_router
 
 #: Mean GFLOPs per picture at which routers are compared.
 BUDGETS = (0.84, 1.05, 1.27, 1.7)
@@ -108,11 +108,11 @@ class Judge:
             ]
         )
 
-    def front(self, gflops: float) -> np.ndarray:
+    def baseline_front(self, gflops: float) -> np.ndarray:
         """Of plain detectors, (1 + B,), on the record itself and on each resample."""
         costs = np.array(list(self.plain.values()))
-        kept = front(self.plain_aps[:, 0], costs)
-        return shares_at(costs[kept], gflops) @ self.plain_aps[kept]
+        kept = baseline_front(self.plain_aps[:, 0], costs)
+        return front_shares(costs[kept], gflops) @ self.plain_aps[kept]
 
     def choice(self, scores: np.ndarray, charged: bool, gflops: float) -> np.ndarray:
         """As many of the hardest pictures at the last exit as the budget pays for."""
@@ -122,13 +122,13 @@ class Judge:
         count = round(len(scores) * min(1.0, max(0.0, (gflops - easy) / (hard - easy))))
         return (rankdata(-scores, 'ordinal') <= count).astype(int)
 
-    def judge(self, scores: np.ndarray, charged: bool) -> dict:
+    def judge_router(self, scores: np.ndarray, charged: bool) -> dict:
         """At each budget: AP, and by how much that is above the front, with its interval."""
         found = {}
         for gflops in BUDGETS:
             aps = _aps(self.mixtures, self.choice(scores, charged, gflops), self.weights)
             leads = aps - self.front(gflops)
-            low, high = interval(leads[1:])
+            low, high = confidence_interval(leads[1:])
             found[f'{gflops:g}'] = dict(
                 ap=float(aps[0]),
                 lead=float(leads[0]),
@@ -167,7 +167,7 @@ def run(records: Path, weights: str, say: Callable[[str], None] = print) -> dict
         branch0=judged[0].provenance['branch0_gflops'],
         exits=[judge.mixtures.ap(np.full(len(judged[0]), exit)) for exit in (0, 1)],
         plain={
-            name: dict(gflops=gflops, ap=float(own[0]), interval=interval(own[1:]))
+            name: dict(gflops=gflops, ap=float(own[0]), interval=confidence_interval(own[1:]))
             for (name, gflops), own in zip(judge.plain.items(), judge.plain_aps)
         },
         front={f'{gflops:g}': float(judge.front(gflops)[0]) for gflops in BUDGETS},

@@ -10,15 +10,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from pycocotools.coco import COCO
-
-from dynamicdet import cli
-from dynamicdet.errors import UsageError
-from dynamicdet.measuring.baselines import parse_baselines, record_baseline
-from dynamicdet.reports.analysis import analyze, format_analysis, pair_of, write_analysis
-from dynamicdet.routing.evaluation import read_truth
-from dynamicdet.routing.record import RoutingRecord, read_record, require_of_detector
-from dynamicdet.timing import machine_of, timed_elsewhere
+from dynamicdet_options import add_baseline_argument
 
 
 def parse_args() -> argparse.Namespace:
@@ -57,10 +49,30 @@ def parse_args() -> argparse.Namespace:
         action='store_true',
         help='let oracles and the diagnosis count an object by how rare its class is, as AP does',
     )
-    cli.add_baseline_argument(parser)
+    add_baseline_argument(parser)
     parser.add_argument('--device', default='cpu', help='where baselines run and are timed: cpu')
     parser.add_argument('--title', default='What routing is worth', help='of the page')
     return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+from pycocotools.coco import COCO
+
+from dynamicdet import cli
+from dynamicdet.errors import UsageError
+from dynamicdet.measuring.baselines import parse_baselines, record_baseline
+from dynamicdet.reports.routing_analysis import (
+    analyze_routing,
+    format_analysis,
+    two_exit_record,
+    write_analysis,
+)
+from dynamicdet.routing.evaluation import read_truth
+from dynamicdet.routing.record import RoutingRecord, read_record, require_of_detector
+from dynamicdet.timing import machine_of, timed_elsewhere
 
 
 def load_annotations(record: RoutingRecord, ann_file: str, option: str) -> COCO:
@@ -76,7 +88,7 @@ def load_annotations(record: RoutingRecord, ann_file: str, option: str) -> COCO:
 
 def load(path: str, ann_file: str, option: str, exits: list) -> tuple:
     """A record of two exits, and its ground truth."""
-    record = pair_of(read_record(path), tuple(exits))
+    record = two_exit_record(read_record(path), tuple(exits))
     return record, load_annotations(record, ann_file, option)
 
 
@@ -115,7 +127,9 @@ def main() -> None:
             'detector'
         )
     training = (
-        pair_of(read_record(args.train_record), tuple(args.exits)) if args.train_record else None
+        two_exit_record(read_record(args.train_record), tuple(args.exits))
+        if args.train_record
+        else None
     )
     others = [one for one in (val[0] if val else None, training) if one]
     facts = record.provenance
@@ -130,7 +144,7 @@ def main() -> None:
     baselines = parse_baselines(args.baseline, cli.read_config)
     out_dir = args.out_dir or str(Path(args.record).with_suffix(''))
     cli.make_folder(out_dir)
-    analysis = analyze(
+    analysis = analyze_routing(
         record,
         coco,
         val,

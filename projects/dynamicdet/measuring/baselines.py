@@ -27,12 +27,12 @@ from ..building import load_detector
 from ..checkpoints import read_checkpoint
 from ..errors import UsageError
 from ..models import DynamicDetector, fuse
-from ..models.online_control import kept_speed
+from ..models.budget_control import preserved_budget
 from ..models.weights import exits_digest, is_plain
 from ..progress import Progress
 from ..routing.record import RoutingRecord, read_record, write_record
 from ..timing import machine_of, time_in_turns
-from .calibration import detected
+from .calibration import detection_arrays
 from .flops import count_flops
 from .latencies import force_dynamic_exit
 
@@ -236,7 +236,7 @@ def _detect(
     try:
         for row in progress(range(len(pictures)), 'plain detector'):
             (sample,) = model.test_step(pseudo_collate([pictures[row]]))
-            ((boxes, scores, found),) = detected([sample], categories)
+            ((boxes, scores, found),) = detection_arrays([sample], categories)
             kept = found >= 0
             images.append(
                 dict(
@@ -301,7 +301,7 @@ def _time(
     if beside is None:
         return time_in_turns(runs, rows, device, quiet)['plain']
     dynamic = beside[0]
-    with kept_speed(dynamic):
+    with preserved_budget(dynamic):
         medians = time_in_turns(
             runs,
             rows,

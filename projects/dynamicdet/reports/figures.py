@@ -29,7 +29,7 @@ def trade_off_figure(rows: Sequence[Mapping], baselines: Sequence[Mapping] = ())
 
     Args:
         rows (Sequence[Mapping]): As `routing.curve.trade_off` gives them.
-        baselines (Sequence[Mapping]): Plain detectors, as `analysis_baselines.compare` gives them.
+        baselines (Sequence[Mapping]): Plain detectors, as `routing_analysis_baselines` gives them.
             Defaults to none.
     """
     rows = sorted(rows, key=lambda row: row['hard_share'])

@@ -7,10 +7,11 @@ import numpy as np
 from pycocotools.coco import COCO
 
 from ..errors import UsageError
-from ..routing.curve import SHARES, Chance, costs_of, interval
+from ..routing.bootstrap import confidence_interval
+from ..routing.curve import SHARES, RandomRouting, costs_of
 from ..routing.evaluation import Mixtures
 from ..routing.record import RoutingRecord
-from .analysis_estimates import Estimate
+from .routing_analysis_estimates import Estimate
 
 #: What may be equal.
 _COSTS = ('gflops', 'latency')
@@ -18,10 +19,10 @@ _COSTS = ('gflops', 'latency')
 _ROUNDING = 1e-9
 
 
-def compare(
+def compare_with_baselines(
     record: RoutingRecord,
     coco: COCO,
-    chance: Chance,
+    random_routing: RandomRouting,
     choices: Sequence[np.ndarray],
     baselines: Mapping[str, RoutingRecord],
 ) -> dict[str, list[dict]]:
@@ -33,8 +34,9 @@ def compare(
     Args:
         record (RoutingRecord): Of two exits.
         coco (COCO): Its ground truth.
-        chance (Chance): Of the record.
-        choices (Sequence[np.ndarray]): The router's, at each of `SHARES`; see `analysis_curves`.
+        chance (RandomRouting): Of the record.
+        choices (Sequence[np.ndarray]): The router's, at each of `SHARES`; see
+            `routing_analysis_curves`.
         baselines (Mapping[str, RoutingRecord]): Name -> record of the same pictures, in the same
             order; its first exit counts.
 
@@ -58,12 +60,12 @@ def compare(
     )
     everyone = [np.full(len(record), index) for index in range(len(plain))]
     # (baselines, 1 + B): of the record, and of each resample.
-    aps = np.array([_aps(mixtures, choice, chance.weights) for choice in everyone])
+    aps = np.array([_aps(mixtures, choice, random_routing.weights) for choice in everyone])
     costs = dict(
         gflops=np.array([one.gflops[0] for one in plain]),
         latency=np.array([one.latencies[0] for one in plain]),
     )
-    ends = [interval(own[1:]) for own in aps]
+    ends = [confidence_interval(own[1:]) for own in aps]
     points = [
         dict(name=name, ap=float(own[0]), low=low, high=high)
         | {cost: float(values[index]) for cost, values in costs.items()}
@@ -71,8 +73,10 @@ def compare(
     ]
     leads = []
     for share, is_hard in zip(SHARES, choices):
-        choice, paid = chance.choice(is_hard), costs_of(record, is_hard)
-        router = np.concatenate([[chance.mixtures.ap(choice)], chance.resampled(choice)])
+        choice, paid = random_routing.choice(is_hard), costs_of(record, is_hard)
+        router = np.concatenate(
+            [[random_routing.mixtures.ap(choice)], random_routing.resampled(choice)]
+        )
         row = dict(share=share, hard_share=float(np.mean(is_hard)), ap=float(router[0]), **paid)
         for cost in _COSTS:
             row[f'lead_{cost}'] = _lead(router, aps, costs[cost], paid[cost])
@@ -80,7 +84,7 @@ def compare(
     return dict(points=sorted(points, key=lambda point: point['gflops']), leads=leads)
 
 
-def front(aps: Sequence[float], costs: Sequence[float]) -> list[int]:
+def baseline_front(aps: Sequence[float], costs: Sequence[float]) -> list[int]:
     """Which of some detectors have more AP than all cheaper ones, by cost."""
     order, found = sorted(range(len(costs)), key=lambda index: (costs[index], -aps[index])), []
     for index in order:
@@ -89,7 +93,7 @@ def front(aps: Sequence[float], costs: Sequence[float]) -> list[int]:
     return found
 
 
-def shares_at(costs: Sequence[float], cost: float) -> np.ndarray | None:
+def front_shares(costs: Sequence[float], cost: float) -> np.ndarray | None:
     """How much of each detector makes up the front at a cost, (m,), summing to 1; None below all.
 
     Args:
@@ -107,9 +111,9 @@ def _aps(mixtures: Mixtures, choice: np.ndarray, weights: np.ndarray) -> np.ndar
 
 def _lead(router: np.ndarray, aps: np.ndarray, costs: np.ndarray, paid: float) -> Estimate | None:
     """The front is that of the record itself on all resamples, too."""
-    kept = front(aps[:, 0], costs)
-    shares = shares_at(costs[kept], paid)
+    kept = baseline_front(aps[:, 0], costs)
+    shares = front_shares(costs[kept], paid)
     if shares is None:
         return None
     leads = router - shares @ aps[kept]
-    return (float(leads[0]), *interval(leads[1:]))
+    return (float(leads[0]), *confidence_interval(leads[1:]))

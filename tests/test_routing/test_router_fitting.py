@@ -12,17 +12,17 @@ from pycocotools.coco import COCO
 from conftest import SEED
 from dynamicdet.errors import UsageError
 from dynamicdet.routing import build_objective, quantiles_of
-from dynamicdet.routing.fitting import (
-    _best_constant,
-    features_of,
-    fit_ridge_router,
-    fit_router,
-    gains_of,
-    rank_correlation,
-    weights_of,
-)
 from dynamicdet.routing.record import RoutingRecord
 from dynamicdet.routing.router import Router
+from dynamicdet.routing.router_fitting import (
+    _best_constant,
+    class_weights_of_records,
+    features_of_record,
+    fit_ridge_router,
+    fit_router,
+    gains_of_record,
+    rank_correlation,
+)
 
 #: Half of the fits of the defaults.
 QUICK = dict(weight_decays=(0.01, 1.0), folds=2, seed=SEED)
@@ -224,10 +224,10 @@ def coco():
 
 
 def test_gains_of_a_record_by_hand(record, coco):
-    assert gains_of(record, 'loss').tolist() == [2.0, -0.5]
-    assert gains_of(record, 'loss_sum').tolist() == [4.0, -0.5]
-    np.testing.assert_allclose(gains_of(record, 'ap', coco), [100, 0], atol=1e-6)
-    assert features_of(record).tolist() == [[1, 2], [3, 4]]
+    assert gains_of_record(record, 'loss').tolist() == [2.0, -0.5]
+    assert gains_of_record(record, 'loss_sum').tolist() == [4.0, -0.5]
+    np.testing.assert_allclose(gains_of_record(record, 'ap', coco), [100, 0], atol=1e-6)
+    assert features_of_record(record).tolist() == [[1, 2], [3, 4]]
 
 
 def test_gains_by_class_by_hand(record, coco):
@@ -236,25 +236,29 @@ def test_gains_by_class_by_hand(record, coco):
     coco.dataset['annotations'][2]['category_id'] = 2
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
-    weights = weights_of([record, record], [coco, coco])
+    weights = class_weights_of_records([record, record], [coco, coco])
     # 1 / 22 and 1 / 21, with a mean of 1 over the three objects.
     first, second = 3 / (2 + 22 / 21), 3 / (1 + 2 * 21 / 22)
     np.testing.assert_allclose(weights, [first, second])
-    np.testing.assert_allclose(gains_of(record, 'loss', coco, weights), [2 * first, -0.5 * second])
     np.testing.assert_allclose(
-        gains_of(record, 'loss_sum', coco, weights), [4 * first, -0.5 * second]
+        gains_of_record(record, 'loss', coco, weights), [2 * first, -0.5 * second]
+    )
+    np.testing.assert_allclose(
+        gains_of_record(record, 'loss_sum', coco, weights), [4 * first, -0.5 * second]
     )
     # What image 4 has at the last exit is of the other category than its object.
-    np.testing.assert_allclose(gains_of(record, 'ap', coco, weights), [200 * first, 0], atol=1e-6)
+    np.testing.assert_allclose(
+        gains_of_record(record, 'ap', coco, weights), [200 * first, 0], atol=1e-6
+    )
     # Behind image 4's false alarm, which is as sure: precision 2 / 3 in one of two categories.
-    np.testing.assert_allclose(gains_of(record, 'reward', coco), [2 * 100 / 3, 0], atol=1e-3)
+    np.testing.assert_allclose(gains_of_record(record, 'reward', coco), [2 * 100 / 3, 0], atol=1e-3)
 
 
 def test_gains_by_class_need_annotations(record):
     with pytest.raises(UsageError, match="'loss by class' needs the annotation file"):
-        gains_of(record, 'loss', None, [1.0])
+        gains_of_record(record, 'loss', None, [1.0])
     with pytest.raises(UsageError, match="'reward' needs the annotation file"):
-        gains_of(record, 'reward')
+        gains_of_record(record, 'reward')
 
 
 @pytest.mark.parametrize('objective', ['paper', 'rank', 'gain', dict(type='gain', share=0.2)])
@@ -320,19 +324,19 @@ def test_a_record_that_lacks_something_is_refused(record, lacking, kind):
     with pytest.raises(
         UsageError, match=f'the record has no {lacking}: make it with tools/record.py'
     ):
-        gains_of(record, kind)
+        gains_of_record(record, kind)
 
 
 def test_a_record_that_does_not_serve_is_refused(record):
     with pytest.raises(UsageError, match='needs the annotation file'):
-        gains_of(record, 'ap')
+        gains_of_record(record, 'ap')
     with pytest.raises(UsageError, match="one of loss, loss_sum, ap, reward; got 'iou'"):
-        gains_of(record, 'iou')
+        gains_of_record(record, 'iou')
     with pytest.raises(UsageError, match='no images'):
-        gains_of(record.take([]), 'loss')
+        gains_of_record(record.take([]), 'loss')
     record.losses[1, 0] = float('nan')
     with pytest.raises(UsageError, match=r'image 4 \(4.jpg\) are not finite'):
-        gains_of(record, 'loss')
+        gains_of_record(record, 'loss')
     record.features = None
     with pytest.raises(UsageError, match='has no features'):
-        features_of(record)
+        features_of_record(record)

@@ -30,7 +30,7 @@ PENALTIES = tuple(10.0**power for power in range(-1, 7))
 _BATCH = 128
 
 
-class Fit(NamedTuple):
+class RouterFit(NamedTuple):
     """A fitted router.
 
     ``state``: entries of a `Router`'s state dict. ``quantiles``: (101,), of the gains.
@@ -46,7 +46,7 @@ class Fit(NamedTuple):
     weight_decay: float
 
 
-def gains_of(
+def gains_of_record(
     record: RoutingRecord, kind: str, coco=None, weights: Sequence[float] | None = None
 ) -> np.ndarray:
     """What each image of a record gains by the last exit.
@@ -96,7 +96,7 @@ def gains_of(
     return gains
 
 
-def weights_of(records: Sequence[RoutingRecord], cocos: Sequence) -> np.ndarray:
+def class_weights_of_records(records: Sequence[RoutingRecord], cocos: Sequence) -> np.ndarray:
     """Weights of each category's objects, (categories,), by sorted id, from all different images of
     some records.
 
@@ -116,7 +116,7 @@ def weights_of(records: Sequence[RoutingRecord], cocos: Sequence) -> np.ndarray:
     return class_weights(np.sum(list(counts.values()), axis=0))
 
 
-def features_of(record: RoutingRecord) -> np.ndarray:
+def features_of_record(record: RoutingRecord) -> np.ndarray:
     """What the router saw of each image, (n, d), float32, in the record's order."""
     _require(record, 'features')
     if not np.isfinite(record.features).all():
@@ -160,7 +160,7 @@ def fit_router(
     groups: Sequence[int] | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> Fit:
+) -> RouterFit:
     """Fit a router's two layers to gains.
 
     Cross-validation on the given images chooses the weight decay and when to stop: the pair whose
@@ -169,7 +169,7 @@ def fit_router(
 
     Args:
         features (np.ndarray): (n, d), as `Router.pool` gives them, not standardized.
-        gains (np.ndarray): (n,), see `gains_of`.
+        gains (np.ndarray): (n,), see `gains_of_record`.
         objective (str or dict): As in a config. Defaults to the paper's.
         hidden (int, optional): Width between the layers. Defaults to d // 4, the paper's.
         steps (Sequence[int]): Numbers of updates, of 128 images each, to choose among; ascending.
@@ -221,7 +221,7 @@ def fit_router(
     layers, _ = train(everyone, weight_decays[best], [steps[last]], everyone)
     state = {name: value.clone() for name, value in layers.state_dict().items()}
     state.update(mean=torch.from_numpy(mean), std=torch.from_numpy(std))
-    return Fit(
+    return RouterFit(
         state,
         quantiles_of(gains),
         float(means[best, last]),
@@ -240,7 +240,7 @@ def fit_ridge_router(
     groups: Sequence[int] | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> Fit:
+) -> RouterFit:
     """Fit a linear router to gains, by ridge regression: with some thousand images, less is learned
     by heart than in two layers.
 
@@ -256,7 +256,7 @@ def fit_ridge_router(
             images, to choose among. Defaults to 0.1, 1, ... 1e6.
 
     Returns:
-        Fit: Its ``weight_decay`` is the penalty; there are no ``steps``.
+        RouterFit: Its ``weight_decay`` is the penalty; there are no ``steps``.
 
     Raises:
         UsageError: As `fit_router`; and if the layers are too narrow.
@@ -284,7 +284,7 @@ def fit_ridge_router(
         progress(folds + 1, folds + 1)
     state = _as_layers(weights[:, 0], float(biases[0]), width)
     state.update(mean=torch.from_numpy(mean), std=torch.from_numpy(std))
-    return Fit(state, quantiles_of(gains), float(means[best]), 0, float(penalties[best]))
+    return RouterFit(state, quantiles_of(gains), float(means[best]), 0, float(penalties[best]))
 
 
 def _wanted(objective: Objective, gains: np.ndarray) -> np.ndarray:
