@@ -1,5 +1,6 @@
 """Measure what the thresholds of a trained dynamic detector follow from."""
 
+import contextlib
 import datetime
 from collections.abc import Iterator, Sequence
 
@@ -17,6 +18,8 @@ from ..models import DynamicDetector
 from ..models.batch_state import BatchState
 from ..models.online_control import kept_speed
 from ..progress import Progress
+from ..routing.evaluation import read_truth
+from ..routing.merging import platt_scaling_of
 from ..routing.record import Detections, RoutingRecord
 from ..timing import dtype_of, machine_of
 from ..transfers import to_host
@@ -142,6 +145,54 @@ def passed(model: torch.nn.Module, loader: DataLoader) -> dict[str, object]:
     return dict(dtype=dtype_of(model), batch_size=batch_size, latency_batch_size=1)
 
 
+def score_facts(model: DynamicDetector) -> dict[str, object]:
+    """How a model's exits are merged and their scores scaled; None where they are not."""
+    scaling = list(zip(model.platt_scale.tolist(), model.platt_shift.tolist()))
+    scaled = any(one != (1.0, 0.0) for one in scaling)
+    return dict(
+        merge=str(model.merge) if model.merge else None,
+        platt_scaling=[list(one) for one in scaling] if scaled else None,
+    )
+
+
+@contextlib.contextmanager
+def plain_exits(model: DynamicDetector) -> Iterator[None]:
+    """While this is open, exits are not merged, and give their scores as they are."""
+    kept = model.merge, model.platt_scale.clone(), model.platt_shift.clone()
+    model.merge = None
+    model.platt_scale.fill_(1)
+    model.platt_shift.fill_(0)
+    try:
+        yield
+    finally:
+        model.merge = kept[0]
+        model.platt_scale.copy_(kept[1])
+        model.platt_shift.copy_(kept[2])
+
+
+def calibrate_scores(model: DynamicDetector, loader: DataLoader, progress: Progress) -> np.ndarray:
+    """Bring the scores of all exits on one scale: fit chances to be right to the annotations of a
+    data set, see `routing.merging.platt_scaling_of`, and set the model's scaling to them.
+
+    Args:
+        model (DynamicDetector): In eval mode.
+        loader (DataLoader): Over a COCO-format data set.
+        progress (Callable): Wraps what is iterated over.
+
+    Returns:
+        np.ndarray: Difficulties of the data set, as of `measure_difficulties`: nothing else runs
+            for them.
+    """
+    dataset = loader.dataset
+    truth = read_truth(dataset.ann_file, dataset.cat_ids)
+    with plain_exits(model):
+        record = record_exits(model, loader, progress)
+    scaling = torch.tensor(platt_scaling_of(record, truth), device=model.platt_scale.device)
+    model.platt_scale.copy_(scaling[:, 0])
+    model.platt_shift.copy_(scaling[:, 1])
+    return np.sort(record.difficulty.astype(np.float32))
+
+
 def require_trained_router(model: DynamicDetector) -> None:
     """Raise a `UsageError` if a model is from step 1."""
     if model.delta.isnan():
@@ -151,7 +202,11 @@ def require_trained_router(model: DynamicDetector) -> None:
 
 
 def calibrate(
-    model: DynamicDetector, loader: DataLoader, progress: Progress, hard_share: float = 0.5
+    model: DynamicDetector,
+    loader: DataLoader,
+    progress: Progress,
+    hard_share: float = 0.5,
+    scores: bool = False,
 ) -> dict:
     """Measure difficulties and costs, and set the model's calibration and threshold to them.
 
@@ -160,6 +215,8 @@ def calibrate(
         loader (DataLoader): Over the validation set.
         progress (Callable): Wraps what is iterated over.
         hard_share (float): What the checkpoint does when nothing is asked for. Defaults to 0.5.
+        scores (bool): Whether to fit the scaling of the exits' scores, too; see `calibrate_scores`.
+            Defaults to False: it stays as it is.
 
     Returns:
         dict: ``threshold`` (a list for more than two exits), and of each exit ``lat1``, ``lat2``,
@@ -169,7 +226,8 @@ def calibrate(
         UsageError: If the router was not trained.
     """
     require_trained_router(model)
-    difficulties = measure_difficulties(model, loader, progress)
+    measure = calibrate_scores if scores else measure_difficulties
+    difficulties = measure(model, loader, progress)
     latencies = measure_latencies(model, loader.dataset, progress)
     gflops = measure_gflops(model, loader.dataset)
     model.difficulties = torch.from_numpy(difficulties).to(model.difficulties.device)

@@ -16,7 +16,7 @@ from ..routing.curve import SHARES, Chance, costs_of, interval, split
 from ..routing.evaluation import Mixtures
 from ..routing.merit import efficacy, normalized_gain
 from ..routing.oracle import allocate, honest_choices, object_count, oracle_choices, refine
-from ..routing.peers import PEERS, charge, peer_scores
+from ..routing.peers import PEERS, charge, is_charged, peer_scores
 from ..routing.record import RoutingRecord
 from ..routing.strata import benefits
 
@@ -257,9 +257,11 @@ def judge(
 def judge_peer(name: str, record: RoutingRecord, chance: Chance, scores: np.ndarray) -> dict:
     """`judge` of a peer, with what it pays, and its ``meaning``."""
     # Records that do not say how long neck and heads take charge no time.
-    seconds = record.provenance.get('branch0_latency', 0.0) if PEERS[name].charged else 0.0
+    charged = is_charged(name, record)
+    seconds = record.provenance.get('branch0_latency', 0.0) if charged else 0.0
     extra = dict(gflops=charge(name, record), latency=float(seconds))
-    return dict(judge(record, chance, choices_of(scores), extra), meaning=_meaning(name))
+    meaning = _meaning(name, charged)
+    return dict(judge(record, chance, choices_of(scores), extra), meaning=meaning)
 
 
 def words(name: str) -> str:
@@ -268,8 +270,8 @@ def words(name: str) -> str:
     return f'true {plain}' if PEERS[name].reference else plain
 
 
-def _meaning(name: str) -> str:
+def _meaning(name: str, charged: bool) -> str:
     peer = PEERS[name]
     if peer.reference:
         return f'{peer.description}: sees the annotations, as no router can'
-    return peer.description + ('; pays for the first exit on every image' if peer.charged else '')
+    return peer.description + ('; pays for the first exit on every image' if charged else '')
