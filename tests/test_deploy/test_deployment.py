@@ -529,7 +529,8 @@ def test_a_folder_merges_exits_as_its_config_says(calibrated, tmp_path):
     """And scales their scores as its checkpoint says."""
     cfg, path, _ = calibrated
     cfg, state = copy.deepcopy(cfg), torch.load(path, weights_only=True)
-    cfg.model.merge = dict(type='nms', iou=0.5)
+    # As an attribute it is a method of ConfigDict's.
+    cfg.model['merge'] = dict(type='nms', iou=0.5)
     state['state_dict']['platt_shift'] = torch.tensor([0.5, -0.5])
     torch.save(state, tmp_path / 'merged.pth')
     deploy(cfg, str(tmp_path / 'merged.pth'), str(tmp_path / 'out'))
