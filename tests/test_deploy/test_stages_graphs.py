@@ -131,7 +131,7 @@ def test_merged_exits_on_graphs_are_the_same(name, runtime, exported):
     model, deployed = build(name), build(name)
     for one in (model, deployed):
         one.merge = Merge('wbf', 0.5)
-        one.platt_shift.copy_(torch.tensor([0.5, -0.5]))
+        one.set_platt_scaling([(1.0, 0.5), (1.0, -0.5)])
         force_dynamic_exit(one, 1)
     for stage in find_stages(deployed):
         graph = exported(name)[stage.name]

@@ -267,7 +267,7 @@ def test_scores_are_calibrated_to_the_annotations(model, found_loader):
     truth = read_truth(loader.dataset.ann_file, loader.dataset.cat_ids)
     wanted = platt_scaling_of(record, truth)
     model.merge = Merge.parse('nms')
-    model.platt_scale.fill_(3.0)
+    model.set_platt_scaling([(3.0, 1.0)] * 2)
     calibrate(model, loader, plain, scores=True)
     scaling = zip(model.platt_scale.tolist(), model.platt_shift.tolist())
     assert [list(one) for one in scaling] == [pytest.approx(one) for one in wanted]

@@ -158,16 +158,14 @@ def score_facts(model: DynamicDetector) -> dict[str, object]:
 @contextlib.contextmanager
 def plain_exits(model: DynamicDetector) -> Iterator[None]:
     """While this is open, exits are not merged, and give their scores as they are."""
-    kept = model.merge, model.platt_scale.clone(), model.platt_shift.clone()
+    merge, scale, shift = model.merge, model.platt_scale.tolist(), model.platt_shift.tolist()
     model.merge = None
-    model.platt_scale.fill_(1)
-    model.platt_shift.fill_(0)
+    model.set_platt_scaling([(1.0, 0.0)] * model.num_exits)
     try:
         yield
     finally:
-        model.merge = kept[0]
-        model.platt_scale.copy_(kept[1])
-        model.platt_shift.copy_(kept[2])
+        model.merge = merge
+        model.set_platt_scaling(list(zip(scale, shift)))
 
 
 def calibrate_scores(model: DynamicDetector, loader: DataLoader, progress: Progress) -> np.ndarray:
@@ -187,9 +185,7 @@ def calibrate_scores(model: DynamicDetector, loader: DataLoader, progress: Progr
     truth = read_truth(dataset.ann_file, dataset.cat_ids)
     with plain_exits(model):
         record = record_exits(model, loader, progress)
-    scaling = torch.tensor(platt_scaling_of(record, truth), device=model.platt_scale.device)
-    model.platt_scale.copy_(scaling[:, 0])
-    model.platt_shift.copy_(scaling[:, 1])
+    model.set_platt_scaling(platt_scaling_of(record, truth))
     return np.sort(record.difficulty.astype(np.float32))
 
 

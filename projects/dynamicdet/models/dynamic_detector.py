@@ -32,7 +32,7 @@ from ..routing import GAINS, build_objective, image_aps, quantiles_of, resolve_t
 from ..routing.budget import Budget
 from ..routing.merging import Merge, scale_scores
 from ..routing.thresholds import Thresholds, require_exits
-from ..transfers import Followed, to_host
+from ..transfers import to_host
 from .batch_state import BatchState
 from .branch import build_branch
 from .composite import build_composite
@@ -157,8 +157,9 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         # AP; see `routing.merging.scale_scores`.
         self.register_buffer('platt_scale', torch.ones(self.num_exits))
         self.register_buffer('platt_shift', torch.zeros(self.num_exits))
-        #: Of these two: the host decides whether there is anything to scale.
-        self._scale, self._shift = Followed(Tensor.tolist), Followed(Tensor.tolist)
+        # The same on the host, which decides whether there is anything to scale, and would have to
+        # wait for the device.
+        self._scaling = [(1.0, 0.0)] * self.num_exits
         #: Said to who asks for a mean latency: how these differ from those here. See
         #: `timing.timed_elsewhere`.
         self.timed_elsewhere: str | None = None
@@ -212,6 +213,7 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         if 'difficulties' in entries:
             self.difficulties = self.difficulties.new_empty(entries['difficulties'].shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._scaling = list(zip(self.platt_scale.tolist(), self.platt_shift.tolist()))
         self._apply_budget()
 
     # Speed.
@@ -252,6 +254,14 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             self.set_budget(self.budget)
         else:
             self._budget_waits = self.budget is not None
+
+    def set_platt_scaling(self, scaling: Sequence[tuple[float, float]]) -> None:
+        """Choose scale and shift of the logit of each exit's scores, K pairs; see
+        `routing.merging.scale_scores`."""
+        values = self.platt_scale.new_tensor(scaling)
+        self.platt_scale.copy_(values[:, 0])
+        self.platt_shift.copy_(values[:, 1])
+        self._scaling = [(scale, shift) for scale, shift in values.tolist()]
 
     # Forward.
 
@@ -536,8 +546,7 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
 
     def _scale_scores(self, exit: int, found: InstanceData) -> None:
         """Write an exit's scores anew, as comparable with those of others."""
-        scale, shift = self._scale(self.platt_scale)[exit], self._shift(self.platt_shift)[exit]
-        found.scores = scale_scores(found.scores, scale, shift)
+        found.scores = scale_scores(found.scores, *self._scaling[exit])
 
     def _forward(
         self, batch_inputs: Tensor, batch_data_samples: OptSampleList = None
