@@ -38,7 +38,12 @@ def parse_args() -> argparse.Namespace:
         help='count an object by how rare its class is, as AP does',
     )
     parser.add_argument(
-        '--linear', action='store_true', help='fit a linear router, by ridge regression'
+        '--method',
+        choices=['layers', 'linear', 'rule'],
+        default='layers',
+        help="the router's two layers, by default; a linear router, by ridge regression; or, of a "
+        "router that sees exit 0's detections, the rule that fits nothing: their p (1 - p), summed "
+        'by class',
     )
     parser.add_argument('--seed', type=int, default=0, help='of weights, order and folds: 0')
     parser.add_argument('--out', required=True, help='checkpoint file to write')
@@ -86,9 +91,9 @@ def main() -> None:
             record.provenance, record.exits, model.num_exits, args.checkpoint, digest
         )
     with cli.silence():
-        cocos = ground_truths(records, objective)
+        cocos = ground_truths(records, objective, model.router)
     fit, images = fit_router_to_records(
-        model.router, records, objective, cocos, seen, args.seed, cli.counter('fits'), args.linear
+        model.router, records, objective, cocos, seen, args.seed, cli.counter('fits'), args.method
     )
     facts = dict(
         records=args.records,
@@ -97,7 +102,7 @@ def main() -> None:
         rows=sum(len(record) for record in records),
         images=images,
         seed=args.seed,
-        linear=args.linear,
+        method=args.method,
         cascade=args.checkpoint,
     )
     done = insert_router(model, checkpoint, fit, facts)
@@ -111,6 +116,8 @@ def main() -> None:
 
 def _chosen(fit: RouterFit) -> str:
     """What cross-validation chose."""
+    if not fit.steps and not fit.weight_decay:
+        return 'the rule'
     if not fit.steps:
         return f'penalty {fit.weight_decay:g}'
     return f'{fit.steps} steps, weight decay {fit.weight_decay:g}'

@@ -158,7 +158,7 @@ def test_a_linear_router_by_class(files):
         '--objective=rank',
         '--gain=loss',
         '--by-class',
-        '--linear',
+        '--method=linear',
         '--out',
         files / 'new.pth',
     )
@@ -167,7 +167,7 @@ def test_a_linear_router_by_class(files):
     checkpoint = read_checkpoint(str(files / 'new.pth'))
     meta = checkpoint['meta']['router']
     assert meta['objective']['by_class'] is True and meta['objective']['gain'] == 'loss'
-    assert meta['linear'] is True
+    assert meta['method'] == 'linear'
     # Both records' objects count: 80 and 40, weights 1 / 100 and 1 / 60.
     often, rare = 120 / (80 + 40 * 100 / 60), 120 / (80 * 60 / 100 + 40)
     records = [make_record(build(), first=first, seed=first) for first in (0, 60)]

@@ -27,6 +27,8 @@ from ..models import DynamicDetector
 from ..models.composite.composite import ORDINALS, CompositeBackbone
 from ..models.resolution import reduce_images, reduce_samples
 from ..private_torch import FUSED_CONVOLUTION, FUSED_SUM_CONVOLUTION, ShapesOnly
+from ..routing.detection_features import WIDTH as DETECTION_FEATURES
+from ..routing.router import Router
 from ..testing import randomize
 
 #: Height and width at which mmdet, Swin and CBNetV2 state what detectors of 1333 x 800 pixels cost.
@@ -150,7 +152,7 @@ def _dynamic_costs(model: DynamicDetector, shape: Sequence[int]) -> Costs:
         smaller, ratio = reduce_images(images, model.first_scale, model.stride)
         flops, maps = count_flops(lambda: net.first_maps(smaller))
         router = PartCost(
-            count_parameters(model.router), count_flops(lambda: model.router(maps))[0]
+            count_parameters(model.router), count_flops(lambda: _route(model.router, maps))[0]
         )
         backbone_costs = [(flops, _shapes(net.select(maps)))]
         for exit in range(1, model.num_exits):
@@ -171,10 +173,17 @@ def _dynamic_costs(model: DynamicDetector, shape: Sequence[int]) -> Costs:
         parts[f'{ORDINALS[exit]} neck and heads'] = PartCost(own_branch, heads)
         used, run = [*used, *backbone_parts], run + flops
         exits.append(PartCost(count_parameters(*used, *passed, model.branch(exit)), run + heads))
-        # Each exit runs its own neck and heads; of those before, only where exits are merged.
-        if model.merge:
+        # Each exit runs its own neck and heads; of those before, only where exits are merged, and
+        # of exit 0 where the router sees its detections.
+        if model.merge or exit == 0 and model.router.sees_detections:
             passed, run = [*passed, model.branch(exit)], run + heads
     return Costs(parts, tuple(exits), rois)
+
+
+def _route(router: Router, maps: Sequence[Tensor]) -> Tensor:
+    """A router on maps, and on no detections."""
+    detections = maps[0].new_zeros(1, DETECTION_FEATURES) if router.sees_detections else None
+    return router(maps, None, detections)
 
 
 def _backbone_of(net: CompositeBackbone, exit: int) -> tuple[str, list[nn.Module]]:

@@ -241,7 +241,7 @@ def _watched_features(model: DynamicDetector) -> Iterator[list[Tensor]]:
                 'a deployed detector in 8 bits shows no features: record the one that it was made '
                 'from'
             )
-        features.append(router.pool(*arguments).float())
+        features.append(router.pool(*arguments[:2]).float())
 
     hook = model.router.register_forward_pre_hook(watch)
     try:

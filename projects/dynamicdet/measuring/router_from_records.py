@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import UsageError
 from ..models.weights import is_plain, require_complete
 from ..routing import GAINS, Objective, build_objective, check_objective
+from ..routing.detection_features import features as detection_features
 from ..routing.evaluation import read_truth
 from ..routing.record import RoutingRecord
 from ..routing.router_fitting import (
@@ -21,6 +22,7 @@ from ..routing.router_fitting import (
     fit_ridge_router,
     fit_router,
     gains_of_record,
+    rule_router,
 )
 
 #: What follows from a router, and is stale where that is a new one.
@@ -35,7 +37,7 @@ def fit_router_to_records(
     features_from: Sequence[RoutingRecord] | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-    linear: bool = False,
+    method: str = 'layers',
 ) -> tuple[RouterFit, int]:
     """Fit a router to records.
 
@@ -56,7 +58,8 @@ def fit_router_to_records(
             themselves.
         seed (int): See `fit_router`. Defaults to 0.
         progress (Callable, optional): See `fit_router`.
-        linear (bool): Whether by `fit_ridge_router` instead of `fit_router`. Defaults to False.
+        method (str): 'layers', by `fit_router`; 'linear', by `fit_ridge_router`; or 'rule', which
+            fits nothing: `rule_router`, of a router that sees detections. Defaults to 'layers'.
 
     Returns:
         tuple[RouterFit, int]: The fit and the number of different images.
@@ -72,8 +75,15 @@ def fit_router_to_records(
             for record, coco in zip(records, cocos)
         ]
     )
+    weights_by_category = None
+    if router.sees_detections:
+        if features_from is not None:
+            raise UsageError(
+                'a router that sees detections is fitted to records of its own cascade'
+            )
+        weights_by_category = _weights_by_category(records, cocos)
     if features_from is None:
-        features = _stacked([features_of_record(record) for record in records])
+        features = _stacked([_seen(router, one, weights_by_category) for one in records])
     else:
         features = _by_id(features_from, records)
     wanted = len(router.mean)
@@ -84,16 +94,40 @@ def fit_router_to_records(
         )
     files = [file for record in records for file in record.files]
     _, groups = np.unique(files, return_inverse=True)
-    fit = (fit_ridge_router if linear else fit_router)(
-        features,
-        gains,
-        objective,
-        hidden=router.fc1.out_features,
-        groups=groups,
-        seed=seed,
-        progress=progress,
-    )
+    hidden = router.fc1.out_features
+    if method == 'rule':
+        if not router.sees_detections:
+            raise UsageError(
+                "the rule is of exit 0's detections: give model.router.sees='detections'"
+            )
+        fit = rule_router(features, gains, hidden)
+    else:
+        fit = (fit_ridge_router if method == 'linear' else fit_router)(
+            features, gains, objective, hidden, groups=groups, seed=seed, progress=progress
+        )
+    if weights_by_category is not None:
+        categories = records[0].provenance['categories']
+        fit.state['class_weights'] = torch.tensor([weights_by_category[one] for one in categories])
     return fit, int(groups.max()) + 1
+
+
+def _weights_by_category(records: Sequence[RoutingRecord], cocos: Sequence) -> dict[int, float]:
+    if any(coco is None for coco in cocos):
+        raise UsageError('a router that sees detections needs the annotation files of the records')
+    weights = class_weights_of_records(records, cocos)
+    return dict(zip(sorted(cocos[0].getCatIds()), weights.tolist()))
+
+
+def _seen(
+    router: nn.Module, record: RoutingRecord, weights: Mapping[int, float] | None
+) -> np.ndarray:
+    """What a router sees of a record's images, (n, d)."""
+    if weights is None:
+        return features_of_record(record)
+    first = record.detections[0]
+    found = detection_features(first, [weights[one] for one in first.categories.tolist()])
+    found = found.astype(np.float32)
+    return found if router.sees == 'detections' else np.hstack([features_of_record(record), found])
 
 
 def _by_id(sources: Sequence[RoutingRecord], records: Sequence[RoutingRecord]) -> np.ndarray:
@@ -174,13 +208,16 @@ def insert_router(
     return dict(state_dict=state, meta=meta)
 
 
-def ground_truths(records: Sequence[RoutingRecord], objective: Objective) -> list | None:
-    """A COCO object for each record, if the objective's gain needs one.
+def ground_truths(
+    records: Sequence[RoutingRecord], objective: Objective, router: nn.Module | None = None
+) -> list | None:
+    """A COCO object for each record, if the objective's gain, or the router, needs one.
 
     Raises:
         UsageError: If a record does not say its annotation file, or there is none.
     """
-    if GAINS[objective.gain].values == 'losses' and not objective.by_class:
+    needed = router is not None and router.sees_detections
+    if GAINS[objective.gain].values == 'losses' and not objective.by_class and not needed:
         return None
     facts = [record.provenance for record in records]
     named = [(str(one.get('ann_file', '')), tuple(one.get('categories', ()))) for one in facts]

@@ -3,6 +3,7 @@
 import copy
 
 from mmengine.model import BaseModule
+from torch import nn
 
 from mmdet.models.detectors import BaseDetector
 from mmdet.registry import MODELS
@@ -33,3 +34,9 @@ def build_branch(detector: dict) -> BaseDetector:
     detector['backbone'] = dict(type='mmdet.PassThroughBackbone')
     detector.pop('data_preprocessor', None)
     return MODELS.build(detector)
+
+
+def number_of_classes(branch: BaseDetector) -> int:
+    """Classes of a detector's heads; of a cascade's, its last."""
+    head = branch.roi_head.bbox_head if hasattr(branch, 'roi_head') else branch.bbox_head
+    return int((head[-1] if isinstance(head, nn.ModuleList) else head).num_classes)

@@ -96,6 +96,10 @@ def _first(model: DynamicDetector) -> DetectorPart:
     Padding differs from image to image, and is left out by torch.
     """
     backbone, router = model.backbone, model.router
+    if router.sees_detections:
+        raise UsageError(
+            "a router that sees exit 0's detections cannot be exported: fit one that sees the maps"
+        )
     first_maps, score = backbone.first_maps, router.forward
 
     def run(images: Tensor) -> tuple:

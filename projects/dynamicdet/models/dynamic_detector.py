@@ -39,11 +39,13 @@ from ..routing import (
     resolve_threshold,
 )
 from ..routing.budget import Budget
+from ..routing.detection_features import features as detection_features
 from ..routing.merging import Merge, scale_scores
+from ..routing.record import Detections
 from ..routing.thresholds import Thresholds, require_exits
 from ..transfers import to_host
 from .batch_state import BatchState
-from .branch import build_branch
+from .branch import build_branch, number_of_classes
 from .composite import build_composite
 from .kept_outputs import Outputs
 from .merging import merge_instances
@@ -132,6 +134,11 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         if budget is not None:
             require_exits(budget, max(2, backbones))
         preprocessor = data_preprocessor or detector.get('data_preprocessor')
+        if train_router and router.get('sees', 'maps') != 'maps':
+            raise UsageError(
+                f'a router that sees {router["sees"]} is fitted to records, not trained: see '
+                'tools/fit_router.py'
+            )
         super().__init__(
             data_preprocessor=MODELS.build(copy.deepcopy(preprocessor)) if preprocessor else None,
             init_cfg=init_cfg or copy.deepcopy(detector.get('init_cfg')),
@@ -141,9 +148,10 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         self.branches = ModuleList(
             build_branch(detector) for _ in range(1 if shared else self.num_exits)
         )
-        self.router = MODELS.build(
-            {'type': 'Router', 'in_channels': self.backbone.channels, **router}
-        )
+        router = {'type': 'Router', 'in_channels': self.backbone.channels, **router}
+        if router.get('sees', 'maps') != 'maps':
+            router.setdefault('classes', number_of_classes(self.branches[0]))
+        self.router = MODELS.build(router)
         self.first_scale = first_scale
         #: Of the deepest map: all but a few detectors have 32; those with more pad to it.
         self.stride = max(32, getattr(self.data_preprocessor, 'pad_size_divisor', 1))
@@ -276,8 +284,7 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
 
     def score(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> Tensor:
         """Difficulty of each image, (N,), by the first backbone and the router alone."""
-        maps, _ = self._first_maps(batch_inputs)
-        return self.router(maps, _valid(batch_inputs, batch_data_samples))
+        return self._first_state(batch_inputs, batch_data_samples)[1]
 
     def branch(self, exit: int) -> BaseDetector:
         """Neck and heads of an exit, 0 to K - 1."""
@@ -523,7 +530,7 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             list[DetDataSample]: In input order; each with ``pred_instances``, ``difficulty``
             (float) and ``exit`` (0 to K - 1).
         """
-        state = self.start(batch_inputs, batch_data_samples)
+        state = self.start(batch_inputs, batch_data_samples, rescale)
         while True:
             if self.merge:
                 # All at once, those that leave and those that go on.
@@ -535,22 +542,49 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
                 return batch_data_samples
             state = self.deepen(going_on)
 
-    def start(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> BatchState:
-        """Run the first backbone and the router: all that is known before the first exit.
+    def start(
+        self, batch_inputs: Tensor, batch_data_samples: SampleList, rescale: bool = True
+    ) -> BatchState:
+        """Run the first backbone and the router: all that is known before the first exit. Where the
+        router sees detections, exit 0's neck and heads run before it.
 
         Between this, ``finish`` and ``deepen`` images may wait, part and join others: see
         `apis.stream`.
         """
         if self._budget_waits:
             self.set_budget(self.budget)
-        maps, ratio = self._first_maps(batch_inputs)
-        phi = self.router(maps, _valid(batch_inputs, batch_data_samples))
+        state, phi = self._first_state(batch_inputs, batch_data_samples, rescale)
         # One transfer from the device for both.
         difficulties, exits = torch.stack([phi, self._exits_of(phi).float()]).tolist()
+        return replace(state, difficulties=difficulties, exits=[int(one) for one in exits])
+
+    def _first_state(
+        self, batch_inputs: Tensor, batch_data_samples: SampleList, rescale: bool = True
+    ) -> tuple[BatchState, Tensor]:
+        """A batch before the first exit, not routed yet, and its difficulties, (N,)."""
+        maps, ratio = self._first_maps(batch_inputs)
         images = batch_inputs if self._needs_images else None
-        return BatchState(
-            0, images, maps, ratio, batch_data_samples, difficulties, [int(one) for one in exits]
-        )
+        state = BatchState(0, images, maps, ratio, batch_data_samples, [], [])
+        valid = _valid(batch_inputs, batch_data_samples)
+        if not self.router.sees_detections:
+            return state, self.router(maps, valid)
+        self.detect(state, rescale)
+        return state, self.router(maps, valid, self._detection_features(state, rescale))
+
+    def _detection_features(self, state: BatchState, rescale: bool) -> Tensor:
+        """What the router sees of exit 0's detections, (N, w), boxes in the original frame."""
+        found = []
+        for sample, (boxes, scores, labels) in zip(
+            state.samples, to_host([own[0] for own in state.found])
+        ):
+            if not rescale:
+                boxes = boxes / boxes.new_tensor([*sample.scale_factor] * 2)
+            # New: what was found may still be what results are made of.
+            boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
+            found.append((boxes.numpy(), scores.numpy(), labels.numpy()))
+        joined = Detections.join(found)
+        weights = self.router.class_weights.cpu().numpy()[joined.categories]
+        return self.threshold.new_tensor(detection_features(joined, weights), dtype=torch.float32)
 
     def deepen(self, state: BatchState) -> BatchState:
         """Run the next backbone on images that go on; where exits are merged, this exit's neck and
@@ -576,6 +610,8 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             found = merge_instances(
                 [[own[exit] for exit in sorted(own)] for own in state.found], self.merge
             )
+        elif all(state.exit in own for own in state.found):
+            found = [own[state.exit] for own in state.found]
         else:
             found = self._found_by(state, rescale)
         for sample, own, difficulty in zip(state.samples, found, state.difficulties):

@@ -25,6 +25,11 @@ def detector_outputs(model: BaseDetector, images: Tensor, routed: Callable | Non
         if not hasattr(model, 'backbone'):
             raise _unknown(model)
         return [_heads(model, model.backbone(images))]
+    if model.router.sees_detections:
+        raise UsageError(
+            "a detector whose router sees exit 0's detections keeps its channels: remove them "
+            'first, and fit the router then'
+        )
     maps = model.backbone.first_maps(images)
     outputs = [(routed or (lambda maps: model.router.logits(model.router.pool(maps))))(maps)]
     for exit in range(model.num_exits):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..precision import KeepsType
+from .detection_features import WIDTH as DETECTION_FEATURES
 
 #: Name -> what is kept of each channel of a map: a function of (M, C, H, W) that gives (M, C),
 #: float32.
@@ -33,8 +34,8 @@ class Router(KeepsType):
 
     It stays in float32 whatever type the detector is turned into.
 
-    It sees the first backbone's maps alone. What an RPN or a head says of objects would tell it
-    more, but is not free: it takes neck and RPN of exit 0, which a hard image does not run.
+    It sees the first backbone's maps alone by default. What exit 0 detects tells it more, but is
+    not free: exit 0's neck and heads then run on every image, as they do where exits are merged.
 
     Args:
         in_channels (Sequence[int]): Channels of the maps; d is their sum, times the number of
@@ -43,10 +44,22 @@ class Router(KeepsType):
         pools (Sequence[str]): What is kept of each channel of each map over the image: 'mean',
             'max', 'std' (spread). Defaults to the mean alone, the paper's. The vector has all means
             first, then all of the next.
+        sees (str): 'maps', 'detections' of exit 0 (`detection_features`), or 'both'; the vector has
+            the maps first. Defaults to 'maps'. Others are fitted to records alone.
+        classes (int): Where it sees detections: how many there are. Defaults to 0.
+
+    Attributes:
+        class_weights (Tensor): Where it sees detections: of each label, (classes,); see
+            `class_weights`.
     """
 
     def __init__(
-        self, in_channels: Sequence[int], reduction: int = 4, pools: Sequence[str] = ('mean',)
+        self,
+        in_channels: Sequence[int],
+        reduction: int = 4,
+        pools: Sequence[str] = ('mean',),
+        sees: str = 'maps',
+        classes: int = 0,
     ) -> None:
         super().__init__()
         # One pool on a command line is no list.
@@ -54,15 +67,28 @@ class Router(KeepsType):
         unknown = [name for name in pools if name not in POOLS]
         if unknown or not pools:
             raise UsageError(f"a router's pools are some of {', '.join(POOLS)}; got {list(pools)}")
-        self.pools = pools
-        width = sum(in_channels) * len(self.pools)
+        if sees not in ('maps', 'detections', 'both'):
+            raise UsageError(f"a router sees 'maps', 'detections' or 'both'; got '{sees}'")
+        self.pools, self.sees = pools, sees
+        width = 0 if sees == 'detections' else sum(in_channels) * len(self.pools)
+        if self.sees_detections:
+            width += DETECTION_FEATURES
+            self.register_buffer('class_weights', torch.ones(classes))
         self.register_buffer('mean', torch.zeros(width))
         self.register_buffer('std', torch.ones(width))
         self.fc1 = nn.Linear(width, width // reduction)
         self.fc2 = nn.Linear(width // reduction, 1)
 
+    @property
+    def sees_detections(self) -> bool:
+        """Whether exit 0's neck and heads have to run before it."""
+        return self.sees != 'maps'
+
     def forward(
-        self, maps: Sequence[Tensor], valid: Sequence[tuple[float, float]] | None = None
+        self,
+        maps: Sequence[Tensor],
+        valid: Sequence[tuple[float, float]] | None = None,
+        detections: Tensor | None = None,
     ) -> Tensor:
         """Score a batch.
 
@@ -72,11 +98,21 @@ class Router(KeepsType):
                 are image and not padding, in (0, 1]. Padding is left out of all pools, or an
                 image's difficulty would depend on what it is batched with; what remains is what
                 padding does to the maps near it. Defaults to all.
+            detections (Tensor, optional): `detection_features.features`, (N, w), where it sees
+                detections. Defaults to none.
 
         Returns:
             Tensor: Difficulty, (N,), float32 in [0, 1], large is hard.
         """
-        return self.score(self.pool(maps, valid))
+        if not self.sees_detections:
+            return self.score(self.pool(maps, valid))
+        if detections is None:
+            raise UsageError(
+                "this router sees exit 0's detections: it runs in predict, not in mode='tensor', "
+                'and not in exported graphs'
+            )
+        seen = [self.pool(maps, valid)] if self.sees == 'both' else []
+        return self.score(torch.cat([*seen, detections], dim=1))
 
     def score(self, features: Tensor) -> Tensor:
         """Difficulty, (N,), of pooled features, (N, d), as `pool` gives them."""

@@ -287,6 +287,28 @@ def fit_ridge_router(
     return RouterFit(state, quantiles_of(gains), float(means[best]), 0, float(penalties[best]))
 
 
+def rule_router(features: np.ndarray, gains: np.ndarray, hidden: int | None = None) -> RouterFit:
+    """A router that is one of its features, the last, standardized: nothing is fitted.
+
+    Of a router that sees detections, that is the sum of p (1 - p) of exit 0's detections, each by
+    the weight of its class.
+
+    Args:
+        features, gains (np.ndarray): As of `fit_router`; gains are for the quantiles alone.
+        hidden (int, optional): Width between the layers, 2 or more. Defaults to d // 4, but 2.
+    """
+    features, gains = _checked(features, gains)
+    width = hidden or max(2, features.shape[1] // 4)
+    if width < 2:
+        raise UsageError('a linear router takes two hidden channels or more: a smaller reduction')
+    mean, std = _moments(features)
+    weights = np.zeros(features.shape[1])
+    weights[-1] = 1
+    state = _as_layers(weights, 0.0, width)
+    state.update(mean=torch.from_numpy(mean), std=torch.from_numpy(std))
+    return RouterFit(state, quantiles_of(gains), rank_correlation(features[:, -1], gains), 0, 0.0)
+
+
 def _wanted(objective: Objective, gains: np.ndarray) -> np.ndarray:
     """The logits that an objective asks for, (n,)."""
     quantiles, gains = quantiles_of(gains), torch.from_numpy(gains).float()
