@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from pycocotools.coco import COCO
-from real_records import stock_config
+from real_records import LARGE, stock_config
 from scipy.stats import rankdata
 
 from dynamicdet import cli
@@ -33,10 +33,40 @@ from dynamicdet.routing.router_fitting import fit_ridge_router, fit_router
 #: Mean GFLOPs per picture at which routers are compared.
 BUDGETS = (0.84, 1.05, 1.27, 1.7)
 #: Sides of the squares that plain detectors see.
-SIZES = (320, 416, 512, 640)
-RESAMPLES, SEED = 200, 0
-#: What is fitted: gains of `all_benefits`.
-GAINS = ('loss', 'loss_objects', 'loss_class', 'ap', 'ap_class', 'reward')
+SIZES = (320, 416, 512)
+RESAMPLES, SEED = 100, 0
+#: Gains of `all_benefits`.
+GAINS = ('loss_objects', 'loss_class', 'ap', 'ap_class', 'reward')
+#: Linear routers: what they see, the gain, and whether it or its rank is regressed.
+FITS = (
+    *(('maps', gain, 'gain') for gain in GAINS),
+    *(('detections', gain, target) for gain in GAINS for target in ('gain', 'rank')),
+    *(('both', gain, 'gain') for gain in GAINS),
+    ('both', 'ap_class', 'rank'),
+)
+#: Those that have intervals.
+COMPARED = (
+    'rule: score_variance',
+    'rule: class_variance',
+    'true: ap',
+    'true: ap_class',
+    'true: reward',
+    'ridge: detections, ap, gain',
+    'ridge: detections, ap_class, gain',
+    'ridge: both, ap, gain',
+    'ridge: both, ap_class, gain',
+    'ridge: maps, loss_objects, gain',
+    'ridge: maps, loss_class, gain',
+    'layers: maps, loss_objects, rank',
+)
+#: Pairs whose difference has one.
+PAIRS = (
+    ('rule: class_variance', 'rule: score_variance'),
+    ('true: ap_class', 'true: ap'),
+    ('ridge: detections, ap_class, gain', 'ridge: detections, ap, gain'),
+    ('ridge: both, ap_class, gain', 'ridge: both, ap, gain'),
+    ('ridge: maps, loss_class, gain', 'ridge: maps, loss_objects, gain'),
+)
 
 Scores = tuple[np.ndarray, bool]
 
@@ -59,28 +89,18 @@ def all_scores(
         if peer.fitted or peer.reference:
             continue
         yield f'rule: {name}', (peer_scores(name, judged[0]), peer.charged)
-    for name in ('ap', *GAINS[1:3], 'ap_class', 'reward'):
+    for name in GAINS:
         yield f'true: {name}', (truth[name], False)
     yield (
         'adaptive_feeding',
         (peer_scores('adaptive_feeding', judged[0], fitted[0], source['ap']), True),
     )
-    for gain in GAINS:
-        for what in inputs:
-            for target in ('gain', 'rank'):
-                fit = fit_ridge_router(
-                    inputs[what], source[gain], dict(type=target, gain='ap'), seed=SEED
-                )
-                yield (
-                    f'ridge: {what}, {gain}, {target}',
-                    (_logits(fit, others[what]), what != 'maps'),
-                )
-    for gain in ('loss', 'loss_objects', 'ap', 'ap_class'):
-        for objective in ('paper', 'rank'):
-            fit = fit_router(
-                inputs['maps'], source[gain], dict(type=objective, gain='ap'), seed=SEED
-            )
-            yield f'layers: maps, {gain}, {objective}', (_logits(fit, others['maps']), False)
+    for what, gain, target in FITS:
+        fit = fit_ridge_router(inputs[what], source[gain], dict(type=target, gain='ap'), seed=SEED)
+        yield f'ridge: {what}, {gain}, {target}', (_logits(fit, others[what]), what != 'maps')
+    for gain, objective in (('loss', 'paper'), ('loss_objects', 'rank')):
+        fit = fit_router(inputs['maps'], source[gain], dict(type=objective, gain='ap'), seed=SEED)
+        yield f'layers: maps, {gain}, {objective}', (_logits(fit, others['maps']), False)
 
 
 def _logits(fit, features: np.ndarray) -> np.ndarray:
@@ -91,28 +111,11 @@ def _logits(fit, features: np.ndarray) -> np.ndarray:
 
 
 class Judge:
-    """AP of routers and of plain detectors at equal GFLOPs, on the same resamples."""
+    """AP of routers at equal GFLOPs, on the same resamples."""
 
-    def __init__(
-        self, record: RoutingRecord, coco: COCO, plain: Mapping[str, RoutingRecord]
-    ) -> None:
+    def __init__(self, record: RoutingRecord, coco: COCO) -> None:
         self.record, self.mixtures = record, Mixtures(record, coco)
         self.weights = bootstrap_weights(len(record), RESAMPLES, SEED)
-        self.plain = {name: one.gflops[0] for name, one in plain.items()}
-        every = [one.detections[0] for one in plain.values()]
-        plain_mixtures = Mixtures(replace(record, detections=every, view=None), coco)
-        self.plain_aps = np.array(
-            [
-                _aps(plain_mixtures, np.full(len(record), at), self.weights)
-                for at in range(len(every))
-            ]
-        )
-
-    def baseline_front(self, gflops: float) -> np.ndarray:
-        """Of plain detectors, (1 + B,), on the record itself and on each resample."""
-        costs = np.array(list(self.plain.values()))
-        kept = baseline_front(self.plain_aps[:, 0], costs)
-        return front_shares(costs[kept], gflops) @ self.plain_aps[kept]
 
     def choice(self, scores: np.ndarray, charged: bool, gflops: float) -> np.ndarray:
         """As many of the hardest pictures at the last exit as the budget pays for."""
@@ -122,25 +125,43 @@ class Judge:
         count = round(len(scores) * min(1.0, max(0.0, (gflops - easy) / (hard - easy))))
         return (rankdata(-scores, 'ordinal') <= count).astype(int)
 
-    def judge_router(self, scores: np.ndarray, charged: bool) -> dict:
-        """At each budget: AP, and by how much that is above the front, with its interval."""
-        found = {}
-        for gflops in BUDGETS:
-            aps = _aps(self.mixtures, self.choice(scores, charged, gflops), self.weights)
-            leads = aps - self.front(gflops)
-            low, high = confidence_interval(leads[1:])
-            found[f'{gflops:g}'] = dict(
-                ap=float(aps[0]),
-                lead=float(leads[0]),
-                low=low,
-                high=high,
-                aps=aps.round(4).tolist(),
-            )
-        return found
+    def judge(self, scores: np.ndarray, charged: bool, intervals: bool) -> dict[str, np.ndarray]:
+        """AP at each budget, and, if wanted, on each resample, (1 + B,)."""
+        weights = self.weights if intervals else self.weights[:0]
+        return {
+            f'{gflops:g}': _aps(self.mixtures, self.choice(scores, charged, gflops), weights)
+            for gflops in BUDGETS
+        }
+
+
+class Front:
+    """Plain detectors on the same pictures and resamples, straight lines between."""
+
+    def __init__(self, judge: Judge, coco: COCO, plain: Mapping[str, RoutingRecord]) -> None:
+        record = judge.record
+        self.gflops = {name: one.gflops[0] for name, one in plain.items()}
+        every = [one.detections[0] for one in plain.values()]
+        mixtures = Mixtures(replace(record, detections=every, view=None), coco)
+        choices = [np.full(len(record), at) for at in range(len(every))]
+        self.aps = np.array([_aps(mixtures, choice, judge.weights) for choice in choices])
+
+    def at(self, gflops: float) -> np.ndarray:
+        """(1 + B,), of the record itself and of each resample."""
+        costs = np.array(list(self.gflops.values()))
+        kept = baseline_front(self.aps[:, 0], costs)
+        return front_shares(costs[kept], gflops) @ self.aps[kept]
 
 
 def _aps(mixtures: Mixtures, choice: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.array([mixtures.ap(choice), *(mixtures.ap(choice, own) for own in weights)])
+
+
+def last_exit_alone(record: RoutingRecord) -> RoutingRecord:
+    """The plain detector at the size of the last exit, which is it bit for bit, but that exit 0's
+    backbone runs before."""
+    easy, hard = record.gflops
+    alone = hard - (easy - float(record.provenance['branch0_gflops']))
+    return replace(record.take_exits([1, 1]), gflops=[alone] * 2)
 
 
 def run(records: Path, weights: str, say: Callable[[str], None] = print) -> dict:
@@ -152,6 +173,10 @@ def run(records: Path, weights: str, say: Callable[[str], None] = print) -> dict
             pairs[split] = record, read_truth(str(records / f'{split}.json'))
     fitted = with_class_objects(pairs['router'][0], *pairs['router']), pairs['router'][1]
     judged = with_class_objects(pairs['test'][0], *pairs['router']), pairs['test'][1]
+    judge, routers = Judge(*judged), {}
+    for name, (scores, charged) in all_scores(fitted, judged):
+        routers[name] = judge.judge(scores, charged, name in COMPARED)
+        say(f'{name:45}' + '  '.join(f'{aps[0]:.2f}' for aps in routers[name].values()))
     plain = {}
     for size in SIZES:
         cfg = stock_config(records / 'test.json', size)
@@ -159,8 +184,9 @@ def run(records: Path, weights: str, say: Callable[[str], None] = print) -> dict
         plain[str(size)] = record_baseline(
             baseline, judged[0], cli.progress, folder=records / 'test_baselines'
         )
-    judge = Judge(*judged, plain)
-    found = dict(
+    plain[str(LARGE)] = last_exit_alone(judged[0])
+    front = Front(judge, judged[1], plain)
+    return dict(
         fitted=len(fitted[0]),
         judged=len(judged[0]),
         gflops=list(judged[0].gflops),
@@ -168,16 +194,32 @@ def run(records: Path, weights: str, say: Callable[[str], None] = print) -> dict
         exits=[judge.mixtures.ap(np.full(len(judged[0]), exit)) for exit in (0, 1)],
         plain={
             name: dict(gflops=gflops, ap=float(own[0]), interval=confidence_interval(own[1:]))
-            for (name, gflops), own in zip(judge.plain.items(), judge.plain_aps)
+            for (name, gflops), own in zip(front.gflops.items(), front.aps)
         },
-        front={f'{gflops:g}': float(judge.front(gflops)[0]) for gflops in BUDGETS},
-        routers={},
+        front={f'{gflops:g}': float(front.at(gflops)[0]) for gflops in BUDGETS},
+        routers={name: _rows(aps, front) for name, aps in routers.items()},
+        pairs=[
+            dict(first=first, second=second, **_difference(routers[first], routers[second]))
+            for first, second in PAIRS
+        ],
     )
-    for name, (scores, charged) in all_scores(fitted, judged):
-        found['routers'][name] = judge.judge(scores, charged)
-        rows = found['routers'][name].values()
-        say(f'{name:45}' + '  '.join(f'{row["ap"]:.2f} ({row["lead"]:+.2f})' for row in rows))
-    return found
+
+
+def _rows(aps: Mapping[str, np.ndarray], front: Front) -> dict[str, dict]:
+    """At each budget: AP, and by how much that is above the front, with its interval."""
+    rows = {}
+    for gflops, own in aps.items():
+        leads = own - front.at(float(gflops))[: len(own)]
+        low, high = confidence_interval(leads[1:])
+        rows[gflops] = dict(ap=float(own[0]), lead=float(leads[0]), low=low, high=high)
+    return rows
+
+
+def _difference(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]) -> dict:
+    """At each budget, and in the mean over them: (value, low, high) of a difference of APs."""
+    each = {gflops: first[gflops] - second[gflops] for gflops in first}
+    rows = dict(each, mean=np.mean(list(each.values()), axis=0))
+    return {name: (float(row[0]), *confidence_interval(row[1:])) for name, row in rows.items()}
 
 
 def main() -> None:
