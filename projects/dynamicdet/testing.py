@@ -208,6 +208,8 @@ _KEPT = (
     'gains',
     'difficulties',
     'latencies',
+    'platt_scale',
+    'platt_shift',
     'gflops',
     'mean',
     'std',

@@ -30,6 +30,7 @@ from .calibration import (
     inference_settings,
     measure_gflops,
     provenance,
+    score_facts,
 )
 from .flops import count_flops
 from .latencies import force_dynamic_exit, measure_latencies, rows_by_size, rows_to_measure
@@ -121,6 +122,7 @@ def record_data_set(
         first_scale=model.first_scale,
         branch0_gflops=branch_gflops,
         branch0_latency=branch_latency,
+        **score_facts(model),
         router='trained' if torch.isfinite(model.delta) else 'NOT trained',
     )
     known = {name: value for name, value in facts.items() if value is not None}
@@ -164,13 +166,14 @@ def _record_batch(
     pixels = batch['inputs']
     data = model.data_preprocessor(batch, False)
     inputs, samples = data['inputs'], data['data_samples']
+    every, detections, outputs = [], [], []
     with _watched_features(model) as features:
-        every = list(exit_states(model, inputs, samples))
-    detections, outputs = [], []
-    for state in every:
-        with kept_outputs(model.branch(state.exit)) as kept:
-            detections.append(detection_arrays(model.finish(state), category_ids))
-        outputs.append(kept)
+        # Finished before the next exit, which else would run the heads where exits are merged.
+        for state in exit_states(model, inputs, samples):
+            with kept_outputs(model.branch(state.exit)) as kept:
+                detections.append(detection_arrays(model.finish(state), category_ids))
+            every.append(state)
+            outputs.append(kept)
     seen_by_router = features[0].cpu().numpy()
     entries = [
         dict(
@@ -211,7 +214,8 @@ def _add_costs(
 
     Returns:
         tuple: GFLOPs and seconds of exit 0's neck and heads, the mean over the images: what a
-            router that looks at exit 0's detections pays for every image.
+            router that looks at exit 0's detections pays for every image; where exits are merged,
+            all images' costs have it already.
     """
     sizes = rows_by_size(model, [image.pop('shape') for image in images])
     branch = np.zeros(2)

@@ -30,12 +30,14 @@ from ..errors import UsageError
 from ..precision import KeepsTypeOfBuffers
 from ..routing import GAINS, build_objective, image_aps, quantiles_of, resolve_threshold
 from ..routing.budget import Budget
+from ..routing.merging import Merge, scale_scores
 from ..routing.thresholds import Thresholds, require_exits
 from ..transfers import to_host
 from .batch_state import BatchState
 from .branch import build_branch
 from .composite import build_composite
 from .kept_outputs import Outputs
+from .merging import merge_instances
 from .paired_losses import ExitView, paired_losses
 from .resolution import Ratio, reduce_images, reduce_samples, scale_boxes
 from .weights import is_plain, rename_entries
@@ -72,6 +74,10 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         budget (dict, optional): The wanted speed: one of ``threshold`` in [-1, 1], ``hard_share``
             in [0, 1], ``target_latency`` in seconds, ``target_gflops``; the last three need a
             calibrated checkpoint. Defaults to the checkpoint's threshold.
+        merge (str or dict, optional): What an image finds at the exits before its own joins what
+            it finds there, by class: 'nms', 'wbf' or ``dict(type=..., iou=..., conf_type=...)``,
+            see `routing.merging.Merge`. Then the necks and heads of all exits up to an image's own
+            run. Defaults to None: each exit by itself.
         data_preprocessor (dict, optional): Defaults to the detector's.
         init_cfg (dict, optional): As in mmengine. A checkpoint of the plain detector fills both
             exits. Defaults to the detector's.
@@ -89,9 +95,11 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         train_router: bool = False,
         objective: str | dict = 'paper',
         budget: dict | None = None,
+        merge: str | dict | None = None,
         data_preprocessor: dict | None = None,
         init_cfg: dict | None = None,
     ) -> None:
+        merge = Merge.parse(merge)
         for name, value in dict(backbones=backbones, first_scale=first_scale).items():
             if not isinstance(value, (int, float)) or name == 'backbones' and value != int(value):
                 raise UsageError(f'{name} must be a number, and backbones a whole one; got {value}')
@@ -127,6 +135,8 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         #: Of the deepest map: all but a few detectors have 32; those with more pad to it.
         self.stride = max(32, getattr(self.data_preprocessor, 'pad_size_divisor', 1))
         self.objective = objective
+        #: How exits are merged; may be set at any time.
+        self.merge: Merge | None = merge
         # Quantiles of the training set's gains, (101,); NaN until `RouterHook` has measured them,
         # which also keeps them in the checkpoint: they matter to step 2 alone.
         self.register_buffer('gains', torch.full((101,), float('nan')), persistent=False)
@@ -143,6 +153,13 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         self.register_buffer('difficulties', torch.zeros(0))
         self.register_buffer('latencies', torch.full((self.num_exits,), float('nan')))
         self.register_buffer('gflops', torch.full((self.num_exits,), float('nan')))
+        # Of the logit of each exit's scores, which are compared where exits are merged, and in any
+        # AP; see `routing.merging.scale_scores`.
+        self.register_buffer('platt_scale', torch.ones(self.num_exits))
+        self.register_buffer('platt_shift', torch.zeros(self.num_exits))
+        # The same on the host, which decides whether there is anything to scale, and would have to
+        # wait for the device.
+        self._scaling = [(1.0, 0.0)] * self.num_exits
         #: Said to who asks for a mean latency: how these differ from those here. See
         #: `timing.timed_elsewhere`.
         self.timed_elsewhere: str | None = None
@@ -184,9 +201,13 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
         """Take checkpoints of plain detectors, for all exits, and calibrations of any length."""
         entries = rename_entries(state_dict, prefix, self.spread_plain_weights)
+        # Checkpoints from before exits could be merged lack it.
+        for name in ('platt_scale', 'platt_shift'):
+            state_dict.setdefault(prefix + name, getattr(self, name))
         if 'difficulties' in entries:
             self.difficulties = self.difficulties.new_empty(entries['difficulties'].shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._scaling = list(zip(self.platt_scale.tolist(), self.platt_shift.tolist()))
         self._apply_budget()
 
     # Speed.
@@ -227,6 +248,14 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             self.set_budget(self.budget)
         else:
             self._budget_waits = self.budget is not None
+
+    def set_platt_scaling(self, scaling: Sequence[tuple[float, float]]) -> None:
+        """Choose scale and shift of the logit of each exit's scores, K pairs; see
+        `routing.merging.scale_scores`."""
+        values = self.platt_scale.new_tensor(scaling)
+        self.platt_scale.copy_(values[:, 0])
+        self.platt_shift.copy_(values[:, 1])
+        self._scaling = [(scale, shift) for scale, shift in values.tolist()]
 
     # Forward.
 
@@ -349,16 +378,40 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
     ) -> tuple[Tensor, Tensor]:
         """AP of each image by itself under each exit, (K, N), percent, and what the router sees."""
         every = self._all_exits(batch_inputs, batch_data_samples)
-        detections, truths = [], []
+        found, truths = [], []
         for exit, (maps, samples, _) in enumerate(every):
             # Copies: predictions are written into the samples.
             predictions = self.branch(exit).predict(
                 self.backbone.select(maps), reduce_samples(samples, (1.0, 1.0)), rescale=False
             )
-            detections.append(_as_arrays([sample.pred_instances for sample in predictions]))
+            found.append([sample.pred_instances for sample in predictions])
             truths.append([_annotations(sample) for sample in samples])
+        if self.merge:
+            # The last exit sees images as delivered.
+            found = self._merged_exits(found, [ratio for *_, ratio in every])
+            truths = truths[-1:] * self.num_exits
+        detections = [_as_arrays(own) for own in found]
         features = self.router.pool(every[0][0], _valid(batch_inputs, batch_data_samples))
         return features.new_tensor(image_aps(detections, truths)), features
+
+    def _merged_exits(
+        self, found: list[list[InstanceData]], ratios: Sequence[Ratio]
+    ) -> list[list[InstanceData]]:
+        """What each exit finds in the delivered frame, that of the exits before merged into it.
+
+        Args:
+            found (list[list[InstanceData]]): By exit and image, in the frame that the exit sees.
+            ratios (Sequence[Ratio]): How large each exit sees the images.
+        """
+        for exit, ((wide, high), own) in enumerate(zip(ratios, found)):
+            for one in own:
+                self._scale_scores(exit, one)
+                one.bboxes = scale_boxes(one.bboxes, (1 / wide, 1 / high))
+        images = list(zip(*found))
+        return [
+            merge_instances([image[: exit + 1] for image in images], self.merge)
+            for exit in range(self.num_exits)
+        ]
 
     def _views(self, every: list[tuple], index: int, outputs: Sequence[Outputs]) -> list[ExitView]:
         """All exits' views of one image of a batch."""
@@ -411,6 +464,9 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         """
         state = self.start(batch_inputs, batch_data_samples)
         while True:
+            if self.merge:
+                # All at once, those that leave and those that go on.
+                self.detect(state, rescale)
             leaving, going_on = state.split()
             if len(leaving):
                 self.finish(leaving, rescale)
@@ -436,15 +492,33 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         )
 
     def deepen(self, state: BatchState) -> BatchState:
-        """Run the next backbone on images that go on."""
+        """Run the next backbone on images that go on; where exits are merged, this exit's neck and
+        heads before it, unless they ran."""
+        if self.merge:
+            self.detect(state)
         maps = self.deeper_maps(state.exit + 1, state.images, state.maps)
-        return replace(state, exit=state.exit + 1, maps=maps, ratio=(1.0, 1.0))
+        found = [dict(own) if self.merge else {} for own in state.found]
+        return replace(state, exit=state.exit + 1, maps=maps, ratio=(1.0, 1.0), found=found)
+
+    def detect(self, state: BatchState, rescale: bool = True) -> None:
+        """Run this exit's neck and heads on the images of a batch state, unless they ran; what they
+        find is kept in the state, for this exit and those behind it."""
+        if not all(state.exit in own for own in state.found):
+            for own, found in zip(state.found, self._found_by(state, rescale)):
+                own[state.exit] = found
 
     def finish(self, state: BatchState, rescale: bool = True) -> SampleList:
         """Run this exit's neck and heads on all images of a batch state; results go into the
-        samples."""
-        self._predict_at(state.exit, state.maps, state.samples, state.ratio, rescale)
-        for sample, difficulty in zip(state.samples, state.difficulties):
+        samples, merged with those of the exits before where that is wanted."""
+        if self.merge:
+            self.detect(state, rescale)
+            found = merge_instances(
+                [[own[exit] for exit in sorted(own)] for own in state.found], self.merge
+            )
+        else:
+            found = self._found_by(state, rescale)
+        for sample, own, difficulty in zip(state.samples, found, state.difficulties):
+            sample.pred_instances = own
             sample.set_metainfo(dict(difficulty=difficulty, exit=state.exit))
         return state.samples
 
@@ -456,21 +530,25 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
     def _needs_images(self) -> bool:
         return len(self.backbone.names) == 1 or self.backbone.needs_images
 
-    def _predict_at(
-        self, exit: int, maps: tuple, samples: SampleList, ratio: Ratio, rescale: bool
-    ) -> None:
-        """Run the neck and heads of an exit; what they find goes into the samples."""
+    def _found_by(self, state: BatchState, rescale: bool) -> list[InstanceData]:
+        """What the neck and heads of an exit find, its scores scaled; see `predict` for the
+        frame."""
+        exit, samples, ratio = state.exit, state.samples, state.ratio
         reduced = reduce_samples(samples, ratio) if ratio != (1.0, 1.0) else samples
         predictions = self.branch(exit).predict(
-            self.backbone.select(maps), reduced, rescale=rescale
+            self.backbone.select(state.maps), reduced, rescale=rescale
         )
-        for sample, prediction in zip(samples, predictions):
-            sample.pred_instances = prediction.pred_instances
+        every = [prediction.pred_instances for prediction in predictions]
+        for found in every:
+            self._scale_scores(exit, found)
             if not rescale and ratio != (1.0, 1.0):
                 wide, high = ratio
-                sample.pred_instances.bboxes = scale_boxes(
-                    prediction.pred_instances.bboxes, (1 / wide, 1 / high)
-                )
+                found.bboxes = scale_boxes(found.bboxes, (1 / wide, 1 / high))
+        return every
+
+    def _scale_scores(self, exit: int, found: InstanceData) -> None:
+        """Write an exit's scores anew, as comparable with those of others."""
+        found.scores = scale_scores(found.scores, *self._scaling[exit])
 
     def _forward(
         self, batch_inputs: Tensor, batch_data_samples: OptSampleList = None

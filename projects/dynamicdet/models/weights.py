@@ -10,7 +10,15 @@ from torch import nn
 from ..errors import UsageError
 
 #: What step 2 and calibration set in a dynamic detector, beside the router.
-SETTINGS = ('delta', 'difficulties', 'gflops', 'latencies', 'threshold')
+SETTINGS = (
+    'delta',
+    'difficulties',
+    'gflops',
+    'latencies',
+    'platt_scale',
+    'platt_shift',
+    'threshold',
+)
 
 
 def require_complete(

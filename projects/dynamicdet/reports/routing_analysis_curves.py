@@ -17,7 +17,7 @@ from ..routing.curve import SHARES, RandomRouting, costs_of, split_by_share
 from ..routing.evaluation import Mixtures
 from ..routing.merit import efficacy, normalized_gain
 from ..routing.oracle import allocate, honest_choices, object_count, oracle_choices, refine_choice
-from ..routing.peers import PEERS, peer_gflops, peer_scores
+from ..routing.peers import PEERS, is_charged, peer_gflops, peer_scores
 from ..routing.record import RoutingRecord
 from ..routing.strata import exit_benefits
 
@@ -268,10 +268,12 @@ def judge_peer(
 ) -> dict:
     """`judge_router` of a peer, with what it pays, and its ``meaning``."""
     # Records that do not say how long neck and heads take charge no time.
-    seconds = record.provenance.get('branch0_latency', 0.0) if PEERS[name].charged else 0.0
+    charged = is_charged(name, record)
+    seconds = record.provenance.get('branch0_latency', 0.0) if charged else 0.0
     extra = dict(gflops=peer_gflops(name, record), latency=float(seconds))
     return dict(
-        judge_router(record, random_routing, choices_of(scores), extra), meaning=_meaning(name)
+        judge_router(record, random_routing, choices_of(scores), extra),
+        meaning=_meaning(name, charged),
     )
 
 
@@ -281,8 +283,8 @@ def peer_title(name: str) -> str:
     return f'true {plain}' if PEERS[name].reference else plain
 
 
-def _meaning(name: str) -> str:
+def _meaning(name: str, charged: bool) -> str:
     peer = PEERS[name]
     if peer.reference:
         return f'{peer.description}: sees the annotations, as no router can'
-    return peer.description + ('; pays for the first exit on every image' if peer.charged else '')
+    return peer.description + ('; pays for the first exit on every image' if charged else '')

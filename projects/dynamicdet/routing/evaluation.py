@@ -163,6 +163,38 @@ def check_truth(record: RoutingRecord, coco: COCO) -> None:
         )
 
 
+def true_positives(record: RoutingRecord, coco: COCO) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Which detections of each exit are right, at IoU 0.5, as COCO's evaluation matches them.
+
+    Returns:
+        list[tuple[np.ndarray, np.ndarray]]: Of each exit, K, scores, (D,), and whether they are
+        right, (D,), bool, in no particular order; without what COCO ignores: detections of crowds,
+        and more than 100 of an image and category.
+
+    Raises:
+        UsageError: If the record does not fit ``coco``; see `check_record`.
+    """
+    check_record(record, coco)
+    found = []
+    for exit in range(record.exits):
+        parts = []
+        for start in range(0, len(record), _PART):
+            part = record.take(range(start, min(start + _PART, len(record))))
+            results = mixed_results(part, np.full(len(part), exit))
+            entries = _match(coco, results, part.ids.tolist(), ['all']).evalImgs
+            parts += [
+                (one['dtScores'], one['dtMatches'][0] > 0, one['dtIgnore'][0] > 0)
+                for one in entries
+                if one is not None
+            ]
+        scores, hits, ignored = (
+            np.concatenate([np.zeros(0, kind), *column])
+            for kind, column in zip((float, bool, bool), zip(*parts))
+        )
+        found.append((scores[~ignored], hits[~ignored]))
+    return found
+
+
 def difficulties_of(record: RoutingRecord) -> np.ndarray:
     """Difficulties in the record's order, (n,), float32 as in the model."""
     return record.difficulty.astype(np.float32)

@@ -277,12 +277,18 @@ def cross_fit(
     return scores
 
 
+def is_charged(name: str, record: RoutingRecord) -> bool:
+    """Whether a peer runs more on hard images of a record than the detector does; see
+    `peer_gflops`."""
+    return PEERS[name].charged and not record.provenance.get('merge')
+
+
 def peer_gflops(name: str, record: RoutingRecord, branch_gflops: float | None = None) -> float:
     """GFLOPs that a peer adds to each *hard* image.
 
     A peer that looks at exit 0's detections has run branch 0, neck and head, on every image. Easy
-    images need that anyway; to a hard one it is added. Boxes and losses being there, the scores
-    themselves are free.
+    images need that anyway, and all where exits are merged; else to a hard one it is added. Boxes
+    and losses being there, the scores themselves are free.
 
     Args:
         name (str): A key of `PEERS`.
@@ -296,7 +302,7 @@ def peer_gflops(name: str, record: RoutingRecord, branch_gflops: float | None = 
     Raises:
         UsageError: If the peer is charged and nobody says what branch 0 costs.
     """
-    if not PEERS[name].charged:
+    if not is_charged(name, record):
         return 0.0
     if branch_gflops is None:
         branch_gflops = record.provenance.get('branch0_gflops')
