@@ -122,6 +122,7 @@ def record_data_set(
         **passed(model, loader),
         view=VIEWS[view].said if view in VIEWS else 'none',
         first_scale=model.first_scale,
+        scales=list(model.scales),
         branch0_gflops=branch_gflops,
         branch0_latency=branch_latency,
         router='trained' if torch.isfinite(model.delta) else 'NOT trained',
@@ -150,6 +151,11 @@ def record_images(
         warnings.warn(
             'the record will have no losses and no objects: the pipeline must load annotations '
             'before it resizes (LoadAnnotations right after LoadImageFromFile)'
+        )
+    elif not model.has_comparable_losses:
+        warnings.warn(
+            'the record will have no losses: those of different heads cannot be compared; '
+            'objectives that count AP need none'
         )
     images = []
     with kept_speed(model):
@@ -199,10 +205,12 @@ def _record_batch(
             ]
     if annotated:
         # Last: some heads write into the annotations that they are given.
-        objects = [len(sample.gt_instances) for sample in samples]
-        losses = model.losses_of_states(every, outputs)
-        for entry, count, own in zip(entries, objects, losses.T.tolist()):
-            entry.update(losses=own, objects=count)
+        for entry, sample in zip(entries, samples):
+            entry['objects'] = len(sample.gt_instances)
+        if model.has_comparable_losses:
+            losses = model.losses_of_states(every, outputs).T.tolist()
+            for entry, own in zip(entries, losses):
+                entry['losses'] = own
     return entries
 
 
