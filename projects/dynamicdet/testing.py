@@ -215,6 +215,10 @@ _KEPT = (
     'gflops',
     'mean',
     'std',
+    'before_mean',
+    'before_std',
+    'after_mean',
+    'after_std',
     'project',
     'anchors',
 )

@@ -223,7 +223,7 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         """
         if not is_plain(state_dict):
             return dict(state_dict)
-        if len(self.normalizations):
+        if len(self.normalizations) and any(key.startswith('backbone.') for key in state_dict):
             raise UsageError(
                 f'this checkpoint is of one plain detector, and the config has {self.num_exits}: '
                 f'name one of each in their order, as {JOINED}FIRST.pth,SECOND.pth'

@@ -61,8 +61,10 @@ class IndependentBackbones(BaseModule):
 def _channels_of(net: nn.Module) -> list[int]:
     """Channels of each map that a backbone gives."""
     training = net.training
+    # mmdet's backbones do not give themselves back.
+    net.eval()
     with torch.no_grad():
-        maps = net.eval()(torch.zeros(1, 3, _SIDE, _SIDE))
+        maps = net(torch.zeros(1, 3, _SIDE, _SIDE))
     net.train(training)
     return [m.shape[1] for m in maps]
 
