@@ -1,4 +1,4 @@
-"""Several plain detectors as exits: each finds what it finds alone, and their weights go together."""
+"""Several plain detectors as exits: each finds what it finds alone; their weights go together."""
 
 import copy
 
@@ -8,10 +8,14 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import DefaultScope
 
 from conftest import ROOT, same_detections
+from dynamicdet.apis.stream import Stream
 from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
 from dynamicdet.errors import UsageError
+from dynamicdet.measuring.flops import measure_costs
 from dynamicdet.models.fusing import fuse
 from dynamicdet.models.resolution import reduce_images, reduce_samples
+from dynamicdet.models.weights import join_checkpoints
+from dynamicdet.routing import build_objective
 from dynamicdet.testing import randomize, shrink, tiny_batch, tiny_detector
 from mmdet.registry import MODELS
 
@@ -121,3 +125,92 @@ def compare(got, wanted, atol):
     torch.testing.assert_close(got.scores, wanted.scores, rtol=0, atol=atol)
     torch.testing.assert_close(got.bboxes, wanted.bboxes, rtol=0, atol=100 * atol)
     assert torch.equal(got.labels, wanted.labels)
+
+
+@torch.no_grad()
+def test_mixed_batches_streams_and_fused_models_find_the_same(pair):
+    model, _ = pair
+    data = model.data_preprocessor(batch_of(), False)
+    model.set_budget(threshold=float(model.score(data['inputs'], data['data_samples']).mean()))
+    wanted = model.test_step(batch_of())
+    assert sorted(sample.exit for sample in wanted) == [0, 1]
+    with Stream(model, batch_size=2) as stream:
+        streamed = list(stream.run([batch_of()]))
+    for found in (streamed, fuse(copy.deepcopy(model)).test_step(batch_of())):
+        for got, own in zip(found, wanted):
+            assert got.exit == own.exit and same_detections(got.pred_instances, own.pred_instances)
+
+
+def test_what_is_said_of_weights(pair, tmp_path):
+    model, plains = pair
+    assert not model.needs_step_one
+    alone = dict(plains[0].state_dict())
+    with pytest.raises(UsageError, match='one plain detector, and the config has 2'):
+        model.load_state_dict(alone)
+    with pytest.raises(UsageError, match='exit 1 is not a plain'):
+        join_checkpoints([dict(state_dict=alone), dict(state_dict=model.state_dict())])
+    metas = [dict(dataset_meta=dict(classes=names)) for names in (('a', 'b'), ('b', 'a'))]
+    with pytest.raises(UsageError, match='the same classes in the same order'):
+        join_checkpoints([dict(state_dict=alone, meta=meta) for meta in metas])
+    joined = join_checkpoints([dict(state_dict=alone, meta=metas[0]), dict(state_dict=alone)])
+    assert joined['meta']['dataset_meta']['classes'] == ('a', 'b')
+    assert 2 * len(alone) == len(joined['state_dict'])
+
+
+def test_costs_are_those_of_the_plain_detectors(pair):
+    model, plains = pair
+    costs, size = measure_costs(model, (128, 128)), [(64, 64), (128, 128)]
+    router = costs.parts['router'].flops
+    backbones = [costs.parts[f'{name} backbone'].flops for name in ('first', 'second')]
+    heads = [costs.parts[f'{name} neck and heads'].flops for name in ('first', 'second')]
+    assert costs.exits[0].flops == backbones[0] + router + heads[0]
+    assert costs.exits[1].flops == sum(backbones) + router + heads[1]
+    for plain, shape, own in zip(plains, size, zip(backbones, heads)):
+        if not hasattr(plain, 'roi_head'):
+            assert measure_costs(plain, shape).exits[0].flops == sum(own)
+
+
+def test_what_makes_no_pair_is_refused():
+    first, second = (detector_of('fcos', PLAIN), detector_of('retinanet', PLAIN))
+    second.bbox_head.num_classes = 4
+    for settings, said in (
+        (dict(detector=[first, second]), 'the same classes; these have heads for 3 and 4'),
+        (dict(detector=[first, first], scales=(0.5, 0.7, 1)), 'each of the 2 exits'),
+        (dict(detector=[first, first], scales=(0.5, 1.5)), r'must be in \(0, 1\]'),
+        (dict(detector=[first, first], first_scale=0.5, scales=(0.5, 1)), 'not both'),
+        (dict(detector=[first, 'fcos']), 'a dict, or a list of one for each exit'),
+    ):
+        with pytest.raises(UsageError, match=said):
+            MODELS.build(ConfigDict(type='DynamicDetector', **settings))
+
+
+def test_losses_of_other_heads_are_not_compared():
+    cfg = pair_of('retinanet, faster_rcnn')
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        model = randomize(MODELS.build({**cfg, 'train_router': True})).train()
+    data = model.data_preprocessor(tiny_batch((2, 1)), True)
+    losses = model.loss(data['inputs'], data['data_samples'])
+    assert torch.isfinite(losses['loss_router'])
+    model.objective = build_objective('rank')
+    with pytest.raises(UsageError, match="objective='ap'"):
+        model.loss(data['inputs'], data['data_samples'])
+
+
+def test_one_backbone_has_as_many_exits_as_scales_and_takes_any_backbone():
+    """YOLOv5's belongs to no family of composites."""
+    detector = detector_of('yolov5_n', SCALED)
+    plain = randomize(MODELS.build(copy.deepcopy(detector))).eval()
+    model = MODELS.build(
+        ConfigDict(type='DynamicDetector', detector=detector, backbones=1, scales=(0.5, 0.75, 1))
+    ).eval()
+    assert model.num_exits == 3 and not model.needs_step_one
+    model.load_state_dict(plain.state_dict(), strict=False)
+    batch = tiny_batch((2, 1), size=(128, 128))
+    for exit, thresholds in enumerate(((1, 1), (-1, 1), (-1, -1))):
+        model.set_budget(threshold=list(thresholds))
+        with torch.no_grad():
+            found = model.test_step(copy.deepcopy(batch))
+            wanted = alone(plain, batch, model.scales[exit], 1)
+        for got, own in zip(found, wanted):
+            assert got.exit == exit
+            compare(got.pred_instances, own.pred_instances, 0.0)

@@ -83,7 +83,9 @@ def find_sets(
 def _annotation_files(data: Path) -> list[Path]:
     folders = [data, data / 'annotations']
     folders += [data / name for names in SPLITS.values() for name in names]
-    files = [path for folder in folders if folder.is_dir() for path in sorted(folder.glob('*.json'))]
+    files = [
+        path for folder in folders if folder.is_dir() for path in sorted(folder.glob('*.json'))
+    ]
     return [path for path in files if _is_coco(path)]
 
 
@@ -185,9 +187,7 @@ def _entries(folder: Path) -> tuple[list[dict], list[str]]:
             unread.append(path.name)
             continue
         width, height = size[::-1] if turned else size
-        entries.append(
-            dict(id=len(entries) + 1, file_name=path.name, width=width, height=height)
-        )
+        entries.append(dict(id=len(entries) + 1, file_name=path.name, width=width, height=height))
     if not entries:
         raise UsageError(f"none of the pictures in '{folder}' can be read")
     return entries, [f'{len(unread)} pictures cannot be read: {some(unread)}'] * bool(unread)
