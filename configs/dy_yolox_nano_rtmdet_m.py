@@ -14,6 +14,7 @@ model = dict(
 test_pipeline = by_type(_base_.test_pipeline, Resize=dict(scale=_base_.img_scale))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
+optim_wrapper = dict(paramwise_cfg=dict(bypass_duplicate=True))     # RTMDet's head holds parameters more than once
 custom_hooks = by_type(
     _base_.custom_hooks, YOLOXModeSwitchHook=dict(type='BranchModeSwitchHook')) + _base_.dynamic_hooks
 visualizer = dict(type='DynamicVisualizer')
