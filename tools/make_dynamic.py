@@ -13,33 +13,6 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-from mmengine.config import Config
-from mmengine.device import get_device
-
-from dynamicdet import cli
-from dynamicdet.building import load_dynamic_detector
-from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
-from dynamicdet.datasets.coco_folder import annotations_for, confident_annotations, find_sets
-from dynamicdet.errors import UsageError
-from dynamicdet.files import write_atomically
-from dynamicdet.measuring import making
-from dynamicdet.measuring.recording import VIEWS, build_record_loader, record_data_set
-from dynamicdet.models.weights import JOINED, exits_digest
-from dynamicdet.reports.analysis import analyze, format_analysis, pair_of, write_analysis
-from dynamicdet.reports.figures import png, trade_off_figure
-from dynamicdet.routing import GAINS, OBJECTIVES, build_objective
-from dynamicdet.routing.budget import Budget
-from dynamicdet.routing.evaluation import read_truth
-from dynamicdet.routing.record import RoutingRecord, read_record, write_record
-
-#: Objectives that need no losses.
-OF_AP = [
-    name
-    for name, settings in OBJECTIVES.items()
-    if GAINS[settings['gain']].values == 'ap' and name != 'cost_weight'
-]
-
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
@@ -62,10 +35,11 @@ def parse_args() -> argparse.Namespace:
         '--hard-share', type=float, default=0.5, help='default hard share of the checkpoint: 0.5'
     )
     parser.add_argument(
-        '--objective', choices=OF_AP, default='ap', help='what the router learns: ap'
-    )
-    parser.add_argument(
-        '--view', choices=[*VIEWS, 'none'], default='flip', help='second view of each picture: flip'
+        '--view',
+        choices=['flip', 'shift', 'none'],
+        default='flip',
+        help='second view of each picture, for the honest oracle of the report: flip by default; '
+        'shift, for what has no mirror image; none takes half the time',
     )
     parser.add_argument(
         '--score',
@@ -77,8 +51,38 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--batch-size', type=int, default=4, help='pictures at a time: 4')
     parser.add_argument('--workers', type=int, default=2, help='processes that read pictures: 2')
     parser.add_argument('--seed', type=int, default=0, help='of weights, order and folds: 0')
-    parser.add_argument('--device', default=get_device(), help='device whose latencies count')
+    parser.add_argument('--device', help='device whose latencies count; the best that is there')
     return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+
+from dynamicdet import cli
+from dynamicdet.building import load_dynamic_detector
+from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
+from dynamicdet.datasets.coco_folder import annotations_for, confident_annotations, find_sets
+from dynamicdet.errors import UsageError
+from dynamicdet.files import write_atomically
+from dynamicdet.measuring import make_dynamic
+from dynamicdet.measuring.recording import build_record_loader, record_data_set
+from dynamicdet.models.weights import JOINED, exits_digest
+from dynamicdet.reports.figures import png, trade_off_figure
+from dynamicdet.reports.routing_analysis import (
+    analyze_routing,
+    format_analysis,
+    two_exit_record,
+    write_analysis,
+)
+from dynamicdet.routing import build_objective
+from dynamicdet.routing.budget import Budget
+from dynamicdet.routing.evaluation import read_truth
+from dynamicdet.routing.record import RoutingRecord, read_record, write_record
 
 
 def check(args: argparse.Namespace) -> None:
@@ -88,12 +92,13 @@ def check(args: argparse.Namespace) -> None:
             f'give CONFIG CHECKPOINT for each detector; got {len(args.detectors)} names: '
             f'{" ".join(args.detectors)}'
         )
-    making.require_exits(args.exits, len(args.detectors) // 2)
+    make_dynamic.require_exit_sizes(args.exits, len(args.detectors) // 2)
     Budget('hard_share', args.hard_share)
     if not 0 < args.score < 1 or args.seed < 0 or args.batch_size < 1 or args.workers < 0:
         raise UsageError(
             '--score must be in (0, 1), --batch-size 1 or more, --seed and --workers 0 or more'
         )
+    args.device = args.device or get_device()
     cli.require_device(args.device)
     if Path(args.out).suffix != '.pth':
         raise UsageError(f"--out is a checkpoint: name a .pth file, not '{args.out}'")
@@ -106,7 +111,7 @@ def load_plain(args: argparse.Namespace) -> tuple[list[Config], tuple[str, ...],
     cfgs, known, paths = [], [], args.detectors[1::2]
     for config, path in zip(args.detectors[::2], paths):
         cfgs.append(cli.load_config(argparse.Namespace(config=config, cfg_options=None)))
-        known.append(making.classes_of(cfgs[-1], cli.require_checkpoint(path)))
+        known.append(make_dynamic.classes_of(cfgs[-1], cli.require_checkpoint(path)))
     if len(set(known)) > 1:
         raise UsageError(
             'the detectors of a pair must know the same classes in the same order; these know '
@@ -192,8 +197,8 @@ def stand_in_truth(
 
 def report(record: RoutingRecord, coco, folder: Path) -> None:
     """Write the page, and print what it says."""
-    record = pair_of(record)
-    analysis = analyze(
+    record = two_exit_record(record)
+    analysis = analyze_routing(
         record, coco, say=lambda what: print(f'{what} ...', file=sys.stderr, flush=True)
     )
     write_atomically(png(trade_off_figure(analysis['rows'])), folder / 'trade_off.png')
@@ -210,8 +215,8 @@ def main() -> None:
     out, folder = Path(args.out), Path(args.out).with_suffix('')
     cfgs, classes, path, checkpoint = load_plain(args)
     sets, content, annotated = prepare_data(args, classes, folder)
-    cfg = making.dynamic_config(
-        cfgs, args.exits, classes, sets, args.objective, args.batch_size, args.workers
+    cfg = make_dynamic.dynamic_config(
+        cfgs, args.exits, classes, sets, 'ap', args.batch_size, args.workers
     )
     config = out.with_suffix('.py')
     write_atomically(cfg.pretty_text.encode(), config)
@@ -219,8 +224,8 @@ def main() -> None:
         argparse.Namespace(config=str(config), cfg_options=None, work_dir=str(folder))
     )
     torch.manual_seed(args.seed)
-    model, weights = making.plain_weights(cfg, checkpoint, path)
-    fingerprint = making.fingerprint_of(
+    model, weights = make_dynamic.plain_weights(cfg, checkpoint, path)
+    fingerprint = make_dynamic.fingerprint_of(
         cfg, weights, content, view=args.view, device=args.device, batch=args.batch_size
     )
     print('1 of 3: every picture through every exit', flush=True)
@@ -231,18 +236,18 @@ def main() -> None:
     with cli.silence():
         coco = read_truth(sets['val'][0], range(1, len(classes) + 1))
     print('2 of 3: the router', flush=True)
-    made = making.make_router(
-        model, record, build_objective(args.objective), coco, seed=args.seed, progress=cli.counter
+    made = make_dynamic.make_router(
+        model, record, build_objective('ap'), coco, seed=args.seed, progress=cli.counter
     )
     facts = dict(
         records=[str(folder / 'record.npz')],
-        objective=args.objective,
+        objective='ap',
         images=len(record),
         truth='annotations' if annotated else f'detections of score {args.score:g} or more',
         seed=args.seed,
         cascade=path,
     )
-    done = making.calibrated_checkpoint(
+    done = make_dynamic.calibrated_checkpoint(
         model, dict(checkpoint, state_dict=weights), made, facts, classes, args.hard_share
     )
     write_checkpoint(done, args.out)

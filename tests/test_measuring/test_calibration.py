@@ -8,15 +8,17 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from conftest import ROOT, SEED, THREADS, shrink_options
+from conftest import ROOT, SEED, THREADS, no_progress, shrink_options
 from dynamicdet import timing
 from dynamicdet.building import build_loader, load_dynamic_detector
 from dynamicdet.errors import UsageError
+from dynamicdet.measuring import calibration
 from dynamicdet.measuring.calibration import (
     calibrate,
+    inference_settings,
+    mean_costs,
     measure_difficulties,
     measure_gflops,
-    passed,
     provenance,
     record_exits,
 )
@@ -24,11 +26,6 @@ from dynamicdet.measuring.latencies import measure_latencies
 from dynamicdet.routing.budget import Budget
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
-
-
-def plain(steps, _):
-    """No progress bar."""
-    return steps
 
 
 def load_config(digits, name='dy_faster_rcnn_digits_router', **options):
@@ -85,7 +82,7 @@ def run(model, loader, threshold):
 
 def test_difficulties_are_those_of_predict(model, loader):
     expected = [sample.difficulty for sample in run(model, loader, 0.5)]
-    found = measure_difficulties(model, loader, plain)
+    found = measure_difficulties(model, loader, no_progress)
     assert found.dtype == np.float32 and found.shape == (6,)
     assert found.tolist() == sorted(expected)
     assert found[-1] - found[0] > 1e-3
@@ -98,8 +95,8 @@ def test_difficulties_do_not_depend_on_the_batch(model, digits, loader, batch_si
     )
     assert len(other) != len(loader)
     np.testing.assert_allclose(
-        measure_difficulties(model, other, plain),
-        measure_difficulties(model, loader, plain),
+        measure_difficulties(model, other, no_progress),
+        measure_difficulties(model, loader, no_progress),
         atol=1e-5,
     )
 
@@ -107,7 +104,7 @@ def test_difficulties_do_not_depend_on_the_batch(model, digits, loader, batch_si
 def test_difficulties_run_no_second_backbone(model, loader, monkeypatch):
     monkeypatch.setattr(model.backbone, 'deeper_maps', None)
     monkeypatch.setattr(model, 'branches', None)
-    assert len(measure_difficulties(model, loader, plain)) == 6
+    assert len(measure_difficulties(model, loader, no_progress)) == 6
 
 
 # Latencies and compute.
@@ -128,16 +125,18 @@ def test_latencies_are_told_apart_and_leave_the_budget(model, loader, monkeypatc
     monkeypatch.setattr(timing, 'now', look)
     monkeypatch.setattr(model.backbone, 'deeper_maps', slow)
     model.set_budget(threshold=0.25)
-    assert measure_latencies(model, loader.dataset, plain, images=2, rounds=2) == (1, 21)
+    assert measure_latencies(model, loader.dataset, no_progress, images=2, rounds=2) == (1, 21)
     assert model.budget == Budget('threshold', 0.25) and model.threshold == 0.25
 
 
 @pytest.mark.parametrize(
     'measure',
     [
-        lambda model, loader: measure_latencies(model, loader.dataset, plain, images=1, rounds=1),
+        lambda model, loader: measure_latencies(
+            model, loader.dataset, no_progress, images=1, rounds=1
+        ),
         lambda model, loader: measure_gflops(model, loader.dataset, images=1),
-        lambda model, loader: record_exits(model, loader, plain),
+        lambda model, loader: record_exits(model, loader, no_progress),
     ],
 )
 def test_a_failure_leaves_the_budget_too(model, loader, measure, monkeypatch):
@@ -183,7 +182,7 @@ def renumbered(digits, tmp_path):
 
 
 def test_both_exits_are_recorded(model, renumbered):
-    images = record_exits(model, renumbered, plain)
+    images = record_exits(model, renumbered, no_progress)
     forced = [run(model, renumbered, threshold) for threshold in (1, -1)]
     assert [image['id'] for image in images] == [1, 2, 3, 4, 5, 6]
     for index, image in enumerate(images):
@@ -209,7 +208,7 @@ def test_boxes_are_in_the_images_own_frame(model, renumbered):
     boxes = np.array(
         [
             entry['bbox']
-            for image in record_exits(model, renumbered, plain)
+            for image in record_exits(model, renumbered, no_progress)
             for entry in image['detections'][1]
         ]
     )
@@ -219,7 +218,7 @@ def test_boxes_are_in_the_images_own_frame(model, renumbered):
 
 def test_recording_leaves_the_budget(model, loader):
     model.set_budget(threshold=0.25)
-    record_exits(model, loader, plain)
+    record_exits(model, loader, no_progress)
     assert model.budget == Budget('threshold', 0.25) and model.threshold == 0.25
 
 
@@ -227,17 +226,36 @@ def test_recording_leaves_the_budget(model, loader):
 
 
 def test_calibration_fills_the_model(model, loader):
-    found = calibrate(model, loader, plain, hard_share=1 / 3)
-    np.testing.assert_array_equal(model.difficulties, measure_difficulties(model, loader, plain))
+    found = calibrate(model, loader, no_progress, hard_share=1 / 3)
+    np.testing.assert_array_equal(
+        model.difficulties, measure_difficulties(model, loader, no_progress)
+    )
     assert model.latencies.tolist() == pytest.approx([found['lat1'], found['lat2']])
     assert model.threshold.item() == pytest.approx(found['threshold'])
     assert sum(sample.exit for batch in loader for sample in model.test_step(batch)) == 2
 
 
+def test_images_of_other_sizes_count_as_in_a_record(model, monkeypatch):
+    """Two of three are small: by the first images alone, all would be."""
+    divisor = model.data_preprocessor.pad_size_divisor
+    asked = []
+
+    def measured(model, dataset, *_, rows):
+        asked.append(rows)
+        return 1 + rows[0], 10 + 10 * rows[0]
+
+    for name in ('measure_gflops', 'measure_latencies'):
+        monkeypatch.setattr(calibration, name, measured)
+    shapes = [(divisor, divisor)] * 2 + [(divisor, 2 * divisor)]
+    gflops, latencies = mean_costs(model, None, shapes, no_progress)
+    assert asked == [[0, 1]] * 2 + [[2]] * 2
+    assert gflops == latencies == pytest.approx([(1 + 1 + 3) / 3, (10 + 10 + 30) / 3])
+
+
 def test_a_router_that_was_not_trained(model, loader):
     model.delta.fill_(float('nan'))
     with pytest.raises(UsageError, match='step 1.*step 2'):
-        calibrate(model, loader, plain)
+        calibrate(model, loader, no_progress)
     assert not len(model.difficulties)
 
 
@@ -255,7 +273,7 @@ def test_how_images_passed(model, digits, batch_size, dtype):
     loader = build_loader(
         load_config(digits, **{'val_dataloader.batch_size': batch_size}).val_dataloader
     )
-    assert passed(model.to(getattr(torch, dtype)), loader) == dict(
+    assert inference_settings(model.to(getattr(torch, dtype)), loader) == dict(
         dtype=dtype, batch_size=batch_size, latency_batch_size=1
     )
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ..annotations import read_annotations
 from ..errors import UsageError
-from .check_annotations import some
+from .check_annotations import first_few
 from .picture_formats import pictures_in
 
 #: Splits, in the order in which routers are fitted to them, and how files and folders are called.
@@ -58,7 +58,8 @@ def find_sets(
     if not data.is_dir():
         raise UsageError(f"there is no folder '{data}'")
     if ann_file is not None:
-        return {'val': _set_of(data, Path(ann_file), 'val', pictures)}
+        split = _split_of(Path(ann_file), data) or 'val'
+        return {'val': _set_of(data, Path(ann_file), split, pictures)}
     if pictures is not None:
         return {'val': PictureSet(Path(pictures))}
     found: dict[str, list[Path]] = {}
@@ -74,7 +75,7 @@ def find_sets(
         if len(found[split]) > 1:
             raise UsageError(
                 f"'{data}' has several annotation files of the {split} pictures "
-                f'({some([str(one) for one in found[split]])}): name one by --ann'
+                f'({first_few([str(one) for one in found[split]])}): name one by --ann'
             )
         sets[split] = _set_of(data, found[split][0], split, None)
     return sets
@@ -154,10 +155,10 @@ def annotations_for(found: PictureSet, classes: Sequence[str]) -> tuple[dict[str
     known = {name.lower(): number for number, name in enumerate(classes, 1)}
     ids = {one['id']: known.get(one['name'].lower()) for one in data['categories']}
     if not any(ids.values()):
-        names = some([one['name'] for one in data['categories']])
+        names = first_few([one['name'] for one in data['categories']])
         raise UsageError(
             f"'{found.ann_file}' has the categories {names}, and the detector knows none of them "
-            f'(but {some(list(classes))}): take a detector that was trained on them'
+            f'(but {first_few(list(classes))}): take a detector that was trained on them'
         )
     kept = [
         dict(one, category_id=ids[one['category_id']])
@@ -169,7 +170,7 @@ def annotations_for(found: PictureSet, classes: Sequence[str]) -> tuple[dict[str
     if strange:
         lines.append(
             f'{len(data["annotations"]) - len(kept)} of {len(data["annotations"])} annotations are '
-            f'left out, of categories that the detector does not know: {some(strange)}'
+            f'left out, of categories that the detector does not know: {first_few(strange)}'
         )
     return dict(images=data['images'], annotations=kept, categories=categories), lines
 
@@ -190,7 +191,7 @@ def _entries(folder: Path) -> tuple[list[dict], list[str]]:
         entries.append(dict(id=len(entries) + 1, file_name=path.name, width=width, height=height))
     if not entries:
         raise UsageError(f"none of the pictures in '{folder}' can be read")
-    return entries, [f'{len(unread)} pictures cannot be read: {some(unread)}'] * bool(unread)
+    return entries, [f'{len(unread)} pictures cannot be read: {first_few(unread)}'] * bool(unread)
 
 
 def confident_annotations(

@@ -152,26 +152,26 @@ def _dynamic_costs(model: DynamicDetector, shape: Sequence[int]) -> Costs:
         router = PartCost(
             count_parameters(model.router), count_flops(lambda: model.router(maps))[0]
         )
-        seen = [(flops, _shapes(net.select(maps)), ratio)]
+        backbone_costs = [(flops, _shapes(net.select(maps)), ratio)]
         for exit in range(1, model.num_exits):
             _, ratio = model.exit_images(exit, images)
             flops, maps = count_flops(lambda: model.deeper_maps(exit, images, maps))
-            seen.append((flops, _shapes(net.select(maps)), ratio))
+            backbone_costs.append((flops, _shapes(net.select(maps)), ratio))
     parts, exits, used, run = {}, [], [model.router], router.flops
-    for exit, (flops, shapes, ratio) in enumerate(seen):
+    for exit, (flops, shapes, ratio) in enumerate(backbone_costs):
         # Shared heads cost the same where they see as much.
-        if exit == 0 or len(model.branches) > 1 or shapes != seen[exit - 1][1]:
+        if exit == 0 or len(model.branches) > 1 or shapes != backbone_costs[exit - 1][1]:
             heads, rois = _run_detector(
                 model.branch(exit), shapes, *reduce_samples([sample], ratio)
             )
-        name, own = _backbone_of(net, exit)
-        parts[name] = PartCost(count_parameters(*own), flops)
+        name, backbone_parts = _backbone_of(net, exit)
+        parts[name] = PartCost(count_parameters(*backbone_parts), flops)
         if exit == 0:
             parts['router'] = router
         own_branch = count_parameters(*model.branches[exit : exit + 1])
         parts[f'{ORDINALS[exit]} neck and heads'] = PartCost(own_branch, heads)
         # Each exit runs its own neck and heads only.
-        used, run = [*used, *own], run + flops
+        used, run = [*used, *backbone_parts], run + flops
         exits.append(PartCost(count_parameters(*used, model.branch(exit)), run + heads))
     return Costs(parts, tuple(exits), rois)
 

@@ -41,7 +41,7 @@ from .normalization import NormalizationChange
 from .paired_losses import ExitView, paired_losses
 from .pairs import each_exit, initial_weights, pad_alike
 from .resolution import Ratio, exit_scales, reduce_images, reduce_samples, scale_boxes
-from .weights import JOINED, is_plain
+from .weights import JOINED, is_plain, rename_entries
 
 
 @MODELS.register_module()
@@ -240,13 +240,7 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
         """Take checkpoints of plain detectors, for all exits, and calibrations of any length."""
-        entries = {
-            key[len(prefix) :]: state_dict.pop(key)
-            for key in list(state_dict)
-            if key.startswith(prefix)
-        }
-        entries = self.spread_plain_weights(entries)
-        state_dict.update({prefix + key: value for key, value in entries.items()})
+        entries = rename_entries(state_dict, prefix, self.spread_plain_weights)
         if 'difficulties' in entries:
             self.difficulties = self.difficulties.new_empty(entries['difficulties'].shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -362,8 +356,8 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         for exit, (maps, samples, _) in enumerate(
             self._all_exits(batch_inputs, batch_data_samples)
         ):
-            own = self.branch(exit).loss(self.backbone.select(maps), samples)
-            losses.update(rename_loss_dict(f'exit{exit}.', own))
+            branch_losses = self.branch(exit).loss(self.backbone.select(maps), samples)
+            losses.update(rename_loss_dict(f'exit{exit}.', branch_losses))
         return losses
 
     @torch.no_grad()
@@ -382,7 +376,7 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         features = self.router.pool(every[0][0], _valid(batch_inputs, batch_data_samples))
         return self._image_losses(every), features
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def losses_of_states(
         self, states: Sequence[BatchState], outputs: Sequence[Outputs] | None = None
     ) -> Tensor:
@@ -394,6 +388,11 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
                 finished, see `kept_outputs`: not computed again either.
         """
         every = [(one.maps, reduce_samples(one.samples, one.ratio), one.ratio) for one in states]
+        for _, samples, _ in every:
+            for sample in samples:
+                # Losses do not look at it, and detectors copy what they are given.
+                if 'pred_instances' in sample:
+                    del sample.pred_instances
         return self._image_losses(every, outputs)
 
     def _image_losses(self, every: list[tuple], outputs: Sequence[Outputs] | None = None) -> Tensor:
@@ -404,9 +403,12 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
                 f'losses of {kinds} cannot be compared: choose an objective that counts AP, such '
                 "as objective='ap'"
             )
-        outputs = outputs or [{}] * len(every)
+        outputs = outputs or [Outputs()] * len(every)
         losses = [
-            [self.parse_losses(own)[0] for own in paired_losses(self._views(every, index, outputs))]
+            [
+                self.parse_losses(exit_losses)[0]
+                for exit_losses in paired_losses(self._views(every, index, outputs))
+            ]
             for index in range(len(every[0][1]))
         ]
         return torch.stack([torch.stack(pair) for pair in losses], dim=1).float()

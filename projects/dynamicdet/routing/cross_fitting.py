@@ -5,19 +5,20 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from torch import Tensor
 
-from .fitting import fit_router
 from .objective import Objective
+from .router_fitting import fit_router
 
 
 def difficulties_by(state: Mapping[str, Tensor], features: np.ndarray) -> np.ndarray:
-    """Difficulties, (n,), of pooled features, (n, d), by a fitted router; see `fitting.Fit`."""
+    """Difficulties, (n,), of pooled features, (n, d), by a fitted router: its
+    `RouterFit`'s state."""
     inputs = (features - state['mean'].numpy()) / state['std'].numpy()
     hidden = inputs @ state['fc1.weight'].numpy().T + state['fc1.bias'].numpy()
     logits = hidden.clip(0) @ state['fc2.weight'].numpy().T + state['fc2.bias'].numpy()
     return (1 / (1 + np.exp(-logits[:, 0].astype(np.float64)))).astype(np.float32)
 
 
-def held_out_difficulties(
+def cross_fitted_difficulties(
     features: np.ndarray,
     gains: np.ndarray,
     objective: Objective,

@@ -18,16 +18,16 @@ from ..errors import UsageError
 from ..models import DynamicDetector
 from ..models.weights import exits_digest
 from ..routing import GAINS, Objective
-from ..routing.fitting import Fit, features_of, gains_of
-from ..routing.held_out import held_out_difficulties
+from ..routing.cross_fitting import cross_fitted_difficulties
 from ..routing.record import RoutingRecord
-from .fit_router import fit_to_records, put_router
+from ..routing.router_fitting import RouterFit, features_of_record, gains_of_record
+from .router_from_records import fit_router_to_records, insert_router
 
 #: What a config of a dynamic detector takes over from the plain one's.
 _KEPT = ('env_cfg', 'vis_backends', 'log_processor', 'log_level', 'default_hooks', 'backend_args')
 
 
-def require_exits(sizes: Sequence[int], detectors: int) -> None:
+def require_exit_sizes(sizes: Sequence[int], detectors: int) -> None:
     """Raise a `UsageError` unless sizes of exits, in pixels, fit so many detectors."""
     if any(size < 32 for size in sizes):
         raise UsageError(f'--exits takes sizes of 32 pixels or more; got {list(sizes)}')
@@ -216,12 +216,12 @@ class MadeRouter(NamedTuple):
     """A router that was fitted to a record.
 
     Attributes:
-        fit (Fit): It.
+        fit (RouterFit): It.
         record (RoutingRecord): The record, with each image's difficulty by a router that was not
             fitted to the image.
     """
 
-    fit: Fit
+    fit: RouterFit
     record: RoutingRecord
 
 
@@ -247,10 +247,12 @@ def make_router(
         progress (Callable): Makes what is told how far a part is, from its name.
     """
     cocos = [coco] if GAINS[objective.gain].values == 'ap' else None
-    fit, _ = fit_to_records(model.router, [record], objective, cocos, None, seed, progress('fits'))
-    gains = gains_of(record, objective.gain, coco)
-    found = held_out_difficulties(
-        features_of(record),
+    fit, _ = fit_router_to_records(
+        model.router, [record], objective, cocos, None, seed, progress('fits')
+    )
+    gains = gains_of_record(record, objective.gain, coco)
+    found = cross_fitted_difficulties(
+        features_of_record(record),
         gains,
         objective,
         model.router.fc1.out_features,
@@ -285,7 +287,7 @@ def calibrated_checkpoint(
         hard_share (float): What it does when nothing is asked for. Defaults to 0.5.
     """
     record = made.record
-    done = put_router(model, checkpoint, made.fit, facts)
+    done = insert_router(model, checkpoint, made.fit, facts)
     model.difficulties = torch.from_numpy(np.sort(record.difficulty).astype(np.float32))
     model.latencies.copy_(torch.tensor(record.latencies))
     model.gflops.copy_(torch.tensor(record.gflops))

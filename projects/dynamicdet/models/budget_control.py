@@ -7,25 +7,27 @@ import torch
 from torch import nn
 
 from ..routing.budget import Budget
-from ..routing.controller import Controller
+from ..routing.budget_controller import BudgetController
 from ..timing import now
 from .dynamic_detector import DynamicDetector
 
 
-def dynamic_part(model: nn.Module) -> DynamicDetector | None:
+def find_dynamic_detector(model: nn.Module) -> DynamicDetector | None:
     """The dynamic detector in a model, which may wrap it for several processes or for test-time
     augmentation; None if there is none."""
     return next((part for part in model.modules() if isinstance(part, DynamicDetector)), None)
 
 
-def build_controller(model: DynamicDetector, budget: Budget | Mapping[str, float]) -> Controller:
+def build_budget_controller(
+    model: DynamicDetector, budget: Budget | Mapping[str, float]
+) -> BudgetController:
     """A controller for a detector: what its calibration knows is where it starts; without one it
     learns.
 
     Args:
         model (DynamicDetector): Calibrated or not.
         budget (Budget or Mapping): One number, and no threshold; GFLOPs take a calibrated detector.
-            See `Controller`.
+            See `BudgetController`.
 
     Raises:
         UsageError: If the budget is none of these, or needs a calibration that is not there.
@@ -33,13 +35,13 @@ def build_controller(model: DynamicDetector, budget: Budget | Mapping[str, float
     budget = Budget.parse(budget)
     known = model.gflops if budget and budget.kind == 'target_gflops' else model.latencies
     costs = known.tolist() if known.isfinite().all() and (known[1:] > known[:-1]).all() else None
-    return Controller(
+    return BudgetController(
         budget, costs=costs, difficulties=model.difficulties.tolist(), exits=model.num_exits
     )
 
 
 @contextlib.contextmanager
-def kept_speed(model: DynamicDetector) -> Iterator[None]:
+def preserved_budget(model: DynamicDetector) -> Iterator[None]:
     """Put a detector's budget and thresholds back at the end."""
     before = model.threshold.clone(), model.budget, model._budget_waits
     try:
@@ -49,7 +51,7 @@ def kept_speed(model: DynamicDetector) -> Iterator[None]:
         model.threshold.copy_(threshold)
 
 
-class Online:
+class BudgetControl:
     """While this is entered, a controller sets the thresholds of each batch that a detector sees.
 
     The router's difficulties go to the controller before images part. With ``timed`` it is also
@@ -57,18 +59,20 @@ class Online:
 
     Args:
         model (DynamicDetector): Its budget and thresholds are back as they were at the end.
-        controller (Controller): Decides. It keeps what it learned.
+        controller (BudgetController): Decides. It keeps what it learned.
         timed (bool): Whether to measure calls of the model. Defaults to True.
     """
 
-    def __init__(self, model: DynamicDetector, controller: Controller, timed: bool = True) -> None:
+    def __init__(
+        self, model: DynamicDetector, controller: BudgetController, timed: bool = True
+    ) -> None:
         self.model, self.controller, self.timed = model, controller, timed
         self._stack: contextlib.ExitStack | None = None
 
-    def __enter__(self) -> Controller:
+    def __enter__(self) -> BudgetController:
         model = self.model
         with contextlib.ExitStack() as stack:
-            stack.enter_context(kept_speed(model))
+            stack.enter_context(preserved_budget(model))
             # The controller's is the budget now; the config's must not come in between.
             model.budget, model._budget_waits = None, False
             stack.callback(model.router.register_forward_hook(self._decide).remove)
