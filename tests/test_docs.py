@@ -4,6 +4,7 @@ import ast
 import importlib
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from mmengine.config import Config
@@ -184,6 +185,35 @@ def test_comments_name_what_there_is():
 def test_changelog_names_what_there_is_now():
     rows = re.findall(r'^\|.*\| (.*) \|$', (ROOT / 'CHANGELOG.md').read_text(), re.M)
     assert len(rows) > 40 and unknown_names('\n'.join(rows), *names_in_code()) == []
+
+
+def missing_before(page):
+    """What a page's trainings need that no command before them makes: data, or weights."""
+    makers = {
+        'data/digits/': 'tools/make_digits.py',
+        'data/digits_video/': 'tools/make_digits_video.py',
+    }
+    done, missing = '', []
+    for command in re.findall(r'^ {4,}(python tools/.*)$', page.read_text(), re.M):
+        config = re.match(r'python tools/train\.py (configs/\S+)', command)
+        if config and (ROOT / config[1]).exists():
+            cfg = Config.fromfile(ROOT / config[1])
+            needed = [makers.get(cfg.get('data_root'), '')]
+            if (cfg.get('load_from') or '').startswith('work_dirs/'):
+                needed.append(f'/{Path(cfg.load_from).parent.name}.py')
+            missing += [f'{config[1]} needs {one}' for one in needed if one not in done]
+        done += command
+    return missing
+
+
+def test_pages_make_what_they_train_on(tmp_path):
+    page = tmp_path / 'page.md'
+    start = '    python tools/make_digits.py\n    python tools/train.py configs/faster_rcnn_digits'
+    page.write_text(f'{start}_pruned.py\n')
+    assert missing_before(page) == [
+        'configs/faster_rcnn_digits_pruned.py needs /faster_rcnn_digits.py'
+    ]
+    assert [missing for page in USER_PAGES for missing in missing_before(page)] == []
 
 
 @pytest.mark.parametrize('page', USER_PAGES, ids=name_of)
