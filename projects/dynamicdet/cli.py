@@ -255,15 +255,19 @@ def require_settings(cfg: Config, *names: str) -> None:
         raise UsageError(f"the config '{cfg.filename}' has no {', no '.join(missing)}")
 
 
-def require_checkpoint(path: str) -> dict:
+def require_checkpoint(path: str, remedy: str = '') -> dict:
     """Read a checkpoint before mmengine does, which would answer with a trace. The path may be a
     URL or a name that mmengine resolves.
+
+    Args:
+        path (str): Path, URL or name.
+        remedy (str): What to do where there is none, if the path was not just typed.
 
     Raises:
         UsageError: If there is none, or it is no checkpoint.
     """
     if '://' not in path and not Path(path).is_file():
-        raise UsageError(f"there is no checkpoint at '{path}'")
+        raise UsageError(f"there is no checkpoint at '{path}'{remedy and ': '}{remedy}")
     return read_checkpoint(path)
 
 

@@ -1,12 +1,14 @@
 """A branch: a stock detector that is handed ready feature maps instead of an image."""
 
 import copy
+from collections.abc import Sequence
 
-from mmengine.model import BaseModule
-from torch import nn
+from mmengine.model import BaseModule, ModuleList
 
 from mmdet.models.detectors import BaseDetector
 from mmdet.registry import MODELS
+
+from ..errors import UsageError
 
 
 @MODELS.register_module()
@@ -36,7 +38,32 @@ def build_branch(detector: dict) -> BaseDetector:
     return MODELS.build(detector)
 
 
+def _heads(branch: BaseDetector) -> list:
+    """What judges objects in the end: of two-stage detectors the heads on RoIs."""
+    roi_head = getattr(branch, 'roi_head', None)
+    head = getattr(branch if roi_head is None else roi_head, 'bbox_head', None)
+    return [] if head is None else list(head) if isinstance(head, ModuleList) else [head]
+
+
+def head_types(branch: BaseDetector) -> tuple[str, ...]:
+    """Names of the kinds of a branch: its detector's, and of its heads' on objects."""
+    return (type(branch).__name__, *(type(head).__name__ for head in _heads(branch)))
+
+
+def require_same_classes(branches: Sequence[BaseDetector]) -> None:
+    """Raise a `UsageError` unless branches know as many classes."""
+    counts = [
+        [head.num_classes for head in _heads(branch) if hasattr(head, 'num_classes')]
+        for branch in branches
+    ]
+    known = [own[-1] for own in counts if own]
+    if len(set(known)) > 1:
+        raise UsageError(
+            'the detectors of a pair must know the same classes; these have heads for '
+            f'{" and ".join(map(str, known))}'
+        )
+
+
 def number_of_classes(branch: BaseDetector) -> int:
-    """Classes of a detector's heads; of a cascade's, its last."""
-    head = branch.roi_head.bbox_head if hasattr(branch, 'roi_head') else branch.bbox_head
-    return int((head[-1] if isinstance(head, nn.ModuleList) else head).num_classes)
+    """Classes of a branch's heads; of a cascade's, its last."""
+    return int(_heads(branch)[-1].num_classes)

@@ -46,11 +46,11 @@ _LESS = 'the loss at the first exit less that at the last'
 #: between.
 #:
 #: * ``loss``: ``L1 - L2``, the paper's. mmdet's heads divide an image's loss by its positives or by
-#: a   fixed number of samples, so an image with one object counts as much as one with ten.
+#:   a fixed number of samples, so an image with one object counts as much as one with ten.
 #: * ``loss_sum``: that times the number of objects, which turns the average back into a sum over
-#: objects, as   AP counts them. An image without objects has nothing to gain.
+#:   objects, as AP counts them. An image without objects has nothing to gain.
 #: * ``ap``: difference of the per-image COCO AP. Costs a prediction by each exit; many images gain
-#: 0.
+#:   0.
 #: * ``reward``: `rewards.marginal_rewards`, from a record alone. It counts classes as AP does.
 GAINS = {
     'loss': Gain(lambda losses, objects: losses[0] - losses[-1], 'losses', _LESS),
