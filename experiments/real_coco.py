@@ -22,27 +22,27 @@ from dynamicdet import cli
 from dynamicdet.files import write_atomically
 from dynamicdet.measuring.baselines import Baseline, record_baseline
 from dynamicdet.reports.routing_analysis_baselines import baseline_front, front_shares
-from dynamicdet.reports.routing_analysis_curves import all_benefits, with_class_objects
+from dynamicdet.reports.routing_analysis_curves import with_class_objects
 from dynamicdet.routing.bootstrap import bootstrap_weights, confidence_interval
 from dynamicdet.routing.detection_features import first_features
 from dynamicdet.routing.evaluation import Mixtures, read_truth
 from dynamicdet.routing.peers import PEERS, peer_scores
 from dynamicdet.routing.record import RoutingRecord, read_record
 from dynamicdet.routing.router_fitting import fit_ridge_router, fit_router
+from dynamicdet.routing.strata import exit_benefits, exit_benefits_by_class
 
 #: Mean GFLOPs per picture at which routers are compared.
 BUDGETS = (0.84, 1.05, 1.27, 1.7)
 #: Sides of the squares that plain detectors see.
 SIZES = (320, 416, 512)
-RESAMPLES, SEED = 100, 0
-#: Gains of `all_benefits`.
+SEED = 0
+#: Gains, of the last exit over the first.
 GAINS = ('loss_objects', 'loss_class', 'ap', 'ap_class', 'reward')
 #: Linear routers: what they see, the gain, and whether it or its rank is regressed.
 FITS = (
-    *(('maps', gain, 'gain') for gain in GAINS),
-    *(('detections', gain, target) for gain in GAINS for target in ('gain', 'rank')),
-    *(('both', gain, 'gain') for gain in GAINS),
-    ('both', 'ap_class', 'rank'),
+    *(('detections', gain, target) for target in ('gain', 'rank') for gain in GAINS),
+    *(('both', gain, 'gain') for gain in ('ap_class', 'ap', 'reward')),
+    *(('maps', gain, 'gain') for gain in ('loss_class', 'loss_objects', 'ap_class')),
 )
 #: Those that have intervals.
 COMPARED = (
@@ -80,27 +80,43 @@ def seen(record: RoutingRecord) -> dict[str, np.ndarray]:
 
 
 def all_scores(
-    fitted: tuple[RoutingRecord, COCO], judged: tuple[RoutingRecord, COCO]
+    fitted: tuple[RoutingRecord, COCO],
+    judged: tuple[RoutingRecord, COCO],
+    judge: Mixtures,
+    rewards: bool,
 ) -> Iterator[tuple[str, Scores]]:
     """Name, scores of the judged pictures, and whether exit 0's neck and head run on each."""
-    source, truth = (all_benefits(*one, Mixtures(*one)) for one in (fitted, judged))
     inputs, others = seen(fitted[0]), seen(judged[0])
     for name, peer in PEERS.items():
-        if peer.fitted or peer.reference:
-            continue
-        yield f'rule: {name}', (peer_scores(name, judged[0]), peer.charged)
-    for name in GAINS:
+        if peer.function and not (peer.fitted or peer.reference):
+            yield f'rule: {name}', (peer_scores(name, judged[0]), peer.charged)
+    source, truth = (
+        gains(*one, mixtures, rewards)
+        for one, mixtures in ((fitted, Mixtures(*fitted)), (judged, judge))
+    )
+    for name in truth:
         yield f'true: {name}', (truth[name], False)
     yield (
         'adaptive_feeding',
         (peer_scores('adaptive_feeding', judged[0], fitted[0], source['ap']), True),
     )
     for what, gain, target in FITS:
-        fit = fit_ridge_router(inputs[what], source[gain], dict(type=target, gain='ap'), seed=SEED)
-        yield f'ridge: {what}, {gain}, {target}', (_logits(fit, others[what]), what != 'maps')
-    for gain, objective in (('loss', 'paper'), ('loss_objects', 'rank')):
-        fit = fit_router(inputs['maps'], source[gain], dict(type=objective, gain='ap'), seed=SEED)
-        yield f'layers: maps, {gain}, {objective}', (_logits(fit, others['maps']), False)
+        if gain in source:
+            fit = fit_ridge_router(
+                inputs[what], source[gain], dict(type=target, gain='ap'), seed=SEED
+            )
+            yield f'ridge: {what}, {gain}, {target}', (_logits(fit, others[what]), what != 'maps')
+    fit = fit_router(inputs['maps'], source['loss_objects'], 'rank', seed=SEED)
+    yield 'layers: maps, loss_objects, rank', (_logits(fit, others['maps']), False)
+
+
+def gains(
+    record: RoutingRecord, coco: COCO, mixtures: Mixtures, rewards: bool
+) -> dict[str, np.ndarray]:
+    """Those of `GAINS`; rewards take minutes."""
+    found = dict(exit_benefits(record, mixtures))
+    found.update(exit_benefits_by_class(record, coco, mixtures, rewards))
+    return {name: found[name] for name in GAINS if name in found}
 
 
 def _logits(fit, features: np.ndarray) -> np.ndarray:
@@ -113,9 +129,9 @@ def _logits(fit, features: np.ndarray) -> np.ndarray:
 class Judge:
     """AP of routers at equal GFLOPs, on the same resamples."""
 
-    def __init__(self, record: RoutingRecord, coco: COCO) -> None:
+    def __init__(self, record: RoutingRecord, coco: COCO, resamples: int) -> None:
         self.record, self.mixtures = record, Mixtures(record, coco)
-        self.weights = bootstrap_weights(len(record), RESAMPLES, SEED)
+        self.weights = bootstrap_weights(len(record), resamples, SEED)
 
     def choice(self, scores: np.ndarray, charged: bool, gflops: float) -> np.ndarray:
         """As many of the hardest pictures at the last exit as the budget pays for."""
@@ -164,7 +180,9 @@ def last_exit_alone(record: RoutingRecord) -> RoutingRecord:
     return replace(record.take_exits([1, 1]), gflops=[alone] * 2)
 
 
-def run(records: Path, weights: str, say: Callable[[str], None] = print) -> dict:
+def run(
+    records: Path, weights: str, resamples: int, rewards: bool, say: Callable[[str], None] = print
+) -> dict:
     """All numbers."""
     pairs = {}
     for split in ('router', 'test'):
@@ -173,8 +191,8 @@ def run(records: Path, weights: str, say: Callable[[str], None] = print) -> dict
             pairs[split] = record, read_truth(str(records / f'{split}.json'))
     fitted = with_class_objects(pairs['router'][0], *pairs['router']), pairs['router'][1]
     judged = with_class_objects(pairs['test'][0], *pairs['router']), pairs['test'][1]
-    judge, routers = Judge(*judged), {}
-    for name, (scores, charged) in all_scores(fitted, judged):
+    judge, routers = Judge(*judged, resamples), {}
+    for name, (scores, charged) in all_scores(fitted, judged, judge.mixtures, rewards):
         routers[name] = judge.judge(scores, charged, name in COMPARED)
         say(f'{name:45}' + '  '.join(f'{aps[0]:.2f}' for aps in routers[name].values()))
     plain = {}
@@ -202,6 +220,7 @@ def run(records: Path, weights: str, say: Callable[[str], None] = print) -> dict
             dict(first=first, second=second, **_difference(routers[first], routers[second]))
             for first, second in PAIRS
         ],
+        resamples=resamples,
     )
 
 
@@ -227,9 +246,17 @@ def main() -> None:
     parser.add_argument('records', type=Path)
     parser.add_argument('weights')
     parser.add_argument('--out', type=Path, default=Path('real_coco.json'))
+    parser.add_argument('--resamples', type=int, default=100, help='for intervals: 100')
+    parser.add_argument('--rewards', action='store_true', help="with ORIC's, which take minutes")
     args = parser.parse_args()
     cli.prepare()
-    found = run(args.records, args.weights, lambda line: print(line, flush=True))
+    found = run(
+        args.records,
+        args.weights,
+        args.resamples,
+        args.rewards,
+        lambda line: print(line, flush=True),
+    )
     write_atomically(json.dumps(found).encode(), args.out)
 
 

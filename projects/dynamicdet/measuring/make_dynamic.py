@@ -17,11 +17,11 @@ from ..building import build_model, exits_of_plain
 from ..errors import UsageError
 from ..models import DynamicDetector
 from ..models.weights import exits_digest
-from ..routing import GAINS, Objective
+from ..routing import Objective
 from ..routing.cross_fitting import cross_fitted_difficulties
 from ..routing.record import RoutingRecord
-from ..routing.router_fitting import RouterFit, features_of_record, gains_of_record
-from .router_from_records import fit_router_to_records, insert_router
+from ..routing.router_fitting import RouterFit, class_weights_of_records, gains_of_record
+from .router_from_records import fit_router_to_records, insert_router, router_inputs
 
 #: What a config of a dynamic detector takes over from the plain one's.
 _KEPT = ('env_cfg', 'vis_backends', 'log_processor', 'log_level', 'default_hooks', 'backend_args')
@@ -241,18 +241,19 @@ def make_router(
         model (DynamicDetector): As the config builds it.
         record (RoutingRecord): With features.
         objective (Objective): What to learn.
-        coco (COCO, optional): Ground truth, for gains in AP.
+        coco (COCO, optional): Ground truth, for gains in AP and by class.
         folds (int): Of the second part. Defaults to 3.
         seed (int): Defaults to 0.
         progress (Callable): Makes what is told how far a part is, from its name.
     """
-    cocos = [coco] if GAINS[objective.gain].values == 'ap' else None
+    cocos = None if coco is None else [coco]
+    weights = class_weights_of_records([record], [coco]) if objective.by_class else None
     fit, _ = fit_router_to_records(
         model.router, [record], objective, cocos, None, seed, progress('fits')
     )
-    gains = gains_of_record(record, objective.gain, coco)
+    gains = gains_of_record(record, objective.gain, coco, weights)
     found = cross_fitted_difficulties(
-        features_of_record(record),
+        router_inputs(model.router, [record], cocos),
         gains,
         objective,
         model.router.fc1.out_features,

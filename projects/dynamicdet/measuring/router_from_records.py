@@ -75,15 +75,10 @@ def fit_router_to_records(
             for record, coco in zip(records, cocos)
         ]
     )
-    weights_by_category = None
-    if router.sees_detections:
-        if features_from is not None:
-            raise UsageError(
-                'a router that sees detections is fitted to records of its own cascade'
-            )
-        weights_by_category = _weights_by_category(records, cocos)
     if features_from is None:
-        features = _stacked([_seen(router, one, weights_by_category) for one in records])
+        features = router_inputs(router, records, cocos)
+    elif router.sees_detections:
+        raise UsageError('a router that sees detections is fitted to records of its own cascade')
     else:
         features = _by_id(features_from, records)
     wanted = len(router.mean)
@@ -105,10 +100,33 @@ def fit_router_to_records(
         fit = (fit_ridge_router if method == 'linear' else fit_router)(
             features, gains, objective, hidden, groups=groups, seed=seed, progress=progress
         )
-    if weights_by_category is not None:
-        categories = records[0].provenance['categories']
-        fit.state['class_weights'] = torch.tensor([weights_by_category[one] for one in categories])
+    if router.sees_detections:
+        known, categories = (
+            _weights_by_category(records, cocos),
+            records[0].provenance['categories'],
+        )
+        fit.state['class_weights'] = torch.tensor([known[one] for one in categories])
     return fit, int(groups.max()) + 1
+
+
+def router_inputs(
+    router: nn.Module, records: Sequence[RoutingRecord], cocos: Sequence | None = None
+) -> np.ndarray:
+    """What a router sees of the images of some records, (n, d), float32.
+
+    Args:
+        router (nn.Module): A `Router`.
+        records (Sequence[RoutingRecord]): With features; one after the other.
+        cocos (Sequence[COCO], optional): Ground truth of each, by which detections are weighted.
+            Defaults to None, which will do for a router that sees maps alone.
+
+    Raises:
+        UsageError: If a record lacks something.
+    """
+    weights = None
+    if router.sees_detections:
+        weights = _weights_by_category(records, cocos or [None] * len(records))
+    return _stacked([_seen(router, record, weights) for record in records])
 
 
 def _weights_by_category(records: Sequence[RoutingRecord], cocos: Sequence) -> dict[int, float]:

@@ -102,7 +102,7 @@ def exit_benefits(
 
 
 def exit_benefits_by_class(
-    record: RoutingRecord, coco: COCO, mixtures: Mixtures
+    record: RoutingRecord, coco: COCO, mixtures: Mixtures, rewards: bool = True
 ) -> dict[str, np.ndarray]:
     """What each image gains from the last exit instead of the first where classes count as in AP,
     (n,) each.
@@ -111,6 +111,7 @@ def exit_benefits_by_class(
         record (RoutingRecord): See `record`.
         coco (COCO): Its ground truth, by whose objects classes are weighted (`class_weights`).
         mixtures (Mixtures): Of the same record.
+        rewards (bool): Whether with rewards, which take longest. Defaults to True.
 
     Returns:
         dict: ``ap_class``: difference of `Mixtures.image_ap` by class; ``loss_class``: of losses,
@@ -123,7 +124,7 @@ def exit_benefits_by_class(
     found = dict(ap_class=per_image[-1] - per_image[0])
     if record.losses is not None:
         found['loss_class'] = (record.losses[:, 0] - record.losses[:, -1]) * (counts @ weights)
-    return dict(found, reward=marginal_rewards(record, coco))
+    return dict(found, reward=marginal_rewards(record, coco)) if rewards else found
 
 
 def rank_correlations(
