@@ -13,6 +13,7 @@ from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
 from dynamicdet.routing.record import read_record
 from dynamicdet.testing import randomize, tiny_detector
 from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
 
 CLASSES = tuple('0123456789')
 
@@ -42,6 +43,7 @@ def write_plain(folder, name, seed):
 
 @pytest.fixture(scope='module')
 def plain(tmp_path_factory):
+    register_all_modules(init_default_scope=True)
     folder = tmp_path_factory.mktemp('plain')
     return write_plain(folder, 'fcos', 0), write_plain(folder, 'retinanet', 1)
 

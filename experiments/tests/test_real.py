@@ -1,0 +1,68 @@
+"""The experiment on real pictures, on made-up ones."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from conftest import ROOT
+from dynamicdet.routing.record import RoutingRecord
+
+sys.path.insert(0, str(ROOT / 'experiments'))
+from real_coco import BUDGETS, Judge, last_exit_alone  # noqa: E402
+from real_records import dynamic_config, join_annotations, stock_config  # noqa: E402
+
+
+def test_annotations_of_two_folders_are_joined(tmp_path):
+    """Pictures that are not at hand are left out, with their objects; ids start anew."""
+    data, more = tmp_path / 'data', tmp_path / 'more'
+    for folder in (data / 'coco/val2017', data / 'coco/annotations', more):
+        folder.mkdir(parents=True)
+    for name, first in (('test', 1), ('test_more', 3)):
+        content = dict(
+            images=[dict(id=one, file_name=f'{one}.jpg') for one in (first, first + 1)],
+            annotations=[dict(id=index, image_id=first + index) for index in range(2)],
+            categories=[dict(id=1, name='it')],
+        )
+        (data / f'coco/annotations/{name}.json').write_text(json.dumps(content))
+    for path in (data / 'coco/val2017/1.jpg', data / 'coco/val2017/2.jpg', more / '4.jpg'):
+        path.touch()
+    joined = join_annotations(data, 'test', more)
+    assert [image['id'] for image in joined['images']] == [1, 2, 4]
+    assert joined['images'][2]['file_name'] == str(more / '4.jpg')
+    assert joined['annotations'] == [
+        dict(id=index, image_id=image) for index, image in enumerate((1, 2, 4), 1)
+    ]
+    assert len(join_annotations(data, 'test', None)['images']) == 2
+
+
+def test_configs_are_of_these_pictures(tmp_path):
+    cfg = stock_config(tmp_path / 'test.json', 416)
+    assert cfg.test_dataloader.dataset.ann_file == str(tmp_path / 'test.json')
+    assert [step.scale for step in cfg.test_dataloader.dataset.pipeline if 'scale' in step] == [
+        (416, 416)
+    ]
+    model = dynamic_config(tmp_path / 'test.json').model
+    assert model.first_scale == 0.5 and model.backbones == 1
+
+
+def test_budgets_are_kept():
+    """Exit 0 costs 0.62, exit 1 2.79 GFLOPs; who looks at detections pays 0.3 for each of the
+    hard."""
+    record = SimpleNamespace(gflops=[0.62, 2.79], provenance=dict(branch0_gflops=0.3))
+    judge = Judge.__new__(Judge)
+    judge.record = record
+    scores = np.arange(1000.0)
+    for gflops in BUDGETS:
+        for charged in (False, True):
+            choice = judge.choice(scores, charged, gflops)
+            paid = 0.62 + choice.mean() * (2.17 + 0.3 * charged)
+            assert paid == pytest.approx(gflops, abs=2e-3) and choice[-1] == 1 and not choice[0]
+
+
+def test_the_last_exit_alone_has_no_first_backbone():
+    images = [dict(id=1, file='a', difficulty=0.5, detections=[[], []])]
+    record = RoutingRecord.from_images(images, [0.62, 2.79], [0.1, 0.2], dict(branch0_gflops=0.3))
+    assert last_exit_alone(record).gflops == pytest.approx([2.47, 2.47])
