@@ -189,3 +189,31 @@ def test_other_classes_and_dynamic_configs_are_refused(made, plain, digits, tmp_
     config = made[0].with_suffix('.py')
     status, line = make([config, made[0]], digits, tmp_path / 'x.pth', '--exits', 32, 64)
     assert status == 2 and 'give the config of a plain detector' in line
+
+
+@pytest.mark.parametrize(
+    'tool, options',
+    [
+        ('record.py', ['--view', 'none', '--out', 'record.npz']),
+        ('test.py', ['--threshold', '-1']),
+        ('image_demo.py', ['--threshold', '1', '--no-save-vis']),
+        ('export.py', ['--dry-run', '--out', 'exported']),
+        ('benchmark.py', ['--size', '64', '64', '--rounds', '1', '--batch-rounds', '1']),
+        ('report.py', ['--view', 'none']),
+    ],
+)
+def test_tools_take_the_plain_checkpoint_of_one_backbone(
+    made, plain, digits, tmp_path, tool, options
+):
+    config, weights = made[0].with_suffix('.py'), plain[0][1]
+    names = [config, '--checkpoint', weights] if tool == 'benchmark.py' else [config, weights]
+    pictures = [digits / 'val'] if tool == 'image_demo.py' else []
+    done = run_tool(tool, *pictures, *names, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_calibrating_plain_weights_asks_for_a_router(made, plain, tmp_path):
+    done = run_tool(
+        'calibrate.py', made[0].with_suffix('.py'), plain[0][1], '--out', tmp_path / 'x.pth'
+    )
+    assert done.returncode == 2 and 'fit it by tools/record.py' in done.stderr
