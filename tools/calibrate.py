@@ -8,6 +8,9 @@ import argparse
 
 from dynamicdet_options import add_common_arguments
 
+#: Buffers of the model that a calibration sets.
+CALIBRATED = ('difficulties', 'gflops', 'latencies', 'threshold', 'platt_scale', 'platt_shift')
+
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
@@ -19,6 +22,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--device', help='device whose latencies count; the best that is there')
     parser.add_argument(
         '--hard-share', type=float, default=0.5, help='default hard share of the checkpoint: 0.5'
+    )
+    parser.add_argument(
+        '--scores',
+        action='store_true',
+        help='also bring the scores of all exits on one scale: chances to be right, fitted to the '
+        'annotations; for exits that are merged',
     )
     return parser.parse_args()
 
@@ -38,6 +47,7 @@ from dynamicdet.measuring.calibration import (
     inference_settings,
     provenance,
     require_trained_router,
+    score_facts,
 )
 from dynamicdet.routing.budget import Budget
 
@@ -61,14 +71,15 @@ def main() -> None:
     require_trained_router(model)
     cli.check_data(cfg, 'val', files=not args.no_data_check)
     loader = build_loader(cfg.val_dataloader)
-    found = calibrate(model, loader, cli.progress, args.hard_share)
-    for name in ('difficulties', 'gflops', 'latencies', 'threshold'):
+    found = calibrate(model, loader, cli.progress, args.hard_share, args.scores)
+    for name in CALIBRATED:
         checkpoint['state_dict'][name] = getattr(model, name).cpu()
     checkpoint.setdefault('meta', {})['calibration'] = dict(
         found,
         hard_share=args.hard_share,
         **provenance(cfg, args.checkpoint, loader.dataset, args.device),
         **inference_settings(model, loader),
+        **{name: fact for name, fact in score_facts(model).items() if fact is not None},
     )
     write_checkpoint(checkpoint, out)
     costs = [

@@ -27,6 +27,19 @@ def parse_args() -> argparse.Namespace:
         choices=['paper', 'no_offset', 'loss_sum', 'rank', 'pairwise', 'ap', 'gain'],
         help="what the router learns; by default the config's, where it can also have numbers",
     )
+    parser.add_argument(
+        '--gain',
+        choices=['loss', 'loss_sum', 'ap', 'reward'],
+        help="what an image gains, instead of the objective's own",
+    )
+    parser.add_argument(
+        '--by-class',
+        action='store_true',
+        help='count an object by how rare its class is, as AP does',
+    )
+    parser.add_argument(
+        '--linear', action='store_true', help='fit a linear router, by ridge regression'
+    )
     parser.add_argument('--seed', type=int, default=0, help='of weights, order and folds: 0')
     parser.add_argument('--out', required=True, help='checkpoint file to write')
     return parser.parse_args()
@@ -37,7 +50,7 @@ if __name__ == '__main__':
     parse_args()
 
 from dynamicdet import cli
-from dynamicdet.building import build_model, require_dynamic, whole_model
+from dynamicdet.building import build_model, exits_of_plain, require_dynamic, whole_model
 from dynamicdet.checkpoints import write_checkpoint
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.router_from_records import (
@@ -49,6 +62,7 @@ from dynamicdet.measuring.router_from_records import (
 )
 from dynamicdet.models.weights import exits_digest
 from dynamicdet.routing.record import read_record, require_of_detector
+from dynamicdet.routing.router_fitting import RouterFit
 
 
 def main() -> None:
@@ -60,13 +74,14 @@ def main() -> None:
     if args.seed < 0:
         raise UsageError('--seed must be 0 or more')
     cli.require_writable(args.out)
-    objective = wanted_objective(args.objective, whole_model(cfg))
+    objective = wanted_objective(args.objective, whole_model(cfg), args.gain, args.by_class)
     records = [read_record(path) for path in args.records]
     seen = [read_record(path) for path in args.features_from] if args.features_from else None
     checkpoint = cli.require_checkpoint(args.checkpoint)
     model = build_model(cfg)
     # Folds' records are of other cascades: then those that give the features must be of this one.
-    digest = exits_digest(checkpoint['state_dict'])
+    weights = exits_of_plain(model, checkpoint['state_dict'], args.checkpoint)
+    digest = exits_digest(weights)
     for record in seen or records:
         require_of_detector(
             record.provenance, record.exits, model.num_exits, args.checkpoint, digest
@@ -74,7 +89,7 @@ def main() -> None:
     with cli.silence():
         cocos = ground_truths(records, objective)
     fit, images = fit_router_to_records(
-        model.router, records, objective, cocos, seen, args.seed, cli.counter('fits')
+        model.router, records, objective, cocos, seen, args.seed, cli.counter('fits'), args.linear
     )
     facts = dict(
         records=args.records,
@@ -83,15 +98,23 @@ def main() -> None:
         rows=sum(len(record) for record in records),
         images=images,
         seed=args.seed,
+        linear=args.linear,
         cascade=args.checkpoint,
     )
-    done = insert_router(model, checkpoint, fit, facts)
+    done = insert_router(model, dict(checkpoint, state_dict=weights), fit, facts)
     write_checkpoint(done, args.out)
     print(
-        f'router fitted to {facts["rows"]} rows of {images} images ({fit.steps} steps, weight '
-        f'decay {fit.weight_decay:g}); correlation with the gain on images that it was not fit to: '
+        f'router fitted to {facts["rows"]} rows of {images} images ({_chosen(fit)}); correlation '
+        'with the gain on images that it was not fit to: '
         f'{fit.correlation:.3f}; delta {done["meta"]["router"]["delta"]:.4f}; written to {args.out}'
     )
+
+
+def _chosen(fit: RouterFit) -> str:
+    """What cross-validation chose."""
+    if not fit.steps:
+        return f'penalty {fit.weight_decay:g}'
+    return f'{fit.steps} steps, weight decay {fit.weight_decay:g}'
 
 
 if __name__ == '__main__':

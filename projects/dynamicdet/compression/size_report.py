@@ -21,6 +21,8 @@ _BUFFERS = (
     'delta',
     'difficulties',
     'latencies',
+    'platt_scale',
+    'platt_shift',
     'gflops',
     'mean',
     'std',

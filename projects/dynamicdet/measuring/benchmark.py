@@ -34,12 +34,14 @@ from ..datasets.digits import load_sources, make_image
 from ..errors import UsageError
 from ..models import DynamicDetector
 from ..models.budget_control import BudgetControl, build_budget_controller
+from ..models.pairs import each_exit
 from ..models.resolution import reduce_images, reduce_samples
-from ..models.weights import is_plain, require_complete
+from ..models.weights import missing_of, require_complete
 from ..progress import Progress
 from ..routing.thresholds import ALL_EASY, ALL_HARD, Thresholds, threshold_for_share
 from ..testing import randomize
 from ..timing import now
+from .calibration import plain_exits
 
 #: The overheads that the project allows itself (experiments/overhead.md).
 WANTED = dict(exit0_to_stock=1.03, mixed_to_mean=1.1, stream_to_mean=1.05)
@@ -126,9 +128,7 @@ def build_pair(
     model = MODELS.build(cfg.model)
     if checkpoint:
         state = read_checkpoint(checkpoint)['state_dict']
-        # A plain detector has no more than the two exits share with it.
-        optional = ('backbone.connections.', 'router.') if is_plain(state) else ()
-        require_complete(model, state, optional)
+        require_complete(model, state, missing_of(state))
         model.load_state_dict(state, strict=False)
     else:
         randomize(model, seed)
@@ -144,8 +144,9 @@ def build_stock(settings: Mapping, model: DynamicDetector) -> BaseDetector:
     detector.
     """
     whole = settings['detector'] if settings['type'] == 'PrunedDetector' else settings
-    detector = copy.deepcopy(whole['detector'])
-    detector['backbone'] = copy.deepcopy(whole.get('backbone') or detector['backbone'])
+    detector = copy.deepcopy(each_exit(whole['detector'])[0])
+    backbone = each_exit(whole.get('backbone'))[0]
+    detector['backbone'] = copy.deepcopy(backbone or detector['backbone'])
     stock = MODELS.build(detector)
     resize_channels(stock, _of_exit0(getattr(model, 'removed_channels', {})))
     stock.load_state_dict(_of_exit0(model.state_dict()), assign=True)
@@ -248,7 +249,8 @@ def split_batch(batch: dict) -> list[dict]:
 
 @torch.no_grad()
 def require_equal(stock: BaseDetector, model: DynamicDetector, batches: Sequence[dict]) -> int:
-    """Check that exit 0 does the stock detector's work: bit-equal boxes, scores and labels.
+    """Check that exit 0 does the stock detector's work: bit-equal boxes, scores and labels, before
+    scores are scaled.
 
     Returns:
         int: How many boxes were compared.
@@ -259,7 +261,8 @@ def require_equal(stock: BaseDetector, model: DynamicDetector, batches: Sequence
     compared = 0
     model.set_budget(threshold=ALL_EASY)
     for batch in batches:
-        pairs = zip(stock.test_step(batch), model.test_step(batch))
+        with plain_exits(model):
+            pairs = zip(stock.test_step(batch), model.test_step(batch))
         for one, other in ((a.pred_instances, b.pred_instances) for a, b in pairs):
             if not all(torch.equal(one[key], other[key]) for key in ('bboxes', 'scores', 'labels')):
                 raise RuntimeError(

@@ -7,19 +7,21 @@ Letters, as in the paper (DynamicDet, arXiv 2304.05552):
   stage.
 * ``phi``: difficulty, (N,), in [0, 1], large is hard.
 * K: exits. Exit 0 is the first backbone with its branch (neck and heads), exit 1 the second with
-  its own.
+  its own. Of a pair the exits are two whole detectors.
 """
 
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from mmengine.model import ModuleList
 from mmengine.structures import InstanceData
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmdet.models.detectors import BaseDetector
 from mmdet.models.utils import rename_loss_dict
@@ -28,17 +30,29 @@ from mmdet.structures import OptSampleList, SampleList
 
 from ..errors import UsageError
 from ..precision import KeepsTypeOfBuffers
-from ..routing import GAINS, build_objective, image_aps, quantiles_of, resolve_threshold
+from ..routing import (
+    GAINS,
+    build_objective,
+    class_aps,
+    class_weights,
+    image_aps,
+    quantiles_of,
+    resolve_threshold,
+)
 from ..routing.budget import Budget
+from ..routing.merging import Merge, scale_scores
 from ..routing.thresholds import Thresholds, require_exits
 from ..transfers import to_host
 from .batch_state import BatchState
-from .branch import build_branch
-from .composite import build_composite
+from .branch import build_branch, head_types, require_same_classes
+from .composite import CompositeBackbone, build_backbones
 from .kept_outputs import Outputs
+from .merging import merge_instances
+from .normalization import NormalizationChange
 from .paired_losses import ExitView, paired_losses
-from .resolution import Ratio, reduce_images, reduce_samples, scale_boxes
-from .weights import is_plain, rename_entries
+from .pairs import each_exit, initial_weights, pad_alike
+from .resolution import Ratio, exit_scales, reduce_images, reduce_samples, scale_boxes
+from .weights import JOINED, is_plain, rename_entries
 
 
 @MODELS.register_module()
@@ -49,20 +63,24 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
     alone (``train_router=True``). Used at any speed: see ``budget``.
 
     Args:
-        detector (dict): Config of the stock detector.
-        backbone (dict, optional): Config of each of the two backbones. Defaults to the
-            detector's; where both are given, this one counts. The shipped configs name it, since
-            mmdet's ``init_detector`` looks for ``model.backbone``.
+        detector (dict or list[dict]): Config of the stock detector. A list is of several whole
+            detectors, one for each exit (a *pair*), with their own backbone, neck, heads and
+            normalization: they must know the same number of classes.
+        backbone (dict or list[dict], optional): Config of each of the two backbones; of a pair, a
+            list. Defaults to the detector's; where both are given, this one counts. The shipped
+            configs name it, since mmdet's ``init_detector`` looks for ``model.backbone``.
         shared (bool): Whether all exits use one neck and one set of heads, as two-stage
-            detectors do; YOLO variants have one per exit. Defaults to True.
+            detectors do; YOLO variants have one per exit. A pair shares none. Defaults to True.
         backbones (int): How many, each fed by the one before, with an exit behind each. 1 makes two
             exits of one backbone that differ by resolution alone: it takes ``first_scale`` below 1.
-            Defaults to 2, the paper's.
+            A pair has its own. Defaults to 2, the paper's.
         reuse_stages (int): Leading stages that the second backbone takes over from the first;
-            see `CompositeBackbone`. Defaults to 1.
+            see `CompositeBackbone`. One backbone and pairs have none. Defaults to 1.
         first_scale (float): How large exit 0 sees the image, as a share of its delivered sides, in
-            (0, 1]; later exits see it as delivered. Below 1 it takes ``reuse_stages=0``. Defaults
-            to 1.
+            (0, 1]; later exits see it as delivered. Below 1 two backbones take ``reuse_stages=0``.
+            Defaults to 1.
+        scales (Sequence[float], optional): The same of each exit, rising for most uses, the last
+            usually 1; in place of ``first_scale``. One backbone has as many exits as there are.
         router (dict): Config of the router; ``type`` and ``in_channels`` are filled in. Defaults to
             the paper's.
         train_router (bool): Whether this is step 2. Then nothing but the router can change.
@@ -72,64 +90,102 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         budget (dict, optional): The wanted speed: one of ``threshold`` in [-1, 1], ``hard_share``
             in [0, 1], ``target_latency`` in seconds, ``target_gflops``; the last three need a
             calibrated checkpoint. Defaults to the checkpoint's threshold.
-        data_preprocessor (dict, optional): Defaults to the detector's.
+        merge (str or dict, optional): What an image finds at the exits before its own joins what
+            it finds there, by class: 'nms', 'wbf' or ``dict(type=..., iou=..., conf_type=...)``,
+            see `routing.merging.Merge`. Then the necks and heads of all exits up to an image's own
+            run. Defaults to None: each exit by itself.
+        data_preprocessor (dict, optional): Defaults to the detector's; of a pair, the first's, with
+            padding that suits all.
         init_cfg (dict, optional): As in mmengine. A checkpoint of the plain detector fills both
-            exits. Defaults to the detector's.
+            exits; those of a pair have a name together, see `weights.join_checkpoints`. Defaults
+            to the detector's.
     """
 
     def __init__(
         self,
-        detector: dict,
-        backbone: dict | None = None,
+        detector: dict | Sequence[dict],
+        backbone: dict | Sequence[dict] | None = None,
         shared: bool = True,
         backbones: int = 2,
         reuse_stages: int = 1,
         first_scale: float = 1.0,
+        scales: Sequence[float] | None = None,
         router: dict = dict(type='Router'),
         train_router: bool = False,
         objective: str | dict = 'paper',
         budget: dict | None = None,
+        merge: str | dict | None = None,
         data_preprocessor: dict | None = None,
         init_cfg: dict | None = None,
     ) -> None:
+        merge = Merge.parse(merge)
         for name, value in dict(backbones=backbones, first_scale=first_scale).items():
             if not isinstance(value, (int, float)) or name == 'backbones' and value != int(value):
                 raise UsageError(f'{name} must be a number, and backbones a whole one; got {value}')
         objective = build_objective(objective)
-        if not 0 < first_scale <= 1 or first_scale < 1 and reuse_stages:
+        if train_router and GAINS[objective.gain].values == 'reward':
+            raise UsageError(
+                "gain 'reward' is of a whole set: fit the router to a record (tools/fit_router.py)"
+            )
+        detectors = each_exit(detector)
+        own_backbones = [
+            own or one['backbone'] for own, one in zip_longest(each_exit(backbone), detectors)
+        ]
+        several, single = len(detectors) > 1, len(detectors) == backbones == 1
+        plain = several or single
+        scales = exit_scales(
+            len(detectors) if several else max(2, backbones), first_scale, scales, single
+        )
+        if not plain and min(scales) < 1 and reuse_stages:
             raise UsageError(
                 'first_scale must be in (0, 1], and below 1 with reuse_stages=0, since the second '
-                f'backbone then needs its own stem; got {first_scale} with '
+                f'backbone then needs its own stem; got {scales[0]} with '
                 f'reuse_stages={reuse_stages}'
             )
-        if backbones == 1 and first_scale == 1:
+        if single and len(set(scales)) < len(scales):
             raise UsageError(
                 'one backbone has two exits only where they differ by resolution: give first_scale '
                 'below 1, or two backbones'
             )
         budget = Budget.parse(budget)
         if budget is not None:
-            require_exits(budget, max(2, backbones))
-        preprocessor = data_preprocessor or detector.get('data_preprocessor')
+            require_exits(budget, len(scales))
+        preprocessors = [copy.deepcopy(one.get('data_preprocessor')) for one in detectors]
+        preprocessors[0] = copy.deepcopy(data_preprocessor) or preprocessors[0]
+        pad_alike(preprocessors)
         super().__init__(
-            data_preprocessor=MODELS.build(copy.deepcopy(preprocessor)) if preprocessor else None,
-            init_cfg=init_cfg or copy.deepcopy(detector.get('init_cfg')),
+            data_preprocessor=MODELS.build(preprocessors[0]) if preprocessors[0] else None,
+            init_cfg=init_cfg or initial_weights(detectors),
         )
-        self.num_exits = max(2, backbones)
-        self.backbone = build_composite(backbone or detector['backbone'], reuse_stages, backbones)
-        self.branches = ModuleList(
-            build_branch(detector) for _ in range(1 if shared else self.num_exits)
+        self.num_exits = len(scales)
+        self.backbone = build_backbones(own_backbones, 0 if plain else reuse_stages, backbones)
+        if several:
+            self.branches = ModuleList(map(build_branch, detectors))
+            require_same_classes(self.branches)
+        else:
+            self.branches = ModuleList(
+                build_branch(detectors[0]) for _ in range(1 if shared else self.num_exits)
+            )
+        #: What turns images of exit 0 into those of the later exits of a pair.
+        self.normalizations = ModuleList(
+            NormalizationChange(self.data_preprocessor, MODELS.build(one))
+            for one in preprocessors[1:]
         )
         self.router = MODELS.build(
             {'type': 'Router', 'in_channels': self.backbone.channels, **router}
         )
-        self.first_scale = first_scale
+        #: How large each exit sees the image, as a share of its delivered sides.
+        self.scales, self.first_scale = scales, scales[0]
         #: Of the deepest map: all but a few detectors have 32; those with more pad to it.
         self.stride = max(32, getattr(self.data_preprocessor, 'pad_size_divisor', 1))
         self.objective = objective
+        #: How exits are merged; may be set at any time.
+        self.merge: Merge | None = merge
         # Quantiles of the training set's gains, (101,); NaN until `RouterHook` has measured them,
         # which also keeps them in the checkpoint: they matter to step 2 alone.
         self.register_buffer('gains', torch.full((101,), float('nan')), persistent=False)
+        # Objects of each class in the training set, for gains by class; as the quantiles.
+        self.register_buffer('class_counts', torch.zeros(0), persistent=False)
         self.budget: Budget | None = budget
         self.train_router = train_router
         # Between exit k and k + 1, ascending; of two exits a single number.
@@ -143,6 +199,13 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         self.register_buffer('difficulties', torch.zeros(0))
         self.register_buffer('latencies', torch.full((self.num_exits,), float('nan')))
         self.register_buffer('gflops', torch.full((self.num_exits,), float('nan')))
+        # Of the logit of each exit's scores, which are compared where exits are merged, and in any
+        # AP; see `routing.merging.scale_scores`.
+        self.register_buffer('platt_scale', torch.ones(self.num_exits))
+        self.register_buffer('platt_shift', torch.zeros(self.num_exits))
+        # The same on the host, which decides whether there is anything to scale, and would have to
+        # wait for the device.
+        self._scaling = [(1.0, 0.0)] * self.num_exits
         #: Said to who asks for a mean latency: how these differ from those here. See
         #: `timing.timed_elsewhere`.
         self.timed_elsewhere: str | None = None
@@ -161,6 +224,24 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
                     module.eval()
         return self
 
+    @property
+    def needs_step_one(self) -> bool:
+        """Whether plain weights leave something of the exits to train: connections between
+        backbones. One backbone and pairs have none."""
+        return isinstance(self.backbone, CompositeBackbone) and len(self.backbone.names) > 1
+
+    @property
+    def whole_detectors(self) -> list[list[nn.Module]]:
+        """What is a detector by itself: each exit of a pair, else all."""
+        if not len(self.normalizations):
+            return [[self]]
+        return [list(parts) for parts in zip(self.backbone.nets, self.branches)]
+
+    @property
+    def has_comparable_losses(self) -> bool:
+        """Whether losses of the exits can be compared: those of other kinds of heads cannot."""
+        return len({head_types(branch) for branch in self.branches}) == 1
+
     # Loading.
 
     def spread_plain_weights(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -168,9 +249,17 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
 
         A dynamic detector's own checkpoint comes back as it is. Entries that match nothing keep
         their name, so that whoever loads names them.
+
+        Raises:
+            UsageError: If it is of one plain detector, and the exits are several.
         """
         if not is_plain(state_dict):
             return dict(state_dict)
+        if len(self.normalizations) and any(key.startswith('backbone.') for key in state_dict):
+            raise UsageError(
+                f'this checkpoint is of one plain detector, and the config has {self.num_exits}: '
+                f'name one of each in their order, as {JOINED}FIRST.pth,SECOND.pth'
+            )
         known, spread = set(self.state_dict()), {}
         for key, value in state_dict.items():
             if key.startswith('backbone.'):
@@ -184,9 +273,13 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
         """Take checkpoints of plain detectors, for all exits, and calibrations of any length."""
         entries = rename_entries(state_dict, prefix, self.spread_plain_weights)
+        # Checkpoints from before exits could be merged lack it.
+        for name in ('platt_scale', 'platt_shift'):
+            state_dict.setdefault(prefix + name, getattr(self, name))
         if 'difficulties' in entries:
             self.difficulties = self.difficulties.new_empty(entries['difficulties'].shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._scaling = list(zip(self.platt_scale.tolist(), self.platt_shift.tolist()))
         self._apply_budget()
 
     # Speed.
@@ -228,6 +321,14 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         else:
             self._budget_waits = self.budget is not None
 
+    def set_platt_scaling(self, scaling: Sequence[tuple[float, float]]) -> None:
+        """Choose scale and shift of the logit of each exit's scores, K pairs; see
+        `routing.merging.scale_scores`."""
+        values = self.platt_scale.new_tensor(scaling)
+        self.platt_scale.copy_(values[:, 0])
+        self.platt_shift.copy_(values[:, 1])
+        self._scaling = [(scale, shift) for scale, shift in values.tolist()]
+
     # Forward.
 
     def score(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> Tensor:
@@ -244,16 +345,37 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         maps, _ = self._first_maps(batch_inputs)
         return self.branch(0).extract_feat(self.backbone.select(maps))
 
+    def exit_images(
+        self, exit: int, batch_inputs: Tensor, samples: OptSampleList = None
+    ) -> tuple[Tensor, Ratio]:
+        """A delivered batch, (N, 3, H, W), as an exit sees it: normalized and as large as its
+        detector wants it; and how large that is, see `resolution`. Samples say what is padding."""
+        if exit and len(self.normalizations):
+            shapes = samples and [sample.img_shape for sample in samples]
+            batch_inputs = self.normalizations[exit - 1](batch_inputs, shapes)
+        return reduce_images(batch_inputs, self.scales[exit], self.stride)
+
     def _first_maps(self, batch_inputs: Tensor) -> tuple[tuple, Ratio]:
         """``f1``, and how large the images were that it was made from."""
-        images, ratio = reduce_images(batch_inputs, self.first_scale, self.stride)
+        images, ratio = self.exit_images(0, batch_inputs)
         return self.backbone.first_maps(images), ratio
 
-    def deeper_maps(self, exit: int, batch_inputs: Tensor, maps: tuple) -> tuple:
+    def deeper_maps(
+        self, exit: int, batch_inputs: Tensor | None, maps: tuple, samples: OptSampleList = None
+    ) -> tuple:
         """The maps of an exit from 1 on, from those of the exit before."""
+        return self._deeper_maps(exit, batch_inputs, maps, samples)[0]
+
+    def _deeper_maps(
+        self, exit: int, batch_inputs: Tensor | None, maps: tuple, samples: OptSampleList = None
+    ) -> tuple[tuple, Ratio]:
+        """And how large the images were."""
+        images, ratio = batch_inputs, (1.0, 1.0)
+        if self._needs_images:
+            images, ratio = self.exit_images(exit, batch_inputs, samples)
         if len(self.backbone.names) == 1:
-            return self.backbone.first_maps(batch_inputs)
-        return self.backbone.deeper_maps(batch_inputs, maps, exit)
+            return self.backbone.first_maps(images), ratio
+        return self.backbone.deeper_maps(images, maps, exit), ratio
 
     def _all_exits(self, batch_inputs: Tensor, samples: OptSampleList) -> list[tuple]:
         """Maps, data samples and ratio of each exit: as the exit sees the batch. Each has samples
@@ -261,8 +383,8 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         maps, ratio = self._first_maps(batch_inputs)
         exits = [(maps, reduce_samples(samples, ratio), ratio)]
         for exit in range(1, self.num_exits):
-            maps = self.deeper_maps(exit, batch_inputs, maps)
-            exits.append((maps, reduce_samples(samples, (1.0, 1.0)), (1.0, 1.0)))
+            maps, ratio = self._deeper_maps(exit, batch_inputs, maps, samples)
+            exits.append((maps, reduce_samples(samples, ratio), ratio))
         return exits
 
     def loss(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> dict[str, Tensor]:
@@ -319,6 +441,12 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
 
     def _image_losses(self, every: list[tuple], outputs: Sequence[Outputs] | None = None) -> Tensor:
         """(K, N), float32; ``every`` as `_all_exits` gives it."""
+        if not self.has_comparable_losses:
+            kinds = ' and '.join(head_types(branch)[0] for branch in self.branches)
+            raise UsageError(
+                f'losses of {kinds} cannot be compared: choose an objective that counts AP, such '
+                "as objective='ap'"
+            )
         outputs = outputs or [Outputs()] * len(every)
         losses = [
             [
@@ -338,27 +466,97 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         Returns:
             tuple[Tensor, Tensor]: Gains, (N,), and what the router sees, (N, d); float32.
         """
+        if self.objective.by_class:
+            parts, counts, features = self.class_gains(batch_inputs, batch_data_samples)
+            self.last_class_counts = counts.sum(0)
+            return self.weighted_gains(parts), features
         # Before the losses: some heads write into the annotations that they are given.
         objects = [len(sample.gt_instances) for sample in batch_data_samples]
-        measure = self._exit_aps if GAINS[self.objective.gain].values == 'ap' else self.exit_losses
+        measure = self.exit_losses
+        if GAINS[self.objective.gain].values == 'ap':
+            measure = self._exit_aps
         values, features = measure(batch_inputs, batch_data_samples)
         return self.objective.gains(values, objects), features
 
-    def _exit_aps(
+    @torch.no_grad()
+    def class_gains(
         self, batch_inputs: Tensor, batch_data_samples: SampleList
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What each image gains by the last exit, class by class, to be weighted by class.
+
+        An image's loss is no sum over classes: its gain goes to its objects in equal parts. Its AP
+        is one of each class, which counts for each of its objects.
+
+        Returns:
+            tuple[Tensor, Tensor, Tensor]: Parts of the gain, (N, C + 1), the last of which is the
+                gain of images without objects, whose weight is 1; objects, (N, C), C being as large
+                as the batch's labels ask for; and what the router sees, (N, d). float32.
+        """
+        labels = [sample.gt_instances.labels.clone() for sample in batch_data_samples]
+        classes = max((int(own.max()) + 1 for own in labels if len(own)), default=0)
+        counts = torch.stack([torch.bincount(own, minlength=classes) for own in labels]).float()
+        if GAINS[self.objective.gain].values == 'ap':
+            values, features = self._exit_aps(batch_inputs, batch_data_samples, classes)
+            return F.pad(values[-1] - values[0], (0, 1)), counts, features
+        losses, features = self.exit_losses(batch_inputs, batch_data_samples)
+        objects = counts.sum(1)
+        gains = self.objective.gains(losses, objects.tolist())[:, None]
+        shares = torch.cat([counts / objects.clamp(min=1)[:, None], (objects == 0)[:, None]], 1)
+        return gains * shares, counts, features
+
+    def weighted_gains(self, parts: Tensor) -> Tensor:
+        """Gains by class, (N,), of what `class_gains` gives, (N, C + 1), by the objects of each
+        class that are known so far (``class_counts``); by none, all weigh the same."""
+        classes = parts.shape[1] - 1
+        counts = F.pad(self.class_counts, (0, max(0, classes - len(self.class_counts))))
+        weights = parts.new_tensor(class_weights(counts.tolist())[:classes])
+        return parts[:, :-1] @ weights + parts[:, -1]
+
+    def _exit_aps(
+        self, batch_inputs: Tensor, batch_data_samples: SampleList, classes: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """AP of each image by itself under each exit, (K, N), percent, and what the router sees."""
+        """AP of each image by itself under each exit, (K, N), percent, and what the router sees;
+        with a number of classes `class_aps`, (K, N, C), instead."""
         every = self._all_exits(batch_inputs, batch_data_samples)
-        detections, truths = [], []
+        found, truths = [], []
         for exit, (maps, samples, _) in enumerate(every):
             # Copies: predictions are written into the samples.
             predictions = self.branch(exit).predict(
                 self.backbone.select(maps), reduce_samples(samples, (1.0, 1.0)), rescale=False
             )
-            detections.append(_as_arrays([sample.pred_instances for sample in predictions]))
+            found.append([sample.pred_instances for sample in predictions])
             truths.append([_annotations(sample) for sample in samples])
+        if self.merge:
+            # The last exit sees images as delivered.
+            found = self._merged_exits(found, [ratio for *_, ratio in every])
+            truths = truths[-1:] * self.num_exits
+        detections = [_as_arrays(own) for own in found]
         features = self.router.pool(every[0][0], _valid(batch_inputs, batch_data_samples))
-        return features.new_tensor(image_aps(detections, truths)), features
+        aps = (
+            image_aps(detections, truths)
+            if classes is None
+            else class_aps(detections, truths, classes)
+        )
+        return features.new_tensor(aps), features
+
+    def _merged_exits(
+        self, found: list[list[InstanceData]], ratios: Sequence[Ratio]
+    ) -> list[list[InstanceData]]:
+        """What each exit finds in the delivered frame, that of the exits before merged into it.
+
+        Args:
+            found (list[list[InstanceData]]): By exit and image, in the frame that the exit sees.
+            ratios (Sequence[Ratio]): How large each exit sees the images.
+        """
+        for exit, ((wide, high), own) in enumerate(zip(ratios, found)):
+            for one in own:
+                self._scale_scores(exit, one)
+                one.bboxes = scale_boxes(one.bboxes, (1 / wide, 1 / high))
+        images = list(zip(*found))
+        return [
+            merge_instances([image[: exit + 1] for image in images], self.merge)
+            for exit in range(self.num_exits)
+        ]
 
     def _views(self, every: list[tuple], index: int, outputs: Sequence[Outputs]) -> list[ExitView]:
         """All exits' views of one image of a batch."""
@@ -411,6 +609,9 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         """
         state = self.start(batch_inputs, batch_data_samples)
         while True:
+            if self.merge:
+                # All at once, those that leave and those that go on.
+                self.detect(state, rescale)
             leaving, going_on = state.split()
             if len(leaving):
                 self.finish(leaving, rescale)
@@ -436,15 +637,33 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         )
 
     def deepen(self, state: BatchState) -> BatchState:
-        """Run the next backbone on images that go on."""
-        maps = self.deeper_maps(state.exit + 1, state.images, state.maps)
-        return replace(state, exit=state.exit + 1, maps=maps, ratio=(1.0, 1.0))
+        """Run the next backbone on images that go on; where exits are merged, this exit's neck and
+        heads before it, unless they ran."""
+        if self.merge:
+            self.detect(state)
+        maps, ratio = self._deeper_maps(state.exit + 1, state.images, state.maps, state.samples)
+        found = [dict(own) if self.merge else {} for own in state.found]
+        return replace(state, exit=state.exit + 1, maps=maps, ratio=ratio, found=found)
+
+    def detect(self, state: BatchState, rescale: bool = True) -> None:
+        """Run this exit's neck and heads on the images of a batch state, unless they ran; what they
+        find is kept in the state, for this exit and those behind it."""
+        if not all(state.exit in own for own in state.found):
+            for own, found in zip(state.found, self._found_by(state, rescale)):
+                own[state.exit] = found
 
     def finish(self, state: BatchState, rescale: bool = True) -> SampleList:
         """Run this exit's neck and heads on all images of a batch state; results go into the
-        samples."""
-        self._predict_at(state.exit, state.maps, state.samples, state.ratio, rescale)
-        for sample, difficulty in zip(state.samples, state.difficulties):
+        samples, merged with those of the exits before where that is wanted."""
+        if self.merge:
+            self.detect(state, rescale)
+            found = merge_instances(
+                [[own[exit] for exit in sorted(own)] for own in state.found], self.merge
+            )
+        else:
+            found = self._found_by(state, rescale)
+        for sample, own, difficulty in zip(state.samples, found, state.difficulties):
+            sample.pred_instances = own
             sample.set_metainfo(dict(difficulty=difficulty, exit=state.exit))
         return state.samples
 
@@ -456,21 +675,25 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
     def _needs_images(self) -> bool:
         return len(self.backbone.names) == 1 or self.backbone.needs_images
 
-    def _predict_at(
-        self, exit: int, maps: tuple, samples: SampleList, ratio: Ratio, rescale: bool
-    ) -> None:
-        """Run the neck and heads of an exit; what they find goes into the samples."""
+    def _found_by(self, state: BatchState, rescale: bool) -> list[InstanceData]:
+        """What the neck and heads of an exit find, its scores scaled; see `predict` for the
+        frame."""
+        exit, samples, ratio = state.exit, state.samples, state.ratio
         reduced = reduce_samples(samples, ratio) if ratio != (1.0, 1.0) else samples
         predictions = self.branch(exit).predict(
-            self.backbone.select(maps), reduced, rescale=rescale
+            self.backbone.select(state.maps), reduced, rescale=rescale
         )
-        for sample, prediction in zip(samples, predictions):
-            sample.pred_instances = prediction.pred_instances
+        every = [prediction.pred_instances for prediction in predictions]
+        for found in every:
+            self._scale_scores(exit, found)
             if not rescale and ratio != (1.0, 1.0):
                 wide, high = ratio
-                sample.pred_instances.bboxes = scale_boxes(
-                    prediction.pred_instances.bboxes, (1 / wide, 1 / high)
-                )
+                found.bboxes = scale_boxes(found.bboxes, (1 / wide, 1 / high))
+        return every
+
+    def _scale_scores(self, exit: int, found: InstanceData) -> None:
+        """Write an exit's scores anew, as comparable with those of others."""
+        found.scores = scale_scores(found.scores, *self._scaling[exit])
 
     def _forward(
         self, batch_inputs: Tensor, batch_data_samples: OptSampleList = None
