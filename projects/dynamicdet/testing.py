@@ -211,6 +211,8 @@ _KEPT = (
     'platt_scale',
     'platt_shift',
     'gflops',
+    'class_weights',
+    'curve',
     'mean',
     'std',
     'project',

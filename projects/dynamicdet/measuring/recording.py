@@ -183,6 +183,7 @@ def _record_batch(
             file=str(sample.img_path),
             difficulty=float(sample.difficulty),
             shape=tuple(sample.img_shape[:2]),
+            frame=(*sample.img_shape[:2], *sample.get('scale_factor', (1.0, 1.0))),
             detections=[per_image[row] for per_image in detections],
             features=seen_by_router[row].copy(),
             entropy=gray_entropy(pixels[row]),

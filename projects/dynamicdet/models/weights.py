@@ -18,6 +18,7 @@ SETTINGS = (
     'platt_scale',
     'platt_shift',
     'threshold',
+    'regions.',
 )
 
 
@@ -53,7 +54,9 @@ def require_complete(
     shaped = [
         key
         for key in given
-        if key in wanted and given[key] != wanted[key] and key != 'difficulties'
+        if key in wanted
+        and given[key] != wanted[key]
+        and key not in ('difficulties', 'regions.curve')
     ]
     said = [
         f'{len(keys)} {what} (such as {", ".join(keys[:3])})'
@@ -99,7 +102,10 @@ def fit_weights(
     missing = [
         key
         for key in initialized
-        if key not in state and key.split('.')[-1] != 'num_batches_tracked' and key not in SETTINGS
+        if key not in state
+        and key.split('.')[-1] != 'num_batches_tracked'
+        and not key.startswith('regions.')
+        and key not in SETTINGS
     ]
     fitted = {key: state[key] for key in (*fitting, *unknown)}
     if not unknown:
@@ -162,7 +168,9 @@ def _lost_channels(given: Mapping[str, tuple], wanted: Mapping[str, tuple]) -> l
     shaped = [
         key
         for key in given
-        if key in wanted and given[key] != wanted[key] and key != 'difficulties'
+        if key in wanted
+        and given[key] != wanted[key]
+        and key not in ('difficulties', 'regions.curve')
     ]
     fewer = 4 * len(shaped) > len(wanted) and all(
         len(given[key]) == len(wanted[key]) and all(a <= b for a, b in zip(given[key], wanted[key]))
@@ -208,7 +216,7 @@ def exits_digest(state: Mapping[str, torch.Tensor]) -> str:
     """
     digest = hashlib.sha256()
     for key, value in sorted((key.removeprefix('module.'), value) for key, value in state.items()):
-        if not key.startswith(('router.', 'gate.')) and key not in (
+        if not key.startswith(('router.', 'gate.', 'regions.')) and key not in (
             *SETTINGS,
             'thresholds',
             'operating_points',

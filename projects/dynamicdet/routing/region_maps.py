@@ -1,0 +1,148 @@
+"""What each cell of an image gains by a second look, as the first exit's detections tell it.
+
+Letters: ``D``: detections of an image. ``h``, ``w``: rows and columns of its grid of cells, see
+`regions`. ``P``: planes of a grid.
+
+* ``boxes``, (D, 4): left, top, right, bottom, in pixels of the image as its network sees it.
+* ``scores``, (D,), in [0, 1]; ``labels``, (D,), from 0 on.
+* ``weights``, (C,): what an object of each class counts; see `class_weights`.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from ..precision import KeepsType
+from .regions import CELL
+
+#: Largest sides, in pixels of the image as delivered, of what counts as small and as medium: COCO's
+#: 32^2 and 96^2 square pixels.
+_SIDES = (32, 96)
+#: Planes of `detection_planes`: of each size doubt and confidence, weighted by class, and
+#: confidence alone; the number of detections.
+PLANES = 3 * (len(_SIDES) + 1) + 1
+#: Objects that are added to those of a class before it is weighted: a class that was seen a few
+#: times by chance would else outweigh all others.
+_FEW_OBJECTS = 20
+
+
+def class_weights(objects: Sequence[int]) -> np.ndarray:
+    """What an object of each class counts in AP, which averages over classes: 1 / (objects of the
+    class + 20), scaled so that the mean over the objects is 1.
+
+    Args:
+        objects (Sequence[int]): Objects of each class in a data set, (C,).
+
+    Returns:
+        np.ndarray: (C,); ones where there are no objects at all.
+    """
+    counts = np.asarray(objects, float)
+    if not counts.sum():
+        return np.ones(len(counts))
+    weights = 1 / (counts + _FEW_OBJECTS)
+    return weights * counts.sum() / (weights * counts).sum()
+
+
+def cells_of(boxes: np.ndarray, grid: tuple[int, int], cell: int = CELL) -> np.ndarray:
+    """The cell of each box's center, (D,), counted row by row; those outside are in the nearest."""
+    boxes = np.asarray(boxes, float).reshape(-1, 4)
+    x = (boxes[:, 0] + boxes[:, 2]) / 2 // cell
+    y = (boxes[:, 1] + boxes[:, 3]) / 2 // cell
+    row, column = np.clip(y, 0, grid[0] - 1), np.clip(x, 0, grid[1] - 1)
+    return (row * grid[1] + column).astype(np.int64)
+
+
+def detection_planes(
+    boxes: np.ndarray,
+    scores: np.ndarray,
+    labels: np.ndarray,
+    grid: tuple[int, int],
+    weights: np.ndarray,
+    cell: int = CELL,
+) -> np.ndarray:
+    """Sums over the detections of each cell, (`PLANES`, h, w), float32.
+
+    For small, medium and large boxes in turn: p (1 - p) weighted by class, were scores
+    probabilities the variance of what is right there; p weighted by class; p alone. Then the
+    number of detections.
+    """
+    where = cells_of(boxes, grid, cell)
+    p, count = np.asarray(scores, float), grid[0] * grid[1]
+    weight, size = np.asarray(weights)[labels], _size_of(boxes)
+    planes = []
+    for index in range(len(_SIDES) + 1):
+        own = size == index
+        for values in (weight * p * (1 - p), weight * p, p):
+            planes.append(np.bincount(where[own], values[own], minlength=count))
+    planes.append(np.bincount(where, minlength=count))
+    return np.stack(planes).reshape(-1, *grid).astype(np.float32)
+
+
+def rule_map(planes: np.ndarray) -> np.ndarray:
+    """Gain of each cell with nothing trained, (h, w): p (1 - p) of small detections, by class
+    weight. What a second look adds is small objects, where the first is not sure."""
+    return planes[0]
+
+
+def _size_of(boxes: np.ndarray) -> np.ndarray:
+    """0, 1 or 2 for small, medium and large boxes, (D,)."""
+    sides = np.maximum(np.asarray(boxes, float).reshape(-1, 4), 0)
+    area = np.maximum(sides[:, 2] - sides[:, 0], 0) * np.maximum(sides[:, 3] - sides[:, 1], 0)
+    return np.searchsorted(np.square(_SIDES), area, side='right')
+
+
+class RegionRouter(KeepsType):
+    """Predict what each cell gains: two convolutions over its grid.
+
+    They see sums over exit 0's detections in each cell (`detection_planes`) and, with
+    ``in_channels``, exit 0's maps at the size of the grid. It stays in float32 whatever type the
+    detector is turned into. Untrained it gives the rule, `rule_map`.
+
+    Args:
+        in_channels (Sequence[int]): Channels of the maps that it sees, too. Defaults to none.
+        hidden (int): Channels between the two convolutions. Defaults to 16.
+    """
+
+    def __init__(self, in_channels: Sequence[int] = (), hidden: int = 16) -> None:
+        super().__init__()
+        if hidden < 1:
+            raise UsageError(f"a region router's hidden channels must be 1 or more, got {hidden}")
+        self.in_channels = tuple(in_channels)
+        width = PLANES + sum(self.in_channels)
+        self.register_buffer('mean', torch.zeros(width))
+        self.register_buffer('std', torch.ones(width))
+        self.conv1 = nn.Conv2d(width, hidden, 3, padding=1)
+        self.conv2 = nn.Conv2d(hidden, 1, 1)
+        # Whether it was trained.
+        self.register_buffer('trained', torch.tensor(False))
+
+    def forward(self, planes: Tensor, maps: Sequence[Tensor] = ()) -> Tensor:
+        """Gains of each cell.
+
+        Args:
+            planes (Tensor): (N, `PLANES`, h, w).
+            maps (Sequence[Tensor]): (N, C_i, H_i, W_i), of the image that the grid covers.
+
+        Returns:
+            Tensor: (N, h, w), float32.
+        """
+        if not self.trained:
+            return planes[:, 0]
+        return self.gains(self.inputs(planes, maps))
+
+    def inputs(self, planes: Tensor, maps: Sequence[Tensor] = ()) -> Tensor:
+        """What the convolutions see, (N, width, h, w), float32: planes, and maps averaged over each
+        cell."""
+        size = planes.shape[-2:]
+        pooled = [nn.functional.adaptive_avg_pool2d(one.float(), size) for one in maps]
+        return torch.cat([planes.float(), *pooled], dim=1)
+
+    def gains(self, inputs: Tensor) -> Tensor:
+        """(N, h, w), of `inputs`'s, (N, width, h, w)."""
+        with torch.autocast(inputs.device.type, enabled=False):
+            shape = (1, -1, 1, 1)
+            inputs = (inputs - self.mean.view(shape)) / self.std.view(shape)
+            return self.conv2(self.conv1(inputs).relu()).squeeze(1)
