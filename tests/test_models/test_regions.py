@@ -117,6 +117,8 @@ def test_a_crop_is_the_detector_on_the_crop(name):
 @pytest.mark.parametrize('merge', [None, 'nms'])
 def test_results_keep_their_order_and_do_not_depend_on_the_batch(settings, merge):
     model = build('mask_rcnn', merge=merge, **settings)
+    # A router with random weights: by the rule many images have nothing to gain.
+    model.regions.router.trained.fill_(True)
     data = fresh(model, (2, 1, 0, 3))
     middle = float(np.median([one.difficulty for one in predict(model, 1, *data)]))
     together = predict(model, middle, *fresh(model, (2, 1, 0, 3)))
@@ -154,12 +156,12 @@ def test_what_a_region_holds_takes_the_place_of_what_was_found_there():
 
 
 def test_masks_of_crops_lie_in_the_image():
-    model = build('mask_rcnn', **ONE_BACKBONE)
-    fixed_choice(model, [(2, 3, 3, 5)])
+    model = build('mask_rcnn', seed=1, **ONE_BACKBONE)
     inputs, samples = fresh(model, (2,))
     # The file is twice as large as the delivered image.
     samples[0].set_metainfo(dict(ori_shape=(320, 448), scale_factor=(0.5, 0.5)))
     first = predict(model, 1, inputs, [copy.deepcopy(samples[0])])[0].pred_instances
+    fixed_choice(model, [(1, 1, 4, 6)])
     found = predict(model, 0.5, inputs, samples)[0].pred_instances
     assert found.masks.shape[1:] == (320, 448) == first.masks.shape[1:]
     known = {tuple(row) for row in first.bboxes.tolist()}
