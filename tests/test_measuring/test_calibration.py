@@ -17,11 +17,15 @@ from dynamicdet.measuring.calibration import (
     measure_difficulties,
     measure_gflops,
     passed,
+    plain_exits,
     provenance,
     record_exits,
+    score_facts,
 )
 from dynamicdet.measuring.latencies import measure_latencies
 from dynamicdet.routing.budget import Budget
+from dynamicdet.routing.evaluation import read_truth
+from dynamicdet.routing.merging import Merge, platt_scaling_of
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 
@@ -232,6 +236,29 @@ def test_calibration_fills_the_model(model, loader):
     assert model.latencies.tolist() == pytest.approx([found['lat1'], found['lat2']])
     assert model.threshold.item() == pytest.approx(found['threshold'])
     assert sum(sample.exit for batch in loader for sample in model.test_step(batch)) == 2
+
+
+def test_scores_are_calibrated_to_the_annotations(model, loader):
+    """By what each exit finds by itself, whatever was set before."""
+    with plain_exits(model):
+        record = record_exits(model, loader, plain)
+    truth = read_truth(loader.dataset.ann_file, loader.dataset.cat_ids)
+    wanted = platt_scaling_of(record, truth)
+    model.merge = Merge.parse('nms')
+    model.platt_scale.fill_(3.0)
+    calibrate(model, loader, plain, scores=True)
+    scaling = zip(model.platt_scale.tolist(), model.platt_shift.tolist())
+    assert [list(one) for one in scaling] == [pytest.approx(one) for one in wanted]
+    assert wanted != [(1.0, 0.0)] * 2 and model.merge == Merge.parse('nms')
+    np.testing.assert_array_equal(model.difficulties, measure_difficulties(model, loader, plain))
+    assert score_facts(model) == dict(
+        merge='nms (IoU 0.65)', platt_scaling=[pytest.approx(one) for one in wanted]
+    )
+    # Exit 1's neck and heads, and exit 0's.
+    merged = model.gflops[1].item()
+    model.merge = None
+    calibrate(model, loader, plain)
+    assert merged > model.gflops[1].item() and model.platt_scale[0] == pytest.approx(wanted[0][0])
 
 
 def test_a_router_that_was_not_trained(model, loader):
