@@ -173,6 +173,8 @@ def test_masks_of_crops_lie_in_the_image():
             left, top, right, bottom = found.bboxes[row].tolist()
             assert left - 2 <= xs.min() and xs.max() <= right + 2
             assert top - 2 <= ys.min() and ys.max() <= bottom + 2
+    model = build('mask_rcnn')
+    fixed_choice(model, [(1, 1, 4, 6)])
     frame = predict(model, 0.5, *fresh(model, (2,)), rescale=False)[0]
     assert frame.pred_instances.masks.shape[1:] == SIZE
 
