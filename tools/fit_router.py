@@ -18,9 +18,11 @@ from dynamicdet.measuring.fit_router import (
     put_router,
     wanted_objective,
 )
+from dynamicdet.measuring.region_calibration import fit_regions, put_regions
+from dynamicdet.models import DynamicDetector
 from dynamicdet.models.weights import exits_digest
 from dynamicdet.routing import OBJECTIVES
-from dynamicdet.routing.record import read_record, require_of_detector
+from dynamicdet.routing.record import RoutingRecord, read_record, require_of_detector
 
 
 def parse_args() -> argparse.Namespace:
@@ -65,6 +67,9 @@ def main() -> None:
         require_of_detector(
             record.provenance, record.exits, model.num_exits, args.checkpoint, digest
         )
+    if model.regions is not None:
+        fit_region_map(args, model, records, checkpoint)
+        return
     with cli.silence():
         cocos = ground_truths(records, objective)
     fit, images = fit_to_records(
@@ -85,6 +90,23 @@ def main() -> None:
         f'router fitted to {facts["rows"]} rows of {images} images ({fit.steps} steps, weight '
         f'decay {fit.weight_decay:g}); correlation with the gain on images that it was not fit to: '
         f'{fit.correlation:.3f}; delta {done["meta"]["router"]["delta"]:.4f}; written to {args.out}'
+    )
+
+
+def fit_region_map(
+    args: argparse.Namespace, model: DynamicDetector, records: list[RoutingRecord], checkpoint: dict
+) -> None:
+    """Fit the map of regions instead, and write the checkpoint."""
+    for option, value in (('--objective', args.objective), ('--features-from', args.features_from)):
+        if value:
+            raise UsageError(f'{option} is of routers of whole images: leave it out')
+    with cli.silence():
+        found = fit_regions(model, records, args.seed, cli.counter('fit'))
+    done = put_regions(model, checkpoint, dict(found, records=args.records, seed=args.seed))
+    write_checkpoint(done, args.out)
+    print(
+        f'regions fitted to {found["images"]} images, {found["classes"]} classes; correlation of '
+        f"the images' sums with their gains: {found['correlation']:.3f}; written to {args.out}"
     )
 
 

@@ -23,10 +23,10 @@ from mmdet.structures import DetDataSample
 from ..datasets.picture_reading import read_picture
 from ..errors import UsageError
 from ..models import DynamicDetector, fuse
-from ..models.online_control import Online, build_controller, kept_speed, timed_calls
+from ..models.online_control import Online, account_of, build_controller, kept_speed, timed_calls
 from ..models.weights import is_plain, require_complete
 from ..routing.budget import BUDGET_NAMES, Budget
-from ..routing.served import Served, account
+from ..routing.served import Served
 from ..timing import dtype_of, machine_of, timed_elsewhere
 from .image_inputs import Picture, pictures_of
 from .stream import Stream
@@ -205,13 +205,11 @@ class DynamicInferencer(DetInferencer):
         exits = [one['exit'] if isinstance(one, dict) else one.exit for one in predictions]
         # What a first run takes is no cost of an image.
         timed = calls[1:]
-        return account(
+        return account_of(
+            model,
             [exits.count(exit) for exit in range(model.num_exits)],
             self._online_budget if online else model.budget,
             None if online else model.threshold.reshape(-1).tolist(),
-            model.difficulties.tolist(),
-            model.latencies.tolist(),
-            model.gflops.tolist(),
             sum(seconds for seconds, _ in timed) / sum(images for _, images in timed)
             if timed
             else None,
@@ -351,7 +349,7 @@ class DynamicInferencer(DetInferencer):
         return drawn if return_vis else None
 
     def pred2dict(self, data_sample: DetDataSample, pred_out_dir: str = '') -> dict:
-        """As mmdet's, with ``difficulty`` and ``exit``."""
+        """As mmdet's, with ``difficulty`` and ``exit``, and ``regions`` where there are any."""
         if data_sample.get('img_path') is None:
             # An array. mmdet then counts, unless there is a path, even if it is None.
             data_sample.pop('img_path', None)
@@ -360,6 +358,8 @@ class DynamicInferencer(DetInferencer):
             name = osp.splitext(osp.basename(data_sample.img_path))[0]
         result = super().pred2dict(data_sample, pred_out_dir)
         result.update(difficulty=data_sample.difficulty, exit=data_sample.exit)
+        if 'regions' in data_sample:
+            result.update(regions=data_sample.regions)
         if pred_out_dir:
             # Over mmdet's file, which lacks the two.
             mmengine.dump(result, osp.join(pred_out_dir, 'preds', f'{name}.json'))

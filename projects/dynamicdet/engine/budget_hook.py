@@ -13,8 +13,8 @@ from mmengine.runner import Runner
 from mmdet.registry import HOOKS
 
 from ..models import DynamicDetector
-from ..models.online_control import dynamic_part, timed_calls
-from ..routing.served import Served, account
+from ..models.online_control import account_of, dynamic_part, timed_calls
+from ..routing.served import Served
 from ..timing import dtype_of, machine_of, timed_elsewhere
 from .online_hook import OnlineHook
 
@@ -102,15 +102,7 @@ def _account(runner: Runner, left: Sequence[tuple[int, float]]) -> Served:
     thresholds = None if online else model.threshold.reshape(-1).tolist()
     budget = model.budget if online is None else online.budget
     timed = [seconds for _, seconds in left if seconds == seconds]
-    served = account(
-        counts,
-        budget,
-        thresholds,
-        model.difficulties.tolist(),
-        model.latencies.tolist(),
-        model.gflops.tolist(),
-        float(np.mean(timed)) if timed else None,
-    )
+    served = account_of(model, counts, budget, thresholds, float(np.mean(timed)) if timed else None)
     if any(isinstance(part, BaseTTAModel) for part in runner.model.modules()):
         # Costs are of a view.
         unknown = (math.nan,) * model.num_exits
