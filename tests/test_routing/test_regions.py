@@ -165,7 +165,7 @@ def test_planes_by_hand():
     # A box of 96 x 96 is large.
     assert planes[6:9, 1, 1].tolist() == [0, 1, 1]
     assert planes[9].sum() == 4
-    assert (rule_map(planes) == planes[0]).all()
+    assert (rule_map(planes) == planes[0] + planes[3]).all()
     none = detection_planes(np.zeros((0, 4)), [], np.zeros(0, int), (3, 3), np.ones(2))
     assert none.shape == (PLANES, 3, 3) and not none.any()
 
@@ -180,13 +180,13 @@ def test_rare_classes_weigh_more():
 
 def test_untrained_router_is_the_rule():
     planes = torch.rand(2, PLANES, 4, 5)
-    assert torch.equal(RegionRouter()(planes), planes[:, 0])
-    router = RegionRouter(in_channels=(3,))
+    assert torch.equal(RegionRouter()(planes), planes[:, 0] + planes[:, 3])
+    router = RegionRouter(in_channels=(3,), hidden=4)
     router.trained.fill_(True)
     # Maps of any size are averaged over the cells.
     found = router(planes, [torch.rand(2, 3, 8, 10)])
     assert found.shape == (2, 4, 5) and found.dtype == torch.float32
     # It keeps its type.
-    assert router.half().conv1.weight.dtype == torch.float32
+    assert router.half().layers[0].weight.dtype == torch.float32
     with pytest.raises(UsageError, match='hidden'):
-        RegionRouter(hidden=0)
+        RegionRouter(hidden=-1)

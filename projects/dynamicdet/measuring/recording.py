@@ -24,7 +24,7 @@ from ..datasets.config_datasets import require_one_coco
 from ..errors import UsageError
 from ..models import DynamicDetector
 from ..models.kept_outputs import kept_outputs
-from ..models.online_control import kept_speed
+from ..models.online_control import kept_speed, whole_images
 from ..progress import Progress
 from ..routing.record import RoutingRecord
 from ..timing import now
@@ -110,8 +110,10 @@ def record_data_set(
     Returns:
         RoutingRecord: With all that it can hold of what was asked for.
     """
-    images = record_images(model, loader.dataset, loader, progress, view)
-    branch_gflops, branch_latency = _add_costs(images, model, loader.dataset, progress)
+    # What regions would be worth follows from what is found on whole images.
+    with whole_images(model):
+        images = record_images(model, loader.dataset, loader, progress, view)
+        branch_gflops, branch_latency = _add_costs(images, model, loader.dataset, progress)
     gflops, latencies = (
         np.mean([image[name] for image in images], axis=0).tolist()
         for name in ('gflops', 'latencies')

@@ -78,6 +78,16 @@ def kept_speed(model: DynamicDetector) -> Iterator[None]:
         model.threshold.copy_(threshold)
 
 
+@contextlib.contextmanager
+def whole_images(model: DynamicDetector) -> Iterator[None]:
+    """While this is entered, exits see whole images, whatever regions a detector has."""
+    regions, model.regions = model.regions, None
+    try:
+        yield
+    finally:
+        model.regions = regions
+
+
 class Online:
     """While this is entered, a controller sets the thresholds of each batch that a detector sees.
 

@@ -81,10 +81,11 @@ def detection_planes(
     return np.stack(planes).reshape(-1, *grid).astype(np.float32)
 
 
-def rule_map(planes: np.ndarray) -> np.ndarray:
-    """Gain of each cell with nothing trained, (h, w): p (1 - p) of small detections, by class
-    weight. What a second look adds is small objects, where the first is not sure."""
-    return planes[0]
+def rule_map(planes: np.ndarray | Tensor) -> np.ndarray | Tensor:
+    """Gain of each cell with nothing trained, (..., h, w), of planes, (..., P, h, w): p (1 - p) of
+    small and medium detections, by class weight. What a second look adds is such objects, where
+    the first is not sure of them."""
+    return planes[..., 0, :, :] + planes[..., 3, :, :]
 
 
 def _size_of(boxes: np.ndarray) -> np.ndarray:
@@ -95,7 +96,7 @@ def _size_of(boxes: np.ndarray) -> np.ndarray:
 
 
 class RegionRouter(KeepsType):
-    """Predict what each cell gains: two convolutions over its grid.
+    """Predict what each cell gains: convolutions over its grid.
 
     They see sums over exit 0's detections in each cell (`detection_planes`) and, with
     ``in_channels``, exit 0's maps at the size of the grid. It stays in float32 whatever type the
@@ -103,19 +104,23 @@ class RegionRouter(KeepsType):
 
     Args:
         in_channels (Sequence[int]): Channels of the maps that it sees, too. Defaults to none.
-        hidden (int): Channels between the two convolutions. Defaults to 16.
+        hidden (int): Channels between a 3x3 convolution and a 1x1 convolution; 0 for one 1x1
+            convolution, a weighted sum of what a cell holds. Defaults to 0, which a few hundred
+            images fit better.
     """
 
-    def __init__(self, in_channels: Sequence[int] = (), hidden: int = 16) -> None:
+    def __init__(self, in_channels: Sequence[int] = (), hidden: int = 0) -> None:
         super().__init__()
-        if hidden < 1:
-            raise UsageError(f"a region router's hidden channels must be 1 or more, got {hidden}")
+        if hidden < 0:
+            raise UsageError(f"a region router's hidden channels must be 0 or more, got {hidden}")
         self.in_channels = tuple(in_channels)
         width = PLANES + sum(self.in_channels)
         self.register_buffer('mean', torch.zeros(width))
         self.register_buffer('std', torch.ones(width))
-        self.conv1 = nn.Conv2d(width, hidden, 3, padding=1)
-        self.conv2 = nn.Conv2d(hidden, 1, 1)
+        layers = [nn.Conv2d(hidden or width, 1, 1)]
+        if hidden:
+            layers = [nn.Conv2d(width, hidden, 3, padding=1), nn.ReLU(), *layers]
+        self.layers = nn.Sequential(*layers)
         # Whether it was trained.
         self.register_buffer('trained', torch.tensor(False))
 
@@ -130,7 +135,7 @@ class RegionRouter(KeepsType):
             Tensor: (N, h, w), float32.
         """
         if not self.trained:
-            return planes[:, 0]
+            return rule_map(planes)
         return self.gains(self.inputs(planes, maps))
 
     def inputs(self, planes: Tensor, maps: Sequence[Tensor] = ()) -> Tensor:
@@ -145,4 +150,4 @@ class RegionRouter(KeepsType):
         with torch.autocast(inputs.device.type, enabled=False):
             shape = (1, -1, 1, 1)
             inputs = (inputs - self.mean.view(shape)) / self.std.view(shape)
-            return self.conv2(self.conv1(inputs).relu()).squeeze(1)
+            return self.layers(inputs).squeeze(1)
