@@ -102,7 +102,7 @@ $(READY): Makefile setup.py setup.cfg $(wildcard requirements/*.txt)
 	        echo "   $${BASH_REMATCH[0]})"
 	      elif [[ $$line =~ Building\ wheel\ for\ mmcv.*started ]]; then
 	        echo "   mmcv's operators are compiled from source for the torch that is installed, since no ready-made build"
-	        echo "   for this torch exists. Once; 3 min 6 s on two cores of an AMD EPYC, longer on a slower or loaded machine."
+	        echo "   for this torch exists. Once; 2 min 5 s on two cores of an AMD EPYC, longer on a slower or loaded machine."
 	      elif [[ $$line =~ ^\ *\[([0-9]+)/([0-9]+)\] ]] &&
 	           (( BASH_REMATCH[1] % 5 == 0 || BASH_REMATCH[1] == 1 || BASH_REMATCH[1] == BASH_REMATCH[2] )); then
 	        echo "   compiled $${BASH_REMATCH[1]} of $${BASH_REMATCH[2]} files, $$((SECONDS / 60)) min"

@@ -16,6 +16,7 @@ setup(
     python_requires='>=3.11',
     package_dir={'': 'projects'},
     packages=find_packages('projects'),
+    py_modules=['dynamicdet_options'],
     package_data={'dynamicdet.reports': ['page.*']},
     install_requires=requirements('runtime'),
     extras_require={

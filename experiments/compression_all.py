@@ -15,7 +15,7 @@ from routing import WORK as ROUTING
 from routing import make_data
 from routing import train as train_run
 from routing_runs import all_runs
-from steps import ROOT, do_all, make_parser, reading, run, wait_for
+from steps import ROOT, do_all, make_parser, reading, run, train_once, wait_for
 
 from dynamicdet import cli
 from dynamicdet.files import latest_checkpoint, write_atomically
@@ -56,16 +56,7 @@ def tune(step: Step) -> Path:
     if step.hooks is None:
         folder.mkdir(parents=True, exist_ok=True)
         return folder_of(step.start)
-    if not (folder / 'trained').exists():
-        run(
-            'tools/train.py',
-            str(write_config(step)),
-            '--no-data-check',
-            '--resume',
-            f'--work-dir={folder}',
-            log=folder / 'train.log',
-        )
-        (folder / 'trained').touch()
+    train_once(folder, lambda: write_config(step))
     return folder
 
 

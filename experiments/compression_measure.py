@@ -21,11 +21,12 @@ from dynamicdet.building import build_loader, load_detector
 from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.compression.ddz import compress, decompress
 from dynamicdet.compression.encoding import Lossy
-from dynamicdet.compression.pruning import Block, prune_weights
-from dynamicdet.compression.size_report import BlockSize, block_sizes, total
+from dynamicdet.compression.pruning import prune_weights
+from dynamicdet.compression.pruning_blocks import PruningBlock
+from dynamicdet.compression.size_report import BlockSize, block_sizes, total_size
 from dynamicdet.files import write_atomically
 from dynamicdet.measuring.calibration import coco_results, provenance
-from dynamicdet.routing.curve import bootstrap_weights
+from dynamicdet.routing.bootstrap import bootstrap_weights
 from dynamicdet.routing.evaluation import Mixtures
 from dynamicdet.routing.record import RoutingRecord
 
@@ -69,10 +70,10 @@ def _apply(
 ) -> BlockSize:
     """Compress a model, in place; what its file would hold."""
     if blocks:
-        prune_weights(model, [Block(**block) for block in blocks], SEED)
+        prune_weights(model, [PruningBlock(**block) for block in blocks], SEED)
     state = model.state_dict()
     compressed = compress(dict(state_dict=state), Lossy(**lossy or {}))
-    size = total(block_sizes(state, compressed.entries), len(compressed.content))
+    size = total_size(block_sizes(state, compressed.entries), len(compressed.content))
     model.load_state_dict(decompress(compressed.content)['state_dict'])
     return size
 

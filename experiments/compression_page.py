@@ -13,7 +13,7 @@ from compression_runs import BITS, BLOCKS, METHODS, SHARES, TUNING
 from routing_page import table
 
 from dynamicdet.files import write_atomically
-from dynamicdet.routing.curve import interval
+from dynamicdet.routing.bootstrap import confidence_interval
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'experiments' / 'results' / 'compression'
@@ -71,7 +71,7 @@ def at(points: Points, label: str, block: str, share: int) -> dict | None:
 def difference(point: Mapping, base: Mapping, name: str) -> tuple[float, float, float]:
     """By how much a point is above another, and the ends of the paired interval."""
     pairs = np.array(point[f'resampled_{name}'], float) - np.array(base[f'resampled_{name}'], float)
-    return (point[name] - base[name], *interval(pairs))
+    return (point[name] - base[name], *confidence_interval(pairs))
 
 
 def without_loss(points: Points, label: str, block: str, base: Mapping, name: str = 'ap50') -> int:
@@ -108,7 +108,7 @@ def known(points: Points, block: str) -> list[str]:
 
 
 def with_ends(point: Mapping, name: str) -> str:
-    low, high = interval(point[f'resampled_{name}'])
+    low, high = confidence_interval(point[f'resampled_{name}'])
     return f'{point[name]:.2f} ({low:.2f} to {high:.2f})'
 
 
@@ -231,7 +231,7 @@ def picture(points: Points) -> bytes:
             if label.startswith('L1 global') and found:
                 axes.fill_between(
                     shares,
-                    *zip(*(interval(point['resampled_ap50']) for _, point in found)),
+                    *zip(*(confidence_interval(point['resampled_ap50']) for _, point in found)),
                     color=f'C{index}',
                     alpha=0.15,
                 )

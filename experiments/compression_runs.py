@@ -56,7 +56,7 @@ class Step(NamedTuple):
 
     Attributes:
         name (str): Of its file of results.
-        points (dict): Name -> what is done before it is measured: ``blocks``, arguments of `Block`
+        points (dict): Name -> what is done before it is measured: ``blocks``, arguments of `PruningBlock`
             to prune to, or ``lossy``, arguments of `Lossy` by which it is written and read back.
         hooks (tuple, optional): Of the fine-tuning; None without it.
         start (str): The run or step whose weights it takes.
@@ -106,7 +106,7 @@ def all_steps() -> list[Step]:
 
 
 def pruned(block: str, share: int, method: str = 'l1_global') -> list[dict]:
-    """Arguments of `Block`, one for each part of a block."""
+    """Arguments of `PruningBlock`, one for each part of a block."""
     return [
         dict(name=parts[0], modules=list(parts), target=share / 100, **METHODS[method])
         for parts in BLOCKS[block]

@@ -31,10 +31,15 @@ from dynamicdet.compression.encoding import Lossy
 from dynamicdet.deploy.folder import load_deployed
 from dynamicdet.deploy.int8 import needs_reduced_range
 from dynamicdet.files import write_atomically
-from dynamicdet.measuring.benchmark import BenchmarkTask, half_hard_threshold, interleave, quartiles
+from dynamicdet.measuring.benchmark import (
+    BenchmarkTask,
+    half_hard_threshold,
+    quartiles,
+    time_interleaved,
+)
 from dynamicdet.measuring.calibration import provenance, record_exits
 from dynamicdet.models import DynamicDetector
-from dynamicdet.routing.curve import bootstrap_weights
+from dynamicdet.routing.bootstrap import bootstrap_weights
 from dynamicdet.routing.evaluation import Mixtures, difficulties_of
 from dynamicdet.routing.thresholds import ALL_EASY, ALL_HARD
 
@@ -136,7 +141,7 @@ def measure_latencies(
             tasks.update(
                 {f'{folder.name}/{form}/{name}': task for name, task in tasks_of(model, batches)}
             )
-    seconds = interleave(tasks, rounds, cli.progress, 'latencies')
+    seconds = time_interleaved(tasks, rounds, cli.progress, 'latencies')
     facts = dict(
         provenance(cfg, str(folders[0] / WEIGHTS), dataset, 'cpu'),
         images=len(batches),

@@ -19,12 +19,12 @@ from mmengine.hub import get_config
 from mmengine.registry import init_default_scope
 
 from dynamicdet.building import build_loader, load_detector
-from dynamicdet.measuring.calibration import detected
+from dynamicdet.measuring.calibration import detection_arrays
 from dynamicdet.measuring.flops import count_flops
 from dynamicdet.measuring.recording import build_record_loader, record_data_set
 from dynamicdet.measuring.region_calibration import fit_regions
 from dynamicdet.progress import progress
-from dynamicdet.routing.curve import bootstrap_weights
+from dynamicdet.routing.bootstrap import bootstrap_weights
 from dynamicdet.routing.evaluation import Mixtures, read_truth
 from dynamicdet.routing.merging import Merge
 from dynamicdet.routing.record import Detections, RoutingRecord, read_record, write_record
@@ -267,7 +267,7 @@ def run(model: torch.nn.Module, cfg: Config, what: str) -> Point:
     for batch in progress(loader, what):
         flops, samples = count_flops(lambda: model.test_step(batch))
         gflops.append(flops / 1e9)
-        rows += detected(samples, loader.dataset.cat_ids)
+        rows += detection_arrays(samples, loader.dataset.cat_ids)
     return Point(float(np.mean(gflops)), Detections.join(rows))
 
 

@@ -62,10 +62,11 @@ def main() -> None:
     torch.set_num_threads(1)
     cfg = cli.load_config(args)
     cfg.test_dataloader.update(num_workers=0, persistent_workers=False)
+    # Before the loader is built, whose sampler would go on to the size of the whole set.
+    cfg.test_dataloader.dataset.indices = args.images
     with cli.silence():
         model, _ = load_dynamic_detector(cfg, args.checkpoint, 'cpu', any_router=True)
         loader = build_record_loader(cfg, 'test')
-    loader.dataset.get_subset_(list(range(min(args.images, len(loader.dataset)))))
     given, dataset = list(loader), loader.dataset
 
     def record(view: str) -> None:

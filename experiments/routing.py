@@ -14,7 +14,7 @@ from mmengine.config import Config
 from pycocotools.coco import COCO
 from routing_results import dynamic_results, plain_results, together, with_losses_of
 from routing_runs import DATA, Run, all_runs
-from steps import ROOT, do_all, make_parser, reading, run, wait_for
+from steps import ROOT, do_all, make_parser, reading, run, train_once, wait_for
 
 from dynamicdet import cli
 from dynamicdet.files import latest_checkpoint, write_atomically
@@ -37,19 +37,7 @@ def make_data() -> None:
 
 def train(one: Run) -> str:
     """Train a run, or go on with it; its last checkpoint."""
-    folder = WORK / one.name
-    if not (folder / 'trained').exists():
-        config = write_config(one, 'config', {})
-        run(
-            'tools/train.py',
-            str(config),
-            '--no-data-check',
-            '--resume',
-            f'--work-dir={folder}',
-            log=folder / 'train.log',
-        )
-        (folder / 'trained').touch()
-    return latest_checkpoint(str(folder))
+    return train_once(WORK / one.name, lambda: write_config(one, 'config', {}))
 
 
 def write_config(one: Run, name: str, options: Mapping[str, object]) -> Path:

@@ -32,8 +32,8 @@ from dynamicdet.measuring.benchmark import (
     BenchmarkTask,
     build_pair,
     half_hard_threshold,
-    interleave,
     quartiles,
+    time_interleaved,
 )
 from dynamicdet.measuring.calibration import provenance
 from dynamicdet.measuring.flops import count_flops
@@ -114,7 +114,7 @@ def measure(detector: str, name: str, checkpoint: str) -> dict:
     tasks = plain_tasks(detector, checkpoint, setting)
     for variant in VARIANTS:
         tasks.update(dynamic_tasks(detector, variant, checkpoint, setting))
-    seconds = interleave(tasks, setting.rounds, cli.progress, f'{detector}, {name}')
+    seconds = time_interleaved(tasks, setting.rounds, cli.progress, f'{detector}, {name}')
     cfg = Config.fromfile(ROOT / DETECTORS[detector].plain)
     facts = dict(
         provenance(cfg, Path(checkpoint).name, range(setting.images), 'cpu'),

@@ -19,17 +19,17 @@ from routing import make_data
 from routing import train as train_cascade
 from routing_results import INNER, RESAMPLES
 from routing_runs import DATA, DETECTORS, DYNAMIC, HELD_OUT, SEEDS, Run, all_runs, data_options
-from steps import ROOT, do_all, make_parser, reading, run, wait_for
+from steps import ROOT, do_all, make_parser, reading, run, train_once, wait_for
 
 from dynamicdet import cli
 from dynamicdet.checkpoints import read_checkpoint
-from dynamicdet.files import latest_checkpoint, write_atomically
+from dynamicdet.files import write_atomically
 from dynamicdet.models import Router
-from dynamicdet.routing.curve import Chance, split
+from dynamicdet.routing.curve import RandomRouting, split_by_share
 from dynamicdet.routing.evaluation import Mixtures
-from dynamicdet.routing.fitting import features_of, rank_correlation
 from dynamicdet.routing.record import read_record
-from dynamicdet.routing.strata import benefits
+from dynamicdet.routing.router_fitting import features_of_record, rank_correlation
+from dynamicdet.routing.strata import exit_benefits
 
 WORK = ROOT / 'work_dirs' / 'routing_hook'
 RESULTS = ROOT / 'experiments' / 'results' / 'routing_hook'
@@ -71,19 +71,13 @@ def router_config(one: Run, objective: str) -> Config:
 def train_router(one: Run, objective: str) -> Path:
     """Step 2, or go on with it; its last checkpoint."""
     folder = WORK / one.name / objective
-    if not (folder / 'trained').exists():
+
+    def write_config() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         router_config(one, objective).dump(folder / 'config.py')
-        run(
-            'tools/train.py',
-            str(folder / 'config.py'),
-            '--no-data-check',
-            '--resume',
-            f'--work-dir={folder}',
-            log=folder / 'train.log',
-        )
-        (folder / 'trained').touch()
-    return Path(latest_checkpoint(str(folder)))
+        return folder / 'config.py'
+
+    return Path(train_once(folder, write_config))
 
 
 def record_test(one: Run, config: Path, checkpoint: Path) -> Path:
@@ -124,13 +118,16 @@ def judge(path: Path, routers: dict) -> dict:
     with cli.silence():
         coco = COCO(ROOT / DATA['root'] / 'annotations/instances_test.json')
     mixtures = Mixtures(record, coco)
-    chance, features = Chance(mixtures, resamples=RESAMPLES), features_of(record)
-    gained = benefits(record, mixtures)['loss_objects']
+    random_routing, features = (
+        RandomRouting(mixtures, resamples=RESAMPLES),
+        features_of_record(record),
+    )
+    gained = exit_benefits(record, mixtures)['loss_objects']
     found = {}
     for name, checkpoint in routers.items():
         scores = logits(checkpoint, features)
-        choices = [chance.choice(split(scores, share)[1]) for share in INNER]
-        resampled = np.mean([chance.resampled(choice) for choice in choices], axis=0)
+        choices = [random_routing.choice(split_by_share(scores, share)[1]) for share in INNER]
+        resampled = np.mean([random_routing.resampled(choice) for choice in choices], axis=0)
         found[name] = dict(
             ap=[mixtures.ap(choice) for choice in choices],
             resampled_mean=[round(float(value), 3) for value in resampled],
@@ -138,7 +135,7 @@ def judge(path: Path, routers: dict) -> dict:
         )
     return dict(
         exits=[mixtures.ap(np.full(mixtures.images, exit)) for exit in range(mixtures.exits)],
-        random=[chance.at(round(share * mixtures.images))[0] for share in INNER],
+        random=[random_routing.at(round(share * mixtures.images))[0] for share in INNER],
         provenance=record.provenance,
         routers=found,
     )

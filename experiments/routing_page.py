@@ -14,7 +14,8 @@ import numpy as np
 from routing_runs import DETECTORS, DYNAMIC, SIZES
 
 from dynamicdet.files import write_atomically
-from dynamicdet.routing.curve import SHARES, interval
+from dynamicdet.routing.bootstrap import confidence_interval
+from dynamicdet.routing.curve import SHARES
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'experiments' / 'results' / 'routing'
@@ -141,7 +142,7 @@ def lead(run: Mapping, plain: Sequence[Mapping]) -> tuple[float, float, float, f
     router = run['routers'][ROUTER]
     own = router['ap'][len(router['ap']) // 2]
     leads = [ap - front(plain, gflops, index) for index, ap in enumerate(router['resampled_half'])]
-    low, high = interval(leads)
+    low, high = confidence_interval(leads)
     return gflops, own - front(plain, gflops), low, high
 
 
@@ -271,7 +272,7 @@ def above(runs: Sequence[Mapping], kind: str, name: str, other: str) -> str:
 
 def paired_interval(pairs: Sequence[tuple[Mapping, Mapping]]) -> tuple[float, float]:
     """Of the difference of two routers' AP, in the mean over shares and runs, over images."""
-    return interval(
+    return confidence_interval(
         np.mean([np.subtract(a['resampled_mean'], b['resampled_mean']) for a, b in pairs], axis=0)
     )
 
@@ -350,7 +351,7 @@ def plain_table(plain: Mapping[str, Mapping]) -> str:
             name,
             f'{run["gflops"]:.3f}',
             f'{run["ap"]:.2f}',
-            '{:.2f} to {:.2f}'.format(*interval(run['resampled'])),
+            '{:.2f} to {:.2f}'.format(*confidence_interval(run['resampled'])),
         ]
         for name, run in sorted(plain.items(), key=lambda item: item[1]['gflops'])
     ]

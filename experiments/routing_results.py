@@ -6,16 +6,21 @@ from dataclasses import replace
 import numpy as np
 from pycocotools.coco import COCO
 
-from dynamicdet.reports.analysis import pair_of
-from dynamicdet.reports.analysis_curves import oracles
+from dynamicdet.reports.routing_analysis import two_exit_record
+from dynamicdet.reports.routing_analysis_curves import choices_by_oracle
 from dynamicdet.routing import build_objective
-from dynamicdet.routing.curve import SHARES, Chance, split
+from dynamicdet.routing.curve import SHARES, RandomRouting, split_by_share
 from dynamicdet.routing.evaluation import Mixtures
-from dynamicdet.routing.fitting import features_of, fit_router, gains_of, rank_correlation
 from dynamicdet.routing.merit import efficacy, normalized_gain
-from dynamicdet.routing.peers import PEERS, charge, peer_scores
+from dynamicdet.routing.peers import PEERS, peer_gflops, peer_scores
 from dynamicdet.routing.record import RoutingRecord
-from dynamicdet.routing.strata import benefits, by_objects, by_size, rank_correlations
+from dynamicdet.routing.router_fitting import (
+    features_of_record,
+    fit_router,
+    gains_of_record,
+    rank_correlation,
+)
+from dynamicdet.routing.strata import by_objects, by_size, exit_benefits, rank_correlations
 from dynamicdet.routing.thresholds import shares_beyond
 
 #: Bootstrap resamples, all with seed 0: AP on each is kept, so that runs compare on the same
@@ -41,12 +46,12 @@ INNER = SHARES[1:-1]
 
 def plain_results(record: RoutingRecord, coco: COCO) -> dict:
     """AP of a plain detector, with resamples, and what it costs. Its record has one exit, twice."""
-    chance = Chance(Mixtures(record, coco), resamples=RESAMPLES)
+    random_routing = RandomRouting(Mixtures(record, coco), resamples=RESAMPLES)
     return dict(
         gflops=record.gflops[0],
         latency=record.latencies[0],
         provenance=record.provenance,
-        **_one_exit(chance, 0),
+        **_one_exit(random_routing, 0),
     )
 
 
@@ -67,13 +72,13 @@ def dynamic_results(
         seed (int): Of the fits.
     """
     mixtures = Mixtures(test, test_coco)
-    chance = Chance(mixtures, resamples=RESAMPLES)
-    exits = [_one_exit(chance, exit) for exit in range(mixtures.exits)]
-    pair = pair_of(test)
+    random_routing = RandomRouting(mixtures, resamples=RESAMPLES)
+    exits = [_one_exit(random_routing, exit) for exit in range(mixtures.exits)]
+    pair = two_exit_record(test)
     honest, luck = (
         choices[1:-1]
         for choices in map(
-            oracles(pair, test_coco, Mixtures(pair, test_coco)).get, ('honest', 'oracle')
+            choices_by_oracle(pair, test_coco, Mixtures(pair, test_coco)).get, ('honest', 'oracle')
         )
     )
     routers = {}
@@ -86,24 +91,25 @@ def dynamic_results(
     routers['rank, more pools'] = _fitted(
         sources[HELD_OUT], train_coco, test, 'rank', seed, pools=3
     )
-    gained = benefits(test, mixtures)
+    gained = exit_benefits(test, mixtures)
     found = dict(
         gflops=test.gflops,
         latencies=test.latencies,
         provenance=test.provenance,
         exits=exits,
-        random=[chance.at(round(share * mixtures.images))[0] for share in INNER],
+        random=[random_routing.at(round(share * mixtures.images))[0] for share in INNER],
         by_size=by_size(mixtures),
         by_objects=by_objects(test, mixtures),
         share_gaining={
             name: _share_gaining(record) for name, record in {**sources, 'test': test}.items()
         },
-        honest=_judge(chance, honest, honest),
-        oracle=dict(_judge(chance, luck, honest), refined=True),
+        honest=_judge(random_routing, honest, honest),
+        oracle=dict(_judge(random_routing, luck, honest), refined=True),
         routers={
-            name: _judge_scores(chance, scores, honest, gained) for name, scores in routers.items()
+            name: _judge_scores(random_routing, scores, honest, gained)
+            for name, scores in routers.items()
         },
-        peers=_peers(test, sources, train_coco, chance, honest, gained, seed),
+        peers=_peers(test, sources, train_coco, random_routing, honest, gained, seed),
     )
     if mixtures.exits > 2:
         found['all_exits'] = {
@@ -142,9 +148,11 @@ def with_losses_of(record: RoutingRecord, others: Sequence[RoutingRecord]) -> Ro
     return replace(record, losses=np.array([losses[one] for one in record.ids.tolist()]))
 
 
-def _one_exit(chance: Chance, exit: int) -> dict:
-    choice = np.full(chance.mixtures.images, exit)
-    return dict(ap=chance.mixtures.ap(choice), resampled=_short(chance.resampled(choice)))
+def _one_exit(random_routing: RandomRouting, exit: int) -> dict:
+    choice = np.full(random_routing.mixtures.images, exit)
+    return dict(
+        ap=random_routing.mixtures.ap(choice), resampled=_short(random_routing.resampled(choice))
+    )
 
 
 def _fitted(
@@ -153,14 +161,14 @@ def _fitted(
     """Difficulties of the test images by a router fitted to a record; ``pools`` of its three are
     seen."""
     objective = build_objective(objective)
-    features, own = features_of(record), features_of(test)
+    features, own = features_of_record(record), features_of_record(test)
     width = features.shape[1] // 3 * pools
     ids = record.ids.tolist()
     # Views of one image stay together.
     groups = ids if len(set(ids)) < len(ids) else None
     fit = fit_router(
         features[:, :width],
-        gains_of(record, objective.gain, coco),
+        gains_of_record(record, objective.gain, coco),
         objective,
         groups=groups,
         seed=seed,
@@ -173,11 +181,14 @@ def _fitted(
 
 
 def _judge_scores(
-    chance: Chance, scores: np.ndarray, honest: np.ndarray, gained: Mapping[str, np.ndarray]
+    random_routing: RandomRouting,
+    scores: np.ndarray,
+    honest: np.ndarray,
+    gained: Mapping[str, np.ndarray],
 ) -> dict:
-    choices = np.array([split(scores, share)[1] for share in INNER])
+    choices = np.array([split_by_share(scores, share)[1] for share in INNER])
     return dict(
-        _judge(chance, choices, honest),
+        _judge(random_routing, choices, honest),
         correlation={
             name: one['correlation']
             for name, one in rank_correlations(scores, gained, resamples=0).items()
@@ -186,17 +197,17 @@ def _judge_scores(
     )
 
 
-def _judge(chance: Chance, choices: np.ndarray, honest: np.ndarray) -> dict:
+def _judge(random_routing: RandomRouting, choices: np.ndarray, honest: np.ndarray) -> dict:
     """AP at each share; on each resample at half hard and in the mean over shares; both figures of
     merit."""
     half = choices[len(choices) // 2]
-    resampled = [chance.resampled(chance.choice(choice)) for choice in choices]
+    resampled = [random_routing.resampled(random_routing.choice(choice)) for choice in choices]
     return dict(
-        ap=[chance.mixtures.ap(chance.choice(choice)) for choice in choices],
-        resampled_half=_short(chance.resampled(chance.choice(half))),
+        ap=[random_routing.mixtures.ap(random_routing.choice(choice)) for choice in choices],
+        resampled_half=_short(random_routing.resampled(random_routing.choice(half))),
         resampled_mean=_short(np.mean(resampled, axis=0)),
-        normalized_gain=normalized_gain(chance, half),
-        efficacy=efficacy(chance, choices, honest),
+        normalized_gain=normalized_gain(random_routing, half),
+        efficacy=efficacy(random_routing, choices, honest),
     )
 
 
@@ -204,7 +215,7 @@ def _peers(
     test: RoutingRecord,
     sources: Mapping[str, RoutingRecord],
     train_coco: COCO,
-    chance: Chance,
+    random_routing: RandomRouting,
     honest: np.ndarray,
     gained: Mapping[str, np.ndarray],
     seed: int,
@@ -215,9 +226,11 @@ def _peers(
     found = {}
     for name in PEERS:
         target = 'ap' if name == 'adaptive_feeding' else 'loss_sum'
-        scores = peer_scores(name, test, held, gains_of(held, target, train_coco), seed)
+        scores = peer_scores(name, test, held, gains_of_record(held, target, train_coco), seed)
         found[name] = dict(
-            _judge_scores(chance, scores, honest, gained), charge=charge(name, test), target=target
+            _judge_scores(random_routing, scores, honest, gained),
+            charge=peer_gflops(name, test),
+            target=target,
         )
     return found
 

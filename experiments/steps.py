@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from dynamicdet.files import latest_checkpoint
+
 ROOT = Path(__file__).resolve().parents[1]
 #: mmengine reads a config as a module of a fixed name: one at a time.
 reading = threading.Lock()
@@ -40,6 +42,21 @@ def run(*command: str, log: Path) -> None:
         ).returncode
     if code:
         raise RuntimeError(f'{command[0]} failed with status {code}: see the end of {log}')
+
+
+def train_once(folder: Path, write_config: Callable[[], Path]) -> str:
+    """Train what a function writes, or go on with it; its last checkpoint."""
+    if not (folder / 'trained').exists():
+        run(
+            'tools/train.py',
+            str(write_config()),
+            '--no-data-check',
+            '--resume',
+            f'--work-dir={folder}',
+            log=folder / 'train.log',
+        )
+        (folder / 'trained').touch()
+    return latest_checkpoint(str(folder))
 
 
 def wait_for(*names: str | None) -> None:

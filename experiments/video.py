@@ -19,7 +19,7 @@ import torch
 from mmengine.config import Config
 from routing import make_data
 from routing_runs import DATA, PRETRAINING, data_options
-from steps import ROOT, do_all, reading, run, wait_for
+from steps import ROOT, do_all, reading, run, train_once, wait_for
 from video_results import clock_results, gate_results, head_results
 
 from dynamicdet import cli
@@ -99,18 +99,7 @@ def write_config(name: str) -> Path:
 
 def train(name: str) -> str:
     """Train a run, or go on with it; its last checkpoint."""
-    folder = WORK / name
-    if not (folder / 'trained').exists():
-        run(
-            'tools/train.py',
-            str(write_config(name)),
-            '--no-data-check',
-            '--resume',
-            f'--work-dir={folder}',
-            log=folder / 'train.log',
-        )
-        (folder / 'trained').touch()
-    return latest_checkpoint(str(folder))
+    return train_once(WORK / name, lambda: write_config(name))
 
 
 def record(name: str, split: str, checkpoint: str) -> dict:

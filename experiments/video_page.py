@@ -13,7 +13,7 @@ from steps import ROOT
 from video import GATED, RUNS
 
 from dynamicdet.files import write_atomically
-from dynamicdet.routing.curve import interval
+from dynamicdet.routing.bootstrap import confidence_interval
 from dynamicdet.video.curves import line_at
 
 RESULTS = ROOT / 'experiments' / 'results' / 'video'
@@ -74,7 +74,7 @@ def differences_table(runs: Runs) -> str:
 
 
 def difference(one: Mapping, other: Mapping) -> str:
-    low, high = interval(np.subtract(one['resampled'], other['resampled']))
+    low, high = confidence_interval(np.subtract(one['resampled'], other['resampled']))
     return f'{one["ap"] - other["ap"]:+.2f} ({low:+.2f} to {high:+.2f})'
 
 

@@ -14,16 +14,16 @@ from mmengine.dataset import pseudo_collate
 from dynamicdet import cli
 from dynamicdet.building import build_loader
 from dynamicdet.measuring.calibration import coco_results, provenance
-from dynamicdet.routing.evaluation import evaluate
-from dynamicdet.video.analysis import RULES, analyze_gates, fitted_gates, load_truth
+from dynamicdet.routing.evaluation import evaluate_coco
+from dynamicdet.video.gate_analysis import RULES, analyze_gates, fitted_gates, load_truth
+from dynamicdet.video.gate_simulation import GateRun, Replays, frames_by_video
 from dynamicdet.video.gates import Gate
 from dynamicdet.video.recording import (
-    borrowed,
-    force_exit,
+    forced_exit,
     gate_of_checkpoint,
     load_early_exit_detector,
+    temporary_gate,
 )
-from dynamicdet.video.simulation import GateRun, Replays, streams
 from mmdet.registry import MODELS
 
 #: Bootstrap resamples of whole videos, since frames of one are alike; seed 0, the same for all
@@ -59,7 +59,7 @@ def head_results(test: Mapping) -> dict:
 
 def resampled_videos(record: Mapping) -> np.ndarray:
     """How often each frame counts on each resample, (B, n)."""
-    videos, generator = streams(record), np.random.default_rng(0)
+    videos, generator = frames_by_video(record), np.random.default_rng(0)
     weights = np.zeros((RESAMPLES, len(record['images'])), int)
     for own in weights:
         for video, times in zip(
@@ -117,12 +117,15 @@ def clock_results(
     model, _ = load_early_exit_detector(cfg, checkpoint)
     gates = gates_of(val, config, checkpoint)
     ways = {
-        f'exit {exit}': lambda exit=exit: force_exit(model, exit) for exit in range(model.num_exits)
+        f'exit {exit}': lambda exit=exit: forced_exit(model, exit)
+        for exit in range(model.num_exits)
     }
     for name, own in numbers['gates'].items():
         if own['within']:
             gate, thresholds = gates[name].eval(), own['within']['thresholds']
-            ways[name] = lambda gate=gate, thresholds=thresholds: borrowed(model, gate, thresholds)
+            ways[name] = lambda gate=gate, thresholds=thresholds: temporary_gate(
+                model, gate, thresholds
+            )
     dataset = build_loader(cfg.test_dataloader).dataset
     clocks = {name: Clock() for name in ways}
     torch.set_num_threads(threads)
@@ -145,7 +148,7 @@ def clock_results(
         provenance=provenance(cfg, checkpoint, dataset, 'cpu'),
         energy='RAPL' if energy() is not None else f'estimated: {WATTS_PER_CORE:g} W per busy core',
         ways={
-            name: clock.sums(evaluate(coco, clock.results, ids)['ap'])
+            name: clock.sums(evaluate_coco(coco, clock.results, ids)['ap'])
             for name, clock in clocks.items()
         },
     )

@@ -6,6 +6,7 @@ conftest.py hands it on where OpenMMLab's packages are installed.
 import json
 import logging
 import os
+import runpy
 import sys
 import uuid
 from pathlib import Path
@@ -13,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from far_device import far_device
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
+from mmengine.structures import InstanceData
 from scipy.optimize import linear_sum_assignment
 from suite_settings import ROOT, SEED
 from tool_server import ToolServer
@@ -25,6 +28,7 @@ from dynamicdet.building import build_loader, load_dynamic_detector
 from dynamicdet.datasets.digits import make_digits
 from dynamicdet.files import latest_checkpoint
 from dynamicdet.measuring.calibration import record_exits
+from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 
 #: Exits differ after so many, and routers tell images apart; what they find is left to chance, see
@@ -46,6 +50,26 @@ def open_loggers():
             if type(handler) is logging.StreamHandler and handler.stream.closed:
                 # setStream() would flush the closed one.
                 handler.stream = sys.stdout
+
+
+@pytest.fixture
+def far(monkeypatch):
+    """A device that is not the CPU, see far_device.py."""
+    with far_device(monkeypatch) as device:
+        yield device
+
+
+def instances(*boxes):
+    """Objects with these corners; their classes are 0, 1, 2, 0, ..."""
+    return InstanceData(
+        bboxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        labels=torch.arange(len(boxes)) % 3,
+    )
+
+
+def no_progress(steps, _):
+    """In the place of a progress bar."""
+    return steps
 
 
 @pytest.fixture(scope='session')
@@ -105,6 +129,59 @@ def run_tool(name: str, *arguments: object, timeout: float = 900, cwd: Path = RO
     return _tools.run(
         ROOT / 'tools' / name, [*map(str, arguments)], cwd, {**os.environ, **environment}, timeout
     )
+
+
+def call_tool(name: str, *arguments: object) -> int:
+    """Run a tool in this process; the status that it ends with."""
+    kept = sys.argv
+    sys.argv = [name, *map(str, arguments)]
+    try:
+        runpy.run_path(str(ROOT / 'tools' / name), run_name='__main__')
+    except SystemExit as ended:
+        return ended.code or 0
+    finally:
+        sys.argv = kept
+
+
+def recordable_options(name: str, digits: Path) -> dict:
+    """`shrink_options` of a config of a two-stage detector or of YOLOX, which is small as it is."""
+    options = shrink_options(digits)
+    if 'yolox' in name:
+        options = {key: value for key, value in options.items() if not key.startswith('model.')}
+    return options
+
+
+def write_random(cfg: Config, path: Path, **meta) -> str:
+    """A checkpoint of random weights that find something at either exit and tell images apart."""
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    for branch in model.branches:
+        if hasattr(branch, 'roi_head'):
+            branch.roi_head.bbox_head.fc_cls.weight.data *= 30
+        else:
+            head = branch.bbox_head
+            for conv in [*head.multi_level_conv_obj, *head.multi_level_conv_cls]:
+                torch.nn.init.normal_(conv.weight, std=0.1)
+                torch.nn.init.zeros_(conv.bias)
+    model.router.fc2.weight.data *= 30
+    torch.save(dict(state_dict=model.state_dict(), meta=meta), path)
+    return str(path)
+
+
+def load_small_static(name: str, digits: Path, work_dir: Path, epochs: int, options: dict):
+    """`load_small` of a detector that is not dynamic, in few steps from random weights."""
+    few = {
+        'model.neck.in_channels': [8, 16, 32, 64],
+        'param_scheduler': [],
+        'optim_wrapper.optimizer.lr': 1e-3,
+        'load_from': None,
+        'train_cfg.max_epochs': epochs,
+    }
+    cfg = load_small(name, digits, work_dir, **{**few, **options})
+    # The detector that `shrink_options` also sets is a dynamic one's.
+    cfg.model.pop('detector')
+    return cfg
 
 
 def load_small(name: str, digits: Path, work_dir: Path, val: bool = False, **options) -> Config:

@@ -6,6 +6,7 @@ import functools
 import http.server
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -190,6 +191,12 @@ def test_files_that_are_no_checkpoint(tmp_path, write):
     path = tmp_path / 'a.pth'
     write(path)
     assert str(path) in refusal(read_checkpoint, str(path))
+
+
+def test_what_a_reader_says_in_numbers_alone_has_its_name(tmp_path):
+    path = tmp_path / 'a.pth'
+    path.write_text('hello')
+    assert re.search('read safely: .*[A-Za-z]', refusal(read_checkpoint, str(path)))
 
 
 def test_a_missing_path(tmp_path):

@@ -96,7 +96,7 @@ def test_programs_and_configs_that_are_named_exist(page):
 
 @pytest.mark.parametrize('page', PAGES, ids=name_of)
 def test_options_of_commands_exist(page):
-    shared = (ROOT / 'projects/dynamicdet/cli.py').read_text()
+    shared = (ROOT / 'projects/dynamicdet_options.py').read_text()
     text = re.sub(r'\\\n\s*', ' ', page.read_text())
     for tool, rest in re.findall(r'^ {4,}.*python (tools/\w+\.py)(.*)$', text, re.M):
         # Those of tools/make_digits.py are its splits.

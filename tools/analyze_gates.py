@@ -7,21 +7,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from dynamicdet import cli
-from dynamicdet.errors import UsageError
-from dynamicdet.routing.record import require_of_detector
-from dynamicdet.video.analysis import (
-    RULES,
-    analyze_gates,
-    fitted_gates,
-    format_gate_analysis,
-    load_truth,
-    write_gate_analysis,
-)
-from dynamicdet.video.record import read_video_record
-from dynamicdet.video.recording import gate_of_checkpoint
-from mmdet.registry import MODELS
-
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
@@ -48,6 +33,26 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--seed', type=int, default=0, help='of the fits: 0')
     parser.add_argument('--out-dir', help="where files go: a folder of the record's name beside it")
     return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+from dynamicdet import cli
+from dynamicdet.errors import UsageError
+from dynamicdet.routing.record import require_of_detector
+from dynamicdet.video.gate_analysis import (
+    RULES,
+    analyze_gates,
+    fitted_gates,
+    format_gate_analysis,
+    load_truth,
+    write_gate_analysis,
+)
+from dynamicdet.video.record import read_video_record
+from dynamicdet.video.recording import gate_of_checkpoint
+from mmdet.registry import MODELS
 
 
 def load(path: str, ann_file: str, exits: int, checkpoint: str) -> tuple:

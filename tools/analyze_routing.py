@@ -8,14 +8,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from pycocotools.coco import COCO
-
-from dynamicdet import cli
-from dynamicdet.errors import UsageError
-from dynamicdet.reports.analysis import analyze, format_analysis, pair_of, write_analysis
-from dynamicdet.routing.evaluation import read_truth
-from dynamicdet.routing.record import RoutingRecord, read_record, require_of_detector
-
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
@@ -52,6 +44,24 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+from pycocotools.coco import COCO
+
+from dynamicdet import cli
+from dynamicdet.errors import UsageError
+from dynamicdet.reports.routing_analysis import (
+    analyze_routing,
+    format_analysis,
+    two_exit_record,
+    write_analysis,
+)
+from dynamicdet.routing.evaluation import read_truth
+from dynamicdet.routing.record import RoutingRecord, read_record, require_of_detector
+
+
 def load_annotations(record: RoutingRecord, ann_file: str, option: str) -> COCO:
     """Ground truth of a record, or a `UsageError` that names the option."""
     path = ann_file or record.provenance.get('ann_file', '')
@@ -65,7 +75,7 @@ def load_annotations(record: RoutingRecord, ann_file: str, option: str) -> COCO:
 
 def load(path: str, ann_file: str, option: str, exits: list) -> tuple:
     """A record of two exits, and its ground truth."""
-    record = pair_of(read_record(path), tuple(exits))
+    record = two_exit_record(read_record(path), tuple(exits))
     return record, load_annotations(record, ann_file, option)
 
 
@@ -88,7 +98,9 @@ def main() -> None:
             'detector'
         )
     training = (
-        pair_of(read_record(args.train_record), tuple(args.exits)) if args.train_record else None
+        two_exit_record(read_record(args.train_record), tuple(args.exits))
+        if args.train_record
+        else None
     )
     others = [one for one in (val[0] if val else None, training) if one]
     facts = record.provenance
@@ -102,7 +114,7 @@ def main() -> None:
         )
     out_dir = args.out_dir or str(Path(args.record).with_suffix(''))
     cli.make_folder(out_dir)
-    analysis = analyze(
+    analysis = analyze_routing(
         record,
         coco,
         val,

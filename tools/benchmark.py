@@ -12,41 +12,7 @@ import json
 import os
 from pathlib import Path
 
-import torch
-from mmengine.device import get_device
-
-from dynamicdet import cli
-from dynamicdet.datasets.digits import MIN_IMAGE_SIZE
-from dynamicdet.errors import UsageError
-from dynamicdet.files import write_atomically
-from dynamicdet.measuring.benchmark import (
-    BATCH_SIZE,
-    DTYPES,
-    FORMATS,
-    WANTED,
-    MachineSetting,
-    build_pair,
-    make_batch,
-    measure_benchmark,
-)
-from dynamicdet.measuring.calibration import provenance
-
 CONFIG = Path(__file__).parents[1] / 'configs' / 'dy_faster_rcnn.py'
-#: What was timed on all batches; on one image it was the stock detector and each exit.
-WHOLE = dict(
-    all_easy='all easy',
-    half_hard='half hard',
-    online='half hard, online budget',
-    stream='half hard, stream collects hard',
-    stream_all='half hard, stream collects both',
-    all_hard='all hard',
-)
-RATIOS = dict(
-    exit0_to_stock='exit 0 / stock detector',
-    mixed_to_mean='half hard / mean of all easy and all hard',
-    stream_to_mean='stream, collects hard / the same mean',
-    stream_all_to_mean='stream, collects both / the same mean',
-)
 
 
 def parse_args() -> argparse.Namespace:
@@ -68,27 +34,24 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--rounds', type=int, default=30, help='timed rounds at batch 1: 30')
     parser.add_argument(
-        '--batch-rounds',
-        type=int,
-        default=6,
-        help=f'timed rounds of all batches of {BATCH_SIZE}: 6',
+        '--batch-rounds', type=int, default=6, help='timed rounds of all batches of 8: 6'
     )
     parser.add_argument('--batches', type=int, default=2, help='how many batches: 2')
-    parser.add_argument('--device', default=get_device(), help='such as cpu or cuda:0')
+    parser.add_argument('--device', help='such as cpu or cuda:0; the best that is there')
     parser.add_argument(
         '--threads', nargs='+', type=int, help='CPU threads of torch; its own choice without'
     )
     parser.add_argument(
         '--dtype',
         nargs='+',
-        choices=DTYPES,
+        choices=['float32', 'bfloat16', 'float16'],
         default=['float32'],
         help='data types, all but float32 by autocast: float32',
     )
     parser.add_argument(
         '--memory-format',
         nargs='+',
-        choices=FORMATS,
+        choices=['contiguous', 'channels_last'],
         default=['contiguous'],
         help='of images and weights: contiguous',
     )
@@ -100,6 +63,44 @@ def parse_args() -> argparse.Namespace:
     )
     parser.set_defaults(cfg_options=None)
     return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+import torch
+from mmengine.device import get_device
+
+from dynamicdet import cli
+from dynamicdet.datasets.digits import MIN_IMAGE_SIZE
+from dynamicdet.errors import UsageError
+from dynamicdet.files import write_atomically
+from dynamicdet.measuring.benchmark import (
+    BATCH_SIZE,
+    WANTED,
+    MachineSetting,
+    build_pair,
+    make_batch,
+    measure_benchmark,
+)
+from dynamicdet.measuring.calibration import provenance
+
+#: What was timed on all batches; on one image it was the stock detector and each exit.
+WHOLE = dict(
+    all_easy='all easy',
+    half_hard='half hard',
+    online='half hard, online budget',
+    stream='half hard, stream collects hard',
+    stream_all='half hard, stream collects both',
+    all_hard='all hard',
+)
+RATIOS = dict(
+    exit0_to_stock='exit 0 / stock detector',
+    mixed_to_mean='half hard / mean of all easy and all hard',
+    stream_to_mean='stream, collects hard / the same mean',
+    stream_all_to_mean='stream, collects both / the same mean',
+)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -141,6 +142,7 @@ def table(run: dict, batches: int) -> str:
 def main() -> None:
     """Time a detector at each exit and write the rows."""
     args = parse_args()
+    args.device = args.device or get_device()
     cli.prepare()
     check(args)
     cfg = cli.load_config(args)

@@ -6,21 +6,7 @@ hard share into the checkpoint.
 
 import argparse
 
-from mmengine.device import get_device
-
-from dynamicdet import cli
-from dynamicdet.building import build_loader, load_dynamic_detector, require_dynamic
-from dynamicdet.checkpoints import write_checkpoint
-from dynamicdet.errors import UsageError
-from dynamicdet.measuring.calibration import (
-    calibrate,
-    passed,
-    provenance,
-    require_trained_router,
-    score_facts,
-)
-from dynamicdet.measuring.region_calibration import calibrate_regions
-from dynamicdet.routing.budget import Budget
+from dynamicdet_options import add_common_arguments
 
 #: Buffers of the model that a calibration sets.
 CALIBRATED = ('difficulties', 'gflops', 'latencies', 'threshold', 'platt_scale', 'platt_shift')
@@ -31,9 +17,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file of step 2')
-    cli.add_common_arguments(parser)
+    add_common_arguments(parser)
     parser.add_argument('--out', help='write here instead of into the checkpoint')
-    parser.add_argument('--device', default=get_device(), help='device whose latencies count')
+    parser.add_argument('--device', help='device whose latencies count; the best that is there')
     parser.add_argument(
         '--hard-share', type=float, default=0.5, help='default hard share of the checkpoint: 0.5'
     )
@@ -46,9 +32,31 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+from mmengine.device import get_device
+
+from dynamicdet import cli
+from dynamicdet.building import build_loader, load_dynamic_detector, require_dynamic
+from dynamicdet.checkpoints import write_checkpoint
+from dynamicdet.errors import UsageError
+from dynamicdet.measuring.calibration import (
+    calibrate,
+    inference_settings,
+    provenance,
+    require_trained_router,
+    score_facts,
+)
+from dynamicdet.measuring.region_calibration import calibrate_regions
+from dynamicdet.routing.budget import Budget
+
+
 def main() -> None:
     """Calibrate a checkpoint and write it back."""
     args = parse_args()
+    args.device = args.device or get_device()
     cli.prepare()
     cfg = cli.load_config(args)
     cli.require_settings(cfg, 'val_dataloader')
@@ -79,7 +87,7 @@ def main() -> None:
         found,
         hard_share=args.hard_share,
         **provenance(cfg, args.checkpoint, loader.dataset, args.device),
-        **passed(model, loader),
+        **inference_settings(model, loader),
         **{name: fact for name, fact in score_facts(model).items() if fact is not None},
     )
     write_checkpoint(checkpoint, out)

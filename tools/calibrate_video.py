@@ -8,18 +8,7 @@ The gate is the config's: --cfg-options model.gate.type=AgreementGate takes anot
 
 import argparse
 
-from dynamicdet import cli
-from dynamicdet.checkpoints import write_checkpoint
-from dynamicdet.errors import UsageError
-from dynamicdet.models.weights import exits_digest
-from dynamicdet.routing.record import require_of_detector
-from dynamicdet.video.analysis import decision_seconds, load_truth
-from dynamicdet.video.calibration import calibrate_gate, put_calibration
-from dynamicdet.video.fitting import fit_parts, untrained_parts
-from dynamicdet.video.gates import name_of
-from dynamicdet.video.record import read_video_record
-from dynamicdet.video.recording import load_early_exit_detector
-from dynamicdet.video.simulation import evidences
+from dynamicdet_options import add_common_arguments
 
 
 def parse_args() -> argparse.Namespace:
@@ -27,7 +16,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file of an EarlyExitDetector with a gate')
     parser.add_argument('checkpoint', help='its checkpoint file')
-    cli.add_common_arguments(parser)
+    add_common_arguments(parser)
     parser.add_argument('--record', required=True, help='record of the validation videos')
     parser.add_argument('--ann-file', help='its annotations: what was recorded by default')
     wish = parser.add_mutually_exclusive_group()
@@ -53,6 +42,24 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+from dynamicdet import cli
+from dynamicdet.checkpoints import write_checkpoint
+from dynamicdet.errors import UsageError
+from dynamicdet.models.weights import exits_digest
+from dynamicdet.routing.record import require_of_detector
+from dynamicdet.video.calibration import calibrate_gate, put_calibration
+from dynamicdet.video.gate_analysis import decision_seconds, load_truth
+from dynamicdet.video.gate_fitting import fit_gate_parts, untrained_gate_parts
+from dynamicdet.video.gate_simulation import evidence_by_exit
+from dynamicdet.video.gates import name_of
+from dynamicdet.video.record import read_video_record
+from dynamicdet.video.recording import load_early_exit_detector
+
+
 def wish_of(args: argparse.Namespace) -> dict:
     """What is wished for, as `calibrate_gate` takes it."""
     given = {name: getattr(args, name) for name in ('max_drop', 'target_gflops', 'target_latency')}
@@ -75,7 +82,7 @@ def main() -> None:
         raise UsageError(
             "the config's model has no gate: --cfg-options model.gate.type=AgreementGate"
         )
-    untrained = untrained_parts(model.gate, checkpoint['state_dict'])
+    untrained = untrained_gate_parts(model.gate, checkpoint['state_dict'])
     if untrained and not args.fit_record:
         raise UsageError(
             f'the checkpoint has no trained {name_of(model.gate)}: fit it by --fit-record'
@@ -94,7 +101,7 @@ def main() -> None:
         other = read_video_record(args.fit_record)
         require_of_detector(other['provenance'], len(other['gflops']), *own)
         # What was trained with the detector stays, if there is something else to fit.
-        fits = fit_parts(
+        fits = fit_gate_parts(
             model.gate,
             other,
             load_truth(other, args.fit_ann_file),
@@ -110,7 +117,7 @@ def main() -> None:
                 for name, own in fits.items()
             }
         )
-    seconds = decision_seconds(model.gate, record, evidences(record))
+    seconds = decision_seconds(model.gate, record, evidence_by_exit(record))
     found = calibrate_gate(
         record, coco, model.gate, facts['wish'], args.by, seconds, progress=cli.counter('settings')
     )

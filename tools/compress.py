@@ -8,21 +8,7 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
-from mmengine.config import Config
-
-from dynamicdet import cli
-from dynamicdet.compression import entropy
-from dynamicdet.compression.ddz import (
-    Compressed,
-    compress,
-    decompress,
-    require_suffix,
-    write_compressed,
-)
-from dynamicdet.compression.encoding import Lossy
-from dynamicdet.compression.size_report import TWO_STAGE, BlockSize, block_sizes, compression_table
-from dynamicdet.errors import UsageError
-from dynamicdet.measuring.accuracy_and_latency import measure_detectors
+from dynamicdet_options import ConfigOptions
 
 
 def parse_args() -> argparse.Namespace:
@@ -56,7 +42,7 @@ def parse_args() -> argparse.Namespace:
         'median, in turns) of the checkpoint and of what the file holds',
     )
     parser.add_argument(
-        '--cfg-options', nargs='+', action=cli.ConfigOptions, help='override settings of the config'
+        '--cfg-options', nargs='+', action=ConfigOptions, help='override settings of the config'
     )
     parser.add_argument('--device', default='cpu', help='where --config measures')
     parser.add_argument(
@@ -75,6 +61,27 @@ def parse_args() -> argparse.Namespace:
         '--dry-run', action='store_true', help='say what would be written; write nothing'
     )
     return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+from mmengine.config import Config
+
+from dynamicdet import cli
+from dynamicdet.compression import entropy
+from dynamicdet.compression.ddz import (
+    Compressed,
+    compress,
+    decompress,
+    require_suffix,
+    write_compressed,
+)
+from dynamicdet.compression.encoding import Lossy
+from dynamicdet.compression.size_report import TWO_STAGE, BlockSize, block_sizes, compression_table
+from dynamicdet.errors import UsageError
+from dynamicdet.measuring.accuracy_and_latency import measure_detectors
 
 
 def lossy_from(args: argparse.Namespace) -> Lossy:
@@ -154,7 +161,11 @@ def main() -> None:
     compressed = compress(checkpoint, lossy)
     sizes = block_sizes(checkpoint['state_dict'], compressed.entries, groups)
     lines = report(args, cfg, checkpoint, compressed, sizes) if args.report or cfg else []
-    lines += entropy.stream_table(entropy.compare(compressed.entries)) if args.entropy else []
+    lines += (
+        entropy.stream_table(entropy.compare_stream_sizes(compressed.entries))
+        if args.entropy
+        else []
+    )
     if not args.dry_run:
         write_compressed(compressed, args.out)
     counts = Counter(entry.row['encoding'] for entry in compressed.entries)

@@ -7,14 +7,7 @@ written. Nothing in the file is executed.
 import argparse
 from pathlib import Path
 
-import torch
-from mmengine.registry import init_default_scope
-
-from dynamicdet import cli
-from dynamicdet.building import build_model
-from dynamicdet.checkpoints import write_checkpoint
-from dynamicdet.errors import UsageError
-from dynamicdet.interop import SOURCES, convert_checkpoint
+from dynamicdet_options import ConfigOptions
 
 
 def parse_args() -> argparse.Namespace:
@@ -22,7 +15,11 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('source', metavar='SRC', help='a torch file, or a .pkl of numpy arrays')
     parser.add_argument(
-        '--from', dest='family', required=True, choices=list(SOURCES), help='where it comes from'
+        '--from',
+        dest='family',
+        required=True,
+        choices=['dynamicdet', 'yolov7', 'yolov5', 'cbnetv2', 'detectron2'],
+        help='where it comes from',
     )
     parser.add_argument(
         '--config', required=True, help='of the detector to fill; mmdet::PATH is one of MMDetection'
@@ -31,10 +28,24 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=cli.ConfigOptions,
+        action=ConfigOptions,
         help='override settings of the config: key=value pairs, such as the number of classes',
     )
     return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+import torch
+from mmengine.registry import init_default_scope
+
+from dynamicdet import cli
+from dynamicdet.building import build_model
+from dynamicdet.checkpoints import write_checkpoint
+from dynamicdet.errors import UsageError
+from dynamicdet.interop import convert_checkpoint
 
 
 def main() -> None:

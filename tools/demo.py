@@ -12,6 +12,18 @@ import sys
 import time
 from pathlib import Path
 
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--report', default='work_dirs/demo/report', help='where the report goes')
+    return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
 from dynamicdet import cli
 from dynamicdet.files import latest_checkpoint
 
@@ -20,13 +32,6 @@ CONFIG = 'configs/dy_faster_rcnn_digits.py'
 ROUTER = 'configs/dy_faster_rcnn_digits_router.py'
 #: The figures in the README are from two; more would see other batches.
 PROCESSES = 2
-
-
-def parse_args() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--report', default='work_dirs/demo/report', help='where the report goes')
-    return parser.parse_args()
 
 
 def run(title: str, *command: str, **environment: str) -> None:

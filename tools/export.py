@@ -1,11 +1,11 @@
-"""Export a detector to ONNX Runtime or OpenVINO: a folder with a graph for each stage, in float32
+"""Export a detector to ONNX Runtime or OpenVINO: a folder with a graph for each part, in float32
 or in 8 bits.
 
 Dynamic detectors stay dynamic. In 8 bits, ranges are measured on validation images that pass
 through the exported detector by the config's test pipeline, layers that suffer too much stay float,
-and a calibrated dynamic detector is calibrated anew: as many images are hard as before. The latency
-of each exit is measured on the same images, as this machine runs the graphs (OMP_NUM_THREADS
-threads): budgets in time go by it.
+and a calibrated dynamic detector keeps its calibration: thresholds follow what 8 bits change, so
+that as many images are hard as before. The latency of each exit is measured on the same images, as
+this machine runs the graphs (OMP_NUM_THREADS threads): budgets in time go by it.
 """
 
 import argparse
@@ -13,16 +13,7 @@ import copy
 import sys
 from pathlib import Path
 
-from mmengine.config import Config
-from torch.utils.data import DataLoader
-
-from dynamicdet import cli
-from dynamicdet.building import build_loader, load_detector
-from dynamicdet.deploy.deployment import deploy
-from dynamicdet.deploy.folder import require_new
-from dynamicdet.deploy.graphs import exportable_stages, need_for_deployment
-from dynamicdet.deploy.latencies import said
-from dynamicdet.errors import UsageError
+from dynamicdet_options import ConfigOptions
 
 
 def parse_args() -> argparse.Namespace:
@@ -49,7 +40,7 @@ def parse_args() -> argparse.Namespace:
         '--noise',
         type=float,
         default=0.01,
-        help="error of a stage's outputs to get down to by leaving layers float, as a share of "
+        help="error of a part's outputs to get down to by leaving layers float, as a share of "
         'their power: 0.01',
     )
     parser.add_argument(
@@ -78,13 +69,29 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=cli.ConfigOptions,
+        action=ConfigOptions,
         help='override settings of the config: key=value pairs',
     )
     parser.add_argument(
         '--dry-run', action='store_true', help='say what would be exported; write nothing'
     )
     return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+from mmengine.config import Config
+from torch.utils.data import DataLoader
+
+from dynamicdet import cli
+from dynamicdet.building import build_loader, load_detector
+from dynamicdet.deploy.deployment import deploy
+from dynamicdet.deploy.folder import require_new
+from dynamicdet.deploy.graphs import exportable_parts, need_for_deployment
+from dynamicdet.deploy.latencies import describe_latencies
+from dynamicdet.errors import UsageError
 
 
 def check(args: argparse.Namespace) -> None:
@@ -121,9 +128,9 @@ def main() -> None:
     check(args)
     cfg = cli.load_config(args)
     if args.dry_run:
-        stages = exportable_stages(load_detector(cfg, args.checkpoint)[0])
+        parts = exportable_parts(load_detector(cfg, args.checkpoint)[0])
         kind = 'int8' if args.int8 else 'float32'
-        print(f'would write {args.out}, {kind}: {", ".join(stage.name for stage in stages)}')
+        print(f'would write {args.out}, {kind}: {", ".join(part.name for part in parts)}')
         return
     loader, fault = None, None
     try:
@@ -164,7 +171,7 @@ def main() -> None:
             'export on the machine that counts, or with --reduce-range no'
         )
     if about['latencies']:
-        print(said(about['latencies']))
+        print(describe_latencies(about['latencies']))
     print(f'written to {args.out}: {about["bytes"] / 1e6:.2f} MB')
 
 

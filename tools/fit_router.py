@@ -7,22 +7,7 @@ that was trained without it, with --features-from a record of all of them by CHE
 
 import argparse
 
-from dynamicdet import cli
-from dynamicdet.building import build_model, require_dynamic, whole_model
-from dynamicdet.checkpoints import write_checkpoint
-from dynamicdet.errors import UsageError
-from dynamicdet.measuring.fit_router import (
-    fit_to_records,
-    ground_truths,
-    objective_settings,
-    put_router,
-    wanted_objective,
-)
-from dynamicdet.measuring.region_calibration import fit_regions, put_regions
-from dynamicdet.models import DynamicDetector
-from dynamicdet.models.weights import exits_digest
-from dynamicdet.routing import OBJECTIVES
-from dynamicdet.routing.record import RoutingRecord, read_record, require_of_detector
+from dynamicdet_options import add_common_arguments
 
 
 def parse_args() -> argparse.Namespace:
@@ -30,7 +15,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file of step 2')
     parser.add_argument('checkpoint', help='checkpoint file of step 1 or step 2; it stays as it is')
-    cli.add_common_arguments(parser)
+    add_common_arguments(parser)
     parser.add_argument(
         '--records', nargs='+', required=True, help='files of tools/record.py to learn from'
     )
@@ -39,12 +24,33 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         '--objective',
-        choices=[name for name in OBJECTIVES if name != 'cost_weight'],
+        choices=['paper', 'no_offset', 'loss_sum', 'rank', 'pairwise', 'ap', 'gain'],
         help="what the router learns; by default the config's, where it can also have numbers",
     )
     parser.add_argument('--seed', type=int, default=0, help='of weights, order and folds: 0')
     parser.add_argument('--out', required=True, help='checkpoint file to write')
     return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+from dynamicdet import cli
+from dynamicdet.building import build_model, require_dynamic, whole_model
+from dynamicdet.checkpoints import write_checkpoint
+from dynamicdet.errors import UsageError
+from dynamicdet.measuring.region_calibration import fit_regions, insert_regions
+from dynamicdet.measuring.router_from_records import (
+    fit_router_to_records,
+    ground_truths,
+    insert_router,
+    objective_settings,
+    wanted_objective,
+)
+from dynamicdet.models import DynamicDetector
+from dynamicdet.models.weights import exits_digest
+from dynamicdet.routing.record import RoutingRecord, read_record, require_of_detector
 
 
 def main() -> None:
@@ -72,7 +78,7 @@ def main() -> None:
         return
     with cli.silence():
         cocos = ground_truths(records, objective)
-    fit, images = fit_to_records(
+    fit, images = fit_router_to_records(
         model.router, records, objective, cocos, seen, args.seed, cli.counter('fits')
     )
     facts = dict(
@@ -84,7 +90,7 @@ def main() -> None:
         seed=args.seed,
         cascade=args.checkpoint,
     )
-    done = put_router(model, checkpoint, fit, facts)
+    done = insert_router(model, checkpoint, fit, facts)
     write_checkpoint(done, args.out)
     print(
         f'router fitted to {facts["rows"]} rows of {images} images ({fit.steps} steps, weight '
@@ -102,7 +108,7 @@ def fit_region_map(
             raise UsageError(f'{option} is of routers of whole images: leave it out')
     with cli.silence():
         found = fit_regions(model, records, args.seed, cli.counter('fit'))
-    done = put_regions(model, checkpoint, dict(found, records=args.records, seed=args.seed))
+    done = insert_regions(model, checkpoint, dict(found, records=args.records, seed=args.seed))
     write_checkpoint(done, args.out)
     print(
         f'regions fitted to {found["images"]} images, {found["classes"]} classes; correlation of '

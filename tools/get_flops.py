@@ -7,28 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dynamicdet import cli
-from dynamicdet.errors import UsageError
-from dynamicdet.files import write_atomically
-from dynamicdet.measuring.flops import (
-    Costs,
-    build_detector,
-    count_parameters,
-    measure_costs,
-    stated_shape,
-)
-from dynamicdet.measuring.model_zoo import SHARES, count_row, make_model_zoo_page, read_models
-from dynamicdet.models import can_fuse, fuse
-from dynamicdet.video import EarlyExitDetector
-from dynamicdet.video.costs import as_table, layer_costs, layer_seconds
-
-ROOT = Path(__file__).parents[1]
-NOTES = """mmdet, Swin and CBNetV2 state multiply-adds, at 800 x 1280; papers about YOLO twice that.
-As torch counts: norms, activations, resizing and mmcv's own operators (RoIAlign; of deformable
-attention and convolution what is no linear layer or convolution) are 0."""
-CANNOT_FUSE = (
-    'Not fused: this detector has only norms to fuse, and those count as 0 here in any case.'
-)
+from dynamicdet_options import add_common_arguments
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,7 +16,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('config', nargs='?', help='config file of a detector, dynamic or not')
-    cli.add_common_arguments(parser)
+    add_common_arguments(parser)
     parser.add_argument(
         '--shape',
         nargs=2,
@@ -49,13 +28,41 @@ def parse_args() -> argparse.Namespace:
         '--hard-share',
         nargs='+',
         type=float,
-        default=SHARES,
+        default=[0, 0.1, 0.5, 0.9, 1],
         metavar='SHARE',
         help='shares of hard images, 0 to 1: 0 0.1 0.5 0.9 1',
     )
     parser.add_argument('--fused', action='store_true', help='fuse it first, as for inference')
     parser.add_argument('--zoo', action='store_true', help='write docs/model_zoo.md')
     return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+from dynamicdet import cli
+from dynamicdet.errors import UsageError
+from dynamicdet.files import write_atomically
+from dynamicdet.measuring.flops import (
+    Costs,
+    build_detector,
+    count_parameters,
+    measure_costs,
+    stated_shape,
+)
+from dynamicdet.measuring.model_zoo import count_row, make_model_zoo_page, read_models
+from dynamicdet.models import can_fuse, fuse
+from dynamicdet.video import EarlyExitDetector
+from dynamicdet.video.costs import as_table, layer_costs, layer_seconds
+
+ROOT = Path(__file__).parents[1]
+NOTES = """mmdet, Swin and CBNetV2 state multiply-adds, at 800 x 1280; papers about YOLO twice that.
+As torch counts: norms, activations, resizing and mmcv's own operators (RoIAlign; of deformable
+attention and convolution what is no linear layer or convolution) are 0."""
+CANNOT_FUSE = (
+    'Not fused: this detector has only norms to fuse, and those count as 0 here in any case.'
+)
 
 
 def table(costs: Costs, shares: Sequence[float]) -> str:

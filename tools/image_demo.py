@@ -11,19 +11,7 @@ from collections import Counter
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-import mmengine
-
-from dynamicdet import cli
-from dynamicdet.apis import DynamicInferencer
-from dynamicdet.datasets.picture_formats import has_picture_suffix, picture_suffixes, pictures_in
-from dynamicdet.errors import UsageError
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on, for argparse."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError('must be 1 or more')
-    return int(text)
+from dynamicdet_options import add_budget_arguments, positive
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,7 +28,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--pred-score-thr', type=float, default=0.3, help='draw boxes of at least this score: 0.3'
     )
-    cli.add_budget_arguments(parser)
+    add_budget_arguments(parser)
     parser.add_argument('--no-save-vis', action='store_true', help='write no pictures')
     parser.add_argument('--no-save-pred', action='store_true', help='write no results')
     parser.add_argument(
@@ -53,6 +41,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--print-result', action='store_true', help='print the results')
     parser.set_defaults(cfg_options=None)
     return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+import mmengine
+
+from dynamicdet import cli
+from dynamicdet.apis import DynamicInferencer
+from dynamicdet.datasets.picture_formats import has_picture_suffix, picture_suffixes, pictures_in
+from dynamicdet.errors import UsageError
 
 
 def download(url: str, folder: Path) -> Path:
@@ -130,8 +130,8 @@ def detect(args: argparse.Namespace, pictures: dict[str, str]) -> int:
     if not results:
         return 2
     saved = not (args.no_save_vis and args.no_save_pred)
-    if detector.served is not None:
-        print(*detector.served.lines(), sep='\n')
+    if detector.budget_report is not None:
+        print(*detector.budget_report.lines(), sep='\n')
     print(
         f'{len(results)} images; ' + (f'results in {args.out_dir}' if saved else 'nothing written')
     )

@@ -3,8 +3,6 @@ format."""
 
 import argparse
 
-from dynamicdet.video.digits_video import SIZES, make_digits_video
-
 
 def parse_args():
     """Read the command line."""
@@ -13,7 +11,7 @@ def parse_args():
     )
     parser.add_argument('--root', default='data/digits_video', help='folder to make')
     parser.add_argument('--seed', type=int, default=0, help='of every random choice')
-    for split, count in SIZES.items():
+    for split, count in dict(train=120, val=20, test=40).items():
         parser.add_argument(f'--{split}', type=int, default=count, help=f'{split} videos')
     parser.add_argument('--length', type=int, default=60, help='frames per video')
     parser.add_argument('--size', type=int, default=128, help='height and width of the frames')
@@ -21,6 +19,13 @@ def parse_args():
         '--no-mp4', action='store_true', help='leave out the H.264 files, which need PyAV'
     )
     return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+from dynamicdet.video.digits_video import make_digits_video
 
 
 def show(done, total):
@@ -31,7 +36,7 @@ def show(done, total):
 def main():
     """Make the built-in videos."""
     args = parse_args()
-    sizes = {split: getattr(args, split) for split in SIZES}
+    sizes = {split: getattr(args, split) for split in ('train', 'val', 'test')}
     try:
         print(
             make_digits_video(

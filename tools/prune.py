@@ -8,14 +8,7 @@ pretrained weights and starts from the checkpoint.
 import argparse
 from pathlib import Path
 
-from dynamicdet import cli
-from dynamicdet.building import load_detector
-from dynamicdet.deploy.pruned_config import (
-    describe_pruning,
-    parse_blocks,
-    prune_detector,
-    write_pruned,
-)
+from dynamicdet_options import ConfigOptions
 
 
 def parse_args() -> argparse.Namespace:
@@ -67,9 +60,23 @@ def parse_args() -> argparse.Namespace:
         '--dry-run', action='store_true', help='say what would be removed; write nothing'
     )
     parser.add_argument(
-        '--cfg-options', nargs='+', action=cli.ConfigOptions, help='override settings of the config'
+        '--cfg-options', nargs='+', action=ConfigOptions, help='override settings of the config'
     )
     return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+from dynamicdet import cli
+from dynamicdet.building import load_detector
+from dynamicdet.deploy.pruned_config import (
+    describe_pruning,
+    parse_blocks,
+    prune_detector,
+    write_pruned,
+)
 
 
 def main() -> None:

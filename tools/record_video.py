@@ -7,6 +7,32 @@ compares gates.
 
 import argparse
 
+from dynamicdet_options import add_common_arguments
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file of an EarlyExitDetector')
+    parser.add_argument('checkpoint', help='its checkpoint file')
+    add_common_arguments(parser)
+    parser.add_argument('--out', default='videos.npz', help='file to write: videos.npz')
+    parser.add_argument(
+        '--split',
+        choices=['train', 'val', 'test'],
+        default='test',
+        help="data: test by default; train takes the training frames under the test's pipeline",
+    )
+    parser.add_argument('--device', help='device whose latencies count; the best that is there')
+    parser.add_argument('--frames', type=int, default=20, help='how many frames are timed: 20')
+    parser.add_argument('--rounds', type=int, default=3, help='how often each is, at each exit: 3')
+    return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
 from mmengine.device import get_device
 
 from dynamicdet import cli
@@ -17,28 +43,10 @@ from dynamicdet.video.record import write_video_record
 from dynamicdet.video.recording import load_early_exit_detector, record_videos
 
 
-def parse_args() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file of an EarlyExitDetector')
-    parser.add_argument('checkpoint', help='its checkpoint file')
-    cli.add_common_arguments(parser)
-    parser.add_argument('--out', default='videos.npz', help='file to write: videos.npz')
-    parser.add_argument(
-        '--split',
-        choices=['train', 'val', 'test'],
-        default='test',
-        help="data: test by default; train takes the training frames under the test's pipeline",
-    )
-    parser.add_argument('--device', default=get_device(), help='device whose latencies count')
-    parser.add_argument('--frames', type=int, default=20, help='how many frames are timed: 20')
-    parser.add_argument('--rounds', type=int, default=3, help='how often each is, at each exit: 3')
-    return parser.parse_args()
-
-
 def main() -> None:
     """Record all exits on videos."""
     args = parse_args()
+    args.device = args.device or get_device()
     cli.prepare()
     cfg = cli.load_config(args)
     cli.require_device(args.device)

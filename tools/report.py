@@ -10,23 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmengine.device import get_device
-
-from dynamicdet import cli
-from dynamicdet.building import load_dynamic_detector, require_dynamic
-from dynamicdet.files import write_atomically
-from dynamicdet.measuring.recording import (
-    VIEWS,
-    build_record_loader,
-    record_data_set,
-    require_recordable,
-)
-from dynamicdet.models.weights import exits_digest
-from dynamicdet.reports.analysis import analyze, format_analysis, pair_of, write_analysis
-from dynamicdet.reports.analysis_text import misses
-from dynamicdet.reports.figures import png, trade_off_figure
-from dynamicdet.routing.evaluation import read_truth
-from dynamicdet.routing.record import write_record
+from dynamicdet_options import add_common_arguments, add_record_arguments
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,20 +18,27 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file of step 2')
-    cli.add_common_arguments(parser)
+    add_common_arguments(parser)
     parser.add_argument('--out-dir', help='where the page goes; WORK_DIR/report by default')
-    parser.add_argument(
-        '--split', choices=['val', 'test'], default='test', help='data: test by default'
-    )
-    parser.add_argument('--device', default=get_device(), help='device whose latencies count')
-    parser.add_argument(
-        '--view',
-        choices=[*VIEWS, 'none'],
-        default='flip',
-        help='second view of each image, for the honest oracle: flip by default; shift, for what '
-        'has no mirror image, such as digits; or none, in about two thirds of the time',
-    )
+    add_record_arguments(parser, 'val', 'test')
     return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+from dynamicdet import cli
+from dynamicdet.files import write_atomically
+from dynamicdet.reports.figures import png, trade_off_figure
+from dynamicdet.reports.routing_analysis import (
+    analyze_routing,
+    format_analysis,
+    two_exit_record,
+    write_analysis,
+)
+from dynamicdet.reports.routing_analysis_text import share_miss_sentences
+from dynamicdet.routing.evaluation import read_truth
 
 
 def main() -> None:
@@ -55,24 +46,13 @@ def main() -> None:
     args = parse_args()
     cli.prepare()
     cfg = cli.load_config(args)
-    require_dynamic(cfg)
-    require_recordable(cfg, args.split)
-    cli.check_settings(cfg, args.split)
-    cli.require_device(args.device)
+    cli.require_record(args, cfg)
     out_dir = Path(args.out_dir or Path(cfg.work_dir) / 'report')
     cli.make_folder(str(out_dir))
-    model, checkpoint = load_dynamic_detector(cfg, args.checkpoint, args.device)
-    digest = exits_digest(checkpoint['state_dict'])
-    cli.check_data(cfg, args.split, files=not args.no_data_check)
-    loader = build_record_loader(cfg, args.split)
-    record = record_data_set(
-        model, cfg, loader, cli.progress, view=args.view, checkpoint=args.checkpoint
-    )
-    record.provenance['exits_digest'] = digest
-    write_record(record, out_dir / 'record.npz')
-    record = pair_of(record)
+    model, loader, record = cli.make_record(args, cfg, out_dir / 'record.npz')
+    record = two_exit_record(record)
     coco = read_truth(loader.dataset.ann_file, loader.dataset.cat_ids)
-    analysis = analyze(
+    analysis = analyze_routing(
         record,
         coco,
         say=lambda what: print(f'{what} ...', file=sys.stderr, flush=True),
@@ -81,7 +61,7 @@ def main() -> None:
     write_atomically(png(trade_off_figure(analysis['rows'])), out_dir / 'trade_off.png')
     page = write_analysis(record, coco, analysis, out_dir, name='report')
     print(format_analysis(analysis))
-    for miss in misses(analysis['calibrated']):
+    for miss in share_miss_sentences(analysis['calibrated']):
         print(f'warning: {miss}', file=sys.stderr)
     print(f'\nThe same with pictures: {page}')
 

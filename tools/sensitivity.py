@@ -8,25 +8,7 @@ they come: the same command goes on where it was stopped. A plot is beside it.
 import argparse
 from pathlib import Path
 
-from mmengine.device import get_device
-
-from dynamicdet import cli
-from dynamicdet.annotations import original_of
-from dynamicdet.building import build_loader
-from dynamicdet.compression.blocks import Block
-from dynamicdet.compression.sensitivity import sensitivity_table, suggest
-from dynamicdet.datasets.config_datasets import require_one_coco
-from dynamicdet.errors import UsageError
-from dynamicdet.files import write_atomically
-from dynamicdet.measuring.sensitivity import (
-    blocks_of,
-    draw,
-    identity_of,
-    load,
-    measure_sensitivity,
-    parts_of,
-    truth_of,
-)
+from dynamicdet_options import ConfigOptions
 
 
 def parse_args() -> argparse.Namespace:
@@ -60,19 +42,46 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--size', type=float, default=0.7, help='share of the weights that may be left: 0.7'
     )
-    parser.add_argument('--device', default=get_device(), help='where to run')
+    parser.add_argument('--device', help='where to run; the best that is there')
     parser.add_argument(
         '--dry-run', action='store_true', help='say what would be measured; measure nothing'
     )
     parser.add_argument(
-        '--cfg-options', nargs='+', action=cli.ConfigOptions, help='override settings of the config'
+        '--cfg-options', nargs='+', action=ConfigOptions, help='override settings of the config'
     )
     return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+from mmengine.device import get_device
+
+from dynamicdet import cli
+from dynamicdet.annotations import original_of
+from dynamicdet.building import build_loader
+from dynamicdet.compression.pruning_allocation import allocate_pruning
+from dynamicdet.compression.pruning_blocks import PruningBlock
+from dynamicdet.datasets.config_datasets import require_one_coco
+from dynamicdet.errors import UsageError
+from dynamicdet.files import write_atomically
+from dynamicdet.measuring.sensitivity import (
+    blocks_of,
+    draw_sensitivity,
+    identity_of,
+    load_any_detector,
+    measure_sensitivity,
+    parts_of,
+    sensitivity_table,
+    truth_of,
+)
 
 
 def main() -> None:
     """Measure AP at each share of each part and write the table."""
     args = parse_args()
+    args.device = args.device or get_device()
     cli.prepare()
     cfg = cli.load_config(args)
     cli.require_settings(cfg, 'val_dataloader')
@@ -82,12 +91,12 @@ def main() -> None:
     out = args.out or str(Path(cfg.work_dir) / 'sensitivity.json')
     cli.require_writable(out)
     for share in args.shares:
-        Block('--shares', ['*'], share)
+        PruningBlock('--shares', ['*'], share)
     if args.images < 0:
         raise UsageError(f'--images must be 1 or more, or 0 for all; got {args.images}')
     dataset = require_one_coco(cfg, 'val', 'sensitivity is measured')
     cli.check_data(cfg, 'val')
-    model = load(cfg, args.checkpoint, args.device)
+    model = load_any_detector(cfg, args.checkpoint, args.device)
     blocks = {}
     for one in args.block or []:
         name, equals, patterns = one.partition('=')
@@ -115,14 +124,14 @@ def main() -> None:
     print(*sensitivity_table(curves), sep='\n')
     # Of layers where they were measured: a block is what they add up to.
     chosen = curves[len(blocks) :] if args.layers else curves
-    found = suggest(chosen, args.size)
+    allocation = allocate_pruning(chosen, args.size)
     print(
-        f'for {found.left:.1%} of these weights, at a predicted loss of {found.loss:.2f} '
-        f'{args.metric} (at least {found.bound:.2f}), prune:'
+        f'for {allocation.left:.1%} of these weights, at a predicted loss of {allocation.loss:.2f} '
+        f'{args.metric} (at least {allocation.bound:.2f}), prune:'
     )
-    print(*(f'  {name}: {share:.0%}' for name, share in found.shares.items()), sep='\n')
+    print(*(f'  {name}: {share:.0%}' for name, share in allocation.shares.items()), sep='\n')
     plot = Path(out).with_suffix('.png')
-    write_atomically(draw(curves, found, args.metric), plot)
+    write_atomically(draw_sensitivity(curves, allocation, args.metric), plot)
     print(f'written to {out} and {plot}')
 
 

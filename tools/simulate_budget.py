@@ -12,18 +12,6 @@ import math
 import warnings
 from pathlib import Path
 
-import numpy as np
-
-from dynamicdet import cli
-from dynamicdet.errors import UsageError
-from dynamicdet.files import write_atomically
-from dynamicdet.routing.budget import Budget
-from dynamicdet.routing.controller import Controller
-from dynamicdet.routing.simulation import drifting, drifting_order, machine, running_mean, simulate
-
-#: Where load begins and ends, as shares of the stream: one in rising, one in falling difficulty.
-LOADS = ((0.28, 0.38), (0.75, 0.85))
-
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
@@ -67,6 +55,29 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+import numpy as np
+
+from dynamicdet import cli
+from dynamicdet.errors import UsageError
+from dynamicdet.files import write_atomically
+from dynamicdet.routing.budget import Budget
+from dynamicdet.routing.budget_controller import BudgetController
+from dynamicdet.routing.budget_simulation import (
+    drifting_difficulties,
+    drifting_order,
+    loaded_latencies,
+    running_mean,
+    simulate_controller,
+)
+
+#: Where load begins and ends, as shares of the stream: one in rising, one in falling difficulty.
+LOADS = ((0.28, 0.38), (0.75, 0.85))
+
+
 def check(args: argparse.Namespace) -> None:
     """Raise a `UsageError` for options that do not fit."""
     if min(args.images, args.batch_size, args.mean_over) < 1 or min(args.delay, args.seed) < 0:
@@ -91,7 +102,10 @@ def check(args: argparse.Namespace) -> None:
 def make_stream(args: argparse.Namespace) -> tuple:
     """Difficulties, (n,), and the latency of each exit, (K,)."""
     if not args.record:
-        return drifting(args.images, args.period, seed=args.seed), args.latencies or [0.010, 0.030]
+        return drifting_difficulties(args.images, args.period, seed=args.seed), args.latencies or [
+            0.010,
+            0.030,
+        ]
     # Where it is used: a record takes more than numpy.
     from dynamicdet.routing.record import read_record
 
@@ -101,17 +115,21 @@ def make_stream(args: argparse.Namespace) -> tuple:
     return scores[order], args.latencies or list(record.latencies)
 
 
-def build(args: argparse.Namespace, latencies: list) -> Controller:
+def build(args: argparse.Namespace, latencies: list) -> BudgetController:
     """The controller, of two exits or more with these latencies, seconds."""
     names = ('target_latency', 'throughput', 'hard_share')
     budget = Budget.parse({name: getattr(args, name) for name in names})
     if budget is None:
         budget = Budget('target_latency', (latencies[0] + latencies[-1]) / 2)
-    return Controller(budget, costs=latencies, window=args.window, gain=args.gain)
+    return BudgetController(budget, costs=latencies, window=args.window, gain=args.gain)
 
 
 def draw(
-    trace: dict, controller: Controller, latencies: list, spikes: list, args: argparse.Namespace
+    trace: dict,
+    controller: BudgetController,
+    latencies: list,
+    spikes: list,
+    args: argparse.Namespace,
 ) -> None:
     """Draw thresholds, shares and latencies over the images."""
     import matplotlib
@@ -167,8 +185,8 @@ def main() -> None:
     difficulties, latencies = make_stream(args)
     spikes = [tuple(int(args.images * share) for share in load) for load in LOADS]
     controller = build(args, latencies)
-    seconds = machine(args.images, latencies, spikes, args.load, seed=args.seed)
-    trace = simulate(controller, difficulties, seconds, args.batch_size, args.delay)
+    seconds = loaded_latencies(args.images, latencies, spikes, args.load, seed=args.seed)
+    trace = simulate_controller(controller, difficulties, seconds, args.batch_size, args.delay)
     draw(trace, controller, latencies, spikes, args)
     name, unit = ('latency', 1e3) if controller.measures else ('hard', 1)
     means = unit * running_mean(trace[name], max(1, args.mean_over // args.batch_size))

@@ -4,16 +4,7 @@ import argparse
 from copy import deepcopy
 from pathlib import Path
 
-from mmengine.config import Config, ConfigDict
-from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
-
-from dynamicdet import cli
-from dynamicdet.building import whole_model
-from dynamicdet.engine import BudgetHook
-from dynamicdet.errors import UsageError
-from dynamicdet.routing.budget import Budget
-from mmdet.evaluation import DumpDetResults
+from dynamicdet_options import add_budget_arguments, add_common_arguments
 
 
 def parse_args() -> argparse.Namespace:
@@ -21,8 +12,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file or URL')
-    cli.add_common_arguments(parser)
-    cli.add_budget_arguments(parser)
+    add_common_arguments(parser)
+    add_budget_arguments(parser)
     parser.add_argument(
         '--online',
         action='store_true',
@@ -35,6 +26,22 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--wait-time', type=float, default=2, help='seconds a shown picture stays')
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
     return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from dynamicdet import cli
+from dynamicdet.building import whole_model
+from dynamicdet.engine import BudgetHook
+from dynamicdet.errors import UsageError
+from dynamicdet.routing.budget import Budget
+from mmdet.evaluation import DumpDetResults
 
 
 def hold_online(cfg: Config, budget: Budget | None) -> None:
@@ -127,7 +134,9 @@ def main() -> None:
     if args.out:
         runner.test_evaluator.metrics.append(DumpDetResults(out_file_path=args.out))
     runner.test()
-    cli.say_served(next(hook for hook in runner.hooks if isinstance(hook, BudgetHook)).served)
+    cli.print_budget_report(
+        next(hook for hook in runner.hooks if isinstance(hook, BudgetHook)).budget_report
+    )
 
 
 if __name__ == '__main__':

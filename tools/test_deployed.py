@@ -5,32 +5,18 @@ import argparse
 import json
 import warnings
 
-import torch
-from mmengine.config import Config, ConfigDict
-from mmengine.runner import Runner
-
-from dynamicdet import cli
-from dynamicdet.building import build_loader
-from dynamicdet.deploy.folder import load_deployed, read_config
-from dynamicdet.deploy.latencies import conditions, measure_latency, said
-from dynamicdet.deploy.runtimes import RUNTIMES
-from dynamicdet.engine import BudgetHook
-from dynamicdet.errors import UsageError
-from dynamicdet.files import write_atomically
-from dynamicdet.models import DynamicDetector
-from dynamicdet.routing.budget import Budget
-from mmdet.models.detectors import BaseDetector
+from dynamicdet_options import ConfigOptions, add_budget_arguments
 
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('folder', help='deployment folder')
-    cli.add_budget_arguments(parser)
+    add_budget_arguments(parser)
     parser.add_argument(
         '--runtime',
         default='onnxruntime',
-        choices=list(RUNTIMES),
+        choices=['onnxruntime', 'openvino'],
         help='what runs the graphs: onnxruntime',
     )
     parser.add_argument(
@@ -54,11 +40,31 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=cli.ConfigOptions,
+        action=ConfigOptions,
         help='override settings of the config: key=value pairs',
     )
     parser.add_argument('--out', help='write the figures to this .json file')
     return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.runner import Runner
+
+from dynamicdet import cli
+from dynamicdet.building import build_loader
+from dynamicdet.deploy.folder import load_deployed, read_config
+from dynamicdet.deploy.latencies import describe_latencies, measure_latency, timing_conditions
+from dynamicdet.engine import BudgetHook
+from dynamicdet.errors import UsageError
+from dynamicdet.files import write_atomically
+from dynamicdet.models import DynamicDetector
+from dynamicdet.routing.budget import Budget
+from mmdet.models.detectors import BaseDetector
 
 
 def load(args: argparse.Namespace) -> Config:
@@ -137,7 +143,13 @@ def main() -> None:
             dataset = build_loader(settings).dataset
         latencies: list[float] = measure_latency(model, dataset, cli.progress, args.images)
         figures['milliseconds'] = [1e3 * seconds for seconds in latencies]
-        print(said(dict(conditions(args.runtime, args.threads, args.providers), seconds=latencies)))
+        print(
+            describe_latencies(
+                dict(
+                    timing_conditions(args.runtime, args.threads, args.providers), seconds=latencies
+                )
+            )
+        )
         # A budget in time goes by what runs the graphs now.
         cfg.model.latencies = latencies
     if not args.no_ap:
@@ -147,7 +159,9 @@ def main() -> None:
         for key, value in figures['metrics'].items():
             if not key.startswith('budget/'):
                 print(f'{key}: {value:.4f}')
-        cli.say_served(next(hook for hook in runner.hooks if isinstance(hook, BudgetHook)).served)
+        cli.print_budget_report(
+            next(hook for hook in runner.hooks if isinstance(hook, BudgetHook)).budget_report
+        )
     if args.out:
         write_atomically(json.dumps(figures, indent=1).encode(), args.out)
 

@@ -3,25 +3,14 @@
 import argparse
 import sys
 
-from mmengine.device import get_device
-from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
-
-from dynamicdet import cli
-from dynamicdet.engine.frozen_parameters import count_frozen_parameters
-from dynamicdet.engine.router_hook import leaves_load_from_unused
-from dynamicdet.engine.switches import check_switches
-from dynamicdet.engine.unwrapping import unwrap
-from dynamicdet.errors import UsageError
-from dynamicdet.files import latest_checkpoint
-from dynamicdet.models.weights import require_all_channels
+from dynamicdet_options import add_common_arguments
 
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file')
-    cli.add_common_arguments(parser)
+    add_common_arguments(parser)
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
     parser.add_argument(
         '--auto-scale-lr', action='store_true', help='scale the learning rate by the batch size'
@@ -35,17 +24,29 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--dry-run',
         action='store_true',
-        help='say what would be pruned, shared or rounded; train nothing',
+        help='say what would be trained, on what, from which weights, and what would be pruned, '
+        'shared or rounded; train nothing',
     )
     return parser.parse_args()
 
 
-def say_what_is_compressed(runner: Runner) -> None:
-    """Of the hooks that compress while a detector trains."""
-    lines = [
-        line for hook in runner.hooks if hasattr(hook, 'describe') for line in hook.describe(runner)
-    ]
-    print(*(lines or ['no hook of this config compresses anything']), sep='\n')
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+from mmengine.device import get_device
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+from dynamicdet import cli
+from dynamicdet.engine.frozen_parameters import count_frozen_parameters
+from dynamicdet.engine.router_hook import leaves_load_from_unused
+from dynamicdet.engine.switches import check_switches
+from dynamicdet.engine.training_plan import describe_training
+from dynamicdet.engine.unwrapping import unwrap
+from dynamicdet.errors import UsageError
+from dynamicdet.files import latest_checkpoint
+from dynamicdet.models.weights import require_all_channels
 
 
 def main() -> None:
@@ -92,7 +93,7 @@ def main() -> None:
     if checkpoint:
         require_all_channels(unwrap(runner.model), checkpoint['state_dict'])
     if args.dry_run:
-        say_what_is_compressed(runner)
+        print(*describe_training(runner), sep='\n')
         return
     count_frozen_parameters(runner)
     try:

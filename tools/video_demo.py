@@ -8,16 +8,10 @@ import argparse
 import sys
 import warnings
 
-from mmengine.config import Config
-
-from dynamicdet import cli
-from dynamicdet.errors import UsageError
-from dynamicdet.routing.budget import Budget
-from dynamicdet.video.demo import FrameDetector, Summary, require_film, run_demo
-from dynamicdet.video.sources import open_source
+from dynamicdet_options import ConfigOptions, positive
 
 
-class GateOptions(cli.ConfigOptions):
+class GateOptions(ConfigOptions):
     """The first word may be the gate's type alone."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
@@ -25,16 +19,11 @@ class GateOptions(cli.ConfigOptions):
         head = values[0] if '=' in values[0] else f'type={values[0]}'
         super().__call__(parser, namespace, [head, *values[1:]], option_string)
         # gate.type=... is of a gate inside.
+        from mmengine.config import Config
+
         nested = Config()
         nested.merge_from_dict(getattr(namespace, self.dest))
         setattr(namespace, self.dest, nested.to_dict())
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on, for argparse."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError('must be 1 or more')
-    return int(text)
 
 
 def parse_args() -> argparse.Namespace:
@@ -58,7 +47,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--budget',
         nargs=1,
-        action=cli.ConfigOptions,
+        action=ConfigOptions,
         metavar='KEY=VALUE',
         help='the wanted speed: target_gflops=2.5, target_latency=0.02 (seconds) or threshold=0.4',
     )
@@ -76,10 +65,21 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=cli.ConfigOptions,
+        action=ConfigOptions,
         help='override settings of the config: KEY=VALUE',
     )
     return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+from dynamicdet import cli
+from dynamicdet.errors import UsageError
+from dynamicdet.routing.budget import Budget
+from dynamicdet.video.demo import FrameDetector, Summary, require_film, run_demo
+from dynamicdet.video.sources import open_source
 
 
 def build_detector(args: argparse.Namespace) -> FrameDetector:
@@ -135,9 +135,9 @@ def main() -> int:
     if summary.ended:
         print(f'{source.name}: {summary.ended}', file=sys.stderr)
     print(('interrupted: ' if summary.stopped else '') + describe(summary, budget))
-    served = detector.served(summary)
-    cli.say_served(served)
-    for above in summary.above(budget) if served is None else []:
+    budget_report = detector.budget_report(summary)
+    cli.print_budget_report(budget_report)
+    for above in summary.above(budget) if budget_report is None else []:
         print(f'warning: {above}', file=sys.stderr)
     if not summary.frames:
         raise UsageError(f"'{source.name}' has no frame that can be read")

@@ -11,7 +11,8 @@ from mmengine.config import Config
 from conftest import ROOT, load_small
 from dynamicdet.checkpoints import write_checkpoint
 from dynamicdet.compression.encoding import Lossy
-from dynamicdet.compression.pruning import Block, layers_of_blocks
+from dynamicdet.compression.pruning import layers_of_blocks
+from dynamicdet.compression.pruning_blocks import PruningBlock
 from dynamicdet.engine import PruningHook, WeightSharingHook
 from dynamicdet.testing import randomize
 from mmdet.registry import MODELS
@@ -44,7 +45,7 @@ def test_what_steps_do_fits_the_detector():
     weights = [key for key, value in model.state_dict().items() if value.dim() > 1]
     for step in STEPS:
         for point in step.points.values():
-            layers_of_blocks(model, [Block(**block) for block in point.get('blocks', ())])
+            layers_of_blocks(model, [PruningBlock(**block) for block in point.get('blocks', ())])
             lossy = Lossy(**point.get('lossy', {}))
             for pattern in lossy.binary or ():
                 assert any(Path(key).match(pattern) for key in weights)

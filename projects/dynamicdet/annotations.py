@@ -222,8 +222,8 @@ def _require_keys(entries: Sequence[Any], keys: Sequence[str], what: str) -> Non
 
 def _place(what: str, index: int, entry: dict[str, Any]) -> str:
     """An entry in words, by its place in the file and by what it calls itself."""
-    said = {key: entry[key] for key in ('id', 'image_id', 'name', 'file_name') if key in entry}
-    return f'{what} number {index} {_shown(said)}'
+    identity = {key: entry[key] for key in ('id', 'image_id', 'name', 'file_name') if key in entry}
+    return f'{what} number {index} {_shown(identity)}'
 
 
 def _refusal(what: str, index: int, entry: dict[str, Any], key: str, wanted: str) -> UsageError:
@@ -335,18 +335,26 @@ def _mend_ids(entries: list[dict], annotations: list[dict], what: str) -> tuple[
         tuple: Lines about it; and whether entries have other ids than before.
     """
     key = f'{what}_id'
-    own, named = [entry['id'] for entry in entries], [entry[key] for entry in annotations]
-    if _are_plain(own) and _are_plain(named):
-        _require_unique(own, what)
+    entry_ids, annotation_ids = (
+        [entry['id'] for entry in entries],
+        [entry[key] for entry in annotations],
+    )
+    if _are_plain(entry_ids) and _are_plain(annotation_ids):
+        _require_unique(entry_ids, what)
         return [], False
-    own, named = _ids_of(entries, 'id', what), _ids_of(annotations, key, 'annotation')
-    _require_unique(own, what)
-    renumbered = not all(isinstance(one, int) for one in own)
-    new = {one: number if renumbered else one for number, one in enumerate(dict.fromkeys(own), 1)}
+    entry_ids, annotation_ids = (
+        _ids_of(entries, 'id', what),
+        _ids_of(annotations, key, 'annotation'),
+    )
+    _require_unique(entry_ids, what)
+    renumbered = not all(isinstance(one, int) for one in entry_ids)
+    new = {
+        one: number if renumbered else one for number, one in enumerate(dict.fromkeys(entry_ids), 1)
+    }
     lines = []
     for some, ids, own_key, kind in (
-        (entries, own, 'id', what),
-        (annotations, named, key, 'annotation'),
+        (entries, entry_ids, 'id', what),
+        (annotations, annotation_ids, key, 'annotation'),
     ):
         odd = [
             index
@@ -380,9 +388,9 @@ def _require_unique(ids: Sequence[Any], what: str) -> None:
     # does.
     if what == 'image' and len(set(ids)) < len(ids):
         shared = [one for one, count in Counter(ids).items() if count > 1]
-        some = ', '.join(map(str, shared[:3]))
+        examples = ', '.join(map(str, shared[:3]))
         raise UsageError(
-            f'{len(shared)} id(s) belong to several images (such as {some}): each needs its own'
+            f'{len(shared)} id(s) belong to several images (such as {examples}): each needs its own'
         )
 
 
@@ -392,13 +400,13 @@ def _number_annotations(annotations: list[dict]) -> list[str]:
     ids = [entry.get('id') for entry in annotations]
     if _are_plain(ids) and len(unique := set(ids)) == len(ids) and 0 not in unique:
         return []
-    seen: set = set()
+    taken: set = set()
     odd = []
     for index, one in enumerate(ids):
-        if not _are_plain([one]) or one == 0 or one in seen:
+        if not _are_plain([one]) or one == 0 or one in taken:
             odd.append(index)
         else:
-            seen.add(one)
+            taken.add(one)
     lines = _line(
         annotations,
         'annotation',

@@ -1,8 +1,6 @@
 """What the command line tools share."""
 
 import argparse
-import ast
-import contextlib
 import os
 import sys
 import traceback
@@ -12,21 +10,27 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
+from mmengine.device import get_device
+from torch.utils.data import DataLoader
 
 import mmdet
+from dynamicdet_options import PATHS, ConfigOptions, add_budget_arguments, add_common_arguments  # noqa: F401  (tools and tests have them from here)
 from mmdet.utils import register_all_modules
 
-from .building import require_model
+from .building import load_dynamic_detector, require_dynamic, require_model
 from .checkpoints import read_checkpoint, weights_only
 from .datasets.annotation_repair import mend_annotations
 from .datasets.check import check_dataloaders, is_of_empty_set
 from .datasets.config_datasets import SEVERAL_FILES
 from .errors import UsageError, reason_of
-from .private_mmengine import parse_scalar
+from .measuring.recording import build_record_loader, record_data_set, require_recordable
+from .models import DynamicDetector
+from .models.weights import exits_digest
 from .progress import counter, progress, silence  # noqa: F401  (tools have them from here)
 from .routing.budget import BUDGET_NAMES, Budget
-from .routing.served import Served
+from .routing.budget_report import BudgetReport
+from .routing.record import RoutingRecord, write_record
 
 #: In front of the path of one of mmdet's configs, as in ``_base_``.
 _OF_MMDET = 'mmdet::'
@@ -58,24 +62,6 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(2)
 
 
-#: Last names of keys whose value is a path: text as it stands, whatever is in it.
-PATHS = (
-    'ann_file',
-    'cascade',
-    'checkpoint',
-    'data_root',
-    'folder',
-    'img',
-    'img_path',
-    'load_from',
-    'outfile_prefix',
-    'proposal_file',
-    'seg',
-    'sub_data_root',
-    'work_dir',
-)
-
-
 def _is_of_building(error: Exception) -> bool:
     """Whether an error came up while mmengine built what a config names, not while it ran."""
     return any(
@@ -84,91 +70,35 @@ def _is_of_building(error: Exception) -> bool:
     )
 
 
-class ConfigOptions(DictAction):
-    """mmengine's; but paths and single values are taken as they are, quoted elements of a list are
-    text, and mistakes are said."""
-
-    @staticmethod
-    def _parse_iterable(value: str) -> Any:
-        with contextlib.suppress(ValueError, SyntaxError, TypeError):
-            # ["0", "a, b"]. A single one in parentheses stays a list for mmengine.
-            listed = (
-                ast.literal_eval(value.strip()) if value.strip()[:1] in tuple('[(\'"') else None
-            )
-            if isinstance(listed, (list, tuple)):
-                return list(listed) if value.strip()[0] in '\'"' else listed
-        value = value.strip('\'"')
-        if ',' in value or value.startswith(('(', '[')):
-            return DictAction._parse_iterable(value)
-        return parse_scalar(value)
-
-    @classmethod
-    def _parse(cls, key: str, value: str) -> Any:
-        if key.rpartition('.')[2] not in PATHS or value.startswith('[') and value.endswith(']'):
-            return cls._parse_iterable(value)
-        return None if value == 'None' else value.strip('\'"')
-
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        """Add ``KEY=VALUE`` pairs to those of earlier uses of the option."""
-        options = dict(getattr(namespace, self.dest, None) or {})
-        for pair in values:
-            key, equals, value = pair.partition('=')
-            if not equals or not all(key.split('.')):
-                raise argparse.ArgumentError(self, f'needs KEY=VALUE pairs; got {pair}')
-            if value.startswith(('{', 'dict(')):
-                raise argparse.ArgumentError(
-                    self,
-                    f'takes no dictionary ({pair}): give its entries one by one, as '
-                    f'{key}.NAME=VALUE',
-                )
-            try:
-                options[key] = self._parse(key, value)
-            except (ValueError, AssertionError, RecursionError):
-                raise argparse.ArgumentError(
-                    self,
-                    'needs KEY=VALUE pairs, brackets balanced and around all of a list; got '
-                    f'{pair}',
-                ) from None
-        setattr(namespace, self.dest, options)
+def require_record(args: argparse.Namespace, cfg: Config) -> None:
+    """Raise a `UsageError` where `make_record` would, as far as that takes no time."""
+    args.device = args.device or get_device()
+    require_device(args.device)
+    require_dynamic(cfg)
+    require_recordable(cfg, args.split)
+    check_settings(cfg, args.split)
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that mmdet's train and test tools share."""
-    parser.add_argument('--work-dir', help='where logs and checkpoints go')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=ConfigOptions,
-        help='override settings of the config: key=value pairs, such as '
-        'model.budget.threshold=0.4; a list is key="[a,b]" or key=a,b',
-    )
-    parser.add_argument(
-        '--launcher',
-        choices=['none', 'pytorch', 'slurm', 'mpi'],
-        default='none',
-        help='job launcher',
-    )
-    # torch.distributed.launch passes it; the environment variable is what is read.
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
-    parser.add_argument(
-        '--no-data-check',
-        action='store_true',
-        help='start without looking through annotations and image files first',
-    )
+def make_record(
+    args: argparse.Namespace, cfg: Config, path: str | Path, any_router: bool = False
+) -> tuple[DynamicDetector, DataLoader, RoutingRecord]:
+    """Record a split of the data and write it: the detector, the data and the record.
 
-
-def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
-    """The wanted speed, one way of five."""
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument('--hard-share', type=float, help='share of hard images, 0 to 1')
-    group.add_argument('--target-latency', type=float, help='mean seconds per image')
-    group.add_argument(
-        '--throughput', type=float, help='images per second: a latency of 1 / THROUGHPUT'
-    )
-    group.add_argument(
-        '--target-gflops', type=float, help='mean GFLOPs per image, 2 x multiply-adds'
-    )
-    group.add_argument('--threshold', type=float, help='hard above this difficulty, -1 to 1')
+    Args:
+        args (Namespace): With `add_record_arguments` and `add_common_arguments`, after
+            `require_record`.
+        cfg (Config): Of a dynamic detector.
+        path (str | Path): File to write.
+        any_router (bool): Whether the router may be untrained, or another than the checkpoint's.
+    """
+    model, checkpoint = load_dynamic_detector(cfg, args.checkpoint, args.device, any_router)
+    digest = exits_digest(checkpoint['state_dict'])
+    check_data(cfg, args.split, files=not args.no_data_check)
+    loader = build_record_loader(cfg, args.split)
+    record = record_data_set(model, cfg, loader, progress, args.view, args.checkpoint)
+    record.provenance['exits_digest'] = digest
+    write_record(record, path)
+    return model, loader, record
 
 
 def budget_from(args: argparse.Namespace) -> Budget | None:
@@ -385,21 +315,21 @@ def _speaks() -> bool:
     return int(os.environ.get('RANK', 0)) == 0
 
 
-def say_served(served: Served | None) -> None:
+def print_budget_report(budget_report: BudgetReport | None) -> None:
     """What was wanted and served, and what it cost; a warning where chance does not explain the
     difference."""
-    if served is not None:
-        print(*served.lines(), sep='\n')
-        for doubt in served.doubts():
+    if budget_report is not None:
+        print(*budget_report.lines(), sep='\n')
+        for doubt in budget_report.doubts():
             warnings.warn(doubt)
 
 
 def _say_warning(message: Any, category: type, filename: str, *args: Any) -> None:
     """The package's own warnings are a line without a place in its code."""
-    own = Path(filename).is_relative_to(Path(__file__).parent)
+    is_ours = Path(filename).is_relative_to(Path(__file__).parent)
     print(
         f'warning: {message}'
-        if own
+        if is_ours
         else warnings.formatwarning(message, category, filename, *args[:1]).rstrip(),
         file=sys.stderr,
     )

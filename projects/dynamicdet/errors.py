@@ -7,7 +7,7 @@ class UsageError(ValueError):
     """Raised where the user's input, not the code, is at fault. Tools print it without a trace."""
 
 
-def need(name: str, whose: str, extra: str) -> ModuleType:
+def import_optional(name: str, whose: str, extra: str) -> ModuleType:
     """An optional library.
 
     Args:

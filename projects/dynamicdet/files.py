@@ -34,8 +34,8 @@ def latest_checkpoint(work_dir: str) -> str | None:
     """
     note = Path(work_dir) / 'last_checkpoint'
     # It holds the path of when it was written; the folder may have moved.
-    own = Path(work_dir) / Path(note.read_text().strip() if note.is_file() else '').name
-    if own.is_file():
-        return str(own)
+    noted = Path(work_dir) / Path(note.read_text().strip() if note.is_file() else '').name
+    if noted.is_file():
+        return str(noted)
     files = [file for kind in ('epoch', 'iter') for file in Path(work_dir).glob(f'{kind}_*.pth')]
     return str(max(files, key=lambda file: file.stat().st_mtime)) if files else None

@@ -54,6 +54,12 @@ def parse_scalar(text: str) -> Any:
     return DictAction._parse_int_float_bool(text)
 
 
+def parse_iterable(text: str) -> Any:
+    """A list or tuple, as mmengine's ``--cfg-options`` reads it. Raises an AssertionError where
+    brackets do not match."""
+    return DictAction._parse_iterable(text)
+
+
 def normalizes(preprocessor: BaseDataPreprocessor) -> bool:
     """Whether a data preprocessor subtracts means and divides by deviations."""
     return getattr(preprocessor, '_enable_normalize', False)

@@ -204,17 +204,19 @@ def why_unread(error: Exception) -> str:
     message = str(error).strip()
     refused = re.search(r'GLOBAL (\S+)', message)
     if refused:
-        return refusal(refused[1])
+        return refusal_message(refused[1])
     if 'Only persistent_load of storage is allowed' in message:
         return (
             'it holds a whole module as torch before 1.6 wrote it: load it there, and save it by a '
             'newer torch'
         )
     own = re.search(r'WeightsUnpickler error: (.*)', message)
-    return ((own[1] if own else message).splitlines() or [type(error).__name__])[0][:200]
+    first = ((own[1] if own else message).splitlines() or [''])[0][:200]
+    # The unpickler names bytes that it does not know by their numbers.
+    return first if re.search('[a-zA-Z]', first) else f'{type(error).__name__} {first}'.strip()
 
 
-def refusal(name: str) -> str:
+def refusal_message(name: str) -> str:
     """What to say of a class that is neither read nor stood in for."""
     return f'it asks for {name}, which is no array'
 

@@ -26,7 +26,7 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def timed(run: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
+def time_call(run: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
     """Seconds that a call takes, until a device has done what it was given; and what it returns."""
     start = now(device)
     result = run()
@@ -57,7 +57,7 @@ def time_in_turns(
         for one in inputs:
             for name, run in runs.items():
                 with forcing(name) or contextlib.nullcontext():
-                    seconds, _ = timed(lambda: run(one), device)
+                    seconds, _ = time_call(lambda: run(one), device)
                 times[name] += [seconds] * (turn > 0)
     return {name: statistics.median(own) for name, own in times.items()}
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from logging.handlers import BufferingHandler
 from pathlib import Path
 
 import cv2
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
+from mmengine.dataset import pseudo_collate
+from mmengine.logging import MMLogger
+from mmengine.registry import FUNCTIONS, init_default_scope
 from mmengine.runner import save_checkpoint
 from mmengine.structures import InstanceData
 from PIL import Image
@@ -182,7 +185,9 @@ def test_budget_of_a_call(detector, paths, budget, hard):
 
 def test_a_call_says_what_it_served_and_warns_where_chance_does_not_explain_it(detector, paths):
     detector(paths, batch_size=4, hard_share=0.5)
-    assert detector.served.counts == (2, 2) and detector.served.budget == Budget('hard_share', 0.5)
+    assert detector.budget_report.counts == (2, 2) and detector.budget_report.budget == Budget(
+        'hard_share', 0.5
+    )
     # A calibration on images that were all easier.
     known, detector.model.difficulties = detector.model.difficulties, torch.linspace(0, 1e-4, 1000)
     try:
@@ -192,7 +197,7 @@ def test_a_call_says_what_it_served_and_warns_where_chance_does_not_explain_it(d
             detector(paths, hard_share=0.1)
     finally:
         detector.model.difficulties = known
-    assert detector.served.doubts() and detector.served.counts == (0, 4)
+    assert detector.budget_report.doubts() and detector.budget_report.counts == (0, 4)
 
 
 def test_latencies_of_another_machine_are_said_to_who_asks_for_time(checkpoints, paths, tmp_path):
@@ -490,6 +495,16 @@ def test_corner_is_not_left_over():
     )
     visualizer.add_datasample('b', picture, prediction((96, 128), 0), draw_gt=False)
     assert np.array_equal(visualizer.get_image(), picture)
+
+
+def test_inferencers_find_a_registry_of_functions_in_mmdets_scope():
+    """Else mmengine warns for each inferencer that there is none."""
+    logger, log = MMLogger.get_current_instance(), BufferingHandler(100)
+    logger.addHandler(log)
+    with FUNCTIONS.switch_scope_and_registry('mmdet') as registry:
+        assert registry.scope == 'mmdet' and registry.get('pseudo_collate') is pseudo_collate
+    logger.removeHandler(log)
+    assert not [one.getMessage() for one in log.buffer if one.levelname == 'WARNING']
 
 
 # The tool.

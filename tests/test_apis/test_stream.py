@@ -8,9 +8,9 @@ import torch
 from conftest import same_detections, spread_scores
 from dynamicdet.apis.stream import Stream
 from dynamicdet.errors import UsageError
-from dynamicdet.models.online_control import Online, build_controller
+from dynamicdet.models.budget_control import BudgetControl, build_budget_controller
 from dynamicdet.routing.budget import Budget
-from dynamicdet.routing.controller import Controller
+from dynamicdet.routing.budget_controller import BudgetController
 from dynamicdet.routing.thresholds import thresholds_for_share
 from dynamicdet.testing import randomize, tiny_batch, tiny_dynamic
 from mmdet.registry import MODELS
@@ -246,7 +246,7 @@ def test_a_stream_that_is_left_early_stops_reading(model):
 
 def test_a_controller_sets_the_thresholds(model):
     kept = model.threshold.clone()
-    controller = Controller(dict(hard_share=1))
+    controller = BudgetController(dict(hard_share=1))
     with Stream(model, 4, controller=controller) as stream:
         for one in stream.run(images()):
             # Between its batches the detector is its owner's.
@@ -255,7 +255,7 @@ def test_a_controller_sets_the_thresholds(model):
 
 
 def test_a_controller_is_told_the_time(model):
-    with Stream(model, 4, controller=Controller(dict(target_latency=1e-6))) as stream:
+    with Stream(model, 4, controller=BudgetController(dict(target_latency=1e-6))) as stream:
         list(stream.run(images(12)))
     # Three measurements, each far too long: 4 images, 3 spans, a hundredth.
     assert (
@@ -289,8 +289,8 @@ def test_online_while_a_detector_works(model):
         Budget('hard_share', 0.5),
         True,
     )  # a config's, not calibrated
-    controller = build_controller(model, dict(target_latency=1e-6))
-    with Online(model, controller):
+    controller = build_budget_controller(model, dict(target_latency=1e-6))
+    with BudgetControl(model, controller):
         predict(model, cut(images(), 5))
         assert torch.allclose(model.threshold, torch.tensor(controller.threshold))
     assert controller.share == pytest.approx(0.5 - 2 * 0.15) and torch.equal(model.threshold, kept)
@@ -304,11 +304,11 @@ def test_online_while_a_detector_works(model):
 def test_online_starts_from_the_calibration():
     model = build()
     model.difficulties, model.latencies = torch.linspace(0, 1, 101), torch.tensor([0.1, 0.3])
-    controller = build_controller(model, dict(target_latency=0.15))
+    controller = build_budget_controller(model, dict(target_latency=0.15))
     assert controller.share == pytest.approx(0.25) and controller.threshold == pytest.approx(
         0.75, abs=0.01
     )
     with pytest.raises(UsageError, match='calibrate'):
-        build_controller(model, dict(target_gflops=3))
+        build_budget_controller(model, dict(target_gflops=3))
     model.gflops = torch.tensor([2.0, 4.0])
-    assert build_controller(model, dict(target_gflops=3)).share == 0.5
+    assert build_budget_controller(model, dict(target_gflops=3)).share == 0.5

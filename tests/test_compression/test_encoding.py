@@ -6,7 +6,13 @@ import pytest
 import torch
 from test_ddz import same_bits, sparse
 
-from dynamicdet.compression.encoding import Lossy, binarize, decode, encode_state, quantize
+from dynamicdet.compression.encoding import (
+    Lossy,
+    binarize_per_channel,
+    decode_tensor,
+    encode_state,
+    quantize_per_channel,
+)
 from dynamicdet.errors import UsageError
 
 
@@ -15,7 +21,7 @@ def coded(state, lossy=Lossy()):
     entries = encode_state(state, lossy)
     return (
         {entry.row['key']: entry.row['encoding'] for entry in entries},
-        {entry.row['key']: decode(entry.row, entry.frames) for entry in entries},
+        {entry.row['key']: decode_tensor(entry.row, entry.frames) for entry in entries},
     )
 
 
@@ -39,7 +45,7 @@ def test_the_integers_are_the_nearest():
     value = sparse(0.5, 20, 7, 3)
     value[4] = 0
     value[5, 0, 0] = 1e-45
-    scale, whole = quantize(value)
+    scale, whole = quantize_per_channel(value)
     assert scale.shape == (20,) and whole.shape == (20, 21) and abs(whole).max() == 127
     back = torch.from_numpy(scale)[:, None, None] * torch.from_numpy(whole).float().view(20, 7, 3)
     keep = [index for index in range(20) if index != 5]
@@ -57,7 +63,7 @@ def test_the_integers_are_the_nearest():
 def test_signs_and_mean_magnitudes():
     """By hand: means of 1 and 3, of 2 alone, and of nothing."""
     value = torch.tensor([[1.0, -3.0], [0.0, 2.0], [0.0, 0.0]])
-    scale, signs = binarize(value)
+    scale, signs = binarize_per_channel(value)
     assert scale.tolist() == [2, 2, 0] and signs.tolist() == [[1, -1], [0, 1], [0, 0]]
     kinds, back = coded(dict(w=value), Lossy(binary=['w']))
     assert kinds == dict(w='binary') and back['w'].tolist() == [[2, -2], [0, 2], [0, 0]]
@@ -66,7 +72,7 @@ def test_signs_and_mean_magnitudes():
 def test_the_mean_loses_least():
     """(Rastegari et al. 2016): of a normal distribution 1 - 2 / pi."""
     value = torch.randn(3, 20_000, generator=torch.Generator().manual_seed(0))
-    scale, signs = (torch.from_numpy(one) for one in binarize(value))
+    scale, signs = (torch.from_numpy(one) for one in binarize_per_channel(value))
 
     def loss(factor):
         return float(((value - factor * scale[:, None] * signs) ** 2).mean())

@@ -8,10 +8,10 @@ from test_ddz import sparse
 from dynamicdet.compression.encoding import Lossy, encode_state
 from dynamicdet.compression.entropy import (
     code_lengths,
-    compare,
-    entropy,
-    gaps,
+    compare_stream_sizes,
+    entropy_bytes,
     huffman_size,
+    index_gaps,
     stream_table,
 )
 
@@ -41,7 +41,7 @@ def test_a_code_can_be_read_and_is_near_the_entropy(seed):
     assert ((lengths > 0) == (counts > 0)).all()
     assert (2.0 ** -lengths[lengths > 0]).sum() == pytest.approx(1)
     symbols = np.repeat(np.arange(200), counts).astype(np.uint8)
-    mean, least = counts @ lengths / counts.sum(), 8 * entropy(symbols) / counts.sum()
+    mean, least = counts @ lengths / counts.sum(), 8 * entropy_bytes(symbols) / counts.sum()
     assert least <= mean < least + 1
 
 
@@ -49,23 +49,23 @@ def test_sizes_count_bits_and_the_table():
     symbols = np.repeat(np.arange(5), [8, 4, 2, 1, 1]).astype(np.uint8)
     # 8 + 8 + 6 + 4 + 4 bits, and 5 lengths of 6 bits.
     assert huffman_size(symbols) == 4 + 4
-    assert entropy(symbols) == pytest.approx(30 / 8)
-    assert huffman_size(symbols[:0]) == entropy(symbols[:0]) == 0
+    assert entropy_bytes(symbols) == pytest.approx(30 / 8)
+    assert huffman_size(symbols[:0]) == entropy_bytes(symbols[:0]) == 0
 
 
 def test_gaps_by_hand():
     kept = np.zeros(1000, bool)
     kept[[0, 1, 5, 260, 516, 900]] = True
     # 254 between 5 and 260; 255 between 260 and 516: a filler and none.
-    assert gaps(kept).tolist() == [0, 0, 3, 254, 255, 0, 255, 128]
-    assert gaps(kept[:0]).tolist() == gaps(np.zeros(9, bool)).tolist() == []
+    assert index_gaps(kept).tolist() == [0, 0, 3, 254, 255, 0, 255, 128]
+    assert index_gaps(kept[:0]).tolist() == index_gaps(np.zeros(9, bool)).tolist() == []
 
 
 @pytest.mark.parametrize('share', [0.5, 0.9, 0.999])
 def test_gaps_say_where_weights_are(share):
     kept = np.random.default_rng(0).random(20_000) > share
     places, at = [], -1
-    for gap in gaps(kept).tolist():
+    for gap in index_gaps(kept).tolist():
         at += gap + (gap < 255)
         places += [at] if gap < 255 else []
     assert places == np.flatnonzero(kept).tolist()
@@ -79,7 +79,7 @@ def test_streams_of_a_file_are_compared():
         bias=torch.ones(7),
     )
     entries = encode_state(state, Lossy(codebook=4, codebook_keys=['a', 'b'], int8=['c']))
-    sizes = {size.name: size for size in compare(entries)}
+    sizes = {size.name: size for size in compare_stream_sizes(entries)}
     assert set(sizes) == {
         'codebook table',
         'codebook values',
@@ -100,7 +100,7 @@ def test_streams_of_a_file_are_compared():
     assert all(size.huffman >= size.entropy for size in sizes.values())
     lines = stream_table(list(sizes.values()))
     assert len(lines) == 8 and all('smaller by' in line for line in lines[1:])
-    assert compare([]) == []
+    assert compare_stream_sizes([]) == []
 
 
 @pytest.mark.parametrize('bits', [2, 4, 6])
@@ -110,5 +110,5 @@ def test_a_file_takes_what_huffman_would(bits):
         dict(w=torch.randn(300, 300, generator=torch.Generator().manual_seed(0))),
         Lossy(codebook=bits),
     )
-    values = next(size for size in compare(entries) if size.name == 'codebook values')
+    values = next(size for size in compare_stream_sizes(entries) if size.name == 'codebook values')
     assert values.zstd == pytest.approx(values.huffman, rel=0.01)

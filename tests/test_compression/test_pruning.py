@@ -6,19 +6,21 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 from dynamicdet.compression.pruning import (
-    Block,
     apply_masks,
-    emptied,
-    find_layers,
+    empty_layers,
     layers_of_blocks,
-    matches,
-    pack,
+    pack_mask,
     prune_block,
     prune_weights,
     pruned_share,
-    selected_layers,
     share_at,
-    unpack,
+    unpack_mask,
+)
+from dynamicdet.compression.pruning_blocks import (
+    PruningBlock,
+    find_layers,
+    matches_patterns,
+    selected_layers,
 )
 from dynamicdet.compression.scores import Statistics, activation_scores
 from dynamicdet.errors import UsageError
@@ -32,7 +34,7 @@ def net(seed=0):
 
 
 def every(**settings):
-    return Block(**{'name': 'all', 'modules': ['*'], 'target': 0.5, **settings})
+    return PruningBlock(**{'name': 'all', 'modules': ['*'], 'target': 0.5, **settings})
 
 
 def zeros(module):
@@ -55,7 +57,7 @@ def zeros(module):
 )
 def test_a_pattern_takes_what_is_below(pattern, names):
     every = ['backbone.a', 'backbone.b.c', 'one.neck.d']
-    assert [name for name in every if matches(name, [pattern])] == names
+    assert [name for name in every if matches_patterns(name, [pattern])] == names
 
 
 def test_layers_are_convolutions_and_linear_layers_in_order():
@@ -105,9 +107,9 @@ def test_layers_of_a_kind_compete_with_each_other():
     masks = prune_weights(model, [every(over='kind', target=0.25)])
     # 24 of the 96 weights of the convolutions, the smaller of which has just 24; the linear layer
     # loses its own.
-    assert (zeros(model[0]), zeros(model[2]), zeros(model[4])) == (0, 24, 8) and emptied(masks) == [
-        '2'
-    ]
+    assert (zeros(model[0]), zeros(model[2]), zeros(model[4])) == (0, 24, 8) and empty_layers(
+        masks
+    ) == ['2']
 
 
 def test_channels_of_a_block_compete_by_their_mean():
@@ -128,7 +130,7 @@ def test_every_layer_keeps_a_channel():
     with torch.no_grad():
         model[1].weight.mul_(1e-3)
     masks = prune_weights(model, [every(structured=True, target=0.5)])
-    assert not emptied(masks) and int(masks['1'].flatten(1).any(1).sum()) == 1
+    assert not empty_layers(masks) and int(masks['1'].flatten(1).any(1).sum()) == 1
 
 
 def test_channels_of_a_transposed_convolution_are_in_its_second_dimension():
@@ -278,9 +280,9 @@ def test_a_schedule_of_uneven_length_grows_and_ends_at_its_end():
 @pytest.mark.parametrize('shape', [(3, 5), (2, 2, 2), (1, 1), (16, 4)])
 def test_masks_as_bits(shape):
     mask = torch.rand(shape) > 0.5
-    packed = pack(mask)
+    packed = pack_mask(mask)
     assert packed.dtype == torch.uint8 and packed.numel() == (mask.numel() + 7) // 8
-    assert torch.equal(unpack(packed, shape), mask)
+    assert torch.equal(unpack_mask(packed, shape), mask)
 
 
 # Refusals.
@@ -328,7 +330,7 @@ def test_blocks_that_do_not_fit(settings, said):
 
 def test_blocks_must_not_overlap():
     with pytest.raises(UsageError, match="'2' is in two blocks, 'all' and 'second'"):
-        layers_of_blocks(net(), [every(), Block('second', ['2'], 0.5)])
+        layers_of_blocks(net(), [every(), PruningBlock('second', ['2'], 0.5)])
 
 
 def test_scores_from_training_are_asked_for():

@@ -7,15 +7,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from dynamicdet.compression.quantization import (
+    Int8Simulation,
     LearnedRange,
     Ranges,
-    Simulation,
     activation_scale,
     fake_quantize_weight,
-    fold,
+    fold_norm,
     move_range,
     round_bias,
-    trace,
+    trace_quantization,
     weight_scale,
 )
 
@@ -72,7 +72,7 @@ def test_a_folded_norm_is_the_norm():
         one.normal_()
     norm.running_var.uniform_(0.5, 2)
     x = torch.randn(2, 3, 5, 5)
-    weight, bias = fold(conv.weight, conv.bias, norm)
+    weight, bias = fold_norm(conv.weight, conv.bias, norm)
     torch.testing.assert_close(F.conv2d(x, weight, bias), norm(conv(x)), rtol=1e-4, atol=1e-5)
 
 
@@ -91,7 +91,7 @@ class Block(nn.Module):
 
 def test_integers_are_where_layers_read_and_write():
     block = Block().eval()
-    plan = trace(block, [torch.randn(1, 3, 4, 4)], [block])
+    plan = trace_quantization(block, [torch.randn(1, 3, 4, 4)], [block])
     one, two = plan.layers.values()
     assert one.norm is block.norm and two.norm is None
     # The ReLU's result, not the norm's; and the input, for all who read it.
@@ -99,7 +99,7 @@ def test_integers_are_where_layers_read_and_write():
     assert plan.inputs == {0: 'in0'} and sorted(plan.points.values()) == ['out0', 'out1']
     assert len(plan.norms) == 1
     # Spared layers have no integers, and those around them none on their behalf.
-    spared = trace(block, [torch.randn(1, 3, 4, 4)], [block], spared=[block.one])
+    spared = trace_quantization(block, [torch.randn(1, 3, 4, 4)], [block], spared=[block.one])
     assert sorted(spared.points.values()) == ['in1', 'out1'] and not spared.inputs
 
 
@@ -107,7 +107,10 @@ def test_predictions_stay_float_while_they_are_cheap():
     """Of the block's two layers, of 81 multiply-adds a place, the second has none behind it."""
     block, x = Block().eval(), [torch.randn(1, 3, 4, 4)]
     spared = [
-        [layer.spared for layer in trace(block, x, [block], float_share=share).layers.values()]
+        [
+            layer.spared
+            for layer in trace_quantization(block, x, [block], float_share=share).layers.values()
+        ]
         for share in (0.0, 0.49, 0.5, 1.0)
     ]
     assert spared == [[False, False], [False, False], [False, True], [False, True]]
@@ -116,7 +119,7 @@ def test_predictions_stay_float_while_they_are_cheap():
 def test_a_simulated_block_is_the_block_by_hand():
     torch.manual_seed(0)
     block, x = Block(), torch.randn(2, 3, 4, 4)
-    simulation = Simulation(block, [block])
+    simulation = Int8Simulation(block, [block])
     simulation.active, simulation.ranges.observing = False, True
     expected = block.eval()(x)
     block.train()
@@ -136,7 +139,7 @@ def test_a_simulated_block_is_the_block_by_hand():
         )
 
     entering = rounded('in0', x)
-    weight, bias = fold(block.one.weight, None, block.norm)
+    weight, bias = fold_norm(block.one.weight, None, block.norm)
     bias = round_bias(bias, scale_of('in0', weight))
     middle = rounded('out0', F.conv2d(entering, fake_quantize_weight(weight), bias).relu())
     bias = round_bias(block.two.bias, scale_of('out0', block.two.weight))

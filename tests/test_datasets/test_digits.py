@@ -1,4 +1,3 @@
-import json
 import os
 import shutil
 import subprocess
@@ -8,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from digits_cases import content, load, painted_photos
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
@@ -25,15 +25,6 @@ def sources():
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):
     return digits.make_digits(tmp_path_factory.mktemp('data') / 'digits', SIZES)
-
-
-def load(root, split):
-    return json.loads((root / 'annotations' / f'instances_{split}.json').read_text())
-
-
-def content(root):
-    """Every file's bytes, by relative path."""
-    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob('*') if p.is_file()}
 
 
 def start(code, root):
@@ -145,14 +136,7 @@ def test_splits_share_no_pixel_of_a_photo(root, sources):
 @pytest.mark.parametrize('split', digits_drawing.SPLITS)
 def test_background_uses_the_regions_of_its_split_alone(sources, split):
     """Paint every photo with its owners' colors: a background shows one color."""
-    painted = {}
-    for number, (name, photo) in enumerate(sources.photos.items()):
-        painted[name] = np.zeros_like(photo)
-        for color, owner in enumerate(digits_drawing.SPLITS):
-            x1, y1, x2, y2 = digits_drawing.split_region(photo.shape, number, owner)
-            assert not painted[name][y1:y2, x1:x2].any()
-            painted[name][y1:y2, x1:x2] = 80 * (color + 1)
-        assert painted[name].all()  # every pixel has an owner
+    painted = painted_photos(sources)
     rng = np.random.default_rng(0)
     for _ in range(100):
         background, _ = digits_drawing.draw_background(rng, painted, split, 64)

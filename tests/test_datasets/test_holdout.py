@@ -1,8 +1,10 @@
 import copy
+from logging.handlers import BufferingHandler
 
 import pytest
 from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
+from mmengine.logging import MMLogger
 
 from dynamicdet.cli import apply_router_holdout
 from dynamicdet.datasets.check import check_dataloaders
@@ -64,6 +66,19 @@ def test_the_share_is_met_about():
         held = sum(_draw(image, seed) < 0.1 for image in range(10_000))
         # Three standard deviations of a binomial.
         assert abs(held - 1000) < 3 * (10_000 * 0.1 * 0.9) ** 0.5
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_the_share_is_rounded_and_said(whole, seed):
+    """0.2 of 12 are 2, whichever these are."""
+    logger, log = MMLogger.get_current_instance(), BufferingHandler(100)
+    logger.addHandler(log)
+    cascade, router = split(whole, share=0.2, seed=seed)
+    logger.removeHandler(log)
+    assert (len(cascade), len(router)) == (10, 2)
+    said = [one.getMessage() for one in log.buffer if one.levelname == 'INFO']
+    assert len(said) == 2
+    assert all('router_holdout 0.2: 2 of 12 training images are kept' in one for one in said)
 
 
 def test_it_is_the_data_set_itself(whole):

@@ -12,9 +12,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from mmengine.dataset import pseudo_collate
 from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import Runner
 from torch import nn
+from torch.utils.data import DataLoader
 
 from conftest import ROOT, THREADS, load_small, run_tool, same_detections, train
 from dynamicdet import building
@@ -27,16 +29,16 @@ from dynamicdet.deploy.int8 import (
     Observer,
     Recipe,
     choose_float,
+    expose_layer_tensors,
     least_error,
     multiply_adds,
     quantize_graph,
-    watched,
 )
 from dynamicdet.deploy.latencies import put_latencies
 from dynamicdet.deploy.runtimes import RUNTIMES
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.calibration import measure_difficulties
-from dynamicdet.models.stages import Stage
+from dynamicdet.models.detector_parts import DetectorPart
 from dynamicdet.testing import randomize, tiny_batch
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
@@ -294,9 +296,9 @@ def test_the_layer_that_suffers_stays_float():
     torch.manual_seed(0)
     module = Two().eval()
     x = torch.randn(1, 3, 8, 8)
-    exported = _export(Stage('two', module, lambda run: None, (module,)), (x,))
+    exported = _export(DetectorPart('two', module, lambda run: None, (module,)), (x,))
     observer = Observer()
-    Graph(watched(exported.content), exported.form, watch=observer)(x)
+    Graph(expose_layer_tensors(exported.content), exported.form, watch=observer)(x)
     ranges = observer.ranges('minmax')
     costs = multiply_adds(exported.content, observer.shares)
     assert sorted(costs.values()) == [64 * 16, 64 * 24]
@@ -388,7 +390,7 @@ def test_learned_ranges_move_are_resumed_and_exported(digits, tmp_path):
 
 
 class TestsAverages(Hook):
-    """Compares, while it validates, what a first stage gives with what it would give in float."""
+    """Compares, while it validates, what a first part gives with what it would give in float."""
 
     priority = 'LOWEST'
     noise = None
@@ -509,18 +511,25 @@ def calibrated(digits, tmp_path_factory):
     return cfg, str(folder / 'calibrated.pth'), scores
 
 
-def test_a_calibrated_detector_is_calibrated_anew(calibrated, tmp_path):
-    cfg, path, scores = calibrated
-    about = deploy(cfg, path, str(tmp_path / 'out'), val_loader(cfg), images=6)
-    assert about['calibration'] == dict(images=6, ranges='mse')
+@pytest.mark.parametrize('images', [6, 1])
+def test_a_calibrated_detector_keeps_its_calibration(calibrated, images, tmp_path):
+    """Difficulties move with the weights; the hard share is the checkpoint's, not that of the
+    images that int8 has seen."""
+    cfg, path, _ = calibrated
+    one_by_one = DataLoader(val_loader(cfg).dataset, collate_fn=pseudo_collate)
+    about = deploy(cfg, path, str(tmp_path / 'out'), one_by_one, images=images)
+    assert about['calibration'] == dict(images=images, ranges='mse')
     # The router's two layers.
     assert len(about['layers']['first']['float_layers']) >= 2
+    before = torch.load(path, weights_only=True)['state_dict']
     deployed = load_deployed(str(tmp_path / 'out'))
-    assert len(deployed.difficulties) == 6 and not torch.equal(
-        deployed.difficulties, torch.from_numpy(scores)
-    )
-    assert (deployed.difficulties > deployed.threshold).sum() == 2
+    assert len(deployed.difficulties) == 9
+    assert not torch.equal(deployed.difficulties, before['difficulties'])
+    hard = before['difficulties'] > before['threshold']
+    assert torch.equal(deployed.difficulties > deployed.threshold, hard) and 0 < hard.sum() < 9
     assert (deployed.latencies < 30).all()
+    if images == 1:
+        return
     exits = [sample.exit for batch in val_loader(cfg) for sample in deployed.test_step(batch)]
     assert sorted(exits) == [0, 0, 0, 0, 1, 1]
 
@@ -529,7 +538,8 @@ def test_a_folder_merges_exits_as_its_config_says(calibrated, tmp_path):
     """And scales their scores as its checkpoint says."""
     cfg, path, _ = calibrated
     cfg, state = copy.deepcopy(cfg), torch.load(path, weights_only=True)
-    cfg.model.merge = dict(type='nms', iou=0.5)
+    # As an attribute it is a method of ConfigDict's.
+    cfg.model['merge'] = dict(type='nms', iou=0.5)
     state['state_dict']['platt_shift'] = torch.tensor([0.5, -0.5])
     torch.save(state, tmp_path / 'merged.pth')
     deploy(cfg, str(tmp_path / 'merged.pth'), str(tmp_path / 'out'))

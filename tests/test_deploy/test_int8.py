@@ -11,12 +11,12 @@ from dynamicdet.deploy.int8 import (
     BETWEEN,
     Observer,
     Recipe,
+    expose_layer_tensors,
     prediction_layers,
     quantize_graph,
-    watched,
     weighted_nodes,
 )
-from dynamicdet.models.stages import Stage, find_stages
+from dynamicdet.models.detector_parts import DetectorPart, find_parts
 from dynamicdet.testing import tiny_detector
 from mmdet.registry import MODELS
 
@@ -40,7 +40,7 @@ def graph():
     """ONNX file; name of a node -> multiply-adds, which for 16 pixels are 192, 512, 256 and 512."""
     head = Head().eval()
     content = _export(
-        Stage('head', head, lambda run: None, (head,)), (torch.rand(1, 3, 4, 4),)
+        DetectorPart('head', head, lambda run: None, (head,)), (torch.rand(1, 3, 4, 4),)
     ).content
     names = [node.name for node in weighted_nodes(onnx.load_from_string(content))]
     assert [name.split('/')[-2] for name in names] == ['neck', 'body', 'score', 'box']
@@ -67,9 +67,9 @@ def test_costs_that_are_not_known_are_nothing(graph):
 
 
 def test_heads_predict_and_backbones_do_not():
-    stages = find_stages(MODELS.build(tiny_detector('faster_rcnn')))
-    assert [stage.name for stage in stages if stage.predicts] == ['branch0.bbox_head0']
-    assert [stage.name for stage in stages if not stage.predicts] == ['first', 'branch0']
+    parts = find_parts(MODELS.build(tiny_detector('faster_rcnn')))
+    assert [part.name for part in parts if part.predicts] == ['branch0.bbox_head0']
+    assert [part.name for part in parts if not part.predicts] == ['first', 'branch0']
 
 
 class Between(nn.Module):
@@ -95,9 +95,11 @@ class Between(nn.Module):
 def test_what_is_between_layers_stays_in_8_bits():
     torch.manual_seed(0)
     module, images = Between().eval(), torch.randn(2, 3, 8, 8)
-    content = _export(Stage('between', module, lambda run: None, (module,)), (images,)).content
+    content = _export(
+        DetectorPart('between', module, lambda run: None, (module,)), (images,)
+    ).content
     observer = Observer()
-    observer(dict(in0=images.numpy(), **Graph(watched(content), None).arrays(images)))
+    observer(dict(in0=images.numpy(), **Graph(expose_layer_tensors(content), None).arrays(images)))
     ranges = observer.ranges('minmax')
     found = {
         between: quantize_graph(content, Recipe(ranges, between=BETWEEN if between else ()))
@@ -157,9 +159,9 @@ class Sized(nn.Module):
 
 def test_nothing_is_made_float_for_its_size():
     module, images = Sized().eval(), torch.randn(1, 3, 8, 8)
-    content = _export(Stage('sized', module, lambda run: None, (module,)), (images,)).content
+    content = _export(DetectorPart('sized', module, lambda run: None, (module,)), (images,)).content
     observer = Observer()
-    observer(dict(in0=images.numpy(), **Graph(watched(content), None).arrays(images)))
+    observer(dict(in0=images.numpy(), **Graph(expose_layer_tensors(content), None).arrays(images)))
     small = quantize_graph(content, Recipe(observer.ranges('minmax'), between=BETWEEN))
     nodes = onnx.load_from_string(small).graph.node
     makers = {name: node.op_type for node in nodes for name in node.output}

@@ -7,7 +7,7 @@ import sys
 from conftest import ROOT
 
 FILES = (
-    'tests/test_deploy/test_stages_graphs.py',
+    'tests/test_deploy/test_parts_graphs.py',
     'tests/test_deploy/test_roi_align.py',
     'experiments/tests/test_dynamic_compressed.py',
 )

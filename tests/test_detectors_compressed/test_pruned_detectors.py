@@ -8,13 +8,8 @@ from mmengine.hub import get_config
 from mmengine.runner import CheckpointLoader
 
 from dynamicdet.compression.ddz import compress, write_compressed
-from dynamicdet.compression.pruning import (
-    Block,
-    find_layers,
-    prune_weights,
-    pruned_share,
-    selected_layers,
-)
+from dynamicdet.compression.pruning import prune_weights, pruned_share
+from dynamicdet.compression.pruning_blocks import PruningBlock, find_layers, selected_layers
 from dynamicdet.models.weights import require_complete
 from dynamicdet.testing import randomize, shrink, tiny_detector, tiny_dynamic
 from mmdet.registry import MODELS
@@ -22,7 +17,7 @@ from mmdet.registry import MODELS
 
 def test_a_pruned_dynamic_detector(tmp_path):
     model = randomize(MODELS.build(tiny_dynamic('faster_rcnn')))
-    prune_weights(model, [Block('all', ['*'], 0.7)])
+    prune_weights(model, [PruningBlock('all', ['*'], 0.7)])
     state = model.state_dict()
     write_compressed(compress(dict(state_dict=state)), str(tmp_path / 'a.ddz'))
     loaded = CheckpointLoader.load_checkpoint(str(tmp_path / 'a.ddz'), map_location='cpu')[
@@ -45,7 +40,7 @@ def test_rtmdets_shared_convolutions_count_once():
     names = [layer.names for layer in layers.values() if len(layer.names) > 1]
     assert names and all(name.startswith('bbox_head.') for group in names for name in group)
     # By its second name too.
-    block = Block('all', [names[0][1]], 0.5)
+    block = PruningBlock('all', [names[0][1]], 0.5)
     assert [layer.names for layer in selected_layers(model, block).values()] == [names[0]]
     masks = prune_weights(model, [block])
     assert pruned_share(masks) == pytest.approx(0.5, abs=0.01)
@@ -57,7 +52,11 @@ def test_a_detector_by_blocks_of_their_own():
     model = MODELS.build(tiny_detector('faster_rcnn'))
     before = copy.deepcopy(model.state_dict())
     prune_weights(
-        model, [Block('backbone', ['backbone', 'neck'], 0.3), Block('heads', ['roi_head'], 0.9)]
+        model,
+        [
+            PruningBlock('backbone', ['backbone', 'neck'], 0.3),
+            PruningBlock('heads', ['roi_head'], 0.9),
+        ],
     )
     shares = {}
     for name, layer in find_layers(model).items():

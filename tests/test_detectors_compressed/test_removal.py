@@ -11,10 +11,10 @@ from mmengine.hub import get_config
 from torch import nn
 
 from conftest import ROOT
-from dynamicdet.compression.blocks import Block
 from dynamicdet.compression.channel_removal import BlockRemoval, plan_removal, remove_channels
 from dynamicdet.compression.coupling import OUTPUT_RULES, find_clusters, raw_outputs
-from dynamicdet.compression.shrinking import channels_of, resize
+from dynamicdet.compression.pruning_blocks import PruningBlock
+from dynamicdet.compression.shrinking import channels_of, resize_channels
 from dynamicdet.errors import UsageError
 from dynamicdet.models import DynamicDetector, build_pruned
 from dynamicdet.models.weights import require_complete
@@ -23,7 +23,7 @@ from mmdet.registry import MODELS
 
 
 def every(target=0.5, **settings):
-    return Block(
+    return PruningBlock(
         **{
             'name': 'all',
             'modules': ['*'],
@@ -270,7 +270,7 @@ def test_checkpoints_of_other_channels_are_refused_in_one_line():
 )
 def test_descriptions_of_something_else(channels, reason):
     with pytest.raises(UsageError, match=reason):
-        resize(MODELS.build(config('retinanet')), channels)
+        resize_channels(MODELS.build(config('retinanet')), channels)
 
 
 def test_removing_twice():
@@ -294,7 +294,7 @@ def test_a_detector_of_another_kind():
 
 
 def test_early_exits_are_neither_removed_nor_exported():
-    from dynamicdet.models.stages import find_stages
+    from dynamicdet.models.detector_parts import find_parts
 
     model = MODELS.build(
         shrink(Config.fromfile(ROOT / 'configs/video/early_exit_yolov5_digits.py').model)
@@ -302,7 +302,7 @@ def test_early_exits_are_neither_removed_nor_exported():
     with pytest.raises(UsageError, match='EarlyExitDetector cannot be removed: only those of'):
         plan_removal(model, [every(modules=['detector.backbone'])], 4)
     with pytest.raises(UsageError, match='EarlyExitDetector cannot be cut'):
-        find_stages(model)
+        find_parts(model)
 
 
 class Folded(nn.Module):

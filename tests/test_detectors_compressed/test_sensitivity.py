@@ -10,10 +10,17 @@ import torch
 
 from conftest import load_small, on_findable
 from dynamicdet.building import build_loader
-from dynamicdet.compression.sensitivity import Curve, sensitivity_table, suggest
+from dynamicdet.compression.pruning_allocation import SensitivityCurve, allocate_pruning
 from dynamicdet.errors import UsageError
 from dynamicdet.files import latest_checkpoint
-from dynamicdet.measuring.sensitivity import blocks_of, draw, load, measure_sensitivity, parts_of
+from dynamicdet.measuring.sensitivity import (
+    blocks_of,
+    draw_sensitivity,
+    load_any_detector,
+    measure_sensitivity,
+    parts_of,
+    sensitivity_table,
+)
 from dynamicdet.testing import tiny_detector
 from mmdet.registry import MODELS
 
@@ -21,27 +28,28 @@ SHARES = (0.0, 0.5, 0.9)
 
 
 def curve(name, weights, *losses, shares=SHARES):
-    return Curve(name, weights, shares, [50 - loss for loss in (0, *losses)])
+    return SensitivityCurve(name, weights, shares, [50 - loss for loss in (0, *losses)])
 
 
 def test_the_robust_part_is_pruned_first():
     curves = [curve('robust', 100, 0, 1), curve('fragile', 100, 10, 30)]
-    assert suggest(curves, 1.0).shares == dict(robust=0.5, fragile=0.0)  # at no loss at all
-    found = suggest(curves, 0.55)
+    # At no loss at all.
+    assert allocate_pruning(curves, 1.0).shares == dict(robust=0.5, fragile=0.0)
+    found = allocate_pruning(curves, 0.55)
     assert found.shares == dict(robust=0.9, fragile=0.0)
     assert found.left == pytest.approx(0.55) and found.loss == pytest.approx(1) == found.bound
     # 0.3 takes half of the fragile one: 10 + 1.
-    assert suggest(curves, 0.3).shares == dict(robust=0.9, fragile=0.5)
-    assert suggest(curves, 0.3).loss == pytest.approx(11)
+    assert allocate_pruning(curves, 0.3).shares == dict(robust=0.9, fragile=0.5)
+    assert allocate_pruning(curves, 0.3).loss == pytest.approx(11)
 
 
 def test_a_large_part_pays_more_for_the_same_loss():
-    found = suggest([curve('large', 900, 1, 5), curve('small', 100, 1, 5)], 0.55)
+    found = allocate_pruning([curve('large', 900, 1, 5), curve('small', 100, 1, 5)], 0.55)
     assert found.shares == dict(large=0.5, small=0.0) and found.loss == pytest.approx(1)
 
 
 def test_a_rise_of_ap_is_no_gain():
-    assert suggest([curve('lucky', 100, -3, 2), curve('other', 100, 0, 9)], 1.0).loss == 0
+    assert allocate_pruning([curve('lucky', 100, -3, 2), curve('other', 100, 0, 9)], 1.0).loss == 0
 
 
 def test_against_all_choices():
@@ -52,7 +60,7 @@ def test_against_all_choices():
             for index in range(5)
         ]
         size = rng.uniform(0.15, 1)
-        found = suggest(curves, size)
+        found = allocate_pruning(curves, size)
         total = sum(one.weights for one in curves)
         best = min(
             sum(one.aps[0] - one.aps[pick] for one, pick in zip(curves, choice))
@@ -70,7 +78,7 @@ def test_against_all_choices():
 )
 def test_sizes_that_cannot_be(size, reason):
     with pytest.raises(UsageError, match=reason):
-        suggest([curve('one', 10, 1, 2)], size)
+        allocate_pruning([curve('one', 10, 1, 2)], size)
 
 
 def test_curves_of_unlike_shares():
@@ -80,7 +88,7 @@ def test_curves_of_unlike_shares():
         [curve('a', 1, 1, 2, shares=(0.1, 0.5, 0.9))],
     ):
         with pytest.raises(UsageError, match='same shares'):
-            suggest(curves, 0.5)
+            allocate_pruning(curves, 0.5)
 
 
 def test_the_table_has_the_most_sensitive_first():
@@ -114,7 +122,9 @@ def detector(digits, findable, cascade):
         cascade,
         **{**on_findable(findable), 'model.budget': dict(threshold=1.0)},
     )
-    return load(cfg, latest_checkpoint(str(cascade)), 'cpu'), build_loader(cfg.test_dataloader)
+    return load_any_detector(cfg, latest_checkpoint(str(cascade)), 'cpu'), build_loader(
+        cfg.test_dataloader
+    )
 
 
 def run(detector, path, calls=None, **changes):
@@ -154,7 +164,7 @@ def test_measured_curves_fall_resume_and_leave_the_model_as_it_was(detector, tmp
     calls.clear()
     assert run(detector, path, calls) == curves
     assert [(part.name, share) for part, share in calls] == [('heads', 0.95)]
-    assert draw(curves, suggest(curves, 0.9), 'AP50').startswith(b'\x89PNG')
+    assert draw_sensitivity(curves, allocate_pruning(curves, 0.9), 'AP50').startswith(b'\x89PNG')
 
 
 def test_files_of_something_else(detector, tmp_path):

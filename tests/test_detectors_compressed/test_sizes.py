@@ -6,13 +6,13 @@ from mmengine.hub import get_config
 
 from dynamicdet.compression.ddz import compress
 from dynamicdet.compression.encoding import Lossy
-from dynamicdet.compression.pruning import find_layers
+from dynamicdet.compression.pruning_blocks import find_layers
 from dynamicdet.compression.size_report import (
     TWO_STAGE,
     AccuracyAndLatency,
     block_sizes,
     compression_table,
-    total,
+    total_size,
 )
 from dynamicdet.errors import UsageError
 from mmdet.registry import MODELS
@@ -69,7 +69,9 @@ def test_the_seeds_memory_column(r50, blocks):
             state[key] = flat.view_as(state[key])
         sizes = block_sizes(state, groups=TWO_STAGE)
         # Norms and biases are not pruned, which is 1 % of the little that is left at 90 %.
-        assert total(sizes, 0).megabytes == pytest.approx(memory, rel=0.01 if memory > 20 else 0.02)
+        assert total_size(sizes, 0).megabytes == pytest.approx(
+            memory, rel=0.01 if memory > 20 else 0.02
+        )
         assert all(
             size.pruned == pytest.approx(share if size.name in blocks else 0, abs=0.005)
             for size in sizes
@@ -116,7 +118,7 @@ def test_errors_are_of_all_weights_of_a_block():
     compressed = compress(dict(state_dict=state), Lossy(binary=()))
     sizes = block_sizes(state, compressed.entries)
     assert [size.error for size in sizes] == [pytest.approx((2 / 10) ** 0.5), 0]
-    assert total(sizes, 1).error == pytest.approx((2 / 18) ** 0.5)
+    assert total_size(sizes, 1).error == pytest.approx((2 / 18) ** 0.5)
     assert [size.error for size in block_sizes(state)] == [0, 0]
 
 

@@ -5,33 +5,21 @@ import torch
 from mmengine.hooks import EMAHook, Hook
 from test_distributed import ranks, train_on_two
 
-from conftest import load_small, train
+from conftest import load_small, load_small_static, train
 from dynamicdet.checkpoints import read_checkpoint
-from dynamicdet.compression.pruning import find_layers, unpack
+from dynamicdet.compression.pruning import unpack_mask
+from dynamicdet.compression.pruning_blocks import find_layers
 from dynamicdet.engine import PruningHook
 from dynamicdet.errors import UsageError
 from mmdet.registry import HOOKS, MODELS
 
 BACKBONE = dict(name='backbone', modules=['backbone', 'neck'], target=0.6)
 HEADS = dict(name='heads', modules=['roi_head'], target=0.5)
-SHRUNK = {
-    'model.neck.in_channels': [8, 16, 32, 64],
-    'param_scheduler': [],
-    'optim_wrapper.optimizer.lr': 1e-3,
-    'load_from': None,
-}
 
 
 def config(digits, work_dir, epochs=2, ema=False, options=None, **settings):
     """The shipped example, shrunk, with another hook."""
-    cfg = load_small(
-        'faster_rcnn_digits_pruned',
-        digits,
-        work_dir,
-        **{**SHRUNK, 'train_cfg.max_epochs': epochs, **(options or {})},
-    )
-    # The detector that `shrink_options` also sets is a dynamic one's.
-    cfg.model.pop('detector')
+    cfg = load_small_static('faster_rcnn_digits_pruned', digits, work_dir, epochs, options or {})
     cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook.type != 'PruningHook']
     cfg.custom_hooks.append(dict(type='PruningHook', **{'blocks': [BACKBONE], **settings}))
     if ema:
@@ -131,7 +119,7 @@ def test_a_checkpoint_is_a_plain_detectors(one_shot):
         layers = find_layers(model)
         for name, packed in checkpoint['pruning']['masks'].items():
             weight = layers[name].weight
-            assert torch.equal(weight == 0, ~unpack(packed, weight.shape))
+            assert torch.equal(weight == 0, ~unpack_mask(packed, weight.shape))
     assert {name.split('.')[0] for name in checkpoint['pruning']['masks']} == {
         'backbone',
         'neck',

@@ -6,12 +6,13 @@ import torch
 from mmengine.hooks import Hook
 from test_distributed import ranks, train_on_two
 
-from conftest import load_small, train
+from conftest import load_small, load_small_static, train
 from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
 from dynamicdet.compression.ddz import compress
-from dynamicdet.compression.pruning import Block, find_layers, prune_weights
+from dynamicdet.compression.pruning import prune_weights
+from dynamicdet.compression.pruning_blocks import PruningBlock, find_layers
 from dynamicdet.engine import WeightSharingHook
-from dynamicdet.engine.pruning_hook import averages
+from dynamicdet.engine.compression_hook import averaged_models
 from dynamicdet.errors import UsageError
 from dynamicdet.testing import randomize
 from mmdet.registry import HOOKS, MODELS
@@ -21,24 +22,11 @@ BLOCKS = [
     dict(name='heads', modules=['roi_head'], bits=2, exclude=['*.fc_cls']),
 ]
 PRUNING = dict(type='PruningHook', blocks=[dict(name='all', modules=['*'], target=0.5)])
-SHRUNK = {
-    'model.neck.in_channels': [8, 16, 32, 64],
-    'param_scheduler': [],
-    'optim_wrapper.optimizer.lr': 1e-3,
-    'load_from': None,
-}
 
 
 def config(digits, work_dir, epochs=2, hooks=(), options=None, **settings):
     """The shipped example, shrunk, with another hook."""
-    cfg = load_small(
-        'faster_rcnn_digits_shared',
-        digits,
-        work_dir,
-        **{**SHRUNK, 'train_cfg.max_epochs': epochs, **(options or {})},
-    )
-    # The detector that `shrink_options` also sets is a dynamic one's.
-    cfg.model.pop('detector')
+    cfg = load_small_static('faster_rcnn_digits_shared', digits, work_dir, epochs, options or {})
     cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook.type != 'WeightSharingHook']
     cfg.custom_hooks += [*hooks, dict(type='WeightSharingHook', **{'blocks': BLOCKS, **settings})]
     return cfg
@@ -63,7 +51,7 @@ class WatchSharing(Hook):
         )
         self.averages += [
             {name: layer.weight.detach().clone() for name, layer in find_layers(model).items()}
-            for model in averages(runner)
+            for model in averaged_models(runner)
         ]
 
 
@@ -90,7 +78,7 @@ def pruned(digits, tmp_path_factory):
     register_all_modules(init_default_scope=True)
     folder = tmp_path_factory.mktemp('to_share')
     model = randomize(MODELS.build(config(digits, folder).model))
-    prune_weights(model, [Block('all', ['*'], 0.6)])
+    prune_weights(model, [PruningBlock('all', ['*'], 0.6)])
     write_checkpoint(dict(state_dict=model.state_dict()), str(folder / 'pruned.pth'))
     return folder / 'pruned.pth'
 

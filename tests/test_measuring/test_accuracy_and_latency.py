@@ -4,20 +4,16 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 
-from conftest import load_small, on_findable
+from conftest import load_small, no_progress, on_findable
 from dynamicdet.building import build_loader, load_detector
 from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.compression.size_report import BlockSize, compression_table
 from dynamicdet.errors import UsageError
 from dynamicdet.files import latest_checkpoint
 from dynamicdet.measuring import accuracy_and_latency
-from dynamicdet.measuring.accuracy_and_latency import measure_detectors, metric
+from dynamicdet.measuring.accuracy_and_latency import box_ap, measure_detectors
 from dynamicdet.measuring.calibration import coco_results
-from dynamicdet.routing.evaluation import evaluate
-
-
-def plain(steps, _):
-    return steps
+from dynamicdet.routing.evaluation import evaluate_coco
 
 
 @pytest.fixture
@@ -37,7 +33,7 @@ def test_ap_is_cocos(cfg, findable, cascade):
     blind = {
         key: torch.zeros_like(value) if 'fc_cls' in key else value for key, value in state.items()
     }
-    found = measure_detectors(cfg, dict(one=state, blind=blind), plain)
+    found = measure_detectors(cfg, dict(one=state, blind=blind), no_progress)
     model, loader = load_detector(cfg, dict(state_dict=state))[0], build_loader(cfg.test_dataloader)
     results = [
         dict(one, image_id=sample.img_id)
@@ -45,7 +41,7 @@ def test_ap_is_cocos(cfg, findable, cascade):
         for sample in model.test_step(batch)
         for one in coco_results(sample, loader.dataset.cat_ids)
     ]
-    wanted = evaluate(COCO(str(findable)), results)
+    wanted = evaluate_coco(COCO(str(findable)), results)
     # mmdet rounds to three digits.
     assert found['one'].ap == pytest.approx(wanted['ap'], abs=0.051)
     assert found['one'].ap50 == pytest.approx(wanted['ap50'], abs=0.051)
@@ -61,8 +57,8 @@ def test_the_latency_is_that_of_the_exits_taken(
 ):
     cfg.model.budget = dict(threshold=threshold)
     state = read_checkpoint(latest_checkpoint(cascade))['state_dict']
-    monkeypatch.setattr(accuracy_and_latency, 'latencies', lambda *_: dict(one=[0.25, 0.75]))
-    found = measure_detectors(cfg, dict(one=state), plain)['one']
+    monkeypatch.setattr(accuracy_and_latency, 'exit_latencies', lambda *_: dict(one=[0.25, 0.75]))
+    found = measure_detectors(cfg, dict(one=state), no_progress)['one']
     assert (found.shares, found.latency) == (shares, seconds)
     sizes = [BlockSize('backbone', 4, 0, 16)]
     assert compression_table(sizes, 20, found)[-1].endswith(
@@ -78,17 +74,19 @@ def test_each_exit_is_timed(cfg, cascade):
         lambda *_: exits.append(float(model.threshold))
     )
     loader = build_loader(cfg.test_dataloader)
-    seconds = accuracy_and_latency.latencies(dict(one=model), loader.dataset, plain)['one']
+    seconds = accuracy_and_latency.exit_latencies(dict(one=model), loader.dataset, no_progress)[
+        'one'
+    ]
     assert len(seconds) == 2 and min(seconds) > 0
     assert exits == [1.0, -1.0] * (len(exits) // 2) and model.threshold == 1.0
 
 
 def test_a_checkpoint_of_another_detector(cfg):
     with pytest.raises(UsageError, match='does not fit this config'):
-        measure_detectors(cfg, dict(one={'w': torch.ones(1)}), plain)
+        measure_detectors(cfg, dict(one={'w': torch.ones(1)}), no_progress)
 
 
 def test_other_evaluators():
-    assert metric({'pascal_voc/mAP': 0.25, 'pascal_voc/AP50': 0.5}, 'mAP', 'AP') == 25
-    assert metric({'pascal_voc/mAP': 0.25, 'pascal_voc/AP50': 0.5}, 'mAP_50', 'AP50') == 50
-    assert metric({}, 'mAP') is None
+    assert box_ap({'pascal_voc/mAP': 0.25, 'pascal_voc/AP50': 0.5}, 'mAP', 'AP') == 25
+    assert box_ap({'pascal_voc/mAP': 0.25, 'pascal_voc/AP50': 0.5}, 'mAP_50', 'AP50') == 50
+    assert box_ap({}, 'mAP') is None

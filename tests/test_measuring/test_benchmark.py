@@ -6,7 +6,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from conftest import run_tool
+from conftest import no_progress, run_tool
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring import benchmark
 from dynamicdet.measuring.benchmark import (
@@ -14,20 +14,16 @@ from dynamicdet.measuring.benchmark import (
     MachineSetting,
     build_pair,
     half_hard_threshold,
-    interleave,
     make_batch,
     measure_benchmark,
     quartiles,
-    reformat,
     require_equal,
     split_batch,
+    time_interleaved,
+    with_memory_format,
 )
 from dynamicdet.testing import tiny_detector, tiny_dynamic
 from mmdet.registry import MODELS
-
-
-def no_progress(steps, what):
-    return steps
 
 
 @pytest.fixture(scope='module')
@@ -247,7 +243,7 @@ def test_tasks_take_turns():
         a=BenchmarkTask(Recorder('a', calls), [{}]),
         b=BenchmarkTask(Recorder('b', calls), [{}], 0.5),
     )
-    times = interleave(tasks, 2, no_progress, '')
+    times = time_interleaved(tasks, 2, no_progress, '')
     a, b = ('a', None), ('b', 0.5)
     # Two untimed rounds, two timed.
     assert calls == [a, b, b, a] * 2
@@ -258,7 +254,7 @@ def test_tasks_take_turns():
 def test_many_tasks_take_turns_in_many_orders():
     calls = []
     tasks = {name: BenchmarkTask(Recorder(name, calls), [{}]) for name in 'abcde'}
-    interleave(tasks, 8, no_progress, '')
+    time_interleaved(tasks, 8, no_progress, '')
     rounds = [''.join(name for name, _ in calls[at : at + 5]) for at in range(0, 50, 5)]
     assert len(set(rounds)) == 10 and all(sorted(one) == list('abcde') for one in rounds)
     # Each comes first twice, and behind each neighbor as often as before it.
@@ -274,7 +270,9 @@ def test_settings_hold_for_their_tasks_alone(pair, batch):
     )
     task = BenchmarkTask(model, [batch], 1.0)
     before = torch.get_num_threads()
-    interleave(dict(one=task._replace(setting=MachineSetting(3)), other=task), 1, no_progress, '')
+    time_interleaved(
+        dict(one=task._replace(setting=MachineSetting(3)), other=task), 1, no_progress, ''
+    )
     assert set(seen) == {(3, False), (before, False)} and torch.get_num_threads() == before
     with MachineSetting(1, 'bfloat16').on(torch.device('cpu')):
         assert (
@@ -284,7 +282,7 @@ def test_settings_hold_for_their_tasks_alone(pair, batch):
 
 def test_roi_heads_take_contiguous_maps_only(pair, batch):
     model, _ = pair
-    assert reformat(model, 'contiguous') is model
+    assert with_memory_format(model, 'contiguous') is model
     settings = Config(dict(model=tiny_dynamic('faster_rcnn'))).model
     first, second = measure_benchmark(
         model,
@@ -301,7 +299,7 @@ def test_roi_heads_take_contiguous_maps_only(pair, batch):
 
 def test_channels_last_reaches_the_maps(batch):
     cfg = Config(dict(model=tiny_dynamic('retinanet')))
-    model = reformat(build_pair(cfg)[0], 'channels_last')
+    model = with_memory_format(build_pair(cfg)[0], 'channels_last')
     seen = []
     model.branches[0].neck.register_forward_hook(lambda module, inputs, _: seen.extend(inputs[0]))
     model.set_budget(threshold=1.0)

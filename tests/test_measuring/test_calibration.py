@@ -8,15 +8,17 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from conftest import ROOT, SEED, THREADS, shrink_options
+from conftest import ROOT, SEED, THREADS, no_progress, shrink_options
 from dynamicdet import timing
 from dynamicdet.building import build_loader, load_dynamic_detector
 from dynamicdet.errors import UsageError
+from dynamicdet.measuring import calibration
 from dynamicdet.measuring.calibration import (
     calibrate,
+    inference_settings,
+    mean_costs,
     measure_difficulties,
     measure_gflops,
-    passed,
     plain_exits,
     provenance,
     record_exits,
@@ -28,11 +30,6 @@ from dynamicdet.routing.evaluation import read_truth
 from dynamicdet.routing.merging import Merge, platt_scaling_of
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
-
-
-def plain(steps, _):
-    """No progress bar."""
-    return steps
 
 
 def load_config(digits, name='dy_faster_rcnn_digits_router', **options):
@@ -89,7 +86,7 @@ def run(model, loader, threshold):
 
 def test_difficulties_are_those_of_predict(model, loader):
     expected = [sample.difficulty for sample in run(model, loader, 0.5)]
-    found = measure_difficulties(model, loader, plain)
+    found = measure_difficulties(model, loader, no_progress)
     assert found.dtype == np.float32 and found.shape == (6,)
     assert found.tolist() == sorted(expected)
     assert found[-1] - found[0] > 1e-3
@@ -102,8 +99,8 @@ def test_difficulties_do_not_depend_on_the_batch(model, digits, loader, batch_si
     )
     assert len(other) != len(loader)
     np.testing.assert_allclose(
-        measure_difficulties(model, other, plain),
-        measure_difficulties(model, loader, plain),
+        measure_difficulties(model, other, no_progress),
+        measure_difficulties(model, loader, no_progress),
         atol=1e-5,
     )
 
@@ -111,7 +108,7 @@ def test_difficulties_do_not_depend_on_the_batch(model, digits, loader, batch_si
 def test_difficulties_run_no_second_backbone(model, loader, monkeypatch):
     monkeypatch.setattr(model.backbone, 'deeper_maps', None)
     monkeypatch.setattr(model, 'branches', None)
-    assert len(measure_difficulties(model, loader, plain)) == 6
+    assert len(measure_difficulties(model, loader, no_progress)) == 6
 
 
 # Latencies and compute.
@@ -132,16 +129,18 @@ def test_latencies_are_told_apart_and_leave_the_budget(model, loader, monkeypatc
     monkeypatch.setattr(timing, 'now', look)
     monkeypatch.setattr(model.backbone, 'deeper_maps', slow)
     model.set_budget(threshold=0.25)
-    assert measure_latencies(model, loader.dataset, plain, images=2, rounds=2) == (1, 21)
+    assert measure_latencies(model, loader.dataset, no_progress, images=2, rounds=2) == (1, 21)
     assert model.budget == Budget('threshold', 0.25) and model.threshold == 0.25
 
 
 @pytest.mark.parametrize(
     'measure',
     [
-        lambda model, loader: measure_latencies(model, loader.dataset, plain, images=1, rounds=1),
+        lambda model, loader: measure_latencies(
+            model, loader.dataset, no_progress, images=1, rounds=1
+        ),
         lambda model, loader: measure_gflops(model, loader.dataset, images=1),
-        lambda model, loader: record_exits(model, loader, plain),
+        lambda model, loader: record_exits(model, loader, no_progress),
     ],
 )
 def test_a_failure_leaves_the_budget_too(model, loader, measure, monkeypatch):
@@ -187,7 +186,7 @@ def renumbered(digits, tmp_path):
 
 
 def test_both_exits_are_recorded(model, renumbered):
-    images = record_exits(model, renumbered, plain)
+    images = record_exits(model, renumbered, no_progress)
     forced = [run(model, renumbered, threshold) for threshold in (1, -1)]
     assert [image['id'] for image in images] == [1, 2, 3, 4, 5, 6]
     for index, image in enumerate(images):
@@ -213,7 +212,7 @@ def test_boxes_are_in_the_images_own_frame(model, renumbered):
     boxes = np.array(
         [
             entry['bbox']
-            for image in record_exits(model, renumbered, plain)
+            for image in record_exits(model, renumbered, no_progress)
             for entry in image['detections'][1]
         ]
     )
@@ -223,7 +222,7 @@ def test_boxes_are_in_the_images_own_frame(model, renumbered):
 
 def test_recording_leaves_the_budget(model, loader):
     model.set_budget(threshold=0.25)
-    record_exits(model, loader, plain)
+    record_exits(model, loader, no_progress)
     assert model.budget == Budget('threshold', 0.25) and model.threshold == 0.25
 
 
@@ -231,40 +230,83 @@ def test_recording_leaves_the_budget(model, loader):
 
 
 def test_calibration_fills_the_model(model, loader):
-    found = calibrate(model, loader, plain, hard_share=1 / 3)
-    np.testing.assert_array_equal(model.difficulties, measure_difficulties(model, loader, plain))
+    found = calibrate(model, loader, no_progress, hard_share=1 / 3)
+    np.testing.assert_array_equal(
+        model.difficulties, measure_difficulties(model, loader, no_progress)
+    )
     assert model.latencies.tolist() == pytest.approx([found['lat1'], found['lat2']])
     assert model.threshold.item() == pytest.approx(found['threshold'])
     assert sum(sample.exit for batch in loader for sample in model.test_step(batch)) == 2
 
 
-def test_scores_are_calibrated_to_the_annotations(model, loader):
+@pytest.fixture
+def found_loader(model, digits, loader, tmp_path):
+    """The validation images with some of what the exits find as their objects."""
+    data = json.loads((digits / 'annotations/instances_val.json').read_text())
+    data['annotations'] = [
+        dict(one, id=number, image_id=image['id'], iscrowd=0, area=one['bbox'][2] * one['bbox'][3])
+        for number, (image, one) in enumerate(
+            (
+                (image, one)
+                for image in record_exits(model, loader, no_progress)
+                for exit, step in ((0, 2), (1, 3))
+                for one in image['detections'][exit][::step]
+            ),
+            1,
+        )
+    ]
+    (tmp_path / 'found.json').write_text(json.dumps(data))
+    options = {'val_dataloader.dataset.ann_file': str(tmp_path / 'found.json')}
+    return build_loader(load_config(digits, **options).val_dataloader)
+
+
+def test_scores_are_calibrated_to_the_annotations(model, found_loader):
     """By what each exit finds by itself, whatever was set before."""
+    loader = found_loader
     with plain_exits(model):
-        record = record_exits(model, loader, plain)
+        record = record_exits(model, loader, no_progress)
     truth = read_truth(loader.dataset.ann_file, loader.dataset.cat_ids)
     wanted = platt_scaling_of(record, truth)
     model.merge = Merge.parse('nms')
-    model.platt_scale.fill_(3.0)
-    calibrate(model, loader, plain, scores=True)
+    model.set_platt_scaling([(3.0, 1.0)] * 2)
+    calibrate(model, loader, no_progress, fit_scores=True)
     scaling = zip(model.platt_scale.tolist(), model.platt_shift.tolist())
     assert [list(one) for one in scaling] == [pytest.approx(one) for one in wanted]
-    assert wanted != [(1.0, 0.0)] * 2 and model.merge == Merge.parse('nms')
-    np.testing.assert_array_equal(model.difficulties, measure_difficulties(model, loader, plain))
+    assert wanted[0] != wanted[1] and model.merge == Merge.parse('nms')
+    np.testing.assert_array_equal(
+        model.difficulties, measure_difficulties(model, loader, no_progress)
+    )
     assert score_facts(model) == dict(
         merge='nms (IoU 0.65)', platt_scaling=[pytest.approx(one) for one in wanted]
     )
     # Exit 1's neck and heads, and exit 0's.
     merged = model.gflops[1].item()
     model.merge = None
-    calibrate(model, loader, plain)
+    calibrate(model, loader, no_progress)
     assert merged > model.gflops[1].item() and model.platt_scale[0] == pytest.approx(wanted[0][0])
+
+
+def test_images_of_other_sizes_count_as_in_a_record(model, monkeypatch):
+    """Two of three are small: by the first images alone, all would be."""
+    divisor = model.data_preprocessor.pad_size_divisor
+    asked = []
+
+    def measured(model, dataset, *_, rows):
+        asked.append(rows)
+        return 1 + rows[0], 10 + 10 * rows[0]
+
+    for name in ('measure_gflops', 'measure_latencies'):
+        monkeypatch.setattr(calibration, name, measured)
+    shapes = [(divisor, divisor)] * 2 + [(divisor, 2 * divisor)]
+    gflops, latencies = mean_costs(model, None, shapes, no_progress)
+    assert asked == [[0, 1]] * 2 + [[2]] * 2
+    assert gflops == latencies == pytest.approx([(1 + 1 + 3) / 3, (10 + 10 + 30) / 3])
 
 
 def test_a_router_that_was_not_trained(model, loader):
     model.delta.fill_(float('nan'))
     with pytest.raises(UsageError, match='step 1.*step 2'):
-        calibrate(model, loader, plain)
+        calibrate(model, loader, no_progress)
     assert not len(model.difficulties)
 
 
@@ -282,7 +324,7 @@ def test_how_images_passed(model, digits, batch_size, dtype):
     loader = build_loader(
         load_config(digits, **{'val_dataloader.batch_size': batch_size}).val_dataloader
     )
-    assert passed(model.to(getattr(torch, dtype)), loader) == dict(
+    assert inference_settings(model.to(getattr(torch, dtype)), loader) == dict(
         dtype=dtype, batch_size=batch_size, latency_batch_size=1
     )
 

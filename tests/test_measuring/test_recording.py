@@ -10,64 +10,27 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 
-from conftest import ROOT, same_detections, shrink_options
+from conftest import ROOT, no_progress, recordable_options, same_detections, write_random
 from dynamicdet.building import load_dynamic_detector
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring import recording
 from dynamicdet.measuring.calibration import coco_results, measure_gflops, plain_exits, record_exits
 from dynamicdet.measuring.latencies import force_dynamic_exit
-from dynamicdet.measuring.recording import (
-    build_record_loader,
-    flip_boxes,
-    flip_images,
-    gray_entropy,
-    record_data_set,
-    shift_boxes,
-    shift_images,
-)
+from dynamicdet.measuring.recording import build_record_loader, gray_entropy, record_data_set
+from dynamicdet.measuring.views import flip_boxes, flip_images, shift_boxes, shift_images
 from dynamicdet.routing.budget import Budget
 from dynamicdet.routing.merging import Merge, merge_record
-from mmdet.registry import DATASETS, MODELS
+from mmdet.registry import DATASETS
 from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
 
 NAMES = ['dy_faster_rcnn_digits_router', 'dy_yolox_nano_digits_router']
 
 
-def plain(steps, _):
-    """No progress bar."""
-    return steps
-
-
 def load_config(digits, name, **options):
     cfg = Config.fromfile(ROOT / 'configs' / f'{name}.py')
-    small = shrink_options(digits)
-    if 'yolox' in name:
-        small = {key: value for key, value in small.items() if not key.startswith('model.')}
-    cfg.merge_from_dict({**small, **options})
+    cfg.merge_from_dict({**recordable_options(name, digits), **options})
     return cfg
-
-
-def write_checkpoint(cfg, path):
-    """Random weights that detect something and tell images apart."""
-    torch.manual_seed(0)
-    model = MODELS.build(cfg.model)
-    model.init_weights()
-    for branch in model.branches:
-        if hasattr(branch, 'roi_head'):
-            branch.roi_head.bbox_head.fc_cls.weight.data *= 30
-        else:
-            for conv in [
-                *branch.bbox_head.multi_level_conv_obj,
-                *branch.bbox_head.multi_level_conv_cls,
-            ]:
-                torch.nn.init.normal_(conv.weight, std=0.1)
-                torch.nn.init.zeros_(conv.bias)
-    model.router.fc2.weight.data *= 30
-    torch.save(
-        dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(classes=['x']))), path
-    )
-    return str(path)
 
 
 @pytest.fixture(scope='module', params=NAMES)
@@ -76,11 +39,13 @@ def run(request, digits, tmp_path_factory):
     set."""
     register_all_modules(init_default_scope=True)
     cfg = load_config(digits, request.param)
-    path = write_checkpoint(cfg, tmp_path_factory.mktemp('record') / 'random.pth')
+    path = write_random(
+        cfg, tmp_path_factory.mktemp('record') / 'random.pth', dataset_meta=dict(classes=['x'])
+    )
     model, _ = load_dynamic_detector(cfg, path, 'cpu')
     model.set_budget(threshold=0.25)
     loader = build_record_loader(cfg, 'val')
-    record = record_data_set(model, cfg, loader, plain, checkpoint=path)
+    record = record_data_set(model, cfg, loader, no_progress, checkpoint=path)
     return SimpleNamespace(cfg=cfg, model=model, loader=loader, record=record, path=path)
 
 
@@ -98,7 +63,7 @@ def test_detections_are_both_exits_own(run):
             )
     run.model.set_budget(threshold=0.25)
     assert sum(len(own) for one in run.record.detections for own in one) > 10
-    exits = record_exits(run.model, run.loader, plain)
+    exits = record_exits(run.model, run.loader, no_progress)
     for image, other, *samples in zip(run.record, exits, *expected):
         assert (image['id'], image['file']) == (other['id'], other['file'])
         assert image['difficulty'] == other['difficulty'] == samples[0].difficulty
@@ -213,7 +178,7 @@ def test_images_cost_what_their_size_costs(run, monkeypatch):
     sides = [2 * divisor, 3 * divisor - 1, 2 * divisor - 1, 3 * divisor]
     images = [dict(shape=(side, divisor)) for side in sides]
     # Heads cost 0.75 GFLOPs at one size, and nothing, not less, at the other.
-    assert recording._add_costs(images, run.model, None, plain) == (0.375, 0.0)
+    assert recording._add_costs(images, run.model, None, no_progress) == (0.375, 0.0)
     assert asked == [[0, 2]] * 2 + [[1, 3]] * 2
     assert [image['gflops'] for image in images] == [[0, 0], [1, 10], [0, 0], [1, 10]]
     assert all(set(image) == {'gflops', 'latencies'} for image in images)
@@ -235,7 +200,7 @@ def test_without_annotations_there_are_no_losses(run):
         with pytest.warns(
             UserWarning, match='no losses and no objects.*LoadAnnotations right'
         ) as said:
-            record = record_data_set(run.model, run.cfg, loader, plain, view='none')
+            record = record_data_set(run.model, run.cfg, loader, no_progress, view='none')
         assert len([one for one in said if 'no losses' in str(one.message)]) == 1
         assert set(record[0]) == {
             'id',
@@ -354,7 +319,7 @@ def test_a_record_of_merged_exits_is_that_of_the_exits_merged(run):
     merge = Merge('nms', 0.5)
     with plain_exits(run.model):
         run.model.merge = merge
-        merged = record_data_set(run.model, run.cfg, run.loader, plain, checkpoint=run.path)
+        merged = record_data_set(run.model, run.cfg, run.loader, no_progress, checkpoint=run.path)
     assert run.model.merge is None
     wanted = merge_record(run.record, merge)
     for name in ('detections', 'view'):

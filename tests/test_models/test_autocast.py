@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from conftest import ROOT
-from dynamicdet.compression.quantization import Simulation
+from dynamicdet.compression.quantization import Int8Simulation
 from dynamicdet.testing import STOCK, randomize, shrink, tiny_batch, tiny_dynamic
 from dynamicdet.video.learned_gates import GumbelGate
 from mmdet.registry import MODELS
@@ -85,7 +85,7 @@ def test_both_steps_and_detection(name, operators_know_half):
 
 def test_a_step_in_eight_bits():
     layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
-    simulation, x = Simulation(layers, [layers]), torch.randn(2, 3, 6, 6)
+    simulation, x = Int8Simulation(layers, [layers]), torch.randn(2, 3, 6, 6)
     for learning in (False, True):
         simulation.ranges.observing, simulation.ranges.learning = not learning, learning
         with torch.autocast('cpu', torch.bfloat16):

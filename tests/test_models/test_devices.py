@@ -7,32 +7,26 @@ import threading
 
 import pytest
 import torch
-from far_device import counted, far_device
+from far_device import counted
 from mmengine.config import Config, ConfigDict
 from torch import nn
 
 from conftest import ROOT
-from dynamicdet.compression.coupling import example, raw_outputs
+from dynamicdet.compression.coupling import example_image, raw_outputs
 from dynamicdet.compression.quantization import (
-    Simulation,
+    Int8Simulation,
     activation_scale,
     activation_step,
     move_range,
     step_on_device,
 )
-from dynamicdet.compression.sharing import sharing_of, tie, tie_gradient
+from dynamicdet.compression.weight_sharing import tie_gradient, tie_weights, weight_sharing_of
 from dynamicdet.engine import quantization_hook
 from dynamicdet.engine.quantization_hook import QuantizationHook
 from dynamicdet.models.batch_state import BatchState
 from dynamicdet.testing import randomize, shrink, tiny_batch, tiny_dynamic
 from dynamicdet.transfers import Followed, take_rows, to_host
 from mmdet.registry import MODELS
-
-
-@pytest.fixture
-def far(monkeypatch):
-    with far_device(monkeypatch) as device:
-        yield device
 
 
 def settings(name):
@@ -179,7 +173,7 @@ class Layers(nn.Module):
 @pytest.mark.parametrize('learning', [False, True])
 def test_a_step_in_eight_bits_waits_for_nothing(learning, far):
     layers = Layers().to(far)
-    simulation = Simulation(layers, [layers])
+    simulation = Int8Simulation(layers, [layers])
     ranges, x = simulation.ranges, torch.randn(2, 3, 6, 6).to(far)
     simulation.active, ranges.observing = False, True
     simulation(x)
@@ -223,8 +217,8 @@ def test_shared_values_sum_the_same_way_each_time(far):
     generator = torch.Generator().manual_seed(0)
     indices = torch.randint(0, 16, (5000,), dtype=torch.uint8, generator=generator)
     gradient = torch.randn(50, 100, generator=generator)
-    own, there = sharing_of(indices, True), sharing_of(indices.to(far), True)
-    for change in (tie, tie_gradient):
+    own, there = weight_sharing_of(indices, True), weight_sharing_of(indices.to(far), True)
+    for change in (tie_weights, tie_gradient):
         near, distant = gradient.clone(), gradient.clone().to(far)
         change(near, own)
         with counted() as seen:
@@ -234,7 +228,7 @@ def test_shared_values_sum_the_same_way_each_time(far):
 
 def test_examples_are_where_the_detector_is(far):
     model = randomize(MODELS.build(tiny_dynamic('faster_rcnn'))).to(far).eval()
-    assert all(one.device.type == far for one in raw_outputs(model, example(model)))
+    assert all(one.device.type == far for one in raw_outputs(model, example_image(model)))
 
 
 def test_detections_come_at_once(far):
@@ -327,7 +321,7 @@ def test_ranks_that_know_other_ranges_agree(monkeypatch):
     for own in known:
         hook = QuantizationHook()
         hook.simulations = {
-            name: Simulation(layer, [layer])
+            name: Int8Simulation(layer, [layer])
             for name, layer in dict(first=Layers(), head=Layers()).items()
         }
         for name, values in own.items():

@@ -9,6 +9,8 @@ from mmengine.config import Config
 from conftest import ROOT
 from dynamicdet.measuring.calibration import exit_states
 from dynamicdet.models.kept_outputs import kept_outputs
+from dynamicdet.models.paired_losses import ExitView, paired_losses
+from dynamicdet.models.resolution import reduce_samples
 from dynamicdet.testing import randomize, shrink, tiny_batch, tiny_dynamic
 from mmdet.registry import MODELS
 
@@ -75,3 +77,48 @@ def test_what_is_written_into_is_not_kept():
         scores[0].sigmoid_()
     assert set(kept) == {branch.neck}
     assert not branch.neck._forward_hooks and not branch.bbox_head._forward_hooks
+
+
+@torch.no_grad()
+def test_proposals_for_losses_and_for_tests_come_from_one_pass():
+    """Bit by bit what each makes by itself; where they differ by more than number, each does."""
+    config = tiny_dynamic('faster_rcnn')
+    rpn, proposal = config.detector.test_cfg.rpn, config.detector.train_cfg.rpn_proposal
+    proposal.update(nms_pre=rpn.nms_pre, max_per_img=40)
+    rpn.max_per_img = 7
+    model = randomize(MODELS.build(config)).eval()
+    data = model.data_preprocessor(tiny_batch((2, 1)), False)
+    branch, maps = model.branch(0), model.backbone.first_maps(data['inputs'])
+    samples = reduce_samples(data['data_samples'], (1.0, 1.0))
+
+    def detect():
+        found = branch.predict(maps, copy.deepcopy(samples), rescale=False)
+        return [one.pred_instances.bboxes for one in found]
+
+    def lose(outputs):
+        view = ExitView(branch, tuple(m[1:] for m in maps), samples[1], (1.0, 1.0), outputs, 1)
+        return paired_losses([view])[0]
+
+    alone = detect()
+    with kept_outputs(branch) as kept:
+        together = detect()
+    assert [len(own) for own in kept.proposals] == [40, 40] and len(alone[0]) > 0
+    assert all(map(torch.equal, alone, together))
+    assert 'predict_by_feat' not in vars(branch.rpn_head)
+    losses = lose(kept)
+    # Asked again, nothing was written into; and priors and their flags were made once.
+    again = lose(kept)
+    assert len(kept.priors) == 2
+    kept.proposals = []
+    by_itself = lose(kept)
+    for name, value in by_itself.items():
+        for one in (losses, again):
+            assert all(map(torch.equal, _listed(value), _listed(one[name]))), name
+    branch.test_cfg.rpn.nms_pre -= 1
+    with kept_outputs(branch) as kept:
+        detect()
+    assert kept.proposals == []
+
+
+def _listed(value):
+    return value if isinstance(value, list) else [value]

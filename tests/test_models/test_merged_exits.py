@@ -211,8 +211,7 @@ def test_boxes_that_are_not_rescaled_are_in_the_delivered_frame():
 def test_scores_are_scaled_by_exit():
     model = build('two_stage', merge=None)
     before = model.predict(*fresh(model))
-    model.platt_scale.copy_(torch.tensor([0.5, 2.0]))
-    model.platt_shift.copy_(torch.tensor([0.25, -1.0]))
+    model.set_platt_scaling([(0.5, 0.25), (2.0, -1.0)])
     after = model.predict(*fresh(model))
     for one, other in zip(before, after):
         scale, shift = (0.5, 0.25) if one.exit == 0 else (2.0, -1.0)
@@ -222,6 +221,7 @@ def test_scores_are_scaled_by_exit():
         assert torch.equal(one.pred_instances.bboxes, other.pred_instances.bboxes)
 
 
+@torch.no_grad()
 def test_checkpoints_from_before_load():
     model = build()
     state = model.state_dict()
@@ -232,6 +232,11 @@ def test_checkpoints_from_before_load():
     state['platt_scale'] = torch.tensor([0.5, 2.0])
     load_state_dict(other, state)
     assert other.platt_scale.tolist() == [0.5, 2]
+    # And count: as if they had been chosen.
+    model.merge = None
+    model.set_platt_scaling([(0.5, 0.0), (2.0, 0.0)])
+    for one, two in zip(other.predict(*fresh(other)), model.predict(*fresh(model))):
+        assert torch.equal(one.pred_instances.scores, two.pred_instances.scores)
 
 
 # What it costs.
@@ -279,6 +284,6 @@ def test_gains_in_ap_are_of_merged_exits(name):
     assert plain.max() < 0
     model.merge = Merge('nms', 0.5)
     # All of exit 0 is surer than anything of exit 1.
-    model.platt_shift.copy_(torch.tensor([8.0, -8.0]))
+    model.set_platt_scaling([(1.0, 8.0), (1.0, -8.0)])
     merged, _ = model.exit_gains(inputs, samples)
     assert merged.abs().max() < 1e-6

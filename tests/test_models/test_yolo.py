@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dynamicdet.models.yolo import AnchorHead, candidates, ciou, concatenate_maps, conv
+from dynamicdet.models.yolo import AnchorHead, candidate_cells, ciou, concatenate_maps, conv
 
 
 def test_ciou_by_hand():
@@ -27,7 +27,7 @@ def test_candidates_are_three_cells_of_the_anchors_that_fit():
     # Center at column 2.25, row 3.75 of stride 8: its cell, and those to the left and below.
     boxes = torch.tensor([[18.0, 30, 16, 16]])
     anchors = torch.tensor([[16.0, 16], [5.0, 16], [3.0, 16]])
-    anchor, row, column, owner = candidates(boxes, anchors, 8, (10, 10), 4.0)
+    anchor, row, column, owner = candidate_cells(boxes, anchors, 8, (10, 10), 4.0)
     assert owner.tolist() == [0] * 6
     cells = sorted(zip(anchor.tolist(), row.tolist(), column.tolist()))
     assert cells == [(a, r, c) for a in (0, 1) for r, c in ((3, 1), (3, 2), (4, 2))]
@@ -35,14 +35,14 @@ def test_candidates_are_three_cells_of_the_anchors_that_fit():
 
 def test_candidates_at_the_border_stay_inside():
     boxes = torch.tensor([[0.5, 79.9, 16, 16]])
-    _, row, column, _ = candidates(boxes, torch.tensor([[16.0, 16]]), 8, (10, 10), 4.0)
+    _, row, column, _ = candidate_cells(boxes, torch.tensor([[16.0, 16]]), 8, (10, 10), 4.0)
     assert list(zip(row.tolist(), column.tolist())) == [(9, 0)]
 
 
 def test_candidates_know_their_objects():
     """Two objects in one cell: the second is too large for the anchor's four times."""
     boxes = torch.tensor([[12.0, 12, 8, 8], [12, 12, 40, 8], [12, 12, 16, 16]])
-    anchor, row, column, owner = candidates(boxes, torch.tensor([[8.0, 8]]), 8, (4, 4), 4.0)
+    anchor, row, column, owner = candidate_cells(boxes, torch.tensor([[8.0, 8]]), 8, (4, 4), 4.0)
     assert list(zip(anchor.tolist(), row.tolist(), column.tolist(), owner.tolist())) == [
         (0, 1, 1, 0),
         (0, 1, 1, 2),

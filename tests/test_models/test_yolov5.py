@@ -6,10 +6,9 @@ import pytest
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.optim import build_optim_wrapper
-from mmengine.structures import InstanceData
 from torch import nn
 
-from conftest import ROOT
+from conftest import ROOT, instances
 from dynamicdet.measuring.flops import (
     build_detector,
     count_flops,
@@ -198,13 +197,6 @@ def test_fused_is_the_same():
 # The head.
 
 
-def instances(*boxes):
-    return InstanceData(
-        bboxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-        labels=torch.arange(len(boxes)) % 3,
-    )
-
-
 def raw(head, size=64, images=1, value=0.0):
     """Outputs that are one value everywhere: class scores, boxes, objectness."""
     sides = [size // stride for stride in head.strides]
@@ -217,7 +209,7 @@ def raw(head, size=64, images=1, value=0.0):
 def test_all_candidates_of_an_object_answer_for_it():
     """An object of 24 x 24 pixels, centered at (18, 30) in the second of two images."""
     head = YOLOV5Head(3, 'n', 0.5)
-    levels = head._match(*raw(head, images=2), [instances(), instances([6, 18, 30, 42])])
+    levels = head._match(list(zip(*raw(head, images=2))), [instances(), instances([6, 18, 30, 42])])
     # Level 0: all of (10, 13), (16, 30), (33, 23) are within four times; cell (3, 2), those to the
     # left and below. Level 1: (30, 61) and (62, 45); cell (1, 1), those to the left and below.
     # Level 2: none.

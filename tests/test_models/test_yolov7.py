@@ -7,9 +7,8 @@ import pytest
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.model import revert_sync_batchnorm
-from mmengine.structures import InstanceData
 
-from conftest import ROOT
+from conftest import ROOT, instances
 from dynamicdet.measuring.flops import count_flops
 from dynamicdet.models import Router, build_composite, can_fuse, fuse
 from dynamicdet.models.resolution import reduce_samples
@@ -193,13 +192,6 @@ def test_a_contested_candidate_goes_to_the_cheaper_object():
 
 def outputs(model, size=64, images=2):
     return model.bbox_head(model.neck(model.backbone(torch.rand(images, 3, size, size))))
-
-
-def instances(*boxes):
-    return InstanceData(
-        bboxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-        labels=torch.arange(len(boxes)) % 3,
-    )
 
 
 def test_images_without_objects_have_a_loss():

@@ -13,21 +13,21 @@ from pycocotools.coco import COCO
 
 from conftest import rebuilt
 from dynamicdet.errors import UsageError
-from dynamicdet.reports.analysis import analyze, format_analysis, write_analysis
-from dynamicdet.reports.analysis_gallery import show_image
-from dynamicdet.reports.analysis_text import (
+from dynamicdet.reports.figures import png, trade_off_figure
+from dynamicdet.reports.routing_analysis import analyze_routing, format_analysis, write_analysis
+from dynamicdet.reports.routing_analysis_gallery import show_image
+from dynamicdet.reports.routing_analysis_text import (
     BY_CALIBRATION,
     BY_QUANTILE,
+    budget_sentences,
     calibrated_table,
-    misses,
-    sentences,
     share_cell,
+    share_miss_sentences,
 )
-from dynamicdet.reports.figures import png, trade_off_figure
-from dynamicdet.routing.curve import Chance, by_calibration, trade_off
+from dynamicdet.routing.budget_report import share_prediction_interval
+from dynamicdet.routing.curve import RandomRouting, calibrated_trade_off, trade_off
 from dynamicdet.routing.evaluation import Mixtures
 from dynamicdet.routing.record import RoutingRecord
-from dynamicdet.routing.served import chance_interval
 
 IMAGES = 14
 BOX = [10, 12, 20, 20]
@@ -94,7 +94,7 @@ def row(ap, random_ap, random_std, share=0.5):
 
 
 def write_report(record, coco, out, calibration=(), **kwargs):
-    analysis = analyze(record, coco, bootstrap=0, calibration=calibration)
+    analysis = analyze_routing(record, coco, bootstrap=0, calibration=calibration)
     return write_analysis(record, coco, analysis, out, name='report', **kwargs)
 
 
@@ -137,7 +137,7 @@ def test_the_page_and_its_files(coco, record, tmp_path, capsys):
     assert '<h1>Digits &amp; &lt;more&gt;</h1>' in text and 'a&lt;b&gt;.py' in text
     assert NAME not in text and html.escape(NAME, quote=False) in text.replace('&#34;', '"')
     # Not calibrated: one table, and nothing is missed.
-    assert BY_CALIBRATION not in text and misses(()) == []
+    assert BY_CALIBRATION not in text and share_miss_sentences(()) == []
     assert 'is not calibrated' in text
     assert tables_of(page)['Does difficulty follow the benefit?'][-1][:2] == [
         'difficulty in the annotation file',
@@ -212,7 +212,7 @@ def test_a_failure_leaves_the_page_that_was_there(coco, record, tmp_path):
 )
 def test_the_verdict_is_honest(ap, said):
     rows = [row(25, 25, 0, share=0), row(ap, 30, 0.3), row(35, 35, 0, share=1)]
-    text = ' '.join(sentences(dict(images=14, rows=rows, ends=ends(25.0, 35.0))))
+    text = ' '.join(budget_sentences(dict(images=14, rows=rows, ends=ends(25.0, 35.0))))
     assert 'exit 1 is better than exit 0 by 10.00 AP (35.00 against 25.00)' in text
     assert said in text and 'standard deviation of random routing 0.30' in text
     assert '; 95 % interval of the gain -0.10 to +2.00)' in text
@@ -221,7 +221,7 @@ def test_the_verdict_is_honest(ap, said):
 
 def test_a_second_exit_that_is_worse():
     rows = [row(25, 25, 0, share=0), row(24, 24, 0.3), row(20, 20, 0, share=1)]
-    text = ' '.join(sentences(dict(images=14, rows=rows, ends=ends(25.0, 20.0))))
+    text = ' '.join(budget_sentences(dict(images=14, rows=rows, ends=ends(25.0, 20.0))))
     assert 'exit 1 is NOT better than exit 0' in text and 'straight line' not in text
 
 
@@ -274,19 +274,19 @@ def test_what_calibrated_thresholds_serve_stands_beside_what_this_set_would(coco
     assert [one['gflops'] for one in served] == [1, 3, 3] and served[1]['ap'] == rows[2][
         'ap'
     ] == pytest.approx(100)
-    low, high = chance_interval(50, 100, IMAGES)
+    low, high = share_prediction_interval(50, 100, IMAGES)
     table = calibrated_table(served)
     assert table[2][:2] == ['50%', f'{served[1]["threshold"]:.4f}']
     assert table[2][2:4] == ['100.0%', f'{low:.1%} to {high:.1%} !']
     # What is forced is certain.
     assert [table[at][3] for at in (1, 3)] == ['0.0% to 0.0%', '100.0% to 100.0%']
-    (sentence,) = misses(served)
+    (sentence,) = share_miss_sentences(served)
     assert 'for 50% hard sends 100.0% of these images on' in sentence
-    (said,) = misses(numbers['calibrated'])
+    (said,) = share_miss_sentences(numbers['calibrated'])
     text = html.unescape(page.read_text())
     assert said in text and BY_QUANTILE in text and BY_CALIBRATION in text
-    chance = Chance(Mixtures(record, coco), draws=2, resamples=0)
-    assert numbers['calibrated'] == by_calibration(record, chance, calibration)
+    random_routing = RandomRouting(Mixtures(record, coco), draws=2, resamples=0)
+    assert numbers['calibrated'] == calibrated_trade_off(record, random_routing, calibration)
     shown = [row for row in tables_of(page)[BY_CALIBRATION] if row]
     assert shown == calibrated_table(numbers['calibrated'])
     lines = format_analysis(numbers).split('\n')
@@ -294,12 +294,15 @@ def test_what_calibrated_thresholds_serve_stands_beside_what_this_set_would(coco
 
 
 def test_on_its_own_images_a_calibration_serves_what_was_asked_for(coco, record):
-    chance = Chance(Mixtures(record, coco), draws=2, resamples=0)
+    random_routing = RandomRouting(Mixtures(record, coco), draws=2, resamples=0)
     own = [image['difficulty'] for image in record]
-    rows, served = trade_off(record, coco, chance=chance), by_calibration(record, chance, own)
+    rows, served = (
+        trade_off(record, coco, random_routing=random_routing),
+        calibrated_trade_off(record, random_routing, own),
+    )
     for name in ('threshold', 'hard_share', 'ap', 'gflops', 'latency'):
         assert [one[name] for one in served] == [one[name] for one in rows]
-    assert misses(served) == []
+    assert share_miss_sentences(served) == []
 
 
 def test_boxes_below_the_score_are_not_drawn(record):

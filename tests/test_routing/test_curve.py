@@ -11,22 +11,23 @@ from routing_cases import BOX, found, ground_truth, make_record, random_case
 
 from conftest import rebuilt
 from dynamicdet.errors import UsageError
+from dynamicdet.routing.bootstrap import bootstrap_weights, confidence_interval
 from dynamicdet.routing.curve import (
-    AREAS,
-    Chance,
-    bootstrap_weights,
-    check_record,
-    choose,
+    RandomRouting,
+    choose_exits,
     costs_of,
-    evaluate,
     gain_over_random,
-    hard_for,
-    interval,
-    mix,
-    split,
+    hardest_for_gflops,
+    split_by_share,
     trade_off,
 )
-from dynamicdet.routing.evaluation import Mixtures
+from dynamicdet.routing.evaluation import (
+    AREAS,
+    Mixtures,
+    check_record,
+    evaluate_coco,
+    mixed_results,
+)
 from dynamicdet.routing.record import RoutingRecord
 
 #: Precision 1 up to a recall of one half: 51 of the 101 recalls that COCO looks at.
@@ -48,28 +49,28 @@ PERFECT = [0.1, 0.15, 0.2, 0.25, 0.6, 0.7, 0.8, 0.9]
 
 def test_evaluate_by_hand(coco):
     hits = [dict(result, image_id=image) for image in range(1, 5) for result in found(BOX)]
-    scores = evaluate(coco, hits)
+    scores = evaluate_coco(coco, hits)
     assert scores['ap'] == scores['ap50'] == scores['small'] == pytest.approx(HALF_FOUND)
     # A box of 400 square pixels is small: there is nothing of another size.
     assert scores['medium'] is None and scores['large'] is None
     # All that is there is found, if only those images are looked at.
-    assert evaluate(coco, hits, image_ids=[1, 2, 3, 4])['ap'] == pytest.approx(100)
+    assert evaluate_coco(coco, hits, image_ids=[1, 2, 3, 4])['ap'] == pytest.approx(100)
 
 
 def test_evaluate_counts_overlap(coco):
     # 20 x 20 against 20 x 16: IoU 0.8, right at 0.5, 0.55, ... 0.8, seven of ten.
     close = [dict(found([10, 10, 20, 16])[0], image_id=image) for image in range(1, 9)]
-    scores = evaluate(coco, close)
+    scores = evaluate_coco(coco, close)
     assert scores['ap50'] == pytest.approx(100)
     assert scores['ap'] == pytest.approx(70)
 
 
 def test_evaluate_agrees_with_pycocotools(capsys):
     coco, record = random_case()
-    results = mix(record, [True] * 30)
+    results = mixed_results(record, [True] * 30)
     before = copy.deepcopy(results)
     capsys.readouterr()
-    scores = evaluate(coco, results)
+    scores = evaluate_coco(coco, results)
     assert results == before
     assert capsys.readouterr().out == ''
     with contextlib.redirect_stdout(io.StringIO()):
@@ -84,10 +85,10 @@ def test_evaluate_agrees_with_pycocotools(capsys):
 
 
 def test_evaluate_nothing(coco):
-    assert evaluate(coco, [])['ap'] == 0
-    assert evaluate(ground_truth([[]]), [])['ap'] is None
+    assert evaluate_coco(coco, [])['ap'] == 0
+    assert evaluate_coco(ground_truth([[]]), [])['ap'] is None
     false = [dict(found(BOX)[0], image_id=1)]
-    assert evaluate(ground_truth([[]]), false)['ap'] is None
+    assert evaluate_coco(ground_truth([[]]), false)['ap'] is None
 
 
 def test_mix_takes_the_exit_of_each_image():
@@ -96,7 +97,7 @@ def test_mix_takes_the_exit_of_each_image():
         [found([1, 1, 1, 1]), found([2, 2, 2, 2]), []],
         [found([3, 3, 3, 3]), found([4, 4, 4, 4]), found([5, 5, 5, 5])],
     )
-    taken = mix(record, [False, True, False])
+    taken = mixed_results(record, [False, True, False])
     assert [(result['image_id'], result['bbox'][0]) for result in taken] == [(1, 1), (2, 4)]
 
 
@@ -162,7 +163,7 @@ def test_trade_off_agrees_with_evaluating_the_mixture():
     coco, record = random_case()
     for row in trade_off(record, coco, resamples=0):
         hard = [image['difficulty'] > row['threshold'] for image in record]
-        scores = evaluate(coco, mix(record, hard))
+        scores = evaluate_coco(coco, mixed_results(record, hard))
         assert row['hard_share'] == np.mean(hard)
         assert (row['ap'], row['ap50']) == pytest.approx((scores['ap'], scores['ap50']))
 
@@ -211,22 +212,22 @@ def test_bad_records(coco):
 
 def test_choose():
     difficulties = [0.1, 0.3, 0.30001, 0.9]
-    assert choose(difficulties, [0.3]).tolist() == [0, 0, 1, 1]
-    assert choose(difficulties, [0.2, 0.5]).tolist() == [0, 1, 1, 2]
+    assert choose_exits(difficulties, [0.3]).tolist() == [0, 0, 1, 1]
+    assert choose_exits(difficulties, [0.2, 0.5]).tolist() == [0, 1, 1, 2]
     # Equal thresholds: nothing leaves in between. -1 sends all on, 1 none.
-    assert choose(difficulties, [0.3, 0.3, 1]).tolist() == [0, 0, 2, 2]
-    assert choose([0, 1], [-1, 1]).tolist() == [1, 1]
+    assert choose_exits(difficulties, [0.3, 0.3, 1]).tolist() == [0, 0, 2, 2]
+    assert choose_exits([0, 1], [-1, 1]).tolist() == [1, 1]
     # As in the model, in float32: this threshold is the difficulty.
-    assert choose(np.float32([0.1]), [np.float64(np.float32(0.1))]).tolist() == [0]
+    assert choose_exits(np.float32([0.1]), [np.float64(np.float32(0.1))]).tolist() == [0]
     for thresholds in ([0.5, 0.2], [float('nan')]):
         with pytest.raises(UsageError, match='must not fall'):
-            choose(difficulties, thresholds)
+            choose_exits(difficulties, thresholds)
 
 
 def test_split_takes_scores_of_any_range():
-    threshold, is_hard = split([0.1, 0.2, 0.6, 0.9], 0.5)
+    threshold, is_hard = split_by_share([0.1, 0.2, 0.6, 0.9], 0.5)
     assert threshold == pytest.approx(0.4) and is_hard.tolist() == [False, False, True, True]
-    threshold, is_hard = split([-40, 3, 900, 20], 0.5)
+    threshold, is_hard = split_by_share([-40, 3, 900, 20], 0.5)
     assert threshold == pytest.approx(11.5, abs=1e-3) and is_hard.tolist() == [
         False,
         False,
@@ -234,11 +235,11 @@ def test_split_takes_scores_of_any_range():
         True,
     ]
     for share in (0, 1):
-        threshold, is_hard = split([-40, 3, 900, 20], share)
+        threshold, is_hard = split_by_share([-40, 3, 900, 20], share)
         assert (is_hard == bool(share)).all()
         assert (np.array([-40, 3, 900, 20]) > threshold).tolist() == is_hard.tolist()
     with pytest.raises(UsageError, match='not finite'):
-        split([0.1, float('inf')], 0.5)
+        split_by_share([0.1, float('inf')], 0.5)
 
 
 def test_any_router_by_its_scores(coco):
@@ -294,7 +295,9 @@ def test_intervals_cover_what_they_should():
         hits = generator.uniform(size=60) < 0.6
         record = make_record([0.5] * 60, [[]] * 60, [found(BOX) if hit else [] for hit in hits])
         # Precision is 1 up to the recall, which is about 0.6: the first 61 of 101 recalls.
-        low, high = interval(Chance(Mixtures(record, coco), resamples=80).resampled([1] * 60))
+        low, high = confidence_interval(
+            RandomRouting(Mixtures(record, coco), resamples=80).resampled([1] * 60)
+        )
         held += low <= 100 * 61 / 101 <= high
     assert 34 <= held < 40
 
@@ -302,8 +305,8 @@ def test_intervals_cover_what_they_should():
 def test_chance_expects_what_draws_give():
     coco, record = random_case(images=80, crowds=False)
     mixtures = Mixtures(record, coco)
-    chance = Chance(mixtures, draws=200, resamples=150)
-    mean, deviation, resampled = chance.at(40)
+    random_routing = RandomRouting(mixtures, draws=200, resamples=150)
+    mean, deviation, resampled = random_routing.at(40)
     ends = mixtures.ap([0] * 80), mixtures.ap([1] * 80)
     assert min(ends) < mean < max(ends) and deviation > 0
     # On a resample, too: against draws by brute force on the first few.
@@ -311,11 +314,11 @@ def test_chance_expects_what_draws_give():
     halves = np.arange(80) % 2
     brute = [
         np.mean([mixtures.ap(generator.permutation(halves), own) for _ in range(60)])
-        for own in chance.weights[:8]
+        for own in random_routing.weights[:8]
     ]
     error = np.array(brute) - resampled[:8]
     assert abs(error.mean()) < 0.5 and error.std() < np.std(brute)
-    assert chance.at(40)[2] is resampled
+    assert random_routing.at(40)[2] is resampled
 
 
 def test_bootstrap_weights():
@@ -326,9 +329,9 @@ def test_bootstrap_weights():
 
 
 def test_interval():
-    assert interval(np.arange(1001)) == (25, 975)
-    assert interval([1.0, float('nan'), 1.0]) == (1, 1)
-    assert interval([]) == interval([float('nan')]) == (None, None)
+    assert confidence_interval(np.arange(1001)) == (25, 975)
+    assert confidence_interval([1.0, float('nan'), 1.0]) == (1, 1)
+    assert confidence_interval([]) == confidence_interval([float('nan')]) == (None, None)
 
 
 def test_hard_images_that_are_dearer_cost_more():
@@ -358,7 +361,7 @@ def test_hard_images_that_are_dearer_cost_more():
 )
 def test_scores_of_any_scale_are_parted(scores):
     for hard in range(11):
-        threshold, is_hard = split(scores, hard / 10)
+        threshold, is_hard = split_by_share(scores, hard / 10)
         assert is_hard.tolist() == [place >= 10 - hard for place in range(10)]
         if 0 < hard < 10:
             assert ((scores > threshold) == is_hard).all()
@@ -390,4 +393,6 @@ def test_a_choice_costs_what_its_images_cost():
 )
 def test_what_a_router_can_afford(gflops, hard):
     record, scores = of_two_sizes()
-    assert hard_for(record, scores, gflops).tolist() == [place >= 4 - hard for place in range(4)]
+    assert hardest_for_gflops(record, scores, gflops).tolist() == [
+        place >= 4 - hard for place in range(4)
+    ]

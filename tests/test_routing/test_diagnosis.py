@@ -3,7 +3,7 @@ import math
 import pytest
 
 from dynamicdet.errors import UsageError
-from dynamicdet.routing.diagnosis import diagnose, side
+from dynamicdet.routing.diagnosis import diagnose, interval_sign
 
 UP, DOWN, OPEN = (2.0, 1.0, 3.0), (-2.0, -3.0, -1.0), (2.0, -1.0, 5.0)
 
@@ -27,11 +27,11 @@ def text(**figures):
     ],
 )
 def test_side(estimate, told):
-    assert side(estimate) == told
+    assert interval_sign(estimate) == told
 
 
 def test_side_of_another_value():
-    assert [side((0.5, 0.4, 0.6), of) for of in (0.3, 0.5, 0.7)] == [1, 0, -1]
+    assert [interval_sign((0.5, 0.4, 0.6), of) for of in (0.3, 0.5, 0.7)] == [1, 0, -1]
 
 
 def test_nothing_to_say():
@@ -142,6 +142,16 @@ CASES = [
     (dict(spread=0.001), 'nearly all the same', ['standardized']),
     (dict(transfer=dict(asked=0.5, got=(0.6, 0.55, 0.65))), 'too many images', ['Calibrate']),
     (dict(transfer=dict(asked=0.5, got=(0.4, 0.35, 0.45))), 'too few images', ['Calibrate']),
+    (
+        dict(transfer=dict(asked=0.5, got=(0.4, 0.35, 0.45), calibrated=True)),
+        'The calibrated threshold calls too few images hard',
+        ['Calibrate'],
+    ),
+    (
+        dict(transfer=dict(asked=0.5, got=(0.52, 0.48, 0.56), calibrated=True)),
+        'The calibrated threshold gives a hard share of 0.52',
+        [],
+    ),
     (dict(transfer=dict(asked=0.5, got=(0.52, 0.48, 0.56))), 'a difference cannot be told', []),
     (dict(peers=dict(count=UP, entropy=(3, 2, 4))), "'entropy', by 3.0", ["Route by 'entropy'"]),
     (dict(peers=dict(count=OPEN)), 'cannot be told of any', []),
@@ -186,13 +196,22 @@ def test_each_branch(figures, sentence, advice):
 def test_exits_that_differ_by_resolution_are_not_told_to():
     figures = dict(gap=OPEN, honest_gain=OPEN, images=100)
     assert 'exits of different resolution' in text(**figures)
+    # Where nothing is told, nothing speaks against the scale that there is.
     said = text(first_scale=0.5, **figures)
-    assert 'exits of different resolution' not in said and 'another first_scale than 0.5' in said
+    assert 'different resolution' not in said and 'first_scale' not in said
+    assert 'Measure on more images' in said
+    strata = [dict(name='easy', gap=OPEN), dict(name='hard', gap=OPEN)]
+    assert 'first_scale' not in text(first_scale=0.5, strata=strata)
+    said = text(first_scale=0.5, gap=DOWN)
+    assert 'different resolution' not in said and 'another first_scale than 0.5' in said
 
 
 def test_without_intervals_nothing_is_called_unsure():
     said = text(honest_gain=(3.0, None, None), bootstrap=0)
     assert 'nothing sure' not in said and '--bootstrap' in said
+    # The tables then have ratios as they are.
+    assert 'not defined' not in text(gap=(3.0, None, None), bootstrap=0)
+    assert 'not defined' in text(gap=OPEN)
 
 
 def test_wide_enough_difficulties_are_not_spoken_of():

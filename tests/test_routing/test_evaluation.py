@@ -10,7 +10,13 @@ from routing_cases import BOX, build_coco, found, ground_truth, make_record, ran
 
 from conftest import rebuilt
 from dynamicdet.errors import UsageError
-from dynamicdet.routing.evaluation import Mixtures, check_truth, evaluate, mix, read_truth
+from dynamicdet.routing.evaluation import (
+    Mixtures,
+    check_truth,
+    evaluate_coco,
+    mixed_results,
+    read_truth,
+)
 
 
 def assert_same(scores, expected):
@@ -22,7 +28,7 @@ def assert_same(scores, expected):
 
 
 def by_pycocotools(coco, record, choice):
-    return evaluate(coco, mix(record, choice), [image['id'] for image in record])
+    return evaluate_coco(coco, mixed_results(record, choice), [image['id'] for image in record])
 
 
 def with_copies(coco, record, choice, weights):
@@ -38,7 +44,7 @@ def with_copies(coco, record, choice, weights):
                 for count, own in enumerate(coco.imgToAnns[image['id']], 1)
             ]
             results += [dict(own, image_id=ids[-1]) for own in image['detections'][choice[index]]]
-    return evaluate(build_coco(ids, annotations, coco.cats), results)
+    return evaluate_coco(build_coco(ids, annotations, coco.cats), results)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +158,7 @@ def test_image_ap():
         for value, image in zip(own, record):
             results = [dict(each, image_id=image['id']) for each in image['detections'][exit]]
             # Images without objects: 0.
-            assert abs(value - (evaluate(coco, results, [image['id']])['ap'] or 0)) < 1e-8
+            assert abs(value - (evaluate_coco(coco, results, [image['id']])['ap'] or 0)) < 1e-8
     empty = [not coco.getAnnIds([image['id']], iscrowd=False) for image in record]
     assert any(empty) and (per_image[:, empty] == 0).all()
 
@@ -272,7 +278,7 @@ def test_agrees_with_faster_coco_eval():
     choice = np.random.default_rng(8).integers(0, 2, 30)
     with contextlib.redirect_stdout(io.StringIO()):
         theirs = FasterCOCO(coco.dataset)
-        evaluator = COCOeval_faster(theirs, theirs.loadRes(mix(record, choice)), 'bbox')
+        evaluator = COCOeval_faster(theirs, theirs.loadRes(mixed_results(record, choice)), 'bbox')
         evaluator.run()
     expected = dict(
         zip(('ap', 'ap50', 'small', 'medium', 'large'), 100 * evaluator.stats[[0, 1, 3, 4, 5]])
@@ -294,7 +300,7 @@ def test_a_detector_of_some_categories_is_judged_by_these_alone(tmp_path, capsys
         ]
         image['objects'] = len(coco.getAnnIds(imgIds=[image['id']], catIds=[known], iscrowd=False))
     record = rebuilt(record, images)
-    evaluator = COCOeval(coco, coco.loadRes(mix(record, [0] * 20)), 'bbox')
+    evaluator = COCOeval(coco, coco.loadRes(mixed_results(record, [0] * 20)), 'bbox')
     evaluator.params.catIds = [known]
     evaluator.evaluate()
     evaluator.accumulate()

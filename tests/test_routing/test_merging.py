@@ -16,7 +16,7 @@ from dynamicdet.routing.merging import (
     platt_scaling_of,
     scale_scores,
 )
-from dynamicdet.routing.peers import charge
+from dynamicdet.routing.peers import peer_gflops
 from dynamicdet.routing.record import RoutingRecord
 
 NMS, WBF = Merge('nms', 0.5), Merge('wbf', 0.5)
@@ -316,7 +316,7 @@ def test_a_record_is_merged_as_it_would_have_been_recorded():
     assert found.provenance['merge'] == 'nms (IoU 0.5)'
     assert record == small_record()
     # And who looks at exit 0's detections pays nothing more.
-    assert charge('detections', record) == 0.5 and charge('detections', found) == 0
+    assert peer_gflops('detections', record) == 0.5 and peer_gflops('detections', found) == 0
     with pytest.raises(UsageError, match='were merged by nms'):
         merge_record(found, NMS)
 

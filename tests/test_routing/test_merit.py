@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from routing_cases import BOX, found, ground_truth, make_record
 
-from dynamicdet.routing.curve import Chance
+from dynamicdet.routing.curve import RandomRouting
 from dynamicdet.routing.evaluation import Mixtures
 from dynamicdet.routing.merit import efficacy, normalized_gain
 
@@ -18,14 +18,14 @@ def make_chance(first, second, **options):
     """Images of one object each; ``first``, ``second``: whether an exit finds it."""
     detections = [[found(BOX) if hit else [] for hit in hits] for hits in (first, second)]
     record = make_record([0.5] * len(first), *detections)
-    return Chance(
+    return RandomRouting(
         Mixtures(record, ground_truth([[BOX]] * len(first))),
         **dict(dict(draws=20, resamples=40), **options),
     )
 
 
 @pytest.fixture(scope='module')
-def chance():
+def random_routing():
     """Exit 1 finds all objects, exit 0 those of the first half."""
     return make_chance(np.arange(IMAGES) < IMAGES // 2, [True] * IMAGES)
 
@@ -40,9 +40,9 @@ def hardest(order, shares=FIFTHS):
 PERFECT = np.arange(IMAGES)[::-1]
 
 
-def test_gain_of_a_perfect_router(chance):
+def test_gain_of_a_perfect_router(random_routing):
     (half,) = hardest(PERFECT, [0.5])
-    found = normalized_gain(chance, half)
+    found = normalized_gain(random_routing, half)
     # All that exit 1 gains at half the cost: half of it is above the chord.
     assert (found['hard_share'], found['ap']) == (0.5, pytest.approx(100))
     assert found['chord'] == pytest.approx((HALF_FOUND + 100) / 2)
@@ -52,29 +52,29 @@ def test_gain_of_a_perfect_router(chance):
     assert json.loads(json.dumps(found)) == found
 
 
-def test_gain_of_an_inverted_router(chance):
+def test_gain_of_an_inverted_router(random_routing):
     (half,) = hardest(PERFECT[::-1], [0.5])
-    assert normalized_gain(chance, half)['gain'] == pytest.approx(-0.5)
+    assert normalized_gain(random_routing, half)['gain'] == pytest.approx(-0.5)
 
 
-def test_gain_of_an_interleaved_router(chance):
+def test_gain_of_an_interleaved_router(random_routing):
     # Half of what is hard is what gains: on the chord, but for the steps of recall.
-    found = normalized_gain(chance, np.arange(IMAGES) % 2 == 1)
+    found = normalized_gain(random_routing, np.arange(IMAGES) % 2 == 1)
     assert found['gain'] == pytest.approx(0, abs=0.03)
     assert found['low'] < -0.1 and found['high'] > 0.1
 
 
-def test_gain_goes_by_the_share_that_there_is(chance):
+def test_gain_goes_by_the_share_that_there_is(random_routing):
     (quarter,) = hardest(PERFECT, [0.25])
-    found = normalized_gain(chance, quarter)
+    found = normalized_gain(random_routing, quarter)
     # Ten of the twenty that gain: 30 of 40 found.
     assert found['hard_share'] == 0.25 and found['ap'] == pytest.approx(100 * 76 / 101)
     assert found['gain'] == pytest.approx((76 - 51 - 0.25 * 50) / 50)
 
 
-def test_gain_at_the_ends_is_nothing(chance):
+def test_gain_at_the_ends_is_nothing(random_routing):
     for end in (False, True):
-        found = normalized_gain(chance, [end] * IMAGES)
+        found = normalized_gain(random_routing, [end] * IMAGES)
         assert found['gain'] == pytest.approx(0) and found['low'] == found['high'] == 0
 
 
@@ -93,7 +93,7 @@ def test_exits_that_are_not_told_apart_have_no_interval():
     assert found['low'] is None and found['high'] is None
 
 
-def test_a_worse_exit_turns_the_sign(chance):
+def test_a_worse_exit_turns_the_sign(random_routing):
     (half,) = hardest(PERFECT, [0.5])
     swapped = make_chance([True] * IMAGES, np.arange(IMAGES) < IMAGES // 2)
     found = normalized_gain(swapped, ~half)
@@ -101,38 +101,40 @@ def test_a_worse_exit_turns_the_sign(chance):
     assert found['gain'] == pytest.approx(-0.5)
 
 
-def test_efficacy_of_the_oracle_is_one(chance):
+def test_efficacy_of_the_oracle_is_one(random_routing):
     oracle = hardest(PERFECT)
-    found = efficacy(chance, oracle, oracle)
+    found = efficacy(random_routing, oracle, oracle)
     assert found['efficacy'] == found['low'] == found['high'] == 1
     assert found['router_area'] == found['oracle_area'] > 0
     # Which share comes first does not matter, nor do the ends, nor a share that comes twice.
     more = [*oracle[::-1], *hardest(PERFECT, [0, 1, 0.4])]
-    assert efficacy(chance, more, oracle)['efficacy'] == pytest.approx(1)
+    assert efficacy(random_routing, more, oracle)['efficacy'] == pytest.approx(1)
     assert json.loads(json.dumps(found)) == found
 
 
-def test_efficacy_of_the_inverted_router(chance):
-    found = efficacy(chance, hardest(PERFECT[::-1]), hardest(PERFECT))
+def test_efficacy_of_the_inverted_router(random_routing):
+    found = efficacy(random_routing, hardest(PERFECT[::-1]), hardest(PERFECT))
     assert found['efficacy'] == pytest.approx(-1, abs=0.1)
     assert found['high'] < 0
 
 
-def test_efficacy_of_random_routers_is_nothing(chance):
+def test_efficacy_of_random_routers_is_nothing(random_routing):
     shares, generator = [0.25, 0.5, 0.75], np.random.default_rng(0)
     found = [
-        efficacy(chance, hardest(generator.permutation(IMAGES), shares), hardest(PERFECT, shares))
+        efficacy(
+            random_routing, hardest(generator.permutation(IMAGES), shares), hardest(PERFECT, shares)
+        )
         for _ in range(10)
     ]
     assert np.mean([each['efficacy'] for each in found]) == pytest.approx(0, abs=0.12)
     assert sum(each['low'] < 0 < each['high'] for each in found) >= 8
 
 
-def test_efficacy_by_hand(chance):
+def test_efficacy_by_hand(random_routing):
     """At half hard alone, the area is a triangle. 15 of the 20 that gain: 35 of 40 found."""
     order = [*range(20, 35), *range(0, 5), *range(35, 40), *range(5, 20)]
-    found = efficacy(chance, hardest(order, [0.5]), hardest(PERFECT, [0.5]))
-    at_random, _, _ = chance.at(20)
+    found = efficacy(random_routing, hardest(order, [0.5]), hardest(PERFECT, [0.5]))
+    at_random, _, _ = random_routing.at(20)
     assert found['router_area'] == pytest.approx((100 * 88 / 101 - at_random) / 2)
     assert found['oracle_area'] == pytest.approx((100 - at_random) / 2)
     assert found['efficacy'] == pytest.approx((100 * 88 / 101 - at_random) / (100 - at_random))
@@ -156,7 +158,7 @@ def test_no_interval_for_an_oracle_that_may_be_luck():
     assert found['efficacy'] == 1 and found['low'] is None
 
 
-def test_without_resamples(chance):
+def test_without_resamples(random_routing):
     quick = make_chance([True, False] * 10, [True] * 20, resamples=0)
     choice = np.arange(20) % 2 == 1
     assert normalized_gain(quick, choice)['gain'] == pytest.approx(0.5)

@@ -7,7 +7,13 @@ from scipy.optimize import linprog
 
 from dynamicdet.errors import UsageError
 from dynamicdet.routing.evaluation import Mixtures
-from dynamicdet.routing.oracle import allocate, honest_choices, object_count, oracle_choices, refine
+from dynamicdet.routing.oracle import (
+    allocate,
+    honest_choices,
+    object_count,
+    oracle_choices,
+    refine_choice,
+)
 from dynamicdet.routing.record import RoutingRecord
 
 SHARES = (0, 0.25, 0.5, 0.75, 1)
@@ -367,7 +373,7 @@ def test_refine_finds_what_the_sum_over_images_misses():
     # objects.
     start = oracle_choices(mixtures.image_ap(), [0.5])[0]
     assert start.tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
-    refined = refine(mixtures, start, evaluations=100)
+    refined = refine_choice(mixtures, start, evaluations=100)
     assert refined.choice.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
     assert refined.start_ap == mixtures.ap(start) < refined.ap == mixtures.ap(refined.choice)
     # Counting objects finds it at once.
@@ -384,13 +390,13 @@ def test_refine_is_bounded_keeps_the_counts_and_repeats():
     kept = start.copy()
     before = -1
     for evaluations in (1, 2, 40, 160):
-        refined = refine(mixtures, start, evaluations, seed=3)
+        refined = refine_choice(mixtures, start, evaluations, seed=3)
         assert refined.evaluations <= evaluations and refined.choice.sum() == start.sum() == 20
         assert refined.ap >= max(before, refined.start_ap)
         assert refined.ap == mixtures.ap(refined.choice)
         before = refined.ap
     assert refined.ap > refined.start_ap + 0.3
-    again = refine(mixtures, start, 160, seed=3)
+    again = refine_choice(mixtures, start, 160, seed=3)
     assert (again.choice == refined.choice).all() and again.ap == refined.ap
     assert (start == kept).all()
 
@@ -398,9 +404,9 @@ def test_refine_is_bounded_keeps_the_counts_and_repeats():
 def test_refine_ends_where_there_is_nothing_to_swap():
     coco, record = crowded_case()
     mixtures = Mixtures(record, coco)
-    assert refine(mixtures, np.ones(8, int)).evaluations == 1
+    assert refine_choice(mixtures, np.ones(8, int)).evaluations == 1
     # The best: each of the 16 pairs is tried, none gains.
-    best = refine(mixtures, [0, 0, 0, 0, 1, 1, 1, 1], evaluations=1000)
+    best = refine_choice(mixtures, [0, 0, 0, 0, 1, 1, 1, 1], evaluations=1000)
     assert best.choice.tolist() == [0, 0, 0, 0, 1, 1, 1, 1] and best.evaluations < 200
 
 
@@ -413,7 +419,7 @@ def test_refine_three_exits():
     record = RoutingRecord.from_images(images)
     mixtures = Mixtures(record, coco)
     start = np.array([2, 2, 1, 0, 0, 1, 1, 2])
-    refined = refine(mixtures, start, evaluations=300)
+    refined = refine_choice(mixtures, start, evaluations=300)
     assert np.bincount(refined.choice).tolist() == np.bincount(start).tolist()
     # Full detections and the two of five where there are five objects, none where there is one.
     assert np.bincount(refined.choice[4:], minlength=3).tolist() == [0, 1, 3]

@@ -6,10 +6,10 @@ import pytest
 from dynamicdet.errors import UsageError
 from dynamicdet.routing.peers import (
     PEERS,
-    charge,
     cross_fit,
     fit_adaptive_feeding,
     fit_ridge,
+    peer_gflops,
     peer_scores,
 )
 from dynamicdet.routing.record import RoutingRecord
@@ -201,10 +201,13 @@ def test_cross_fit_never_shows_an_image_to_its_own_fit():
 
 def test_charge(record):
     assert (
-        charge('image_entropy', record) == charge('ridge', record) == charge('objects', record) == 0
+        peer_gflops('image_entropy', record)
+        == peer_gflops('ridge', record)
+        == peer_gflops('objects', record)
+        == 0
     )
     with pytest.raises(UsageError, match='what that costs: record anew'):
-        charge('detections', record)
+        peer_gflops('detections', record)
     record.provenance['branch0_gflops'] = 4
-    assert charge('detections', record) == 4
-    assert charge('adaptive_feeding', record, branch_gflops=6) == 6
+    assert peer_gflops('detections', record) == 4
+    assert peer_gflops('adaptive_feeding', record, branch_gflops=6) == 6

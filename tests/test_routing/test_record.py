@@ -6,7 +6,13 @@ import pytest
 
 from conftest import rebuilt
 from dynamicdet.errors import UsageError
-from dynamicdet.routing.record import Detections, RoutingRecord, read_record, require, write_record
+from dynamicdet.routing.record import (
+    Detections,
+    RoutingRecord,
+    read_record,
+    require_columns,
+    write_record,
+)
 
 
 def make_image(identity, **more):
@@ -256,10 +262,10 @@ def test_bad_records_are_not_written(full, tmp_path):
 
 
 def test_require(full):
-    require(full, 'losses', 'features')
+    require_columns(full, 'losses', 'features')
     full.losses = None
     with pytest.raises(UsageError, match='lacks losses'):
-        require(full, 'features', 'losses')
+        require_columns(full, 'features', 'losses')
 
 
 def test_a_failed_write_leaves_the_old_file(record, tmp_path):

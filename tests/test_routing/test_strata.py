@@ -7,14 +7,14 @@ from routing_cases import BOX, found, ground_truth, make_record, random_case
 
 from conftest import rebuilt
 from dynamicdet.errors import UsageError
-from dynamicdet.routing.curve import Chance, by_calibration, trade_off
-from dynamicdet.routing.evaluation import Mixtures, evaluate, mix
+from dynamicdet.routing.curve import RandomRouting, calibrated_trade_off, trade_off
+from dynamicdet.routing.evaluation import Mixtures, evaluate_coco, mixed_results
 from dynamicdet.routing.strata import (
     OBJECTS,
-    benefits,
     by_difficulty,
     by_objects,
     by_size,
+    exit_benefits,
     rank_correlations,
 )
 from dynamicdet.routing.thresholds import hard_share
@@ -79,8 +79,8 @@ def test_strata_are_as_if_alone():
         assert inside.sum() == row['images']
         ids = [image['id'] for image, own in zip(record, inside) if own]
         for exit in (0, 1):
-            results = [own for own in mix(record, [exit] * 30) if own['image_id'] in ids]
-            assert row['ap'][exit] == pytest.approx(evaluate(coco, results, ids)['ap'])
+            results = [own for own in mixed_results(record, [exit] * 30) if own['image_id'] in ids]
+            assert row['ap'][exit] == pytest.approx(evaluate_coco(coco, results, ids)['ap'])
 
 
 def test_by_difficulty_of_few_or_equal_images(counted):
@@ -92,15 +92,15 @@ def test_by_difficulty_of_few_or_equal_images(counted):
 
 def test_benefits(counted):
     coco, record = counted
-    found = benefits(record, Mixtures(record, coco))
+    found = exit_benefits(record, Mixtures(record, coco))
     counts = np.array([0, 1, 2, 3, 4, 8, 9, 12])
     assert found['ap'] == pytest.approx(np.where(counts > 3, 100, 0))
     assert found['loss'].tolist() == (counts - 1).tolist()
     assert found['loss_objects'].tolist() == (counts * (counts - 1)).tolist()
-    back = benefits(record, Mixtures(record, coco), exits=(1, 0))
+    back = exit_benefits(record, Mixtures(record, coco), exits=(1, 0))
     assert back['ap'] == pytest.approx(-found['ap']) and (back['loss'] == -found['loss']).all()
     bare = dataclasses.replace(record, losses=None)
-    assert set(benefits(bare, Mixtures(bare, coco))) == {'ap'}
+    assert set(exit_benefits(bare, Mixtures(bare, coco))) == {'ap'}
 
 
 def test_rank_correlations():
@@ -122,10 +122,10 @@ def test_rank_correlations():
 def test_thresholds_of_other_images(counted):
     coco, record = counted
     test = np.array([image['difficulty'] for image in record])
-    chance = Chance(Mixtures(record, coco), resamples=0)
+    random_routing = RandomRouting(Mixtures(record, coco), resamples=0)
     # The calibration's images are easier: at its median, 1/4, six of the eight test images are
     # hard.
-    rows = by_calibration(record, chance, test / 2, shares=(0, 0.5, 1))
+    rows = calibrated_trade_off(record, random_routing, test / 2, shares=(0, 0.5, 1))
     none, half, all_hard = rows
     for row, own, threshold in ((none, 0, 1), (all_hard, 1, -1)):
         assert (hard_share(test / 2, row['threshold']), row['hard_share']) == (own, own)
@@ -136,10 +136,10 @@ def test_thresholds_of_other_images(counted):
     assert (hard_share(test / 2, half['threshold']), half['hard_share']) == (0.5, 0.75)
     assert half['chance_low'] < 0.5 < half['chance_high']
     # All images with more than three objects are among either's hard ones.
-    (own,) = trade_off(record, coco, shares=[0.5], chance=chance)
+    (own,) = trade_off(record, coco, shares=[0.5], random_routing=random_routing)
     assert half['ap'] == own['ap'] == pytest.approx(100)
     # Harder ones: threshold 0.9, only the image of 12 is hard. 18 of 39 objects: 47 of 101 recalls.
-    (high,) = by_calibration(record, chance, [0.8, 1.0], [0.5])
+    (high,) = calibrated_trade_off(record, random_routing, [0.8, 1.0], [0.5])
     assert (hard_share([0.8, 1.0], high['threshold']), high['hard_share']) == (0.5, 0.125)
     assert (high['ap'], own['ap']) == pytest.approx((100 * 47 / 101, 100))
     assert json.loads(json.dumps(rows)) == rows

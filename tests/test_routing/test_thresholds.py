@@ -8,6 +8,7 @@ from dynamicdet.routing.budget import Budget
 from dynamicdet.routing.thresholds import (
     hard_share,
     mean_cost,
+    quantile_map,
     require_exits,
     resolve_threshold,
     share_for_gflops,
@@ -240,3 +241,25 @@ def test_a_budget_is_one_number(named):
 def test_as_many_as_there_are_exits():
     with pytest.raises(UsageError, match='2 numbers for 3 exits'):
         resolve_threshold(dict(threshold=[0.1, 0.2, 0.3]), latencies=(1, 2, 3))
+
+
+def test_difficulties_move_as_those_of_some_images():
+    """By hand: 0.2 goes to 0.3 and 0.6 to 0.5; half way between them nothing moves."""
+    before, after = np.array([0.6, 0.2]), np.array([0.3, 0.5])
+    found = quantile_map(np.array([-1, 0, 0.1, 0.2, 0.4, 0.6, 0.8, 1]), before, after)
+    assert found == pytest.approx([-1, 0, 0.15, 0.3, 0.4, 0.5, 0.75, 1])
+    assert quantile_map(
+        np.array([0.5]), np.array([0.5, 0.5]), np.array([0.4, 0.8])
+    ) == pytest.approx(0.6)
+
+
+def test_moving_difficulties_and_thresholds_keeps_hard_shares():
+    rng = np.random.default_rng(0)
+    scores, before, after = rng.random(500), rng.random(7), rng.random(7) ** 2
+    for share in (0, 0.2, 0.5, 0.9, 1):
+        threshold = threshold_for_share(scores, share)
+        (found,) = quantile_map(np.array([threshold]), before, after)
+        assert hard_share(quantile_map(scores, before, after), found) == pytest.approx(
+            share, abs=1e-9
+        )
+    assert quantile_map(scores, before, before) == pytest.approx(scores, abs=1e-7)

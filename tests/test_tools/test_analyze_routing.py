@@ -4,54 +4,17 @@ one-stage detector."""
 import dataclasses
 import json
 import re
-import runpy
 import shutil
-import sys
 
 import numpy as np
 import pytest
-import torch
 from mmengine.config import Config
 
-from conftest import ROOT, shrink_options
+from conftest import ROOT, call_tool, recordable_options, write_random
 from dynamicdet.routing.record import RoutingRecord, read_record, write_record
-from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 
 CONFIGS = ['dy_faster_rcnn_digits_router', 'dy_yolox_nano_digits_router']
-
-
-def call(tool, *arguments):
-    """Run a tool in this process; the status that it ends with."""
-    kept = sys.argv
-    sys.argv = [str(tool), *map(str, arguments)]
-    try:
-        runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
-    except SystemExit as ended:
-        return ended.code or 0
-    finally:
-        sys.argv = kept
-
-
-def write_checkpoint(path, name, options):
-    """Random weights that find something at either exit and tell images apart."""
-    cfg = Config.fromfile(ROOT / 'configs' / f'{name}.py')
-    cfg.merge_from_dict(options)
-    torch.manual_seed(0)
-    model = MODELS.build(cfg.model)
-    model.init_weights()
-    for branch in model.branches:
-        if hasattr(branch, 'roi_head'):
-            branch.roi_head.bbox_head.fc_cls.weight.data *= 30
-        else:
-            for conv in [
-                *branch.bbox_head.multi_level_conv_obj,
-                *branch.bbox_head.multi_level_conv_cls,
-            ]:
-                torch.nn.init.normal_(conv.weight, std=0.1)
-                torch.nn.init.zeros_(conv.bias)
-    model.router.fc2.weight.data *= 30
-    torch.save(dict(state_dict=model.state_dict()), path)
 
 
 @pytest.fixture(scope='module', params=CONFIGS)
@@ -59,12 +22,12 @@ def recorded(request, digits, tmp_path_factory):
     """Path of a record of the test data, by the tool."""
     register_all_modules(init_default_scope=True)
     folder = tmp_path_factory.mktemp('routing with spaces')
-    options = shrink_options(digits)
-    if 'yolox' in request.param:
-        options = {key: value for key, value in options.items() if not key.startswith('model.')}
-    write_checkpoint(folder / 'random.pth', request.param, options)
+    options = recordable_options(request.param, digits)
+    cfg = Config.fromfile(ROOT / f'configs/{request.param}.py')
+    cfg.merge_from_dict(options)
+    write_random(cfg, folder / 'random.pth')
     assert (
-        call(
+        call_tool(
             'record.py',
             ROOT / f'configs/{request.param}.py',
             folder / 'random.pth',
@@ -104,7 +67,7 @@ def test_from_a_checkpoint_to_a_page(recorded, capsys):
     )
     write_record(val, recorded.with_name('val.npz'))
     assert (
-        call(
+        call_tool(
             'analyze_routing.py',
             recorded,
             '--val-record',
@@ -165,7 +128,7 @@ def record(digits, tmp_path_factory):
 
 def test_two_of_three_exits(record, tmp_path):
     assert (
-        call(
+        call_tool(
             'analyze_routing.py',
             record,
             '--exits',
@@ -189,13 +152,13 @@ def test_annotations_that_were_moved(record, digits, tmp_path, capsys):
     moved = read_record(record)
     moved.provenance['ann_file'] = '/nowhere/test.json'
     write_record(moved, tmp_path / 'moved.npz')
-    assert call('analyze_routing.py', tmp_path / 'moved.npz') == 2
+    assert call_tool('analyze_routing.py', tmp_path / 'moved.npz') == 2
     assert "error: there is no annotation file '/nowhere/test.json': name it by --ann-file" in (
         capsys.readouterr().err
     )
     shutil.copy(digits / 'annotations/instances_test.json', tmp_path / 'here.json')
     assert (
-        call(
+        call_tool(
             'analyze_routing.py',
             tmp_path / 'moved.npz',
             '--ann-file',
@@ -231,7 +194,7 @@ def test_annotations_that_were_moved(record, digits, tmp_path, capsys):
 def test_mistakes_are_one_line(record, tmp_path, capsys, arguments, said):
     (tmp_path / 'broken.npz').write_bytes(record.read_bytes()[:300])
     names = dict(folder=tmp_path, record=record)
-    assert call('analyze_routing.py', *(one.format(**names) for one in arguments)) == 2
+    assert call_tool('analyze_routing.py', *(one.format(**names) for one in arguments)) == 2
     error = capsys.readouterr().err
     assert said.format(**names) in error and 'Traceback' not in error
     assert len([line for line in error.split('\n') if line.startswith('error: ')]) == 1
@@ -245,7 +208,7 @@ def test_what_record_refuses(tmp_path, capsys):
         'cpu',
         '--out',
     ]
-    assert call('record.py', *arguments, tmp_path) == 2
+    assert call_tool('record.py', *arguments, tmp_path) == 2
     assert 'is a folder, not a file to write' in capsys.readouterr().err
-    assert call('record.py', *arguments, tmp_path / 'a.npz') == 2
+    assert call_tool('record.py', *arguments, tmp_path / 'a.npz') == 2
     assert 'none.pth' in capsys.readouterr().err

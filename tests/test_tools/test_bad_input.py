@@ -6,6 +6,7 @@ import json
 import pickle
 import runpy
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -14,6 +15,14 @@ from mmengine.config import Config
 
 from conftest import ROOT, run_tool, shrink_options
 from dynamicdet.datasets import annotation_repair
+from dynamicdet.datasets.digits import SIZES
+from dynamicdet.deploy.runtimes import RUNTIMES
+from dynamicdet.interop import SOURCES
+from dynamicdet.measuring.benchmark import BATCH_SIZE, DTYPES, FORMATS
+from dynamicdet.measuring.model_zoo import SHARES
+from dynamicdet.measuring.recording import VIEWS
+from dynamicdet.routing import OBJECTIVES
+from dynamicdet.video.digits_video import SIZES as VIDEO_SIZES
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 
@@ -90,6 +99,70 @@ def warnings_of(result):
     status, said = result
     assert status == 0, said
     return [line for line in said.splitlines() if line.startswith('data: ')]
+
+
+# Before anything is imported.
+
+TOOLS = sorted((ROOT / 'tools').glob('*.py'))
+
+#: Runs a tool without its work: prints its status, and whether it has imported what takes seconds.
+_LIGHT = """
+import runpy, sys
+for tool in sys.argv[2:]:
+    sys.argv = [tool, *sys.argv[1:2]]
+    try:
+        runpy.run_path(tool, run_name='__main__')
+    except SystemExit as ended:
+        heavy = {'torch', 'mmengine', 'mmdet', 'numpy', 'dynamicdet'} & sys.modules.keys()
+        print('status', tool, ended.code, *heavy)
+"""
+
+
+@pytest.mark.parametrize('option, status', [('--help', 0), ('--no-such-option', 2)])
+def test_help_and_wrong_options_wait_for_no_import(option, status):
+    done = subprocess.run(
+        [sys.executable, '-c', _LIGHT, option, *map(str, TOOLS)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    said = [line.split(' ', 1)[1] for line in done.stdout.splitlines() if line[:7] == 'status ']
+    assert said == [f'{tool} {status}' for tool in TOOLS] and len(said) > 20
+
+
+@pytest.mark.parametrize(
+    'name, choices',
+    [
+        ('convert_checkpoint', SOURCES),
+        ('fit_router', [name for name in OBJECTIVES if name != 'cost_weight']),
+        ('record', [*VIEWS, 'none']),
+        ('report', [*VIEWS, 'none']),
+        ('benchmark', DTYPES),
+        ('benchmark', FORMATS),
+        ('test_deployed', RUNTIMES),
+    ],
+)
+def test_options_offer_what_the_library_has(name, choices):
+    """Tools write it down again, since they import the library later."""
+    done = run_tool(f'{name}.py', '--help')
+    assert f'{{{",".join(choices)}}}' in ''.join(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    'name, said',
+    [
+        ('benchmark', f'all batches of {BATCH_SIZE}: '),
+        ('get_flops', f'0 to 1: {" ".join(map(str, SHARES))}'),
+        *(('make_digits', f'{key} images (default: {size})') for key, size in SIZES.items()),
+        *(
+            ('make_digits_video', f'{key} videos (default: {size})')
+            for key, size in VIDEO_SIZES.items()
+        ),
+    ],
+)
+def test_options_have_the_librarys_defaults(name, said):
+    assert said in ' '.join(run_tool(f'{name}.py', '--help').stdout.split())
 
 
 # Configs.

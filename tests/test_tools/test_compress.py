@@ -9,7 +9,8 @@ import torch
 
 from conftest import ROOT, load_small, run_tool, train
 from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
-from dynamicdet.compression.pruning import Block, prune_weights
+from dynamicdet.compression.pruning import prune_weights
+from dynamicdet.compression.pruning_blocks import PruningBlock
 from dynamicdet.testing import randomize
 from mmdet.apis import init_detector
 from mmdet.registry import MODELS
@@ -35,7 +36,7 @@ def pruned(digits, tmp_path_factory):
     )
     cfg.model.pop('detector')
     model = randomize(MODELS.build(cfg.model))
-    prune_weights(model, [Block('all', ['*'], 0.8)])
+    prune_weights(model, [PruningBlock('all', ['*'], 0.8)])
     meta = dict(dataset_meta=cfg.metainfo.to_dict(), epoch=1, iter=3)
     write_checkpoint(
         dict(state_dict=model.state_dict(), meta=meta, optimizer={}), str(folder / 'a.pth')

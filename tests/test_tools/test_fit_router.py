@@ -12,10 +12,14 @@ from mmengine.config import Config
 from conftest import rebuilt, run_tool
 from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
 from dynamicdet.errors import UsageError
-from dynamicdet.measuring.fit_router import fit_to_records, ground_truths, put_router
+from dynamicdet.measuring.router_from_records import (
+    fit_router_to_records,
+    ground_truths,
+    insert_router,
+)
 from dynamicdet.routing import build_objective
-from dynamicdet.routing.fitting import rank_correlation
 from dynamicdet.routing.record import RoutingRecord, require_of_detector, write_record
+from dynamicdet.routing.router_fitting import rank_correlation
 from dynamicdet.testing import tiny_detector, tiny_dynamic
 from mmdet.registry import MODELS
 
@@ -51,7 +55,7 @@ def features(record):
 
 
 def fit(model, records, objective='paper', **settings):
-    return fit_to_records(model.router, records, build_objective(objective), **settings)
+    return fit_router_to_records(model.router, records, build_objective(objective), **settings)
 
 
 @pytest.fixture
@@ -164,7 +168,7 @@ def test_the_router_is_put_into_the_checkpoint():
     before['difficulties'] = torch.tensor([0.1, 0.2])
     # As from a process that was wrapped for distribution.
     given = dict(state_dict={f'module.{name}': value for name, value in before.items()})
-    got = put_router(model, given, found, dict(seed=0))['state_dict']
+    got = insert_router(model, given, found, dict(seed=0))['state_dict']
     gains = [one['losses'][0] - one['losses'][1] for one in record]
     assert images == 60 and got['delta'].item() == pytest.approx(np.median(gains))
     assert got['difficulties'].numel() == 0 and got['threshold'] == 0.5
@@ -265,9 +269,9 @@ def test_other_checkpoints_are_refused():
     model = build()
     found, _ = fit(model, [make_record(model)])
     with pytest.raises(UsageError, match='plain detector'):
-        put_router(
+        insert_router(
             model, dict(state_dict=MODELS.build(tiny_detector('fcos')).state_dict()), found, {}
         )
     other = MODELS.build(tiny_dynamic('retinanet', shared=False)).state_dict()
     with pytest.raises(UsageError, match='does not fit this config'):
-        put_router(model, dict(state_dict=other), found, {})
+        insert_router(model, dict(state_dict=other), found, {})

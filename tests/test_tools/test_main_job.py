@@ -130,6 +130,34 @@ def test_step_2_starts_from_step_1_and_changes_the_router_alone(job):
     assert before['delta'].isnan() and after['delta'].isfinite()
 
 
+@pytest.mark.parametrize('step', [1, 2])
+def test_a_dry_run_says_what_would_be_trained(job, digits, inside, tmp_path, capfd, step):
+    given = {'load_from': job.cascade} if step == 2 else {}
+    inside(
+        ROOT / 'tools/train.py',
+        STEP_1 if step == 1 else STEP_2,
+        '--dry-run',
+        '--work-dir',
+        tmp_path / 'dry',
+        *options(digits, **{'train_cfg.max_epochs': 5}, **given),
+    )
+    said = dict(line.split(': ', 1) for line in capfd.readouterr().out.splitlines() if ': ' in line)
+    assert said['step'].startswith(f'{step}, ')
+    assert 'DynamicDetector of FasterRCNN on ' in said['detector'] and '2 exits' in said['detector']
+    assert said['training data'].startswith('12 images, batches of 4; CocoDataset ')
+    assert said['training data'].endswith('instances_train.json')
+    assert said['validation data'].startswith('6 images, ')
+    assert said['iterations'] == '15, in 5 epochs of 3'
+    hooks = said["hooks, beside mmengine's and mmdet's"]
+    if step == 1:
+        assert said['weights'] == 'random, all of them' and 'RouterHook' not in hooks
+    else:
+        start = f"load_from '{job.cascade}': for exits 0, 1, a checkpoint fills"
+        assert said['weights'].startswith(start)
+        assert 'RouterHook' in hooks
+    assert not list(tmp_path.rglob('*.pth'))
+
+
 def test_train_options(job, digits, inside, tmp_path):
     """The learning rate of a batch of 4 where the config says 8 is halved."""
     inside(

@@ -8,10 +8,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from test_analyze_routing import call, write_checkpoint
+from mmengine.config import Config
 
-from conftest import ROOT, shrink_options
-from dynamicdet.reports.analysis_text import BY_CALIBRATION, BY_QUANTILE
+from conftest import ROOT, call_tool, shrink_options, write_random
+from dynamicdet.reports.routing_analysis_text import BY_CALIBRATION, BY_QUANTILE
 from dynamicdet.routing.evaluation import Mixtures, read_truth
 from dynamicdet.routing.record import read_record
 
@@ -43,7 +43,9 @@ def test_tools_run_through_a_mutant_to_the_ap_of_the_good_file(digits, tmp_path)
         spoil(data)
         path.write_text('\ufeff' + json.dumps(data))
     name = 'dy_faster_rcnn_digits_router'
-    write_checkpoint(tmp_path / 'random.pth', name, shrink_options(digits))
+    cfg = Config.fromfile(ROOT / f'configs/{name}.py')
+    cfg.merge_from_dict(shrink_options(digits))
+    write_random(cfg, tmp_path / 'random.pth')
     checkpoint = torch.load(tmp_path / 'random.pth')
     # As after step 2.
     checkpoint['state_dict']['delta'].fill_(0.1)
@@ -63,7 +65,7 @@ def test_tools_run_through_a_mutant_to_the_ap_of_the_good_file(digits, tmp_path)
         # No stream of pytest's, which mmengine's logger would keep beyond this test.
         with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
             assert (
-                call(
+                call_tool(
                     tool,
                     ROOT / f'configs/{config}.py',
                     *arguments,
@@ -95,7 +97,7 @@ def test_tools_run_through_a_mutant_to_the_ap_of_the_good_file(digits, tmp_path)
     record = read_record(tmp_path / 'r.npz')
     assert record.provenance['ann_file'] == str(root / 'annotations/instances_test.json')
     mixtures = Mixtures(record, read_truth(str(digits / 'annotations/instances_test.json')))
-    assert call('analyze_routing.py', tmp_path / 'r.npz', '--bootstrap', 0) == 0
+    assert call_tool('analyze_routing.py', tmp_path / 'r.npz', '--bootstrap', 0) == 0
     ends = json.loads((tmp_path / 'r/routing.json').read_text())['ends']
     assert [one['ap'] for one in ends] == pytest.approx(
         [mixtures.ap([exit] * 6) for exit in range(2)]

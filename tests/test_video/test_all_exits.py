@@ -17,10 +17,10 @@ import dynamicdet.datasets.video  # noqa: F401
 import dynamicdet.video.exit_curve_hook  # noqa: F401
 from conftest import ROOT
 from dynamicdet.errors import UsageError
-from dynamicdet.routing.evaluation import evaluate
+from dynamicdet.routing.evaluation import evaluate_coco
 from dynamicdet.video.all_exits import ExitsMetric, exit_of
 from dynamicdet.video.digits_video import make_digits_video
-from dynamicdet.video.exit_curve_hook import draw_history, read_history, updated
+from dynamicdet.video.exit_curve_hook import draw_history, read_history, updated_history
 
 
 def test_number_of_an_exit():
@@ -31,9 +31,9 @@ def test_number_of_an_exit():
 
 
 def test_history_grows_and_begins_anew():
-    history = updated(updated([], 1, [0.1, 0.2]), 2, [0.2, 0.3])
+    history = updated_history(updated_history([], 1, [0.1, 0.2]), 2, [0.2, 0.3])
     assert [one['epoch'] for one in history] == [1, 2]
-    assert updated(history, 1, [0.5, 0.6]) == [dict(epoch=1, ap=[0.5, 0.6])]
+    assert updated_history(history, 1, [0.5, 0.6]) == [dict(epoch=1, ap=[0.5, 0.6])]
 
 
 def test_history_of_a_broken_file_is_none(tmp_path):
@@ -143,7 +143,7 @@ def test_ap_of_each_exit_is_coco_s(cfg, videos):
         )
         metric.process({}, [dict(img_id=identity, ori_shape=(64, 64), exits=[nothing, found])])
     scores = metric.evaluate(len(coco.imgs))
-    expected = evaluate(coco, results)
+    expected = evaluate_coco(coco, results)
     assert scores['exit00/bbox_mAP'] == 0 and 0 < expected['ap'] < 100
     # CocoMetric rounds to three digits.
     assert scores['exit01/bbox_mAP'] == pytest.approx(expected['ap'] / 100, abs=6e-4)

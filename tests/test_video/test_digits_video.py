@@ -1,7 +1,6 @@
 """The built-in videos: what is in them, that boxes are right, that nothing leaks or is left
 behind."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from digits_cases import content, load, painted_photos
 from pycocotools.coco import COCO
 
 from dynamicdet.datasets import digits, digits_drawing
@@ -40,15 +40,6 @@ def frames(sources):
         own = list(drawing.make_video(sources, 'train', index, 128, LENGTH, 0)[1])
         found += zip(own, [None, *own])
     return found
-
-
-def load(root, split):
-    return json.loads((root / 'annotations' / f'instances_{split}.json').read_text())
-
-
-def content(root):
-    """Every file's bytes, by relative path."""
-    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob('*') if p.is_file()}
 
 
 @pytest.mark.parametrize('split', digits_drawing.SPLITS)
@@ -308,12 +299,7 @@ def test_splits_share_no_handwriting_and_no_pixel(root, sources):
 @pytest.mark.parametrize('split', digits_drawing.SPLITS)
 def test_pictures_use_the_regions_of_their_split_alone(sources, split):
     """Paint every photo with its owners' colors: worlds and patches show one color."""
-    painted = {}
-    for number, (name, photo) in enumerate(sources.photos.items()):
-        painted[name] = np.zeros_like(photo)
-        for color, owner in enumerate(digits_drawing.SPLITS):
-            x1, y1, x2, y2 = digits_drawing.split_region(photo.shape, number, owner)
-            painted[name][y1:y2, x1:x2] = 80 * (color + 1)
+    painted = painted_photos(sources)
     rng, color = np.random.default_rng(0), 80 * (digits_drawing.SPLITS.index(split) + 1)
     for _ in range(40):
         place, _ = drawing._draw_world(rng, painted, split, 64, 0.5)

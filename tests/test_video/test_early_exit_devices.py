@@ -3,17 +3,11 @@
 import pytest
 import torch
 from exit_cases import frames, tiny
-from far_device import counted, far_device
+from far_device import counted
 
-from dynamicdet.video.frames import nothing_found
+from dynamicdet.video.frames import no_detections
 
 PROPAGATION = dict(type='Propagation', size=2, gaps=3)
-
-
-@pytest.fixture
-def far(monkeypatch):
-    with far_device(monkeypatch) as device:
-        yield device
 
 
 def run(model, device='cpu', steps=3):
@@ -115,7 +109,7 @@ def test_training_elsewhere(far):
 
 
 def test_nothing_found_is_where_the_frames_are(far):
-    assert {value.device.type for value in nothing_found(torch.device(far)).values()} == {far}
+    assert {value.device.type for value in no_detections(torch.device(far)).values()} == {far}
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])

@@ -8,22 +8,29 @@ import torch
 from video_cases import BOX, detection, make_video_record, random_case, truth
 
 from dynamicdet.errors import UsageError
-from dynamicdet.video.curves import between, curve, fixed_exits, front, line_at, settings_of
-from dynamicdet.video.oracle import oracle_rows, plan_with_reuse, plan_without_memory, values_by_age
-from dynamicdet.video.simulation import (
+from dynamicdet.video.curves import (
+    fixed_exits,
+    gate_curve,
+    line_at,
+    pareto_front,
+    quantile_thresholds,
+    settings_of,
+)
+from dynamicdet.video.gate_simulation import (
     Replays,
-    changes,
-    evidences,
+    curve_point,
+    detection_sources,
+    evidence_by_exit,
     exit_costs,
+    frame_changes,
+    frames_by_video,
     gate_difficulties,
     nothing_seen,
-    reuse,
-    row_of,
     shown_exits,
     simulate_gate,
-    streams,
     take_exits,
 )
+from dynamicdet.video.oracle import oracle_rows, plan_with_reuse, plan_without_memory, values_by_age
 from mmdet.registry import MODELS
 
 
@@ -49,25 +56,25 @@ def test_exit_is_the_first_whose_threshold_is_not_passed():
 def test_streams_are_in_order_of_frames_whatever_the_record_s():
     record = make_video_record([[(1.0, [[], [], []])] * 3, [(1.0, [[], [], []])] * 2])
     record['images'] = [record['images'][at] for at in (4, 2, 0, 3, 1)]
-    assert sorted(streams(record)) == [[2, 4, 1], [3, 0]]
+    assert sorted(frames_by_video(record)) == [[2, 4, 1], [3, 0]]
 
 
 def test_reuse_compares_with_the_last_computed_frame():
     # Changes from one to the next are 1/11 or less; from the first to the third it is more.
     record = still([1.0, 1.2, 1.44, 1.44])
-    assert changes(record).tolist() == pytest.approx([1 / 11, 1 / 11, 0])
-    assert changes(record, lag=2).tolist() == pytest.approx([0.44 / 2.44, 0.24 / 2.64])
-    assert reuse(record, 0.1).tolist() == [0, 0, 2, 2]
-    assert reuse(record, 0.2).tolist() == [0, 0, 0, 0]
-    assert reuse(record, 0.0).tolist() == [0, 1, 2, 2]
-    assert reuse(record, -1).tolist() == [0, 1, 2, 3]
+    assert frame_changes(record).tolist() == pytest.approx([1 / 11, 1 / 11, 0])
+    assert frame_changes(record, lag=2).tolist() == pytest.approx([0.44 / 2.44, 0.24 / 2.64])
+    assert detection_sources(record, 0.1).tolist() == [0, 0, 2, 2]
+    assert detection_sources(record, 0.2).tolist() == [0, 0, 0, 0]
+    assert detection_sources(record, 0.0).tolist() == [0, 1, 2, 2]
+    assert detection_sources(record, -1).tolist() == [0, 1, 2, 3]
 
 
 def test_reuse_ends_with_the_video_and_never_begins_at_one():
     record = make_video_record([[(1.0, [[], [], []])] * 2, [(1.0, [[], [], []])] * 2])
-    assert reuse(record, 0.5).tolist() == [0, 0, 2, 2]
+    assert detection_sources(record, 0.5).tolist() == [0, 0, 2, 2]
     # Only at threshold 1 does a first frame leave: with nothing.
-    assert reuse(record, 1).tolist() == [-1] * 4
+    assert detection_sources(record, 1).tolist() == [-1] * 4
 
 
 def test_nothing_is_seen_and_shown_until_the_scene_changes():
@@ -76,10 +83,10 @@ def test_nothing_is_seen_and_shown_until_the_scene_changes():
     found = [[], [], [detection()]]
     record = make_video_record([[(5.0, found), (1.0, found), (1.05, found), (5.0, found)]])
     nothing = np.array([False, True, True, False])
-    assert reuse(record, 0.1, nothing).tolist() == [0, -1, -1, 3]
-    assert reuse(record, 0.0, nothing).tolist() == [0, -1, -1, 3]
-    assert reuse(record, 0.9, nothing).tolist() == [0, 0, 0, 0]
-    assert reuse(record, -1, nothing).tolist() == [0, 1, 2, 3]
+    assert detection_sources(record, 0.1, nothing).tolist() == [0, -1, -1, 3]
+    assert detection_sources(record, 0.0, nothing).tolist() == [0, -1, -1, 3]
+    assert detection_sources(record, 0.9, nothing).tolist() == [0, 0, 0, 0]
+    assert detection_sources(record, -1, nothing).tolist() == [0, 1, 2, 3]
     gate = build('TemporalGate', nothing=dict(type='Presence', in_channels=2))
     sees_level(gate.nothing)
     assert nothing_seen(record, gate).tolist() == nothing.tolist()
@@ -105,9 +112,13 @@ def sees_level(presence):
 def test_single_frame():
     record = still([1.0])
     gate = build('TemporalGate')
-    run = simulate_gate(record, gate, gate_difficulties(gate, evidences(record)), [0.9, 0.5, 0.5])
+    run = simulate_gate(
+        record, gate, gate_difficulties(gate, evidence_by_exit(record)), [0.9, 0.5, 0.5]
+    )
     assert (
-        run.exits.tolist() == [2] and run.source.tolist() == [0] and changes(record).tolist() == []
+        run.exits.tolist() == [2]
+        and run.source.tolist() == [0]
+        and frame_changes(record).tolist() == []
     )
     assert settings_of(record, gate, np.zeros((2, 1), np.float32)) == [[-1, -1, -1], [-1, 1, 1]]
 
@@ -134,7 +145,7 @@ def test_costs_by_hand():
     plain = build('ScoreGate')
     assert simulate_gate(record, plain, difficulties, [1, 0.5, 0.5]).exits.tolist() == [1, 2, 0]
     assert simulate_gate(record, plain, difficulties, [-1, -1, -1]).gflops.tolist() == [13] * 3
-    row = row_of(run, 12.5, 3)
+    row = curve_point(run, 12.5, 3)
     assert row['gflops'] == pytest.approx(8 / 3) and row['shares'] == pytest.approx(
         [1 / 3, 1 / 3, 1 / 3, 0]
     )
@@ -144,14 +155,14 @@ def test_a_gate_stops_where_it_must():
     record = still([1.0, 2.0])
     for exit in range(3):
         gate = build('FixedExit', exit=exit)
-        found = gate_difficulties(gate, evidences(record))
+        found = gate_difficulties(gate, evidence_by_exit(record))
         assert simulate_gate(record, gate, found, [-1, 0.5, 0.5]).exits.tolist() == [exit] * 2
 
 
 def test_gates_see_the_record_as_the_detector_shows_it():
     one, other = detection(score=0.5), detection([10, 10, 10, 20], score=0.5)
     record = make_video_record([[(1.0, [[one], [other], []]), (1.0, [[], [], []])]])
-    shown = evidences(record)
+    shown = evidence_by_exit(record)
     assert [one.exit for one in shown] == [0, 1] and shown[0].earlier is None
     assert shown[1].detections[0].bboxes.tolist() == [[10, 10, 20, 30]]
     assert [len(own.pooled) for own in shown] == [1, 2] and shown[1].pooled[1].shape == (2, 5)
@@ -164,7 +175,7 @@ def test_difficulties_out_of_range_are_refused():
     gate = build('HaltingGate', in_channels=[4, 5])
     torch.nn.init.constant_(gate.go[0].bias, float('nan'))
     with pytest.raises(UsageError, match='not in'):
-        gate_difficulties(gate, evidences(still([1.0])))
+        gate_difficulties(gate, evidence_by_exit(still([1.0])))
 
 
 def test_ap_of_what_is_shown():
@@ -190,11 +201,11 @@ def test_ap_of_what_is_shown():
 
 
 def test_thresholds_lie_between_values():
-    assert between([0.2, 0.4, 0.4, 0.8], 9) == pytest.approx([0.3, 0.6])
-    assert between([0.5], 9) == [] and between([], 9) == []
+    assert quantile_thresholds([0.2, 0.4, 0.4, 0.8], 9) == pytest.approx([0.3, 0.6])
+    assert quantile_thresholds([0.5], 9) == [] and quantile_thresholds([], 9) == []
     neighbors = np.float32(0.5), np.nextafter(np.float32(0.5), np.float32(1))
-    assert all(neighbors[0] <= one < neighbors[1] for one in between(neighbors, 9))
-    many = between(np.linspace(0, 1, 100), 5)
+    assert all(neighbors[0] <= one < neighbors[1] for one in quantile_thresholds(neighbors, 9))
+    many = quantile_thresholds(np.linspace(0, 1, 100), 5)
     assert len(many) == 5 and many == sorted(many)
 
 
@@ -215,8 +226,8 @@ def test_nothing_is_reused_beyond_a_cut():
 def test_curve_goes_from_the_last_exit_to_the_first():
     record, coco = random_case()
     replays, gate = Replays(record, coco), build('ScoreGate', kind='confidence')
-    found = gate_difficulties(gate, evidences(record))
-    rows = curve(record, replays, gate, found, settings_of(record, gate, found))
+    found = gate_difficulties(gate, evidence_by_exit(record))
+    rows = gate_curve(record, replays, gate, found, settings_of(record, gate, found))
     fixed = fixed_exits(record, replays)
     assert rows[0]['shares'] == [0, 0, 0, 1] and rows[-1]['shares'] == [0, 1, 0, 0]
     assert rows[0]['ap'] == fixed[-1]['ap'] and rows[-1]['ap'] == fixed[0]['ap']
@@ -227,7 +238,7 @@ def test_curve_goes_from_the_last_exit_to_the_first():
 
 def test_front_and_line():
     rows = [dict(gflops=x, ap=y) for x, y in ((1, 10), (2, 11), (3, 30), (3, 29), (4, 20), (5, 40))]
-    assert [row['ap'] for row in front(rows)] == [10, 11, 30, 40]
+    assert [row['ap'] for row in pareto_front(rows)] == [10, 11, 30, 40]
     # From 1 to 3 by a straight line, above the point at 2.
     assert [line_at(rows, x) for x in (1, 2, 3, 4, 9)] == [10, 20, 30, 35, 40]
     assert np.isnan(line_at(rows, 0.5))
@@ -303,7 +314,7 @@ def test_value_of_a_plan_is_what_is_shown():
 
 def test_values_by_age():
     record, coco = random_case(videos=2, length=4)
-    values = values_by_age(Replays(record, coco), streams(record), 8, longest=9)
+    values = values_by_age(Replays(record, coco), frames_by_video(record), 8, longest=9)
     assert values.shape == (5, 3, 8)
     assert np.isinf(values[1][:, [0, 4]]).all() and np.isfinite(values[1][:, [1, 2, 3, 5]]).all()
     assert np.isinf(values[4]).all()
@@ -326,7 +337,7 @@ def test_oracles_bound_what_gates_do():
     assert all(one['bound'] <= two['bound'] + 1e-6 for one, two in zip(own, again))
     # No gate's mean AP of frames is above the bound of its own cost.
     gate = build('TemporalGate', gate=dict(type='ScoreGate'))
-    found = gate_difficulties(gate, evidences(record))
+    found = gate_difficulties(gate, evidence_by_exit(record))
     runs = [
         simulate_gate(record, gate, found, setting)
         for setting in settings_of(record, gate, found, 4, 3)

@@ -10,8 +10,8 @@ from mmengine.structures import InstanceData
 from conftest import SEED
 from dynamicdet.errors import UsageError
 from dynamicdet.video.gate_inputs import Evidence
-from dynamicdet.video.gates import coin_entropy, detection_agreement, name_of, surest
-from dynamicdet.video.learned_gates import cheapest, goes_on, log_exits
+from dynamicdet.video.gates import coin_entropy, detection_agreement, most_confident, name_of
+from dynamicdet.video.learned_gates import cheapest_exits, goes_on, log_exits
 from mmdet.registry import MODELS
 
 LEFT, RIGHT = [0, 0, 10, 10], [50, 0, 60, 10]
@@ -144,7 +144,7 @@ def test_agreement_is_symmetric_and_bounded():
     def draw():
         corner = generator.uniform(0, 20, (8, 2))
         boxes = np.concatenate([corner, corner + generator.uniform(5, 20, (8, 2))], axis=1)
-        (own,) = surest(
+        (own,) = most_confident(
             [
                 found(
                     *zip(
@@ -301,10 +301,10 @@ def test_target_of_the_oracle():
     losses = torch.tensor([[1.0, 1.0, 0.2], [0.9, 0.1, 0.2], [0.0, 0.1, 0.2]])
     costs = torch.tensor([1.0, 2.0, 4.0])
     # Without a price the least loss, the first of equals; at a high price the cheapest.
-    assert cheapest(losses, costs, 0).tolist() == [2, 1, 0]
-    assert cheapest(losses, costs, 100).tolist() == [0, 0, 0]
+    assert cheapest_exits(losses, costs, 0).tolist() == [2, 1, 0]
+    assert cheapest_exits(losses, costs, 100).tolist() == [0, 0, 0]
     # 1 + 0.8 / 4, 0.9 + 1.6 / 4, 0 + 0.8: the last; 0.1 + 0.4: the middle.
-    assert cheapest(losses, costs, 0.8).tolist() == [2, 1, 0]
+    assert cheapest_exits(losses, costs, 0.8).tolist() == [2, 1, 0]
     assert goes_on(torch.tensor([2, 1, 0]), 3).tolist() == [[1, 1, 0], [1, 0, 0]]
 
 

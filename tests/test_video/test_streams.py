@@ -7,12 +7,12 @@ from dynamicdet.video.streams import (
     GRID,
     Streams,
     as_frames,
-    clips,
+    clip_numbers,
     early_change,
     early_summary,
     is_cut,
     part_changes,
-    waves,
+    stream_waves,
 )
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample, TrackDataSample
@@ -43,10 +43,10 @@ def test_a_stream_goes_on():
 def test_a_frame_of_another_size_is_a_change_and_nothing_is_lost(meta, shape):
     streams = Streams(4)
     (first,) = streams.at([sample('a', 3)], (64, 64))
-    first.early, first.found, first.memories = torch.zeros(1), 'found', {0: 'a map'}
+    first.early, first.detections, first.memories = torch.zeros(1), 'found', {0: 'a map'}
     (again,) = streams.at([sample('a', **meta)], shape)
     assert again is first and again.early is None and again.frame == 4
-    assert (again.found, again.memories) == ('found', {0: 'a map'})
+    assert (again.detections, again.memories) == ('found', {0: 'a map'})
     again.early = torch.ones(1)
     assert streams.at([sample('a', **dict(meta, frame=5))], shape)[0].early is not None
 
@@ -88,14 +88,14 @@ def test_streams_are_forgotten_when_there_are_too_many_or_by_name():
 
 
 def test_waves_keep_each_streams_order():
-    assert waves(['a', 'b', 'a', None, None, 'a', 'b']) == [[0, 1, 3, 4], [2, 6], [5]]
-    assert waves([]) == []
+    assert stream_waves(['a', 'b', 'a', None, None, 'a', 'b']) == [[0, 1, 3, 4], [2, 6], [5]]
+    assert stream_waves([]) == []
 
 
 def test_clips_begin_at_step_0():
     steps = [0, 1, 0, 1, 2, None, None, 0]
     samples = [sample(**({} if step is None else dict(clip_step=step))) for step in steps]
-    assert clips(samples) == [0, 0, 1, 1, 1, 2, 3, 4]
+    assert clip_numbers(samples) == [0, 0, 1, 1, 1, 2, 3, 4]
 
 
 def test_clips_as_mmdet_gives_them():

@@ -12,23 +12,23 @@ from dynamicdet.errors import UsageError
 from dynamicdet.routing.budget import Budget
 from dynamicdet.video.budgets import resolve_budget
 from dynamicdet.video.calibration import (
-    OnlineThresholds,
+    GateBudgetController,
     calibrate_gate,
     operating_points,
     put_calibration,
 )
-from dynamicdet.video.curves import curve, settings_of
-from dynamicdet.video.fitting import (
+from dynamicdet.video.curves import gate_curve, settings_of
+from dynamicdet.video.gate_fitting import (
+    fit_gate_parts,
     fit_gumbel_gate,
     fit_halting_gate,
-    fit_parts,
     fit_presence,
     oracle_targets,
     shows_objects,
 )
-from dynamicdet.video.simulation import (
+from dynamicdet.video.gate_simulation import (
     Replays,
-    evidences,
+    evidence_by_exit,
     gate_difficulties,
     nothing_seen,
     simulate_gate,
@@ -114,7 +114,9 @@ def test_change_and_level_are_searched_together():
     assert found.row['gflops'] < 0.75 * alone.row['gflops']
     assert found.row['ap'] >= found.last['ap'] - 1
     # What it says is what its thresholds do.
-    run = simulate_gate(record, gate, gate_difficulties(gate, evidences(record)), found.thresholds)
+    run = simulate_gate(
+        record, gate, gate_difficulties(gate, evidence_by_exit(record)), found.thresholds
+    )
     assert run.gflops.mean() == pytest.approx(found.row['gflops'])
     assert Replays(record, coco).ap(run) == pytest.approx(found.row['ap'])
 
@@ -158,7 +160,7 @@ def test_online_thresholds_hold_a_mean():
         dict(thresholds=[-1, level, level], latency=0.01 + 0.09 * (1 - level), gflops=1.0)
         for level in np.linspace(0, 1, 31)
     ]
-    online, spent = OnlineThresholds(rows, dict(target_latency=0.06), gain=0.05), []
+    online, spent = GateBudgetController(rows, dict(target_latency=0.06), gain=0.05), []
     assert online.thresholds[1] == pytest.approx(1 - 0.05 / 0.09, abs=0.03)
     for _ in range(600):
         level = online.thresholds[1]
@@ -168,9 +170,9 @@ def test_online_thresholds_hold_a_mean():
     assert online.status()['thresholds'] == online.thresholds and online.status()['ignored'] == 0
     for bad in (dict(), dict(hard_share=0.5), dict(target_latency=1, target_gflops=1)):
         with pytest.raises(UsageError):
-            OnlineThresholds(rows, bad)
+            GateBudgetController(rows, bad)
     with pytest.raises(UsageError, match='two settings'):
-        OnlineThresholds(rows[:1], dict(target_latency=0.06))
+        GateBudgetController(rows[:1], dict(target_latency=0.06))
 
 
 # Fitting.
@@ -225,7 +227,7 @@ def test_fitted_gate_beats_chance_on_other_videos(kind, fit):
     )
     # Others, and what the features say: skilled frames leave first.
     other, truths = random_case(videos=8, length=10, seed=5)
-    difficulty = gate_difficulties(gate, evidences(other))[0]
+    difficulty = gate_difficulties(gate, evidence_by_exit(other))[0]
     skill = np.array([image['pooled'][0][0] for image in other['images']])
     assert np.corrcoef(difficulty, skill)[0, 1] < -0.3
 
@@ -235,12 +237,12 @@ def test_fitted_gate_may_look_at_detections():
     gate = build('HaltingGate', in_channels=[4, 5], width=8, looks_at_detections=True)
     found = fit_halting_gate(gate, record, coco, prices=[3.0], steps=(5, 15), seed=SEED)
     assert found.loss < found.untrained
-    rows = curve(
+    rows = gate_curve(
         record,
         Replays(record, coco),
         gate,
-        gate_difficulties(gate, evidences(record)),
-        settings_of(record, gate, gate_difficulties(gate, evidences(record)), count=3),
+        gate_difficulties(gate, evidence_by_exit(record)),
+        settings_of(record, gate, gate_difficulties(gate, evidence_by_exit(record)), count=3),
     )
     assert rows[0]['gflops'] == 13
 
@@ -284,13 +286,13 @@ def test_presence_is_learned():
     record, coco = empty_case()
     assert shows_objects(record, coco).sum() == 30
     gate = build('TemporalGate', nothing=dict(type='Presence', in_channels=2))
-    fit = fit_parts(gate, record, coco, seed=SEED)['nothing']
+    fit = fit_gate_parts(gate, record, coco, seed=SEED)['nothing']
     assert fit.missed == 0 and fit.spared > 0.9 and 0 < fit.level < 1
     assert not any(own.requires_grad for own in gate.parameters())
     other, coco = empty_case(videos=3)
     assert (nothing_seen(other, gate) == ~shows_objects(other, coco)).mean() > 0.9
     again = build('TemporalGate', nothing=dict(type='Presence', in_channels=2))
-    assert fit_parts(again, record, empty_case()[1], seed=SEED)['nothing'] == fit
+    assert fit_gate_parts(again, record, empty_case()[1], seed=SEED)['nothing'] == fit
     assert all(
         torch.equal(one, again.state_dict()[name]) for name, one in gate.state_dict().items()
     )
@@ -319,4 +321,4 @@ def test_presence_needs_both_kinds_of_frames():
 
 
 def test_nothing_to_fit():
-    assert fit_parts(build('TemporalGate', gate=dict(type='ScoreGate')), *empty_case()) == {}
+    assert fit_gate_parts(build('TemporalGate', gate=dict(type='ScoreGate')), *empty_case()) == {}

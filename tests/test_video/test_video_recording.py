@@ -1,7 +1,6 @@
 """A tiny detector on tiny real videos: what is simulated from its record is what it does."""
 
 import json
-import runpy
 import sys
 
 import numpy as np
@@ -14,7 +13,7 @@ import dynamicdet.datasets.samplers  # noqa: F401  (these register)
 import dynamicdet.datasets.video  # noqa: F401
 import dynamicdet.video.all_exits  # noqa: F401
 import dynamicdet.video.exit_curve_hook  # noqa: F401
-from conftest import ROOT, same_detections
+from conftest import ROOT, call_tool, no_progress, same_detections
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.calibration import coco_results
 from dynamicdet.measuring.recording import build_record_loader
@@ -22,9 +21,14 @@ from dynamicdet.routing.budget import Budget
 from dynamicdet.testing import randomize
 from dynamicdet.video.curves import settings_of
 from dynamicdet.video.digits_video import make_digits_video
+from dynamicdet.video.gate_simulation import evidence_by_exit, gate_difficulties, simulate_gate
 from dynamicdet.video.record import read_video_record, write_video_record
-from dynamicdet.video.recording import borrowed, force_exit, load_early_exit_detector, record_videos
-from dynamicdet.video.simulation import evidences, gate_difficulties, simulate_gate
+from dynamicdet.video.recording import (
+    forced_exit,
+    load_early_exit_detector,
+    record_videos,
+    temporary_gate,
+)
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 
@@ -84,12 +88,10 @@ def seeded(cfg):
     return model.eval()
 
 
-def quietly(steps, what):
-    return steps
-
-
 def record_of(model, cfg, split='test'):
-    return record_videos(model, cfg, build_record_loader(cfg, split), quietly, frames=2, rounds=1)
+    return record_videos(
+        model, cfg, build_record_loader(cfg, split), no_progress, frames=2, rounds=1
+    )
 
 
 def test_record_has_every_frame_once_and_comes_back(model, cfg, tmp_path):
@@ -117,7 +119,7 @@ def test_forced_exits_leave_the_detector_as_it_was(model, cfg):
     dataset = build_record_loader(cfg, 'test').dataset
     model.set_budget(threshold=0.25)
     for exit, looks in ((-1, False), (0, False), (2, True), (3, False), (3, True)):
-        with force_exit(model, exit, looks):
+        with forced_exit(model, exit, looks):
             found = model.test_step(pseudo_collate([dataset[0], dataset[1]]))
         assert [sample.exit for sample in found] == [exit] * 2
     assert model.gate is None and model.budget == Budget('threshold', 0.25)
@@ -182,12 +184,12 @@ def test_simulation_is_what_the_detector_does(world, config):
         gate.nothing.level.fill_(chances[len(chances) // 2 - 1 :][:2].mean())
     for layer in getattr(gate, 'go', ()):
         torch.nn.init.normal_(layer.weight, std=3.0)
-    difficulties = gate_difficulties(gate, evidences(record))
+    difficulties = gate_difficulties(gate, evidence_by_exit(record))
     seen = set()
     settings = settings_of(record, gate, difficulties, count=3, change_count=2)
     for setting in [*settings[::2], settings[-1]]:
         run = simulate_gate(record, gate, difficulties, setting)
-        with borrowed(model, gate, setting):
+        with temporary_gate(model, gate, setting):
             found = run_lazily(model, dataset, range(len(dataset)))
         assert [sample.exit for sample in found] == run.exits[in_order].tolist()
         seen.update(run.exits.tolist())
@@ -210,18 +212,6 @@ def test_frames_must_say_where_they_belong(model, cfg):
         record_of(model, cfg)
 
 
-def call(tool, *arguments):
-    """Run a tool in this process; the status that it ends with."""
-    kept = sys.argv
-    sys.argv = [str(tool), *map(str, arguments)]
-    try:
-        runpy.run_path(str(ROOT / 'tools' / tool), run_name='__main__')
-    except SystemExit as ended:
-        return ended.code or 0
-    finally:
-        sys.argv = kept
-
-
 def test_from_a_checkpoint_to_a_calibrated_one(cfg, tmp_path, capsys):
     register_all_modules(init_default_scope=True)
     model = seeded(cfg)
@@ -231,7 +221,7 @@ def test_from_a_checkpoint_to_a_calibrated_one(cfg, tmp_path, capsys):
     torch.save(dict(state_dict=model.state_dict()), tmp_path / 'model.pth')
     for split in ('val', 'test'):
         assert (
-            call(
+            call_tool(
                 'record_video.py',
                 tmp_path / 'config.py',
                 tmp_path / 'model.pth',
@@ -249,7 +239,7 @@ def test_from_a_checkpoint_to_a_calibrated_one(cfg, tmp_path, capsys):
             == 0
         )
     assert (
-        call(
+        call_tool(
             'calibrate_video.py',
             tmp_path / 'config.py',
             tmp_path / 'model.pth',
@@ -272,7 +262,7 @@ def test_from_a_checkpoint_to_a_calibrated_one(cfg, tmp_path, capsys):
     dearest = done.operating_points[done.operating_points[:, -1].nan_to_num(nan=-1).argmax()]
     assert done.set_budget(target_latency=dearest[-1].item()) == pytest.approx(dearest[:4].tolist())
     assert (
-        call(
+        call_tool(
             'analyze_gates.py',
             tmp_path / 'test.npz',
             '--val-record',
@@ -301,15 +291,15 @@ def test_tools_say_what_is_wrong(cfg, tmp_path, capsys):
     torch.save(dict(state_dict=seeded(cfg).state_dict()), tmp_path / 'model.pth')
     cfg.dump(tmp_path / 'config.py')
     both = (tmp_path / 'config.py', tmp_path / 'model.pth')
-    assert call('analyze_gates.py', tmp_path / 'absent.npz') == 2
+    assert call_tool('analyze_gates.py', tmp_path / 'absent.npz') == 2
     assert (
-        call(
+        call_tool(
             'record_video.py', *both, '--frames', 0, '--out', tmp_path / 'a.npz', '--device', 'cpu'
         )
         == 2
     )
     assert (
-        call(
+        call_tool(
             'record_video.py',
             *both,
             '--frames',
@@ -323,12 +313,12 @@ def test_tools_say_what_is_wrong(cfg, tmp_path, capsys):
         )
         == 0
     )
-    assert call('calibrate_video.py', *both, '--record', tmp_path / 'a.npz') == 2
+    assert call_tool('calibrate_video.py', *both, '--record', tmp_path / 'a.npz') == 2
     cfg.model.gate = dict(type='HaltingGate', in_channels=[8, 32, 32])
     cfg.dump(tmp_path / 'config.py')
-    assert call('calibrate_video.py', *both, '--record', tmp_path / 'a.npz') == 2
+    assert call_tool('calibrate_video.py', *both, '--record', tmp_path / 'a.npz') == 2
     assert (
-        call(
+        call_tool(
             'calibrate_video.py',
             *both,
             '--record',
@@ -340,10 +330,10 @@ def test_tools_say_what_is_wrong(cfg, tmp_path, capsys):
     )
     cfg.model.gate = dict(type='TemporalGate', nothing=dict(type='Presence'))
     cfg.dump(tmp_path / 'config.py')
-    assert call('calibrate_video.py', *both, '--record', tmp_path / 'a.npz') == 2
+    assert call_tool('calibrate_video.py', *both, '--record', tmp_path / 'a.npz') == 2
     # Its few frames are all with digits, or too few.
     assert (
-        call(
+        call_tool(
             'calibrate_video.py',
             *both,
             '--record',

@@ -24,14 +24,14 @@ from dynamicdet.measuring.benchmark import (
     BenchmarkTask,
     MachineSetting,
     build_pair,
-    interleave,
     make_batch,
     quartiles,
     split_batch,
+    time_interleaved,
 )
 from dynamicdet.measuring.calibration import record_exits
 from dynamicdet.measuring.latencies import force_dynamic_exit
-from dynamicdet.routing.evaluation import evaluate, mix, read_truth
+from dynamicdet.routing.evaluation import evaluate_coco, mixed_results, read_truth
 from dynamicdet.routing.record import RoutingRecord
 from dynamicdet.routing.thresholds import ALL_EASY, ALL_HARD
 from dynamicdet.testing import agreement, count_waits, randomize
@@ -71,7 +71,10 @@ def compare_exits(cfg: Config, one: RoutingRecord, other: RoutingRecord) -> dict
     """AP of both sides and how far they agree, of each exit."""
     truth, rows = read_truth(cfg.test_evaluator.ann_file), {}
     for exit in range(one.exits):
-        aps = [evaluate(truth, mix(side, [exit] * len(side)))['ap'] for side in (one, other)]
+        aps = [
+            evaluate_coco(truth, mixed_results(side, [exit] * len(side)))['ap']
+            for side in (one, other)
+        ]
         rows[f'exit {exit}'] = compare_detections(
             *(side.detections[exit] for side in (one, other)), aps
         )
@@ -266,7 +269,7 @@ def timings(small: bool = False) -> Figures:
                     'exit 1': BenchmarkTask(model, batches, ALL_HARD),
                 },
             )
-            seconds = interleave(
+            seconds = time_interleaved(
                 {name: task._replace(setting=setting) for name, task in tasks.items()},
                 6 if small else 12,
                 quiet,

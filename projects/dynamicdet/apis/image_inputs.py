@@ -36,11 +36,11 @@ def pictures_of(inputs: Any, skip_missing: bool = False) -> list[Picture]:
         inputs = inputs.tolist()
     single = isinstance(inputs, (str, bytes, os.PathLike, np.ndarray, Mapping, Tensor))
     single = single or not isinstance(inputs, Iterable)
-    found = [as_picture(item) for item in ([inputs] if single else inputs)]
+    pictures = [as_picture(picture) for picture in ([inputs] if single else inputs)]
     if not skip_missing:
-        for item in found:
-            _require_file(item)
-    return found
+        for picture in pictures:
+            _require_file(picture)
+    return pictures
 
 
 def as_picture(item: Any) -> Picture:
@@ -54,14 +54,14 @@ def as_picture(item: Any) -> Picture:
         return np.ascontiguousarray(item)
     if isinstance(item, dict) and ('img' in item or 'img_path' in item):
         key, kind = ('img', np.ndarray) if 'img' in item else ('img_path', str)
-        own = as_picture(item[key])
-        if not isinstance(own, kind):
+        inner = as_picture(item[key])
+        if not isinstance(inner, kind):
             raise UsageError(
                 f"{_WANTED}; of a picture's dict, 'img' is an array and 'img_path' a path or URL; "
                 'got '
                 f'{key} of type {_described(item[key])}'
             )
-        return {**item, key: own}
+        return {**item, key: inner}
     if not isinstance(item, str):
         raise UsageError(f'{_WANTED}; got {_described(item)}')
     return item

@@ -13,6 +13,7 @@ import mmengine
 import numpy as np
 from mmcv.transforms import Compose
 from mmengine.infer.infer import ModelType
+from mmengine.registry import FUNCTIONS, Registry
 from torch import nn
 
 from mmdet.apis import DetInferencer
@@ -23,13 +24,24 @@ from mmdet.structures import DetDataSample
 from ..datasets.picture_reading import read_picture
 from ..errors import UsageError
 from ..models import DynamicDetector, fuse
-from ..models.online_control import Online, account_of, build_controller, kept_speed, timed_calls
+from ..models.budget_control import (
+    BudgetControl,
+    budget_report_of,
+    build_budget_controller,
+    preserved_budget,
+    timed_calls,
+)
 from ..models.weights import is_plain, require_complete
 from ..routing.budget import BUDGET_NAMES, Budget
-from ..routing.served import Served
+from ..routing.budget_report import BudgetReport
 from ..timing import dtype_of, machine_of, timed_elsewhere
 from .image_inputs import Picture, pictures_of
 from .stream import Stream
+
+if 'mmdet' not in FUNCTIONS.children:
+    # mmengine's inferencers look for their collate function in mmdet's scope, which has no registry
+    # of functions, and warn. From an empty one they go on to mmengine's.
+    Registry('function', parent=FUNCTIONS, scope='mmdet', locations=['mmengine.dataset'])
 
 
 @dataclass
@@ -74,15 +86,17 @@ class DynamicInferencer(DetInferencer):
         show_progress (bool): Whether to show a progress bar. Defaults to True.
         online (bool): Whether a controller holds the budget on the images that come, whatever their
             difficulty and the machine's load: any but ``threshold``. It is ``self.controller``, see
-            `routing.controller.Controller`, and goes on from call to call. Defaults to False.
+            `routing.budget_controller.BudgetController`, and goes on from call to call. Defaults to
+            False.
         budget (Budget or Mapping, optional): The speed of all calls, see `Budget.parse`. Defaults
             to the config's or checkpoint's.
         **named: The same by name, at most one: ``threshold``, ``hard_share``, ``target_latency``
             (mean seconds per image), ``throughput`` (images per second) or ``target_gflops``.
 
     Attributes:
-        served (Served, optional): What the last call served: pictures at each exit, against what
-            was wanted, and their mean cost. Where more than chance parts them, the call warns.
+        budget_report (BudgetReport, optional): What the last call served: pictures at each exit,
+            against what was wanted, and their mean cost. Where more than chance parts them, the
+            call warns.
 
     Raises:
         UsageError: If the model is not dynamic, the checkpoint does not fill it, more than one
@@ -93,7 +107,7 @@ class DynamicInferencer(DetInferencer):
         ...     'configs/dy_faster_rcnn_router.py', 'checkpoint.pth', hard_share=0.5)
         >>> result, = detector('image.jpg')['predictions']
         >>> result['difficulty'], result['exit']
-        >>> print(*detector.served.lines(), sep='\\n')
+        >>> print(*detector.budget_report.lines(), sep='\\n')
     """
 
     preprocess_kwargs = {'on_unreadable'}
@@ -129,8 +143,8 @@ class DynamicInferencer(DetInferencer):
         self.model.timed_elsewhere = timed_elsewhere(
             self._calibration, dict(machine_of(device), dtype=dtype_of(self.model))
         )
-        self.controller = build_controller(self.model, budget) if online else None
-        self._online_budget, self.served = budget, None
+        self.controller = build_budget_controller(self.model, budget) if online else None
+        self._online_budget, self.budget_report = budget, None
         if budget and not online:
             self.model.set_budget(budget)
 
@@ -176,8 +190,8 @@ class DynamicInferencer(DetInferencer):
             raise UsageError(f'batch_size must be a whole number, 1 or more; got {batch_size}')
         with self._speed(budget), self._watched() as calls:
             results = super().__call__(inputs, batch_size, *args, **kwargs)
-            self.served = self._account(results['predictions'], budget, calls)
-        for doubt in self.served.doubts() if self.served else ():
+            self.budget_report = self._report_budget(results['predictions'], budget, calls)
+        for doubt in self.budget_report.doubts() if self.budget_report else ():
             warnings.warn(doubt)
         return results
 
@@ -193,19 +207,19 @@ class DynamicInferencer(DetInferencer):
         ):
             yield calls
 
-    def _account(
+    def _report_budget(
         self,
         predictions: list[dict | DetDataSample],
         budget: Budget | None,
         calls: list[tuple[float, int]],
-    ) -> Served | None:
+    ) -> BudgetReport | None:
         model, online = self.model, not budget and self.controller is not None
         if not isinstance(model, DynamicDetector):
             return None
         exits = [one['exit'] if isinstance(one, dict) else one.exit for one in predictions]
         # What a first run takes is no cost of an image.
         timed = calls[1:]
-        return account_of(
+        return budget_report_of(
             model,
             [exits.count(exit) for exit in range(model.num_exits)],
             self._online_budget if online else model.budget,
@@ -220,10 +234,10 @@ class DynamicInferencer(DetInferencer):
         """A speed for a while: the one that is given, or else the controller's."""
         with contextlib.ExitStack() as stack:
             if budget:
-                stack.enter_context(kept_speed(self.model))
+                stack.enter_context(preserved_budget(self.model))
                 self.model.set_budget(budget)
             elif self.controller is not None:
-                stack.enter_context(Online(self.model, self.controller))
+                stack.enter_context(BudgetControl(self.model, self.controller))
             yield
 
     def stream(

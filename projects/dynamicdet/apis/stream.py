@@ -22,8 +22,8 @@ from mmdet.structures import DetDataSample, SampleList
 from ..errors import UsageError
 from ..models import DynamicDetector
 from ..models.batch_state import BatchState, join_batch_states
-from ..models.online_control import Online
-from ..routing.controller import Controller
+from ..models.budget_control import BudgetControl
+from ..routing.budget_controller import BudgetController
 from ..timing import now
 
 
@@ -66,8 +66,8 @@ class Stream:
             to None: an image waits until its batch is full, or for the end.
         most_behind (int): How many later images may come before one waits no longer: their results
             wait behind it. Defaults to 1024.
-        controller (Controller, optional): Sets the thresholds; told the time that the detector
-            works.
+        controller (BudgetController, optional): Sets the thresholds; told the time that the
+            detector works.
         clock (Callable): Seconds, never back. Defaults to ``time.monotonic``.
 
     Raises:
@@ -87,7 +87,7 @@ class Stream:
         collect_easy: bool = False,
         deadline: float | None = None,
         most_behind: int = 1024,
-        controller: Controller | None = None,
+        controller: BudgetController | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         hard_batch = batch_size if hard_batch is None else hard_batch
@@ -109,7 +109,7 @@ class Stream:
         self._routing = (
             contextlib.nullcontext()
             if controller is None
-            else Online(model, controller, timed=False)
+            else BudgetControl(model, controller, timed=False)
         )
         self._arrived: list[_Arrived] = []
         # By what can be joined: those before a backbone, and those before an exit's neck and heads.
@@ -208,11 +208,11 @@ class Stream:
         return late or self._count - one.number > self.most_behind
 
     def _ready(self) -> SampleList:
-        found = []
+        ready = []
         while self._next in self._done:
-            found.append(self._done.pop(self._next))
+            ready.append(self._done.pop(self._next))
             self._next += 1
-        return found
+        return ready
 
     @torch.no_grad()
     def _first_pass(self) -> None:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from .blocks import Block, PrunableLayer, find_layers
-from .coupling import GIVEN, Cluster, example, find_clusters, raw_outputs
+from .coupling import GIVEN, Cluster, example_image, find_clusters, raw_outputs
 from .pruning import layers_of_blocks
+from .pruning_blocks import PrunableLayer, PruningBlock, find_layers
 from .scores import magnitude_scores, random_scores
-from .shrinking import Channels, KeptChannels, channels_of, get, rule_of, shrink_layers
+from .shrinking import Channels, KeptChannels, channels_of, get_by_name, rule_of, shrink_layers
 
 #: Channels that vector units of processors and accelerators take at a time.
 ROUND_TO = 16
@@ -54,7 +54,7 @@ class RemovalPlan:
 
 
 def plan_removal(
-    model: nn.Module, blocks: Sequence[Block], round_to: int = ROUND_TO, seed: int = 0
+    model: nn.Module, blocks: Sequence[PruningBlock], round_to: int = ROUND_TO, seed: int = 0
 ) -> RemovalPlan:
     """Choose the channels that go; the model is left as it is.
 
@@ -64,7 +64,8 @@ def plan_removal(
     Args:
         model (nn.Module): With the weights by which channels are ranked; those that a mask has set
             to zero come first.
-        blocks (Sequence[Block]): Of ``structured`` ones, with scores by magnitude or at random.
+        blocks (Sequence[PruningBlock]): Of ``structured`` ones, with scores by magnitude or at
+            random.
             ``over='layer'`` takes the same share from every cluster, ``'block'`` the weakest of
             all.
         round_to (int): Channels that stay are a multiple of it.
@@ -101,13 +102,13 @@ def plan_removal(
         else:
             clusters[owners.pop()].append(cluster)
     chosen: list[list[tuple[Cluster, np.ndarray]]] = []
-    for block, own in zip(blocks, clusters):
-        if not own and block.target:
+    for block, block_clusters in zip(blocks, clusters):
+        if not block_clusters and block.target:
             raise UsageError(
                 f"block '{block.name}': nothing in it can be removed"
                 + ''.join(f"; '{name}' stays: {why}" for name, why in list(alone.items())[:1])
             )
-        chosen.append(_choose(block, own, layers, round_to, seed))
+        chosen.append(_choose(block, block_clusters, layers, round_to, seed))
     sound = _sound(model, [pair for pairs in chosen for pair in pairs if not pair[1].all()])
     rows = []
     for block, pairs in zip(blocks, chosen):
@@ -143,7 +144,7 @@ def remove_channels(model: nn.Module, plan: RemovalPlan) -> Channels:
     return channels
 
 
-def _require_fit(block: Block) -> None:
+def _require_fit(block: PruningBlock) -> None:
     if block.score not in ('magnitude', 'random'):
         raise UsageError(
             f"block '{block.name}': channels are removed by magnitude or at random, not by "
@@ -165,7 +166,7 @@ def _options(cluster: Cluster, round_to: int) -> list[int]:
 
 
 def _choose(
-    block: Block,
+    block: PruningBlock,
     clusters: Sequence[Cluster],
     layers: Mapping[str, PrunableLayer],
     round_to: int,
@@ -189,20 +190,23 @@ def _choose(
         stays = np.empty(len(order), bool)
         stays[order] = np.cumsum(widths[order]) > block.target * widths.sum()
         goals = [
-            part.sum() for part in np.split(stays, np.cumsum([len(own) for own in scores])[:-1])
+            part.sum()
+            for part in np.split(
+                stays, np.cumsum([len(cluster_scores) for cluster_scores in scores])[:-1]
+            )
         ]
     chosen = []
-    for cluster, own, goal in zip(clusters, scores, goals):
+    for cluster, cluster_scores, goal in zip(clusters, scores, goals):
         # The nearest; of two the larger.
         count = min(_options(cluster, round_to), key=lambda option: (abs(option - goal), -option))
         stays = np.zeros(cluster.units, bool)
-        stays[np.argsort(-own, kind='stable')[:count]] = True
+        stays[np.argsort(-cluster_scores, kind='stable')[:count]] = True
         chosen.append((cluster, stays))
     return chosen
 
 
 def _scores(
-    block: Block, cluster: Cluster, layers: Mapping[str, PrunableLayer], seed: int
+    block: PruningBlock, cluster: Cluster, layers: Mapping[str, PrunableLayer], seed: int
 ) -> np.ndarray:
     """What makes a unit worth keeping, (U, ): the mean over the cluster's layers of its Ln norm,
     each over the layer's mean, so that layers and clusters compare."""
@@ -216,10 +220,10 @@ def _scores(
             if block.score == 'random'
             else magnitude_scores(layer, block)
         )
-        own = np.bincount(
+        member_scores = np.bincount(
             member.units, values.cpu().double().numpy()[member.channels], cluster.units
         )
-        total += own / own.mean() if own.any() else own
+        total += member_scores / member_scores.mean() if member_scores.any() else member_scores
         count += 1
     return total / count
 
@@ -235,7 +239,7 @@ def _kept(
             gone.setdefault(member.layer, {}).setdefault(member.leaving, set()).update(removed)
     kept = {}
     for name, sides in gone.items():
-        entering, leaving, _ = channels_of(get(model, name))
+        entering, leaving, _ = channels_of(get_by_name(model, name))
         kept[name] = KeptChannels(
             *(
                 _without(sides.get(side), count)
@@ -287,7 +291,7 @@ def _same(model: nn.Module, kept: Mapping[str, KeptChannels]) -> bool:
     in."""
     whole, small = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
     for name, one in kept.items():
-        layer = get(whole, name)
+        layer = get_by_name(whole, name)
         if (
             one.entering is not None
             and getattr(layer, 'groups', 1) == 1
@@ -300,7 +304,7 @@ def _same(model: nn.Module, kept: Mapping[str, KeptChannels]) -> bool:
     shrink_layers(small, kept)
     try:
         _fit_extractors(small)
-        found = _run(small)
+        outputs = _run(small)
     except (RuntimeError, ValueError, IndexError):
         # Shapes that do not go together.
         return False
@@ -310,12 +314,12 @@ def _same(model: nn.Module, kept: Mapping[str, KeptChannels]) -> bool:
         and torch.allclose(
             one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()), equal_nan=True
         )
-        for one, other in zip(found, wanted)
+        for one, other in zip(outputs, wanted)
     )
 
 
 def _run(model: nn.Module) -> list[Tensor]:
-    return raw_outputs(model, example(model))
+    return raw_outputs(model, example_image(model))
 
 
 def _is_told(module: nn.Module) -> bool:

@@ -16,8 +16,8 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
-from ..errors import UsageError, need
-from .shrinking import channels_of, get
+from ..errors import UsageError, import_optional
+from .shrinking import channels_of, get_by_name
 
 #: Why prediction layers stay as they are.
 GIVEN = 'the detector gives them'
@@ -96,7 +96,7 @@ def _flat(outputs: Any) -> list[Tensor]:
     return [one for output in outputs if output is not None for one in _flat(output)]
 
 
-def example(model: nn.Module, size: int = 64) -> Tensor:
+def example_image(model: nn.Module, size: int = 64) -> Tensor:
     """An image to trace a model with, (1, 3, size, size), where the model is."""
     noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     return noise.to(next(model.parameters()).device)
@@ -116,10 +116,12 @@ def find_clusters(model: nn.Module) -> list[Cluster]:
         UsageError: If torch-pruning is not installed, or the detector is of a kind that this does
             not know.
     """
-    library = need('torch_pruning', 'tools that remove channels', 'compression')
+    library = import_optional('torch_pruning', 'tools that remove channels', 'compression')
     traced = _Traced(model)
     with torch.enable_grad():
-        graph = library.DependencyGraph().build_dependency(traced, example(traced), verbose=False)
+        graph = library.DependencyGraph().build_dependency(
+            traced, example_image(traced), verbose=False
+        )
     names = _Names(traced)
     spreads: list[_Spread] = []
     seen: dict[str, set] = {}
@@ -169,7 +171,10 @@ class _Traced(nn.Module):
 @torch.no_grad()
 def _routed_channels(model: nn.Module) -> list[int]:
     """Channels of the maps that a router sees."""
-    return [one.shape[1] for one in copy.deepcopy(model.backbone).eval().first_maps(example(model))]
+    return [
+        one.shape[1]
+        for one in copy.deepcopy(model.backbone).eval().first_maps(example_image(model))
+    ]
 
 
 class _Names:
@@ -207,10 +212,10 @@ def _merge(spreads: list[_Spread], names: _Names) -> list[Cluster]:
     """Clusters of spreads: those that share a convolution with groups become one."""
     atoms = [{root: None for root in next(iter(spread.values()))} for spread in spreads]
     offsets, total = [], 0
-    for own in atoms:
+    for spread_atoms in atoms:
         offsets.append(total)
-        own.update({root: total + place for place, root in enumerate(own)})
-        total += len(own)
+        spread_atoms.update({root: total + place for place, root in enumerate(spread_atoms)})
+        total += len(spread_atoms)
     members: dict[tuple[str, bool], dict[int, int]] = {}
     whys: dict[int, str] = {}
     for number, spread in enumerate(spreads):
@@ -237,7 +242,7 @@ def _merge(spreads: list[_Spread], names: _Names) -> list[Cluster]:
     _, unit_of = connected_components(
         coo_matrix((np.ones(len(one)), (one, other)), (total, total)), directed=False
     )
-    spread_of = np.repeat(np.arange(len(spreads)), [len(own) for own in atoms])
+    spread_of = np.repeat(np.arange(len(spreads)), [len(spread_atoms) for spread_atoms in atoms])
     # Spreads that share a unit are one cluster.
     pairs = np.stack([spread_of, unit_of + len(spreads)])
     size = len(spreads) + unit_of.max() + 1
@@ -246,10 +251,12 @@ def _merge(spreads: list[_Spread], names: _Names) -> list[Cluster]:
     )
     rows: dict[int, list[tuple]] = {}
     for (name, leaving), channels in members.items():
-        channels, own = np.array(sorted(channels.items())).T
-        for number in np.unique(cluster_of[spread_of[own]]):
-            mine = cluster_of[spread_of[own]] == number
-            rows.setdefault(number, []).append((name, leaving, channels[mine], unit_of[own[mine]]))
+        channels, units = np.array(sorted(channels.items())).T
+        for number in np.unique(cluster_of[spread_of[units]]):
+            mine = cluster_of[spread_of[units]] == number
+            rows.setdefault(number, []).append(
+                (name, leaving, channels[mine], unit_of[units[mine]])
+            )
     return [
         part
         for number in dict.fromkeys(cluster_of[: len(spreads)])
@@ -273,12 +280,12 @@ def _group_links(
     """Pairs of atoms that are in one group of a layer."""
     links = []
     for (name, leaving), channels in members.items():
-        entering, given, groups = channels_of(get(names.model, name))
+        entering, leaving_count, groups = channels_of(get_by_name(names.model, name))
         if groups == 1:
             continue
         first: dict[int, int] = {}
         # Both sides of a convolution: what a group is given, it alone gives on.
-        for side, count in ((False, entering), (True, given)):
+        for side, count in ((False, entering), (True, leaving_count)):
             for channel, atom in members.get((name, side), {}).items():
                 links.append((first.setdefault(channel * groups // count, atom), atom))
     return links
@@ -304,10 +311,10 @@ def _clusters(
         [np.bincount(places[spread_of[own] == spread], minlength=len(units)) for spread in spreads]
     )
     why = next((whys[spread] for spread in spreads if spread in whys), '')
-    given = np.zeros((len(units), len(rows)), bool)
+    leaves = np.zeros((len(units), len(rows)), bool)
     for column, (_, leaving, _, wanted) in enumerate(rows):
-        given[wanted, column] = leaving
-    _, part_of = np.unique(given, axis=0, return_inverse=True)
+        leaves[wanted, column] = leaving
+    _, part_of = np.unique(leaves, axis=0, return_inverse=True)
     clusters = []
     for part in dict.fromkeys(part_of.reshape(-1).tolist()):
         inside = part_of.reshape(-1) == part

@@ -21,7 +21,15 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..files import write_atomically
-from .encoding import Entry, Frames, Lossy, decode, digest, encode_state, need_for_compression
+from .encoding import (
+    Entry,
+    Frames,
+    Lossy,
+    decode_tensor,
+    encode_state,
+    need_for_compression,
+    tensor_digest,
+)
 
 FORMAT, VERSION = 'dynamicdet.ddz', '1'
 SUFFIX = '.ddz'
@@ -156,8 +164,8 @@ def decompress(content: bytes) -> dict[str, Any]:
         if row['encoding'] == 'same':
             value = values[row['as']].clone()
         else:
-            value = decode(row, {name: frames[f'{number}.{name}'] for name in row['frames']})
-        if digest(value) != row['sha256']:
+            value = decode_tensor(row, {name: frames[f'{number}.{name}'] for name in row['frames']})
+        if tensor_digest(value) != row['sha256']:
             raise UsageError(
                 f"is altered: the checksum of '{row['key']}' is another; copy it or make it anew"
             )

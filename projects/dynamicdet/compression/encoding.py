@@ -26,7 +26,7 @@ from torch import Tensor
 from .. import errors
 from ..errors import UsageError
 from ..experimental import warn_if_experimental
-from .sharing import share
+from .weight_sharing import cluster_weights
 
 #: zstd's level for floats and integers of 8 bits, whose bytes do not repeat in sequences: higher
 #: ones gain 2 % of floats, nothing of integers, and take ten times as long.
@@ -135,7 +135,7 @@ def encode_state(state: Mapping[str, Tensor], lossy: Lossy = Lossy()) -> list[En
             raise UsageError(f"'{key}' is of type {dtype}, which the format does not hold")
         kind = lossy.of(key, value)
         # What a model holds twice, or what is equal, is stored once.
-        identity = (dtype, tuple(value.shape), kind, digest(value))
+        identity = (dtype, tuple(value.shape), kind, tensor_digest(value))
         row: dict[str, Any] = dict(key=key, dtype=dtype, shape=list(value.shape))
         if identity in first:
             original = entries[first[identity]].row
@@ -145,7 +145,7 @@ def encode_state(state: Mapping[str, Tensor], lossy: Lossy = Lossy()) -> list[En
         first[identity] = index
         encoding, frames, sizes = _encode(key, value, kind, lossy.codebook or 8)
         row.update(encoding=encoding, frames=sizes)
-        row['sha256'] = digest(decode(row, frames))
+        row['sha256'] = tensor_digest(decode_tensor(row, frames))
         if kind is None and row['sha256'] != identity[-1]:
             raise AssertionError(f'{key} does not come back as it was')
         entries.append(Entry(row, frames))
@@ -174,16 +174,16 @@ def _encode(
     if kind is not None and not torch.isfinite(value).all():
         raise UsageError(f"'{key}' holds values that are not finite: it cannot be stored as {kind}")
     if kind == 'int8':
-        scale, numbers = quantize(value.float())
+        scale, numbers = quantize_per_channel(value.float())
         return (
             'int8',
             *_smaller(dict(scale=_planes(_bytes(torch.from_numpy(scale)))), numbers.reshape(-1)),
         )
     if kind == 'codebook':
-        table, indices = share(value.float(), bits)
+        table, indices = cluster_weights(value.float(), bits)
         return _with_table(torch.from_numpy(table).to(value.dtype), indices)
     if kind == 'binary':
-        return _binary(*binarize(value.float()))
+        return _binary(*binarize_per_channel(value.float()))
     one = _one_magnitude(value)
     if one is not None:
         return _binary(*one)
@@ -231,12 +231,13 @@ def _binary(scale: np.ndarray, numbers: np.ndarray) -> tuple[str, Frames, dict[s
 def _frames(parts: Mapping[str, np.ndarray], level: int = _LEVEL) -> tuple[Frames, dict[str, int]]:
     """Each part as a frame, and its size before."""
     frames = {
-        name: frame(part, _SLOW_LEVEL if name == 'bits' else level) for name, part in parts.items()
+        name: zstd_frame(part, _SLOW_LEVEL if name == 'bits' else level)
+        for name, part in parts.items()
     }
     return frames, {name: part.nbytes for name, part in parts.items()}
 
 
-def frame(part: np.ndarray, level: int = _SLOW_LEVEL) -> bytes:
+def zstd_frame(part: np.ndarray, level: int = _SLOW_LEVEL) -> bytes:
     """A zstd frame of numbers."""
     content = np.ascontiguousarray(part).view(np.uint8).tobytes()
     return need_for_compression('zstandard').ZstdCompressor(level=level).compress(content)
@@ -267,7 +268,8 @@ def _few_values(value: Tensor) -> tuple[Tensor, np.ndarray] | None:
 
 
 def _one_magnitude(value: Tensor) -> tuple[np.ndarray, np.ndarray] | None:
-    """What `binarize` gives, where it loses nothing: weights that are binary already."""
+    """What `binarize_per_channel` gives, where it loses nothing: weights that are binary
+    already."""
     if not _is_weight(value) or value.dtype == torch.float64 or value.numel() < 1024:
         return None
     rows = value.flatten(1)
@@ -284,7 +286,7 @@ def _one_magnitude(value: Tensor) -> tuple[np.ndarray, np.ndarray] | None:
     return scale[:, 0].float().numpy(), rows.sign().to(torch.int8).numpy()
 
 
-def quantize(weight: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def quantize_per_channel(weight: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Symmetric integers of 8 bits, one scale for each output channel: w ~ scale x integer.
 
     Args:
@@ -300,7 +302,7 @@ def quantize(weight: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return scale.numpy(), whole.to(torch.int8).numpy()
 
 
-def binarize(weight: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def binarize_per_channel(weight: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Signs, and one scale for each output channel: w ~ scale x sign. The mean of |w| as scale
     loses least in squares (Rastegari et al. 2016, XNOR-Net, eq. 6).
 
@@ -319,10 +321,12 @@ def binarize(weight: Tensor) -> tuple[np.ndarray, np.ndarray]:
 # Decoding.
 
 
-def decode(row: Mapping[str, Any], frames: Frames) -> Tensor:
+def decode_tensor(row: Mapping[str, Any], frames: Frames) -> Tensor:
     """The tensor of a row."""
     dtype, shape = _DTYPES[row['dtype']], tuple(row['shape'])
-    parts = {name: unframe(content, row['frames'][name]) for name, content in frames.items()}
+    parts = {
+        name: read_zstd_frame(content, row['frames'][name]) for name, content in frames.items()
+    }
     if row['encoding'] in ('raw', 'sparse'):
         return _tensor(
             _spread(_unplanes(parts['values'], dtype.itemsize), parts, shape), dtype
@@ -359,8 +363,8 @@ def _spread(
     return out
 
 
-def unframe(content: bytes, size: int) -> np.ndarray:
-    """What `frame` wrote, uint8 (size, ).
+def read_zstd_frame(content: bytes, size: int) -> np.ndarray:
+    """What `zstd_frame` wrote, uint8 (size, ).
 
     Raises:
         ValueError: If it is of another size.
@@ -390,11 +394,11 @@ def _unplanes(content: np.ndarray, size: int) -> np.ndarray:
     return content.reshape(size, -1).T
 
 
-def digest(value: Tensor) -> str:
+def tensor_digest(value: Tensor) -> str:
     """SHA-256 of the bytes of a tensor, in hexadecimal."""
     return hashlib.sha256(_bytes(value).tobytes()).hexdigest()
 
 
 def need_for_compression(name: str) -> ModuleType:
     """An optional library."""
-    return errors.need(name, 'compressed checkpoints', 'compression')
+    return errors.import_optional(name, 'compressed checkpoints', 'compression')

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..experimental import warn_if_experimental
-from .encoding import Entry, frame, unframe
+from .encoding import Entry, read_zstd_frame, zstd_frame
 
 #: Bits of the table for each symbol up to the largest: the length of its code word, from which a
 #: canonical code follows; 63 at most, which takes 10^13 symbols.
@@ -57,14 +57,14 @@ def huffman_size(symbols: np.ndarray) -> int:
     return _bytes(int(counts @ code_lengths(counts))) + _bytes(_LENGTH_BITS * len(counts))
 
 
-def entropy(symbols: np.ndarray) -> float:
+def entropy_bytes(symbols: np.ndarray) -> float:
     """The least that any code of single symbols takes, in bytes, without a table (Shannon 1948)."""
     counts = np.bincount(symbols)
     counts = counts[counts > 0]
     return float(-(counts * np.log2(counts / counts.sum())).sum()) / 8 if len(counts) else 0.0
 
 
-def gaps(kept: np.ndarray) -> np.ndarray:
+def index_gaps(kept: np.ndarray) -> np.ndarray:
     """Relative indices: how far each kept place is from the one before (Deep Compression, figure
     2).
 
@@ -93,7 +93,7 @@ class StreamSize:
     entropy: float
 
 
-def compare(entries: Sequence[Entry]) -> list[StreamSize]:
+def compare_stream_sizes(entries: Sequence[Entry]) -> list[StreamSize]:
     """Sizes of what encoded entries hold, by kind of stream; each tensor's stream has a code of its
     own.
 
@@ -104,14 +104,15 @@ def compare(entries: Sequence[Entry]) -> list[StreamSize]:
     sums: dict[str, np.ndarray] = {}
     for entry in entries:
         for name, content in entry.frames.items():
-            stream = unframe(content, entry.row['frames'][name])
+            stream = read_zstd_frame(content, entry.row['frames'][name])
             kind = f'{entry.row["encoding"]} {name}'
             _add(sums, kind, _planes(entry, name, stream), len(content))
             if name == 'bits':
-                other = gaps(np.unpackbits(stream).astype(bool))
-                _add(sums, f'{entry.row["encoding"]} gaps', [other], len(frame(other)))
+                other = index_gaps(np.unpackbits(stream).astype(bool))
+                _add(sums, f'{entry.row["encoding"]} gaps', [other], len(zstd_frame(other)))
     return [
-        StreamSize(name, *map(int, own[:3]), float(own[3])) for name, own in sorted(sums.items())
+        StreamSize(name, *map(int, sizes[:3]), float(sizes[3]))
+        for name, sizes in sorted(sums.items())
     ]
 
 
@@ -131,13 +132,13 @@ def stream_table(sizes: Sequence[StreamSize]) -> list[str]:
 
 
 def _add(sums: dict[str, np.ndarray], kind: str, streams: Sequence[np.ndarray], zstd: int) -> None:
-    own = [
+    sizes = [
         sum(map(len, streams)),
         zstd,
         sum(map(huffman_size, streams)),
-        sum(map(entropy, streams)),
+        sum(map(entropy_bytes, streams)),
     ]
-    sums[kind] = sums.get(kind, 0) + np.array(own)
+    sums[kind] = sums.get(kind, 0) + np.array(sizes)
 
 
 def _planes(entry: Entry, name: str, stream: np.ndarray) -> Sequence[np.ndarray]:

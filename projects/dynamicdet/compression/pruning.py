@@ -16,55 +16,32 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from ..errors import UsageError
-from .blocks import (
-    Block,
-    PrunableLayer,
-    disjoint_layers,
-    find_layers,
-    matches,
-    selected_layers,
-    units,
-)
+from .pruning_blocks import PrunableLayer, PruningBlock, count_units, disjoint_layers
 from .scores import magnitude_scores, random_scores
-
-__all__ = [
-    'Block',
-    'PrunableLayer',
-    'Masks',
-    'SCHEDULES',
-    'apply_masks',
-    'emptied',
-    'find_layers',
-    'selected_layers',
-    'layers_of_blocks',
-    'matches',
-    'pack',
-    'prune_weights',
-    'prune_block',
-    'pruned_share',
-    'share_at',
-    'unpack',
-]
 
 Masks = dict[str, Tensor]
 SCHEDULES = ('one_shot', 'iterative', 'cubic')
 
 
-def layers_of_blocks(model: nn.Module, blocks: Sequence[Block]) -> list[dict[str, PrunableLayer]]:
+def layers_of_blocks(
+    model: nn.Module, blocks: Sequence[PruningBlock]
+) -> list[dict[str, PrunableLayer]]:
     """The layers of each block, which must not overlap, and each of whose targets must leave
     something.
 
     Raises:
         UsageError: If not.
     """
-    found = disjoint_layers(model, blocks)
-    for block, layers in zip(blocks, found):
+    layers_by_block = disjoint_layers(model, blocks)
+    for block, layers in zip(blocks, layers_by_block):
         for group in _groups(layers, block):
             _count(group, block, block.target)
-    return found
+    return layers_by_block
 
 
-def _groups(layers: Mapping[str, PrunableLayer], block: Block) -> list[dict[str, PrunableLayer]]:
+def _groups(
+    layers: Mapping[str, PrunableLayer], block: PruningBlock
+) -> list[dict[str, PrunableLayer]]:
     """The layers whose weights compete with one another."""
     keys: dict[object, dict[str, PrunableLayer]] = {}
     for name, layer in layers.items():
@@ -73,10 +50,10 @@ def _groups(layers: Mapping[str, PrunableLayer], block: Block) -> list[dict[str,
     return list(keys.values())
 
 
-def _count(group: Mapping[str, PrunableLayer], block: Block, share: float) -> int:
+def _count(group: Mapping[str, PrunableLayer], block: PruningBlock, share: float) -> int:
     """How many weights (or channels) of a group go. Every layer keeps a channel where channels
     go."""
-    total = sum(units(layer, block) for layer in group.values())
+    total = sum(count_units(layer, block) for layer in group.values())
     count = round(share * total)
     least = len(group) if block.structured else 1
     if count > total - least:
@@ -92,7 +69,7 @@ def _count(group: Mapping[str, PrunableLayer], block: Block, share: float) -> in
 
 def prune_block(
     layers: Mapping[str, PrunableLayer],
-    block: Block,
+    block: PruningBlock,
     share: float,
     masks: Mapping[str, Tensor] | None = None,
     seed: int = 0,
@@ -102,7 +79,7 @@ def prune_block(
 
     Args:
         layers (Mapping[str, PrunableLayer]): The block's, from `selected_layers`.
-        block (Block): How.
+        block (PruningBlock): How.
         share (float): Share to be pruned afterwards, in [0, 1).
         masks (Mapping[str, Tensor], optional): Masks so far: what they have pruned stays pruned.
             Without, all is chosen anew, as Soft Filter Pruning does (He et al. 2018).
@@ -141,13 +118,13 @@ def prune_block(
     return {name: chosen[name] for name in layers}
 
 
-def _kept_units(mask: Tensor, layer: PrunableLayer, block: Block) -> Tensor:
+def _kept_units(mask: Tensor, layer: PrunableLayer, block: PruningBlock) -> Tensor:
     return mask.transpose(0, layer.dim).flatten(1).any(1) if block.structured else mask
 
 
 def _rank(
     group: Mapping[str, PrunableLayer],
-    block: Block,
+    block: PruningBlock,
     count: int,
     values: Mapping[str, Tensor],
     kept: Mapping[str, Tensor],
@@ -160,10 +137,10 @@ def _rank(
         scores = scores.clone()
         start = 0
         for name in group:
-            own = slice(start, start + values[name].numel())
-            best = torch.where(kept[name].flatten(), scores[own], -1).argmax()
-            scores[own][best] = float('inf')
-            start = own.stop
+            span = slice(start, start + values[name].numel())
+            best = torch.where(kept[name].flatten(), scores[span], -1).argmax()
+            scores[span][best] = float('inf')
+            start = span.stop
     more = count - int((~alive).sum())
     if more > 0:
         there = alive.nonzero().squeeze(1)
@@ -183,7 +160,7 @@ def _rank(
     return masks
 
 
-def prune_weights(model: nn.Module, blocks: Sequence[Block], seed: int = 0) -> Masks:
+def prune_weights(model: nn.Module, blocks: Sequence[PruningBlock], seed: int = 0) -> Masks:
     """Prune a model to its blocks' targets, once, in place. For magnitude and random scores.
 
     Returns:
@@ -214,7 +191,7 @@ def pruned_share(masks: Mapping[str, Tensor]) -> float:
     return sum(int((~mask).sum()) for mask in masks.values()) / total
 
 
-def emptied(masks: Mapping[str, Tensor]) -> list[str]:
+def empty_layers(masks: Mapping[str, Tensor]) -> list[str]:
     """Layers of which nothing is left: nothing passes them any more."""
     return [name for name, mask in masks.items() if not mask.any()]
 
@@ -254,7 +231,7 @@ def share_at(schedule: str, step: int, start: int, end: int, interval: int, targ
 # Masks on disk.
 
 
-def pack(mask: Tensor) -> Tensor:
+def pack_mask(mask: Tensor) -> Tensor:
     """A mask as bits, eight to a byte: uint8 (ceil(n / 8), )."""
     bits = torch.nn.functional.pad(
         mask.flatten().cpu().to(torch.uint8), (0, -mask.numel() % 8)
@@ -262,7 +239,7 @@ def pack(mask: Tensor) -> Tensor:
     return (bits << torch.arange(7, -1, -1, dtype=torch.uint8)).sum(1).to(torch.uint8)
 
 
-def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """The bool mask that `pack` packed."""
+def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """The bool mask that `pack_mask` packed."""
     bits = packed.cpu().unsqueeze(1) >> torch.arange(7, -1, -1, dtype=torch.uint8) & 1
     return bits.flatten()[: torch.Size(shape).numel()].bool().reshape(tuple(shape))

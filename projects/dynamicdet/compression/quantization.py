@@ -10,8 +10,8 @@ Quantized are layers, that is convolutions and linear layers, with what enters a
 * a norm behind a convolution is part of it, and a ReLU behind both needs no integers of its own;
 * layers that give predictions may stay float, see docs/deploying.md.
 
-Where that is follows from the calls that torch sees in a pass (`trace`), not from modules: sums and
-concatenations are no modules, and heads use one module at several levels.
+Where that is follows from the calls that torch sees in a pass (`trace_quantization`), not from
+modules: sums and concatenations are no modules, and heads use one module at several levels.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -100,7 +100,7 @@ def round_bias(bias: Tensor, step: Tensor) -> Tensor:
     return bias + (torch.round(bias / step) * step - bias).detach()
 
 
-def fold(weight: Tensor, bias: Tensor | None, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+def fold_norm(weight: Tensor, bias: Tensor | None, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     """Weight and bias of a convolution that does what the convolution and the norm (in eval mode)
     do."""
     factor = (norm.running_var + norm.eps).rsqrt()
@@ -268,7 +268,7 @@ def last_layers(
 
 
 @torch.no_grad()
-def trace(
+def trace_quantization(
     run: Callable,
     inputs: Sequence[Tensor],
     modules: Sequence[nn.Module],
@@ -301,7 +301,7 @@ def trace(
             # Who computes with the outputs is none of the calls.
             tracer.readers.setdefault(tracer.value_of.get(id(one)), []).append(-1)
     tracer.made[-1] = (None, (None,))
-    plan, keys, found = QuantizationPlan(), {}, []
+    plan, keys, traced = QuantizationPlan(), {}, []
     layers = [number for number in sorted(tracer.made) if tracer.is_layer(number)]
     predictions = tracer.predictions(layers, float_share)
     for number in layers:
@@ -313,7 +313,7 @@ def trace(
             leaving = norm_call
             plan.norms.add(norm_call)
         relu = tracer.only_reader(leaving, _RELUS)
-        found.append(
+        traced.append(
             (
                 number,
                 value,
@@ -323,11 +323,11 @@ def trace(
                 number in predictions or id(weight) in kept_float,
             )
         )
-    for index, (_, value, leaving, *_, spare) in enumerate(found):
+    for index, (_, value, leaving, *_, spare) in enumerate(traced):
         if not spare:
             keys.setdefault(value, f'in{index}')
             keys.setdefault(leaving, f'out{index}')
-    for number, value, leaving, weight, norm, spare in found:
+    for number, value, leaving, weight, norm, spare in traced:
         plan.layers[number] = QuantizedLayer(
             keys.get(value, ''), keys.get(leaving, ''), weight, norm, spare
         )
@@ -446,7 +446,7 @@ class _Simulator(_Counted):
             x, weight, *rest = args
             bias, rest = (rest[0], rest[1:]) if rest else (None, ())
             if layer.norm is not None:
-                weight, bias = fold(weight, bias, layer.norm)
+                weight, bias = fold_norm(weight, bias, layer.norm)
             if bias is not None and layer.entering in self.ranges.values and self.ranges.rounding:
                 step = self.ranges.step(layer.entering)[0] * weight_scale(weight, self.reduced)
                 bias = round_bias(bias, step)
@@ -465,7 +465,7 @@ class _Simulator(_Counted):
         )
 
 
-class Simulation:
+class Int8Simulation:
     """A computation as in 8 bits: runs in its place.
 
     Args:
@@ -474,7 +474,7 @@ class Simulation:
         spared (Sequence[nn.Module]): Whose layers stay float.
         reduced (bool): Whether weights are in -64 ... 64.
         noise (float): Share of the weights that is rounded in a pass while training, in (0, 1].
-        float_share (float): See `trace`.
+        float_share (float): See `trace_quantization`.
     """
 
     def __init__(
@@ -510,7 +510,9 @@ class Simulation:
         on how many images there are."""
         key = (self.modules[0].training, tuple(tuple(one.shape[2:]) for one in inputs))
         if key not in self._plans:
-            self._plans[key] = trace(self.run, inputs, self.modules, self.spared, self.float_share)
+            self._plans[key] = trace_quantization(
+                self.run, inputs, self.modules, self.spared, self.float_share
+            )
         return self._plans[key]
 
     def __call__(self, *inputs: Tensor) -> Any:

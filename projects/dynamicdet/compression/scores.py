@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .blocks import Block, PrunableLayer, units
+from .pruning_blocks import PrunableLayer, PruningBlock, count_units
 
 
-def magnitude_scores(layer: PrunableLayer, block: Block) -> Tensor:
+def magnitude_scores(layer: PrunableLayer, block: PruningBlock) -> Tensor:
     """|w|, or the Ln norm of each channel.
 
     Channels of several layers compete by the norm's mean over their weights, (sum |w|^n /
@@ -24,16 +24,16 @@ def magnitude_scores(layer: PrunableLayer, block: Block) -> Tensor:
     return norms if block.over == 'layer' else norms / rows.shape[1] ** (1 / block.norm)
 
 
-def random_scores(layer: PrunableLayer, block: Block, seed: int) -> Tensor:
+def random_scores(layer: PrunableLayer, block: PruningBlock, seed: int) -> Tensor:
     """Uniform in [0, 1), by seed and name alone: the same on every rank and at every call, so that
     masks of a growing share are nested."""
     # torch's generator takes 32 bits.
     generator = torch.Generator().manual_seed(zlib.crc32(f'{seed} {layer.name}'.encode()))
-    shape = (units(layer, block),) if block.structured else layer.weight.shape
+    shape = (count_units(layer, block),) if block.structured else layer.weight.shape
     return torch.rand(shape, generator=generator).to(layer.weight.device)
 
 
-def taylor_terms(layer: PrunableLayer, block: Block) -> Tensor | None:
+def taylor_terms(layer: PrunableLayer, block: PruningBlock) -> Tensor | None:
     """(w g)^2 of each weight, or (sum of w g over a channel)^2, from the gradient that is there."""
     if layer.weight.grad is None:
         return None
@@ -44,13 +44,13 @@ def taylor_terms(layer: PrunableLayer, block: Block) -> Tensor | None:
 
 
 def activation_scores(
-    layer: PrunableLayer, block: Block, squares: Tensor, outputs: Tensor
+    layer: PrunableLayer, block: PruningBlock, squares: Tensor, outputs: Tensor
 ) -> Tensor:
     """Scores from what a layer saw.
 
     Args:
         layer (PrunableLayer): The layer.
-        block (Block): Its block.
+        block (PruningBlock): Its block.
         squares (Tensor): Mean square of each input channel, (channels in, ).
         outputs (Tensor): Mean absolute value of each output channel, (C, ).
 
@@ -74,14 +74,16 @@ class Statistics:
 
     Args:
         layers (Mapping[str, PrunableLayer]): Layer name -> layer.
-        blocks (Mapping[str, Block]): Layer name -> its block. Only blocks that score by
+        blocks (Mapping[str, PruningBlock]): Layer name -> its block. Only blocks that score by
             ``activation`` or ``gradient`` are watched.
 
     Attributes:
         totals (dict): Name -> sums so far, of what `state_dict` gives.
     """
 
-    def __init__(self, layers: Mapping[str, PrunableLayer], blocks: Mapping[str, Block]) -> None:
+    def __init__(
+        self, layers: Mapping[str, PrunableLayer], blocks: Mapping[str, PruningBlock]
+    ) -> None:
         self._layers = {
             name: layer
             for name, layer in layers.items()
@@ -163,7 +165,7 @@ class Statistics:
     def _score(self, name: str) -> Tensor:
         layer, block = self._layers[name], self._blocks[name]
         if block.score == 'gradient':
-            shape = (units(layer, block),) if block.structured else layer.weight.shape
+            shape = (count_units(layer, block),) if block.structured else layer.weight.shape
             return self.totals.get(
                 f'{name}:terms', layer.weight.new_zeros(shape, dtype=torch.float32)
             )

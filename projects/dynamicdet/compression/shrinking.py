@@ -70,7 +70,7 @@ def select_channels(layer: nn.Module, name: str, dim: int, kept: Tensor | None) 
     )
 
 
-def get(model: nn.Module, name: str) -> Any:
+def get_by_name(model: nn.Module, name: str) -> Any:
     """The module or parameter of a name."""
     for part in name.split('.'):
         model = getattr(model, part)
@@ -85,14 +85,14 @@ def channels_of(layer: Any) -> tuple | None:
         return layer.in_features, layer.out_features, 1
     if isinstance(layer, nn.GroupNorm):
         return layer.num_channels, layer.num_channels, layer.num_groups
-    own = None
+    count = None
     if isinstance(layer, _BatchNorm):
-        own = layer.num_features
+        count = layer.num_features
     elif rule_of(layer):
-        own = rule_of(layer).channels(layer)
+        count = rule_of(layer).channels(layer)
     elif isinstance(layer, nn.Parameter) and layer.dim() == 4 and layer.numel() == layer.shape[1]:
-        own = layer.shape[1]
-    return None if own is None else (own, own, 1)
+        count = layer.shape[1]
+    return None if count is None else (count, count, 1)
 
 
 def shrink_layers(model: nn.Module, kept: Mapping[str, KeptChannels]) -> Channels:
@@ -107,7 +107,7 @@ def shrink_layers(model: nn.Module, kept: Mapping[str, KeptChannels]) -> Channel
         dict: The description.
     """
     for name, one in kept.items():
-        layer = get(model, name)
+        layer = get_by_name(model, name)
         if isinstance(layer, nn.Parameter):
             _shrink_parameter(model, name, one.leaving)
         elif isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
@@ -121,7 +121,7 @@ def shrink_layers(model: nn.Module, kept: Mapping[str, KeptChannels]) -> Channel
             rule_of(layer).select(layer, one)
         else:
             _shrink_norm(layer, one.leaving)
-    return {name: list(channels_of(get(model, name))) for name in kept}
+    return {name: list(channels_of(get_by_name(model, name))) for name in kept}
 
 
 def _shrink_conv(layer: nn.Module, kept: KeptChannels) -> None:
@@ -150,16 +150,16 @@ def _shrink_norm(layer: nn.Module, kept: Tensor) -> None:
 
 
 def _shrink_parameter(model: nn.Module, name: str, kept: Tensor) -> None:
-    parent, _, own = name.rpartition('.')
+    parent, _, attribute = name.rpartition('.')
     # A ParameterList knows its entries by number.
-    owner, value = get(model, parent), get(model, name)
+    owner, value = get_by_name(model, parent), get_by_name(model, name)
     chosen = nn.Parameter(
         value.detach().index_select(1, kept.to(value.device)).clone(), value.requires_grad
     )
-    setattr(owner, own, chosen)
+    setattr(owner, attribute, chosen)
 
 
-def resize(model: nn.Module, channels: Channels) -> None:
+def resize_channels(model: nn.Module, channels: Channels) -> None:
     """Bring a freshly built model to a description, in place. Its values are of no meaning
     afterwards.
 
@@ -169,7 +169,7 @@ def resize(model: nn.Module, channels: Channels) -> None:
     kept = {}
     for name, wanted in channels.items():
         try:
-            layer = get(model, name)
+            layer = get_by_name(model, name)
         except AttributeError:
             raise UsageError(
                 f"channels: the detector has no layer '{name}'; the description is of another "

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..errors import UsageError
-from .encoding import Entry, decode
+from .encoding import Entry, decode_tensor
 
 #: State entries that no training changes by gradients: statistics of norms, a dynamic detector's
 #: settings.
@@ -98,7 +98,7 @@ def block_sizes(
         if not any(_belongs(key, pattern) for key in state):
             raise UsageError(f"the pattern '{pattern}' matches no entry of the checkpoint")
     sums: dict[str, list[float]] = {}
-    seen = set()
+    pointers = set()
     for index, (key, value) in enumerate(state.items()):
         block = next(
             (
@@ -114,17 +114,17 @@ def block_sizes(
             bool(entries)
             and entries[index].row['encoding'] == 'same'
             or value.device.type != 'meta'
-            and value.data_ptr() in seen
+            and value.data_ptr() in pointers
         )
         if repeated or not value.is_floating_point() or key.split('.')[-1] in _BUFFERS:
             continue
         if value.device.type != 'meta':
-            seen.add(value.data_ptr())
+            pointers.add(value.data_ptr())
         sum_[0] += value.numel()
         if value.dim() > 1:
             sum_[1] += value.numel() - int(value.count_nonzero())
             if entries:
-                written = decode(entries[index].row, entries[index].frames).double()
+                written = decode_tensor(entries[index].row, entries[index].frames).double()
                 sum_[3] += float(value.cpu().double().square().sum())
                 sum_[4] += float((value.cpu().double() - written).square().sum())
     return [BlockSize(name, *sums[name]) for name in sums]
@@ -134,7 +134,7 @@ def _belongs(key: str, pattern: str) -> bool:
     return fnmatchcase(key, pattern) or fnmatchcase(key, f'{pattern}.*')
 
 
-def total(sizes: Sequence[BlockSize], in_file: int, name: str = 'total') -> BlockSize:
+def total_size(sizes: Sequence[BlockSize], in_file: int, name: str = 'total') -> BlockSize:
     """All blocks together; ``in_file`` is the whole file, with its index."""
     sums = [
         sum(getattr(size, part) for size in sizes)
@@ -161,18 +161,18 @@ def compression_table(
         file_before (int): Bytes of its file.
     """
     rest = BlockSize('(index)', 0, 0, in_file - sum(size.in_file for size in sizes))
-    rows = [(size, None) for size in (*sizes, rest)] + [(total(sizes, in_file), worth)]
+    rows = [(size, None) for size in (*sizes, rest)] + [(total_size(sizes, in_file), worth)]
     if before is not None:
-        original = total(sizes, file_before, 'original')
+        original = total_size(sizes, file_before, 'original')
         rows.append((replace(original, lost=0.0), before))
     width = max(len(size.name) for size, _ in rows)
     head = f'{"block":{width}}  parameters   pruned  float32 left   in the file   error'
     lines = [head + '      AP    AP50    latency' * (worth is not None)]
-    for size, own in rows:
+    for size, accuracy in rows:
         lines.append(
             f'{size.name:{width}}  {size.parameters / 1e6:8.3f} M  {size.pruned:6.1%}  '
             f'{size.megabytes:9.3f} MB  {size.in_file / MEGABYTE:9.3f} MB  {size.error:6.2%}'
-            + (_worth(own) if own else '')
+            + (_worth(accuracy) if accuracy else '')
         )
     return lines
 

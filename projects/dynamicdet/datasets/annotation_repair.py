@@ -139,12 +139,12 @@ def _require_same_numbers(
     name: str, path: str, copy: str, used: Sequence[str], read: Mapping[str, AnnotationFile]
 ) -> None:
     """Refuse an evaluator's file whose images have other new numbers than those of the data set."""
-    own, *others = (
+    copied, *others = (
         {image['id']: image['file_name'] for image in read[one].data['images']}
         for one in (copy, *used)
     )
     named = {number: file for other in others for number, file in other.items()}
-    differ = any(named.get(number, file) != file for number, file in own.items())
+    differ = any(named.get(number, file) != file for number, file in copied.items())
     if differ and any(read[one].renumbered for one in (copy, *used)):
         raise UsageError(
             f"{name}: '{path}' is not the annotation file of the data set, and the ids of its "

@@ -79,7 +79,9 @@ def check_dataloaders(
         UsageError: See `check_coco`; the message names the key of the config to change.
     """
     opened = {split: open_data_sets(cfg, split) for split in splits}
-    require_same_classes(cfg.get('model'), [one for own in opened.values() for one in own])
+    require_same_classes(
+        cfg.get('model'), [one for data_sets in opened.values() for one in data_sets]
+    )
     lines: list[str] = []
     done: list[tuple] = []
     for split in splits if files else ():
@@ -88,12 +90,12 @@ def check_dataloaders(
             if _identity(one) not in done:
                 done.append(_identity(one))
                 lines += _check_opened(one, progress, learns_masks(cfg), read or {})
-        seen = [
+        ann_files = [
             osp.realpath(one.dataset.ann_file)
             for one in opened[split]
             if is_coco_format(one.dataset)
         ]
-        lines += _check_evaluators(cfg.get(f'{split}_evaluator'), split, seen)
+        lines += _check_evaluators(cfg.get(f'{split}_evaluator'), split, ann_files)
     return lines
 
 
@@ -105,9 +107,11 @@ def is_of_empty_set(error: Exception) -> bool:
 
 def _identity(one: OpenedDataSet) -> tuple:
     """What is looked at, and what for."""
-    own = one.dataset
+    dataset = one.dataset
     return (one.split == 'train', one.classes) + (
-        (one.key,) if own is None else (type(own), own.ann_file, own.data_prefix, own.filter_cfg)
+        (one.key,)
+        if dataset is None
+        else (type(dataset), dataset.ann_file, dataset.data_prefix, dataset.filter_cfg)
     )
 
 

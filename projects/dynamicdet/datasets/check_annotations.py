@@ -65,13 +65,13 @@ def _require(condition: Any, message: str) -> None:
         raise UsageError(message)
 
 
-def some(values: Sequence[Any], count: int = 3) -> str:
+def first_few(values: Sequence[Any], count: int = 3) -> str:
     """The first few of them, in words; in quotes where blanks or line ends would not be seen."""
-    said = (
+    texts = (
         text if text.isprintable() and text == text.strip() else repr(text)
         for text in map(str, values[:count])
     )
-    return ', '.join(said) + (', ...' if len(values) > count else '')
+    return ', '.join(texts) + (', ...' if len(values) > count else '')
 
 
 def _require_thick(images: list[dict], place: DataSetPlace) -> None:
@@ -80,8 +80,8 @@ def _require_thick(images: list[dict], place: DataSetPlace) -> None:
     _require(
         not len(thin),
         f'{place.name}: {len(thin)} image(s) are more than {LONGEST} times as long as wide '
-        f'({some([images[index]["file_name"] for index in thin])}), and resizing leaves nothing of '
-        'them: crop them, or take them out of the annotation file',
+        f'({first_few([images[index]["file_name"] for index in thin])}), and resizing leaves '
+        'nothing of them: crop them, or take them out of the annotation file',
     )
 
 
@@ -93,7 +93,7 @@ def _check_names(images: list[dict]) -> list[str]:
     shared = [
         image['file_name'] for image in images if counts[osp.normpath(image['file_name'])] > 1
     ]
-    named = some(list(dict.fromkeys(shared)))
+    named = first_few(list(dict.fromkeys(shared)))
     return [
         f'{len(shared)} of {len(images)} images have a file name of another entry ({named}): one'
         ' picture stands for all of them, each with other boxes'
@@ -105,7 +105,7 @@ def _require_unique(values: Iterator[Any], things: str, what: str, place: DataSe
     _require(
         not shared,
         f'{place.name}: {len(shared)} {what}(s) belong to several {things} (such as '
-        f'{some(shared)}): each needs its own',
+        f'{first_few(shared)}): each needs its own',
     )
 
 
@@ -127,8 +127,8 @@ def _match_classes(
     used = [category for category in categories if category['name'] in set(wanted)]
     _require(
         used,
-        f'{place.name}: none of the classes of the config ({some(wanted)}) is among the categories '
-        f'of the annotation file ({some(names)}): set metainfo=dict(classes=...)',
+        f'{place.name}: none of the classes of the config ({first_few(wanted)}) is among the '
+        f'categories of the annotation file ({first_few(names)}): set metainfo=dict(classes=...)',
     )
     # Two labels for a class would be one label too many for the detector's head.
     for key in ('id', 'name'):
@@ -138,8 +138,8 @@ def _match_classes(
     _require(
         not absent,
         f'{place.name}: {len(absent)} of the {len(wanted)} classes of the config are not among the '
-        f'categories of the annotation file ({some(absent)}), and mmdet would give their labels to '
-        'others: add them to the categories, or give those that it has, in its order, as '
+        f'categories of the annotation file ({first_few(absent)}), and mmdet would give their '
+        'labels to others: add them to the categories, or give those that it has, in its order, as '
         'metainfo=dict(classes=(...))',
     )
     order = [category['name'] for category in used]
@@ -147,7 +147,7 @@ def _match_classes(
         order == list(wanted),
         f'{place.name}: the classes of the config are in another order than the categories of the '
         'annotation file, by which mmdet numbers labels: give them as metainfo=dict(classes=(...)) '
-        f'with {some(order, 10)}',
+        f'with {first_few(order, 10)}',
     )
     return {category['id']: category['name'] for category in used}
 
@@ -191,7 +191,7 @@ def _check_boxes(
         (
             unused,
             f'annotation(s) of {len(names)} categories of the file that are not among the classes '
-            f'of the config ({some(names)}): not used',
+            f'of the config ({first_few(names)}): not used',
         ),
         ((extent <= 0).any(1), f'box(es) of zero or negative size: {not_used}'),
         ((inside <= 0).any(1), f'box(es) wholly outside their image: {not_used}'),
@@ -257,15 +257,15 @@ def _check_filters(
 
 
 def _line(
-    found: np.ndarray, text: str, images: list[dict], annotations: list[dict], image: np.ndarray
+    indices: np.ndarray, text: str, images: list[dict], annotations: list[dict], image: np.ndarray
 ) -> list[str]:
     """A line about some annotations, by their indices; none if there are none."""
-    if not len(found):
+    if not len(indices):
         return []
-    first = annotations[found[0]]
+    first = annotations[indices[0]]
     where = (
-        f"'{images[image[found[0]]]['file_name']}'"
-        if image[found[0]] >= 0
+        f"'{images[image[indices[0]]]['file_name']}'"
+        if image[indices[0]] >= 0
         else f'image_id {first["image_id"]}'
     )
-    return [f'{len(found)} {text} (first: {where}, annotation {first["id"]})']
+    return [f'{len(indices)} {text} (first: {where}, annotation {first["id"]})']

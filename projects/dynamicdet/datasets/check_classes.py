@@ -13,7 +13,7 @@ from mmengine.registry import DefaultScope
 from mmdet.registry import MODELS
 
 from ..errors import UsageError
-from .check_annotations import some
+from .check_annotations import first_few
 from .config_datasets import OpenedDataSet
 
 #: Keys of heads that tell classes apart, in mmdet's detectors and in `EarlyExitDetector`. That of
@@ -24,24 +24,24 @@ HEADS = ('bbox_head', 'mask_head', 'mask_iou_head', 'point_head', 'heads')
 def require_same_classes(model: Any, opened: Sequence[OpenedDataSet]) -> None:
     """Raise a `UsageError` unless all data sets name the same classes, and every head has as
     many."""
-    told = [one for one in opened if one.classes]
-    for one in told[1:]:
-        if one.classes != told[0].classes:
+    known = [one for one in opened if one.classes]
+    for one in known[1:]:
+        if one.classes != known[0].classes:
             raise UsageError(
-                f'{_said(told[0])}, {_said(one)}: give both the same metainfo=dict(classes=(...))'
+                f'{_said(known[0])}, {_said(one)}: give both the same metainfo=dict(classes=(...))'
             )
-    if not told:
+    if not known:
         return
-    wrong = [(key, count) for key, count in class_counts(model) if count != len(told[0].classes)]
+    wrong = [(key, count) for key, count in class_counts(model) if count != len(known[0].classes)]
     if wrong:
-        (_, count), wanted = wrong[0], len(told[0].classes)
-        own = (
+        (_, count), wanted = wrong[0], len(known[0].classes)
+        origin = (
             ''
-            if told[0].named
-            else f' (those of {told[0].kind}, as {told[0].key}.metainfo has no classes)'
+            if known[0].named
+            else f' (those of {known[0].kind}, as {known[0].key}.metainfo has no classes)'
         )
         raise UsageError(
-            f"the config's head has {count} classes, the data set's metainfo {wanted}{own}: set "
+            f"the config's head has {count} classes, the data set's metainfo {wanted}{origin}: set "
             + ' '.join(f'{key}={wanted}' for key, _ in wrong)
         )
 
@@ -91,4 +91,4 @@ def _default(kind: Any) -> int | None:
 
 
 def _said(one: OpenedDataSet) -> str:
-    return f'{one.name} ({one.key}) has {len(one.classes)} classes ({some(one.classes)})'
+    return f'{one.name} ({one.key}) has {len(one.classes)} classes ({first_few(one.classes)})'

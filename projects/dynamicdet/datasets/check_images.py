@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..errors import UsageError
 from ..progress import CountProgress
-from .check_annotations import DataSetPlace, some
+from .check_annotations import DataSetPlace, first_few
 from .picture_formats import is_picture
 
 #: Bytes at the end of an image file in which its end marker must be: the size of one page. As many
@@ -86,29 +86,29 @@ def look_at_images(
             to True.
     """
     chunks = [images[start : start + _CHUNK] for start in range(0, len(images), _CHUNK)]
-    found = Pictures([], [], [], [])
+    pictures = Pictures([], [], [], [])
     done = 0
     # Threads wait for the disk side by side; on a warm one they neither gain nor cost.
     with ThreadPoolExecutor(8) as pool:
         look = functools.partial(_look_at_all, image_root, turned, {})
         for chunk, looks in zip(chunks, pool.map(look, chunks)):
-            for image, own in zip(chunk, looks):
-                _sort_in(found, image, own)
+            for image, image_look in zip(chunk, looks):
+                _sort_in(pictures, image, image_look)
             done += len(chunk)
             if progress:
                 progress(done, len(images))
-    return found
+    return pictures
 
 
-def _sort_in(found: Pictures, image: Mapping[str, Any], look: Look) -> None:
+def _sort_in(pictures: Pictures, image: Mapping[str, Any], look: Look) -> None:
     name = image['file_name']
     if look.kind:
-        getattr(found, look.kind).append(
+        getattr(pictures, look.kind).append(
             name if look.kind == 'missing' else f'{name}: {look.trouble}'
         )
     elif look.size and image['width'] and look.size != (image['width'], image['height']):
         exif = f'; EXIF orientation {look.orientation}' if look.orientation != 1 else ''
-        found.resized.append(
+        pictures.resized.append(
             f'{name} is {look.size[0]} x {look.size[1]}, the file says {image["width"]} x '
             f'{image["height"]}{exif}'
         )
@@ -135,34 +135,35 @@ def check_image_files(
     Raises:
         UsageError: If files are missing, damaged or of a format that OpenCV does not read.
     """
-    found, count = look_at_images(image_root, images, progress, place.turned), len(images)
+    faulty, count = look_at_images(image_root, images, progress, place.turned), len(images)
     inside = f" in '{image_root}'" if image_root else ''
-    said = [
-        f'{len(files)} of {count} image files {what} ({some(files)})'
-        for files, what in ((found.missing, 'are missing'), (found.damaged, 'are damaged'))
+    complaints = [
+        f'{len(files)} of {count} image files {what} ({first_few(files)})'
+        for files, what in ((faulty.missing, 'are missing'), (faulty.damaged, 'are damaged'))
         if files
     ]
-    if said:
-        similar = similar_file(image_root, found.missing[0]) if found.missing else ''
+    if complaints:
+        similar = similar_file(image_root, faulty.missing[0]) if faulty.missing else ''
         raise UsageError(
-            f'{place.name}: {" and ".join(said)}{inside}: '
+            f'{place.name}: {" and ".join(complaints)}{inside}: '
             + (
                 f"'{similar}' is there: correct the names in {listed}"
                 if similar
                 else f'get them again, or take them out of {listed}'
             )
         )
-    if found.foreign:
+    if faulty.foreign:
         raise UsageError(
-            f'{place.name}: {len(found.foreign)} of {count} image files are of a format that the '
-            f'installed OpenCV does not read ({some(found.foreign)}){inside}: convert them to JPEG '
-            'or PNG'
+            f'{place.name}: {len(faulty.foreign)} of {count} image files are of a format that the '
+            f'installed OpenCV does not read ({first_few(faulty.foreign)}){inside}: convert them '
+            'to JPEG or PNG'
         )
-    if not found.resized:
+    if not faulty.resized:
         return []
     return [
-        f'{len(found.resized)} of {count} images have another size than their entry in {listed} '
-        f'(first: {found.resized[0]}): their boxes are in another frame than what the detector sees'
+        f'{len(faulty.resized)} of {count} images have another size than their entry in {listed} '
+        f'(first: {faulty.resized[0]}): their boxes are in another frame than what the detector '
+        'sees'
     ]
 
 
@@ -183,8 +184,8 @@ def similar_file(image_root: str, name: str) -> str:
         files = {file.lower(): file for file in os.listdir(folder)}
     except (OSError, ValueError):
         return ''
-    found = files.get(osp.basename(plain).lower(), '')
-    return osp.join(osp.dirname(plain), found) if found else ''
+    similar = files.get(osp.basename(plain).lower(), '')
+    return osp.join(osp.dirname(plain), similar) if similar else ''
 
 
 def _look_at_all(
@@ -230,13 +231,13 @@ def _look_at(path: str, turned: bool, kinds: dict[tuple, bool]) -> Look:
 
 
 def _look_at_jpeg(path: str, head: bytes, turned: bool) -> Look:
-    found = _jpeg_frame(head)
-    if found is None and len(head) == _PAGE:
+    frame = _jpeg_frame(head)
+    if frame is None and len(head) == _PAGE:
         with open(path, 'rb') as file:
-            found = _jpeg_frame(file.read(_LONGEST_HEADER))
-    if found is None:
+            frame = _jpeg_frame(file.read(_LONGEST_HEADER))
+    if frame is None:
         return Look()
-    width, height, orientation = found
+    width, height, orientation = frame
     return Look(
         size=_turn((width, height), turned and orientation >= _TURNED), orientation=orientation
     )
@@ -337,8 +338,8 @@ def _turns(kind: str) -> bool:
     Image.new('RGB', (32, 16)).save(file, kind, exif=exif)
     with Image.open(file) as image:
         size = image.size
-    found = cv2.imdecode(np.frombuffer(file.getvalue(), np.uint8), cv2.IMREAD_COLOR)
-    return found is not None and found.shape[1::-1] == size[::-1]
+    decoded = cv2.imdecode(np.frombuffer(file.getvalue(), np.uint8), cv2.IMREAD_COLOR)
+    return decoded is not None and decoded.shape[1::-1] == size[::-1]
 
 
 def _look_at_foreign(path: str, head: bytes) -> Look:

@@ -14,7 +14,7 @@ from mmengine.dataset import BaseDataset
 from ..errors import UsageError
 from ..progress import CountProgress
 from .annotation_repair import is_turned
-from .check_annotations import DataSetPlace, some
+from .check_annotations import DataSetPlace, first_few
 from .check_images import check_image_files
 
 
@@ -41,7 +41,7 @@ def check_built(
     lines = (
         [
             f'{sum(unknown.values())} object(s) of {len(unknown)} names that are not among the '
-            f'classes of the config ({some(list(unknown))}): not used'
+            f'classes of the config ({first_few(list(unknown))}): not used'
         ]
         if unknown
         else []
@@ -123,13 +123,13 @@ def _check_boxes(entries: list[dict], place: DataSetPlace) -> list[str]:
     lines = []
     if len(bad):
         first = owners[bad[0]]
-        said = (
+        complaint = (
             f'{len(bad)} box(es) without a width or height above 0 (first: {boxes[bad[0]]}, '
             f"'{first.get('xml_path', first.get('img_path'))}')"
         )
         if place.training:
-            raise UsageError(f'{place.name}: {said}: correct them, or take them out')
-        lines.append(f'{said}: nothing can match them')
+            raise UsageError(f'{place.name}: {complaint}: correct them, or take them out')
+        lines.append(f'{complaint}: nothing can match them')
     empty = sum(not entry.get('instances') for entry in entries)
     if empty:
         lines.append(f'{empty} of {len(entries)} images without an object of the classes')

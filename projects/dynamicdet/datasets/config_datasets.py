@@ -12,7 +12,7 @@ from mmdet.datasets import CocoDataset, CocoPanopticDataset
 from mmdet.registry import DATASETS
 
 from ..errors import UsageError
-from .check_annotations import some
+from .check_annotations import first_few
 from .mot import MOTSequenceDataset
 from .video import VideoDataset
 
@@ -61,11 +61,11 @@ def open_data_sets(cfg: Mapping, split: str) -> list[OpenedDataSet]:
         raise UsageError(f'{key} must be a dict with a dataset; got {str(loader)[:100]}')
     return [
         _open(inner, dataset, split)
-        for inner, dataset in leaves(loader['dataset'], f'{key}.dataset')
+        for inner, dataset in inner_datasets(loader['dataset'], f'{key}.dataset')
     ]
 
 
-def leaves(dataset: Any, key: str) -> Iterator[tuple[str, Any]]:
+def inner_datasets(dataset: Any, key: str) -> Iterator[tuple[str, Any]]:
     """The configs of the data sets inside RepeatDataset, ConcatDataset and the like, and their
     keys."""
     if isinstance(dataset, Mapping) and 'datasets' in dataset:
@@ -74,9 +74,9 @@ def leaves(dataset: Any, key: str) -> Iterator[tuple[str, Any]]:
                 f'{key}.datasets must be a list of data sets; got {dataset["datasets"]}'
             )
         for index, inner in enumerate(dataset['datasets']):
-            yield from leaves(inner, f'{key}.datasets.{index}')
+            yield from inner_datasets(inner, f'{key}.datasets.{index}')
     elif isinstance(dataset, Mapping) and 'dataset' in dataset:
-        yield from leaves(dataset['dataset'], f'{key}.dataset')
+        yield from inner_datasets(dataset['dataset'], f'{key}.dataset')
     else:
         yield key, dataset
 
@@ -97,7 +97,7 @@ def require_one_coco(cfg: Mapping, split: str, what: str, file: bool = True) -> 
     opened = open_data_sets(cfg, split)
     if len(opened) != 1:
         has = (
-            f'has {len(opened)} ({some([one.key for one in opened])})'
+            f'has {len(opened)} ({first_few([one.key for one in opened])})'
             if opened
             else 'is not in the config'
         )
@@ -172,9 +172,9 @@ def _require_settings(dataset: Mapping, key: str) -> None:
         raise UsageError(f'{key} has no type, such as CocoDataset')
     for name in ('metainfo', 'data_prefix', 'filter_cfg'):
         # mmengine looks into data_prefix, whatever it is, where it is given.
-        given = dataset.get(name, {} if name == 'data_prefix' else None)
-        if not isinstance(given, Mapping) and (given is not None or name == 'data_prefix'):
-            raise UsageError(f'{key}.{name} must be a dict; got {given}')
+        setting = dataset.get(name, {} if name == 'data_prefix' else None)
+        if not isinstance(setting, Mapping) and (setting is not None or name == 'data_prefix'):
+            raise UsageError(f'{key}.{name} must be a dict; got {setting}')
     for name in ('ann_file', 'data_root'):
         value = dataset.get(name)
         if not isinstance(value, (str, type(None))):
@@ -198,12 +198,13 @@ def _names(classes: Any, key: str) -> tuple[str, ...]:
     if wrong:
         text = ','.join(f'"{name}"' for name in classes[:3])
         raise UsageError(
-            f'{key}: the classes must be text, and {some(wrong)} are none; on the command line, '
-            'give them as '
+            f'{key}: the classes must be text, and {first_few(wrong)} are none; on the command '
+            'line, give them as '
             f"'{key}.metainfo.classes=[{text}{', ...' if len(classes) > 3 else ''}]'"
         )
     if len(set(classes)) < len(classes) or not classes:
         raise UsageError(
-            f'{key}: the classes must be names, one at least and each once; got {some(classes, 10)}'
+            f'{key}: the classes must be names, one at least and each once; got '
+            f'{first_few(classes, 10)}'
         )
     return tuple(classes)

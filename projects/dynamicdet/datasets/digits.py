@@ -24,6 +24,7 @@ import uuid
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -70,14 +71,29 @@ def make_digits(
         FileExistsError: When `root` holds something else; nothing is ever removed there.
         ImportError: When scikit-learn or scikit-image is missing.
     """
-    stamp = _stamp(sizes, image_size, seed)
+    kind = Kind('digits', 'handwritten digits over photographs', ('images',), _write_image)
+    return make_once(root, _stamp(sizes, image_size, seed), kind, progress)
+
+
+class Kind(NamedTuple):
+    """What sets are made of: a name, a description, the lists of an annotation file beside its
+    annotations, and how one picture or video is written, see `_write_image`."""
+
+    name: str
+    description: str
+    lists: tuple[str, ...]
+    write: Callable
+
+
+def make_once(root, stamp, kind, progress):
+    """Make the set that a stamp identifies, unless it is there; `root`."""
     home = Path(root).resolve()
     if _is_made(home, stamp):
         return Path(root)
     home.parent.mkdir(parents=True, exist_ok=True)
     with _lock(home.parent / f'.{home.name}.lock'):
         if not _is_made(home, stamp):
-            _make(home, stamp, progress)
+            _make(home, stamp, kind, progress)
     return Path(root)
 
 
@@ -85,16 +101,17 @@ def _stamp(sizes, image_size, seed):
     """Check the arguments; what identifies the data set."""
     if set(sizes) != set(SPLITS):
         raise ValueError(f'sizes must give train, val and test, got {sorted(sizes)}')
-    counts = {split: _whole(f'sizes[{split!r}]', sizes[split], 0) for split in SPLITS}
+    counts = {split: require_whole(f'sizes[{split!r}]', sizes[split], 0) for split in SPLITS}
     return dict(
         version=VERSION,
-        seed=_whole('seed', seed, 0),
-        image_size=_whole('image_size', image_size, MIN_IMAGE_SIZE),
+        seed=require_whole('seed', seed, 0),
+        image_size=require_whole('image_size', image_size, MIN_IMAGE_SIZE),
         sizes=counts,
     )
 
 
-def _whole(name, value, least):
+def require_whole(name, value, least):
+    """A whole number of at least ``least``, or a `ValueError`."""
     try:
         whole = operator.index(value)
     except TypeError:
@@ -108,14 +125,14 @@ def _is_made(home, stamp):
     """True: made with this stamp; False: missing or empty; else FileExistsError."""
     if not home.exists() or (home.is_dir() and not any(home.iterdir())):
         return False
-    found = None
+    stamps = None
     try:
-        found = [json.loads(_annotations(home, s).read_text())['info']['recipe'] for s in SPLITS]
+        stamps = [json.loads(_annotations(home, s).read_text())['info']['recipe'] for s in SPLITS]
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not a data set of ours
-    if found == [stamp] * len(SPLITS):
+    if stamps == [stamp] * len(SPLITS):
         return True
-    what = f'a digits data set made with {found[0]}' if found else 'something else'
+    what = f'a digits data set made with {stamps[0]}' if stamps else 'something else'
     raise FileExistsError(
         f'{home} holds {what}, and digits was asked for {stamp}: give another root, or move or '
         'remove that one'
@@ -136,68 +153,70 @@ def _lock(path):
         yield
 
 
-def _make(home, stamp, progress, kind='digits', write=None):
-    """Build beside `home`, by ``write(part, stamp, progress)``, then rename. Called under the
-    lock."""
-    prefix = f'.{home.name}.{kind}-part-'
+def _make(home, stamp, kind, progress):
+    """Build beside `home`, then rename. Called under the lock."""
+    prefix = f'.{home.name}.{kind.name}-part-'
     for left in home.parent.glob(f'{prefix}*'):  # of a killed run: under the lock, nobody's
         shutil.rmtree(left)
     part = home.parent / (prefix + uuid.uuid4().hex)
     try:
-        (write or _write)(part, stamp, progress)
+        _write(part, stamp, kind, progress)
         os.rename(part, home)  # fails, changing nothing, if files came to `home` meanwhile
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _write(part, stamp, progress):
+def _write(part, stamp, kind, progress):
     sources = load_sources()
     done, total = 0, sum(stamp['sizes'].values())
     (part / 'annotations').mkdir(parents=True)
     for split, count in stamp['sizes'].items():
         (part / split).mkdir()
-        images, annotations = [], []
+        content = {name: [] for name in (*kind.lists, 'annotations')}
         for index in range(count):
-            entry, objects = _write_image(part / split, sources, split, index, stamp)
-            images.append(entry)
-            annotations += [dict(id=len(annotations) + i + 1, **o) for i, o in enumerate(objects)]
+            kind.write(part / split, sources, split, index, stamp, content)
             done += 1
             if progress is not None:
                 progress(done, total)
         _annotations(part, split).write_text(
             json.dumps(
                 dict(
-                    info=dict(description='handwritten digits over photographs', recipe=stamp),
+                    info=dict(description=kind.description, recipe=stamp),
                     licenses=[],
                     categories=[dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)],
-                    images=images,
-                    annotations=annotations,
+                    **content,
                 )
             )
         )
 
 
-def _write_image(folder, sources, split, index, stamp):
-    """Write one picture; its entry and its objects for the annotation file."""
+def _write_image(folder, sources, split, index, stamp, content):
+    """Write one picture; add its entry and its objects to the content of the annotation file."""
     size = stamp['image_size']
     picture, owner, rows, facts = make_image(sources, split, index, size, stamp['seed'])
     entry = dict(id=index + 1, file_name=f'{index + 1:06d}.jpg', height=size, width=size, **facts)
-    code = cv2.imencode('.jpg', picture, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
-    (folder / entry['file_name']).write_bytes(code.tobytes())
-    objects = [
-        dict(
-            image_id=entry['id'],
-            category_id=int(sources.labels[row]) + 1,
-            iscrowd=0,
-            sample=row,
-            **_outline(owner == i),
+    write_jpeg(folder / entry['file_name'], picture)
+    content['images'].append(entry)
+    for place, row in enumerate(rows):
+        content['annotations'].append(
+            dict(
+                id=len(content['annotations']) + 1,
+                image_id=entry['id'],
+                category_id=int(sources.labels[row]) + 1,
+                iscrowd=0,
+                sample=row,
+                **outline(owner == place),
+            )
         )
-        for i, row in enumerate(rows)
-    ]
-    return entry, objects
 
 
-def _outline(mask):
+def write_jpeg(path, picture):
+    """Write a picture, (H, W, 3), blue, green, red."""
+    code = cv2.imencode('.jpg', picture, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
+    path.write_bytes(code.tobytes())
+
+
+def outline(mask):
     """Box [x, y, w, h], area and run lengths (which keep the holes) of a mask."""
     rle = mask_utils.encode(np.asfortranarray(mask, dtype=np.uint8))
     return dict(

@@ -5,6 +5,7 @@ a router should know is which *new* images it serves.
 """
 
 import hashlib
+from collections.abc import Iterable, Sequence
 
 from mmengine.dataset import BaseDataset
 from mmengine.logging import print_log
@@ -22,11 +23,10 @@ def hold_out(
 ) -> BaseDataset:
     """One of two parts of a data set, which have no image in common and together have all.
 
-    Each image falls into its part by a hash of its id and the seed, whatever else is in the data
-        set: both
-    parts stay what they are under another order, filter or subset, and on any machine. So the share
-    is met about, not exactly: among 3,000 images, a share of 0.1 is 300 give or take 33 (two
-        standard deviations).
+    Hashes of the images' ids and the seed decide: of all n images of the annotation file, the
+    ``round(share * n)`` of the smallest hashes are held out. Both parts stay what they are under
+    another order, filter or subset, and on any machine. What a filter leaves out is missing from
+    its part: then the share is met about.
 
     In the config of step 1::
 
@@ -38,7 +38,7 @@ def hold_out(
 
     Args:
         dataset (dict): Config of a data set of mmengine's `BaseDataset`, such as ``CocoDataset``.
-        share (float): About how much of it is held out for the router, in (0, 1). Defaults to 0.1.
+        share (float): How much of it is held out for the router, in (0, 1). Defaults to 0.1.
         part (str): 'cascade', what step 1 trains on, or 'router', what is held out. Defaults to
             'cascade'.
         seed (int): Another one gives other parts. Defaults to 0.
@@ -62,24 +62,36 @@ def hold_out(
             f'{type(whole).__name__}, not around it'
         )
     whole.full_init()
-    ids = [whole.get_data_info(index).get('img_id', index) for index in range(len(whole))]
+    ids = _ids(whole.get_data_info(index) for index in range(len(whole)))
+    # Of the whole file: a filter may have left out some, and a subset most.
+    cut = _cut(_ids(whole.load_data_list()), share, seed)
     rows = [
-        index
-        for index, image in enumerate(ids)
-        if (_draw(image, seed) < share) == (part == 'router')
+        index for index, image in enumerate(ids) if (_draw(image, seed) < cut) == (part == 'router')
     ]
     if not 0 < len(rows) < len(ids):
         raise UsageError(
             f'a share of {share} of {len(ids)} images leaves a part without any: take another '
-            'share or seed'
+            'share (router_holdout) or seed'
         )
     whole.get_subset_(rows)
+    kept = len(rows) if part == 'router' else len(ids) - len(rows)
     print_log(
-        f'HoldOut: {len(rows)} of {len(ids)} training images are for the {part}, '
-        f'{len(ids) - len(rows)} for the {"router" if part == "cascade" else "cascade"}',
+        f'router_holdout {share:g}: {kept} of {len(ids)} training images are kept for the router '
+        f'(step 2), {len(ids) - kept} are for the cascade (step 1); these are those for the {part}',
         'current',
     )
     return whole
+
+
+def _ids(images: Iterable[dict]) -> list:
+    """Of images, or of videos, which have no such id: their numbers."""
+    return [image.get('img_id', index) for index, image in enumerate(images)]
+
+
+def _cut(ids: Sequence[object], share: float, seed: int) -> float:
+    """What the draws of the router's images lie below."""
+    draws = sorted(_draw(image, seed) for image in ids)
+    return [*draws, 1.0][round(share * len(ids))]
 
 
 def _draw(image: object, seed: int) -> float:

@@ -68,14 +68,14 @@ def pictures_in(folder: str | os.PathLike) -> list[Path]:
         UsageError: If there is none.
     """
     named = sorted(path for path in Path(folder).iterdir() if has_picture_suffix(path))
-    found = [path for path in named if not path.name.startswith('.')]
-    if not found:
+    visible = [path for path in named if not path.name.startswith('.')]
+    if not visible:
         raise UsageError(
             f"there is no picture in '{folder}': looked for {', '.join(picture_suffixes())}"
         )
-    if len(found) < len(named):
+    if len(visible) < len(named):
         hidden = next(path.name for path in named if path.name.startswith('.'))
         warnings.warn(
-            f"'{folder}': {len(named) - len(found)} hidden files are left out (such as {hidden})"
+            f"'{folder}': {len(named) - len(visible)} hidden files are left out (such as {hidden})"
         )
-    return found
+    return visible

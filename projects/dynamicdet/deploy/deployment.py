@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from torch import Tensor
@@ -14,32 +15,32 @@ from torch.utils.data import DataLoader, Dataset
 from mmdet.models.detectors import BaseDetector
 
 from ..building import load_detector, whole_model
-from ..compression.quantization import trace
+from ..compression.quantization import trace_quantization
 from ..errors import UsageError
 from ..measuring.calibration import measure_difficulties, provenance
 from ..measuring.latencies import force_dynamic_exit
 from ..models import DynamicDetector
-from ..models.online_control import kept_speed
-from ..models.stages import Stage, find_stages
+from ..models.budget_control import preserved_budget
+from ..models.detector_parts import DetectorPart, find_parts
 from ..progress import Progress
-from ..routing.budget import Budget
+from ..routing.thresholds import quantile_map
 from .folder import require_new, write_folder
-from .graphs import Exported, Graph, export_stages, need_for_deployment, release_weights
+from .graphs import Exported, Graph, export_parts, need_for_deployment, release_weights
 from .int8 import (
     BETWEEN,
     PLAIN_BETWEEN,
     Observer,
     Recipe,
     choose_float,
+    expose_layer_tensors,
     multiply_adds,
     needs_reduced_range,
     prediction_layers,
     quantize_graph,
     spared_layers,
     trained_ranges,
-    watched,
 )
-from .latencies import conditions, measure_latency, put_latencies
+from .latencies import measure_latency, put_latencies, timing_conditions
 from .roi_align import place_roi_aligns
 
 #: Batches on which layers are tried in 8 bits.
@@ -100,9 +101,9 @@ def deploy(
     whole_model(bare).pop('budget', None)
     model, checkpoint = load_detector(bare, path)
     trained = checkpoint.get('quantization') if loader is not None else None
-    exported = export_stages(model, fuse=trained is None)
+    exported = export_parts(model, fuse=trained is None)
     deployed, _ = load_detector(bare, checkpoint)
-    stages = find_stages(deployed)
+    parts = find_parts(deployed)
     contents = {name: one.content for name, one in exported.items()}
     about: dict[str, Any] = dict(
         int8=loader is not None,
@@ -117,10 +118,10 @@ def deploy(
             del about['provenance'][name]
     if loader is not None:
         batches = _first(loader, images)
-        shares = _hard_shares(deployed, batches, progress)
+        before = _calibrated_scores(deployed, batches, progress)
         contents, details = _int8(
             deployed,
-            stages,
+            parts,
             exported,
             batches,
             progress,
@@ -133,14 +134,14 @@ def deploy(
         )
         about.update(details)
         about['provenance'].update(images=details['calibration']['images'])
-    _place(stages, contents, exported)
+    _place(parts, contents, exported)
     place_roi_aligns(deployed)
-    if loader is not None and shares is not None:
-        _recalibrate(deployed, batches, shares, progress)
+    if loader is not None and before is not None:
+        _carry_calibration(deployed, before, measure_difficulties(deployed, batches, progress))
     about['latencies'] = _time(
         deployed, timed if timed is not None or loader is None else loader.dataset, progress
     )
-    release_weights(stages)
+    release_weights(parts)
     about['bytes'] = write_folder(
         out,
         cfg,
@@ -165,17 +166,17 @@ def _first(loader: DataLoader, images: int) -> list[dict]:
 
 
 def _place(
-    stages: Sequence[Stage],
+    parts: Sequence[DetectorPart],
     contents: Mapping[str, bytes],
     exported: Mapping[str, Exported],
     watch: Mapping[str, Callable] | None = None,
 ) -> None:
-    for stage in stages:
-        stage.place(
+    for part in parts:
+        part.place(
             Graph(
-                contents[stage.name],
-                exported[stage.name].form,
-                watch=watch[stage.name] if watch else None,
+                contents[part.name],
+                exported[part.name].form,
+                watch=watch[part.name] if watch else None,
             )
         )
 
@@ -188,7 +189,7 @@ def _drive(model: BaseDetector, batches: Sequence[dict], progress: Progress, wha
             if not isinstance(model, DynamicDetector):
                 model.test_step(batch)
                 continue
-            with kept_speed(model):
+            with preserved_budget(model):
                 for exit in range(exits):
                     force_dynamic_exit(model, exit)
                     model.test_step(batch)
@@ -196,7 +197,7 @@ def _drive(model: BaseDetector, batches: Sequence[dict], progress: Progress, wha
 
 def _int8(
     model: BaseDetector,
-    stages: Sequence[Stage],
+    parts: Sequence[DetectorPart],
     exported: Mapping[str, Exported],
     batches: Sequence[dict],
     progress: Progress,
@@ -208,57 +209,59 @@ def _int8(
     between: bool,
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Graphs in 8 bits, and what was found on the way."""
-    observers = {stage.name: Observer() for stage in stages}
-    feeds: dict[str, list[tuple[Tensor, ...]]] = {stage.name: [] for stage in stages}
-    watching = {name: watched(one.content) for name, one in exported.items()}
-    for stage in stages:
-        stage.place(
+    observers = {part.name: Observer() for part in parts}
+    feeds: dict[str, list[tuple[Tensor, ...]]] = {part.name: [] for part in parts}
+    watching = {name: expose_layer_tensors(one.content) for name, one in exported.items()}
+    for part in parts:
+        part.place(
             _Kept(
-                Graph(watching[stage.name], exported[stage.name].form, watch=observers[stage.name]),
-                feeds[stage.name],
+                Graph(watching[part.name], exported[part.name].form, watch=observers[part.name]),
+                feeds[part.name],
             )
         )
     _drive(model, batches, progress, 'calibration')
     if reduced is None:
         reduced = trained['reduced'] if trained else needs_reduced_range()
     ranges = {name: observer.ranges(method) for name, observer in observers.items()}
-    contents, found = {}, {}
-    for stage in progress(stages, 'layers'):
-        content = exported[stage.name].content
+    contents, about_layers = {}, {}
+    for part in progress(parts, 'layers'):
+        content = exported[part.name].content
         spared, costs = (
-            spared_layers(content, stage),
-            multiply_adds(content, observers[stage.name].shares),
+            spared_layers(content, part),
+            multiply_adds(content, observers[part.name].shares),
         )
         if trained:
-            recipe = _trained(stage, exported[stage.name], trained, reduced)
+            recipe = _trained(part, exported[part.name], trained, reduced)
             # Which layers stay float was decided before the training: the noise is measured alone.
-            result = choose_float(content, recipe, feeds[stage.name], costs, math.inf)
+            result = choose_float(content, recipe, feeds[part.name], costs, math.inf)
             result.share = sum(
                 costs[name] for name in recipe.float_layers if name not in spared
             ) / (sum(cost for name, cost in costs.items() if name not in spared) or 1)
         else:
-            predictions, own = (
-                prediction_layers(content, costs, share) if stage.predicts else ((), 0.0)
+            predictions, predictions_share = (
+                prediction_layers(content, costs, share) if part.predicts else ((), 0.0)
             )
             recipe = Recipe(
-                ranges[stage.name],
+                ranges[part.name],
                 (*spared, *predictions),
                 reduced,
-                (PLAIN_BETWEEN if stage.predicts else BETWEEN) if between else (),
+                (PLAIN_BETWEEN if part.predicts else BETWEEN) if between else (),
             )
             # Of the other layers, what is left of the share.
             result = choose_float(
                 content,
                 recipe,
-                feeds[stage.name],
+                feeds[part.name],
                 costs,
                 noise,
-                max(0.0, share - own) / (1 - own) if own < 1 else 0.0,
+                max(0.0, share - predictions_share) / (1 - predictions_share)
+                if predictions_share < 1
+                else 0.0,
             )
-            result.share = own + result.share * (1 - own)
+            result.share = predictions_share + result.share * (1 - predictions_share)
             recipe = replace(recipe, float_layers=(*recipe.float_layers, *result.chosen))
-        contents[stage.name] = quantize_graph(content, recipe)
-        found[stage.name] = dict(
+        contents[part.name] = quantize_graph(content, recipe)
+        about_layers[part.name] = dict(
             float_layers=list(recipe.float_layers),
             float_share=result.share,
             noise_all_int8=result.before,
@@ -268,7 +271,7 @@ def _int8(
     return contents, dict(
         reduced_range=reduced,
         calibration=dict(images=images, ranges='trained' if trained else method),
-        layers=found,
+        layers=about_layers,
     )
 
 
@@ -284,36 +287,34 @@ class _Kept:
         return self._graph(*inputs)
 
 
-def _trained(stage: Stage, exported: Exported, trained: Mapping[str, Any], reduced: bool) -> Recipe:
+def _trained(
+    part: DetectorPart, exported: Exported, trained: Mapping[str, Any], reduced: bool
+) -> Recipe:
     """The recipe of a quantization-aware training."""
-    plan = trace(
-        stage.run,
+    plan = trace_quantization(
+        part.run,
         exported.inputs,
-        stage.modules,
-        stage.spared,
-        trained['float_share'] if stage.predicts else 0.0,
+        part.modules,
+        part.spared,
+        trained['float_share'] if part.predicts else 0.0,
     )
-    prefix = f'{stage.name}/'
-    own = {
+    prefix = f'{part.name}/'
+    part_ranges = {
         key.removeprefix(prefix): value.tolist()
         for key, value in trained['ranges'].items()
         if key.startswith(prefix)
     }
-    ranges, unknown = trained_ranges(exported.content, plan, own)
+    ranges, unknown = trained_ranges(exported.content, plan, part_ranges)
     return Recipe(ranges, unknown, reduced)
 
 
-def _hard_shares(
+def _calibrated_scores(
     model: BaseDetector, batches: Sequence[dict], progress: Progress
-) -> list[float] | None:
-    """The share of images that goes on at each threshold, of a calibrated dynamic detector."""
+) -> np.ndarray | None:
+    """Sorted difficulties of some images, of a calibrated dynamic detector."""
     if not isinstance(model, DynamicDetector) or not len(model.difficulties):
         return None
-    difficulties = torch.from_numpy(measure_difficulties(model, batches, progress))
-    return [
-        (difficulties > threshold).float().mean().item()
-        for threshold in model.threshold.reshape(-1)
-    ]
+    return measure_difficulties(model, batches, progress)
 
 
 def _time(
@@ -327,12 +328,22 @@ def _time(
     images = min(_TIMED, len(dataset))
     seconds = measure_latency(model, dataset, progress, images, _ROUNDS)
     put_latencies(model, seconds)
-    return dict(seconds=seconds, images=images, batch_size=1, **conditions())
+    return dict(seconds=seconds, images=images, batch_size=1, **timing_conditions())
 
 
-def _recalibrate(
-    model: DynamicDetector, batches: Sequence[dict], shares: list[float], progress: Progress
-) -> None:
-    """Difficulties are others in 8 bits; as many images go on as before."""
-    model.difficulties = torch.from_numpy(measure_difficulties(model, batches, progress))
-    model.set_budget(Budget('hard_share', shares[0] if len(shares) == 1 else shares))
+def _carry_calibration(model: DynamicDetector, before: np.ndarray, after: np.ndarray) -> None:
+    """Keep a calibration where difficulties have changed.
+
+    The images that were calibrated on are many; those that int8 looks at are few, and may be easier
+    or harder. So of the few counts only how their difficulties have moved. The calibration's and
+    the thresholds move likewise: as many of the calibration's images are hard as before.
+
+    Args:
+        model (DynamicDetector): With the calibration of the float detector.
+        before, after (np.ndarray): Sorted difficulties of some images, (m,), in float and in 8
+            bits.
+    """
+    for name in ('difficulties', 'threshold'):
+        own = getattr(model, name)
+        found = quantile_map(own.reshape(-1).numpy(), before, after)
+        setattr(model, name, torch.from_numpy(found).view_as(own))

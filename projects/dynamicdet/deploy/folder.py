@@ -1,11 +1,11 @@
 """A folder that holds a detector for use: graphs, a config, what torch still needs, and a manifest.
 
-    manifest.json      stages and how their outputs are nested, versions, provenance, latencies and
+    manifest.json      parts and how their outputs are nested, versions, provenance, latencies and
     what they
                        were measured with, SHA-256 of all files
     config.json        the config, as data: reading it runs nothing
     state.pth          what is not in the graphs: router, thresholds, calibration
-    first.onnx, ...    a graph for each stage; first.onnx.zst, ... by zstd
+    first.onnx, ...    a graph for each part; first.onnx.zst, ... by zstd
 
 It is written whole or not at all, and a folder that was changed is refused.
 """
@@ -30,10 +30,10 @@ from mmdet.registry import MODELS
 from ..checkpoints import weights_only
 from ..errors import UsageError
 from ..models import DynamicDetector
-from ..models.stages import find_stages
+from ..models.detector_parts import find_parts
 from ..timing import timed_elsewhere
 from .graphs import Graph, need_for_deployment, release_weights
-from .latencies import conditions, put_latencies
+from .latencies import put_latencies, timing_conditions
 from .roi_align import place_roi_aligns
 
 FORMAT, VERSION = 'dynamicdet.deployed', 6
@@ -57,8 +57,8 @@ def write_folder(
         out (str): The folder. It must not be there yet.
         cfg (Config): The detector's.
         model (BaseDetector): With graphs in place; its other state is kept.
-        graphs (Mapping[str, bytes]): ONNX file of each stage, in order.
-        forms (Mapping): How each stage's outputs are nested.
+        graphs (Mapping[str, bytes]): ONNX file of each part, in order.
+        forms (Mapping): How each part's outputs are nested.
         about (Mapping): For the manifest: plain data.
         compress (bool): Whether graphs are written by zstd: smaller files, as fast once they are
             loaded. Defaults to False.
@@ -182,13 +182,13 @@ def load_deployed(
     manifest, cfg = read_manifest(folder), read_config(folder)
     init_default_scope('mmdet')
     model = MODELS.build(cfg.model).eval()
-    stages = find_stages(model)
-    if [stage.name for stage in stages] != [one['name'] for one in manifest['stages']]:
+    parts = find_parts(model)
+    if [part.name for part in parts] != [one['name'] for one in manifest['stages']]:
         raise UsageError(
             f"'{folder}' is of another version of this package: export the detector again"
         )
-    for stage, one in zip(stages, manifest['stages']):
-        stage.place(
+    for part, one in zip(parts, manifest['stages']):
+        part.place(
             Graph(
                 _read_graph(Path(folder) / one['file'], one['size']),
                 one['form'],
@@ -197,21 +197,21 @@ def load_deployed(
                 providers=providers,
             )
         )
-    release_weights(stages)
+    release_weights(parts)
     place_roi_aligns(model, threads, runtime)
     with weights_only():
         state = torch.load(Path(folder) / STATE, map_location='cpu', weights_only=True)
     if isinstance(model, DynamicDetector):
         model.timed_elsewhere = timed_elsewhere(
-            manifest['latencies'] or {}, conditions(runtime, threads, providers)
+            manifest['latencies'] or {}, timing_conditions(runtime, threads, providers)
         )
     model.load_state_dict(state)
     model.cfg, model.dataset_meta = cfg, _restored(manifest['dataset_meta'])
     return model
 
 
-@MODELS.register_module()
-def DeployedDetector(
+@MODELS.register_module(name='DeployedDetector')
+def load_deployed_detector(
     folder: str,
     threads: int | None = None,
     budget: dict | None = None,

@@ -1,4 +1,4 @@
-"""Stages as ONNX graphs: made, and run."""
+"""Parts as ONNX graphs: made, and run."""
 
 import contextlib
 import io
@@ -24,26 +24,33 @@ from .. import errors
 from ..errors import UsageError
 from ..measuring.latencies import force_dynamic_exit
 from ..models import DynamicDetector, can_fuse
+from ..models.detector_parts import (
+    DetectorPart,
+    Form,
+    find_parts,
+    flatten,
+    record_inputs,
+    unflatten,
+)
 from ..models.fusing import fusible_parts
-from ..models.stages import Form, Stage, find_stages, flatten, record_inputs, unflatten
 from ..private_mmengine import normalizes
 from .runtimes import open_graph
 
 #: Operators of 2021, which have scales for each channel. ONNX Runtime quantizes them, and reads
 #: them for long.
 OPSET = 17
-#: Height and width of the example that stages are traced on. Unlike sides: no axis is mistaken for
+#: Height and width of the example that parts are traced on. Unlike sides: no axis is mistaken for
 #: another.
 EXAMPLE_SIZE = (256, 320)
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A stage as a graph.
+    """A part as a graph.
 
     Attributes:
         content (bytes): The ONNX file.
-        form: How its outputs are nested; see `stages.flatten`.
+        form: How its outputs are nested; see `detector_parts.flatten`.
         inputs (tuple[Tensor]): What it was traced on.
     """
 
@@ -53,21 +60,21 @@ class Exported:
 
 
 class _Flat(nn.Module):
-    """A stage for the exporter."""
+    """A part for the exporter."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, part: DetectorPart) -> None:
         super().__init__()
-        self.parts = nn.ModuleList(stage.modules)
-        self._run = stage.run
+        self.parts = nn.ModuleList(part.modules)
+        self._run = part.run
 
     def forward(self, *inputs: Tensor) -> tuple:
         return tuple(flatten(self._run(*inputs))[0])
 
 
-def export_stages(
+def export_parts(
     model: BaseDetector, size: Sequence[int] = EXAMPLE_SIZE, fuse: bool = True
 ) -> dict[str, Exported]:
-    """Make a float32 graph of each stage. Numbers of images, heights and widths are free.
+    """Make a float32 graph of each part. Numbers of images, heights and widths are free.
 
     Args:
         model (BaseDetector): On the CPU, in eval mode. It is of no other use afterwards.
@@ -79,29 +86,29 @@ def export_stages(
             be in a graph.
     """
     need_for_deployment('onnx')
-    exportable_stages(model)
+    exportable_parts(model)
     if fuse and can_fuse(model):
         # As `models.fuse`, but for what is made for torch on a CPU alone.
         fuse_conv_bn(model)
-        for part in fusible_parts(model):
-            part.fuse()
-    stages = find_stages(model)
-    inputs = example_inputs(model, stages, size)
-    return {stage.name: _export(stage, inputs[stage.name]) for stage in stages}
+        for module in fusible_parts(model):
+            module.fuse()
+    parts = find_parts(model)
+    inputs = example_inputs(model, parts, size)
+    return {part.name: _export(part, inputs[part.name]) for part in parts}
 
 
-def exportable_stages(model: BaseDetector) -> list[Stage]:
-    """`find_stages`, if all of their layers can be in a graph, as far as their types tell.
+def exportable_parts(model: BaseDetector) -> list[DetectorPart]:
+    """`find_parts`, if all of their layers can be in a graph, as far as their types tell.
 
     Raises:
         UsageError: Names the layers that cannot.
     """
-    stages = find_stages(model)
+    parts = find_parts(model)
     names = {id(module): name for name, module in model.named_modules()}
     odd = {
         id(module): module
-        for stage in stages
-        for whole in stage.modules
+        for part in parts
+        for whole in part.modules
         for module in whole.modules()
         if _is_mmcvs(type(module))
     }
@@ -110,7 +117,7 @@ def exportable_stages(model: BaseDetector) -> list[Stage]:
             sorted({type(module).__name__ for module in odd.values()}),
             [names.get(key, '?') for key in odd],
         )
-    return stages
+    return parts
 
 
 def _is_mmcvs(kind: type) -> bool:
@@ -133,9 +140,9 @@ def _no_operator(kinds: Sequence[str], layers: Sequence[str]) -> UsageError:
 
 
 def example_inputs(
-    model: BaseDetector, stages: Sequence[Stage], size: Sequence[int]
+    model: BaseDetector, parts: Sequence[DetectorPart], size: Sequence[int]
 ) -> dict[str, tuple]:
-    """What reaches each stage when two images of noise pass through all exits."""
+    """What reaches each part when two images of noise pass through all exits."""
     images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)).sub(0.5).mul(4)
     if not normalizes(model.data_preprocessor):
         images = images * 50 + 100
@@ -156,35 +163,35 @@ def example_inputs(
                 force_dynamic_exit(model, exit)
             model.predict(images, samples)
 
-    seen = record_inputs(stages, drive)
-    missing = [stage.name for stage in stages if stage.name not in seen]
+    inputs = record_inputs(parts, drive)
+    missing = [part.name for part in parts if part.name not in inputs]
     if missing:
         raise UsageError(
             f'nothing reached {", ".join(missing)} of {type(model).__name__}: it has no part in '
             'prediction, or its weights are untrained'
         )
-    return seen
+    return inputs
 
 
-def _export(stage: Stage, inputs: Sequence[Tensor]) -> Exported:
+def _export(part: DetectorPart, inputs: Sequence[Tensor]) -> Exported:
     with torch.no_grad():
-        tensors, form = flatten(stage.run(*inputs))
-    given = [f'in{index}' for index in range(len(inputs))]
-    made = [f'out{index}' for index in range(len(tensors))]
+        tensors, form = flatten(part.run(*inputs))
+    input_names = [f'in{index}' for index in range(len(inputs))]
+    output_names = [f'out{index}' for index in range(len(tensors))]
     axes = {
         name: {axis: f'{name}_{axis}' for axis in range(tensor.dim()) if axis != 1}
-        for name, tensor in zip(given + made, [*inputs, *tensors])
+        for name, tensor in zip(input_names + output_names, [*inputs, *tensors])
     }
     file = io.BytesIO()
     # By tracing: with torch.export a graph takes twenty times as long, and is the same.
     try:
         with _quiet():
             torch.onnx.export(
-                _Flat(stage).eval(),
+                _Flat(part).eval(),
                 tuple(inputs),
                 file,
-                input_names=given,
-                output_names=made,
+                input_names=input_names,
+                output_names=output_names,
                 dynamic_axes=axes,
                 opset_version=OPSET,
                 dynamo=False,
@@ -192,12 +199,12 @@ def _export(stage: Stage, inputs: Sequence[Tensor]) -> Exported:
     except Exception as error:
         # Operators of others fail in their own ways.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UsageError(f"the stage '{stage.name}' cannot be exported: {reason}") from error
-    _require_standard(file.getvalue(), stage.name)
+        raise UsageError(f"the part '{part.name}' cannot be exported: {reason}") from error
+    _require_standard(file.getvalue(), part.name)
     return Exported(file.getvalue(), form, inputs)
 
 
-def _require_standard(content: bytes, stage: str) -> None:
+def _require_standard(content: bytes, part: str) -> None:
     """Raise a `UsageError` if a graph has operators of another's, which ONNX Runtime lacks: of
     functions that are no layers, and so not seen before."""
     odd = [
@@ -208,7 +215,7 @@ def _require_standard(content: bytes, stage: str) -> None:
     if odd:
         # Nodes are named by the layers that they were traced in.
         layers = dict.fromkeys(
-            f'{stage}: {node.name.rpartition("/")[0].strip("/") or node.name}' for node in odd
+            f'{part}: {node.name.rpartition("/")[0].strip("/") or node.name}' for node in odd
         )
         raise _no_operator(sorted({node.op_type for node in odd}), list(layers))
 
@@ -229,12 +236,12 @@ def _quiet():
 
 
 class Graph:
-    """A stage, run by a runtime. What it is given may be on any device and of any type; what it
+    """A part, run by a runtime. What it is given may be on any device and of any type; what it
     gives is on the same device.
 
     Args:
         content (bytes): An ONNX file.
-        form: How its outputs are nested; see `stages.flatten`.
+        form: How its outputs are nested; see `detector_parts.flatten`.
         threads (int, optional): Defaults to torch's.
         watch (Callable, optional): Is shown all that enters and leaves, arrays by name.
         runtime (str): What runs it, see `open_graph`. Defaults to 'onnxruntime'.
@@ -263,15 +270,15 @@ class Graph:
         }
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """Run the graph: tensors as the stage is given them, results as it gives them."""
+        """Run the graph: tensors as the part is given them, results as it gives them."""
         arrays = self.arrays(*inputs)
         if self._watch is not None:
             self._watch({**self._feed(inputs), **arrays})
         device = inputs[0].device
-        own = [
+        outputs = [
             torch.from_numpy(array).to(device) for name, array in arrays.items() if is_output(name)
         ]
-        return unflatten(own, self._form)
+        return unflatten(outputs, self._form)
 
 
 def _as_array(value: Tensor) -> np.ndarray:
@@ -281,23 +288,23 @@ def _as_array(value: Tensor) -> np.ndarray:
 
 
 def is_output(name: str) -> bool:
-    """Whether a tensor is one of a stage's outputs, as `export_stages` names them."""
+    """Whether a tensor is one of a part's outputs, as `export_parts` names them."""
     return name.startswith('out') and name[3:].isdigit()
 
 
-def release_weights(stages: Sequence[Stage]) -> None:
+def release_weights(parts: Sequence[DetectorPart]) -> None:
     """Let go of the weights, and the statistics of norms, that graphs have now. Images with padding
     are still scored by torch."""
-    spared = [module for stage in stages for module in stage.spared]
+    spared = [module for part in parts for module in part.spared]
     kept = {id(one) for module in spared for one in (*module.parameters(), *module.buffers())}
-    for module in (part for stage in stages for whole in stage.modules for part in whole.modules()):
-        own = dict(module.named_parameters(recurse=False))
+    for module in (one for part in parts for whole in part.modules for one in whole.modules()):
+        tensors = dict(module.named_parameters(recurse=False))
         if isinstance(module, _BatchNorm):
-            own.update(module.named_buffers(recurse=False))
-        for name in (name for name, one in own.items() if id(one) not in kept):
+            tensors.update(module.named_buffers(recurse=False))
+        for name in (name for name, one in tensors.items() if id(one) not in kept):
             setattr(module, name, None)
 
 
 def need_for_deployment(name: str) -> ModuleType:
     """An optional library."""
-    return errors.need(name, 'graphs', 'deploy')
+    return errors.import_optional(name, 'graphs', 'deploy')

@@ -1,7 +1,7 @@
 """Graphs in integers of 8 bits, by ONNX Runtime's QDQ quantizer: activations U8, weights S8 for
 each channel.
 
-Three steps, each on the graphs of all stages:
+Three steps, each on the graphs of all parts:
 
 1. `Observer`: what range each tensor has, while images pass through the deployed detector;
 2. `prediction_layers` stay float, and `choose_float`: which others cost too much in 8 bits, by
@@ -21,11 +21,11 @@ from ..compression.quantization import (
     QuantizationPlan,
     QuantizedLayer,
     activation_scale,
-    fold,
+    fold_norm,
     last_layers,
 )
 from ..errors import UsageError
-from ..models.stages import Stage
+from ..models.detector_parts import DetectorPart
 from .graphs import Graph, is_output, need_for_deployment
 
 #: Layers, that is what has weights, and what is part of them.
@@ -129,7 +129,7 @@ def least_error(counts: np.ndarray, low: float, high: float) -> Range:
     return best[1]
 
 
-def watched(content: bytes) -> bytes:
+def expose_layer_tensors(content: bytes) -> bytes:
     """A graph that also gives all tensors that enter or leave a layer."""
     onnx = need_for_deployment('onnx')
     model = onnx.load_from_string(content)
@@ -188,14 +188,14 @@ def _between(
         wanted (Iterable[str]): Tensors.
         kinds (Sequence[str]): Operators.
     """
-    eight, found = set(eight), []
+    eight, candidates = set(eight), []
     for node in model.graph.node:
         data = _data_of(model, node)
         if node.op_type in (*kinds, 'Relu') and data and all(name in eight for name in data):
-            found.append(node)
+            candidates.append(node)
             eight.update(node.output)
     wanted, kept = {*wanted, *(node.input[0] for node in weighted_nodes(model))}, []
-    for node in reversed(found):
+    for node in reversed(candidates):
         if wanted.intersection(node.output):
             kept.append(node)
             wanted.update(_data_of(model, node))
@@ -214,7 +214,7 @@ def only_relu(model: Any, name: str) -> Any | None:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a stage is quantized.
+    """How a part is quantized.
 
     Attributes:
         ranges (dict): Tensor -> lowest and highest value.
@@ -246,11 +246,11 @@ def quantize_graph(content: bytes, recipe: Recipe) -> bytes:
     if not names:
         return content
     relus = [node.name for node in model.graph.node if node.op_type == 'Relu']
-    own = {node.output[0] for node in weighted_nodes(model) if node.name in names}
+    outputs = {node.output[0] for node in weighted_nodes(model) if node.name in names}
     inputs = {one.name for one in model.graph.input}
     between = [
         node
-        for node in _between(model, own, kinds=recipe.between)
+        for node in _between(model, outputs, kinds=recipe.between)
         if node.op_type in recipe.between
     ]
     same = {name for node in between if node.op_type in _SAME for name in node.output}
@@ -297,14 +297,14 @@ def _spare_shapes(model: Any) -> None:
             model.graph.node.remove(node)
 
 
-def spared_layers(content: bytes, stage: Stage) -> tuple[str, ...]:
-    """Nodes whose weights are of a stage's spared modules."""
+def spared_layers(content: bytes, part: DetectorPart) -> tuple[str, ...]:
+    """Nodes whose weights are of a part's spared modules."""
     onnx = need_for_deployment('onnx')
     model = onnx.load_from_string(content)
     weights = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
     spared = [
         one.detach().cpu().numpy()
-        for module in stage.spared
+        for module in part.spared
         for one in module.parameters()
         if one.dim() > 1
     ]
@@ -322,19 +322,19 @@ def _equal(one: np.ndarray, other: np.ndarray) -> bool:
 def prediction_layers(
     content: bytes, costs: Mapping[str, float], share: float
 ) -> tuple[tuple[str, ...], float]:
-    """`last_layers` of a float graph, where what a stage gives are predictions. ``costs`` are of
+    """`last_layers` of a float graph, where what a part gives are predictions. ``costs`` are of
     nodes that ran."""
     model = need_for_deployment('onnx').load_from_string(content)
-    own = {node.name: costs.get(node.name, 0) for node in weighted_nodes(model)}
+    layer_costs = {node.name: costs.get(node.name, 0) for node in weighted_nodes(model)}
     return last_layers(
-        [(node.name, node.input, node.output) for node in model.graph.node], own, share
+        [(node.name, node.input, node.output) for node in model.graph.node], layer_costs, share
     )
 
 
 def noise_of(
     reference: Sequence[Sequence[np.ndarray]], graph: Graph, feeds: Sequence[Sequence[Tensor]]
 ) -> float:
-    """Power of the error over that of the outputs, the mean over a stage's outputs."""
+    """Power of the error over that of the outputs, the mean over a part's outputs."""
     errors, powers = None, None
     for expected, inputs in zip(reference, feeds):
         got = graph.arrays(*inputs).values()
@@ -348,7 +348,7 @@ def noise_of(
 
 @dataclass
 class Sensitivity:
-    """What 8 bits cost a stage.
+    """What 8 bits cost a part.
 
     Attributes:
         before, after (float): Noise over signal at its outputs, with all layers in 8 bits and with
@@ -381,7 +381,7 @@ def choose_float(
     Args:
         content (bytes): The float graph.
         recipe (Recipe): Its ranges; layers that it spares are not tried.
-        feeds (Sequence): What reaches the stage, for some batches.
+        feeds (Sequence): What reaches the part, for some batches.
         costs (Mapping[str, float]): Multiply-adds of each layer for an image or RoI.
         noise (float): Power of the error over that of the outputs that is wanted. 0.01 is 20 dB.
         share (float): Of the multiply-adds, what may stay float.
@@ -402,20 +402,20 @@ def choose_float(
         return noise_of(reference, Graph(quantized, None), feeds)
 
     before = measure(())
-    found = Sensitivity(before, before)
+    sensitivity = Sensitivity(before, before)
     if before <= noise or not names:
-        return found
-    found.each = {name: measure(other for other in names if other != name) for name in names}
+        return sensitivity
+    sensitivity.each = {name: measure(other for other in names if other != name) for name in names}
     total = sum(costs.get(name, 0) for name in names) or 1
-    for name in sorted(names, key=lambda one: -found.each[one]):
+    for name in sorted(names, key=lambda one: -sensitivity.each[one]):
         cost = costs.get(name, 0) / total
-        if found.after <= noise:
+        if sensitivity.after <= noise:
             break
-        if found.share + cost <= share:
-            found.chosen.append(name)
-            found.share += cost
-            found.after = measure(found.chosen)
-    return found
+        if sensitivity.share + cost <= share:
+            sensitivity.chosen.append(name)
+            sensitivity.share += cost
+            sensitivity.after = measure(sensitivity.chosen)
+    return sensitivity
 
 
 def multiply_adds(content: bytes, sizes: Mapping[str, float]) -> dict[str, float]:
@@ -440,7 +440,7 @@ def trained_ranges(
     none.
 
     Args:
-        content (bytes): The float graph of the same stage.
+        content (bytes): The float graph of the same part.
         plan (QuantizationPlan): Where the training had integers.
         ranges (Mapping): Key of the plan -> lowest and highest value.
 
@@ -449,16 +449,16 @@ def trained_ranges(
     """
     onnx = need_for_deployment('onnx')
     model = onnx.load_from_string(content)
-    own = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
+    weights = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
     nodes, layers = weighted_nodes(model), list(plan.layers.values())
     # Calls and nodes are in one order; weights prove it.
     if len(nodes) != len(layers) or not all(
-        _equal(own[node.input[1]], _folded(layer)) for node, layer in zip(nodes, layers)
+        _equal(weights[node.input[1]], _folded(layer)) for node, layer in zip(nodes, layers)
     ):
         raise UsageError(
             'the trained ranges are of another detector: its layers are not those of the graph'
         )
-    found: dict[str, Range] = {}
+    range_by_name: dict[str, Range] = {}
     unknown = []
     for node, layer in zip(nodes, layers):
         relu = only_relu(model, node.output[0])
@@ -471,10 +471,10 @@ def trained_ranges(
             (leaving, layer.leaving),
             (node.output[0], layer.leaving),
         ):
-            found[name] = tuple(float(one) for one in ranges[key])
-    return found, tuple(unknown)
+            range_by_name[name] = tuple(float(one) for one in ranges[key])
+    return range_by_name, tuple(unknown)
 
 
 def _folded(layer: QuantizedLayer) -> np.ndarray:
-    weight = layer.weight if layer.norm is None else fold(layer.weight, None, layer.norm)[0]
+    weight = layer.weight if layer.norm is None else fold_norm(layer.weight, None, layer.norm)[0]
     return weight.detach().cpu().numpy()

@@ -36,7 +36,7 @@ def measure_latency(
     return [*time_in_turns({0: model.test_step}, batches, device, progress, rounds).values()]
 
 
-def conditions(
+def timing_conditions(
     runtime: str = 'onnxruntime', threads: int | None = None, providers: Sequence[str] | None = None
 ) -> dict[str, object]:
     """What graphs are timed under: ``runtime``, of ONNX Runtime with its ``provider``, ``device``
@@ -55,8 +55,8 @@ def put_latencies(model: BaseDetector, seconds: Sequence[float]) -> None:
         model.timed_elsewhere = None
 
 
-def said(latencies: Mapping[str, Any]) -> str:
-    """Latencies and what they were measured with, in one line; see `conditions`."""
+def describe_latencies(latencies: Mapping[str, Any]) -> str:
+    """Latencies and what they were measured with, in one line; see `timing_conditions`."""
     each = ', '.join(
         f'exit {exit} {1e3 * seconds:.1f} ms' for exit, seconds in enumerate(latencies['seconds'])
     )

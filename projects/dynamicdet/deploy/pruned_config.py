@@ -11,8 +11,8 @@ from mmengine.config import Config, ConfigDict
 from mmdet.models.detectors import BaseDetector
 
 from ..checkpoints import write_checkpoint
-from ..compression.blocks import Block
 from ..compression.channel_removal import RemovalPlan, plan_removal, remove_channels
+from ..compression.pruning_blocks import PruningBlock
 from ..errors import UsageError
 from ..files import write_atomically
 from ..measuring.flops import build_detector, count_parameters, measure_costs, stated_shape
@@ -36,28 +36,30 @@ class Pruned(NamedTuple):
 
 
 def parse_blocks(
-    given: Sequence[str],
+    options: Sequence[str],
     exclude: Sequence[str] = (),
     over: str = 'layer',
     norm: float = 2,
     random: bool = False,
-) -> list[Block]:
+) -> list[PruningBlock]:
     """Blocks from ``PATTERN,...=SHARE``, whose names are their patterns.
 
     Raises:
         UsageError: If one is no such thing, or its share is outside [0, 1).
     """
     blocks = []
-    for one in given:
-        patterns, _, share = one.rpartition('=')
+    for option in options:
+        patterns, _, share = option.rpartition('=')
         try:
             target = float(share)
         except ValueError:
             target = None
         if not patterns or target is None:
-            raise UsageError(f"--block needs PATTERN,...=SHARE, such as backbone=0.5; got '{one}'")
+            raise UsageError(
+                f"--block needs PATTERN,...=SHARE, such as backbone=0.5; got '{option}'"
+            )
         blocks.append(
-            Block(
+            PruningBlock(
                 patterns,
                 patterns.split(','),
                 target,
@@ -72,14 +74,14 @@ def parse_blocks(
 
 
 def prune_detector(
-    cfg: Config, model: BaseDetector, blocks: Sequence[Block], round_to: int, seed: int = 0
+    cfg: Config, model: BaseDetector, blocks: Sequence[PruningBlock], round_to: int, seed: int = 0
 ) -> Pruned:
     """Remove channels of a model, in place.
 
     Args:
         cfg (Config): The model's, as it is.
         model (BaseDetector): Filled.
-        blocks (Sequence[Block]): What goes; see `plan_removal`.
+        blocks (Sequence[PruningBlock]): What goes; see `plan_removal`.
         round_to (int): Channels left are multiples of it.
         seed (int): Of random scores.
     """

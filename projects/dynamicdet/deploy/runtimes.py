@@ -21,7 +21,7 @@ PREFERRED = ('CUDAExecutionProvider', *CPU)
 def chosen_providers(providers: Sequence[str] | None = None) -> list[str]:
     """ONNX Runtime's providers that are asked for, or, unasked, the best that are there; see
     `open_graph`."""
-    there = errors.need('onnxruntime', 'graphs', 'deploy').get_available_providers()
+    there = errors.import_optional('onnxruntime', 'graphs', 'deploy').get_available_providers()
     providers = [one for one in PREFERRED if one in there] if providers is None else list(providers)
     if not providers or not set(providers) <= set(there):
         raise UsageError(
@@ -47,7 +47,7 @@ class OnnxRuntime:
     def __init__(
         self, content: bytes, threads: int, providers: Sequence[str] | None = None
     ) -> None:
-        runtime = errors.need('onnxruntime', 'graphs', 'deploy')
+        runtime = errors.import_optional('onnxruntime', 'graphs', 'deploy')
         providers = chosen_providers(providers)
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -83,8 +83,8 @@ class OpenVino:
     ) -> None:
         if providers is not None:
             raise UsageError('providers are of ONNX Runtime; OpenVINO runs on the CPU')
-        openvino = errors.need('openvino', 'graphs in OpenVINO', 'openvino')
-        file = errors.need('onnx', 'graphs', 'deploy').load_model_from_string(content)
+        openvino = errors.import_optional('openvino', 'graphs in OpenVINO', 'openvino')
+        file = errors.import_optional('onnx', 'graphs', 'deploy').load_model_from_string(content)
         self._core = openvino.Core()
         self._model = self._core.read_model(io.BytesIO(content))
         known = {name for one in self._model.inputs for name in one.get_names()}

@@ -13,8 +13,8 @@ from mmengine.runner import Runner
 from mmdet.registry import HOOKS
 
 from ..models import DynamicDetector
-from ..models.online_control import account_of, dynamic_part, timed_calls
-from ..routing.served import Served
+from ..models.budget_control import budget_report_of, find_dynamic_detector, timed_calls
+from ..routing.budget_report import BudgetReport
 from ..timing import dtype_of, machine_of, timed_elsewhere
 from .online_hook import OnlineHook
 
@@ -27,22 +27,22 @@ class BudgetHook(Hook):
     out.
 
     Attributes:
-        served (Served, optional): The account of the last test, on rank 0; None for a detector that
-            is not dynamic.
+        budget_report (BudgetReport, optional): Of the last test, on rank 0; None for a
+            detector that is not dynamic.
     """
 
     # Before RuntimeInfoHook, which gives the log what it has of metrics.
     priority = 'HIGHEST'
 
     def __init__(self) -> None:
-        self.served: Served | None = None
+        self.budget_report: BudgetReport | None = None
         self._left: list[tuple[int, float]] = []
         self._calls: list[float] = []
         self._timer = None
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Note how the calibration's machine differs from this one."""
-        model = dynamic_part(runner.model)
+        model = find_dynamic_detector(runner.model)
         if model is None:
             return
         device = model.threshold.device
@@ -57,7 +57,7 @@ class BudgetHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None
     ) -> None:
         """Start to time calls of the detector with the first batch."""
-        model = dynamic_part(runner.model)
+        model = find_dynamic_detector(runner.model)
         # At the first: other hooks put copies in the model's place before.
         if batch_idx == 0 and model is not None:
             self._left, self._calls = [], []
@@ -80,7 +80,7 @@ class BudgetHook(Hook):
             self._left.extend((sample.exit, seconds) for sample in outputs)
 
     def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
-        """Gather all ranks, make the account and add its figures to the metrics."""
+        """Gather all ranks, make the report and add its figures to the metrics."""
         if self._timer is None:
             return
         self._timer.__exit__(None, None, None)
@@ -88,23 +88,25 @@ class BudgetHook(Hook):
         # Ranks may have seen an image twice, so that all have as many.
         left = collect_results(self._left, len(runner.test_dataloader.dataset))
         if left is not None:
-            self.served = _account(runner, left)
+            self.budget_report = _report_budget(runner, left)
             (metrics if metrics is not None else {}).update(
-                {f'budget/{name}': value for name, value in self.served.figures().items()}
+                {f'budget/{name}': value for name, value in self.budget_report.figures().items()}
             )
 
 
-def _account(runner: Runner, left: Sequence[tuple[int, float]]) -> Served:
-    model: DynamicDetector = dynamic_part(runner.model)
+def _report_budget(runner: Runner, left: Sequence[tuple[int, float]]) -> BudgetReport:
+    model: DynamicDetector = find_dynamic_detector(runner.model)
     online = next((hook for hook in runner.hooks if isinstance(hook, OnlineHook)), None)
     exits = [exit for exit, _ in left]
     counts = [exits.count(exit) for exit in range(model.num_exits)]
     thresholds = None if online else model.threshold.reshape(-1).tolist()
     budget = model.budget if online is None else online.budget
     timed = [seconds for _, seconds in left if seconds == seconds]
-    served = account_of(model, counts, budget, thresholds, float(np.mean(timed)) if timed else None)
+    budget_report = budget_report_of(
+        model, counts, budget, thresholds, float(np.mean(timed)) if timed else None
+    )
     if any(isinstance(part, BaseTTAModel) for part in runner.model.modules()):
         # Costs are of a view.
         unknown = (math.nan,) * model.num_exits
-        return replace(served, gflops=unknown, latencies=unknown, seconds=None)
-    return served
+        return replace(budget_report, gflops=unknown, latencies=unknown, seconds=None)
+    return budget_report

@@ -8,7 +8,7 @@ from mmengine.runner import Runner
 from mmdet.registry import HOOKS
 
 from ..errors import UsageError
-from ..models.online_control import Online, build_controller, dynamic_part
+from ..models.budget_control import BudgetControl, build_budget_controller, find_dynamic_detector
 from ..routing.budget import Budget
 
 
@@ -36,12 +36,12 @@ class OnlineHook(Hook):
 
     def before_test_epoch(self, runner: Runner) -> None:
         """Let a new controller set the thresholds."""
-        model = dynamic_part(runner.model)
+        model = find_dynamic_detector(runner.model)
         if model is None:
             raise UsageError(
                 f'an online budget is for dynamic detectors, not for {type(runner.model).__name__}'
             )
-        self._online = Online(model, build_controller(model, self.budget))
+        self._online = BudgetControl(model, build_budget_controller(model, self.budget))
         self._online.__enter__()
 
     def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:

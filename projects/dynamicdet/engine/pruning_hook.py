@@ -1,27 +1,23 @@
 """Prune while training: when, not what."""
 
 from collections.abc import Sequence
-from dataclasses import fields
 
 import torch
 from mmengine.dist import all_reduce, broadcast, get_world_size
-from mmengine.hooks import EMAHook, Hook
-from mmengine.optim import OptimWrapperDict
-from mmengine.runner import IterBasedTrainLoop, Runner
+from mmengine.runner import Runner
 from torch import nn
 
 from mmdet.registry import HOOKS
 
 from ..compression import pruning
-from ..compression.blocks import require_blocks
+from ..compression.pruning_blocks import PrunableLayer, PruningBlock
 from ..compression.scores import Statistics
 from ..errors import UsageError
-from ..private_mmengine import resumes
-from .unwrapping import unwrap
+from .compression_hook import CompressionHook, averaged_models, build_blocks, plain_model
 
 
 @HOOKS.register_module()
-class PruningHook(Hook):
+class PruningHook(CompressionHook):
     """Prune blocks of a detector on a schedule; what is pruned stays zero while the rest trains on.
 
     Weights are set to zero after each step of the optimizer, so momentum and weight decay revive
@@ -30,7 +26,8 @@ class PruningHook(Hook):
     the same masks.
 
     Args:
-        blocks (Sequence[dict]): Arguments of `dynamicdet.compression.pruning.Block`: ``name``,
+        blocks (Sequence[dict]): Arguments of `dynamicdet.compression.pruning_blocks.PruningBlock`:
+            ``name``,
             ``modules`` (patterns), ``target`` (in [0, 1)) and, where a block differs from what is
             given here, ``score``, ``structured``, ``over``, ``norm``, ``exclude``.
         schedule (str): ``one_shot``, ``iterative`` or ``cubic``; see `pruning.share_at`.
@@ -50,6 +47,7 @@ class PruningHook(Hook):
 
     # After EMAHook, whose averages are masked too; before the hooks that write checkpoints.
     priority = 'BELOW_NORMAL'
+    state_name, verb = 'pruning', 'prune'
 
     def __init__(
         self,
@@ -66,9 +64,9 @@ class PruningHook(Hook):
         norm: float = 2,
         seed: int | None = None,
     ) -> None:
-        require_blocks(blocks, 'PruningHook')
+        super().__init__(by_epoch)
         common = dict(score=score, structured=structured, over=over, norm=norm)
-        self.blocks = [_block({**common, **block}) for block in blocks]
+        self.blocks = build_blocks(PruningBlock, blocks, 'PruningHook', common)
         self.end = start if end is None else end
         if schedule not in pruning.SCHEDULES:
             raise UsageError(
@@ -91,20 +89,17 @@ class PruningHook(Hook):
                     'before it prunes; set start to 1 or more'
                 )
         self.schedule, self.start, self.interval = schedule, start, interval
-        self.by_epoch, self.soft, self.seed = by_epoch, soft, seed
+        self.soft, self.seed = soft, seed
         self.masks: pruning.Masks = {}
         self._shares = [0.0] * len(self.blocks)
-        self._saved: dict | None = None
-        self._handles: list = []
 
     def describe(self, runner: Runner) -> list[str]:
         """What it would do, a line for each block; raises what a training would."""
         self._require_fit(runner)
-        unit = 'epochs' if self.by_epoch else 'iterations'
         when = (
-            f'after {self.start} {unit}'
+            f'after {self.start} {self.unit}'
             if self.schedule == 'one_shot'
-            else f'{self.schedule}, between {self.start} and {self.end} {unit}'
+            else f'{self.schedule}, between {self.start} and {self.end} {self.unit}'
         )
         lines = []
         for block, layers in zip(
@@ -118,10 +113,6 @@ class PruningHook(Hook):
             )
         return lines
 
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Keep the masks of a run that is resumed."""
-        self._saved = checkpoint.get('pruning') if resumes(runner) else None
-
     def before_train(self, runner: Runner) -> None:
         """Find the layers, put saved masks back and hook into the optimizer's steps."""
         self._require_fit(runner)
@@ -134,12 +125,7 @@ class PruningHook(Hook):
         self._statistics = Statistics(every, block_of)
         if self._saved is not None:
             self._restore(every)
-        wrapper = runner.optim_wrapper
-        for one in wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]:
-            self._handles.append(one.optimizer.register_step_pre_hook(self._before_step))
-            self._handles.append(
-                one.optimizer.register_step_post_hook(lambda *_: self._mask(model))
-            )
+        self._around_steps(runner, self._before_step, lambda *_: self._mask(model))
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Prune to the share of this epoch, where schedules count epochs."""
@@ -177,40 +163,28 @@ class PruningHook(Hook):
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Add masks and shares to the checkpoint."""
         checkpoint['pruning'] = dict(
-            masks={name: pruning.pack(mask) for name, mask in self.masks.items()},
+            masks={name: pruning.pack_mask(mask) for name, mask in self.masks.items()},
             shares=list(self._shares),
             totals={key: value.cpu() for key, value in self._statistics.totals.items()},
         )
 
     def after_train(self, runner: Runner) -> None:
         """Take the hooks off the optimizer and the layers."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        super().after_train(runner)
         self._statistics.remove()
 
     def _require_fit(self, runner: Runner) -> None:
         """Refuse a run in which the schedule cannot end, or in which nothing may be pruned."""
-        if getattr(plain_model(runner), 'train_router', False):
-            raise UsageError(
-                'PruningHook: this config trains a router alone, and nothing else may change; '
-                'prune in step 1'
-            )
-        if self.by_epoch and isinstance(runner.train_loop, IterBasedTrainLoop):
-            raise UsageError(
-                'PruningHook: this run counts iterations, not epochs; set by_epoch=False'
-            )
-        length, unit = (
-            (runner.max_epochs, 'epochs') if self.by_epoch else (runner.max_iters, 'iterations')
-        )
+        super()._require_fit(runner)
+        length = self._length(runner)
         last = self.start if self.schedule == 'one_shot' else self.end
         if last + (not self.soft) > length:
             raise UsageError(
-                f'PruningHook: the last pruning is after {last} {unit}, but the run has {length}; '
-                'the target would not be reached'
+                f'PruningHook: the last pruning is after {last} {self.unit}, but the run has '
+                f'{length}; the target would not be reached'
             )
 
-    def _restore(self, layers: dict[str, pruning.PrunableLayer]) -> None:
+    def _restore(self, layers: dict[str, PrunableLayer]) -> None:
         saved = self._saved
         if not set(saved['masks']) <= set(layers) or len(saved['shares']) != len(self.blocks):
             raise UsageError(
@@ -219,7 +193,9 @@ class PruningHook(Hook):
             )
         self._shares = list(saved['shares'])
         self.masks = {
-            name: pruning.unpack(packed, layers[name].weight.shape).to(layers[name].weight.device)
+            name: pruning.unpack_mask(packed, layers[name].weight.shape).to(
+                layers[name].weight.device
+            )
             for name, packed in saved['masks'].items()
         }
         self._statistics.load(saved['totals'])
@@ -237,10 +213,7 @@ class PruningHook(Hook):
 
     def _advance(self, runner: Runner, step: int) -> None:
         """Prune what is due and not yet pruned."""
-        due = [
-            pruning.share_at(self.schedule, step, self.start, self.end, self.interval, block.target)
-            for block in self.blocks
-        ]
+        due = self._due(step)
         changed = [index for index, share in enumerate(due) if share > self._shares[index]]
         self._choose(runner, due, changed)
 
@@ -248,11 +221,14 @@ class PruningHook(Hook):
         """Choose channels anew, where an interval ends."""
         if step < self.start or (step - self.start) % self.interval and step != length:
             return
-        due = [
+        self._choose(runner, self._due(step), list(range(len(self.blocks))))
+
+    def _due(self, step: int) -> list[float]:
+        """The share that each block is pruned to by a step."""
+        return [
             pruning.share_at(self.schedule, step, self.start, self.end, self.interval, block.target)
             for block in self.blocks
         ]
-        self._choose(runner, due, list(range(len(self.blocks))))
 
     def _choose(self, runner: Runner, due: list[float], changed: Sequence[int]) -> None:
         if not changed:
@@ -276,7 +252,7 @@ class PruningHook(Hook):
             )
             self._shares[index] = due[index]
         self._agree()
-        for model in [plain_model(runner), *averages(runner)]:
+        for model in [plain_model(runner), *averaged_models(runner)]:
             pruning.apply_masks(model, self.masks)
         self._statistics.reset()
         self._log(runner, changed)
@@ -299,28 +275,9 @@ class PruningHook(Hook):
                 f'pruned {self.blocks[index].name}: {pruning.pruned_share(masks):.2%} of '
                 f'{total / 1e6:.2f} M weights'
             )
-            empty = pruning.emptied(masks)
+            empty = pruning.empty_layers(masks)
             if empty:
                 runner.logger.warning(
                     f'nothing is left of {len(empty)} layers, such as {empty[0]}: nothing passes '
                     'them any more'
                 )
-
-
-def _block(settings: dict) -> pruning.Block:
-    known = {entry.name for entry in fields(pruning.Block)}
-    needed = {'name', 'modules', 'target'}
-    for wrong, what in ((set(settings) - known, 'unknown'), (needed - set(settings), 'missing')):
-        if wrong:
-            raise UsageError(f'PruningHook: {what} in a block: {", ".join(sorted(wrong))}')
-    return pruning.Block(**settings)
-
-
-def plain_model(runner: Runner) -> nn.Module:
-    """The model without its DDP wrapper."""
-    return unwrap(runner.model)
-
-
-def averages(runner: Runner) -> list[nn.Module]:
-    """The averaged models of all `EMAHook`s."""
-    return [hook.ema_model.module for hook in runner.hooks if isinstance(hook, EMAHook)]

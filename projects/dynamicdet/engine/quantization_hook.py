@@ -4,25 +4,24 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from mmengine.dist import all_gather_object, all_reduce, get_world_size
-from mmengine.hooks import Hook
-from mmengine.runner import IterBasedTrainLoop, Runner
+from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mmdet.registry import HOOKS
 
-from ..compression.quantization import Ranges, Simulation, move_range
+from ..compression.quantization import Int8Simulation, Ranges, move_range
 from ..errors import UsageError
 from ..models import can_fuse
-from ..models.stages import find_stages
+from ..models.detector_parts import find_parts
 from ..private_mmengine import resumes
-from .unwrapping import unwrap
+from .compression_hook import CompressionHook, plain_model
 
 
 @HOOKS.register_module()
-class QuantizationHook(Hook):
+class QuantizationHook(CompressionHook):
     """Let a trained detector get used to 8 bits: quantization-aware training.
 
-    From ``start`` on, stages compute as their int8 graphs will: weights and activations are
+    From ``start`` on, parts compute as their int8 graphs will: weights and activations are
     rounded, gradients pass. Norms stay as they are, in eval mode, since graphs have them in their
     convolutions. Validation, and tests of the run's checkpoints with the same config, are in 8 bits
     too.
@@ -44,13 +43,14 @@ class QuantizationHook(Hook):
             are trained with the weights, by gradients (`quantization.LearnedRange`).
         rate (float): Share of its width by which an end of a learned range moves in an iteration.
             In (0, 0.1].
-        float_share (float): What layers that give predictions may be of a stage's multiply-adds to
+        float_share (float): What layers that give predictions may be of a part's multiply-adds to
             stay float, as they do in ``tools/export.py --int8``. In [0, 1]; 0 quantizes all.
     """
 
-    # After EMAHook, which must copy the detector before its stages are replaced, and whose averages
+    # After EMAHook, which must copy the detector before its parts are replaced, and whose averages
     # are tested.
     priority = 'BELOW_NORMAL'
+    state_name, verb = 'quantization', 'quantize'
 
     def __init__(
         self,
@@ -63,6 +63,7 @@ class QuantizationHook(Hook):
         rate: float = 0.001,
         float_share: float = 0.1,
     ) -> None:
+        super().__init__(by_epoch)
         if start < 0 or observe is not None and observe <= start:
             raise UsageError(
                 f'QuantizationHook: start={start}, observe={observe}: start must not be negative, '
@@ -82,42 +83,28 @@ class QuantizationHook(Hook):
         self.start, self.observe, self.noise = start, observe, noise
         self.float_share = float_share
         self.learned, self.rate = ranges == 'learned', rate
-        self.reduced_range, self.by_epoch = reduced_range, by_epoch
-        self._saved: dict | None = None
-        self._stages: list = []
-        self.simulations: dict[str, Simulation] = {}
+        self.reduced_range = reduced_range
+        self._parts: list = []
+        self.simulations: dict[str, Int8Simulation] = {}
 
     def describe(self, runner: Runner) -> list[str]:
         """What it would do; raises what a training would."""
         self._require_fit(runner)
-        names = ', '.join(stage.name for stage in find_stages(_plain(runner)))
-        unit = 'epochs' if self.by_epoch else 'iterations'
-        return [
-            f'round to {7 if self.reduced_range else 8} bits, after {self.start} {unit}: {names}'
-        ]
+        names = ', '.join(part.name for part in find_parts(plain_model(runner)))
+        bits = 7 if self.reduced_range else 8
+        return [f'round to {bits} bits, after {self.start} {self.unit}: {names}']
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Keep the ranges that the checkpoint has."""
-        self._saved = checkpoint.get('quantization')
+        # Not of a resumed run alone: a test rounds by them.
+        self._saved = checkpoint.get(self.state_name)
 
     def before_train(self, runner: Runner) -> None:
         """Check the run, find the layers and install the rounding."""
         self._require_fit(runner)
         if not resumes(runner):
             self._saved = None
-        self._install(_plain(runner))
-
-    def _require_fit(self, runner: Runner) -> None:
-        """Refuse a run in which nothing may be rounded, or whose epochs are none."""
-        if getattr(_plain(runner), 'train_router', False):
-            raise UsageError(
-                'QuantizationHook: this config trains a router alone, and nothing else may change; '
-                'quantize in step 1'
-            )
-        if self.by_epoch and isinstance(runner.train_loop, IterBasedTrainLoop):
-            raise UsageError(
-                'QuantizationHook: this run counts iterations, not epochs; set by_epoch=False'
-            )
+        self._install(plain_model(runner))
 
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None
@@ -148,10 +135,10 @@ class QuantizationHook(Hook):
 
     def before_test(self, runner: Runner) -> None:
         """Install the rounding by the checkpoint's ranges, if it has any."""
-        if self._saved is not None and not self._stages:
-            self._install(_plain(runner))
+        if self._saved is not None and not self._parts:
+            self._install(plain_model(runner))
             self._set(True, False)
-        elif not self._stages:
+        elif not self._parts:
             runner.logger.warning(
                 'QuantizationHook: the checkpoint has no ranges: it is tested in float32'
             )
@@ -166,11 +153,11 @@ class QuantizationHook(Hook):
 
     def after_train(self, runner: Runner) -> None:
         """Take the rounding off."""
-        self._remove()
+        for part in self._parts:
+            part.place(part.run)
+        self._parts, self.simulations = [], {}
 
-    def after_test(self, runner: Runner) -> None:
-        """Take the rounding off."""
-        self._remove()
+    after_test = after_train
 
     def _install(self, model: nn.Module) -> None:
         if can_fuse(model):
@@ -188,18 +175,18 @@ class QuantizationHook(Hook):
                     f'QuantizationHook: {name}={value}, but the checkpoint was trained with '
                     f'{trained_value}'
                 )
-        self._stages = find_stages(model)
-        for stage in self._stages:
-            simulation = Simulation(
-                stage.run,
-                stage.modules,
-                stage.spared,
+        self._parts = find_parts(model)
+        for part in self._parts:
+            simulation = Int8Simulation(
+                part.run,
+                part.modules,
+                part.spared,
                 self.reduced_range,
                 self.noise,
-                self.float_share if stage.predicts else 0.0,
+                self.float_share if part.predicts else 0.0,
             )
-            self.simulations[stage.name] = simulation
-            stage.place(simulation)
+            self.simulations[part.name] = simulation
+            part.place(simulation)
         device = next(model.parameters()).device
         for key, value in trained.get('ranges', {}).items():
             name, _, range_key = key.partition('/')
@@ -210,11 +197,6 @@ class QuantizationHook(Hook):
                     'not; --resume goes on with the same config'
                 )
             self.simulations[name].ranges.values[range_key] = value.to(device)
-
-    def _remove(self) -> None:
-        for stage in self._stages:
-            stage.place(stage.run)
-        self._stages, self.simulations = [], {}
 
     def _set(self, active: bool, observing: bool, learning: bool = False) -> None:
         for simulation in self.simulations.values():
@@ -249,8 +231,8 @@ class QuantizationHook(Hook):
             ranges.values[key] = move_range(ranges.values[key], gradient, self.rate)
 
     def _keys(self) -> list[tuple[str, str]]:
-        """Stage and key of each range that any rank knows, the same on all: a rank may have come by
-        a stage that others have not, such as a RoI head that had no RoIs there."""
+        """Part and key of each range that any rank knows, the same on all: a rank may have come by
+        a part that others have not, such as a RoI head that had no RoIs there."""
         known_here = [
             (name, key)
             for name, simulation in self.simulations.items()
@@ -284,8 +266,3 @@ class QuantizationHook(Hook):
         for (ranges, key), mean, count in zip(named, means, known[:, 0].tolist()):
             if count > 0:
                 yield ranges, key, mean
-
-
-def _plain(runner: Runner) -> nn.Module:
-    """The model without its DDP wrapper."""
-    return unwrap(runner.model)

@@ -92,7 +92,7 @@ class RouterHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Refuse what does not fit; forget what a new router makes stale."""
-        model = _model(runner)
+        model = unwrap(runner.model)
         state = checkpoint.get('state_dict', checkpoint)
         starting = self.training and not resumes(runner)
         if starting:
@@ -129,7 +129,7 @@ class RouterHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Raise a `UsageError` without weights of step 1; measure an exact delta."""
-        model = _model(runner)
+        model = unwrap(runner.model)
         if not self.loaded:
             where = f' (into {self.cascade})' if self.cascade else ''
             raise UsageError(
@@ -157,14 +157,14 @@ class RouterHook(Hook):
     ) -> None:
         """Online: move delta to the median of the last gains of all ranks."""
         if self.delta == 'online':
-            model = _model(runner)
+            model = unwrap(runner.model)
             for gains in all_gather_object(model.last_gains.tolist()):
                 self.window.extend(gains)
             set_gains(model, self.window)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Add the quantiles of the gains, (101,), and what kind of gain they are of."""
-        model = _model(runner)
+        model = unwrap(runner.model)
         checkpoint['router_gains'] = model.gains.tolist()
         checkpoint['router_gain'] = model.objective.gain
         if self.delta == 'online':
@@ -177,7 +177,7 @@ def copy_frozen_averages(runner: Runner) -> None:
     for hook in runner.hooks:
         if isinstance(hook, EMAHook):
             # It is given values without their flags: where they lie tells which they are of.
-            trained = {one.data_ptr() for one in _model(runner).router.parameters()}
+            trained = {one.data_ptr() for one in unwrap(runner.model).router.parameters()}
             hook.ema_model.avg_func = partial(_average, hook.ema_model.avg_func, trained)
 
 
@@ -195,14 +195,14 @@ def inherits_load_from(cfg: Config) -> bool:
     path, value = Path(cfg.filename or ''), cfg.get('load_from')
     if not value or path.suffix != '.py' or not path.is_file():
         return False
-    own = {
+    assigned = {
         target.id
         for node in ast.walk(ast.parse(path.read_text(encoding='utf-8')))
         if isinstance(node, ast.Assign)
         for target in node.targets
         if isinstance(target, ast.Name)
     }
-    return 'load_from' not in own and Config.fromfile(path).get('load_from') == value
+    return 'load_from' not in assigned and Config.fromfile(path).get('load_from') == value
 
 
 def leaves_load_from_unused(cfg: Config) -> bool:
@@ -239,10 +239,6 @@ def set_gains(model, gains: Sequence[float]) -> None:
     model.delta.fill_(quantiles[len(quantiles) // 2])
 
 
-def _model(runner: Runner):
-    return unwrap(runner.model)
-
-
 @torch.no_grad()
 def measure_training_set(runner: Runner) -> tuple[dict[tuple, float], Tensor, Tensor]:
     """What step 2 needs to know of the training set, by one pass over it; the same on all ranks.
@@ -251,9 +247,9 @@ def measure_training_set(runner: Runner) -> tuple[dict[tuple, float], Tensor, Te
         tuple: Gains, as the objective counts them, by (image id, path), and mean and standard
             deviation of what the router sees, (d,) each.
     """
-    model = _model(runner)
+    model = unwrap(runner.model)
     model.train()
-    own: dict[tuple, float] = {}
+    gain_by_image: dict[tuple, float] = {}
     # Count, sum and sum of squares, in double precision: one pass, bounded memory.
     moments = [0, 0.0, 0.0]
     for batch in with_progress(runner, every_image(runner.train_dataloader), 'delta'):
@@ -263,7 +259,7 @@ def measure_training_set(runner: Runner) -> tuple[dict[tuple, float], Tensor, Te
             gains, features = model.exit_gains(data['inputs'], data['data_samples'])
         for sample, gain in zip(data['data_samples'], gains.tolist()):
             # By both: data sets that are concatenated may use an id twice.
-            own[sample.get('img_id', len(own)), sample.get('img_path')] = gain
+            gain_by_image[sample.get('img_id', len(gain_by_image)), sample.get('img_path')] = gain
         features = features.double().cpu()
         moments = [
             moments[0] + len(features),
@@ -271,7 +267,7 @@ def measure_training_set(runner: Runner) -> tuple[dict[tuple, float], Tensor, Te
             moments[2] + features.square().sum(0),
         ]
     gathered: dict[tuple, float] = {}
-    parts = all_gather_object((own, moments))
+    parts = all_gather_object((gain_by_image, moments))
     for part, _ in parts:
         gathered.update(part)
     bad = [path for (_, path), value in gathered.items() if not np.isfinite(value)]

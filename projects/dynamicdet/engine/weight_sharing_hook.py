@@ -1,26 +1,23 @@
 """Share weights while training: when, not what."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 
 import torch
 from mmengine.dist import broadcast, get_world_size
-from mmengine.hooks import Hook
-from mmengine.optim import OptimWrapperDict
-from mmengine.runner import IterBasedTrainLoop, Runner
+from mmengine.runner import Runner
 from torch import nn
 
 from mmdet.registry import HOOKS
 
-from ..compression import sharing
-from ..compression.blocks import PrunableLayer, disjoint_layers, require_blocks
+from ..compression import weight_sharing
+from ..compression.pruning_blocks import PrunableLayer, disjoint_layers
 from ..errors import UsageError
-from ..private_mmengine import resumes
-from .pruning_hook import PruningHook, averages, plain_model
+from .compression_hook import CompressionHook, averaged_models, build_blocks, plain_model
+from .pruning_hook import PruningHook
 
 
 @HOOKS.register_module()
-class WeightSharingHook(Hook):
+class WeightSharingHook(CompressionHook):
     """Let the weights of each layer share few values, found by k-means, and train these.
 
     Which weight has which value stays as it was found; the gradient of a value is the sum over its
@@ -30,7 +27,8 @@ class WeightSharingHook(Hook):
     ``--resume``. All ranks share alike.
 
     Args:
-        blocks (Sequence[dict]): Arguments of `dynamicdet.compression.sharing.SharedBlock`:
+        blocks (Sequence[dict]): Arguments of
+            `dynamicdet.compression.weight_sharing.WeightSharingBlock`:
             ``name``, ``modules`` (patterns) and, where wanted, ``bits`` (2 to 8, 4 by default) and
             ``exclude``.
         start (int): Epochs, or iterations, done before sharing begins. A `PruningHook` of the same
@@ -43,39 +41,33 @@ class WeightSharingHook(Hook):
 
     # After PruningHook and EMAHook; before the hooks that write checkpoints.
     priority = 'LOW'
+    state_name, verb = 'weight_sharing', 'share weights'
 
     def __init__(
         self, blocks: Sequence[dict], start: int = 0, by_epoch: bool = True, reduction: str = 'sum'
     ) -> None:
-        require_blocks(blocks, 'WeightSharingHook')
-        self.blocks = [_block(block) for block in blocks]
+        super().__init__(by_epoch)
+        self.blocks = build_blocks(weight_sharing.WeightSharingBlock, blocks, 'WeightSharingHook')
         if start < 0:
             raise UsageError(f'WeightSharingHook: start={start} must not be negative')
-        if reduction not in sharing.REDUCTIONS:
+        if reduction not in weight_sharing.REDUCTIONS:
             raise UsageError(
                 f"WeightSharingHook: reduction='{reduction}' is none of "
-                f'{", ".join(sharing.REDUCTIONS)}'
+                f'{", ".join(weight_sharing.REDUCTIONS)}'
             )
-        self.start, self.by_epoch, self.reduction = start, by_epoch, reduction
+        self.start, self.reduction = start, reduction
         #: Layer name -> who shares; empty before sharing begins.
-        self.shared: dict[str, sharing.Sharing] = {}
-        self._saved: dict | None = None
-        self._handles: list = []
+        self.shared: dict[str, weight_sharing.WeightSharing] = {}
 
     def describe(self, runner: Runner) -> list[str]:
         """What it would do, a line for each block; raises what a training would."""
         self._require_fit(runner)
-        unit = 'epochs' if self.by_epoch else 'iterations'
         layers_by_block = disjoint_layers(plain_model(runner), self.blocks)
         return [
             f'share {block.name}: {2**block.bits} values in each of {len(layers)} layers, after '
-            f'{self.start} {unit}'
+            f'{self.start} {self.unit}'
             for block, layers in zip(self.blocks, layers_by_block)
         ]
-
-    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Keep the codebook indices of a run that is resumed."""
-        self._saved = checkpoint.get('weight_sharing') if resumes(runner) else None
 
     def before_train(self, runner: Runner) -> None:
         """Find the layers, put saved indices back and hook into the optimizer's steps."""
@@ -89,14 +81,7 @@ class WeightSharingHook(Hook):
         }
         if self._saved is not None:
             self._restore()
-        wrapper = runner.optim_wrapper
-        for optim_wrapper in (
-            wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
-        ):
-            self._handles.append(optim_wrapper.optimizer.register_step_pre_hook(self._before_step))
-            self._handles.append(
-                optim_wrapper.optimizer.register_step_post_hook(lambda *_: self._tie(self._layers))
-            )
+        self._around_steps(runner, self._before_step, lambda *_: self._tie(self._layers))
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Begin to share weights once the epoch has come."""
@@ -128,30 +113,14 @@ class WeightSharingHook(Hook):
             for name, shared in self.shared.items()
         }
 
-    def after_train(self, runner: Runner) -> None:
-        """Take the hooks off the optimizer."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
     def _require_fit(self, runner: Runner) -> None:
         """Refuse a run that ends before it begins to share, or prunes afterwards."""
-        if getattr(plain_model(runner), 'train_router', False):
-            raise UsageError(
-                'WeightSharingHook: this config trains a router alone, and nothing else may '
-                'change; share weights in step 1'
-            )
-        if self.by_epoch and isinstance(runner.train_loop, IterBasedTrainLoop):
-            raise UsageError(
-                'WeightSharingHook: this run counts iterations, not epochs; set by_epoch=False'
-            )
-        length, unit = (
-            (runner.max_epochs, 'epochs') if self.by_epoch else (runner.max_iters, 'iterations')
-        )
+        super()._require_fit(runner)
+        length = self._length(runner)
         if self.start >= length:
             raise UsageError(
-                f'WeightSharingHook: sharing begins after {self.start} {unit}, but the run has '
-                f'{length}'
+                f'WeightSharingHook: sharing begins after {self.start} {self.unit}, but the run '
+                f'has {length}'
             )
         start = self._in_iterations(runner, self.start, self.by_epoch)
         for hook in runner.hooks:
@@ -175,7 +144,7 @@ class WeightSharingHook(Hook):
                 'with the same config'
             )
         self.shared = {
-            name: sharing.sharing_of(
+            name: weight_sharing.weight_sharing_of(
                 entry['indices'].to(self._layers[name].weight.device), entry['pruned']
             )
             for name, entry in saved.items()
@@ -186,7 +155,7 @@ class WeightSharingHook(Hook):
             return
         for name, layer in self._layers.items():
             try:
-                self.shared[name] = sharing.share_weight(layer.weight, self._bits[name])
+                self.shared[name] = weight_sharing.share_weights(layer.weight, self._bits[name])
             except UsageError as error:
                 raise UsageError(f"WeightSharingHook: layer '{name}': {error}") from None
         self._agree()
@@ -202,7 +171,7 @@ class WeightSharingHook(Hook):
             for name, shared in self.shared.items():
                 broadcast(shared.indices, src=0)
                 broadcast(self._layers[name].weight.data, src=0)
-                self.shared[name] = sharing.sharing_of(shared.indices, shared.pruned)
+                self.shared[name] = weight_sharing.weight_sharing_of(shared.indices, shared.pruned)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_) -> None:
         # Gradients are unscaled and averaged over the ranks here. Each optimizer's own, once.
@@ -210,24 +179,13 @@ class WeightSharingHook(Hook):
         for name, shared in self.shared.items():
             weight = self._layers[name].weight
             if id(weight) in trained and weight.grad is not None:
-                sharing.tie_gradient(weight.grad, shared, self.reduction)
+                weight_sharing.tie_gradient(weight.grad, shared, self.reduction)
 
     def _tie_averages(self, runner: Runner) -> None:
-        for model in averages(runner) if self.shared else []:
+        for model in averaged_models(runner) if self.shared else []:
             modules = dict(model.named_modules())
             self._tie({name: modules[name] for name in self.shared})
 
     def _tie(self, layers: Mapping[str, PrunableLayer | nn.Module]) -> None:
         for name, shared in self.shared.items():
-            sharing.tie(layers[name].weight, shared)
-
-
-def _block(settings: dict) -> sharing.SharedBlock:
-    known = {entry.name for entry in fields(sharing.SharedBlock)}
-    for wrong, what in (
-        (set(settings) - known, 'unknown'),
-        ({'name', 'modules'} - set(settings), 'missing'),
-    ):
-        if wrong:
-            raise UsageError(f'WeightSharingHook: {what} in a block: {", ".join(sorted(wrong))}')
-    return sharing.SharedBlock(**settings)
+            weight_sharing.tie_weights(layers[name].weight, shared)

@@ -42,11 +42,11 @@ def convert_checkpoint(path: str, family: str, model: nn.Module) -> tuple[dict, 
     """
     source, state = SOURCES[family], read_weights(path)
     try:
-        found, skipped = apply_rules(source.rules(model), state)
-        found = {**source.defaults(model), **found}
+        filled, skipped = apply_rules(source.rules(model), state)
+        filled = {**source.defaults(model), **filled}
         if hasattr(model, 'spread_plain_weights'):
-            found = model.spread_plain_weights(found)
-        require_complete(model, found, source.kept)
+            filled = model.spread_plain_weights(filled)
+        require_complete(model, filled, source.kept)
     except UsageError as error:
         raise UsageError(f"'{path}' from {family} is not converted: {error}") from None
     built = model.state_dict()
@@ -54,7 +54,7 @@ def convert_checkpoint(path: str, family: str, model: nn.Module) -> tuple[dict, 
     # on.
     complete = {
         **built,
-        **{key: value.to(built[key].dtype, copy=True) for key, value in found.items()},
+        **{key: value.to(built[key].dtype, copy=True) for key, value in filled.items()},
     }
     with open(path, 'rb') as file:
         digest = hashlib.file_digest(file, 'sha256').hexdigest()
@@ -63,8 +63,8 @@ def convert_checkpoint(path: str, family: str, model: nn.Module) -> tuple[dict, 
     )
     lines = [f'{len(state) - skipped.total()} of {len(state)} entries taken']
     lines += [f'{count} known and unneeded: {reason}' for reason, count in skipped.items()]
-    lines += [f'{len(found)} of {len(built)} entries of the model filled']
-    lines.append(f'{len(built) - len(found)} left as built: {_parts(set(built) - set(found))}')
+    lines += [f'{len(filled)} of {len(built)} entries of the model filled']
+    lines.append(f'{len(built) - len(filled)} left as built: {_parts(set(built) - set(filled))}')
     return dict(meta=meta, state_dict=complete), lines
 
 

@@ -69,8 +69,8 @@ def detectron2_rules(model: nn.Module) -> list[Rule]:
 
 
 def _is(images: nn.Module, name: str, wanted: tuple) -> bool:
-    given = getattr(images, name, None)
-    return given is not None and (given.flatten() - given.new_tensor(wanted)).abs().max() < 1e-3
+    value = getattr(images, name, None)
+    return value is not None and (value.flatten() - value.new_tensor(wanted)).abs().max() < 1e-3
 
 
 DETECTRON2 = WeightSource(detectron2_rules, kept=('router.', 'backbone.connections.'))

@@ -17,7 +17,7 @@ from ..stand_ins import (
     asked_classes,
     is_data,
     read_with_stand_ins,
-    refusal,
+    refusal_message,
     stand_in,
     why_unread,
 )
@@ -46,7 +46,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
     if odd:
         raise UsageError(
             f"'{path}' is no checkpoint that can be read safely: its entry {odd[0]!r} "
-            f'{refusal(state[odd[0]].name)}'
+            f'{refusal_message(state[odd[0]].name)}'
         )
     if not state or not all(
         _is_array(value) and isinstance(key, str) for key, value in state.items()
@@ -205,5 +205,5 @@ class _ArrayUnpickler(pickle.Unpickler):
         if full in _ALLOWED:
             return _ALLOWED[full]
         if not is_data(full):
-            raise pickle.UnpicklingError(refusal(full))
+            raise pickle.UnpicklingError(refusal_message(full))
         return stand_in(full)

@@ -73,7 +73,7 @@ def apply_rules(
         UsageError: If no row matches an entry, a value does not have the form that its row expects,
             or two entries give the same name.
     """
-    found: dict[str, Tensor] = {}
+    taken: dict[str, Tensor] = {}
     skipped: Counter[str] = Counter()
     unknown = []
     for key, value in state.items():
@@ -84,16 +84,16 @@ def apply_rules(
             skipped[rule.reason(value) if callable(rule.reason) else rule.reason] += 1
         else:
             names = [_fill(template, match) for template in rule.targets]
-            twice = [name for name in names if name in found]
+            twice = [name for name in names if name in taken]
             if twice:
                 raise UsageError(f"a second entry gives '{twice[0]}': '{key}'")
-            found.update(zip(names, _changed(rule, key, value), strict=True))
+            taken.update(zip(names, _changed(rule, key, value), strict=True))
     if unknown:
         raise UsageError(
             f'{len(unknown)} of its {len(state)} entries are unknown to this source (such as '
             f'{", ".join(map(repr, unknown[:3]))}): is --from right?'
         )
-    return found, skipped
+    return taken, skipped
 
 
 def _first_match(rules: Sequence[Rule], key: str) -> tuple[Rule | None, Optional['re.Match[str]']]:
@@ -105,9 +105,9 @@ def _first_match(rules: Sequence[Rule], key: str) -> tuple[Rule | None, Optional
 
 
 def _fill(template: str, match: 're.Match[str]') -> str:
-    def group(found: 're.Match[str]') -> str:
-        text = match[int(found[1])]
-        return str(int(text) + int(found[2])) if found[2] else text
+    def group(reference: 're.Match[str]') -> str:
+        text = match[int(reference[1])]
+        return str(int(text) + int(reference[2])) if reference[2] else text
 
     return re.sub(r'<(\d)([+-]\d+)?>', group, template)
 

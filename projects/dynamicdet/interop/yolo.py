@@ -50,10 +50,12 @@ def kinds_apart(values: Tensor, anchors: int) -> Tensor:
 
 def _compare_anchors(anchors: Tensor, head: AnchorHead, units: Sequence[int]) -> str:
     """What to say of a file's anchors, which are in ``units`` of pixels, one per level."""
-    own, same = head.anchors.flatten(1), False
-    if anchors.numel() == own.numel():
-        pixels = anchors.float().reshape(own.shape) * own.new_tensor(units)[:, None]
-        same = torch.allclose(pixels, own, rtol=1e-2)
+    head_anchors, same = head.anchors.flatten(1), False
+    if anchors.numel() == head_anchors.numel():
+        pixels = (
+            anchors.float().reshape(head_anchors.shape) * head_anchors.new_tensor(units)[:, None]
+        )
+        same = torch.allclose(pixels, head_anchors, rtol=1e-2)
     if same:
         return 'anchors, which the config has'
     return (

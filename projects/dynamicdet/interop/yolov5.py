@@ -13,21 +13,21 @@ _HEAD = 24
 
 
 def _rows(row: YOLOv5Row) -> list[Rule]:
-    layer, own = rf'model\.{row.number}\.', row.name
+    layer, name = rf'model\.{row.number}\.', row.name
     if row.kind == 'conv':
-        return [rename(layer + r'((?:conv|bn)\.\w+)', f'{own}.<1>')]
+        return [rename(layer + r'((?:conv|bn)\.\w+)', f'{name}.<1>')]
     if row.kind == 'spp':
         return [
-            rename(layer + r'cv1\.(.*)', f'{own}.entry.<1>'),
-            rename(layer + r'cv2\.(.*)', f'{own}.out.<1>'),
+            rename(layer + r'cv1\.(.*)', f'{name}.entry.<1>'),
+            rename(layer + r'cv2\.(.*)', f'{name}.out.<1>'),
         ]
     names = dict(cv1='main_conv', cv2='short_conv', cv3='final_conv')
     return [
         *(
-            rename(layer + rf'{theirs}\.(.*)', f'{own}.{ours}.<1>')
+            rename(layer + rf'{theirs}\.(.*)', f'{name}.{ours}.<1>')
             for theirs, ours in names.items()
         ),
-        rename(layer + r'm\.(\d+)\.cv(\d)\.(.*)', f'{own}.blocks.<1>.conv<2>.<3>'),
+        rename(layer + r'm\.(\d+)\.cv(\d)\.(.*)', f'{name}.blocks.<1>.conv<2>.<3>'),
     ]
 
 

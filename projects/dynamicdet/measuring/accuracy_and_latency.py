@@ -16,7 +16,7 @@ from mmdet.models.detectors import BaseDetector
 from ..building import build_loader, load_detector
 from ..compression.size_report import AccuracyAndLatency
 from ..models import DynamicDetector
-from ..models.online_control import kept_speed
+from ..models.budget_control import preserved_budget
 from ..progress import Progress
 from ..timing import time_in_turns
 from .latencies import force_dynamic_exit
@@ -48,11 +48,11 @@ def measure_detectors(
         name: evaluate_detector(cfg, model, loader, progress, name)
         for name, model in models.items()
     }
-    seconds = latencies(models, loader.dataset, progress)
+    seconds = exit_latencies(models, loader.dataset, progress)
     return {
         name: AccuracyAndLatency(
-            metric(metrics, 'mAP', 'AP'),
-            metric(metrics, 'mAP_50', 'AP50'),
+            box_ap(metrics, 'mAP', 'AP'),
+            box_ap(metrics, 'mAP_50', 'AP50'),
             float(np.dot(shares, seconds[name])),
             shares if len(shares) > 1 else (),
         )
@@ -76,17 +76,17 @@ def evaluate_detector(
     return evaluator.evaluate(len(loader.dataset)), (counts / counts.sum()).tolist()
 
 
-def metric(found: Mapping[str, float], *names: str) -> float | None:
+def box_ap(metrics: Mapping[str, float], *names: str) -> float | None:
     """The box AP among an evaluator's figures, in percent, such as COCO's or VOC's."""
     for name in names:
         for key in (f'coco/bbox_{name}', f'pascal_voc/{name}'):
-            if key in found:
-                return 100 * found[key]
+            if key in metrics:
+                return 100 * metrics[key]
     return None
 
 
 @torch.no_grad()
-def latencies(
+def exit_latencies(
     models: Mapping[str, BaseDetector], dataset, progress: Progress
 ) -> dict[str, list[float]]:
     """Median seconds of an image under each exit, (K,): batch 1, data in memory, detectors taking
@@ -96,7 +96,7 @@ def latencies(
     with contextlib.ExitStack() as stack:
         for model in models.values():
             if _exits(model) > 1:
-                stack.enter_context(kept_speed(model))
+                stack.enter_context(preserved_budget(model))
         medians = time_in_turns(
             {turn: models[turn[0]].test_step for turn in turns},
             batches,

@@ -29,11 +29,11 @@ from mmdet.structures import DetDataSample
 from ..apis.stream import Stream
 from ..building import require_dynamic
 from ..checkpoints import read_checkpoint
-from ..compression.shrinking import resize
+from ..compression.shrinking import resize_channels
 from ..datasets.digits import load_sources, make_image
 from ..errors import UsageError
 from ..models import DynamicDetector
-from ..models.online_control import Online, build_controller
+from ..models.budget_control import BudgetControl, build_budget_controller
 from ..models.resolution import reduce_images, reduce_samples
 from ..models.weights import is_plain, require_complete
 from ..progress import Progress
@@ -128,8 +128,8 @@ def build_pair(
     if checkpoint:
         state = read_checkpoint(checkpoint)['state_dict']
         # A plain detector has no more than the two exits share with it.
-        own = ('backbone.connections.', 'router.') if is_plain(state) else ()
-        require_complete(model, state, own)
+        optional = ('backbone.connections.', 'router.') if is_plain(state) else ()
+        require_complete(model, state, optional)
         model.load_state_dict(state, strict=False)
     else:
         randomize(model, seed)
@@ -148,7 +148,7 @@ def build_stock(settings: Mapping, model: DynamicDetector) -> BaseDetector:
     detector = copy.deepcopy(whole['detector'])
     detector['backbone'] = copy.deepcopy(whole.get('backbone') or detector['backbone'])
     stock = MODELS.build(detector)
-    resize(stock, _of_exit0(getattr(model, 'removed_channels', {})))
+    resize_channels(stock, _of_exit0(getattr(model, 'removed_channels', {})))
     stock.load_state_dict(_of_exit0(model.state_dict()), assign=True)
     stock.data_preprocessor = _FirstView(model)
     return stock
@@ -157,10 +157,10 @@ def build_stock(settings: Mapping, model: DynamicDetector) -> BaseDetector:
 def _of_exit0(named: Mapping[str, object]) -> dict[str, object]:
     """What belongs to exit 0, by the stock detector's names."""
     return {
-        plain + name[len(own) :]: value
+        plain + name[len(prefix) :]: value
         for name, value in named.items()
-        for own, plain in (('backbone.first.', 'backbone.'), ('branches.0.', ''))
-        if name.startswith(own)
+        for prefix, plain in (('backbone.first.', 'backbone.'), ('branches.0.', ''))
+        if name.startswith(prefix)
     }
 
 
@@ -168,7 +168,7 @@ class _Refused(UsageError):
     """A setting that this detector cannot have."""
 
 
-def reformat(model: DynamicDetector, memory_format: str) -> DynamicDetector:
+def with_memory_format(model: DynamicDetector, memory_format: str) -> DynamicDetector:
     """A detector whose weights and images lie in memory as asked for: itself if contiguous, else a
     copy.
 
@@ -295,7 +295,7 @@ def half_hard_threshold(model: DynamicDetector, batches: Sequence[dict]) -> floa
 
 
 @torch.no_grad()
-def interleave(
+def time_interleaved(
     tasks: Mapping[object, BenchmarkTask], rounds: int, progress: Progress, what: str
 ) -> dict[object, np.ndarray]:
     """Time tasks in turns: each once a round, in many orders one after the other.
@@ -337,7 +337,9 @@ def _time(task: BenchmarkTask) -> float:
         if task.setting is not None:
             stack.enter_context(task.setting.on(device))
         if task.policy == 'online':
-            stack.enter_context(Online(detector, build_controller(detector, dict(hard_share=0.5))))
+            stack.enter_context(
+                BudgetControl(detector, build_budget_controller(detector, dict(hard_share=0.5)))
+            )
         start = now(device)
         if task.policy.startswith('stream'):
             size = len(task.batches[0]['inputs'])
@@ -387,14 +389,14 @@ def measure_benchmark(
         UsageError: If the images' difficulties do not part the batches in halves.
     """
     ways = list(ways) or [MachineSetting(torch.get_num_threads())]
-    found, single, whole, formatted = {}, {}, {}, {}
+    rows, single, whole, formatted = {}, {}, {}, {}
     for way in ways:
         try:
             if way.memory_format not in formatted:
-                own = reformat(model, way.memory_format)
+                dynamic = with_memory_format(model, way.memory_format)
                 formatted[way.memory_format] = (
-                    own,
-                    build_stock(settings, own).to(_device(own)).eval(),
+                    dynamic,
+                    build_stock(settings, dynamic).to(_device(dynamic)).eval(),
                 )
             boxes, tasks, batch_tasks = _tasks(*formatted[way.memory_format], batches, way)
         except (UsageError, RuntimeError, NotImplementedError) as error:
@@ -403,21 +405,21 @@ def measure_benchmark(
             reason = str(error).splitlines()[0]
             if not isinstance(error, UsageError):
                 reason = f"an operator of mmcv's lacks {way.dtype} on this device: {reason}"
-            found[way] = dict(way._asdict(), refused=reason)
+            rows[way] = dict(way._asdict(), refused=reason)
             continue
-        found[way] = dict(way._asdict(), boxes_compared=boxes)
+        rows[way] = dict(way._asdict(), boxes_compared=boxes)
         single.update(tasks)
         whole.update(batch_tasks)
-    seconds = interleave(single, rounds, progress, 'batch 1')
-    seconds.update(interleave(whole, batch_rounds, progress, 'whole batches'))
-    for way, one in found.items():
+    seconds = time_interleaved(single, rounds, progress, 'batch 1')
+    seconds.update(time_interleaved(whole, batch_rounds, progress, 'whole batches'))
+    for way, one in rows.items():
         if 'refused' not in one:
             one.update(
                 _summary(
                     {name: values for (owner, name), values in seconds.items() if owner == way}
                 )
             )
-    return list(found.values())
+    return list(rows.values())
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -427,11 +429,11 @@ def _device(model: nn.Module) -> torch.device:
 def _is_refusal(error: Exception) -> bool:
     """Whether an operator lacks a data type, or a format was refused, rather than something being
     wrong."""
-    said = str(error)
+    message = str(error)
     return (
         isinstance(error, _Refused)
-        or 'not implemented for' in said
-        or 'expected scalar type' in said
+        or 'not implemented for' in message
+        or 'expected scalar type' in message
     )
 
 
@@ -468,8 +470,8 @@ def _tasks(
 
 def _leaving_at(exit: int, exits: int) -> Thresholds:
     """Thresholds with which every image leaves at one exit."""
-    found = [ALL_HARD] * exit + [ALL_EASY] * (exits - 1 - exit)
-    return found[0] if exits == 2 else found
+    thresholds = [ALL_HARD] * exit + [ALL_EASY] * (exits - 1 - exit)
+    return thresholds[0] if exits == 2 else thresholds
 
 
 def _summary(seconds: Mapping[str, np.ndarray]) -> dict[str, dict]:

@@ -16,7 +16,7 @@ from ..annotations import original_of
 from ..errors import UsageError
 from ..models import DynamicDetector
 from ..models.batch_state import BatchState
-from ..models.online_control import kept_speed
+from ..models.budget_control import preserved_budget
 from ..progress import Progress
 from ..routing.evaluation import read_truth
 from ..routing.merging import platt_scaling_of
@@ -24,7 +24,13 @@ from ..routing.record import Detections, RoutingRecord
 from ..timing import dtype_of, machine_of
 from ..transfers import to_host
 from .flops import count_flops
-from .latencies import force_dynamic_exit, measure_latencies, single_batches
+from .latencies import (
+    force_dynamic_exit,
+    measure_latencies,
+    rows_by_size,
+    rows_to_measure,
+    single_batches,
+)
 
 
 @torch.no_grad()
@@ -32,11 +38,20 @@ def measure_difficulties(
     model: DynamicDetector, loader: DataLoader, progress: Progress
 ) -> np.ndarray:
     """Difficulties of a data set, sorted, (n,), float32. Runs the first backbone and the router."""
+    return np.sort(_scores_and_shapes(model, loader, progress)[0])
+
+
+def _scores_and_shapes(
+    model: DynamicDetector, loader: DataLoader, progress: Progress
+) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """Difficulty of each image, float32, and its height and width as delivered."""
     scores: list[float] = []
+    shapes: list[tuple[int, int]] = []
     for batch in progress(loader, 'difficulties'):
         data = model.data_preprocessor(batch, False)
         scores.extend(model.score(data['inputs'], data['data_samples']).tolist())
-    return np.sort(np.asarray(scores, np.float32))
+        shapes.extend(tuple(sample.img_shape[:2]) for sample in data['data_samples'])
+    return np.asarray(scores, np.float32), shapes
 
 
 @torch.no_grad()
@@ -51,12 +66,37 @@ def measure_gflops(
     """
     batches = single_batches(dataset, images, rows)
     means = []
-    with kept_speed(model):
+    with preserved_budget(model):
         for exit in range(model.num_exits):
             force_dynamic_exit(model, exit)
             flops, _ = count_flops(lambda: [model.test_step(batch) for batch in batches])
             means.append(flops / len(batches) / 1e9)
     return tuple(means)
+
+
+def mean_costs(
+    model: DynamicDetector, dataset, shapes: Sequence[tuple[int, int]], progress: Progress
+) -> tuple[list[float], list[float]]:
+    """Mean GFLOPs and seconds per image of each exit, over images of all sizes: a record's mean.
+
+    Args:
+        model (DynamicDetector): In eval mode, on the device that counts.
+        dataset: The images, (n,).
+        shapes (Sequence[tuple]): Height and width of each as delivered. Some of each size are
+            measured, and count for all of it.
+        progress (Callable): Wraps what is iterated over.
+    """
+    sizes, costs = rows_by_size(model, shapes), np.zeros((2, model.num_exits))
+    for own in progress(sizes, 'costs of sizes'):
+        counted, timed = rows_to_measure(own, len(sizes))
+        costs += len(own) * np.array(
+            [
+                measure_gflops(model, dataset, rows=counted),
+                measure_latencies(model, dataset, lambda steps, what: steps, rows=timed),
+            ]
+        )
+    gflops, latencies = (costs / len(shapes)).tolist()
+    return gflops, latencies
 
 
 @torch.no_grad()
@@ -73,14 +113,14 @@ def record_exits(model: DynamicDetector, loader: DataLoader, progress: Progress)
         RoutingRecord: Its costs are NaN.
     """
     images = []
-    with kept_speed(model):
+    with preserved_budget(model):
         # A budget that waits for a calibration is not asked for here.
         force_dynamic_exit(model, 0)
         for batch in progress(loader, 'every exit'):
             data = model.data_preprocessor(batch, False)
             samples = data['data_samples']
             every = [
-                detected(model.finish(state), loader.dataset.cat_ids)
+                detection_arrays(model.finish(state), loader.dataset.cat_ids)
                 for state in exit_states(model, data['inputs'], samples)
             ]
             images.extend(
@@ -88,9 +128,9 @@ def record_exits(model: DynamicDetector, loader: DataLoader, progress: Progress)
                     id=sample.img_id,
                     file=sample.img_path,
                     difficulty=sample.difficulty,
-                    detections=list(own),
+                    detections=list(by_exit),
                 )
-                for sample, *own in zip(samples, *every)
+                for sample, *by_exit in zip(samples, *every)
             )
     return RoutingRecord.from_images(images)
 
@@ -106,24 +146,26 @@ def exit_states(
         yield state
 
 
-def detected(samples: SampleList, category_ids: Sequence[int]) -> list[tuple[np.ndarray, ...]]:
+def detection_arrays(
+    samples: SampleList, category_ids: Sequence[int]
+) -> list[tuple[np.ndarray, ...]]:
     """Detections of each image as `Detections.join` takes them: boxes, (D, 4), x, y, w, h; scores
     and categories, (D,)."""
-    known, found = np.asarray(category_ids, np.int32), []
+    categories, arrays = np.asarray(category_ids, np.int32), []
     for boxes, scores, labels in to_host([sample.pred_instances for sample in samples]):
         boxes[:, 2:] -= boxes[:, :2]
-        found.append((boxes.numpy(), scores.numpy(), known[labels.numpy()]))
-    return found
+        arrays.append((boxes.numpy(), scores.numpy(), categories[labels.numpy()]))
+    return arrays
 
 
 def coco_results(sample, category_ids: Sequence[int]) -> list[dict]:
     """Detections of an image as COCO has them; masks are left out, and left where they are."""
-    return Detections.join(detected([sample], category_ids))[0]
+    return Detections.join(detection_arrays([sample], category_ids))[0]
 
 
 def provenance(cfg: Config, checkpoint: str, dataset, device: str) -> dict[str, object]:
     """Where figures come from: what was measured, on which data and which machine. See also
-    `passed`."""
+    `inference_settings`."""
     return dict(
         config=str(cfg.filename),
         checkpoint=str(checkpoint),
@@ -138,7 +180,7 @@ def provenance(cfg: Config, checkpoint: str, dataset, device: str) -> dict[str, 
     )
 
 
-def passed(model: torch.nn.Module, loader: DataLoader) -> dict[str, object]:
+def inference_settings(model: torch.nn.Module, loader: DataLoader) -> dict[str, object]:
     """How images passed through a model: in which numbers, and how many at a time. Latencies are of
     one at a time."""
     batch_size = getattr(loader.batch_sampler, 'batch_size', loader.batch_size)
@@ -158,19 +200,17 @@ def score_facts(model: DynamicDetector) -> dict[str, object]:
 @contextlib.contextmanager
 def plain_exits(model: DynamicDetector) -> Iterator[None]:
     """While this is open, exits are not merged, and give their scores as they are."""
-    kept = model.merge, model.platt_scale.clone(), model.platt_shift.clone()
+    merge, scale, shift = model.merge, model.platt_scale.tolist(), model.platt_shift.tolist()
     model.merge = None
-    model.platt_scale.fill_(1)
-    model.platt_shift.fill_(0)
+    model.set_platt_scaling([(1.0, 0.0)] * model.num_exits)
     try:
         yield
     finally:
-        model.merge = kept[0]
-        model.platt_scale.copy_(kept[1])
-        model.platt_shift.copy_(kept[2])
+        model.merge = merge
+        model.set_platt_scaling(list(zip(scale, shift)))
 
 
-def calibrate_scores(model: DynamicDetector, loader: DataLoader, progress: Progress) -> np.ndarray:
+def calibrate_scores(model: DynamicDetector, loader: DataLoader, progress: Progress) -> None:
     """Bring the scores of all exits on one scale: fit chances to be right to the annotations of a
     data set, see `routing.merging.platt_scaling_of`, and set the model's scaling to them.
 
@@ -178,19 +218,12 @@ def calibrate_scores(model: DynamicDetector, loader: DataLoader, progress: Progr
         model (DynamicDetector): In eval mode.
         loader (DataLoader): Over a COCO-format data set.
         progress (Callable): Wraps what is iterated over.
-
-    Returns:
-        np.ndarray: Difficulties of the data set, as of `measure_difficulties`: nothing else runs
-            for them.
     """
     dataset = loader.dataset
     truth = read_truth(dataset.ann_file, dataset.cat_ids)
     with plain_exits(model):
         record = record_exits(model, loader, progress)
-    scaling = torch.tensor(platt_scaling_of(record, truth), device=model.platt_scale.device)
-    model.platt_scale.copy_(scaling[:, 0])
-    model.platt_shift.copy_(scaling[:, 1])
-    return np.sort(record.difficulty.astype(np.float32))
+    model.set_platt_scaling(platt_scaling_of(record, truth))
 
 
 def require_trained_router(model: DynamicDetector) -> None:
@@ -206,7 +239,7 @@ def calibrate(
     loader: DataLoader,
     progress: Progress,
     hard_share: float = 0.5,
-    scores: bool = False,
+    fit_scores: bool = False,
 ) -> dict:
     """Measure difficulties and costs, and set the model's calibration and threshold to them.
 
@@ -215,8 +248,8 @@ def calibrate(
         loader (DataLoader): Over the validation set.
         progress (Callable): Wraps what is iterated over.
         hard_share (float): What the checkpoint does when nothing is asked for. Defaults to 0.5.
-        scores (bool): Whether to fit the scaling of the exits' scores, too; see `calibrate_scores`.
-            Defaults to False: it stays as it is.
+        fit_scores (bool): Whether to fit the scaling of the exits' scores, too; see
+            `calibrate_scores`. Defaults to False: it stays as it is.
 
     Returns:
         dict: ``threshold`` (a list for more than two exits), and of each exit ``lat1``, ``lat2``,
@@ -226,11 +259,12 @@ def calibrate(
         UsageError: If the router was not trained.
     """
     require_trained_router(model)
-    measure = calibrate_scores if scores else measure_difficulties
-    difficulties = measure(model, loader, progress)
-    latencies = measure_latencies(model, loader.dataset, progress)
-    gflops = measure_gflops(model, loader.dataset)
-    model.difficulties = torch.from_numpy(difficulties).to(model.difficulties.device)
+    if fit_scores:
+        calibrate_scores(model, loader, progress)
+    with torch.no_grad():
+        scores, shapes = _scores_and_shapes(model, loader, progress)
+    gflops, latencies = mean_costs(model, loader.dataset, shapes, progress)
+    model.difficulties = torch.from_numpy(np.sort(scores)).to(model.difficulties.device)
     model.latencies.copy_(torch.tensor(latencies))
     model.gflops.copy_(torch.tensor(gflops))
     threshold = model.set_budget(hard_share=hard_share)

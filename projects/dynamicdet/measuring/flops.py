@@ -152,24 +152,24 @@ def _dynamic_costs(model: DynamicDetector, shape: Sequence[int]) -> Costs:
         router = PartCost(
             count_parameters(model.router), count_flops(lambda: model.router(maps))[0]
         )
-        seen = [(flops, _shapes(net.select(maps)))]
+        backbone_costs = [(flops, _shapes(net.select(maps)))]
         for exit in range(1, model.num_exits):
             flops, maps = count_flops(lambda: model.deeper_maps(exit, images, maps))
-            seen.append((flops, _shapes(net.select(maps))))
+            backbone_costs.append((flops, _shapes(net.select(maps))))
     parts, exits, used, run = {}, [], [model.router], router.flops
     passed: list[nn.Module] = []
-    for exit, (flops, shapes) in enumerate(seen):
+    for exit, (flops, shapes) in enumerate(backbone_costs):
         # Shared heads cost the same where they see as much.
-        if exit == 0 or len(model.branches) > 1 or shapes != seen[exit - 1][1]:
+        if exit == 0 or len(model.branches) > 1 or shapes != backbone_costs[exit - 1][1]:
             samples = [sample] if exit else reduce_samples([sample], ratio)
             heads, rois = _run_detector(model.branch(exit), shapes, *samples)
-        name, own = _backbone_of(net, exit)
-        parts[name] = PartCost(count_parameters(*own), flops)
+        name, backbone_parts = _backbone_of(net, exit)
+        parts[name] = PartCost(count_parameters(*backbone_parts), flops)
         if exit == 0:
             parts['router'] = router
         own_branch = count_parameters(*model.branches[exit : exit + 1])
         parts[f'{ORDINALS[exit]} neck and heads'] = PartCost(own_branch, heads)
-        used, run = [*used, *own], run + flops
+        used, run = [*used, *backbone_parts], run + flops
         exits.append(PartCost(count_parameters(*used, *passed, model.branch(exit)), run + heads))
         # Each exit runs its own neck and heads; of those before, only where exits are merged.
         if model.merge:

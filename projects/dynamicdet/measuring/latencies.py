@@ -6,10 +6,14 @@ import torch
 from mmengine.dataset import pseudo_collate
 
 from ..models import DynamicDetector
-from ..models.online_control import kept_speed
+from ..models.budget_control import preserved_budget
 from ..progress import Progress
 from ..routing.thresholds import ALL_EASY, ALL_HARD
 from ..timing import time_in_turns
+
+#: Images whose GFLOPs are counted, and whose latency is measured, of all sizes; and of one size at
+#: the least.
+_COUNTED, _TIMED, _LEAST = 10, 20, 2
 
 
 def force_dynamic_exit(model: DynamicDetector, exit: int) -> None:
@@ -38,7 +42,7 @@ def measure_latencies(
         rows (Sequence[int], optional): Which images instead of the first.
     """
     batches = single_batches(dataset, images, rows)
-    with kept_speed(model):
+    with preserved_budget(model):
         medians = time_in_turns(
             {exit: model.test_step for exit in range(model.num_exits)},
             batches,
@@ -48,6 +52,31 @@ def measure_latencies(
             lambda exit: force_dynamic_exit(model, exit),
         )
     return tuple(medians.values())
+
+
+def rows_by_size(model: DynamicDetector, shapes: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Images that cost the same, but for a two-stage head's proposals: of one size, padded as the
+    network sees it.
+
+    Args:
+        model (DynamicDetector): That sees them.
+        shapes (Sequence[tuple]): Height and width of each image, as delivered, (n,).
+
+    Returns:
+        list[list[int]]: Rows of each size.
+    """
+    divisor = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
+    rows: dict[tuple, list[int]] = {}
+    for row, shape in enumerate(shapes):
+        rows.setdefault(tuple(-(-side // divisor) for side in shape), []).append(row)
+    return list(rows.values())
+
+
+def rows_to_measure(own: Sequence[int], sizes: int) -> tuple[Sequence[int], Sequence[int]]:
+    """Of the rows of one of so many sizes, those whose GFLOPs are counted and those that are
+    timed."""
+    counted, timed = (own[: max(number // sizes, _LEAST)] for number in (_COUNTED, _TIMED))
+    return counted, timed
 
 
 def single_batches(dataset, images: int, rows: Sequence[int] | None) -> list[dict]:

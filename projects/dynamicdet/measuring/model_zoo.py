@@ -108,8 +108,8 @@ def papers_ap(entry: Mapping) -> str:
     """The papers' AP at each share that they state, and whose it is; empty where there is none."""
     figures = entry.get('Figures Of The Paper', {})
     stated = []
-    for percent, found in figures.get('At Percent Hard', {}).items():
-        box, mask = (found.get(f'{kind} AP val') for kind in ('box', 'mask'))
+    for percent, figures_at_share in figures.get('At Percent Hard', {}).items():
+        box, mask = (figures_at_share.get(f'{kind} AP val') for kind in ('box', 'mask'))
         if box is not None:
             stated.append(
                 f'{box} at {percent}%' if mask is None else f'{box} box, {mask} mask at {percent}%'

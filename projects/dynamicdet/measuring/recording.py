@@ -6,38 +6,36 @@ All that a router is judged by, or trained on, follows from it; see `routing.rec
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mmdet.structures import SampleList
-
 from ..building import build_loader
 from ..datasets.config_datasets import require_one_coco
 from ..errors import UsageError
 from ..models import DynamicDetector
+from ..models.budget_control import preserved_budget, whole_images
 from ..models.kept_outputs import kept_outputs
-from ..models.online_control import kept_speed, whole_images
 from ..progress import Progress
 from ..routing.record import RoutingRecord
 from ..timing import now
-from .calibration import detected, exit_states, measure_gflops, passed, provenance, score_facts
+from .calibration import (
+    detection_arrays,
+    exit_states,
+    inference_settings,
+    measure_gflops,
+    provenance,
+    score_facts,
+)
 from .flops import count_flops
-from .latencies import force_dynamic_exit, measure_latencies
+from .latencies import force_dynamic_exit, measure_latencies, rows_by_size, rows_to_measure
+from .views import VIEWS
 
-#: How far an image is shifted for a second view: no multiple of any map's stride, so that maps
-#: differ.
-SHIFT = 5
-#: Images whose GFLOPs are counted, and whose latency is measured, of all sizes; and of one size at
-#: the least.
-_COUNTED, _TIMED, _LEAST = 10, 20, 2
 #: Weights of red, green and blue in a gray level (ITU-R BT.601).
 _GRAY = (0.299, 0.587, 0.114)
 
@@ -121,7 +119,7 @@ def record_data_set(
     device = str(model.threshold.device)
     facts = dict(
         provenance(cfg, checkpoint, loader.dataset, device),
-        **passed(model, loader),
+        **inference_settings(model, loader),
         view=VIEWS[view].said if view in VIEWS else 'none',
         first_scale=model.first_scale,
         branch0_gflops=branch_gflops,
@@ -155,7 +153,7 @@ def record_images(
             'before it resizes (LoadAnnotations right after LoadImageFromFile)'
         )
     images = []
-    with kept_speed(model):
+    with preserved_budget(model):
         # A budget that waits for a calibration is not asked for here.
         force_dynamic_exit(model, 0)
         for batch in progress(batches, 'every exit'):
@@ -175,7 +173,7 @@ def _record_batch(
         # Finished before the next exit, which else would run the heads where exits are merged.
         for state in exit_states(model, inputs, samples):
             with kept_outputs(model.branch(state.exit)) as kept:
-                detections.append(detected(model.finish(state), category_ids))
+                detections.append(detection_arrays(model.finish(state), category_ids))
             every.append(state)
             outputs.append(kept)
     seen_by_router = features[0].cpu().numpy()
@@ -193,49 +191,44 @@ def _record_batch(
         for row, sample in enumerate(samples)
     ]
     if view != 'none':
-        seen = [
-            detected(model.finish(state), category_ids)
+        view_detections = [
+            detection_arrays(model.finish(state), category_ids)
             for state in exit_states(model, VIEWS[view].make(inputs, samples), samples)
         ]
         for row, (entry, sample) in enumerate(zip(entries, samples)):
             entry['view'] = [
                 (VIEWS[view].back(per_image[row][0], sample), *per_image[row][1:])
-                for per_image in seen
+                for per_image in view_detections
             ]
     if annotated:
         # Last: some heads write into the annotations that they are given.
         objects = [len(sample.gt_instances) for sample in samples]
         losses = model.losses_of_states(every, outputs)
-        for entry, count, own in zip(entries, objects, losses.T.tolist()):
-            entry.update(losses=own, objects=count)
+        for entry, count, image_losses in zip(entries, objects, losses.T.tolist()):
+            entry.update(losses=image_losses, objects=count)
     return entries
 
 
 def _add_costs(
     images: list[dict], model: DynamicDetector, dataset, progress: Progress
 ) -> tuple[float, float]:
-    """GFLOPs and latency of each image under each exit, at batch 1: those of its size.
-
-    Images of one size, padded as the network sees it, cost the same but for a two-stage head's
-    proposals; some of each size are measured.
+    """GFLOPs and latency of each image under each exit, at batch 1: those of its size, of which
+    some are measured, as by `calibration.mean_costs`.
 
     Returns:
         tuple: GFLOPs and seconds of exit 0's neck and heads, the mean over the images: what a
             router that looks at exit 0's detections pays for every image; where exits are merged,
             all images' costs have it already.
     """
-    divisor = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
-    rows: dict[tuple, list[int]] = {}
-    for row, image in enumerate(images):
-        rows.setdefault(tuple(-(-side // divisor) for side in image.pop('shape')), []).append(row)
+    sizes = rows_by_size(model, [image.pop('shape') for image in images])
     branch = np.zeros(2)
-    for own in progress(list(rows.values()), 'costs of sizes'):
-        counted, timed = (own[: max(number // len(rows), _LEAST)] for number in (_COUNTED, _TIMED))
+    for same_size in progress(sizes, 'costs of sizes'):
+        counted, timed = rows_to_measure(same_size, len(sizes))
         gflops = measure_gflops(model, dataset, rows=counted)
         latencies = measure_latencies(model, dataset, lambda steps, what: steps, rows=timed)
         routing = _measure_routing(model, dataset, counted)
-        branch += len(own) * np.maximum(0, np.subtract((gflops[0], latencies[0]), routing))
-        for row in own:
+        branch += len(same_size) * np.maximum(0, np.subtract((gflops[0], latencies[0]), routing))
+        for row in same_size:
             images[row].update(gflops=list(gflops), latencies=list(latencies))
     return tuple((branch / len(images)).tolist())
 
@@ -243,7 +236,7 @@ def _add_costs(
 @contextlib.contextmanager
 def _watched_features(model: DynamicDetector) -> Iterator[list[Tensor]]:
     """What the router is shown while this is open: (N, d) for each time it is asked."""
-    seen: list[Tensor] = []
+    features: list[Tensor] = []
 
     def watch(router: nn.Module, arguments: tuple) -> None:
         if not arguments[0][0].is_floating_point():
@@ -251,11 +244,11 @@ def _watched_features(model: DynamicDetector) -> Iterator[list[Tensor]]:
                 'a deployed detector in 8 bits shows no features: record the one that it was made '
                 'from'
             )
-        seen.append(router.pool(*arguments).float())
+        features.append(router.pool(*arguments).float())
 
     hook = model.router.register_forward_pre_hook(watch)
     try:
-        yield seen
+        yield features
     finally:
         hook.remove()
 
@@ -278,85 +271,6 @@ def _measure_routing(
     flops, _ = count_flops(lambda: [run(batch) for batch in batches])
     seconds = [run(batch) for _ in range(rounds) for batch in batches]
     return flops / len(batches) / 1e9, float(np.median(seconds))
-
-
-# The augmented view.
-
-
-def flip_images(inputs: Tensor, samples: SampleList) -> Tensor:
-    """Flip each image of a batch from left to right; its padding stays at the right and below.
-
-    Args:
-        inputs (Tensor): (N, 3, H, W).
-        samples (list[DetDataSample]): With ``img_shape``, ``ori_shape`` and ``scale_factor``.
-
-    Returns:
-        Tensor: (N, 3, H, W), new.
-    """
-    flipped = inputs.clone()
-    for image, sample in zip(flipped, samples):
-        width = _delivered_width(sample)
-        image[..., :width] = image[..., :width].flip(-1)
-    return flipped
-
-
-def flip_boxes(boxes: np.ndarray, width: float) -> np.ndarray:
-    """Boxes of the flipped image, (D, 4), x, y, w, h, in the frame of the image itself, ``width``
-    pixels wide."""
-    left = width - boxes[:, 0] - boxes[:, 2]
-    return np.column_stack([left, boxes[:, 1:]])
-
-
-def shift_images(inputs: Tensor, samples: SampleList) -> Tensor:
-    """Shift each image of a batch to the right and down by `SHIFT` pixels, its edge repeated behind
-    it. For what has no mirror image, such as digits and signs. Arguments and result as
-    `flip_images`'s."""
-    shifted = inputs.clone()
-    for image, sample in zip(shifted, samples):
-        height, width = sample.img_shape[0], _delivered_width(sample)
-        own = image[..., :height, :width]
-        image[..., :height, :width] = F.pad(own, (SHIFT, 0, SHIFT, 0), 'replicate')[
-            ..., :height, :width
-        ]
-    return shifted
-
-
-def shift_boxes(boxes: np.ndarray, sample) -> np.ndarray:
-    """Boxes of the shifted image, (D, 4), x, y, w, h, in the frame of the image itself."""
-    across, down = (SHIFT / float(scale) for scale in sample.get('scale_factor', (1.0, 1.0)))
-    return boxes - np.array([across, down, 0, 0], boxes.dtype)
-
-
-def _delivered_width(sample) -> int:
-    """Of the image as delivered, without what a pipeline or the batch pads it with at the right."""
-    return min(sample.img_shape[1], round(sample.ori_shape[1] * _scale(sample)))
-
-
-def _original_width(sample) -> float:
-    """The same in pixels of the original image."""
-    return _delivered_width(sample) / _scale(sample)
-
-
-def _scale(sample) -> float:
-    return float(sample.get('scale_factor', (1.0, 1.0))[0])
-
-
-class View(NamedTuple):
-    """A second look at an image: how it is made from a batch, and how what is found comes back."""
-
-    make: Callable
-    back: Callable
-    said: str
-
-
-VIEWS = dict(
-    flip=View(
-        flip_images,
-        lambda boxes, sample: flip_boxes(boxes, _original_width(sample)),
-        'flipped from left to right',
-    ),
-    shift=View(shift_images, shift_boxes, f'shifted by {SHIFT} pixels'),
-)
 
 
 def gray_entropy(pixels: Tensor) -> float:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from ..errors import UsageError
 from ..models import DynamicDetector
-from ..models.online_control import kept_speed
+from ..models.budget_control import preserved_budget
 from ..progress import Progress
 from ..routing.evaluation import read_truth
 from ..routing.record import RoutingRecord
@@ -18,7 +18,7 @@ from ..routing.region_fitting import fit_region_router
 from ..routing.region_maps import class_weights
 from ..routing.region_record import cell_gains, objects_by_class, planes_of
 from ..routing.regions import PriceCurve, price_curve, threshold_for_area
-from ..timing import now
+from ..timing import time_call
 from .calibration import measure_gflops
 from .flops import count_flops
 from .latencies import force_dynamic_exit, measure_latencies, single_batches
@@ -74,7 +74,7 @@ def measure_gain_maps(
 ) -> list[np.ndarray]:
     """What each cell of each image is expected to gain, n times (h, w). Runs exit 0."""
     maps = []
-    with kept_speed(model):
+    with preserved_budget(model):
         force_dynamic_exit(model, 0)
         for batch in progress(loader, 'gains of regions'):
             data = model.data_preprocessor(batch, False)
@@ -92,24 +92,20 @@ def _costs_along(
     each region and for each share of the pixels, fitted to some images at some prices."""
     batches, device = single_batches(dataset, _IMAGES, None), model.threshold.device
     rows, flops, seconds = [], [], []
-    with kept_speed(model):
+    with preserved_budget(model):
         for share in progress(_SHARES, 'costs of regions'):
             model.set_budget(threshold=threshold_for_area(curve, share))
             for batch in batches:
                 # The first counts, and warms up.
                 count, (sample,) = count_flops(lambda: model.test_step(batch))
-                times = [_seconds(model, batch, device) for _ in range(_ROUNDS)]
+                times = [
+                    time_call(lambda: model.test_step(batch), device)[0] for _ in range(_ROUNDS)
+                ]
                 rows.append((1.0, len(sample.regions), _share_of(sample)))
                 flops.append(count / 1e9)
                 seconds.append(float(np.median(times)))
     along = np.column_stack([np.ones(len(curve.shares)), curve.counts, curve.shares])
     return tuple(along @ nnls(np.array(rows), np.array(costs))[0] for costs in (flops, seconds))
-
-
-def _seconds(model: DynamicDetector, batch: dict, device: torch.device) -> float:
-    start = now(device)
-    model.test_step(batch)
-    return now(device) - start
 
 
 def _share_of(sample) -> float:
@@ -161,9 +157,12 @@ def fit_regions(
     return dict(images=len(inputs), correlation=correlation, classes=int((counts > 0).sum()))
 
 
-def put_regions(model: DynamicDetector, checkpoint: Mapping, facts: Mapping[str, object]) -> dict:
+def insert_regions(
+    model: DynamicDetector, checkpoint: Mapping, facts: Mapping[str, object]
+) -> dict:
     """A checkpoint with a model's fitted regions, ``state_dict`` and ``meta``, without the
-    calibration of older ones; ``meta.regions`` has the facts. See `fit_router.put_router`."""
+    calibration of older ones; ``meta.regions`` has the facts. See
+    `router_from_records.insert_router`."""
     state = {key.removeprefix('module.'): value for key, value in checkpoint['state_dict'].items()}
     if hasattr(model, 'spread_plain_weights'):
         state = model.spread_plain_weights(state)

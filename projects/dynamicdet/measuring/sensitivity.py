@@ -16,13 +16,13 @@ from torch.utils.data import DataLoader, Subset
 
 from ..building import load_detector
 from ..checkpoints import read_checkpoint
-from ..compression.blocks import Block, find_layers, units
 from ..compression.pruning import apply_masks, layers_of_blocks, prune_block
-from ..compression.sensitivity import Curve, Suggestion
+from ..compression.pruning_allocation import PruningAllocation, SensitivityCurve
+from ..compression.pruning_blocks import PruningBlock, count_units, find_layers
 from ..errors import UsageError
 from ..files import write_atomically
 from ..progress import Progress
-from ..routing.evaluation import evaluate, read_truth
+from ..routing.evaluation import evaluate_coco, read_truth
 from .calibration import coco_results
 
 
@@ -30,7 +30,7 @@ class PrunedPart(NamedTuple):
     """What is pruned alone: the layers of a block, or one layer; ``weights`` is how many it has."""
 
     name: str
-    block: Block
+    block: PruningBlock
     weights: int
 
 
@@ -49,17 +49,23 @@ def parts_of(
         UsageError: If a pattern matches nothing, or blocks overlap.
     """
     every = [
-        Block(name, list(patterns), 0.0, structured=structured) for name, patterns in blocks.items()
+        PruningBlock(name, list(patterns), 0.0, structured=structured)
+        for name, patterns in blocks.items()
     ]
-    found = layers_of_blocks(model, every)
-    counts = [sum(layer.weight.numel() for layer in own.values()) for own in found]
+    layers_by_block = layers_of_blocks(model, every)
+    counts = [
+        sum(layer.weight.numel() for layer in block_layers.values())
+        for block_layers in layers_by_block
+    ]
     parts = [PrunedPart(block.name, block, count) for block, count in zip(every, counts)]
     if layers:
         parts += [
-            PrunedPart(name, Block(name, [name], 0.0, structured=structured), layer.weight.numel())
-            for block, own in zip(every, found)
-            for name, layer in own.items()
-            if round(most * units(layer, block)) < units(layer, block)
+            PrunedPart(
+                name, PruningBlock(name, [name], 0.0, structured=structured), layer.weight.numel()
+            )
+            for block, block_layers in zip(every, layers_by_block)
+            for name, layer in block_layers.items()
+            if round(most * count_units(layer, block)) < count_units(layer, block)
         ]
     if len({part.name for part in parts}) < len(parts):
         raise UsageError('two parts have the same name: name a block other than a layer')
@@ -76,7 +82,7 @@ def measure_sensitivity(
     path: str,
     identity: dict[str, Any],
     progress: Progress,
-) -> list[Curve]:
+) -> list[SensitivityCurve]:
     """AP at each share of each part, the rest as it is. What is measured is written at once, and
     not measured again by a later call.
 
@@ -98,7 +104,7 @@ def measure_sensitivity(
     for part in parts:
         # Refuses shares outside [0, 1).
         for share in shares:
-            Block(part.name, part.block.modules, share)
+            PruningBlock(part.name, part.block.modules, share)
     blocks = {part.name: list(part.block.modules) for part in parts}
     saved = _resume(path, identity, blocks)
     results, blocks = saved['results'], {**saved['blocks'], **blocks}
@@ -107,7 +113,7 @@ def measure_sensitivity(
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}
     # By key: nothing pruned is measured once.
     todo = {_key(part.name, share): (part, share) for part in parts for share in shares}
-    todo = [one for key, one in todo.items() if key not in results]
+    todo = [part_share for key, part_share in todo.items() if key not in results]
     for part, share in progress(todo, f'{metric} of {len(loader.dataset)} images'):
         layers = layers_of_blocks(model, [part.block])[0]
         if share:
@@ -118,7 +124,7 @@ def measure_sensitivity(
         content = dict(identity=identity, blocks=blocks, results=results)
         write_atomically(json.dumps(content, indent=1).encode(), path)
     return [
-        Curve(
+        SensitivityCurve(
             part.name, part.weights, shares, [results[_key(part.name, share)] for share in shares]
         )
         for part in parts
@@ -207,13 +213,29 @@ def _ap(model: nn.Module, loader: DataLoader, dataset: Any, coco: COCO, metric: 
             results += [
                 dict(one, image_id=sample.img_id) for one in coco_results(sample, dataset.cat_ids)
             ]
-    found = evaluate(coco, results, ids)[metric.lower()]
-    if found is None:
+    ap = evaluate_coco(coco, results, ids)[metric.lower()]
+    if ap is None:
         raise UsageError('there is no object in these images: take more of them')
-    return float(found)
+    return float(ap)
 
 
-def draw(curves: Sequence[Curve], suggestion: Suggestion, metric: str) -> bytes:
+def sensitivity_table(curves: Sequence[SensitivityCurve]) -> list[str]:
+    """Lines of a table: AP of each part at each share, most sensitive first (by mean loss)."""
+    width = max(len(one.name) for one in curves)
+    lines = [
+        f'{"part":{width}}  weights  ' + ' '.join(f'{share:7.0%}' for share in curves[0].shares)
+    ]
+    for one in sorted(curves, key=lambda curve: np.mean(curve.aps)):
+        lines.append(
+            f'{one.name:{width}}  {one.weights / 1e6:5.2f} M  '
+            + ' '.join(f'{ap:7.2f}' for ap in one.aps)
+        )
+    return lines
+
+
+def draw_sensitivity(
+    curves: Sequence[SensitivityCurve], allocation: PruningAllocation, metric: str
+) -> bytes:
     """A PNG: AP against share, a line per part; where the suggestion stands on it, a circle."""
     from ..reports.figures import png
 
@@ -222,8 +244,8 @@ def draw(curves: Sequence[Curve], suggestion: Suggestion, metric: str) -> bytes:
     # Who suffers most first; too many lines say nothing.
     for one in sorted(curves, key=lambda curve: np.mean(curve.aps))[:12]:
         (line,) = axes.plot(one.shares, one.aps, '.-', label=one.name)
-        if one.name in suggestion.shares:
-            place = list(one.shares).index(suggestion.shares[one.name])
+        if one.name in allocation.shares:
+            place = list(one.shares).index(allocation.shares[one.name])
             axes.plot(
                 one.shares[place],
                 one.aps[place],
@@ -238,7 +260,7 @@ def draw(curves: Sequence[Curve], suggestion: Suggestion, metric: str) -> bytes:
     return png(figure)
 
 
-def load(cfg, checkpoint: str, device: str) -> nn.Module:
+def load_any_detector(cfg, checkpoint: str, device: str) -> nn.Module:
     """A config's detector from its checkpoint, in eval mode on a device."""
     init_default_scope('mmdet')
     return load_detector(cfg, checkpoint, device, plain=True)[0]

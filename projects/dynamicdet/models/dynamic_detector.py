@@ -33,7 +33,7 @@ from ..routing.budget import Budget
 from ..routing.merging import Merge, scale_scores
 from ..routing.regions import price_of_threshold
 from ..routing.thresholds import Thresholds, require_exits
-from ..transfers import Followed, to_host
+from ..transfers import to_host
 from .batch_state import BatchState
 from .branch import build_branch
 from .composite import build_composite
@@ -54,7 +54,7 @@ from .regions import (
     to_whole_image,
 )
 from .resolution import Ratio, reduce_images, reduce_samples, scale_boxes
-from .weights import is_plain
+from .weights import is_plain, rename_entries
 
 
 @MODELS.register_module()
@@ -184,8 +184,9 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         # AP; see `routing.merging.scale_scores`.
         self.register_buffer('platt_scale', torch.ones(self.num_exits))
         self.register_buffer('platt_shift', torch.zeros(self.num_exits))
-        #: Of these two: the host decides whether there is anything to scale.
-        self._scale, self._shift = Followed(Tensor.tolist), Followed(Tensor.tolist)
+        # The same on the host, which decides whether there is anything to scale, and would have to
+        # wait for the device.
+        self._scaling = [(1.0, 0.0)] * self.num_exits
         #: Said to who asks for a mean latency: how these differ from those here. See
         #: `timing.timed_elsewhere`.
         self.timed_elsewhere: str | None = None
@@ -226,19 +227,14 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
         """Take checkpoints of plain detectors, for all exits, and calibrations of any length."""
-        entries = {
-            key[len(prefix) :]: state_dict.pop(key)
-            for key in list(state_dict)
-            if key.startswith(prefix)
-        }
-        entries = self.spread_plain_weights(entries)
-        state_dict.update({prefix + key: value for key, value in entries.items()})
+        entries = rename_entries(state_dict, prefix, self.spread_plain_weights)
         # Checkpoints from before exits could be merged lack it.
         for name in ('platt_scale', 'platt_shift'):
             state_dict.setdefault(prefix + name, getattr(self, name))
         if 'difficulties' in entries:
             self.difficulties = self.difficulties.new_empty(entries['difficulties'].shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._scaling = list(zip(self.platt_scale.tolist(), self.platt_shift.tolist()))
         self._apply_budget()
 
     # Speed.
@@ -284,6 +280,14 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             self.set_budget(self.budget)
         else:
             self._budget_waits = self.budget is not None
+
+    def set_platt_scaling(self, scaling: Sequence[tuple[float, float]]) -> None:
+        """Choose scale and shift of the logit of each exit's scores, K pairs; see
+        `routing.merging.scale_scores`."""
+        values = self.platt_scale.new_tensor(scaling)
+        self.platt_scale.copy_(values[:, 0])
+        self.platt_shift.copy_(values[:, 1])
+        self._scaling = [(scale, shift) for scale, shift in values.tolist()]
 
     # Forward.
 
@@ -335,8 +339,8 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         for exit, (maps, samples, _) in enumerate(
             self._all_exits(batch_inputs, batch_data_samples)
         ):
-            own = self.branch(exit).loss(self.backbone.select(maps), samples)
-            losses.update(rename_loss_dict(f'exit{exit}.', own))
+            branch_losses = self.branch(exit).loss(self.backbone.select(maps), samples)
+            losses.update(rename_loss_dict(f'exit{exit}.', branch_losses))
         return losses
 
     @torch.no_grad()
@@ -355,7 +359,7 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         features = self.router.pool(every[0][0], _valid(batch_inputs, batch_data_samples))
         return self._image_losses(every), features
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def losses_of_states(
         self, states: Sequence[BatchState], outputs: Sequence[Outputs] | None = None
     ) -> Tensor:
@@ -367,13 +371,21 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
                 finished, see `kept_outputs`: not computed again either.
         """
         every = [(one.maps, reduce_samples(one.samples, one.ratio), one.ratio) for one in states]
+        for _, samples, _ in every:
+            for sample in samples:
+                # Losses do not look at it, and detectors copy what they are given.
+                if 'pred_instances' in sample:
+                    del sample.pred_instances
         return self._image_losses(every, outputs)
 
     def _image_losses(self, every: list[tuple], outputs: Sequence[Outputs] | None = None) -> Tensor:
         """(K, N), float32; ``every`` as `_all_exits` gives it."""
-        outputs = outputs or [{}] * len(every)
+        outputs = outputs or [Outputs()] * len(every)
         losses = [
-            [self.parse_losses(own)[0] for own in paired_losses(self._views(every, index, outputs))]
+            [
+                self.parse_losses(exit_losses)[0]
+                for exit_losses in paired_losses(self._views(every, index, outputs))
+            ]
             for index in range(len(every[0][1]))
         ]
         return torch.stack([torch.stack(pair) for pair in losses], dim=1).float()
@@ -628,8 +640,7 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
 
     def _scale_scores(self, exit: int, found: InstanceData) -> None:
         """Write an exit's scores anew, as comparable with those of others."""
-        scale, shift = self._scale(self.platt_scale)[exit], self._shift(self.platt_shift)[exit]
-        found.scores = scale_scores(found.scores, scale, shift)
+        found.scores = scale_scores(found.scores, *self._scaling[exit])
 
     def _forward(
         self, batch_inputs: Tensor, batch_data_samples: OptSampleList = None

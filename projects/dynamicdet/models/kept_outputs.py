@@ -1,33 +1,51 @@
 """What neck and dense head gave for a batch, kept for losses of its images: no part runs twice."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from mmdet.models.dense_heads import RPNHead
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.models.detectors import BaseDetector, SingleStageDetector, TwoStageDetector
+from mmdet.utils import InstanceList
 
 from ..private_torch import changes_of
 
-#: Part of a branch -> its output for a batch, nested lists and tuples of tensors (N, ...).
-Outputs = Mapping[nn.Module, Any]
+#: What a prior generator is asked for, which depends on the sizes of maps and images alone.
+_OF_PRIORS = ('grid_priors', 'valid_flags')
 #: Whether a part gives the same when it is flagged as training, as losses want it.
 _SAME: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
+class Outputs(dict[nn.Module, Any]):
+    """Part of a branch -> its output for a batch, nested lists and tuples of tensors (N, ...).
+
+    Attributes:
+        proposals (list[InstanceData]): Of each image, for losses, where an RPN head also has the
+            first of them for tests; else empty.
+        priors (dict): What prior generators gave for losses, by what they were asked for.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proposals: InstanceList = []
+        self.priors: dict[tuple, tuple[list, list[int]]] = {}
+
+
 @contextlib.contextmanager
 def kept_outputs(branch: BaseDetector) -> Iterator[Outputs]:
-    """While this is open, outputs of a branch's neck and dense head are kept, the last of each.
+    """While this is open, outputs of a branch's neck and dense head are kept, the last of each, and
+    proposals.
 
     Left out is what would give something else for losses: parts that look at their training flag,
     such as FCOS's head; outputs that are not of one image per row; and, once this is closed, what
     was written into.
     """
-    kept: dict[nn.Module, Any] = {}
+    kept = Outputs()
     versions: dict[nn.Module, list[int]] = {}
 
     def keep(part: nn.Module, inputs: tuple, outputs: Any) -> None:
@@ -42,7 +60,8 @@ def kept_outputs(branch: BaseDetector) -> Iterator[Outputs]:
 
     hooks = [part.register_forward_hook(keep) for part in _parts(branch)]
     try:
-        yield kept
+        with _kept_proposals(branch, kept):
+            yield kept
     finally:
         for hook in hooks:
             hook.remove()
@@ -51,23 +70,74 @@ def kept_outputs(branch: BaseDetector) -> Iterator[Outputs]:
 
 
 @contextlib.contextmanager
-def given_again(outputs: Outputs, image: int) -> Iterator[None]:
+def replayed_outputs(outputs: Outputs, image: int) -> Iterator[None]:
     """While this is open, parts give what they gave for one image of the batch, and do not run."""
-    before = {part: vars(part).get('forward') for part in outputs}
-    for part, own in outputs.items():
-        # On the object, where it hides the method of the class.
-        part.forward = _giving(_map(own, lambda tensor: tensor[image : image + 1]))
+    with contextlib.ExitStack() as stack:
+        for part, part_outputs in outputs.items():
+            given = _giving(_map(part_outputs, lambda tensor: tensor[image : image + 1]))
+            stack.enter_context(_hidden(part, 'forward', given))
+            if outputs.proposals and isinstance(part, RPNHead):
+                # New: losses write into what they are given.
+                proposals = [outputs.proposals[image].new()]
+                stack.enter_context(_hidden(part, 'predict_by_feat', _giving(proposals)))
+            generator = getattr(part, 'prior_generator', None)
+            for name in _OF_PRIORS if generator is not None else ():
+                once = _once(getattr(generator, name), outputs.priors, (part, name))
+                stack.enter_context(_hidden(generator, name, once))
+        yield
+
+
+@contextlib.contextmanager
+def _hidden(owner: Any, name: str, function: Callable) -> Iterator[None]:
+    """A function in the place of a method: on the object, where it hides that of the class."""
+    before = vars(owner).get(name)
+    setattr(owner, name, function)
     try:
         yield
     finally:
-        for part, forward in before.items():
-            del part.forward
-            if forward is not None:
-                part.forward = forward
+        delattr(owner, name)
+        if before is not None:
+            setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def _kept_proposals(branch: BaseDetector, kept: Outputs) -> Iterator[None]:
+    """Where losses want more proposals than a test and else the same, an RPN head makes them all at
+    once."""
+    head = getattr(branch, 'rpn_head', None)
+    # Others, such as GA-RPN's, may choose in another way.
+    if type(head) is not RPNHead or not isinstance(branch, TwoStageDetector):
+        yield
+        return
+    few, many = branch.test_cfg.rpn, branch.train_cfg.get('rpn_proposal', branch.test_cfg.rpn)
+    if few.max_per_img > many.max_per_img or {**few, 'max_per_img': many.max_per_img} != many:
+        yield
+        return
+    predict = head.predict_by_feat
+
+    def first_of_all(*outputs: Any, cfg: Any = None, **arguments: Any) -> InstanceList:
+        kept.proposals = predict(*outputs, cfg=many, **arguments)
+        return [proposals[: few.max_per_img] for proposals in kept.proposals]
+
+    with _hidden(head, 'predict_by_feat', first_of_all):
+        yield
+
+
+def _once(function: Callable, known: dict, key: tuple) -> Callable:
+    """A function that is asked once for the same thing, unless what it gave was written into."""
+
+    def ask(*arguments: Any, **named: Any) -> list:
+        asked = (*key, repr((arguments, named)))
+        if asked not in known or _versions(known[asked][0]) != known[asked][1]:
+            given = function(*arguments, **named)
+            known[asked] = given, _versions(given)
+        return list(known[asked][0])
+
+    return ask
 
 
 def _giving(outputs: Any) -> Callable:
-    return lambda *_: outputs
+    return lambda *_, **__: outputs
 
 
 def _parts(branch: BaseDetector) -> list[nn.Module]:
@@ -83,11 +153,11 @@ def _parts(branch: BaseDetector) -> list[nn.Module]:
 def _is_same_in_training(part: nn.Module, inputs: tuple, outputs: Any) -> bool:
     before, part.training = part.training, True
     try:
-        again = list(_tensors(part.forward(*inputs)))
+        second = list(_tensors(part.forward(*inputs)))
     finally:
         part.training = before
-    own = list(_tensors(outputs))
-    return len(own) == len(again) and all(map(torch.equal, own, again))
+    first = list(_tensors(outputs))
+    return len(first) == len(second) and all(map(torch.equal, first, second))
 
 
 def _versions(outputs: Any) -> list[int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from mmdet.models.detectors import BaseDetector, TwoStageDetector
 from mmdet.structures import DetDataSample
 
-from .kept_outputs import Outputs, given_again
+from .kept_outputs import Outputs, replayed_outputs
 from .resolution import Ratio, scale_boxes
 
 #: Seeds what losses draw (samples of proposals, DINO's noise), the same for every image and both
@@ -30,12 +30,12 @@ class ExitView(NamedTuple):
     maps: tuple[Tensor, ...]
     sample: DetDataSample
     ratio: Ratio
-    outputs: Outputs = {}
+    outputs: Outputs = Outputs()
     image: int = 0
 
     def loss(self) -> dict[str, Tensor]:
         """The branch's own, under the seed of all views."""
-        with given_again(self.outputs, self.image):
+        with replayed_outputs(self.outputs, self.image):
             return _seeded(self.branch.loss, self.maps, [self.sample])
 
 
@@ -49,7 +49,7 @@ def paired_losses(views: list[ExitView]) -> list[dict[str, Tensor]]:
     asked about the same sample of them.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(alone())
+        stack.enter_context(without_other_ranks())
         for view in views:
             stack.enter_context(_flagged_as_training(view.branch))
         if all(
@@ -60,7 +60,7 @@ def paired_losses(views: list[ExitView]) -> list[dict[str, Tensor]]:
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
+def without_other_ranks() -> Iterator[None]:
     """As if there were no other ranks: mmdet's heads average what they divide by over all of them,
     and an image's loss would depend on images elsewhere."""
     # Where torch has no processes, its package has no groups either.
@@ -107,13 +107,13 @@ def _on_the_same_proposals(views: list[ExitView]) -> list[dict[str, Tensor]]:
 def _together(proposals: list[InstanceData], views: list[ExitView], ratio: Ratio) -> InstanceData:
     """All proposals in the frame of one view. New: heads write into what they are given."""
     boxes = [
-        scale_boxes(own.bboxes, (ratio[0] / view.ratio[0], ratio[1] / view.ratio[1]))
-        for own, view in zip(proposals, views)
+        scale_boxes(instances.bboxes, (ratio[0] / view.ratio[0], ratio[1] / view.ratio[1]))
+        for instances, view in zip(proposals, views)
     ]
     return InstanceData(
         bboxes=torch.cat(boxes),
-        scores=torch.cat([own.scores for own in proposals]),
-        labels=torch.cat([own.labels for own in proposals]),
+        scores=torch.cat([instances.scores for instances in proposals]),
+        labels=torch.cat([instances.labels for instances in proposals]),
     )
 
 

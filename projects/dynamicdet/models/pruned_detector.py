@@ -15,7 +15,7 @@ from ..compression.shrinking import (
     ChannelRule,
     Channels,
     KeptChannels,
-    resize,
+    resize_channels,
     select_channels,
 )
 from ..errors import UsageError
@@ -64,7 +64,7 @@ def build_pruned(
     if budget is not None:
         detector['budget'] = budget
     model = MODELS.build(detector)
-    resize(model, channels)
+    resize_channels(model, channels)
     model.removed_channels = {name: list(counts) for name, counts in channels.items()}
     model.register_load_state_dict_pre_hook(_require_removed)
     return model
@@ -76,16 +76,16 @@ MODELS.register_module('PrunedDetector', module=build_pruned)
 def _require_removed(model: nn.Module, state: Mapping[str, Tensor], prefix: str, *_) -> None:
     """Refuse the checkpoint of a detector that has all of its channels, or has lost others. A few
     other shapes are let pass, as everywhere: a head for other classes is one of fine-tuning."""
-    own, wrong, there = model.state_dict(), [], 0
+    fresh, wrong, present = model.state_dict(), [], 0
     for name in model.removed_channels:
-        key = next((key for key in (f'{name}.weight', f'{name}.mean', name) if key in own), None)
+        key = next((key for key in (f'{name}.weight', f'{name}.mean', name) if key in fresh), None)
         if key is not None and prefix + key in state:
-            there += 1
-            wrong += [key] if own[key].shape != state[prefix + key].shape else []
-    if 2 * len(wrong) > there:
+            present += 1
+            wrong += [key] if fresh[key].shape != state[prefix + key].shape else []
+    if 2 * len(wrong) > present:
         raise UsageError(
             'the config is of a detector some of whose channels were removed, and this checkpoint '
-            f'has others: {len(wrong)} of {there} layers do not fit, such as {wrong[0]}, '
-            f'{tuple(state[prefix + wrong[0]].shape)} for {tuple(own[wrong[0]].shape)}; take the '
+            f'has others: {len(wrong)} of {present} layers do not fit, such as {wrong[0]}, '
+            f'{tuple(state[prefix + wrong[0]].shape)} for {tuple(fresh[wrong[0]].shape)}; take the '
             'checkpoint that tools/prune.py wrote beside the config'
         )

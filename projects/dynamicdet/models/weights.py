@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -40,33 +40,48 @@ def require_complete(
     if hasattr(model, 'spread_plain_weights'):
         state = model.spread_plain_weights(state)
         optional = (*optional, *SETTINGS)
-    given = {key: tuple(value.shape) for key, value in state.items()}
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     missing = [
         key
         for key in wanted
-        if key not in given
+        if key not in shapes
         and not key.startswith(tuple(optional))
         and not key.endswith('num_batches_tracked')
     ]
-    unknown = [key for key in given if key not in wanted]
+    unknown = [key for key in shapes if key not in wanted]
     # A calibration is as long as its validation set.
     shaped = [
         key
-        for key in given
+        for key in shapes
         if key in wanted
-        and given[key] != wanted[key]
+        and shapes[key] != wanted[key]
         and key not in ('difficulties', 'regions.curve')
     ]
-    said = [
+    complaints = [
         f'{len(keys)} {what} (such as {", ".join(keys[:3])})'
         for what, keys in (('missing', missing), ('unknown', unknown), ('of another shape', shaped))
         if keys
     ]
-    if _lost_channels(given, wanted):
-        said.append(_LOST)
-    if said:
-        raise UsageError(f'the checkpoint does not fit this config; its keys: {"; ".join(said)}')
+    if _lost_channels(shapes, wanted):
+        complaints.append(_LOST)
+    if complaints:
+        raise UsageError(
+            f'the checkpoint does not fit this config; its keys: {"; ".join(complaints)}'
+        )
+
+
+def rename_entries(
+    state: dict[str, torch.Tensor],
+    prefix: str,
+    rename: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]],
+) -> dict[str, torch.Tensor]:
+    """Rename, in place, the entries of a state dict that belong to the module with a prefix; these
+    entries, without the prefix."""
+    own = [key for key in state if key.startswith(prefix)]
+    renamed = rename({key[len(prefix) :]: state.pop(key) for key in own})
+    state.update({prefix + key: value for key, value in renamed.items()})
+    return renamed
 
 
 def fit_weights(
@@ -117,13 +132,13 @@ def fit_weights(
         f'{"a plain detector" if plain else "a checkpoint"} fills {filled}, {len(fitting)} of '
         f'{len(initialized)} entries'
     )
-    for keys, said in (
+    for keys, fate in (
         (reshaped, 'afresh, since of another shape (other classes?)'),
         (missing, 'afresh, since missing'),
         (unknown, 'not used'),
     ):
         if keys:
-            line += f'; {said}: {", ".join(dict.fromkeys(map(_layer, keys)))}'
+            line += f'; {fate}: {", ".join(dict.fromkeys(map(_layer, keys)))}'
     return fitted, line
 
 
@@ -145,13 +160,13 @@ def forget_other_router(model: nn.Module, state: dict[str, torch.Tensor]) -> boo
     Returns:
         bool: Whether it was.
     """
-    own = {f'router.{name}': value.shape for name, value in model.router.state_dict().items()}
+    shapes = {f'router.{name}': value.shape for name, value in model.router.state_dict().items()}
     theirs = {
         key: key.removeprefix('module.')
         for key in state
         if key.removeprefix('module.').startswith('router.')
     }
-    other = any(own.get(name) != state[key].shape for key, name in theirs.items())
+    other = any(shapes.get(name) != state[key].shape for key, name in theirs.items())
     for key in theirs if other else ():
         del state[key]
     return other
@@ -163,17 +178,18 @@ _LOST = (
 )
 
 
-def _lost_channels(given: Mapping[str, tuple], wanted: Mapping[str, tuple]) -> list[str]:
+def _lost_channels(shapes: Mapping[str, tuple], wanted: Mapping[str, tuple]) -> list[str]:
     """Keys with fewer channels, if so many have that it is more than a head for other classes."""
     shaped = [
         key
-        for key in given
+        for key in shapes
         if key in wanted
-        and given[key] != wanted[key]
+        and shapes[key] != wanted[key]
         and key not in ('difficulties', 'regions.curve')
     ]
     fewer = 4 * len(shaped) > len(wanted) and all(
-        len(given[key]) == len(wanted[key]) and all(a <= b for a, b in zip(given[key], wanted[key]))
+        len(shapes[key]) == len(wanted[key])
+        and all(a <= b for a, b in zip(shapes[key], wanted[key]))
         for key in shaped
     )
     return shaped if fewer else []
@@ -194,11 +210,11 @@ def require_all_channels(model: nn.Module, state: Mapping[str, torch.Tensor]) ->
     state = {key.removeprefix('module.'): value for key, value in state.items()}
     if hasattr(model, 'spread_plain_weights'):
         state = model.spread_plain_weights(state)
-    given, wanted = (
+    shapes, wanted = (
         {key: tuple(value.shape) for key, value in one.items()}
         for one in (state, model.state_dict())
     )
-    shaped = _lost_channels(given, wanted)
+    shaped = _lost_channels(shapes, wanted)
     if shaped:
         raise UsageError(
             f'the checkpoint does not fit this config; its keys: {len(shaped)} of another shape '

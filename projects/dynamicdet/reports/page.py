@@ -1,8 +1,8 @@
 """What routing is worth, as one self-contained page: words, a chart with a slider, tables, a
 gallery.
 
-Numbers come from `analysis.analyze`, the layout is the template ``page.html.jinja``; nothing is
-computed here but what places the numbers.
+Numbers come from `routing_analysis.analyze_routing`, the layout is the template
+``page.html.jinja``; nothing is computed here but what places the numbers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,18 +11,18 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from .analysis_gallery import LETTERS, MIN_SCORE
-from .analysis_text import (
+from .figures import EXIT_COLORS
+from .routing_analysis_gallery import LETTERS, MIN_SCORE
+from .routing_analysis_text import (
     BY_CALIBRATION,
     BY_QUANTILE,
     NOT_CALIBRATED,
+    budget_sentences,
     calibrated_table,
     end_names,
-    misses,
-    sentences,
     share_cell,
+    share_miss_sentences,
 )
-from .figures import EXIT_COLORS
 
 #: Curve -> name, color (Okabe-Ito, but for grays), dashes, whether it is drawn at first, what it
 #: means.
@@ -76,15 +76,15 @@ def make_page(title: str, analysis: Mapping, gallery: Sequence[Mapping]) -> str:
 
     Args:
         title (str): Title, plain text.
-        analysis (Mapping): As `analysis.analyze` gives it.
-        gallery (Sequence[Mapping]): As `analysis_gallery.make_gallery` gives it.
+        analysis (Mapping): As `routing_analysis.analyze_routing` gives it.
+        gallery (Sequence[Mapping]): As `routing_analysis_gallery.make_gallery` gives it.
     """
     lines = _lines(analysis)
     aps = [ap for part in analysis['strata'] for row in part['rows'] for ap in row['aps'] if ap]
     return _TEMPLATES.get_template('page.html.jinja').render(
         analysis,
         title=title,
-        lead=' '.join([*sentences(analysis), *misses(analysis['calibrated'])]),
+        lead=' '.join([*budget_sentences(analysis), *share_miss_sentences(analysis['calibrated'])]),
         by_quantile=BY_QUANTILE,
         by_calibration=BY_CALIBRATION,
         not_calibrated=NOT_CALIBRATED,

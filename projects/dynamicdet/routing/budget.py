@@ -84,20 +84,20 @@ class Budget:
         """
         if isinstance(budget, cls):
             budget = budget.as_dict()
-        given = [
+        asked = [
             (name, value)
             for source in (budget or {}, named)
             for name, value in source.items()
             if value is not None
         ]
-        if not given:
+        if not asked:
             return None
-        if len(given) > 1 or given[0][0] not in BUDGET_NAMES:
-            numbers_given = ', '.join(f'{name}={value}' for name, value in given)
+        if len(asked) > 1 or asked[0][0] not in BUDGET_NAMES:
+            numbers_given = ', '.join(f'{name}={value}' for name, value in asked)
             raise UsageError(
                 f'a budget is exactly one of {", ".join(BUDGET_NAMES)}; got {numbers_given}'
             )
-        ((name, value),) = given
+        ((name, value),) = asked
         if name == 'throughput':
             return cls('target_latency', _latency_of(value))
         return cls(name, value)

@@ -11,33 +11,13 @@ import numpy as np
 from pycocotools.coco import COCO
 
 from ..errors import UsageError
-from .evaluation import AREAS, Mixtures, check_record, difficulties_of, evaluate, mix
+from .bootstrap import RESAMPLES, bootstrap_weights, confidence_interval
+from .budget_report import share_prediction_interval
+from .evaluation import Mixtures, check_record, difficulties_of
 from .record import RoutingRecord
-from .served import chance_interval
 from .thresholds import ALL_EASY, ALL_HARD, threshold_for_share
 
-__all__ = [
-    'AREAS',
-    'Chance',
-    'SHARES',
-    'bootstrap_weights',
-    'by_calibration',
-    'check_record',
-    'choose',
-    'costs_of',
-    'difficulties_of',
-    'evaluate',
-    'gain_over_random',
-    'hard_for',
-    'interval',
-    'mix',
-    'split',
-    'trade_off',
-]
-
 SHARES = tuple(tenth / 10 for tenth in range(11))
-#: Resamples of the images: the ends of a 95 % interval then rest on five of them each.
-RESAMPLES = 200
 #: Draws of random routing: on 1,000 images one has a standard deviation of some 0.4 AP, their mean
 #: of 0.06.
 DRAWS = 40
@@ -46,7 +26,7 @@ DRAWS = 40
 SAME_AP = 1e-9
 
 
-def choose(difficulties: Sequence[float], thresholds: Sequence[float]) -> np.ndarray:
+def choose_exits(difficulties: Sequence[float], thresholds: Sequence[float]) -> np.ndarray:
     """The exit of each image where K exits are parted by K - 1 thresholds.
 
     Args:
@@ -66,7 +46,7 @@ def choose(difficulties: Sequence[float], thresholds: Sequence[float]) -> np.nda
     return np.searchsorted(thresholds, np.asarray(difficulties, np.float32), side='left')
 
 
-def split(scores: Sequence[float], share: float) -> tuple[float, np.ndarray]:
+def split_by_share(scores: Sequence[float], share: float) -> tuple[float, np.ndarray]:
     """The hardest images, by any scores: `threshold_for_share` for scores of any range.
 
     Args:
@@ -92,27 +72,7 @@ def split(scores: Sequence[float], share: float) -> tuple[float, np.ndarray]:
     return low + threshold * (high - low), scaled > np.float32(threshold)
 
 
-def bootstrap_weights(images: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """How often each image is drawn, (B, n): n draws with replacement, B times.
-
-    The same arguments give the same draws, so that what is compared is compared on the same images.
-    """
-    return np.random.default_rng(seed).multinomial(
-        images, np.full(images, 1 / images), size=resamples
-    )
-
-
-def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Ends of the 95 % interval of resampled values, NaN left out; None without any."""
-    values = np.asarray(values, float)
-    values = values[~np.isnan(values)]
-    if not len(values):
-        return None, None
-    low, high = np.percentile(values, (2.5, 97.5))
-    return float(low), float(high)
-
-
-class Chance:
+class RandomRouting:
     """Random routing between two exits, on a record and on bootstrap resamples of it.
 
     Routers that are compared share one, and with it the draws and the resamples.
@@ -216,7 +176,7 @@ def trade_off(
     progress: Callable[[int, int], None] | None = None,
     exits: tuple[int, int] = (0, -1),
     resamples: int = RESAMPLES,
-    chance: Chance | None = None,
+    random_routing: RandomRouting | None = None,
 ) -> list[dict]:
     """AP and cost at several hard shares.
 
@@ -232,7 +192,7 @@ def trade_off(
         exits (tuple[int, int]): Where easy and hard images leave. Defaults to the first and the
             last.
         resamples (int): Bootstrap resamples, 0 for no intervals. Defaults to 200.
-        chance (Chance, optional): Random routing on the same record, to share with other routers.
+        random_routing (RandomRouting, optional): Of the same record, to share with other routers.
             It stands for ``random_draws``, ``seed``, ``exits`` and ``resamples``. Defaults to a new
             one.
 
@@ -252,24 +212,24 @@ def trade_off(
             ``coco`` lacks, if the images have no objects, or if the exits do not exist.
     """
     check_record(record, coco)
-    if chance is None:
-        chance = Chance(Mixtures(record, coco), exits, random_draws, resamples, seed)
+    if random_routing is None:
+        random_routing = RandomRouting(Mixtures(record, coco), exits, random_draws, resamples, seed)
     scores = difficulties_of(record) if scores is None else np.asarray(scores)
-    if scores.shape != (chance.mixtures.images,):
+    if scores.shape != (random_routing.mixtures.images,):
         raise UsageError(
-            f'a router gives one score for each of {chance.mixtures.images} images, got scores of '
-            f'shape {scores.shape}'
+            f'a router gives one score for each of {random_routing.mixtures.images} images, got '
+            f'scores of shape {scores.shape}'
         )
     rows = []
     for share in shares:
-        threshold, is_hard = split(scores, share)
+        threshold, is_hard = split_by_share(scores, share)
         rows.append(
             dict(
                 share=share,
                 threshold=threshold,
                 hard_share=float(is_hard.mean()),
-                **costs_of(record, is_hard, chance.exits),
-                **_worth(chance, is_hard),
+                **costs_of(record, is_hard, random_routing.exits),
+                **_worth(random_routing, is_hard),
             )
         )
         if progress:
@@ -277,9 +237,9 @@ def trade_off(
     return rows
 
 
-def by_calibration(
+def calibrated_trade_off(
     record: RoutingRecord,
-    chance: Chance,
+    random_routing: RandomRouting,
     difficulties: Sequence[float],
     shares: Sequence[float] = SHARES,
 ) -> list[dict]:
@@ -289,15 +249,15 @@ def by_calibration(
 
     Args:
         record (RoutingRecord): See `record`.
-        chance (Chance): Of it; its exits and its evaluation are used.
+        random_routing (RandomRouting): Of it; its exits and its evaluation are used.
         difficulties (Sequence[float]): The calibration's, (n,), n > 0.
         shares (Sequence[float]): Wanted hard shares, in [0, 1]. Defaults to 0, 0.1, ... 1.
 
     Returns:
         list[dict]: Per share ``share``, ``threshold``, ``hard_share`` that is served,
             ``chance_low`` and ``chance_high``, the shares that chance explains
-            (`served.chance_interval`; of a forced threshold, which serves all or none, that one
-            share), ``ap``, ``ap50``, ``gflops`` and ``latency`` as of `trade_off`.
+            (`budget_report.share_prediction_interval`; of a forced threshold, which serves all or
+            none, that one share), ``ap``, ``ap50``, ``gflops`` and ``latency`` as of `trade_off`.
     """
     test_difficulties, rows = difficulties_of(record), []
     for share in shares:
@@ -305,7 +265,7 @@ def by_calibration(
         is_hard = test_difficulties > np.float32(threshold)
         served = float(is_hard.mean())
         above = int((np.asarray(difficulties, np.float32) > np.float32(threshold)).sum())
-        low, high = chance_interval(above, len(difficulties), len(test_difficulties))
+        low, high = share_prediction_interval(above, len(difficulties), len(test_difficulties))
         if threshold in (ALL_HARD, ALL_EASY):
             low = high = served
         rows.append(
@@ -315,8 +275,8 @@ def by_calibration(
                 hard_share=served,
                 chance_low=low,
                 chance_high=high,
-                **costs_of(record, is_hard, chance.exits),
-                **chance.mixtures.scores(chance.choice(is_hard), sizes=False),
+                **costs_of(record, is_hard, random_routing.exits),
+                **random_routing.mixtures.scores(random_routing.choice(is_hard), sizes=False),
             )
         )
     return rows
@@ -371,7 +331,7 @@ def costs_of(
     return costs
 
 
-def hard_for(record: RoutingRecord, scores: Sequence[float], gflops: float) -> np.ndarray:
+def hardest_for_gflops(record: RoutingRecord, scores: Sequence[float], gflops: float) -> np.ndarray:
     """The hardest images that a router may send from the first to the last exit for so many GFLOPs
     per image.
 
@@ -387,20 +347,20 @@ def hard_for(record: RoutingRecord, scores: Sequence[float], gflops: float) -> n
     order = np.argsort(-scores, kind='stable')
     spent = each[:, 0].mean() + np.cumsum((each[:, -1] - each[:, 0])[order]) / len(scores)
     count = int((spent <= gflops * (1 + 1e-9)).sum())
-    return split(scores, count / len(scores))[1]
+    return split_by_share(scores, count / len(scores))[1]
 
 
 def _each(record: RoutingRecord, key: str) -> np.ndarray:
     """(n, K): each image's own cost; the mean where the record has no other."""
-    own = record.column(key)
-    return np.tile(getattr(record, key), (len(record), 1)) if own is None else own
+    column = record.column(key)
+    return np.tile(getattr(record, key), (len(record), 1)) if column is None else column
 
 
-def _worth(chance: Chance, is_hard: np.ndarray) -> dict:
-    choice = chance.choice(is_hard)
-    row = chance.mixtures.scores(choice, sizes=False)
-    row['random_ap'], row['random_std'], at_random = chance.at(int(is_hard.sum()))
-    router_aps = chance.resampled(choice)
+def _worth(random_routing: RandomRouting, is_hard: np.ndarray) -> dict:
+    choice = random_routing.choice(is_hard)
+    row = random_routing.mixtures.scores(choice, sizes=False)
+    row['random_ap'], row['random_std'], at_random = random_routing.at(int(is_hard.sum()))
+    router_aps = random_routing.resampled(choice)
     for name, values in dict(ap=router_aps, random=at_random, gain=router_aps - at_random).items():
-        row[f'{name}_low'], row[f'{name}_high'] = interval(values)
+        row[f'{name}_low'], row[f'{name}_high'] = confidence_interval(values)
     return row

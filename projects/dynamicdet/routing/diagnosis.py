@@ -24,8 +24,8 @@ told. An estimate whose value or ends are None or NaN settles nothing.
 * ``bootstrap``: how many resamples the intervals are from; at 0 there are none.
 * ``loss_shares``: ``dict(train, held_out)``, estimates of the share of images with L1 > L2.
 * ``spread``: 90 % range of the difficulties, from their 5 % to their 95 % quantile, in [0, 1].
-* ``transfer``: ``dict(asked, got)``: the hard share asked for; estimate of that on test, at val's
-  threshold.
+* ``transfer``: ``dict(asked, got, calibrated)``: the hard share asked for; estimate of what the
+  threshold serves; whether it is of a checkpoint's calibration, by default of a record of val.
 * ``peers``: name -> estimate of how much more AP a peer has than the router at the same cost. No
   references.
 """
@@ -88,26 +88,25 @@ def diagnose(figures: Mapping) -> list[str]:
     unknown = set(figures) - {'images', 'bootstrap', 'half_share', 'first_scale', *_QUESTIONS}
     if unknown:
         raise UsageError(f'the diagnosis knows no figure named {", ".join(sorted(unknown))}')
-    said, advice = [], []
+    findings, advice = [], []
     for name, question in _QUESTIONS.items():
         if figures.get(name) is not None:
             sentences, hints = question(figures)
-            said += sentences
-            advice += [_other_scale(figures) if hint == _RESOLUTION else hint for hint in hints]
-    return said + list(dict.fromkeys(advice))
+            findings += sentences
+            advice += hints
+    return findings + list(dict.fromkeys(advice))
 
 
-def _other_scale(figures: Mapping) -> str:
-    """Advice to change the resolution of the exits, by what it is now."""
+def _resolution(figures: Mapping, sign: int = 0) -> list[str]:
+    """Advice to change the resolution of the exits, by what it is now. Where they differ in it
+    already, what cannot be told (``sign`` 0) speaks neither for nor against another."""
     scale = figures.get('first_scale', 1.0)
-    return (
-        _RESOLUTION
-        if scale == 1
-        else f'Try another first_scale than {scale:g}, which the exits have now.'
-    )
+    if scale == 1:
+        return [_RESOLUTION]
+    return [f'Try another first_scale than {scale:g}, which the exits have now.'] if sign else []
 
 
-def side(estimate: Estimate | None, of: float = 0.0) -> int:
+def interval_sign(estimate: Estimate | None, of: float = 0.0) -> int:
     """1 if the whole interval lies above ``of``, -1 if below, 0 if the data do not tell."""
     if estimate is None:
         return 0
@@ -125,18 +124,24 @@ def _exits(figures: Mapping) -> tuple[list, list]:
 
 
 def _gap(figures: Mapping) -> tuple[list, list]:
-    gap, told = figures['gap'], side(figures['gap'])
-    if told > 0:
+    gap, sign = figures['gap'], interval_sign(figures['gap'])
+    if sign > 0:
         return [f'The last exit is better than the first by {_show(gap)} AP.'], []
-    if told < 0:
+    if sign < 0:
         return [
             f'The last exit is worse than the first, by {_show(gap, sign=-1)} AP: it costs more '
             'and finds less.'
-        ], [_TRAIN, _RESOLUTION]
-    return [
-        f'Whether the exits differ in AP cannot be told ({_show(gap)}): a share of their '
-        'difference, such as the normalized gain, means nothing here.'
-    ], [_RESOLUTION, _more(figures)]
+        ], [_TRAIN, *_resolution(figures, sign)]
+    # Without intervals ratios are given as they are.
+    rest = (
+        ''
+        if figures.get('bootstrap') == 0
+        else ': a share of their difference, such as the normalized gain, is not defined'
+    )
+    return [f'Whether the exits differ in AP cannot be told ({_show(gap)}){rest}.'], [
+        *_resolution(figures),
+        _more(figures),
+    ]
 
 
 def _strata(figures: Mapping) -> tuple[list, list]:
@@ -147,18 +152,20 @@ def _strata(figures: Mapping) -> tuple[list, list]:
     if not pairs:
         return [], []
     harmed = [
-        stratum['name'] for stratum in strata if side(_widened(stratum['gap'], len(strata))) < 0
+        stratum['name']
+        for stratum in strata
+        if interval_sign(_widened(stratum['gap'], len(strata))) < 0
     ]
     harm = [f'The last exit does harm on {", ".join(harmed)}.'] if harmed else []
-    told = [pair for pair in pairs if _differ(pair[0]['gap'], pair[1]['gap'], len(pairs))]
-    if not told:
+    differing = [pair for pair in pairs if _differ(pair[0]['gap'], pair[1]['gap'], len(pairs))]
+    if not differing:
         return [
             f'Whether what the last exit adds differs between the {len(strata)} strata cannot be '
             'told: a benefit that is the same everywhere cannot be routed much better than at '
             'random.',
             *harm,
-        ], [_RESOLUTION]
-    first, second = max(told, key=lambda pair: abs(pair[0]['gap'][0] - pair[1]['gap'][0]))
+        ], _resolution(figures)
+    first, second = max(differing, key=lambda pair: abs(pair[0]['gap'][0] - pair[1]['gap'][0]))
     most, least = (first, second) if first['gap'][0] > second['gap'][0] else (second, first)
     return [
         f'What the last exit adds differs by kind of image: {_show(most["gap"])} AP on '
@@ -168,13 +175,13 @@ def _strata(figures: Mapping) -> tuple[list, list]:
 
 
 def _honest_gain(figures: Mapping) -> tuple[list, list]:
-    gain, told = figures['honest_gain'], side(figures['honest_gain'])
-    if told > 0:
+    gain, sign = figures['honest_gain'], interval_sign(figures['honest_gain'])
+    if sign > 0:
         return [
             'The benefit differs by image, and not by luck: exits chosen on another view are '
             f'worth {_show(gain)} AP over random routing.'
         ], []
-    if told < 0:
+    if sign < 0:
         return [
             f'An oracle that saw another view of each image loses {_show(gain, sign=-1)} AP '
             'against random routing: what looks like a benefit in one view is a harm in the other.'
@@ -188,7 +195,7 @@ def _honest_gain(figures: Mapping) -> tuple[list, list]:
     return [
         f'{unsure} cannot be told: an oracle that saw another view of each image has {_show(gain)} '
         f'AP over random routing.{rest}'
-    ], [_RESOLUTION, _more(figures)]
+    ], [*_resolution(figures), _more(figures)]
 
 
 def _loss_shares(figures: Mapping) -> tuple[list, list]:
@@ -210,23 +217,27 @@ def _correlation(figures: Mapping) -> tuple[list, list]:
     }
     sentences, hints = [], []
     for name, estimate in parts.items():
-        told = side(estimate)
-        said = {
+        sign = interval_sign(estimate)
+        finding = {
             1: 'Difficulty goes with the benefit',
             -1: 'Difficulty goes against the benefit',
             0: 'Whether difficulty goes with the benefit cannot be told',
-        }[told]
-        sentences.append(f'{said} on {name} (rank correlation {_show(estimate, 2)}).')
+        }[sign]
+        sentences.append(f'{finding} on {name} (rank correlation {_show(estimate, 2)}).')
         # Where nothing is known to differ by image there is nothing to find, and no target helps.
-        if told < 0 or (told == 0 and side(figures.get('honest_gain')) > 0):
+        if sign < 0 or (sign == 0 and interval_sign(figures.get('honest_gain')) > 0):
             hints += [_COUNT, _HELD_OUT]
-    if 'test' in parts and side(parts.get('val')) > 0 and side(parts['test']) == 0:
+    if (
+        'test' in parts
+        and interval_sign(parts.get('val')) > 0
+        and interval_sign(parts['test']) == 0
+    ):
         hints.append(_more(figures))
     return sentences, hints
 
 
 def _router_gain(figures: Mapping) -> tuple[list, list]:
-    gain, told = figures['router_gain'], side(figures['router_gain'])
+    gain, sign = figures['router_gain'], interval_sign(figures['router_gain'])
     share = figures.get('half_share', 0.5)
     # Equal difficulties are not parted.
     at = (
@@ -234,52 +245,54 @@ def _router_gain(figures: Mapping) -> tuple[list, list]:
         if abs(share - 0.5) <= _NEAR
         else f'At {share:.0%} hard, the nearest to half that ties allow,'
     )
-    said = {
+    finding = {
         1: f'{at} the router is worth {_show(gain)} AP over random routing.',
         -1: f'{at} the router costs {_show(gain, sign=-1)} AP against random routing.',
         0: f'{at} a difference from random routing cannot be told ({_show(gain)} AP).',
-    }[told]
-    return [said], [_COUNT, _HELD_OUT] if told < 0 else []
+    }[sign]
+    return [finding], [_COUNT, _HELD_OUT] if sign < 0 else []
 
 
 def _normalized_gain(figures: Mapping) -> tuple[list, list]:
-    gain, told = figures['normalized_gain'], side(figures['normalized_gain'])
-    if 'gap' in figures and side(figures['gap']) <= 0:
+    gain, sign = figures['normalized_gain'], interval_sign(figures['normalized_gain'])
+    if 'gap' in figures and interval_sign(figures['gap']) <= 0:
         return [], []  # a ratio to what may be 0, or of turned sign
     shown = f'normalized gain {_show(gain, 2)}'
-    if told > 0:
-        size = {1: 'more than', -1: 'less than', 0: 'not told from'}[side(gain, _PAPERS_GAIN)]
+    if sign > 0:
+        size = {1: 'more than', -1: 'less than', 0: 'not told from'}[
+            interval_sign(gain, _PAPERS_GAIN)
+        ]
         return [
             f"The router beats random routing at half hard: {shown}, {size} the paper's "
             f'{_PAPERS_GAIN:g}.'
         ], [_COUNT] if size == 'less than' else []
-    if told < 0:
+    if sign < 0:
         return [f'The router is worse than random routing at half hard: {shown}.'], [
             _COUNT,
             _HELD_OUT,
         ]
     # It predicts something, but not what AP counts.
-    finds = any(side(estimate) > 0 for estimate in figures.get('correlation', {}).values())
+    finds = any(interval_sign(estimate) > 0 for estimate in figures.get('correlation', {}).values())
     return [f'Whether the router beats random routing at half hard cannot be told: {shown}.'], [
         _COUNT
     ] if finds else []
 
 
 def _efficacy(figures: Mapping) -> tuple[list, list]:
-    efficacy, told = figures['efficacy'], side(figures['efficacy'])
-    if 'honest_gain' in figures and side(figures['honest_gain']) <= 0:
+    efficacy, sign = figures['efficacy'], interval_sign(figures['efficacy'])
+    if 'honest_gain' in figures and interval_sign(figures['honest_gain']) <= 0:
         return [], []  # a share of what may be nothing
     shown = f'efficacy {_show(efficacy, 2)}'
-    if told < 0:
+    if sign < 0:
         return [f'Over all hard shares the router does worse than chance: {shown}.'], [
             _COUNT,
             _HELD_OUT,
         ]
-    if not told:
+    if not sign:
         return [
             f'Whether the router gets any of what the honest oracle gets cannot be told: {shown}.'
         ], [_more(figures)]
-    part = {1: 'more than half', -1: 'less than half', 0: 'a part'}[side(efficacy, 0.5)]
+    part = {1: 'more than half', -1: 'less than half', 0: 'a part'}[interval_sign(efficacy, 0.5)]
     return [
         f'Over all hard shares the router gets {part} of what the honest oracle gets: {shown}.'
     ], [_RICHER] if part == 'less than half' else []
@@ -297,20 +310,23 @@ def _spread(figures: Mapping) -> tuple[list, list]:
 
 def _transfer(figures: Mapping) -> tuple[list, list]:
     asked, got = figures['transfer']['asked'], figures['transfer']['got']
-    told = side(got, asked)
+    calibrated = figures['transfer'].get('calibrated', False)
+    threshold = 'calibrated threshold' if calibrated else 'threshold of val'
+    sign = interval_sign(got, asked)
     shares = f'a hard share of {_show(got, 2)} where {asked:g} was asked for'
-    if not told:
-        return [f'The threshold of val gives, on test, {shares}: a difference cannot be told.'], []
-    return [
-        f'The threshold of val calls too {"many" if told > 0 else "few"} images of test hard: '
-        f'{shares}.'
-    ], [_CALIBRATE]
+    if not sign:
+        return [f'The {threshold} gives {shares}: a difference cannot be told.'], []
+    return [f'The {threshold} calls too {"many" if sign > 0 else "few"} images hard: {shares}.'], [
+        _CALIBRATE
+    ]
 
 
 def _peers(figures: Mapping) -> tuple[list, list]:
     """The interval of each peer's lead widens with the number of peers (Bonferroni)."""
     leads = {name: lead for name, lead in figures['peers'].items() if _known(lead)}
-    ahead = {name: lead for name, lead in leads.items() if side(_widened(lead, len(leads))) > 0}
+    ahead = {
+        name: lead for name, lead in leads.items() if interval_sign(_widened(lead, len(leads))) > 0
+    }
     if not leads:
         return [], []
     if not ahead:
@@ -353,7 +369,10 @@ def _differ(first: Estimate, second: Estimate, comparisons: int = 1) -> bool:
         return False
     half = math.hypot(*((high - low) / 2 for _, low, high in (first, second)))
     difference = first[0] - second[0]
-    return side(_widened((difference, difference - half, difference + half), comparisons)) != 0
+    return (
+        interval_sign(_widened((difference, difference - half, difference + half), comparisons))
+        != 0
+    )
 
 
 def _widened(estimate: Estimate, comparisons: int) -> Estimate:

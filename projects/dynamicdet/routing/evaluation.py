@@ -22,7 +22,7 @@ from pycocotools.cocoeval import COCOeval
 
 from ..annotations import read_annotations
 from ..errors import UsageError
-from .record import RoutingRecord, require
+from .record import RoutingRecord, require_columns
 
 #: As in pycocotools: areas in square pixels, both ends included.
 AREAS = dict(all=(0, 1e10), small=(0, 32**2), medium=(32**2, 96**2), large=(96**2, 1e10))
@@ -34,7 +34,7 @@ _PART = 500
 _RECALLS = np.linspace(0, 1, 101)
 
 
-def evaluate(
+def evaluate_coco(
     coco: COCO, results: Sequence[dict], image_ids: Sequence[int] | None = None
 ) -> dict[str, float | None]:
     """COCO's box AP by pycocotools, silently.
@@ -94,7 +94,7 @@ def read_truth(path: str, categories: Iterable[int] | None = None) -> COCO:
     return coco
 
 
-def mix(record: RoutingRecord, choice: Sequence[int]) -> list[dict]:
+def mixed_results(record: RoutingRecord, choice: Sequence[int]) -> list[dict]:
     """COCO results of a record's images.
 
     Args:
@@ -118,11 +118,11 @@ def check_record(record: RoutingRecord, coco: COCO) -> None:
             f'the record has detections of {record.exits} exits: record every image through all '
             'exits, two or more'
         )
-    seen = set()
+    ids = set()
     for row, (identity, difficulty) in enumerate(zip(record.ids.tolist(), record.difficulty)):
         if identity not in coco.imgs:
             raise UsageError(f'{_name_of(record, row)} is not in the annotation file')
-        if identity in seen:
+        if identity in ids:
             raise UsageError(f'{_name_of(record, row)} is in the record twice')
         # Not `difficulty < 0 or ...`, which lets NaN pass.
         if not 0 <= difficulty <= 1:
@@ -130,7 +130,7 @@ def check_record(record: RoutingRecord, coco: COCO) -> None:
                 f'{_name_of(record, row)} has difficulty {difficulty}, not in [0, 1]: was the '
                 'router trained?'
             )
-        seen.add(identity)
+        ids.add(identity)
 
 
 def _name_of(record: RoutingRecord, row: int) -> str:
@@ -141,7 +141,9 @@ def check_truth(record: RoutingRecord, coco: COCO) -> None:
     """Raise a `UsageError` where a record seems to be of another data set or split than ``coco``:
     splits may share ids and file names, but not what is in their images."""
     category_ids = {
-        category for own in record.detections for category in np.unique(own.categories).tolist()
+        category
+        for detections in record.detections
+        for category in np.unique(detections.categories).tolist()
     }
     if not category_ids <= set(coco.cats):
         raise UsageError(
@@ -178,7 +180,7 @@ def true_positives(record: RoutingRecord, coco: COCO) -> list[tuple[np.ndarray, 
         parts = []
         for start in range(0, len(record), _PART):
             part = record.take(range(start, min(start + _PART, len(record))))
-            results = mix(part, np.full(len(part), exit))
+            results = mixed_results(part, np.full(len(part), exit))
             entries = _match(coco, results, part.ids.tolist(), ['all']).evalImgs
             parts += [
                 (one['dtScores'], one['dtMatches'][0] > 0, one['dtIgnore'][0] > 0)
@@ -219,7 +221,7 @@ class Mixtures:
     def __init__(self, record: RoutingRecord, coco: COCO, view: bool = False) -> None:
         check_record(record, coco)
         if view:
-            require(record, 'view')
+            require_columns(record, 'view')
         self._detections = record.view if view else record.detections
         self.images, self.exits = len(record), record.exits
         self._coco, self._ids = coco, record.ids
@@ -333,15 +335,15 @@ class Mixtures:
                     for row, identity in zip(rows, self._ids[rows].tolist())
                     for one in detections[row]
                 ]
-                found = _match(self._coco, results, self._ids[rows].tolist(), [area])
+                evaluator = _match(self._coco, results, self._ids[rows].tolist(), [area])
                 entries = []
                 # Entries are in the order category, image; pycocotools sorts the images by id.
-                for index, entry in enumerate(found.evalImgs):
+                for index, entry in enumerate(evaluator.evalImgs):
                     if entry is not None:
                         category, rank = divmod(index, len(rows))
                         objects[rows[rank], category] = np.count_nonzero(entry['gtIgnore'] == 0)
                         entries.append((category, start + rank, exit, entry))
-                parts.append(_flatten(entries, len(found.params.iouThrs)))
+                parts.append(_flatten(entries, len(evaluator.params.iouThrs)))
         return _gather(parts, order, objects)
 
 
@@ -516,7 +518,7 @@ def match_objects(record: RoutingRecord, coco: COCO, exit: int) -> list[dict[int
     """
     row_of = {identity: row for row, identity in enumerate(record.ids.tolist())}
     found: list[dict[int, float]] = [{} for _ in row_of]
-    results = mix(record, [exit] * len(record))
+    results = mixed_results(record, [exit] * len(record))
     evaluator = _match(coco, results, record.ids.tolist(), ['all'])
     for entry in evaluator.evalImgs:
         if entry is None:
@@ -547,8 +549,8 @@ def _match(
 def _load(coco: COCO, results: Sequence[dict]) -> COCO:
     """Results as `COCO.loadRes` makes them for boxes; that writes into what it is given, fails on
     an empty list and copies all images of the data set."""
-    found = COCO()
-    found.dataset = dict(
+    loaded = COCO()
+    loaded.dataset = dict(
         images=[],
         categories=coco.dataset['categories'],
         annotations=[
@@ -556,8 +558,8 @@ def _load(coco: COCO, results: Sequence[dict]) -> COCO:
             for index, one in enumerate(results, 1)
         ],
     )
-    found.createIndex()
-    return found
+    loaded.createIndex()
+    return loaded
 
 
 def _mean(precision: np.ndarray) -> float | None:

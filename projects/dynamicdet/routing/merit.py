@@ -11,10 +11,13 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.integrate import trapezoid
 
-from .curve import SAME_AP, Chance, interval
+from .bootstrap import confidence_interval
+from .curve import SAME_AP, RandomRouting
 
 
-def normalized_gain(chance: Chance, is_hard: Sequence[bool]) -> dict[str, float | None]:
+def normalized_gain(
+    random_routing: RandomRouting, is_hard: Sequence[bool]
+) -> dict[str, float | None]:
     """How far a router's AP lies above the straight line between its exits, the *chord*.
 
     ``(AP(s) - chord(s)) / (AP(1) - AP(0))`` with ``chord(s) = AP(0) + s (AP(1) - AP(0))`` and s the
@@ -23,7 +26,7 @@ def normalized_gain(chance: Chance, is_hard: Sequence[bool]) -> dict[str, float 
     below the chord.
 
     Args:
-        chance (Chance): Random routing on the record; its exits are those of the chord.
+        random_routing (RandomRouting): On the record; its exits are those of the chord.
         is_hard (Sequence[bool]): The router's choice, (n,).
 
     Returns:
@@ -35,9 +38,9 @@ def normalized_gain(chance: Chance, is_hard: Sequence[bool]) -> dict[str, float 
     """
     is_hard = np.asarray(is_hard, bool)
     share = float(is_hard.mean())
-    choices = [chance.choice(np.full(len(is_hard), end)) for end in (False, True)]
+    choices = [random_routing.choice(np.full(len(is_hard), end)) for end in (False, True)]
     first, last, router_ap = (
-        chance.mixtures.ap(choice) for choice in (*choices, chance.choice(is_hard))
+        random_routing.mixtures.ap(choice) for choice in (*choices, random_routing.choice(is_hard))
     )
     chord = first + share * (last - first)
     row = dict(
@@ -51,7 +54,9 @@ def normalized_gain(chance: Chance, is_hard: Sequence[bool]) -> dict[str, float 
     )
     if abs(last - first) <= SAME_AP:
         return row
-    firsts, lasts, router_aps = map(chance.resampled, (*choices, chance.choice(is_hard)))
+    firsts, lasts, router_aps = map(
+        random_routing.resampled, (*choices, random_routing.choice(is_hard))
+    )
     with np.errstate(divide='ignore', invalid='ignore'):
         gains = (router_aps - firsts - share * (lasts - firsts)) / (lasts - firsts)
     row['gain'] = (router_ap - chord) / (last - first)
@@ -60,7 +65,9 @@ def normalized_gain(chance: Chance, is_hard: Sequence[bool]) -> dict[str, float 
 
 
 def efficacy(
-    chance: Chance, router: Sequence[Sequence[bool]], oracle: Sequence[Sequence[bool]]
+    random_routing: RandomRouting,
+    router: Sequence[Sequence[bool]],
+    oracle: Sequence[Sequence[bool]],
 ) -> dict[str, float | None]:
     """Which part of an oracle's area over random routing a router has.
 
@@ -70,7 +77,7 @@ def efficacy(
     known, the oracle is to be an honest one, chosen on another view of the images.
 
     Args:
-        chance (Chance): Random routing on the record.
+        random_routing (RandomRouting): On the record.
         router (Sequence[Sequence[bool]]): Which images are hard, (n,), for each of some shares, in
             any order. The ends, none and all, are added: there every router is the same.
         oracle (Sequence[Sequence[bool]]): The oracle's, likewise; its shares may be others.
@@ -80,8 +87,8 @@ def efficacy(
             ``low`` and ``high``. The last three are None unless the oracle's area is above 0; the
             ends also where it is not on more than one resample in forty.
     """
-    router_area, router_areas = _area(chance, router)
-    oracle_area, oracle_areas = _area(chance, oracle)
+    router_area, router_areas = _area(random_routing, router)
+    oracle_area, oracle_areas = _area(random_routing, oracle)
     row = dict(router_area=router_area, oracle_area=oracle_area, efficacy=None, low=None, high=None)
     if oracle_area <= SAME_AP:
         return row
@@ -92,7 +99,7 @@ def efficacy(
     return row
 
 
-def _area(chance: Chance, choices: Sequence[Sequence[bool]]) -> tuple:
+def _area(random_routing: RandomRouting, choices: Sequence[Sequence[bool]]) -> tuple:
     """Area over random routing: on the record, and on each resample, (B,). At the ends it is 0
     high."""
     hard = [np.asarray(choice, bool) for choice in choices]
@@ -101,23 +108,28 @@ def _area(chance: Chance, choices: Sequence[Sequence[bool]]) -> tuple:
     keep = [
         index
         for index in np.unique(counts, return_index=True)[1]
-        if 0 < counts[index] < chance.mixtures.images
+        if 0 < counts[index] < random_routing.mixtures.images
     ]
-    shares, heights = [0.0], [np.zeros(1 + len(chance.weights))]
+    shares, heights = [0.0], [np.zeros(1 + len(random_routing.weights))]
     for index in keep:
-        choice = chance.choice(hard[index])
-        mean, _, means = chance.at(int(counts[index]))
-        shares.append(counts[index] / chance.mixtures.images)
+        choice = random_routing.choice(hard[index])
+        mean, _, means = random_routing.at(int(counts[index]))
+        shares.append(counts[index] / random_routing.mixtures.images)
         heights.append(
-            np.append(chance.mixtures.ap(choice) - mean, chance.resampled(choice) - means)
+            np.append(
+                random_routing.mixtures.ap(choice) - mean, random_routing.resampled(choice) - means
+            )
         )
     shares.append(1.0)
-    heights.append(np.zeros(1 + len(chance.weights)))
+    heights.append(np.zeros(1 + len(random_routing.weights)))
     areas = trapezoid(np.array(heights), shares, axis=0)
     return float(areas[0]), areas[1:]
 
 
 def _ends(ratios: np.ndarray, denominators: np.ndarray) -> tuple:
-    """The interval of ratios, unless their denominators are not safely above 0."""
-    safe = denominators > SAME_AP
-    return interval(ratios[safe]) if (~safe).sum() <= 0.025 * len(safe) else (None, None)
+    """The interval of ratios, unless that of their denominators is not above 0: what then is said
+    of the denominators themselves, and what of the ratios, agree."""
+    low, _ = confidence_interval(denominators)
+    if low is None or low <= SAME_AP:
+        return None, None
+    return confidence_interval(ratios[denominators > SAME_AP])

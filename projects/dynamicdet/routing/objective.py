@@ -141,22 +141,22 @@ def build_objective(config: str | Mapping | Objective) -> Objective:
         return config
     if not isinstance(config, (str, Mapping)):
         raise UsageError(f'an objective is a name or dict(type=name, ...); got {config}')
-    given = dict(type=config) if isinstance(config, str) else dict(config)
-    name = given.pop('type', None)
+    settings = dict(type=config) if isinstance(config, str) else dict(config)
+    name = settings.pop('type', None)
     _one_of('objective', name, OBJECTIVES)
     warn_if_experimental('objective', name)
     known = [field.name for field in dataclasses.fields(Objective)]
-    unknown = [key for key in given if key not in known]
+    unknown = [key for key in settings if key not in known]
     if unknown:
         raise UsageError(
             f"objective '{name}' has no setting {unknown[0]}; it takes {', '.join(known)}"
         )
-    if name == 'cost_weight' and given.get('offset') is None:
+    if name == 'cost_weight' and settings.get('offset') is None:
         raise UsageError(
             "objective 'cost_weight' needs its lambda: objective=dict(type='cost_weight', "
             'offset=...), in units of the loss'
         )
-    objective = Objective(**{**OBJECTIVES[name], **given})
+    objective = Objective(**{**OBJECTIVES[name], **settings})
     _one_of('gain', objective.gain, GAINS)
     _one_of('fit', objective.fit, FITS)
     _one_of('error', objective.error, ('bce', 'squared'))
@@ -304,13 +304,13 @@ def _one_exit_aps(detections: Sequence[Mapping], truths: Sequence[Mapping]) -> n
 
     if not any((~np.asarray(truth['crowds'], bool)).any() for truth in truths):
         return np.zeros(len(truths))
-    found = Detections.join(
-        [(_xywh(own['bboxes']), own['scores'], own['labels']) for own in detections]
+    joined = Detections.join(
+        [(_xywh(image['bboxes']), image['scores'], image['labels']) for image in detections]
     )
-    count = len(found)
+    count = len(joined)
     # As a record of two equal exits: there are no fewer.
     record = RoutingRecord(
-        np.arange(count), [''] * count, np.zeros(count), [found] * 2, [0.0] * 2, [0.0] * 2
+        np.arange(count), [''] * count, np.zeros(count), [joined] * 2, [0.0] * 2, [0.0] * 2
     )
     return Mixtures(record, _as_coco(truths)).image_ap()[0]
 

@@ -5,7 +5,7 @@ its per-image AP; ``costs``, (K,) or (K, n), what it costs.
 
 * `allocate` maximizes the sum of values under a budget, with a bound that certifies the result.
 * `oracle_choices` does so for two exits at several hard shares.
-* `refine` improves a choice on the AP of the whole set, which is no sum over images.
+* `refine_choice` improves a choice on the AP of the whole set, which is no sum over images.
 * `honest_choices` chooses on one view of the images, to be scored on another. An oracle that is
   scored on what it chose by wins where the exits differ by luck alone; an honest one does not.
 """
@@ -50,8 +50,8 @@ class Allocation(NamedTuple):
 
 
 class Refinement(NamedTuple):
-    """What `refine` found: ``choice``, (n,); its AP and its start's, in percent; how many APs it
-    took."""
+    """What `refine_choice` found: ``choice``, (n,); its AP and its start's, in percent; how many
+    APs it took."""
 
     choice: np.ndarray
     ap: float
@@ -196,7 +196,7 @@ def object_count(coco: COCO, image_id: int) -> int:
     return sum(not annotation.get('iscrowd', 0) for annotation in coco.imgToAnns.get(image_id, []))
 
 
-def refine(
+def refine_choice(
     mixtures: Mixtures,
     choice: np.ndarray,
     evaluations: int = 400,

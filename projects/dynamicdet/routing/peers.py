@@ -7,7 +7,7 @@ plain functions of a record, some are fitted to one first; `peer_scores` runs ei
 What a peer looks at has a price. Features of the first backbone and the image itself are free (an
 image is loaded, and the first backbone runs, at every exit). Exit 0's *detections* are there only
 after its neck and head ran, which an image that goes on to the last exit would have skipped:
-`charge` says what that costs. True objects and losses are known to no router: those peers are
+`peer_gflops` says what that costs. True objects and losses are known to no router: those peers are
 references.
 """
 
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import UsageError
-from .record import RoutingRecord, require
+from .record import RoutingRecord, require_columns
 
 #: Detections below this score are not counted as such.
 SURE = 0.3
@@ -39,7 +39,7 @@ class Peer(NamedTuple):
         needs (tuple[str]): What the record's images must have besides detections and difficulty.
         description (str): For tables.
         fitted (bool): Whether it is fitted to a record first.
-        charged (bool): Whether it looks at exit 0's detections, see `charge`.
+        charged (bool): Whether it looks at exit 0's detections, see `peer_gflops`.
         reference (bool): Whether it looks at the annotations, which no router can.
     """
 
@@ -227,7 +227,7 @@ def peer_scores(
     if name not in PEERS:
         raise UsageError(f"no peer is named '{name}': choose from {', '.join(PEERS)}")
     peer = PEERS[name]
-    require(record, *peer.needs)
+    require_columns(record, *peer.needs)
     if not peer.fitted:
         return peer.function(record)
     if benefit is None:
@@ -236,7 +236,7 @@ def peer_scores(
         )
     if training is None:
         return cross_fit(peer.function, record, benefit, seed=seed)
-    require(training, *peer.needs)
+    require_columns(training, *peer.needs)
     if 'features' in peer.needs:
         widths = [one.features.shape[1] for one in (record, training)]
         if widths[0] != widths[1]:
@@ -272,17 +272,18 @@ def cross_fit(
     scores = np.empty(images)
     for part in np.array_split(np.random.default_rng(seed).permutation(images), folds):
         rest = np.setdiff1d(np.arange(images), part)
-        own = fit(record.take(rest), benefit[rest])(record.take(part))
-        scores[part] = _ranks(own)
+        part_scores = fit(record.take(rest), benefit[rest])(record.take(part))
+        scores[part] = _ranks(part_scores)
     return scores
 
 
 def is_charged(name: str, record: RoutingRecord) -> bool:
-    """Whether a peer runs more on hard images of a record than the detector does; see `charge`."""
+    """Whether a peer runs more on hard images of a record than the detector does; see
+    `peer_gflops`."""
     return PEERS[name].charged and not record.provenance.get('merge')
 
 
-def charge(name: str, record: RoutingRecord, branch_gflops: float | None = None) -> float:
+def peer_gflops(name: str, record: RoutingRecord, branch_gflops: float | None = None) -> float:
     """GFLOPs that a peer adds to each *hard* image.
 
     A peer that looks at exit 0's detections has run branch 0, neck and head, on every image. Easy
@@ -327,19 +328,19 @@ def _coin_entropy(probabilities: np.ndarray) -> np.ndarray:
 
 
 def _column(record: RoutingRecord, name: str) -> np.ndarray:
-    require(record, name)
+    require_columns(record, name)
     return record.column(name).astype(float)
 
 
 def _features(record: RoutingRecord) -> np.ndarray:
-    require(record, 'features')
+    require_columns(record, 'features')
     return record.features.astype(float)
 
 
 def _detection_statistics(record: RoutingRecord) -> np.ndarray:
     """What `fit_adaptive_feeding` sees, (n, 24): scores and sizes of the surest, counts, p (1 -
     p)."""
-    return np.array([_statistics(own) for own in record.detections[0]])
+    return np.array([_statistics(detections) for detections in record.detections[0]])
 
 
 def _statistics(detections: Sequence[Mapping]) -> list:

@@ -79,10 +79,12 @@ class Detections(Sequence):
         """From ``(boxes, scores, categories)`` of each image: (D_i, 4), (D_i,), (D_i,)."""
         columns = list(zip(*images)) or [[], [], []]
         boxes, scores, categories = (
-            np.concatenate([np.zeros(0, kind), *(np.asarray(own, kind).ravel() for own in column)])
+            np.concatenate(
+                [np.zeros(0, kind), *(np.asarray(values, kind).ravel() for values in column)]
+            )
             for column, kind in zip(columns, _PARTS.values())
         )
-        counts = [np.size(own) for own in columns[1]]
+        counts = [np.size(values) for values in columns[1]]
         return cls(
             boxes.reshape(-1, 4), scores, categories, np.cumsum([0, *counts], dtype=np.int64)
         )
@@ -92,10 +94,12 @@ class Detections(Sequence):
         """From COCO results of each image, a list, or what `join` takes of each, a tuple."""
         return cls.join(
             [
-                own
-                if isinstance(own, tuple)
-                else tuple([one[name] for one in own] for name in ('bbox', 'score', 'category_id'))
-                for own in images
+                image
+                if isinstance(image, tuple)
+                else tuple(
+                    [one[name] for one in image] for name in ('bbox', 'score', 'category_id')
+                )
+                for image in images
             ]
         )
 
@@ -244,16 +248,16 @@ class RoutingRecord(Sequence):
                 image[name] = values[row] if name == 'features' else values[row].tolist()
         for name in _DETECTIONS:
             if getattr(self, name) is not None:
-                image[name] = [own[row] for own in getattr(self, name)]
+                image[name] = [detections[row] for detections in getattr(self, name)]
         return image
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, RoutingRecord):
             return NotImplemented
-        own, its = _to_arrays(self), _to_arrays(other)
-        return own.keys() == its.keys() and all(
-            np.array_equal(own[name], its[name], equal_nan=own[name].dtype.kind == 'f')
-            for name in own
+        ours, theirs = _to_arrays(self), _to_arrays(other)
+        return ours.keys() == theirs.keys() and all(
+            np.array_equal(ours[name], theirs[name], equal_nan=ours[name].dtype.kind == 'f')
+            for name in ours
         )
 
     __hash__ = None
@@ -267,8 +271,13 @@ class RoutingRecord(Sequence):
     def nbytes(self) -> int:
         """Bytes of all arrays; without the paths."""
         arrays = [self.ids, self.difficulty, *(self.column(name) for name in _OPTIONAL)]
-        for own in (*self.detections, *(self.view or ())):
-            arrays += [own.boxes, own.scores, own.categories, own.offsets]
+        for detections in (*self.detections, *(self.view or ())):
+            arrays += [
+                detections.boxes,
+                detections.scores,
+                detections.categories,
+                detections.offsets,
+            ]
         return sum(array.nbytes for array in arrays if array is not None)
 
     def column(self, name: str) -> np.ndarray | None:
@@ -285,7 +294,7 @@ class RoutingRecord(Sequence):
         }
         for name in _DETECTIONS:
             if getattr(self, name) is not None:
-                columns[name] = [own.take(rows) for own in getattr(self, name)]
+                columns[name] = [detections.take(rows) for detections in getattr(self, name)]
         return replace(self, files=[self.files[row] for row in rows], **columns)
 
     def take_exits(self, exits: Sequence[int]) -> 'RoutingRecord':
@@ -348,7 +357,7 @@ def read_record(path: str | Path) -> RoutingRecord:
     return _from_arrays(arrays, provenance)
 
 
-def require(record: RoutingRecord, *names: str, what: str = 'the record') -> None:
+def require_columns(record: RoutingRecord, *names: str, what: str = 'the record') -> None:
     """Raise a `UsageError` unless images have, say, ``losses``, which old records may lack."""
     for name in names:
         if record.column(name) is None:
@@ -369,9 +378,9 @@ def _to_arrays(record: RoutingRecord) -> dict[str, np.ndarray]:
         if record.column(name) is not None:
             arrays[f'image_{name}'] = np.asarray(record.column(name), kind)
     for name in _DETECTIONS:
-        for exit, own in enumerate(getattr(record, name) or ()):
+        for exit, detections in enumerate(getattr(record, name) or ()):
             for part, kind in _PARTS.items():
-                arrays[f'{name}{exit}_{part}'] = np.asarray(getattr(own, part), kind)
+                arrays[f'{name}{exit}_{part}'] = np.asarray(getattr(detections, part), kind)
     return arrays
 
 
@@ -427,11 +436,11 @@ def _shapes(
         shapes['image_features'] = (images, arrays['image_features'].size // images)
     for name in _DETECTIONS[: 1 + (f'{_DETECTIONS[1]}0_boxes' in arrays)]:
         for exit in range(exits):
-            found = np.size(arrays.get(f'{name}{exit}_scores', ()))
+            count = np.size(arrays.get(f'{name}{exit}_scores', ()))
             shapes.update(
-                {f'{name}{exit}_{part}': (found,) for part in ('scores', 'categories', 'images')}
+                {f'{name}{exit}_{part}': (count,) for part in ('scores', 'categories', 'images')}
             )
-            shapes[f'{name}{exit}_boxes'] = (found, 4)
+            shapes[f'{name}{exit}_boxes'] = (count, 4)
     return shapes
 
 

@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from ..errors import UsageError
 from .evaluation import match_objects
 from .merging import Merge, merge_boxes
-from .record import Detections, RoutingRecord, require
+from .record import Detections, RoutingRecord, require_columns
 from .region_maps import cells_of, detection_planes
 from .regions import CELL, Rectangle, grid_of, share_of_area, with_halo
 
@@ -24,7 +24,7 @@ Found = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 def grids_of(record: RoutingRecord, cell: int = CELL) -> list[tuple[int, int]]:
     """Rows and columns of each image's cells, n."""
-    require(record, 'frame')
+    require_columns(record, 'frame')
     return [grid_of(int(high), int(wide), cell) for high, wide in record.frame[:, :2]]
 
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.stats import spearmanr
 
-from .curve import RESAMPLES, bootstrap_weights, interval
+from .bootstrap import RESAMPLES, bootstrap_weights, confidence_interval
 from .evaluation import Mixtures
-from .record import RoutingRecord, require
+from .record import RoutingRecord, require_columns
 
 #: Strata by number of objects: name -> fewest and most.
 OBJECTS = {'0': (0, 0), '1': (1, 1), '2': (2, 2), '3-4': (3, 4), '5-8': (5, 8), '9+': (9, np.inf)}
@@ -38,7 +38,7 @@ def by_objects(record: RoutingRecord, mixtures: Mixtures) -> list[dict]:
     Raises:
         UsageError: If the record lacks numbers of objects.
     """
-    require(record, 'objects')
+    require_columns(record, 'objects')
     objects = record.objects
     return [
         dict(objects=name, **_stratum(mixtures, (objects >= fewest) & (objects <= most)))
@@ -73,7 +73,7 @@ def by_difficulty(mixtures: Mixtures, scores: Sequence[float], parts: int = 10) 
     return rows
 
 
-def benefits(
+def exit_benefits(
     record: RoutingRecord, mixtures: Mixtures, exits: tuple[int, int] = (0, -1)
 ) -> dict[str, np.ndarray]:
     """What each image gains from the second of two exits, (n,) each.
@@ -90,12 +90,12 @@ def benefits(
     """
     easy, hard = exits
     per_image = mixtures.image_ap()
-    found = dict(ap=per_image[hard] - per_image[easy])
+    benefits = dict(ap=per_image[hard] - per_image[easy])
     if record.losses is not None:
-        found['loss'] = record.losses[:, easy] - record.losses[:, hard]
+        benefits['loss'] = record.losses[:, easy] - record.losses[:, hard]
         if record.objects is not None:
-            found['loss_objects'] = found['loss'] * record.objects
-    return found
+            benefits['loss_objects'] = benefits['loss'] * record.objects
+    return benefits
 
 
 def rank_correlations(
@@ -108,7 +108,7 @@ def rank_correlations(
 
     Args:
         scores (Sequence[float]): Difficulties, (n,).
-        gained (Mapping[str, Sequence[float]]): As `benefits` gives it.
+        gained (Mapping[str, Sequence[float]]): As `exit_benefits` gives it.
         resamples (int): Bootstrap resamples for the intervals. Defaults to 200.
         seed (int): Their seed. Defaults to 0.
 
@@ -125,7 +125,7 @@ def rank_correlations(
         drawn = [
             _spearman(np.repeat(scores, counts), np.repeat(values, counts)) for counts in weights
         ]
-        low, high = interval([each for each in drawn if each is not None])
+        low, high = confidence_interval([each for each in drawn if each is not None])
         correlations[name] = dict(correlation=_spearman(scores, values), low=low, high=high)
     return correlations
 

@@ -68,6 +68,27 @@ def threshold_for_share(difficulties: Sequence[float], share: float) -> float:
     return float(middle if below <= middle < above else below)
 
 
+def quantile_map(difficulties: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Difficulties as another form of a detector would give them, from what it does to some images.
+
+    Quantiles of the images go to the same quantiles, 0 and 1 stay, and between them it is linear.
+    So the order of difficulties stays, and equal forms leave all as it is.
+
+    Args:
+        difficulties (np.ndarray): (n,), of the detector as it was; or thresholds, of which -1 and 1
+            stay.
+        before, after (np.ndarray): Of some images, (m,), m > 0: as it was, and in the other form.
+
+    Returns:
+        np.ndarray: (n,), float32.
+    """
+    old, new = (np.concatenate([[0.0], np.sort(one), [1.0]]) for one in (before, after))
+    known, place = np.unique(old, return_inverse=True)
+    # Where several had the same difficulty, by the mean of what they have now.
+    moves = np.bincount(place, new - old) / np.bincount(place)
+    return (difficulties + np.interp(difficulties, known, moves)).astype(np.float32)
+
+
 def shares_beyond(share: float, exits: int = 2) -> list[float]:
     """How many images go beyond each exit but the last, at a hard share: (K - 1,), falling.
 
@@ -134,11 +155,11 @@ def share_for_latency(target: float, *latencies: float) -> float:
     Raises:
         UsageError: If the target is below ``lat1`` or not finite.
     """
-    said = (
+    reason = (
         f'a target latency of {target:g} s is outside lat1 = {latencies[0]:.4g} s '
         f'(exit 0) to lat{len(latencies)} = {latencies[-1]:.4g} s (exit {len(latencies) - 1})'
     )
-    return _share_for_cost(target, latencies, said, 'lat1')
+    return _share_for_cost(target, latencies, reason, 'lat1')
 
 
 def share_for_gflops(target: float, *gflops: float) -> float:
@@ -152,19 +173,19 @@ def share_for_gflops(target: float, *gflops: float) -> float:
     Raises:
         UsageError: If the target is below ``g0`` or not finite.
     """
-    said = (
+    reason = (
         f'a target of {target:g} GFLOPs is outside g0 = {gflops[0]:.4g} (exit 0) to '
         f'g{len(gflops) - 1} = {gflops[-1]:.4g} (exit {len(gflops) - 1})'
     )
-    return _share_for_cost(target, gflops, said, 'g0')
+    return _share_for_cost(target, gflops, reason, 'g0')
 
 
-def _share_for_cost(target: float, costs: Sequence[float], said: str, least: str) -> float:
+def _share_for_cost(target: float, costs: Sequence[float], reason: str, least: str) -> float:
     if not math.isfinite(target) or target < costs[0]:
-        raise UsageError(f'{said}: it cannot be met, ask for at least {least}')
+        raise UsageError(f'{reason}: it cannot be met, ask for at least {least}')
     if target >= costs[-1]:
         if target > costs[-1]:
-            warnings.warn(f'{said}: every image takes the hard path')
+            warnings.warn(f'{reason}: every image takes the hard path')
         return 1.0
     if len(costs) == 2:
         return (target - costs[0]) / (costs[1] - costs[0])

@@ -41,10 +41,10 @@ def all_exits_step(model: torch.nn.Module, batch: dict) -> SampleList:
             'AllExitsValLoop and AllExitsTestLoop are for an EarlyExitDetector'
         )
     data = model.data_preprocessor(batch, False)
-    found = model.predict_all(data['inputs'], data['data_samples']).detections
+    by_exit = model.predict_all(data['inputs'], data['data_samples']).detections
     _, samples = as_frames(data['inputs'], data['data_samples'])
     for row, sample in enumerate(samples):
-        sample.exits = [own[row] for own in found]
+        sample.exits = [detections[row] for detections in by_exit]
         sample.pred_instances = sample.exits[-1]
     return samples
 

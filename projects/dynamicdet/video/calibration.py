@@ -12,11 +12,11 @@ from pycocotools.coco import COCO
 from ..errors import UsageError
 from ..progress import CountProgress
 from ..routing.budget import Budget
-from ..routing.controller import Controller
+from ..routing.budget_controller import BudgetController
 from .budgets import POINTS
-from .curves import CHANGE_LEVELS, curve, fixed_exits, front, settings_of
+from .curves import CHANGE_LEVELS, fixed_exits, gate_curve, pareto_front, settings_of
+from .gate_simulation import Replays, Seconds, evidence_by_exit, exit_costs, gate_difficulties
 from .gates import Gate, name_of
-from .simulation import Replays, Seconds, evidences, exit_costs, gate_difficulties
 
 #: Levels that a calibration tries: finer than a curve.
 LEVELS = 61
@@ -31,7 +31,8 @@ class Calibration(NamedTuple):
         thresholds (list[float]): (E,), of exits -1, 0, ..., E - 2.
         gflops, latencies (list[float]): (E + 1,), of a frame that leaves at exit -1, 0, ..., E - 1;
             seconds.
-        row (dict): The point that the thresholds give on the record, see `simulation.row_of`.
+        row (dict): The point that the thresholds give on the record, see
+            `gate_simulation.curve_point`.
         last (dict): That of the last exit for all frames, no other head run.
         front (list[dict]): The best rows of all that were tried, from the cheapest, with their
             ``thresholds``.
@@ -68,7 +69,7 @@ def calibrate_gate(
             points below the last exit's.
         by (str, optional): The cost that counts for ``max_drop``: 'gflops' or 'latency'. Defaults
             to 'gflops'.
-        seconds (tuple[float, float]): See `simulation.simulate_gate`. Defaults to none.
+        seconds (tuple[float, float]): See `gate_simulation.simulate_gate`. Defaults to none.
         count (int): Levels to try. Defaults to 61.
         change_count (int): Thresholds on change to try. Defaults to 16.
         progress (Callable, optional): Called with (settings done, settings in all).
@@ -78,14 +79,14 @@ def calibrate_gate(
     """
     ((name, value),) = _checked(wish).items()
     cost = by if by and name == 'max_drop' else _COST[name]
-    replays, found = Replays(record, coco), gate_difficulties(gate, evidences(record))
+    replays, difficulties = Replays(record, coco), gate_difficulties(gate, evidence_by_exit(record))
     last = fixed_exits(record, replays)[-1]
-    rows = curve(
+    rows = gate_curve(
         record,
         replays,
         gate,
-        found,
-        settings_of(record, gate, found, count, change_count),
+        difficulties,
+        settings_of(record, gate, difficulties, count, change_count),
         seconds,
         progress,
     )
@@ -94,7 +95,7 @@ def calibrate_gate(
         exit_costs(record, kind, gate.looks_at_detections).tolist()
         for kind in ('gflops', 'latencies')
     )
-    return Calibration(row['thresholds'], gflops, latencies, row, last, front(rows, cost))
+    return Calibration(row['thresholds'], gflops, latencies, row, last, pareto_front(rows, cost))
 
 
 def _checked(wish: Mapping[str, float]) -> Mapping[str, float]:
@@ -169,18 +170,18 @@ def operating_points(rows: Sequence[Mapping], exits: int) -> torch.Tensor:
     return points
 
 
-class OnlineThresholds:
+class GateBudgetController:
     """Hold a mean cost on a stream whose frames grow harder, or on a machine that slows down.
 
     A calibration's front is a line of settings from cheap to dear. Where on it to be is the share
-    of a `routing.controller.Controller`, which moves with what frames really cost; the setting is
-    the one whose cost on the calibration's record is nearest.
+    of a `routing.budget_controller.BudgetController`, which moves with what frames really cost; the
+    setting is the one whose cost on the calibration's record is nearest.
 
     Args:
         front (Sequence[Mapping]): Of a `Calibration`: two rows or more.
         budget (Budget or Mapping): ``target_latency`` or ``target_gflops``, means per frame.
-        window (int): As of `Controller`. Defaults to 256.
-        gain (float): As of `Controller`. Defaults to 0.01.
+        window (int): As of `BudgetController`. Defaults to 256.
+        gain (float): As of `BudgetController`. Defaults to 0.01.
 
     Raises:
         UsageError: If the budget is no target, or the front does not rise.
@@ -205,7 +206,7 @@ class OnlineThresholds:
             )
         self._costs = np.array([row[cost] for row in self._rows])
         # Its unit is whatever it is told: seconds or GFLOPs.
-        self._controller = Controller(
+        self._controller = BudgetController(
             Budget('target_latency', budget.value),
             costs=(self._costs[0], self._costs[-1]),
             window=window,
@@ -215,7 +216,7 @@ class OnlineThresholds:
     @classmethod
     def of_points(
         cls, points: torch.Tensor, budget: Budget | Mapping[str, float]
-    ) -> 'OnlineThresholds':
+    ) -> 'GateBudgetController':
         """From `EarlyExitDetector.operating_points` and a target."""
         known = points[~points.isnan().any(dim=1)].tolist()
         return cls(
@@ -233,5 +234,5 @@ class OnlineThresholds:
         return list(self._rows[int(np.abs(self._costs - wanted).argmin())]['thresholds'])
 
     def status(self) -> dict[str, object]:
-        """As `Controller.status`, with the ``thresholds``."""
+        """As `BudgetController.status`, with the ``thresholds``."""
         return dict(self._controller.status(), thresholds=self.thresholds)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..measuring.flops import PartCost, count_flops, count_parameters
 from ..private_torch import ShapesOnly
-from ..timing import timed
+from ..timing import time_call
 
 
 class LayerCosts(NamedTuple):
@@ -61,10 +61,11 @@ def layer_costs(model: nn.Module, shape: Sequence[int]) -> list[LayerCosts]:
                 0,
             )
             if position in exits:
-                own = model.heads[exits[position]]
-                flops, features = count_flops(lambda: own.features(x))
+                exit_head = model.heads[exits[position]]
+                flops, features = count_flops(lambda: exit_head.features(x))
                 head = PartCost(
-                    count_parameters(own), flops + count_flops(lambda: own((features,)))[0]
+                    count_parameters(exit_head),
+                    flops + count_flops(lambda: exit_head((features,)))[0],
                 )
                 if model.propagation is not None:
                     module = model.propagation[exits[position]]
@@ -120,13 +121,13 @@ def exit_gflops(
         sum(part.flops for part in (rows[position].head, rows[position].propagation) if part)
         for position in model.exit_layers
     ]
-    found = [_flops_up_to(model, rows, [model.early_layer])]
+    flops_by_exit = [_flops_up_to(model, rows, [model.early_layer])]
     for exit, position in enumerate(model.exit_layers):
-        passed = sum(heads[:exit]) if looks else 0
-        found.append(_flops_up_to(model, rows, [position]) + passed + heads[exit])
+        passed_heads = sum(heads[:exit]) if looks else 0
+        flops_by_exit.append(_flops_up_to(model, rows, [position]) + passed_heads + heads[exit])
     whole = _flops_up_to(model, rows, model.output_layers) + final_flops(model, shape)
-    found.append(whole + looks * sum(heads))
-    return [flops / 1e9 for flops in found]
+    flops_by_exit.append(whole + looks * sum(heads))
+    return [flops / 1e9 for flops in flops_by_exit]
 
 
 def _flops_up_to(model: nn.Module, rows: Sequence[LayerCosts], positions: Sequence[int]) -> int:
@@ -150,8 +151,8 @@ def layer_seconds(
     images = torch.rand(1, 3, *shape, device=device)
     every = [_seconds_once(model, images) for _ in range(repeats + 1)][1:]  # the first one warms up
     return [
-        row._replace(seconds=tuple(map(statistics.median, zip(*own))))
-        for row, own in zip(rows, zip(*every))
+        row._replace(seconds=tuple(map(statistics.median, zip(*repeated))))
+        for row, repeated in zip(rows, zip(*every))
     ]
 
 
@@ -160,16 +161,16 @@ def _seconds_once(model: nn.Module, images: Tensor) -> list[tuple]:
     layers, rows = _all_layers(model, images), []
     gap = torch.ones(1, dtype=torch.long, device=images.device)
     for position in range(len(model.table)):
-        main, x = timed(lambda: layers.take(position), images.device)
+        main, x = time_call(lambda: layers.take(position), images.device)
         head = mixing = 0.0
         if position in exits:
-            own = model.heads[exits[position]]
-            head, features = timed(
-                lambda: (lambda f: (f, own((f,))))(own.features(x))[0], images.device
+            exit_head = model.heads[exits[position]]
+            head, features = time_call(
+                lambda: (lambda f: (f, exit_head((f,))))(exit_head.features(x))[0], images.device
             )
             if model.propagation is not None:
                 module = model.propagation[exits[position]]
-                mixing, _ = timed(
+                mixing, _ = time_call(
                     lambda: module(features, module.remember(features), gap), images.device
                 )
         rows.append((main, head, mixing))
@@ -192,19 +193,21 @@ def as_table(model: nn.Module, rows: Sequence[LayerCosts], shape: Sequence[int])
         lines.append(
             f'{f"{number} {row.name}":<24}{row.stride:>6}'
             + ''.join(
-                _cell(own[number], row.seconds[place : place + 1])
-                for place, own in enumerate(cells)
+                _cell(column[number], row.seconds[place : place + 1])
+                for place, column in enumerate(cells)
             )
         )
-    totals = [[part for part in own if part] for own in cells]
+    totals = [[part for part in column if part] for column in cells]
     lines.append(
         f'{"all":<30}'
         + ''.join(
             _cell(
-                PartCost(sum(part.parameters for part in own), sum(part.flops for part in own)),
+                PartCost(
+                    sum(part.parameters for part in column), sum(part.flops for part in column)
+                ),
                 [sum(row.seconds[place] for row in rows)] if rows[0].seconds else [],
             )
-            for place, own in enumerate(totals)
+            for place, column in enumerate(totals)
         )
     )
     final = PartCost(count_parameters(model.detector.bbox_head), final_flops(model, shape))
@@ -213,8 +216,8 @@ def as_table(model: nn.Module, rows: Sequence[LayerCosts], shape: Sequence[int])
         lines.append(f'a frame that leaves at exit {exit:>2}: {gflops:8.2f} GFLOPs')
     if model.propagation is not None:
         products, flops, heads = (
-            sum(own)
-            for own in zip(
+            sum(column)
+            for column in zip(
                 *((row.products, row.propagation.flops, row.head.flops) for row in rows if row.head)
             )
         )

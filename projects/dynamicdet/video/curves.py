@@ -1,8 +1,8 @@
 """AP against cost on a recorded video run: of gates, of fixed exits, of all mixtures of fixed
 exits.
 
-A *setting* is E thresholds, as in `simulation`. A *row* is a point of a curve, see
-`simulation.row_of`; costs are 'gflops' or 'latency'.
+A *setting* is E thresholds, as in `gate_simulation`. A *row* is a point of a curve, see
+`gate_simulation.curve_point`; costs are 'gflops' or 'latency'.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,18 +10,18 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..progress import CountProgress
-from .gates import Gate
-from .simulation import (
+from .gate_simulation import (
     GateRun,
     Replays,
     Seconds,
-    changes,
+    curve_point,
+    detection_sources,
     exit_costs,
+    frame_changes,
     nothing_seen,
-    reuse,
-    row_of,
     simulate_gate,
 )
+from .gates import Gate
 
 #: How many thresholds on difficulty, and how many on change, a curve tries.
 LEVELS, CHANGE_LEVELS = 21, 16
@@ -32,7 +32,7 @@ _LAGS = (1, 4)
 Setting = list[float]
 
 
-def between(values: Sequence[float], count: int) -> list[float]:
+def quantile_thresholds(values: Sequence[float], count: int) -> list[float]:
     """So many thresholds at quantiles of some values, at most; each halfway between two of them, so
     that noise in the last digits moves nothing."""
     values = np.unique(np.asarray(values, np.float32))
@@ -64,13 +64,13 @@ def settings_of(
     # By quantile of all difficulties, each as often as it occurs: where many frames are, steps are
     # small.
     quantiles = np.quantile(difficulties, np.linspace(0, 1, 4 * count + 1))
-    levels = [-1.0, *between(quantiles, count), 1.0]
+    levels = [-1.0, *quantile_thresholds(quantiles, count), 1.0]
     early = [-1.0]
     if gate.early:
-        seen = np.concatenate([changes(record, lag) for lag in _LAGS])
-        if len(seen):
-            early += between(
-                np.quantile(seen, np.linspace(0, 1, 4 * change_count + 1)), change_count
+        change_samples = np.concatenate([frame_changes(record, lag) for lag in _LAGS])
+        if len(change_samples):
+            early += quantile_thresholds(
+                np.quantile(change_samples, np.linspace(0, 1, 4 * change_count + 1)), change_count
             )
         if nothing_seen(record, gate).any():
             early.append(0.0)
@@ -80,7 +80,7 @@ def settings_of(
     return [[change] + [level] * len(difficulties) for change in early for level in levels]
 
 
-def curve(
+def gate_curve(
     record: Mapping,
     replays: Replays,
     gate: Gate,
@@ -98,24 +98,24 @@ def curve(
         difficulties (np.ndarray): (E - 1, n), its own.
         settings (Sequence[Setting]): Those that share a threshold on change are best next to each
             other.
-        seconds (tuple[float, float]): See `simulation.simulate_gate`. Defaults to none.
+        seconds (tuple[float, float]): See `gate_simulation.simulate_gate`. Defaults to none.
         progress (Callable, optional): Called with (settings done, settings in all).
     """
     rows, sources, nothing = [], {}, nothing_seen(record, gate)
     for setting in settings:
         change = setting[0]
         if gate.early and change not in sources:
-            sources[change] = reuse(record, change, nothing)
+            sources[change] = detection_sources(record, change, nothing)
         run = simulate_gate(record, gate, difficulties, setting, seconds, sources.get(change))
         rows.append(
-            dict(row_of(run, replays.ap(run), len(record['gflops'])), thresholds=list(setting))
+            dict(curve_point(run, replays.ap(run), len(record['gflops'])), thresholds=list(setting))
         )
         if progress:
             progress(len(rows), len(settings))
     return rows
 
 
-def front(rows: Sequence[Mapping], cost: str = 'gflops') -> list[dict]:
+def pareto_front(rows: Sequence[Mapping], cost: str = 'gflops') -> list[dict]:
     """The rows that no other beats in AP at as little cost, from the cheapest on, AP rising."""
     best, kept = -np.inf, []
     for row in sorted(rows, key=lambda row: (row[cost], -row['ap'])):
@@ -137,7 +137,7 @@ def fixed_exits(record: Mapping, replays: Replays) -> list[dict]:
             np.full(images, gflops[exit + 1]),
             np.full(images, latencies[exit + 1]),
         )
-        rows.append(dict(row_of(run, replays.ap(run), exits), exit=exit))
+        rows.append(dict(curve_point(run, replays.ap(run), exits), exit=exit))
     return rows
 
 
@@ -149,7 +149,7 @@ def line_at(rows: Sequence[Mapping], cost: float, key: str = 'gflops') -> float:
     For fixed exits: what choosing among them by the roll of dice gives, about.
     """
     hull: list[tuple] = []
-    for point in [(row[key], row['ap']) for row in front(rows, key)]:
+    for point in [(row[key], row['ap']) for row in pareto_front(rows, key)]:
         while len(hull) > 1 and _turns_up(hull[-2], hull[-1], point):
             hull.pop()
         hull.append(point)

@@ -25,10 +25,10 @@ from ..errors import UsageError
 from ..models import DynamicDetector, fuse
 from ..models.weights import require_complete
 from ..routing.budget import Budget
-from ..routing.served import Served, account
+from ..routing.budget_report import BudgetReport, report_budget
 from ..timing import now
 from ..transfers import Followed, to_host
-from .calibration import OnlineThresholds
+from .calibration import GateBudgetController
 from .gates import name_of
 from .overlay import colors_of, draw_frame
 from .part_building import build_gate
@@ -37,7 +37,7 @@ from .timeline import Timeline, draw_timeline
 from .writer import MAX_FPS, VideoWriter
 
 
-class Seen(NamedTuple):
+class FrameResult(NamedTuple):
     """What a detector made of a frame.
 
     Attributes:
@@ -111,7 +111,7 @@ class FrameDetector(DetInferencer):
         score (float): Detections below it are left out. Defaults to 0.3.
         online (bool): Whether the budget, ``target_latency`` or ``target_gflops``, is held on the
             frames that come: thresholds then follow what frames really cost, see
-                `OnlineThresholds`. Defaults to False.
+                `GateBudgetController`. Defaults to False.
 
     Raises:
         UsageError: If the model takes no gate or budget, or the checkpoint does not fit.
@@ -148,7 +148,7 @@ class FrameDetector(DetInferencer):
                     f'a {type(self.model).__name__} has one speed only: leave out the budget'
                 )
             self.model.set_budget(budget)
-        self._online = _online_thresholds(self.model, budget) if online else None
+        self._online = _gate_controller(self.model, budget) if online else None
         self.exits = int(getattr(self.model, 'num_exits', 0))
         self.classes = list(self.model.dataset_meta['classes'])
         self.colors = colors_of(self.classes, self.model.dataset_meta.get('palette'))
@@ -184,7 +184,7 @@ class FrameDetector(DetInferencer):
         fuse(model)
 
     @torch.no_grad()
-    def detect(self, picture: np.ndarray, stream: object, number: int) -> Seen:
+    def detect(self, picture: np.ndarray, stream: object, number: int) -> FrameResult:
         """Detect in a frame. The first one of all is run twice: what a first run takes is no cost
         of a frame.
 
@@ -213,7 +213,7 @@ class FrameDetector(DetInferencer):
             timed = self._budget.kind == 'target_latency'
             self._online.measure(seconds if timed else gflops)
             self.model.set_budget(threshold=self._online.thresholds)
-        return Seen(
+        return FrameResult(
             None if exit is None else int(exit),
             None if difficulty is None else float(difficulty),
             gflops,
@@ -226,12 +226,12 @@ class FrameDetector(DetInferencer):
         if hasattr(self.model, 'reset'):
             self.model.reset(stream)
 
-    def served(self, summary: Summary) -> Served | None:
+    def budget_report(self, summary: Summary) -> BudgetReport | None:
         """What a `DynamicDetector` served of its budget; None of other detectors."""
         model = self.model
         if not isinstance(model, DynamicDetector):
             return None
-        return account(
+        return report_budget(
             [summary.exits[exit] for exit in range(model.num_exits)],
             model.budget,
             model.threshold.reshape(-1).tolist(),
@@ -260,16 +260,16 @@ def _try_gate(gate: Mapping) -> None:
         raise UsageError(f'{dict(gate)} is no gate: {reason}') from None
 
 
-def _online_thresholds(model: nn.Module, budget: Budget | None) -> OnlineThresholds:
+def _gate_controller(model: nn.Module, budget: Budget | None) -> GateBudgetController:
     if budget is None or not budget.is_target or not hasattr(model, 'operating_points'):
         raise UsageError(
             'online holds target_latency or target_gflops, of a calibrated EarlyExitDetector'
         )
-    return OnlineThresholds.of_points(model.operating_points, budget)
+    return GateBudgetController.of_points(model.operating_points, budget)
 
 
-def _detections(found, score: float) -> list[dict]:
-    ((boxes, scores, labels),) = to_host([found])
+def _detections(instances, score: float) -> list[dict]:
+    ((boxes, scores, labels),) = to_host([instances])
     order = scores.argsort(descending=True)
     order = order[scores[order] >= score]
     rows = zip(*(values[order].tolist() for values in (boxes, labels, scores)))
@@ -422,26 +422,26 @@ class _Show:
             entry['size_before'] = self._size
             self.say('size', f'frame {frame.number}: the size changes from {self._size} to {size}')
         self._size = size
-        seen = self.detector.detect(frame.picture, stream, frame.number)
-        self._count(frame, seen)
+        result = self.detector.detect(frame.picture, stream, frame.number)
+        self._count(frame, result)
         self.lines.write(
             dict(
                 entry,
                 size=size,
-                exit=seen.exit,
-                difficulty=_round(seen.difficulty),
-                gflops=_round(seen.gflops),
-                seconds=_round(seen.seconds),
-                detections=seen.detections,
+                exit=result.exit,
+                difficulty=_round(result.difficulty),
+                gflops=_round(result.gflops),
+                seconds=_round(result.seconds),
+                detections=result.detections,
             )
         )
-        depth = None if seen.exit is None else (seen.exit + 1) / self.detector.exits
+        depth = None if result.exit is None else (result.exit + 1) / self.detector.exits
         self._drawn = draw_frame(
             frame.picture,
-            seen.detections,
+            result.detections,
             self.detector.classes,
             self.detector.colors,
-            self._text(frame, seen),
+            self._text(frame, result),
             depth,
         )
         self._film(frame)
@@ -458,32 +458,32 @@ class _Show:
         if self._drawn is not None:
             self._film(frame)
 
-    def _count(self, frame: VideoFrame, seen: Seen) -> None:
+    def _count(self, frame: VideoFrame, result: FrameResult) -> None:
         summary = self.summary
         summary.frames += 1
-        summary.seconds += seen.seconds
-        if seen.exit is not None:
-            summary.exits[seen.exit] += 1
-        if seen.gflops is not None:
-            self._gflops += seen.gflops
+        summary.seconds += result.seconds
+        if result.exit is not None:
+            summary.exits[result.exit] += 1
+        if result.gflops is not None:
+            self._gflops += result.gflops
             summary.gflops = self._gflops / summary.frames
-        self.timeline.add(frame.time, seen.exit, seen.seconds, seen.gflops)
+        self.timeline.add(frame.time, result.exit, result.seconds, result.gflops)
 
-    def _text(self, frame: VideoFrame, seen: Seen) -> list[str]:
+    def _text(self, frame: VideoFrame, result: FrameResult) -> list[str]:
         first = f'frame {frame.number}  {frame.time:.2f} s'
-        if seen.exit is not None:
+        if result.exit is not None:
             taken = (
-                f'{seen.exit} of {self.detector.exits - 1}'
-                if seen.exit >= 0
+                f'{result.exit} of {self.detector.exits - 1}'
+                if result.exit >= 0
                 else '-1, boxes as before'
-                if seen.detections
+                if result.detections
                 else '-1, nothing there'
             )
-            first += f'  exit {taken}  difficulty {seen.difficulty:.2f}'
+            first += f'  exit {taken}  difficulty {result.difficulty:.2f}'
         mean = self.summary.seconds / self.summary.frames
-        second = f'{1e3 * seen.seconds:.1f} ms, mean {1e3 * mean:.1f}'
-        if seen.gflops is not None:
-            second += f'  {seen.gflops:.3g} GFLOPs, mean {self.summary.gflops:.3g}'
+        second = f'{1e3 * result.seconds:.1f} ms, mean {1e3 * mean:.1f}'
+        if result.gflops is not None:
+            second += f'  {result.gflops:.3g} GFLOPs, mean {self.summary.gflops:.3g}'
         return [first, second]
 
 

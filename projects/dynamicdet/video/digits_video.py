@@ -25,23 +25,11 @@ video its ``face`` and its ``shots`` with their recipes and ``sources``, the pho
 pixels come from. The splits share neither a sample nor a pixel of a photo.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
-import cv2
-
-from ..datasets.digits import (
-    CLASSES,
-    JPEG_QUALITY,
-    _annotations,
-    _is_made,
-    _lock,
-    _make,
-    _outline,
-    _whole,
-)
-from ..datasets.digits_drawing import SPLITS, load_sources
+from ..datasets.digits import Kind, make_once, outline, require_whole, write_jpeg
+from ..datasets.digits_drawing import SPLITS
 from .digits_video_drawing import make_video
 
 #: Videos.
@@ -89,14 +77,9 @@ def make_digits_video(
         ImportError: When scikit-learn or scikit-image is missing.
     """
     stamp = _stamp(sizes, length, image_size, seed, mp4)
-    home = Path(root).resolve()
-    if _is_made(home, stamp):
-        return Path(root)
-    home.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(home.parent / f'.{home.name}.lock'):
-        if not _is_made(home, stamp):
-            _make(home, stamp, progress, 'digits-video', _write)
-    return Path(root)
+    description = 'handwritten digits moving over photographs'
+    kind = Kind('digits-video', description, ('videos', 'images'), _write_video)
+    return make_once(root, stamp, kind, progress)
 
 
 def _stamp(sizes, length, image_size, seed, mp4):
@@ -106,46 +89,18 @@ def _stamp(sizes, length, image_size, seed, mp4):
     return dict(
         kind='video',
         version=VERSION,
-        seed=_whole('seed', seed, 0),
-        length=_whole('length', length, 1),
-        image_size=_whole('image_size', image_size, MIN_IMAGE_SIZE),
+        seed=require_whole('seed', seed, 0),
+        length=require_whole('length', length, 1),
+        image_size=require_whole('image_size', image_size, MIN_IMAGE_SIZE),
         mp4=bool(mp4),
-        sizes={split: _whole(f'sizes[{split!r}]', sizes[split], 0) for split in SPLITS},
+        sizes={split: require_whole(f'sizes[{split!r}]', sizes[split], 0) for split in SPLITS},
     )
 
 
-def _write(part, stamp, progress):
-    sources = load_sources()
-    done, total = 0, sum(stamp['sizes'].values())
-    (part / 'annotations').mkdir(parents=True)
-    for split, count in stamp['sizes'].items():
-        (part / split).mkdir()
-        videos, images, annotations = [], [], []
-        for index in range(count):
-            videos.append(
-                _write_video(part / split, sources, split, index, stamp, images, annotations)
-            )
-            done += 1
-            if progress is not None:
-                progress(done, total)
-        _annotations(part, split).write_text(
-            json.dumps(
-                dict(
-                    info=dict(
-                        description='handwritten digits moving over photographs', recipe=stamp
-                    ),
-                    licenses=[],
-                    categories=[dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)],
-                    videos=videos,
-                    images=images,
-                    annotations=annotations,
-                )
-            )
-        )
-
-
-def _write_video(folder, sources, split, index, stamp, images, annotations):
-    """Write a video's files; add its frames and objects to the lists, return its entry."""
+def _write_video(folder, sources, split, index, stamp, content):
+    """Write a video's files; add its entry, frames and objects to the content of the annotation
+    file."""
+    images, annotations = content['images'], content['annotations']
     size, name = stamp['image_size'], f'{index + 1:04d}'
     facts, frames = make_video(sources, split, index, size, stamp['length'], stamp['seed'])
     (folder / name).mkdir()
@@ -160,8 +115,7 @@ def _write_video(folder, sources, split, index, stamp, images, annotations):
             frame_id=number,
             **frame.facts,
         )
-        code = cv2.imencode('.jpg', frame.picture, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
-        (folder / entry['file_name']).write_bytes(code.tobytes())
+        write_jpeg(folder / entry['file_name'], frame.picture)
         images.append(entry)
         for place, (instance, row, visible) in enumerate(frame.digits):
             annotations.append(
@@ -174,15 +128,14 @@ def _write_video(folder, sources, split, index, stamp, images, annotations):
                     iscrowd=int(visible < MIN_VISIBLE),
                     sample=row,
                     visible=visible,
-                    **_outline(frame.owner == place),
+                    **outline(frame.owner == place),
                 )
             )
         pictures.append(frame.picture)
     if stamp['mp4']:
         _write_mp4(folder / f'{name}.mp4', pictures)
-    return dict(
-        id=index + 1, name=name, width=size, height=size, fps=FPS, length=len(pictures), **facts
-    )
+    entry = dict(id=index + 1, name=name, width=size, height=size, fps=FPS, length=len(pictures))
+    content['videos'].append(dict(entry, **facts))
 
 
 def _write_mp4(path, pictures):

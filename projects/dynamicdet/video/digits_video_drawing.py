@@ -313,7 +313,7 @@ def _draw_frame(shot: Shot, t: int, cut: bool, instances: int, noise: np.ndarray
         shot.world, (size, size), tuple(shot.camera[t] - 0.5), patchType=cv2.CV_32F
     )
     photo = _smear(photo, pan)
-    picture, owner, seen = photo.copy(), np.full((size, size), -1), []
+    picture, owner, visible = photo.copy(), np.full((size, size), -1), []
     for number, item in enumerate(shot.items):
         step = item.path[t] - item.path[before]
         placed = _place(item, t, item.path[t] - shot.camera[t] + size / 2, step - pan, size)
@@ -330,9 +330,9 @@ def _draw_frame(shot: Shot, t: int, cut: bool, instances: int, noise: np.ndarray
         picture[window] += alpha[inside][..., None] * (layer - picture[window])
         owner[window][mask] = number
         if item.row >= 0:
-            seen.append((number, (alpha >= 0.5).sum(), mask.sum()))
+            visible.append((number, (alpha >= 0.5).sum(), mask.sum()))
     picture = np.rint(picture * shot.light[t] + noise).clip(0, 255).astype(np.uint8)
-    owner, digits, hidden = _take_stock(shot.items, owner, seen, instances)
+    owner, digits, hidden = _take_stock(shot.items, owner, visible, instances)
     camera, motion = _motion(shot, t, size)
     # Also the frame before must not have been smeared.
     changes = camera, motion, *_motion(shot, before, size), abs(shot.light[t] - shot.light[before])
@@ -411,11 +411,11 @@ def _smear(picture: np.ndarray, step: np.ndarray) -> np.ndarray:
     return cv2.filter2D(picture, -1, kernel / kernel.sum(), borderType=cv2.BORDER_REPLICATE)
 
 
-def _take_stock(items, owner, seen, instances) -> tuple[np.ndarray, list, float]:
+def _take_stock(items, owner, visible, instances) -> tuple[np.ndarray, list, float]:
     """Number what is seen of digits from 0; the largest share of a digit that others hide."""
     counts = np.bincount(owner.ravel() + 1, minlength=len(items) + 1)[1:]
     renumbered, digits, hidden = np.full_like(owner, -1), [], 0.0
-    for number, full, inside in seen:
+    for number, full, inside in visible:
         if inside:
             hidden = max(hidden, 1 - counts[number] / inside)
         if counts[number]:

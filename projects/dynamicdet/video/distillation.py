@@ -55,11 +55,11 @@ def make_lesson(head: AnchorHead, maps: Sequence[Tensor], settings: Distillation
     every = Lesson(*map(torch.cat, zip(*parts)))
     kept = []
     for image in range(len(maps[0])):
-        own = (every.image == image).nonzero().squeeze(1)
-        sure = every.objectness[own] * every.classes[own].amax(dim=1)
-        if len(own):
-            _, taken = nms(bbox_cxcywh_to_xyxy(every.boxes[own]), sure, settings.nms_iou)
-            kept.append(own[taken[: settings.max_boxes]])
+        rows = (every.image == image).nonzero().squeeze(1)
+        sure = every.objectness[rows] * every.classes[rows].amax(dim=1)
+        if len(rows):
+            _, taken = nms(bbox_cxcywh_to_xyxy(every.boxes[rows]), sure, settings.nms_iou)
+            kept.append(rows[taken[: settings.max_boxes]])
     kept = torch.cat(kept) if kept else every.image[:0]
     return Lesson(*(values[kept] for values in every))
 
@@ -115,12 +115,12 @@ def distillation_losses(
     (classes,), (boxes,), (objects,) = raw
     *cell, owner = head.candidates(lesson.boxes, 0, objects.shape[-2:])
     at = (lesson.image[owner], *cell)
-    own, logits = (
+    box_preds, logits = (
         maps.unflatten(1, (head.num_anchors, -1))[at[0], at[1], :, at[2], at[3]].float()
         for maps in (boxes, classes)
     )
     sure = lesson.objectness[owner]
-    apart = 1 - ciou(head.decode(own, 0, *cell), lesson.boxes[owner])
+    apart = 1 - ciou(head.decode(box_preds, 0, *cell), lesson.boxes[owner])
     wrong = F.binary_cross_entropy_with_logits(
         logits, lesson.classes[owner], reduction='none'
     ).mean(dim=1)

@@ -19,19 +19,27 @@ from mmdet.structures import OptSampleList, SampleList
 
 from ..errors import UsageError
 from ..models.merging import merge_instances
-from ..models.weights import is_plain
+from ..models.weights import is_plain, rename_entries
 from ..precision import KeepsTypeOfBuffers
 from ..routing.budget import Budget
 from ..routing.merging import Merge
 from ..transfers import Followed, take_rows
 from .budgets import POINTS, require_early_exit_budget, resolve_budget
-from .frames import Frames, last_found, nothing_found, scale_of, to_original
+from .frames import Frames, last_detections, no_detections, scale_of, to_original
 from .gate_inputs import AllExits, Evidence
 from .lazy_layers import LazyLayers
 from .losses import training_losses
-from .part_building import build_gate, build_heads, build_propagation, learner
+from .part_building import build_gate, build_heads, build_propagation, learned_part
 from .propagation import carry_on
-from .streams import Streams, VideoStream, as_frames, early_change, early_summary, is_cut, waves
+from .streams import (
+    Streams,
+    VideoStream,
+    as_frames,
+    early_change,
+    early_summary,
+    is_cut,
+    stream_waves,
+)
 
 #: What each mode trains: prefixes of parameters. 'joint' trains a gate that learns, too.
 TRAINED = dict(
@@ -162,7 +170,7 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
             raise UsageError(f"mode is one of {', '.join(TRAINED)}; got '{mode}'")
         if mode == 'propagation' and self.propagation is None:
             raise UsageError("mode='propagation' needs propagation=dict(type='Propagation')")
-        if mode == 'gate' and learner(self.gate) is None:
+        if mode == 'gate' and learned_part(self.gate) is None:
             raise UsageError(
                 "mode='gate' needs a gate that learns, such as gate=dict(type='HaltingGate', ...)"
             )
@@ -199,13 +207,7 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         }
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
-        own = {
-            key[len(prefix) :]: state_dict.pop(key)
-            for key in list(state_dict)
-            if key.startswith(prefix)
-        }
-        own = self.spread_plain_weights(own)
-        state_dict.update({prefix + key: value for key, value in own.items()})
+        rename_entries(state_dict, prefix, self.spread_plain_weights)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._apply_budget()
 
@@ -256,7 +258,7 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
     def loss(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> dict[str, Tensor]:
         """Losses of what is trained: ``exitK.*`` of each head, ``final.*`` of the detector's own
         output, those of the gate. Frames of one clip are recognized by ``clip_step``, see
-        `streams.clips`.
+        `streams.clip_numbers`.
 
         Args:
             batch_inputs (Tensor): (N, 3, H, W), or of clips (B, T, 3, H, W).
@@ -297,8 +299,8 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         if self._budget_waits:
             self.set_budget(self.budget)
         inputs, samples = as_frames(batch_inputs, batch_data_samples)
-        for images, own in self._waves(inputs, samples):
-            self._predict_wave(images, own, rescale)
+        for images, wave_samples in self._waves(inputs, samples):
+            self._predict_wave(images, wave_samples, rescale)
         return batch_data_samples
 
     @torch.no_grad()
@@ -312,32 +314,33 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         only those that it ran on.
         """
         inputs, samples = as_frames(batch_inputs, batch_data_samples)
-        parts = [
-            self._all_of_wave(images, own, rescale) for images, own in self._waves(inputs, samples)
+        waves = [
+            self._all_of_wave(images, wave_samples, rescale)
+            for images, wave_samples in self._waves(inputs, samples)
         ]
         # Back from the order of the waves.
-        order = torch.tensor([one for wave in self._parts(samples) for one in wave]).argsort()
+        order = torch.tensor([row for wave in self._wave_rows(samples) for row in wave]).argsort()
         by_exit = [
-            [found for part in parts for found in part.detections[exit]]
+            [instances for wave in waves for instances in wave.detections[exit]]
             for exit in range(self.num_exits)
         ]
-        pooled = [torch.cat(one)[order] for one in zip(*(part.pooled for part in parts))]
+        pooled = [torch.cat(maps)[order] for maps in zip(*(wave.pooled for wave in waves))]
         return AllExits(
-            [[found[one] for one in order.tolist()] for found in by_exit],
+            [[instances[row] for row in order.tolist()] for instances in by_exit],
             pooled,
             *(
-                torch.cat([getattr(part, name) for part in parts])[order]
+                torch.cat([getattr(wave, name) for wave in waves])[order]
                 for name in ('early', 'change')
             ),
         )
 
-    def _parts(self, samples: SampleList) -> list[list[int]]:
-        return waves([sample.metainfo.get('video_id') for sample in samples])
+    def _wave_rows(self, samples: SampleList) -> list[list[int]]:
+        return stream_waves([sample.metainfo.get('video_id') for sample in samples])
 
     def _waves(self, inputs: Tensor, samples: SampleList):
-        for part in self._parts(samples):
-            images = inputs if len(part) == len(samples) else take_rows(inputs, part)
-            yield images, [samples[one] for one in part]
+        for rows in self._wave_rows(samples):
+            images = inputs if len(rows) == len(samples) else take_rows(inputs, rows)
+            yield images, [samples[row] for row in rows]
 
     def _start(self, images: Tensor, samples: SampleList, look: bool) -> Frames:
         """Frames before the first exit; with change and cuts if they are looked at."""
@@ -349,21 +352,21 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         )
         if look:
             frames.early = early_summary(frames.layers.take(self.early_layer))
-            seen = [
+            known = [
                 place for place, stream in enumerate(frames.streams) if stream.early is not None
             ]
             change, cut = (
                 frames.early.new_ones(len(samples)),
                 frames.early.new_zeros(len(samples), dtype=torch.bool),
             )
-            if seen:
-                own, last = (
-                    take_rows(frames.early, seen),
-                    torch.stack([frames.streams[place].early for place in seen]),
+            if known:
+                current, previous = (
+                    take_rows(frames.early, known),
+                    torch.stack([frames.streams[place].early for place in known]),
                 )
-                change = _with_rows(change, seen, early_change(own, last))
+                change = _with_rows(change, known, early_change(current, previous))
                 if self.cut is not None:
-                    cut = _with_rows(cut, seen, is_cut(own, last, self.cut))
+                    cut = _with_rows(cut, known, is_cut(current, previous, self.cut))
             frames.change, frames.cut = change, cut
         return frames
 
@@ -390,35 +393,35 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
     def _pass(self, exit: int, frames: Frames, x: Tensor, rescale: bool) -> Frames:
         """Decide at an exit; those that leave do."""
         looks = self._asks and self.gate.looks_at_detections
-        found = self._found_at(exit, x, frames) if looks or self.merge else None
+        detections = self._found_at(exit, x, frames) if looks or self.merge else None
         if not self._asks:
             return frames
         frames.pooled.append(x.mean(dim=(2, 3), dtype=torch.float32))
-        seen = found if looks else None
-        evidence = Evidence(exit, seen, frames.earlier, frames.pooled, None)
-        frames.earlier = seen
-        return self._decide(frames, evidence, found, x, rescale)
+        shown = detections if looks else None
+        evidence = Evidence(exit, shown, frames.earlier, frames.pooled, None)
+        frames.earlier = shown
+        return self._decide(frames, evidence, detections, x, rescale)
 
     def _found_at(self, exit: int, x: Tensor, frames: Frames) -> list[InstanceData]:
         """What a head finds in all frames, in the network's frame; merged with what those before it
         found where that is wanted."""
-        own = self._detect(exit, x, frames.samples, frames.streams)
+        detections = self._detect(exit, x, frames.samples, frames.streams)
         if not self.merge:
-            return own
-        frames.passed.append(own)
+            return detections
+        frames.passed.append(detections)
         return merge_instances(list(zip(*frames.passed)), self.merge)
 
     def _decide_early(self, frames: Frames, rescale: bool) -> Frames:
         """Before the first exit: let streams begin anew at cuts, and, where the gate decides, those
         frames leave whose difficulty is not above the threshold; the others. All comes to the host
         at once."""
-        asked = [frames.cut]
+        decisions = [frames.cut]
         if self.decides_early:
-            asked += [
+            decisions += [
                 self.gate.difficulty(Evidence(-1, None, None, [], frames.change)),
                 self.gate.sees_nothing(frames.early),
             ]
-        cuts, *decided = torch.stack([one.float() for one in asked]).tolist()
+        cuts, *decided = torch.stack([decision.float() for decision in decisions]).tolist()
         for stream, cut in zip(frames.streams, cuts):
             if cut:
                 stream.forget()
@@ -439,24 +442,24 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
                 frames.streams[place],
                 frames.early.device,
             )
-            found = (
-                nothing_found(device)
+            instances = (
+                no_detections(device)
                 if news[place]
-                else last_found(stream, sample, rescale, device)
+                else last_detections(stream, sample, rescale, device)
             )
-            self._leave(frames, place, -1, found, rescale, news[place])
+            self._leave(frames, place, -1, instances, rescale, news[place])
         return frames.without(places) if places else frames
 
     def _decide(
         self,
         frames: Frames,
         evidence: Evidence,
-        found: list[InstanceData] | None,
+        detections: list[InstanceData] | None,
         x: Tensor,
         rescale: bool,
     ) -> Frames:
         """Let those leave whose difficulty is not above the threshold; the others. The difficulties
-        are all that the host waits for. What the frames show is found unless it was."""
+        are all that the host waits for. Detections are made unless they were."""
         exit, level = evidence.exit, self._levels(self.thresholds)[evidence.exit + 1]
         frames.difficulties = self.gate.difficulty(evidence).float().tolist()
         places = [
@@ -465,36 +468,55 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         if not places:
             return frames
         samples, streams = (
-            [values[one] for one in places] for values in (frames.samples, frames.streams)
+            [values[place] for place in places] for values in (frames.samples, frames.streams)
         )
         x = x if len(places) == len(frames.samples) else take_rows(x, places)
-        found = [found[one] for one in places] if found else self._detect(exit, x, samples, streams)
-        for place, own, sample in zip(places, found, samples):
+        detections = (
+            [detections[place] for place in places]
+            if detections
+            else self._detect(exit, x, samples, streams)
+        )
+        for place, instances, sample in zip(places, detections, samples):
             self._leave(
-                frames, place, exit, to_original(own, sample) if rescale else own, rescale, new=True
+                frames,
+                place,
+                exit,
+                to_original(instances, sample) if rescale else instances,
+                rescale,
+                new=True,
             )
         return frames.without(places)
 
     def _finish(self, frames: Frames, rescale: bool) -> None:
         """The last exit: the detector's own output."""
         maps = [frames.layers.take(position) for position in self.output_layers]
-        found = self.detector.bbox_head.predict(maps, frames.samples, rescale=rescale)
+        detections = self.detector.bbox_head.predict(maps, frames.samples, rescale=rescale)
         if self.merge:
-            passed = [_in_frame(own, frames.samples, rescale) for own in frames.passed]
-            found = merge_instances(list(zip(*passed, found)), self.merge)
-        for place, own in enumerate(found):
-            self._leave(frames, place, self.num_exits - 1, own, rescale, new=True)
+            passed = [_in_frame(one, frames.samples, rescale) for one in frames.passed]
+            detections = merge_instances(list(zip(*passed, detections)), self.merge)
+        for place, instances in enumerate(detections):
+            self._leave(frames, place, self.num_exits - 1, instances, rescale, new=True)
 
     def _leave(
-        self, frames: Frames, place: int, exit: int, found: InstanceData, rescale: bool, new: bool
+        self,
+        frames: Frames,
+        place: int,
+        exit: int,
+        instances: InstanceData,
+        rescale: bool,
+        new: bool,
     ) -> None:
         """``new``: what was found is of this frame, and to be remembered."""
         sample, stream = frames.samples[place], frames.streams[place]
-        sample.pred_instances = found
+        sample.pred_instances = instances
         sample.set_metainfo(dict(exit=exit, difficulty=frames.difficulties[place]))
         if new:
             # A copy: whoever evaluates moves results to where they want them.
-            stream.found, stream.rescaled, stream.scale = found.clone(), rescale, scale_of(sample)
+            stream.detections, stream.rescaled, stream.scale = (
+                instances.clone(),
+                rescale,
+                scale_of(sample),
+            )
             stream.early = None if frames.early is None else frames.early[place]
 
     def _all_of_wave(self, images: Tensor, samples: SampleList, rescale: bool) -> AllExits:
@@ -506,8 +528,8 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         for exit, layer in enumerate(self.exit_layers):
             x = frames.layers.take(layer)
             pooled.append(x.mean(dim=(2, 3), dtype=torch.float32))
-            found = self._detect(exit, x, samples, frames.streams)
-            detections.append(_in_frame(found, samples, rescale))
+            instances_by_frame = self._detect(exit, x, samples, frames.streams)
+            detections.append(_in_frame(instances_by_frame, samples, rescale))
         maps = [frames.layers.take(position) for position in self.output_layers]
         detections.append(self.detector.bbox_head.predict(maps, samples, rescale=rescale))
         if self.merge:
@@ -544,12 +566,12 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
 
 
 def _in_frame(
-    found: Sequence[InstanceData], samples: SampleList, rescale: bool
+    detections: Sequence[InstanceData], samples: SampleList, rescale: bool
 ) -> list[InstanceData]:
     """Detections in the network's frame, in that of the original images where that is wanted."""
     if not rescale:
-        return list(found)
-    return [to_original(one, sample) for one, sample in zip(found, samples)]
+        return list(detections)
+    return [to_original(instances, sample) for instances, sample in zip(detections, samples)]
 
 
 def _with_rows(values: Tensor, rows: Sequence[int], new: Tensor) -> Tensor:

@@ -30,18 +30,18 @@ class ExitCurveHook(Hook):
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Take what `ExitsMetric` found."""
-        found = {
+        ap_by_exit = {
             exit_of(name): float(value)
             for name, value in (metrics or {}).items()
             if exit_of(name) is not None and name.endswith(f'/{self.metric}')
         }
-        if not found or runner.rank != 0:
+        if not ap_by_exit or runner.rank != 0:
             return
         folder = Path(runner.work_dir)
-        history = updated(
+        history = updated_history(
             read_history(folder / 'exit_curve.json'),
             runner.epoch or runner.iter,
-            [found[exit] for exit in sorted(found)],
+            [ap_by_exit[exit] for exit in sorted(ap_by_exit)],
         )
         write_atomically(json.dumps(history).encode(), folder / 'exit_curve.json')
         write_atomically(draw_history(history, self.metric), folder / 'exit_curve.png')
@@ -58,7 +58,7 @@ def read_history(path: Path) -> list[dict]:
         return []
 
 
-def updated(history: list[dict], epoch: int, ap: list[float]) -> list[dict]:
+def updated_history(history: list[dict], epoch: int, ap: list[float]) -> list[dict]:
     """History up to an epoch: what a run that starts anew left of later ones is gone."""
     return [*(one for one in history if one['epoch'] < epoch), dict(epoch=epoch, ap=ap)]
 

@@ -50,20 +50,20 @@ class Frames:
         kept = [place for place in range(len(self.samples)) if place not in gone]
         self.layers.keep(kept)
 
-        def some(values: list | None) -> list | None:
+        def of_kept(values: list | None) -> list | None:
             return values and [values[one] for one in kept]
 
         return Frames(
             self.layers,
-            some(self.samples),
-            some(self.streams),
-            some(self.difficulties),
+            of_kept(self.samples),
+            of_kept(self.streams),
+            of_kept(self.difficulties),
             None if self.early is None else take_rows(self.early, kept),
             None,
             None,
             [take_rows(one, kept) for one in self.pooled],
-            some(self.earlier),
-            [some(own) for own in self.passed],
+            of_kept(self.earlier),
+            [of_kept(own) for own in self.passed],
         )
 
 
@@ -72,14 +72,14 @@ def scale_of(sample: DetDataSample) -> tuple[float, ...]:
     return tuple(sample.metainfo.get('scale_factor', (1.0, 1.0)))
 
 
-def to_original(found: InstanceData, sample: DetDataSample) -> InstanceData:
+def to_original(instances: InstanceData, sample: DetDataSample) -> InstanceData:
     """A copy of detections in the network's frame, in that of the original image."""
-    found = found.clone()
-    found.bboxes = scale_boxes(found.bboxes, [1 / one for one in sample.scale_factor])
-    return found
+    instances = instances.clone()
+    instances.bboxes = scale_boxes(instances.bboxes, [1 / one for one in sample.scale_factor])
+    return instances
 
 
-def nothing_found(device: torch.device) -> InstanceData:
+def no_detections(device: torch.device) -> InstanceData:
     """No detections."""
     return InstanceData(
         bboxes=torch.zeros(0, 4, device=device),
@@ -88,13 +88,13 @@ def nothing_found(device: torch.device) -> InstanceData:
     )
 
 
-def last_found(
+def last_detections(
     stream: VideoStream, sample: DetDataSample, rescale: bool, device: torch.device
 ) -> InstanceData:
     """A stream's last detections; none, on a device, where there are none."""
-    if stream.found is None:
-        return nothing_found(device)
-    found = stream.found.clone()
+    if stream.detections is None:
+        return no_detections(device)
+    instances = stream.detections.clone()
     # By way of the network's frame, so that boxes stay on what they were found on where the
     # picture's size changes.
     before, now = (
@@ -103,5 +103,5 @@ def last_found(
     )
     factors = [one / other for one, other in zip(before, now)]
     if factors != [1, 1]:
-        found.bboxes = scale_boxes(found.bboxes, factors)
-    return found
+        instances.bboxes = scale_boxes(instances.bboxes, factors)
+    return instances

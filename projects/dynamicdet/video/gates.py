@@ -73,7 +73,7 @@ class FixedExit(Gate):
     """Always leave at one exit: difficulty 1 before it, 0 from it on.
 
     That is for thresholds from 0 up to, not including, 1: at 1 every image leaves at once, below 0
-        none does.
+    none does.
 
     Args:
         exit (int): 0 to E - 1.
@@ -101,12 +101,14 @@ class GateDetections(NamedTuple):
     labels: np.ndarray
 
 
-def surest(
+def most_confident(
     detections: Sequence[InstanceData], min_score: float = MIN_SCORE
 ) -> list[GateDetections]:
     """Of each image the detections from a score on, at most `MOST`: boxes (D, 4), scores (D,) and
     labels (D,), on the CPU."""
-    return [_surest(*(one.numpy() for one in own), min_score) for own in to_host(detections)]
+    return [
+        _surest(*(one.numpy() for one in instances), min_score) for instances in to_host(detections)
+    ]
 
 
 def _surest(
@@ -136,7 +138,7 @@ class ScoreGate(Gate):
     image's difficulty is the mean d of the doubts, or, by their sum s, ``s / (1 + s)``: many
     doubtful objects are then harder than one. (Classifiers exit early by the entropy of their one
     output: BranchyNet, arXiv 1709.01686. A detector has many outputs or none, hence the mean or
-        sum.)
+    sum.)
 
     Args:
         kind (str): 'entropy' or 'confidence'. Defaults to 'entropy'.
@@ -167,7 +169,7 @@ class ScoreGate(Gate):
 
     def difficulty(self, evidence: Evidence) -> Tensor:
         """How doubtful the exit's detections are, (N,), in [0, 1]; ``empty`` without any."""
-        found = surest(_require_detections(evidence), self.min_score)
+        found = most_confident(_require_detections(evidence), self.min_score)
         return torch.tensor([self._of_image(own.scores) for own in found])
 
     def _of_image(self, scores: np.ndarray) -> float:
@@ -217,7 +219,7 @@ class AgreementGate(Gate):
         detections = _require_detections(evidence)
         if evidence.earlier is None:
             return torch.ones(len(detections))
-        found = surest([*detections, *evidence.earlier], self.min_score)
+        found = most_confident([*detections, *evidence.earlier], self.min_score)
         return torch.tensor(
             [
                 1 - detection_agreement(own, before, self.iou)
@@ -250,11 +252,11 @@ def detection_agreement(one: GateDetections, other: GateDetections, iou: float =
 
 @MODELS.register_module()
 class TemporalGate(Gate):
-    """Where the scene has not changed, look no further: before the first exit, difficulty is the
-    change.
+    """Reuse: where the scene has not changed, a frame shows the previous frame's detections, and no
+    exit is run. Before the first exit, difficulty is the change.
 
-    The image then leaves with the last detections of its stream. A stream's first frame has change
-    1. Frames that go on are for another gate.
+    The previous frame is the last one of the stream that was computed, or seen to show nothing. A
+    stream's first frame has change 1. Frames that go on are for another gate.
 
     Where the early map changed, but shows nothing, there is no need to look either (*no
     detection*), if ``nothing`` says so: difficulty is then 0.

@@ -31,9 +31,7 @@ class ExitHead(AnchorHead):
         anchors (Sequence): (A, 2), width and height in pixels.
         channels (int): Between the convolutions. Defaults to 100.
         loss_weights (dict): Of 'bbox', 'obj' and 'cls'. Defaults to YOLOv5's.
-        train_cfg (dict, optional): As of `AnchorHead`.
-        test_cfg (dict, optional): As of `AnchorHead`.
-        init_cfg (dict, optional): As in mmengine. Defaults to None.
+        train_cfg, test_cfg, init_cfg: As of `AnchorHead`.
     """
 
     def __init__(

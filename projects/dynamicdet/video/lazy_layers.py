@@ -42,7 +42,7 @@ class LazyLayers:
         for one in self._missing(position):
             inputs = self._table[one].inputs or (-1,)
             module = self._detector.get_submodule(self._table[one].name)
-            self._maps[one] = module(concatenate_maps([self._maps[own] for own in inputs]))
+            self._maps[one] = module(concatenate_maps([self._maps[source] for source in inputs]))
             self._done.add(one)
             self._let_go(inputs)
         taken = self._maps[position]

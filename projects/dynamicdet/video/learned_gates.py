@@ -6,6 +6,7 @@ in any unit, such as its detection loss or ``1 - AP``. ``costs``, (E,): what lea
 any unit; only its share of the last exit's counts.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,7 +19,7 @@ from mmdet.registry import MODELS
 from ..errors import UsageError
 from ..precision import KeepsType
 from .gate_inputs import Evidence
-from .gates import Gate, coin_entropy, detection_agreement, squash, surest
+from .gates import Gate, coin_entropy, detection_agreement, most_confident, squash
 
 #: What a gate is told of the detections of an exit, see `_look`.
 _LOOKS = 4
@@ -37,7 +38,8 @@ class LearnedGate(KeepsType, Gate):
         in_channels (Sequence[int]): C_l of the heads, (E - 1,), in order.
         width (int): Of the state. Defaults to 32.
         looks_at_detections (bool): Whether the last layers are told four numbers of the exit's
-            detections as well, see `look`. Each head passed is then paid for. Defaults to False.
+            detections as well, see `detection_features`. Each head passed is then paid for.
+            Defaults to False.
         init_cfg (dict, optional): As in mmengine. Defaults to None.
     """
 
@@ -85,7 +87,9 @@ class LearnedGate(KeepsType, Gate):
                 'give it the in_channels of all'
             )
         pooled = evidence.pooled[: evidence.exit + 1]
-        seen = look(evidence).to(pooled[0].device) if self.looks_at_detections else None
+        seen = (
+            detection_features(evidence).to(pooled[0].device) if self.looks_at_detections else None
+        )
         with torch.autocast(pooled[0].device.type, enabled=False):
             return self._go(evidence.exit, self._states(pooled)[-1], seen).sigmoid()
 
@@ -115,10 +119,8 @@ class LearnedGate(KeepsType, Gate):
     def _states(self, pooled: Sequence[Tensor]) -> list[Tensor]:
         """The state at each exit whose features are given, (N, width)."""
         means, stds = self.mean.split(self.in_channels), self.std.split(self.in_channels)
-        state, states = (
-            pooled[0].new_zeros(len(pooled[0]), self.cell.hidden_size, dtype=torch.float32),
-            [],
-        )
+        size = len(pooled[0]), self.cell.hidden_size
+        state, states = pooled[0].new_zeros(size, dtype=torch.float32), []
         for x, mean, std, project in zip(pooled, means, stds, self.project):
             state = self.cell(F.relu(project((x.float() - mean) / std)), state)
             states.append(state)
@@ -150,23 +152,30 @@ class LearnedGate(KeepsType, Gate):
             costs (Tensor): (E,).
             looks (Sequence[Tensor], optional): (N, 4) each, if the gate looks at detections.
         """
-        raise NotImplementedError
+        # Products are in half precision under AMP.
+        with torch.autocast(losses.device.type, enabled=False):
+            return self._losses(self.logits(pooled, looks), losses.float(), costs / costs[-1])
+
+    @abstractmethod
+    def _losses(self, go: Tensor, losses: Tensor, shares: Tensor) -> dict[str, Tensor]:
+        """By ``go`` of all exits but the last, (E - 1, N), losses, (E, N), and the exits' shares of
+        the last one's cost, (E,)."""
 
 
-def look(evidence: Evidence) -> Tensor:
+def detection_features(evidence: Evidence) -> Tensor:
     """Four numbers in [0, 1] of each image's detections, (N, 4): mean and sum s, as ``s / (1 +
     s)``, of the scores' entropies, the best score, and the disagreement with the exit before (1 if
     there is none)."""
     count, rows = len(evidence.detections), []
-    every = surest([*evidence.detections, *(evidence.earlier or ())])
-    for found, before in zip(every[:count], every[count:] or [None] * count):
-        doubts = coin_entropy(found.scores)
+    every = most_confident([*evidence.detections, *(evidence.earlier or ())])
+    for detections, earlier in zip(every[:count], every[count:] or [None] * count):
+        doubts = coin_entropy(detections.scores)
         rows.append(
             (
                 doubts.mean() if len(doubts) else 0.0,
                 squash(doubts.sum()),
-                found.scores.max(initial=0.0),
-                1.0 if before is None else 1 - detection_agreement(found, before),
+                detections.scores.max(initial=0.0),
+                1.0 if earlier is None else 1 - detection_agreement(detections, earlier),
             )
         )
     return torch.from_numpy(np.array(rows, np.float32).reshape(-1, _LOOKS))
@@ -183,16 +192,13 @@ class HaltingGate(LearnedGate):
         above it.
 
     While a detector is trained, the oracle of each image takes the exit with the least ``loss +
-    price * cost``, for each of the prices. On a record `fitting.fit_halting_gate` does it in
+    price * cost``, for each of the prices. On a record `gate_fitting.fit_halting_gate` does it in
     seconds, by AP.
 
     Args:
-        in_channels (Sequence[int]): As of `LearnedGate`.
-        width (int): As of `LearnedGate`. Defaults to 32.
-        looks_at_detections (bool): As of `LearnedGate`. Defaults to False.
+        in_channels, width, looks_at_detections, init_cfg: As of `LearnedGate`.
         prices (Sequence[float]): In units of a loss for the cost of the last exit, above 0.
             Defaults to 0.03, 0.1, 0.3 and 1.
-        init_cfg (dict, optional): As in mmengine. Defaults to None.
     """
 
     def __init__(
@@ -208,18 +214,12 @@ class HaltingGate(LearnedGate):
             raise UsageError(f"a HaltingGate's prices are above 0, got {prices}")
         self.prices = tuple(prices)
 
-    def loss(
-        self,
-        pooled: Sequence[Tensor],
-        losses: Tensor,
-        costs: Tensor,
-        looks: Sequence[Tensor] | None = None,
-    ) -> dict[str, Tensor]:
+    def _losses(self, go: Tensor, losses: Tensor, shares: Tensor) -> dict[str, Tensor]:
         """``loss_gate``: how far the gate is from what is cheapest at the prices."""
         targets = torch.stack(
-            [goes_on(cheapest(losses, costs, price), len(costs)) for price in self.prices]
+            [goes_on(cheapest_exits(losses, shares, price), len(shares)) for price in self.prices]
         )
-        return dict(loss_gate=self.target_loss(pooled, targets.mean(dim=0), looks))
+        return dict(loss_gate=F.binary_cross_entropy_with_logits(go, targets.mean(dim=0)))
 
     def target_loss(
         self, pooled: Sequence[Tensor], targets: Tensor, looks: Sequence[Tensor] | None = None
@@ -228,7 +228,7 @@ class HaltingGate(LearnedGate):
         return F.binary_cross_entropy_with_logits(self.logits(pooled, looks), targets.float())
 
 
-def cheapest(losses: Tensor, costs: Tensor, price: float) -> Tensor:
+def cheapest_exits(losses: Tensor, costs: Tensor, price: float) -> Tensor:
     """The exit of each image with the least ``loss + price * cost / last cost``, (N,), the first of
     equals."""
     return (losses.detach() + price * (costs / costs[-1])[:, None]).argmin(dim=0)
@@ -258,13 +258,10 @@ class GumbelGate(LearnedGate):
     thresholds leave earlier or later.
 
     Args:
-        in_channels (Sequence[int]): As of `LearnedGate`.
-        width (int): As of `LearnedGate`. Defaults to 32.
-        looks_at_detections (bool): As of `LearnedGate`. Defaults to False.
+        in_channels, width, looks_at_detections, init_cfg: As of `LearnedGate`.
         cost_weight (float): Price of the last exit's cost in units of a loss, from 0 on. Defaults
             to 0.3.
         temperature (float): Above 0. Defaults to 1.
-        init_cfg (dict, optional): As in mmengine. Defaults to None.
     """
 
     def __init__(
@@ -284,31 +281,19 @@ class GumbelGate(LearnedGate):
             )
         self.cost_weight, self.temperature = cost_weight, temperature
 
-    def loss(
-        self,
-        pooled: Sequence[Tensor],
-        losses: Tensor,
-        costs: Tensor,
-        looks: Sequence[Tensor] | None = None,
-    ) -> dict[str, Tensor]:
+    def _losses(self, go: Tensor, losses: Tensor, shares: Tensor) -> dict[str, Tensor]:
         """``loss_gate_task`` and ``loss_gate_cost``, each the mean over images; ``gate_exit``, the
         mean exit drawn.
 
         Gradients reach the gate, and through ``losses`` the exits, each by how often it was drawn.
         """
-        # Products are in half precision under AMP.
-        with torch.autocast(losses.device.type, enabled=False):
-            losses = losses.float()
-            shares = (costs / costs[-1]).to(losses)
-            drawn = F.gumbel_softmax(
-                log_exits(self.logits(pooled, looks)).T, self.temperature, hard=True
-            )  # (N, E)
-            numbers = torch.arange(len(costs), dtype=drawn.dtype, device=drawn.device)
-            return dict(
-                loss_gate_task=(drawn * losses.T).sum(dim=1).mean(),
-                loss_gate_cost=self.cost_weight * (drawn @ shares).mean(),
-                gate_exit=(drawn.detach() @ numbers).mean(),
-            )
+        drawn = F.gumbel_softmax(log_exits(go).T, self.temperature, hard=True)  # (N, E)
+        numbers = torch.arange(len(shares), dtype=drawn.dtype, device=drawn.device)
+        return dict(
+            loss_gate_task=(drawn * losses.T).sum(dim=1).mean(),
+            loss_gate_cost=self.cost_weight * (drawn @ shares.to(losses)).mean(),
+            gate_exit=(drawn.detach() @ numbers).mean(),
+        )
 
 
 def log_exits(go: Tensor) -> Tensor:

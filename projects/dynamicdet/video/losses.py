@@ -13,9 +13,9 @@ from ..models.yolo import AnchorHead
 from ..transfers import take_rows
 from .costs import exit_gflops
 from .distillation import Distillation, distillation_losses, make_lesson
-from .part_building import learner
+from .part_building import learned_part
 from .propagation import carry_on
-from .streams import VideoStream, clips, early_summary, is_cut
+from .streams import VideoStream, clip_numbers, early_summary, is_cut
 
 
 def training_losses(model: nn.Module, images: Tensor, samples: SampleList) -> dict[str, Tensor]:
@@ -30,13 +30,13 @@ def training_losses(model: nn.Module, images: Tensor, samples: SampleList) -> di
     maps = [layers.take(position) for position in model.exit_layers]
     outputs = [layers.take(position) for position in model.output_layers]
     features = _features(model, maps, samples, early)
-    raws = [head((own,)) for head, own in zip(model.heads, features)]
+    raws = [head((exit_features,)) for head, exit_features in zip(model.heads, features)]
     losses = {}
     if model.mode != 'gate':
         losses.update(_head_losses(model, raws, outputs, samples))
     if model.mode == 'joint':
         losses.update(rename_loss_dict('final.', model.detector.bbox_head.loss(outputs, samples)))
-    if model.mode == 'gate' or model.mode == 'joint' and learner(model.gate):
+    if model.mode == 'gate' or model.mode == 'joint' and learned_part(model.gate):
         losses.update(_gate_losses(model, maps, raws, outputs, samples, images.shape[-2:]))
     return losses
 
@@ -51,11 +51,13 @@ def _head_losses(
         settings = Distillation(**model.distillation)
         lesson = make_lesson(_require_anchors(model.detector.bbox_head), outputs, settings)
     for exit, (head, raw, weight) in enumerate(zip(model.heads, raws, model.head_weights)):
-        own = head.loss_by_feat(*raw, truths, metas, ignored)
+        head_losses = head.loss_by_feat(*raw, truths, metas, ignored)
         if lesson is not None:
-            own.update(distillation_losses(head, raw, lesson, settings))
+            head_losses.update(distillation_losses(head, raw, lesson, settings))
         losses.update(
-            rename_loss_dict(f'exit{exit}.', {name: weight * value for name, value in own.items()})
+            rename_loss_dict(
+                f'exit{exit}.', {name: weight * value for name, value in head_losses.items()}
+            )
         )
     return losses
 
@@ -73,10 +75,10 @@ def _features(
     model: nn.Module, maps: Sequence[Tensor], samples: SampleList, early: Tensor | None
 ) -> list[Tensor]:
     """Of all heads, (N, C, H, W), carried on from frame to frame of each clip."""
-    features = [head.features(own) for head, own in zip(model.heads, maps)]
+    features = [head.features(layer_map) for head, layer_map in zip(model.heads, maps)]
     if model.propagation is None:
         return features
-    numbers = clips(samples)
+    numbers = clip_numbers(samples)
     streams = [VideoStream() for _ in range(max(numbers) + 1)]
     steps: list[list[int]] = []
     for index, number in enumerate(numbers):
@@ -86,21 +88,21 @@ def _features(
     parts: list[list[Tensor]] = [[] for _ in features]
     cuts = _cuts(early, numbers, model.cut)
     for step, frames in enumerate(steps):
-        own = [streams[numbers[index]] for index in frames]
-        for stream, index in zip(own, frames):
+        step_streams = [streams[numbers[index]] for index in frames]
+        for stream, index in zip(step_streams, frames):
             if cuts[index]:
                 stream.forget()
             stream.frame = samples[index].metainfo.get('frame_id', step)
         rows = torch.tensor(frames, device=maps[0].device)
         for exit, whole in enumerate(features):
             x = whole if len(frames) == len(samples) else whole[rows]
-            parts[exit].append(carry_on(model.propagation[exit], exit, x, own))
+            parts[exit].append(carry_on(model.propagation[exit], exit, x, step_streams))
     order = torch.tensor(
         [index for frames in steps for index in frames], device=maps[0].device
     ).argsort()
     # Where nothing was remembered, parameters still get a gradient, of 0: DDP waits for each.
     return [
-        torch.cat(part)[order] + 0 * sum(own.sum() for own in mix.parameters())
+        torch.cat(part)[order] + 0 * sum(parameter.sum() for parameter in mix.parameters())
         for part, mix in zip(parts, model.propagation)
     ]
 
@@ -108,7 +110,7 @@ def _features(
 def _cuts(early: Tensor | None, numbers: Sequence[int], cut: float | None) -> list[bool]:
     """Before which frames there is a cut, (N,): their clip's stream begins anew, as in
     `predict`."""
-    found = [False] * len(numbers)
+    cuts = [False] * len(numbers)
     # A clip's frames are in their order.
     later = [
         (at, at - 1 - numbers[:at][::-1].index(number))
@@ -116,10 +118,10 @@ def _cuts(early: Tensor | None, numbers: Sequence[int], cut: float | None) -> li
         if number in numbers[:at]
     ]
     if early is not None and later:
-        own, before = (take_rows(early, rows) for rows in zip(*later))
-        for (at, _), is_one in zip(later, is_cut(own, before, cut).tolist()):
-            found[at] = is_one
-    return found
+        current, previous = (take_rows(early, rows) for rows in zip(*later))
+        for (at, _), is_one in zip(later, is_cut(current, previous, cut).tolist()):
+            cuts[at] = is_one
+    return cuts
 
 
 def _gate_losses(
@@ -134,15 +136,17 @@ def _gate_losses(
     rows = []
     for index, sample in enumerate(samples):
         truths, ignored, metas = unpack_gt_instances([sample])
-        own = [
+        frame_losses = [
             head.loss_by_feat(
                 *([one[index : index + 1] for one in part] for part in raw), truths, metas, ignored
             )
             for head, raw in zip(model.heads, raws)
         ]
-        own.append(model.detector.bbox_head.loss([x[index : index + 1] for x in outputs], [sample]))
-        rows.append(torch.stack([_total(losses) for losses in own]))
-    return learner(model.gate).loss(
+        frame_losses.append(
+            model.detector.bbox_head.loss([x[index : index + 1] for x in outputs], [sample])
+        )
+        rows.append(torch.stack([_total(losses) for losses in frame_losses]))
+    return learned_part(model.gate).loss(
         [x.mean(dim=(2, 3), dtype=torch.float32) for x in maps],
         torch.stack(rows, dim=1),
         _costs(model, shape),

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import UsageError
 from ..routing.oracle import allocate
-from .simulation import GateRun, Replays, exit_costs, row_of, streams
+from .gate_simulation import GateRun, Replays, curve_point, exit_costs, frames_by_video
 
 #: How long the oracle may reuse detections, in frames.
 LONGEST = 8
@@ -22,8 +22,8 @@ _STEPS = 40
 
 class ExitPlan(NamedTuple):
     """What an oracle chose: ``exits``, (n,), -1 where nothing is computed; ``source``, (n,), as in
-    `simulation`; ``value``, the sum of what is shown; ``bound``: no choice within the budget has a
-    larger one."""
+    `gate_simulation`; ``value``, the sum of what is shown; ``bound``: no choice within the budget
+    has a larger one."""
 
     exits: np.ndarray
     source: np.ndarray
@@ -40,9 +40,11 @@ def plan_without_memory(values: np.ndarray, costs: Sequence[float], budget: floa
         budget (float): Mean cost per frame.
     """
     values = np.asarray(values, float)
-    found = allocate(np.concatenate([np.zeros((1, values.shape[1])), values]), costs, budget)
-    exits = found.choice - 1
-    return ExitPlan(exits, np.where(exits < 0, -1, np.arange(len(exits))), found.value, found.bound)
+    allocation = allocate(np.concatenate([np.zeros((1, values.shape[1])), values]), costs, budget)
+    exits = allocation.choice - 1
+    return ExitPlan(
+        exits, np.where(exits < 0, -1, np.arange(len(exits))), allocation.value, allocation.bound
+    )
 
 
 def plan_with_reuse(
@@ -108,11 +110,11 @@ def _plan_at(
     total = 0.0
     for frames in videos:
         ages, chosen = _path(values[:, :, frames], price * costs)
-        own = np.arange(len(frames)) - ages
+        shown_places = np.arange(len(frames)) - ages
         shown = chosen >= 0
         where = np.asarray(frames)
         exits[where[ages == 0]] = chosen[ages == 0]
-        source[where[shown]] = where[own[shown]]
+        source[where[shown]] = where[shown_places[shown]]
         total += values[ages[shown], chosen[shown], where[shown]].sum()
     return ExitPlan(exits, source, float(total), np.inf)
 
@@ -155,20 +157,20 @@ def values_by_age(
 
     Args:
         replays (Replays): Of the record.
-        videos (Sequence[Sequence[int]]): See `simulation.streams`.
+        videos (Sequence[Sequence[int]]): See `gate_simulation.frames_by_video`.
         frames (int): n.
         longest (int): L. Defaults to 8.
     """
-    found = []
+    by_age = []
     for age in range(longest + 1):
         source = np.full(frames, -1)
-        for own in videos:
-            source[own[age:]] = own[: len(own) - age]
+        for frames_of_video in videos:
+            source[frames_of_video[age:]] = frames_of_video[: len(frames_of_video) - age]
         values = replays.mixtures(source).image_ap()[:-1]
-        found.append(np.where(source >= 0, values, -np.inf))
+        by_age.append(np.where(source >= 0, values, -np.inf))
         if (source < 0).all():
             break
-    return np.stack(found)
+    return np.stack(by_age)
 
 
 def oracle_rows(
@@ -195,7 +197,7 @@ def oracle_rows(
         longest (int): For how many frames. Defaults to 8.
     """
     frames, exits = len(record['images']), len(record['gflops'])
-    videos = streams(record)
+    videos = frames_by_video(record)
     values = values_by_age(replays, videos, frames, longest if reuses else 0)
     gflops, latencies = (exit_costs(record, name, looks=False) for name in ('gflops', 'latencies'))
     costs = dict(gflops=gflops, latencies=latencies)[kind]
@@ -210,7 +212,7 @@ def oracle_rows(
         run = GateRun(plan.exits, plan.source, gflops[plan.exits + 1], latencies[plan.exits + 1])
         rows.append(
             dict(
-                row_of(run, replays.ap(run), exits),
+                curve_point(run, replays.ap(run), exits),
                 budget=float(budget),
                 value=plan.value / frames,
                 bound=plan.bound / frames,

@@ -31,10 +31,10 @@ def build_heads(
     Raises:
         UsageError: If layers or weights do not fit.
     """
-    given = {'type': 'ExitHead', **_of_base(detector.bbox_head), **heads}
-    layers = given.pop('layers', None)
+    settings = {'type': 'ExitHead', **_of_base(detector.bbox_head), **heads}
+    layers = settings.pop('layers', None)
     layers = tuple(range(len(table)) if layers is None else layers)
-    weights = given.pop('weights', 1.0)
+    weights = settings.pop('weights', 1.0)
     weights = [weights] * len(layers) if isinstance(weights, (int, float)) else list(weights)
     if (
         not layers
@@ -50,7 +50,7 @@ def build_heads(
             f'heads.weights is a number from 0 on, or one for each of {len(layers)} heads; got '
             f'{weights}'
         )
-    missing = [name for name in ('num_classes', 'anchors') if name not in given]
+    missing = [name for name in ('num_classes', 'anchors') if name not in settings]
     if missing:
         raise UsageError(
             f"heads needs {' and '.join(missing)}: the detector's head is no anchor head "
@@ -60,7 +60,7 @@ def build_heads(
         layers,
         weights,
         [
-            MODELS.build(dict(given, in_channels=table[one].channels, stride=table[one].stride))
+            MODELS.build(dict(settings, in_channels=table[one].channels, stride=table[one].stride))
             for one in layers
         ],
     )
@@ -102,18 +102,18 @@ def build_gate(gate: dict | None, channels: Sequence[int], early_channels: int) 
     if not gate:
         return None
     gate = copy.deepcopy(gate)
-    for own in (gate, gate.get('gate')):
-        kind = own.get('type') if own else None
+    for part in (gate, gate.get('gate')):
+        kind = part.get('type') if part else None
         warn_if_experimental('gate', getattr(kind, '__name__', kind))
         kind = MODELS.get(kind) if isinstance(kind, str) else kind
         if isinstance(kind, type) and issubclass(kind, LearnedGate):
-            own.setdefault('in_channels', list(channels))
+            part.setdefault('in_channels', list(channels))
     if gate.get('nothing'):
         gate['nothing'].setdefault('in_channels', early_channels)
     return MODELS.build(gate)
 
 
-def learner(gate: nn.Module | None) -> nn.Module | None:
+def learned_part(gate: nn.Module | None) -> nn.Module | None:
     """The gate, or the one that it wraps, that learns; None if there is none."""
     inner = getattr(gate, 'gate', None)
     return gate if hasattr(gate, 'loss') else inner if hasattr(inner, 'loss') else None

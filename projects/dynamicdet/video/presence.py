@@ -23,8 +23,8 @@ class Presence(KeepsType, BaseModule):
     through two linear layers to a logit. The frame's is the largest of its parts': it shows an
     object if one part does (multiple-instance learning, Dietterich et al. 1997).
 
-    It is fitted to a record (`fitting.fit_presence`), never with the detector: its parameters ask
-    for no gradient. Until then it holds every frame for one with objects.
+    It is fitted to a record (`gate_fitting.fit_presence`), never with the detector: its parameters
+    ask for no gradient. Until then it holds every frame for one with objects.
 
     Args:
         in_channels (int): C.

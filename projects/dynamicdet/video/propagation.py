@@ -101,13 +101,13 @@ class Propagation(BaseModule):
         if self.places is not None:
             query, key = query + self._where(query), key + self._where(key)
         if self.gap is not None:
-            told = self.gap(gap.clamp(1, self.gaps) - 1)[:, :, None, None]
-            own, bias = told.chunk(2, dim=1)
-            query = query + own
-        found = F.scaled_dot_product_attention(
+            modulation = self.gap(gap.clamp(1, self.gaps) - 1)[:, :, None, None]
+            shift, bias = modulation.chunk(2, dim=1)
+            query = query + shift
+        attended = F.scaled_dot_product_attention(
             *map(_as_tokens, (self.query(query), self.key(key), self.value(tokens)))
         )  # (N, HW, C)
-        aligned = found.transpose(1, 2).unflatten(2, features.shape[2:])
+        aligned = attended.transpose(1, 2).unflatten(2, features.shape[2:])
         share = (self.weigh(torch.cat([aligned, features], dim=1)) + bias).sigmoid()
         return share * aligned + (1 - share) * features
 
@@ -138,16 +138,16 @@ def carry_on(
     """
     known = [place for place, stream in enumerate(streams) if exit in stream.memories]
     if known:
-        told = [streams[place] for place in known]
+        remembering = [streams[place] for place in known]
         # One copy to the device for both.
         index, gaps = torch.tensor(
-            [known, [stream.frame - stream.memories[exit].frame for stream in told]],
+            [known, [stream.frame - stream.memories[exit].frame for stream in remembering]],
             device=features.device,
         )
         every = len(known) == len(features)
         mixed = mix(
             features if every else features[index],
-            torch.stack([one.memories[exit].map for one in told]),
+            torch.stack([one.memories[exit].map for one in remembering]),
             gaps,
         )
         features = (

@@ -48,16 +48,16 @@ def write_video_record(record: Mapping, path: str | Path) -> None:
     missing = {name for image in images for name in _PER_IMAGE if name not in image}
     if missing:
         raise UsageError(f'frames of a video record lack {", ".join(sorted(missing))}')
-    own = dict(
+    header = dict(
         version=_VERSION,
         videos=[int(image['video']) for image in images],
         frames=[int(image['frame']) for image in images],
         widths=[len(one) for one in images[0]['pooled']],
         costs=record['costs'],
     )
-    _check(own, len(images), len(record['gflops']), 'the record')
-    plain = [_to_plain(image, own['widths']) for image in images]
-    provenance = {**record['provenance'], _OWN: own}
+    _check(header, len(images), len(record['gflops']), 'the record')
+    plain = [_to_plain(image, header['widths']) for image in images]
+    provenance = {**record['provenance'], _OWN: header}
     packed = RoutingRecord.from_images(plain, record['gflops'], record['latencies'], provenance)
     write_record(packed, path)
 
@@ -72,24 +72,24 @@ def read_video_record(path: str | Path) -> dict:
     if not Path(path).is_file():
         raise UsageError(f"there is no record '{path}': make it with tools/record_video.py")
     packed = read_record(path)
-    own = packed.provenance.pop(_OWN, None)
-    if not isinstance(own, dict) or packed.features is None:
+    header = packed.provenance.pop(_OWN, None)
+    if not isinstance(header, dict) or packed.features is None:
         raise UsageError(
             f"'{path}' is a record of images, not of a video run: make one with "
             'tools/record_video.py'
         )
-    if own.get('version') != _VERSION:
+    if header.get('version') != _VERSION:
         raise UsageError(
-            f"'{path}' is a video record of version {own.get('version')}, this package reads "
+            f"'{path}' is a video record of version {header.get('version')}, this package reads "
             'version '
             f'{_VERSION}: record anew'
         )
-    _check(own, len(packed), packed.exits, f"'{path}'")
-    if sum(own['widths']) >= packed.features.shape[1]:
+    _check(header, len(packed), packed.exits, f"'{path}'")
+    if sum(header['widths']) >= packed.features.shape[1]:
         raise UsageError(f"'{path}' has fewer features than its heads need: record anew")
-    ends = np.cumsum(own['widths']).tolist()
+    ends = np.cumsum(header['widths']).tolist()
     images = list(packed)
-    for image, video, frame in zip(images, own['videos'], own['frames']):
+    for image, video, frame in zip(images, header['videos'], header['frames']):
         *pooled, early = np.split(image.pop('features'), ends)
         image.update(
             video=video, frame=frame, pooled=pooled, early=early, change=image.pop('difficulty')
@@ -98,7 +98,7 @@ def read_video_record(path: str | Path) -> dict:
         images=images,
         gflops=packed.gflops,
         latencies=packed.latencies,
-        costs=own['costs'],
+        costs=header['costs'],
         provenance=packed.provenance,
     )
 
@@ -124,17 +124,19 @@ def _to_plain(image: Mapping, widths: list[int]) -> dict:
     return dict(plain, difficulty=image['change'], features=features)
 
 
-def _check(own: Mapping, images: int, exits: int, source: str) -> None:
+def _check(header: Mapping, images: int, exits: int, source: str) -> None:
     """Raise a `UsageError` unless a record's own part is whole and fits its images."""
     try:
         fits = (
-            len(own['videos']) == len(own['frames']) == images
-            and len(own['widths']) == exits - 1
+            len(header['videos']) == len(header['frames']) == images
+            and len(header['widths']) == exits - 1
             and all(
-                isinstance(one, int) for name in ('videos', 'frames', 'widths') for one in own[name]
+                isinstance(one, int)
+                for name in ('videos', 'frames', 'widths')
+                for one in header[name]
             )
-            and all(width > 0 for width in own['widths'])
-            and all(_is_cost(own['costs'][kind], exits) for kind in ('gflops', 'latencies'))
+            and all(width > 0 for width in header['widths'])
+            and all(_is_cost(header['costs'][kind], exits) for kind in ('gflops', 'latencies'))
         )
     except (KeyError, TypeError) as error:
         raise UsageError(f'{source} lacks parts of a video record: record anew') from error
@@ -143,7 +145,7 @@ def _check(own: Mapping, images: int, exits: int, source: str) -> None:
             f'{source} has videos, frames, heads or costs that do not fit its {images} images and '
             f'{exits} exits: record anew'
         )
-    if len(set(zip(own['videos'], own['frames']))) < images:
+    if len(set(zip(header['videos'], header['frames']))) < images:
         raise UsageError(f'{source} has a frame of a video twice: record each once')
 
 

@@ -17,11 +17,11 @@ from mmdet.structures import DetDataSample
 from ..building import build_model, load_detector
 from ..checkpoints import read_checkpoint
 from ..errors import UsageError
-from ..measuring.calibration import coco_results, passed, provenance
+from ..measuring.calibration import coco_results, inference_settings, provenance
 from ..models import fuse
 from ..models.weights import is_plain, require_complete
 from ..progress import Progress
-from ..timing import timed
+from ..timing import time_call
 from .costs import exit_gflops
 from .early_exit_detector import EarlyExitDetector
 from .gates import FixedExit, Gate, TemporalGate
@@ -58,9 +58,11 @@ def load_early_exit_detector(
         raise UsageError(f"'{path}' is a plain detector's: train the heads first")
     init_default_scope('mmdet')
     # Another gate than that of the checkpoint may be asked for.
-    own = {key for key in build_model(cfg).state_dict() if key.startswith('gate.')}
+    gate_keys = {key for key in build_model(cfg).state_dict() if key.startswith('gate.')}
     state = {
-        key: value for key, value in state.items() if not key.startswith('gate.') or key in own
+        key: value
+        for key, value in state.items()
+        if not key.startswith('gate.') or key in gate_keys
     }
     model, checkpoint = load_detector(cfg, dict(checkpoint, state_dict=state), device, ('gate.',))
     model.cfg = cfg
@@ -79,21 +81,23 @@ def gate_of_checkpoint(cfg: Config, path: str) -> Gate:
         key.removeprefix('module.'): value
         for key, value in read_checkpoint(path)['state_dict'].items()
     }
-    own = {
+    gate_state = {
         key.removeprefix('gate.'): value for key, value in state.items() if key.startswith('gate.')
     }
     # One number for each head, in order.
     channels = [
-        value.shape[1] for key, value in own.items() if re.search(r'project\.\d+\.weight$', key)
+        value.shape[1]
+        for key, value in gate_state.items()
+        if re.search(r'project\.\d+\.weight$', key)
     ]
-    moments = own.get('nothing.mean')
+    moments = gate_state.get('nothing.mean')
     if cfg.model.gate.get('nothing') and moments is None:
         raise UsageError(
             f"'{path}' has no trained Presence: fit it by tools/calibrate_video.py --fit-record"
         )
     gate = build_gate(cfg.model.gate, channels, 0 if moments is None else len(moments) // 2)
-    require_complete(gate, own)
-    gate.load_state_dict(own)
+    require_complete(gate, gate_state)
+    gate.load_state_dict(gate_state)
     return gate.eval()
 
 
@@ -130,15 +134,15 @@ def record_videos(
         images.extend(_record_batch(model, batch, loader.dataset.cat_ids))
     gflops, lean = _gflops(model, loader.dataset), {}
     seconds = measure_exit_latencies(model, loader.dataset, progress, frames, rounds)
-    for kind, own in (('gflops', gflops), ('latencies', seconds)):
-        lean[kind] = list(own['alone'])
+    for kind, measured in (('gflops', gflops), ('latencies', seconds)):
+        lean[kind] = list(measured['alone'])
     costs = {
-        kind: dict(early=own['early'], looked=list(own['looked']))
-        for kind, own in (('gflops', gflops), ('latencies', seconds))
+        kind: dict(early=measured['early'], looked=list(measured['looked']))
+        for kind, measured in (('gflops', gflops), ('latencies', seconds))
     }
     facts = dict(
         provenance(cfg, checkpoint, loader.dataset, str(model.thresholds.device)),
-        **passed(model, loader),
+        **inference_settings(model, loader),
         cut=model.cut,
         merge=str(model.merge) if model.merge else None,
     )
@@ -165,9 +169,9 @@ def _record_batch(model: EarlyExitDetector, batch: dict, category_ids: Sequence[
                 f'frames do not say their {", ".join(missing)}: name them in the meta_keys of the '
                 "pipeline's PackDetInputs"
             )
-    found = model.predict_all(inputs, samples)
-    change, early = found.change.tolist(), found.early.cpu().numpy()
-    pooled = [one.cpu().numpy() for one in found.pooled]
+    outputs = model.predict_all(inputs, samples)
+    change, early = outputs.change.tolist(), outputs.early.cpu().numpy()
+    pooled = [one.cpu().numpy() for one in outputs.pooled]
     return [
         dict(
             id=int(sample.img_id),
@@ -178,8 +182,8 @@ def _record_batch(model: EarlyExitDetector, batch: dict, category_ids: Sequence[
             early=early[row].copy(),
             pooled=[one[row].copy() for one in pooled],
             detections=[
-                coco_results(DetDataSample(pred_instances=own[row]), category_ids)
-                for own in found.detections
+                coco_results(DetDataSample(pred_instances=instances[row]), category_ids)
+                for instances in outputs.detections
             ],
         )
         for row, sample in enumerate(samples)
@@ -187,25 +191,25 @@ def _record_batch(model: EarlyExitDetector, batch: dict, category_ids: Sequence[
 
 
 @contextlib.contextmanager
-def borrowed(
+def temporary_gate(
     model: EarlyExitDetector, gate: Gate | None, thresholds: Sequence[float]
 ) -> Iterator[None]:
     """Let a detector run with another gate and other thresholds, and give it its own back. Streams
     are forgotten before and after."""
-    own, budget, waits = model.gate, model.budget, model._budget_waits
-    before = model.thresholds.clone()
+    gate_before, budget, waits = model.gate, model.budget, model._budget_waits
+    thresholds_before = model.thresholds.clone()
     try:
         model.gate = gate
         model.set_budget(threshold=list(thresholds))
         model.reset()
         yield
     finally:
-        model.gate, model.budget, model._budget_waits = own, budget, waits
-        model.thresholds.copy_(before)
+        model.gate, model.budget, model._budget_waits = gate_before, budget, waits
+        model.thresholds.copy_(thresholds_before)
         model.reset()
 
 
-def force_exit(
+def forced_exit(
     model: EarlyExitDetector, exit: int, looks: bool = False
 ) -> contextlib.AbstractContextManager:
     """While this is open, every frame leaves at one exit, -1 to E - 1.
@@ -216,9 +220,9 @@ def force_exit(
         looks (bool): Whether all heads on the way are run. Defaults to False.
     """
     if exit < 0:
-        return borrowed(model, TemporalGate(), [_ALL_LEAVE] * model.num_exits)
+        return temporary_gate(model, TemporalGate(), [_ALL_LEAVE] * model.num_exits)
     gate = None if exit == model.num_exits - 1 and not looks else FixedExit(exit, looks)
-    return borrowed(model, gate, [_NONE_LEAVES] + [0.5] * (model.num_exits - 1))
+    return temporary_gate(model, gate, [_NONE_LEAVES] + [0.5] * (model.num_exits - 1))
 
 
 def _gflops(model: EarlyExitDetector, dataset, frames: int = 10) -> dict[str, object]:
@@ -233,7 +237,7 @@ def _gflops(model: EarlyExitDetector, dataset, frames: int = 10) -> dict[str, ob
     ]
     means = {}
     for name, looks in (('alone', False), ('looked', True)):
-        with force_exit(model, model.num_exits - 1, looks):
+        with forced_exit(model, model.num_exits - 1, looks):
             by_shape = {shape: exit_gflops(model, shape) for shape in set(shapes)}
         means[name] = np.mean([by_shape[shape] for shape in shapes], axis=0).tolist()
     return dict(early=means['alone'][0], alone=means['alone'][1:], looked=means['looked'][1:])
@@ -257,12 +261,12 @@ def measure_exit_latencies(
     device = model.thresholds.device
     for turn in progress(range(rounds + 1), 'latencies'):
         for one in forced:
-            with force_exit(model, *one):
+            with forced_exit(model, *one):
                 for batch in batches:
-                    seconds, _ = timed(lambda: model.test_step(batch), device)
+                    seconds, _ = time_call(lambda: model.test_step(batch), device)
                     if turn:
                         times[one].append(seconds)
-    medians = {one: float(np.median(own)) for one, own in times.items()}
+    medians = {one: float(np.median(exit_times)) for one, exit_times in times.items()}
     return dict(
         early=medians[-1, False],
         alone=[medians[exit, False] for exit in exits],

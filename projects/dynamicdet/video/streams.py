@@ -69,10 +69,10 @@ class VideoStream:
         frame (int): Number of its latest frame.
         shape (tuple[int, ...]): Of its frames, as the network sees them.
         memories (dict[int, Memory]): By exit.
-        early (Tensor, optional): Summary of the early map, (d,), of the frame that ``found`` is
-            from.
-        found (InstanceData, optional): The detections that were computed last, in the original's
-            frame or not, as ``rescaled`` says.
+        early (Tensor, optional): Summary of the early map, (d,), of the frame that ``detections``
+            are from.
+        detections (InstanceData, optional): The detections that were computed last, in the
+            original's frame or not, as ``rescaled`` says.
         scale (tuple[float, ...]): By which width and height of its original were multiplied for the
             network.
     """
@@ -81,13 +81,13 @@ class VideoStream:
     shape: tuple[int, ...] = ()
     memories: dict[int, Memory] = field(default_factory=dict)
     early: Tensor | None = None
-    found: InstanceData | None = None
+    detections: InstanceData | None = None
     rescaled: bool = True
     scale: tuple[float, ...] = (1.0, 1.0)
 
     def forget(self) -> None:
         """Begin anew: at a cut."""
-        self.memories, self.early, self.found = {}, None, None
+        self.memories, self.early, self.detections = {}, None, None
 
 
 class Streams:
@@ -144,7 +144,7 @@ class Streams:
         return stream
 
 
-def waves(keys: Sequence[Hashable | None]) -> list[list[int]]:
+def stream_waves(keys: Sequence[Hashable | None]) -> list[list[int]]:
     """Part images so that no two of one stream run at once, and each stream's keep their order.
 
     Args:
@@ -153,18 +153,18 @@ def waves(keys: Sequence[Hashable | None]) -> list[list[int]]:
     Returns:
         list[list[int]]: Indices of the images that run first, second, ...
     """
-    seen: dict[Hashable, int] = {}
+    counts: dict[Hashable, int] = {}
     parts: list[list[int]] = []
     for index, key in enumerate(keys):
-        place = 0 if key is None else seen.get(key, 0)
-        seen[key] = place + 1
+        place = 0 if key is None else counts.get(key, 0)
+        counts[key] = place + 1
         if place == len(parts):
             parts.append([])
         parts[place].append(index)
     return parts
 
 
-def clips(samples: SampleList) -> list[int]:
+def clip_numbers(samples: SampleList) -> list[int]:
     """The clip of each image of a training batch, by number: one begins at each ``clip_step`` 0,
     and at each image without ``clip_step``."""
     numbers, number = [], -1
@@ -191,8 +191,8 @@ def as_frames(inputs: Tensor, samples: Sequence) -> tuple[Tensor, list[DetDataSa
         return inputs, list(samples)
     frames = []
     for clip in samples:
-        own = clip.video_data_samples if isinstance(clip, TrackDataSample) else clip
-        for step, sample in enumerate(own):
+        clip_frames = clip.video_data_samples if isinstance(clip, TrackDataSample) else clip
+        for step, sample in enumerate(clip_frames):
             sample.set_metainfo(dict(clip_step=step))
             frames.append(sample)
     return inputs.flatten(0, 1), frames

@@ -9,7 +9,7 @@ from types import ModuleType
 import cv2
 import numpy as np
 
-from ..errors import UsageError, need
+from ..errors import UsageError, import_optional
 
 #: Frames per second that a file may have.
 MAX_FPS = 1000
@@ -22,7 +22,7 @@ CRF = 20
 
 def need_av() -> ModuleType:
     """PyAV, an optional library."""
-    return need('av', 'video files', 'video')
+    return import_optional('av', 'video files', 'video')
 
 
 class VideoWriter:

@@ -1,18 +1,21 @@
 """What YOLOv5 and YOLOv7 have in common."""
 
-from .assigner import candidates
-from .blocks import ACTIVATION, NORM, conv
-from .head import AnchorHead, Matches, ciou
-from .layers import YOLOLayer, concatenate_maps
+from .assigner import candidate_cells
+from .blocks import ACTIVATION, NORM, conv, pyramid
+from .head import AnchorHead, LevelOutput, Matches, ciou
+from .layers import YOLOLayer, append_layer, concatenate_maps
 
 __all__ = [
     'ACTIVATION',
     'AnchorHead',
-    'YOLOLayer',
+    'LevelOutput',
     'Matches',
     'NORM',
-    'candidates',
+    'YOLOLayer',
+    'append_layer',
+    'candidate_cells',
     'ciou',
+    'concatenate_maps',
     'conv',
-    'join',
+    'pyramid',
 ]

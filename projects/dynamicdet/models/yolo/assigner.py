@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-def candidates(
+def candidate_cells(
     boxes: Tensor, anchors: Tensor, stride: int, size: tuple[int, int], max_ratio: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Anchors and cells of one level that may answer for an object.

@@ -21,10 +21,14 @@ from mmdet.utils import ConfigType, InstanceList, OptConfigType, OptInstanceList
 
 from ...precision import KeepsTypeOfBuffers
 from ..fusing import Fusible
-from .assigner import candidates
+from .assigner import candidate_cells
 
 #: What each level's objectness counts, shallow to deep, by the number of levels.
 _BALANCE = {3: (4.0, 1.0, 0.4), 4: (4.0, 1.0, 0.25, 0.06)}
+
+
+#: Of a level: class scores, box predictions and objectness, as `AnchorHead.forward` gives them.
+LevelOutput = tuple[Tensor, Tensor, Tensor]
 
 
 class Matches(NamedTuple):
@@ -125,7 +129,7 @@ class AnchorHead(KeepsTypeOfBuffers, Fusible, BaseDenseHead):
     def candidates(self, boxes: Tensor, level: int, size: tuple[int, int]) -> tuple[Tensor, ...]:
         """Anchors and cells of a level that may answer for boxes, (G, 4) as center and size in
         pixels: the function of that name."""
-        return candidates(
+        return candidate_cells(
             boxes,
             self.anchors[level],
             self.strides[level],
@@ -167,13 +171,21 @@ class AnchorHead(KeepsTypeOfBuffers, Fusible, BaseDenseHead):
         """Boxes, (K, 4) as center and size, and scores, (K, C), of one image's cells whose
         objectness is above the threshold: a score cannot be above it. Only they are decoded."""
         objectness = objectness.float().sigmoid()
-        at = anchor, row, column = (objectness > threshold).nonzero(as_tuple=True)
+        at = (objectness > threshold).nonzero(as_tuple=True)
         scores = objectness[at][:, None]
         if self.num_classes > 1:
-            logits = cls.unflatten(0, (self.num_anchors, -1))[anchor, :, row, column]
-            scores = scores * logits.float().sigmoid()
-        raw = box.unflatten(0, (self.num_anchors, 4))[anchor, :, row, column]
-        return self.decode(raw, level, anchor, row, column), scores
+            scores = scores * self.at_cells(cls, at).float().sigmoid()
+        return self.decode(self.at_cells(box, at), level, *at), scores
+
+    def at_cells(self, outputs: Tensor, cells: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """What one image's map of a level, (A * K, H_l, W_l), has in some cells, (M, K).
+
+        Args:
+            outputs (Tensor): Such as its class scores.
+            cells (tuple[Tensor]): Anchor, row and column, (M,) each.
+        """
+        anchor, row, column = cells
+        return outputs.unflatten(0, (self.num_anchors, -1))[anchor, :, row, column]
 
     # Training.
 
@@ -194,7 +206,8 @@ class AnchorHead(KeepsTypeOfBuffers, Fusible, BaseDenseHead):
         by C / 80.
         """
         with torch.no_grad():
-            matches = self._match(cls_scores, bbox_preds, objectnesses, batch_gt_instances)
+            levels = list(zip(cls_scores, bbox_preds, objectnesses))
+            matches = self._match(levels, batch_gt_instances)
         boxes, objects, classes = [], [], []
         for level, match in enumerate(matches):
             at = (match.image, match.anchor, match.row, match.column)
@@ -228,13 +241,7 @@ class AnchorHead(KeepsTypeOfBuffers, Fusible, BaseDenseHead):
         )
 
     @abstractmethod
-    def _match(
-        self,
-        cls_scores: list[Tensor],
-        bbox_preds: list[Tensor],
-        objectnesses: list[Tensor],
-        batch_gt_instances: InstanceList,
-    ) -> list[Matches]:
+    def _match(self, levels: list[LevelOutput], instances: InstanceList) -> list[Matches]:
         """Cells of each level that answer for an object, over the batch. Without gradients."""
 
 

@@ -25,6 +25,15 @@ class YOLOLayer(NamedTuple):
     stride: int
 
 
+def append_layer(
+    layers: list[YOLOLayer], name: str, inputs: tuple[int, ...], channels: int, stride: int = 1
+) -> int:
+    """Add a layer that has a stride of its own over that of its inputs; its position."""
+    entering = min((layers[position].stride for position in inputs), default=1)
+    layers.append(YOLOLayer(name, inputs, channels, entering * stride))
+    return len(layers) - 1
+
+
 def concatenate_maps(maps: Sequence[Tensor]) -> Tensor:
     """Maps, (N, C_i, H_i, W_i), behind each other: (N, sum of C_i, H, W). Smaller ones are brought
     to the size of the largest, by nearest neighbors. One map, or the image, is left as it is."""

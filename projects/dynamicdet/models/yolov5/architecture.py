@@ -7,7 +7,7 @@ number there and no row here. Layers up to `LAST_OF_BACKBONE` are the backbone.
 import math
 from typing import NamedTuple
 
-from ..yolo import YOLOLayer
+from ..yolo import YOLOLayer, append_layer
 
 LAST_OF_BACKBONE = 9
 
@@ -86,19 +86,19 @@ class YOLOv5Architecture(NamedTuple):
     def layers(self) -> tuple[YOLOLayer, ...]:
         """The rows as a list to be run, one by one; what the head is given are its entries
         ``output_layers``."""
-        positions = {row.number: position for position, row in enumerate(self.rows)}
-        layers = []
+        layers: list[YOLOLayer] = []
         for row in self.rows:
-            inputs = tuple(positions[number] for number in row.sources)
-            entering = min((layers[position].stride for position in inputs), default=1)
-            layers.append(YOLOLayer(row.name, inputs, row.channels, entering * row.stride))
+            append_layer(layers, row.name, self._positions(row.sources), row.channels, row.stride)
         return tuple(layers)
 
     @property
     def output_layers(self) -> tuple[int, ...]:
         """Positions in `layers` of what the head is given."""
-        positions = {row.number: position for position, row in enumerate(self.rows)}
-        return tuple(positions[number] for number in self.outputs)
+        return self._positions(self.outputs)
+
+    def _positions(self, numbers: tuple[int, ...]) -> tuple[int, ...]:
+        every = [row.number for row in self.rows]
+        return tuple(map(every.index, numbers))
 
 
 #: At width and depth 1.

@@ -2,20 +2,18 @@
 
 from collections.abc import Iterable, Sequence
 
-import torch
-import torch.nn.functional as F
 from mmengine.model import BaseModule, ModuleDict
 from torch import Tensor, nn
 
 from mmdet.models.layers import CSPLayer
 
-from ..yolo import ACTIVATION, NORM, concatenate_maps, conv
+from ..yolo import ACTIVATION, NORM, concatenate_maps, conv, pyramid
 from .architecture import YOLOv5Architecture, YOLOv5Row
 
 
 class PyramidPooling(BaseModule):
-    """Max pooling over 5, 9 and 13 pixels, each as one more pooling over 5, between two 1x1
-    convolutions: (N, in_channels, H, W) to (N, out_channels, H, W)."""
+    """A `pyramid` of max pooling between two 1x1 convolutions: (N, in_channels, H, W) to
+    (N, out_channels, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -24,10 +22,7 @@ class PyramidPooling(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pool a map, (N, C, H, W), one, two and three times by 5, and join all four."""
-        pooled = [self.entry(x)]
-        for _ in range(3):
-            pooled.append(F.max_pool2d(pooled[-1], 5, 1, 2))
-        return self.out(torch.cat(pooled, dim=1))
+        return self.out(pyramid(self.entry(x)))
 
 
 def build_layers(table: YOLOv5Architecture, rows: Iterable[YOLOv5Row]) -> ModuleDict:

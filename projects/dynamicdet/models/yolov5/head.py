@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from mmdet.registry import MODELS
 from mmdet.structures.bbox import bbox_xyxy_to_cxcywh, get_box_tensor
 from mmdet.utils import InstanceList, OptConfigType
 
-from ..yolo import AnchorHead, Matches
+from ..yolo import AnchorHead, LevelOutput, Matches
 from .architecture import yolov5_architecture
 
 #: Of the published networks, width and height in pixels, three per level.
@@ -32,9 +31,7 @@ class YOLOV5Head(AnchorHead):
             published ones.
         loss_weights (dict): Of 'bbox', 'obj' and 'cls'. Defaults to those with which n and s were
             published.
-        train_cfg (dict, optional): As of `AnchorHead`.
-        test_cfg (dict, optional): As of `AnchorHead`.
-        init_cfg (dict, optional): As in mmengine. Defaults to None.
+        train_cfg, test_cfg, init_cfg: As of `AnchorHead`.
     """
 
     def __init__(
@@ -49,34 +46,19 @@ class YOLOV5Head(AnchorHead):
         init_cfg: OptConfigType = None,
     ) -> None:
         table = yolov5_architecture(arch, width)
+        channels, anchors = table.channels(*table.outputs), anchors or ANCHORS
         super().__init__(
-            num_classes,
-            table.channels(*table.outputs),
-            anchors or ANCHORS,
-            loss_weights,
-            train_cfg,
-            test_cfg,
-            init_cfg,
+            num_classes, channels, anchors, loss_weights, train_cfg, test_cfg, init_cfg
         )
 
-    def _match(
-        self,
-        cls_scores: list[Tensor],
-        bbox_preds: list[Tensor],
-        objectnesses: list[Tensor],
-        batch_gt_instances: InstanceList,
-    ) -> list[Matches]:
-        corners = [get_box_tensor(instances.bboxes).float() for instances in batch_gt_instances]
+    def _match(self, levels: list[LevelOutput], instances: InstanceList) -> list[Matches]:
+        corners = [get_box_tensor(own.bboxes).float() for own in instances]
         boxes = bbox_xyxy_to_cxcywh(torch.cat(corners))
-        labels = torch.cat([instances.labels for instances in batch_gt_instances])
-        image = torch.cat(
-            [
-                torch.full_like(instances.labels, index)
-                for index, instances in enumerate(batch_gt_instances)
-            ]
-        )
+        each = [own.labels for own in instances]
+        labels = torch.cat(each)
+        image = torch.cat([torch.full_like(own, index) for index, own in enumerate(each)])
         matches = []
-        for level, objectness in enumerate(objectnesses):
+        for level, (_, _, objectness) in enumerate(levels):
             anchor, row, column, owner = self.candidates(boxes, level, objectness.shape[-2:])
             matches.append(Matches(image[owner], anchor, row, column, boxes[owner], labels[owner]))
         return matches

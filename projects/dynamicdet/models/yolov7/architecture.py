@@ -4,9 +4,10 @@ A row is a stage. Rows of the backbone run from shallow to deep, rows of the nec
 which they run: upwards from the deepest map, then down again.
 """
 
+from functools import partial
 from typing import NamedTuple
 
-from ..yolo import YOLOLayer
+from ..yolo import YOLOLayer, append_layer
 
 
 class Elan(NamedTuple):
@@ -100,12 +101,7 @@ class YOLOv7Architecture(NamedTuple):
                 'YOLOv7-W6 has no table of layers: it rearranges the image before its first one'
             )
         rows: list[YOLOLayer] = []
-
-        def add(name: str, inputs: tuple[int, ...], channels: int, factor: int = 1) -> int:
-            entering = min((rows[one].stride for one in inputs), default=1)
-            rows.append(YOLOLayer(name, inputs, channels, entering * factor))
-            return len(rows) - 1
-
+        add = partial(append_layer, rows)
         last, stages = add('backbone.stem', (), self.stem), []
         for index, (row, channels) in enumerate(zip(self.stages, self.stage_channels)):
             last = add(f'backbone.downs.{index}', (last,), row.entering, 2)
@@ -121,8 +117,8 @@ class YOLOv7Architecture(NamedTuple):
             wide = 2 * entering if self.down_kind == 'pool' else entering
             lower = add(f'neck.downs.{index}', (outputs[-1],), wide, 2)
             outputs.append(add(f'neck.down_blocks.{index}', (lower, kept.pop()), row.out))
-        for index, (own, channels) in enumerate(zip(outputs, self.outputs)):
-            add(f'neck.outs.{index}', (own,), channels)
+        for index, (source, channels) in enumerate(zip(outputs, self.outputs)):
+            add(f'neck.outs.{index}', (source,), channels)
         return tuple(rows)
 
     @property

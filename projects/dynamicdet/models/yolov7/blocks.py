@@ -7,7 +7,7 @@ from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
 
 from ..fusing import Fusible
-from ..yolo import ACTIVATION, NORM, conv
+from ..yolo import ACTIVATION, NORM, conv, pyramid
 from .architecture import Elan
 
 
@@ -29,8 +29,8 @@ class ElanBlock(BaseModule):
         """Join both entries and every ``every``-th map of the convolutions."""
         kept = [self.shortcut(x), self.entry(x)]
         x = kept[-1]
-        for index, own in enumerate(self.convs, start=1):
-            x = own(x)
+        for index, layer in enumerate(self.convs, start=1):
+            x = layer(x)
             if index % self.every == 0:
                 kept.append(x)
         # Deepest first, as published weights have it.
@@ -63,8 +63,7 @@ def down(kind: str, in_channels: int, width: int) -> nn.Module:
 
 
 class SppCsp(BaseModule):
-    """Spatial pyramid pooling inside a cross-stage partial block: max pooling over 5, 9 and 13
-    pixels, each as one more pooling over 5."""
+    """A `pyramid` of max pooling inside a cross-stage partial block."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -78,10 +77,8 @@ class SppCsp(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pool a map by 5, 9 and 13 and join it with a map that was not pooled."""
-        pooled = [self.entry(x)]
-        for _ in range(3):
-            pooled.append(F.max_pool2d(pooled[-1], 5, 1, 2))
-        return self.out(torch.cat([self.fused(torch.cat(pooled, dim=1)), self.shortcut(x)], dim=1))
+        pooled = pyramid(self.entry(x))
+        return self.out(torch.cat([self.fused(pooled), self.shortcut(x)], dim=1))
 
 
 class RepConv(Fusible, BaseModule):

@@ -13,7 +13,7 @@ from mmdet.registry import MODELS
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_xyxy_to_cxcywh, get_box_tensor
 from mmdet.utils import InstanceList, OptConfigType
 
-from ..yolo import AnchorHead, Matches
+from ..yolo import AnchorHead, LevelOutput, Matches
 from .architecture import yolov7_architecture
 from .assigner import sim_ota
 
@@ -45,9 +45,7 @@ class YOLOV7Head(AnchorHead):
         anchors (Sequence, optional): (L, A, 2), width and height in pixels. Defaults to the
             published ones.
         loss_weights (dict): Of 'bbox', 'obj' and 'cls'. Defaults to the published ones.
-        train_cfg (dict, optional): As of `AnchorHead`.
-        test_cfg (dict, optional): As of `AnchorHead`.
-        init_cfg (dict, optional): As in mmengine. Defaults to None.
+        train_cfg, test_cfg, init_cfg: As of `AnchorHead`.
     """
 
     def __init__(
@@ -85,22 +83,12 @@ class YOLOV7Head(AnchorHead):
             return self.convs[level](x)
         return self.convs[level](x + self.added[level]) * self.multiplied[level]
 
-    def _match(
-        self,
-        cls_scores: list[Tensor],
-        bbox_preds: list[Tensor],
-        objectnesses: list[Tensor],
-        batch_gt_instances: InstanceList,
-    ) -> list[Matches]:
-        levels: list[list[Matches]] = [[] for _ in cls_scores]
-        for index, instances in enumerate(batch_gt_instances):
-            outputs = [
-                [part[index] for part in parts]
-                for parts in zip(cls_scores, bbox_preds, objectnesses)
-            ]
-            for level, match in enumerate(self._match_image(index, outputs, instances)):
-                levels[level].append(match)
-        return [Matches(*map(torch.cat, zip(*parts))) for parts in levels]
+    def _match(self, levels: list[LevelOutput], instances: InstanceList) -> list[Matches]:
+        images = [
+            self._match_image(index, [[part[index] for part in parts] for parts in levels], own)
+            for index, own in enumerate(instances)
+        ]
+        return [Matches(*map(torch.cat, zip(*of_level))) for of_level in zip(*images)]
 
     def _match_image(
         self, index: int, outputs: list[list[Tensor]], instances: InstanceData
@@ -109,14 +97,13 @@ class YOLOV7Head(AnchorHead):
         boxes = bbox_xyxy_to_cxcywh(corners)
         cells, predicted, probabilities = [], [], []
         for level, (cls, raw, objectness) in enumerate(outputs):
-            anchor, row, column, _ = self.candidates(boxes, level, objectness.shape[-2:])
-            at = anchor, row, column
-            cells.append(torch.stack([torch.full_like(anchor, level), *at]))
-            raw = raw.unflatten(0, (self.num_anchors, 4))[anchor, :, row, column]
-            predicted.append(bbox_cxcywh_to_xyxy(self.decode(raw, level, *at)))
-            logits = cls.unflatten(0, (self.num_anchors, -1))[anchor, :, row, column]
+            *at, _ = self.candidates(boxes, level, objectness.shape[-2:])
+            cells.append(torch.stack([torch.full_like(at[0], level), *at]))
+            decoded = self.decode(self.at_cells(raw, at), level, *at)
+            predicted.append(bbox_cxcywh_to_xyxy(decoded))
             probabilities.append(
-                logits.float().sigmoid() * objectness[at].float().sigmoid()[:, None]
+                self.at_cells(cls, at).float().sigmoid()
+                * objectness[tuple(at)].float().sigmoid()[:, None]
             )
         cells = torch.cat(cells, dim=1)
         taken = owner = cells.new_zeros(0)
@@ -129,12 +116,6 @@ class YOLOV7Head(AnchorHead):
         counts = (
             (level == torch.arange(len(outputs), device=level.device)[:, None]).sum(dim=1).tolist()
         )
-        whole = (
-            torch.full_like(anchor, index),
-            anchor,
-            row,
-            column,
-            boxes[owner],
-            instances.labels[owner],
-        )
+        image, labels = torch.full_like(anchor, index), instances.labels[owner]
+        whole = Matches(image, anchor, row, column, boxes[owner], labels)
         return [Matches(*own) for own in zip(*(one.split(counts) for one in whole))]

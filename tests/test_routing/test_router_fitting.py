@@ -12,15 +12,15 @@ from pycocotools.coco import COCO
 from conftest import SEED
 from dynamicdet.errors import UsageError
 from dynamicdet.routing import build_objective, quantiles_of
-from dynamicdet.routing.fitting import (
-    _best_constant,
-    features_of,
-    fit_router,
-    gains_of,
-    rank_correlation,
-)
 from dynamicdet.routing.record import RoutingRecord
 from dynamicdet.routing.router import Router
+from dynamicdet.routing.router_fitting import (
+    _best_constant,
+    features_of_record,
+    fit_router,
+    gains_of_record,
+    rank_correlation,
+)
 
 #: Half of the fits of the defaults.
 QUICK = dict(weight_decays=(0.01, 1.0), folds=2, seed=SEED)
@@ -222,10 +222,10 @@ def coco():
 
 
 def test_gains_of_a_record_by_hand(record, coco):
-    assert gains_of(record, 'loss').tolist() == [2.0, -0.5]
-    assert gains_of(record, 'loss_sum').tolist() == [4.0, -0.5]
-    np.testing.assert_allclose(gains_of(record, 'ap', coco), [100, 0], atol=1e-6)
-    assert features_of(record).tolist() == [[1, 2], [3, 4]]
+    assert gains_of_record(record, 'loss').tolist() == [2.0, -0.5]
+    assert gains_of_record(record, 'loss_sum').tolist() == [4.0, -0.5]
+    np.testing.assert_allclose(gains_of_record(record, 'ap', coco), [100, 0], atol=1e-6)
+    assert features_of_record(record).tolist() == [[1, 2], [3, 4]]
 
 
 @pytest.mark.parametrize(
@@ -236,19 +236,19 @@ def test_a_record_that_lacks_something_is_refused(record, lacking, kind):
     with pytest.raises(
         UsageError, match=f'the record has no {lacking}: make it with tools/record.py'
     ):
-        gains_of(record, kind)
+        gains_of_record(record, kind)
 
 
 def test_a_record_that_does_not_serve_is_refused(record):
     with pytest.raises(UsageError, match='needs the annotation file'):
-        gains_of(record, 'ap')
+        gains_of_record(record, 'ap')
     with pytest.raises(UsageError, match="one of loss, loss_sum, ap; got 'iou'"):
-        gains_of(record, 'iou')
+        gains_of_record(record, 'iou')
     with pytest.raises(UsageError, match='no images'):
-        gains_of(record.take([]), 'loss')
+        gains_of_record(record.take([]), 'loss')
     record.losses[1, 0] = float('nan')
     with pytest.raises(UsageError, match=r'image 4 \(4.jpg\) are not finite'):
-        gains_of(record, 'loss')
+        gains_of_record(record, 'loss')
     record.features = None
     with pytest.raises(UsageError, match='has no features'):
-        features_of(record)
+        features_of_record(record)

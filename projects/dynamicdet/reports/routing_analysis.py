@@ -10,22 +10,22 @@ from pycocotools.coco import COCO
 
 from ..errors import UsageError
 from ..files import write_atomically
-from ..routing.curve import Chance, by_calibration, difficulties_of, trade_off
+from ..routing.curve import RandomRouting, calibrated_trade_off, trade_off
 from ..routing.diagnosis import diagnose
-from ..routing.evaluation import AREAS, Mixtures, check_record, check_truth
-from ..routing.record import RoutingRecord, require
-from ..routing.strata import benefits, by_difficulty, by_objects, by_size, rank_correlations
-from . import analysis_curves as curves
-from . import analysis_estimates as estimates
-from .analysis_curves import Validation
-from .analysis_gallery import make_gallery
-from .analysis_text import format_analysis
+from ..routing.evaluation import AREAS, Mixtures, check_record, check_truth, difficulties_of
+from ..routing.record import RoutingRecord, require_columns
+from ..routing.strata import by_difficulty, by_objects, by_size, exit_benefits, rank_correlations
+from . import routing_analysis_curves as curves
+from . import routing_analysis_estimates as estimates
 from .page import make_page
+from .routing_analysis_curves import Validation
+from .routing_analysis_gallery import make_gallery
+from .routing_analysis_text import format_analysis
 
-__all__ = ['analyze', 'format_analysis', 'pair_of', 'write_analysis']
+__all__ = ['analyze_routing', 'format_analysis', 'two_exit_record', 'write_analysis']
 
 
-def pair_of(record: RoutingRecord, exits: tuple[int, int] = (0, -1)) -> dict:
+def two_exit_record(record: RoutingRecord, exits: tuple[int, int] = (0, -1)) -> dict:
     """The record of two of its exits.
 
     Args:
@@ -56,7 +56,7 @@ def pair_of(record: RoutingRecord, exits: tuple[int, int] = (0, -1)) -> dict:
     return replace(record.take_exits((easy, hard)), provenance=facts)
 
 
-def analyze(
+def analyze_routing(
     record: RoutingRecord,
     coco: COCO,
     validation: Validation = None,
@@ -69,8 +69,8 @@ def analyze(
     """What routing between two exits is worth, where, and against whom.
 
     Args:
-        record (RoutingRecord): Of two exits; see `pair_of`. Without ``view`` there is no honest
-            oracle and no efficacy, without ``losses`` or ``objects`` less to correlate with.
+        record (RoutingRecord): Of two exits; see `two_exit_record`. Without ``view`` there is no
+            honest oracle and no efficacy, without ``losses`` or ``objects`` less to correlate with.
         coco (COCO): Its ground truth. Where all image entries have a ``difficulty``, as those of
             the built-in data, the router's is correlated with it.
         validation (tuple, optional): Record of the validation set by the same detector, of the same
@@ -91,14 +91,16 @@ def analyze(
         * ``images``, their number; ``ends``: per exit ``exit``, ``ap``, ``ap50``, ``gflops``,
           ``latency``.
         * ``rows`` of `routing.curve.trade_off`: budgets by the record's own quantiles; and
-          ``calibrated``, rows of `routing.curve.by_calibration`, none without a calibration.
+          ``calibrated``, rows of `routing.curve.calibrated_trade_off`, none without a calibration.
         * ``curves``: of ``router``, ``random``, ``honest`` (oracle) and ``oracle``; and
-          ``thresholds``, the router's at all percents of hard images: see `analysis_curves`.
+          ``thresholds``, the router's at all percents of hard images: see
+          `routing_analysis_curves`.
         * ``merit``: list of ``name``, ``value``, ``low``, ``high``, ``meaning``.
         * ``router``, and ``peers`` by name: ``curve``, ``half`` (its point at half hard), ``gain``
           (normalized, there), ``low``, ``high``, ``meaning``; ``left_out``: why a peer is not
           there, by name.
-        * ``certificate``: of the oracle's program; see `analysis_curves.certificate`.
+        * ``certificate``: of the oracle's program; see
+          `routing_analysis_curves.oracle_certificate`.
         * ``strata``: tables of ``title``, ``name``, ``counts`` and ``rows`` of ``name``, ``count``,
           ``aps``.
         * ``correlations``, like ``merit``; ``diagnosis``: sentences; ``provenance``: the record's.
@@ -113,27 +115,30 @@ def analyze(
         check_truth(*validation)
         require_apart(record, validation[0], 'validation')
     if training:
-        require(training, 'losses', what='the training record')
+        require_columns(training, 'losses', what='the training record')
         require_apart(record, training, 'training')
     if record.exits != 2:
         raise UsageError(f'routing is between two exits, the record has {record.exits}: choose two')
     say('matching detections with objects')
-    chance = Chance(Mixtures(record, coco), resamples=bootstrap, seed=seed)
+    random_routing = RandomRouting(Mixtures(record, coco), resamples=bootstrap, seed=seed)
     scores = difficulties_of(record)
     say('the curve and random routing')
-    rows = trade_off(record, coco, chance=chance)
+    rows = trade_off(record, coco, random_routing=random_routing)
     say('oracles')
-    oracles = curves.oracles(record, coco, chance.mixtures, seed)
-    drawn = {name: curves.curve_of(record, chance, choices) for name, choices in oracles.items()}
-    merit = curves.merit(chance, scores, rows, oracles.get('honest'))
-    if validation and not len(calibration):
+    oracles = curves.choices_by_oracle(record, coco, random_routing.mixtures, seed)
+    drawn = {
+        name: curves.curve_of(record, random_routing, choices) for name, choices in oracles.items()
+    }
+    merit = curves.merit_rows(random_routing, scores, rows, oracles.get('honest'))
+    calibrated = len(calibration) > 0
+    if validation and not calibrated:
         calibration = difficulties_of(validation[0])
     say('peers')
-    gained = benefits(record, chance.mixtures)
+    gained = exit_benefits(record, random_routing.mixtures)
     peers, left_out = curves.score_peers(record, validation, gained, seed)
     judged = {
-        curves.words(name): curves.judge_peer(name, record, chance, own)
-        for name, own in peers.items()
+        curves.peer_title(name): curves.judge_peer(name, record, random_routing, peer_scores)
+        for name, peer_scores in peers.items()
     }
     say('strata and correlations')
     correlations = _correlations(record, coco, scores, gained, bootstrap, seed)
@@ -141,17 +146,21 @@ def analyze(
         images=len(record),
         ends=_ends(record, rows),
         rows=rows,
-        calibrated=by_calibration(record, chance, calibration) if len(calibration) else [],
+        calibrated=calibrated_trade_off(record, random_routing, calibration)
+        if len(calibration)
+        else [],
         curves=dict(
             router=curves.router_curve(rows), random=curves.random_curve(record, rows), **drawn
         ),
-        thresholds=curves.threshold_points(record, chance, scores),
+        thresholds=curves.threshold_points(record, random_routing, scores),
         merit=list(merit.values()),
-        router=curves.judge(record, chance, curves.choices_of(scores)),
+        router=curves.judge_router(record, random_routing, curves.choices_of(scores)),
         peers=judged,
-        left_out={curves.words(name): why for name, why in left_out.items()},
-        certificate=curves.certificate(record, curves.image_values(record, coco, chance.mixtures)),
-        strata=_strata(record, coco, chance.mixtures, scores),
+        left_out={curves.peer_title(name): why for name, why in left_out.items()},
+        certificate=curves.oracle_certificate(
+            record, curves.image_values(record, coco, random_routing.mixtures)
+        ),
+        strata=_strata(record, coco, random_routing.mixtures, scores),
         correlations=list(correlations.values()),
         provenance=dict(record.provenance),
     )
@@ -160,19 +169,19 @@ def analyze(
         images=len(record),
         bootstrap=bootstrap,
         first_scale=float(record.provenance.get('first_scale', 1.0)),
-        exits=estimates.exit_estimates(chance),
-        gap=estimates.gap(chance),
-        strata=estimates.strata_gaps(record, chance),
+        exits=estimates.exit_estimates(random_routing),
+        gap=estimates.exit_gap(random_routing),
+        strata=estimates.strata_gaps(record, random_routing),
         correlation=_benefit_correlations(correlations, validation, bootstrap, seed),
         router_gain=_estimate(merit['gain']),
         half_share=rows[curves.HALF]['hard_share'],
         normalized_gain=_estimate(merit['normalized_gain']),
-        spread=estimates.spread(scores),
-        peers=estimates.peer_leads(record, chance, scores, peers),
+        spread=estimates.difficulty_spread(scores),
+        peers=estimates.peer_leads(record, random_routing, scores, peers),
     )
     if 'honest' in oracles:
         figures.update(
-            honest_gain=estimates.over_random(chance, oracles['honest'][curves.HALF]),
+            honest_gain=estimates.over_random(random_routing, oracles['honest'][curves.HALF]),
             efficacy=_estimate(merit['efficacy']),
         )
     if training:
@@ -181,7 +190,8 @@ def analyze(
             held_out=estimates.share_gaining(record, bootstrap, seed),
         )
     if len(calibration):
-        figures['transfer'] = estimates.transfer(np.asarray(calibration), scores, chance)
+        transfer = estimates.threshold_transfer(np.asarray(calibration), scores, random_routing)
+        figures['transfer'] = dict(transfer, calibrated=calibrated)
     return _plain(dict(analysis, diagnosis=diagnose(figures)))
 
 
@@ -210,7 +220,7 @@ def write_analysis(
     Args:
         record (RoutingRecord): What was analyzed.
         coco (COCO): Its ground truth.
-        analysis (Mapping): As `analyze` gives it.
+        analysis (Mapping): As `analyze_routing` gives it.
         out_dir (str or Path): Where to; made if absent. What is there is replaced, the page last.
         title (str): Of the page.
         name (str): Of both files. Defaults to 'routing'.
@@ -247,8 +257,8 @@ def _strata(
     record: RoutingRecord, coco: COCO, mixtures: Mixtures, scores: np.ndarray
 ) -> list[dict]:
     """Tables of both exits' AP."""
-    found = coco.getAnnIds(imgIds=record.ids.tolist(), iscrowd=False)
-    areas = np.array([annotation['area'] for annotation in coco.loadAnns(found)])
+    annotation_ids = coco.getAnnIds(imgIds=record.ids.tolist(), iscrowd=False)
+    areas = np.array([annotation['area'] for annotation in coco.loadAnns(annotation_ids)])
     counts = {
         size: int(((AREAS[size][0] <= areas) & (areas <= AREAS[size][1])).sum()) for size in _SIZES
     }
@@ -324,16 +334,16 @@ def _correlations(
     entries = coco.loadImgs(record.ids.tolist())
     if all('difficulty' in entry for entry in entries):
         others['difficulty'] = np.array([entry['difficulty'] for entry in entries], float)
-    found = rank_correlations(scores, {**gained, **others}, bootstrap, seed)
+    correlations = rank_correlations(scores, {**gained, **others}, bootstrap, seed)
     return {
         name: dict(
             name=_BENEFITS[name][0],
-            value=one['correlation'],
-            low=one['low'],
-            high=one['high'],
+            value=estimate['correlation'],
+            low=estimate['low'],
+            high=estimate['high'],
             meaning=_BENEFITS[name][1],
         )
-        for name, one in found.items()
+        for name, estimate in correlations.items()
     }
 
 
@@ -343,17 +353,22 @@ def _benefit_correlations(
     """With what is saved over all objects or, without losses, the AP gained; here and on the
     validation set."""
     name = 'loss_objects' if 'loss_objects' in correlations else 'ap'
-    found = dict(test=_estimate(correlations[name]))
+    estimates_by_set = dict(test=_estimate(correlations[name]))
     if validation:
-        gained = benefits(validation[0], Mixtures(*validation))
+        gained = exit_benefits(validation[0], Mixtures(*validation))
         if name in gained:
-            own = rank_correlations(
+            val_correlations = rank_correlations(
                 difficulties_of(validation[0]), {name: gained[name]}, bootstrap, seed
             )
-            found = dict(
-                val=(own[name]['correlation'], own[name]['low'], own[name]['high']), **found
+            estimates_by_set = dict(
+                val=(
+                    val_correlations[name]['correlation'],
+                    val_correlations[name]['low'],
+                    val_correlations[name]['high'],
+                ),
+                **estimates_by_set,
             )
-    return found
+    return estimates_by_set
 
 
 def _plain(value: object) -> object:

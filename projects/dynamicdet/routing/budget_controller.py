@@ -31,7 +31,7 @@ _UNITS = dict(
 )
 
 
-class Controller:
+class BudgetController:
     """An online budget: thresholds from the difficulties of the last images, corrected by what
     images cost.
 
@@ -75,7 +75,7 @@ class Controller:
         UsageError: If an argument is out of range or missing.
 
     Example:
-        >>> controller = Controller(dict(target_latency=0.03))
+        >>> controller = BudgetController(dict(target_latency=0.03))
         >>> threshold = controller.decide([0.2, 0.7, 0.4])
         >>> controller.measure(seconds=0.09, images=3)
     """

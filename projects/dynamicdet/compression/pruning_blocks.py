@@ -22,8 +22,15 @@ class LayerSelection(Protocol):
     exclude: Sequence[str]
 
 
+def require_patterns(block: LayerSelection) -> None:
+    """Raise a `UsageError` where patterns are no list of them."""
+    for patterns, what in ((block.modules, 'modules'), (block.exclude, 'exclude')):
+        if isinstance(patterns, str):
+            raise UsageError(f"block '{block.name}': {what} is a list of patterns, not one string")
+
+
 @dataclass(frozen=True)
-class Block:
+class PruningBlock:
     """What is pruned together, how far and by what.
 
     Args:
@@ -69,11 +76,7 @@ class Block:
                 raise UsageError(
                     f"block '{self.name}': {what}='{value}' is none of {', '.join(known)}"
                 )
-        for patterns, what in ((self.modules, 'modules'), (self.exclude, 'exclude')):
-            if isinstance(patterns, str):
-                raise UsageError(
-                    f"block '{self.name}': {what} is a list of patterns, not one string"
-                )
+        require_patterns(self)
         if not self.modules:
             raise UsageError(f"block '{self.name}' names no modules")
 
@@ -107,7 +110,7 @@ def find_layers(model: nn.Module) -> dict[str, PrunableLayer]:
     Returns:
         dict: First name -> `PrunableLayer`, in the model's order.
     """
-    found: dict[int, tuple[nn.Module, list[str]]] = {}
+    modules: dict[int, tuple[nn.Module, list[str]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         weight = getattr(module, 'weight', None)
         grouped_transposed = isinstance(module, _TRANSPOSED) and module.groups > 1
@@ -118,13 +121,14 @@ def find_layers(model: nn.Module) -> dict[str, PrunableLayer]:
             and not isinstance(module, nn.Embedding)
             and not grouped_transposed
         ):
-            found.setdefault(id(weight), (module, []))[1].append(name)
+            modules.setdefault(id(weight), (module, []))[1].append(name)
     return {
-        names[0]: PrunableLayer(names[0], tuple(names), module) for module, names in found.values()
+        names[0]: PrunableLayer(names[0], tuple(names), module)
+        for module, names in modules.values()
     }
 
 
-def matches(name: str, patterns: Sequence[str]) -> bool:
+def matches_patterns(name: str, patterns: Sequence[str]) -> bool:
     """Whether a module, or one that it is part of, matches one of the patterns."""
     parts = name.split('.')
     above = ['.'.join(parts[: count + 1]) for count in range(len(parts))]
@@ -139,7 +143,9 @@ def selected_layers(model: nn.Module, block: LayerSelection) -> dict[str, Prunab
     """
     every = find_layers(model)
     for pattern in (*block.modules, *block.exclude):
-        if not any(matches(name, [pattern]) for layer in every.values() for name in layer.names):
+        if not any(
+            matches_patterns(name, [pattern]) for layer in every.values() for name in layer.names
+        ):
             parts = ', '.join(dict.fromkeys(name.split('.')[0] for name in every))
             raise UsageError(
                 f"block '{block.name}': the pattern '{pattern}' matches no module with weights; "
@@ -148,8 +154,8 @@ def selected_layers(model: nn.Module, block: LayerSelection) -> dict[str, Prunab
     kept = {
         name: layer
         for name, layer in every.items()
-        if any(matches(own, block.modules) for own in layer.names)
-        and not any(matches(own, block.exclude) for own in layer.names)
+        if any(matches_patterns(alias, block.modules) for alias in layer.names)
+        and not any(matches_patterns(alias, block.exclude) for alias in layer.names)
     }
     if not kept:
         raise UsageError(f"block '{block.name}': exclude={list(block.exclude)} leaves no layer")
@@ -165,8 +171,8 @@ def disjoint_layers(
         UsageError: If they do, or `selected_layers` does.
     """
     owner: dict[str, str] = {}
-    found = [selected_layers(model, block) for block in blocks]
-    for block, layers in zip(blocks, found):
+    layers_by_block = [selected_layers(model, block) for block in blocks]
+    for block, layers in zip(blocks, layers_by_block):
         for name in layers:
             if name in owner:
                 raise UsageError(
@@ -174,19 +180,9 @@ def disjoint_layers(
                     'from one'
                 )
             owner[name] = block.name
-    return found
+    return layers_by_block
 
 
-def require_blocks(blocks: object, hook: str) -> None:
-    """Raise a `UsageError` unless a hook was given a list of dictionaries, one or more."""
-    if (
-        not isinstance(blocks, (list, tuple))
-        or not blocks
-        or not all(isinstance(one, dict) for one in blocks)
-    ):
-        raise UsageError(f'{hook}: blocks is a list of dictionaries, one or more; got {blocks!r}')
-
-
-def units(layer: PrunableLayer, block: Block) -> int:
+def count_units(layer: PrunableLayer, block: PruningBlock) -> int:
     """How many weights a layer has, or channels where whole ones are pruned."""
     return layer.weight.shape[layer.dim] if block.structured else layer.weight.numel()

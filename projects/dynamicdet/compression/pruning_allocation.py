@@ -1,5 +1,5 @@
-"""How much a detector suffers where it is pruned, and what to prune for a wanted size: pure
-functions on curves."""
+"""How much to prune of each layer or block for a wanted size, by how much the detector suffers
+where that one alone is pruned: pure functions on curves, which `measuring.sensitivity` measures."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from ..errors import UsageError
 from ..routing.oracle import allocate
 
 
-class Curve(NamedTuple):
+class SensitivityCurve(NamedTuple):
     """AP where one part alone is pruned.
 
     Attributes:
@@ -26,7 +26,7 @@ class Curve(NamedTuple):
     aps: Sequence[float]
 
 
-class Suggestion(NamedTuple):
+class PruningAllocation(NamedTuple):
     """What to prune.
 
     Attributes:
@@ -43,17 +43,17 @@ class Suggestion(NamedTuple):
     bound: float
 
 
-def suggest(curves: Sequence[Curve], size: float) -> Suggestion:
+def allocate_pruning(curves: Sequence[SensitivityCurve], size: float) -> PruningAllocation:
     """One of the measured shares for each part, such that the sum of losses is least and at most
     ``size`` of all weights is left.
 
     It takes losses of parts to add up, which holds for small ones: a multiple-choice knapsack, as
-        the oracle
-    of routing solves (`routing.oracle.allocate`), with parts for images and shares for exits. Where
-    pruning raised the AP, which is noise as a rule, the loss counts as 0.
+    the oracle of routing solves (`routing.oracle.allocate`), with parts for images and shares for
+    exits. Where pruning raised the AP, which is noise as a rule, the loss counts as 0.
 
     Args:
-        curves (Sequence[Curve]): Of parts that have no weight in common, all at the same shares.
+        curves (Sequence[SensitivityCurve]): Of parts that have no weight in common, all at the same
+            shares.
         size (float): In (0, 1].
 
     Raises:
@@ -64,36 +64,29 @@ def suggest(curves: Sequence[Curve], size: float) -> Suggestion:
     if (
         not curves
         or any(
-            list(one.shares) != list(curves[0].shares) or len(one.aps) != len(one.shares)
-            for one in curves
+            list(curve.shares) != list(curves[0].shares) or len(curve.aps) != len(curve.shares)
+            for curve in curves
         )
         or curves[0].shares[0] != 0
     ):
         raise UsageError('curves must be of the same shares, the first of which is 0')
-    losses = np.array([np.maximum(one.aps[0] - np.asarray(one.aps, float), 0) for one in curves]).T
-    left = np.outer(1 - np.asarray(curves[0].shares, float), [one.weights for one in curves])
-    total = sum(one.weights for one in curves)
+    losses = np.array(
+        [np.maximum(curve.aps[0] - np.asarray(curve.aps, float), 0) for curve in curves]
+    ).T
+    left = np.outer(1 - np.asarray(curves[0].shares, float), [curve.weights for curve in curves])
+    total = sum(curve.weights for curve in curves)
     if left[-1].sum() > size * total * (1 + 1e-9):
         raise UsageError(
             f'{left[-1].sum() / total:.1%} of the weights are left at the largest measured share; '
             f'a size of {size:.1%} needs larger ones'
         )
-    found = allocate(-losses, left, size * total / len(curves))
-    shares = {one.name: float(one.shares[choice]) for one, choice in zip(curves, found.choice)}
-    return Suggestion(
-        shares, float(found.cost * len(curves) / total), -found.value + 0.0, max(-found.bound, 0.0)
+    allocation = allocate(-losses, left, size * total / len(curves))
+    shares = {
+        curve.name: float(curve.shares[choice]) for curve, choice in zip(curves, allocation.choice)
+    }
+    return PruningAllocation(
+        shares,
+        float(allocation.cost * len(curves) / total),
+        -allocation.value + 0.0,
+        max(-allocation.bound, 0.0),
     )
-
-
-def sensitivity_table(curves: Sequence[Curve]) -> list[str]:
-    """Lines of a table: AP of each part at each share, most sensitive first (by mean loss)."""
-    width = max(len(one.name) for one in curves)
-    lines = [
-        f'{"part":{width}}  weights  ' + ' '.join(f'{share:7.0%}' for share in curves[0].shares)
-    ]
-    for one in sorted(curves, key=lambda curve: np.mean(curve.aps)):
-        lines.append(
-            f'{one.name:{width}}  {one.weights / 1e6:5.2f} M  '
-            + ' '.join(f'{ap:7.2f}' for ap in one.aps)
-        )
-    return lines

@@ -25,7 +25,7 @@ STEPS = (10, 20, 40, 80, 160, 320)
 _BATCH = 128
 
 
-class Fit(NamedTuple):
+class RouterFit(NamedTuple):
     """A fitted router.
 
     ``state``: entries of a `Router`'s state dict. ``quantiles``: (101,), of the gains.
@@ -41,7 +41,7 @@ class Fit(NamedTuple):
     weight_decay: float
 
 
-def gains_of(record: RoutingRecord, kind: str, coco=None) -> np.ndarray:
+def gains_of_record(record: RoutingRecord, kind: str, coco=None) -> np.ndarray:
     """What each image of a record gains by the last exit.
 
     Args:
@@ -82,7 +82,7 @@ def gains_of(record: RoutingRecord, kind: str, coco=None) -> np.ndarray:
     return gains
 
 
-def features_of(record: RoutingRecord) -> np.ndarray:
+def features_of_record(record: RoutingRecord) -> np.ndarray:
     """What the router saw of each image, (n, d), float32, in the record's order."""
     _require(record, 'features')
     if not np.isfinite(record.features).all():
@@ -126,7 +126,7 @@ def fit_router(
     groups: Sequence[int] | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> Fit:
+) -> RouterFit:
     """Fit a router's two layers to gains.
 
     Cross-validation on the given images chooses the weight decay and when to stop: the pair whose
@@ -135,7 +135,7 @@ def fit_router(
 
     Args:
         features (np.ndarray): (n, d), as `Router.pool` gives them, not standardized.
-        gains (np.ndarray): (n,), see `gains_of`.
+        gains (np.ndarray): (n,), see `gains_of_record`.
         objective (str or dict): As in a config. Defaults to the paper's.
         hidden (int, optional): Width between the layers. Defaults to d // 4, the paper's.
         steps (Sequence[int]): Numbers of updates, of 128 images each, to choose among; ascending.
@@ -193,7 +193,7 @@ def fit_router(
     layers, _ = train(everyone, weight_decays[best], [steps[last]], everyone)
     state = {name: value.clone() for name, value in layers.state_dict().items()}
     state.update(mean=torch.from_numpy(mean), std=torch.from_numpy(std))
-    return Fit(
+    return RouterFit(
         state,
         quantiles_of(gains),
         float(means[best, last]),

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 
-from ..routing.curve import difficulties_of, split
-from ..routing.evaluation import Mixtures
+from ..routing.curve import split_by_share
+from ..routing.evaluation import Mixtures, difficulties_of
 from ..routing.record import RoutingRecord
 from .figures import EXIT_COLORS
 
@@ -44,7 +44,7 @@ def choose_images(
             where half of the images are hard, and ``wrongly_hard``: those that lose most by going
             on. Indices, the most extreme first; only images that lose something are wrongly routed.
     """
-    _, is_hard = split(difficulties, 0.5)
+    _, is_hard = split_by_share(difficulties, 0.5)
     order = np.argsort(difficulties, kind='stable')
     gain = image_ap[1] - image_ap[0]
     losses = dict(wrongly_easy=np.where(is_hard, 0, gain), wrongly_hard=np.where(is_hard, -gain, 0))
@@ -91,12 +91,12 @@ def make_gallery(record: RoutingRecord, coco: COCO) -> list[dict]:
         pictures = []
         for place, index in enumerate(indices):
             image, aps = record[int(index)], image_ap[:, index]
-            found = coco.loadAnns(coco.getAnnIds(imgIds=[image['id']], iscrowd=False))
+            annotations = coco.loadAnns(coco.getAnnIds(imgIds=[image['id']], iscrowd=False))
             caption = (
                 f'{Path(image["file"]).name}: difficulty {image["difficulty"]:.3f}; AP of this '
                 f'image {aps[0]:.0f} by exit {numbers[0]}, {aps[1]:.0f} by exit {numbers[1]}'
             )
-            shown = show_image(image, numbers, [one['bbox'] for one in found], names)
+            shown = show_image(image, numbers, [one['bbox'] for one in annotations], names)
             pictures.append(dict(shown, id=f'{kind}{place}', caption=caption))
         title, meaning = _GROUPS[kind]
         groups.append(dict(title=title, meaning=meaning, pictures=pictures))
@@ -129,10 +129,10 @@ def show_image(
     width, height = (scale * side for side in pixels.size)
     sides = []
     for detections, exit, color in zip(image['detections'], exits, EXIT_COLORS):
-        found = [one for one in detections if one['score'] >= MIN_SCORE]
-        found.sort(key=lambda one: one['score'])
-        label = f'Exit {exit}: {len(found)} {"box" if len(found) == 1 else "boxes"}'
-        boxes = [_labeled(one, scale, width, names) for one in found]
+        shown = [one for one in detections if one['score'] >= MIN_SCORE]
+        shown.sort(key=lambda one: one['score'])
+        label = f'Exit {exit}: {len(shown)} {"box" if len(shown) == 1 else "boxes"}'
+        boxes = [_labeled(one, scale, width, names) for one in shown]
         sides.append(dict(label=label, color=color, boxes=boxes))
     return dict(
         source=f'data:image/jpeg;base64,{base64.b64encode(_jpeg(pixels)).decode()}',

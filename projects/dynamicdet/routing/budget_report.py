@@ -19,8 +19,8 @@ _SLOW = 1.1
 
 
 @dataclass(frozen=True)
-class Served:
-    """What became of a budget on some images. Made by `account`.
+class BudgetReport:
+    """What became of a budget on some images. Made by `report_budget`.
 
     Attributes:
         counts (tuple[int, ...]): Images that left at each exit, (K,).
@@ -75,14 +75,14 @@ class Served:
 
     def _shares_line(self) -> str:
         known = self.wanted
-        said = 'wanted'
+        origin = 'wanted'
         if known is None and self.calibrated is not None:
-            known, said = _shares_of(self.calibrated), "of the calibration's images"
+            known, origin = _shares_of(self.calibrated), "of the calibration's images"
         if len(self.counts) == 2:
-            before = '' if known is None else f'{known[1]:.1%} {said}, '
+            before = '' if known is None else f'{known[1]:.1%} {origin}, '
             served = f'{self.shares[1]:.1%} served ({self.counts[1]} of {self.images} images)'
             return f'hard: {before}{served}'
-        before = '' if known is None else f'{_percents(known)} {said}, '
+        before = '' if known is None else f'{_percents(known)} {origin}, '
         exits = ' / '.join(map(str, range(len(self.counts))))
         counts = ' / '.join(map(str, self.counts))
         served = f'{_percents(self.shares)} served ({counts} of {self.images} images)'
@@ -112,7 +112,7 @@ class Served:
         # Who asks for a threshold has it.
         if self.calibrated is None or not self.images or _asks_for_threshold(self.budget):
             return []
-        misses = missed(self.counts, self.calibrated)
+        misses = exits_off_budget(self.counts, self.calibrated)
         if not misses:
             return []
         exit, (low, high) = max(
@@ -155,7 +155,7 @@ class Served:
         return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
-def account(
+def report_budget(
     counts: Sequence[int],
     budget: Budget | Mapping | None = None,
     thresholds: Sequence[float] | None = None,
@@ -163,7 +163,7 @@ def account(
     latencies: Sequence[float] = (),
     gflops: Sequence[float] = (),
     seconds: float | None = None,
-) -> Served:
+) -> BudgetReport:
     """Compare what was served with what was wanted.
 
     Args:
@@ -196,7 +196,7 @@ def account(
                 if budget
                 else _shares_of(calibrated)
             )
-    return Served(
+    return BudgetReport(
         tuple(counts),
         budget,
         wanted and tuple(wanted),
@@ -208,7 +208,9 @@ def account(
     )
 
 
-def missed(counts: Sequence[int], calibrated: Sequence[int]) -> dict[int, tuple[float, float]]:
+def exits_off_budget(
+    counts: Sequence[int], calibrated: Sequence[int]
+) -> dict[int, tuple[float, float]]:
     """Exits whose share of the images is further from the calibration's than chance explains.
 
     Args:
@@ -223,7 +225,7 @@ def missed(counts: Sequence[int], calibrated: Sequence[int]) -> dict[int, tuple[
     exits = range(1, 2) if len(counts) == 2 else range(len(counts))
     misses = {}
     for exit in exits:
-        low, high = chance_interval(
+        low, high = share_prediction_interval(
             calibrated[exit], sum(calibrated), sum(counts), DOUBTED / len(exits)
         )
         if not low <= counts[exit] / sum(counts) <= high:
@@ -231,7 +233,7 @@ def missed(counts: Sequence[int], calibrated: Sequence[int]) -> dict[int, tuple[
     return misses
 
 
-def chance_interval(
+def share_prediction_interval(
     inside: int, calibrated: int, images: int, doubted: float = DOUBTED
 ) -> tuple[float, float]:
     """Where a share will lie on new images, if they are drawn like those of the calibration.

@@ -14,11 +14,17 @@ from pycocotools.coco import COCO
 
 from conftest import rebuilt
 from dynamicdet.errors import UsageError
-from dynamicdet.reports import analysis_estimates as estimates
-from dynamicdet.reports.analysis import analyze, format_analysis, pair_of, write_analysis
-from dynamicdet.reports.analysis_curves import image_values, threshold_points
-from dynamicdet.reports.analysis_gallery import choose_images
-from dynamicdet.routing.curve import Chance
+from dynamicdet.reports import routing_analysis_estimates as estimates
+from dynamicdet.reports.routing_analysis import (
+    analyze_routing,
+    format_analysis,
+    two_exit_record,
+    write_analysis,
+)
+from dynamicdet.reports.routing_analysis_curves import image_values, threshold_points
+from dynamicdet.reports.routing_analysis_gallery import choose_images
+from dynamicdet.reports.routing_analysis_text import budget_sentences
+from dynamicdet.routing.curve import RandomRouting
 from dynamicdet.routing.evaluation import Mixtures
 from dynamicdet.routing.record import RoutingRecord
 
@@ -109,7 +115,7 @@ def without(record, *names):
 
 @pytest.fixture(scope='module')
 def analysis(perfect, coco):
-    return analyze(perfect, coco, (elsewhere(perfect), coco), bootstrap=20)
+    return analyze_routing(perfect, coco, (elsewhere(perfect), coco), bootstrap=20)
 
 
 def merit(analysis, name):
@@ -130,24 +136,24 @@ def test_a_pair_of_exits(perfect):
         image['losses'] = [9.0, *image['losses']]
         image['view'] = [[], *image['view']]
     record = rebuilt(perfect, images, gflops=[0.5, 1.0, 3.0], latencies=[0.001, 0.010, 0.020])
-    pair = pair_of(record, (1, -1))
+    pair = two_exit_record(record, (1, -1))
     assert pair.gflops == [1.0, 3.0] and pair.latencies == [0.010, 0.020]
     for image, other in zip(pair, perfect):
         for name in ('detections', 'losses', 'view', 'objects'):
             assert image[name] == other[name]
     # What exit 0's heads cost is not what exit 1's do.
     assert pair.provenance['exits'] == '1 and 2' and 'branch0_gflops' not in pair.provenance
-    assert pair_of(record).provenance['exits'] == '0 and 2'
-    assert pair_of(record).provenance['branch0_gflops'] == 0.5
+    assert two_exit_record(record).provenance['exits'] == '0 and 2'
+    assert two_exit_record(record).provenance['branch0_gflops'] == 0.5
     for exits in ((0, 3), (-4, 1), (1, 1), (2, -1)):
         with pytest.raises(UsageError, match='two different exits'):
-            pair_of(record, exits)
+            two_exit_record(record, exits)
 
 
 def test_more_than_two_are_refused(perfect, coco):
     record = perfect.take_exits([0, 1, 1])
     with pytest.raises(UsageError, match='the record has 3: choose two'):
-        analyze(record, coco, bootstrap=0)
+        analyze_routing(record, coco, bootstrap=0)
 
 
 # What the numbers are.
@@ -172,13 +178,30 @@ def test_a_perfect_router(analysis):
 
 
 def test_an_inverted_router(perfect, coco):
-    found = analyze(
+    found = analyze_routing(
         rerouted(perfect, [1 - image['difficulty'] for image in perfect]), coco, bootstrap=20
     )
     assert merit(found, 'efficacy')['value'] < -0.5
     assert merit(found, 'normalized gain at half hard')['value'] == pytest.approx(-0.5)
     assert any('costs' in sentence or 'worse' in sentence for sentence in found['diagnosis'])
     assert any('against the benefit on test' in sentence for sentence in found['diagnosis'])
+
+
+def test_a_ratio_to_what_may_be_nothing_is_given_nowhere(perfect, coco):
+    """Exits swapped on every other image: whether they differ cannot be told. With a calibration,
+    the diagnosis does not speak of val."""
+    images = list(perfect)
+    for image in images[::2]:
+        image['detections'] = image['detections'][::-1]
+    record = rebuilt(perfect, images)
+    found = analyze_routing(record, coco, bootstrap=40, calibration=[0.1, 0.2, 0.3, 0.4])
+    said = ' '.join(found['diagnosis'])
+    assert 'the normalized gain, is not defined' in said
+    assert merit(found, 'normalized gain at half hard')['value'] is None
+    assert found['router']['gain'] is None
+    assert all(peer['gain'] is None for peer in found['peers'].values())
+    assert 'straight line' not in ' '.join(budget_sentences(found))
+    assert 'calibrated threshold' in said and 'threshold of val' not in said
 
 
 def test_oracles_bound_the_perfect_router(analysis):
@@ -202,9 +225,9 @@ def test_memory_of_training_images_is_told(perfect, coco):
         dataclasses.replace(perfect, losses=np.tile(losses, (IMAGES, 1)))
         for losses in ([2.0, 1.0], [1.0, 2.0])
     )
-    said = analyze(new, coco, bootstrap=20, training=elsewhere(memorized))['diagnosis']
+    said = analyze_routing(new, coco, bootstrap=20, training=elsewhere(memorized))['diagnosis']
     assert any('remember their training images' in sentence for sentence in said)
-    said = analyze(new, coco, bootstrap=20, training=elsewhere(new))['diagnosis']
+    said = analyze_routing(new, coco, bootstrap=20, training=elsewhere(new))['diagnosis']
     assert not any('remember their training images' in sentence for sentence in said)
 
 
@@ -213,13 +236,13 @@ def test_records_that_do_not_go_together_are_refused(perfect, coco):
         with pytest.raises(
             UsageError, match='40 images .* are in the record that is judged and in the'
         ):
-            analyze(perfect, coco, bootstrap=0, **others)
+            analyze_routing(perfect, coco, bootstrap=0, **others)
     with pytest.raises(UsageError, match='the training record lacks losses'):
-        analyze(perfect, coco, bootstrap=0, training=elsewhere(without(perfect, 'losses')))
+        analyze_routing(perfect, coco, bootstrap=0, training=elsewhere(without(perfect, 'losses')))
     other = elsewhere(perfect)
     other.ids = other.ids + 1000
     with pytest.raises(UsageError, match='another number of objects'):
-        analyze(perfect, coco, (other, coco), bootstrap=0)
+        analyze_routing(perfect, coco, (other, coco), bootstrap=0)
 
 
 def test_a_peer_that_learned_from_other_features_is_left_out(perfect, coco):
@@ -227,14 +250,16 @@ def test_a_peer_that_learned_from_other_features_is_left_out(perfect, coco):
     wider.features = np.ones((IMAGES, 7), np.float32)
     assert (
         'learns from 7 features per image'
-        in analyze(perfect, coco, (wider, coco), bootstrap=0)['left_out']['ridge']
+        in analyze_routing(perfect, coco, (wider, coco), bootstrap=0)['left_out']['ridge']
     )
 
 
 def test_a_router_without_a_choice_is_not_compared_at_its_cost(perfect, coco):
     """All difficulties are equal: it sends all images or none, and costs what no peer costs."""
     for difficulties in ([0.5] * IMAGES, [0.2] * 12 + [1.0] * 28):
-        said = ' '.join(analyze(rerouted(perfect, difficulties), coco, bootstrap=20)['diagnosis'])
+        said = ' '.join(
+            analyze_routing(rerouted(perfect, difficulties), coco, bootstrap=20)['diagnosis']
+        )
         assert 'A simpler router is better' not in said
     assert 'At 70% hard, the nearest to half that ties allow' in said
 
@@ -255,8 +280,8 @@ def test_the_slider_has_each_share_once(analysis, perfect, coco):
 
 def test_equal_difficulties_are_not_parted(perfect, coco):
     record = rerouted(perfect, [0.2] * 30 + [0.7] * 10)
-    chance = Chance(Mixtures(record, coco), resamples=0)
-    points = threshold_points(record, chance, np.array([0.2] * 30 + [0.7] * 10, np.float32))
+    random_routing = RandomRouting(Mixtures(record, coco), resamples=0)
+    points = threshold_points(record, random_routing, np.array([0.2] * 30 + [0.7] * 10, np.float32))
     assert [point['hard'] for point in points] == [0, 10, 40]
 
 
@@ -283,7 +308,7 @@ def test_all_parts_of_the_page_agree_on_what_large_images_cost(perfect, coco):
         dict(image, gflops=[size, 2 * size], latencies=[size / 100, size / 50])
         for image, size in zip(perfect, sizes)
     ]
-    found = analyze(
+    found = analyze_routing(
         rebuilt(perfect, images, gflops=[2.5, 5.0], latencies=[0.025, 0.05]), coco, bootstrap=0
     )
     (middle,) = (point for point in found['thresholds'] if point['hard_share'] == 0.5)
@@ -299,7 +324,7 @@ def test_all_parts_of_the_page_agree_on_what_large_images_cost(perfect, coco):
 def test_old_records_say_less(perfect, coco):
     record = without(perfect, 'view', 'losses', 'features', 'objects', 'entropy')
     record.provenance = {}
-    found = analyze(record, coco, bootstrap=0)
+    found = analyze_routing(record, coco, bootstrap=0)
     assert set(found['curves']) == {'router', 'random', 'oracle'}
     assert [one['name'] for one in found['merit']] == [
         'gain at half hard, AP',
@@ -352,20 +377,20 @@ def test_it_can_be_written_as_json(analysis):
 
 
 @pytest.fixture(scope='module')
-def chance(perfect, coco):
-    return Chance(Mixtures(perfect, coco), resamples=30)
+def random_routing(perfect, coco):
+    return RandomRouting(Mixtures(perfect, coco), resamples=30)
 
 
-def test_gap_and_its_interval(chance, analysis):
-    value, low, high = estimates.gap(chance)
+def test_gap_and_its_interval(random_routing, analysis):
+    value, low, high = estimates.exit_gap(random_routing)
     assert value == pytest.approx(100 - analysis['ends'][0]['ap'])
     assert 0 < low < value < high < 100
     # The same choice twice: no difference on any resample.
-    assert estimates.difference(chance, [0] * IMAGES, [0] * IMAGES) == (0, 0, 0)
+    assert estimates.ap_difference(random_routing, [0] * IMAGES, [0] * IMAGES) == (0, 0, 0)
 
 
-def test_gaps_of_strata(perfect, chance):
-    one, three = estimates.strata_gaps(perfect, chance)
+def test_gaps_of_strata(perfect, random_routing):
+    one, three = estimates.strata_gaps(perfect, random_routing)
     assert one['name'] == 'images with 1 object' and one['gap'] == pytest.approx(
         (0, 0, 0), abs=1e-6
     )
@@ -374,34 +399,37 @@ def test_gaps_of_strata(perfect, chance):
     )
 
 
-def test_transfer_between_sets_that_differ(chance, perfect):
+def test_transfer_between_sets_that_differ(random_routing, perfect):
     scores = np.array([image['difficulty'] for image in perfect], np.float32)
-    same = estimates.transfer(scores, scores, chance)
+    same = estimates.threshold_transfer(scores, scores, random_routing)
     assert same['got'][0] == 0.5 and same['got'][1] < 0.5 < same['got'][2]
-    harder = estimates.transfer(scores / 2, scores, chance)
+    harder = estimates.threshold_transfer(scores / 2, scores, random_routing)
     # The middle of the halved scores is their lower quarter: three quarters lie above.
     assert harder['asked'] == 0.5 and harder['got'][0] == pytest.approx(0.75, abs=0.03)
     assert harder['got'][1] > 0.5
 
 
-def test_leads_of_peers_at_equal_cost(perfect, chance):
+def test_leads_of_peers_at_equal_cost(perfect, random_routing):
     """A charged peer is compared with a router that may send more images on."""
     scores = np.array([image['difficulty'] for image in perfect], np.float32)
     inverted = 1 - scores
     leads = estimates.peer_leads(
-        perfect, chance, inverted, dict(doubt_of_best=scores, image_entropy=scores, loss=scores)
+        perfect,
+        random_routing,
+        inverted,
+        dict(doubt_of_best=scores, image_entropy=scores, loss=scores),
     )
     assert set(leads) == {'doubt of best', 'image entropy'}
-    half = chance.mixtures.ap(inverted > np.sort(inverted)[IMAGES // 2 - 1])
+    half = random_routing.mixtures.ap(inverted > np.sort(inverted)[IMAGES // 2 - 1])
     # 0.5 of 2 GFLOPs between the exits buy a quarter more hard images: 25 of 40 instead of 20.
-    more = chance.mixtures.ap(inverted >= np.sort(inverted)[-25])
+    more = random_routing.mixtures.ap(inverted >= np.sort(inverted)[-25])
     assert more > half
     assert leads['image entropy'][0] == pytest.approx(100 - half)
     assert leads['doubt of best'][0] == pytest.approx(100 - more)
 
 
 def test_spread():
-    assert estimates.spread(np.linspace(0, 1, 101)) == pytest.approx(0.9)
+    assert estimates.difficulty_spread(np.linspace(0, 1, 101)) == pytest.approx(0.9)
 
 
 # The gallery.

@@ -12,14 +12,14 @@ from mmengine.config import ConfigDict
 from torch import nn
 
 from conftest import RUNTIMES_TO_TRY, same_detections, spread_scores
-from dynamicdet.compression.quantization import Simulation
-from dynamicdet.deploy.graphs import Graph, example_inputs, export_stages, release_weights
+from dynamicdet.compression.quantization import Int8Simulation
+from dynamicdet.deploy.graphs import Graph, example_inputs, export_parts, release_weights
 from dynamicdet.deploy.int8 import Recipe, quantize_graph, trained_ranges
 from dynamicdet.deploy.roi_align import _graph_of, place_roi_aligns
 from dynamicdet.deploy.runtimes import CPU, RUNTIMES, OnnxRuntime, OpenVino, open_graph
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.latencies import force_dynamic_exit
-from dynamicdet.models.stages import find_stages, flatten, unflatten
+from dynamicdet.models.detector_parts import find_parts, flatten, unflatten
 from dynamicdet.routing.merging import Merge
 from dynamicdet.testing import randomize, shrink, tiny_batch, tiny_detector, tiny_dynamic
 from mmdet.registry import MODELS
@@ -58,7 +58,7 @@ def exported():
 
     def get(name):
         if name not in kept:
-            kept[name] = export_stages(build(name), (64, 96))
+            kept[name] = export_parts(build(name), (64, 96))
         return kept[name]
 
     return get
@@ -73,18 +73,18 @@ def close(one, other, tolerance=1e-4):
 @pytest.mark.parametrize('name', MODELS_TO_TRY)
 def test_graphs_give_what_torch_gives_at_other_sizes_and_counts(name, runtime, exported):
     graphs, model = exported(name), build(name)
-    stages = find_stages(model)
-    assert [stage.name for stage in stages] == list(graphs)
+    parts = find_parts(model)
+    assert [part.name for part in parts] == list(graphs)
     # Three images where two were traced, of another size.
-    inputs = example_inputs(model, stages, (128, 64))
-    for stage in stages:
-        given = tuple(torch.cat([one, one[:1]]) for one in inputs[stage.name])
+    inputs = example_inputs(model, parts, (128, 64))
+    for part in parts:
+        given = tuple(torch.cat([one, one[:1]]) for one in inputs[part.name])
         with torch.no_grad():
-            expected, form = flatten(stage.run(*given))
-        assert form == graphs[stage.name].form
-        got, _ = flatten(Graph(graphs[stage.name].content, form, runtime=runtime)(*given))
+            expected, form = flatten(part.run(*given))
+        assert form == graphs[part.name].form
+        got, _ = flatten(Graph(graphs[part.name].content, form, runtime=runtime)(*given))
         assert len(got) == len(expected)
-        assert all(close(one, two) for one, two in zip(got, expected)), stage.name
+        assert all(close(one, two) for one, two in zip(got, expected)), part.name
 
 
 @pytest.mark.parametrize(
@@ -94,15 +94,15 @@ def test_graphs_give_what_torch_gives_at_other_sizes_and_counts(name, runtime, e
 @pytest.mark.parametrize('runtime', RUNTIMES_TO_TRY)
 def test_a_detector_on_graphs_detects_the_same(name, padded, runtime, exported):
     model, deployed = build(name), build(name)
-    stages = find_stages(deployed)
-    for stage in stages:
-        stage.place(
+    parts = find_parts(deployed)
+    for part in parts:
+        part.place(
             Graph(
-                exported(name)[stage.name].content, exported(name)[stage.name].form, runtime=runtime
+                exported(name)[part.name].content, exported(name)[part.name].form, runtime=runtime
             )
         )
     before = sum(one.numel() for one in deployed.parameters())
-    release_weights(stages)
+    release_weights(parts)
     assert sum(one.numel() for one in deployed.parameters()) < before / 2
     assert not any('running_mean' in key for key in deployed.state_dict())
     batch = tiny_batch((1, 2), (64, 96))
@@ -131,11 +131,11 @@ def test_merged_exits_on_graphs_are_the_same(name, runtime, exported):
     model, deployed = build(name), build(name)
     for one in (model, deployed):
         one.merge = Merge('wbf', 0.5)
-        one.platt_shift.copy_(torch.tensor([0.5, -0.5]))
+        one.set_platt_scaling([(1.0, 0.5), (1.0, -0.5)])
         force_dynamic_exit(one, 1)
-    for stage in find_stages(deployed):
-        graph = exported(name)[stage.name]
-        stage.place(Graph(graph.content, graph.form, runtime=runtime))
+    for part in find_parts(deployed):
+        graph = exported(name)[part.name]
+        part.place(Graph(graph.content, graph.form, runtime=runtime))
     batch = tiny_batch((1, 2), (64, 96))
     with torch.no_grad():
         expected = model.test_step(copy.deepcopy(batch))
@@ -161,19 +161,19 @@ def test_the_simulation_is_what_the_int8_graph_computes(name, runtime, exported)
     """What remains are ties of rounding: sums in another order. Random weights make much of them,
     layer by layer. OpenVINO rounds less often, and is hardly further from float32."""
     graphs, model = exported(name), build(name)
-    stages = find_stages(model)
-    inputs = example_inputs(model, stages, (64, 96))
-    for stage in stages:
-        given = inputs[stage.name]
-        simulation = Simulation(
-            stage.run,
-            stage.modules,
-            stage.spared,
+    parts = find_parts(model)
+    inputs = example_inputs(model, parts, (64, 96))
+    for part in parts:
+        given = inputs[part.name]
+        simulation = Int8Simulation(
+            part.run,
+            part.modules,
+            part.spared,
             reduced=True,
-            float_share=0.1 if stage.predicts else 0.0,
+            float_share=0.1 if part.predicts else 0.0,
         )
         with torch.no_grad():
-            exact, form = flatten(stage.run(*given))
+            exact, form = flatten(part.run(*given))
             simulation.active, simulation.ranges.observing = False, True
             watched, _ = flatten(simulation(*given))
             simulation.active, simulation.ranges.observing = True, False
@@ -183,11 +183,11 @@ def test_the_simulation_is_what_the_int8_graph_computes(name, runtime, exported)
         # With norms folded, and nothing rounded, nothing changes.
         assert noise(watched, exact) < 1e-9
         ranges, unknown = trained_ranges(
-            graphs[stage.name].content,
+            graphs[part.name].content,
             simulation.plan(*given),
             {key: value.tolist() for key, value in simulation.ranges.values.items()},
         )
-        content = quantize_graph(graphs[stage.name].content, Recipe(ranges, unknown, True))
+        content = quantize_graph(graphs[part.name].content, Recipe(ranges, unknown, True))
         got, _ = flatten(Graph(content, form, runtime=runtime)(*given))
         changed = noise(simulated, exact)
         assert changed > 1e-5
@@ -266,7 +266,7 @@ def test_layers_without_an_operator_are_named_before_anything_runs(monkeypatch):
         block.conv2 = ModulatedDeformConv2dPack(64, 64, 3, padding=1)
     monkeypatch.setattr(model, 'predict', None)
     with pytest.raises(UsageError) as caught:
-        export_stages(model, (64, 96))
+        export_parts(model, (64, 96))
     said = str(caught.value)
     assert (
         'ModulatedDeformConv2dPack (backbone.first.layer4.0.conv2' in said
@@ -299,19 +299,19 @@ class Unknown(nn.Module):
     'layer, said',
     [
         (Deformed, 'MMCVDeformConv2d (first: layer1/layer1.2)'),
-        (Unknown, "the stage 'first' cannot be exported"),
+        (Unknown, "the part 'first' cannot be exported"),
     ],
 )
 def test_operators_that_only_the_graph_shows_are_named(layer, said):
     model = build('retinanet')
     model.backbone.layer1.append(layer())
     with pytest.raises(UsageError) as caught:
-        export_stages(model, (64, 96))
+        export_parts(model, (64, 96))
     assert said in str(caught.value) and '\n' not in str(caught.value)
 
 
 def test_graphs_on_another_device(monkeypatch):
-    """What a stage is given may be elsewhere and of half the digits; RoIs are aligned where their
+    """What a part is given may be elsewhere and of half the digits; RoIs are aligned where their
     maps are."""
     layer = RoIAlign(3, spatial_scale=0.5)
     maps, rois = torch.rand(2, 4, 8, 8), torch.tensor([[0, 1.0, 1, 9, 9], [1, 0, 0, 15, 7]])

@@ -10,13 +10,19 @@ from test_encoding import coded
 from torch import nn
 
 from dynamicdet.compression.encoding import Lossy
-from dynamicdet.compression.sharing import share, share_weight, sharing_of, tie, tie_gradient
+from dynamicdet.compression.weight_sharing import (
+    cluster_weights,
+    share_weights,
+    tie_gradient,
+    tie_weights,
+    weight_sharing_of,
+)
 from dynamicdet.errors import UsageError
 
 
 def test_a_codebook_of_the_values_that_there_are_is_exact():
     value = torch.tensor([-3.0, 0.0, 1.5, 2.0])[torch.randint(4, (30, 30))]
-    table, indices = share(value, 2)
+    table, indices = cluster_weights(value, 2)
     assert table.tolist() == [0, -3, 1.5, 2]
     assert np.array_equal(table[indices].reshape(30, 30), value.numpy())
 
@@ -24,7 +30,7 @@ def test_a_codebook_of_the_values_that_there_are_is_exact():
 @pytest.mark.parametrize('bits', [2, 3, 5, 8])
 def test_shared_values_are_means_of_their_weights(bits):
     value = sparse(0.4, 30, 40)
-    table, indices = share(value, bits, iterations=300)
+    table, indices = cluster_weights(value, bits, iterations=300)
     flat = value.flatten().numpy()
     assert len(table) <= 2**bits and table[0] == 0 and ((flat == 0) == (indices == 0)).all()
     for entry in range(1, len(table)):
@@ -35,7 +41,7 @@ def test_shared_values_are_means_of_their_weights(bits):
     assert abs(flat - table[indices])[flat != 0] == pytest.approx(nearest, abs=1e-6)
     kinds, back = coded(dict(w=value), Lossy(codebook=bits))
     assert kinds == dict(w='codebook') and len(back['w'].unique()) <= 2**bits
-    table, indices = share(value, bits)
+    table, indices = cluster_weights(value, bits)
     assert np.array_equal(back['w'].flatten().numpy(), table[indices])
 
 
@@ -43,7 +49,7 @@ def test_more_bits_lose_less():
     value = torch.randn(200, 200)
     losses = []
     for bits in range(2, 9):
-        table, indices = share(value, bits)
+        table, indices = cluster_weights(value, bits)
         losses.append(float(((table[indices] - value.flatten().numpy()) ** 2).mean()))
     assert all(after < before / 2 for before, after in zip(losses, losses[1:]))
     # The best 4 values for a normal distribution lose 0.1175 (Max 1960).
@@ -53,7 +59,7 @@ def test_more_bits_lose_less():
 def test_no_value_is_wasted_on_the_hole_that_pruning_leaves():
     """Between -1 and 1 there is nothing; 2 bits are zero and three values."""
     value = torch.tensor([-3.0, -2.9, -1.0, 0.0, 0.0, 1.0, 1.1, 3.0] * 10).view(8, 10)
-    table, indices = share(value, 2)
+    table, indices = cluster_weights(value, 2)
     assert len(table) == 4 and len(np.unique(indices)) == 4
     # Two values would lose 0.64, the best three 0.32.
     assert float(((table[indices] - value.flatten().numpy()) ** 2).mean()) < 0.4
@@ -69,14 +75,14 @@ VALUES = [[1.0, 3.0, 5.0], [6.0, 10.0, 9.0]]
 
 def test_the_gradient_of_a_value_is_the_sum_over_its_weights():
     gradient = torch.tensor(VALUES)
-    tie_gradient(gradient, sharing_of(INDICES, pruned=True))
+    tie_gradient(gradient, weight_sharing_of(INDICES, pruned=True))
     assert gradient.tolist() == [[4, 4, 21], [21, 21, 0]]
     gradient = torch.tensor(VALUES)
-    tie_gradient(gradient, sharing_of(INDICES, pruned=True), 'mean')
+    tie_gradient(gradient, weight_sharing_of(INDICES, pruned=True), 'mean')
     assert gradient.tolist() == [[2, 2, 7], [7, 7, 0]]
     # Where index 0 is a value like the others.
     gradient = torch.tensor(VALUES)
-    tie_gradient(gradient, sharing_of(INDICES, pruned=False))
+    tie_gradient(gradient, weight_sharing_of(INDICES, pruned=False))
     assert gradient.tolist() == [[4, 4, 21], [21, 21, 9]]
 
 
@@ -86,16 +92,16 @@ def test_it_is_what_autograd_says_of_a_table():
     loss.backward()
     weight = table.detach()[INDICES.long()].view(2, 3).requires_grad_()
     (inputs @ weight.t()).square().sum().backward()
-    tie_gradient(weight.grad, sharing_of(INDICES, pruned=False))
+    tie_gradient(weight.grad, weight_sharing_of(INDICES, pruned=False))
     torch.testing.assert_close(weight.grad.flatten(), table.grad[INDICES.long()])
 
 
 def test_tying_takes_the_mean_and_keeps_what_is_tied():
     weight = torch.tensor(VALUES)
-    tie(weight, sharing_of(INDICES, pruned=True))
+    tie_weights(weight, weight_sharing_of(INDICES, pruned=True))
     assert weight.tolist() == [[2, 2, 7], [7, 7, 0]]
     value = torch.tensor([[0.1]]).expand(1000, 1000).clone()
-    tie(value, sharing_of(torch.zeros(1_000_000, dtype=torch.uint8), pruned=False))
+    tie_weights(value, weight_sharing_of(torch.zeros(1_000_000, dtype=torch.uint8), pruned=False))
     assert (value == 0.1).all()
 
 
@@ -110,7 +116,7 @@ def test_tying_takes_the_mean_and_keeps_what_is_tied():
 def test_tied_weights_move_as_a_table_would(make):
     """Ten steps of both, with momentum and decay."""
     table = nn.Parameter(torch.tensor([0.0, -1.0, 2.0]))
-    sharing = sharing_of(INDICES, pruned=True)
+    sharing = weight_sharing_of(INDICES, pruned=True)
     weight = nn.Parameter(table.detach()[INDICES.long()].view(2, 3))
     generator = torch.Generator().manual_seed(0)
     ours, theirs = make([weight]), make([table])
@@ -124,7 +130,7 @@ def test_tied_weights_move_as_a_table_would(make):
             else:
                 table.grad[0] = 0
             optimizer.step()
-        tie(weight.data, sharing)
+        tie_weights(weight.data, sharing)
         torch.testing.assert_close(weight.detach().flatten(), table.detach()[INDICES.long()])
     assert not torch.allclose(table, torch.tensor([0.0, -1.0, 2.0]), atol=0.1)
 
@@ -133,8 +139,8 @@ def test_tied_weights_move_as_a_table_would(make):
 def test_a_weight_is_shared_in_place(zeros):
     weight = nn.Parameter(sparse(zeros, 20, 5, 3, 3))
     before = copy.deepcopy(weight.detach())
-    sharing = share_weight(weight, 3)
-    table, indices = share(before, 3)
+    sharing = share_weights(weight, 3)
+    table, indices = cluster_weights(before, 3)
     assert np.array_equal(weight.detach().flatten().numpy(), table[indices])
     assert torch.equal(weight == 0, before == 0) and sharing.pruned == bool(zeros)
     assert (
@@ -145,4 +151,4 @@ def test_a_weight_is_shared_in_place(zeros):
 
 def test_what_is_not_finite_is_not_shared():
     with pytest.raises(UsageError, match='did the training diverge'):
-        share_weight(torch.tensor([[1.0, float('nan')]]), 2)
+        share_weights(torch.tensor([[1.0, float('nan')]]), 2)

@@ -15,13 +15,13 @@ from mmdet.registry import MODELS
 
 from ..errors import UsageError
 from ..routing.evaluation import check_truth, read_truth
-from .curves import curve, fixed_exits, front, line_at, settings_of
-from .fitting import fit_halting_gate, fit_parts, shows_objects
+from .curves import fixed_exits, gate_curve, line_at, pareto_front, settings_of
+from .gate_fitting import fit_gate_parts, fit_halting_gate, shows_objects
 from .gate_inputs import Evidence
+from .gate_simulation import Replays, Seconds, evidence_by_exit, exit_costs, gate_difficulties
 from .gates import Gate
 from .oracle import oracle_rows
 from .record import detections_of
-from .simulation import Replays, Seconds, evidences, exit_costs, gate_difficulties
 from .streams import GRID
 
 #: Gates that need no training: name -> config.
@@ -67,24 +67,24 @@ def fitted_gates(
     """Gates that are fitted to a record: halting gates, with and without a look at detections; and,
     if some of its frames show no object and others do, a temporal one that knows *no detection*."""
     channels = [len(one) for one in record['images'][0]['pooled']]
-    found = {}
+    gates = {}
     for name, looks in (('halting', False), ('halting, looking', True)):
-        found[name] = MODELS.build(
+        gates[name] = MODELS.build(
             dict(type='HaltingGate', in_channels=channels, looks_at_detections=looks)
         )
-        fit_halting_gate(found[name], record, coco, kind=by, seed=seed)
-        found[f'temporal + {name}'] = MODELS.build(dict(type='TemporalGate'))
-        found[f'temporal + {name}'].wrap(found[name])
+        fit_halting_gate(gates[name], record, coco, kind=by, seed=seed)
+        gates[f'temporal + {name}'] = MODELS.build(dict(type='TemporalGate'))
+        gates[f'temporal + {name}'].wrap(gates[name])
     shown = shows_objects(record, coco)
     if shown.any() and not shown.all():
         # Last: it repeats other frames than the temporal gates above, whose repeats are matched
         # with the truth once.
         parts = len(record['images'][0]['early']) // GRID**2
-        found['temporal, nothing'] = MODELS.build(
+        gates['temporal, nothing'] = MODELS.build(
             dict(type='TemporalGate', nothing=dict(type='Presence', in_channels=parts))
         )
-        fit_parts(found['temporal, nothing'], record, coco, by, seed)
-    return found
+        fit_gate_parts(gates['temporal, nothing'], record, coco, by, seed)
+    return gates
 
 
 def decision_seconds(
@@ -97,7 +97,7 @@ def decision_seconds(
     with torch.no_grad():
         for index in range(min(frames, len(shown[0].detections))):
             for one in shown:
-                own = Evidence(
+                single = Evidence(
                     one.exit,
                     one.detections[index : index + 1],
                     one.earlier and one.earlier[index : index + 1],
@@ -105,7 +105,7 @@ def decision_seconds(
                     None,
                 )
                 start = time.perf_counter()
-                gate.difficulty(own)
+                gate.difficulty(single)
                 times.append(time.perf_counter() - start)
             if getattr(gate, 'nothing', None) is not None:
                 early = torch.from_numpy(record['images'][index]['early'])[None]
@@ -143,8 +143,8 @@ def analyze_gates(
         that costs least among those chosen to lose at most 1 AP (None: there is none); ``oracles``:
         by name rows; ``by``, ``own_choice``, ``provenance``.
     """
-    replays, shown = Replays(record, coco), evidences(record)
-    found = dict(
+    replays, shown = Replays(record, coco), evidence_by_exit(record)
+    analysis = dict(
         fixed=fixed_exits(record, replays),
         gates={},
         oracles={},
@@ -152,34 +152,34 @@ def analyze_gates(
         own_choice=chosen_on is None,
         provenance=record['provenance'],
     )
-    val = chosen_on and (chosen_on[0], Replays(*chosen_on), evidences(chosen_on[0]))
+    val = chosen_on and (chosen_on[0], Replays(*chosen_on), evidence_by_exit(chosen_on[0]))
     for name, gate in gates.items():
         say(name)
         seconds = decision_seconds(gate.eval(), record, shown) if timed else (0.0, 0.0)
-        found['gates'][name] = _one_gate(gate, (record, replays, shown), val, by, seconds)
+        analysis['gates'][name] = _one_gate(gate, (record, replays, shown), val, by, seconds)
     kind = 'gflops' if by == 'gflops' else 'latencies'
     costs = exit_costs(record, kind, looks=False)
     for name, reuses in (('oracle, no memory', False), ('oracle, reusing', True)):
         say(name)
-        found['oracles'][name] = oracle_rows(
+        analysis['oracles'][name] = oracle_rows(
             record, replays, np.linspace(costs.min(), costs.max(), _BUDGETS), kind, reuses
         )
-    return found
+    return analysis
 
 
 def _one_gate(gate: Gate, test: tuple, val: tuple | None, by: str, seconds: Seconds) -> dict:
     """Settings are chosen on one record, and run on the other."""
     record, replays, shown = val or test
     difficulties = gate_difficulties(gate, shown)
-    rows = curve(
+    rows = gate_curve(
         record, replays, gate, difficulties, settings_of(record, gate, difficulties), seconds
     )
     last = fixed_exits(record, replays)[-1]['ap']
-    best = front(rows, by)
+    best = pareto_front(rows, by)
     good = [place for place, row in enumerate(best) if row['ap'] >= last - DROP - 1e-9]
     if val:
         record, replays, shown = test
-        best = curve(
+        best = gate_curve(
             record,
             replays,
             gate,
@@ -204,9 +204,11 @@ def format_gate_analysis(analysis: Mapping) -> str:
         f'least {by} for at most {DROP:g} AP lost, '
         + ('chosen on these frames' if analysis['own_choice'] else 'chosen on the other record')
     )
-    for name, own in analysis['gates'].items():
+    for name, gate_rows in analysis['gates'].items():
         lines.append(
-            _line(name, own['within'], last, fixed, by) if own['within'] else f'{name:24} none'
+            _line(name, gate_rows['within'], last, fixed, by)
+            if gate_rows['within']
+            else f'{name:24} none'
         )
     for name, rows in analysis['oracles'].items():
         good = [row for row in rows if row['ap'] >= last['ap'] - DROP]
@@ -262,8 +264,8 @@ def draw_analysis(analysis: Mapping) -> bytes:
                 label=name,
                 linewidth=2,
             )
-        for number, (name, own) in enumerate(analysis['gates'].items()):
-            rows = own['rows']
+        for number, (name, gate_rows) in enumerate(analysis['gates'].items()):
+            rows = gate_rows['rows']
             axes.plot(
                 [unit * row[key] for row in rows],
                 [row['ap'] for row in rows],

@@ -29,7 +29,7 @@ def calibrated_table(rows: Sequence[Mapping]) -> list[list[str]]:
     """What calibrated thresholds serve: a heading, and a line of cells per row.
 
     Args:
-        rows (Sequence[Mapping]): As `routing.curve.by_calibration` gives them.
+        rows (Sequence[Mapping]): As `routing.curve.calibrated_trade_off` gives them.
     """
     lines = ['wanted,threshold,served,chance explains,AP,AP50,GFLOPs,ms'.split(',')]
     for row in rows:
@@ -54,12 +54,12 @@ def is_missed(row: Mapping) -> bool:
     return not row['chance_low'] <= row['hard_share'] <= row['chance_high']
 
 
-def sentences(analysis: Mapping) -> list[str]:
+def budget_sentences(analysis: Mapping) -> list[str]:
     """What the budgets' numbers say, in plain words, whichever way they fall.
 
     Args:
-        analysis (Mapping): As `analysis.analyze` gives it; ``images``, ``ends`` and ``rows`` are
-            read.
+        analysis (Mapping): As `routing_analysis.analyze_routing` gives it; ``images``, ``ends``,
+            ``rows`` and, where it is there, the ``gain`` of ``router`` are read.
     """
     rows = analysis['rows']
     (first, cheap), (last, dear) = ((end['ap'], end['gflops']) for end in analysis['ends'])
@@ -67,34 +67,36 @@ def sentences(analysis: Mapping) -> list[str]:
     said = f'better than {easy} by {last - first:.2f} AP'
     if last <= first:
         said = f'NOT better than {easy}'
-    told = [
+    sentences = [
         f'On {analysis["images"]:,} images, {hard} is {said} ({last:.2f} against {first:.2f}), '
         f'for {dear:.2f} GFLOPs per image instead of {cheap:.2f}.'
     ]
     middle = min(rows, key=lambda row: abs(row['hard_share'] - 0.5))
     if not 0 < middle['hard_share'] < 1:
-        return told + [
+        return sentences + [
             'The router cannot be judged: no row of the table lies between none and all hard. Too '
             'many images have the same difficulty.'
         ]
-    told.append(_verdict(middle))
+    sentences.append(_verdict(middle))
     gain = gain_over_random(rows)
-    told.append(f'Over all shares between the ends, it {_gains(gain["mean"])} on average.')
-    if gain['half'] is not None and last > first:
+    sentences.append(f'Over all shares between the ends, it {_gains(gain["mean"])} on average.')
+    # As the tables: no ratio to what may be nothing.
+    defined = analysis.get('router', dict(gain=gain['half']))['gain'] is not None
+    if gain['half'] is not None and defined and last > first:
         side = 'above' if gain['half'] >= 0 else 'below'
-        told.append(
+        sentences.append(
             f'At half hard, its AP is {side} the straight line between the exits by '
             f'{abs(gain["half"]):.0%} of their difference.'
         )
-    return told
+    return sentences
 
 
-def misses(calibrated: Sequence[Mapping]) -> list[str]:
+def share_miss_sentences(calibrated: Sequence[Mapping]) -> list[str]:
     """A sentence on the hard share that calibrated thresholds miss most, if they miss any by more
     than chance.
 
     Args:
-        calibrated (Sequence[Mapping]): As `routing.curve.by_calibration` gives them.
+        calibrated (Sequence[Mapping]): As `routing.curve.calibrated_trade_off` gives them.
     """
     missed = [row for row in calibrated if is_missed(row)]
     if not missed:
@@ -134,7 +136,7 @@ def format_analysis(analysis: Mapping) -> str:
     """Tables and sentences.
 
     Args:
-        analysis (Mapping): As `analysis.analyze` gives it.
+        analysis (Mapping): As `routing_analysis.analyze_routing` gives it.
     """
     parts = [
         _heading(BY_QUANTILE),

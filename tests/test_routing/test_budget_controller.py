@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from dynamicdet.errors import UsageError
-from dynamicdet.routing.controller import Controller
-from dynamicdet.routing.simulation import (
-    drifting,
+from dynamicdet.routing.budget_controller import BudgetController
+from dynamicdet.routing.budget_simulation import (
+    drifting_difficulties,
     drifting_order,
-    machine,
+    loaded_latencies,
     running_mean,
-    simulate,
-    stepping,
+    simulate_controller,
+    stepping_difficulties,
 )
 from dynamicdet.routing.thresholds import hard_share
 
@@ -31,10 +31,10 @@ def held(trace, target, skip=0):
 
 
 def build(budget=None, **settings):
-    return Controller(budget or dict(target_latency=TARGET), **settings)
+    return BudgetController(budget or dict(target_latency=TARGET), **settings)
 
 
-STATIONARY, FLAT = drifting(N, 1, swing=0), machine(N, LATENCIES)
+STATIONARY, FLAT = drifting_difficulties(N, 1, swing=0), loaded_latencies(N, LATENCIES)
 
 
 @pytest.mark.parametrize('known', [dict(costs=LATENCIES), {}])
@@ -42,26 +42,26 @@ STATIONARY, FLAT = drifting(N, 1, swing=0), machine(N, LATENCIES)
     'difficulties, percent',
     [
         (STATIONARY, 3),
-        (drifting(N, 10000), 3),
-        (stepping(N, 8000), 5),
+        (drifting_difficulties(N, 10000), 3),
+        (stepping_difficulties(N, 8000), 5),
         (np.full(N, 0.5, np.float32), 5),
     ],
 )
 def test_a_latency_is_held_from_a_cold_start(difficulties, percent, known):
     """Stationary, day and night, a sudden change, and difficulties that tell nothing apart."""
-    assert held(simulate(build(**known), difficulties, FLAT, BATCH), TARGET) < percent
+    assert held(simulate_controller(build(**known), difficulties, FLAT, BATCH), TARGET) < percent
 
 
 def test_without_a_controller_the_same_drift_misses():
     """The check of the check: a fixed threshold is far off."""
-    scores = drifting(N, 10000)
+    scores = drifting_difficulties(N, 10000)
     taken = FLAT[np.arange(N), (scores > 0.5).astype(int)].reshape(-1, BATCH).mean(1)
     assert held(dict(latency=taken), TARGET) > 25
 
 
 def test_a_load_that_leaves_the_target_in_reach():
-    slow = machine(N, LATENCIES, [(5000, 7000), (12000, 13000)], 1.5)
-    trace = simulate(build(), drifting(N, 10000), slow, BATCH)
+    slow = loaded_latencies(N, LATENCIES, [(5000, 7000), (12000, 13000)], 1.5)
+    trace = simulate_controller(build(), drifting_difficulties(N, 10000), slow, BATCH)
     assert held(trace, TARGET) < 6
     inside = trace['hard'][6000 // BATCH : 7000 // BATCH].mean()
     # 15 ms to 45 ms: 20 ms is a sixth of the way.
@@ -71,7 +71,7 @@ def test_a_load_that_leaves_the_target_in_reach():
 def test_the_integral_bounds_the_error_of_any_stretch():
     """sum(cost - target) = (share before - share after) * span / gain, away from the ends."""
     controller = build(costs=LATENCIES)
-    trace = simulate(controller, STATIONARY, FLAT, BATCH)
+    trace = simulate_controller(controller, STATIONARY, FLAT, BATCH)
     assert 0 < trace['share'].min() and trace['share'].max() < 1
     extra = ((trace['latency'] - TARGET) * trace['images'])[1:].sum()
     # `share` is from before each batch's time is known.
@@ -84,24 +84,24 @@ def test_the_integral_bounds_the_error_of_any_stretch():
 def test_no_limit_cycle(delay):
     """The share trembles by the noise of which images come, sqrt(gain / 8), and no more later than
     early."""
-    shares = simulate(build(costs=LATENCIES), STATIONARY, FLAT, BATCH, delay)['share']
+    shares = simulate_controller(build(costs=LATENCIES), STATIONARY, FLAT, BATCH, delay)['share']
     early, late = shares[len(shares) // 4 : len(shares) // 2], shares[len(shares) // 2 :]
     assert late.std() < 1.5 * math.sqrt(0.01 / 8) and late.std() < 1.5 * early.std()
 
 
 def test_without_noise_the_share_settles():
     scores = np.tile((np.arange(64) * 27 % 64 + 0.5) / 64, 200).astype(np.float32)
-    trace = simulate(
-        build(costs=LATENCIES), scores, machine(len(scores), LATENCIES, noise=0), batch=64
+    trace = simulate_controller(
+        build(costs=LATENCIES), scores, loaded_latencies(len(scores), LATENCIES, noise=0), batch=64
     )
     assert np.ptp(trace['share'][50:]) == 0 and trace['hard'][50:].mean() == 0.5
 
 
 def test_a_target_that_is_too_low_saturates_says_so_and_recovers():
-    latencies = machine(N, LATENCIES, [(4000, 8000)], 3)
+    latencies = loaded_latencies(N, LATENCIES, [(4000, 8000)], 3)
     controller = build()
     with pytest.warns(UserWarning, match='0.02 s per image is out of reach.*first exit') as said:
-        trace = simulate(controller, STATIONARY, latencies, BATCH)
+        trace = simulate_controller(controller, STATIONARY, latencies, BATCH)
     # Once, not with every batch.
     assert len(said) == 1
     under_load = slice(4500 // BATCH, 8000 // BATCH)
@@ -115,14 +115,16 @@ def test_a_target_that_is_too_low_saturates_says_so_and_recovers():
 def test_a_target_that_is_too_high_takes_the_last_exit():
     controller = build(dict(target_latency=0.05), costs=LATENCIES)
     with pytest.warns(UserWarning, match='last exit'):
-        trace = simulate(controller, STATIONARY, FLAT, BATCH)
+        trace = simulate_controller(controller, STATIONARY, FLAT, BATCH)
     assert trace['hard'].min() == 1 and controller.threshold == -1
     assert controller.status()['fault'] == controller.fault
 
 
 def test_throughput_is_one_over_latency():
-    one, other = Controller(dict(throughput=50)), Controller(dict(target_latency=0.02))
-    first, second = (simulate(each, STATIONARY, FLAT)['threshold'] for each in (one, other))
+    one, other = BudgetController(dict(throughput=50)), BudgetController(dict(target_latency=0.02))
+    first, second = (
+        simulate_controller(each, STATIONARY, FLAT)['threshold'] for each in (one, other)
+    )
     assert (first == second).all()
 
 
@@ -135,16 +137,21 @@ def test_throughput_is_one_over_latency():
     ],
 )
 def test_a_share_and_gflops_need_no_clock(budget, settings):
-    controller = Controller(budget, **settings)
-    trace = simulate(controller, drifting(N, 10000), machine(N, LATENCIES, [(0, N)], 7), BATCH)
+    controller = BudgetController(budget, **settings)
+    trace = simulate_controller(
+        controller,
+        drifting_difficulties(N, 10000),
+        loaded_latencies(N, LATENCIES, [(0, N)], 7),
+        BATCH,
+    )
     means = running_mean(trace['hard'], OVER // BATCH)[OVER // BATCH :]
     assert np.abs(means - 0.3).max() < 0.03
 
 
 def test_three_exits():
-    latencies = machine(N, (0.01, 0.02, 0.04))
+    latencies = loaded_latencies(N, (0.01, 0.02, 0.04))
     controller = build(dict(target_latency=0.025), costs=(0.01, 0.02, 0.04))
-    trace = simulate(controller, drifting(N, 10000), latencies, BATCH)
+    trace = simulate_controller(controller, drifting_difficulties(N, 10000), latencies, BATCH)
     assert held(trace, 0.025) < 4
     low, high = controller.threshold
     assert low < high
@@ -165,7 +172,7 @@ def test_a_calibration_is_where_it_starts():
 
 def test_memory_is_bounded():
     controller = build(window=100)
-    simulate(controller, STATIONARY, FLAT)
+    simulate_controller(controller, STATIONARY, FLAT)
     assert len(controller.state_dict()['recent']) == 100
     # The threshold is that of the last 100 alone.
     assert hard_share(STATIONARY[-100:], controller.threshold) == pytest.approx(
@@ -199,12 +206,12 @@ def test_one_very_long_call_moves_the_share_a_little():
 
 def test_saved_and_restored():
     whole, first = build(), build()
-    whole_trace = simulate(whole, STATIONARY, FLAT)
-    simulate(first, STATIONARY[:8000], FLAT[:8000])
+    whole_trace = simulate_controller(whole, STATIONARY, FLAT)
+    simulate_controller(first, STATIONARY[:8000], FLAT[:8000])
     second = build()
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert second.status() == first.status()
-    rest = simulate(second, STATIONARY[8000:], FLAT[8000:])
+    rest = simulate_controller(second, STATIONARY[8000:], FLAT[8000:])
     assert (rest['threshold'] == whole_trace['threshold'][1000:]).all()
 
 
@@ -254,15 +261,15 @@ def test_states_that_are_none(change):
 )
 def test_bad_settings(settings):
     with pytest.raises(UsageError):
-        Controller(**{'budget': dict(target_latency=1), **settings})
+        BudgetController(**{'budget': dict(target_latency=1), **settings})
 
 
 @pytest.mark.parametrize('share', [0, 1])
 def test_an_end_that_is_asked_for_is_no_fault(share):
-    controller = Controller(dict(hard_share=share))
+    controller = BudgetController(dict(hard_share=share))
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        trace = simulate(controller, STATIONARY, FLAT)
+        trace = simulate_controller(controller, STATIONARY, FLAT)
     assert trace['hard'].mean() == share and controller.fault is None
 
 
@@ -270,9 +277,9 @@ def test_an_end_that_is_asked_for_is_no_fault(share):
 
 
 def test_drifting_streams():
-    scores = drifting(20000, 20000)
+    scores = drifting_difficulties(20000, 20000)
     assert scores[4000:6000].mean() > 0.7 and scores[14000:16000].mean() < 0.3
-    before, after = np.split(stepping(2000, 1000), 2)
+    before, after = np.split(stepping_difficulties(2000, 1000), 2)
     assert before.mean() < 0.3 and after.mean() > 0.7
     order = drifting_order(np.arange(100)[::-1], 4000, 4000)
     # Image 0 is the hardest of these.
@@ -281,7 +288,7 @@ def test_drifting_streams():
 
 
 def test_the_machine_under_load():
-    seconds = machine(4000, LATENCIES, [(2000, 4000)], factor=2)
+    seconds = loaded_latencies(4000, LATENCIES, [(2000, 4000)], factor=2)
     assert seconds[:2000].mean(0) == pytest.approx(LATENCIES, rel=0.01)
     assert seconds[2000:].mean(0) == pytest.approx([0.02, 0.06], rel=0.01)
 
@@ -291,7 +298,7 @@ def test_running_mean_by_hand():
 
 
 def test_a_state_of_what_numpy_measured_is_plain():
-    controller = Controller(dict(target_latency=0.02))
+    controller = BudgetController(dict(target_latency=0.02))
     controller.decide(np.float32([0.1, 0.9]))
     controller.measure(np.float32(0.02), np.int64(1))
     assert json.loads(json.dumps(controller.state_dict())) == controller.state_dict()
@@ -300,4 +307,4 @@ def test_a_state_of_what_numpy_measured_is_plain():
 @pytest.mark.parametrize('throughput', [0, -3, 1e-320, float('inf'), float('nan')])
 def test_a_throughput_is_called_by_its_name(throughput):
     with pytest.raises(UsageError, match='throughput is in images per second'):
-        Controller(dict(throughput=throughput))
+        BudgetController(dict(throughput=throughput))

@@ -15,17 +15,19 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from .pruning_blocks import require_patterns
 
 REDUCTIONS = ('sum', 'mean')
 
 
 @dataclass(frozen=True)
-class SharedBlock:
+class WeightSharingBlock:
     """Layers that share values, each among its own weights.
 
     Args:
         name (str): For messages.
-        modules (Sequence[str]): Patterns of module names, as `blocks.Block` has them.
+        modules (Sequence[str]): Patterns of module names, as `pruning_blocks.PruningBlock` has
+            them.
         bits (int): Of an index, 2 to 8: a layer has at most 2^bits values, zero among them.
         exclude (Sequence[str]): Patterns of modules that stay as they are.
     """
@@ -38,14 +40,10 @@ class SharedBlock:
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
             raise UsageError(f"block '{self.name}': an index has 2 to 8 bits, not {self.bits}")
-        for patterns, what in ((self.modules, 'modules'), (self.exclude, 'exclude')):
-            if isinstance(patterns, str):
-                raise UsageError(
-                    f"block '{self.name}': {what} is a list of patterns, not one string"
-                )
+        require_patterns(self)
 
 
-class Sharing(NamedTuple):
+class WeightSharing(NamedTuple):
     """Who shares with whom in a layer.
 
     Attributes:
@@ -62,7 +60,7 @@ class Sharing(NamedTuple):
     order: Tensor | None = None
 
 
-def share_weight(weight: Tensor, bits: int) -> Sharing:
+def share_weights(weight: Tensor, bits: int) -> WeightSharing:
     """Let the weights of a layer share 2^bits values, in place.
 
     Args:
@@ -72,24 +70,26 @@ def share_weight(weight: Tensor, bits: int) -> Sharing:
     flat = weight.detach().float().cpu()
     if not flat.isfinite().all():
         raise UsageError('weights that are not finite cannot be shared: did the training diverge?')
-    table, indices = share(flat, bits)
-    sharing = sharing_of(torch.from_numpy(indices).to(weight.device), bool((flat == 0).any()))
+    table, indices = cluster_weights(flat, bits)
+    sharing = weight_sharing_of(
+        torch.from_numpy(indices).to(weight.device), bool((flat == 0).any())
+    )
     _spread(weight, torch.from_numpy(table).to(weight.device), sharing)
     return sharing
 
 
-def sharing_of(indices: Tensor, pruned: bool) -> Sharing:
+def weight_sharing_of(indices: Tensor, pruned: bool) -> WeightSharing:
     """Who shares, by indices."""
     order = None if indices.device.type == 'cpu' else indices.argsort(stable=True).int()
-    return Sharing(indices, torch.bincount(indices), pruned, order)
+    return WeightSharing(indices, torch.bincount(indices), pruned, order)
 
 
-def tie(weight: Tensor, sharing: Sharing) -> None:
+def tie_weights(weight: Tensor, sharing: WeightSharing) -> None:
     """Set each weight to the mean of those of its index, in place; pruned ones to zero."""
     _spread(weight, _sums(weight, sharing) / sharing.members.clamp(min=1), sharing)
 
 
-def tie_gradient(gradient: Tensor, sharing: Sharing, reduction: str = 'sum') -> None:
+def tie_gradient(gradient: Tensor, sharing: WeightSharing, reduction: str = 'sum') -> None:
     """Give every weight the gradient of its shared value, in place; pruned ones none.
 
     The gradient of a shared value is the sum over its weights (Han et al. 2016, eq. 3). Optimizers
@@ -98,7 +98,7 @@ def tie_gradient(gradient: Tensor, sharing: Sharing, reduction: str = 'sum') -> 
 
     Args:
         gradient (Tensor): Of the weight's shape.
-        sharing (Sharing): Who shares.
+        sharing (WeightSharing): Who shares.
         reduction (str): ``sum``, or ``mean``: the sum over the number of weights, which suits
             learning rates that were found for single weights.
     """
@@ -106,7 +106,7 @@ def tie_gradient(gradient: Tensor, sharing: Sharing, reduction: str = 'sum') -> 
     _spread(gradient, sums / sharing.members.clamp(min=1) if reduction == 'mean' else sums, sharing)
 
 
-def _sums(values: Tensor, sharing: Sharing) -> Tensor:
+def _sums(values: Tensor, sharing: WeightSharing) -> Tensor:
     """Sums over the elements of each index, float64 (k, ); the same each time."""
     values = values.detach().flatten()
     if sharing.order is None:
@@ -117,13 +117,15 @@ def _sums(values: Tensor, sharing: Sharing) -> Tensor:
 
 
 @torch.no_grad()
-def _spread(out: Tensor, table: Tensor, sharing: Sharing) -> None:
+def _spread(out: Tensor, table: Tensor, sharing: WeightSharing) -> None:
     if sharing.pruned:
         table[0] = 0
     out.copy_(table.to(out.dtype)[sharing.indices.int()].view(out.shape))
 
 
-def share(weight: Tensor, bits: int, iterations: int = 30) -> tuple[np.ndarray, np.ndarray]:
+def cluster_weights(
+    weight: Tensor, bits: int, iterations: int = 30
+) -> tuple[np.ndarray, np.ndarray]:
     """Shared values by k-means in one dimension, begun with equal distances (Deep Compression, Han
     et al. 2016).
 
@@ -158,7 +160,7 @@ def share(weight: Tensor, bits: int, iterations: int = 30) -> tuple[np.ndarray, 
 
 def _lloyd(values: np.ndarray, count: int, iterations: int) -> np.ndarray:
     """k-means of sorted values: clusters are runs, whose means are differences of running sums."""
-    sums, squares = (np.concatenate([[0.0], np.cumsum(own)]) for own in (values, values**2))
+    sums, squares = (np.concatenate([[0.0], np.cumsum(powers)]) for powers in (values, values**2))
     centroids = np.linspace(values[0], values[-1], count)
     for _ in range(iterations):
         cuts = np.concatenate(

@@ -51,7 +51,7 @@ class GateRun(NamedTuple):
 # What is shown to a gate.
 
 
-def evidences(record: Mapping) -> list[Evidence]:
+def evidence_by_exit(record: Mapping) -> list[Evidence]:
     """What a gate is shown of all frames at exits 0 to E - 2; boxes are in the frame of the
     image."""
     images, exits = record['images'], len(record['gflops'])
@@ -59,11 +59,13 @@ def evidences(record: Mapping) -> list[Evidence]:
         torch.from_numpy(np.stack([image['pooled'][head] for image in images]))
         for head in range(exits - 1)
     ]
-    found = [
+    instances = [
         [_instances(image['detections'][exit]) for image in images] for exit in range(exits - 1)
     ]
     return [
-        Evidence(exit, found[exit], found[exit - 1] if exit else None, pooled[: exit + 1], None)
+        Evidence(
+            exit, instances[exit], instances[exit - 1] if exit else None, pooled[: exit + 1], None
+        )
         for exit in range(exits - 1)
     ]
 
@@ -84,19 +86,19 @@ def gate_difficulties(gate: Gate, shown: Sequence[Evidence]) -> np.ndarray:
 
     Args:
         gate (Gate): On the CPU.
-        shown (Sequence[Evidence]): See `evidences`.
+        shown (Sequence[Evidence]): See `evidence_by_exit`.
 
     Raises:
         UsageError: If they are not all in [0, 1].
     """
     gate.eval()
-    found = np.stack([gate.difficulty(one).float().numpy() for one in shown])
+    difficulties = np.stack([gate.difficulty(evidence).float().numpy() for evidence in shown])
     # Not `found < 0 or ...`, which lets NaN pass.
-    if not ((found >= 0) & (found <= 1)).all():
+    if not ((difficulties >= 0) & (difficulties <= 1)).all():
         raise UsageError(
             f'some difficulties of the {type(gate).__name__} are not in [0, 1]: was it trained?'
         )
-    return found
+    return difficulties
 
 
 # Who leaves where.
@@ -114,12 +116,12 @@ def take_exits(difficulties: np.ndarray, thresholds: Sequence[float]) -> np.ndar
     return np.where(leaves.any(axis=0), leaves.argmax(axis=0), len(difficulties))
 
 
-def streams(record: Mapping) -> list[list[int]]:
+def frames_by_video(record: Mapping) -> list[list[int]]:
     """The frames of each video, in their order: numbers of images of the record."""
     by_video: dict[int, list] = {}
     for index, image in enumerate(record['images']):
         by_video.setdefault(image['video'], []).append((image['frame'], index))
-    return [[index for _, index in sorted(own)] for own in by_video.values()]
+    return [[index for _, index in sorted(frames)] for frames in by_video.values()]
 
 
 def nothing_seen(record: Mapping, gate: Gate) -> np.ndarray:
@@ -140,7 +142,9 @@ def nothing_seen(record: Mapping, gate: Gate) -> np.ndarray:
         )
 
 
-def reuse(record: Mapping, threshold: float, nothing: np.ndarray | None = None) -> np.ndarray:
+def detection_sources(
+    record: Mapping, threshold: float, nothing: np.ndarray | None = None
+) -> np.ndarray:
     """Whose detections are shown where frames that changed by at most a threshold reuse the last
     ones, and others may show nothing: ``source``.
 
@@ -152,7 +156,7 @@ def reuse(record: Mapping, threshold: float, nothing: np.ndarray | None = None) 
         return source
     threshold = np.float32(threshold)
     nothing = np.zeros(len(source), bool) if nothing is None else nothing
-    for frames in streams(record):
+    for frames in frames_by_video(record):
         last = -1
         for index in frames:
             if _change(record, index, last) <= threshold:
@@ -163,13 +167,13 @@ def reuse(record: Mapping, threshold: float, nothing: np.ndarray | None = None) 
     return source
 
 
-def changes(record: Mapping, lag: int = 1) -> np.ndarray:
+def frame_changes(record: Mapping, lag: int = 1) -> np.ndarray:
     """Change of each frame that has one so long before it in its video against that one,
     float32."""
     return np.array(
         [
             _change(record, frames[place], frames[place - lag])
-            for frames in streams(record)
+            for frames in frames_by_video(record)
             for place in range(lag, len(frames))
         ],
         np.float32,
@@ -191,8 +195,8 @@ def exit_costs(record: Mapping, kind: str, looks: bool) -> np.ndarray:
         kind (str): 'gflops' or 'latencies'.
         looks (bool): Whether all heads on the way are run.
     """
-    own = record['costs'][kind]
-    return np.array([own['early'], *(own['looked'] if looks else record[kind])])
+    costs = record['costs'][kind]
+    return np.array([costs['early'], *(costs['looked'] if looks else record[kind])])
 
 
 def simulate_gate(
@@ -213,15 +217,15 @@ def simulate_gate(
             early.
         seconds (tuple[float, float]): That the gate takes on each frame, and for each decision at
             an exit. Defaults to none.
-        source (np.ndarray, optional): Of a gate that decides early, see `reuse`, which makes it
-            otherwise.
+        source (np.ndarray, optional): Of a gate that decides early, see `detection_sources`, which
+            makes it otherwise.
     """
     if not gate.early:
         source = np.arange(difficulties.shape[1])
     elif source is None:
-        source = reuse(record, thresholds[0], nothing_seen(record, gate))
-    own = take_exits(difficulties, thresholds)
-    exits = np.where(source == np.arange(len(source)), own, -1)
+        source = detection_sources(record, thresholds[0], nothing_seen(record, gate))
+    taken = take_exits(difficulties, thresholds)
+    exits = np.where(source == np.arange(len(source)), taken, -1)
     decisions = np.where(exits < 0, 0, np.minimum(exits + 1, len(difficulties)))
     # As the detector, which asks at no exit where no threshold lets a frame leave, unless heads are
     # run anyway.
@@ -285,7 +289,7 @@ def shown_exits(run: GateRun) -> np.ndarray:
     return np.where(run.source >= 0, run.exits[run.source], 0)
 
 
-def row_of(run: GateRun, ap: float, exits: int) -> dict:
+def curve_point(run: GateRun, ap: float, exits: int) -> dict:
     """A point of a curve: ``ap``, mean ``gflops`` and ``latency``, ``shares`` of exits -1, 0, ...,
     E - 1."""
     counts = np.bincount(run.exits + 1, minlength=exits + 1)

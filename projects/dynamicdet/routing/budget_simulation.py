@@ -1,5 +1,5 @@
-"""Streams that drift and machines that slow down, to try an online controller on. No model, no
-clock.
+"""A budget held by an online controller, simulated: streams that drift and machines that slow down.
+No model, no clock.
 
 Letters: n images arrive; ``difficulties``, (n,), in [0, 1]; ``latencies``, (n, K), the seconds that
 each image would take at each exit.
@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .controller import Controller
+from .budget_controller import BudgetController
 
 
-def drifting(n: int, period: float, swing: float = 1.5, seed: int = 0) -> np.ndarray:
+def drifting_difficulties(n: int, period: float, swing: float = 1.5, seed: int = 0) -> np.ndarray:
     """Difficulties that follow day and night: ``sigmoid(z + swing * sin(2 pi i / period))``, z
     standard normal.
 
@@ -30,7 +30,7 @@ def drifting(n: int, period: float, swing: float = 1.5, seed: int = 0) -> np.nda
     return _sigmoid(noise + swing * np.sin(2 * np.pi * np.arange(n) / period))
 
 
-def stepping(
+def stepping_difficulties(
     n: int, at: int, before: float = -1.5, after: float = 1.5, seed: int = 0
 ) -> np.ndarray:
     """Difficulties that change from one image to the next, ``at`` that one: ``sigmoid(z + before or
@@ -66,7 +66,7 @@ def drifting_order(
     return order[np.clip((rank * len(order)).astype(int), 0, len(order) - 1)]
 
 
-def machine(
+def loaded_latencies(
     n: int,
     latencies: Sequence[float],
     spikes: Sequence[tuple[int, int]] = (),
@@ -96,8 +96,8 @@ def machine(
     return (load * shaken)[:, None] * np.asarray(latencies)
 
 
-def simulate(
-    controller: Controller,
+def simulate_controller(
+    controller: BudgetController,
     difficulties: Sequence[float],
     latencies: np.ndarray,
     batch: int = 8,
@@ -106,7 +106,7 @@ def simulate(
     """Let a controller route a stream.
 
     Args:
-        controller (Controller): It is changed.
+        controller (BudgetController): It is changed.
         difficulties (Sequence[float]): (n,).
         latencies (ndarray): (n, K), seconds.
         batch (int): Images of a batch. Defaults to 8.

@@ -13,14 +13,14 @@ from ..errors import UsageError
 from ..models.weights import is_plain, require_complete
 from ..routing import GAINS, Objective, build_objective
 from ..routing.evaluation import read_truth
-from ..routing.fitting import Fit, features_of, fit_router, gains_of
 from ..routing.record import RoutingRecord
+from ..routing.router_fitting import RouterFit, features_of_record, fit_router, gains_of_record
 
 #: What follows from a router, and is stale where that is a new one.
 _CALIBRATION = ('difficulties', 'gflops', 'latencies', 'threshold')
 
 
-def fit_to_records(
+def fit_router_to_records(
     router: nn.Module,
     records: Sequence[RoutingRecord],
     objective: Objective,
@@ -28,7 +28,7 @@ def fit_to_records(
     features_from: Sequence[RoutingRecord] | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[Fit, int]:
+) -> tuple[RouterFit, int]:
     """Fit a router to records.
 
     The records may be of different images (a held-out part, or folds), or of the same ones in
@@ -50,17 +50,17 @@ def fit_to_records(
         progress (Callable, optional): See `fit_router`.
 
     Returns:
-        tuple[Fit, int]: The fit and the number of different images.
+        tuple[RouterFit, int]: The fit and the number of different images.
 
     Raises:
         UsageError: If a record lacks something, or its features are not as wide as the router's.
     """
     cocos = cocos or [None] * len(records)
     gains = np.concatenate(
-        [gains_of(record, objective.gain, coco) for record, coco in zip(records, cocos)]
+        [gains_of_record(record, objective.gain, coco) for record, coco in zip(records, cocos)]
     )
     if features_from is None:
-        features = _stacked([features_of(record) for record in records])
+        features = _stacked([features_of_record(record) for record in records])
     else:
         features = _by_id(features_from, records)
     wanted = len(router.mean)
@@ -85,7 +85,7 @@ def fit_to_records(
 
 def _by_id(sources: Sequence[RoutingRecord], records: Sequence[RoutingRecord]) -> np.ndarray:
     """Features of some records' images, (n, d), looked up in other records."""
-    rows = _stacked([features_of(source) for source in sources])
+    rows = _stacked([features_of_record(source) for source in sources])
     known: dict[int, tuple[int, str]] = {}
     for row, (identity, file) in enumerate(_names_of(sources)):
         if identity in known:
@@ -117,15 +117,15 @@ def _stacked(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def put_router(
-    model: nn.Module, checkpoint: Mapping, fit: Fit, facts: Mapping[str, object]
+def insert_router(
+    model: nn.Module, checkpoint: Mapping, fit: RouterFit, facts: Mapping[str, object]
 ) -> dict:
     """A checkpoint with a fitted router.
 
     Args:
         model (nn.Module): A dynamic detector as the config builds it.
         checkpoint (Mapping): Of a trained cascade, with or without a router; it stays as it is.
-        fit (Fit): The router.
+        fit (RouterFit): The router.
         facts (Mapping[str, object]): Strings, numbers and lists of them: where it comes from.
 
     Returns:

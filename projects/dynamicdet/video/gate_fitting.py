@@ -17,12 +17,12 @@ from torch import Tensor
 from ..errors import UsageError
 from ..routing.evaluation import Mixtures
 from ..routing.oracle import allocate, object_count
+from .gate_simulation import evidence_by_exit, exit_costs, frames_by_video
 from .gates import Gate
-from .learned_gates import HaltingGate, LearnedGate, goes_on, look
-from .part_building import learner
+from .learned_gates import HaltingGate, LearnedGate, detection_features, goes_on
+from .part_building import learned_part
 from .presence import Presence
 from .record import detections_of
-from .simulation import evidences, exit_costs, streams
 
 #: Weight decays and numbers of updates that cross-validation chooses among.
 WEIGHT_DECAYS, STEPS = (0.01, 1.0), (10, 20, 40, 80, 160)
@@ -115,9 +115,9 @@ def fit_halting_gate(
     targets = torch.from_numpy(oracle_targets(values, costs, budgets, prices))
 
     def loss(
-        own: LearnedGate, rows: Tensor, pooled: list[Tensor], looks: list[Tensor] | None
+        learner: LearnedGate, rows: Tensor, pooled: list[Tensor], looks: list[Tensor] | None
     ) -> Tensor:
-        return own.target_loss(pooled, targets[:, rows], looks)
+        return learner.target_loss(pooled, targets[:, rows], looks)
 
     return fit_gate(gate, record, loss, seed, steps, progress=progress)
 
@@ -138,15 +138,15 @@ def fit_gumbel_gate(
     costs = torch.from_numpy(exit_costs(record, kind, gate.looks_at_detections)[1:])
 
     def loss(
-        own: LearnedGate, rows: Tensor, pooled: list[Tensor], looks: list[Tensor] | None
+        learner: LearnedGate, rows: Tensor, pooled: list[Tensor], looks: list[Tensor] | None
     ) -> Tensor:
-        found = own.loss(pooled, losses[:, rows], costs, looks)
-        return sum(value for name, value in found.items() if 'loss' in name)
+        gate_losses = learner.loss(pooled, losses[:, rows], costs, looks)
+        return sum(value for name, value in gate_losses.items() if 'loss' in name)
 
     return fit_gate(gate, record, loss, seed, steps, progress=progress)
 
 
-def fit_parts(
+def fit_gate_parts(
     gate: Gate,
     record: Mapping,
     coco: COCO,
@@ -157,18 +157,18 @@ def fit_parts(
 ) -> dict[str, NamedTuple]:
     """Fit those parts of a gate that learn: how each was fitted; nothing where none does. Other
     arguments as of `fit_halting_gate`."""
-    found: dict[str, NamedTuple] = {}
-    learns = learner(gate) if 'gate' in parts else None
+    fits: dict[str, NamedTuple] = {}
+    learner = learned_part(gate) if 'gate' in parts else None
     nothing = getattr(gate, 'nothing', None) if 'nothing' in parts else None
-    if learns is not None:
-        fit = fit_halting_gate if isinstance(learns, HaltingGate) else fit_gumbel_gate
-        found['gate'] = fit(learns, record, coco, kind=kind, seed=seed, progress=progress)
+    if learner is not None:
+        fit = fit_halting_gate if isinstance(learner, HaltingGate) else fit_gumbel_gate
+        fits['gate'] = fit(learner, record, coco, kind=kind, seed=seed, progress=progress)
     if nothing is not None:
-        found['nothing'] = fit_presence(nothing, record, coco, seed, progress=progress)
-    return found
+        fits['nothing'] = fit_presence(nothing, record, coco, seed, progress=progress)
+    return fits
 
 
-def untrained_parts(gate: Gate, state: Mapping[str, Tensor]) -> list[str]:
+def untrained_gate_parts(gate: Gate, state: Mapping[str, Tensor]) -> list[str]:
     """Parts of a detector's gate that its checkpoint has no trained weights of: 'gate',
     'nothing'."""
     missing = gate.state_dict().keys() - {
@@ -233,10 +233,10 @@ def fit_presence(
     parts = _folds(record, folds, seed)
     for done, part in enumerate(parts, 1):
         rest = torch.from_numpy(np.setdiff1d(everyone, part))
-        own = _train_presence(copy.deepcopy(presence), early[rest], labels[rest], steps, seed)
+        fitted = _train_presence(copy.deepcopy(presence), early[rest], labels[rest], steps, seed)
         with torch.no_grad():
             chances[part] = np.concatenate(
-                [own(early[rows]).numpy() for rows in torch.from_numpy(part).split(_BATCH)]
+                [fitted(early[rows]).numpy() for rows in torch.from_numpy(part).split(_BATCH)]
             )
         if progress:
             progress(done, folds + 1)
@@ -268,7 +268,7 @@ def _train_presence(
         presence.reset()
         # Of so many frames alone: moments need no more, and each frame has many parts.
         presence.standardize(early[:: max(1, len(early) // _MOMENTS)])
-        weights = [own.requires_grad_(True) for own in presence.parameters()]
+        weights = [parameter.requires_grad_(True) for parameter in presence.parameters()]
         optimizer = torch.optim.AdamW(weights, lr=_LR, fused=True)
         for rows in itertools.islice(_batches(torch.arange(len(early))), steps):
             optimizer.zero_grad()
@@ -312,14 +312,14 @@ def fit_gate(
     Raises:
         UsageError: If the record has other heads than the gate, or too few frames.
     """
-    shown = evidences(record)
+    shown = evidence_by_exit(record)
     pooled = shown[-1].pooled
     if [x.shape[1] for x in pooled] != list(gate.in_channels):
         raise UsageError(
             f'the gate is for heads of {list(gate.in_channels)} channels, the record has '
             f'{[x.shape[1] for x in pooled]}: set the in_channels of the gate'
         )
-    looks = [look(one) for one in shown] if gate.looks_at_detections else None
+    looks = [detection_features(one) for one in shown] if gate.looks_at_detections else None
     data = (pooled, looks, loss)
     parts = _folds(record, folds, seed)
     everyone = np.arange(len(record['images']))
@@ -329,11 +329,11 @@ def fit_gate(
         rows: np.ndarray, decay: float, stops: Sequence[int], watch: np.ndarray
     ) -> tuple[LearnedGate, list]:
         nonlocal done
-        found = _train(copy.deepcopy(gate), data, rows, decay, stops, watch, seed)
+        trained = _train(copy.deepcopy(gate), data, rows, decay, stops, watch, seed)
         done += 1
         if progress:
             progress(done, total)
-        return found
+        return trained
 
     # (decays, folds, steps): loss on the fold that was not seen; the first is of a gate that says
     # 0.5.
@@ -356,10 +356,12 @@ def fit_gate(
 
 def _folds(record: Mapping, folds: int, seed: int) -> list[np.ndarray]:
     """Frames of each fold."""
-    groups = streams(record)
+    groups = frames_by_video(record)
     if len(groups) < 2 * folds:
         groups = [
-            own[start : start + _BLOCK] for own in groups for start in range(0, len(own), _BLOCK)
+            group[start : start + _BLOCK]
+            for group in groups
+            for start in range(0, len(group), _BLOCK)
         ]
     if len(groups) < folds:
         raise UsageError(
@@ -389,8 +391,10 @@ def _train(
         gate.train().requires_grad_(True)
         pooled, looks, loss = data
 
-        def loss_on(some: Tensor) -> Tensor:
-            return loss(gate, some, [x[some] for x in pooled], looks and [x[some] for x in looks])
+        def loss_on(subset: Tensor) -> Tensor:
+            return loss(
+                gate, subset, [x[subset] for x in pooled], looks and [x[subset] for x in looks]
+            )
 
         def watched() -> float:
             with torch.no_grad():

@@ -9,26 +9,28 @@ from torch import nn
 
 from ..errors import UsageError
 from ..routing.budget import Budget
-from ..routing.controller import Controller
-from ..routing.served import Served, account
+from ..routing.budget_controller import BudgetController
+from ..routing.budget_report import BudgetReport, report_budget
 from ..timing import now
 from .dynamic_detector import DynamicDetector
 
 
-def dynamic_part(model: nn.Module) -> DynamicDetector | None:
+def find_dynamic_detector(model: nn.Module) -> DynamicDetector | None:
     """The dynamic detector in a model, which may wrap it for several processes or for test-time
     augmentation; None if there is none."""
     return next((part for part in model.modules() if isinstance(part, DynamicDetector)), None)
 
 
-def build_controller(model: DynamicDetector, budget: Budget | Mapping[str, float]) -> Controller:
+def build_budget_controller(
+    model: DynamicDetector, budget: Budget | Mapping[str, float]
+) -> BudgetController:
     """A controller for a detector: what its calibration knows is where it starts; without one it
     learns.
 
     Args:
         model (DynamicDetector): Calibrated or not.
         budget (Budget or Mapping): One number, and no threshold; GFLOPs take a calibrated detector.
-            See `Controller`.
+            See `BudgetController`.
 
     Raises:
         UsageError: If the budget is none of these, or needs a calibration that is not there.
@@ -41,19 +43,19 @@ def build_controller(model: DynamicDetector, budget: Budget | Mapping[str, float
     budget = Budget.parse(budget)
     known = model.gflops if budget and budget.kind == 'target_gflops' else model.latencies
     costs = known.tolist() if known.isfinite().all() and (known[1:] > known[:-1]).all() else None
-    return Controller(
+    return BudgetController(
         budget, costs=costs, difficulties=model.difficulties.tolist(), exits=model.num_exits
     )
 
 
-def account_of(
+def budget_report_of(
     model: DynamicDetector,
     counts: Sequence[int],
     budget: Budget | None,
     thresholds: Sequence[float] | None,
     seconds: float | None,
-) -> Served:
-    """What a detector served beside what was wanted; arguments as of `account`.
+) -> BudgetReport:
+    """What a detector served beside what was wanted; arguments as of `report_budget`.
 
     Where regions are looked at again, images are counted as hard of which something was; what an
     image costs is not the same for all of those, and left to the clock.
@@ -64,11 +66,11 @@ def account_of(
         costs = ((math.nan,) * model.num_exits,) * 2
         # Its share is one of pixels.
         budget = budget if budget is not None and budget.kind == 'threshold' else None
-    return account(counts, budget, thresholds, model.difficulties.tolist(), *costs, seconds)
+    return report_budget(counts, budget, thresholds, model.difficulties.tolist(), *costs, seconds)
 
 
 @contextlib.contextmanager
-def kept_speed(model: DynamicDetector) -> Iterator[None]:
+def preserved_budget(model: DynamicDetector) -> Iterator[None]:
     """Put a detector's budget and thresholds back at the end."""
     before = model.threshold.clone(), model.budget, model._budget_waits
     try:
@@ -88,7 +90,7 @@ def whole_images(model: DynamicDetector) -> Iterator[None]:
         model.regions = regions
 
 
-class Online:
+class BudgetControl:
     """While this is entered, a controller sets the thresholds of each batch that a detector sees.
 
     The router's difficulties go to the controller before images part. With ``timed`` it is also
@@ -96,18 +98,20 @@ class Online:
 
     Args:
         model (DynamicDetector): Its budget and thresholds are back as they were at the end.
-        controller (Controller): Decides. It keeps what it learned.
+        controller (BudgetController): Decides. It keeps what it learned.
         timed (bool): Whether to measure calls of the model. Defaults to True.
     """
 
-    def __init__(self, model: DynamicDetector, controller: Controller, timed: bool = True) -> None:
+    def __init__(
+        self, model: DynamicDetector, controller: BudgetController, timed: bool = True
+    ) -> None:
         self.model, self.controller, self.timed = model, controller, timed
         self._stack: contextlib.ExitStack | None = None
 
-    def __enter__(self) -> Controller:
+    def __enter__(self) -> BudgetController:
         model = self.model
         with contextlib.ExitStack() as stack:
-            stack.enter_context(kept_speed(model))
+            stack.enter_context(preserved_budget(model))
             # The controller's is the budget now; the config's must not come in between.
             model.budget, model._budget_waits = None, False
             stack.callback(model.router.register_forward_hook(self._decide).remove)

@@ -1,9 +1,9 @@
 """Where a detector is cut: the parts that are computed on tensors alone, between mmdet's own
 Python.
 
-A stage takes tensors and gives tensors. `Stage.place` puts another computation in its place, for
-good: an ONNX graph, or the same in 8 bits. What lies between, such as proposals, decoding, NMS and
-who goes on to the next exit, stays as it is and notices nothing; RoIAlign is replaced in
+A part takes tensors and gives tensors. `DetectorPart.place` puts another computation in its place,
+for good: an ONNX graph, or the same in 8 bits. What lies between, such as proposals, decoding, NMS
+and who goes on to the next exit, stays as it is and notices nothing; RoIAlign is replaced in
 `deploy.roi_align`.
 
     first, second, ...        the backbones; the first with the router, if there is one
@@ -28,7 +28,7 @@ Run = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Stage:
+class DetectorPart:
     """A part of a detector.
 
     Attributes:
@@ -49,33 +49,33 @@ class Stage:
 
 
 class Features(tuple):
-    """Maps, with what the same stage found from them: a head's outputs or difficulties."""
+    """Maps, with what the same part computed from them: a head's outputs or difficulties."""
 
-    found: Any = None
+    outputs: Any = None
 
     @classmethod
-    def of(cls, maps: Sequence[Tensor], found: Any) -> 'Features':
-        """Maps with what the same stage found from them."""
+    def of(cls, maps: Sequence[Tensor], outputs: Any) -> 'Features':
+        """Maps with what the same part computed from them."""
         features = cls(maps)
-        features.found = found
+        features.outputs = outputs
         return features
 
 
-def find_stages(model: BaseDetector) -> list[Stage]:
-    """The stages of a detector, in the order in which an image reaches them.
+def find_parts(model: BaseDetector) -> list[DetectorPart]:
+    """The parts of a detector, in the order in which an image reaches them.
 
     Raises:
         UsageError: If it is no single- or two-stage detector, such as DETR.
     """
     if not isinstance(model, DynamicDetector):
         return [_plain_backbone(model), *_branch('branch0', model)]
-    stages = [_first(model), *_deeper(model)]
+    parts = [_first(model), *_deeper(model)]
     for number, branch in enumerate(model.branches):
-        stages += _branch(f'branch{number}', branch)
-    return stages
+        parts += _branch(f'branch{number}', branch)
+    return parts
 
 
-def _plain_backbone(model: BaseDetector) -> Stage:
+def _plain_backbone(model: BaseDetector) -> DetectorPart:
     backbone = getattr(model, 'backbone', None)
     if backbone is None:
         raise UsageError(
@@ -87,10 +87,10 @@ def _plain_backbone(model: BaseDetector) -> Stage:
     def place(run: Run) -> None:
         backbone.forward = run
 
-    return Stage('first', lambda images: tuple(forward(images)), place, (backbone,))
+    return DetectorPart('first', lambda images: tuple(forward(images)), place, (backbone,))
 
 
-def _first(model: DynamicDetector) -> Stage:
+def _first(model: DynamicDetector) -> DetectorPart:
     """The first backbone and, for images without padding, the router.
 
     Padding differs from image to image, and is left out by torch.
@@ -111,14 +111,14 @@ def _first(model: DynamicDetector) -> Stage:
     ) -> Tensor:
         whole = valid is None or all(high == wide == 1 for high, wide in valid)
         if whole and isinstance(maps, Features):
-            return maps.found
+            return maps.outputs
         return score(maps, valid)
 
     # Its cost is nothing, and who goes on depends on it.
-    return Stage('first', run, place, (backbone.first, router), (router,))
+    return DetectorPart('first', run, place, (backbone.first, router), (router,))
 
 
-def _deeper(model: DynamicDetector) -> list[Stage]:
+def _deeper(model: DynamicDetector) -> list[DetectorPart]:
     backbone = model.backbone
     deeper_maps, reused = backbone.deeper_maps, backbone.reuse_stages
     placed: dict[int, Run] = {}
@@ -139,7 +139,7 @@ def _deeper(model: DynamicDetector) -> list[Stage]:
         return tuple(deeper_maps(images, tuple(maps), index)[reused:])
 
     return [
-        Stage(
+        DetectorPart(
             name,
             lambda *inputs, index=index: run(index, *inputs),
             lambda other, index=index: place(index, other),
@@ -150,7 +150,7 @@ def _deeper(model: DynamicDetector) -> list[Stage]:
     ]
 
 
-def _branch(name: str, branch: BaseDetector) -> list[Stage]:
+def _branch(name: str, branch: BaseDetector) -> list[DetectorPart]:
     """Neck with dense head, and the heads on RoIs."""
     two_stage = getattr(branch, 'roi_head', None) is not None
     head = getattr(branch, 'rpn_head' if two_stage else 'bbox_head', None)
@@ -159,21 +159,21 @@ def _branch(name: str, branch: BaseDetector) -> list[Stage]:
             f'{type(branch).__name__} cannot be cut into graphs: it has no dense head; single- and '
             'two-stage detectors have'
         )
-    stages = [_dense(name, branch, head, two_stage)]
+    parts = [_dense(name, branch, head, two_stage)]
     if two_stage:
         for kind in ('shared_head', 'bbox_head', 'mask_head'):
-            part = getattr(branch.roi_head, kind, None)
-            every = part if isinstance(part, nn.ModuleList) else [part]
+            module = getattr(branch.roi_head, kind, None)
+            every = module if isinstance(module, nn.ModuleList) else [module]
             # Cascades may hold one head several times.
-            unique = {id(part): part for part in every if part is not None}.values()
-            stages += [
-                _module(f'{name}.{kind}{index}', part, kind != 'shared_head')
-                for index, part in enumerate(unique)
+            unique = {id(module): module for module in every if module is not None}.values()
+            parts += [
+                _module(f'{name}.{kind}{index}', module, kind != 'shared_head')
+                for index, module in enumerate(unique)
             ]
-    return stages
+    return parts
 
 
-def _dense(name: str, branch: BaseDetector, head: nn.Module, two_stage: bool) -> Stage:
+def _dense(name: str, branch: BaseDetector, head: nn.Module, two_stage: bool) -> DetectorPart:
     if getattr(branch, 'neck', None) is None:
         branch.neck = nn.Identity()
     neck = branch.neck
@@ -186,18 +186,18 @@ def _dense(name: str, branch: BaseDetector, head: nn.Module, two_stage: bool) ->
 
     def place(other: Run) -> None:
         neck.forward = lambda maps: Features.of(*other(*maps))
-        head.forward = lambda features: features.found
+        head.forward = lambda features: features.outputs
 
     # What an RPN gives are proposals, which the heads on RoIs judge anew.
-    return Stage(name, run, place, (neck, head), predicts=not two_stage)
+    return DetectorPart(name, run, place, (neck, head), predicts=not two_stage)
 
 
-def _module(name: str, module: nn.Module, predicts: bool) -> Stage:
+def _module(name: str, module: nn.Module, predicts: bool) -> DetectorPart:
 
     def place(run: Run) -> None:
         module.forward = run
 
-    return Stage(name, module.forward, place, (module,), predicts=predicts)
+    return DetectorPart(name, module.forward, place, (module,), predicts=predicts)
 
 
 # Nested tensors, flat, for a graph.
@@ -222,7 +222,7 @@ def flatten(value: Any) -> tuple[list[Tensor], Form]:
         if isinstance(node, (list, tuple)):
             return ['list' if isinstance(node, list) else 'tuple', [visit(one) for one in node]]
         raise UsageError(
-            f'a stage gives a {type(node).__name__}, which is no tensor: it cannot be a graph'
+            f'a part gives a {type(node).__name__}, which is no tensor: it cannot be a graph'
         )
 
     form = visit(value)
@@ -241,20 +241,20 @@ def unflatten(tensors: Sequence[Tensor], form: Form) -> Any:
 
 @torch.no_grad()
 def record_inputs(
-    stages: Sequence[Stage], drive: Callable[[], None]
+    parts: Sequence[DetectorPart], drive: Callable[[], None]
 ) -> dict[str, tuple[Tensor, ...]]:
-    """What reaches each stage first, while something drives the detector. Stages stay watched."""
+    """What reaches each part first, while something drives the detector. Parts stay watched."""
     seen: dict[str, tuple[Tensor, ...]] = {}
 
-    def watch(stage: Stage) -> None:
+    def watch(part: DetectorPart) -> None:
 
         def run(*tensors: Tensor) -> Any:
-            seen.setdefault(stage.name, tensors)
-            return stage.run(*tensors)
+            seen.setdefault(part.name, tensors)
+            return part.run(*tensors)
 
-        stage.place(run)
+        part.place(run)
 
-    for stage in stages:
-        watch(stage)
+    for part in parts:
+        watch(part)
     drive()
     return seen

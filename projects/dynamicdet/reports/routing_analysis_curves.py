@@ -12,13 +12,14 @@ from pycocotools.coco import COCO
 from scipy.stats import rankdata
 
 from ..errors import UsageError
-from ..routing.curve import SHARES, Chance, costs_of, interval, split
+from ..routing.bootstrap import confidence_interval
+from ..routing.curve import SHARES, RandomRouting, costs_of, split_by_share
 from ..routing.evaluation import Mixtures
 from ..routing.merit import efficacy, normalized_gain
-from ..routing.oracle import allocate, honest_choices, object_count, oracle_choices, refine
-from ..routing.peers import PEERS, charge, is_charged, peer_scores
+from ..routing.oracle import allocate, honest_choices, object_count, oracle_choices, refine_choice
+from ..routing.peers import PEERS, is_charged, peer_gflops, peer_scores
 from ..routing.record import RoutingRecord
-from ..routing.strata import benefits
+from ..routing.strata import exit_benefits
 
 #: The record of the validation set and its ground truth, if there is one.
 Validation = tuple[RoutingRecord, COCO] | None
@@ -35,10 +36,10 @@ _NOTHING = dict(gflops=0.0, latency=0.0)
 
 def choices_of(scores: Sequence[float]) -> list[np.ndarray]:
     """Which images are hard at all of `SHARES`, by a router's scores."""
-    return [split(scores, share)[1] for share in SHARES]
+    return [split_by_share(scores, share)[1] for share in SHARES]
 
 
-def oracles(
+def choices_by_oracle(
     record: RoutingRecord, coco: COCO, mixtures: Mixtures, seed: int = 0
 ) -> dict[str, np.ndarray]:
     """Choices of ``honest`` and ``oracle``, (shares, n). The honest one only where images have
@@ -47,16 +48,16 @@ def oracles(
     Both choose by `image_values`; the oracle is then refined on the AP of the whole set, share by
     share.
     """
-    values, found = image_values(record, coco, mixtures), {}
+    values, choices_by_name = image_values(record, coco, mixtures), {}
     if record.view is not None:
-        found['honest'] = honest_choices(record, coco, SHARES, by_objects=True, seed=seed)
-    found['oracle'] = np.array(
+        choices_by_name['honest'] = honest_choices(record, coco, SHARES, by_objects=True, seed=seed)
+    choices_by_name['oracle'] = np.array(
         [
-            refine(mixtures, choice, _EVALUATIONS, seed, values).choice
+            refine_choice(mixtures, choice, _EVALUATIONS, seed, values).choice
             for choice in oracle_choices(values, SHARES, seed=seed)
         ]
     )
-    return {name: choices.astype(bool) for name, choices in found.items()}
+    return {name: choices.astype(bool) for name, choices in choices_by_name.items()}
 
 
 def image_values(record: RoutingRecord, coco: COCO, mixtures: Mixtures) -> np.ndarray:
@@ -66,14 +67,16 @@ def image_values(record: RoutingRecord, coco: COCO, mixtures: Mixtures) -> np.nd
     return mixtures.image_ap() * objects
 
 
-def certificate(record: RoutingRecord, values: np.ndarray) -> dict[str, float]:
+def oracle_certificate(record: RoutingRecord, values: np.ndarray) -> dict[str, float]:
     """What the oracle's program comes to where half of the images may be hard: ``value`` per
     image, of whole images; ``bound``, the optimum of the linear program, in which an image may be
     split; ``price``, in value per GFLOP. The budget is what half of all images, drawn at random,
     cost; an image counts by its mean."""
-    found = allocate(values, record.gflops, float(np.mean(record.gflops)))
+    allocation = allocate(values, record.gflops, float(np.mean(record.gflops)))
     images = values.shape[1]
-    return dict(value=found.value / images, bound=found.bound / images, price=found.price)
+    return dict(
+        value=allocation.value / images, bound=allocation.bound / images, price=allocation.price
+    )
 
 
 def router_curve(rows: Sequence[Mapping]) -> list[dict]:
@@ -112,7 +115,7 @@ def random_curve(record: RoutingRecord, rows: Sequence[Mapping]) -> list[dict]:
 
 def curve_of(
     record: RoutingRecord,
-    chance: Chance,
+    random_routing: RandomRouting,
     choices: Sequence[np.ndarray],
     intervals: bool = True,
     extra: Mapping[str, float] = _NOTHING,
@@ -120,14 +123,16 @@ def curve_of(
     """The curve of any choices; what is ``extra`` is paid for each hard image."""
     points = []
     for share, is_hard in zip(SHARES, choices):
-        choice, got = chance.choice(is_hard), float(np.mean(is_hard))
-        low, high = interval(chance.resampled(choice)) if intervals else (None, None)
+        choice, got = random_routing.choice(is_hard), float(np.mean(is_hard))
+        low, high = (
+            confidence_interval(random_routing.resampled(choice)) if intervals else (None, None)
+        )
         costs = {name: cost + got * extra[name] for name, cost in costs_of(record, is_hard).items()}
         points.append(
             dict(
                 share=share,
                 hard_share=got,
-                ap=chance.mixtures.ap(choice),
+                ap=random_routing.mixtures.ap(choice),
                 low=low,
                 high=high,
                 **costs,
@@ -136,7 +141,9 @@ def curve_of(
     return points
 
 
-def threshold_points(record: RoutingRecord, chance: Chance, scores: np.ndarray) -> list[dict]:
+def threshold_points(
+    record: RoutingRecord, random_routing: RandomRouting, scores: np.ndarray
+) -> list[dict]:
     """The router at every percent of hard images: each share that a threshold really gives, once.
 
     Returns:
@@ -145,21 +152,24 @@ def threshold_points(record: RoutingRecord, chance: Chance, scores: np.ndarray) 
     """
     points = {}
     for share in _SLIDER:
-        threshold, is_hard = split(scores, share)
+        threshold, is_hard = split_by_share(scores, share)
         count = int(is_hard.sum())
         if count not in points:
             points[count] = dict(
                 threshold=float(threshold),
                 hard_share=count / len(scores),
                 hard=count,
-                ap=chance.mixtures.ap(chance.choice(is_hard)),
+                ap=random_routing.mixtures.ap(random_routing.choice(is_hard)),
                 **costs_of(record, is_hard),
             )
     return [points[count] for count in sorted(points)]
 
 
-def merit(
-    chance: Chance, scores: np.ndarray, rows: Sequence[Mapping], oracle: Sequence[np.ndarray] | None
+def merit_rows(
+    random_routing: RandomRouting,
+    scores: np.ndarray,
+    rows: Sequence[Mapping],
+    oracle: Sequence[np.ndarray] | None,
 ) -> dict[str, dict]:
     """Figures of merit: ``gain``, ``normalized_gain`` and, given the honest oracle's choices,
     ``efficacy``.
@@ -170,9 +180,9 @@ def merit(
             be told from zero.
     """
     choices, half = choices_of(scores), rows[HALF]
-    gain = normalized_gain(chance, choices[HALF])
-    resampled = bool(len(chance.weights))
-    found = dict(
+    gain = normalized_gain(random_routing, choices[HALF])
+    resampled = bool(len(random_routing.weights))
+    figures = dict(
         gain=dict(
             name='gain at half hard, AP',
             value=half['ap'] - half['random_ap'],
@@ -191,17 +201,17 @@ def merit(
         ),
     )
     if oracle is not None:
-        own = efficacy(chance, choices, oracle)
-        found['efficacy'] = dict(
+        figure = efficacy(random_routing, choices, oracle)
+        figures['efficacy'] = dict(
             name='efficacy',
-            value=_settled(own, 'efficacy', resampled),
-            low=own['low'],
-            high=own['high'],
+            value=_settled(figure, 'efficacy', resampled),
+            low=figure['low'],
+            high=figure['high'],
             meaning='The area between router and random routing, over all shares, as a share of '
             'the honest '
             "oracle's. 1: as good as knowing another view of the image; 0: chance; below 0: worse.",
         )
-    return found
+    return figures
 
 
 def _settled(ratio: Mapping, name: str, resampled: bool) -> float | None:
@@ -219,16 +229,16 @@ def score_peers(
     """
     training, source = None, gained
     if validation:
-        training, source = validation[0], benefits(validation[0], Mixtures(*validation))
-    found, left_out = {}, {}
+        training, source = validation[0], exit_benefits(validation[0], Mixtures(*validation))
+    scores_by_peer, left_out = {}, {}
     for name, peer in PEERS.items():
         try:
-            charge(name, record)
+            peer_gflops(name, record)
             target = _target(name, source) if peer.fitted else None
-            found[name] = peer_scores(name, record, training, target, seed)
+            scores_by_peer[name] = peer_scores(name, record, training, target, seed)
         except UsageError as error:
             left_out[name] = str(error)
-    return found, left_out
+    return scores_by_peer, left_out
 
 
 def _target(name: str, gained: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -239,32 +249,35 @@ def _target(name: str, gained: Mapping[str, np.ndarray]) -> np.ndarray:
     return rankdata(gained['loss_objects'])
 
 
-def judge(
+def judge_router(
     record: RoutingRecord,
-    chance: Chance,
+    random_routing: RandomRouting,
     choices: Sequence[np.ndarray],
     extra: Mapping[str, float] = _NOTHING,
 ) -> dict:
     """Any router's ``curve``, its point at ``half`` hard, its normalized ``gain`` there, ``low``
-    and ``high``."""
-    curve = curve_of(record, chance, choices, intervals=False, extra=extra)
-    gain = normalized_gain(chance, choices[HALF])
-    return dict(
-        curve=curve, half=curve[HALF], gain=gain['gain'], low=gain['low'], high=gain['high']
-    )
+    and ``high``; ``gain`` None where not defined, see `merit_rows`."""
+    curve = curve_of(record, random_routing, choices, intervals=False, extra=extra)
+    gain = normalized_gain(random_routing, choices[HALF])
+    settled = _settled(gain, 'gain', bool(len(random_routing.weights)))
+    return dict(curve=curve, half=curve[HALF], gain=settled, low=gain['low'], high=gain['high'])
 
 
-def judge_peer(name: str, record: RoutingRecord, chance: Chance, scores: np.ndarray) -> dict:
-    """`judge` of a peer, with what it pays, and its ``meaning``."""
+def judge_peer(
+    name: str, record: RoutingRecord, random_routing: RandomRouting, scores: np.ndarray
+) -> dict:
+    """`judge_router` of a peer, with what it pays, and its ``meaning``."""
     # Records that do not say how long neck and heads take charge no time.
     charged = is_charged(name, record)
     seconds = record.provenance.get('branch0_latency', 0.0) if charged else 0.0
-    extra = dict(gflops=charge(name, record), latency=float(seconds))
-    meaning = _meaning(name, charged)
-    return dict(judge(record, chance, choices_of(scores), extra), meaning=meaning)
+    extra = dict(gflops=peer_gflops(name, record), latency=float(seconds))
+    return dict(
+        judge_router(record, random_routing, choices_of(scores), extra),
+        meaning=_meaning(name, charged),
+    )
 
 
-def words(name: str) -> str:
+def peer_title(name: str) -> str:
     """What a peer is called: 'true' where it sees the annotations."""
     plain = name.replace('_objects', ' x objects').replace('_', ' ')
     return f'true {plain}' if PEERS[name].reference else plain
