@@ -1,5 +1,7 @@
 """Regions of a digits detector: prices, a fitted map, and the tools that set them."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -154,6 +156,19 @@ def test_fit_and_tools(cfg, path, digits, tmp_path):
     image = np.zeros((64, 64, 3), np.uint8)
     (result,) = inferencer(image, threshold=0)['predictions']
     assert result['exit'] == 1 and result['regions'] == [[0, 0, 64, 64]]
+    with pytest.raises(UsageError, match='first_size'):
+        DynamicInferencer(str(config), str(tmp_path / 'fitted.pth'), device='cpu', full_size=True)
+    cfg = copy.deepcopy(cfg)
+    cfg.model.regions = dict(first_size=64)
+    large = DynamicInferencer(
+        cfg, str(tmp_path / 'fitted.pth'), device='cpu', full_size=True, show_progress=False
+    )
+    (result,) = large(np.zeros((200, 300, 3), np.uint8), threshold=0)['predictions']
+    assert result['regions'] == [[0, 0, 300, 200]]
+    done = run_tool(
+        'export.py', config, tmp_path / 'fitted.pth', '--out', tmp_path / 'out', '--dry-run'
+    )
+    assert done.returncode and 'regions are not exported yet' in done.stderr
     with pytest.raises(UsageError, match='online'):
         DynamicInferencer(
             str(config), str(tmp_path / 'fitted.pth'), device='cpu', online=True, hard_share=0.5

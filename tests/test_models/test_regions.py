@@ -287,3 +287,19 @@ def test_images_that_end_before_the_batch():
         for left, top, right, bottom in sample.regions:
             assert 0 <= left < right <= width and 0 <= top < bottom <= height
         assert (sample.pred_instances.bboxes[:, 2] <= width + 1e-3).all()
+
+
+def test_large_images_are_seen_small_first():
+    """Exit 0 sees the longer side at no more than its size, and crops have all their pixels."""
+    model = build('faster_rcnn', regions=dict(first_size=64), **ONE_BACKBONE)
+    fixed_choice(model, [(2, 3, 3, 5)])
+    seen = []
+    hook = model.backbone.first.register_forward_pre_hook(
+        lambda _, arguments: seen.append(tuple(arguments[0].shape))
+    )
+    predict(model, 0.5, *fresh(model, (2,), size=(192, 256)))
+    hook.remove()
+    # A crop of one row of two cells and a halo around it.
+    assert seen == [(1, 3, 64, 64), (1, 3, 96, 128)]
+    with pytest.raises(UsageError, match='first_size of regions'):
+        build('faster_rcnn', regions=dict(first_size=1), **ONE_BACKBONE)

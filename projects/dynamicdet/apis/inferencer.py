@@ -1,6 +1,7 @@
 """mmdet's inferencer, at any speed."""
 
 import contextlib
+import copy
 import itertools
 import os
 import os.path as osp
@@ -12,6 +13,7 @@ import mmcv
 import mmengine
 import numpy as np
 from mmcv.transforms import Compose
+from mmengine.config import Config
 from mmengine.infer.infer import ModelType
 from mmengine.registry import FUNCTIONS, Registry
 from torch import nn
@@ -21,6 +23,7 @@ from mmdet.apis.det_inferencer import IMG_EXTENSIONS
 from mmdet.datasets.transforms import InferencerLoader
 from mmdet.structures import DetDataSample
 
+from ..configs import full_size as full_size_pipeline
 from ..datasets.picture_reading import read_picture
 from ..errors import UsageError
 from ..models import DynamicDetector, fuse
@@ -88,6 +91,9 @@ class DynamicInferencer(DetInferencer):
             difficulty and the machine's load: any but ``threshold``. It is ``self.controller``, see
             `routing.budget_controller.BudgetController`, and goes on from call to call. Defaults to
             False.
+        full_size (bool): Whether the detector is given pictures as large as they are, not resized:
+            for detectors with regions, whose ``first_size`` says how large exit 0 sees them, while
+            crops come from the original. Defaults to False.
         budget (Budget or Mapping, optional): The speed of all calls, see `Budget.parse`. Defaults
             to the config's or checkpoint's.
         **named: The same by name, at most one: ``threshold``, ``hard_share``, ``target_latency``
@@ -123,6 +129,7 @@ class DynamicInferencer(DetInferencer):
         palette: str = 'none',
         show_progress: bool = True,
         online: bool = False,
+        full_size: bool = False,
         budget: Budget | Mapping[str, float] | None = None,
         **named: float,
     ) -> None:
@@ -133,6 +140,8 @@ class DynamicInferencer(DetInferencer):
                 'online needs something to hold: hard_share, target_latency, throughput or '
                 'target_gflops'
             )
+        # mmdet's builds the pipeline, too.
+        self._full_size = full_size
         super().__init__(model, weights, device, scope, palette, show_progress)
         if not hasattr(self.model, 'set_budget'):
             raise UsageError(
@@ -147,6 +156,19 @@ class DynamicInferencer(DetInferencer):
         self._online_budget, self.budget_report = budget, None
         if budget and not online:
             self.model.set_budget(budget)
+
+    def _init_pipeline(self, cfg: Config) -> Compose:
+        """As mmdet's, but for pictures as large as they are where that is asked for."""
+        if self._full_size:
+            if (cfg.model.get('regions') or {}).get('first_size') is None:
+                raise UsageError(
+                    'full_size is for detectors with regions: give model.regions a first_size, the '
+                    'longest side at which exit 0 sees a picture'
+                )
+            cfg = copy.deepcopy(cfg)
+            dataset = cfg.test_dataloader.dataset
+            dataset.pipeline = full_size_pipeline(dataset.pipeline)
+        return super()._init_pipeline(cfg)
 
     def _load_weights_to_model(self, model: nn.Module, checkpoint: dict | None, cfg: dict) -> None:
         """As mmdet's, but refuse a checkpoint that leaves parts of the model random."""

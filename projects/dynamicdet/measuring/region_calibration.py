@@ -80,7 +80,7 @@ def measure_gain_maps(
             data = model.data_preprocessor(batch, False)
             state = model.start(data['inputs'], data['data_samples'])
             found = [own[0] for own in state.found]
-            maps += model.regions.gain_maps(found, state.samples, state.maps)
+            maps += model.regions.gain_maps(found, state.samples, state.maps, state.ratio)
     return maps
 
 

@@ -307,7 +307,10 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
 
     def _first_maps(self, batch_inputs: Tensor) -> tuple[tuple, Ratio]:
         """``f1``, and how large the images were that it was made from."""
-        images, ratio = reduce_images(batch_inputs, self.first_scale, self.stride)
+        scale = self.first_scale
+        if self.regions is not None:
+            scale = self.regions.first_scale(scale, tuple(batch_inputs.shape[-2:]))
+        images, ratio = reduce_images(batch_inputs, scale, self.stride)
         return self.backbone.first_maps(images), ratio
 
     def deeper_maps(self, exit: int, batch_inputs: Tensor, maps: tuple) -> tuple:
@@ -535,7 +538,7 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         self.detect(state, rescale)
         regions, threshold = self.regions, float(self.threshold)
         gains = regions.gain_maps(
-            [own[0] for own in state.found], state.samples, state.maps, rescale
+            [own[0] for own in state.found], state.samples, state.maps, state.ratio, rescale
         )
         whole = price_of_threshold(threshold) <= 0
         chosen = [[] if whole else regions.choose(own, threshold) for own in gains]

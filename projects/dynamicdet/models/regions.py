@@ -36,6 +36,7 @@ from ..routing.regions import (
 )
 from ..transfers import HostDetections, to_host
 from .merging import merge_instances
+from .resolution import Ratio
 
 #: Columns of a calibration besides a price curve's: GFLOPs and seconds per image.
 _COLUMNS = 5
@@ -72,6 +73,9 @@ class Regions(KeepsType):
         overhead (float): What each region costs besides its area, in cells. Defaults to 0.
         cell (int): Sides of a cell in pixels, a multiple of the deepest map's stride. Defaults to
             32.
+        first_size (int, optional): For large images, which are delivered as they are: the longest
+            side in pixels at which exit 0 sees an image, whatever ``first_scale`` says beyond
+            that. Defaults to None.
 
     Attributes:
         class_weights (Tensor): What an object of each class counts, (C,); ones until they are
@@ -88,9 +92,15 @@ class Regions(KeepsType):
         limit: int = 2,
         overhead: float = 0.0,
         cell: int = CELL,
+        first_size: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value, least in (('halo', halo, 0), ('limit', limit, 1), ('cell', cell, 1)):
+        for name, value, least in (
+            ('halo', halo, 0),
+            ('limit', limit, 1),
+            ('cell', cell, 1),
+            ('first_size', 32 if first_size is None else first_size, 32),
+        ):
             if not isinstance(value, int) or value < least:
                 raise UsageError(
                     f'{name} of regions must be a whole number, {least} or more; got {value}'
@@ -98,6 +108,7 @@ class Regions(KeepsType):
         if not overhead >= 0:
             raise UsageError(f'overhead of regions must be a number, 0 or more; got {overhead}')
         self.halo, self.limit, self.overhead, self.cell = halo, limit, overhead, cell
+        self.first_size = first_size
         self.router = RegionRouter(**router)
         self.register_buffer('class_weights', torch.ones(num_classes))
         self.register_buffer('curve', torch.zeros(0, _COLUMNS, dtype=torch.float64))
@@ -115,9 +126,15 @@ class Regions(KeepsType):
         """Rows and columns of an image's cells."""
         return grid_of(*sample.img_shape[:2], self.cell)
 
-    def planes(self, found: HostDetections, sample: DetDataSample, scale: np.ndarray) -> np.ndarray:
+    def first_scale(self, scale: float, canvas: tuple[int, int]) -> float:
+        """How large exit 0 sees a batch of a height and width, as a share of its sides."""
+        return scale if self.first_size is None else min(scale, self.first_size / max(canvas))
+
+    def planes(
+        self, found: HostDetections, sample: DetDataSample, scale: np.ndarray, view: float
+    ) -> np.ndarray:
         """What the first exit's detections say of each cell, (`PLANES`, h, w); ``scale`` brings
-        boxes into the delivered frame, (4,)."""
+        boxes into the delivered frame, (4,), ``view`` is how large exit 0 sees that."""
         return detection_planes(
             found.boxes.numpy() * scale,
             found.scores.numpy(),
@@ -125,6 +142,7 @@ class Regions(KeepsType):
             self.grid(sample),
             self.class_weights.cpu().numpy(),
             self.cell,
+            view,
         )
 
     @torch.no_grad()
@@ -133,6 +151,7 @@ class Regions(KeepsType):
         found: Sequence[InstanceData],
         samples: SampleList,
         maps: Sequence[Tensor],
+        ratio: Ratio,
         rescaled: bool = True,
     ) -> list[np.ndarray]:
         """What each cell of each image is expected to gain, N times (h, w).
@@ -141,11 +160,13 @@ class Regions(KeepsType):
             found (Sequence[InstanceData]): The first exit's detections, N.
             samples (list[DetDataSample]): N.
             maps (Sequence[Tensor]): The first exit's maps, (N, C_i, H_i, W_i).
+            ratio (tuple[float, float]): How large the first exit sees the images, see `resolution`.
             rescaled (bool): Whether boxes are in the frame of the original image. Defaults to True.
         """
         every, device = [], self.class_weights.device
         for row, (own, sample) in enumerate(zip(to_host(found), samples)):
-            planes = self.planes(own, sample, scale_of(sample) if rescaled else np.ones(4))
+            scale = scale_of(sample) if rescaled else np.ones(4)
+            planes = self.planes(own, sample, scale, min(ratio))
             tensor = torch.from_numpy(planes)[None].to(device)
             seen = ()
             if self.router.in_channels:

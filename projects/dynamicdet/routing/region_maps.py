@@ -21,6 +21,8 @@ from .regions import CELL
 #: Largest sides, in pixels of the image as delivered, of what counts as small and as medium: COCO's
 #: 32^2 and 96^2 square pixels.
 _SIDES = (32, 96)
+#: The view for which they are meant: 320 of 640 pixels, at which the rule was chosen.
+_HALF = 0.5
 #: Planes of `detection_planes`: of each size doubt and confidence, weighted by class, and
 #: confidence alone; the number of detections.
 PLANES = 3 * (len(_SIDES) + 1) + 1
@@ -62,16 +64,21 @@ def detection_planes(
     grid: tuple[int, int],
     weights: np.ndarray,
     cell: int = CELL,
+    view: float = 1.0,
 ) -> np.ndarray:
     """Sums over the detections of each cell, (`PLANES`, h, w), float32.
 
     For small, medium and large boxes in turn: p (1 - p) weighted by class, were scores
     probabilities the variance of what is right there; p weighted by class; p alone. Then the
     number of detections.
+
+    ``view`` is how large the first exit sees the image, as a share of its sides. Below a half, what
+    counts as small grows as the view shrinks: in an image of 4000 pixels that is seen at 640, all
+    that is found is more than 32 pixels large.
     """
     where = cells_of(boxes, grid, cell)
     p, count = np.asarray(scores, float), grid[0] * grid[1]
-    weight, size = np.asarray(weights)[labels], _size_of(boxes)
+    weight, size = np.asarray(weights)[labels], _size_of(boxes, min(1.0, view / _HALF))
     planes = []
     for index in range(len(_SIDES) + 1):
         own = size == index
@@ -88,9 +95,9 @@ def rule_map(planes: np.ndarray | Tensor) -> np.ndarray | Tensor:
     return planes[..., 0, :, :] + planes[..., 3, :, :]
 
 
-def _size_of(boxes: np.ndarray) -> np.ndarray:
-    """0, 1 or 2 for small, medium and large boxes, (D,)."""
-    sides = np.maximum(np.asarray(boxes, float).reshape(-1, 4), 0)
+def _size_of(boxes: np.ndarray, scale: float) -> np.ndarray:
+    """0, 1 or 2 for small, medium and large boxes, (D,), once they are scaled."""
+    sides = scale * np.asarray(boxes, float).reshape(-1, 4)
     area = np.maximum(sides[:, 2] - sides[:, 0], 0) * np.maximum(sides[:, 3] - sides[:, 1], 0)
     return np.searchsorted(np.square(_SIDES), area, side='right')
 

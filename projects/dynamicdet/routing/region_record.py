@@ -49,12 +49,13 @@ def planes_of(
         cell (int): Sides of a cell in pixels. Defaults to `CELL`.
     """
     first, planes = record.detections[0], []
+    view = float(record.provenance.get('first_scale', 1.0))
     label_of = {category: label for label, category in enumerate(categories)}
     for row, grid in enumerate(grids_of(record, cell)):
         boxes, scores, own = _found(first, row)
         labels = np.array([label_of[one] for one in own.tolist()], np.int64)
         boxes = boxes * np.tile(record.frame[row, 2:], 2)
-        planes.append(detection_planes(boxes, scores, labels, grid, weights, cell))
+        planes.append(detection_planes(boxes, scores, labels, grid, weights, cell, view))
     return planes
 
 
