@@ -251,6 +251,8 @@ def test_budgets_are_prices():
     assert predict_with_budget(other) == 0.5
     state = {key: value for key, value in model.state_dict().items() if 'regions' not in key}
     build('faster_rcnn', **ONE_BACKBONE).load_state_dict(state)
+    # And one without regions takes a checkpoint with them.
+    build('faster_rcnn', regions=None, **ONE_BACKBONE).load_state_dict(model.state_dict())
 
 
 def predict_with_budget(model):

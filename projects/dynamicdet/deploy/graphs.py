@@ -107,7 +107,7 @@ def exportable_parts(model: BaseDetector) -> list[DetectorPart]:
     if getattr(model, 'regions', None) is not None:
         raise UsageError(
             'regions are not exported yet: export whole images with --cfg-options '
-            'model.regions=None and a checkpoint without them'
+            'model.regions=None'
         )
     parts = find_parts(model)
     names = {id(module): name for name, module in model.named_modules()}

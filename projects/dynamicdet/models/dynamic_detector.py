@@ -213,6 +213,11 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         A dynamic detector's own checkpoint comes back as it is. Entries that match nothing keep
         their name, so that whoever loads names them.
         """
+        if self.regions is None:
+            # Where whole images are seen, what was fitted to regions is not needed.
+            state_dict = {
+                key: value for key, value in state_dict.items() if not key.startswith('regions.')
+            }
         if not is_plain(state_dict):
             return dict(state_dict)
         known, spread = set(self.state_dict()), {}
