@@ -297,7 +297,11 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
     # Forward.
 
     def score(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> Tensor:
-        """Difficulty of each image, (N,), by the first backbone and the router alone."""
+        """Difficulty of each image, (N,), by the first backbone and the router alone; where regions
+        are looked at again, by exit 0's detections."""
+        if self.regions is not None:
+            state = self.start(batch_inputs, batch_data_samples)
+            return torch.tensor(state.difficulties, device=batch_inputs.device)
         maps, _ = self._first_maps(batch_inputs)
         return self.router(maps, _valid(batch_inputs, batch_data_samples))
 

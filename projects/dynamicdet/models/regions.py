@@ -34,7 +34,7 @@ from ..routing.regions import (
     threshold_of_price,
     with_halo,
 )
-from ..transfers import HostDetections, to_host
+from ..transfers import Followed, HostDetections, to_host
 from .merging import merge_instances
 from .resolution import Ratio
 
@@ -112,6 +112,8 @@ class Regions(KeepsType):
         self.router = RegionRouter(**router)
         self.register_buffer('class_weights', torch.ones(num_classes))
         self.register_buffer('curve', torch.zeros(0, _COLUMNS, dtype=torch.float64))
+        #: Of these weights: planes are computed on the host.
+        self._host_weights = Followed(_as_array)
         # Fitted to records, not trained in either step.
         self.requires_grad_(False)
 
@@ -140,7 +142,7 @@ class Regions(KeepsType):
             found.scores.numpy(),
             found.labels.numpy(),
             self.grid(sample),
-            self.class_weights.cpu().numpy(),
+            self._host_weights(self.class_weights),
             self.cell,
             view,
         )
@@ -244,6 +246,10 @@ class Regions(KeepsType):
 
 
 # Crops.
+
+
+def _as_array(values: Tensor) -> np.ndarray:
+    return values.cpu().numpy()
 
 
 def num_classes_of(branch: BaseDetector) -> int:
