@@ -14,6 +14,7 @@ from torch import nn
 
 from conftest import ROOT
 from dynamicdet.models import DynamicDetector
+from dynamicdet.models.pairs import each_exit
 from dynamicdet.testing import randomize, shrink, tiny_batch
 from mmdet.registry import DATASETS, MODELS
 
@@ -78,7 +79,9 @@ def test_it_registers_itself_and_names_its_backbone(loaded, path):
     assert 'dynamicdet' in loaded.custom_imports.imports
     assert loaded.model.type == 'DynamicDetector'
     # mmdet's init_detector looks for it.
-    assert loaded.model.backbone.type == loaded.model.detector.backbone.type
+    detectors = each_exit(loaded.model.detector)
+    for backbone, detector in zip(each_exit(loaded.model.backbone), detectors, strict=True):
+        assert backbone.type == detector.backbone.type
     kinds = [hook.type for hook in loaded.custom_hooks]
     assert {'ResumeHook', 'FiniteLossHook'} <= set(kinds)
     assert loaded.randomness.seed is not None
@@ -108,7 +111,7 @@ def test_it_trains_and_predicts(loaded, path, offline):
         if step_2
         else [
             *(f'backbone.{name}.' for name in model.backbone.names),
-            *['backbone.connections.'] * (len(model.backbone.names) > 1),
+            *['backbone.connections.'] * model.needs_step_one,
             *(f'branches.{index}.' for index in range(len(model.branches))),
         ]
     )

@@ -37,7 +37,7 @@ if __name__ == '__main__':
     parse_args()
 
 from dynamicdet import cli
-from dynamicdet.building import build_model, require_dynamic, whole_model
+from dynamicdet.building import build_model, exits_of_plain, require_dynamic, whole_model
 from dynamicdet.checkpoints import write_checkpoint
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.region_calibration import fit_regions, insert_regions
@@ -68,7 +68,8 @@ def main() -> None:
     checkpoint = cli.require_checkpoint(args.checkpoint)
     model = build_model(cfg)
     # Folds' records are of other cascades: then those that give the features must be of this one.
-    digest = exits_digest(checkpoint['state_dict'])
+    weights = exits_of_plain(model, checkpoint['state_dict'], args.checkpoint)
+    digest = exits_digest(weights)
     for record in seen or records:
         require_of_detector(
             record.provenance, record.exits, model.num_exits, args.checkpoint, digest
@@ -90,7 +91,7 @@ def main() -> None:
         seed=args.seed,
         cascade=args.checkpoint,
     )
-    done = insert_router(model, checkpoint, fit, facts)
+    done = insert_router(model, dict(checkpoint, state_dict=weights), fit, facts)
     write_checkpoint(done, args.out)
     print(
         f'router fitted to {facts["rows"]} rows of {images} images ({fit.steps} steps, weight '

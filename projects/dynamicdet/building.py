@@ -17,7 +17,7 @@ from .checkpoints import read_checkpoint
 from .datasets.check import is_of_empty_set
 from .errors import UsageError, reason_of
 from .models import DynamicDetector, fuse
-from .models.weights import forget_other_router, is_plain, require_complete
+from .models.weights import forget_other_router, missing_of, require_complete
 
 
 def require_model(cfg: Config, path: str) -> None:
@@ -76,8 +76,9 @@ def load_detector(
         device (str): Where the detector goes. Defaults to 'cpu'.
         optional (Sequence[str]): Prefixes of entries that may be missing; these stay as they were
             initialized.
-        plain (bool): Whether weights of a plain detector will do for a dynamic one, whose router
-            and connections then stay as they were initialized. Defaults to False.
+        plain (bool): Whether weights of a plain detector will do for a dynamic one of which a part
+            is trained in step 1. Router and connections then stay as they were initialized.
+            Defaults to False; those whose exits are plain detectors take them in any case.
 
     Returns:
         tuple: The detector, in eval mode and not fused, with the checkpoint's ``dataset_meta``; and
@@ -88,10 +89,13 @@ def load_detector(
     """
     checkpoint = read_checkpoint(checkpoint) if isinstance(checkpoint, str) else dict(checkpoint)
     init_default_scope('mmdet')
-    model = build_model(cfg).eval()
+    # What the checkpoint does not fill is the same each time.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model = build_model(cfg).eval()
     state = {key.removeprefix('module.'): value for key, value in checkpoint['state_dict'].items()}
-    if plain and is_plain(state):
-        optional = (*optional, 'backbone.connections.', 'router.')
+    if plain or not getattr(model, 'needs_step_one', True):
+        optional = (*optional, *missing_of(state))
     require_complete(model, state, optional)
     model.load_state_dict(state, strict=False)
     meta = checkpoint.get('meta', {}).get('dataset_meta')
@@ -113,7 +117,8 @@ def load_dynamic_detector(
             which then is as random. Defaults to False.
 
     Returns:
-        tuple: The model, in eval mode and fused where it can be, and the checkpoint.
+        tuple: The model, in eval mode and fused where it can be, and the checkpoint; its
+            ``state_dict`` by the names of the model's entries, also where it is a plain detector's.
 
     Raises:
         UsageError: If the config is of no dynamic detector or the checkpoint does not fit.
@@ -121,13 +126,36 @@ def load_dynamic_detector(
     require_dynamic(cfg)
     checkpoint = read_checkpoint(path)
     state = checkpoint['state_dict']
-    if is_plain(state):
-        raise UsageError(f"'{path}' is a plain detector's: train the cascade and the router first")
     untrained = bool(state.get('delta', torch.tensor(torch.nan)).isnan())
     init_default_scope('mmdet')
-    other = any_router and untrained and forget_other_router(build_model(cfg), state)
-    model, checkpoint = load_detector(cfg, checkpoint, device, ('router.',) if other else ())
+    other = False
+    if untrained and (any_router or missing_of(state)):
+        empty = build_model(cfg)
+        state = exits_of_plain(empty, state, path)
+        other = any_router and forget_other_router(empty, state)
+    model, checkpoint = load_detector(
+        cfg, dict(checkpoint, state_dict=state), device, ('router.',) if other else ()
+    )
     return fuse(model), checkpoint
+
+
+def exits_of_plain(
+    model: DynamicDetector, state: Mapping[str, torch.Tensor], path: str
+) -> dict[str, torch.Tensor]:
+    """Weights by the names that a dynamic detector has for them, also those of a plain one.
+
+    Args:
+        model (DynamicDetector): As the config builds it.
+        state (Mapping[str, Tensor]): Of its own checkpoint or of plain detectors'.
+        path (str): Where they are from, for what is said.
+
+    Raises:
+        UsageError: If they leave a part of the exits to step 1.
+    """
+    state = {key.removeprefix('module.'): value for key, value in state.items()}
+    if model.needs_step_one and missing_of(state):
+        raise UsageError(f"'{path}' is a plain detector's: train the cascade and the router first")
+    return model.spread_plain_weights(state)
 
 
 def build_loader(dataloader: dict) -> DataLoader:

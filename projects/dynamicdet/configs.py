@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mmengine.config import Config
+from mmengine.hub import get_config
 
 #: Hooks of step 1 alone: they average, switch or synchronize what step 2 does not train.
 _STEP_1_HOOKS = (
@@ -122,6 +123,19 @@ def _unmixed(dataset: dict, hooks: list[dict]) -> dict | None:
             dict(type='PackDetInputs'),
         ]
     )
+
+
+def model_of(config: str) -> dict:
+    """The model of another config, such as that of a pair's second detector.
+
+    Args:
+        config (str): Path, ``mmdet::PATH`` of one of MMDetection's, or a path from the file of the
+            config that calls on.
+    """
+    if '::' in config:
+        return get_config(config).model
+    own = Path(inspect.currentframe().f_back.f_code.co_filename).parent
+    return Config.fromfile(own / config).model
 
 
 def by_type(items: list[dict], **changes: dict) -> list[dict]:

@@ -124,6 +124,10 @@ def shrink(model: ConfigDict) -> ConfigDict:
     """A small copy of the model of any shipped config, dynamic or not: the same parts, narrower and
     shallower, without pretrained weights and without what needs a Runner."""
     model = copy.deepcopy(model)
+    if isinstance(model.get('detector'), (list, tuple)):
+        model.detector = [shrink(one) for one in model.detector]
+        model.backbone = [one.backbone for one in model.detector]
+        return model
     detector = model.get('detector', model)
     if 'encoder' in detector:
         # DINO's width is a constant in mmdet. As many queries as three classes need for its 300
@@ -215,6 +219,10 @@ _KEPT = (
     'curve',
     'mean',
     'std',
+    'before_mean',
+    'before_std',
+    'after_mean',
+    'after_std',
     'project',
     'anchors',
 )

@@ -34,7 +34,7 @@ from ..models.budget_control import (
     preserved_budget,
     timed_calls,
 )
-from ..models.weights import is_plain, require_complete
+from ..models.weights import missing_of, require_complete
 from ..routing.budget import BUDGET_NAMES, Budget
 from ..routing.budget_report import BudgetReport
 from ..timing import dtype_of, machine_of, timed_elsewhere
@@ -174,9 +174,7 @@ class DynamicInferencer(DetInferencer):
         """As mmdet's, but refuse a checkpoint that leaves parts of the model random."""
         if checkpoint is not None:
             state = checkpoint.get('state_dict', checkpoint)
-            # A plain detector's fills both exits but for these.
-            optional = ('backbone.connections.', 'router.') if is_plain(state) else ()
-            require_complete(model, state, optional)
+            require_complete(model, state, missing_of(state))
             self._calibration = checkpoint.get('meta', {}).get('calibration', {})
         super()._load_weights_to_model(model, checkpoint, cfg)
         fuse(model)

@@ -17,6 +17,7 @@ from ..errors import UsageError
 from ..files import write_atomically
 from ..measuring.flops import build_detector, count_parameters, measure_costs, stated_shape
 from ..models import DynamicDetector
+from ..models.pairs import each_exit
 
 
 class Pruned(NamedTuple):
@@ -104,11 +105,12 @@ def pruned_config(cfg: Config, channels: dict[str, Sequence[int]]) -> Config:
     """The config of a detector that has lost channels, from the one that it had before."""
     cfg = copy.deepcopy(cfg)
     dense = cfg.model.detector if cfg.model.type == 'PrunedDetector' else cfg.model
+    detectors = each_exit(dense.get('detector', {}))
     for part in (
         dense,
-        dense.get('backbone', {}),
-        dense.get('detector', {}),
-        dense.get('detector', {}).get('backbone', {}),
+        *each_exit(dense.get('backbone', {})),
+        *detectors,
+        *(one.get('backbone', {}) for one in detectors),
     ):
         # Weights of all channels would not fit.
         if part.get('init_cfg'):
@@ -117,7 +119,7 @@ def pruned_config(cfg: Config, channels: dict[str, Sequence[int]]) -> Config:
         type='PrunedDetector',
         detector=dense,
         channels=channels,
-        backbone=dict(type=dense.backbone.type),
+        backbone=dict(type=each_exit(dense.backbone or detectors[0].backbone)[0].type),
     )
     imports = list(cfg.get('custom_imports', {}).get('imports', []))
     if 'dynamicdet' not in imports:

@@ -5,7 +5,7 @@ from mmengine.runner import Runner
 
 from mmdet.registry import HOOKS
 
-from ..models.weights import is_plain, require_complete
+from ..models.weights import missing_of, require_complete
 from .unwrapping import unwrap
 
 
@@ -20,6 +20,4 @@ class CompleteCheckpointHook(Hook):
         # Inside a DDP or test-time augmentation wrapper, or both.
         model = unwrap(runner.model)
         state = checkpoint.get('state_dict', checkpoint)
-        require_complete(
-            model, state, optional=('backbone.connections.', 'router.') if is_plain(state) else ()
-        )
+        require_complete(model, state, optional=missing_of(state))

@@ -4,7 +4,7 @@ import ast
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +38,8 @@ class RouterHook(Hook):
     """Everything that step 2 needs beside the usual loop.
 
     * It starts from a cascade: ``load_from`` or, where that is not given, the latest checkpoint in
-      ``cascade``. It refuses to train a router on anything else.
+      ``cascade``. It refuses to train a router on anything else. Where plain weights are all that
+      the exits have (one backbone, pairs), ``load_from`` of step 1's config will do.
     * It measures the training set's gains, ``L1 - L2`` or whatever the objective counts, before
       training (``exact``) or while training (``online``): their quantiles, which ranks and offsets
       follow from, and delta, their median, both in the precision of the training (``--amp``:
@@ -72,6 +73,7 @@ class RouterHook(Hook):
             and self.cascade
             and not resumes(runner)
             and inherits_load_from(runner.cfg)
+            and (unwrap(runner.model).needs_step_one or latest_checkpoint(self.cascade))
         ):
             runner.logger.info(
                 f"step 2 does not start from load_from='{path_to_load(runner)}', which its config "
@@ -212,10 +214,17 @@ def leaves_load_from_unused(cfg: Config) -> bool:
         not cfg.get('resume')
         and inherits_load_from(cfg)
         and any(
-            hook.get('type') == 'RouterHook' and hook.get('cascade')
+            hook.get('type') == 'RouterHook'
+            and hook.get('cascade')
+            and (_has_step_one(cfg.model) or latest_checkpoint(hook['cascade']))
             for hook in cfg.get('custom_hooks') or ()
         )
     )
+
+
+def _has_step_one(model: Config) -> bool:
+    """As `DynamicDetector.needs_step_one`, by its config."""
+    return isinstance(model.get('detector'), Mapping) and model.get('backbones', 2) > 1
 
 
 def drop_other_router(runner: Runner, model, state: dict[str, Tensor]) -> None:

@@ -34,8 +34,9 @@ from ..datasets.digits import load_sources, make_image
 from ..errors import UsageError
 from ..models import DynamicDetector
 from ..models.budget_control import BudgetControl, build_budget_controller
+from ..models.pairs import each_exit
 from ..models.resolution import reduce_images, reduce_samples
-from ..models.weights import is_plain, require_complete
+from ..models.weights import missing_of, require_complete
 from ..progress import Progress
 from ..routing.thresholds import ALL_EASY, ALL_HARD, Thresholds, threshold_for_share
 from ..testing import randomize
@@ -127,9 +128,7 @@ def build_pair(
     model = MODELS.build(cfg.model)
     if checkpoint:
         state = read_checkpoint(checkpoint)['state_dict']
-        # A plain detector has no more than the two exits share with it.
-        optional = ('backbone.connections.', 'router.') if is_plain(state) else ()
-        require_complete(model, state, optional)
+        require_complete(model, state, missing_of(state))
         model.load_state_dict(state, strict=False)
     else:
         randomize(model, seed)
@@ -145,8 +144,9 @@ def build_stock(settings: Mapping, model: DynamicDetector) -> BaseDetector:
     detector.
     """
     whole = settings['detector'] if settings['type'] == 'PrunedDetector' else settings
-    detector = copy.deepcopy(whole['detector'])
-    detector['backbone'] = copy.deepcopy(whole.get('backbone') or detector['backbone'])
+    detector = copy.deepcopy(each_exit(whole['detector'])[0])
+    backbone = each_exit(whole.get('backbone'))[0]
+    detector['backbone'] = copy.deepcopy(backbone or detector['backbone'])
     stock = MODELS.build(detector)
     resize_channels(stock, _of_exit0(getattr(model, 'removed_channels', {})))
     stock.load_state_dict(_of_exit0(model.state_dict()), assign=True)

@@ -227,10 +227,11 @@ def calibrate_scores(model: DynamicDetector, loader: DataLoader, progress: Progr
 
 
 def require_trained_router(model: DynamicDetector) -> None:
-    """Raise a `UsageError` if a model is from step 1."""
+    """Raise a `UsageError` if a model's router is as random as before step 2."""
     if model.delta.isnan():
         raise UsageError(
-            'this checkpoint is from step 1: train the router (step 2) before calibrating'
+            'the router of this checkpoint is not trained: train the router (step 2), or fit it by '
+            'tools/record.py and tools/fit_router.py, before calibrating'
         )
 
 

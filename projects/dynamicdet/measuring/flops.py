@@ -25,7 +25,7 @@ from mmdet.structures import DetDataSample
 from ..errors import UsageError
 from ..models import DynamicDetector
 from ..models.composite.composite import ORDINALS, CompositeBackbone
-from ..models.resolution import reduce_images, reduce_samples
+from ..models.resolution import reduce_samples
 from ..private_torch import FUSED_CONVOLUTION, FUSED_SUM_CONVOLUTION, ShapesOnly
 from ..testing import randomize
 
@@ -147,22 +147,24 @@ def _dynamic_costs(model: DynamicDetector, shape: Sequence[int]) -> Costs:
     net, sample = model.backbone, _sample(shape)
     with _shapes_only(net):
         images = _noise((1, 3, *shape))
-        smaller, ratio = reduce_images(images, model.first_scale, model.stride)
+        smaller, ratio = model.exit_images(0, images)
         flops, maps = count_flops(lambda: net.first_maps(smaller))
         router = PartCost(
             count_parameters(model.router), count_flops(lambda: model.router(maps))[0]
         )
-        backbone_costs = [(flops, _shapes(net.select(maps)))]
+        backbone_costs = [(flops, _shapes(net.select(maps)), ratio)]
         for exit in range(1, model.num_exits):
+            _, ratio = model.exit_images(exit, images)
             flops, maps = count_flops(lambda: model.deeper_maps(exit, images, maps))
-            backbone_costs.append((flops, _shapes(net.select(maps))))
+            backbone_costs.append((flops, _shapes(net.select(maps)), ratio))
     parts, exits, used, run = {}, [], [model.router], router.flops
     passed: list[nn.Module] = []
-    for exit, (flops, shapes) in enumerate(backbone_costs):
+    for exit, (flops, shapes, ratio) in enumerate(backbone_costs):
         # Shared heads cost the same where they see as much.
         if exit == 0 or len(model.branches) > 1 or shapes != backbone_costs[exit - 1][1]:
-            samples = [sample] if exit else reduce_samples([sample], ratio)
-            heads, rois = _run_detector(model.branch(exit), shapes, *samples)
+            heads, rois = _run_detector(
+                model.branch(exit), shapes, *reduce_samples([sample], ratio)
+            )
         name, backbone_parts = _backbone_of(net, exit)
         parts[name] = PartCost(count_parameters(*backbone_parts), flops)
         if exit == 0:
@@ -183,6 +185,8 @@ def _backbone_of(net: CompositeBackbone, exit: int) -> tuple[str, list[nn.Module
         return 'first backbone again', []
     if exit == 0:
         return 'first backbone', net.nets[:1]
+    if not len(net.connections):
+        return f'{ORDINALS[exit]} backbone', [net.nets[exit]]
     each = len(net.connections) // (len(net.names) - 1)
     return (
         f'{ORDINALS[exit]} backbone, connections',

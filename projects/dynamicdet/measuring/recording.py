@@ -90,6 +90,7 @@ def record_data_set(
     progress: Progress,
     view: str = 'flip',
     checkpoint: str = '',
+    losses: bool = True,
 ) -> RoutingRecord:
     """Run every image of a data set through every exit, and measure what each exit costs.
 
@@ -104,13 +105,15 @@ def record_data_set(
         view (str): How each image is run a second time, for the honest oracle: a key of `VIEWS`, or
             'none'. Defaults to 'flip'.
         checkpoint (str): Path of the model's checkpoint, for the provenance.
+        losses (bool): Whether to record losses, which only objectives that count AP do without.
+            Defaults to True.
 
     Returns:
         RoutingRecord: With all that it can hold of what was asked for.
     """
     # What regions would be worth follows from what is found on whole images.
     with whole_images(model):
-        images = record_images(model, loader.dataset, loader, progress, view)
+        images = record_images(model, loader.dataset, loader, progress, view, losses)
         branch_gflops, branch_latency = _add_costs(images, model, loader.dataset, progress)
     gflops, latencies = (
         np.mean([image[name] for image in images], axis=0).tolist()
@@ -122,6 +125,7 @@ def record_data_set(
         **inference_settings(model, loader),
         view=VIEWS[view].said if view in VIEWS else 'none',
         first_scale=model.first_scale,
+        scales=list(model.scales),
         branch0_gflops=branch_gflops,
         branch0_latency=branch_latency,
         **score_facts(model),
@@ -133,12 +137,18 @@ def record_data_set(
 
 @torch.no_grad()
 def record_images(
-    model: DynamicDetector, dataset, batches: Iterable[dict], progress: Progress, view: str
+    model: DynamicDetector,
+    dataset,
+    batches: Iterable[dict],
+    progress: Progress,
+    view: str,
+    losses: bool = True,
 ) -> list[dict]:
     """The part of a record that every image takes part in, each backbone run once per view.
 
     Args:
-        model (DynamicDetector): See `record_data_set`, also for ``progress`` and ``view``.
+        model (DynamicDetector): See `record_data_set`, also for ``progress``, ``view`` and
+            ``losses``.
         dataset: The batches' data set.
         batches (Iterable[dict]): All its images.
 
@@ -152,17 +162,27 @@ def record_images(
             'the record will have no losses and no objects: the pipeline must load annotations '
             'before it resizes (LoadAnnotations right after LoadImageFromFile)'
         )
+    elif losses and not model.has_comparable_losses:
+        warnings.warn(
+            'the record will have no losses: those of different heads cannot be compared; '
+            'objectives that count AP need none'
+        )
     images = []
     with preserved_budget(model):
         # A budget that waits for a calibration is not asked for here.
         force_dynamic_exit(model, 0)
         for batch in progress(batches, 'every exit'):
-            images.extend(_record_batch(model, batch, dataset.cat_ids, annotated, view))
+            images.extend(_record_batch(model, batch, dataset.cat_ids, annotated, view, losses))
     return images
 
 
 def _record_batch(
-    model: DynamicDetector, batch: dict, category_ids: list[int], annotated: bool, view: str
+    model: DynamicDetector,
+    batch: dict,
+    category_ids: list[int],
+    annotated: bool,
+    view: str,
+    losses: bool,
 ) -> list[dict]:
     """Entries of a batch's images."""
     pixels = batch['inputs']
@@ -202,10 +222,12 @@ def _record_batch(
             ]
     if annotated:
         # Last: some heads write into the annotations that they are given.
-        objects = [len(sample.gt_instances) for sample in samples]
-        losses = model.losses_of_states(every, outputs)
-        for entry, count, image_losses in zip(entries, objects, losses.T.tolist()):
-            entry.update(losses=image_losses, objects=count)
+        for entry, sample in zip(entries, samples):
+            entry['objects'] = len(sample.gt_instances)
+        if losses and model.has_comparable_losses:
+            image_losses = model.losses_of_states(every, outputs).T.tolist()
+            for entry, own in zip(entries, image_losses):
+                entry['losses'] = own
     return entries
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
-from ..models.weights import is_plain, require_complete
+from ..models.weights import missing_of, require_complete
 from ..routing import GAINS, Objective, build_objective
 from ..routing.evaluation import read_truth
 from ..routing.record import RoutingRecord
@@ -137,8 +137,12 @@ def insert_router(
         UsageError: If the checkpoint is of no cascade that fits the model.
     """
     state = {key.removeprefix('module.'): value for key, value in checkpoint['state_dict'].items()}
-    if is_plain(state):
-        raise UsageError("this checkpoint is a plain detector's: train the cascade (step 1) first")
+    if missing_of(state):
+        if model.needs_step_one:
+            raise UsageError(
+                "this checkpoint is a plain detector's: train the cascade (step 1) first"
+            )
+        state = model.spread_plain_weights(state)
     state = {key: value for key, value in state.items() if not key.startswith('router.')}
     require_complete(model, state, optional=('router.',))
     fresh = model.state_dict()

@@ -1,11 +1,14 @@
 """A branch: a stock detector that is handed ready feature maps instead of an image."""
 
 import copy
+from collections.abc import Sequence
 
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, ModuleList
 
 from mmdet.models.detectors import BaseDetector
 from mmdet.registry import MODELS
+
+from ..errors import UsageError
 
 
 @MODELS.register_module()
@@ -33,3 +36,29 @@ def build_branch(detector: dict) -> BaseDetector:
     detector['backbone'] = dict(type='mmdet.PassThroughBackbone')
     detector.pop('data_preprocessor', None)
     return MODELS.build(detector)
+
+
+def _heads(branch: BaseDetector) -> list:
+    """What judges objects in the end: of two-stage detectors the heads on RoIs."""
+    roi_head = getattr(branch, 'roi_head', None)
+    head = getattr(branch if roi_head is None else roi_head, 'bbox_head', None)
+    return [] if head is None else list(head) if isinstance(head, ModuleList) else [head]
+
+
+def head_types(branch: BaseDetector) -> tuple[str, ...]:
+    """Names of the kinds of a branch: its detector's, and of its heads' on objects."""
+    return (type(branch).__name__, *(type(head).__name__ for head in _heads(branch)))
+
+
+def require_same_classes(branches: Sequence[BaseDetector]) -> None:
+    """Raise a `UsageError` unless branches know as many classes."""
+    counts = [
+        [head.num_classes for head in _heads(branch) if hasattr(head, 'num_classes')]
+        for branch in branches
+    ]
+    known = [own[-1] for own in counts if own]
+    if len(set(known)) > 1:
+        raise UsageError(
+            'the detectors of a pair must know the same classes; these have heads for '
+            f'{" and ".join(map(str, known))}'
+        )

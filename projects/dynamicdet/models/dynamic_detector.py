@@ -7,19 +7,20 @@ Letters, as in the paper (DynamicDet, arXiv 2304.05552):
   stage.
 * ``phi``: difficulty, (N,), in [0, 1], large is hard.
 * K: exits. Exit 0 is the first backbone with its branch (neck and heads), exit 1 the second with
-  its own.
+  its own. Of a pair the exits are two whole detectors.
 """
 
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 
 import numpy as np
 import torch
 from mmengine.model import ModuleList
 from mmengine.structures import InstanceData
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmdet.models.detectors import BaseDetector
 from mmdet.models.utils import rename_loss_dict
@@ -35,11 +36,13 @@ from ..routing.regions import price_of_threshold
 from ..routing.thresholds import Thresholds, require_exits
 from ..transfers import to_host
 from .batch_state import BatchState
-from .branch import build_branch
-from .composite import build_composite
+from .branch import build_branch, head_types, require_same_classes
+from .composite import CompositeBackbone, build_backbones
 from .kept_outputs import Outputs
 from .merging import merge_instances
+from .normalization import NormalizationChange
 from .paired_losses import ExitView, paired_losses
+from .pairs import each_exit, initial_weights, pad_alike
 from .regions import (
     Crop,
     Regions,
@@ -53,8 +56,8 @@ from .regions import (
     sample_of_crop,
     to_whole_image,
 )
-from .resolution import Ratio, reduce_images, reduce_samples, scale_boxes
-from .weights import is_plain, rename_entries
+from .resolution import Ratio, exit_scales, reduce_images, reduce_samples, scale_boxes
+from .weights import JOINED, is_plain, rename_entries
 
 
 @MODELS.register_module()
@@ -65,20 +68,24 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
     alone (``train_router=True``). Used at any speed: see ``budget``.
 
     Args:
-        detector (dict): Config of the stock detector.
-        backbone (dict, optional): Config of each of the two backbones. Defaults to the
-            detector's; where both are given, this one counts. The shipped configs name it, since
-            mmdet's ``init_detector`` looks for ``model.backbone``.
+        detector (dict or list[dict]): Config of the stock detector. A list is of several whole
+            detectors, one for each exit (a *pair*), with their own backbone, neck, heads and
+            normalization: they must know the same number of classes.
+        backbone (dict or list[dict], optional): Config of each of the two backbones; of a pair, a
+            list. Defaults to the detector's; where both are given, this one counts. The shipped
+            configs name it, since mmdet's ``init_detector`` looks for ``model.backbone``.
         shared (bool): Whether all exits use one neck and one set of heads, as two-stage
-            detectors do; YOLO variants have one per exit. Defaults to True.
+            detectors do; YOLO variants have one per exit. A pair shares none. Defaults to True.
         backbones (int): How many, each fed by the one before, with an exit behind each. 1 makes two
             exits of one backbone that differ by resolution alone: it takes ``first_scale`` below 1.
-            Defaults to 2, the paper's.
+            A pair has its own. Defaults to 2, the paper's.
         reuse_stages (int): Leading stages that the second backbone takes over from the first;
-            see `CompositeBackbone`. Defaults to 1.
+            see `CompositeBackbone`. One backbone and pairs have none. Defaults to 1.
         first_scale (float): How large exit 0 sees the image, as a share of its delivered sides, in
-            (0, 1]; later exits see it as delivered. Below 1 it takes ``reuse_stages=0``. Defaults
-            to 1.
+            (0, 1]; later exits see it as delivered. Below 1 two backbones take ``reuse_stages=0``.
+            Defaults to 1.
+        scales (Sequence[float], optional): The same of each exit, rising for most uses, the last
+            usually 1; in place of ``first_scale``. One backbone has as many exits as there are.
         router (dict): Config of the router; ``type`` and ``in_channels`` are filled in. Defaults to
             the paper's.
         train_router (bool): Whether this is step 2. Then nothing but the router can change.
@@ -96,19 +103,22 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             looks at some regions of an image alone, which exit 0's detections say. Then the neck
             and heads of exit 0 run on every image; a threshold is a price, and ``hard_share`` a
             share of the pixels. Takes two exits. Defaults to None: whole images, by the router.
-        data_preprocessor (dict, optional): Defaults to the detector's.
+        data_preprocessor (dict, optional): Defaults to the detector's; of a pair, the first's, with
+            padding that suits all.
         init_cfg (dict, optional): As in mmengine. A checkpoint of the plain detector fills both
-            exits. Defaults to the detector's.
+            exits; those of a pair have a name together, see `weights.join_checkpoints`. Defaults
+            to the detector's.
     """
 
     def __init__(
         self,
-        detector: dict,
-        backbone: dict | None = None,
+        detector: dict | Sequence[dict],
+        backbone: dict | Sequence[dict] | None = None,
         shared: bool = True,
         backbones: int = 2,
         reuse_stages: int = 1,
         first_scale: float = 1.0,
+        scales: Sequence[float] | None = None,
         router: dict = dict(type='Router'),
         train_router: bool = False,
         objective: str | dict = 'paper',
@@ -123,36 +133,57 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             if not isinstance(value, (int, float)) or name == 'backbones' and value != int(value):
                 raise UsageError(f'{name} must be a number, and backbones a whole one; got {value}')
         objective = build_objective(objective)
-        if not 0 < first_scale <= 1 or first_scale < 1 and reuse_stages:
+        detectors = each_exit(detector)
+        own_backbones = [
+            own or one['backbone'] for own, one in zip_longest(each_exit(backbone), detectors)
+        ]
+        several, single = len(detectors) > 1, len(detectors) == backbones == 1
+        plain = several or single
+        scales = exit_scales(
+            len(detectors) if several else max(2, backbones), first_scale, scales, single
+        )
+        if not plain and min(scales) < 1 and reuse_stages:
             raise UsageError(
                 'first_scale must be in (0, 1], and below 1 with reuse_stages=0, since the second '
-                f'backbone then needs its own stem; got {first_scale} with '
+                f'backbone then needs its own stem; got {scales[0]} with '
                 f'reuse_stages={reuse_stages}'
             )
-        if backbones == 1 and first_scale == 1:
+        if single and len(set(scales)) < len(scales):
             raise UsageError(
                 'one backbone has two exits only where they differ by resolution: give first_scale '
                 'below 1, or two backbones'
             )
-        if regions is not None and backbones > 2:
-            raise UsageError(f'regions take two exits; got backbones={backbones}')
+        if regions is not None and len(scales) != 2:
+            raise UsageError(f'regions take two exits; got {len(scales)}')
         budget = Budget.parse(budget)
         if budget is not None:
-            require_exits(budget, max(2, backbones))
-        preprocessor = data_preprocessor or detector.get('data_preprocessor')
+            require_exits(budget, len(scales))
+        preprocessors = [copy.deepcopy(one.get('data_preprocessor')) for one in detectors]
+        preprocessors[0] = copy.deepcopy(data_preprocessor) or preprocessors[0]
+        pad_alike(preprocessors)
         super().__init__(
-            data_preprocessor=MODELS.build(copy.deepcopy(preprocessor)) if preprocessor else None,
-            init_cfg=init_cfg or copy.deepcopy(detector.get('init_cfg')),
+            data_preprocessor=MODELS.build(preprocessors[0]) if preprocessors[0] else None,
+            init_cfg=init_cfg or initial_weights(detectors),
         )
-        self.num_exits = max(2, backbones)
-        self.backbone = build_composite(backbone or detector['backbone'], reuse_stages, backbones)
-        self.branches = ModuleList(
-            build_branch(detector) for _ in range(1 if shared else self.num_exits)
+        self.num_exits = len(scales)
+        self.backbone = build_backbones(own_backbones, 0 if plain else reuse_stages, backbones)
+        if several:
+            self.branches = ModuleList(map(build_branch, detectors))
+            require_same_classes(self.branches)
+        else:
+            self.branches = ModuleList(
+                build_branch(detectors[0]) for _ in range(1 if shared else self.num_exits)
+            )
+        #: What turns images of exit 0 into those of the later exits of a pair.
+        self.normalizations = ModuleList(
+            NormalizationChange(self.data_preprocessor, MODELS.build(one))
+            for one in preprocessors[1:]
         )
         self.router = MODELS.build(
             {'type': 'Router', 'in_channels': self.backbone.channels, **router}
         )
-        self.first_scale = first_scale
+        #: How large each exit sees the image, as a share of its delivered sides.
+        self.scales, self.first_scale = scales, scales[0]
         #: Of the deepest map: all but a few detectors have 32; those with more pad to it.
         self.stride = max(32, getattr(self.data_preprocessor, 'pad_size_divisor', 1))
         self.objective = objective
@@ -205,6 +236,24 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
                     module.eval()
         return self
 
+    @property
+    def needs_step_one(self) -> bool:
+        """Whether plain weights leave something of the exits to train: connections between
+        backbones. One backbone and pairs have none."""
+        return isinstance(self.backbone, CompositeBackbone) and len(self.backbone.names) > 1
+
+    @property
+    def whole_detectors(self) -> list[list[nn.Module]]:
+        """What is a detector by itself: each exit of a pair, else all."""
+        if not len(self.normalizations):
+            return [[self]]
+        return [list(parts) for parts in zip(self.backbone.nets, self.branches)]
+
+    @property
+    def has_comparable_losses(self) -> bool:
+        """Whether losses of the exits can be compared: those of other kinds of heads cannot."""
+        return len({head_types(branch) for branch in self.branches}) == 1
+
     # Loading.
 
     def spread_plain_weights(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -212,6 +261,9 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
 
         A dynamic detector's own checkpoint comes back as it is. Entries that match nothing keep
         their name, so that whoever loads names them.
+
+        Raises:
+            UsageError: If it is of one plain detector, and the exits are several.
         """
         if self.regions is None:
             # Where whole images are seen, what was fitted to regions is not needed.
@@ -220,6 +272,11 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             }
         if not is_plain(state_dict):
             return dict(state_dict)
+        if len(self.normalizations) and any(key.startswith('backbone.') for key in state_dict):
+            raise UsageError(
+                f'this checkpoint is of one plain detector, and the config has {self.num_exits}: '
+                f'name one of each in their order, as {JOINED}FIRST.pth,SECOND.pth'
+            )
         known, spread = set(self.state_dict()), {}
         for key, value in state_dict.items():
             if key.startswith('backbone.'):
@@ -314,19 +371,40 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         maps, _ = self._first_maps(batch_inputs)
         return self.branch(0).extract_feat(self.backbone.select(maps))
 
+    def exit_images(
+        self, exit: int, batch_inputs: Tensor, samples: OptSampleList = None
+    ) -> tuple[Tensor, Ratio]:
+        """A delivered batch, (N, 3, H, W), as an exit sees it: normalized and as large as its
+        detector wants it; and how large that is, see `resolution`. Samples say what is padding."""
+        if exit and len(self.normalizations):
+            shapes = samples and [sample.img_shape for sample in samples]
+            batch_inputs = self.normalizations[exit - 1](batch_inputs, shapes)
+        scale = self.scales[exit]
+        if self.regions is not None and not exit:
+            scale = self.regions.first_scale(scale, tuple(batch_inputs.shape[-2:]))
+        return reduce_images(batch_inputs, scale, self.stride)
+
     def _first_maps(self, batch_inputs: Tensor) -> tuple[tuple, Ratio]:
         """``f1``, and how large the images were that it was made from."""
-        scale = self.first_scale
-        if self.regions is not None:
-            scale = self.regions.first_scale(scale, tuple(batch_inputs.shape[-2:]))
-        images, ratio = reduce_images(batch_inputs, scale, self.stride)
+        images, ratio = self.exit_images(0, batch_inputs)
         return self.backbone.first_maps(images), ratio
 
-    def deeper_maps(self, exit: int, batch_inputs: Tensor, maps: tuple) -> tuple:
+    def deeper_maps(
+        self, exit: int, batch_inputs: Tensor | None, maps: tuple, samples: OptSampleList = None
+    ) -> tuple:
         """The maps of an exit from 1 on, from those of the exit before."""
+        return self._deeper_maps(exit, batch_inputs, maps, samples)[0]
+
+    def _deeper_maps(
+        self, exit: int, batch_inputs: Tensor | None, maps: tuple, samples: OptSampleList = None
+    ) -> tuple[tuple, Ratio]:
+        """And how large the images were."""
+        images, ratio = batch_inputs, (1.0, 1.0)
+        if self._needs_images:
+            images, ratio = self.exit_images(exit, batch_inputs, samples)
         if len(self.backbone.names) == 1:
-            return self.backbone.first_maps(batch_inputs)
-        return self.backbone.deeper_maps(batch_inputs, maps, exit)
+            return self.backbone.first_maps(images), ratio
+        return self.backbone.deeper_maps(images, maps, exit), ratio
 
     def _all_exits(self, batch_inputs: Tensor, samples: OptSampleList) -> list[tuple]:
         """Maps, data samples and ratio of each exit: as the exit sees the batch. Each has samples
@@ -334,8 +412,8 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         maps, ratio = self._first_maps(batch_inputs)
         exits = [(maps, reduce_samples(samples, ratio), ratio)]
         for exit in range(1, self.num_exits):
-            maps = self.deeper_maps(exit, batch_inputs, maps)
-            exits.append((maps, reduce_samples(samples, (1.0, 1.0)), (1.0, 1.0)))
+            maps, ratio = self._deeper_maps(exit, batch_inputs, maps, samples)
+            exits.append((maps, reduce_samples(samples, ratio), ratio))
         return exits
 
     def loss(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> dict[str, Tensor]:
@@ -392,6 +470,12 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
 
     def _image_losses(self, every: list[tuple], outputs: Sequence[Outputs] | None = None) -> Tensor:
         """(K, N), float32; ``every`` as `_all_exits` gives it."""
+        if not self.has_comparable_losses:
+            kinds = ' and '.join(head_types(branch)[0] for branch in self.branches)
+            raise UsageError(
+                f'losses of {kinds} cannot be compared: choose an objective that counts AP, such '
+                "as objective='ap'"
+            )
         outputs = outputs or [Outputs()] * len(every)
         losses = [
             [
@@ -582,8 +666,8 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         images = None if state.images is None else cut_images(state.images, crops)
         maps = cut_maps(state.maps, canvas_of(state.samples), crops)
         samples = [sample_of_crop(state.samples[crop.row], crop) for crop in crops]
-        maps = self.deeper_maps(1, images, maps)
-        return self._found_by(BatchState(1, images, maps, (1.0, 1.0), samples, [], []), rescale)
+        maps, ratio = self._deeper_maps(1, images, maps, samples)
+        return self._found_by(BatchState(1, images, maps, ratio, samples, [], []), rescale)
 
     def deepen(self, state: BatchState, rescale: bool = True) -> BatchState:
         """Run the next backbone on images that go on; where exits are merged, this exit's neck and
@@ -593,9 +677,9 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             return self._look_again(state, rescale)
         if self.merge:
             self.detect(state, rescale)
-        maps = self.deeper_maps(state.exit + 1, state.images, state.maps)
+        maps, ratio = self._deeper_maps(state.exit + 1, state.images, state.maps, state.samples)
         found = [dict(own) if self.merge else {} for own in state.found]
-        return replace(state, exit=state.exit + 1, maps=maps, ratio=(1.0, 1.0), found=found)
+        return replace(state, exit=state.exit + 1, maps=maps, ratio=ratio, found=found)
 
     def detect(self, state: BatchState, rescale: bool = True) -> None:
         """Run this exit's neck and heads on the images of a batch state, unless they ran; what they

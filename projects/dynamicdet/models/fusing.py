@@ -41,8 +41,8 @@ def fuse(model: nn.Module) -> nn.Module:
     fuse, for inference.
 
     In place and for good: a fused model cannot be trained or loaded into. A model without parts of
-        its own to
-    fuse is left as it is: some heads, such as RTMDet's, have several norms for one convolution.
+    its own to fuse is left as it is: some heads, such as RTMDet's, have several norms for one
+    convolution. So is each of a pair's detectors (``whole_detectors``) for itself.
 
     Args:
         model (nn.Module): Any detector.
@@ -51,14 +51,19 @@ def fuse(model: nn.Module) -> nn.Module:
         nn.Module: The same, in eval mode.
     """
     model.eval()
-    if not can_fuse(model):
-        return model
+    for detector in getattr(model, 'whole_detectors', [[model]]):
+        if any(map(can_fuse, detector)):
+            for part in detector:
+                _fuse(part)
+    return model
+
+
+def _fuse(model: nn.Module) -> None:
     # mmcv's walks over everything; parts rely on their norms being gone.
     fuse_conv_bn(model)
     for part in fusible_parts(model):
         part.fuse()
     _replace_convolutions(model)
-    return model
 
 
 def _replace_convolutions(module: nn.Module) -> None:

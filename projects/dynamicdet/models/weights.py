@@ -5,10 +5,16 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from ..errors import UsageError
+from .composite.composite import ORDINALS
 
+#: In front of the names of plain detectors' checkpoints, one for each exit, with commas between.
+JOINED = 'exits://'
+#: Of a dynamic detector, what a plain one's checkpoint has not.
+NOT_PLAIN = ('backbone.connections.', 'router.')
 #: What step 2 and calibration set in a dynamic detector, beside the router.
 SETTINGS = (
     'delta',
@@ -246,4 +252,63 @@ def is_plain(state: Mapping[str, torch.Tensor]) -> bool:
     """Whether a state dict is a stock detector's, not a dynamic one's."""
     return not any(
         key.removeprefix('module.').startswith(('backbone.first.', 'branches.')) for key in state
+    )
+
+
+def missing_of(state: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+    """Prefixes of what a state dict may lack of a dynamic detector: connections and router, if it
+    is made of plain detectors' weights."""
+    keys = [key.removeprefix('module.') for key in state]
+    trained = any(key.startswith(NOT_PLAIN) or key == 'delta' for key in keys)
+    return () if trained and not is_plain(state) else NOT_PLAIN
+
+
+def join_checkpoints(checkpoints: Sequence[Mapping]) -> dict:
+    """The checkpoint of a pair from those of its detectors, one for each exit.
+
+    Args:
+        checkpoints (Sequence[Mapping]): Of plain detectors, in the order of their exits.
+
+    Returns:
+        dict: ``state_dict``, without a router, and ``meta`` with the ``dataset_meta`` of the first
+            that has one.
+
+    Raises:
+        UsageError: If one is not plain, or they know other classes.
+    """
+    joined: dict[str, torch.Tensor] = {}
+    for exit, (name, checkpoint) in enumerate(zip(ORDINALS, checkpoints, strict=False)):
+        state = checkpoint.get('state_dict', checkpoint)
+        if not is_plain(state):
+            raise UsageError(
+                f"the checkpoint of exit {exit} is not a plain detector's: a pair is made of those"
+            )
+        for key, value in state.items():
+            key = key.removeprefix('module.')
+            inside = key.startswith('backbone.')
+            key = key.removeprefix('backbone.')
+            joined[f'backbone.{name}.{key}' if inside else f'branches.{exit}.{key}'] = value
+    metas = [meta for meta in map(_dataset_meta, checkpoints) if meta.get('classes')]
+    classes = {tuple(meta['classes']) for meta in metas}
+    if len(classes) > 1:
+        raise UsageError(
+            'the detectors of a pair must know the same classes in the same order; these '
+            f'checkpoints know {" and ".join(str(list(one)[:3]) for one in classes)} ...'
+        )
+    return dict(state_dict=joined, meta=dict(dataset_meta=metas[0]) if metas else {})
+
+
+def _dataset_meta(checkpoint: Mapping) -> dict:
+    meta = checkpoint.get('meta') or {}
+    own = meta.get('dataset_meta') or {'classes': meta.get('CLASSES')}
+    return {key.lower(): value for key, value in own.items()}
+
+
+@CheckpointLoader.register_scheme(prefixes=JOINED)
+def load_from_exits(filename: str, map_location: str | None = None, **_) -> dict:
+    """Let all who read checkpoints take those of several plain detectors, ``exits://A,B``, as
+    that of a pair: tools, ``load_from``, ``init_cfg``."""
+    names = filename.removeprefix(JOINED).split(',')
+    return join_checkpoints(
+        [CheckpointLoader.load_checkpoint(name, map_location=map_location) for name in names]
     )

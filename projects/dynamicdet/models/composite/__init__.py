@@ -2,6 +2,7 @@
 
 from .composite import CompositeBackbone, Connection, build_composite, register_family
 from .csp import CompositeCSP
+from .independent import IndependentBackbones, build_backbones
 from .resnet import CompositeResNet
 from .swin import CompositeSwin
 from .yolov7 import CompositeYOLOV7
@@ -13,6 +14,8 @@ __all__ = [
     'CompositeSwin',
     'CompositeYOLOV7',
     'Connection',
+    'IndependentBackbones',
+    'build_backbones',
     'build_composite',
     'register_family',
 ]

@@ -272,6 +272,15 @@ def register_family(*backbones: type):
     return register
 
 
+def find_family(backbone: dict) -> type[CompositeBackbone] | None:
+    """The family that a backbone config belongs to, if there is one."""
+    net = MODELS.get(backbone['type']) if isinstance(backbone['type'], str) else backbone['type']
+    for served, family in _FAMILIES:
+        if net is not None and issubclass(net, served) and net.forward is served.forward:
+            return family
+    return None
+
+
 def build_composite(backbone: dict, reuse_stages: int = 1, count: int = 2) -> CompositeBackbone:
     """Build the composite of the family that a backbone config belongs to; arguments as
     `CompositeBackbone`'s.
@@ -279,10 +288,9 @@ def build_composite(backbone: dict, reuse_stages: int = 1, count: int = 2) -> Co
     Raises:
         TypeError: If no family serves this backbone.
     """
-    net = MODELS.get(backbone['type']) if isinstance(backbone['type'], str) else backbone['type']
-    for served, family in _FAMILIES:
-        if net is not None and issubclass(net, served) and net.forward is served.forward:
-            return family(backbone, reuse_stages, count)
+    family = find_family(backbone)
+    if family is not None:
+        return family(backbone, reuse_stages, count)
     known = ', '.join(served.__name__ for served, _ in _FAMILIES)
     raise TypeError(
         f"no composite family serves the backbone '{backbone['type']}' (served: {known} "

@@ -1,0 +1,183 @@
+"""From a plain detector, its weights and a folder of pictures to a dynamic detector."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+
+from conftest import run_tool
+from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
+from dynamicdet.routing.record import read_record
+from dynamicdet.testing import randomize, tiny_detector
+from mmdet.registry import MODELS
+
+CLASSES = tuple('0123456789')
+
+
+def write_plain(folder, name, seed):
+    """A shrunk detector for the built-in digits, its config and checkpoint."""
+    detector = tiny_detector(name)
+    detector.bbox_head.num_classes = 10
+    pipeline = [
+        dict(type='LoadImageFromFile'),
+        dict(type='Resize', scale=(64, 64), keep_ratio=True),
+        dict(type='LoadAnnotations', with_bbox=True),
+        dict(
+            type='PackDetInputs',
+            meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
+        ),
+    ]
+    dataset = dict(type='CocoDataset', metainfo=dict(classes=CLASSES), pipeline=pipeline)
+    Config(dict(model=detector, test_dataloader=dict(dataset=dataset), default_scope='mmdet')).dump(
+        folder / f'{name}.py'
+    )
+    torch.manual_seed(0)
+    model = randomize(MODELS.build(detector), seed)
+    write_checkpoint(dict(state_dict=model.state_dict()), str(folder / f'{name}.pth'))
+    return [folder / f'{name}.py', folder / f'{name}.pth']
+
+
+@pytest.fixture(scope='module')
+def plain(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('plain')
+    return write_plain(folder, 'fcos', 0), write_plain(folder, 'retinanet', 1)
+
+
+def make(names, digits, out, *options):
+    done = run_tool(
+        'make_dynamic.py',
+        *names,
+        '--data',
+        digits,
+        '--out',
+        out,
+        '--view',
+        'none',
+        '--workers',
+        '0',
+        '--device',
+        'cpu',
+        *options,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope='module')
+def made(plain, digits, tmp_path_factory):
+    """One detector at two sizes, and what the run said."""
+    out = tmp_path_factory.mktemp('made') / 'dynamic.pth'
+    status, said = make(plain[0], digits, out, '--exits', 32, 64)
+    assert status == 0, said[-3000:]
+    return out, said
+
+
+def test_what_is_written_is_for_every_tool(made, digits):
+    out, said = made
+    assert '6 pictures in' in said and 'report.html' in said
+    assert sorted(path.name for path in out.parent.iterdir()) == [
+        'dynamic',
+        'dynamic.pth',
+        'dynamic.py',
+    ]
+    checkpoint = read_checkpoint(str(out))
+    assert checkpoint['meta']['dataset_meta']['classes'] == CLASSES
+    assert checkpoint['meta']['router']['truth'] == 'annotations'
+    record = read_record(out.parent / 'dynamic' / 'record.npz')
+    assert len(record) == 6 and record.losses is None and (record.objects > 0).any()
+    state = checkpoint['state_dict']
+    assert len(state['difficulties']) == 6 and state['latencies'].isfinite().all()
+    assert state['gflops'].tolist() == pytest.approx(record.gflops)
+    assert 0 < state['gflops'][0] < state['gflops'][1]
+    config = out.with_suffix('.py')
+    cfg = Config.fromfile(config)
+    assert cfg.model.backbones == 1 and tuple(cfg.model.scales) == (0.5, 1)
+    # The test split of the folder is for the final figures.
+    assert cfg.test_dataloader.dataset.ann_file.endswith('dynamic/test.json')
+    assert cfg.test_dataloader.dataset.data_prefix.img == str((digits / 'test').absolute())
+    done = run_tool(
+        'test.py', config, out, '--hard-share', '0.5', '--work-dir', out.parent / 'dynamic' / 'test'
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 'coco/bbox_mAP' in done.stdout + done.stderr and 'hard: 50.0% wanted' in done.stdout
+
+
+def test_a_second_run_takes_the_record_that_is_there(made, plain, digits):
+    out, _ = made
+    record = out.parent / 'dynamic' / 'record.npz'
+    before = record.read_bytes()
+    out.unlink()
+    status, said = make(plain[0], digits, out, '--exits', 32, 64)
+    assert status == 0 and 'not recorded again' in said and out.is_file()
+    assert record.read_bytes() == before
+    # A damaged one, or one of other weights, is not taken.
+    record.write_bytes(before[: len(before) // 2])
+    status, said = make(plain[0], digits, out, '--exits', 32, 64)
+    assert status == 0 and 'not recorded again' not in said
+    assert read_record(record).gflops == pytest.approx(
+        read_checkpoint(str(out))['state_dict']['gflops'].tolist()
+    )
+
+
+def test_a_pair_and_pictures_without_annotations(plain, digits, tmp_path):
+    shutil.copytree(digits / 'train', tmp_path / 'pictures')
+    status, said = make(
+        [*plain[0], *plain[1]],
+        tmp_path / 'pictures',
+        tmp_path / 'pair.pth',
+        '--exits',
+        32,
+        64,
+        '--score',
+        0.2,
+    )
+    assert status == 0, said[-3000:]
+    assert 'without annotations: what the last exit detects with a score of 0.2' in said
+    truth = json.loads((tmp_path / 'pair' / 'val.json').read_text())
+    record = read_record(tmp_path / 'pair' / 'record.npz')
+    sure = sum(np.count_nonzero(record.detections[1].scores >= 0.2) for _ in (0,))
+    assert len(truth['annotations']) == sure > 0
+    cfg = Config.fromfile(tmp_path / 'pair.py')
+    assert [one.type for one in cfg.model.detector] == ['FCOS', 'RetinaNet']
+    checkpoint = read_checkpoint(str(tmp_path / 'pair.pth'))
+    assert checkpoint['meta']['router']['truth'] == 'detections of score 0.2 or more'
+    # The plain checkpoints by one name are as good for a record.
+    names = f'exits://{plain[0][1]},{plain[1][1]}'
+    done = run_tool(
+        'record.py', tmp_path / 'pair.py', names, '--view', 'none', '--out', tmp_path / 'again.npz'
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    again = read_record(tmp_path / 'again.npz')
+    assert again.detections[1].scores.tolist() == record.detections[1].scores.tolist()
+    assert again.losses is None and 'cannot be compared' in done.stderr
+
+
+@pytest.mark.parametrize(
+    'options, said',
+    [
+        (['--exits', 64], 'two or more, rising'),
+        (['--exits', 64, 32], 'two or more, rising'),
+        (['--exits', 32, 64, '--ann', 'gone.json'], 'gone.json'),
+        (['--exits', 32, 64, '--hard-share', 2], 'hard_share'),
+    ],
+)
+def test_what_cannot_be_is_one_line(plain, digits, tmp_path, options, said):
+    status, line = make(plain[0], digits, tmp_path / 'x.pth', *options)
+    assert status == 2 and said in line and 'Traceback' not in line
+    assert not (tmp_path / 'x.pth').exists()
+
+
+def test_other_classes_and_dynamic_configs_are_refused(made, plain, digits, tmp_path):
+    content = json.loads((digits / 'annotations' / 'instances_val.json').read_text())
+    for number, category in enumerate(content['categories']):
+        category['name'] = f'thing {number}'
+    (tmp_path / 'other.json').write_text(json.dumps(content))
+    status, line = make(
+        plain[0], digits, tmp_path / 'x.pth', '--exits', 32, 64, '--ann', tmp_path / 'other.json'
+    )
+    assert status == 2 and 'the detector knows none of them' in line
+    config = made[0].with_suffix('.py')
+    status, line = make([config, made[0]], digits, tmp_path / 'x.pth', '--exits', 32, 64)
+    assert status == 2 and 'give the config of a plain detector' in line

@@ -1,0 +1,267 @@
+"""Make a calibrated dynamic detector of published ones, in minutes: one plain detector that looks
+at easy pictures in a small size and at hard ones in a large size, or a small and a large detector.
+
+Nothing is trained but the router. CONFIG CHECKPOINT, once or twice, are plain detectors', such as
+mmdet::yolox/yolox_tiny_8xb8-300e_coco.py and its file. Every picture of a folder is run through
+every exit, a router is fitted to what that gains and calibrated. Beside OUT.pth the config OUT.py
+is written and a folder OUT with the record and the report, report.html. A run that was stopped goes
+on with the record if that is there.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        'detectors', nargs='+', metavar='CONFIG CHECKPOINT', help='plain config and its checkpoint'
+    )
+    parser.add_argument('--data', required=True, help='folder of pictures, see docs/own_data.md')
+    parser.add_argument('--ann', help='its COCO annotation file, where it has several')
+    parser.add_argument(
+        '--img', help='folder of the pictures, where it is another; alone: without annotations'
+    )
+    parser.add_argument(
+        '--exits', nargs='+', type=int, required=True, help='size at each exit, pixels: 320 640'
+    )
+    parser.add_argument('--out', required=True, help='checkpoint file to write: dynamic.pth')
+    parser.add_argument(
+        '--hard-share', type=float, default=0.5, help='default hard share of the checkpoint: 0.5'
+    )
+    parser.add_argument(
+        '--view',
+        choices=['flip', 'shift', 'none'],
+        default='flip',
+        help='second view of each picture, for the honest oracle of the report: flip by default; '
+        'shift, for what has no mirror image; none takes half the time',
+    )
+    parser.add_argument(
+        '--score',
+        type=float,
+        default=0.3,
+        help='without annotations: detections of the last exit from this score on stand for the '
+        'truth: 0.3',
+    )
+    parser.add_argument('--batch-size', type=int, default=4, help='pictures at a time: 4')
+    parser.add_argument('--workers', type=int, default=2, help='processes that read pictures: 2')
+    parser.add_argument('--seed', type=int, default=0, help='of weights, order and folds: 0')
+    parser.add_argument('--device', help='device whose latencies count; the best that is there')
+    return parser.parse_args()
+
+
+if __name__ == '__main__':
+    # Before seconds of imports: --help and mistakes are answered at once.
+    parse_args()
+
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+
+from dynamicdet import cli
+from dynamicdet.building import load_dynamic_detector
+from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
+from dynamicdet.datasets.coco_folder import annotations_for, confident_annotations, find_sets
+from dynamicdet.errors import UsageError
+from dynamicdet.files import write_atomically
+from dynamicdet.measuring import make_dynamic
+from dynamicdet.measuring.recording import build_record_loader, record_data_set
+from dynamicdet.models.weights import JOINED, exits_digest
+from dynamicdet.reports.figures import png, trade_off_figure
+from dynamicdet.reports.routing_analysis import (
+    analyze_routing,
+    format_analysis,
+    two_exit_record,
+    write_analysis,
+)
+from dynamicdet.routing import build_objective
+from dynamicdet.routing.budget import Budget
+from dynamicdet.routing.evaluation import read_truth
+from dynamicdet.routing.record import RoutingRecord, read_record, write_record
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise a `UsageError` for options that do not fit, before anything is read."""
+    if len(args.detectors) % 2:
+        raise UsageError(
+            f'give CONFIG CHECKPOINT for each detector; got {len(args.detectors)} names: '
+            f'{" ".join(args.detectors)}'
+        )
+    make_dynamic.require_exit_sizes(args.exits, len(args.detectors) // 2)
+    Budget('hard_share', args.hard_share)
+    if not 0 < args.score < 1 or args.seed < 0 or args.batch_size < 1 or args.workers < 0:
+        raise UsageError(
+            '--score must be in (0, 1), --batch-size 1 or more, --seed and --workers 0 or more'
+        )
+    args.device = args.device or get_device()
+    cli.require_device(args.device)
+    if Path(args.out).suffix != '.pth':
+        raise UsageError(f"--out is a checkpoint: name a .pth file, not '{args.out}'")
+    cli.require_writable(args.out)
+    cli.make_folder(str(Path(args.out).with_suffix('')))
+
+
+def load_plain(args: argparse.Namespace) -> tuple[list[Config], tuple[str, ...], str, dict]:
+    """The plain detectors' configs, their classes, and their checkpoints as one."""
+    cfgs, known, paths = [], [], args.detectors[1::2]
+    for config, path in zip(args.detectors[::2], paths):
+        cfgs.append(cli.load_config(argparse.Namespace(config=config, cfg_options=None)))
+        known.append(make_dynamic.classes_of(cfgs[-1], cli.require_checkpoint(path)))
+    if len(set(known)) > 1:
+        raise UsageError(
+            'the detectors of a pair must know the same classes in the same order; these know '
+            + ' and '.join(f'{len(one)} ({", ".join(one[:3])}, ...)' for one in known)
+        )
+    path = paths[0] if len(paths) == 1 else JOINED + ','.join(paths)
+    return cfgs, known[0], path, read_checkpoint(path)
+
+
+def prepare_data(
+    args: argparse.Namespace, classes: tuple[str, ...], folder: Path
+) -> tuple[dict[str, tuple[str, str]], dict, bool]:
+    """Annotation files with the detector's classes, in the folder of results.
+
+    Returns:
+        tuple: 'val' and 'test' -> annotation file and folder of pictures; the content of the
+            former; and whether it is annotated.
+    """
+    found = find_sets(args.data, args.ann, args.img)
+    fitted = next(iter(found))
+    sets: dict[str, tuple[str, str]] = {}
+    first: dict = {}
+    for split, name in ((fitted, 'val'), ('test', 'test')):
+        own = found.get(split, found[fitted])
+        content, lines = annotations_for(own, classes)
+        for line in lines:
+            print(f'data: {line}', file=sys.stderr)
+        first = first or content
+        path = (folder / f'{name}.json').absolute()
+        write_atomically(json.dumps(content).encode(), path)
+        sets[name] = (str(path), str(own.pictures.absolute()))
+    annotated = found[fitted].ann_file is not None
+    print(
+        f'{len(first["images"])} pictures in {found[fitted].pictures}, '
+        + (
+            f'{len(first["annotations"])} objects in {found[fitted].ann_file}'
+            if annotated
+            else 'without annotations: what the last exit detects with a score of '
+            f'{args.score:g} or more stands for the truth'
+        )
+    )
+    return sets, first, annotated
+
+
+def recorded(
+    args: argparse.Namespace, cfg: Config, path: str, fingerprint: str, out: Path
+) -> RoutingRecord:
+    """The record of all pictures: the one that is there if it is of the same, else a new one."""
+    if out.is_file():
+        try:
+            record = read_record(out)
+        except UsageError:
+            record = None
+        if record and record.provenance.get('fingerprint') == fingerprint:
+            print(f'{out} is of these pictures and weights: not recorded again')
+            return record
+    model, checkpoint = load_dynamic_detector(cfg, path, args.device)
+    cli.check_data(cfg, 'val')
+    loader = build_record_loader(cfg, 'val')
+    record = record_data_set(
+        model, cfg, loader, cli.progress, args.view, checkpoint=path, losses=False
+    )
+    record.provenance.update(
+        exits_digest=exits_digest(checkpoint['state_dict']), fingerprint=fingerprint
+    )
+    write_record(record, out)
+    return record
+
+
+def stand_in_truth(
+    args: argparse.Namespace, record: RoutingRecord, content: dict, path: str
+) -> None:
+    """Write what the last exit detects with confidence as annotations."""
+    ids = record.ids.tolist()
+    found = {image: record.detections[-1][row] for row, image in enumerate(ids)}
+    made = confident_annotations(content, found, args.score)
+    write_atomically(json.dumps(made).encode(), path)
+    counts = dict.fromkeys(ids, 0)
+    for one in made['annotations']:
+        counts[one['image_id']] += 1
+    record.objects[:] = [counts[image] for image in ids]
+
+
+def report(record: RoutingRecord, coco, folder: Path) -> None:
+    """Write the page, and print what it says."""
+    record = two_exit_record(record)
+    analysis = analyze_routing(
+        record, coco, say=lambda what: print(f'{what} ...', file=sys.stderr, flush=True)
+    )
+    write_atomically(png(trade_off_figure(analysis['rows'])), folder / 'trade_off.png')
+    page = write_analysis(record, coco, analysis, folder, name='report')
+    print(format_analysis(analysis))
+    print(f'\nThe same with pictures: {page}')
+
+
+def main() -> None:
+    """Make a dynamic detector."""
+    args = parse_args()
+    cli.prepare()
+    check(args)
+    out, folder = Path(args.out), Path(args.out).with_suffix('')
+    cfgs, classes, path, checkpoint = load_plain(args)
+    sets, content, annotated = prepare_data(args, classes, folder)
+    cfg = make_dynamic.dynamic_config(
+        cfgs, args.exits, classes, sets, 'ap', args.batch_size, args.workers
+    )
+    config = out.with_suffix('.py')
+    write_atomically(cfg.pretty_text.encode(), config)
+    cfg = cli.load_config(
+        argparse.Namespace(config=str(config), cfg_options=None, work_dir=str(folder))
+    )
+    torch.manual_seed(args.seed)
+    model, weights = make_dynamic.plain_weights(cfg, checkpoint, path)
+    fingerprint = make_dynamic.fingerprint_of(
+        cfg, weights, content, view=args.view, device=args.device, batch=args.batch_size
+    )
+    print('1 of 3: every picture through every exit', flush=True)
+    record = recorded(args, cfg, path, fingerprint, folder / 'record.npz')
+    if not annotated:
+        for ann_file, _ in dict.fromkeys(sets.values()):
+            stand_in_truth(args, record, content, ann_file)
+    with cli.silence():
+        coco = read_truth(sets['val'][0], range(1, len(classes) + 1))
+    print('2 of 3: the router', flush=True)
+    made = make_dynamic.make_router(
+        model, record, build_objective('ap'), coco, seed=args.seed, progress=cli.counter
+    )
+    facts = dict(
+        records=[str(folder / 'record.npz')],
+        objective='ap',
+        images=len(record),
+        truth='annotations' if annotated else f'detections of score {args.score:g} or more',
+        seed=args.seed,
+        cascade=path,
+    )
+    done = make_dynamic.calibrated_checkpoint(
+        model, dict(checkpoint, state_dict=weights), made, facts, classes, args.hard_share
+    )
+    write_checkpoint(done, args.out)
+    print(
+        f'router fitted to {len(record)} pictures; correlation with the gain on those that it was '
+        f'not fit to: {made.fit.correlation:.3f}\n3 of 3: the report',
+        flush=True,
+    )
+    report(made.record, coco, folder)
+    print(
+        f'\nwritten: {config} and {out}, as they are for every tool, such as\n'
+        f'    python tools/image_demo.py PICTURES {config} {out} --hard-share {args.hard_share:g}'
+    )
+
+
+if __name__ == '__main__':
+    cli.run(main)
