@@ -9,7 +9,7 @@ import torch
 from conftest import same_detections, spread_scores
 from dynamicdet.errors import UsageError
 from dynamicdet.models.regions import Crop, batches_of, cut_maps
-from dynamicdet.testing import STOCK, randomize, tiny_batch, tiny_dynamic
+from dynamicdet.testing import STOCK, randomize, tiny_batch, tiny_detector, tiny_dynamic
 from mmdet.registry import MODELS
 
 TWO_STAGE = ('faster_rcnn', 'mask_rcnn', 'cascade_rcnn')
@@ -111,6 +111,31 @@ def test_a_crop_is_the_detector_on_the_crop(name):
     sample = samples[0].new()
     sample.pred_instances = found
     assert len(found) and equal(sample, wanted)
+
+
+def test_a_crop_of_a_pair_is_the_second_detector_on_it():
+    """With its own normalization."""
+    pair = [tiny_detector('retinanet'), tiny_detector('faster_rcnn')]
+    pair[1].data_preprocessor.update(mean=[10.0, 20.0, 30.0], std=[50.0, 60.0, 70.0])
+    model = MODELS.build(dict(type='DynamicDetector', detector=pair, objective='ap', regions={}))
+    model = spread_scores(randomize(model)).eval()
+    alone = MODELS.build(copy.deepcopy(pair[1])).eval()
+    state = model.state_dict()
+    known = {
+        f'backbone.second.{key[9:]}' if key[:9] == 'backbone.' else f'branches.1.{key}': key
+        for key in alone.state_dict()
+    }
+    alone.load_state_dict({key: state[name] for name, key in known.items()})
+    crop = Crop(0, (2, 3, 3, 5), (32, 64, 128, 192))
+    with torch.no_grad():
+        model.set_budget(threshold=1)
+        found = model._found_in(model.start(*fresh(model, (2,))), [crop], True)[0]
+        image = tiny_batch((2,), size=SIZE)['inputs'][0][:, 32:128, 64:192]
+        sample = fresh(model, (2,))[1][0].new()
+        sample.set_metainfo(dict(img_shape=(96, 128), ori_shape=(96, 128), scale_factor=(1.0, 1.0)))
+        data = alone.data_preprocessor(dict(inputs=[image], data_samples=[sample]))
+        (wanted,) = alone.predict(data['inputs'], data['data_samples'])
+    assert len(found) and same_detections(found, wanted.pred_instances)
 
 
 @pytest.mark.parametrize('settings', KINDS.values(), ids=KINDS)
