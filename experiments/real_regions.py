@@ -25,11 +25,12 @@ from dynamicdet.measuring.recording import build_record_loader, record_data_set
 from dynamicdet.measuring.region_calibration import fit_regions
 from dynamicdet.progress import progress
 from dynamicdet.routing.bootstrap import bootstrap_weights
+from dynamicdet.routing.class_weights import class_weights
 from dynamicdet.routing.evaluation import Mixtures, read_truth
 from dynamicdet.routing.merging import Merge
 from dynamicdet.routing.record import Detections, RoutingRecord, read_record, write_record
 from dynamicdet.routing.region_fitting import fit_region_router
-from dynamicdet.routing.region_maps import RegionRouter, class_weights, rule_map
+from dynamicdet.routing.region_maps import RegionRouter, rule_map
 from dynamicdet.routing.region_record import (
     cell_gains,
     grids_of,

@@ -305,7 +305,7 @@ def test_images_of_other_sizes_count_as_in_a_record(model, monkeypatch):
 
 def test_a_router_that_was_not_trained(model, loader):
     model.delta.fill_(float('nan'))
-    with pytest.raises(UsageError, match='step 1.*step 2'):
+    with pytest.raises(UsageError, match='router of this checkpoint is not trained.*step 2'):
         calibrate(model, loader, no_progress)
     assert not len(model.difficulties)
 

@@ -13,7 +13,6 @@ from dynamicdet.routing.region_maps import (
     PLANES,
     RegionRouter,
     cells_of,
-    class_weights,
     detection_planes,
     rule_map,
 )
@@ -168,14 +167,6 @@ def test_planes_by_hand():
     assert (rule_map(planes) == planes[0] + planes[3]).all()
     none = detection_planes(np.zeros((0, 4)), [], np.zeros(0, int), (3, 3), np.ones(2))
     assert none.shape == (PLANES, 3, 3) and not none.any()
-
-
-def test_rare_classes_weigh_more():
-    weights = class_weights([980, 0, 80])
-    # 1 / 1000, 1 / 20, 1 / 100, times what makes the mean over 1060 objects 1.
-    assert weights[[1, 2]] / weights[0] == pytest.approx([50, 10])
-    assert weights @ [980, 0, 80] == pytest.approx(1060)
-    assert class_weights([0, 0]).tolist() == [1, 1]
 
 
 def test_untrained_router_is_the_rule():

@@ -12,10 +12,10 @@ from ..errors import UsageError
 from ..models import DynamicDetector
 from ..models.budget_control import preserved_budget
 from ..progress import Progress
+from ..routing.class_weights import class_weights
 from ..routing.evaluation import read_truth
 from ..routing.record import RoutingRecord
 from ..routing.region_fitting import fit_region_router
-from ..routing.region_maps import class_weights
 from ..routing.region_record import cell_gains, objects_by_class, planes_of
 from ..routing.regions import PriceCurve, price_curve, threshold_for_area
 from ..timing import time_call

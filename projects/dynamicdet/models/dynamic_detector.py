@@ -18,6 +18,7 @@ from itertools import zip_longest
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from mmengine.model import ModuleList
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
@@ -29,7 +30,15 @@ from mmdet.structures import OptSampleList, SampleList
 
 from ..errors import UsageError
 from ..precision import KeepsTypeOfBuffers
-from ..routing import GAINS, build_objective, image_aps, quantiles_of, resolve_threshold
+from ..routing import (
+    GAINS,
+    build_objective,
+    class_aps,
+    class_weights,
+    image_aps,
+    quantiles_of,
+    resolve_threshold,
+)
 from ..routing.budget import Budget
 from ..routing.merging import Merge, scale_scores
 from ..routing.regions import price_of_threshold
@@ -133,6 +142,10 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             if not isinstance(value, (int, float)) or name == 'backbones' and value != int(value):
                 raise UsageError(f'{name} must be a number, and backbones a whole one; got {value}')
         objective = build_objective(objective)
+        if train_router and GAINS[objective.gain].values == 'reward':
+            raise UsageError(
+                "gain 'reward' is of a whole set: fit the router to a record (tools/fit_router.py)"
+            )
         detectors = each_exit(detector)
         own_backbones = [
             own or one['backbone'] for own, one in zip_longest(each_exit(backbone), detectors)
@@ -198,6 +211,8 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         # Quantiles of the training set's gains, (101,); NaN until `RouterHook` has measured them,
         # which also keeps them in the checkpoint: they matter to step 2 alone.
         self.register_buffer('gains', torch.full((101,), float('nan')), persistent=False)
+        # Objects of each class in the training set, for gains by class; as the quantiles.
+        self.register_buffer('class_counts', torch.zeros(0), persistent=False)
         self.budget: Budget | None = budget
         self.train_router = train_router
         # Between exit k and k + 1, ascending; of two exits a single number.
@@ -495,16 +510,57 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         Returns:
             tuple[Tensor, Tensor]: Gains, (N,), and what the router sees, (N, d); float32.
         """
+        if self.objective.by_class:
+            parts, counts, features = self.class_gains(batch_inputs, batch_data_samples)
+            self.last_class_counts = counts.sum(0)
+            return self.weighted_gains(parts), features
         # Before the losses: some heads write into the annotations that they are given.
         objects = [len(sample.gt_instances) for sample in batch_data_samples]
-        measure = self._exit_aps if GAINS[self.objective.gain].values == 'ap' else self.exit_losses
+        measure = self.exit_losses
+        if GAINS[self.objective.gain].values == 'ap':
+            measure = self._exit_aps
         values, features = measure(batch_inputs, batch_data_samples)
         return self.objective.gains(values, objects), features
 
-    def _exit_aps(
+    @torch.no_grad()
+    def class_gains(
         self, batch_inputs: Tensor, batch_data_samples: SampleList
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What each image gains by the last exit, class by class, to be weighted by class.
+
+        An image's loss is no sum over classes: its gain goes to its objects in equal parts. Its AP
+        is one of each class, which counts for each of its objects.
+
+        Returns:
+            tuple[Tensor, Tensor, Tensor]: Parts of the gain, (N, C + 1), the last of which is the
+                gain of images without objects, whose weight is 1; objects, (N, C), C being as large
+                as the batch's labels ask for; and what the router sees, (N, d). float32.
+        """
+        labels = [sample.gt_instances.labels.clone() for sample in batch_data_samples]
+        classes = max((int(own.max()) + 1 for own in labels if len(own)), default=0)
+        counts = torch.stack([torch.bincount(own, minlength=classes) for own in labels]).float()
+        if GAINS[self.objective.gain].values == 'ap':
+            values, features = self._exit_aps(batch_inputs, batch_data_samples, classes)
+            return F.pad(values[-1] - values[0], (0, 1)), counts, features
+        losses, features = self.exit_losses(batch_inputs, batch_data_samples)
+        objects = counts.sum(1)
+        gains = self.objective.gains(losses, objects.tolist())[:, None]
+        shares = torch.cat([counts / objects.clamp(min=1)[:, None], (objects == 0)[:, None]], 1)
+        return gains * shares, counts, features
+
+    def weighted_gains(self, parts: Tensor) -> Tensor:
+        """Gains by class, (N,), of what `class_gains` gives, (N, C + 1), by the objects of each
+        class that are known so far (``class_counts``); by none, all weigh the same."""
+        classes = parts.shape[1] - 1
+        counts = F.pad(self.class_counts, (0, max(0, classes - len(self.class_counts))))
+        weights = parts.new_tensor(class_weights(counts.tolist())[:classes])
+        return parts[:, :-1] @ weights + parts[:, -1]
+
+    def _exit_aps(
+        self, batch_inputs: Tensor, batch_data_samples: SampleList, classes: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """AP of each image by itself under each exit, (K, N), percent, and what the router sees."""
+        """AP of each image by itself under each exit, (K, N), percent, and what the router sees;
+        with a number of classes `class_aps`, (K, N, C), instead."""
         every = self._all_exits(batch_inputs, batch_data_samples)
         found, truths = [], []
         for exit, (maps, samples, _) in enumerate(every):
@@ -520,7 +576,12 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             truths = truths[-1:] * self.num_exits
         detections = [_as_arrays(own) for own in found]
         features = self.router.pool(every[0][0], _valid(batch_inputs, batch_data_samples))
-        return features.new_tensor(image_aps(detections, truths)), features
+        aps = (
+            image_aps(detections, truths)
+            if classes is None
+            else class_aps(detections, truths, classes)
+        )
+        return features.new_tensor(aps), features
 
     def _merged_exits(
         self, found: list[list[InstanceData]], ratios: Sequence[Ratio]

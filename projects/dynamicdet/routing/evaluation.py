@@ -281,18 +281,41 @@ class Mixtures:
                 scores[area] = _mean(self._precision(area, choice, weights))
         return scores
 
-    def image_ap(self) -> np.ndarray:
+    def image_ap(self, weights: Sequence[float] | None = None) -> np.ndarray:
         """AP of each image by itself under each exit, (K, n), in percent, rounded to 1e-9 so that
-        equal results are equal. 0 for images without objects, whatever is found there."""
+        equal results are equal. 0 for images without objects, whatever is found there.
+
+        Args:
+            weights (Sequence[float], optional): Of each category's objects, (categories,), by
+                sorted id; see `class_weights`. With them an image has the sum over its objects of
+                weight times the AP of the object's category in the image: about what it adds to the
+                AP of the set, where a category's share of it falls with its number of objects.
+                Defaults to the mean over the image's categories.
+        """
+        objects = self._matches['all'].objects
+        if weights is None:
+            known = np.maximum((objects > 0).sum(axis=1, keepdims=True), 1)
+            shares = (objects > 0) / known
+        else:
+            shares = objects * np.asarray(weights, float)
+        return np.round((self.category_ap() * shares).sum(axis=2), 9)
+
+    def category_ap(self) -> np.ndarray:
+        """AP of each category in each image by itself under each exit, (K, n, categories), in
+        percent; 0 where the image has none of it. Categories are sorted by id."""
         matches = self._matches['all']
         counts, objects = _Counts(matches.by_image(), self.exits), matches.objects.ravel()
-        known = np.maximum((matches.objects > 0).sum(axis=1), 1)
         aps = []
         for exit in range(self.exits):
             table, _ = self._tables(np.full(self.images, exit), None)
             each = np.nan_to_num(counts.precision(table, objects).mean(axis=1))
-            aps.append(np.round(100 * each.reshape(self.images, -1).sum(axis=1) / known, 9))
+            aps.append(100 * each.reshape(self.images, -1))
         return np.array(aps)
+
+    @property
+    def objects(self) -> np.ndarray:
+        """Objects that count of each image and category, (n, categories), sorted by id."""
+        return self._matches['all'].objects
 
     def _precision(
         self, area: str, choice: Sequence[int], weights: Sequence[int] | None

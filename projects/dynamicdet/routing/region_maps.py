@@ -5,7 +5,7 @@ Letters: ``D``: detections of an image. ``h``, ``w``: rows and columns of its gr
 
 * ``boxes``, (D, 4): left, top, right, bottom, in pixels of the image as its network sees it.
 * ``scores``, (D,), in [0, 1]; ``labels``, (D,), from 0 on.
-* ``weights``, (C,): what an object of each class counts; see `class_weights`.
+* ``weights``, (C,): what an object of each class counts; see `class_weights.class_weights`.
 """
 
 from collections.abc import Sequence
@@ -26,26 +26,6 @@ _HALF = 0.5
 #: Planes of `detection_planes`: of each size doubt and confidence, weighted by class, and
 #: confidence alone; the number of detections.
 PLANES = 3 * (len(_SIDES) + 1) + 1
-#: Objects that are added to those of a class before it is weighted: a class that was seen a few
-#: times by chance would else outweigh all others.
-_FEW_OBJECTS = 20
-
-
-def class_weights(objects: Sequence[int]) -> np.ndarray:
-    """What an object of each class counts in AP, which averages over classes: 1 / (objects of the
-    class + 20), scaled so that the mean over the objects is 1.
-
-    Args:
-        objects (Sequence[int]): Objects of each class in a data set, (C,).
-
-    Returns:
-        np.ndarray: (C,); ones where there are no objects at all.
-    """
-    counts = np.asarray(objects, float)
-    if not counts.sum():
-        return np.ones(len(counts))
-    weights = 1 / (counts + _FEW_OBJECTS)
-    return weights * counts.sum() / (weights * counts).sum()
 
 
 def cells_of(boxes: np.ndarray, grid: tuple[int, int], cell: int = CELL) -> np.ndarray:
