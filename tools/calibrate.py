@@ -49,6 +49,7 @@ from dynamicdet.measuring.calibration import (
     require_trained_router,
     score_facts,
 )
+from dynamicdet.measuring.region_calibration import calibrate_regions
 from dynamicdet.routing.budget import Budget
 
 
@@ -68,10 +69,18 @@ def main() -> None:
     require_dynamic(cfg)
     cli.check_settings(cfg, 'val')
     model, checkpoint = load_dynamic_detector(cfg, args.checkpoint, args.device)
-    require_trained_router(model)
+    if model.regions is None:
+        require_trained_router(model)
+    elif args.scores:
+        raise UsageError('--scores is not there yet where regions are looked at again')
     cli.check_data(cfg, 'val', files=not args.no_data_check)
     loader = build_loader(cfg.val_dataloader)
-    found = calibrate(model, loader, cli.progress, args.hard_share, args.scores)
+    if model.regions is None:
+        found = calibrate(model, loader, cli.progress, args.hard_share, args.scores)
+    else:
+        found = calibrate_regions(model, loader, cli.progress, args.hard_share)
+        own = model.regions.state_dict(prefix='regions.')
+        checkpoint['state_dict'].update({name: value.cpu() for name, value in own.items()})
     for name in CALIBRATED:
         checkpoint['state_dict'][name] = getattr(model, name).cpu()
     checkpoint.setdefault('meta', {})['calibration'] = dict(
@@ -90,7 +99,7 @@ def main() -> None:
     print(
         f'calibrated on {len(loader.dataset)} images: '
         + '; '.join(f'exit {exit} {cost}' for exit, cost in enumerate(costs))
-        + f' per image; hard share '
+        + f' per image; {"hard share" if model.regions is None else "share of pixels"} '
         f'{args.hard_share:g} is threshold {thresholds}; written to {out}'
     )
 

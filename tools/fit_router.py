@@ -53,6 +53,7 @@ from dynamicdet import cli
 from dynamicdet.building import build_model, exits_of_plain, require_dynamic, whole_model
 from dynamicdet.checkpoints import write_checkpoint
 from dynamicdet.errors import UsageError
+from dynamicdet.measuring.region_calibration import fit_regions, insert_regions
 from dynamicdet.measuring.router_from_records import (
     fit_router_to_records,
     ground_truths,
@@ -60,8 +61,9 @@ from dynamicdet.measuring.router_from_records import (
     objective_settings,
     wanted_objective,
 )
+from dynamicdet.models import DynamicDetector
 from dynamicdet.models.weights import exits_digest
-from dynamicdet.routing.record import read_record, require_of_detector
+from dynamicdet.routing.record import RoutingRecord, read_record, require_of_detector
 from dynamicdet.routing.router_fitting import RouterFit
 
 
@@ -86,6 +88,9 @@ def main() -> None:
         require_of_detector(
             record.provenance, record.exits, model.num_exits, args.checkpoint, digest
         )
+    if model.regions is not None:
+        fit_region_map(args, model, records, dict(checkpoint, state_dict=weights))
+        return
     with cli.silence():
         cocos = ground_truths(records, objective)
     fit, images = fit_router_to_records(
@@ -107,6 +112,26 @@ def main() -> None:
         f'router fitted to {facts["rows"]} rows of {images} images ({_chosen(fit)}); correlation '
         'with the gain on images that it was not fit to: '
         f'{fit.correlation:.3f}; delta {done["meta"]["router"]["delta"]:.4f}; written to {args.out}'
+    )
+
+
+def fit_region_map(
+    args: argparse.Namespace, model: DynamicDetector, records: list[RoutingRecord], checkpoint: dict
+) -> None:
+    """Fit the map of regions instead, and write the checkpoint."""
+    odd = dict(objective=args.objective, features_from=args.features_from, linear=args.linear)
+    for option, value in odd.items():
+        if value:
+            raise UsageError(
+                f'--{option.replace("_", "-")} is of routers of whole images: leave it out'
+            )
+    with cli.silence():
+        found = fit_regions(model, records, args.seed, cli.counter('fit'))
+    done = insert_regions(model, checkpoint, dict(found, records=args.records, seed=args.seed))
+    write_checkpoint(done, args.out)
+    print(
+        f'regions fitted to {found["images"]} images, {found["classes"]} classes; correlation of '
+        f"the images' sums with their gains: {found['correlation']:.3f}; written to {args.out}"
     )
 
 

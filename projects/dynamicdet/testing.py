@@ -215,6 +215,8 @@ _KEPT = (
     'platt_scale',
     'platt_shift',
     'gflops',
+    'class_weights',
+    'curve',
     'mean',
     'std',
     'before_mean',

@@ -19,7 +19,7 @@ from ..building import build_loader
 from ..datasets.config_datasets import require_one_coco
 from ..errors import UsageError
 from ..models import DynamicDetector
-from ..models.budget_control import preserved_budget
+from ..models.budget_control import preserved_budget, whole_images
 from ..models.kept_outputs import kept_outputs
 from ..progress import Progress
 from ..routing.record import RoutingRecord
@@ -111,8 +111,10 @@ def record_data_set(
     Returns:
         RoutingRecord: With all that it can hold of what was asked for.
     """
-    images = record_images(model, loader.dataset, loader, progress, view, losses)
-    branch_gflops, branch_latency = _add_costs(images, model, loader.dataset, progress)
+    # What regions would be worth follows from what is found on whole images.
+    with whole_images(model):
+        images = record_images(model, loader.dataset, loader, progress, view, losses)
+        branch_gflops, branch_latency = _add_costs(images, model, loader.dataset, progress)
     gflops, latencies = (
         np.mean([image[name] for image in images], axis=0).tolist()
         for name in ('gflops', 'latencies')
@@ -201,6 +203,7 @@ def _record_batch(
             file=str(sample.img_path),
             difficulty=float(sample.difficulty),
             shape=tuple(sample.img_shape[:2]),
+            frame=(*sample.img_shape[:2], *sample.get('scale_factor', (1.0, 1.0))),
             detections=[per_image[row] for per_image in detections],
             features=seen_by_router[row].copy(),
             entropy=gray_entropy(pixels[row]),

@@ -41,6 +41,7 @@ from ..routing import (
 )
 from ..routing.budget import Budget
 from ..routing.merging import Merge, scale_scores
+from ..routing.regions import price_of_threshold
 from ..routing.thresholds import Thresholds, require_exits
 from ..transfers import to_host
 from .batch_state import BatchState
@@ -51,6 +52,19 @@ from .merging import merge_instances
 from .normalization import NormalizationChange
 from .paired_losses import ExitView, paired_losses
 from .pairs import each_exit, initial_weights, pad_alike
+from .regions import (
+    Crop,
+    Regions,
+    batches_of,
+    canvas_of,
+    crops_of,
+    cut_images,
+    cut_maps,
+    join_crops,
+    num_classes_of,
+    sample_of_crop,
+    to_whole_image,
+)
 from .resolution import Ratio, exit_scales, reduce_images, reduce_samples, scale_boxes
 from .weights import JOINED, is_plain, rename_entries
 
@@ -94,6 +108,10 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             it finds there, by class: 'nms', 'wbf' or ``dict(type=..., iou=..., conf_type=...)``,
             see `routing.merging.Merge`. Then the necks and heads of all exits up to an image's own
             run. Defaults to None: each exit by itself.
+        regions (dict, optional): Arguments of `Regions`, ``dict()`` for its own: the second exit
+            looks at some regions of an image alone, which exit 0's detections say. Then the neck
+            and heads of exit 0 run on every image; a threshold is a price, and ``hard_share`` a
+            share of the pixels. Takes two exits. Defaults to None: whole images, by the router.
         data_preprocessor (dict, optional): Defaults to the detector's; of a pair, the first's, with
             padding that suits all.
         init_cfg (dict, optional): As in mmengine. A checkpoint of the plain detector fills both
@@ -115,6 +133,7 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         objective: str | dict = 'paper',
         budget: dict | None = None,
         merge: str | dict | None = None,
+        regions: dict | None = None,
         data_preprocessor: dict | None = None,
         init_cfg: dict | None = None,
     ) -> None:
@@ -147,6 +166,8 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
                 'one backbone has two exits only where they differ by resolution: give first_scale '
                 'below 1, or two backbones'
             )
+        if regions is not None and len(scales) != 2:
+            raise UsageError(f'regions take two exits; got {len(scales)}')
         budget = Budget.parse(budget)
         if budget is not None:
             require_exits(budget, len(scales))
@@ -179,6 +200,12 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         #: Of the deepest map: all but a few detectors have 32; those with more pad to it.
         self.stride = max(32, getattr(self.data_preprocessor, 'pad_size_divisor', 1))
         self.objective = objective
+        #: What of an image the second exit looks at; None: all of it.
+        self.regions: Regions | None = None
+        if regions is not None:
+            self.regions = Regions(
+                **{'num_classes': num_classes_of(self.branch(0)), 'cell': self.stride, **regions}
+            )
         #: How exits are merged; may be set at any time.
         self.merge: Merge | None = merge
         # Quantiles of the training set's gains, (101,); NaN until `RouterHook` has measured them,
@@ -253,6 +280,11 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         Raises:
             UsageError: If it is of one plain detector, and the exits are several.
         """
+        if self.regions is None:
+            # Where whole images are seen, what was fitted to regions is not needed.
+            state_dict = {
+                key: value for key, value in state_dict.items() if not key.startswith('regions.')
+            }
         if not is_plain(state_dict):
             return dict(state_dict)
         if len(self.normalizations) and any(key.startswith('backbone.') for key in state_dict):
@@ -305,9 +337,12 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             UsageError: If out of range, or if the model is not calibrated and needs to be.
         """
         budget = Budget.parse(budget, **named)
-        thresholds = resolve_threshold(
-            budget, self.difficulties.tolist(), self.latencies.tolist(), self.gflops.tolist()
-        )
+        if self.regions is not None:
+            thresholds = self.regions.threshold_for(budget)
+        else:
+            thresholds = resolve_threshold(
+                budget, self.difficulties.tolist(), self.latencies.tolist(), self.gflops.tolist()
+            )
         self.threshold.copy_(torch.tensor(thresholds))
         self.budget, self._budget_waits = budget, False
         if budget.kind == 'target_latency' and self.timed_elsewhere:
@@ -316,7 +351,9 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
 
     def _apply_budget(self) -> None:
         """Set the threshold as soon as what the config's budget needs is loaded."""
-        if self.budget and (self.budget.kind == 'threshold' or len(self.difficulties)):
+        # Where there are regions, their calibration is loaded after this.
+        ready = self.regions is None and len(self.difficulties)
+        if self.budget and (self.budget.kind == 'threshold' or ready):
             self.set_budget(self.budget)
         else:
             self._budget_waits = self.budget is not None
@@ -332,7 +369,11 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
     # Forward.
 
     def score(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> Tensor:
-        """Difficulty of each image, (N,), by the first backbone and the router alone."""
+        """Difficulty of each image, (N,), by the first backbone and the router alone; where regions
+        are looked at again, by exit 0's detections."""
+        if self.regions is not None:
+            state = self.start(batch_inputs, batch_data_samples)
+            return torch.tensor(state.difficulties, device=batch_inputs.device)
         maps, _ = self._first_maps(batch_inputs)
         return self.router(maps, _valid(batch_inputs, batch_data_samples))
 
@@ -353,7 +394,10 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         if exit and len(self.normalizations):
             shapes = samples and [sample.img_shape for sample in samples]
             batch_inputs = self.normalizations[exit - 1](batch_inputs, shapes)
-        return reduce_images(batch_inputs, self.scales[exit], self.stride)
+        scale = self.scales[exit]
+        if self.regions is not None and not exit:
+            scale = self.regions.first_scale(scale, tuple(batch_inputs.shape[-2:]))
+        return reduce_images(batch_inputs, scale, self.stride)
 
     def _first_maps(self, batch_inputs: Tensor) -> tuple[tuple, Ratio]:
         """``f1``, and how large the images were that it was made from."""
@@ -607,7 +651,7 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             list[DetDataSample]: In input order; each with ``pred_instances``, ``difficulty``
             (float) and ``exit`` (0 to K - 1).
         """
-        state = self.start(batch_inputs, batch_data_samples)
+        state = self.start(batch_inputs, batch_data_samples, rescale)
         while True:
             if self.merge:
                 # All at once, those that leave and those that go on.
@@ -617,10 +661,13 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
                 self.finish(leaving, rescale)
             if not len(going_on):
                 return batch_data_samples
-            state = self.deepen(going_on)
+            state = self.deepen(going_on, rescale)
 
-    def start(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> BatchState:
-        """Run the first backbone and the router: all that is known before the first exit.
+    def start(
+        self, batch_inputs: Tensor, batch_data_samples: SampleList, rescale: bool = True
+    ) -> BatchState:
+        """Run the first backbone and the router: all that is known before the first exit. Where
+        regions are looked at again, the first exit's neck and heads, which say where.
 
         Between this, ``finish`` and ``deepen`` images may wait, part and join others: see
         `apis.stream`.
@@ -628,6 +675,10 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         if self._budget_waits:
             self.set_budget(self.budget)
         maps, ratio = self._first_maps(batch_inputs)
+        if self.regions is not None:
+            images = batch_inputs if self._needs_images else None
+            state = BatchState(0, images, maps, ratio, batch_data_samples, [], [])
+            return self._choose_regions(state, rescale)
         phi = self.router(maps, _valid(batch_inputs, batch_data_samples))
         # One transfer from the device for both.
         difficulties, exits = torch.stack([phi, self._exits_of(phi).float()]).tolist()
@@ -636,11 +687,57 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             0, images, maps, ratio, batch_data_samples, difficulties, [int(one) for one in exits]
         )
 
-    def deepen(self, state: BatchState) -> BatchState:
+    def _choose_regions(self, state: BatchState, rescale: bool) -> BatchState:
+        """Run the first exit's neck and heads, and say what is worth a second look."""
+        self.detect(state, rescale)
+        regions, threshold = self.regions, float(self.threshold)
+        gains = regions.gain_maps(
+            [own[0] for own in state.found], state.samples, state.maps, state.ratio, rescale
+        )
+        whole = price_of_threshold(threshold) <= 0
+        chosen = [[] if whole else regions.choose(own, threshold) for own in gains]
+        return replace(
+            state,
+            difficulties=[regions.difficulty(own) for own in gains],
+            exits=[int(whole or len(own) > 0) for own in chosen],
+            regions=chosen,
+        )
+
+    def _look_again(self, state: BatchState, rescale: bool) -> BatchState:
+        """Run the second exit on regions of images, neck and heads included, and join what it finds
+        with what the first found. No more pixels are in memory at a time than the images have."""
+        settings = self.regions
+        crops = crops_of(state.regions, state.samples, settings)
+        height, width = canvas_of(state.samples)
+        parts: list[list] = [[] for _ in state.samples]
+        for some in batches_of(crops, len(state) * height * width):
+            for crop, found in zip(some, self._found_in(state, some, rescale)):
+                whole = to_whole_image(found, crop, state.samples[crop.row], rescale)
+                parts[crop.row].append((crop, whole))
+        found = [
+            {1: join_crops(own[0], part, sample, settings, self.merge, rescale)}
+            for own, part, sample in zip(state.found, parts, state.samples)
+        ]
+        return replace(state, exit=1, maps=(), ratio=(1.0, 1.0), found=found)
+
+    def _found_in(
+        self, state: BatchState, crops: Sequence[Crop], rescale: bool
+    ) -> list[InstanceData]:
+        """What the second exit finds in crops of equal size, in their own frames."""
+        images = None if state.images is None else cut_images(state.images, crops)
+        maps = cut_maps(state.maps, canvas_of(state.samples), crops)
+        samples = [sample_of_crop(state.samples[crop.row], crop) for crop in crops]
+        maps, ratio = self._deeper_maps(1, images, maps, samples)
+        return self._found_by(BatchState(1, images, maps, ratio, samples, [], []), rescale)
+
+    def deepen(self, state: BatchState, rescale: bool = True) -> BatchState:
         """Run the next backbone on images that go on; where exits are merged, this exit's neck and
-        heads before it, unless they ran."""
+        heads before it, unless they ran. Where regions are looked at again, the next exit's, too:
+        ``rescale`` is as of `predict`."""
+        if any(state.regions):
+            return self._look_again(state, rescale)
         if self.merge:
-            self.detect(state)
+            self.detect(state, rescale)
         maps, ratio = self._deeper_maps(state.exit + 1, state.images, state.maps, state.samples)
         found = [dict(own) if self.merge else {} for own in state.found]
         return replace(state, exit=state.exit + 1, maps=maps, ratio=ratio, found=found)
@@ -655,16 +752,23 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
     def finish(self, state: BatchState, rescale: bool = True) -> SampleList:
         """Run this exit's neck and heads on all images of a batch state; results go into the
         samples, merged with those of the exits before where that is wanted."""
-        if self.merge:
+        if self.merge or self.regions is not None:
             self.detect(state, rescale)
+        if self.merge:
             found = merge_instances(
                 [[own[exit] for exit in sorted(own)] for own in state.found], self.merge
             )
+        elif self.regions is not None:
+            found = [own[state.exit] for own in state.found]
         else:
             found = self._found_by(state, rescale)
-        for sample, own, difficulty in zip(state.samples, found, state.difficulties):
+        for row, (sample, own) in enumerate(zip(state.samples, found)):
             sample.pred_instances = own
-            sample.set_metainfo(dict(difficulty=difficulty, exit=state.exit))
+            sample.set_metainfo(dict(difficulty=state.difficulties[row], exit=state.exit))
+            if self.regions is not None:
+                sample.set_metainfo(
+                    dict(regions=self.regions.boxes_of(state.regions[row], sample, state.exit))
+                )
         return state.samples
 
     def _exits_of(self, phi: Tensor) -> Tensor:

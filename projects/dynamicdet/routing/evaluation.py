@@ -525,6 +525,36 @@ def _best_from_here(values: np.ndarray, segment: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate((values + lift)[::-1])[::-1] - lift
 
 
+def match_objects(record: RoutingRecord, coco: COCO, exit: int) -> list[dict[int, float]]:
+    """What an exit finds of each image's objects: annotation id -> the score of the detection that
+    is matched with it, averaged over the IoU thresholds, 0 where there is none. Crowds are left
+    out.
+
+    Args:
+        record (RoutingRecord): Any.
+        coco (COCO): Its ground truth.
+        exit (int): 0 to K - 1.
+
+    Returns:
+        list[dict[int, float]]: Of each image, in the record's order, those with a match at any
+        threshold.
+    """
+    row_of = {identity: row for row, identity in enumerate(record.ids.tolist())}
+    found: list[dict[int, float]] = [{} for _ in row_of]
+    results = mixed_results(record, [exit] * len(record))
+    evaluator = _match(coco, results, record.ids.tolist(), ['all'])
+    for entry in evaluator.evalImgs:
+        if entry is None:
+            continue
+        score_of = dict(zip(entry['dtIds'], entry['dtScores']))
+        kept = [at for at, ignored in enumerate(entry['gtIgnore']) if not ignored]
+        for at in kept:
+            scores = [score_of.get(one, 0.0) for one in entry['gtMatches'][:, at].tolist()]
+            if any(scores):
+                found[row_of[entry['image_id']]][int(entry['gtIds'][at])] = float(np.mean(scores))
+    return found
+
+
 def _match(
     coco: COCO, results: Sequence[dict], image_ids: Sequence[int], areas: Iterable[str]
 ) -> COCOeval:
