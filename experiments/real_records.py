@@ -1,6 +1,6 @@
 """Records of real pictures for experiments/real.md: one published YOLOX-nano as two exits, at 320 and 640 pixels.
 
-python experiments/real_records.py ../shared/real OUT [--more FOLDER]
+python experiments/real_records.py DATA OUT [--more FOLDER]
 
 OUT gets ``router.npz`` and ``test.npz``, their annotation files, the config and the checkpoint. Nothing is
 trained. With --more, a folder of further pictures of COCO val2017, those of them that ``*_more.json`` know

@@ -1,7 +1,7 @@
 """Regions on real pictures: AP against GFLOPs, simulated on a record and with real crops, beside a
 plain detector at four sizes.
 
-    python experiments/real_regions.py --data ../shared/real --out work_dirs/real_regions
+    python experiments/real_regions.py --data DATA --out work_dirs/real_regions
 
 One YOLOX-nano with published weights is both exits, at 320 and 640 pixels. ``router.json`` fits the
 map and the prices, ``test.json`` is what figures are of. Each step leaves its result, and is not
