@@ -109,6 +109,18 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_baseline_argument(parser: argparse.ArgumentParser) -> None:
+    """Plain detectors to compare with, see `dynamicdet.measuring.baselines.parse_baselines`."""
+    parser.add_argument(
+        '--baseline',
+        nargs='+',
+        action='append',
+        metavar=('CONFIG CHECKPOINT', 'SIZE'),
+        help='a plain detector to compare with on the same images and, if you like, the sizes to '
+        'run it at instead of its own; may be given several times',
+    )
+
+
 def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
     """The wanted speed, one way of five."""
     group = parser.add_mutually_exclusive_group()

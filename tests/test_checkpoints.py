@@ -7,6 +7,7 @@ import http.server
 import os
 import pickle
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -197,6 +198,17 @@ def test_what_a_reader_says_in_numbers_alone_has_its_name(tmp_path):
     path = tmp_path / 'a.pth'
     path.write_text('hello')
     assert re.search('read safely: .*[A-Za-z]', refusal(read_checkpoint, str(path)))
+
+
+def test_what_cannot_be_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
+    with socket.socket() as bound:
+        # Nobody listens there.
+        bound.bind(('127.0.0.1', 0))
+        url = f'http://127.0.0.1:{bound.getsockname()[1]}/a.pth'
+        message = refusal(read_checkpoint, url)
+    assert url in message and 'give the path of a file' in message
+    assert 'read safely' not in message
 
 
 def test_a_missing_path(tmp_path):

@@ -1,13 +1,15 @@
 """Pages for users: links, names of tools and modules that exist, configs that load, and length."""
 
+import ast
 import importlib
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
-from test_layout import ROOMS
+from test_layout import PACKAGE, ROOMS
 
 from conftest import ROOT
 from dynamicdet.datasets.digits import SIZES
@@ -96,13 +98,127 @@ def test_programs_and_configs_that_are_named_exist(page):
 
 @pytest.mark.parametrize('page', PAGES, ids=name_of)
 def test_options_of_commands_exist(page):
-    shared = (ROOT / 'projects/dynamicdet_options.py').read_text()
+    shared = ''.join(
+        (ROOT / file).read_text()
+        for file in ('projects/dynamicdet_options.py', 'experiments/steps.py')
+    )
     text = re.sub(r'\\\n\s*', ' ', page.read_text())
-    for tool, rest in re.findall(r'^ {4,}.*python (tools/\w+\.py)(.*)$', text, re.M):
+    for tool, rest in re.findall(
+        r'^ {4,}.*python ((?:tools|experiments)/\w+\.py)(.*)$', text, re.M
+    ):
         # Those of tools/make_digits.py are its splits.
         source = (ROOT / tool).read_text() + shared + ''.join(f"'--{split}'" for split in SIZES)
         options = re.findall(r'(?<= )--[a-z][\w-]*', rest.split('#')[0])
         assert not [option for option in options if f"'{option}'" not in source], tool
+
+
+CODE_SPAN = re.compile(r'(?<!`)`([^`\n]+)`(?!`)')
+
+
+@pytest.mark.parametrize('page', PAGES, ids=name_of)
+def test_options_in_sentences_and_tables_exist(page):
+    sources = {
+        str(path.relative_to(ROOT)): path.read_text()
+        for folder in ('tools', 'experiments')
+        for path in (ROOT / folder).rglob('*.py')
+    }
+    shared = "'--help'" + (ROOT / 'projects/dynamicdet_options.py').read_text()
+    unknown = []
+    for span in CODE_SPAN.findall(prose_of(page.read_text())):
+        tool = re.match(r'(?:python )?((?:tools|experiments)/\w+\.py)', span)
+        if tool or span.startswith('--'):
+            code = shared + (sources[tool[1]] if tool else ''.join(sources.values()))
+            options = re.findall(r'(?<![\w-])--[a-z][\w-]*', span)
+            unknown += [option for option in options if f"'{option}'" not in code]
+    assert not unknown
+
+
+def names_in_code():
+    """Names by the package's module, without comments and docstrings; and all of the repository."""
+    by_module, everywhere = {}, set()
+    for path in (
+        path
+        for folder in ('projects', 'tools', 'experiments', 'tests', 'configs')
+        for path in (ROOT / folder).rglob('*.py')
+    ):
+        names = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                # What is registered or looked up by a name; a docstring has spaces.
+                names |= set() if ' ' in node.value else set(re.findall(r'\w+', node.value))
+            for field in ('id', 'attr', 'arg', 'name', 'asname', 'module'):
+                names |= set(str(getattr(node, field, None)).split('.'))
+        everywhere |= names
+        if PACKAGE in path.parents:
+            module = path.parent if path.name == '__init__.py' else path.with_suffix('')
+            by_module[module.relative_to(PACKAGE.parent).parts] = names
+    return by_module, everywhere
+
+
+def unknown_names(text, by_module, everywhere):
+    """Code spans that are names, plain or after their module's, but of nothing that there is."""
+    unknown = []
+    for span in CODE_SPAN.findall(text):
+        parts = tuple(span.removesuffix('()').split('.'))
+        *head, last = parts
+        if not all(part.isidentifier() for part in parts) or last == 'py':
+            continue
+        is_module = any(module[-len(parts) :] == parts for module in by_module)
+        inside = [
+            names for module, names in by_module.items() if list(module[-len(head) :]) == head
+        ]
+        if not is_module and not any(last in names for names in inside or [everywhere]):
+            unknown.append(span)
+    return unknown
+
+
+def test_comments_name_what_there_is():
+    there = {('video', 'gates'): {'Gate'}}, {'Gate'}
+    assert unknown_names('`gates`, `gates.Gate`, `gone`, `gates.gone`', *there) == [
+        'gone',
+        'gates.gone',
+    ]
+    names = names_in_code()
+    unknown = {
+        str(path.relative_to(ROOT)): found
+        for path in (ROOT / 'projects').rglob('*.py')
+        if (found := unknown_names(path.read_text(), *names))
+    }
+    assert not unknown
+
+
+def test_changelog_names_what_there_is_now():
+    rows = re.findall(r'^\|.*\| (.*) \|$', (ROOT / 'CHANGELOG.md').read_text(), re.M)
+    assert len(rows) > 40 and unknown_names('\n'.join(rows), *names_in_code()) == []
+
+
+def missing_before(page):
+    """What a page's trainings need that no command before them makes: data, or weights."""
+    makers = {
+        'data/digits/': 'tools/make_digits.py',
+        'data/digits_video/': 'tools/make_digits_video.py',
+    }
+    done, missing = '', []
+    for command in re.findall(r'^ {4,}(python tools/.*)$', page.read_text(), re.M):
+        config = re.match(r'python tools/train\.py (configs/\S+)', command)
+        if config and (ROOT / config[1]).exists():
+            cfg = Config.fromfile(ROOT / config[1])
+            needed = [makers.get(cfg.get('data_root'), '')]
+            if (cfg.get('load_from') or '').startswith('work_dirs/'):
+                needed.append(f'/{Path(cfg.load_from).parent.name}.py')
+            missing += [f'{config[1]} needs {one}' for one in needed if one not in done]
+        done += command
+    return missing
+
+
+def test_pages_make_what_they_train_on(tmp_path):
+    page = tmp_path / 'page.md'
+    start = '    python tools/make_digits.py\n    python tools/train.py configs/faster_rcnn_digits'
+    page.write_text(f'{start}_pruned.py\n')
+    assert missing_before(page) == [
+        'configs/faster_rcnn_digits_pruned.py needs /faster_rcnn_digits.py'
+    ]
+    assert [missing for page in USER_PAGES for missing in missing_before(page)] == []
 
 
 @pytest.mark.parametrize('page', USER_PAGES, ids=name_of)

@@ -1,12 +1,16 @@
 """Say what the router of a dynamic detector is worth, from a record that tools/record.py made.
 
 Prints tables and a diagnosis; writes routing.json and routing.html, a page with the trade-off
-curve, a slider over the threshold, and images. Takes no model: seconds to minutes.
+curve, a slider over the threshold, and images. Runs no model but those of --baseline: seconds to
+minutes.
 """
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
+
+from dynamicdet_options import add_baseline_argument
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,6 +44,13 @@ def parse_args() -> argparse.Namespace:
         '--bootstrap', type=int, default=200, help='resamples for 95 %% intervals: 200; 0 for none'
     )
     parser.add_argument('--seed', type=int, default=0, help='of resamples and random routing: 0')
+    parser.add_argument(
+        '--by-class',
+        action='store_true',
+        help='let oracles and the diagnosis count an object by how rare its class is, as AP does',
+    )
+    add_baseline_argument(parser)
+    parser.add_argument('--device', default='cpu', help='where baselines run and are timed: cpu')
     parser.add_argument('--title', default='What routing is worth', help='of the page')
     return parser.parse_args()
 
@@ -52,6 +63,7 @@ from pycocotools.coco import COCO
 
 from dynamicdet import cli
 from dynamicdet.errors import UsageError
+from dynamicdet.measuring.baselines import parse_baselines, record_baseline
 from dynamicdet.reports.routing_analysis import (
     analyze_routing,
     format_analysis,
@@ -60,6 +72,7 @@ from dynamicdet.reports.routing_analysis import (
 )
 from dynamicdet.routing.evaluation import read_truth
 from dynamicdet.routing.record import RoutingRecord, read_record, require_of_detector
+from dynamicdet.timing import machine_of, timed_elsewhere
 
 
 def load_annotations(record: RoutingRecord, ann_file: str, option: str) -> COCO:
@@ -77,6 +90,22 @@ def load(path: str, ann_file: str, option: str, exits: list) -> tuple:
     """A record of two exits, and its ground truth."""
     record = two_exit_record(read_record(path), tuple(exits))
     return record, load_annotations(record, ann_file, option)
+
+
+def run_baselines(record: RoutingRecord, baselines: list, args: argparse.Namespace) -> dict:
+    """Records of plain detectors, by name; kept beside the record, so that each runs once."""
+    if not baselines:
+        return {}
+    cli.require_device(args.device)
+    elsewhere = timed_elsewhere(record.provenance, machine_of(args.device))
+    if elsewhere:
+        warnings.warn(f'do not compare times with plain detectors: {elsewhere}')
+    folder = Path(args.record).with_suffix('')
+    folder = folder.with_name(f'{folder.name}_baselines')
+    return {
+        one.name: record_baseline(one, record, cli.progress, args.device, folder)
+        for one in baselines
+    }
 
 
 def main() -> None:
@@ -112,6 +141,7 @@ def main() -> None:
             str(facts.get('checkpoint', '')),
             str(facts.get('exits_digest', '')),
         )
+    baselines = parse_baselines(args.baseline, cli.read_config)
     out_dir = args.out_dir or str(Path(args.record).with_suffix(''))
     cli.make_folder(out_dir)
     analysis = analyze_routing(
@@ -122,6 +152,8 @@ def main() -> None:
         args.seed,
         training,
         say=lambda what: print(f'{what} ...', file=sys.stderr, flush=True),
+        baselines=run_baselines(record, baselines, args),
+        by_class=args.by_class,
     )
     page = write_analysis(record, coco, analysis, out_dir, args.title)
     print(format_analysis(analysis))

@@ -8,6 +8,9 @@ import argparse
 
 from dynamicdet_options import add_common_arguments
 
+#: Buffers of the model that a calibration sets.
+CALIBRATED = ('difficulties', 'gflops', 'latencies', 'threshold', 'platt_scale', 'platt_shift')
+
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
@@ -19,6 +22,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--device', help='device whose latencies count; the best that is there')
     parser.add_argument(
         '--hard-share', type=float, default=0.5, help='default hard share of the checkpoint: 0.5'
+    )
+    parser.add_argument(
+        '--scores',
+        action='store_true',
+        help='also bring the scores of all exits on one scale: chances to be right, fitted to the '
+        'annotations; for exits that are merged',
     )
     return parser.parse_args()
 
@@ -38,7 +47,9 @@ from dynamicdet.measuring.calibration import (
     inference_settings,
     provenance,
     require_trained_router,
+    score_facts,
 )
+from dynamicdet.measuring.region_calibration import calibrate_regions
 from dynamicdet.routing.budget import Budget
 
 
@@ -58,17 +69,26 @@ def main() -> None:
     require_dynamic(cfg)
     cli.check_settings(cfg, 'val')
     model, checkpoint = load_dynamic_detector(cfg, args.checkpoint, args.device)
-    require_trained_router(model)
+    if model.regions is None:
+        require_trained_router(model)
+    elif args.scores:
+        raise UsageError('--scores is not there yet where regions are looked at again')
     cli.check_data(cfg, 'val', files=not args.no_data_check)
     loader = build_loader(cfg.val_dataloader)
-    found = calibrate(model, loader, cli.progress, args.hard_share)
-    for name in ('difficulties', 'gflops', 'latencies', 'threshold'):
+    if model.regions is None:
+        found = calibrate(model, loader, cli.progress, args.hard_share, args.scores)
+    else:
+        found = calibrate_regions(model, loader, cli.progress, args.hard_share)
+        own = model.regions.state_dict(prefix='regions.')
+        checkpoint['state_dict'].update({name: value.cpu() for name, value in own.items()})
+    for name in CALIBRATED:
         checkpoint['state_dict'][name] = getattr(model, name).cpu()
     checkpoint.setdefault('meta', {})['calibration'] = dict(
         found,
         hard_share=args.hard_share,
         **provenance(cfg, args.checkpoint, loader.dataset, args.device),
         **inference_settings(model, loader),
+        **{name: fact for name, fact in score_facts(model).items() if fact is not None},
     )
     write_checkpoint(checkpoint, out)
     costs = [
@@ -79,7 +99,7 @@ def main() -> None:
     print(
         f'calibrated on {len(loader.dataset)} images: '
         + '; '.join(f'exit {exit} {cost}' for exit, cost in enumerate(costs))
-        + f' per image; hard share '
+        + f' per image; {"hard share" if model.regions is None else "share of pixels"} '
         f'{args.hard_share:g} is threshold {thresholds}; written to {out}'
     )
 

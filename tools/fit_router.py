@@ -27,6 +27,19 @@ def parse_args() -> argparse.Namespace:
         choices=['paper', 'no_offset', 'loss_sum', 'rank', 'pairwise', 'ap', 'gain'],
         help="what the router learns; by default the config's, where it can also have numbers",
     )
+    parser.add_argument(
+        '--gain',
+        choices=['loss', 'loss_sum', 'ap', 'reward'],
+        help="what an image gains, instead of the objective's own",
+    )
+    parser.add_argument(
+        '--by-class',
+        action='store_true',
+        help='count an object by how rare its class is, as AP does',
+    )
+    parser.add_argument(
+        '--linear', action='store_true', help='fit a linear router, by ridge regression'
+    )
     parser.add_argument('--seed', type=int, default=0, help='of weights, order and folds: 0')
     parser.add_argument('--out', required=True, help='checkpoint file to write')
     return parser.parse_args()
@@ -40,6 +53,7 @@ from dynamicdet import cli
 from dynamicdet.building import build_model, exits_of_plain, require_dynamic, whole_model
 from dynamicdet.checkpoints import write_checkpoint
 from dynamicdet.errors import UsageError
+from dynamicdet.measuring.region_calibration import fit_regions, insert_regions
 from dynamicdet.measuring.router_from_records import (
     fit_router_to_records,
     ground_truths,
@@ -47,8 +61,10 @@ from dynamicdet.measuring.router_from_records import (
     objective_settings,
     wanted_objective,
 )
+from dynamicdet.models import DynamicDetector
 from dynamicdet.models.weights import exits_digest
-from dynamicdet.routing.record import read_record, require_of_detector
+from dynamicdet.routing.record import RoutingRecord, read_record, require_of_detector
+from dynamicdet.routing.router_fitting import RouterFit
 
 
 def main() -> None:
@@ -60,7 +76,7 @@ def main() -> None:
     if args.seed < 0:
         raise UsageError('--seed must be 0 or more')
     cli.require_writable(args.out)
-    objective = wanted_objective(args.objective, whole_model(cfg))
+    objective = wanted_objective(args.objective, whole_model(cfg), args.gain, args.by_class)
     records = [read_record(path) for path in args.records]
     seen = [read_record(path) for path in args.features_from] if args.features_from else None
     checkpoint = cli.require_checkpoint(args.checkpoint)
@@ -72,10 +88,13 @@ def main() -> None:
         require_of_detector(
             record.provenance, record.exits, model.num_exits, args.checkpoint, digest
         )
+    if model.regions is not None:
+        fit_region_map(args, model, records, dict(checkpoint, state_dict=weights))
+        return
     with cli.silence():
         cocos = ground_truths(records, objective)
     fit, images = fit_router_to_records(
-        model.router, records, objective, cocos, seen, args.seed, cli.counter('fits')
+        model.router, records, objective, cocos, seen, args.seed, cli.counter('fits'), args.linear
     )
     facts = dict(
         records=args.records,
@@ -84,15 +103,43 @@ def main() -> None:
         rows=sum(len(record) for record in records),
         images=images,
         seed=args.seed,
+        linear=args.linear,
         cascade=args.checkpoint,
     )
     done = insert_router(model, dict(checkpoint, state_dict=weights), fit, facts)
     write_checkpoint(done, args.out)
     print(
-        f'router fitted to {facts["rows"]} rows of {images} images ({fit.steps} steps, weight '
-        f'decay {fit.weight_decay:g}); correlation with the gain on images that it was not fit to: '
+        f'router fitted to {facts["rows"]} rows of {images} images ({_chosen(fit)}); correlation '
+        'with the gain on images that it was not fit to: '
         f'{fit.correlation:.3f}; delta {done["meta"]["router"]["delta"]:.4f}; written to {args.out}'
     )
+
+
+def fit_region_map(
+    args: argparse.Namespace, model: DynamicDetector, records: list[RoutingRecord], checkpoint: dict
+) -> None:
+    """Fit the map of regions instead, and write the checkpoint."""
+    odd = dict(objective=args.objective, features_from=args.features_from, linear=args.linear)
+    for option, value in odd.items():
+        if value:
+            raise UsageError(
+                f'--{option.replace("_", "-")} is of routers of whole images: leave it out'
+            )
+    with cli.silence():
+        found = fit_regions(model, records, args.seed, cli.counter('fit'))
+    done = insert_regions(model, checkpoint, dict(found, records=args.records, seed=args.seed))
+    write_checkpoint(done, args.out)
+    print(
+        f'regions fitted to {found["images"]} images, {found["classes"]} classes; correlation of '
+        f"the images' sums with their gains: {found['correlation']:.3f}; written to {args.out}"
+    )
+
+
+def _chosen(fit: RouterFit) -> str:
+    """What cross-validation chose."""
+    if not fit.steps:
+        return f'penalty {fit.weight_decay:g}'
+    return f'{fit.steps} steps, weight decay {fit.weight_decay:g}'
 
 
 if __name__ == '__main__':

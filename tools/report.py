@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dynamicdet_options import add_common_arguments, add_record_arguments
+from dynamicdet_options import add_baseline_argument, add_common_arguments, add_record_arguments
 
 
 def parse_args() -> argparse.Namespace:
@@ -21,6 +21,7 @@ def parse_args() -> argparse.Namespace:
     add_common_arguments(parser)
     parser.add_argument('--out-dir', help='where the page goes; WORK_DIR/report by default')
     add_record_arguments(parser, 'val', 'test')
+    add_baseline_argument(parser)
     return parser.parse_args()
 
 
@@ -30,6 +31,7 @@ if __name__ == '__main__':
 
 from dynamicdet import cli
 from dynamicdet.files import write_atomically
+from dynamicdet.measuring.baselines import parse_baselines, record_baseline
 from dynamicdet.reports.figures import png, trade_off_figure
 from dynamicdet.reports.routing_analysis import (
     analyze_routing,
@@ -47,9 +49,21 @@ def main() -> None:
     cli.prepare()
     cfg = cli.load_config(args)
     cli.require_record(args, cfg)
+    baselines = parse_baselines(args.baseline, cli.read_config)
     out_dir = Path(args.out_dir or Path(cfg.work_dir) / 'report')
     cli.make_folder(str(out_dir))
     model, loader, record = cli.make_record(args, cfg, out_dir / 'record.npz')
+    plain = {
+        one.name: record_baseline(
+            one,
+            record,
+            cli.progress,
+            args.device,
+            out_dir / 'record_baselines',
+            (model, loader.dataset),
+        )
+        for one in baselines
+    }
     record = two_exit_record(record)
     coco = read_truth(loader.dataset.ann_file, loader.dataset.cat_ids)
     analysis = analyze_routing(
@@ -57,8 +71,11 @@ def main() -> None:
         coco,
         say=lambda what: print(f'{what} ...', file=sys.stderr, flush=True),
         calibration=model.difficulties.tolist(),
+        baselines=plain,
+        by_class=model.objective.by_class,
     )
-    write_atomically(png(trade_off_figure(analysis['rows'])), out_dir / 'trade_off.png')
+    figure = trade_off_figure(analysis['rows'], analysis['baselines']['points'])
+    write_atomically(png(figure), out_dir / 'trade_off.png')
     page = write_analysis(record, coco, analysis, out_dir, name='report')
     print(format_analysis(analysis))
     for miss in share_miss_sentences(analysis['calibrated']):

@@ -73,7 +73,11 @@ def main() -> None:
         cfg.resume, cfg.load_from = True, last
     checkpoint = None
     if cfg.get('load_from') and not leaves_load_from_unused(cfg):
-        checkpoint = cli.require_checkpoint(cfg.load_from)
+        checkpoint = cli.require_checkpoint(
+            cfg.load_from,
+            'make it first, by training or tools/convert_checkpoint.py, or name another by '
+            '--cfg-options load_from=...',
+        )
         if checkpoint.get('meta', {}).get('channels') and cfg.model.type != 'PrunedDetector':
             raise UsageError(
                 f"'{cfg.load_from}' has lost channels: use the config that tools/prune.py wrote "

@@ -153,7 +153,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         dict: With ``state_dict`` and, where there, ``meta``.
 
     Raises:
-        UsageError: If there is none, or the file is no checkpoint.
+        UsageError: If there is none, it cannot be downloaded, or the file is no checkpoint.
     """
     try:
         with weights_only():
@@ -167,6 +167,11 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     except UsageError:
         raise
     except Exception as error:
+        if '://' in path and isinstance(error, OSError):
+            raise UsageError(
+                f"'{path}' cannot be downloaded: {why_unread(error)}; where there is no network, "
+                'give the path of a file that was downloaded elsewhere'
+            ) from None
         # Whatever the unpickler or the archive reader stumbles on.
         raise UsageError(
             f"'{path}' is no checkpoint that can be read safely: {why_unread(error)}"

@@ -116,20 +116,8 @@ def load_config(args: argparse.Namespace) -> Config:
         UsageError: If the config is missing or cannot be read.
     """
     os.environ.setdefault('LOCAL_RANK', str(getattr(args, 'local_rank', 0)))
-    register_all_modules(init_default_scope=False)
-    if args.config.startswith(_OF_MMDET):
-        args.config = str(
-            Path(mmdet.__file__).parent / '.mim/configs' / args.config[len(_OF_MMDET) :]
-        )
-    if not Path(args.config).is_file():
-        raise UsageError(f"there is no config at '{args.config}'")
-    try:
-        cfg = Config.fromfile(args.config)
-    except Exception as error:
-        # A config is a program: it may raise anything.
-        raise UsageError(
-            f"the config '{args.config}' cannot be read: {reason_of(error)}"
-        ) from error
+    args.config = config_path(args.config)
+    cfg = read_config(args.config)
     override(cfg, args.cfg_options, args.config)
     require_model(cfg, args.config)
     apply_router_holdout(cfg)
@@ -142,6 +130,30 @@ def load_config(args: argparse.Namespace) -> Config:
         or str(Path('work_dirs') / Path(args.config).stem)
     )
     return cfg
+
+
+def config_path(name: str) -> str:
+    """The file of a config; ``mmdet::PATH`` is one of MMDetection's."""
+    if name.startswith(_OF_MMDET):
+        return str(Path(mmdet.__file__).parent / '.mim/configs' / name[len(_OF_MMDET) :])
+    return name
+
+
+def read_config(name: str) -> Config:
+    """Read a config file, see `config_path`.
+
+    Raises:
+        UsageError: If it is missing or cannot be read.
+    """
+    register_all_modules(init_default_scope=False)
+    path = config_path(name)
+    if not Path(path).is_file():
+        raise UsageError(f"there is no config at '{path}'")
+    try:
+        return Config.fromfile(path)
+    except Exception as error:
+        # A config is a program: it may raise anything.
+        raise UsageError(f"the config '{path}' cannot be read: {reason_of(error)}") from error
 
 
 def override(cfg: Config, options: dict | None, name: str) -> None:
@@ -243,15 +255,19 @@ def require_settings(cfg: Config, *names: str) -> None:
         raise UsageError(f"the config '{cfg.filename}' has no {', no '.join(missing)}")
 
 
-def require_checkpoint(path: str) -> dict:
+def require_checkpoint(path: str, remedy: str = '') -> dict:
     """Read a checkpoint before mmengine does, which would answer with a trace. The path may be a
     URL or a name that mmengine resolves.
+
+    Args:
+        path (str): Path, URL or name.
+        remedy (str): What to do where there is none, if the path was not just typed.
 
     Raises:
         UsageError: If there is none, or it is no checkpoint.
     """
     if '://' not in path and not Path(path).is_file():
-        raise UsageError(f"there is no checkpoint at '{path}'")
+        raise UsageError(f"there is no checkpoint at '{path}'{remedy and ': '}{remedy}")
     return read_checkpoint(path)
 
 

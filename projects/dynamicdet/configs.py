@@ -8,6 +8,7 @@ of its lazy configs.
 
 import ast
 import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mmengine.config import Config
@@ -151,3 +152,27 @@ def by_type(items: list[dict], **changes: dict) -> list[dict]:
     if missing:
         raise KeyError(f'no item is of type {", ".join(sorted(missing))}')
     return [dict(item, **changes.get(item['type'], {})) for item in items]
+
+
+def full_size(pipeline: Sequence[Mapping], divisor: int = 32) -> list[dict]:
+    """A test pipeline that delivers images as large as they are, for detectors with regions.
+
+    Args:
+        pipeline (Sequence[Mapping]): Of mmdet's kind; it stays as it is.
+        divisor (int): Where it pads, images are padded to multiples of this. Defaults to 32.
+
+    Returns:
+        list[dict]: The same steps: those that resize leave the size, which heads want to know of.
+    """
+    steps = []
+    for step in map(dict, pipeline):
+        kind = str(step['type']).rsplit('.', 1)[-1]
+        if 'Resize' in kind:
+            step = dict(type='mmdet.Resize', scale_factor=1.0, keep_ratio=True)
+        elif kind == 'Pad':
+            step = {
+                name: value for name, value in step.items() if name not in ('size', 'pad_to_square')
+            }
+            step['size_divisor'] = divisor
+        steps.append(step)
+    return steps

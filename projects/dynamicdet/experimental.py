@@ -3,8 +3,8 @@ change or go; docs/experimental.md says what was measured."""
 
 import warnings
 
-#: What it is -> the names that a user asks for it by. The peers, `routing.PEERS`, are experimental,
-#: too: reports compare a router with them, no config takes one.
+#: What it is -> the names that a user asks for it by. The peers, `routing.peers.PEERS`, are
+#: experimental, too: reports compare a router with them, no config takes one.
 EXPERIMENTAL = dict(
     objective=('no_offset', 'cost_weight', 'loss_sum', 'pairwise', 'gain'),
     gate=('FixedExit', 'ScoreGate', 'AgreementGate', 'HaltingGate', 'GumbelGate'),

@@ -391,6 +391,7 @@ def test_wrappers(tmp_path):
             'or name another by `--cfg-options train_dataloader.dataset.data_root=...`',
         ),
         ('data/digits/', '`python tools/make_digits.py` makes it'),
+        ('data/digits_video/', '`python tools/make_digits_video.py` makes it'),
         ('data/coco/', 'put COCO there'),
     ],
 )

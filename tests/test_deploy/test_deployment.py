@@ -18,7 +18,7 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
-from conftest import ROOT, THREADS, load_small, run_tool, train
+from conftest import ROOT, THREADS, load_small, run_tool, same_detections, train
 from dynamicdet import building
 from dynamicdet.building import build_loader, load_detector
 from dynamicdet.compression.quantization import activation_scale
@@ -532,6 +532,29 @@ def test_a_calibrated_detector_keeps_its_calibration(calibrated, images, tmp_pat
         return
     exits = [sample.exit for batch in val_loader(cfg) for sample in deployed.test_step(batch)]
     assert sorted(exits) == [0, 0, 0, 0, 1, 1]
+
+
+def test_a_folder_merges_exits_as_its_config_says(calibrated, tmp_path):
+    """And scales their scores as its checkpoint says."""
+    cfg, path, _ = calibrated
+    cfg, state = copy.deepcopy(cfg), torch.load(path, weights_only=True)
+    # As an attribute it is a method of ConfigDict's.
+    cfg.model['merge'] = dict(type='nms', iou=0.5)
+    state['state_dict']['platt_shift'] = torch.tensor([0.5, -0.5])
+    torch.save(state, tmp_path / 'merged.pth')
+    deploy(cfg, str(tmp_path / 'merged.pth'), str(tmp_path / 'out'))
+    model, _ = load_detector(cfg, str(tmp_path / 'merged.pth'))
+    deployed = load_deployed(str(tmp_path / 'out'))
+    assert deployed.merge == model.merge and deployed.platt_shift.tolist() == [0.5, -0.5]
+    batch = next(iter(val_loader(cfg)))
+    with torch.no_grad():
+        for threshold in (1, -1):
+            found = []
+            for one in (model, deployed):
+                one.set_budget(threshold=threshold)
+                found.append(one.test_step(copy.deepcopy(batch)))
+            for one, two in zip(*found):
+                assert same_detections(one.pred_instances, two.pred_instances)
 
 
 @pytest.fixture(scope='module')

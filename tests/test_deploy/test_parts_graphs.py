@@ -20,6 +20,7 @@ from dynamicdet.deploy.runtimes import CPU, RUNTIMES, OnnxRuntime, OpenVino, ope
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.latencies import force_dynamic_exit
 from dynamicdet.models.detector_parts import find_parts, flatten, unflatten
+from dynamicdet.routing.merging import Merge
 from dynamicdet.testing import randomize, shrink, tiny_batch, tiny_detector, tiny_dynamic
 from mmdet.registry import MODELS
 
@@ -121,6 +122,29 @@ def test_a_detector_on_graphs_detects_the_same(name, padded, runtime, exported):
             if hasattr(model, 'num_exits'):
                 assert one.exit == two.exit == exit
                 assert one.difficulty == pytest.approx(two.difficulty, abs=1e-5)
+
+
+@pytest.mark.parametrize('name', ('dynamic yolox', 'dynamic faster_rcnn'))
+@pytest.mark.parametrize('runtime', RUNTIMES_TO_TRY)
+def test_merged_exits_on_graphs_are_the_same(name, runtime, exported):
+    """Graphs end before detections are made; what is merged are these."""
+    model, deployed = build(name), build(name)
+    for one in (model, deployed):
+        one.merge = Merge('wbf', 0.5)
+        one.set_platt_scaling([(1.0, 0.5), (1.0, -0.5)])
+        force_dynamic_exit(one, 1)
+    for part in find_parts(deployed):
+        graph = exported(name)[part.name]
+        part.place(Graph(graph.content, graph.form, runtime=runtime))
+    batch = tiny_batch((1, 2), (64, 96))
+    with torch.no_grad():
+        expected = model.test_step(copy.deepcopy(batch))
+        got = deployed.test_step(copy.deepcopy(batch))
+        model.merge = None
+        second = model.test_step(copy.deepcopy(batch))
+    for one, two, alone in zip(got, expected, second):
+        assert len(two.pred_instances) > len(alone.pred_instances)
+        assert same_detections(one.pred_instances, two.pred_instances)
 
 
 def noise(got, expected):

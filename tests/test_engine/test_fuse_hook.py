@@ -91,4 +91,4 @@ def test_a_part_with_something_called_fuse():
     hook = QuantizationHook()
     hook._install(model)
     assert hook.simulations
-    hook._remove()
+    hook.after_train(None)

@@ -30,7 +30,7 @@ from dynamicdet.engine.frozen_parameters import count_frozen_parameters
 from dynamicdet.engine.router_hook import inherits_load_from, leaves_load_from_unused
 from dynamicdet.errors import UsageError
 from dynamicdet.files import latest_checkpoint
-from dynamicdet.routing import build_objective
+from dynamicdet.routing import build_objective, class_weights
 from dynamicdet.testing import randomize, tiny_batch, tiny_detector, tiny_dynamic
 from mmdet.registry import MODELS
 
@@ -548,6 +548,111 @@ def test_a_resume_with_another_gain_is_refused():
     assert model.gains.tolist() == saved['router_gains']
     with pytest.raises(UsageError, match="kind 'loss_sum'.*'loss'.*start step 2 anew"):
         hook.after_load_checkpoint(runner, dict(saved, router_gain='loss_sum'))
+
+
+def test_gains_by_class_are_weighted_by_the_training_set(monkeypatch):
+    """By the objects of all images, which are counted in the same pass; an image's loss is shared
+    out among its objects."""
+    model = MODELS.build(
+        tiny_dynamic(
+            'fcos', train_router=True, objective=dict(type='paper', gain='loss', by_class=True)
+        )
+    )
+    images = []
+    for index, labels in enumerate(([0, 0, 2], [2], [])):
+        batch = tiny_batch((len(labels),), seed=index)
+        sample = batch['data_samples'][0]
+        sample.set_metainfo(dict(img_id=index))
+        sample.gt_instances.labels = torch.tensor(labels, dtype=torch.long)
+        images.append(dict(inputs=batch['inputs'][0], data_samples=sample))
+    losses = {0: (3.0, 1.0), 1: (2.0, 2.5), 2: (0.5, 0.0)}
+    monkeypatch.setattr(
+        model,
+        'exit_losses',
+        lambda inputs, samples: (
+            torch.tensor([losses[sample.img_id] for sample in samples]).T,
+            torch.zeros(len(samples), len(model.router.mean)),
+        ),
+    )
+    runner = SimpleNamespace(
+        model=model,
+        optim_wrapper=OptimWrapper(torch.optim.SGD(model.router.parameters(), lr=0.1)),
+        logger=logging.getLogger('delta'),
+        train_dataloader=DataLoader(images, batch_size=2, collate_fn=pseudo_collate),
+    )
+    gains, _, _ = router_hook.measure_training_set(runner)
+    assert model.class_counts.tolist() == [2, 0, 2]
+    # Two classes with two objects each weigh the same, and an image without objects by 1.
+    assert list(gains.values()) == pytest.approx([2, -0.5, 0.5])
+    images[1]['data_samples'].gt_instances.labels = torch.tensor([1])
+    gains, _, _ = router_hook.measure_training_set(runner)
+    assert model.class_counts.tolist() == [2, 1, 1]
+    zero, one, two = class_weights([2, 1, 1])
+    expected = [2 * (2 * zero + two) / 3, -0.5 * one, 0.5]
+    assert list(gains.values()) == pytest.approx(expected)
+    # An iteration on the same images says the same.
+    data = model.data_preprocessor(pseudo_collate(images), True)
+    again, _ = model.exit_gains(data['inputs'], data['data_samples'])
+    assert again.tolist() == pytest.approx(expected)
+
+
+def test_gains_in_ap_by_class(monkeypatch):
+    """All is found by the last exit alone: each object gains the weight of its class."""
+    model = randomize(
+        MODELS.build(
+            tiny_dynamic(
+                'fcos', train_router=True, objective=dict(type='ap', by_class=True), shared=False
+            )
+        )
+    )
+    for exit in (0, 1):
+        monkeypatch.setattr(
+            model.branches[exit],
+            'predict',
+            lambda maps, samples, rescale, truth=exit: [
+                sample.set_field(
+                    InstanceData(
+                        bboxes=getattr(sample.gt_instances.bboxes, 'tensor', None)
+                        if hasattr(sample.gt_instances.bboxes, 'tensor')
+                        else sample.gt_instances.bboxes + 500 * (1 - truth),
+                        labels=sample.gt_instances.labels,
+                        scores=torch.full((len(sample.gt_instances),), 0.5),
+                    ),
+                    'pred_instances',
+                )
+                or sample
+                for sample in samples
+            ],
+        )
+    data = model.data_preprocessor(tiny_batch((2, 0, 1)), True)
+    model.class_counts = torch.tensor([5.0, 70.0, 5.0])
+    weights = class_weights([5, 70, 5])
+    gains, _ = model.exit_gains(data['inputs'], data['data_samples'])
+    expected = [
+        100 * sum(weights[label] for label in sample.gt_instances.labels.tolist())
+        for sample in data['data_samples']
+    ]
+    assert gains.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize('delta', ['exact', 'online'])
+def test_a_router_by_class_trains_and_resumes(digits, cascade, tmp_path, delta):
+    options = {'model.objective': dict(type='rank', by_class=True)}
+    runner = train(load_small_router(digits, tmp_path, cascade, delta=delta, **options))
+    annotations = json.loads((digits / 'annotations' / 'instances_train.json').read_text())
+    objects = Counter(one['category_id'] for one in annotations['annotations'])
+    first = min(one['id'] for one in annotations['categories'])
+    counts = runner.model.class_counts.tolist()
+    assert counts == [objects[first + label] for label in range(len(counts))]
+    assert sum(counts) == sum(objects.values())
+    saved = read_checkpoint(latest_checkpoint(tmp_path))
+    assert saved['router_class_counts'] == counts and saved['router_gain'] == 'loss_sum by class'
+    cfg = load_small_router(
+        digits, tmp_path, cascade, delta=delta, **options, **{'train_cfg.max_epochs': 2}
+    )
+    cfg.resume = True
+    resumed = train(cfg).model.class_counts.tolist()
+    assert resumed == ([2 * count for count in counts] if delta == 'online' else counts)
 
 
 class AutocastOptimWrapper(OptimWrapper):

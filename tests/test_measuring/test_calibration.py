@@ -19,11 +19,15 @@ from dynamicdet.measuring.calibration import (
     mean_costs,
     measure_difficulties,
     measure_gflops,
+    plain_exits,
     provenance,
     record_exits,
+    score_facts,
 )
 from dynamicdet.measuring.latencies import measure_latencies
 from dynamicdet.routing.budget import Budget
+from dynamicdet.routing.evaluation import read_truth
+from dynamicdet.routing.merging import Merge, platt_scaling_of
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 
@@ -235,6 +239,53 @@ def test_calibration_fills_the_model(model, loader):
     assert sum(sample.exit for batch in loader for sample in model.test_step(batch)) == 2
 
 
+@pytest.fixture
+def found_loader(model, digits, loader, tmp_path):
+    """The validation images with some of what the exits find as their objects."""
+    data = json.loads((digits / 'annotations/instances_val.json').read_text())
+    data['annotations'] = [
+        dict(one, id=number, image_id=image['id'], iscrowd=0, area=one['bbox'][2] * one['bbox'][3])
+        for number, (image, one) in enumerate(
+            (
+                (image, one)
+                for image in record_exits(model, loader, no_progress)
+                for exit, step in ((0, 2), (1, 3))
+                for one in image['detections'][exit][::step]
+            ),
+            1,
+        )
+    ]
+    (tmp_path / 'found.json').write_text(json.dumps(data))
+    options = {'val_dataloader.dataset.ann_file': str(tmp_path / 'found.json')}
+    return build_loader(load_config(digits, **options).val_dataloader)
+
+
+def test_scores_are_calibrated_to_the_annotations(model, found_loader):
+    """By what each exit finds by itself, whatever was set before."""
+    loader = found_loader
+    with plain_exits(model):
+        record = record_exits(model, loader, no_progress)
+    truth = read_truth(loader.dataset.ann_file, loader.dataset.cat_ids)
+    wanted = platt_scaling_of(record, truth)
+    model.merge = Merge.parse('nms')
+    model.set_platt_scaling([(3.0, 1.0)] * 2)
+    calibrate(model, loader, no_progress, fit_scores=True)
+    scaling = zip(model.platt_scale.tolist(), model.platt_shift.tolist())
+    assert [list(one) for one in scaling] == [pytest.approx(one) for one in wanted]
+    assert wanted[0] != wanted[1] and model.merge == Merge.parse('nms')
+    np.testing.assert_array_equal(
+        model.difficulties, measure_difficulties(model, loader, no_progress)
+    )
+    assert score_facts(model) == dict(
+        merge='nms (IoU 0.65)', platt_scaling=[pytest.approx(one) for one in wanted]
+    )
+    # Exit 1's neck and heads, and exit 0's.
+    merged = model.gflops[1].item()
+    model.merge = None
+    calibrate(model, loader, no_progress)
+    assert merged > model.gflops[1].item() and model.platt_scale[0] == pytest.approx(wanted[0][0])
+
+
 def test_images_of_other_sizes_count_as_in_a_record(model, monkeypatch):
     """Two of three are small: by the first images alone, all would be."""
     divisor = model.data_preprocessor.pad_size_divisor
@@ -254,7 +305,7 @@ def test_images_of_other_sizes_count_as_in_a_record(model, monkeypatch):
 
 def test_a_router_that_was_not_trained(model, loader):
     model.delta.fill_(float('nan'))
-    with pytest.raises(UsageError, match='step 1.*step 2'):
+    with pytest.raises(UsageError, match='router of this checkpoint is not trained.*step 2'):
         calibrate(model, loader, no_progress)
     assert not len(model.difficulties)
 

@@ -14,11 +14,12 @@ from conftest import ROOT, no_progress, recordable_options, same_detections, wri
 from dynamicdet.building import load_dynamic_detector
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring import recording
-from dynamicdet.measuring.calibration import coco_results, measure_gflops, record_exits
+from dynamicdet.measuring.calibration import coco_results, measure_gflops, plain_exits, record_exits
 from dynamicdet.measuring.latencies import force_dynamic_exit
 from dynamicdet.measuring.recording import build_record_loader, gray_entropy, record_data_set
 from dynamicdet.measuring.views import flip_boxes, flip_images, shift_boxes, shift_images
 from dynamicdet.routing.budget import Budget
+from dynamicdet.routing.merging import Merge, merge_record
 from mmdet.registry import DATASETS
 from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
@@ -311,3 +312,26 @@ def test_a_shifted_view_lies_where_the_image_lies():
     # Five pixels of the delivered image are ten of the original.
     boxes = np.array([[30, 25, 20, 8]], np.float32)
     assert shift_boxes(boxes, sample).tolist() == [[20, 15, 20, 8]]
+
+
+def test_a_record_of_merged_exits_is_that_of_the_exits_merged(run):
+    """Recorded with and without, it is the same; only what ran is paid."""
+    merge = Merge('nms', 0.5)
+    with plain_exits(run.model):
+        run.model.merge = merge
+        merged = record_data_set(run.model, run.cfg, run.loader, no_progress, checkpoint=run.path)
+    assert run.model.merge is None
+    wanted = merge_record(run.record, merge)
+    for name in ('detections', 'view'):
+        for own, other in zip(getattr(merged, name), getattr(wanted, name)):
+            assert all(map(same_detections, own, other))
+    assert any(
+        len(one) > len(other) for one, other in zip(merged.detections[1], run.record.detections[1])
+    )
+    np.testing.assert_array_equal(merged.losses, run.record.losses)
+    np.testing.assert_array_equal(merged.features, run.record.features)
+    assert merged.provenance['merge'] == wanted.provenance['merge'] == 'nms (IoU 0.5)'
+    # The proposals of an image are those of its exit, and so is what they cost.
+    assert merged.gflops == pytest.approx(wanted.gflops, rel=0.02)
+    assert merged.gflops[1] > run.record.gflops[1]
+    assert merged.gflops[0] == run.record.gflops[0]

@@ -279,7 +279,7 @@ def test_decisions_stay_in_float32(dtype):
 def test_without_processes_there_are_no_groups(monkeypatch):
     monkeypatch.delattr(torch.distributed, 'GroupMember')
     monkeypatch.setattr(torch.distributed, 'is_available', lambda: False)
-    with runpy.run_module('dynamicdet.models.paired_losses')['alone']():
+    with runpy.run_module('dynamicdet.models.paired_losses')['without_other_ranks']():
         pass
 
 

@@ -334,8 +334,13 @@ def test_old_records_say_less(perfect, coco):
         'features' in found['left_out']['ridge']
         and 'record anew' in found['left_out']['detections']
     )
-    assert found['peers'] == {} and found['calibrated'] == []
-    assert [one['name'] for one in found['correlations']] == ['per-image AP gained']
+    # What annotations and detections say, no more is needed for.
+    assert set(found['peers']) == {'true ap class', 'true reward'} and found['calibrated'] == []
+    assert [one['name'] for one in found['correlations']] == [
+        'per-image AP gained',
+        'per-image AP gained, by class',
+        'reward by ORIC',
+    ]
     assert found['curves']['router'][3]['low'] is None
     assert format_analysis(found)
 
@@ -505,7 +510,7 @@ def test_every_element_that_the_script_takes_is_there(page):
     ):
         assert len(re.findall(f'id="{name}"', text)) == 1
     assert text.count('name="cost"') == 2
-    assert len(re.findall('data-line="', text)) == 4 + 11
+    assert len(re.findall('data-line="', text)) == 4 + 17
 
 
 def test_pictures_are_kept_once(page):

@@ -6,6 +6,7 @@ from dynamicdet.errors import UsageError
 from dynamicdet.routing import (
     OBJECTIVES,
     build_objective,
+    class_aps,
     image_aps,
     offset_of,
     quantiles_of,
@@ -69,6 +70,22 @@ def test_image_aps_by_hand():
     ]
     got = image_aps([first, second], [truths, truths])
     np.testing.assert_allclose(got, [[80, 0, 0], [75, 0, 0]], atol=1e-4)
+
+
+def test_class_aps_by_hand():
+    """The two images' AP by class, times the objects of the class in the image; a label that no
+    image has is 0."""
+    a, b = (0, 0, 40, 40, 3), (50, 50, 90, 90, 5)
+    truths = [boxes(a, b), boxes(a, (0, 50, 40, 90, 3)), boxes()]
+    first = [boxes(a, b, scores=[0.9, 0.8]), boxes(a, scores=[0.9]), boxes(a, scores=[0.7])]
+    got = class_aps([first, [boxes(scores=[])] * 3], [truths, truths], 7)
+    assert got.shape == (2, 3, 7)
+    # One of two objects: recalls 0, 0.01, ... 0.5 of 101 are reached.
+    expected = np.zeros((2, 3, 7))
+    expected[0, 0, [3, 5]], expected[0, 1, 3] = 100, 2 * 100 * 51 / 101
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    nothing = [boxes(), boxes()]
+    assert not class_aps([first[:2]] * 2, [nothing, nothing], 7).any()
 
 
 def test_image_aps_are_free_of_scale_and_crowds():
@@ -230,7 +247,10 @@ def test_half_precision_is_not_asked_to_hold_gains():
         (dict(gain='loss'), "got 'None'"),
         ('cost_weight', 'needs its lambda'),
         (dict(type='rank', power=2), "'rank' has no setting power"),
-        (dict(type='rank', gain='iou'), "gain must be one of loss, loss_sum, ap; got 'iou'"),
+        (
+            dict(type='rank', gain='iou'),
+            "gain must be one of loss, loss_sum, ap, reward; got 'iou'",
+        ),
         (dict(type='rank', fit='tree'), 'fit must be one of'),
         (dict(type='rank', error='hinge'), 'error must be one of bce, squared'),
         (dict(type='paper', share=1.5), 'share must be in'),

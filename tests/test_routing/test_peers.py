@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dynamicdet.errors import UsageError
+from dynamicdet.routing.class_weights import class_weights
 from dynamicdet.routing.peers import (
     PEERS,
     cross_fit,
@@ -60,6 +61,30 @@ def test_by_hand(record, name, scores):
     assert peer_scores(name, record) == pytest.approx(scores, abs=1e-7)
 
 
+def test_doubts_of_rare_classes_weigh_more(record):
+    """Of the counted classes, or by exit 0's own scores where nobody counted."""
+    record.detections[0].categories[:] = [1, 1, 2, 2, 1]
+    # Sums of scores: 1: 0.2 + 0.25 + 0.5 of three detections, 2: 0.75 + 1.
+    assert record.detections[0].scores.tolist() == pytest.approx([0.2, 0.25, 0.75, 1.0, 0.5])
+    one, two = class_weights([0.95, 1.75])
+    expected = [0, 0.16 * one, 0.1875 * (one + two), 0.25 * one]
+    assert peer_scores('class_variance', record) == pytest.approx(expected)
+    record.provenance.update(categories=[2, 5, 1], class_objects=[80, 100, 0])
+    two, _, one = class_weights([80, 100, 0])
+    assert one == pytest.approx(5 * two)
+    expected = [0, 0.16 * one, 0.1875 * (one + two), 0.25 * one]
+    assert peer_scores('class_variance', record) == pytest.approx(expected)
+    # Of a class that the counted data do not know, there are none.
+    record.provenance.update(categories=[2, 5], class_objects=[80, 100])
+    assert peer_scores('class_variance', record) == pytest.approx(expected)
+
+
+def test_references_that_are_benefits(record):
+    assert peer_scores('reward', record, benefit=[1, 2, 0, -1]).tolist() == [1, 2, 0, -1]
+    with pytest.raises(UsageError, match='is a benefit: give it'):
+        peer_scores('ap_class', record)
+
+
 def test_three_exits_compare_the_first_with_the_last(record):
     record.losses = np.insert(record.losses, 1, 99, axis=1)
     assert peer_scores('loss', record).tolist() == [-1, 2, 0.5, 0]
@@ -77,7 +102,7 @@ def test_needs_are_what_is_needed(record, name):
         features=generator.normal(size=(20, 3)),
     )
     assert set(peer.needs) <= set(columns)
-    benefit = np.arange(20) % 2 if peer.fitted else None
+    benefit = np.arange(20) % 2 if peer.fitted or peer.function is None else None
     firsts = [boxes(*generator.uniform(size=2)) for _ in range(20)]
     alone = make_record(firsts, **{need: columns[need] for need in peer.needs})
     assert np.isfinite(peer_scores(name, alone, benefit=benefit)).all()

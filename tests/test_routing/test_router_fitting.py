@@ -16,7 +16,9 @@ from dynamicdet.routing.record import RoutingRecord
 from dynamicdet.routing.router import Router
 from dynamicdet.routing.router_fitting import (
     _best_constant,
+    class_weights_of_records,
     features_of_record,
+    fit_ridge_router,
     fit_router,
     gains_of_record,
     rank_correlation,
@@ -228,6 +230,92 @@ def test_gains_of_a_record_by_hand(record, coco):
     assert features_of_record(record).tolist() == [[1, 2], [3, 4]]
 
 
+def test_gains_by_class_by_hand(record, coco):
+    """Image 7 has two objects of the first category and image 4 one of a second."""
+    coco.dataset['categories'].append(dict(id=2, name='rare'))
+    coco.dataset['annotations'][2]['category_id'] = 2
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    weights = class_weights_of_records([record, record], [coco, coco])
+    # 1 / 22 and 1 / 21, with a mean of 1 over the three objects.
+    first, second = 3 / (2 + 22 / 21), 3 / (1 + 2 * 21 / 22)
+    np.testing.assert_allclose(weights, [first, second])
+    np.testing.assert_allclose(
+        gains_of_record(record, 'loss', coco, weights), [2 * first, -0.5 * second]
+    )
+    np.testing.assert_allclose(
+        gains_of_record(record, 'loss_sum', coco, weights), [4 * first, -0.5 * second]
+    )
+    # What image 4 has at the last exit is of the other category than its object.
+    np.testing.assert_allclose(
+        gains_of_record(record, 'ap', coco, weights), [200 * first, 0], atol=1e-6
+    )
+    # Behind image 4's false alarm, which is as sure: precision 2 / 3 in one of two categories.
+    np.testing.assert_allclose(gains_of_record(record, 'reward', coco), [2 * 100 / 3, 0], atol=1e-3)
+
+
+def test_gains_by_class_need_annotations(record):
+    with pytest.raises(UsageError, match="'loss by class' needs the annotation file"):
+        gains_of_record(record, 'loss', None, [1.0])
+    with pytest.raises(UsageError, match="'reward' needs the annotation file"):
+        gains_of_record(record, 'reward')
+
+
+@pytest.mark.parametrize('objective', ['paper', 'rank', 'gain', dict(type='gain', share=0.2)])
+def test_a_linear_router_learns_what_is_linear(objective):
+    """Its layers say what the regression says, whatever width they have."""
+    rng = np.random.default_rng(SEED)
+    features = rng.normal(3, 2, size=(300, 12)).astype(np.float32)
+    gains = features @ rng.normal(size=12) + 0.1 * rng.normal(size=300)
+    fit = fit_ridge_router(features, gains, objective, hidden=3, seed=SEED)
+    assert fit.correlation > 0.95 and fit.steps == 0
+    router = Router([12])
+    router.load_state_dict(fit.state)
+    with torch.no_grad():
+        logits = router.logits(torch.from_numpy(features)).numpy()
+    assert rank_correlation(logits, gains) > 0.95
+    # A linear function: of the mean of two images, the mean.
+    middle = torch.from_numpy((features[::2] + features[1::2]) / 2)
+    with torch.no_grad():
+        np.testing.assert_allclose(
+            router.logits(middle), (logits[::2] + logits[1::2]) / 2, atol=1e-4
+        )
+    half = (logits > 0).mean()
+    assert half == pytest.approx(build_objective(objective).share, abs=0.08)
+
+
+def test_a_linear_router_is_sklearns():
+    from sklearn.linear_model import Ridge
+
+    rng = np.random.default_rng(SEED)
+    features, gains = rng.normal(size=(60, 80)).astype(np.float32), rng.normal(size=60)
+    fit = fit_ridge_router(features, gains, 'rank', penalties=(30.0,), seed=SEED)
+    ranks = np.argsort(np.argsort(gains)) / 59
+    inputs = (features - features.mean(0)) / features.std(0)
+    expected = Ridge(alpha=30.0).fit(inputs, 4 * (ranks - 0.5)).predict(inputs)
+    router = Router([80])
+    router.load_state_dict(fit.state)
+    with torch.no_grad():
+        # Ranks are read off 101 quantiles, not off the gains themselves.
+        np.testing.assert_allclose(router.logits(torch.from_numpy(features)), expected, atol=0.05)
+
+
+def test_a_linear_router_does_not_learn_noise():
+    rng = np.random.default_rng(SEED)
+    features, gains = rng.normal(size=(90, 200)).astype(np.float32), rng.normal(size=90)
+    fit = fit_ridge_router(features, gains, 'gain', seed=SEED)
+    router = Router([200])
+    router.load_state_dict(fit.state)
+    fresh = rng.normal(size=(500, 200)).astype(np.float32)
+    with torch.no_grad():
+        assert router.logits(torch.from_numpy(fresh)).std() < 0.3
+
+
+def test_a_linear_router_needs_two_channels():
+    with pytest.raises(UsageError, match='two hidden channels'):
+        fit_ridge_router(*problem(40), hidden=1)
+
+
 @pytest.mark.parametrize(
     'lacking, kind', [('losses', 'loss'), ('losses', 'loss_sum'), ('objects', 'loss_sum')]
 )
@@ -242,7 +330,7 @@ def test_a_record_that_lacks_something_is_refused(record, lacking, kind):
 def test_a_record_that_does_not_serve_is_refused(record):
     with pytest.raises(UsageError, match='needs the annotation file'):
         gains_of_record(record, 'ap')
-    with pytest.raises(UsageError, match="one of loss, loss_sum, ap; got 'iou'"):
+    with pytest.raises(UsageError, match="one of loss, loss_sum, ap, reward; got 'iou'"):
         gains_of_record(record, 'iou')
     with pytest.raises(UsageError, match='no images'):
         gains_of_record(record.take([]), 'loss')

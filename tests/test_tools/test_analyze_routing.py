@@ -8,10 +8,12 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from mmengine.config import Config
 
 from conftest import ROOT, call_tool, recordable_options, write_random
 from dynamicdet.routing.record import RoutingRecord, read_record, write_record
+from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 
 CONFIGS = ['dy_faster_rcnn_digits_router', 'dy_yolox_nano_digits_router']
@@ -90,6 +92,30 @@ def test_from_a_checkpoint_to_a_page(recorded, capsys):
     analysis = json.loads((page.parent / 'routing.json').read_text())
     assert analysis['images'] == 6 and len(analysis['calibrated']) == 11
     assert page.stat().st_size < 3e6
+
+
+def test_plain_detectors_beside_a_router(recorded, tmp_path, capsys):
+    """At two sizes; the second time their records are there."""
+    name = 'yolox_nano_digits' if 'yolox' in str(read_record(recorded).provenance) else None
+    config = ROOT / f'configs/{name or "faster_rcnn_digits"}.py'
+    model = MODELS.build(Config.fromfile(config).model)
+    model.init_weights()
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'plain.pth')
+    arguments = [recorded, '--bootstrap', 5, '--by-class', '--out-dir', tmp_path]
+    arguments += ['--baseline', config, tmp_path / 'plain.pth', 64, 96]
+    for _ in range(2):
+        assert call_tool('analyze_routing.py', *arguments) == 0
+        said = capsys.readouterr()
+        assert 'Plain detectors on the same images' in said.out
+    assert 'plain detector:' not in said.err
+    kept = list((recorded.parent / 'test_baselines').glob(f'{config.stem}-*.npz'))
+    assert len(kept) == 2
+    found = json.loads((tmp_path / 'routing.json').read_text())['baselines']
+    assert [point['name'] for point in found['points']] == [f'{config.stem} {n}' for n in (64, 96)]
+    assert found['points'][0]['gflops'] < found['points'][1]['gflops']
+    assert len(found['leads']) == 11
+    assert call_tool('analyze_routing.py', recorded, '--baseline', config) == 2
+    assert '--baseline takes CONFIG CHECKPOINT' in capsys.readouterr().err
 
 
 @pytest.fixture(scope='module')

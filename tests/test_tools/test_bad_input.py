@@ -223,6 +223,12 @@ def test_no_checkpoint(tool, checkpoints, tmp_path, kind):
     assert str(path) in error_of(tool('train', STEP_1, '--resume', path))
 
 
+def test_missing_weights_to_start_from(tool, tmp_path):
+    line = error_of(tool('train', STEP_1, load_from=tmp_path / 'missing.pth'))
+    assert 'make it first' in line
+    assert '--cfg-options load_from=...' in line
+
+
 def test_another_architecture(tool, checkpoints):
     for line in (
         error_of(tool('test', STEP_2, checkpoints['other'])),

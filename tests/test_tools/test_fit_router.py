@@ -118,6 +118,67 @@ def test_the_tool(files):
     json.dumps(meta)
 
 
+def test_a_linear_router_by_class(files):
+    """Image 0, 3, ... of a record has an object of a rare class; the others, of a frequent one."""
+    for name, first in (('a', 0), ('b', 60)):
+        truth = files / f'{name}.json'
+        annotations = [
+            dict(
+                id=index + 1,
+                image_id=index,
+                category_id=1 if index % 3 else 2,
+                bbox=[0, 0, 9, 9],
+                area=81,
+                iscrowd=0,
+            )
+            for index in range(first, first + 60)
+        ]
+        truth.write_text(
+            json.dumps(
+                dict(
+                    images=[
+                        dict(id=index, file_name=f'{index}.jpg', width=64, height=64)
+                        for index in range(first, first + 60)
+                    ],
+                    annotations=annotations,
+                    categories=[dict(id=1, name='often'), dict(id=2, name='rare')],
+                )
+            )
+        )
+        record = make_record(build(), first=first, seed=first)
+        record.provenance['ann_file'] = str(truth)
+        write_record(record, files / f'{name}.npz')
+    result = run_tool(
+        'fit_router.py',
+        files / 'config.py',
+        files / 'cascade.pth',
+        '--records',
+        files / 'a.npz',
+        files / 'b.npz',
+        '--objective=rank',
+        '--gain=loss',
+        '--by-class',
+        '--linear',
+        '--out',
+        files / 'new.pth',
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert '(penalty ' in result.stdout
+    checkpoint = read_checkpoint(str(files / 'new.pth'))
+    meta = checkpoint['meta']['router']
+    assert meta['objective']['by_class'] is True and meta['objective']['gain'] == 'loss'
+    assert meta['linear'] is True
+    # Both records' objects count: 80 and 40, weights 1 / 100 and 1 / 60.
+    often, rare = 120 / (80 + 40 * 100 / 60), 120 / (80 * 60 / 100 + 40)
+    records = [make_record(build(), first=first, seed=first) for first in (0, 60)]
+    gains = [
+        (image['losses'][0] - image['losses'][1]) * (often if image['id'] % 3 else rare)
+        for record in records
+        for image in record
+    ]
+    assert float(checkpoint['state_dict']['delta']) == pytest.approx(np.median(gains), rel=1e-5)
+
+
 def test_the_tool_refuses_in_one_line(files):
     result = run_tool(
         'fit_router.py',

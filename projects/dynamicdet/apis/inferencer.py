@@ -1,6 +1,7 @@
 """mmdet's inferencer, at any speed."""
 
 import contextlib
+import copy
 import itertools
 import os
 import os.path as osp
@@ -12,6 +13,7 @@ import mmcv
 import mmengine
 import numpy as np
 from mmcv.transforms import Compose
+from mmengine.config import Config
 from mmengine.infer.infer import ModelType
 from mmengine.registry import FUNCTIONS, Registry
 from torch import nn
@@ -21,18 +23,20 @@ from mmdet.apis.det_inferencer import IMG_EXTENSIONS
 from mmdet.datasets.transforms import InferencerLoader
 from mmdet.structures import DetDataSample
 
+from ..configs import full_size as full_size_pipeline
 from ..datasets.picture_reading import read_picture
 from ..errors import UsageError
 from ..models import DynamicDetector, fuse
 from ..models.budget_control import (
     BudgetControl,
+    budget_report_of,
     build_budget_controller,
     preserved_budget,
     timed_calls,
 )
 from ..models.weights import missing_of, require_complete
 from ..routing.budget import BUDGET_NAMES, Budget
-from ..routing.budget_report import BudgetReport, report_budget
+from ..routing.budget_report import BudgetReport
 from ..timing import dtype_of, machine_of, timed_elsewhere
 from .image_inputs import Picture, pictures_of
 from .stream import Stream
@@ -87,6 +91,9 @@ class DynamicInferencer(DetInferencer):
             difficulty and the machine's load: any but ``threshold``. It is ``self.controller``, see
             `routing.budget_controller.BudgetController`, and goes on from call to call. Defaults to
             False.
+        full_size (bool): Whether the detector is given pictures as large as they are, not resized:
+            for detectors with regions, whose ``first_size`` says how large exit 0 sees them, while
+            crops come from the original. Defaults to False.
         budget (Budget or Mapping, optional): The speed of all calls, see `Budget.parse`. Defaults
             to the config's or checkpoint's.
         **named: The same by name, at most one: ``threshold``, ``hard_share``, ``target_latency``
@@ -122,6 +129,7 @@ class DynamicInferencer(DetInferencer):
         palette: str = 'none',
         show_progress: bool = True,
         online: bool = False,
+        full_size: bool = False,
         budget: Budget | Mapping[str, float] | None = None,
         **named: float,
     ) -> None:
@@ -132,6 +140,8 @@ class DynamicInferencer(DetInferencer):
                 'online needs something to hold: hard_share, target_latency, throughput or '
                 'target_gflops'
             )
+        # mmdet's builds the pipeline, too.
+        self._full_size = full_size
         super().__init__(model, weights, device, scope, palette, show_progress)
         if not hasattr(self.model, 'set_budget'):
             raise UsageError(
@@ -146,6 +156,19 @@ class DynamicInferencer(DetInferencer):
         self._online_budget, self.budget_report = budget, None
         if budget and not online:
             self.model.set_budget(budget)
+
+    def _init_pipeline(self, cfg: Config) -> Compose:
+        """As mmdet's, but for pictures as large as they are where that is asked for."""
+        if self._full_size:
+            if (cfg.model.get('regions') or {}).get('first_size') is None:
+                raise UsageError(
+                    'full_size is for detectors with regions: give model.regions a first_size, the '
+                    'longest side at which exit 0 sees a picture'
+                )
+            cfg = copy.deepcopy(cfg)
+            dataset = cfg.test_dataloader.dataset
+            dataset.pipeline = full_size_pipeline(dataset.pipeline)
+        return super()._init_pipeline(cfg)
 
     def _load_weights_to_model(self, model: nn.Module, checkpoint: dict | None, cfg: dict) -> None:
         """As mmdet's, but refuse a checkpoint that leaves parts of the model random."""
@@ -216,13 +239,11 @@ class DynamicInferencer(DetInferencer):
         exits = [one['exit'] if isinstance(one, dict) else one.exit for one in predictions]
         # What a first run takes is no cost of an image.
         timed = calls[1:]
-        return report_budget(
+        return budget_report_of(
+            model,
             [exits.count(exit) for exit in range(model.num_exits)],
             self._online_budget if online else model.budget,
             None if online else model.threshold.reshape(-1).tolist(),
-            model.difficulties.tolist(),
-            model.latencies.tolist(),
-            model.gflops.tolist(),
             sum(seconds for seconds, _ in timed) / sum(images for _, images in timed)
             if timed
             else None,
@@ -362,7 +383,7 @@ class DynamicInferencer(DetInferencer):
         return drawn if return_vis else None
 
     def pred2dict(self, data_sample: DetDataSample, pred_out_dir: str = '') -> dict:
-        """As mmdet's, with ``difficulty`` and ``exit``."""
+        """As mmdet's, with ``difficulty`` and ``exit``, and ``regions`` where there are any."""
         if data_sample.get('img_path') is None:
             # An array. mmdet then counts, unless there is a path, even if it is None.
             data_sample.pop('img_path', None)
@@ -371,6 +392,8 @@ class DynamicInferencer(DetInferencer):
             name = osp.splitext(osp.basename(data_sample.img_path))[0]
         result = super().pred2dict(data_sample, pred_out_dir)
         result.update(difficulty=data_sample.difficulty, exit=data_sample.exit)
+        if 'regions' in data_sample:
+            result.update(regions=data_sample.regions)
         if pred_out_dir:
             # Over mmdet's file, which lacks the two.
             mmengine.dump(result, osp.join(pred_out_dir, 'preds', f'{name}.json'))

@@ -52,14 +52,16 @@ class Stream:
 
     Memory: fewer than ``batch_size`` images before the first backbone, and the maps of fewer than
     ``(K - 1) * hard_batch + batch_size`` images behind it. Images of other padded sizes wait in
-    groups of their own; where too many wait in all, the largest group runs before it is full.
+    groups of their own; where too many wait in all, the largest group runs before it is full. Where
+    exits are merged, what images found so far waits with them, masks too.
 
     Args:
         model (DynamicDetector): In eval mode. Its budget counts where there is no controller.
         batch_size (int): Images of the first pass. Defaults to 8.
         hard_batch (int, optional): Images of the later passes. Defaults to ``batch_size``.
         collect_easy (bool): Whether images that leave at the first exit also wait until
-            ``batch_size`` of them are there, for its neck and heads. Defaults to False.
+            ``batch_size`` of them are there, for its neck and heads. Where exits are merged these
+            run with the first pass, and nobody waits. Defaults to False.
         deadline (float, optional): Seconds since its arrival after which an image waits for no
             other. It is looked at in every call; `run` also looks while its source pauses. Defaults
             to None: an image waits until its batch is full, or for the end.
@@ -259,6 +261,10 @@ class Stream:
 
     def _part(self, state: BatchState, owners: list, collect: bool) -> None:
         """Let those who leave here leave, or wait for others who do; let the others wait."""
+        if self.model.merge:
+            # The necks and heads run on all images here: nobody need wait for them.
+            self.model.detect(state)
+            collect = False
         leaving = [row for row, exit in enumerate(state.exits) if exit == state.exit]
         going_on = [row for row, exit in enumerate(state.exits) if exit > state.exit]
         if leaving and not collect:

@@ -228,6 +228,8 @@ def _remedy(path: str, option: str) -> str:
     ways = []
     if '/data/digits/' in folder:
         ways.append('`python tools/make_digits.py` makes it')
+    elif '/data/digits_video/' in folder:
+        ways.append('`python tools/make_digits_video.py` makes it')
     elif '/data/coco/' in folder:
         ways.append('put COCO there (https://cocodataset.org/#download)')
     if option:

@@ -166,7 +166,7 @@ def load_deployed(
     """Load a detector that graphs compute. It is used as any other: `predict`, `test_step`, mmdet's
     `inference_detector`, budgets. One in time goes by the folder's latencies, and warns where they
     were measured by another runtime, with other threads or on another machine;
-    `timing.measure_latency` and `timing.put_latencies` measure anew.
+    `latencies.measure_latency` and `latencies.put_latencies` measure anew.
 
     Args:
         folder (str): As tools/export.py writes it.

@@ -13,8 +13,8 @@ from mmengine.runner import Runner
 from mmdet.registry import HOOKS
 
 from ..models import DynamicDetector
-from ..models.budget_control import find_dynamic_detector, timed_calls
-from ..routing.budget_report import BudgetReport, report_budget
+from ..models.budget_control import budget_report_of, find_dynamic_detector, timed_calls
+from ..routing.budget_report import BudgetReport
 from ..timing import dtype_of, machine_of, timed_elsewhere
 from .online_hook import OnlineHook
 
@@ -102,14 +102,8 @@ def _report_budget(runner: Runner, left: Sequence[tuple[int, float]]) -> BudgetR
     thresholds = None if online else model.threshold.reshape(-1).tolist()
     budget = model.budget if online is None else online.budget
     timed = [seconds for _, seconds in left if seconds == seconds]
-    budget_report = report_budget(
-        counts,
-        budget,
-        thresholds,
-        model.difficulties.tolist(),
-        model.latencies.tolist(),
-        model.gflops.tolist(),
-        float(np.mean(timed)) if timed else None,
+    budget_report = budget_report_of(
+        model, counts, budget, thresholds, float(np.mean(timed)) if timed else None
     )
     if any(isinstance(part, BaseTTAModel) for part in runner.model.modules()):
         # Costs are of a view.

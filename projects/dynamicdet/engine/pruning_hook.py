@@ -33,8 +33,7 @@ class PruningHook(CompressionHook):
         schedule (str): ``one_shot``, ``iterative`` or ``cubic``; see `pruning.share_at`.
         start (int): Epochs, or iterations, done before pruning begins. At least 1 for scores from
             activations and gradients, which are gathered meanwhile: over the epoch before, or over
-                the
-            iterations since pruning last took place.
+            the iterations since pruning last took place.
         end (int, optional): As many until the target is reached. ``start`` by default.
         interval (int): As many between two prunings.
         by_epoch (bool): Whether these count epochs.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
 from mmengine.dist import all_gather_object
@@ -116,14 +117,18 @@ class RouterHook(Hook):
             for name in ('delta', 'difficulties', 'gflops', 'latencies', 'threshold'):
                 state[name] = getattr(model, name).detach().clone()
         elif self.training:
-            learned = checkpoint.get('router_gain', model.objective.gain)
-            if learned != model.objective.gain:
+            wanted = model.objective.counts_gains_as
+            learned = checkpoint.get('router_gain', wanted)
+            if learned != wanted:
                 raise UsageError(
                     f"this run's router learns from gains of kind '{learned}', and the objective "
                     'of '
-                    f"this config from '{model.objective.gain}': resume with the old objective, or "
-                    'start step 2 anew'
+                    f"this config from '{wanted}': resume with the old objective, or start step 2 "
+                    'anew'
                 )
+            model.class_counts = model.class_counts.new_tensor(
+                checkpoint.get('router_class_counts', [])
+            )
             self.window.extend(checkpoint.get('router_differences', ()))
             if checkpoint.get('router_gains'):
                 model.gains.copy_(torch.tensor(checkpoint['router_gains']))
@@ -147,7 +152,9 @@ class RouterHook(Hook):
             model.router.std.copy_(std)
             runner.logger.info(
                 f'delta = {model.delta.item():.4f}, the median of '
-                f'{GAINS[model.objective.gain].said} over {len(gains)} training images'
+                f'{GAINS[model.objective.gain].said}'
+                + ', by class' * model.objective.by_class
+                + f' over {len(gains)} training images'
             )
 
     def after_train_iter(
@@ -160,15 +167,19 @@ class RouterHook(Hook):
         """Online: move delta to the median of the last gains of all ranks."""
         if self.delta == 'online':
             model = unwrap(runner.model)
-            for gains in all_gather_object(model.last_gains.tolist()):
+            counts = model.last_class_counts.tolist() if model.objective.by_class else []
+            for gains, seen in all_gather_object((model.last_gains.tolist(), counts)):
                 self.window.extend(gains)
+                add_class_counts(model, seen)
             set_gains(model, self.window)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Add the quantiles of the gains, (101,), and what kind of gain they are of."""
         model = unwrap(runner.model)
         checkpoint['router_gains'] = model.gains.tolist()
-        checkpoint['router_gain'] = model.objective.gain
+        checkpoint['router_gain'] = model.objective.counts_gains_as
+        if model.objective.by_class:
+            checkpoint['router_class_counts'] = model.class_counts.tolist()
         if self.delta == 'online':
             checkpoint['router_differences'] = list(self.window)
 
@@ -248,6 +259,15 @@ def set_gains(model, gains: Sequence[float]) -> None:
     model.delta.fill_(quantiles[len(quantiles) // 2])
 
 
+def add_class_counts(model, counts: Sequence[float]) -> None:
+    """Tell a dynamic detector of more objects, by label; labels beyond those it knew are new."""
+    width = max(len(counts), len(model.class_counts))
+    seen = model.class_counts.new_tensor(counts)
+    model.class_counts = sum(
+        F.pad(one, (0, width - len(one))) for one in (model.class_counts, seen)
+    )
+
+
 @torch.no_grad()
 def measure_training_set(runner: Runner) -> tuple[dict[tuple, float], Tensor, Tensor]:
     """What step 2 needs to know of the training set, by one pass over it; the same on all ranks.
@@ -258,36 +278,56 @@ def measure_training_set(runner: Runner) -> tuple[dict[tuple, float], Tensor, Te
     """
     model = unwrap(runner.model)
     model.train()
-    gain_by_image: dict[tuple, float] = {}
+    by_class = model.objective.by_class
+    own: dict[tuple, tuple] = {}
     # Count, sum and sum of squares, in double precision: one pass, bounded memory.
     moments = [0, 0.0, 0.0]
     for batch in with_progress(runner, every_image(runner.train_dataloader), 'delta'):
         # In the precision of the training, as its iterations measure gains.
         with runner.optim_wrapper.optim_context(runner.model):
             data = model.data_preprocessor(batch, training=True)
-            gains, features = model.exit_gains(data['inputs'], data['data_samples'])
-        for sample, gain in zip(data['data_samples'], gains.tolist()):
+            arguments = data['inputs'], data['data_samples']
+            if by_class:
+                parts, counts, features = model.class_gains(*arguments)
+            else:
+                gains, features = model.exit_gains(*arguments)
+                parts, counts = gains[:, None], gains.new_zeros(len(gains), 0)
+        for sample, *one in zip(data['data_samples'], parts.tolist(), counts.tolist()):
             # By both: data sets that are concatenated may use an id twice.
-            gain_by_image[sample.get('img_id', len(gain_by_image)), sample.get('img_path')] = gain
+            own[sample.get('img_id', len(own)), sample.get('img_path')] = tuple(one)
         features = features.double().cpu()
         moments = [
             moments[0] + len(features),
             moments[1] + features.sum(0),
             moments[2] + features.square().sum(0),
         ]
-    gathered: dict[tuple, float] = {}
-    parts = all_gather_object((gain_by_image, moments))
-    for part, _ in parts:
-        gathered.update(part)
-    bad = [path for (_, path), value in gathered.items() if not np.isfinite(value)]
-    if bad or not gathered:
+    every: dict[tuple, tuple] = {}
+    ranks = all_gather_object((own, moments))
+    for part, _ in ranks:
+        every.update(part)
+    gains = _weigh(model, every)
+    bad = [path for (_, path), value in gains.items() if not np.isfinite(value)]
+    if bad or not gains:
         reason = f'the losses of image(s) {bad[:5]} are not finite' if bad else 'there is no image'
         raise UsageError(f'delta cannot be measured: {reason}')
-    count, total, squares = (sum(part[index] for _, part in parts) for index in range(3))
+    count, total, squares = (sum(part[index] for _, part in ranks) for index in range(3))
     mean = total / count
     # A channel that is the same for all images says nothing, and must not be divided by 0.
     std = (squares / count - mean.square()).clamp(min=0).sqrt().clamp(min=1e-6)
-    return gathered, mean, std
+    return gains, mean, std
+
+
+def _weigh(model, every: dict[tuple, tuple]) -> dict[tuple, float]:
+    """Gains of images from their parts, once the objects of all images are counted."""
+    if not model.objective.by_class:
+        return {key: parts[0] for key, (parts, _) in every.items()}
+    model.class_counts = model.class_counts.new_zeros(0)
+    for _, counts in every.values():
+        add_class_counts(model, counts)
+    return {
+        key: float(model.weighted_gains(model.gains.new_tensor([parts])))
+        for key, (parts, _) in every.items()
+    }
 
 
 def every_image(loader: DataLoader) -> DataLoader:

@@ -41,6 +41,7 @@ from ..progress import Progress
 from ..routing.thresholds import ALL_EASY, ALL_HARD, Thresholds, threshold_for_share
 from ..testing import randomize
 from ..timing import now
+from .calibration import plain_exits
 
 #: The overheads that the project allows itself (experiments/overhead.md).
 WANTED = dict(exit0_to_stock=1.03, mixed_to_mean=1.1, stream_to_mean=1.05)
@@ -248,7 +249,8 @@ def split_batch(batch: dict) -> list[dict]:
 
 @torch.no_grad()
 def require_equal(stock: BaseDetector, model: DynamicDetector, batches: Sequence[dict]) -> int:
-    """Check that exit 0 does the stock detector's work: bit-equal boxes, scores and labels.
+    """Check that exit 0 does the stock detector's work: bit-equal boxes, scores and labels, before
+    scores are scaled.
 
     Returns:
         int: How many boxes were compared.
@@ -259,7 +261,8 @@ def require_equal(stock: BaseDetector, model: DynamicDetector, batches: Sequence
     compared = 0
     model.set_budget(threshold=ALL_EASY)
     for batch in batches:
-        pairs = zip(stock.test_step(batch), model.test_step(batch))
+        with plain_exits(model):
+            pairs = zip(stock.test_step(batch), model.test_step(batch))
         for one, other in ((a.pred_instances, b.pred_instances) for a, b in pairs):
             if not all(torch.equal(one[key], other[key]) for key in ('bboxes', 'scores', 'labels')):
                 raise RuntimeError(

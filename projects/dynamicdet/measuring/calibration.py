@@ -1,5 +1,6 @@
 """Measure what the thresholds of a trained dynamic detector follow from."""
 
+import contextlib
 import datetime
 from collections.abc import Iterator, Sequence
 
@@ -17,6 +18,8 @@ from ..models import DynamicDetector
 from ..models.batch_state import BatchState
 from ..models.budget_control import preserved_budget
 from ..progress import Progress
+from ..routing.evaluation import read_truth
+from ..routing.merging import platt_scaling_of
 from ..routing.record import Detections, RoutingRecord
 from ..timing import dtype_of, machine_of
 from ..transfers import to_host
@@ -184,6 +187,45 @@ def inference_settings(model: torch.nn.Module, loader: DataLoader) -> dict[str, 
     return dict(dtype=dtype_of(model), batch_size=batch_size, latency_batch_size=1)
 
 
+def score_facts(model: DynamicDetector) -> dict[str, object]:
+    """How a model's exits are merged and their scores scaled; None where they are not."""
+    scaling = list(zip(model.platt_scale.tolist(), model.platt_shift.tolist()))
+    scaled = any(one != (1.0, 0.0) for one in scaling)
+    return dict(
+        merge=str(model.merge) if model.merge else None,
+        platt_scaling=[list(one) for one in scaling] if scaled else None,
+    )
+
+
+@contextlib.contextmanager
+def plain_exits(model: DynamicDetector) -> Iterator[None]:
+    """While this is open, exits are not merged, and give their scores as they are."""
+    merge, scale, shift = model.merge, model.platt_scale.tolist(), model.platt_shift.tolist()
+    model.merge = None
+    model.set_platt_scaling([(1.0, 0.0)] * model.num_exits)
+    try:
+        yield
+    finally:
+        model.merge = merge
+        model.set_platt_scaling(list(zip(scale, shift)))
+
+
+def calibrate_scores(model: DynamicDetector, loader: DataLoader, progress: Progress) -> None:
+    """Bring the scores of all exits on one scale: fit chances to be right to the annotations of a
+    data set, see `routing.merging.platt_scaling_of`, and set the model's scaling to them.
+
+    Args:
+        model (DynamicDetector): In eval mode.
+        loader (DataLoader): Over a COCO-format data set.
+        progress (Callable): Wraps what is iterated over.
+    """
+    dataset = loader.dataset
+    truth = read_truth(dataset.ann_file, dataset.cat_ids)
+    with plain_exits(model):
+        record = record_exits(model, loader, progress)
+    model.set_platt_scaling(platt_scaling_of(record, truth))
+
+
 def require_trained_router(model: DynamicDetector) -> None:
     """Raise a `UsageError` if a model's router is as random as before step 2."""
     if model.delta.isnan():
@@ -194,7 +236,11 @@ def require_trained_router(model: DynamicDetector) -> None:
 
 
 def calibrate(
-    model: DynamicDetector, loader: DataLoader, progress: Progress, hard_share: float = 0.5
+    model: DynamicDetector,
+    loader: DataLoader,
+    progress: Progress,
+    hard_share: float = 0.5,
+    fit_scores: bool = False,
 ) -> dict:
     """Measure difficulties and costs, and set the model's calibration and threshold to them.
 
@@ -203,6 +249,8 @@ def calibrate(
         loader (DataLoader): Over the validation set.
         progress (Callable): Wraps what is iterated over.
         hard_share (float): What the checkpoint does when nothing is asked for. Defaults to 0.5.
+        fit_scores (bool): Whether to fit the scaling of the exits' scores, too; see
+            `calibrate_scores`. Defaults to False: it stays as it is.
 
     Returns:
         dict: ``threshold`` (a list for more than two exits), and of each exit ``lat1``, ``lat2``,
@@ -212,6 +260,8 @@ def calibrate(
         UsageError: If the router was not trained.
     """
     require_trained_router(model)
+    if fit_scores:
+        calibrate_scores(model, loader, progress)
     with torch.no_grad():
         scores, shapes = _scores_and_shapes(model, loader, progress)
     gflops, latencies = mean_costs(model, loader.dataset, shapes, progress)

@@ -158,6 +158,7 @@ def _dynamic_costs(model: DynamicDetector, shape: Sequence[int]) -> Costs:
             flops, maps = count_flops(lambda: model.deeper_maps(exit, images, maps))
             backbone_costs.append((flops, _shapes(net.select(maps)), ratio))
     parts, exits, used, run = {}, [], [model.router], router.flops
+    passed: list[nn.Module] = []
     for exit, (flops, shapes, ratio) in enumerate(backbone_costs):
         # Shared heads cost the same where they see as much.
         if exit == 0 or len(model.branches) > 1 or shapes != backbone_costs[exit - 1][1]:
@@ -170,9 +171,11 @@ def _dynamic_costs(model: DynamicDetector, shape: Sequence[int]) -> Costs:
             parts['router'] = router
         own_branch = count_parameters(*model.branches[exit : exit + 1])
         parts[f'{ORDINALS[exit]} neck and heads'] = PartCost(own_branch, heads)
-        # Each exit runs its own neck and heads only.
         used, run = [*used, *backbone_parts], run + flops
-        exits.append(PartCost(count_parameters(*used, model.branch(exit)), run + heads))
+        exits.append(PartCost(count_parameters(*used, *passed, model.branch(exit)), run + heads))
+        # Each exit runs its own neck and heads; of those before, only where exits are merged.
+        if model.merge:
+            passed, run = [*passed, model.branch(exit)], run + heads
     return Costs(parts, tuple(exits), rois)
 
 

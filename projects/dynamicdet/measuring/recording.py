@@ -19,7 +19,7 @@ from ..building import build_loader
 from ..datasets.config_datasets import require_one_coco
 from ..errors import UsageError
 from ..models import DynamicDetector
-from ..models.budget_control import preserved_budget
+from ..models.budget_control import preserved_budget, whole_images
 from ..models.kept_outputs import kept_outputs
 from ..progress import Progress
 from ..routing.record import RoutingRecord
@@ -30,6 +30,7 @@ from .calibration import (
     inference_settings,
     measure_gflops,
     provenance,
+    score_facts,
 )
 from .flops import count_flops
 from .latencies import force_dynamic_exit, measure_latencies, rows_by_size, rows_to_measure
@@ -110,8 +111,10 @@ def record_data_set(
     Returns:
         RoutingRecord: With all that it can hold of what was asked for.
     """
-    images = record_images(model, loader.dataset, loader, progress, view, losses)
-    branch_gflops, branch_latency = _add_costs(images, model, loader.dataset, progress)
+    # What regions would be worth follows from what is found on whole images.
+    with whole_images(model):
+        images = record_images(model, loader.dataset, loader, progress, view, losses)
+        branch_gflops, branch_latency = _add_costs(images, model, loader.dataset, progress)
     gflops, latencies = (
         np.mean([image[name] for image in images], axis=0).tolist()
         for name in ('gflops', 'latencies')
@@ -125,6 +128,7 @@ def record_data_set(
         scales=list(model.scales),
         branch0_gflops=branch_gflops,
         branch0_latency=branch_latency,
+        **score_facts(model),
         router='trained' if torch.isfinite(model.delta) else 'NOT trained',
     )
     known = {name: value for name, value in facts.items() if value is not None}
@@ -184,13 +188,14 @@ def _record_batch(
     pixels = batch['inputs']
     data = model.data_preprocessor(batch, False)
     inputs, samples = data['inputs'], data['data_samples']
+    every, detections, outputs = [], [], []
     with _watched_features(model) as features:
-        every = list(exit_states(model, inputs, samples))
-    detections, outputs = [], []
-    for state in every:
-        with kept_outputs(model.branch(state.exit)) as kept:
-            detections.append(detection_arrays(model.finish(state), category_ids))
-        outputs.append(kept)
+        # Finished before the next exit, which else would run the heads where exits are merged.
+        for state in exit_states(model, inputs, samples):
+            with kept_outputs(model.branch(state.exit)) as kept:
+                detections.append(detection_arrays(model.finish(state), category_ids))
+            every.append(state)
+            outputs.append(kept)
     seen_by_router = features[0].cpu().numpy()
     entries = [
         dict(
@@ -198,6 +203,7 @@ def _record_batch(
             file=str(sample.img_path),
             difficulty=float(sample.difficulty),
             shape=tuple(sample.img_shape[:2]),
+            frame=(*sample.img_shape[:2], *sample.get('scale_factor', (1.0, 1.0))),
             detections=[per_image[row] for per_image in detections],
             features=seen_by_router[row].copy(),
             entropy=gray_entropy(pixels[row]),
@@ -233,7 +239,8 @@ def _add_costs(
 
     Returns:
         tuple: GFLOPs and seconds of exit 0's neck and heads, the mean over the images: what a
-            router that looks at exit 0's detections pays for every image.
+            router that looks at exit 0's detections pays for every image; where exits are merged,
+            all images' costs have it already.
     """
     sizes = rows_by_size(model, [image.pop('shape') for image in images])
     branch = np.zeros(2)

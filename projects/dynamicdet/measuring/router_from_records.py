@@ -11,10 +11,17 @@ from torch import nn
 
 from ..errors import UsageError
 from ..models.weights import missing_of, require_complete
-from ..routing import GAINS, Objective, build_objective
+from ..routing import GAINS, Objective, build_objective, check_objective
 from ..routing.evaluation import read_truth
 from ..routing.record import RoutingRecord
-from ..routing.router_fitting import RouterFit, features_of_record, fit_router, gains_of_record
+from ..routing.router_fitting import (
+    RouterFit,
+    class_weights_of_records,
+    features_of_record,
+    fit_ridge_router,
+    fit_router,
+    gains_of_record,
+)
 
 #: What follows from a router, and is stale where that is a new one.
 _CALIBRATION = ('difficulties', 'gflops', 'latencies', 'threshold')
@@ -28,6 +35,7 @@ def fit_router_to_records(
     features_from: Sequence[RoutingRecord] | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    linear: bool = False,
 ) -> tuple[RouterFit, int]:
     """Fit a router to records.
 
@@ -39,8 +47,8 @@ def fit_router_to_records(
         records (Sequence[RoutingRecord]): Whose losses or detections give the gains; see
             `routing.record`.
         objective (Objective): What to fit.
-        cocos (Sequence[COCO], optional): Ground truth of each record, for gains in AP. Defaults to
-            None.
+        cocos (Sequence[COCO], optional): Ground truth of each record, for gains in AP and by
+            class. Defaults to None.
         features_from (Sequence[RoutingRecord], optional): Records that give what the router sees,
             by image id, each image once: for cross-fitting, where ``records`` come from cascades
             that were trained without the images, and the features from the one that the router is
@@ -48,6 +56,7 @@ def fit_router_to_records(
             themselves.
         seed (int): See `fit_router`. Defaults to 0.
         progress (Callable, optional): See `fit_router`.
+        linear (bool): Whether by `fit_ridge_router` instead of `fit_router`. Defaults to False.
 
     Returns:
         tuple[RouterFit, int]: The fit and the number of different images.
@@ -56,8 +65,12 @@ def fit_router_to_records(
         UsageError: If a record lacks something, or its features are not as wide as the router's.
     """
     cocos = cocos or [None] * len(records)
+    weights = class_weights_of_records(records, cocos) if objective.by_class else None
     gains = np.concatenate(
-        [gains_of_record(record, objective.gain, coco) for record, coco in zip(records, cocos)]
+        [
+            gains_of_record(record, objective.gain, coco, weights)
+            for record, coco in zip(records, cocos)
+        ]
     )
     if features_from is None:
         features = _stacked([features_of_record(record) for record in records])
@@ -71,7 +84,7 @@ def fit_router_to_records(
         )
     files = [file for record in records for file in record.files]
     _, groups = np.unique(files, return_inverse=True)
-    fit = fit_router(
+    fit = (fit_ridge_router if linear else fit_router)(
         features,
         gains,
         objective,
@@ -171,7 +184,7 @@ def ground_truths(records: Sequence[RoutingRecord], objective: Objective) -> lis
     Raises:
         UsageError: If a record does not say its annotation file, or there is none.
     """
-    if GAINS[objective.gain].values != 'ap':
+    if GAINS[objective.gain].values == 'losses' and not objective.by_class:
         return None
     facts = [record.provenance for record in records]
     named = [(str(one.get('ann_file', '')), tuple(one.get('categories', ()))) for one in facts]
@@ -182,7 +195,8 @@ def ground_truths(records: Sequence[RoutingRecord], objective: Objective) -> lis
 def _ground_truth(path: str, categories: Sequence[int]):
     if not Path(path).is_file():
         raise UsageError(
-            f"there is no annotation file at '{path}', where the record is from: gain 'ap' needs it"
+            f"there is no annotation file at '{path}', where the record is from; "
+            'the objective needs it'
         )
     return read_truth(path, categories or None)
 
@@ -194,6 +208,13 @@ def objective_settings(objective: Objective) -> dict:
     }
 
 
-def wanted_objective(name: str | None, model: Mapping) -> Objective:
-    """The objective that is asked for by name, or else the one of a config's model."""
-    return build_objective(name or model.get('objective', 'paper'))
+def wanted_objective(
+    name: str | None, model: Mapping, gain: str | None = None, by_class: bool = False
+) -> Objective:
+    """The objective that is asked for by name, or else the one of a config's model; with another
+    gain, or by class, where that is asked for."""
+    objective = build_objective(name or model.get('objective', 'paper'))
+    changes = {} if gain is None else dict(gain=gain)
+    if by_class:
+        changes['by_class'] = True
+    return check_objective(dataclasses.replace(objective, **changes))

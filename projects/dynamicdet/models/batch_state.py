@@ -1,13 +1,15 @@
 """A batch on its way through the exits: what lies between one backbone and the next."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
+from mmengine.structures import InstanceData
 from torch import Tensor
 
 from mmdet.structures import SampleList
 
+from ..routing.regions import Rectangle
 from ..transfers import take_rows
 from .resolution import Ratio
 
@@ -25,6 +27,10 @@ class BatchState:
         samples (list[DetDataSample]): N; results go into them.
         difficulties (list[float]): N.
         exits (list[int]): Where each image leaves, N, none below ``exit``.
+        found (list[dict[int, InstanceData]]): What exits found in each image so far, N, by exit,
+            where exits are merged; see `DynamicDetector.detect`. Parts of a state share it.
+        regions (list[list[Rectangle]]): What of each image is looked at again, N, in cells, see
+            `routing.regions`; nothing where that is not asked for, or all of it is.
     """
 
     exit: int
@@ -34,6 +40,13 @@ class BatchState:
     samples: SampleList
     difficulties: list[float]
     exits: list[int]
+    found: list[dict[int, InstanceData]] = field(default_factory=list)
+    regions: list[list[Rectangle]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        # Empty means that nothing was looked for yet.
+        self.found.extend({} for _ in self.samples[len(self.found) :])
+        self.regions.extend([] for _ in self.samples[len(self.regions) :])
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -57,6 +70,8 @@ class BatchState:
             samples=[self.samples[row] for row in rows],
             difficulties=[self.difficulties[row] for row in rows],
             exits=[self.exits[row] for row in rows],
+            found=[self.found[row] for row in rows],
+            regions=[self.regions[row] for row in rows],
         )
 
     def split(self) -> tuple['BatchState', 'BatchState']:
@@ -78,4 +93,6 @@ def join_batch_states(states: Sequence[BatchState]) -> BatchState:
         samples=[sample for state in states for sample in state.samples],
         difficulties=[value for state in states for value in state.difficulties],
         exits=[exit for state in states for exit in state.exits],
+        found=[found for state in states for found in state.found],
+        regions=[regions for state in states for regions in state.regions],
     )

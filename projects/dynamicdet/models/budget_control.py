@@ -1,13 +1,16 @@
 """Let a controller set a detector's thresholds while it works."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
+from ..errors import UsageError
 from ..routing.budget import Budget
 from ..routing.budget_controller import BudgetController
+from ..routing.budget_report import BudgetReport, report_budget
 from ..timing import now
 from .dynamic_detector import DynamicDetector
 
@@ -32,12 +35,38 @@ def build_budget_controller(
     Raises:
         UsageError: If the budget is none of these, or needs a calibration that is not there.
     """
+    if model.regions is not None:
+        raise UsageError(
+            'a budget is not held online where regions are looked at again: leave out online, or '
+            'take model.regions=None'
+        )
     budget = Budget.parse(budget)
     known = model.gflops if budget and budget.kind == 'target_gflops' else model.latencies
     costs = known.tolist() if known.isfinite().all() and (known[1:] > known[:-1]).all() else None
     return BudgetController(
         budget, costs=costs, difficulties=model.difficulties.tolist(), exits=model.num_exits
     )
+
+
+def budget_report_of(
+    model: DynamicDetector,
+    counts: Sequence[int],
+    budget: Budget | None,
+    thresholds: Sequence[float] | None,
+    seconds: float | None,
+) -> BudgetReport:
+    """What a detector served beside what was wanted; arguments as of `report_budget`.
+
+    Where regions are looked at again, images are counted as hard of which something was; what an
+    image costs is not the same for all of those, and left to the clock.
+    """
+    if model.regions is None:
+        costs = model.latencies.tolist(), model.gflops.tolist()
+    else:
+        costs = ((math.nan,) * model.num_exits,) * 2
+        # Its share is one of pixels.
+        budget = budget if budget is not None and budget.kind == 'threshold' else None
+    return report_budget(counts, budget, thresholds, model.difficulties.tolist(), *costs, seconds)
 
 
 @contextlib.contextmanager
@@ -49,6 +78,16 @@ def preserved_budget(model: DynamicDetector) -> Iterator[None]:
     finally:
         threshold, model.budget, model._budget_waits = before
         model.threshold.copy_(threshold)
+
+
+@contextlib.contextmanager
+def whole_images(model: DynamicDetector) -> Iterator[None]:
+    """While this is entered, exits see whole images, whatever regions a detector has."""
+    regions, model.regions = model.regions, None
+    try:
+        yield
+    finally:
+        model.regions = regions
 
 
 class BudgetControl:

@@ -18,6 +18,7 @@ from itertools import zip_longest
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from mmengine.model import ModuleList
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
@@ -29,17 +30,41 @@ from mmdet.structures import OptSampleList, SampleList
 
 from ..errors import UsageError
 from ..precision import KeepsTypeOfBuffers
-from ..routing import GAINS, build_objective, image_aps, quantiles_of, resolve_threshold
+from ..routing import (
+    GAINS,
+    build_objective,
+    class_aps,
+    class_weights,
+    image_aps,
+    quantiles_of,
+    resolve_threshold,
+)
 from ..routing.budget import Budget
+from ..routing.merging import Merge, scale_scores
+from ..routing.regions import price_of_threshold
 from ..routing.thresholds import Thresholds, require_exits
 from ..transfers import to_host
 from .batch_state import BatchState
 from .branch import build_branch, head_types, require_same_classes
 from .composite import CompositeBackbone, build_backbones
 from .kept_outputs import Outputs
+from .merging import merge_instances
 from .normalization import NormalizationChange
 from .paired_losses import ExitView, paired_losses
 from .pairs import each_exit, initial_weights, pad_alike
+from .regions import (
+    Crop,
+    Regions,
+    batches_of,
+    canvas_of,
+    crops_of,
+    cut_images,
+    cut_maps,
+    join_crops,
+    num_classes_of,
+    sample_of_crop,
+    to_whole_image,
+)
 from .resolution import Ratio, exit_scales, reduce_images, reduce_samples, scale_boxes
 from .weights import JOINED, is_plain, rename_entries
 
@@ -79,6 +104,14 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         budget (dict, optional): The wanted speed: one of ``threshold`` in [-1, 1], ``hard_share``
             in [0, 1], ``target_latency`` in seconds, ``target_gflops``; the last three need a
             calibrated checkpoint. Defaults to the checkpoint's threshold.
+        merge (str or dict, optional): What an image finds at the exits before its own joins what
+            it finds there, by class: 'nms', 'wbf' or ``dict(type=..., iou=..., conf_type=...)``,
+            see `routing.merging.Merge`. Then the necks and heads of all exits up to an image's own
+            run. Defaults to None: each exit by itself.
+        regions (dict, optional): Arguments of `Regions`, ``dict()`` for its own: the second exit
+            looks at some regions of an image alone, which exit 0's detections say. Then the neck
+            and heads of exit 0 run on every image; a threshold is a price, and ``hard_share`` a
+            share of the pixels. Takes two exits. Defaults to None: whole images, by the router.
         data_preprocessor (dict, optional): Defaults to the detector's; of a pair, the first's, with
             padding that suits all.
         init_cfg (dict, optional): As in mmengine. A checkpoint of the plain detector fills both
@@ -99,13 +132,20 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         train_router: bool = False,
         objective: str | dict = 'paper',
         budget: dict | None = None,
+        merge: str | dict | None = None,
+        regions: dict | None = None,
         data_preprocessor: dict | None = None,
         init_cfg: dict | None = None,
     ) -> None:
+        merge = Merge.parse(merge)
         for name, value in dict(backbones=backbones, first_scale=first_scale).items():
             if not isinstance(value, (int, float)) or name == 'backbones' and value != int(value):
                 raise UsageError(f'{name} must be a number, and backbones a whole one; got {value}')
         objective = build_objective(objective)
+        if train_router and GAINS[objective.gain].values == 'reward':
+            raise UsageError(
+                "gain 'reward' is of a whole set: fit the router to a record (tools/fit_router.py)"
+            )
         detectors = each_exit(detector)
         own_backbones = [
             own or one['backbone'] for own, one in zip_longest(each_exit(backbone), detectors)
@@ -126,6 +166,8 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
                 'one backbone has two exits only where they differ by resolution: give first_scale '
                 'below 1, or two backbones'
             )
+        if regions is not None and len(scales) != 2:
+            raise UsageError(f'regions take two exits; got {len(scales)}')
         budget = Budget.parse(budget)
         if budget is not None:
             require_exits(budget, len(scales))
@@ -158,9 +200,19 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         #: Of the deepest map: all but a few detectors have 32; those with more pad to it.
         self.stride = max(32, getattr(self.data_preprocessor, 'pad_size_divisor', 1))
         self.objective = objective
+        #: What of an image the second exit looks at; None: all of it.
+        self.regions: Regions | None = None
+        if regions is not None:
+            self.regions = Regions(
+                **{'num_classes': num_classes_of(self.branch(0)), 'cell': self.stride, **regions}
+            )
+        #: How exits are merged; may be set at any time.
+        self.merge: Merge | None = merge
         # Quantiles of the training set's gains, (101,); NaN until `RouterHook` has measured them,
         # which also keeps them in the checkpoint: they matter to step 2 alone.
         self.register_buffer('gains', torch.full((101,), float('nan')), persistent=False)
+        # Objects of each class in the training set, for gains by class; as the quantiles.
+        self.register_buffer('class_counts', torch.zeros(0), persistent=False)
         self.budget: Budget | None = budget
         self.train_router = train_router
         # Between exit k and k + 1, ascending; of two exits a single number.
@@ -174,6 +226,13 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         self.register_buffer('difficulties', torch.zeros(0))
         self.register_buffer('latencies', torch.full((self.num_exits,), float('nan')))
         self.register_buffer('gflops', torch.full((self.num_exits,), float('nan')))
+        # Of the logit of each exit's scores, which are compared where exits are merged, and in any
+        # AP; see `routing.merging.scale_scores`.
+        self.register_buffer('platt_scale', torch.ones(self.num_exits))
+        self.register_buffer('platt_shift', torch.zeros(self.num_exits))
+        # The same on the host, which decides whether there is anything to scale, and would have to
+        # wait for the device.
+        self._scaling = [(1.0, 0.0)] * self.num_exits
         #: Said to who asks for a mean latency: how these differ from those here. See
         #: `timing.timed_elsewhere`.
         self.timed_elsewhere: str | None = None
@@ -221,6 +280,11 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         Raises:
             UsageError: If it is of one plain detector, and the exits are several.
         """
+        if self.regions is None:
+            # Where whole images are seen, what was fitted to regions is not needed.
+            state_dict = {
+                key: value for key, value in state_dict.items() if not key.startswith('regions.')
+            }
         if not is_plain(state_dict):
             return dict(state_dict)
         if len(self.normalizations) and any(key.startswith('backbone.') for key in state_dict):
@@ -241,9 +305,13 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
         """Take checkpoints of plain detectors, for all exits, and calibrations of any length."""
         entries = rename_entries(state_dict, prefix, self.spread_plain_weights)
+        # Checkpoints from before exits could be merged lack it.
+        for name in ('platt_scale', 'platt_shift'):
+            state_dict.setdefault(prefix + name, getattr(self, name))
         if 'difficulties' in entries:
             self.difficulties = self.difficulties.new_empty(entries['difficulties'].shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._scaling = list(zip(self.platt_scale.tolist(), self.platt_shift.tolist()))
         self._apply_budget()
 
     # Speed.
@@ -269,9 +337,12 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             UsageError: If out of range, or if the model is not calibrated and needs to be.
         """
         budget = Budget.parse(budget, **named)
-        thresholds = resolve_threshold(
-            budget, self.difficulties.tolist(), self.latencies.tolist(), self.gflops.tolist()
-        )
+        if self.regions is not None:
+            thresholds = self.regions.threshold_for(budget)
+        else:
+            thresholds = resolve_threshold(
+                budget, self.difficulties.tolist(), self.latencies.tolist(), self.gflops.tolist()
+            )
         self.threshold.copy_(torch.tensor(thresholds))
         self.budget, self._budget_waits = budget, False
         if budget.kind == 'target_latency' and self.timed_elsewhere:
@@ -280,15 +351,29 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
 
     def _apply_budget(self) -> None:
         """Set the threshold as soon as what the config's budget needs is loaded."""
-        if self.budget and (self.budget.kind == 'threshold' or len(self.difficulties)):
+        # Where there are regions, their calibration is loaded after this.
+        ready = self.regions is None and len(self.difficulties)
+        if self.budget and (self.budget.kind == 'threshold' or ready):
             self.set_budget(self.budget)
         else:
             self._budget_waits = self.budget is not None
 
+    def set_platt_scaling(self, scaling: Sequence[tuple[float, float]]) -> None:
+        """Choose scale and shift of the logit of each exit's scores, K pairs; see
+        `routing.merging.scale_scores`."""
+        values = self.platt_scale.new_tensor(scaling)
+        self.platt_scale.copy_(values[:, 0])
+        self.platt_shift.copy_(values[:, 1])
+        self._scaling = [(scale, shift) for scale, shift in values.tolist()]
+
     # Forward.
 
     def score(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> Tensor:
-        """Difficulty of each image, (N,), by the first backbone and the router alone."""
+        """Difficulty of each image, (N,), by the first backbone and the router alone; where regions
+        are looked at again, by exit 0's detections."""
+        if self.regions is not None:
+            state = self.start(batch_inputs, batch_data_samples)
+            return torch.tensor(state.difficulties, device=batch_inputs.device)
         maps, _ = self._first_maps(batch_inputs)
         return self.router(maps, _valid(batch_inputs, batch_data_samples))
 
@@ -309,7 +394,10 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         if exit and len(self.normalizations):
             shapes = samples and [sample.img_shape for sample in samples]
             batch_inputs = self.normalizations[exit - 1](batch_inputs, shapes)
-        return reduce_images(batch_inputs, self.scales[exit], self.stride)
+        scale = self.scales[exit]
+        if self.regions is not None and not exit:
+            scale = self.regions.first_scale(scale, tuple(batch_inputs.shape[-2:]))
+        return reduce_images(batch_inputs, scale, self.stride)
 
     def _first_maps(self, batch_inputs: Tensor) -> tuple[tuple, Ratio]:
         """``f1``, and how large the images were that it was made from."""
@@ -422,27 +510,97 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         Returns:
             tuple[Tensor, Tensor]: Gains, (N,), and what the router sees, (N, d); float32.
         """
+        if self.objective.by_class:
+            parts, counts, features = self.class_gains(batch_inputs, batch_data_samples)
+            self.last_class_counts = counts.sum(0)
+            return self.weighted_gains(parts), features
         # Before the losses: some heads write into the annotations that they are given.
         objects = [len(sample.gt_instances) for sample in batch_data_samples]
-        measure = self._exit_aps if GAINS[self.objective.gain].values == 'ap' else self.exit_losses
+        measure = self.exit_losses
+        if GAINS[self.objective.gain].values == 'ap':
+            measure = self._exit_aps
         values, features = measure(batch_inputs, batch_data_samples)
         return self.objective.gains(values, objects), features
 
-    def _exit_aps(
+    @torch.no_grad()
+    def class_gains(
         self, batch_inputs: Tensor, batch_data_samples: SampleList
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What each image gains by the last exit, class by class, to be weighted by class.
+
+        An image's loss is no sum over classes: its gain goes to its objects in equal parts. Its AP
+        is one of each class, which counts for each of its objects.
+
+        Returns:
+            tuple[Tensor, Tensor, Tensor]: Parts of the gain, (N, C + 1), the last of which is the
+                gain of images without objects, whose weight is 1; objects, (N, C), C being as large
+                as the batch's labels ask for; and what the router sees, (N, d). float32.
+        """
+        labels = [sample.gt_instances.labels.clone() for sample in batch_data_samples]
+        classes = max((int(own.max()) + 1 for own in labels if len(own)), default=0)
+        counts = torch.stack([torch.bincount(own, minlength=classes) for own in labels]).float()
+        if GAINS[self.objective.gain].values == 'ap':
+            values, features = self._exit_aps(batch_inputs, batch_data_samples, classes)
+            return F.pad(values[-1] - values[0], (0, 1)), counts, features
+        losses, features = self.exit_losses(batch_inputs, batch_data_samples)
+        objects = counts.sum(1)
+        gains = self.objective.gains(losses, objects.tolist())[:, None]
+        shares = torch.cat([counts / objects.clamp(min=1)[:, None], (objects == 0)[:, None]], 1)
+        return gains * shares, counts, features
+
+    def weighted_gains(self, parts: Tensor) -> Tensor:
+        """Gains by class, (N,), of what `class_gains` gives, (N, C + 1), by the objects of each
+        class that are known so far (``class_counts``); by none, all weigh the same."""
+        classes = parts.shape[1] - 1
+        counts = F.pad(self.class_counts, (0, max(0, classes - len(self.class_counts))))
+        weights = parts.new_tensor(class_weights(counts.tolist())[:classes])
+        return parts[:, :-1] @ weights + parts[:, -1]
+
+    def _exit_aps(
+        self, batch_inputs: Tensor, batch_data_samples: SampleList, classes: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """AP of each image by itself under each exit, (K, N), percent, and what the router sees."""
+        """AP of each image by itself under each exit, (K, N), percent, and what the router sees;
+        with a number of classes `class_aps`, (K, N, C), instead."""
         every = self._all_exits(batch_inputs, batch_data_samples)
-        detections, truths = [], []
+        found, truths = [], []
         for exit, (maps, samples, _) in enumerate(every):
             # Copies: predictions are written into the samples.
             predictions = self.branch(exit).predict(
                 self.backbone.select(maps), reduce_samples(samples, (1.0, 1.0)), rescale=False
             )
-            detections.append(_as_arrays([sample.pred_instances for sample in predictions]))
+            found.append([sample.pred_instances for sample in predictions])
             truths.append([_annotations(sample) for sample in samples])
+        if self.merge:
+            # The last exit sees images as delivered.
+            found = self._merged_exits(found, [ratio for *_, ratio in every])
+            truths = truths[-1:] * self.num_exits
+        detections = [_as_arrays(own) for own in found]
         features = self.router.pool(every[0][0], _valid(batch_inputs, batch_data_samples))
-        return features.new_tensor(image_aps(detections, truths)), features
+        aps = (
+            image_aps(detections, truths)
+            if classes is None
+            else class_aps(detections, truths, classes)
+        )
+        return features.new_tensor(aps), features
+
+    def _merged_exits(
+        self, found: list[list[InstanceData]], ratios: Sequence[Ratio]
+    ) -> list[list[InstanceData]]:
+        """What each exit finds in the delivered frame, that of the exits before merged into it.
+
+        Args:
+            found (list[list[InstanceData]]): By exit and image, in the frame that the exit sees.
+            ratios (Sequence[Ratio]): How large each exit sees the images.
+        """
+        for exit, ((wide, high), own) in enumerate(zip(ratios, found)):
+            for one in own:
+                self._scale_scores(exit, one)
+                one.bboxes = scale_boxes(one.bboxes, (1 / wide, 1 / high))
+        images = list(zip(*found))
+        return [
+            merge_instances([image[: exit + 1] for image in images], self.merge)
+            for exit in range(self.num_exits)
+        ]
 
     def _views(self, every: list[tuple], index: int, outputs: Sequence[Outputs]) -> list[ExitView]:
         """All exits' views of one image of a batch."""
@@ -493,17 +651,23 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             list[DetDataSample]: In input order; each with ``pred_instances``, ``difficulty``
             (float) and ``exit`` (0 to K - 1).
         """
-        state = self.start(batch_inputs, batch_data_samples)
+        state = self.start(batch_inputs, batch_data_samples, rescale)
         while True:
+            if self.merge:
+                # All at once, those that leave and those that go on.
+                self.detect(state, rescale)
             leaving, going_on = state.split()
             if len(leaving):
                 self.finish(leaving, rescale)
             if not len(going_on):
                 return batch_data_samples
-            state = self.deepen(going_on)
+            state = self.deepen(going_on, rescale)
 
-    def start(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> BatchState:
-        """Run the first backbone and the router: all that is known before the first exit.
+    def start(
+        self, batch_inputs: Tensor, batch_data_samples: SampleList, rescale: bool = True
+    ) -> BatchState:
+        """Run the first backbone and the router: all that is known before the first exit. Where
+        regions are looked at again, the first exit's neck and heads, which say where.
 
         Between this, ``finish`` and ``deepen`` images may wait, part and join others: see
         `apis.stream`.
@@ -511,6 +675,10 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         if self._budget_waits:
             self.set_budget(self.budget)
         maps, ratio = self._first_maps(batch_inputs)
+        if self.regions is not None:
+            images = batch_inputs if self._needs_images else None
+            state = BatchState(0, images, maps, ratio, batch_data_samples, [], [])
+            return self._choose_regions(state, rescale)
         phi = self.router(maps, _valid(batch_inputs, batch_data_samples))
         # One transfer from the device for both.
         difficulties, exits = torch.stack([phi, self._exits_of(phi).float()]).tolist()
@@ -519,17 +687,88 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             0, images, maps, ratio, batch_data_samples, difficulties, [int(one) for one in exits]
         )
 
-    def deepen(self, state: BatchState) -> BatchState:
-        """Run the next backbone on images that go on."""
+    def _choose_regions(self, state: BatchState, rescale: bool) -> BatchState:
+        """Run the first exit's neck and heads, and say what is worth a second look."""
+        self.detect(state, rescale)
+        regions, threshold = self.regions, float(self.threshold)
+        gains = regions.gain_maps(
+            [own[0] for own in state.found], state.samples, state.maps, state.ratio, rescale
+        )
+        whole = price_of_threshold(threshold) <= 0
+        chosen = [[] if whole else regions.choose(own, threshold) for own in gains]
+        return replace(
+            state,
+            difficulties=[regions.difficulty(own) for own in gains],
+            exits=[int(whole or len(own) > 0) for own in chosen],
+            regions=chosen,
+        )
+
+    def _look_again(self, state: BatchState, rescale: bool) -> BatchState:
+        """Run the second exit on regions of images, neck and heads included, and join what it finds
+        with what the first found. No more pixels are in memory at a time than the images have."""
+        settings = self.regions
+        crops = crops_of(state.regions, state.samples, settings)
+        height, width = canvas_of(state.samples)
+        parts: list[list] = [[] for _ in state.samples]
+        for some in batches_of(crops, len(state) * height * width):
+            for crop, found in zip(some, self._found_in(state, some, rescale)):
+                whole = to_whole_image(found, crop, state.samples[crop.row], rescale)
+                parts[crop.row].append((crop, whole))
+        found = [
+            {1: join_crops(own[0], part, sample, settings, self.merge, rescale)}
+            for own, part, sample in zip(state.found, parts, state.samples)
+        ]
+        return replace(state, exit=1, maps=(), ratio=(1.0, 1.0), found=found)
+
+    def _found_in(
+        self, state: BatchState, crops: Sequence[Crop], rescale: bool
+    ) -> list[InstanceData]:
+        """What the second exit finds in crops of equal size, in their own frames."""
+        images = None if state.images is None else cut_images(state.images, crops)
+        maps = cut_maps(state.maps, canvas_of(state.samples), crops)
+        samples = [sample_of_crop(state.samples[crop.row], crop) for crop in crops]
+        maps, ratio = self._deeper_maps(1, images, maps, samples)
+        return self._found_by(BatchState(1, images, maps, ratio, samples, [], []), rescale)
+
+    def deepen(self, state: BatchState, rescale: bool = True) -> BatchState:
+        """Run the next backbone on images that go on; where exits are merged, this exit's neck and
+        heads before it, unless they ran. Where regions are looked at again, the next exit's, too:
+        ``rescale`` is as of `predict`."""
+        if any(state.regions):
+            return self._look_again(state, rescale)
+        if self.merge:
+            self.detect(state, rescale)
         maps, ratio = self._deeper_maps(state.exit + 1, state.images, state.maps, state.samples)
-        return replace(state, exit=state.exit + 1, maps=maps, ratio=ratio)
+        found = [dict(own) if self.merge else {} for own in state.found]
+        return replace(state, exit=state.exit + 1, maps=maps, ratio=ratio, found=found)
+
+    def detect(self, state: BatchState, rescale: bool = True) -> None:
+        """Run this exit's neck and heads on the images of a batch state, unless they ran; what they
+        find is kept in the state, for this exit and those behind it."""
+        if not all(state.exit in own for own in state.found):
+            for own, found in zip(state.found, self._found_by(state, rescale)):
+                own[state.exit] = found
 
     def finish(self, state: BatchState, rescale: bool = True) -> SampleList:
         """Run this exit's neck and heads on all images of a batch state; results go into the
-        samples."""
-        self._predict_at(state.exit, state.maps, state.samples, state.ratio, rescale)
-        for sample, difficulty in zip(state.samples, state.difficulties):
-            sample.set_metainfo(dict(difficulty=difficulty, exit=state.exit))
+        samples, merged with those of the exits before where that is wanted."""
+        if self.merge or self.regions is not None:
+            self.detect(state, rescale)
+        if self.merge:
+            found = merge_instances(
+                [[own[exit] for exit in sorted(own)] for own in state.found], self.merge
+            )
+        elif self.regions is not None:
+            found = [own[state.exit] for own in state.found]
+        else:
+            found = self._found_by(state, rescale)
+        for row, (sample, own) in enumerate(zip(state.samples, found)):
+            sample.pred_instances = own
+            sample.set_metainfo(dict(difficulty=state.difficulties[row], exit=state.exit))
+            if self.regions is not None:
+                sample.set_metainfo(
+                    dict(regions=self.regions.boxes_of(state.regions[row], sample, state.exit))
+                )
         return state.samples
 
     def _exits_of(self, phi: Tensor) -> Tensor:
@@ -540,21 +779,25 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
     def _needs_images(self) -> bool:
         return len(self.backbone.names) == 1 or self.backbone.needs_images
 
-    def _predict_at(
-        self, exit: int, maps: tuple, samples: SampleList, ratio: Ratio, rescale: bool
-    ) -> None:
-        """Run the neck and heads of an exit; what they find goes into the samples."""
+    def _found_by(self, state: BatchState, rescale: bool) -> list[InstanceData]:
+        """What the neck and heads of an exit find, its scores scaled; see `predict` for the
+        frame."""
+        exit, samples, ratio = state.exit, state.samples, state.ratio
         reduced = reduce_samples(samples, ratio) if ratio != (1.0, 1.0) else samples
         predictions = self.branch(exit).predict(
-            self.backbone.select(maps), reduced, rescale=rescale
+            self.backbone.select(state.maps), reduced, rescale=rescale
         )
-        for sample, prediction in zip(samples, predictions):
-            sample.pred_instances = prediction.pred_instances
+        every = [prediction.pred_instances for prediction in predictions]
+        for found in every:
+            self._scale_scores(exit, found)
             if not rescale and ratio != (1.0, 1.0):
                 wide, high = ratio
-                sample.pred_instances.bboxes = scale_boxes(
-                    prediction.pred_instances.bboxes, (1 / wide, 1 / high)
-                )
+                found.bboxes = scale_boxes(found.bboxes, (1 / wide, 1 / high))
+        return every
+
+    def _scale_scores(self, exit: int, found: InstanceData) -> None:
+        """Write an exit's scores anew, as comparable with those of others."""
+        found.scores = scale_scores(found.scores, *self._scaling[exit])
 
     def _forward(
         self, batch_inputs: Tensor, batch_data_samples: OptSampleList = None

@@ -16,7 +16,16 @@ JOINED = 'exits://'
 #: Of a dynamic detector, what a plain one's checkpoint has not.
 NOT_PLAIN = ('backbone.connections.', 'router.')
 #: What step 2 and calibration set in a dynamic detector, beside the router.
-SETTINGS = ('delta', 'difficulties', 'gflops', 'latencies', 'threshold')
+SETTINGS = (
+    'delta',
+    'difficulties',
+    'gflops',
+    'latencies',
+    'platt_scale',
+    'platt_shift',
+    'threshold',
+    'regions.',
+)
 
 
 def require_complete(
@@ -51,7 +60,9 @@ def require_complete(
     shaped = [
         key
         for key in shapes
-        if key in wanted and shapes[key] != wanted[key] and key != 'difficulties'
+        if key in wanted
+        and shapes[key] != wanted[key]
+        and key not in ('difficulties', 'regions.curve')
     ]
     complaints = [
         f'{len(keys)} {what} (such as {", ".join(keys[:3])})'
@@ -112,7 +123,10 @@ def fit_weights(
     missing = [
         key
         for key in initialized
-        if key not in state and key.split('.')[-1] != 'num_batches_tracked' and key not in SETTINGS
+        if key not in state
+        and key.split('.')[-1] != 'num_batches_tracked'
+        and not key.startswith('regions.')
+        and key not in SETTINGS
     ]
     fitted = {key: state[key] for key in (*fitting, *unknown)}
     if not unknown:
@@ -175,7 +189,9 @@ def _lost_channels(shapes: Mapping[str, tuple], wanted: Mapping[str, tuple]) -> 
     shaped = [
         key
         for key in shapes
-        if key in wanted and shapes[key] != wanted[key] and key != 'difficulties'
+        if key in wanted
+        and shapes[key] != wanted[key]
+        and key not in ('difficulties', 'regions.curve')
     ]
     fewer = 4 * len(shaped) > len(wanted) and all(
         len(shapes[key]) == len(wanted[key])
@@ -222,7 +238,7 @@ def exits_digest(state: Mapping[str, torch.Tensor]) -> str:
     """
     digest = hashlib.sha256()
     for key, value in sorted((key.removeprefix('module.'), value) for key, value in state.items()):
-        if not key.startswith(('router.', 'gate.')) and key not in (
+        if not key.startswith(('router.', 'gate.', 'regions.')) and key not in (
             *SETTINGS,
             'thresholds',
             'operating_points',

@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 
 #: One color for one thing, in all pictures; told apart by color-blind readers too (Okabe-Ito).
 EXIT_COLORS = ('#0072b2', '#d55e00')
+#: Of plain detectors.
+PLAIN_COLOR = '#8c2d04'
 #: Latencies this far off a straight line, as a share of their range, have no axis.
 _BENT = 0.02
 _ROUTER, _RANDOM, _INK, _FAINT = '#222222', '#8a8a8a', '#333333', '#dddddd'
@@ -22,11 +24,13 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def trade_off_figure(rows: Sequence[Mapping]) -> Figure:
+def trade_off_figure(rows: Sequence[Mapping], baselines: Sequence[Mapping] = ()) -> Figure:
     """AP against GFLOPs per image (below) and latency (above), router and random routing.
 
     Args:
         rows (Sequence[Mapping]): As `routing.curve.trade_off` gives them.
+        baselines (Sequence[Mapping]): Plain detectors, as `routing_analysis_baselines` gives them.
+            Defaults to none.
     """
     rows = sorted(rows, key=lambda row: row['hard_share'])
     column = {key: np.array([row[key] for row in rows]) for key in rows[0]}
@@ -49,6 +53,15 @@ def trade_off_figure(rows: Sequence[Mapping]) -> Figure:
     )
     axes.plot(column['gflops'], at_random, '--', color=_RANDOM, label='random routing, mean')
     axes.plot(column['gflops'], column['ap'], 'o-', color=_ROUTER, markersize=5, label='router')
+    if baselines:
+        axes.plot(
+            [point['gflops'] for point in baselines],
+            [point['ap'] for point in baselines],
+            'D-',
+            color=PLAIN_COLOR,
+            markersize=5,
+            label='plain detectors',
+        )
     for row in rows:
         if 0 < row['hard_share'] < 1:
             axes.annotate(

@@ -3,7 +3,7 @@
 It reads what it draws from the JSON in the element `data`:
   points: one per threshold, from all easy to all hard: threshold, share, easy, hard (numbers of
     images), ap, gflops, latency (ms).
-  lines: name, color, dash, shown, and points of gflops, latency, ap and, where there is a band, low
+  lines: name, color, dash, shown, dots (whether points are marked), and points of gflops, latency, ap and, where there is a band, low
     and high. The first is the router's own.
   start: the index of the point to begin at. colors: of the first and the last exit.
 
@@ -100,6 +100,11 @@ function draw() {
   for (const line of shown.slice().reverse()) {
     svg.append(element('path', {d: path(line.points), fill: 'none', stroke: line.color,
       'stroke-width': line === data.lines[0] ? 2.6 : 1.8, 'stroke-dasharray': line.dash}));
+  }
+  for (const line of shown.filter(line => line.dots)) {
+    for (const point of line.points) {
+      svg.append(element('circle', {cx: x(point[cost]), cy: y(point.ap), r: 4, fill: line.color}));
+    }
   }
   drawEnds(svg, x, y, cost);
   svg.append(element('circle', {cx: x(now[cost]), cy: y(now.ap), r: 8, fill: '#fff', stroke: INK,

@@ -11,15 +11,19 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from .figures import EXIT_COLORS
+from .figures import EXIT_COLORS, PLAIN_COLOR
 from .routing_analysis_gallery import LETTERS, MIN_SCORE
 from .routing_analysis_text import (
+    BASELINES,
     BY_CALIBRATION,
     BY_QUANTILE,
+    LEADS,
     NOT_CALIBRATED,
+    baseline_table,
     budget_sentences,
     calibrated_table,
     end_names,
+    lead_table,
     share_cell,
     share_miss_sentences,
 )
@@ -52,6 +56,7 @@ _CURVES = dict(
         'AP of the whole set: a ceiling that rewards luck too',
     ),
 )
+_PLAIN = 'plain detectors'
 _PEER_COLORS = '#e69f00 #56b4e9 #7a5195 #d55e00 #5b8c00 #0072b2 #a6611a #003f5c'.split()
 _PEER_DASHES = ('2 3', '9 3', '9 3 2 3')
 
@@ -89,6 +94,10 @@ def make_page(title: str, analysis: Mapping, gallery: Sequence[Mapping]) -> str:
         by_calibration=BY_CALIBRATION,
         not_calibrated=NOT_CALIBRATED,
         served=calibrated_table(analysis['calibrated']),
+        plain_title=BASELINES,
+        plain=baseline_table(analysis['baselines']['points']),
+        leads_title=LEADS,
+        leads=lead_table(analysis['baselines']['leads']),
         end_names=end_names(analysis),
         lines=lines,
         drawn=_drawn(analysis, lines),
@@ -126,8 +135,15 @@ def _lines(analysis: Mapping) -> list[dict]:
         color = _PEER_COLORS[index % len(_PEER_COLORS)]
         dash = _PEER_DASHES[index % len(_PEER_DASHES)]
         lines.append((name, color, dash, False, '', peer['curve']))
+    plain = analysis['baselines']['points']
+    if plain:
+        meaning = 'on the same images, from small to large; dots are what was run'
+        lines.append((_PLAIN, PLAIN_COLOR, '', True, meaning, plain))
     names = ('name', 'color', 'dash', 'shown', 'meaning')
-    return [dict(zip(names, line), points=[_point(row) for row in line[-1]]) for line in lines]
+    return [
+        dict(zip(names, line), dots=line[0] == _PLAIN, points=[_point(row) for row in line[-1]])
+        for line in lines
+    ]
 
 
 def _point(row: Mapping) -> dict:
@@ -155,7 +171,7 @@ def _drawn(analysis: Mapping, lines: Sequence[Mapping]) -> dict:
         for row in analysis['thresholds']
     ]
     start = min(range(len(points)), key=lambda index: abs(points[index]['share'] - 0.5))
-    names = ('name', 'color', 'dash', 'shown', 'points')
+    names = ('name', 'color', 'dash', 'shown', 'dots', 'points')
     return dict(
         points=points,
         start=start,

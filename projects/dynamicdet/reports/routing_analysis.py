@@ -14,10 +14,11 @@ from ..routing.curve import RandomRouting, calibrated_trade_off, trade_off
 from ..routing.diagnosis import diagnose
 from ..routing.evaluation import AREAS, Mixtures, check_record, check_truth, difficulties_of
 from ..routing.record import RoutingRecord, require_columns
-from ..routing.strata import by_difficulty, by_objects, by_size, exit_benefits, rank_correlations
+from ..routing.strata import by_difficulty, by_objects, by_size, rank_correlations
 from . import routing_analysis_curves as curves
 from . import routing_analysis_estimates as estimates
 from .page import make_page
+from .routing_analysis_baselines import compare_with_baselines
 from .routing_analysis_curves import Validation
 from .routing_analysis_gallery import make_gallery
 from .routing_analysis_text import format_analysis
@@ -65,6 +66,8 @@ def analyze_routing(
     training: RoutingRecord | None = None,
     say: Callable[[str], None] = lambda what: None,
     calibration: Sequence[float] = (),
+    baselines: Mapping[str, RoutingRecord] | None = None,
+    by_class: bool = False,
 ) -> dict:
     """What routing between two exits is worth, where, and against whom.
 
@@ -84,6 +87,10 @@ def analyze_routing(
         calibration (Sequence[float]): Difficulties of the calibration's images, (m,), whose
             thresholds are tried on ``record``. Defaults to those of ``validation``, if there is
             one.
+        baselines (Mapping[str, RoutingRecord], optional): Name -> record of a plain detector on the
+            same pictures; see `measuring.baselines`. Defaults to none.
+        by_class (bool): Whether oracles and the diagnosis count an object by the weight of its
+            class (`routing.class_weights`). Defaults to False: all objects alike.
 
     Returns:
         dict: Numbers, strings, lists and dictionaries, as JSON has them:
@@ -99,6 +106,8 @@ def analyze_routing(
         * ``router``, and ``peers`` by name: ``curve``, ``half`` (its point at half hard), ``gain``
           (normalized, there), ``low``, ``high``, ``meaning``; ``left_out``: why a peer is not
           there, by name.
+        * ``baselines``: ``points`` and ``leads`` of `routing_analysis_baselines`, both empty
+          without.
         * ``certificate``: of the oracle's program; see
           `routing_analysis_curves.oracle_certificate`.
         * ``strata``: tables of ``title``, ``name``, ``counts`` and ``rows`` of ``name``, ``count``,
@@ -125,7 +134,7 @@ def analyze_routing(
     say('the curve and random routing')
     rows = trade_off(record, coco, random_routing=random_routing)
     say('oracles')
-    oracles = curves.choices_by_oracle(record, coco, random_routing.mixtures, seed)
+    oracles = curves.choices_by_oracle(record, coco, random_routing.mixtures, seed, by_class)
     drawn = {
         name: curves.curve_of(record, random_routing, choices) for name, choices in oracles.items()
     }
@@ -134,7 +143,13 @@ def analyze_routing(
     if validation and not calibrated:
         calibration = difficulties_of(validation[0])
     say('peers')
-    gained = exit_benefits(record, random_routing.mixtures)
+    gained, facts = (
+        curves.all_benefits(record, coco, random_routing.mixtures),
+        dict(record.provenance),
+    )
+    record = curves.with_class_objects(record, *(validation or (record, coco)))
+    if validation:
+        validation = curves.with_class_objects(validation[0], *validation), validation[1]
     peers, left_out = curves.score_peers(record, validation, gained, seed)
     judged = {
         curves.peer_title(name): curves.judge_peer(name, record, random_routing, peer_scores)
@@ -157,13 +172,19 @@ def analyze_routing(
         router=curves.judge_router(record, random_routing, curves.choices_of(scores)),
         peers=judged,
         left_out={curves.peer_title(name): why for name, why in left_out.items()},
+        baselines=dict(points=[], leads=[]),
         certificate=curves.oracle_certificate(
-            record, curves.image_values(record, coco, random_routing.mixtures)
+            record, curves.image_values(record, coco, random_routing.mixtures, by_class)
         ),
         strata=_strata(record, coco, random_routing.mixtures, scores),
         correlations=list(correlations.values()),
-        provenance=dict(record.provenance),
+        provenance=facts,
     )
+    if baselines:
+        say('plain detectors')
+        analysis['baselines'] = compare_with_baselines(
+            record, coco, random_routing, curves.choices_of(scores), baselines
+        )
     say('diagnosis')
     figures = dict(
         images=len(record),
@@ -172,13 +193,17 @@ def analyze_routing(
         exits=estimates.exit_estimates(random_routing),
         gap=estimates.exit_gap(random_routing),
         strata=estimates.strata_gaps(record, random_routing),
-        correlation=_benefit_correlations(correlations, validation, bootstrap, seed),
+        correlation=_benefit_correlations(correlations, validation, bootstrap, seed, by_class),
         router_gain=_estimate(merit['gain']),
         half_share=rows[curves.HALF]['hard_share'],
         normalized_gain=_estimate(merit['normalized_gain']),
         spread=estimates.difficulty_spread(scores),
         peers=estimates.peer_leads(record, random_routing, scores, peers),
+        class_gain=estimates.class_gain(random_routing, gained),
     )
+    if baselines:
+        at_half = analysis['baselines']['leads'][curves.HALF]
+        figures['baselines'] = {cost: at_half[f'lead_{cost}'] for cost in ('gflops', 'latency')}
     if 'honest' in oracles:
         figures.update(
             honest_gain=estimates.over_random(random_routing, oracles['honest'][curves.HALF]),
@@ -309,6 +334,18 @@ _BENEFITS = dict(
     ap=('per-image AP gained', 'What the image gains by the dear exit, in AP of that image alone.'),
     loss=('loss saved', 'As the heads average it over an image: one object counts as much as ten.'),
     loss_objects=('loss saved x objects', 'The same, summed over objects, which is how AP counts.'),
+    loss_class=(
+        'loss saved x objects, by class',
+        'The same, each object by how rare its class is: AP is a mean over classes.',
+    ),
+    ap_class=(
+        'per-image AP gained, by class',
+        'Summed over objects, each by how rare its class is.',
+    ),
+    reward=(
+        'reward by ORIC',
+        'What the dear exit adds on this image to the AP of an ensemble of images.',
+    ),
     objects=('number of objects', 'Annotated ones.'),
     entropy=('entropy of the image', 'Of its gray levels.'),
     difficulty=(
@@ -348,14 +385,19 @@ def _correlations(
 
 
 def _benefit_correlations(
-    correlations: Mapping[str, Mapping], validation: Validation, bootstrap: int, seed: int
+    correlations: Mapping[str, Mapping],
+    validation: Validation,
+    bootstrap: int,
+    seed: int,
+    by_class: bool,
 ) -> dict[str, estimates.Estimate]:
     """With what is saved over all objects or, without losses, the AP gained; here and on the
     validation set."""
-    name = 'loss_objects' if 'loss_objects' in correlations else 'ap'
+    kind = '_class' if by_class else '_objects'
+    name = f'loss{kind}' if f'loss{kind}' in correlations else 'ap_class' if by_class else 'ap'
     estimates_by_set = dict(test=_estimate(correlations[name]))
     if validation:
-        gained = exit_benefits(validation[0], Mixtures(*validation))
+        gained = curves.all_benefits(*validation, Mixtures(*validation))
         if name in gained:
             val_correlations = rank_correlations(
                 difficulties_of(validation[0]), {name: gained[name]}, bootstrap, seed

@@ -6,6 +6,7 @@ A *choice* is a bool per image, (n,): whether it is hard. *Choices* are such for
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -13,13 +14,14 @@ from scipy.stats import rankdata
 
 from ..errors import UsageError
 from ..routing.bootstrap import confidence_interval
+from ..routing.class_weights import class_weights, count_objects
 from ..routing.curve import SHARES, RandomRouting, costs_of, split_by_share
 from ..routing.evaluation import Mixtures
 from ..routing.merit import efficacy, normalized_gain
 from ..routing.oracle import allocate, honest_choices, object_count, oracle_choices, refine_choice
-from ..routing.peers import PEERS, peer_gflops, peer_scores
+from ..routing.peers import PEERS, is_charged, peer_gflops, peer_scores
 from ..routing.record import RoutingRecord
-from ..routing.strata import exit_benefits
+from ..routing.strata import exit_benefits, exit_benefits_by_class
 
 #: The record of the validation set and its ground truth, if there is one.
 Validation = tuple[RoutingRecord, COCO] | None
@@ -40,7 +42,7 @@ def choices_of(scores: Sequence[float]) -> list[np.ndarray]:
 
 
 def choices_by_oracle(
-    record: RoutingRecord, coco: COCO, mixtures: Mixtures, seed: int = 0
+    record: RoutingRecord, coco: COCO, mixtures: Mixtures, seed: int = 0, by_class: bool = False
 ) -> dict[str, np.ndarray]:
     """Choices of ``honest`` and ``oracle``, (shares, n). The honest one only where images have
     views.
@@ -48,9 +50,11 @@ def choices_by_oracle(
     Both choose by `image_values`; the oracle is then refined on the AP of the whole set, share by
     share.
     """
-    values, choices_by_name = image_values(record, coco, mixtures), {}
+    values, choices_by_name = image_values(record, coco, mixtures, by_class), {}
     if record.view is not None:
-        choices_by_name['honest'] = honest_choices(record, coco, SHARES, by_objects=True, seed=seed)
+        choices_by_name['honest'] = honest_choices(
+            record, coco, SHARES, by_objects=True, seed=seed, by_class=by_class
+        )
     choices_by_name['oracle'] = np.array(
         [
             refine_choice(mixtures, choice, _EVALUATIONS, seed, values).choice
@@ -60,9 +64,14 @@ def choices_by_oracle(
     return {name: choices.astype(bool) for name, choices in choices_by_name.items()}
 
 
-def image_values(record: RoutingRecord, coco: COCO, mixtures: Mixtures) -> np.ndarray:
+def image_values(
+    record: RoutingRecord, coco: COCO, mixtures: Mixtures, by_class: bool = False
+) -> np.ndarray:
     """What each image is worth under each exit, (2, n): its AP, percent, times its number of
-    objects, as in the AP of the set an image counts by its objects."""
+    objects, as in the AP of the set an image counts by its objects; ``by_class``, each by the
+    weight of its class."""
+    if by_class:
+        return mixtures.image_ap(class_weights(count_objects(coco, record.ids).sum(axis=0)))
     objects = np.array([object_count(coco, identity) for identity in record.ids.tolist()])
     return mixtures.image_ap() * objects
 
@@ -229,24 +238,37 @@ def score_peers(
     """
     training, source = None, gained
     if validation:
-        training, source = validation[0], exit_benefits(validation[0], Mixtures(*validation))
+        training, source = validation[0], all_benefits(*validation, Mixtures(*validation))
     scores_by_peer, left_out = {}, {}
     for name, peer in PEERS.items():
         try:
             peer_gflops(name, record)
-            target = _target(name, source) if peer.fitted else None
+            target = _target(name, source if peer.fitted else gained) if peer.benefit else None
             scores_by_peer[name] = peer_scores(name, record, training, target, seed)
         except UsageError as error:
             left_out[name] = str(error)
     return scores_by_peer, left_out
 
 
-def _target(name: str, gained: Mapping[str, np.ndarray]) -> np.ndarray:
-    """What a fitted peer learns: Adaptive Feeding the AP gained, as published; a regression the
-    rank of what is saved over all objects, whose tails are long."""
-    if name == 'adaptive_feeding' or 'loss_objects' not in gained:
-        return gained['ap']
-    return rankdata(gained['loss_objects'])
+def all_benefits(record: RoutingRecord, coco: COCO, mixtures: Mixtures) -> dict[str, np.ndarray]:
+    """`benefits` and `exit_benefits_by_class`."""
+    return {**exit_benefits(record, mixtures), **exit_benefits_by_class(record, coco, mixtures)}
+
+
+def with_class_objects(record: RoutingRecord, source: RoutingRecord, coco: COCO) -> RoutingRecord:
+    """A record whose provenance says how many objects of each category another, whose ground truth
+    is given, has: what peers may know of classes."""
+    counts = count_objects(coco, source.ids).sum(axis=0)
+    facts = dict(categories=sorted(coco.getCatIds()), class_objects=counts.astype(int).tolist())
+    return replace(record, provenance={**record.provenance, **facts})
+
+
+def _target(name: str, gained: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """What a peer learns, or is: a regression of losses their rank, whose tails are long."""
+    benefit = PEERS[name].benefit
+    if name != 'ridge':
+        return gained.get(benefit)
+    return rankdata(gained[benefit]) if benefit in gained else gained['ap']
 
 
 def judge_router(
@@ -268,10 +290,12 @@ def judge_peer(
 ) -> dict:
     """`judge_router` of a peer, with what it pays, and its ``meaning``."""
     # Records that do not say how long neck and heads take charge no time.
-    seconds = record.provenance.get('branch0_latency', 0.0) if PEERS[name].charged else 0.0
+    charged = is_charged(name, record)
+    seconds = record.provenance.get('branch0_latency', 0.0) if charged else 0.0
     extra = dict(gflops=peer_gflops(name, record), latency=float(seconds))
     return dict(
-        judge_router(record, random_routing, choices_of(scores), extra), meaning=_meaning(name)
+        judge_router(record, random_routing, choices_of(scores), extra),
+        meaning=_meaning(name, charged),
     )
 
 
@@ -281,8 +305,8 @@ def peer_title(name: str) -> str:
     return f'true {plain}' if PEERS[name].reference else plain
 
 
-def _meaning(name: str) -> str:
+def _meaning(name: str, charged: bool) -> str:
     peer = PEERS[name]
     if peer.reference:
         return f'{peer.description}: sees the annotations, as no router can'
-    return peer.description + ('; pays for the first exit on every image' if peer.charged else '')
+    return peer.description + ('; pays for the first exit on every image' if charged else '')

@@ -147,6 +147,20 @@ def peer_leads(
     return leads
 
 
+def class_gain(random_routing: RandomRouting, gained: Mapping[str, np.ndarray]) -> Estimate:
+    """AP at half hard where true gains in AP are weighted by class, minus AP where they are not:
+    what classes matter here.
+
+    Args:
+        random_routing (RandomRouting): On the record.
+        gained (Mapping[str, np.ndarray]): With ``ap`` and ``ap_class``, (n,) each.
+    """
+    choices = [
+        random_routing.choice(split_by_share(gained[name], 0.5)[1]) for name in ('ap_class', 'ap')
+    ]
+    return ap_difference(random_routing, *choices)
+
+
 def difficulty_spread(scores: np.ndarray) -> float:
     """The range of difficulties that 90 % of the images lie in."""
     low, high = np.percentile(scores, (5, 95))

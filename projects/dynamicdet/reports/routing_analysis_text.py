@@ -8,6 +8,9 @@ from ..routing.curve import gain_over_random
 BY_QUANTILE = "By this set's quantile: thresholds that give these images the hard share"
 BY_CALIBRATION = 'By the calibrated threshold: what is served when the hard share is asked for'
 
+BASELINES = 'Plain detectors on the same images'
+LEADS = 'AP of the router above the front of plain detectors, at equal cost'
+
 NOT_CALIBRATED = (
     'No calibrated threshold was tried: the checkpoint is not calibrated (tools/calibrate.py), or '
     'no record of the validation set was given (--val-record).'
@@ -46,6 +49,54 @@ def calibrated_table(rows: Sequence[Mapping]) -> list[list[str]]:
         ]
         lines.append(cells)
     return lines
+
+
+def baseline_table(points: Sequence[Mapping]) -> list[list[str]]:
+    """Plain detectors: a heading, and a line of cells for each.
+
+    Args:
+        points (Sequence[Mapping]): As `routing_analysis_baselines` gives them.
+    """
+    lines = [['detector', 'AP', '95 % interval', 'GFLOPs', 'ms']]
+    for point in points:
+        lines.append(
+            [
+                point['name'],
+                f'{point["ap"]:.2f}',
+                _span(point, '.2f'),
+                f'{point["gflops"]:.3f}',
+                f'{1000 * point["latency"]:.1f}',
+            ]
+        )
+    return lines
+
+
+def lead_table(leads: Sequence[Mapping]) -> list[list[str]]:
+    """What the router has above plain detectors: a heading, and a line of cells per hard share.
+
+    Args:
+        leads (Sequence[Mapping]): As `routing_analysis_baselines` gives them.
+    """
+    lines = [['hard', 'AP', 'GFLOPs', 'at equal GFLOPs', 'ms', 'at equal ms']]
+    for row in leads:
+        lines.append(
+            [
+                share_cell(row),
+                f'{row["ap"]:.2f}',
+                f'{row["gflops"]:.3f}',
+                _lead(row['lead_gflops']),
+                f'{1000 * row["latency"]:.1f}',
+                _lead(row['lead_latency']),
+            ]
+        )
+    return lines
+
+
+def _lead(estimate: Sequence[float | None] | None) -> str:
+    if estimate is None:
+        return 'none as cheap'
+    value, low, high = estimate
+    return f'{value:+.2f}' + ('' if low is None else f' ({low:+.2f} to {high:+.2f})')
 
 
 def is_missed(row: Mapping) -> bool:
@@ -145,6 +196,13 @@ def format_analysis(analysis: Mapping) -> str:
         _heading('Figures of merit'),
         _named(analysis['merit']),
     ]
+    if analysis['baselines']['points']:
+        parts += [
+            _heading(BASELINES),
+            _table(baseline_table(analysis['baselines']['points'])),
+            _heading(LEADS),
+            _table(lead_table(analysis['baselines']['leads'])),
+        ]
     if analysis['peers']:
         parts += [_heading('Routers at half hard, on the same detections'), _peers(analysis)]
     for table in analysis['strata']:

@@ -1,12 +1,15 @@
 """From difficulties to thresholds, and what a router learns; numpy and torch alone."""
 
 from .budget import Budget
+from .class_weights import class_weights
 from .objective import (
     FITS,
     GAINS,
     OBJECTIVES,
     Objective,
     build_objective,
+    check_objective,
+    class_aps,
     image_aps,
     offset_of,
     quantiles_of,
@@ -21,6 +24,9 @@ __all__ = [
     'OBJECTIVES',
     'Objective',
     'build_objective',
+    'check_objective',
+    'class_aps',
+    'class_weights',
     'hard_share',
     'image_aps',
     'offset_of',

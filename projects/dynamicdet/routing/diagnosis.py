@@ -26,6 +26,9 @@ told. An estimate whose value or ends are None or NaN settles nothing.
 * ``spread``: 90 % range of the difficulties, from their 5 % to their 95 % quantile, in [0, 1].
 * ``transfer``: ``dict(asked, got, calibrated)``: the hard share asked for; estimate of what the
   threshold serves; whether it is of a checkpoint's calibration, by default of a record of val.
+* ``class_gain``: estimate of the AP at half hard of true gains by class minus that of true gains.
+* ``baselines``: by ``gflops`` and ``latency``: estimate of how much more AP the router has, at half
+  hard, than plain detectors at the same cost; None where none is as cheap.
 * ``peers``: name -> estimate of how much more AP a peer has than the router at the same cost. No
   references.
 """
@@ -65,6 +68,8 @@ _RICHER = (
 _TRAIN = 'Train the last exit longer, or at the scale that it is used at.'
 _VIEWS = 'Look at how the views are made: the detectors may never have been trained on such images.'
 _STANDARDIZE = 'Give the router standardized features, and more steps.'
+_BY_CLASS = 'Weigh gains by class: objective=dict(type=..., by_class=True).'
+_PLAIN = 'Take a plain detector of a size between the exits: it finds more for as much.'
 _CALIBRATE = (
     'Calibrate the threshold on images like those it will see, or let a budget controller hold the '
     'share.'
@@ -337,6 +342,38 @@ def _peers(figures: Mapping) -> tuple[list, list]:
     ], [f"Route by '{best}', or give the router what it sees."]
 
 
+def _class_gain(figures: Mapping) -> tuple[list, list]:
+    gain, told = figures['class_gain'], interval_sign(figures['class_gain'])
+    if told <= 0:
+        return [], []
+    return [
+        f'Classes matter here: true gains by class are worth {_show(gain)} AP more than true gains.'
+    ], [_BY_CLASS]
+
+
+_AT_EQUAL = dict(gflops='GFLOPs', latency='milliseconds')
+
+
+def _baselines(figures: Mapping) -> tuple[list, list]:
+    sentences, hints = [], []
+    for cost, words in _AT_EQUAL.items():
+        lead = figures['baselines'].get(cost)
+        if lead is None:
+            sentences.append(
+                f'No plain detector is as cheap as the router at half hard, by {words}.'
+            )
+            continue
+        told = interval_sign(lead)
+        said = {
+            1: f'has {_show(lead)} AP more than plain detectors',
+            -1: f'has {_show(lead, sign=-1)} AP less than plain detectors',
+            0: f'cannot be told from plain detectors ({_show(lead)} AP)',
+        }[told]
+        sentences.append(f'At half hard the router {said} at equal {words}.')
+        hints += [_PLAIN] * (told < 0)
+    return sentences, hints
+
+
 #: In the order in which they are asked: do exits differ, does the benefit, is it found, does it
 #: hold?
 _QUESTIONS = dict(
@@ -352,6 +389,8 @@ _QUESTIONS = dict(
     spread=_spread,
     transfer=_transfer,
     peers=_peers,
+    class_gain=_class_gain,
+    baselines=_baselines,
 )
 
 

@@ -163,6 +163,38 @@ def check_truth(record: RoutingRecord, coco: COCO) -> None:
         )
 
 
+def true_positives(record: RoutingRecord, coco: COCO) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Which detections of each exit are right, at IoU 0.5, as COCO's evaluation matches them.
+
+    Returns:
+        list[tuple[np.ndarray, np.ndarray]]: Of each exit, K, scores, (D,), and whether they are
+        right, (D,), bool, in no particular order; without what COCO ignores: detections of crowds,
+        and more than 100 of an image and category.
+
+    Raises:
+        UsageError: If the record does not fit ``coco``; see `check_record`.
+    """
+    check_record(record, coco)
+    found = []
+    for exit in range(record.exits):
+        parts = []
+        for start in range(0, len(record), _PART):
+            part = record.take(range(start, min(start + _PART, len(record))))
+            results = mixed_results(part, np.full(len(part), exit))
+            entries = _match(coco, results, part.ids.tolist(), ['all']).evalImgs
+            parts += [
+                (one['dtScores'], one['dtMatches'][0] > 0, one['dtIgnore'][0] > 0)
+                for one in entries
+                if one is not None
+            ]
+        scores, hits, ignored = (
+            np.concatenate([np.zeros(0, kind), *column])
+            for kind, column in zip((float, bool, bool), zip(*parts))
+        )
+        found.append((scores[~ignored], hits[~ignored]))
+    return found
+
+
 def difficulties_of(record: RoutingRecord) -> np.ndarray:
     """Difficulties in the record's order, (n,), float32 as in the model."""
     return record.difficulty.astype(np.float32)
@@ -249,18 +281,41 @@ class Mixtures:
                 scores[area] = _mean(self._precision(area, choice, weights))
         return scores
 
-    def image_ap(self) -> np.ndarray:
+    def image_ap(self, weights: Sequence[float] | None = None) -> np.ndarray:
         """AP of each image by itself under each exit, (K, n), in percent, rounded to 1e-9 so that
-        equal results are equal. 0 for images without objects, whatever is found there."""
+        equal results are equal. 0 for images without objects, whatever is found there.
+
+        Args:
+            weights (Sequence[float], optional): Of each category's objects, (categories,), by
+                sorted id; see `class_weights`. With them an image has the sum over its objects of
+                weight times the AP of the object's category in the image: about what it adds to the
+                AP of the set, where a category's share of it falls with its number of objects.
+                Defaults to the mean over the image's categories.
+        """
+        objects = self._matches['all'].objects
+        if weights is None:
+            known = np.maximum((objects > 0).sum(axis=1, keepdims=True), 1)
+            shares = (objects > 0) / known
+        else:
+            shares = objects * np.asarray(weights, float)
+        return np.round((self.category_ap() * shares).sum(axis=2), 9)
+
+    def category_ap(self) -> np.ndarray:
+        """AP of each category in each image by itself under each exit, (K, n, categories), in
+        percent; 0 where the image has none of it. Categories are sorted by id."""
         matches = self._matches['all']
         counts, objects = _Counts(matches.by_image(), self.exits), matches.objects.ravel()
-        known = np.maximum((matches.objects > 0).sum(axis=1), 1)
         aps = []
         for exit in range(self.exits):
             table, _ = self._tables(np.full(self.images, exit), None)
             each = np.nan_to_num(counts.precision(table, objects).mean(axis=1))
-            aps.append(np.round(100 * each.reshape(self.images, -1).sum(axis=1) / known, 9))
+            aps.append(100 * each.reshape(self.images, -1))
         return np.array(aps)
+
+    @property
+    def objects(self) -> np.ndarray:
+        """Objects that count of each image and category, (n, categories), sorted by id."""
+        return self._matches['all'].objects
 
     def _precision(
         self, area: str, choice: Sequence[int], weights: Sequence[int] | None
@@ -468,6 +523,36 @@ def _best_from_here(values: np.ndarray, segment: np.ndarray) -> np.ndarray:
         return values
     lift = segment[-1] - segment
     return np.maximum.accumulate((values + lift)[::-1])[::-1] - lift
+
+
+def match_objects(record: RoutingRecord, coco: COCO, exit: int) -> list[dict[int, float]]:
+    """What an exit finds of each image's objects: annotation id -> the score of the detection that
+    is matched with it, averaged over the IoU thresholds, 0 where there is none. Crowds are left
+    out.
+
+    Args:
+        record (RoutingRecord): Any.
+        coco (COCO): Its ground truth.
+        exit (int): 0 to K - 1.
+
+    Returns:
+        list[dict[int, float]]: Of each image, in the record's order, those with a match at any
+        threshold.
+    """
+    row_of = {identity: row for row, identity in enumerate(record.ids.tolist())}
+    found: list[dict[int, float]] = [{} for _ in row_of]
+    results = mixed_results(record, [exit] * len(record))
+    evaluator = _match(coco, results, record.ids.tolist(), ['all'])
+    for entry in evaluator.evalImgs:
+        if entry is None:
+            continue
+        score_of = dict(zip(entry['dtIds'], entry['dtScores']))
+        kept = [at for at, ignored in enumerate(entry['gtIgnore']) if not ignored]
+        for at in kept:
+            scores = [score_of.get(one, 0.0) for one in entry['gtMatches'][:, at].tolist()]
+            if any(scores):
+                found[row_of[entry['image_id']]][int(entry['gtIds'][at])] = float(np.mean(scores))
+    return found
 
 
 def _match(

@@ -31,7 +31,8 @@ class Gain(NamedTuple):
     """What an image gains by the last exit.
 
     ``of``: function of one value per exit, (K, N), and of the objects' numbers, (N,). ``values``:
-    what the values are, 'losses' (the detectors' own) or 'ap' (the image's own COCO AP, percent).
+    what the values are, 'losses' (the detectors' own), 'ap' (the image's own COCO AP, percent) or
+    'reward' (of a set).
     ``said``: for logs.
     """
 
@@ -45,11 +46,12 @@ _LESS = 'the loss at the first exit less that at the last'
 #: between.
 #:
 #: * ``loss``: ``L1 - L2``, the paper's. mmdet's heads divide an image's loss by its positives or by
-#: a   fixed number of samples, so an image with one object counts as much as one with ten.
+#:   a fixed number of samples, so an image with one object counts as much as one with ten.
 #: * ``loss_sum``: that times the number of objects, which turns the average back into a sum over
-#: objects, as   AP counts them. An image without objects has nothing to gain.
+#:   objects, as AP counts them. An image without objects has nothing to gain.
 #: * ``ap``: difference of the per-image COCO AP. Costs a prediction by each exit; many images gain
-#: 0.
+#:   0.
+#: * ``reward``: `rewards.marginal_rewards`, from a record alone. It counts classes as AP does.
 GAINS = {
     'loss': Gain(lambda losses, objects: losses[0] - losses[-1], 'losses', _LESS),
     'loss_sum': Gain(
@@ -61,6 +63,11 @@ GAINS = {
         lambda aps, objects: aps[-1] - aps[0],
         'ap',
         'the AP at the last exit less that at the first, per image',
+    ),
+    'reward': Gain(
+        lambda rewards, objects: rewards,
+        'reward',
+        "what the last exit's detections of an image add to the AP of a set",
     ),
 }
 
@@ -80,6 +87,8 @@ class Objective:
         error (str): Of ``rank``: 'bce' or 'squared'. Defaults to 'bce'.
         weighted (bool): Of ``pairwise``: whether a pair counts by the difference of its gains.
             Defaults to True.
+        by_class (bool): Whether an object counts by how rare its class is, as in AP, which is a
+            mean over classes; see `class_weights`. Defaults to False: all objects alike.
     """
 
     gain: str = 'loss'
@@ -88,10 +97,16 @@ class Objective:
     offset: float | None = None
     error: str = 'bce'
     weighted: bool = True
+    by_class: bool = False
+
+    @property
+    def counts_gains_as(self) -> str:
+        """What gains are, for logs and checkpoints: a router resumes with gains of one kind."""
+        return f'{self.gain} by class' if self.by_class else self.gain
 
     def gains(self, values: Tensor, objects: Sequence[int]) -> Tensor:
         """Gains, (N,), from ``values``, (K, N), of the kind that the gain asks for, and (N,)
-        objects."""
+        objects; not weighted by class."""
         return GAINS[self.gain].of(values, values.new_tensor(objects))
 
     def loss(self, logits: Tensor, gains: Tensor, quantiles: Tensor) -> Tensor:
@@ -156,12 +171,20 @@ def build_objective(config: str | Mapping | Objective) -> Objective:
             "objective 'cost_weight' needs its lambda: objective=dict(type='cost_weight', "
             'offset=...), in units of the loss'
         )
-    objective = Objective(**{**OBJECTIVES[name], **settings})
+    return check_objective(Objective(**{**OBJECTIVES[name], **settings}))
+
+
+def check_objective(objective: Objective) -> Objective:
+    """The objective itself, or a `UsageError` if a setting is unknown or out of range."""
     _one_of('gain', objective.gain, GAINS)
     _one_of('fit', objective.fit, FITS)
     _one_of('error', objective.error, ('bce', 'squared'))
     if not _is_number(objective.share) or not 0 <= objective.share <= 1:
         raise UsageError(f"an objective's share must be in [0, 1], got {objective.share}")
+    if not isinstance(objective.by_class, bool):
+        raise UsageError(f"an objective's by_class is True or False, got {objective.by_class}")
+    if objective.by_class and objective.gain == 'reward':
+        raise UsageError("gain 'reward' counts classes as AP does: leave by_class away")
     if objective.offset is not None and not _is_number(objective.offset):
         raise UsageError(f"an objective's offset must be a number, got {objective.offset}")
     return objective
@@ -263,10 +286,14 @@ def _regression(objective: Objective, logits: Tensor, gains: Tensor, quantiles: 
     difficulty 0.5 are images whose expected gain per GFLOP is above the (1 - share) quantile of
     gains per GFLOP.
     """
+    return F.mse_loss(logits, wanted_logits(objective, gains, quantiles))
+
+
+def wanted_logits(objective: Objective, gains: Tensor, quantiles: Tensor) -> Tensor:
+    """``(g - offset) / s``, (N,), of gains, (N,): what 'regression' regresses."""
     inner = quantiles[_TAIL : len(quantiles) - _TAIL]
     spread = inner.std(correction=0).clamp(min=torch.finfo(gains.dtype).tiny)
-    target = (gains.clamp(inner[0], inner[-1]) - offset_of(objective, quantiles)) / spread
-    return F.mse_loss(logits, target)
+    return (gains.clamp(inner[0], inner[-1]) - offset_of(objective, quantiles)) / spread
 
 
 #: Name -> how z, and with it phi, is fit to gains.
@@ -295,15 +322,42 @@ def image_aps(
     Returns:
         np.ndarray: (K, N), percent; 0 where an image has no objects but crowds.
     """
-    return np.stack([_one_exit_aps(*both) for both in zip(detections, truths)])
+    return np.stack(
+        [
+            np.zeros(len(own)) if mixtures is None else mixtures.image_ap()[0]
+            for own, mixtures in zip(truths, map(_mixtures, detections, truths))
+        ]
+    )
 
 
-def _one_exit_aps(detections: Sequence[Mapping], truths: Sequence[Mapping]) -> np.ndarray:
+def class_aps(
+    detections: Sequence[Sequence[Mapping]], truths: Sequence[Sequence[Mapping]], classes: int
+) -> np.ndarray:
+    """COCO AP of each class of each image by itself under each exit, summed over its objects.
+
+    Args:
+        detections, truths (Sequence): As of `image_aps`.
+        classes (int): C; labels are below.
+
+    Returns:
+        np.ndarray: (K, N, C), percent times objects; 0 where an image has none of a class but
+            crowds.
+    """
+    sums = np.zeros((len(truths), len(truths[0]), classes))
+    for own_sums, own, mixtures in zip(sums, truths, map(_mixtures, detections, truths)):
+        if mixtures is not None:
+            labels = sorted({int(label) for truth in own for label in truth['labels']})
+            own_sums[:, labels] = mixtures.category_ap()[0] * mixtures.objects
+    return sums
+
+
+def _mixtures(detections: Sequence[Mapping], truths: Sequence[Mapping]):
+    """The evaluation of one exit's images; None where there are no objects but crowds."""
     from .evaluation import Mixtures
     from .record import Detections, RoutingRecord
 
     if not any((~np.asarray(truth['crowds'], bool)).any() for truth in truths):
-        return np.zeros(len(truths))
+        return None
     joined = Detections.join(
         [(_xywh(image['bboxes']), image['scores'], image['labels']) for image in detections]
     )
@@ -312,7 +366,7 @@ def _one_exit_aps(detections: Sequence[Mapping], truths: Sequence[Mapping]) -> n
     record = RoutingRecord(
         np.arange(count), [''] * count, np.zeros(count), [joined] * 2, [0.0] * 2, [0.0] * 2
     )
-    return Mixtures(record, _as_coco(truths)).image_ap()[0]
+    return Mixtures(record, _as_coco(truths))
 
 
 def _as_coco(truths: Sequence[Mapping]):

@@ -17,6 +17,7 @@ import numpy as np
 from pycocotools.coco import COCO
 
 from ..errors import UsageError
+from .class_weights import class_weights, count_objects
 from .evaluation import Mixtures
 from .record import RoutingRecord
 
@@ -158,6 +159,7 @@ def honest_choices(
     exact: bool = True,
     by_objects: bool = False,
     seed: int = 0,
+    by_class: bool = False,
 ) -> np.ndarray:
     """Choices of an oracle that saw another view of each image; score them on the record's own
     detections.
@@ -174,6 +176,8 @@ def honest_choices(
         by_objects (bool): Whether to multiply an image's AP by its number of objects, as in the
             set's AP an image counts by its objects. Defaults to False.
         seed (int): As in `oracle_choices`. Defaults to 0.
+        by_class (bool): Whether each object counts by the weight of its class, too
+            (`class_weights`); then ``by_objects`` in any case. Defaults to False.
 
     Returns:
         np.ndarray: (shares, n), int.
@@ -185,8 +189,9 @@ def honest_choices(
         raise UsageError(
             'an honest oracle needs detections of a second view of each image: record them too'
         )
-    values = Mixtures(record, coco, view=True).image_ap()
-    if by_objects:
+    weights = class_weights(count_objects(coco, record.ids).sum(axis=0)) if by_class else None
+    values = Mixtures(record, coco, view=True).image_ap(weights)
+    if by_objects and not by_class:
         values = values * [object_count(coco, identity) for identity in record.ids.tolist()]
     return oracle_choices(values, shares, exact, seed)
 

@@ -11,19 +11,17 @@ after its neck and head ran, which an image that goes on to the last exit would 
 references.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from ..errors import UsageError
+from .detection_features import first_features, first_weights, statistics, variances
 from .record import RoutingRecord, require_columns
 
 #: Detections below this score are not counted as such.
 SURE = 0.3
-#: Scores that `adaptive_feeding` looks at, and of how many of the surest detections it sees score
-#: and size.
-_COUNTED, _SUREST = (0.1, 0.3, 0.5), 10
 #: Penalties that the ridge regression chooses among.
 _PENALTIES = tuple(10.0**power for power in range(-1, 7))
 
@@ -41,14 +39,17 @@ class Peer(NamedTuple):
         fitted (bool): Whether it is fitted to a record first.
         charged (bool): Whether it looks at exit 0's detections, see `peer_gflops`.
         reference (bool): Whether it looks at the annotations, which no router can.
+        benefit (str): What a fitted one learns, and a reference without a function is: a key of
+            `strata.benefits`.
     """
 
-    function: Callable
+    function: Callable | None
     needs: tuple[str, ...]
     description: str
     fitted: bool = False
     charged: bool = False
     reference: bool = False
+    benefit: str = ''
 
 
 def doubt_of_best(record: RoutingRecord) -> np.ndarray:
@@ -79,6 +80,12 @@ def variance_of_scores(record: RoutingRecord) -> np.ndarray:
     return np.array(
         [sum(score * (1 - score) for score in scores) for scores in _first_scores(record)]
     )
+
+
+def variance_by_class(record: RoutingRecord) -> np.ndarray:
+    """`variance_of_scores`, each detection by the weight of its class (`class_weights`), (n,): a
+    doubt of a rare class moves AP more than one of a frequent class. Nothing is fitted."""
+    return variances(record.detections[0], first_weights(record))
 
 
 def detection_count(record: RoutingRecord) -> np.ndarray:
@@ -142,8 +149,8 @@ def fit_adaptive_feeding(record: RoutingRecord, benefit: Sequence[float]) -> Sco
         StandardScaler(),
         LinearSVC(class_weight='balanced', dual=False, max_iter=10_000, random_state=0),
     )
-    machine.fit(_detection_statistics(record), gains)
-    return lambda other: machine.decision_function(_detection_statistics(other))
+    machine.fit(statistics(record.detections[0]), gains)
+    return lambda other: machine.decision_function(statistics(other.detections[0]))
 
 
 def fit_ridge(record: RoutingRecord, benefit: Sequence[float]) -> Scorer:
@@ -157,16 +164,31 @@ def fit_ridge(record: RoutingRecord, benefit: Sequence[float]) -> Scorer:
     Returns:
         Callable: ``record -> scores``, predicted benefits, (n,).
     """
+    return _fit_ridge(_features, record, benefit)
+
+
+def fit_ridge_on_both(record: RoutingRecord, benefit: Sequence[float]) -> Scorer:
+    """`fit_ridge` on the pooled features and on what exit 0 detects
+    (`detection_features.features`)."""
+    return _fit_ridge(_both, record, benefit)
+
+
+def fit_ridge_on_detections(record: RoutingRecord, benefit: Sequence[float]) -> Scorer:
+    """`fit_ridge` on what exit 0 detects (`detection_features.features`) alone."""
+    return _fit_ridge(first_features, record, benefit)
+
+
+def _fit_ridge(seen: Scorer, record: RoutingRecord, benefit: Sequence[float]) -> Scorer:
     from sklearn.linear_model import RidgeCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     model = make_pipeline(StandardScaler(), RidgeCV(alphas=_PENALTIES))
-    model.fit(_features(record), _checked(benefit, record))
-    return lambda other: model.predict(_features(other))
+    model.fit(seen(record), _checked(benefit, record))
+    return lambda other: model.predict(seen(other))
 
 
-#: Name -> peer. Fitted ones take any benefit; Adaptive Feeding's is the difference of per-image AP.
+#: Name -> peer. Fitted ones take any benefit; what each learns in an analysis is its ``benefit``.
 PEERS: dict[str, Peer] = {
     'doubt_of_best': Peer(doubt_of_best, (), "1 - exit 0's largest score", charged=True),
     'mean_doubt': Peer(mean_doubt, (), "1 - mean of exit 0's scores over 0.3", charged=True),
@@ -176,6 +198,12 @@ PEERS: dict[str, Peer] = {
     'score_variance': Peer(
         variance_of_scores, (), "p (1 - p) of exit 0's scores, summed", charged=True
     ),
+    'class_variance': Peer(
+        variance_by_class,
+        (),
+        "p (1 - p) of exit 0's scores over the objects of their class, summed",
+        charged=True,
+    ),
     'detections': Peer(detection_count, (), "exit 0's detections over 0.3", charged=True),
     'adaptive_feeding': Peer(
         fit_adaptive_feeding,
@@ -183,9 +211,32 @@ PEERS: dict[str, Peer] = {
         "Adaptive Feeding: linear SVM on exit 0's detections",
         fitted=True,
         charged=True,
+        benefit='ap',
+    ),
+    'oric': Peer(
+        fit_ridge_on_detections,
+        (),
+        "ORIC: its reward, by ridge regression on exit 0's detections",
+        fitted=True,
+        charged=True,
+        benefit='reward',
     ),
     'image_entropy': Peer(image_entropy, ('entropy',), "entropy of the image's gray levels"),
-    'ridge': Peer(fit_ridge, ('features',), 'ridge regression on the pooled features', fitted=True),
+    'ridge': Peer(
+        fit_ridge,
+        ('features',),
+        'ridge regression on the pooled features',
+        fitted=True,
+        benefit='loss_objects',
+    ),
+    'ridge_by_class': Peer(
+        fit_ridge_on_both,
+        ('features',),
+        "ridge regression on the pooled features and exit 0's detections, by class",
+        fitted=True,
+        charged=True,
+        benefit='ap_class',
+    ),
     'objects': Peer(true_objects, ('objects',), 'true number of objects', reference=True),
     'loss': Peer(
         true_loss_difference, ('losses',), 'true loss difference, averaged', reference=True
@@ -196,6 +247,17 @@ PEERS: dict[str, Peer] = {
         'true loss difference times objects',
         reference=True,
     ),
+    'loss_class': Peer(
+        None,
+        ('losses',),
+        'true loss difference times objects, by class',
+        reference=True,
+        benefit='loss_class',
+    ),
+    'ap_class': Peer(
+        None, (), 'true difference of AP, by class', reference=True, benefit='ap_class'
+    ),
+    'reward': Peer(None, (), 'true reward by ORIC', reference=True, benefit='reward'),
 }
 
 
@@ -214,7 +276,7 @@ def peer_scores(
         training (RoutingRecord, optional): Record that a fitted peer is fitted to. Without one,
             ``record`` itself is split: each image is scored by a fit to others.
         benefit (Sequence[float], optional): Benefits of the images of ``training``, else of
-            ``record``; fitted peers need them.
+            ``record``; fitted peers need them. Of ``record`` for a reference that is its benefit.
         seed (int): Seed of the split. Defaults to 0.
 
     Returns:
@@ -228,12 +290,16 @@ def peer_scores(
         raise UsageError(f"no peer is named '{name}': choose from {', '.join(PEERS)}")
     peer = PEERS[name]
     require_columns(record, *peer.needs)
-    if not peer.fitted:
+    if not peer.fitted and peer.function is not None:
         return peer.function(record)
     if benefit is None:
         raise UsageError(
             f"peer '{name}' is fitted: give the benefits of the images that it is fitted to"
+            if peer.fitted
+            else f"peer '{name}' is a benefit: give it"
         )
+    if peer.function is None:
+        return _checked(benefit, record)
     if training is None:
         return cross_fit(peer.function, record, benefit, seed=seed)
     require_columns(training, *peer.needs)
@@ -277,12 +343,18 @@ def cross_fit(
     return scores
 
 
+def is_charged(name: str, record: RoutingRecord) -> bool:
+    """Whether a peer runs more on hard images of a record than the detector does; see
+    `peer_gflops`."""
+    return PEERS[name].charged and not record.provenance.get('merge')
+
+
 def peer_gflops(name: str, record: RoutingRecord, branch_gflops: float | None = None) -> float:
     """GFLOPs that a peer adds to each *hard* image.
 
     A peer that looks at exit 0's detections has run branch 0, neck and head, on every image. Easy
-    images need that anyway; to a hard one it is added. Boxes and losses being there, the scores
-    themselves are free.
+    images need that anyway, and all where exits are merged; else to a hard one it is added. Boxes
+    and losses being there, the scores themselves are free.
 
     Args:
         name (str): A key of `PEERS`.
@@ -296,7 +368,7 @@ def peer_gflops(name: str, record: RoutingRecord, branch_gflops: float | None = 
     Raises:
         UsageError: If the peer is charged and nobody says what branch 0 costs.
     """
-    if not PEERS[name].charged:
+    if not is_charged(name, record):
         return 0.0
     if branch_gflops is None:
         branch_gflops = record.provenance.get('branch0_gflops')
@@ -331,24 +403,8 @@ def _features(record: RoutingRecord) -> np.ndarray:
     return record.features.astype(float)
 
 
-def _detection_statistics(record: RoutingRecord) -> np.ndarray:
-    """What `fit_adaptive_feeding` sees, (n, 24): scores and sizes of the surest, counts, p (1 -
-    p)."""
-    return np.array([_statistics(detections) for detections in record.detections[0]])
-
-
-def _statistics(detections: Sequence[Mapping]) -> list:
-    detections = sorted(detections, key=lambda detection: -detection['score'])
-    scores = [detection['score'] for detection in detections]
-    # Pixels, not square pixels, whose largest few would be all that counts.
-    areas = [
-        max(0.0, detection['bbox'][2] * detection['bbox'][3]) for detection in detections[:_SUREST]
-    ]
-    sizes = [area**0.5 for area in areas]
-    absent = [0.0] * (_SUREST - len(sizes))
-    counts = [sum(score > floor for score in scores) for floor in _COUNTED]
-    variance = sum(score * (1 - score) for score in scores)
-    return [*scores[:_SUREST], *absent, *sizes, *absent, *counts, variance]
+def _both(record: RoutingRecord) -> np.ndarray:
+    return np.hstack([_features(record), first_features(record)])
 
 
 def _checked(benefit: Sequence[float], record: RoutingRecord) -> np.ndarray:

@@ -31,6 +31,7 @@ _OPTIONAL = dict(
     entropy=np.float64,
     gflops=np.float64,
     latencies=np.float64,
+    frame=np.float64,
 )
 #: Of these, what has a number for each exit.
 _BY_EXIT = ('losses', 'gflops', 'latencies')
@@ -157,6 +158,8 @@ class RoutingRecord(Sequence):
         entropy (np.ndarray, optional): Of the gray levels, in bits, (n,) float64 in [0, 8].
         image_gflops (np.ndarray, optional): Each image's own, (n, K) float64.
         image_latencies (np.ndarray, optional): Each image's own, (n, K) float64.
+        frame (np.ndarray, optional): Each image as its network sees it, (n, 4) float64: height and
+            width in pixels, and by how much the file was scaled across and down.
     """
 
     ids: np.ndarray
@@ -173,6 +176,7 @@ class RoutingRecord(Sequence):
     entropy: np.ndarray | None = None
     image_gflops: np.ndarray | None = None
     image_latencies: np.ndarray | None = None
+    frame: np.ndarray | None = None
 
     @classmethod
     def from_images(
@@ -426,6 +430,8 @@ def _shapes(
     shapes.update(
         {f'image_{name}': (images, exits) for name in _BY_EXIT if f'image_{name}' in names}
     )
+    if 'image_frame' in names:
+        shapes['image_frame'] = (images, 4)
     if 'image_features' in names:
         shapes['image_features'] = (images, arrays['image_features'].size // images)
     for name in _DETECTIONS[: 1 + (f'{_DETECTIONS[1]}0_boxes' in arrays)]:

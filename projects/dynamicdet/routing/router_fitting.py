@@ -13,14 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from .objective import GAINS, Objective, build_objective, quantiles_of
+from .class_weights import class_weights, count_objects, mean_weights
+from .evaluation import Mixtures
+from .objective import GAINS, Objective, build_objective, quantiles_of, ranks_of, wanted_logits
 from .record import RoutingRecord
+from .rewards import marginal_rewards
 
 #: Weight decays that cross-validation chooses among; AdamW shrinks a weight by ``lr * decay`` each
 #: step.
 WEIGHT_DECAYS = (0.01, 1.0, 10.0)
 #: Numbers of updates that it chooses among.
 STEPS = (10, 20, 40, 80, 160, 320)
+#: Penalties that a ridge regression's chooses among, in units of images.
+PENALTIES = tuple(10.0**power for power in range(-1, 7))
 #: Images per update: enough of them for pairs.
 _BATCH = 128
 
@@ -41,45 +46,74 @@ class RouterFit(NamedTuple):
     weight_decay: float
 
 
-def gains_of_record(record: RoutingRecord, kind: str, coco=None) -> np.ndarray:
+def gains_of_record(
+    record: RoutingRecord, kind: str, coco=None, weights: Sequence[float] | None = None
+) -> np.ndarray:
     """What each image of a record gains by the last exit.
 
     Args:
         record (RoutingRecord): See `record`.
         kind (str): A key of `GAINS`.
-        coco (COCO, optional): Ground truth of the record; 'ap' needs it. Defaults to None.
+        coco (COCO, optional): Ground truth of the record; 'ap', 'reward' and gains by class need
+            it. Defaults to None.
+        weights (Sequence[float], optional): For gains by class: of each category's objects,
+            (categories,), by sorted id; see `class_weights`. A gain in loss is multiplied by the
+            mean weight of the image's objects, one in AP is taken category by category
+            (`Mixtures.image_ap`). Defaults to all alike.
 
     Returns:
         np.ndarray: (n,), float64, in the record's order.
 
     Raises:
-        UsageError: If the record lacks what the kind is made of.
+        UsageError: If the record lacks what the kind is made of, or the kind has no classes.
     """
     if kind not in GAINS:
         raise UsageError(f"a gain is one of {', '.join(GAINS)}; got '{kind}'")
     if not len(record):
         raise UsageError('the record has no images')
-    if GAINS[kind].values == 'ap':
-        from .evaluation import Mixtures
-
-        if coco is None:
-            raise UsageError("gain 'ap' needs the annotation file of the record")
-        values = Mixtures(record, coco).image_ap()
-        objects = np.ones(len(record))
-    else:
-        _require(record, 'losses')
-        values = record.losses.T
-        objects = np.ones(len(record))
+    values = GAINS[kind].values
+    if coco is None and (values != 'losses' or weights is not None):
+        name = kind if weights is None else f'{kind} by class'
+        raise UsageError(f"gain '{name}' needs the annotation file of the record")
+    if values == 'reward':
+        return marginal_rewards(record, coco)
+    objects = np.ones(len(record))
+    if values == 'ap':
+        aps = Mixtures(record, coco).image_ap(weights)
+        return GAINS[kind].of(aps, objects)
+    _require(record, 'losses')
     if kind == 'loss_sum':
         _require(record, 'objects')
         objects = record.objects.astype(np.float64)
-    gains = GAINS[kind].of(values, objects)
+    gains = GAINS[kind].of(record.losses.T, objects)
+    if weights is not None:
+        gains = gains * mean_weights(count_objects(coco, record.ids), weights)
     if not np.isfinite(gains).all():
         worst = int(np.flatnonzero(~np.isfinite(gains))[0])
         raise UsageError(
             f'the losses of image {record.ids[worst]} ({record.files[worst]}) are not finite'
         )
     return gains
+
+
+def class_weights_of_records(records: Sequence[RoutingRecord], cocos: Sequence) -> np.ndarray:
+    """Weights of each category's objects, (categories,), by sorted id, from all different images of
+    some records.
+
+    Args:
+        records (Sequence[RoutingRecord]): An image that is in several counts once.
+        cocos (Sequence[COCO]): Ground truth of each.
+
+    Raises:
+        UsageError: If the records' categories differ.
+    """
+    if len({tuple(sorted(coco.getCatIds())) for coco in cocos}) > 1:
+        raise UsageError('the records are of annotation files with different categories')
+    counts: dict[tuple[int, str], np.ndarray] = {}
+    for record, coco in zip(records, cocos):
+        names = zip(record.ids.tolist(), record.files)
+        counts.update(zip(names, count_objects(coco, record.ids)))
+    return class_weights(np.sum(list(counts.values()), axis=0))
 
 
 def features_of_record(record: RoutingRecord) -> np.ndarray:
@@ -158,13 +192,7 @@ def fit_router(
             folds.
     """
     objective = build_objective(objective)
-    features, gains = np.asarray(features, np.float32), np.asarray(gains, np.float64)
-    if features.ndim != 2 or gains.shape != (len(features),):
-        raise UsageError(
-            f'features must be (n, d) and gains (n,); got {features.shape} and {gains.shape}'
-        )
-    if not (np.isfinite(features).all() and np.isfinite(gains).all()):
-        raise UsageError('features and gains must be finite')
+    features, gains = _checked(features, gains)
     parts = _split(np.arange(len(gains)) if groups is None else np.asarray(groups), folds, seed)
     width = hidden or max(1, features.shape[1] // 4)
     lr = lr or min(1e-2, 1.5 / features.shape[1])
@@ -200,6 +228,110 @@ def fit_router(
         int(steps[last]),
         float(weight_decays[best]),
     )
+
+
+def fit_ridge_router(
+    features: np.ndarray,
+    gains: np.ndarray,
+    objective: str | Mapping | Objective = 'paper',
+    hidden: int | None = None,
+    penalties: Sequence[float] = PENALTIES,
+    folds: int = 3,
+    groups: Sequence[int] | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> RouterFit:
+    """Fit a linear router to gains, by ridge regression: with some thousand images, less is learned
+    by heart than in two layers.
+
+    It has the two layers of any `Router`: a linear function is the difference of the ReLUs of
+    itself and of its negative. What is regressed is what the objective's ``fit`` asks for: ranks of
+    gains, or else gains, clipped and scaled as for 'regression'. Cross-validation chooses the
+    penalty, as `fit_router` the weight decay.
+
+    Args:
+        features, gains, objective, folds, groups, seed, progress: As of `fit_router`.
+        hidden (int, optional): Width between the layers, 2 or more. Defaults to d // 4, but 2.
+        penalties (Sequence[float]): Of the squared weights of standardized features, in units of
+            images, to choose among. Defaults to 0.1, 1, ... 1e6.
+
+    Returns:
+        RouterFit: Its ``weight_decay`` is the penalty; there are no ``steps``.
+
+    Raises:
+        UsageError: As `fit_router`; and if the layers are too narrow.
+    """
+    objective = build_objective(objective)
+    features, gains = _checked(features, gains)
+    width = hidden or max(2, features.shape[1] // 4)
+    if width < 2:
+        raise UsageError('a linear router takes two hidden channels or more: a smaller reduction')
+    parts = _split(np.arange(len(gains)) if groups is None else np.asarray(groups), folds, seed)
+    mean, std = _moments(features)
+    inputs, everyone = ((features - mean) / std).astype(np.float64), np.arange(len(gains))
+    curves = []
+    for done, part in enumerate(parts):
+        rest = np.setdiff1d(everyone, part)
+        weights, biases = _ridge(inputs[rest], _wanted(objective, gains[rest]), penalties)
+        scores = inputs[part] @ weights + biases
+        curves.append([rank_correlation(own, gains[part]) for own in scores.T])
+        if progress:
+            progress(done + 1, folds + 1)
+    means = np.mean(curves, axis=0)
+    best = int(means.argmax())
+    weights, biases = _ridge(inputs, _wanted(objective, gains), penalties[best : best + 1])
+    if progress:
+        progress(folds + 1, folds + 1)
+    state = _as_layers(weights[:, 0], float(biases[0]), width)
+    state.update(mean=torch.from_numpy(mean), std=torch.from_numpy(std))
+    return RouterFit(state, quantiles_of(gains), float(means[best]), 0, float(penalties[best]))
+
+
+def _wanted(objective: Objective, gains: np.ndarray) -> np.ndarray:
+    """The logits that an objective asks for, (n,)."""
+    quantiles, gains = quantiles_of(gains), torch.from_numpy(gains).float()
+    if objective.fit == 'rank':
+        # The logit of a rank is steep at the ends; this has its slope in the middle.
+        return 4 * (ranks_of(gains, quantiles).double().numpy() - 0.5)
+    return wanted_logits(objective, gains, quantiles).double().numpy()
+
+
+def _ridge(
+    inputs: np.ndarray, wanted: np.ndarray, penalties: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights, (d, penalties), and biases, (penalties,), by one singular value decomposition."""
+    center, level = inputs.mean(axis=0), wanted.mean()
+    left, values, right = np.linalg.svd(inputs - center, full_matrices=False)
+    shrunk = values[:, None] / (values[:, None] ** 2 + np.asarray(penalties))
+    weights = right.T @ (shrunk * (left.T @ (wanted - level))[:, None])
+    return weights, level - center @ weights
+
+
+def _as_layers(weights: np.ndarray, bias: float, width: int) -> dict[str, Tensor]:
+    """A linear function as a router's layers."""
+    row = torch.from_numpy(weights).float()
+    state = {
+        'fc1.weight': torch.zeros(width, len(row)),
+        'fc1.bias': torch.zeros(width),
+        'fc2.weight': torch.zeros(1, width),
+        'fc2.bias': torch.zeros(1),
+    }
+    for channel, sign in enumerate((1, -1)):
+        state['fc1.weight'][channel] = sign * row
+        state['fc1.bias'][channel] = sign * bias
+        state['fc2.weight'][0, channel] = sign
+    return state
+
+
+def _checked(features: np.ndarray, gains: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    features, gains = np.asarray(features, np.float32), np.asarray(gains, np.float64)
+    if features.ndim != 2 or gains.shape != (len(features),):
+        raise UsageError(
+            f'features must be (n, d) and gains (n,); got {features.shape} and {gains.shape}'
+        )
+    if not (np.isfinite(features).all() and np.isfinite(gains).all()):
+        raise UsageError('features and gains must be finite')
+    return features, gains
 
 
 def _split(groups: np.ndarray, folds: int, seed: int) -> list[np.ndarray]:

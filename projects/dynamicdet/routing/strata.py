@@ -6,11 +6,14 @@ AP is COCO's in percent, of the images of a stratum by themselves; None where th
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from pycocotools.coco import COCO
 from scipy.stats import spearmanr
 
 from .bootstrap import RESAMPLES, bootstrap_weights, confidence_interval
+from .class_weights import class_weights, count_objects
 from .evaluation import Mixtures
 from .record import RoutingRecord, require_columns
+from .rewards import marginal_rewards
 
 #: Strata by number of objects: name -> fewest and most.
 OBJECTS = {'0': (0, 0), '1': (1, 1), '2': (2, 2), '3-4': (3, 4), '5-8': (5, 8), '9+': (9, np.inf)}
@@ -96,6 +99,31 @@ def exit_benefits(
         if record.objects is not None:
             benefits['loss_objects'] = benefits['loss'] * record.objects
     return benefits
+
+
+def exit_benefits_by_class(
+    record: RoutingRecord, coco: COCO, mixtures: Mixtures
+) -> dict[str, np.ndarray]:
+    """What each image gains from the last exit instead of the first where classes count as in AP,
+    (n,) each.
+
+    Args:
+        record (RoutingRecord): See `record`.
+        coco (COCO): Its ground truth, by whose objects classes are weighted (`class_weights`).
+        mixtures (Mixtures): Of the same record.
+
+    Returns:
+        dict: ``ap_class``: difference of `Mixtures.image_ap` by class; ``loss_class``: of losses,
+            summed over objects, each by its class, where the record has losses; ``reward``:
+            `rewards.marginal_rewards`.
+    """
+    counts = count_objects(coco, record.ids)
+    weights = class_weights(counts.sum(axis=0))
+    per_image = mixtures.image_ap(weights)
+    found = dict(ap_class=per_image[-1] - per_image[0])
+    if record.losses is not None:
+        found['loss_class'] = (record.losses[:, 0] - record.losses[:, -1]) * (counts @ weights)
+    return dict(found, reward=marginal_rewards(record, coco))
 
 
 def rank_correlations(

@@ -107,7 +107,8 @@ def exit_gflops(
     model: nn.Module, shape: Sequence[int], rows: Sequence[LayerCosts] | None = None
 ) -> list[float]:
     """GFLOPs of a frame that leaves at exit -1, 0, ..., E - 1, all heads included that the gate
-    looks at on the way, and propagation as if every frame had a memory: (E + 1,).
+    looks at on the way, or all where exits are merged, and propagation as if every frame had a
+    memory: (E + 1,).
 
     Args:
         model (EarlyExitDetector): As of `layer_costs`.
@@ -115,7 +116,7 @@ def exit_gflops(
         rows (Sequence[LayerCosts], optional): From `layer_costs`, where they are known.
     """
     rows = rows or layer_costs(model, shape)
-    looks = model.gate is not None and model.gate.looks_at_detections
+    looks = bool(model.merge) or model.gate is not None and model.gate.looks_at_detections
     heads = [
         sum(part.flops for part in (rows[position].head, rows[position].propagation) if part)
         for position in model.exit_layers

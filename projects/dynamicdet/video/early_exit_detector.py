@@ -18,9 +18,11 @@ from mmdet.registry import MODELS
 from mmdet.structures import OptSampleList, SampleList
 
 from ..errors import UsageError
+from ..models.merging import merge_instances
 from ..models.weights import is_plain, rename_entries
 from ..precision import KeepsTypeOfBuffers
 from ..routing.budget import Budget
+from ..routing.merging import Merge
 from ..transfers import Followed, take_rows
 from .budgets import POINTS, require_early_exit_budget, resolve_budget
 from .frames import Frames, last_detections, no_detections, scale_of, to_original
@@ -77,6 +79,9 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         cut (float, optional): A mean change of the early map's parts above it is a cut, see
             `streams.is_cut`: the stream is forgotten. Defaults to none.
         max_streams (int): Streams remembered at a time, beside those of the batch. Defaults to 16.
+        merge (str or dict, optional): What a frame finds at the exits before its own joins what it
+            finds there, by class, as of `DynamicDetector`; gates look at what is merged. Then all
+            heads on the way run. Defaults to none: each exit by itself.
         data_preprocessor (dict, optional): Defaults to the detector's.
         init_cfg (dict, optional): As in mmengine. Defaults to none; the detector's own counts for
             the detector.
@@ -103,6 +108,7 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         early_layer: int = 0,
         cut: float | None = None,
         max_streams: int = 16,
+        merge: str | dict | None = None,
         data_preprocessor: dict | None = None,
         init_cfg: dict | None = None,
     ) -> None:
@@ -136,6 +142,8 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         )
         self.distillation = distillation
         self.early_layer, self.cut = early_layer, cut
+        #: How exits are merged; may be set at any time.
+        self.merge: Merge | None = Merge.parse(merge)
         self.mode = mode
         budget = Budget.parse(budget)
         self._check(mode, budget)
@@ -366,11 +374,7 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         frames = self._start(images, samples, self.decides_early or self.cut is not None)
         if frames.change is not None:
             frames = self._decide_early(frames, rescale)
-        # Where no threshold lets a frame leave, there is nothing to ask; but heads that a gate
-        # looks at are run.
-        if self.gate is not None and (
-            self.gate.looks_at_detections or max(self._levels(self.thresholds)[1:]) >= 0
-        ):
+        if self._asks or self.merge:
             for exit, layer in enumerate(self.exit_layers):
                 if not frames.samples:
                     return
@@ -378,14 +382,34 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         if frames.samples:
             self._finish(frames, rescale)
 
+    @property
+    def _asks(self) -> bool:
+        """Whether the gate is asked at exits: where no threshold lets a frame leave, there is
+        nothing to ask; but heads that a gate looks at are run."""
+        return self.gate is not None and (
+            self.gate.looks_at_detections or max(self._levels(self.thresholds)[1:]) >= 0
+        )
+
     def _pass(self, exit: int, frames: Frames, x: Tensor, rescale: bool) -> Frames:
         """Decide at an exit; those that leave do."""
+        looks = self._asks and self.gate.looks_at_detections
+        detections = self._found_at(exit, x, frames) if looks or self.merge else None
+        if not self._asks:
+            return frames
         frames.pooled.append(x.mean(dim=(2, 3), dtype=torch.float32))
-        looks = self.gate.looks_at_detections
-        detections = self._detect(exit, x, frames.samples, frames.streams) if looks else None
-        evidence = Evidence(exit, detections, frames.earlier, frames.pooled, None)
-        frames.earlier = detections
-        return self._decide(frames, evidence, x, rescale)
+        shown = detections if looks else None
+        evidence = Evidence(exit, shown, frames.earlier, frames.pooled, None)
+        frames.earlier = shown
+        return self._decide(frames, evidence, detections, x, rescale)
+
+    def _found_at(self, exit: int, x: Tensor, frames: Frames) -> list[InstanceData]:
+        """What a head finds in all frames, in the network's frame; merged with what those before it
+        found where that is wanted."""
+        detections = self._detect(exit, x, frames.samples, frames.streams)
+        if not self.merge:
+            return detections
+        frames.passed.append(detections)
+        return merge_instances(list(zip(*frames.passed)), self.merge)
 
     def _decide_early(self, frames: Frames, rescale: bool) -> Frames:
         """Before the first exit: let streams begin anew at cuts, and, where the gate decides, those
@@ -426,9 +450,16 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
             self._leave(frames, place, -1, instances, rescale, news[place])
         return frames.without(places) if places else frames
 
-    def _decide(self, frames: Frames, evidence: Evidence, x: Tensor, rescale: bool) -> Frames:
+    def _decide(
+        self,
+        frames: Frames,
+        evidence: Evidence,
+        detections: list[InstanceData] | None,
+        x: Tensor,
+        rescale: bool,
+    ) -> Frames:
         """Let those leave whose difficulty is not above the threshold; the others. The difficulties
-        are all that the host waits for."""
+        are all that the host waits for. Detections are made unless they were."""
         exit, level = evidence.exit, self._levels(self.thresholds)[evidence.exit + 1]
         frames.difficulties = self.gate.difficulty(evidence).float().tolist()
         places = [
@@ -441,8 +472,8 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         )
         x = x if len(places) == len(frames.samples) else take_rows(x, places)
         detections = (
-            [evidence.detections[place] for place in places]
-            if evidence.detections
+            [detections[place] for place in places]
+            if detections
             else self._detect(exit, x, samples, streams)
         )
         for place, instances, sample in zip(places, detections, samples):
@@ -460,6 +491,9 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         """The last exit: the detector's own output."""
         maps = [frames.layers.take(position) for position in self.output_layers]
         detections = self.detector.bbox_head.predict(maps, frames.samples, rescale=rescale)
+        if self.merge:
+            passed = [_in_frame(one, frames.samples, rescale) for one in frames.passed]
+            detections = merge_instances(list(zip(*passed, detections)), self.merge)
         for place, instances in enumerate(detections):
             self._leave(frames, place, self.num_exits - 1, instances, rescale, new=True)
 
@@ -495,14 +529,15 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
             x = frames.layers.take(layer)
             pooled.append(x.mean(dim=(2, 3), dtype=torch.float32))
             instances_by_frame = self._detect(exit, x, samples, frames.streams)
-            detections.append(
-                [
-                    to_original(instances, sample) if rescale else instances
-                    for instances, sample in zip(instances_by_frame, samples)
-                ]
-            )
+            detections.append(_in_frame(instances_by_frame, samples, rescale))
         maps = [frames.layers.take(position) for position in self.output_layers]
         detections.append(self.detector.bbox_head.predict(maps, samples, rescale=rescale))
+        if self.merge:
+            images = list(zip(*detections))
+            detections = [
+                merge_instances([image[: exit + 1] for image in images], self.merge)
+                for exit in range(self.num_exits)
+            ]
         for stream, early in zip(frames.streams, frames.early):
             stream.early = early
         return AllExits(detections, pooled, frames.early, frames.change)
@@ -528,6 +563,15 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         ]
         maps = [layers.take(position) for position in self.output_layers]
         return dict(exits=[*exits, self.detector.bbox_head(maps)])
+
+
+def _in_frame(
+    detections: Sequence[InstanceData], samples: SampleList, rescale: bool
+) -> list[InstanceData]:
+    """Detections in the network's frame, in that of the original images where that is wanted."""
+    if not rescale:
+        return list(detections)
+    return [to_original(instances, sample) for instances, sample in zip(detections, samples)]
 
 
 def _with_rows(values: Tensor, rows: Sequence[int], new: Tensor) -> Tensor:

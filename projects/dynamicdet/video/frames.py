@@ -29,6 +29,8 @@ class Frames:
         cut (Tensor, optional): (N,), bool: where the scene is another.
         pooled (list[Tensor]): As of `Evidence`.
         earlier (list[InstanceData], optional): As of `Evidence`.
+        passed (list[list[InstanceData]]): Where exits are merged, what each exit that was passed
+            found by itself, in the network's frame: by exit, then by frame.
     """
 
     layers: LazyLayers
@@ -40,6 +42,7 @@ class Frames:
     cut: Tensor | None = None
     pooled: list[Tensor] = field(default_factory=list)
     earlier: list[InstanceData] | None = None
+    passed: list[list[InstanceData]] = field(default_factory=list)
 
     def without(self, places: Sequence[int]) -> 'Frames':
         """All but some of them; the layers are of those alone from now on."""
@@ -60,6 +63,7 @@ class Frames:
             None,
             [take_rows(one, kept) for one in self.pooled],
             of_kept(self.earlier),
+            [of_kept(own) for own in self.passed],
         )
 
 

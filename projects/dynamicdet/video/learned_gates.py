@@ -21,7 +21,7 @@ from ..precision import KeepsType
 from .gate_inputs import Evidence
 from .gates import Gate, coin_entropy, detection_agreement, most_confident, squash
 
-#: What a gate is told of the detections of an exit, see `_look`.
+#: What a gate is told of the detections of an exit, see `detection_features`.
 _LOOKS = 4
 
 

@@ -144,6 +144,7 @@ def record_videos(
         provenance(cfg, checkpoint, loader.dataset, str(model.thresholds.device)),
         **inference_settings(model, loader),
         cut=model.cut,
+        merge=str(model.merge) if model.merge else None,
     )
     return dict(
         images=images,

@@ -1,0 +1,456 @@
+"""Regions of images that are looked at again: where they are, their crops, and what is found there.
+
+Letters: ``N``: images of a batch, (N, 3, H, W). ``n``: crops. ``h``, ``w``: rows and columns of an
+image's grid of cells, see `routing.regions`. ``m``: prices of a calibration.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from mmengine.structures import InstanceData
+from torch import Tensor, nn
+
+from mmdet.models.detectors import BaseDetector
+from mmdet.structures import DetDataSample, SampleList
+
+from ..errors import UsageError
+from ..precision import KeepsType
+from ..routing.budget import Budget
+from ..routing.merging import Merge
+from ..routing.region_maps import RegionRouter, detection_planes
+from ..routing.region_record import kept_of_crop, kept_of_earlier
+from ..routing.regions import (
+    CELL,
+    PriceCurve,
+    Rectangle,
+    choose_rectangles,
+    grid_of,
+    highest_price,
+    price_of_threshold,
+    threshold_for_area,
+    threshold_for_cost,
+    threshold_of_price,
+    with_halo,
+)
+from ..transfers import Followed, HostDetections, to_host
+from .merging import merge_instances
+from .resolution import Ratio
+
+#: Columns of a calibration besides a price curve's: GFLOPs and seconds per image.
+_COLUMNS = 5
+
+
+class Crop(NamedTuple):
+    """A region of an image of a batch.
+
+    Attributes:
+        row (int): The image, in [0, N).
+        rectangle (tuple): In cells, without halo.
+        box (tuple): With halo, in pixels: top, left, bottom, right.
+    """
+
+    row: int
+    rectangle: Rectangle
+    box: tuple[int, int, int, int]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        top, left, bottom, right = self.box
+        return bottom - top, right - left
+
+
+class Regions(KeepsType):
+    """Which regions of an image the second exit looks at.
+
+    Args:
+        num_classes (int): Of the detector.
+        router (dict): Arguments of `RegionRouter`. Defaults to its own.
+        halo (int): Cells around a region that are looked at, too. Defaults to 1.
+        limit (int): The most regions of an image. Defaults to 2.
+        overhead (float): What each region costs besides its area, in cells. Defaults to 0.
+        cell (int): Sides of a cell in pixels, a multiple of the deepest map's stride. Defaults to
+            32.
+        first_size (int, optional): For large images, which are delivered as they are: the longest
+            side in pixels at which exit 0 sees an image, whatever ``first_scale`` says beyond
+            that. Defaults to None.
+
+    Attributes:
+        class_weights (Tensor): What an object of each class counts, (C,); ones until they are
+            fitted or calibrated.
+        curve (Tensor): The calibration, (m, 5), float64: threshold, share of pixels, number of
+            regions, GFLOPs and seconds per image at each of m prices; empty before.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        router: Mapping = {},
+        halo: int = 1,
+        limit: int = 2,
+        overhead: float = 0.0,
+        cell: int = CELL,
+        first_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ('halo', halo, 0),
+            ('limit', limit, 1),
+            ('cell', cell, 1),
+            ('first_size', 32 if first_size is None else first_size, 32),
+        ):
+            if not isinstance(value, int) or value < least:
+                raise UsageError(
+                    f'{name} of regions must be a whole number, {least} or more; got {value}'
+                )
+        if not overhead >= 0:
+            raise UsageError(f'overhead of regions must be a number, 0 or more; got {overhead}')
+        self.halo, self.limit, self.overhead, self.cell = halo, limit, overhead, cell
+        self.first_size = first_size
+        self.router = RegionRouter(**router)
+        self.register_buffer('class_weights', torch.ones(num_classes))
+        self.register_buffer('curve', torch.zeros(0, _COLUMNS, dtype=torch.float64))
+        #: Of these weights: planes are computed on the host.
+        self._host_weights = Followed(_as_array)
+        # Fitted to records, not trained in either step.
+        self.requires_grad_(False)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
+        """Take calibrations of any length, and checkpoints from before there were regions."""
+        for name, value in self.state_dict().items():
+            state_dict.setdefault(prefix + name, value)
+        self.curve = self.curve.new_empty(state_dict[f'{prefix}curve'].shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def grid(self, sample: DetDataSample) -> tuple[int, int]:
+        """Rows and columns of an image's cells."""
+        return grid_of(*sample.img_shape[:2], self.cell)
+
+    def first_scale(self, scale: float, canvas: tuple[int, int]) -> float:
+        """How large exit 0 sees a batch of a height and width, as a share of its sides."""
+        return scale if self.first_size is None else min(scale, self.first_size / max(canvas))
+
+    def planes(
+        self, found: HostDetections, sample: DetDataSample, scale: np.ndarray, view: float
+    ) -> np.ndarray:
+        """What the first exit's detections say of each cell, (`PLANES`, h, w); ``scale`` brings
+        boxes into the delivered frame, (4,), ``view`` is how large exit 0 sees that."""
+        return detection_planes(
+            found.boxes.numpy() * scale,
+            found.scores.numpy(),
+            found.labels.numpy(),
+            self.grid(sample),
+            self._host_weights(self.class_weights),
+            self.cell,
+            view,
+        )
+
+    @torch.no_grad()
+    def gain_maps(
+        self,
+        found: Sequence[InstanceData],
+        samples: SampleList,
+        maps: Sequence[Tensor],
+        ratio: Ratio,
+        rescaled: bool = True,
+    ) -> list[np.ndarray]:
+        """What each cell of each image is expected to gain, N times (h, w).
+
+        Args:
+            found (Sequence[InstanceData]): The first exit's detections, N.
+            samples (list[DetDataSample]): N.
+            maps (Sequence[Tensor]): The first exit's maps, (N, C_i, H_i, W_i).
+            ratio (tuple[float, float]): How large the first exit sees the images, see `resolution`.
+            rescaled (bool): Whether boxes are in the frame of the original image. Defaults to True.
+        """
+        every, device = [], self.class_weights.device
+        for row, (own, sample) in enumerate(zip(to_host(found), samples)):
+            scale = scale_of(sample) if rescaled else np.ones(4)
+            planes = self.planes(own, sample, scale, min(ratio))
+            tensor = torch.from_numpy(planes)[None].to(device)
+            seen = ()
+            if self.router.in_channels:
+                whole = crops_of([[(0, 0, *self.grid(sample))]], [sample], self)
+                seen = cut_maps([one[row : row + 1] for one in maps], canvas_of([sample]), whole)
+            every.append(self.router(tensor, seen)[0].cpu().numpy())
+        return every
+
+    def boxes_of(
+        self, regions: Sequence[Rectangle], sample: DetDataSample, exit: int
+    ) -> list[list[float]]:
+        """What of an image was looked at again, for its result: left, top, right, bottom in pixels
+        of the original image, halos included. All of it where it went on as a whole."""
+        if exit and not regions:
+            regions = [(0, 0, *self.grid(sample))]
+        height, width = sample.img_shape[:2]
+        boxes = []
+        for crop in crops_of([regions], [sample], self):
+            top, left, bottom, right = crop.box
+            box = np.array([left, top, min(right, width), min(bottom, height)])
+            boxes.append((box / scale_of(sample)).tolist())
+        return boxes
+
+    def difficulty(self, gains: np.ndarray) -> float:
+        """An image's highest price, as a number in [0, 1]: above the threshold, something of it is
+        looked at again."""
+        return threshold_of_price(highest_price(gains, self.halo, self.overhead))
+
+    def choose(self, gains: np.ndarray, threshold: float) -> list[Rectangle]:
+        """The regions of an image that are worth a price, given as a number in [0, 1]."""
+        price = price_of_threshold(threshold)
+        return choose_rectangles(gains, price, self.halo, self.limit, self.overhead)
+
+    # The calibration.
+
+    def price_curve(self) -> PriceCurve:
+        """Thresholds, shares of pixels and numbers of regions, as calibrated.
+
+        Raises:
+            UsageError: If there is no calibration.
+        """
+        if not len(self.curve):
+            raise UsageError(
+                'this budget needs a checkpoint calibrated for regions: run tools/calibrate.py on '
+                'it first'
+            )
+        return PriceCurve(*self.curve[:, :3].T.cpu().numpy())
+
+    def threshold_for(self, budget: Budget) -> float:
+        """The threshold that meets a budget; a ``hard_share`` is a share of the pixels.
+
+        Raises:
+            UsageError: If it needs a calibration that is not there, or cannot be met.
+        """
+        if not isinstance(budget.value, (int, float)):
+            raise UsageError(f'with regions {budget.kind} is one number, got {list(budget.value)}')
+        if budget.kind == 'threshold':
+            return float(budget.value)
+        curve = self.price_curve()
+        if budget.kind == 'hard_share':
+            return threshold_for_area(curve, budget.value)
+        name, column = dict(target_gflops=('GFLOPs', 3), target_latency=('seconds', 4))[budget.kind]
+        costs = self.curve[:, column].cpu().numpy()
+        if not np.isfinite(costs).all():
+            raise UsageError(
+                f'{budget.kind} needs a checkpoint calibrated for it: run tools/calibrate.py on it '
+                'again'
+            )
+        if budget.value < costs.min():
+            raise UsageError(
+                f'a target of {budget.value:g} {name} per image is below {costs.min():.4g}, what '
+                'the first exit takes: it cannot be met, ask for more'
+            )
+        return threshold_for_cost(curve, costs, budget.value)
+
+
+# Crops.
+
+
+def _as_array(values: Tensor) -> np.ndarray:
+    return values.cpu().numpy()
+
+
+def num_classes_of(branch: BaseDetector) -> int:
+    """How many classes a detector knows."""
+    head = getattr(branch, 'roi_head', None) or branch
+    head = getattr(head, 'bbox_head', None)
+    head = head[-1] if isinstance(head, nn.ModuleList) else head
+    if not hasattr(head, 'num_classes'):
+        raise UsageError(
+            f'{type(branch).__name__} does not say how many classes it knows: give '
+            'regions=dict(num_classes=...)'
+        )
+    return head.num_classes
+
+
+def canvas_of(samples: SampleList) -> tuple[int, int]:
+    """Height and width of a batch, padding included."""
+    return tuple(samples[0].batch_input_shape)
+
+
+def crops_of(
+    regions: Sequence[Sequence[Rectangle]], samples: SampleList, settings: Regions
+) -> list[Crop]:
+    """The crops of a batch, image by image.
+
+    Args:
+        regions (Sequence[Sequence[Rectangle]]): Of each image, N.
+        samples (list[DetDataSample]): N.
+        settings (Regions): Whose cells and halo count.
+    """
+    crops, canvas = [], canvas_of(samples)
+    for row, (own, sample) in enumerate(zip(regions, samples)):
+        for rectangle in own:
+            box = with_halo(rectangle, settings.grid(sample), settings.halo)
+            # The last cells may lie in part beyond the batch.
+            ends = (*canvas, *canvas)
+            box = tuple(min(line * settings.cell, end) for line, end in zip(box, ends))
+            crops.append(Crop(row, rectangle, box))
+    return crops
+
+
+def batches_of(crops: Sequence[Crop], most: int) -> Iterator[list[Crop]]:
+    """Crops that run together: those of one size, and no more pixels than a number unless one
+    alone has more. Memory is bounded by that.
+
+    Args:
+        crops (Sequence[Crop]): n.
+        most (int): Pixels.
+
+    Yields:
+        list[Crop]: Each crop is in one list.
+    """
+    groups: dict[tuple[int, int], list[Crop]] = {}
+    for crop in crops:
+        groups.setdefault(crop.size, []).append(crop)
+    for (height, width), group in groups.items():
+        count = max(1, most // (height * width))
+        for start in range(0, len(group), count):
+            yield group[start : start + count]
+
+
+def cut_images(images: Tensor, crops: Sequence[Crop]) -> Tensor:
+    """Crops of equal size of a batch's images, (n, 3, h, w)."""
+    height, width = images.shape[-2:]
+    if [crop.row for crop in crops] == list(range(len(images))) and all(
+        crop.box == (0, 0, height, width) for crop in crops
+    ):
+        return images
+    return torch.cat([_cut(images[crop.row : crop.row + 1], crop.box) for crop in crops])
+
+
+def cut_maps(
+    maps: Sequence[Tensor], canvas: tuple[int, int], crops: Sequence[Crop]
+) -> tuple[Tensor, ...]:
+    """The parts of a batch's maps that crops of equal size cover, (n, C_i, h_i, w_i). Where an edge
+    is inside a cell of a map, that cell belongs to it."""
+    return tuple(
+        cut_images(
+            values, _equal([crop._replace(box=_box_on(crop.box, canvas, values)) for crop in crops])
+        )
+        for values in maps
+    )
+
+
+def _box_on(box: Sequence[int], canvas: tuple[int, int], values: Tensor) -> tuple[int, ...]:
+    """A box of an image on a map of it."""
+    sides = tuple(values.shape[-2:])
+    low = [at * side // whole for at, side, whole in zip(box[:2], sides, canvas)]
+    high = [-(-at * side // whole) for at, side, whole in zip(box[2:], sides, canvas)]
+    return (*low, *high)
+
+
+def _equal(crops: Sequence[Crop]) -> Sequence[Crop]:
+    """Crops cut to the smallest of them: those of equal size on an image may differ by a cell on a
+    map whose stride does not divide their places."""
+    height, width = (min(sides) for sides in zip(*(crop.size for crop in crops)))
+    return [
+        crop._replace(box=(*crop.box[:2], crop.box[0] + height, crop.box[1] + width))
+        for crop in crops
+    ]
+
+
+def _cut(values: Tensor, box: Sequence[int]) -> Tensor:
+    top, left, bottom, right = box
+    return values[..., top:bottom, left:right]
+
+
+def sample_of_crop(sample: DetDataSample, crop: Crop) -> DetDataSample:
+    """What a head is told of a crop: it is an image of its own, scaled as the whole one was."""
+    top, left, _, _ = crop.box
+    height, width = crop.size
+    shape = tuple(
+        min(side, own - at) for side, own, at in zip(crop.size, sample.img_shape, (top, left))
+    )
+    whole = (top, left) == (0, 0) and shape == tuple(sample.img_shape[:2])
+    wide, high = sample.get('scale_factor', (1.0, 1.0))
+    part = DetDataSample(metainfo=dict(sample.metainfo_items()))
+    part.set_metainfo(
+        dict(
+            img_shape=shape,
+            pad_shape=(height, width),
+            batch_input_shape=(height, width),
+            ori_shape=sample.ori_shape
+            if whole
+            else (max(1, round(shape[0] / high)), max(1, round(shape[1] / wide))),
+        )
+    )
+    return part
+
+
+def scale_of(sample: DetDataSample) -> np.ndarray:
+    """What brings boxes of the original image into the delivered frame, (4,)."""
+    return np.tile(np.asarray(sample.get('scale_factor', (1.0, 1.0)), float), 2)
+
+
+def to_whole_image(
+    found: InstanceData, crop: Crop, sample: DetDataSample, rescaled: bool = True
+) -> InstanceData:
+    """What was found in a crop, in the frame of its image: boxes moved, masks pasted.
+
+    Args:
+        found (InstanceData): With ``bboxes``, (D, 4), and perhaps ``masks``, (D, h, w), of the
+            crop.
+        crop (Crop): Where it is.
+        sample (DetDataSample): Of its image.
+        rescaled (bool): Whether the frame is that of the original image. Defaults to True.
+    """
+    top, left, _, _ = crop.box
+    wide, high = sample.get('scale_factor', (1.0, 1.0)) if rescaled else (1.0, 1.0)
+    across, down = left / wide, top / high
+    moved = found.new()
+    if top or left:
+        moved.bboxes = found.bboxes + found.bboxes.new_tensor([across, down, across, down])
+    if 'masks' in found:
+        height, width = (sample.ori_shape if rescaled else sample.img_shape)[:2]
+        if tuple(found.masks.shape[-2:]) != (height, width):
+            masks = found.masks.new_zeros((len(found), height, width))
+            y, x = min(round(down), height), min(round(across), width)
+            part = found.masks[:, : height - y, : width - x]
+            masks[:, y : y + part.shape[1], x : x + part.shape[2]] = part
+            moved.masks = masks
+    return moved
+
+
+def join_crops(
+    earlier: InstanceData,
+    crops: Sequence[tuple[Crop, InstanceData]],
+    sample: DetDataSample,
+    settings: Regions,
+    merge: Merge | None = None,
+    rescaled: bool = True,
+) -> InstanceData:
+    """What an image holds, from the first exit's detections and those in its crops.
+
+    What a crop's inner edge cuts is left out. Without ``merge`` what is found in a region takes the
+    place of what the first exit found there, see `kept_of_earlier`; with it both are merged, and
+    what several crops find in their halos.
+
+    Args:
+        earlier (InstanceData): Of the whole image.
+        crops (Sequence[tuple]): Crops, each with what `to_whole_image` made of its detections.
+        sample (DetDataSample): The image's.
+        settings (Regions): Whose cells and halo count.
+        merge (Merge, optional): Defaults to None.
+        rescaled (bool): Whether boxes are in the frame of the original image. Defaults to True.
+    """
+    grid, scale = settings.grid(sample), scale_of(sample) if rescaled else np.ones(4)
+    own = [earlier, *(found for _, found in crops)]
+    hosts = to_host(own)
+    boxes = [one.boxes.numpy() * scale for one in hosts]
+    kept = [np.ones(len(earlier), bool)]
+    for (crop, _), there in zip(crops, boxes[1:]):
+        where = (crop.rectangle, grid, settings.halo, settings.cell)
+        kept.append(kept_of_crop(there, *where, core=merge is None))
+        if merge is None:
+            kept[0] &= kept_of_earlier(boxes[0], *where)
+    parts = [_take(one, np.flatnonzero(which)) for one, which in zip(own, kept)]
+    return InstanceData.cat(parts) if merge is None else merge_instances([parts], merge)[0]
+
+
+def _take(found: InstanceData, rows: np.ndarray) -> InstanceData:
+    if len(rows) == len(found) and (rows == np.arange(len(found))).all():
+        return found
+    return found[torch.from_numpy(np.asarray(rows, np.int64)).to(found.scores.device)]

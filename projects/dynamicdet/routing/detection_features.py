@@ -1,0 +1,89 @@
+"""What a router may see of exit 0's detections: numbers of an image, the same for any image size.
+
+They are there only after exit 0's neck and heads ran, which costs: see `peers.peer_gflops`.
+Letters: ``n`` images, ``D`` detections of all images.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .class_weights import class_weights
+from .record import Detections, RoutingRecord
+
+#: Scores over which detections are counted; and of how many of the surest score and size are seen.
+_COUNTED, _SUREST = (0.1, 0.3, 0.5), 10
+#: How many numbers an image has: those of `statistics`, and two sums by class.
+WIDTH = 2 * _SUREST + len(_COUNTED) + 1 + 2
+
+
+def features(found: Detections, weights: Sequence[float]) -> np.ndarray:
+    """`statistics`, and sums over the detections of score and of p (1 - p), each by the weight of
+    its class.
+
+    Args:
+        found (Detections): Of exit 0, boxes in the frame of the original image.
+        weights (Sequence[float]): Of each detection's class, (D,).
+
+    Returns:
+        np.ndarray: (n, `WIDTH`), float64.
+    """
+    scores = found.scores.astype(float)
+    return np.column_stack(
+        [statistics(found), _summed(found, scores * weights), variances(found, weights)]
+    )
+
+
+def variances(found: Detections, weights: Sequence[float] | None = None) -> np.ndarray:
+    """Sum of p (1 - p) over each image's detections, (n,), each by its weight."""
+    scores = found.scores.astype(float)
+    return _summed(found, scores * (1 - scores) * (1.0 if weights is None else weights))
+
+
+def statistics(found: Detections) -> np.ndarray:
+    """Scores of the ten surest detections and the roots of their areas, in pixels, 0 where there
+    are fewer; numbers of detections over 0.1, 0.3 and 0.5; and the sum of p (1 - p). (n, 24)."""
+    rows = []
+    for image in range(len(found)):
+        own = found.rows(image)
+        order = np.argsort(-found.scores[own], kind='stable')
+        scores, boxes = found.scores[own][order].astype(float), found.boxes[own][order][:_SUREST]
+        row = np.zeros(WIDTH - 2)
+        row[: len(boxes)] = scores[:_SUREST]
+        # Pixels, not square pixels, whose largest few would be all that counts.
+        row[_SUREST : _SUREST + len(boxes)] = (
+            np.maximum(0, boxes[:, 2].astype(float) * boxes[:, 3]) ** 0.5
+        )
+        row[2 * _SUREST :] = [
+            *((scores > floor).sum() for floor in _COUNTED),
+            (scores * (1 - scores)).sum(),
+        ]
+        rows.append(row)
+    return np.array(rows).reshape(-1, WIDTH - 2)
+
+
+def first_features(record: RoutingRecord) -> np.ndarray:
+    """`features` of a record's exit 0, (n, `WIDTH`)."""
+    return features(record.detections[0], first_weights(record))
+
+
+def first_weights(record: RoutingRecord) -> np.ndarray:
+    """Weight of the class of each of exit 0's detections, (D,).
+
+    Objects of a class are counted by ``class_objects`` in the record's provenance, by
+    ``categories``; where it does not say them, by the sum of exit 0's scores of the class.
+    """
+    first, facts = record.detections[0], record.provenance
+    known, place = np.unique(first.categories, return_inverse=True)
+    if 'class_objects' in facts:
+        counts = dict(zip(facts['categories'], facts['class_objects']))
+        # With those that are not detected: the mean weight is over all objects.
+        counts = {**dict.fromkeys(known.tolist(), 0), **counts}
+        weights = dict(zip(counts, class_weights(list(counts.values()))))
+        return np.array([weights[one] for one in known.tolist()] or [1.0])[place]
+    return class_weights(np.bincount(place, first.scores, minlength=len(known)))[place]
+
+
+def _summed(found: Detections, values: np.ndarray) -> np.ndarray:
+    """Sums over each image's detections, (n,), of a value for each of them, (D,)."""
+    return np.bincount(found.images, values, minlength=len(found))

@@ -1,0 +1,226 @@
+"""Regions on a record: what cells really gain, and what a choice of rectangles would find and cost.
+
+A record has the detections of each exit on whole images. A crop is simulated by those of the last
+exit that lie inside it; what its edges change is left out, see ``tools/test.py`` for real crops.
+
+Letters: ``n`` images. ``h``, ``w``: rows and columns of an image's grid of cells, see `regions`.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from pycocotools.coco import COCO
+
+from ..errors import UsageError
+from .evaluation import match_objects
+from .merging import Merge, merge_boxes
+from .record import Detections, RoutingRecord, require_columns
+from .region_maps import cells_of, detection_planes
+from .regions import CELL, Rectangle, grid_of, share_of_area, with_halo
+
+#: What is found in an image: boxes, (D, 4), left, top, right, bottom; scores and categories, (D,).
+Found = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def grids_of(record: RoutingRecord, cell: int = CELL) -> list[tuple[int, int]]:
+    """Rows and columns of each image's cells, n."""
+    require_columns(record, 'frame')
+    return [grid_of(int(high), int(wide), cell) for high, wide in record.frame[:, :2]]
+
+
+def objects_by_class(coco: COCO, categories: Sequence[int]) -> np.ndarray:
+    """How many objects of each category, without crowds, a data set has, (C,)."""
+    counts = dict.fromkeys(categories, 0)
+    for one in coco.dataset['annotations']:
+        if one['category_id'] in counts and not one.get('iscrowd'):
+            counts[one['category_id']] += 1
+    return np.array(list(counts.values()))
+
+
+def planes_of(
+    record: RoutingRecord, categories: Sequence[int], weights: np.ndarray, cell: int = CELL
+) -> list[np.ndarray]:
+    """What the first exit's detections say of each image's cells: see `detection_planes`.
+
+    Args:
+        record (RoutingRecord): With ``frame``.
+        categories (Sequence[int]): Category id of each class, (C,).
+        weights (np.ndarray): Of each class, (C,).
+        cell (int): Sides of a cell in pixels. Defaults to `CELL`.
+    """
+    first, planes = record.detections[0], []
+    view = float(record.provenance.get('first_scale', 1.0))
+    label_of = {category: label for label, category in enumerate(categories)}
+    for row, grid in enumerate(grids_of(record, cell)):
+        boxes, scores, own = _found(first, row)
+        labels = np.array([label_of[one] for one in own.tolist()], np.int64)
+        boxes = boxes * np.tile(record.frame[row, 2:], 2)
+        planes.append(detection_planes(boxes, scores, labels, grid, weights, cell, view))
+    return planes
+
+
+def cell_gains(
+    record: RoutingRecord,
+    coco: COCO,
+    categories: Sequence[int],
+    weights: np.ndarray,
+    cell: int = CELL,
+) -> list[np.ndarray]:
+    """What each cell really gains by the last exit, n times (h, w): the targets of a router.
+
+    An object counts for the cell of its center. It gains what the last exit finds of it less what
+    the first does: the score of the detection that COCO matches with it, averaged over the IoU
+    thresholds 0.5 to 0.95, 0 where it is missed, times the weight of its class.
+
+    Args:
+        record (RoutingRecord): With ``frame``.
+        coco (COCO): Its ground truth.
+        categories, weights, cell: As of `planes_of`.
+    """
+    weight_of = dict(zip(categories, weights))
+    found = [match_objects(record, coco, exit) for exit in (0, record.exits - 1)]
+    gains = []
+    for row, grid in enumerate(grids_of(record, cell)):
+        own = np.zeros(grid[0] * grid[1])
+        first, last = (exit[row] for exit in found)
+        ids = sorted(first.keys() | last.keys())
+        if ids:
+            objects = [coco.anns[one] for one in ids]
+            boxes = np.array([one['bbox'] for one in objects], float)
+            boxes[:, 2:] += boxes[:, :2]
+            cells = cells_of(boxes * np.tile(record.frame[row, 2:], 2), grid, cell)
+            values = [
+                weight_of[one['category_id']] * (last.get(name, 0.0) - first.get(name, 0.0))
+                for name, one in zip(ids, objects)
+            ]
+            np.add.at(own, cells, values)
+        gains.append(own.reshape(grid))
+    return gains
+
+
+def simulate_regions(
+    record: RoutingRecord,
+    rectangles: Sequence[Sequence[Rectangle]],
+    merge: Merge | None = None,
+    halo: int = 1,
+    cell: int = CELL,
+) -> Detections:
+    """What would be found if the last exit looked at some rectangles of each image alone.
+
+    Args:
+        record (RoutingRecord): With ``frame``, of exits that are not merged.
+        rectangles (Sequence[Sequence[Rectangle]]): Of each image, n.
+        merge (Merge, optional): How detections of both exits are merged. Defaults to None: the
+            last exit's take the place of the first's, see `kept_of_earlier`.
+        halo, cell (int): As of `choose_rectangles`.
+    """
+    first, last, images = record.detections[0], record.detections[-1], []
+    for row, (own, grid) in enumerate(zip(rectangles, grids_of(record, cell))):
+        earlier, later = _found(first, row), _found(last, row)
+        scale = np.tile(record.frame[row, 2:], 2)
+        kept, taken = np.ones(len(earlier[1]), bool), np.zeros(len(later[1]), bool)
+        for one in own:
+            taken |= kept_of_crop(later[0] * scale, one, grid, halo, cell, core=merge is None)
+            if merge is None:
+                kept &= kept_of_earlier(earlier[0] * scale, one, grid, halo, cell)
+        boxes, scores, categories = _joined(_rows(earlier, kept), _rows(later, taken), merge)
+        images.append(
+            (np.column_stack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]]), scores, categories)
+        )
+    return Detections.join(images)
+
+
+def kept_of_crop(
+    boxes: np.ndarray,
+    rectangle: Rectangle,
+    grid: tuple[int, int],
+    halo: int = 1,
+    cell: int = CELL,
+    core: bool = False,
+    margin: float = 1.0,
+) -> np.ndarray:
+    """Which boxes of a crop count, (D,): not those that touch an edge inside the image, which cut
+    through an object or may have.
+
+    Args:
+        boxes (np.ndarray): (D, 4), left, top, right, bottom, in pixels of the image as delivered.
+        rectangle (Rectangle): In cells, without halo.
+        grid (tuple[int, int]): (h, w).
+        halo, cell (int): As of `choose_rectangles`.
+        core (bool): Whether the center must lie in the rectangle itself, not in its halo. Defaults
+            to False.
+        margin (float): What is this near an edge touches it, in pixels. Defaults to 1.
+    """
+    top, left, bottom, right = with_halo(rectangle, grid, halo)
+    low = np.array([left, top]) * float(cell) + margin
+    high = np.array([right, bottom]) * float(cell) - margin
+    # At the image's own edges nothing is cut.
+    low[[left == 0, top == 0]] = -np.inf
+    high[[right == grid[1], bottom == grid[0]]] = np.inf
+    inside = (boxes[:, :2] >= low).all(1) & (boxes[:, 2:] <= high).all(1)
+    return inside & _centered(boxes, rectangle, grid, cell) if core else inside
+
+
+def kept_of_earlier(
+    boxes: np.ndarray, rectangle: Rectangle, grid: tuple[int, int], halo: int = 1, cell: int = CELL
+) -> np.ndarray:
+    """Which boxes of an earlier exit a crop does not replace, (D,): those whose center is outside
+    the rectangle, and those that reach out of the crop, which sees but a part. Arguments as of
+    `kept_of_crop`."""
+    return ~kept_of_crop(boxes, rectangle, grid, halo, cell, core=True)
+
+
+def share_of_pixels(
+    record: RoutingRecord,
+    rectangles: Sequence[Sequence[Rectangle]],
+    halo: int = 1,
+    cell: int = CELL,
+) -> float:
+    """Mean share of an image's pixels that rectangles look at again, halos included."""
+    grids = grids_of(record, cell)
+    return float(np.mean([share_of_area(*one, halo) for one in zip(rectangles, grids)]))
+
+
+def region_gflops(record: RoutingRecord, share: float) -> float:
+    """Mean GFLOPs per image where the last exit looks at a share of the pixels: all of the first
+    exit, its neck and heads included, and that share of what the last runs besides.
+
+    Raises:
+        UsageError: If the record does not say what exit 0's neck and heads cost.
+    """
+    branch = record.provenance.get('branch0_gflops')
+    if branch is None:
+        raise UsageError(
+            'the record does not say what neck and heads of exit 0 cost: record anew by '
+            'tools/record.py'
+        )
+    first, last = record.gflops[0], record.gflops[-1]
+    return first + share * (last - (first - branch))
+
+
+def _centered(
+    boxes: np.ndarray, rectangle: Rectangle, grid: tuple[int, int], cell: int
+) -> np.ndarray:
+    row, column = np.divmod(cells_of(boxes, grid, cell), grid[1])
+    top, left, bottom, right = rectangle
+    return (top <= row) & (row < bottom) & (left <= column) & (column < right)
+
+
+def _found(detections: Detections, row: int) -> Found:
+    rows = detections.rows(row)
+    boxes = detections.boxes[rows].copy()
+    boxes[:, 2:] += boxes[:, :2]
+    return boxes, detections.scores[rows], detections.categories[rows]
+
+
+def _rows(found: Found, kept: np.ndarray) -> Found:
+    return tuple(part[kept] for part in found)
+
+
+def _joined(earlier: Found, later: Found, merge: Merge | None) -> Found:
+    boxes, scores, categories = (np.concatenate(parts) for parts in zip(earlier, later))
+    if merge is None:
+        return boxes, scores, categories
+    exits = np.repeat([0, 1], [len(earlier[1]), len(later[1])])
+    merged = merge_boxes(boxes, scores, categories, exits, merge)
+    return merged.boxes, merged.scores, categories[merged.rows]

@@ -1,0 +1,225 @@
+"""Regions of a digits detector: prices, a fitted map, and the tools that set them."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from mmengine.config import Config
+
+from conftest import ROOT, run_tool, same_detections, shrink_options
+from dynamicdet.apis import DynamicInferencer
+from dynamicdet.apis.stream import Stream
+from dynamicdet.building import build_loader, load_dynamic_detector
+from dynamicdet.errors import UsageError
+from dynamicdet.measuring.recording import build_record_loader, record_data_set
+from dynamicdet.measuring.region_calibration import calibrate_regions, fit_regions
+from dynamicdet.routing.record import write_record
+from dynamicdet.routing.regions import PriceCurve
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+
+NAME = 'dy_faster_rcnn_digits_router'
+
+
+def plain(steps, _):
+    """No progress bar."""
+    return steps
+
+
+def load_config(digits, **options):
+    cfg = Config.fromfile(ROOT / 'configs' / f'{NAME}.py')
+    cfg.merge_from_dict({**shrink_options(digits), 'model.regions': {}, **options})
+    return cfg
+
+
+@pytest.fixture(scope='module')
+def cfg(digits):
+    return load_config(digits)
+
+
+@pytest.fixture(scope='module')
+def path(cfg, tmp_path_factory):
+    """Random weights that detect something, of a cascade without a router."""
+    register_all_modules(init_default_scope=True)
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    for name, parameter in model.backbone.named_parameters():
+        if name.startswith('connections.'):
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.branches[0].roi_head.bbox_head.fc_cls.weight.data *= 30
+    file = tmp_path_factory.mktemp('checkpoint') / 'random.pth'
+    torch.save(
+        dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(classes=['x']))), file
+    )
+    return str(file)
+
+
+@pytest.fixture
+def model(cfg, path):
+    return load_dynamic_detector(cfg, path, 'cpu')[0]
+
+
+@pytest.fixture(scope='module')
+def calibrated(cfg, path):
+    """The model and what its calibration says."""
+    register_all_modules(init_default_scope=True)
+    model = load_dynamic_detector(cfg, path, 'cpu')[0]
+    return model, calibrate_regions(model, build_loader(cfg.val_dataloader), plain, 0.5)
+
+
+def test_calibration(calibrated):
+    model, said = calibrated
+    curve = PriceCurve(*model.regions.curve[:, :3].T.numpy())
+    assert (curve.thresholds[0], curve.thresholds[-1]) == (0, 1)
+    assert (curve.shares[0], curve.shares[-1]) == (1, 0)
+    costs = model.regions.curve[:, 3:].numpy()
+    assert (costs > 0).all() and (np.diff(costs[:, 0]) <= 1e-9).all()
+    # What really ran: all of exit 0, and at no price all of exit 1.
+    assert said['g1'] > said['g0'] > 0
+    assert costs[-1, 0] == pytest.approx(said['g0'], rel=0.2)
+    assert costs[0, 0] == pytest.approx(said['g1'], rel=0.2)
+    assert float(model.threshold) == pytest.approx(said['threshold'])
+    assert len(model.difficulties) == 6
+    assert not torch.equal(
+        model.regions.class_weights, torch.ones_like(model.regions.class_weights)
+    )
+
+
+def test_budgets_in_gflops_are_met(calibrated, cfg):
+    model, said = calibrated
+    assert model.set_budget(target_gflops=said['g1'] * 10) == 0
+    middle = float(model.regions.curve[:, 3].mean())
+    assert 0 < model.set_budget(target_gflops=middle) < 1
+    with pytest.raises(UsageError, match='cannot be met'):
+        model.set_budget(target_gflops=said['g0'] / 10)
+
+
+def test_stream_gives_what_batches_give(calibrated, cfg):
+    model, _ = calibrated
+    model.set_budget(threshold=float(model.difficulties.median()))
+    loader = build_loader(cfg.val_dataloader)
+    with torch.no_grad():
+        wanted = [sample for batch in loader for sample in model.test_step(batch)]
+    with Stream(model, batch_size=2, hard_batch=3) as stream:
+        got = list(stream.run(build_loader(cfg.val_dataloader)))
+    assert [one.img_id for one in got] == [one.img_id for one in wanted]
+    for one, other in zip(got, wanted):
+        assert (one.exit, one.regions) == (other.exit, other.regions)
+        assert same_detections(one.pred_instances, other.pred_instances)
+
+
+def test_fit_and_tools(cfg, path, digits, tmp_path):
+    """Record, fit, calibrate, test and the inferencer, one after the other."""
+    model = load_dynamic_detector(cfg, path, 'cpu')[0]
+    loader = build_record_loader(cfg, 'val')
+    record = record_data_set(model, cfg, loader, plain, 'none', path)
+    assert record.frame.shape == (6, 4) and (record.frame[:, :2] == 128).all()
+    write_record(record, tmp_path / 'val.npz')
+    config = tmp_path / 'regions.py'
+    cfg.dump(config)
+    done = run_tool(
+        'fit_router.py',
+        config,
+        path,
+        '--records',
+        tmp_path / 'val.npz',
+        '--out',
+        tmp_path / 'fitted.pth',
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 'regions fitted to 6 images' in done.stdout
+    done = run_tool(
+        'calibrate.py', config, tmp_path / 'fitted.pth', '--device', 'cpu', '--no-data-check'
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 'share of pixels 0.5' in done.stdout
+    state = torch.load(tmp_path / 'fitted.pth', weights_only=False)['state_dict']
+    assert state['regions.router.trained'] and len(state['regions.curve'])
+    done = run_tool(
+        'test.py',
+        config,
+        tmp_path / 'fitted.pth',
+        '--hard-share',
+        0.4,
+        '--no-data-check',
+        '--cfg-options',
+        f'work_dir={tmp_path}',
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 'hard: ' in done.stdout
+    inferencer = DynamicInferencer(
+        str(config), str(tmp_path / 'fitted.pth'), device='cpu', show_progress=False
+    )
+    image = np.zeros((64, 64, 3), np.uint8)
+    (result,) = inferencer(image, threshold=0)['predictions']
+    assert result['exit'] == 1 and result['regions'] == [[0, 0, 64, 64]]
+    with pytest.raises(UsageError, match='first_size'):
+        DynamicInferencer(str(config), str(tmp_path / 'fitted.pth'), device='cpu', full_size=True)
+    cfg = copy.deepcopy(cfg)
+    cfg.model.regions = dict(first_size=64)
+    large = DynamicInferencer(
+        cfg, str(tmp_path / 'fitted.pth'), device='cpu', full_size=True, show_progress=False
+    )
+    (result,) = large(np.zeros((200, 300, 3), np.uint8), threshold=0)['predictions']
+    assert result['regions'] == [[0, 0, 300, 200]]
+    done = run_tool(
+        'export.py', config, tmp_path / 'fitted.pth', '--out', tmp_path / 'out', '--dry-run'
+    )
+    assert done.returncode and 'regions are not exported yet' in done.stderr
+    with pytest.raises(UsageError, match='online'):
+        DynamicInferencer(
+            str(config), str(tmp_path / 'fitted.pth'), device='cpu', online=True, hard_share=0.5
+        )
+
+
+def test_what_cannot_be_fitted(model, cfg, path):
+    record = record_data_set(model, cfg, build_record_loader(cfg, 'val'), plain, 'none', path)
+    model.regions.router.in_channels = (8,)
+    with pytest.raises(UsageError, match='no maps'):
+        fit_regions(model, [record])
+
+
+def rank_results(rank, folder, dumped, checkpoint):
+    register_all_modules(init_default_scope=True)
+    dist.init_process_group(
+        'gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2
+    )
+    cfg = Config.fromfile(dumped)
+    model = load_dynamic_detector(cfg, checkpoint, 'cpu')[0]
+    model.set_budget(threshold=0.2)
+    dataset = build_loader(cfg.val_dataloader).dataset
+    results = {}
+    with torch.no_grad():
+        for row in range(rank, len(dataset), 2):
+            one = dataset[row]
+            batch = dict(inputs=[one['inputs']], data_samples=[one['data_samples']])
+            (sample,) = model.test_step(batch)
+            results[row] = (sample.difficulty, sample.exit, sample.regions)
+    torch.save(results, f'{folder}/{rank}.pth')
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_ranks_look_at_the_same_regions_as_one(cfg, path, tmp_path):
+    dumped = str(tmp_path / 'regions.py')
+    cfg.dump(dumped)
+    torch.multiprocessing.spawn(rank_results, (str(tmp_path), dumped, path), nprocs=2)
+    found = {}
+    for rank in range(2):
+        found.update(torch.load(tmp_path / f'{rank}.pth', weights_only=True))
+    model = load_dynamic_detector(cfg, path, 'cpu')[0]
+    model.set_budget(threshold=0.2)
+    with torch.no_grad():
+        samples = [
+            sample
+            for batch in build_loader(cfg.val_dataloader)
+            for sample in model.test_step(batch)
+        ]
+    assert len(found) == len(samples) == 6
+    for row, sample in enumerate(samples):
+        difficulty, exit, regions = found[row]
+        assert difficulty == pytest.approx(sample.difficulty, abs=1e-4)
+        assert (exit, regions) == (sample.exit, sample.regions)
