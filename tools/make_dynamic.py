@@ -44,9 +44,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--score',
         type=float,
-        default=0.3,
+        default=0.5,
         help='without annotations: detections of the last exit from this score on stand for the '
-        'truth: 0.3',
+        'truth: 0.5',
     )
     parser.add_argument('--batch-size', type=int, default=4, help='pictures at a time: 4')
     parser.add_argument('--workers', type=int, default=2, help='processes that read pictures: 2')

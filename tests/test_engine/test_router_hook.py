@@ -17,6 +17,7 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
+from mmengine.registry import DefaultScope
 from mmengine.runner import Runner, load_state_dict
 from mmengine.structures import InstanceData
 from torch.utils.data import DataLoader
@@ -260,7 +261,8 @@ def test_load_from_of_the_command_line_counts_where_it_is_the_inherited_one(
 
 def test_one_backbone_starts_from_what_step_1_would_have_started_from(digits, tmp_path):
     """Nothing is left to train but the router; a step 1 that was run counts all the same."""
-    plain = randomize(MODELS.build(small_plain(digits, tmp_path)))
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        plain = randomize(MODELS.build(small_plain(digits, tmp_path)))
     given = str(tmp_path / 'plain.pth')
     write_checkpoint(dict(state_dict=plain.state_dict()), given)
     (tmp_path / 'step1.py').write_text(f'load_from = {given!r}\nmodel = dict()\n')

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import DefaultScope
 
 from conftest import ROOT, run_tool
 from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
@@ -37,7 +38,8 @@ def write_plain(folder, name, seed):
         folder / f'{name}.py'
     )
     torch.manual_seed(0)
-    model = randomize(MODELS.build(detector), seed)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        model = randomize(MODELS.build(detector), seed)
     write_checkpoint(dict(state_dict=model.state_dict()), str(folder / f'{name}.pth'))
     return [folder / f'{name}.py', folder / f'{name}.pth']
 
