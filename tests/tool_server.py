@@ -49,12 +49,12 @@ class ToolServer:
 
 
 def _serve() -> None:
+    # What is said of orders goes to where nothing prints, no tool and no import.
+    answers = os.fdopen(os.dup(1), 'w')
+    os.dup2(2, 1)
     import dynamicdet  # noqa: F401
     from dynamicdet import cli  # noqa: F401
 
-    # What is said of orders goes to where no tool prints.
-    answers = os.fdopen(os.dup(1), 'w')
-    os.dup2(2, 1)
     for line in sys.stdin:
         order = json.loads(line)
         child = os.fork()
