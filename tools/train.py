@@ -102,6 +102,15 @@ def main() -> None:
     count_frozen_parameters(runner)
     try:
         runner.train()
+    except ModuleNotFoundError as error:
+        # mmengine's, for weights by such a name.
+        if error.name != 'torchvision':
+            raise
+        raise UsageError(
+            "the config starts from weights named 'torchvision://...', which torchvision knows: "
+            'install the version that fits your torch, or set init_cfg to None and name a '
+            'checkpoint by --cfg-options load_from=...'
+        ) from error
     except ValueError as error:
         # torch's, of an optimizer of other parameters.
         if 'loaded state dict' not in str(error):
