@@ -1,10 +1,11 @@
 """What merged exits are worth on records of real pictures, nothing run again.
 
-IoUs and the scaling of scores are chosen on one record, figures are of another:
+The scaling of scores is fitted to one record, figures are of another:
 
     python experiments/real_merging.py router.npz test.npz --out merging.json
 
-Records are of two exits that were not merged (tools/record.py). At half hard the pictures go on in
+Records are of two exits that were not merged (experiments/real_records.py, or tools/record.py).
+IoUs are the package's own, or, by --choose-ious, the best on the first record. At half hard the pictures go on in
 which exit 0 is least sure, by class: the sum of p (1 - p) / (objects of the class + 20) over its
 detections, with the objects of the first record; no router is fitted.
 """
@@ -37,9 +38,10 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('chosen_on', help='record on which IoUs and scaling are chosen')
+    parser.add_argument('chosen_on', help='record to which the scaling is fitted')
     parser.add_argument('test', help='record whose figures count')
-    parser.add_argument('--bootstrap', type=int, default=500, help='resamples of the pictures: 500')
+    parser.add_argument('--choose-ious', action='store_true', help='try IoUs on the first record')
+    parser.add_argument('--bootstrap', type=int, default=200, help='resamples of the pictures: 200')
     parser.add_argument('--seed', type=int, default=0, help='of the resamples: 0')
     parser.add_argument('--out', default='merging.json', help='file to write: merging.json')
     return parser.parse_args()
@@ -80,22 +82,22 @@ def aps(
     }
 
 
+def ap_at(iou: float, kind: str, record: RoutingRecord, coco) -> float:
+    """AP all hard where detections of two exits overlap above an IoU."""
+    merged = merge_record(record, Merge.parse(dict(KINDS[kind], iou=iou)))
+    return Mixtures(merged, coco).ap(np.ones(len(record), int))
+
+
 def main() -> None:
-    """Choose on one record, measure on the other, print a table and write all numbers."""
+    """Fit to one record, measure on the other, print a table and write all numbers."""
     args = parse_args()
     cli.prepare()
     chosen_on, test = read_record(args.chosen_on), read_record(args.test)
     cocos = truth_of(chosen_on), truth_of(test)
     scaling = platt_scaling_of(chosen_on, cocos[0])
-    ious = {}
-    for kind, settings in cli.progress(list(KINDS.items()), 'IoUs'):
-        tried = {
-            iou: Mixtures(
-                merge_record(chosen_on, Merge.parse(dict(settings, iou=iou))), cocos[0]
-            ).ap(np.ones(len(chosen_on), int))
-            for iou in IOUS
-        }
-        ious[kind] = dict(tried=tried, best=max(tried, key=tried.get))
+    tried = {}
+    for kind in cli.progress(list(KINDS) if args.choose_ious else [], 'IoUs'):
+        tried[kind] = {iou: ap_at(iou, kind, chosen_on, cocos[0]) for iou in IOUS}
     rng = np.random.default_rng(args.seed)
     resamples = [
         np.bincount(rng.integers(0, len(test), len(test)), minlength=len(test))
@@ -103,12 +105,9 @@ def main() -> None:
     ]
     scores = doubt_by_class(test, cocos[0])
     ways = {'none': None}
-    ways.update(
-        {
-            kind: Merge.parse(dict(settings, iou=ious[kind]['best']))
-            for kind, settings in KINDS.items()
-        }
-    )
+    for kind, settings in KINDS.items():
+        best = {'iou': max(tried[kind], key=tried[kind].get)} if tried else {}
+        ways[kind] = Merge.parse(dict(settings, **best))
     rows, plain = [], None
     for name, merge in cli.progress(list(ways.items()), 'kinds'):
         for scaled in (False, True):
@@ -129,7 +128,7 @@ def main() -> None:
             print(line_of(row), flush=True)
     found = dict(
         rows=rows,
-        ious=ious,
+        ious=tried,
         scaling=scaling,
         images=[len(chosen_on), len(test)],
         seed=args.seed,
@@ -137,7 +136,7 @@ def main() -> None:
         provenance=[chosen_on.provenance, test.provenance],
     )
     write_atomically(json.dumps(found, indent=1).encode(), args.out)
-    print(f'scale and shift of the exits: {scaling}\nIoUs: {ious}\n{args.out}')
+    print(f'scale and shift of the exits: {scaling}\nIoUs: {tried}\n{args.out}')
 
 
 def line_of(row: dict) -> str:

@@ -98,9 +98,14 @@ def test_programs_and_configs_that_are_named_exist(page):
 
 @pytest.mark.parametrize('page', PAGES, ids=name_of)
 def test_options_of_commands_exist(page):
-    shared = (ROOT / 'projects/dynamicdet_options.py').read_text()
+    shared = ''.join(
+        (ROOT / file).read_text()
+        for file in ('projects/dynamicdet_options.py', 'experiments/steps.py')
+    )
     text = re.sub(r'\\\n\s*', ' ', page.read_text())
-    for tool, rest in re.findall(r'^ {4,}.*python (tools/\w+\.py)(.*)$', text, re.M):
+    for tool, rest in re.findall(
+        r'^ {4,}.*python ((?:tools|experiments)/\w+\.py)(.*)$', text, re.M
+    ):
         # Those of tools/make_digits.py are its splits.
         source = (ROOT / tool).read_text() + shared + ''.join(f"'--{split}'" for split in SIZES)
         options = re.findall(r'(?<= )--[a-z][\w-]*', rest.split('#')[0])

@@ -17,6 +17,13 @@ for ((at = 1; at <= $#; at++)); do
   esac
 done
 [[ $source == *mmcv/ops/csrc/*.cpp ]] || exec $real "$@"
+# mmcv asks for C++17, torch from 2.14 on needs C++20.
+for flag in "${flags[@]}"; do
+  if [[ $flag == -I*torch/include ]] && grep -qsF 'C++20 or later' "${flag#-I}/ATen/ATen.h"; then
+    flags+=(-std=c++20)
+    set -- "$@" -std=c++20
+  fi
+done
 
 # One for each set of flags, which it depends on; made by the first that needs it while others wait.
 key=$(printf '%s\n' "$PWD" "$($real --version)" "${flags[@]}" | sha256sum | cut -c1-16)

@@ -140,6 +140,7 @@ def prepare_data(
         for line in lines:
             print(f'data: {line}', file=sys.stderr)
         first = first or content
+        make_dynamic.require_enough(len(first['images']))
         path = (folder / f'{name}.json').absolute()
         write_atomically(json.dumps(content).encode(), path)
         sets[name] = (str(path), str(own.pictures.absolute()))

@@ -75,7 +75,8 @@ def main() -> None:
     if cfg.get('load_from') and not leaves_load_from_unused(cfg):
         checkpoint = cli.require_checkpoint(
             cfg.load_from,
-            'first train the config that makes it, or name another by --cfg-options load_from=...',
+            'make it first, by training or tools/convert_checkpoint.py, or name another by '
+            '--cfg-options load_from=...',
         )
         if checkpoint.get('meta', {}).get('channels') and cfg.model.type != 'PrunedDetector':
             raise UsageError(

@@ -258,6 +258,38 @@ def test_load_from_of_the_command_line_counts_where_it_is_the_inherited_one(
     assert started == [own, given]
 
 
+def test_one_backbone_starts_from_what_step_1_would_have_started_from(digits, tmp_path):
+    """Nothing is left to train but the router; a step 1 that was run counts all the same."""
+    plain = randomize(MODELS.build(small_plain(digits, tmp_path)))
+    given = str(tmp_path / 'plain.pth')
+    write_checkpoint(dict(state_dict=plain.state_dict()), given)
+    (tmp_path / 'step1.py').write_text(f'load_from = {given!r}\nmodel = dict()\n')
+    (tmp_path / 'step2.py').write_text("_base_ = './step1.py'\n")
+    cfg = load_small_router(
+        digits,
+        tmp_path / 'work',
+        str(tmp_path / 'none'),
+        load_from=given,
+        **{'model.backbones': 1, 'model.first_scale': 0.5},
+    )
+    cfg = Config(cfg._cfg_dict, filename=str(tmp_path / 'step2.py'))
+    assert not leaves_load_from_unused(cfg)
+    runner = train(cfg)
+    assert runner._load_from == given and runner.model.delta.isfinite()
+    assert torch.equal(
+        runner.model.state_dict()['backbone.first.conv1.weight'],
+        plain.state_dict()['backbone.conv1.weight'],
+    )
+    shutil.copytree(tmp_path / 'work', tmp_path / 'none')
+    assert leaves_load_from_unused(cfg)
+
+
+def small_plain(digits, folder):
+    """The plain detector of the small configs."""
+    model = load_small_router(digits, folder, None).model
+    return dict(model.detector, backbone=model.backbone)
+
+
 def test_one_line_says_which_parameters_are_frozen(digits, cascade, tmp_path):
     runner = Runner.from_cfg(load_small_router(digits, tmp_path, cascade))
     count_frozen_parameters(runner)

@@ -225,7 +225,7 @@ def test_no_checkpoint(tool, checkpoints, tmp_path, kind):
 
 def test_missing_weights_to_start_from(tool, tmp_path):
     line = error_of(tool('train', STEP_1, load_from=tmp_path / 'missing.pth'))
-    assert 'first train the config that makes it, or name another' in line
+    assert 'make it first' in line
     assert '--cfg-options load_from=...' in line
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from conftest import run_tool
+from conftest import ROOT, run_tool
 from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
+from dynamicdet.datasets.digits import make_digits
 from dynamicdet.routing.record import read_record
 from dynamicdet.testing import randomize, tiny_detector
 from mmdet.registry import MODELS
@@ -38,6 +39,13 @@ def write_plain(folder, name, seed):
     model = randomize(MODELS.build(detector), seed)
     write_checkpoint(dict(state_dict=model.state_dict()), str(folder / f'{name}.pth'))
     return [folder / f'{name}.py', folder / f'{name}.pth']
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory):
+    """The built-in data, with as many pictures for validation as routers need."""
+    root = tmp_path_factory.mktemp('data') / 'digits'
+    return make_digits(root, dict(train=9, val=9, test=3), image_size=64)
 
 
 @pytest.fixture(scope='module')
@@ -76,7 +84,7 @@ def made(plain, digits, tmp_path_factory):
 
 def test_what_is_written_is_for_every_tool(made, digits):
     out, said = made
-    assert '6 pictures in' in said and 'report.html' in said
+    assert '9 pictures in' in said and 'report.html' in said
     assert sorted(path.name for path in out.parent.iterdir()) == [
         'dynamic',
         'dynamic.pth',
@@ -86,9 +94,9 @@ def test_what_is_written_is_for_every_tool(made, digits):
     assert checkpoint['meta']['dataset_meta']['classes'] == CLASSES
     assert checkpoint['meta']['router']['truth'] == 'annotations'
     record = read_record(out.parent / 'dynamic' / 'record.npz')
-    assert len(record) == 6 and record.losses is None and (record.objects > 0).any()
+    assert len(record) == 9 and record.losses is None and (record.objects > 0).any()
     state = checkpoint['state_dict']
-    assert len(state['difficulties']) == 6 and state['latencies'].isfinite().all()
+    assert len(state['difficulties']) == 9 and state['latencies'].isfinite().all()
     assert state['gflops'].tolist() == pytest.approx(record.gflops)
     assert 0 < state['gflops'][0] < state['gflops'][1]
     config = out.with_suffix('.py')
@@ -137,8 +145,7 @@ def test_a_pair_and_pictures_without_annotations(plain, digits, tmp_path):
     assert 'without annotations: what the last exit detects with a score of 0.2' in said
     truth = json.loads((tmp_path / 'pair' / 'val.json').read_text())
     record = read_record(tmp_path / 'pair' / 'record.npz')
-    sure = sum(np.count_nonzero(record.detections[1].scores >= 0.2) for _ in (0,))
-    assert len(truth['annotations']) == sure > 0
+    assert len(truth['annotations']) == np.count_nonzero(record.detections[1].scores >= 0.2) > 0
     cfg = Config.fromfile(tmp_path / 'pair.py')
     assert [one.type for one in cfg.model.detector] == ['FCOS', 'RetinaNet']
     checkpoint = read_checkpoint(str(tmp_path / 'pair.pth'))
@@ -160,6 +167,7 @@ def test_a_pair_and_pictures_without_annotations(plain, digits, tmp_path):
         (['--exits', 64], 'two or more, rising'),
         (['--exits', 64, 32], 'two or more, rising'),
         (['--exits', 32, 64, '--ann', 'gone.json'], 'gone.json'),
+        (['--exits', 32, 64, '--img', ROOT / 'docs/images'], 'needs at least 9 pictures'),
         (['--exits', 32, 64, '--hard-share', 2], 'hard_share'),
     ],
 )
@@ -181,3 +189,31 @@ def test_other_classes_and_dynamic_configs_are_refused(made, plain, digits, tmp_
     config = made[0].with_suffix('.py')
     status, line = make([config, made[0]], digits, tmp_path / 'x.pth', '--exits', 32, 64)
     assert status == 2 and 'give the config of a plain detector' in line
+
+
+@pytest.mark.parametrize(
+    'tool, options',
+    [
+        ('record.py', ['--view', 'none', '--out', 'record.npz']),
+        ('test.py', ['--threshold', '-1']),
+        ('image_demo.py', ['--threshold', '1', '--no-save-vis']),
+        ('export.py', ['--dry-run', '--out', 'exported']),
+        ('benchmark.py', ['--size', '64', '64', '--rounds', '1', '--batch-rounds', '1']),
+        ('report.py', ['--view', 'none']),
+    ],
+)
+def test_tools_take_the_plain_checkpoint_of_one_backbone(
+    made, plain, digits, tmp_path, tool, options
+):
+    config, weights = made[0].with_suffix('.py'), plain[0][1]
+    names = [config, '--checkpoint', weights] if tool == 'benchmark.py' else [config, weights]
+    pictures = [digits / 'val'] if tool == 'image_demo.py' else []
+    done = run_tool(tool, *pictures, *names, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_calibrating_plain_weights_asks_for_a_router(made, plain, tmp_path):
+    done = run_tool(
+        'calibrate.py', made[0].with_suffix('.py'), plain[0][1], '--out', tmp_path / 'x.pth'
+    )
+    assert done.returncode == 2 and 'fit it by tools/record.py' in done.stderr

@@ -52,7 +52,8 @@ class Stream:
 
     Memory: fewer than ``batch_size`` images before the first backbone, and the maps of fewer than
     ``(K - 1) * hard_batch + batch_size`` images behind it. Images of other padded sizes wait in
-    groups of their own; where too many wait in all, the largest group runs before it is full.
+    groups of their own; where too many wait in all, the largest group runs before it is full. Where
+    exits are merged, what images found so far waits with them, masks too.
 
     Args:
         model (DynamicDetector): In eval mode. Its budget counts where there is no controller.

@@ -32,9 +32,11 @@ def hold_out(
 
         train_dataloader = dict(dataset=dict(_delete_=True, type='HoldOut', dataset=..., share=0.1))
 
-    and in the one of step 2, which inherits it: ``train_dataloader =
-        dict(dataset=dict(part='router'))``. A
-    data set that mixes or repeats others takes it inside.
+    and in the one of step 2, which inherits it::
+
+        train_dataloader = dict(dataset=dict(part='router'))
+
+    A data set that mixes or repeats others takes it inside.
 
     Args:
         dataset (dict): Config of a data set of mmengine's `BaseDataset`, such as ``CocoDataset``.

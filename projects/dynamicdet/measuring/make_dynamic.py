@@ -23,6 +23,10 @@ from ..routing.record import RoutingRecord
 from ..routing.router_fitting import RouterFit, features_of_record, gains_of_record
 from .router_from_records import fit_router_to_records, insert_router
 
+#: Parts of the pictures, each of which has difficulties by a router of the others.
+FOLDS = 3
+#: Pictures that it takes: two for each fold of each part's own cross-validation.
+LEAST_PICTURES = 9
 #: What a config of a dynamic detector takes over from the plain one's.
 _KEPT = ('env_cfg', 'vis_backends', 'log_processor', 'log_level', 'default_hooks', 'backend_args')
 
@@ -39,6 +43,15 @@ def require_exit_sizes(sizes: Sequence[int], detectors: int) -> None:
         raise UsageError(
             'one detector has exits where sizes differ: give --exits two or more, rising, such as '
             f'320 640; got {list(sizes)}'
+        )
+
+
+def require_enough(pictures: int) -> None:
+    """Raise a `UsageError` unless there are so many pictures that a router can be fitted."""
+    if pictures < LEAST_PICTURES:
+        raise UsageError(
+            f'a router needs at least {LEAST_PICTURES} pictures to be fitted to, better hundreds; '
+            f'there are {pictures}'
         )
 
 
@@ -230,7 +243,7 @@ def make_router(
     record: RoutingRecord,
     objective: Objective,
     coco=None,
-    folds: int = 3,
+    folds: int = FOLDS,
     seed: int = 0,
     progress: Callable[[str], Callable[[int, int], None]] = lambda what: lambda *done: None,
 ) -> MadeRouter:

@@ -1,7 +1,7 @@
 """What a router may see of exit 0's detections: numbers of an image, the same for any image size.
 
-They are there only after exit 0's neck and heads ran, which costs: see `peers.peer_gflops`. Letters:
-``n`` images, ``D`` detections of all images.
+They are there only after exit 0's neck and heads ran, which costs: see `peers.peer_gflops`.
+Letters: ``n`` images, ``D`` detections of all images.
 """
 
 from collections.abc import Sequence
