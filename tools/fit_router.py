@@ -124,7 +124,13 @@ def fit_region_map(
     args: argparse.Namespace, model: DynamicDetector, records: list[RoutingRecord], checkpoint: dict
 ) -> None:
     """Fit the map of regions instead, and write the checkpoint."""
-    odd = dict(objective=args.objective, features_from=args.features_from, linear=args.linear)
+    odd = dict(
+        objective=args.objective,
+        features_from=args.features_from,
+        gain=args.gain,
+        by_class=args.by_class,
+        method=args.method != 'layers',
+    )
     for option, value in odd.items():
         if value:
             raise UsageError(

@@ -134,7 +134,8 @@ def test_what_is_written(configs, source, theirs, tmp_path, monkeypatch, name, f
         if name == 'static'
         else (
             f'backbone.connections ({connections}), delta (1), difficulties (1), gflops (1), '
-            f'latencies (1), num_batches_tracked ({counters}), router (6), threshold (1)'
+            f'latencies (1), num_batches_tracked ({counters}), platt_scale (1), '
+            f'platt_shift (1), router (6), threshold (1)'
         )
     )
     assert lines[-2] == f'{len(left) + counters} left as built: {said_left}'

@@ -211,6 +211,7 @@ def test_without_annotations_there_are_no_losses(run):
             'entropy',
             'gflops',
             'latencies',
+            'frame',
         }
         assert record.provenance['view'] == 'none'
 

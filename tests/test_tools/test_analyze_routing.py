@@ -57,6 +57,7 @@ def test_from_a_checkpoint_to_a_page(recorded, capsys):
         'entropy',
         'gflops',
         'latencies',
+        'frame',
         'view',
         'losses',
         'objects',

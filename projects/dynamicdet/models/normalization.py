@@ -6,6 +6,7 @@ from mmengine.model import ImgDataPreprocessor
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..private_mmengine import normalizes, swaps_channels
 
 
 class NormalizationChange(nn.Module):
@@ -31,10 +32,10 @@ class NormalizationChange(nn.Module):
                     'each needs a DetDataPreprocessor'
                 )
         for name, one in (('before', before), ('after', after)):
-            mean, std = (one.mean, one.std) if one._enable_normalize else (None, None)
+            mean, std = (one.mean, one.std) if normalizes(one) else (None, None)
             self.register_buffer(f'{name}_mean', mean, persistent=False)
             self.register_buffer(f'{name}_std', std, persistent=False)
-        self.swaps = bool(before._channel_conversion) != bool(after._channel_conversion)
+        self.swaps = swaps_channels(before) != swaps_channels(after)
         self.padding = float(after.pad_value)
         own = [_settings(one) for one in (before, after)]
         #: Whether there is nothing to change.
@@ -73,5 +74,5 @@ class NormalizationChange(nn.Module):
 
 
 def _settings(one: ImgDataPreprocessor) -> tuple:
-    normal = (one.mean.tolist(), one.std.tolist()) if one._enable_normalize else None
-    return normal, bool(one._channel_conversion), float(one.pad_value)
+    normal = (one.mean.tolist(), one.std.tolist()) if normalizes(one) else None
+    return normal, swaps_channels(one), float(one.pad_value)
