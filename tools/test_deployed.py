@@ -57,7 +57,7 @@ from mmengine.runner import Runner
 
 from dynamicdet import cli
 from dynamicdet.building import build_loader
-from dynamicdet.deploy.folder import load_deployed, read_config
+from dynamicdet.deploy.folder import load_deployed, read_deployed_config
 from dynamicdet.deploy.latencies import describe_latencies, measure_latency, timing_conditions
 from dynamicdet.engine import BudgetHook
 from dynamicdet.errors import UsageError
@@ -71,7 +71,7 @@ def load(args: argparse.Namespace) -> Config:
     """The folder's config, with its detector as the model."""
     budget = cli.budget_from(args)
     cli.register_all_modules(init_default_scope=False)
-    cfg = read_config(args.folder)
+    cfg = read_deployed_config(args.folder)
     cli.override(cfg, args.cfg_options, args.folder)
     cli.require_settings(cfg, 'test_dataloader', 'test_evaluator', 'test_cfg')
     # Of its heads, before they are the folder's.

@@ -151,7 +151,7 @@ def read_manifest(folder: str) -> dict[str, Any]:
     return manifest
 
 
-def read_config(folder: str) -> Config:
+def read_deployed_config(folder: str) -> Config:
     """The config of a deployment folder."""
     read_manifest(folder)
     return Config(_restored(json.loads((Path(folder) / CONFIG).read_text(encoding='utf-8'))))
@@ -179,7 +179,7 @@ def load_deployed(
         UsageError: If it is no deployment folder, was changed, a library is missing, or there is no
             such runtime or provider.
     """
-    manifest, cfg = read_manifest(folder), read_config(folder)
+    manifest, cfg = read_manifest(folder), read_deployed_config(folder)
     init_default_scope('mmdet')
     model = MODELS.build(cfg.model).eval()
     parts = find_parts(model)

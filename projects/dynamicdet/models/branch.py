@@ -50,7 +50,7 @@ def head_types(branch: BaseDetector) -> tuple[str, ...]:
     return (type(branch).__name__, *(type(head).__name__ for head in _heads(branch)))
 
 
-def require_same_classes(branches: Sequence[BaseDetector]) -> None:
+def require_exits_agree(branches: Sequence[BaseDetector]) -> None:
     """Raise a `UsageError` unless branches know as many classes."""
     counts = [
         [head.num_classes for head in _heads(branch) if hasattr(head, 'num_classes')]

@@ -47,7 +47,7 @@ from ..routing.regions import price_of_threshold
 from ..routing.thresholds import Thresholds, require_exits
 from ..transfers import to_host
 from .batch_state import BatchState
-from .branch import build_branch, head_types, number_of_classes, require_same_classes
+from .branch import build_branch, head_types, number_of_classes, require_exits_agree
 from .composite import CompositeBackbone, build_backbones
 from .kept_outputs import Outputs
 from .merging import merge_instances
@@ -189,7 +189,7 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         self.backbone = build_backbones(own_backbones, 0 if plain else reuse_stages, backbones)
         if several:
             self.branches = ModuleList(map(build_branch, detectors))
-            require_same_classes(self.branches)
+            require_exits_agree(self.branches)
         else:
             self.branches = ModuleList(
                 build_branch(detectors[0]) for _ in range(1 if shared else self.num_exits)

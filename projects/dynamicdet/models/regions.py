@@ -167,7 +167,7 @@ class Regions(KeepsType):
         """
         every, device = [], self.class_weights.device
         for row, (own, sample) in enumerate(zip(to_host(found), samples)):
-            scale = scale_of(sample) if rescaled else np.ones(4)
+            scale = delivered_scale(sample) if rescaled else np.ones(4)
             planes = self.planes(own, sample, scale, min(ratio))
             tensor = torch.from_numpy(planes)[None].to(device)
             seen = ()
@@ -189,7 +189,7 @@ class Regions(KeepsType):
         for crop in crops_of([regions], [sample], self):
             top, left, bottom, right = crop.box
             box = np.array([left, top, min(right, width), min(bottom, height)])
-            boxes.append((box / scale_of(sample)).tolist())
+            boxes.append((box / delivered_scale(sample)).tolist())
         return boxes
 
     def difficulty(self, gains: np.ndarray) -> float:
@@ -380,7 +380,7 @@ def sample_of_crop(sample: DetDataSample, crop: Crop) -> DetDataSample:
     return part
 
 
-def scale_of(sample: DetDataSample) -> np.ndarray:
+def delivered_scale(sample: DetDataSample) -> np.ndarray:
     """What brings boxes of the original image into the delivered frame, (4,)."""
     return np.tile(np.asarray(sample.get('scale_factor', (1.0, 1.0)), float), 2)
 
@@ -436,7 +436,7 @@ def join_crops(
         merge (Merge, optional): Defaults to None.
         rescaled (bool): Whether boxes are in the frame of the original image. Defaults to True.
     """
-    grid, scale = settings.grid(sample), scale_of(sample) if rescaled else np.ones(4)
+    grid, scale = settings.grid(sample), delivered_scale(sample) if rescaled else np.ones(4)
     own = [earlier, *(found for _, found in crops)]
     hosts = to_host(own)
     boxes = [one.boxes.numpy() * scale for one in hosts]
