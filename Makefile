@@ -45,7 +45,7 @@ lint: $(READY)
 	"$(VENV)/bin/codespell" .
 
 test: $(READY) lint
-	@"$(PY)" -m pytest -q -n 2 --dist loadfile $(ARGS)
+	@"$(PY)" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 benchmark: $(READY)
 	@"$(PY)" tools/benchmark.py $(ARGS)

@@ -32,8 +32,20 @@ def pytest_runtest_setup(item):
     torch.manual_seed(SEED)
 
 
+#: Parts of paths of tests that take longest, for each test: of whole processes. They are begun
+#: first, so that no worker is left with one of them while the others are done.
+LONGEST_FIRST = ('test_tools', 'experiments', 'test_engine', 'test_video', 'test_measuring')
+
+
 def pytest_collection_modifyitems(config, items):
-    """Leave out what needs a GPU where there is none; `pytest_terminal_summary` says so."""
+    """The longest first; and leave out what needs a GPU where there is none, which
+    `pytest_terminal_summary` says."""
+    items.sort(
+        key=lambda item: next(
+            (at for at, part in enumerate(LONGEST_FIRST) if part in item.path.parts),
+            len(LONGEST_FIRST),
+        )
+    )
     if torch.cuda.is_available():
         return
     left_out = [item for item in items if item.get_closest_marker('gpu')]
