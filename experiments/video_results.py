@@ -14,7 +14,7 @@ from mmengine.dataset import pseudo_collate
 from dynamicdet import cli
 from dynamicdet.building import build_loader
 from dynamicdet.measuring.calibration import coco_results, provenance
-from dynamicdet.routing.evaluation import evaluate_coco
+from dynamicdet.routing.evaluation import evaluate
 from dynamicdet.video.gate_analysis import RULES, analyze_gates, fitted_gates, load_truth
 from dynamicdet.video.gate_simulation import GateRun, Replays, frames_by_video
 from dynamicdet.video.gates import Gate
@@ -148,7 +148,7 @@ def clock_results(
         provenance=provenance(cfg, checkpoint, dataset, 'cpu'),
         energy='RAPL' if energy() is not None else f'estimated: {WATTS_PER_CORE:g} W per busy core',
         ways={
-            name: clock.sums(evaluate_coco(coco, clock.results, ids)['ap'])
+            name: clock.sums(evaluate(coco, clock.results, ids)['ap'])
             for name, clock in clocks.items()
         },
     )

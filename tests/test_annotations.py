@@ -12,7 +12,7 @@ from mmengine.config import Config
 from dynamicdet.annotations import mended_copy, original_of, read_annotations
 from dynamicdet.datasets.annotation_repair import mend_annotations
 from dynamicdet.errors import UsageError
-from dynamicdet.routing.evaluation import evaluate_coco, read_truth
+from dynamicdet.routing.evaluation import evaluate, read_truth
 
 
 def coco():
@@ -199,7 +199,7 @@ def test_what_is_mended_means_the_same(write, tmp_path, kind):
             )
             for one in truth.dataset['annotations']
         ]
-        assert evaluate_coco(truth, perfect)['ap'] == pytest.approx(100)
+        assert evaluate(truth, perfect)['ap'] == pytest.approx(100)
     assert open(path, 'rb').read() == before
 
 

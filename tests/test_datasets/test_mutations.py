@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dynamicdet.annotations import mended_copy, read_annotations
 from dynamicdet.datasets.check import check_coco
 from dynamicdet.errors import UsageError
-from dynamicdet.routing.evaluation import Mixtures, evaluate_coco, read_truth
+from dynamicdet.routing.evaluation import Mixtures, evaluate, read_truth
 from dynamicdet.routing.record import RoutingRecord, read_record, write_record
 from mmdet.datasets import CocoDataset
 from mmdet.evaluation import CocoMetric
@@ -195,7 +195,7 @@ def judge(path, folder, images, found, classes):
     recorded = Mixtures(read_record(folder / 'record.npz'), truth).ap([0] * len(ids))
     copied = mended_copy(path, folder)
     return dict(
-        ours=evaluate_coco(truth, results)['ap'],
+        ours=evaluate(truth, results)['ap'],
         recorded=recorded,
         mmdet=ap_of_mmdet(copied, images, found, classes),
     )

@@ -13,7 +13,7 @@ from dynamicdet.files import latest_checkpoint
 from dynamicdet.measuring import accuracy_and_latency
 from dynamicdet.measuring.accuracy_and_latency import box_ap, measure_detectors
 from dynamicdet.measuring.calibration import coco_results
-from dynamicdet.routing.evaluation import evaluate_coco
+from dynamicdet.routing.evaluation import evaluate
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_ap_is_cocos(cfg, findable, cascade):
         for sample in model.test_step(batch)
         for one in coco_results(sample, loader.dataset.cat_ids)
     ]
-    wanted = evaluate_coco(COCO(str(findable)), results)
+    wanted = evaluate(COCO(str(findable)), results)
     # mmdet rounds to three digits.
     assert found['one'].ap == pytest.approx(wanted['ap'], abs=0.051)
     assert found['one'].ap50 == pytest.approx(wanted['ap50'], abs=0.051)

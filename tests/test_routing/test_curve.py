@@ -21,13 +21,7 @@ from dynamicdet.routing.curve import (
     split_by_share,
     trade_off,
 )
-from dynamicdet.routing.evaluation import (
-    AREAS,
-    Mixtures,
-    check_record,
-    evaluate_coco,
-    mixed_results,
-)
+from dynamicdet.routing.evaluation import AREAS, Mixtures, check_record, evaluate, mixed_results
 from dynamicdet.routing.record import RoutingRecord
 
 #: Precision 1 up to a recall of one half: 51 of the 101 recalls that COCO looks at.
@@ -49,18 +43,18 @@ PERFECT = [0.1, 0.15, 0.2, 0.25, 0.6, 0.7, 0.8, 0.9]
 
 def test_evaluate_by_hand(coco):
     hits = [dict(result, image_id=image) for image in range(1, 5) for result in found(BOX)]
-    scores = evaluate_coco(coco, hits)
+    scores = evaluate(coco, hits)
     assert scores['ap'] == scores['ap50'] == scores['small'] == pytest.approx(HALF_FOUND)
     # A box of 400 square pixels is small: there is nothing of another size.
     assert scores['medium'] is None and scores['large'] is None
     # All that is there is found, if only those images are looked at.
-    assert evaluate_coco(coco, hits, image_ids=[1, 2, 3, 4])['ap'] == pytest.approx(100)
+    assert evaluate(coco, hits, image_ids=[1, 2, 3, 4])['ap'] == pytest.approx(100)
 
 
 def test_evaluate_counts_overlap(coco):
     # 20 x 20 against 20 x 16: IoU 0.8, right at 0.5, 0.55, ... 0.8, seven of ten.
     close = [dict(found([10, 10, 20, 16])[0], image_id=image) for image in range(1, 9)]
-    scores = evaluate_coco(coco, close)
+    scores = evaluate(coco, close)
     assert scores['ap50'] == pytest.approx(100)
     assert scores['ap'] == pytest.approx(70)
 
@@ -70,7 +64,7 @@ def test_evaluate_agrees_with_pycocotools(capsys):
     results = mixed_results(record, [True] * 30)
     before = copy.deepcopy(results)
     capsys.readouterr()
-    scores = evaluate_coco(coco, results)
+    scores = evaluate(coco, results)
     assert results == before
     assert capsys.readouterr().out == ''
     with contextlib.redirect_stdout(io.StringIO()):
@@ -85,10 +79,10 @@ def test_evaluate_agrees_with_pycocotools(capsys):
 
 
 def test_evaluate_nothing(coco):
-    assert evaluate_coco(coco, [])['ap'] == 0
-    assert evaluate_coco(ground_truth([[]]), [])['ap'] is None
+    assert evaluate(coco, [])['ap'] == 0
+    assert evaluate(ground_truth([[]]), [])['ap'] is None
     false = [dict(found(BOX)[0], image_id=1)]
-    assert evaluate_coco(ground_truth([[]]), false)['ap'] is None
+    assert evaluate(ground_truth([[]]), false)['ap'] is None
 
 
 def test_mix_takes_the_exit_of_each_image():
@@ -163,7 +157,7 @@ def test_trade_off_agrees_with_evaluating_the_mixture():
     coco, record = random_case()
     for row in trade_off(record, coco, resamples=0):
         hard = [image['difficulty'] > row['threshold'] for image in record]
-        scores = evaluate_coco(coco, mixed_results(record, hard))
+        scores = evaluate(coco, mixed_results(record, hard))
         assert row['hard_share'] == np.mean(hard)
         assert (row['ap'], row['ap50']) == pytest.approx((scores['ap'], scores['ap50']))
 

@@ -10,13 +10,7 @@ from routing_cases import BOX, build_coco, found, ground_truth, make_record, ran
 
 from conftest import rebuilt
 from dynamicdet.errors import UsageError
-from dynamicdet.routing.evaluation import (
-    Mixtures,
-    check_truth,
-    evaluate_coco,
-    mixed_results,
-    read_truth,
-)
+from dynamicdet.routing.evaluation import Mixtures, check_truth, evaluate, mixed_results, read_truth
 
 
 def assert_same(scores, expected):
@@ -28,7 +22,7 @@ def assert_same(scores, expected):
 
 
 def by_pycocotools(coco, record, choice):
-    return evaluate_coco(coco, mixed_results(record, choice), [image['id'] for image in record])
+    return evaluate(coco, mixed_results(record, choice), [image['id'] for image in record])
 
 
 def with_copies(coco, record, choice, weights):
@@ -44,7 +38,7 @@ def with_copies(coco, record, choice, weights):
                 for count, own in enumerate(coco.imgToAnns[image['id']], 1)
             ]
             results += [dict(own, image_id=ids[-1]) for own in image['detections'][choice[index]]]
-    return evaluate_coco(build_coco(ids, annotations, coco.cats), results)
+    return evaluate(build_coco(ids, annotations, coco.cats), results)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +152,7 @@ def test_image_ap():
         for value, image in zip(own, record):
             results = [dict(each, image_id=image['id']) for each in image['detections'][exit]]
             # Images without objects: 0.
-            assert abs(value - (evaluate_coco(coco, results, [image['id']])['ap'] or 0)) < 1e-8
+            assert abs(value - (evaluate(coco, results, [image['id']])['ap'] or 0)) < 1e-8
     empty = [not coco.getAnnIds([image['id']], iscrowd=False) for image in record]
     assert any(empty) and (per_image[:, empty] == 0).all()
 

@@ -6,7 +6,7 @@ import torch
 from routing_cases import CATEGORY, build_coco, found, make_record
 
 from dynamicdet.errors import UsageError
-from dynamicdet.routing.evaluation import evaluate_coco, match_objects
+from dynamicdet.routing.evaluation import evaluate, match_objects
 from dynamicdet.routing.merging import Merge
 from dynamicdet.routing.record import read_record, write_record
 from dynamicdet.routing.region_fitting import fit_region_router
@@ -94,7 +94,7 @@ def test_simulated_crops(case):
     assert (tuple(OTHER), 0.5) not in boxes_of(simulate_regions(record, [[(2, 4, 3, 5)]]))
     results = [dict(one, image_id=1) for one in found_there[0]]
     # Two of three objects, without a mistake.
-    assert evaluate_coco(coco, results)['ap'] == pytest.approx(100 * 67 / 101)
+    assert evaluate(coco, results)['ap'] == pytest.approx(100 * 67 / 101)
 
 
 def test_what_an_inner_edge_cuts_is_left_out():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from routing_cases import found, ground_truth, make_record, random_case
 
-from dynamicdet.routing.evaluation import evaluate_coco, mixed_results
+from dynamicdet.routing.evaluation import evaluate, mixed_results
 from dynamicdet.routing.rewards import marginal_rewards
 
 
@@ -16,10 +16,10 @@ def test_rewards_are_differences_of_pycocotools_aps(ensemble):
     for rows in parts:
         own = record.take(rows)
         ids = own.ids.tolist()
-        easy = evaluate_coco(coco, mixed_results(own, [0] * len(rows)), ids)['ap']
+        easy = evaluate(coco, mixed_results(own, [0] * len(rows)), ids)['ap']
         for place, row in enumerate(rows):
             choice = [int(place == other) for other in range(len(rows))]
-            ap = evaluate_coco(coco, mixed_results(own, choice), ids)['ap']
+            ap = evaluate(coco, mixed_results(own, choice), ids)['ap']
             assert rewards[row] == pytest.approx(len(rows) * (ap - easy), abs=1e-6)
     assert np.abs(rewards).max() > 1
 

@@ -8,7 +8,7 @@ from routing_cases import BOX, found, ground_truth, make_record, random_case
 from conftest import rebuilt
 from dynamicdet.errors import UsageError
 from dynamicdet.routing.curve import RandomRouting, calibrated_trade_off, trade_off
-from dynamicdet.routing.evaluation import Mixtures, evaluate_coco, mixed_results
+from dynamicdet.routing.evaluation import Mixtures, evaluate, mixed_results
 from dynamicdet.routing.strata import (
     OBJECTS,
     by_difficulty,
@@ -80,7 +80,7 @@ def test_strata_are_as_if_alone():
         ids = [image['id'] for image, own in zip(record, inside) if own]
         for exit in (0, 1):
             results = [own for own in mixed_results(record, [exit] * 30) if own['image_id'] in ids]
-            assert row['ap'][exit] == pytest.approx(evaluate_coco(coco, results, ids)['ap'])
+            assert row['ap'][exit] == pytest.approx(evaluate(coco, results, ids)['ap'])
 
 
 def test_by_difficulty_of_few_or_equal_images(counted):

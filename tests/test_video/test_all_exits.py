@@ -17,7 +17,7 @@ import dynamicdet.datasets.video  # noqa: F401
 import dynamicdet.video.exit_curve_hook  # noqa: F401
 from conftest import ROOT
 from dynamicdet.errors import UsageError
-from dynamicdet.routing.evaluation import evaluate_coco
+from dynamicdet.routing.evaluation import evaluate
 from dynamicdet.video.all_exits import ExitsMetric, exit_of
 from dynamicdet.video.digits_video import make_digits_video
 from dynamicdet.video.exit_curve_hook import draw_history, read_history, updated_history
@@ -143,7 +143,7 @@ def test_ap_of_each_exit_is_coco_s(cfg, videos):
         )
         metric.process({}, [dict(img_id=identity, ori_shape=(64, 64), exits=[nothing, found])])
     scores = metric.evaluate(len(coco.imgs))
-    expected = evaluate_coco(coco, results)
+    expected = evaluate(coco, results)
     assert scores['exit00/bbox_mAP'] == 0 and 0 < expected['ap'] < 100
     # CocoMetric rounds to three digits.
     assert scores['exit01/bbox_mAP'] == pytest.approx(expected['ap'] / 100, abs=6e-4)

@@ -31,7 +31,7 @@ from dynamicdet.measuring.benchmark import (
 )
 from dynamicdet.measuring.calibration import record_exits
 from dynamicdet.measuring.latencies import force_dynamic_exit
-from dynamicdet.routing.evaluation import evaluate_coco, mixed_results, read_truth
+from dynamicdet.routing.evaluation import evaluate, mixed_results, read_truth
 from dynamicdet.routing.record import RoutingRecord
 from dynamicdet.routing.thresholds import ALL_EASY, ALL_HARD
 from dynamicdet.testing import agreement, count_waits, randomize
@@ -72,8 +72,7 @@ def compare_exits(cfg: Config, one: RoutingRecord, other: RoutingRecord) -> dict
     truth, rows = read_truth(cfg.test_evaluator.ann_file), {}
     for exit in range(one.exits):
         aps = [
-            evaluate_coco(truth, mixed_results(side, [exit] * len(side)))['ap']
-            for side in (one, other)
+            evaluate(truth, mixed_results(side, [exit] * len(side)))['ap'] for side in (one, other)
         ]
         rows[f'exit {exit}'] = compare_detections(
             *(side.detections[exit] for side in (one, other)), aps

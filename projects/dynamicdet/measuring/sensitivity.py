@@ -22,7 +22,7 @@ from ..compression.pruning_blocks import PruningBlock, count_units, find_layers
 from ..errors import UsageError
 from ..files import write_atomically
 from ..progress import Progress
-from ..routing.evaluation import evaluate_coco, read_truth
+from ..routing.evaluation import evaluate, read_truth
 from .calibration import coco_results
 
 
@@ -213,7 +213,7 @@ def _ap(model: nn.Module, loader: DataLoader, dataset: Any, coco: COCO, metric: 
             results += [
                 dict(one, image_id=sample.img_id) for one in coco_results(sample, dataset.cat_ids)
             ]
-    ap = evaluate_coco(coco, results, ids)[metric.lower()]
+    ap = evaluate(coco, results, ids)[metric.lower()]
     if ap is None:
         raise UsageError('there is no object in these images: take more of them')
     return float(ap)

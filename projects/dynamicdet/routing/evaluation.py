@@ -34,7 +34,7 @@ _PART = 500
 _RECALLS = np.linspace(0, 1, 101)
 
 
-def evaluate_coco(
+def evaluate(
     coco: COCO, results: Sequence[dict], image_ids: Sequence[int] | None = None
 ) -> dict[str, float | None]:
     """COCO's box AP by pycocotools, silently.
