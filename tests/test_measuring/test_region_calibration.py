@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from mmengine.config import Config
 
-from conftest import ROOT, run_tool, same_detections, shrink_options
+from conftest import ROOT, no_progress, run_tool, same_detections, shrink_options
 from dynamicdet.apis import DynamicInferencer
 from dynamicdet.apis.stream import Stream
 from dynamicdet.building import build_loader, load_dynamic_detector
+from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.recording import build_record_loader, record_data_set
 from dynamicdet.measuring.region_calibration import calibrate_regions, fit_regions
@@ -22,11 +23,6 @@ from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 
 NAME = 'dy_faster_rcnn_digits_router'
-
-
-def plain(steps, _):
-    """No progress bar."""
-    return steps
 
 
 def load_config(digits, **options):
@@ -68,7 +64,7 @@ def calibrated(cfg, path):
     """The model and what its calibration says."""
     register_all_modules(init_default_scope=True)
     model = load_dynamic_detector(cfg, path, 'cpu')[0]
-    return model, calibrate_regions(model, build_loader(cfg.val_dataloader), plain, 0.5)
+    return model, calibrate_regions(model, build_loader(cfg.val_dataloader), no_progress, 0.5)
 
 
 def test_calibration(calibrated):
@@ -137,7 +133,7 @@ def test_fit_and_tools(cfg, path, digits, tmp_path):
     """Record, fit, calibrate, test and the inferencer, one after the other."""
     model = load_dynamic_detector(cfg, path, 'cpu')[0]
     loader = build_record_loader(cfg, 'val')
-    record = record_data_set(model, cfg, loader, plain, 'none', path)
+    record = record_data_set(model, cfg, loader, no_progress, 'none', path)
     assert record.frame.shape == (6, 4) and (record.frame[:, :2] == 128).all()
     # Random weights find none of the digits: what exit 1 finds becomes what there is.
     record.provenance['ann_file'] = write_findable(record, tmp_path / 'findable.json')
@@ -160,7 +156,7 @@ def test_fit_and_tools(cfg, path, digits, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert 'share of pixels 0.5' in done.stdout
-    state = torch.load(tmp_path / 'fitted.pth', weights_only=False)['state_dict']
+    state = read_checkpoint(str(tmp_path / 'fitted.pth'))['state_dict']
     assert state['regions.router.trained'] and len(state['regions.curve'])
     done = run_tool(
         'test.py',
@@ -200,7 +196,7 @@ def test_fit_and_tools(cfg, path, digits, tmp_path):
 
 
 def test_what_cannot_be_fitted(model, cfg, path):
-    record = record_data_set(model, cfg, build_record_loader(cfg, 'val'), plain, 'none', path)
+    record = record_data_set(model, cfg, build_record_loader(cfg, 'val'), no_progress, 'none', path)
     model.regions.router.in_channels = (8,)
     with pytest.raises(UsageError, match='no maps'):
         fit_regions(model, [record])
