@@ -122,7 +122,7 @@ CASES = [
         "paper's",
         [],
     ),
-    (dict(normalized_gain=(0.2, 0.1, 0.3)), "not told from the paper's", []),
+    (dict(normalized_gain=(0.2, 0.1, 0.3)), "not clearly different from the paper's", []),
     (dict(normalized_gain=(0.1, 0.05, 0.15)), "less than the paper's", ['counts what AP counts']),
     (
         dict(normalized_gain=(-0.1, -0.15, -0.05)),

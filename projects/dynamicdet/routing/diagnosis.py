@@ -264,7 +264,7 @@ def _normalized_gain(figures: Mapping) -> tuple[list, list]:
         return [], []  # a ratio to what may be 0, or of turned sign
     shown = f'normalized gain {_show(gain, 2)}'
     if sign > 0:
-        size = {1: 'more than', -1: 'less than', 0: 'not told from'}[
+        size = {1: 'more than', -1: 'less than', 0: 'not clearly different from'}[
             interval_sign(gain, _PAPERS_GAIN)
         ]
         return [
