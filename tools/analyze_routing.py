@@ -103,8 +103,8 @@ def run_baselines(record: RoutingRecord, baselines: list, args: argparse.Namespa
     folder = Path(args.record).with_suffix('')
     folder = folder.with_name(f'{folder.name}_baselines')
     return {
-        one.name: record_baseline(one, record, cli.progress, args.device, folder)
-        for one in baselines
+        baseline.name: record_baseline(baseline, record, cli.progress, args.device, folder)
+        for baseline in baselines
     }
 
 
@@ -131,7 +131,7 @@ def main() -> None:
         if args.train_record
         else None
     )
-    others = [one for one in (val[0] if val else None, training) if one]
+    others = [other for other in (val[0] if val else None, training) if other]
     facts = record.provenance
     for other in others:
         require_of_detector(

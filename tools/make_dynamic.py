@@ -115,7 +115,7 @@ def load_plain(args: argparse.Namespace) -> tuple[list[Config], tuple[str, ...],
     if len(set(known)) > 1:
         raise UsageError(
             'the detectors of a pair must know the same classes in the same order; these know '
-            + ' and '.join(f'{len(one)} ({", ".join(one[:3])}, ...)' for one in known)
+            + ' and '.join(f'{len(names)} ({", ".join(names[:3])}, ...)' for names in known)
         )
     path = paths[0] if len(paths) == 1 else JOINED + ','.join(paths)
     return cfgs, known[0], path, read_checkpoint(path)
@@ -130,25 +130,25 @@ def prepare_data(
         tuple: 'val' and 'test' -> annotation file and folder of pictures; the content of the
             former; and whether it is annotated.
     """
-    found = find_sets(args.data, args.ann, args.img)
-    fitted = next(iter(found))
+    picture_sets = find_sets(args.data, args.ann, args.img)
+    fitted = next(iter(picture_sets))
     sets: dict[str, tuple[str, str]] = {}
     first: dict = {}
     for split, name in ((fitted, 'val'), ('test', 'test')):
-        own = found.get(split, found[fitted])
-        content, lines = annotations_for(own, classes)
+        picture_set = picture_sets.get(split, picture_sets[fitted])
+        content, lines = annotations_for(picture_set, classes)
         for line in lines:
             print(f'data: {line}', file=sys.stderr)
         first = first or content
         make_dynamic.require_enough(len(first['images']))
         path = (folder / f'{name}.json').absolute()
         write_atomically(json.dumps(content).encode(), path)
-        sets[name] = (str(path), str(own.pictures.absolute()))
-    annotated = found[fitted].ann_file is not None
+        sets[name] = (str(path), str(picture_set.pictures.absolute()))
+    annotated = picture_sets[fitted].ann_file is not None
     print(
-        f'{len(first["images"])} pictures in {found[fitted].pictures}, '
+        f'{len(first["images"])} pictures in {picture_sets[fitted].pictures}, '
         + (
-            f'{len(first["annotations"])} objects in {found[fitted].ann_file}'
+            f'{len(first["annotations"])} objects in {picture_sets[fitted].ann_file}'
             if annotated
             else 'without annotations: what the last exit detects with a score of '
             f'{args.score:g} or more stands for the truth'
@@ -187,12 +187,12 @@ def stand_in_truth(
 ) -> None:
     """Write what the last exit detects with confidence as annotations."""
     ids = record.ids.tolist()
-    found = {image: record.detections[-1][row] for row, image in enumerate(ids)}
-    made = confident_annotations(content, found, args.score)
+    detections = {image: record.detections[-1][row] for row, image in enumerate(ids)}
+    made = confident_annotations(content, detections, args.score)
     write_atomically(json.dumps(made).encode(), path)
     counts = dict.fromkeys(ids, 0)
-    for one in made['annotations']:
-        counts[one['image_id']] += 1
+    for annotation in made['annotations']:
+        counts[annotation['image_id']] += 1
     record.objects[:] = [counts[image] for image in ids]
 
 

@@ -54,15 +54,15 @@ def main() -> None:
     cli.make_folder(str(out_dir))
     model, loader, record = cli.make_record(args, cfg, out_dir / 'record.npz')
     plain = {
-        one.name: record_baseline(
-            one,
+        baseline.name: record_baseline(
+            baseline,
             record,
             cli.progress,
             args.device,
             out_dir / 'record_baselines',
             (model, loader.dataset),
         )
-        for one in baselines
+        for baseline in baselines
     }
     record = two_exit_record(record)
     coco = read_truth(loader.dataset.ann_file, loader.dataset.cat_ids)

@@ -190,7 +190,7 @@ def _move_data(cfg: Config, root: Any, new: Any) -> None:
     def moved(value: Any) -> Any:
         # New containers: one that is used twice would be moved twice.
         if isinstance(value, dict):
-            return type(value)({key: moved(one) for key, one in value.items()})
+            return type(value)({key: moved(entry) for key, entry in value.items()})
         if isinstance(value, (list, tuple)):
             return type(value)(map(moved, value))
         inside = isinstance(value, str) and f'{value}/'.startswith(f'{root}/')
@@ -223,7 +223,7 @@ def apply_router_holdout(cfg: Config) -> None:
                 'the training data are wrapped in HoldOut already: take that or router_holdout away'
             )
         if isinstance(dataset.get('datasets'), (list, tuple)):
-            dataset['datasets'] = [held(one) for one in dataset['datasets']]
+            dataset['datasets'] = [held(part) for part in dataset['datasets']]
         elif 'dataset' in dataset:
             dataset['dataset'] = held(dataset['dataset'])
         else:

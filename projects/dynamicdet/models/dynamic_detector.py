@@ -149,8 +149,9 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
                 "gain 'reward' is of a whole set: fit the router to a record (tools/fit_router.py)"
             )
         detectors = each_exit(detector)
-        own_backbones = [
-            own or one['backbone'] for own, one in zip_longest(each_exit(backbone), detectors)
+        backbone_configs = [
+            given or config['backbone']
+            for given, config in zip_longest(each_exit(backbone), detectors)
         ]
         several, single = len(detectors) > 1, len(detectors) == backbones == 1
         plain = several or single
@@ -178,7 +179,7 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
                 f'a router that sees {router["sees"]} is fitted to records, not trained: see '
                 'tools/fit_router.py'
             )
-        preprocessors = [copy.deepcopy(one.get('data_preprocessor')) for one in detectors]
+        preprocessors = [copy.deepcopy(config.get('data_preprocessor')) for config in detectors]
         preprocessors[0] = copy.deepcopy(data_preprocessor) or preprocessors[0]
         pad_alike(preprocessors)
         super().__init__(
@@ -186,7 +187,7 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             init_cfg=init_cfg or initial_weights(detectors),
         )
         self.num_exits = len(scales)
-        self.backbone = build_backbones(own_backbones, 0 if plain else reuse_stages, backbones)
+        self.backbone = build_backbones(backbone_configs, 0 if plain else reuse_stages, backbones)
         if several:
             self.branches = ModuleList(map(build_branch, detectors))
             require_exits_agree(self.branches)
@@ -196,8 +197,8 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             )
         #: What turns images of exit 0 into those of the later exits of a pair.
         self.normalizations = ModuleList(
-            NormalizationChange(self.data_preprocessor, MODELS.build(one))
-            for one in preprocessors[1:]
+            NormalizationChange(self.data_preprocessor, MODELS.build(preprocessor))
+            for preprocessor in preprocessors[1:]
         )
         router = {'type': 'Router', 'in_channels': self.backbone.channels, **router}
         if router.get('sees', 'maps') != 'maps':
@@ -482,7 +483,10 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             outputs (Sequence[Outputs], optional): What the branches gave when these states were
                 finished, see `kept_outputs`: not computed again either.
         """
-        every = [(one.maps, reduce_samples(one.samples, one.ratio), one.ratio) for one in states]
+        every = [
+            (state.maps, reduce_samples(state.samples, state.ratio), state.ratio)
+            for state in states
+        ]
         for _, samples, _ in every:
             for sample in samples:
                 # Losses do not look at it, and detectors copy what they are given.
@@ -544,8 +548,12 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
                 as the batch's labels ask for; and what the router sees, (N, d). float32.
         """
         labels = [sample.gt_instances.labels.clone() for sample in batch_data_samples]
-        classes = max((int(own.max()) + 1 for own in labels if len(own)), default=0)
-        counts = torch.stack([torch.bincount(own, minlength=classes) for own in labels]).float()
+        classes = max(
+            (int(image_labels.max()) + 1 for image_labels in labels if len(image_labels)), default=0
+        )
+        counts = torch.stack(
+            [torch.bincount(image_labels, minlength=classes) for image_labels in labels]
+        ).float()
         if GAINS[self.objective.gain].values == 'ap':
             values, features = self._exit_aps(batch_inputs, batch_data_samples, classes)
             return F.pad(values[-1] - values[0], (0, 1)), counts, features
@@ -569,19 +577,19 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         """AP of each image by itself under each exit, (K, N), percent, and what the router sees;
         with a number of classes `class_aps`, (K, N, C), instead."""
         every = self._all_exits(batch_inputs, batch_data_samples)
-        found, truths = [], []
+        instances, truths = [], []
         for exit, (maps, samples, _) in enumerate(every):
             # Copies: predictions are written into the samples.
             predictions = self.branch(exit).predict(
                 self.backbone.select(maps), reduce_samples(samples, (1.0, 1.0)), rescale=False
             )
-            found.append([sample.pred_instances for sample in predictions])
+            instances.append([sample.pred_instances for sample in predictions])
             truths.append([_annotations(sample) for sample in samples])
         if self.merge:
             # The last exit sees images as delivered.
-            found = self._merged_exits(found, [ratio for *_, ratio in every])
+            instances = self._merged_exits(instances, [ratio for *_, ratio in every])
             truths = truths[-1:] * self.num_exits
-        detections = [_as_arrays(own) for own in found]
+        detections = [_as_arrays(exit_instances) for exit_instances in instances]
         features = self.router.pool(every[0][0], _valid(batch_inputs, batch_data_samples))
         aps = (
             image_aps(detections, truths)
@@ -591,19 +599,20 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         return features.new_tensor(aps), features
 
     def _merged_exits(
-        self, found: list[list[InstanceData]], ratios: Sequence[Ratio]
+        self, instances: list[list[InstanceData]], ratios: Sequence[Ratio]
     ) -> list[list[InstanceData]]:
         """What each exit finds in the delivered frame, that of the exits before merged into it.
 
         Args:
-            found (list[list[InstanceData]]): By exit and image, in the frame that the exit sees.
+            instances (list[list[InstanceData]]): By exit and image, in the frame that the exit
+                sees.
             ratios (Sequence[Ratio]): How large each exit sees the images.
         """
-        for exit, ((wide, high), own) in enumerate(zip(ratios, found)):
-            for one in own:
-                self._scale_scores(exit, one)
-                one.bboxes = scale_boxes(one.bboxes, (1 / wide, 1 / high))
-        images = list(zip(*found))
+        for exit, ((wide, high), exit_instances) in enumerate(zip(ratios, instances)):
+            for image_instances in exit_instances:
+                self._scale_scores(exit, image_instances)
+                image_instances.bboxes = scale_boxes(image_instances.bboxes, (1 / wide, 1 / high))
+        images = list(zip(*instances))
         return [
             merge_instances([image[: exit + 1] for image in images], self.merge)
             for exit in range(self.num_exits)
@@ -689,7 +698,7 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         state, phi = self._first_state(batch_inputs, batch_data_samples, rescale)
         # One transfer from the device for both.
         difficulties, exits = torch.stack([phi, self._exits_of(phi).float()]).tolist()
-        return replace(state, difficulties=difficulties, exits=[int(one) for one in exits])
+        return replace(state, difficulties=difficulties, exits=[int(exit) for exit in exits])
 
     def _first_state(
         self, batch_inputs: Tensor, batch_data_samples: SampleList, rescale: bool = True
@@ -706,16 +715,16 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
 
     def _detection_features(self, state: BatchState, rescale: bool) -> Tensor:
         """What the router sees of exit 0's detections, (N, w), boxes in the original frame."""
-        found = []
+        arrays = []
         for sample, (boxes, scores, labels) in zip(
-            state.samples, to_host([own[0] for own in state.found])
+            state.samples, to_host([by_exit[0] for by_exit in state.detections])
         ):
             if not rescale:
                 boxes = boxes / boxes.new_tensor([*sample.scale_factor] * 2)
             # New: what was found may still be what results are made of.
             boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
-            found.append((boxes.numpy(), scores.numpy(), labels.numpy()))
-        joined = Detections.join(found)
+            arrays.append((boxes.numpy(), scores.numpy(), labels.numpy()))
+        joined = Detections.join(arrays)
         weights = self.router.class_weights.cpu().numpy()[joined.categories]
         return self.threshold.new_tensor(detection_features(joined, weights), dtype=torch.float32)
 
@@ -724,14 +733,18 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         self.detect(state, rescale)
         regions, threshold = self.regions, float(self.threshold)
         gains = regions.gain_maps(
-            [own[0] for own in state.found], state.samples, state.maps, state.ratio, rescale
+            [by_exit[0] for by_exit in state.detections],
+            state.samples,
+            state.maps,
+            state.ratio,
+            rescale,
         )
         whole = price_of_threshold(threshold) <= 0
-        chosen = [[] if whole else regions.choose(own, threshold) for own in gains]
+        chosen = [[] if whole else regions.choose(gain_map, threshold) for gain_map in gains]
         return replace(
             state,
-            difficulties=[regions.difficulty(own) for own in gains],
-            exits=[int(whole or len(own) > 0) for own in chosen],
+            difficulties=[regions.difficulty(gain_map) for gain_map in gains],
+            exits=[int(whole or len(rectangles) > 0) for rectangles in chosen],
             regions=chosen,
         )
 
@@ -743,16 +756,16 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         height, width = canvas_of(state.samples)
         parts: list[list] = [[] for _ in state.samples]
         for some in batches_of(crops, len(state) * height * width):
-            for crop, found in zip(some, self._found_in(state, some, rescale)):
-                whole = to_whole_image(found, crop, state.samples[crop.row], rescale)
+            for crop, instances in zip(some, self._detect_in_crops(state, some, rescale)):
+                whole = to_whole_image(instances, crop, state.samples[crop.row], rescale)
                 parts[crop.row].append((crop, whole))
-        found = [
-            {1: join_crops(own[0], part, sample, settings, self.merge, rescale)}
-            for own, part, sample in zip(state.found, parts, state.samples)
+        detections = [
+            {1: join_crops(by_exit[0], part, sample, settings, self.merge, rescale)}
+            for by_exit, part, sample in zip(state.detections, parts, state.samples)
         ]
-        return replace(state, exit=1, maps=(), ratio=(1.0, 1.0), found=found)
+        return replace(state, exit=1, maps=(), ratio=(1.0, 1.0), detections=detections)
 
-    def _found_in(
+    def _detect_in_crops(
         self, state: BatchState, crops: Sequence[Crop], rescale: bool
     ) -> list[InstanceData]:
         """What the second exit finds in crops of equal size, in their own frames."""
@@ -760,7 +773,7 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         maps = cut_maps(state.maps, canvas_of(state.samples), crops)
         samples = [sample_of_crop(state.samples[crop.row], crop) for crop in crops]
         maps, ratio = self._deeper_maps(1, images, maps, samples)
-        return self._found_by(BatchState(1, images, maps, ratio, samples, [], []), rescale)
+        return self._run_heads(BatchState(1, images, maps, ratio, samples, [], []), rescale)
 
     def deepen(self, state: BatchState, rescale: bool = True) -> BatchState:
         """Run the next backbone on images that go on; where exits are merged, this exit's neck and
@@ -771,15 +784,15 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         if self.merge:
             self.detect(state, rescale)
         maps, ratio = self._deeper_maps(state.exit + 1, state.images, state.maps, state.samples)
-        found = [dict(own) if self.merge else {} for own in state.found]
-        return replace(state, exit=state.exit + 1, maps=maps, ratio=ratio, found=found)
+        detections = [dict(by_exit) if self.merge else {} for by_exit in state.detections]
+        return replace(state, exit=state.exit + 1, maps=maps, ratio=ratio, detections=detections)
 
     def detect(self, state: BatchState, rescale: bool = True) -> None:
         """Run this exit's neck and heads on the images of a batch state, unless they ran; what they
         find is kept in the state, for this exit and those behind it."""
-        if not all(state.exit in own for own in state.found):
-            for own, found in zip(state.found, self._found_by(state, rescale)):
-                own[state.exit] = found
+        if not all(state.exit in by_exit for by_exit in state.detections):
+            for by_exit, instances in zip(state.detections, self._run_heads(state, rescale)):
+                by_exit[state.exit] = instances
 
     def finish(self, state: BatchState, rescale: bool = True) -> SampleList:
         """Run this exit's neck and heads on all images of a batch state; results go into the
@@ -787,15 +800,16 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         if self.merge or self.regions is not None:
             self.detect(state, rescale)
         if self.merge:
-            found = merge_instances(
-                [[own[exit] for exit in sorted(own)] for own in state.found], self.merge
+            instances = merge_instances(
+                [[by_exit[exit] for exit in sorted(by_exit)] for by_exit in state.detections],
+                self.merge,
             )
-        elif all(state.exit in own for own in state.found):
-            found = [own[state.exit] for own in state.found]
+        elif all(state.exit in by_exit for by_exit in state.detections):
+            instances = [by_exit[state.exit] for by_exit in state.detections]
         else:
-            found = self._found_by(state, rescale)
-        for row, (sample, own) in enumerate(zip(state.samples, found)):
-            sample.pred_instances = own
+            instances = self._run_heads(state, rescale)
+        for row, (sample, image_instances) in enumerate(zip(state.samples, instances)):
+            sample.pred_instances = image_instances
             sample.set_metainfo(dict(difficulty=state.difficulties[row], exit=state.exit))
             if self.regions is not None:
                 sample.set_metainfo(
@@ -811,7 +825,7 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
     def _needs_images(self) -> bool:
         return len(self.backbone.names) == 1 or self.backbone.needs_images
 
-    def _found_by(self, state: BatchState, rescale: bool) -> list[InstanceData]:
+    def _run_heads(self, state: BatchState, rescale: bool) -> list[InstanceData]:
         """What the neck and heads of an exit find, its scores scaled; see `predict` for the
         frame."""
         exit, samples, ratio = state.exit, state.samples, state.ratio
@@ -820,16 +834,16 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             self.backbone.select(state.maps), reduced, rescale=rescale
         )
         every = [prediction.pred_instances for prediction in predictions]
-        for found in every:
-            self._scale_scores(exit, found)
+        for instances in every:
+            self._scale_scores(exit, instances)
             if not rescale and ratio != (1.0, 1.0):
                 wide, high = ratio
-                found.bboxes = scale_boxes(found.bboxes, (1 / wide, 1 / high))
+                instances.bboxes = scale_boxes(instances.bboxes, (1 / wide, 1 / high))
         return every
 
-    def _scale_scores(self, exit: int, found: InstanceData) -> None:
+    def _scale_scores(self, exit: int, instances: InstanceData) -> None:
         """Write an exit's scores anew, as comparable with those of others."""
-        found.scores = scale_scores(found.scores, *self._scaling[exit])
+        instances.scores = scale_scores(instances.scores, *self._scaling[exit])
 
     def _forward(
         self, batch_inputs: Tensor, batch_data_samples: OptSampleList = None

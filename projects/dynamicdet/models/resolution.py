@@ -37,7 +37,7 @@ def exit_scales(
     elif first_scale != 1:
         raise UsageError('give first_scale or scales, not both')
     if isinstance(scales, (str, int, float)) or not all(
-        isinstance(one, (int, float)) and 0 < one <= 1 for one in scales
+        isinstance(scale, (int, float)) and 0 < scale <= 1 for scale in scales
     ):
         raise UsageError(f'first_scale must be in (0, 1], and so must each of scales; got {scales}')
     if len(scales) != exits and not (free and len(scales) >= 2):
