@@ -128,3 +128,9 @@ def scale_boxes(boxes, ratio: Ratio):
     scaled = boxes.clone()
     scaled.rescale_(ratio)
     return scaled
+
+
+def valid_shares(batch_inputs: Tensor, samples: SampleList) -> list[tuple[float, float]]:
+    """Shares of each image's height and width in the batch that are not padding."""
+    height, width = batch_inputs.shape[-2:]
+    return [(sample.img_shape[0] / height, sample.img_shape[1] / width) for sample in samples]

@@ -176,8 +176,8 @@ class FrameDetector(DetInferencer):
         if calibrated not in (None, gate_name) and not by_threshold:
             raise UsageError(
                 f"the checkpoint's thresholds are of {calibrated}, and the detector has "
-                f'{gate_name}: give --gate as it was calibrated, calibrate it with this one, or give '
-                '--budget threshold=...'
+                f'{gate_name}: give --gate as it was calibrated, calibrate it with this one, or '
+                'give --budget threshold=...'
             )
         super()._load_weights_to_model(model, checkpoint, cfg)
         fuse(model)
