@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from torch.utils.data import Subset
 
 from conftest import (
     ROOT,
@@ -26,8 +27,9 @@ from dynamicdet.deploy.folder import load_deployed
 from dynamicdet.deploy.graphs import Graph, export_parts
 from dynamicdet.deploy.latencies import measure_region_seconds, put_latencies
 from dynamicdet.errors import UsageError
-from dynamicdet.measuring.region_calibration import calibrate_regions
+from dynamicdet.measuring.region_calibration import measure_gain_maps
 from dynamicdet.models.detector_parts import find_parts
+from dynamicdet.routing.regions import price_curve
 from dynamicdet.testing import randomize, tiny_batch, tiny_detector, tiny_dynamic
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
@@ -112,7 +114,14 @@ def calibrated(digits, tmp_path_factory):
     path = write_random(cfg, folder / 'random.pth')
     model = load_dynamic_detector(cfg, path, 'cpu')[0]
     loader = build_loader(cfg.val_dataloader)
-    calibrate_regions(model, loader, no_progress, 0.4)
+    # As tools/calibrate.py, but for costs, which would take long to measure.
+    maps = measure_gain_maps(model, loader, no_progress)
+    curve = price_curve(maps)
+    costs = [1 + 2 * curve.shares, np.full(len(curve.shares), 60.0)]
+    model.regions.curve = torch.from_numpy(np.column_stack([*curve, *costs]))
+    difficulties = sorted(model.regions.difficulty(gain_map) for gain_map in maps)
+    model.difficulties = torch.tensor(difficulties)
+    model.set_budget(hard_share=0.4)
     torch.save(dict(state_dict=model.state_dict()), folder / 'calibrated.pth')
     return cfg, str(folder / 'calibrated.pth'), model, loader
 
@@ -121,11 +130,11 @@ def calibrated(digits, tmp_path_factory):
 def folders(calibrated, tmp_path_factory):
     """A folder in float32 and one in 8 bits, each with what was done."""
     cfg, path, _, loader = calibrated
-    root = tmp_path_factory.mktemp('deployed')
+    root, few = tmp_path_factory.mktemp('deployed'), Subset(loader.dataset, [0, 1])
     float32, int8 = str(root / 'float32'), str(root / 'int8')
     return dict(
-        float32=(float32, deploy(cfg, path, float32, timed=loader.dataset)),
-        int8=(int8, deploy(cfg, path, int8, loader, images=6)),
+        float32=(float32, deploy(cfg, path, float32, timed=few)),
+        int8=(int8, deploy(cfg, path, int8, loader, images=4, timed=few)),
     )
 
 

@@ -49,7 +49,8 @@ def test_the_map_learns_and_all_else_stays(router, digits, cascade, findable, tm
     model = runner.train()
     router, changed = model.regions.router, set()
     for key, value in model.state_dict().items():
-        if not torch.equal(value, recorder.before[key]):
+        # Costs are NaN: not measured.
+        if not torch.equal(value.nan_to_num(), recorder.before[key].nan_to_num()):
             changed.add(key)
     # What the pass before training sets is set before the first iteration.
     assert changed == {f'regions.router.{name}' for name, _ in router.named_parameters()}
