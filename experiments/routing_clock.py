@@ -10,6 +10,7 @@ all runs start from, trained by experiments/routing.py where they are not in wor
 long a detector takes hardly depends on how well it was trained.
 """
 
+import argparse
 import json
 import os
 from pathlib import Path
@@ -133,6 +134,9 @@ def measure(detector: str, name: str, checkpoint: str) -> dict:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     cli.prepare()
     torch.set_num_threads(1)
     init_default_scope('mmdet')

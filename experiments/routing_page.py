@@ -4,6 +4,7 @@ runs' numbers.
 python experiments/routing_page.py
 """
 
+import argparse
 import io
 import json
 from collections import defaultdict
@@ -535,6 +536,9 @@ def page(runs: Runs) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     runs = read_runs()
     write_atomically(picture(runs), ROOT / 'docs' / 'images' / 'routing_front.png')
     write_atomically(page(runs).encode(), PAGE)

@@ -72,13 +72,7 @@ from dynamicdet.files import write_atomically
 from dynamicdet.measuring import make_dynamic
 from dynamicdet.measuring.recording import build_record_loader, record_data_set
 from dynamicdet.models.weights import JOINED, exits_digest
-from dynamicdet.reports.figures import png, trade_off_figure
-from dynamicdet.reports.routing_analysis import (
-    analyze_routing,
-    format_analysis,
-    two_exit_record,
-    write_analysis,
-)
+from dynamicdet.reports.routing_analysis import analyze_routing, two_exit_record
 from dynamicdet.routing import build_objective
 from dynamicdet.routing.budget import Budget
 from dynamicdet.routing.evaluation import read_truth
@@ -196,18 +190,6 @@ def stand_in_truth(
     record.objects[:] = [counts[image] for image in ids]
 
 
-def report(record: RoutingRecord, coco, folder: Path) -> None:
-    """Write the page, and print what it says."""
-    record = two_exit_record(record)
-    analysis = analyze_routing(
-        record, coco, say=lambda what: print(f'{what} ...', file=sys.stderr, flush=True)
-    )
-    write_atomically(png(trade_off_figure(analysis['rows'])), folder / 'trade_off.png')
-    page = write_analysis(record, coco, analysis, folder, name='report')
-    print(format_analysis(analysis))
-    print(f'\nThe same with pictures: {page}')
-
-
 def main() -> None:
     """Make a dynamic detector."""
     args = parse_args()
@@ -257,7 +239,9 @@ def main() -> None:
         f'not fit to: {made.fit.correlation:.3f}\n3 of 3: the report',
         flush=True,
     )
-    report(made.record, coco, folder)
+    judged = two_exit_record(made.record)
+    analysis = analyze_routing(judged, coco, say=cli.say)
+    cli.publish_analysis(judged, coco, analysis, folder, name='report', with_figure=True)
     print(
         f'\nwritten: {config} and {out}, as they are for every tool, such as\n'
         f'    python tools/image_demo.py PICTURES {config} {out} --hard-share {args.hard_share:g}'
