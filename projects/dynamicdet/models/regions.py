@@ -35,7 +35,7 @@ from ..routing.regions import (
     with_halo,
 )
 from ..transfers import Followed, HostDetections, to_host
-from .merging import merge_instances
+from .merging import join_kept
 from .resolution import Ratio
 
 #: Columns of a calibration: a price curve's, and costs per image by the budget that asks for them.
@@ -409,9 +409,9 @@ def sample_of_crop(sample: DetDataSample, crop: Crop) -> DetDataSample:
     )
     whole = (top, left) == (0, 0) and shape == tuple(sample.img_shape[:2])
     wide, high = sample.get('scale_factor', (1.0, 1.0))
-    part = DetDataSample(metainfo=dict(sample.metainfo_items()))
-    part.set_metainfo(
-        dict(
+    return DetDataSample(
+        metainfo=dict(
+            sample.metainfo_items(),
             img_shape=shape,
             pad_shape=(height, width),
             batch_input_shape=(height, width),
@@ -420,7 +420,6 @@ def sample_of_crop(sample: DetDataSample, crop: Crop) -> DetDataSample:
             else (max(1, round(shape[0] / high)), max(1, round(shape[1] / wide))),
         )
     )
-    return part
 
 
 def delivered_scale(sample: DetDataSample) -> np.ndarray:
@@ -489,11 +488,4 @@ def join_crops(
         kept.append(kept_of_crop(there, *where, core=merge is None, step=settings.step))
         if merge is None:
             kept[0] &= kept_of_earlier(boxes[0], *where, settings.step)
-    parts = [_take(source, np.flatnonzero(which)) for source, which in zip(instances, kept)]
-    return InstanceData.cat(parts) if merge is None else merge_instances([parts], merge)[0]
-
-
-def _take(instances: InstanceData, rows: np.ndarray) -> InstanceData:
-    if len(rows) == len(instances) and (rows == np.arange(len(instances))).all():
-        return instances
-    return instances[torch.from_numpy(np.asarray(rows, np.int64)).to(instances.scores.device)]
+    return join_kept(instances, hosts, kept, merge)
