@@ -23,6 +23,7 @@ from dynamicdet.routing.evaluation import read_truth
 from dynamicdet.routing.merging import Merge, platt_scaling_of
 from dynamicdet.routing.record import write_record
 from dynamicdet.routing.regions import PriceCurve
+from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 
 NAME = 'dy_faster_rcnn_digits_router'
