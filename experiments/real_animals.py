@@ -39,10 +39,10 @@ from dynamicdet.timing import machine_of, time_call
 STOCK = 'mmdet::yolox/yolox_nano_8xb8-300e_coco.py'
 #: Every so many pictures of train are kept for figures.
 HELD = 5
-#: Pictures are delivered to training at the largest size, and resized to others batch by batch.
-LARGEST, SMALLEST, STRIDE = 640, 256, 32
-#: Of the tuning: as published for batches of 64, in proportion.
-BATCH, EPOCHS, LR, WARM_UP = 8, 8, 0.00125, 50
+#: Longer sides of the batches in training, multiples of the stride.
+SMALLEST, LARGEST, STRIDE = 256, 480, 32
+#: Of the tuning; the rate is twice the published one in proportion to the batch, since updates are few.
+BATCH, EPOCHS, LR, WARM_UP = 8, 3, 0.0025, 20
 #: Of the plain detector; and of the exits of dynamic ones.
 SIZES, PAIRS = (256, 320, 416, 480, 544, 640), ((256, 416), (320, 640))
 #: How dynamic detectors are made, and the budgets that they are given: shares of hard pictures, or of pixels.
@@ -193,7 +193,7 @@ def training_config(args: argparse.Namespace, paths: dict[str, Path], out: Path)
     # Averaging by EMAHook takes thousands of iterations.
     cfg.custom_hooks = [dict(type='ResumeHook'), dict(type='FiniteLossHook')]
     cfg.default_hooks.checkpoint = dict(type='CheckpointHook', interval=1, max_keep_ckpts=2)
-    cfg.default_hooks.logger.interval = 10
+    cfg.default_hooks.logger.interval = 5
     return cfg
 
 
