@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from mmengine.config import Config
 
-from conftest import ROOT, no_progress, run_tool, same_detections, shrink_options
+from conftest import ROOT, no_progress, run_tool, same_detections, shrink_options, write_random
 from dynamicdet.apis import DynamicInferencer
 from dynamicdet.apis.stream import Stream
 from dynamicdet.building import build_loader, load_dynamic_detector
@@ -19,7 +19,6 @@ from dynamicdet.measuring.recording import build_record_loader, record_data_set
 from dynamicdet.measuring.region_calibration import calibrate_regions, fit_regions
 from dynamicdet.routing.record import write_record
 from dynamicdet.routing.regions import PriceCurve
-from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 
 NAME = 'dy_faster_rcnn_digits_router'
@@ -40,18 +39,8 @@ def cfg(digits):
 def path(cfg, tmp_path_factory):
     """Random weights that detect something, of a cascade without a router."""
     register_all_modules(init_default_scope=True)
-    torch.manual_seed(0)
-    model = MODELS.build(cfg.model)
-    model.init_weights()
-    for name, parameter in model.backbone.named_parameters():
-        if name.startswith('connections.'):
-            torch.nn.init.normal_(parameter, std=0.3)
-    model.branches[0].roi_head.bbox_head.fc_cls.weight.data *= 30
     file = tmp_path_factory.mktemp('checkpoint') / 'random.pth'
-    torch.save(
-        dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(classes=['x']))), file
-    )
-    return str(file)
+    return write_random(cfg, file, dataset_meta=dict(classes=['x']))
 
 
 @pytest.fixture
