@@ -41,7 +41,7 @@ def parse_args() -> argparse.Namespace:
         choices=['detections', 'maps', 'both'],
         default='detections',
         help="what the router sees: exit 0's detections, by default, for which exit 0's head runs "
-        'on every picture; its pooled maps, as exports need it; or both',
+        'on every picture; its pooled maps; or both',
     )
     parser.add_argument(
         '--gain',
