@@ -158,12 +158,17 @@ def converted(args: argparse.Namespace, config: Path) -> Path:
 
 def export(args: argparse.Namespace, config: Path, weights: Path, name: str) -> None:
     """A deployment folder, in float32 or in 8 bits."""
-    folder = args.out / (f'{name}_int8' if args.int8 else name)
+    folder = deployed(args, name)
     if not (folder / 'manifest.json').exists():
         run(
             'tools/export.py', str(config), str(weights), f'--out={folder}', *['--int8'] * args.int8,
             log=args.out / 'export.log',
         )  # fmt: skip
+
+
+def deployed(args: argparse.Namespace, name: str) -> Path:
+    """The deployment folder of a detector."""
+    return args.out / 'deployed' / (f'{name}_int8' if args.int8 else name)
 
 
 # Measure.
@@ -186,8 +191,8 @@ def load_systems(args: argparse.Namespace) -> list[Loaded]:
     loaded = []
     for system in systems_of(args.detectors):
         if system.folder not in models:
-            folder = args.out / (system.folder + '_int8' * args.int8)
-            models[system.folder] = load_deployed(str(folder), args.threads, args.runtime).eval()
+            folder = str(deployed(args, system.folder))
+            models[system.folder] = load_deployed(folder, args.threads, args.runtime).eval()
         model = models[system.folder]
         # The picture is decoded already.
         steps = at_size(model.cfg.test_dataloader.dataset.pipeline, system.size)[1:]
