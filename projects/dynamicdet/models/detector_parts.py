@@ -22,6 +22,7 @@ from mmdet.models.detectors import BaseDetector
 
 from ..errors import UsageError
 from . import DynamicDetector
+from .composite import CompositeBackbone
 
 #: Tensors -> any nesting of lists and tuples of tensors.
 Run = Callable[..., Any]
@@ -91,15 +92,14 @@ def _plain_backbone(model: BaseDetector) -> DetectorPart:
 
 
 def _first(model: DynamicDetector) -> DetectorPart:
-    """The first backbone and, for images without padding, the router; where that sees detections,
-    the backbone alone.
+    """The first backbone and, for images without padding, the router; the backbone alone where the
+    router sees detections or regions are looked at again: that is decided behind exit 0's heads.
 
     Padding differs from image to image, and is left out by torch.
     """
     backbone, router = model.backbone, model.router
-    if router.sees_detections:
-        # It runs behind the branch's part, on what that detects.
-        return _first_maps(backbone)
+    if model.regions is not None or router.sees_detections:
+        return _backbone_alone(backbone)
     first_maps, score = backbone.first_maps, router.forward
 
     def run(images: Tensor) -> tuple:
@@ -122,12 +122,11 @@ def _first(model: DynamicDetector) -> DetectorPart:
     return DetectorPart('first', run, place, (backbone.first, router), (router,))
 
 
-def _first_maps(backbone: nn.Module) -> DetectorPart:
-    """The first backbone alone."""
+def _backbone_alone(backbone: CompositeBackbone) -> DetectorPart:
     first_maps = backbone.first_maps
 
     def place(run: Run) -> None:
-        backbone.first_maps = lambda images: tuple(run(images))
+        backbone.first_maps = run
 
     return DetectorPart('first', lambda images: tuple(first_maps(images)), place, (backbone.first,))
 
