@@ -192,7 +192,7 @@ def renormed(model: DynamicDetector, images: list) -> DynamicDetector:
         norm.reset_running_stats()
         norm.momentum = None
         norm.train()
-    for start in range(0, NORM_BATCHES * BATCH, BATCH):
+    for start in range(0, min(NORM_BATCHES * BATCH, len(images)), BATCH):
         batch = pseudo_collate([copy.deepcopy(one) for one in images[start : start + BATCH]])
         inputs = model.data_preprocessor(batch, False)['inputs']
         branch = model.branch(1)

@@ -13,7 +13,7 @@ from mmengine.dataset import pseudo_collate
 from conftest import ROOT, no_progress, recordable_options, same_detections, write_random
 from dynamicdet.building import load_dynamic_detector
 from dynamicdet.errors import UsageError
-from dynamicdet.measuring import recording
+from dynamicdet.measuring import latencies, recording
 from dynamicdet.measuring.calibration import coco_results, measure_gflops, plain_exits, record_exits
 from dynamicdet.measuring.latencies import force_dynamic_exit
 from dynamicdet.measuring.recording import build_record_loader, gray_entropy, record_data_set
@@ -167,7 +167,7 @@ def test_images_cost_what_their_size_costs(run, monkeypatch):
         )
     asked = []
 
-    def measured(model, dataset, *_, rows):
+    def measured(model, dataset, *_, rows, rounds=None):
         asked.append(rows)
         return rows[0], 10 * rows[0]
 
@@ -183,6 +183,12 @@ def test_images_cost_what_their_size_costs(run, monkeypatch):
     assert asked == [[0, 2]] * 2 + [[1, 3]] * 2
     assert costs.gflops.tolist() == [[0, 0], [1, 10], [0, 0], [1, 10]]
     assert costs.latencies.tolist() == [[0, 0], [1, 10], [0, 0], [1, 10]]
+
+
+def test_many_sizes_are_timed_less_often_each():
+    """In all as often as 20 images of one size, until each is timed twice."""
+    assert [latencies.rounds_to_time(sizes) for sizes in (1, 10, 20, 26, 500)] == [5, 5, 2, 2, 2]
+    assert latencies.rounds_to_time(14) == 3
 
 
 def test_without_annotations_there_are_no_losses(run):

@@ -12,8 +12,8 @@ from ..routing.thresholds import ALL_EASY, ALL_HARD
 from ..timing import time_in_turns
 
 #: Images whose GFLOPs are counted, and whose latency is measured, of all sizes; and of one size at
-#: the least.
-_COUNTED, _TIMED, _LEAST = 10, 20, 2
+#: the least. How often each is timed.
+_COUNTED, _TIMED, _LEAST, _ROUNDS = 10, 20, 2, 5
 
 
 def force_dynamic_exit(model: DynamicDetector, exit: int) -> None:
@@ -77,6 +77,12 @@ def rows_to_measure(rows: Sequence[int], sizes: int) -> tuple[Sequence[int], Seq
     timed."""
     counted, timed = (rows[: max(number // sizes, _LEAST)] for number in (_COUNTED, _TIMED))
     return counted, timed
+
+
+def rounds_to_time(sizes: int) -> int:
+    """How often each image is timed where there are so many sizes: fewer times where these alone
+    are many images, or costs would take longer than all else."""
+    return max(2, _ROUNDS * _TIMED // max(_TIMED, _LEAST * sizes))
 
 
 def single_batches(dataset, images: int, rows: Sequence[int] | None) -> list[dict]:

@@ -35,7 +35,13 @@ from .calibration import (
     score_facts,
 )
 from .flops import count_flops
-from .latencies import force_dynamic_exit, measure_latencies, rows_by_size, rows_to_measure
+from .latencies import (
+    force_dynamic_exit,
+    measure_latencies,
+    rounds_to_time,
+    rows_by_size,
+    rows_to_measure,
+)
 from .record_parts import RecordParts, batches_from
 from .views import VIEWS
 
@@ -262,7 +268,7 @@ def _costs_of(shapes: np.ndarray, model: DynamicDetector, dataset, progress: Pro
         counted, timed = rows_to_measure(same_size, len(sizes))
         gflops[same_size] = measure_gflops(model, dataset, rows=counted)
         latencies[same_size] = measure_latencies(
-            model, dataset, lambda steps, what: steps, rows=timed
+            model, dataset, lambda steps, what: steps, rounds=rounds_to_time(len(sizes)), rows=timed
         )
         routing = _measure_routing(model, dataset, counted)
         row = same_size[0]
