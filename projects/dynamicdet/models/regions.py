@@ -32,6 +32,7 @@ from ..routing.regions import (
     threshold_for_area,
     threshold_for_cost,
     threshold_of_price,
+    tiles_of,
     with_halo,
 )
 from ..transfers import Followed, HostDetections, to_host
@@ -76,6 +77,8 @@ class Regions(KeepsType):
         first_size (int, optional): For large images, which are delivered as they are: the longest
             side in pixels at which exit 0 sees an image, whatever ``first_scale`` says beyond
             that. Defaults to None.
+        tile (int): The longest side in pixels of what the second exit sees at once, halos included.
+            What is larger, the whole image too, is cut into tiles. Defaults to 2048.
 
     Attributes:
         class_weights (Tensor): What an object of each class counts, (C,); ones until they are
@@ -93,6 +96,7 @@ class Regions(KeepsType):
         overhead: float = 0.0,
         cell: int = CELL,
         first_size: int | None = None,
+        tile: int = 2048,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -100,6 +104,7 @@ class Regions(KeepsType):
             ('limit', limit, 1),
             ('cell', cell, 1),
             ('first_size', 32 if first_size is None else first_size, 32),
+            ('tile', tile, 1),
         ):
             if not isinstance(value, int) or value < least:
                 raise UsageError(
@@ -107,8 +112,13 @@ class Regions(KeepsType):
                 )
         if not overhead >= 0:
             raise UsageError(f'overhead of regions must be a number, 0 or more; got {overhead}')
+        if tile < (2 * halo + 1) * cell:
+            raise UsageError(
+                f'tile of regions must hold a cell and its halo, {(2 * halo + 1) * cell} pixels or '
+                f'more; got {tile}'
+            )
         self.halo, self.limit, self.overhead, self.cell = halo, limit, overhead, cell
-        self.first_size = first_size
+        self.first_size, self.tile = first_size, tile
         self.router = RegionRouter(**router)
         self.register_buffer('class_weights', torch.ones(num_classes))
         self.register_buffer('curve', torch.zeros(0, _COLUMNS, dtype=torch.float64))
@@ -197,12 +207,17 @@ class Regions(KeepsType):
     def difficulty(self, gains: np.ndarray) -> float:
         """An image's highest price, as a number in [0, 1]: above the threshold, something of it is
         looked at again."""
-        return threshold_of_price(highest_price(gains, self.halo, self.overhead))
+        return threshold_of_price(highest_price(gains, self.halo, self.overhead, self.limit))
 
     def choose(self, gains: np.ndarray, threshold: float) -> list[Rectangle]:
         """The regions of an image that are worth a price, given as a number in [0, 1]."""
         price = price_of_threshold(threshold)
         return choose_rectangles(gains, price, self.halo, self.limit, self.overhead)
+
+    def tiles(self, rectangles: Sequence[Rectangle]) -> list[Rectangle]:
+        """The regions of an image, those cut that are larger than `tile` with their halo."""
+        most = self.tile // self.cell - 2 * self.halo
+        return [tile for rectangle in rectangles for tile in tiles_of(rectangle, most)]
 
     # The calibration.
 
