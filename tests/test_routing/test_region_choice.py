@@ -219,7 +219,7 @@ def test_many_rectangles_are_apart_and_worth_no_less_than_two(case):
     assert sum(worth(rectangle, *settings) for rectangle in many) > 0.95 * sum(
         worth(rectangle, *settings) for rectangle in two
     )
-    highest = highest_price(gains, halo, overhead, limit)
+    highest = highest_price(gains, halo, overhead, limit=limit)
     assert choose_rectangles(gains, 0.999 * highest, halo, limit, overhead)
     assert not choose_rectangles(gains, 1.001 * highest, halo, limit, overhead)
 
@@ -232,8 +232,9 @@ def test_many_rectangles_by_hand():
     single = [(row, column, row + 1, column + 1) for row, column in corners]
     assert choose_rectangles(gains, 0.01, limit=16) == sorted(single)
     assert highest_price(gains, limit=16) == pytest.approx(1 / 9)
-    # Two of three, where the limit says so: the dearer ones join or are left.
-    assert len(choose_rectangles(gains, 0.01, limit=3)) <= 3
+    # Where the limit says so, one is left: two together are not worth what lies between.
+    three = choose_rectangles(gains, 0.01, limit=3)
+    assert len(three) == 3 and set(three) < set(single)
 
 
 def test_choice_on_a_huge_grid_is_fast():
@@ -247,3 +248,51 @@ def test_choice_on_a_huge_grid_is_fast():
         choose_rectangles(gains, 0.005, 2, 16)
         seconds.append(time.process_time() - start)
     assert min(seconds) < 0.05
+
+
+@pytest.mark.parametrize('case', range(30))
+def test_steps_leave_few_sizes_inside_the_image(case):
+    generator = np.random.default_rng([SEED, case])
+    grid, step = tuple(generator.integers(3, 9, 2).tolist()), 2 + case % 2
+    for rectangle in every_rectangle(*grid):
+        plain, grown = with_halo(rectangle, grid), with_halo(rectangle, grid, step=step)
+        assert grown[0] <= plain[0] and grown[1] <= plain[1]
+        assert grown[2] >= plain[2] and grown[3] >= plain[3]
+        for start, end, count, least in zip(
+            grown[:2], grown[2:], grid, (plain[2] - plain[0], plain[3] - plain[1])
+        ):
+            assert 0 <= start < end <= count
+            # No longer than the next multiple, or the image.
+            assert end - start == min(-(-least // step) * step, count)
+
+
+@pytest.mark.parametrize('case', range(20))
+def test_choice_counts_what_steps_add(case):
+    """As without steps the best there is, by areas as large as they really are."""
+    generator = np.random.default_rng([SEED, case])
+    gains = generator.normal(0.3, 1, generator.integers(2, 6, 2))
+    price, step = generator.random() * 0.6, 2 + case % 2
+    every = {
+        one: gains[one[0] : one[2], one[1] : one[3]].sum()
+        - price * share_of_area([one], gains.shape, 1, step) * gains.size
+        for one in every_rectangle(*gains.shape)
+    }
+    chosen = choose_rectangles(gains, price, limit=1, step=step)
+    assert sum(every[one] for one in chosen) == pytest.approx(max(0, *every.values()), abs=1e-9)
+    highest = highest_price(gains, step=step)
+    assert bool(choose_rectangles(gains, 0.999 * highest, step=step)) == (highest > 0)
+    assert not choose_rectangles(gains, 1.001 * highest + 1e-9, step=step)
+
+
+def test_a_router_starts_its_training_at_the_rule():
+    generator = torch.Generator().manual_seed(SEED)
+    planes = torch.rand(2, PLANES, 4, 5, generator=generator)
+    router = RegionRouter()
+    router.mean.copy_(planes.mean((0, 2, 3)))
+    router.std.copy_(planes.std((0, 2, 3)))
+    router.start_training()
+    assert router.trained
+    torch.testing.assert_close(router(planes).detach(), rule_map(planes))
+    hidden = RegionRouter(hidden=4)
+    hidden.start_training()
+    assert not hidden(planes).any()

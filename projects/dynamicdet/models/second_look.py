@@ -26,7 +26,7 @@ class SecondLook:
     def _choose_regions(self, state: BatchState, rescale: bool) -> BatchState:
         """Run the first exit's neck and heads, and say what is worth a second look."""
         self.detect(state, rescale)
-        regions, threshold = self.regions, float(self.threshold)
+        regions = self.regions
         gains = regions.gain_maps(
             [by_exit[0] for by_exit in state.detections],
             state.samples,
@@ -34,12 +34,11 @@ class SecondLook:
             state.ratio,
             rescale,
         )
-        whole = price_of_threshold(threshold) <= 0
-        # Where all of a large image is looked at, its tiles are.
+        chosen = regions(gains, self.threshold)
+        # As no regions: images that fit a tile go on as they are, padding included.
+        whole = price_of_threshold(float(self.threshold)) <= 0
         fits = max(canvas_of(state.samples)) <= regions.tile
-        chosen = [
-            [] if whole and fits else regions.choose(gain_map, threshold) for gain_map in gains
-        ]
+        chosen = [[] if whole and fits else rectangles for rectangles in chosen]
         return replace(
             state,
             difficulties=[regions.difficulty(gain_map) for gain_map in gains],

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: Cuts of an image: with 64, choosing takes a few milliseconds on any grid.
+#: Cuts of an image: bounds how long choosing takes, on any grid.
 _MOST_CUTS = 64
 
 
@@ -38,11 +38,11 @@ class RegionTree:
 
     Args:
         gains (np.ndarray): Of each cell, (h, w); some are positive.
-        halo (int): Cells around a rectangle that are paid for, too.
+        halo, step (int): As of `regions.choose_rectangles`.
     """
 
-    def __init__(self, gains: np.ndarray, halo: int) -> None:
-        self._gains, self._halo = gains, halo
+    def __init__(self, gains: np.ndarray, halo: int, step: int = 1) -> None:
+        self._gains, self._grown = gains, (halo, step)
         cells = np.argwhere(gains > 0)
         self._parts = [self._part(cells)]
         number, waiting = itertools.count(), []
@@ -80,7 +80,7 @@ class RegionTree:
     def _part(self, cells: np.ndarray) -> _Part:
         (top, left), (bottom, right) = cells.min(0).tolist(), (cells.max(0) + 1).tolist()
         height, width = (
-            _length(low, high, side, self._halo)
+            int(lengths_with_halo(low, high, side, *self._grown))
             for low, high, side in zip((top, left), (bottom, right), self._gains.shape)
         )
         gain = float(self._gains[top:bottom, left:right].sum())
@@ -101,15 +101,15 @@ class RegionTree:
         where = np.flatnonzero(along[1:] > along[:-1])
         if not len(where):
             return np.inf, ()
-        side, other, halo = self._gains.shape[axis], self._gains.shape[1 - axis], self._halo
+        side, other, grown = self._gains.shape[axis], self._gains.shape[1 - axis], self._grown
         low, high = np.minimum.accumulate(across)[where], np.maximum.accumulate(across)[where]
-        areas = _length(along[0], along[where] + 1, side, halo) * _length(
-            low, high + 1, other, halo
+        areas = lengths_with_halo(along[0], along[where] + 1, side, *grown) * lengths_with_halo(
+            low, high + 1, other, *grown
         )
         low = np.minimum.accumulate(across[::-1])[::-1][where + 1]
         high = np.maximum.accumulate(across[::-1])[::-1][where + 1]
-        areas += _length(along[where + 1], along[-1] + 1, side, halo) * _length(
-            low, high + 1, other, halo
+        areas += lengths_with_halo(along[where + 1], along[-1] + 1, side, *grown) * (
+            lengths_with_halo(low, high + 1, other, *grown)
         )
         place = areas.argmin()
         middle = where[place] + 1
@@ -126,6 +126,8 @@ def _joined(some: list[tuple], others: list[tuple], limit: int) -> list[tuple]:
     return options
 
 
-def _length(start, end, count: int, halo: int):
-    """Of spans with halo, inside an image."""
-    return np.minimum(end + halo, count) - np.maximum(start - halo, 0)
+def lengths_with_halo(start, end, count: int, halo: int, step: int):
+    """Of spans of ``count`` lines, with what is looked at around them: multiples of a step, or all
+    lines."""
+    lengths = np.minimum(end + halo, count) - np.maximum(start - halo, 0)
+    return np.minimum(-(-lengths // step) * step, count)
