@@ -14,6 +14,7 @@ import contextlib
 import copy
 import json
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -41,7 +42,6 @@ from dynamicdet.routing.regions import (
     price_of_threshold,
     threshold_for_area,
 )
-from dynamicdet.timing import now
 from mmdet.apis import DetInferencer
 
 #: The longest side at which exit 0 sees a picture, and that of the plain detector besides.
@@ -148,8 +148,8 @@ def record(args: argparse.Namespace, split: str) -> RoutingRecord:
 
 def arrays(result: dict) -> tuple[np.ndarray, np.ndarray]:
     """Boxes and scores of an inferencer's prediction."""
-    (found,) = result['predictions']
-    return np.array(found['bboxes'], float).reshape(-1, 4), np.array(found['scores'], float)
+    (detected,) = result['predictions']
+    return np.array(detected['bboxes'], float).reshape(-1, 4), np.array(detected['scores'], float)
 
 
 def plain(args: argparse.Namespace, size: int) -> Method:
@@ -177,7 +177,7 @@ def sahi(args: argparse.Namespace, side: int, least: float, **settings) -> Metho
     )
 
     def detect(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        found = get_sliced_prediction(
+        detected = get_sliced_prediction(
             picture[:, :, ::-1],
             model,
             slice_height=side,
@@ -187,8 +187,8 @@ def sahi(args: argparse.Namespace, side: int, least: float, **settings) -> Metho
             verbose=0,
             **settings,
         ).object_prediction_list
-        boxes = np.array([one.bbox.to_xyxy() for one in found], float).reshape(-1, 4)
-        return boxes, np.array([one.score.value for one in found], float)
+        boxes = np.array([item.bbox.to_xyxy() for item in detected], float).reshape(-1, 4)
+        return boxes, np.array([item.score.value for item in detected], float)
 
     return detect
 
@@ -242,7 +242,7 @@ def true_rectangles(args: argparse.Namespace) -> dict[float, list]:
     curve, chosen = price_curve(maps['val'], **settings), {}
     for share in SHARES:
         price = price_of_threshold(threshold_for_area(curve, share))
-        chosen[share] = [choose_rectangles(own, price, **settings) for own in maps['test']]
+        chosen[share] = [choose_rectangles(group, price, **settings) for group in maps['test']]
     return chosen
 
 
@@ -259,34 +259,34 @@ def quiet() -> Iterator[None]:
 def measure(args: argparse.Namespace, truth) -> None:
     """What each method finds in each picture, and how long it takes."""
     images = list(truth.imgs.values())
-    missing = [one for one in images if not picture_file(args, one).exists()]
+    missing = [item for item in images if not picture_file(args, item).exists()]
     if not missing:
         return
     rectangles = true_rectangles(args)
     methods = Methods(args)
-    row_of = {one['id']: row for row, one in enumerate(images)}
+    row_of = {item['id']: row for row, item in enumerate(images)}
     with quiet():
         # The first call of each warms up.
         picture = cv2.imread(str(args.data / images[0]['file_name']))
-        for one in missing:
+        for item in missing:
             methods.rectangles = {
-                share: own[row_of[one['id']]] for share, own in rectangles.items()
+                share: group[row_of[item['id']]] for share, group in rectangles.items()
             }
-            if one is missing[0]:
+            if item is missing[0]:
                 for method in methods.every.values():
                     method(picture)
-            picture = cv2.imread(str(args.data / one['file_name']))
-            seconds, found = {name: [] for name in methods.every}, {}
+            picture = cv2.imread(str(args.data / item['file_name']))
+            seconds, detected = {name: [] for name in methods.every}, {}
             for _ in range(args.rounds):
                 for name, method in methods.every.items():
-                    begin = now()
+                    begin = time.perf_counter()
                     boxes, scores = method(picture)
-                    seconds[name].append(now() - begin)
-                    found.setdefault(name, dict(boxes=boxes.tolist(), scores=scores.tolist()))
-            done = dict(seconds=seconds, found=found)
-            picture_file(args, one).write_text(json.dumps(done))
-            medians = {name: round(statistics.median(own), 2) for name, own in seconds.items()}
-            print(one['file_name'], medians, flush=True)
+                    seconds[name].append(time.perf_counter() - begin)
+                    detected.setdefault(name, dict(boxes=boxes.tolist(), scores=scores.tolist()))
+            done = dict(seconds=seconds, detected=detected)
+            picture_file(args, item).write_text(json.dumps(done))
+            medians = {name: round(statistics.median(group), 2) for name, group in seconds.items()}
+            print(item['file_name'], medians, flush=True)
 
 
 def picture_file(args: argparse.Namespace, image: dict) -> Path:
@@ -299,29 +299,29 @@ def picture_file(args: argparse.Namespace, image: dict) -> Path:
 def summary(args: argparse.Namespace, truth) -> dict:
     """AP, seconds and their intervals of each method."""
     images = list(truth.imgs.values())
-    done = [json.loads(picture_file(args, one).read_text()) for one in images]
-    names = list(done[0]['found'])
+    done = [json.loads(picture_file(args, item).read_text()) for item in images]
+    names = list(done[0]['detected'])
     every = []
     for name in names:
         rows = []
-        for own in done:
-            boxes = np.array(own['found'][name]['boxes'], float).reshape(-1, 4)
+        for group in done:
+            boxes = np.array(group['detected'][name]['boxes'], float).reshape(-1, 4)
             boxes[:, 2:] -= boxes[:, :2]
-            scores = np.array(own['found'][name]['scores'], float)
+            scores = np.array(group['detected'][name]['scores'], float)
             rows.append((boxes, scores, np.ones(len(scores), int)))
         every.append(Detections.join(rows))
     seconds = np.array(
-        [[statistics.median(own['seconds'][name]) for name in names] for own in done]
+        [[statistics.median(group['seconds'][name]) for name in names] for group in done]
     )
-    ids, nothing = np.array([one['id'] for one in images]), [0.0] * len(names)
-    files = [one['file_name'] for one in images]
+    ids, nothing = np.array([item['id'] for item in images]), [0.0] * len(names)
+    files = [item['file_name'] for item in images]
     mixtures = Mixtures(
         RoutingRecord(ids, files, np.zeros(len(ids)), every, nothing, nothing, {}), truth
     )
     ones = np.ones((1, len(ids)), np.int64)
     weights = np.concatenate([ones, bootstrap_weights(len(ids), RESAMPLES, SEED)])
     aps = np.array(
-        [[mixtures.ap(np.full(len(ids), k), own) for k in range(len(names))] for own in weights]
+        [[mixtures.ap(np.full(len(ids), k), group) for k in range(len(names))] for group in weights]
     )
     peer = names.index(f'SAHI, {SLICES[0]}, NMS')
     less = aps - aps[:, [peer]]
@@ -334,7 +334,7 @@ def summary(args: argparse.Namespace, truth) -> dict:
             less_ap=[less[0, k], *np.percentile(less[1:, k], (2.5, 97.5))],
             share_of_seconds=[share[0, k], *np.percentile(share[1:, k], (2.5, 97.5))],
         )
-    pixels = float(np.mean([one['width'] * one['height'] for one in images]) / 1e6)
+    pixels = float(np.mean([item['width'] * item['height'] for item in images]) / 1e6)
     facts = dict(pictures=len(images), objects=len(truth.anns), megapixels=pixels, peer=names[peer])
     return json.loads(
         json.dumps(dict(facts, methods=methods)), parse_float=lambda x: round(float(x), 3)
@@ -344,11 +344,11 @@ def summary(args: argparse.Namespace, truth) -> dict:
 def table(figures: dict) -> list[str]:
     """A line for each method."""
     lines = ['| | AP | seconds | AP above | of its time |', '|---|---|---|---|---|']
-    for name, own in figures['methods'].items():
-        mean, low, high = own['less_ap']
+    for name, group in figures['methods'].items():
+        mean, low, high = group['less_ap']
         lines.append(
-            f'| {name} | {own["ap"]:.1f} | {own["seconds"]:.2f} | {mean:+.1f} ({low:+.1f} to '
-            f'{high:+.1f}) | {own["share_of_seconds"][0]:.0%} |'
+            f'| {name} | {group["ap"]:.1f} | {group["seconds"]:.2f} | {mean:+.1f} ({low:+.1f} to '
+            f'{high:+.1f}) | {group["share_of_seconds"][0]:.0%} |'
         )
     return lines
 

@@ -55,18 +55,20 @@ def split_pictures(folder: Path, seed: int) -> dict[str, list[Path]]:
     """Pictures of each split."""
     random, taken = np.random.default_rng(seed), set()
     every = sorted(
-        one for one in folder.iterdir() if one.suffix.lower() in ('.jpg', '.png') and one.is_file()
+        item
+        for item in folder.iterdir()
+        if item.suffix.lower() in ('.jpg', '.png') and item.is_file()
     )
-    every = [one for one in every if one.with_suffix('.txt').exists()]
+    every = [item for item in every if item.with_suffix('.txt').exists()]
     splits = dict(train=[], val=[], test=[])
     for place in PLACES:
-        own = [one for one in every if one.name.startswith(place) and one not in taken]
-        taken.update(own)
-        own = [own[row] for row in random.permutation(len(own))]
-        first, second = np.round(len(own) * np.cumsum([TRAIN_SHARE, VAL_SHARE])).astype(int)
-        for name, part in zip(splits, (own[:first], own[first:second], own[second:])):
+        group = [item for item in every if item.name.startswith(place) and item not in taken]
+        taken.update(group)
+        group = [group[row] for row in random.permutation(len(group))]
+        first, second = np.round(len(group) * np.cumsum([TRAIN_SHARE, VAL_SHARE])).astype(int)
+        for name, part in zip(splits, (group[:first], group[first:second], group[second:])):
             splits[name] += part
-    splits['train'] += [one for one in every if one not in taken]
+    splits['train'] += [item for item in every if item not in taken]
     return splits
 
 
@@ -121,13 +123,13 @@ def train(args: argparse.Namespace) -> None:
     model.load_state_dict(state)
     model.train()
     content = json.loads((args.out / 'train.json').read_text())
-    pictures = [cv2.imread(str(args.data / one['file_name'])) for one in content['images']]
+    pictures = [cv2.imread(str(args.data / item['file_name'])) for item in content['images']]
     boxes = [
-        boxes_of(args.data / one['file_name'], one['height'], one['width'])
-        for one in content['images']
+        boxes_of(args.data / item['file_name'], item['height'], item['width'])
+        for item in content['images']
     ]
     # Small pictures are of long films of few places.
-    chances = np.array([1.0 if one.shape[1] >= 1920 else 0.2 for one in pictures])
+    chances = np.array([1.0 if item.shape[1] >= 1920 else 0.2 for item in pictures])
     chances /= chances.sum()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, args.steps, pct_start=0.1)
@@ -140,7 +142,7 @@ def train(args: argparse.Namespace) -> None:
             for row in random.choice(len(pictures), BATCH, p=chances)
         ]
         images = torch.from_numpy(np.stack([image for image, _ in drawn])).permute(0, 3, 1, 2)
-        losses = model.loss(images.float(), [sample_of(own) for _, own in drawn])
+        losses = model.loss(images.float(), [sample_of(group) for _, group in drawn])
         loss = sum(losses.values())
         optimizer.zero_grad()
         loss.backward()

@@ -54,8 +54,8 @@ class RegionTree:
             _, _, part, both = heapq.heappop(waiting)
             part.parts = tuple(self._part(cells) for cells in both)
             self._parts += part.parts
-            for one, cells in zip(part.parts, both):
-                self._wait(waiting, number, one, cells)
+            for half, cells in zip(part.parts, both):
+                self._wait(waiting, number, half, cells)
 
     def rectangles(self, price: float, limit: int, overhead: float) -> list[tuple]:
         """The best rectangles at a price above 0, at most ``limit``; arguments as of
@@ -89,7 +89,7 @@ class RegionTree:
     def _wait(self, waiting: list, number, part: _Part, cells: np.ndarray) -> None:
         if len(cells) < 2:
             return
-        areas, both = min((self._cut(cells, axis) for axis in (0, 1)), key=lambda one: one[0])
+        areas, both = min((self._cut(cells, axis) for axis in (0, 1)), key=lambda cut: cut[0])
         if both:
             heapq.heappush(waiting, (areas - part.area, next(number), part, both))
 
