@@ -347,3 +347,33 @@ def test_large_images_are_seen_small_first():
     assert seen == [(1, 3, 64, 64), (1, 3, 96, 128)]
     with pytest.raises(UsageError, match='first_size of regions'):
         build('faster_rcnn', regions=dict(first_size=1), **ONE_BACKBONE)
+
+
+@pytest.mark.parametrize('merge', [None, 'nms'])
+def test_large_regions_are_seen_in_tiles(merge):
+    """At no price all of a large image is looked at, and never more than a tile at once."""
+    settings = dict(ONE_BACKBONE, merge=merge)
+    model = build('faster_rcnn', regions=dict(first_size=64, tile=160), **settings)
+    seen = []
+    hook = model.backbone.first.register_forward_pre_hook(
+        lambda _, arguments: seen.append(tuple(arguments[0].shape))
+    )
+    (found,) = predict(model, 0, *fresh(model, (2,), size=(192, 256)))
+    hook.remove()
+    # 6 x 8 cells in 2 x 3 tiles of 3 x 2 or 3 cells, with halos inside the image.
+    assert seen[0] == (1, 3, 64, 64)
+    shapes = sorted(shape[2:] for shape in seen[1:] for _ in range(shape[0]))
+    assert shapes == [(128, 96), (128, 96), (128, 128), (128, 128), (128, 160), (128, 160)]
+    assert max(shape[0] * shape[2] * shape[3] for shape in seen[1:]) <= 160**2
+    assert found.exit == 1 and found.regions == [[0, 0, 256, 192]]
+    # The same as its tiles, chosen one by one.
+    tiles = [
+        (top, left, top + 3, right) for top in (0, 3) for left, right in ((0, 2), (2, 5), (5, 8))
+    ]
+    fixed_choice(model, tiles)
+    (wanted,) = predict(model, 0.5, *fresh(model, (2,), size=(192, 256)))
+    assert len(found.pred_instances) and same_detections(
+        found.pred_instances, wanted.pred_instances
+    )
+    with pytest.raises(UsageError, match='tile of regions must hold'):
+        build('faster_rcnn', regions=dict(tile=64), **settings)

@@ -26,6 +26,7 @@ from dynamicdet.routing.regions import (
     threshold_for_area,
     threshold_for_cost,
     threshold_of_price,
+    tiles_of,
     with_halo,
 )
 
@@ -181,6 +182,72 @@ def test_untrained_router_is_the_rule():
     assert router.half().layers[0].weight.dtype == torch.float32
     with pytest.raises(UsageError, match='hidden'):
         RegionRouter(hidden=-1)
+
+
+def test_tiles_cover_a_rectangle():
+    for rectangle, most, count in (
+        ((1, 2, 6, 9), 3, 6),
+        ((0, 0, 5, 5), 5, 1),
+        ((0, 0, 1, 7), 2, 4),
+    ):
+        covered = np.zeros((8, 10), int)
+        tiles = tiles_of(rectangle, most)
+        for top, left, bottom, right in tiles:
+            assert 0 < bottom - top <= most and 0 < right - left <= most
+            covered[top:bottom, left:right] += 1
+        top, left, bottom, right = rectangle
+        assert covered[top:bottom, left:right].min() == covered.max() == 1
+        assert covered.sum() == (bottom - top) * (right - left) and len(tiles) == count
+
+
+@pytest.mark.parametrize('case', range(10))
+def test_many_rectangles_are_apart_and_worth_no_less_than_two(case):
+    """On grids of clusters, as large images have them."""
+    generator = np.random.default_rng([SEED, case])
+    gains = np.zeros((40, 50))
+    for center in generator.uniform([0, 0], gains.shape, (5, 2)):
+        places = np.clip(generator.normal(center, 2, (6, 2)), 0, [39, 49]).astype(int)
+        gains[tuple(places.T)] += generator.uniform(0.05, 0.3, 6)
+    halo, limit, price, overhead = case % 3, 3 + case, 0.005, 2.0 * (case % 2)
+    settings = gains, price, halo, overhead
+    many = choose_rectangles(gains, price, halo, limit, overhead)
+    assert 0 < len(many) <= limit
+    assert all(apart(*pair) for pair in itertools.combinations(many, 2))
+    assert all(worth(rectangle, *settings) > 0 for rectangle in many)
+    two = choose_rectangles(gains, price, halo, 2, overhead)
+    # Lines between clusters: little is lost that the exact pair has, and much is gained.
+    assert sum(worth(rectangle, *settings) for rectangle in many) > 0.95 * sum(
+        worth(rectangle, *settings) for rectangle in two
+    )
+    highest = highest_price(gains, halo, overhead, limit=limit)
+    assert choose_rectangles(gains, 0.999 * highest, halo, limit, overhead)
+    assert not choose_rectangles(gains, 1.001 * highest, halo, limit, overhead)
+
+
+def test_many_rectangles_by_hand():
+    gains = np.zeros((200, 170))
+    corners = [(10, 10), (10, 150), (180, 20), (100, 90)]
+    for row, column in corners:
+        gains[row, column] = 1
+    single = [(row, column, row + 1, column + 1) for row, column in corners]
+    assert choose_rectangles(gains, 0.01, limit=16) == sorted(single)
+    assert highest_price(gains, limit=16) == pytest.approx(1 / 9)
+    # Where the limit says so, one is left: two together are not worth what lies between.
+    three = choose_rectangles(gains, 0.01, limit=3)
+    assert len(three) == 3 and set(three) < set(single)
+
+
+def test_choice_on_a_huge_grid_is_fast():
+    """40 megapixels, 60 cells that gain something: milliseconds of the processor."""
+    generator = np.random.default_rng(SEED)
+    gains = np.zeros((170, 200))
+    gains[generator.integers(170, size=60), generator.integers(200, size=60)] = 0.2
+    seconds = []
+    for _ in range(5):
+        start = time.process_time()
+        choose_rectangles(gains, 0.005, 2, 16)
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 0.05
 
 
 @pytest.mark.parametrize('case', range(30))

@@ -134,13 +134,14 @@ class DynamicDetector(
         scales = exit_scales(
             len(detectors) if several else max(2, backbones), first_scale, scales, single
         )
-        if not plain and min(scales) < 1 and reuse_stages:
+        smaller = (regions or {}).get('first_size') is not None
+        if not plain and (smaller or min(scales) < 1) and reuse_stages:
             raise UsageError(
-                'first_scale must be in (0, 1], and below 1 with reuse_stages=0, since the second '
-                f'backbone then needs its own stem; got {scales[0]} with '
-                f'reuse_stages={reuse_stages}'
+                'first_scale must be in (0, 1], and below 1, or where regions have a first_size, '
+                'with reuse_stages=0, since the second backbone then needs its own stem; got '
+                f'{scales[0]} with reuse_stages={reuse_stages}'
             )
-        if single and len(set(scales)) < len(scales):
+        if single and not smaller and len(set(scales)) < len(scales):
             raise UsageError(
                 'one backbone has two exits only where they differ by resolution: give first_scale '
                 'below 1, or two backbones'

@@ -32,6 +32,7 @@ from ..routing.regions import (
     threshold_for_area,
     threshold_for_cost,
     threshold_of_price,
+    tiles_of,
     with_halo,
 )
 from ..transfers import Followed, HostDetections, to_host
@@ -79,6 +80,8 @@ class Regions(KeepsType):
         first_size (int, optional): For large images, which are delivered as they are: the longest
             side in pixels at which exit 0 sees an image, whatever ``first_scale`` says beyond
             that. Defaults to None.
+        tile (int): The longest side in pixels of what the second exit sees at once, halos included.
+            What is larger, the whole image too, is cut into tiles. Defaults to 2048.
 
     Attributes:
         class_weights (Tensor): What an object of each class counts, (C,); ones until they are
@@ -97,6 +100,7 @@ class Regions(KeepsType):
         cell: int = CELL,
         step: int = 1,
         first_size: int | None = None,
+        tile: int = 2048,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -105,6 +109,7 @@ class Regions(KeepsType):
             ('cell', cell, 1),
             ('step', step, 1),
             ('first_size', 32 if first_size is None else first_size, 32),
+            ('tile', tile, 1),
         ):
             if not isinstance(value, int) or value < least:
                 raise UsageError(
@@ -112,6 +117,14 @@ class Regions(KeepsType):
                 )
         if not overhead >= 0:
             raise UsageError(f'overhead of regions must be a number, 0 or more; got {overhead}')
+        # Tiles grow to multiples of the step, as all crops do.
+        most = tile // cell // step * step - 2 * halo
+        if most < 1:
+            raise UsageError(
+                f'tile of regions must hold a cell and its halo, {(2 * halo + 1) * cell} pixels or '
+                f'more and a step at least; got {tile}'
+            )
+        self.tile, self._tile_cells = tile, most
         self.halo, self.limit, self.overhead = halo, limit, overhead
         self.cell, self.step = cell, step
         self.first_size = first_size
@@ -214,7 +227,9 @@ class Regions(KeepsType):
     def difficulty(self, gains: np.ndarray) -> float:
         """An image's highest price, as a number in [0, 1]: above the threshold, something of it is
         looked at again."""
-        return threshold_of_price(highest_price(gains, self.halo, self.overhead, self.step))
+        return threshold_of_price(
+            highest_price(gains, self.halo, self.overhead, self.step, self.limit)
+        )
 
     def forward(self, gains: Sequence[np.ndarray], threshold: Tensor) -> list[list[Rectangle]]:
         """The regions of each image that are worth a price; who sets it while images come does so
@@ -231,6 +246,11 @@ class Regions(KeepsType):
         """The regions of an image that are worth a price, given as a number in [0, 1]."""
         price = price_of_threshold(threshold)
         return choose_rectangles(gains, price, self.halo, self.limit, self.overhead, self.step)
+
+    def tiles(self, rectangles: Sequence[Rectangle]) -> list[Rectangle]:
+        """The regions of an image, those cut that are larger than `tile` with their halo."""
+        most = self._tile_cells
+        return [tile for rectangle in rectangles for tile in tiles_of(rectangle, most)]
 
     # The calibration.
 

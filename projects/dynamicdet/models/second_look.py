@@ -35,9 +35,10 @@ class SecondLook:
             rescale,
         )
         chosen = regions(gains, self.threshold)
-        # As no regions: images go on as they are, padding included.
+        # As no regions: images that fit a tile go on as they are, padding included.
         whole = price_of_threshold(float(self.threshold)) <= 0
-        chosen = [[] if whole else rectangles for rectangles in chosen]
+        fits = max(canvas_of(state.samples)) <= regions.tile
+        chosen = [[] if whole and fits else rectangles for rectangles in chosen]
         return replace(
             state,
             difficulties=[regions.difficulty(gain_map) for gain_map in gains],
@@ -47,12 +48,15 @@ class SecondLook:
 
     def _look_again(self, state: BatchState, rescale: bool) -> BatchState:
         """Run the second exit on regions of images, neck and heads included, and join what it finds
-        with what the first found. No more pixels are in memory at a time than the images have."""
+        with what the first found. No more pixels are in memory at a time than the images have, or
+        a tile for each of them."""
         settings = self.regions
-        crops = crops_of(state.regions, state.samples, settings)
+        tiles = [settings.tiles(rectangles) for rectangles in state.regions]
+        crops = crops_of(tiles, state.samples, settings)
         height, width = canvas_of(state.samples)
+        most = len(state) * min(height * width, settings.tile**2)
         parts: list[list] = [[] for _ in state.samples]
-        for some in batches_of(crops, len(state) * height * width):
+        for some in batches_of(crops, most):
             for crop, instances in zip(some, self._detect_in_crops(state, some, rescale)):
                 whole = to_whole_image(instances, crop, state.samples[crop.row], rescale)
                 parts[crop.row].append((crop, whole))

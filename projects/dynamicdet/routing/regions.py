@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import UsageError
+from .region_tree import RegionTree, lengths_with_halo
 
 #: Sides of a cell in pixels: the stride of the deepest map of all but a few detectors, so that a
 #: crop along cells is cut through no cell of any map.
@@ -58,10 +59,9 @@ def choose_rectangles(
 ) -> list[Rectangle]:
     """The rectangles with the largest sum of gains less the price of their area.
 
-    Exact for up to two rectangles that do not overlap: of two, one lies left of or above the
-    other, so the best pair is the best split into two halves. Further ones are sought in pairs in
-    what the ones before leave. Where more than 24 rows or columns gain something, rectangles are
-    sought along every second, third, ... of them.
+    None overlap. Exact for up to two: of two, one lies left of or above the other, so the best pair
+    is the best split into two halves. Where more than 24 rows or columns gain something, they are
+    sought along every second, third, ... of them. More than two are sought in a `RegionTree`.
 
     Args:
         gains (np.ndarray): Of each cell, (h, w), finite; may be negative.
@@ -81,29 +81,27 @@ def choose_rectangles(
         return [(0, 0, height, width)]
     if not np.isfinite(price) or gains.max(initial=0) <= 0:
         return []
-    left, chosen = gains.copy(), []
-    while len(chosen) < limit and left.max() > 0:
-        rows, columns = _sides(left, halo, step)
-        values = _sums(left, rows, columns)
-        values -= np.multiply.outer(columns.lengths * float(price), rows.lengths)
-        values -= price * overhead
-        indices = _best_pair(values, rows, columns) if limit - len(chosen) > 1 else []
-        indices = indices or _best_one(values)
-        for index in indices:
-            rectangle = _trimmed(left, _rectangle(index, rows, columns))
-            left[rectangle[0] : rectangle[2], rectangle[1] : rectangle[3]] = 0
-            chosen.append(rectangle)
-        if len(indices) < 2:
-            break
-    return sorted(chosen)
+    if limit > 2:
+        return RegionTree(gains, halo, step).rectangles(price, limit, overhead)
+    rows, columns = _sides(gains, halo, step)
+    values = _sums(gains, rows, columns)
+    values -= np.multiply.outer(columns.lengths * float(price), rows.lengths)
+    values -= price * overhead
+    indices = _best_pair(values, rows, columns) if limit > 1 else []
+    indices = indices or _best_one(values)
+    return sorted(_trimmed(gains, _rectangle(index, rows, columns)) for index in indices)
 
 
-def highest_price(gains: np.ndarray, halo: int = 1, overhead: float = 0.0, step: int = 1) -> float:
+def highest_price(
+    gains: np.ndarray, halo: int = 1, overhead: float = 0.0, step: int = 1, limit: int = 2
+) -> float:
     """The price below which `choose_rectangles` chooses something: the largest gain per cell of any
     rectangle with its halo, 0 where nothing is to be gained. Arguments as there."""
     gains = np.asarray(gains, np.float64)
     if gains.max(initial=0) <= 0:
         return 0.0
+    if limit > 2:
+        return RegionTree(gains, halo, step).highest_price(overhead)
     rows, columns = _sides(gains, halo, step)
     areas = np.multiply.outer(columns.lengths, rows.lengths) + overhead
     return float((_sums(gains, rows, columns) / areas).max())
@@ -133,18 +131,26 @@ def with_halo(
     return top, left, bottom, right
 
 
+def tiles_of(rectangle: Rectangle, most: int) -> list[Rectangle]:
+    """A rectangle cut into tiles of about equal sides, each of ``most`` cells or less."""
+    top, left, bottom, right = rectangle
+    rows, columns = _parts(top, bottom, most), _parts(left, right, most)
+    return [(up, start, down, end) for up, down in rows for start, end in columns]
+
+
+def _parts(start: int, end: int, most: int) -> list[tuple[int, int]]:
+    count = -(-(end - start) // most)
+    lines = [start + (end - start) * part // count for part in range(count + 1)]
+    return list(zip(lines, lines[1:]))
+
+
 def _grown(start: int, end: int, count: int, step: int) -> tuple[int, int]:
-    """A span, cut to ``count`` lines and lengthened as `_stepped` says, at both ends alike where
-    there is room."""
+    """A span, cut to ``count`` lines and lengthened as `lengths_with_halo` says, at both ends alike
+    where there is room."""
     start, end = max(0, start), min(count, end)
-    length = int(_stepped(end - start, count, step))
+    length = int(lengths_with_halo(start, end, count, 0, step))
     start = min(max(0, start - (length - (end - start)) // 2), count - length)
     return start, start + length
-
-
-def _stepped(lengths, count: int, step: int):
-    """The next multiples of a step, no more than ``count``."""
-    return np.minimum(-(-lengths // step) * step, count)
 
 
 def share_of_area(
@@ -174,8 +180,7 @@ def _spans(lines: np.ndarray, count: int, halo: int, step: int) -> _Spans:
     starts, ends = lines[::every], np.unique([*lines[every - 1 :: every], lines[-1]]) + 1
     first, last = np.nonzero(starts[:, None] < ends)
     starts, ends = starts[first], ends[last]
-    lengths = np.minimum(ends + halo, count) - np.maximum(starts - halo, 0)
-    return _Spans(starts, ends, _stepped(lengths, count, step))
+    return _Spans(starts, ends, lengths_with_halo(starts, ends, count, halo, step))
 
 
 def _sums(gains: np.ndarray, rows: _Spans, columns: _Spans) -> np.ndarray:
@@ -279,7 +284,7 @@ def price_curve(
     """
     if not len(maps):
         raise UsageError('no images to choose regions of: the validation set is empty')
-    highest = np.array([highest_price(gain_map, halo, overhead, step) for gain_map in maps])
+    highest = np.array([highest_price(gain_map, halo, overhead, step, limit) for gain_map in maps])
     some = np.quantile(highest[highest > 0], np.linspace(0, 1, points)) if highest.any() else []
     # Below the least of them images still differ in how much of them is chosen.
     lower = [some[0] * 2.0**-power for power in range(1, 9)] if len(some) else []
