@@ -722,10 +722,14 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
     def _choose_regions(self, state: BatchState, rescale: bool) -> BatchState:
         """Run the first exit's neck and heads, and say what is worth a second look."""
         self.detect(state, rescale)
-        regions, threshold = self.regions, float(self.threshold)
-        gains = regions.gain_maps(
+        gains = self.regions.gain_maps(
             [own[0] for own in state.found], state.samples, state.maps, state.ratio, rescale
         )
+        return self._with_regions(state, gains)
+
+    def _with_regions(self, state: BatchState, gains: Sequence[np.ndarray]) -> BatchState:
+        """Choose what is worth its price, of the gains of each image's cells, N times (h, w)."""
+        regions, threshold = self.regions, float(self.threshold)
         whole = price_of_threshold(threshold) <= 0
         chosen = [[] if whole else regions.choose(own, threshold) for own in gains]
         return replace(
