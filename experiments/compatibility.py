@@ -57,7 +57,7 @@ ENVIRONMENTS = (
 )
 
 
-def try_environment(one: Environment, folder: Path) -> dict:
+def try_environment(environment: Environment, folder: Path) -> dict:
     """Set one up and run the tests in it.
 
     Returns:
@@ -92,11 +92,11 @@ def try_environment(one: Environment, folder: Path) -> dict:
     names = ('mm-deps', 'compression', 'deploy', 'openvino', 'video', 'tests')
     files = [part for name in names for part in ('-r', f'requirements/{name}.txt')]
     steps = {
-        'python': (f'python{one.python}', '-m', 'venv', '--clear', folder),
-        'torch': (*pip, f'torch=={one.torch}', '-r', 'requirements/build.txt'),
+        'python': (f'python{environment.python}', '-m', 'venv', '--clear', folder),
+        'torch': (*pip, f'torch=={environment.torch}', '-r', 'requirements/build.txt'),
         'libraries': (*pip, 'numpy', 'pycocotools', 'matplotlib', 'scikit-learn', 'scikit-image',
                       'jinja2', *files),
-        'mmcv': (*pip, '--no-deps', '--no-build-isolation', '--no-cache-dir', *STACKS[one.stack]),
+        'mmcv': (*pip, '--no-deps', '--no-build-isolation', '--no-cache-dir', *STACKS[environment.stack]),
         'package': (*pip, '--no-deps', '--no-build-isolation', '-e', '.'),
     }  # fmt: skip
     outcome, tests = 'works', ''
@@ -127,22 +127,24 @@ def versions_in(python: Path) -> dict:
     )
     wanted = ('torch', 'numpy', 'mmengine', 'mmcv', 'mmdet', *STACKS['onedl'])
     packages = json.loads(listed.stdout or '[]')
-    return {one['name']: one['version'] for one in packages if one['name'] in wanted}
+    return {
+        package['name']: package['version'] for package in packages if package['name'] in wanted
+    }
 
 
 def make_table(results: dict) -> str:
     """The table of docs/install.md."""
     rows = ['| Python | torch | OpenMMLab | result | tests |', '|---|---|---|---|---|']
-    for one in ENVIRONMENTS:
-        found = results.get(one.name)
-        if found:
-            own = found['versions']
+    for environment in ENVIRONMENTS:
+        result = results.get(environment.name)
+        if result:
+            versions = result['versions']
             stack = (
-                ', '.join(f'{name} {version}' for name, version in own.items() if 'mm' in name)
-                or one.stack
+                ', '.join(f'{name} {version}' for name, version in versions.items() if 'mm' in name)
+                or environment.stack
             )
-            torch = own.get('torch', one.torch)
-            row = (one.python, torch, stack, found['outcome'], found['tests'])
+            torch = versions.get('torch', environment.torch)
+            row = (environment.python, torch, stack, result['outcome'], result['tests'])
             rows.append(f'| {" | ".join(row)} |')
     return '\n'.join(rows)
 
@@ -158,16 +160,22 @@ def write_page(results: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        '--only', nargs='+', choices=[one.name for one in ENVIRONMENTS], help='sets to try anew'
+        '--only',
+        nargs='+',
+        choices=[environment.name for environment in ENVIRONMENTS],
+        help='sets to try anew',
     )
     args = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    for one in ENVIRONMENTS:
-        if one.name in args.only if args.only else one.name not in results:
-            print(f'{one.name} ...', flush=True)
-            folder = ROOT / 'work_dirs' / 'compatibility' / one.name
-            results[one.name] = try_environment(one, folder)
-            print(f'   {results[one.name]["outcome"]}: {results[one.name]["tests"]}', flush=True)
+    for environment in ENVIRONMENTS:
+        if environment.name in args.only if args.only else environment.name not in results:
+            print(f'{environment.name} ...', flush=True)
+            folder = ROOT / 'work_dirs' / 'compatibility' / environment.name
+            results[environment.name] = try_environment(environment, folder)
+            print(
+                f'   {results[environment.name]["outcome"]}: {results[environment.name]["tests"]}',
+                flush=True,
+            )
             RESULTS.write_text(json.dumps(results, indent=1) + '\n')
             shutil.rmtree(folder / 'lib', ignore_errors=True)
     write_page(results)

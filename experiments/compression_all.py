@@ -28,9 +28,9 @@ def prepare_start() -> None:
     """The data, and the detector that all steps take."""
     make_data()
     if not (ROUTING / START / 'trained').exists():
-        runs = {one.name: one for one in all_runs()}
-        for one in (runs[runs[START].start], runs[START]):
-            train_run(one)
+        runs = {run.name: run for run in all_runs()}
+        for run in (runs[runs[START].start], runs[START]):
+            train_run(run)
 
 
 def folder_of(name: str) -> Path:

@@ -36,8 +36,8 @@ RESAMPLES = 100
 
 def measure_points(config: str, checkpoint: str, points: Mapping[str, dict], out: Path) -> None:
     """Measure all points, and write what is known after each."""
-    found = json.loads(out.read_text()) if out.exists() else dict(points={})
-    waiting = [name for name in points if name not in found['points']]
+    measured = json.loads(out.read_text()) if out.exists() else dict(points={})
+    waiting = [name for name in points if name not in measured['points']]
     if not waiting:
         return
     cfg = Config.fromfile(config)
@@ -47,7 +47,7 @@ def measure_points(config: str, checkpoint: str, points: Mapping[str, dict], out
     with cli.silence():
         coco = COCO(cfg.test_evaluator.ann_file)
     batches = list(cli.progress(loader, 'test images'))
-    found.update(
+    measured.update(
         seed=SEED,
         resamples=RESAMPLES,
         provenance=provenance(cfg, checkpoint, loader.dataset, 'cpu'),
@@ -55,14 +55,14 @@ def measure_points(config: str, checkpoint: str, points: Mapping[str, dict], out
     for name in cli.progress(waiting, 'points'):
         model.load_state_dict(state, strict=False)
         size = _apply(model, **points[name])
-        found['points'][name] = dict(
+        measured['points'][name] = dict(
             bytes=size.in_file,
             float32_megabytes=size.megabytes,
             pruned=size.pruned,
             error=size.error,
             **judge(model, batches, coco, loader.dataset.cat_ids),
         )
-        write_atomically(json.dumps(found).encode(), out)
+        write_atomically(json.dumps(measured).encode(), out)
 
 
 def _apply(
@@ -84,10 +84,15 @@ def judge(model, batches: Sequence[dict], coco: COCO, category_ids: list[int]) -
     images = []
     for batch in batches:
         for sample in model.test_step(batch):
-            found = coco_results(sample, category_ids)
+            detections = coco_results(sample, category_ids)
             # A record has two exits or more.
             images.append(
-                dict(id=sample.img_id, file=sample.img_path, difficulty=0.5, detections=[found] * 2)
+                dict(
+                    id=sample.img_id,
+                    file=sample.img_path,
+                    difficulty=0.5,
+                    detections=[detections] * 2,
+                )
             )
     mixtures = Mixtures(
         RoutingRecord.from_images(images, gflops=[0.0] * 2, latencies=[0.0] * 2), coco
@@ -99,8 +104,8 @@ def judge(model, batches: Sequence[dict], coco: COCO, category_ids: list[int]) -
     ]
     return dict(
         mixtures.scores(choice, sizes=False),
-        resampled_ap=[round(one['ap'], 3) for one in resampled],
-        resampled_ap50=[round(one['ap50'], 3) for one in resampled],
+        resampled_ap=[round(resample['ap'], 3) for resample in resampled],
+        resampled_ap50=[round(resample['ap50'], 3) for resample in resampled],
     )
 
 

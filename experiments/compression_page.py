@@ -90,7 +90,7 @@ def without_loss(points: Points, label: str, block: str, base: Mapping, name: st
 def knee(shares: Sequence[float], values: Sequence[float]) -> float:
     """The share at which a falling curve is farthest above the line between its ends (see
     `HEAD`)."""
-    x, y = (np.asarray(one, float) for one in (shares, values))
+    x, y = (np.asarray(numbers, float) for numbers in (shares, values))
     if y[0] <= y[-1]:
         return float(x[-1])
     return float(x[np.argmax((y - y[-1]) / (y[0] - y[-1]) - (x[-1] - x) / (x[-1] - x[0]))])
@@ -98,8 +98,8 @@ def knee(shares: Sequence[float], values: Sequence[float]) -> float:
 
 def curve(points: Points, label: str, block: str) -> list[tuple[int, dict]]:
     """(share, point) of all that is known."""
-    found = [(share, at(points, label, block, share)) for share in (0, *SHARES)]
-    return [(share, point) for share, point in found if point is not None]
+    pairs = [(share, at(points, label, block, share)) for share in (0, *SHARES)]
+    return [(share, point) for share, point in pairs if point is not None]
 
 
 def known(points: Points, block: str) -> list[str]:
@@ -122,16 +122,16 @@ def block_tables(points: Points, block: str) -> str:
     for name in ('ap50', 'ap'):
         rows = []
         for share in (0, *SHARES):
-            own = {label: at(points, label, block, share) for label in labels}
+            by_label = {label: at(points, label, block, share) for label in labels}
             cells = [
                 '-'
                 if point is None
                 else with_ends(point, name)
                 if label.startswith('L1 global')
                 else f'{point[name]:.2f}'
-                for label, point in own.items()
+                for label, point in by_label.items()
             ]
-            files = [megabytes(own.get(label)) for label in ('L1 global', 'L1 global, tuned')]
+            files = [megabytes(by_label.get(label)) for label in ('L1 global', 'L1 global, tuned')]
             rows.append([f'{share} %', *cells, *files])
         parts += [f'{name.upper()}:\n', table(['pruned', *labels, 'MB', 'MB, tuned'], rows)]
     return '\n'.join(parts)
@@ -140,12 +140,12 @@ def block_tables(points: Points, block: str) -> str:
 def knees(points: Points, block: str) -> str:
     rows = []
     for label in known(points, block):
-        found = curve(points, label, block)
+        pairs = curve(points, label, block)
         base = points['base/exact']
         rows.append(
             [
                 label,
-                f'{knee(*zip(*((share, point["ap50"]) for share, point in found))):.0f} %',
+                f'{knee(*zip(*((share, point["ap50"]) for share, point in pairs))):.0f} %',
                 *(f'{without_loss(points, label, block, base, name)} %' for name in ('ap50', 'ap')),
                 *tuned_alike(points, label, block),
             ]
@@ -223,15 +223,15 @@ def picture(points: Points) -> bytes:
         for index, label in enumerate(CURVES):
             if label not in known(points, block):
                 continue
-            found = curve(points, label, block)
-            shares = [share for share, _ in found]
+            pairs = curve(points, label, block)
+            shares = [share for share, _ in pairs]
             axes.plot(
-                shares, [point['ap50'] for _, point in found], f'C{index}', marker='.', label=label
+                shares, [point['ap50'] for _, point in pairs], f'C{index}', marker='.', label=label
             )
-            if label.startswith('L1 global') and found:
+            if label.startswith('L1 global') and pairs:
                 axes.fill_between(
                     shares,
-                    *zip(*(confidence_interval(point['resampled_ap50']) for _, point in found)),
+                    *zip(*(confidence_interval(point['resampled_ap50']) for _, point in pairs)),
                     color=f'C{index}',
                     alpha=0.15,
                 )
@@ -248,14 +248,14 @@ def picture(points: Points) -> bytes:
         'as it was': 'base/',
     }
     for index, (label, prefix) in enumerate(families.items()):
-        own = sorted(
+        files = sorted(
             (point['bytes'] / 1e6, point['ap'])
             for name, point in points.items()
             if name.startswith(prefix)
         )
-        if own:
+        if files:
             panels[-1].plot(
-                *zip(*own), f'C{index}', marker='o', markersize=4, linestyle='none', label=label
+                *zip(*files), f'C{index}', marker='o', markersize=4, linestyle='none', label=label
             )
     panels[-1].set(title='files', xlabel='MB of the .ddz file', ylabel='AP, %', xscale='log')
     panels[-1].grid(alpha=0.3)

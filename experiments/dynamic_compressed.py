@@ -76,10 +76,10 @@ def once(made: Path, *command: object, log: Path) -> None:
 
 def train_start(detector: str) -> None:
     """The detector as the experiment on routing trains it, and what that starts from."""
-    runs = {one.name: one for one in all_runs()}
-    own = runs[start_of(detector).name]
-    for one in (runs[own.start], own):
-        train_run(one)
+    runs = {run.name: run for run in all_runs()}
+    start = runs[start_of(detector).name]
+    for training in (runs[start.start], start):
+        train_run(training)
 
 
 def prepare_whole(detector: str, folder: Path, name: str = CONFIG) -> Path:

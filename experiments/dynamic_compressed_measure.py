@@ -82,12 +82,12 @@ def load(folder: Path, form: str) -> tuple[DynamicDetector, int]:
 
 def measure_ap(folder: Path, out: Path) -> None:
     """AP of all forms on the test set: at each exit, and at half hard as calibrated."""
-    found = json.loads(out.read_text()) if out.exists() else dict(points={})
+    measured = json.loads(out.read_text()) if out.exists() else dict(points={})
     cfg = Config.fromfile(folder / CONFIG)
     loader = build_loader(dict(cfg.test_dataloader, num_workers=0, persistent_workers=False))
     with cli.silence():
         coco = COCO(cfg.test_evaluator.ann_file)
-    found.update(
+    measured.update(
         original_bytes=(folder / WEIGHTS).stat().st_size,
         resamples=RESAMPLES,
         provenance=provenance(cfg, str(folder / WEIGHTS), loader.dataset, 'cpu'),
@@ -95,10 +95,10 @@ def measure_ap(folder: Path, out: Path) -> None:
     for form in all_forms():
         exported, _ = RUN_BY.get(form, (form, None))
         is_there = FORMS[exported] is None or (folder / exported).exists()
-        if is_there and form not in found['points']:
+        if is_there and form not in measured['points']:
             model, size = load(folder, form)
-            found['points'][form] = dict(bytes=size, **judge(model, loader, coco))
-            write_atomically(json.dumps(found).encode(), out)
+            measured['points'][form] = dict(bytes=size, **judge(model, loader, coco))
+            write_atomically(json.dumps(measured).encode(), out)
 
 
 def judge(model: DynamicDetector, loader, coco: COCO) -> dict:
@@ -114,7 +114,7 @@ def judge(model: DynamicDetector, loader, coco: COCO) -> dict:
         **{
             name: dict(
                 mixtures.scores(choice, sizes=False),
-                resampled_ap=[round(mixtures.ap(choice, one), 3) for one in weights],
+                resampled_ap=[round(mixtures.ap(choice, resample), 3) for resample in weights],
             )
             for name, choice in choices.items()
         },

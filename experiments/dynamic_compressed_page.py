@@ -114,9 +114,9 @@ def milliseconds(
     return step and variant.timed and 1e3 * step['points'][name]['median']
 
 
-def below(own: Mapping, base: Mapping, mode: str) -> str:
+def below(measured: Mapping, base: Mapping, mode: str) -> str:
     """How far a variant's AP is from that of float32 eager."""
-    return '{:+.2f} ({:+.2f} to {:+.2f})'.format(*difference(own[mode], base[mode], 'ap'))
+    return '{:+.2f} ({:+.2f} to {:+.2f})'.format(*difference(measured[mode], base[mode], 'ap'))
 
 
 def machine_of(facts: Mapping) -> str:
@@ -130,18 +130,18 @@ def table_of(results: Results, detector: str) -> str:
     original = results[f'{detector}-whole']['original_bytes']
     rows = []
     for variant in VARIANTS:
-        own = point(results, detector, variant)
-        if own is None:
+        measured = point(results, detector, variant)
+        if measured is None:
             continue
         times = [milliseconds(results, detector, variant, mode) for mode in MODES]
         rows.append(
             [
                 variant.label,
-                *(f'{own[mode]["ap"]:.2f}' for mode in MODES),
-                *(below(own, base, mode) for mode in ('half', 'exit1')),
-                f'{own["hard_share"]:.0%}',
-                f'{own["bytes"] / 1e6:.2f} ({own["bytes"] / original:.1%})',
-                *('-' if one is None else f'{one:.1f}' for one in times),
+                *(f'{measured[mode]["ap"]:.2f}' for mode in MODES),
+                *(below(measured, base, mode) for mode in ('half', 'exit1')),
+                f'{measured["hard_share"]:.0%}',
+                f'{measured["bytes"] / 1e6:.2f} ({measured["bytes"] / original:.1%})',
+                *('-' if ms is None else f'{ms:.1f}' for ms in times),
             ]
         )
     ap, times = ([f'{what}, {mode}' for mode in MODES.values()] for what in ('AP', 'ms'))
@@ -224,8 +224,13 @@ def large_table(results: Results, detector: str) -> str:
     }
     eager, graphs = (times[label][-1] for label in ('float32 eager', 'ONNX Runtime float32'))
     rows = [
-        [label, *(f'{one:.1f}' for one in own), f'{eager / own[-1]:.2f}', f'{graphs / own[-1]:.2f}']
-        for label, own in times.items()
+        [
+            label,
+            *(f'{ms:.1f}' for ms in row_times),
+            f'{eager / row_times[-1]:.2f}',
+            f'{graphs / row_times[-1]:.2f}',
+        ]
+        for label, row_times in times.items()
     ]
     return table(
         [
@@ -244,13 +249,15 @@ def picture(results: Results, detectors: list[str]) -> bytes:
 
     figure = Figure(figsize=(6.5 * len(detectors), 4.4), layout='constrained')
     for axes, detector in zip(figure.subplots(1, len(detectors), squeeze=False)[0], detectors):
-        for index, variant in enumerate(one for one in VARIANTS if one.form == one.timed):
-            own = point(results, detector, variant)
-            if own is None:
+        for index, variant in enumerate(
+            variant for variant in VARIANTS if variant.form == variant.timed
+        ):
+            measured = point(results, detector, variant)
+            if measured is None:
                 continue
             axes.plot(
                 [milliseconds(results, detector, variant, mode) for mode in MODES],
-                [own[mode]['ap'] for mode in MODES],
+                [measured[mode]['ap'] for mode in MODES],
                 f'C{index}',
                 marker='.',
                 label=variant.label,

@@ -41,7 +41,7 @@ def constants(records: Path) -> None:
 
     def say(name: str, scores: np.ndarray, charged: bool) -> None:
         aps = judge.judge(scores, charged, False).values()
-        print(f'{name:24}' + '  '.join(f'{own[0]:.2f}' for own in aps), flush=True)
+        print(f'{name:24}' + '  '.join(f'{ap[0]:.2f}' for ap in aps), flush=True)
 
     mixtures, first = judge.mixtures, judge.record.detections[0]
     easy, hard = mixtures.category_ap() * mixtures.objects
@@ -76,7 +76,10 @@ def equal(path: Path) -> None:
     def aps(scores: np.ndarray) -> np.ndarray:
         ranks = rankdata(-scores, 'ordinal')
         choices = [(ranks <= round(share * len(scores))).astype(int) for share in SHARES]
-        each = [[mixtures.ap(one), *(mixtures.ap(one, own) for own in weights)] for one in choices]
+        each = [
+            [mixtures.ap(choice), *(mixtures.ap(choice, resample) for resample in weights)]
+            for choice in choices
+        ]
         return np.mean(each, axis=0)
 
     def say(name: str, by_class: np.ndarray, plain: np.ndarray) -> None:

@@ -91,8 +91,8 @@ def all_scores(
         if peer.function and not (peer.fitted or peer.reference):
             yield f'rule: {name}', (peer_scores(name, judged[0]), peer.charged)
     source, truth = (
-        gains(*one, mixtures, rewards)
-        for one, mixtures in ((fitted, Mixtures(*fitted)), (judged, judge))
+        gains(*pair, mixtures, rewards)
+        for pair, mixtures in ((fitted, Mixtures(*fitted)), (judged, judge))
     )
     for name in truth:
         yield f'true: {name}', (truth[name], False)
@@ -114,9 +114,9 @@ def gains(
     record: RoutingRecord, coco: COCO, mixtures: Mixtures, rewards: bool
 ) -> dict[str, np.ndarray]:
     """Those of `GAINS`; rewards take minutes."""
-    found = dict(exit_benefits(record, mixtures))
-    found.update(exit_benefits_by_class(record, coco, mixtures, rewards))
-    return {name: found[name] for name in GAINS if name in found}
+    benefits = dict(exit_benefits(record, mixtures))
+    benefits.update(exit_benefits_by_class(record, coco, mixtures, rewards))
+    return {name: benefits[name] for name in GAINS if name in benefits}
 
 
 def _logits(fit, features: np.ndarray) -> np.ndarray:
@@ -155,8 +155,8 @@ class Front:
 
     def __init__(self, judge: Judge, coco: COCO, plain: Mapping[str, RoutingRecord]) -> None:
         record = judge.record
-        self.gflops = {name: one.gflops[0] for name, one in plain.items()}
-        every = [one.detections[0] for one in plain.values()]
+        self.gflops = {name: baseline.gflops[0] for name, baseline in plain.items()}
+        every = [baseline.detections[0] for baseline in plain.values()]
         mixtures = Mixtures(replace(record, detections=every, view=None), coco)
         choices = [np.full(len(record), at) for at in range(len(every))]
         self.aps = np.array([_aps(mixtures, choice, judge.weights) for choice in choices])
@@ -169,7 +169,7 @@ class Front:
 
 
 def _aps(mixtures: Mixtures, choice: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    return np.array([mixtures.ap(choice), *(mixtures.ap(choice, own) for own in weights)])
+    return np.array([mixtures.ap(choice), *(mixtures.ap(choice, resample) for resample in weights)])
 
 
 def last_exit_alone(record: RoutingRecord) -> RoutingRecord:
@@ -211,8 +211,8 @@ def run(
         branch0=judged[0].provenance['branch0_gflops'],
         exits=[judge.mixtures.ap(np.full(len(judged[0]), exit)) for exit in (0, 1)],
         plain={
-            name: dict(gflops=gflops, ap=float(own[0]), interval=confidence_interval(own[1:]))
-            for (name, gflops), own in zip(front.gflops.items(), front.aps)
+            name: dict(gflops=gflops, ap=float(aps[0]), interval=confidence_interval(aps[1:]))
+            for (name, gflops), aps in zip(front.gflops.items(), front.aps)
         },
         front={f'{gflops:g}': float(front.at(gflops)[0]) for gflops in BUDGETS},
         routers={name: _rows(aps, front) for name, aps in routers.items()},
@@ -227,10 +227,10 @@ def run(
 def _rows(aps: Mapping[str, np.ndarray], front: Front) -> dict[str, dict]:
     """At each budget: AP, and by how much that is above the front, with its interval."""
     rows = {}
-    for gflops, own in aps.items():
-        leads = own - front.at(float(gflops))[: len(own)]
+    for gflops, values in aps.items():
+        leads = values - front.at(float(gflops))[: len(values)]
         low, high = confidence_interval(leads[1:])
-        rows[gflops] = dict(ap=float(own[0]), lead=float(leads[0]), low=low, high=high)
+        rows[gflops] = dict(ap=float(values[0]), lead=float(leads[0]), low=low, high=high)
     return rows
 
 
@@ -250,14 +250,14 @@ def main() -> None:
     parser.add_argument('--rewards', action='store_true', help="with ORIC's, which take minutes")
     args = parser.parse_args()
     cli.prepare()
-    found = run(
+    results = run(
         args.records,
         args.weights,
         args.resamples,
         args.rewards,
         lambda line: print(line, flush=True),
     )
-    write_atomically(json.dumps(found).encode(), args.out)
+    write_atomically(json.dumps(results).encode(), args.out)
 
 
 if __name__ == '__main__':

@@ -56,7 +56,7 @@ def doubt_by_class(record: RoutingRecord, coco) -> np.ndarray:
     """The sum of p (1 - p) / (objects of the class + 20) over exit 0's detections, (n,)."""
     objects = {category: len(coco.getAnnIds(catIds=[category])) for category in coco.getCatIds()}
     first = record.detections[0]
-    weights = np.array([1 / (objects[one] + RARE) for one in first.categories.tolist()])
+    weights = np.array([1 / (objects[category] + RARE) for category in first.categories.tolist()])
     doubt = first.scores * (1 - first.scores) * weights
     return np.bincount(first.images, doubt, len(record))
 
@@ -112,13 +112,13 @@ def main() -> None:
     for name, merge in cli.progress(list(ways.items()), 'kinds'):
         for scaled in (False, True):
             merged = merge_record(test, merge, scaling if scaled else None)
-            found = aps(merged, cocos[1], scores, resamples)
-            plain = plain or found
+            measured = aps(merged, cocos[1], scores, resamples)
+            plain = plain or measured
             hard = half_hard(scores)
             row = dict(merge=str(merge) if merge else 'none', scaled=scaled)
             row['gflops'] = dict(all_hard=merged.gflops[1])
             row['gflops']['half_hard'] = float(np.mean(np.where(hard, *merged.gflops[::-1])))
-            for share, values in found.items():
+            for share, values in measured.items():
                 gained = np.array(values) - np.array(plain[share])
                 low, high = np.percentile(gained[1:], (2.5, 97.5)) if args.bootstrap else (0, 0)
                 row[share] = dict(
@@ -126,7 +126,7 @@ def main() -> None:
                 )
             rows.append(row)
             print(line_of(row), flush=True)
-    found = dict(
+    results = dict(
         rows=rows,
         ious=tried,
         scaling=scaling,
@@ -135,7 +135,7 @@ def main() -> None:
         bootstrap=args.bootstrap,
         provenance=[chosen_on.provenance, test.provenance],
     )
-    write_atomically(json.dumps(found, indent=1).encode(), args.out)
+    write_atomically(json.dumps(results, indent=1).encode(), args.out)
     print(f'scale and shift of the exits: {scaling}\nIoUs: {tried}\n{args.out}')
 
 
@@ -143,10 +143,10 @@ def line_of(row: dict) -> str:
     """A row of the table, as Markdown has it."""
     cells = [row['merge'], 'yes' if row['scaled'] else 'no']
     for share in ('half_hard', 'all_hard'):
-        own = row[share]
+        result = row[share]
         cells.append(f'{row["gflops"][share]:.2f}')
         cells.append(
-            f'{own["ap"]:.1f} ({own["gained"]:+.2f}, {own["low"]:+.2f} to {own["high"]:+.2f})'
+            f'{result["ap"]:.1f} ({result["gained"]:+.2f}, {result["low"]:+.2f} to {result["high"]:+.2f})'
         )
     return f'| {" | ".join(cells)} |'
 

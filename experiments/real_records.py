@@ -33,21 +33,21 @@ def join_annotations(data: Path, split: str, more: Path | None) -> dict:
     joined: dict = {}
     folders = {split: data / 'coco' / 'val2017', **({f'{split}_more': more} if more else {})}
     for name, folder in folders.items():
-        own = json.loads((data / 'coco' / 'annotations' / f'{name}.json').read_text())
+        content = json.loads((data / 'coco' / 'annotations' / f'{name}.json').read_text())
         images = [
             dict(image, file_name=str((folder / image['file_name']).resolve()))
-            for image in own['images']
+            for image in content['images']
             if (folder / image['file_name']).is_file()
         ]
         known = {image['id'] for image in images}
-        joined.setdefault('categories', own['categories'])
+        joined.setdefault('categories', content['categories'])
         joined.setdefault('images', []).extend(images)
         joined.setdefault('annotations', []).extend(
-            one for one in own['annotations'] if one['image_id'] in known
+            annotation for annotation in content['annotations'] if annotation['image_id'] in known
         )
     # Ids of two files may be the same.
     joined['annotations'] = [
-        dict(one, id=index) for index, one in enumerate(joined['annotations'], 1)
+        dict(annotation, id=index) for index, annotation in enumerate(joined['annotations'], 1)
     ]
     return joined
 

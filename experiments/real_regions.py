@@ -65,7 +65,7 @@ class Point(NamedTuple):
     """Mean GFLOPs per picture, and what was found."""
 
     gflops: float
-    found: Detections
+    detections: Detections
 
 
 def main() -> None:
@@ -107,10 +107,12 @@ def gain_maps(records: dict, truths: dict) -> dict[str, tuple[list, list]]:
         split: cell_gains(record, truths[split], categories, weights)
         for split, record in records.items()
     }
-    rule = {split: [rule_map(own) for own in every] for split, every in planes.items()}
+    rule = {
+        split: [rule_map(image_planes) for image_planes in every] for split, every in planes.items()
+    }
     router = fitted(planes['router'], gains['router'])
     learned = {
-        split: [router(torch.from_numpy(own)[None])[0].numpy() for own in every]
+        split: [router(torch.from_numpy(image_planes)[None])[0].numpy() for image_planes in every]
         for split, every in planes.items()
     }
     every = {'rule': rule, 'fitted': learned, 'true gains': gains}
@@ -121,14 +123,16 @@ def fitted(planes: list, gains: list) -> RegionRouter:
     """The region router, fitted to the split that is for that."""
     router = RegionRouter()
     with torch.no_grad():
-        fit_region_router(router, [torch.from_numpy(own) for own in planes], gains, SEED)
+        fit_region_router(
+            router, [torch.from_numpy(image_planes) for image_planes in planes], gains, SEED
+        )
     return router.requires_grad_(False)
 
 
 def simulated(record, maps: list, curve: PriceCurve, share: float) -> Point:
     """Regions chosen by a map, at the price that takes a share of the other split's pixels."""
     price = price_of_threshold(threshold_for_area(curve, share))
-    rectangles = [choose_rectangles(own, price) for own in maps]
+    rectangles = [choose_rectangles(gain_map, price) for gain_map in maps]
     gflops = region_gflops(record, share_of_pixels(record, rectangles))
     return Point(gflops, simulate_regions(record, rectangles, Merge.parse(MERGE)))
 
@@ -162,7 +166,9 @@ def calibrated(args: argparse.Namespace, records: dict, name: str) -> dict:
     categories = record.provenance['categories']
     planes = planes_of(record, categories, regions.class_weights.numpy())
     # What exit 0 finds is in the record: nothing has to run.
-    maps = [regions.router(torch.from_numpy(own)[None])[0].numpy() for own in planes]
+    maps = [
+        regions.router(torch.from_numpy(image_planes)[None])[0].numpy() for image_planes in planes
+    ]
     curve = np.array(price_curve(maps))
     columns = np.vstack([curve, np.full((2, curve.shape[1]), np.nan)]).T
     regions.curve = torch.from_numpy(columns)
@@ -177,7 +183,7 @@ def annotations(data: Path, split: str) -> Path:
 def table(record, truth, points: dict[str, Point]) -> list[str]:
     """A line for each point: GFLOPs, AP, and how far it is from the plain detector at a size that
     costs as much, with a 95 % interval over resampled pictures, paired."""
-    every = [point.found for point in points.values()]
+    every = [point.detections for point in points.values()]
     nothing = [0.0] * len(every)
     mixtures = Mixtures(
         RoutingRecord(record.ids, record.files, record.difficulty, every, nothing, nothing, {}),
@@ -187,16 +193,19 @@ def table(record, truth, points: dict[str, Point]) -> list[str]:
     ones = np.ones((1, len(record)), np.int64)
     weights = np.concatenate([ones, bootstrap_weights(len(record), RESAMPLES, SEED)])
     aps = np.array(
-        [[mixtures.ap(np.full(len(record), k), own) for k in range(len(every))] for own in weights]
+        [
+            [mixtures.ap(np.full(len(record), k), resample) for k in range(len(every))]
+            for resample in weights
+        ]
     )
     plain = len(SIZES)
     lines = ['| | GFLOPs | AP | above the plain detector |', '|---|---|---|---|']
-    for k, (name, own) in enumerate(zip(points, gflops)):
-        front = np.array([np.interp(own, gflops[:plain], one[:plain]) for one in aps])
+    for k, (name, cost) in enumerate(zip(points, gflops)):
+        front = np.array([np.interp(cost, gflops[:plain], resampled[:plain]) for resampled in aps])
         more = aps[:, k] - front
         low, high = np.percentile(more[1:], (2.5, 97.5))
         said = '' if k < plain else f'{more[0]:+.1f} ({low:+.1f} to {high:+.1f})'
-        lines.append(f'| {name} | {own:.2f} | {aps[0, k]:.1f} | {said} |')
+        lines.append(f'| {name} | {cost:.2f} | {aps[0, k]:.1f} | {said} |')
     return lines
 
 
@@ -274,7 +283,7 @@ def run(model: torch.nn.Module, cfg: Config, what: str) -> Point:
 
 def write_point(point: Point, path: Path) -> None:
     """As `read_point` reads it."""
-    np.savez(path, gflops=point.gflops, **vars(point.found))
+    np.savez(path, gflops=point.gflops, **vars(point.detections))
 
 
 def read_point(path: Path) -> Point:

@@ -58,30 +58,32 @@ def main() -> None:
     parser.add_argument('--seed', type=int, default=0, help='of the resamples: 0')
     args = parser.parse_args()
     torch.set_num_threads(1)
-    truths = {one: read_truth(str(args.records / f'{one}.json')) for one in ('router', 'test')}
+    truths = {
+        split: read_truth(str(args.records / f'{split}.json')) for split in ('router', 'test')
+    }
     records = {
-        one: without_padding(read_record(args.records / f'{one}.npz'), truth)
-        for one, truth in truths.items()
+        split: without_padding(read_record(args.records / f'{split}.npz'), truth)
+        for split, truth in truths.items()
     }
     test = records['test']
-    found = [*plain_detections(args.records, test), test.detections[1]]
+    detections = [*plain_detections(args.records, test), test.detections[1]]
     costs = [plain_gflops(test, size) for size in SIZES]
     names = [f'plain, {size}' for size in SIZES]
     maps, curves = gain_maps(records, truths)
     for name, merge, share in POINTS:
         price = price_of_threshold(threshold_for_area(curves[name], share))
-        rectangles = [choose_rectangles(own, price) for own in maps[name]]
+        rectangles = [choose_rectangles(gain_map, price) for gain_map in maps[name]]
         got = share_of_pixels(test, rectangles)
         # Exit 0 is plain at the smallest size; crops cost as pixels of the largest.
         costs.append(costs[0] + got * costs[3])
-        found.append(simulate_regions(test, rectangles, Merge.parse(merge)))
+        detections.append(simulate_regions(test, rectangles, Merge.parse(merge)))
         names.append(f'{name}, {merge or "not merged"}, {got:.0%} of the pixels')
         print(names[-1], f'{costs[-1]:.2f} GFLOPs', flush=True)
     whole = [[(0, 0, *grid)] for grid in grids_of(test)]
-    found.append(simulate_regions(test, whole, Merge.parse('wbf')))
+    detections.append(simulate_regions(test, whole, Merge.parse('wbf')))
     costs.append(costs[0] + costs[3])
     names.append('whole pictures, wbf')
-    print_table(test, truths['test'], names, costs, found, args.bootstrap, args.seed)
+    print_table(test, truths['test'], names, costs, detections, args.bootstrap, args.seed)
 
 
 def without_padding(record: RoutingRecord, truth) -> RoutingRecord:
@@ -105,33 +107,39 @@ def plain_gflops(record: RoutingRecord, size: int) -> float:
 
 def plain_detections(folder: Path, record: RoutingRecord) -> list[Detections]:
     """What the plain detector finds at all sizes but the last, in the record's order."""
-    found = []
+    detections = []
     for size in SIZES[:-1]:
         (path,) = (folder / 'test_baselines').glob(f'plain-{size}-*.npz')
-        own = read_record(path)
-        row_of = {identity: row for row, identity in enumerate(own.ids.tolist())}
+        baseline = read_record(path)
+        row_of = {identity: row for row, identity in enumerate(baseline.ids.tolist())}
         rows = [row_of[identity] for identity in record.ids.tolist()]
-        found.append(own.detections[0].take(rows))
-    return found
+        detections.append(baseline.detections[0].take(rows))
+    return detections
 
 
 def gain_maps(records: dict, truths: dict) -> tuple[dict, dict]:
     """Gains of the test pictures by each map, and prices by those of other pictures."""
     categories = records['router'].provenance['categories']
     weights = class_weights(objects_by_class(truths['router'], categories))
-    planes = {one: planes_of(record, categories, weights) for one, record in records.items()}
+    planes = {split: planes_of(record, categories, weights) for split, record in records.items()}
     gains = {
-        one: cell_gains(record, truths[one], categories, weights) for one, record in records.items()
+        split: cell_gains(record, truths[split], categories, weights)
+        for split, record in records.items()
     }
     router = RegionRouter()
-    fit_region_router(router, [torch.from_numpy(own) for own in planes['router']], gains['router'])
+    fit_region_router(
+        router,
+        [torch.from_numpy(image_planes) for image_planes in planes['router']],
+        gains['router'],
+    )
     router.requires_grad_(False)
     every = {
-        'rule': lambda one: [rule_map(own) for own in planes[one]],
-        'fitted': lambda one: [
-            router(torch.from_numpy(own)[None])[0].numpy() for own in planes[one]
+        'rule': lambda split: [rule_map(image_planes) for image_planes in planes[split]],
+        'fitted': lambda split: [
+            router(torch.from_numpy(image_planes)[None])[0].numpy()
+            for image_planes in planes[split]
         ],
-        'true gains': lambda one: gains[one],
+        'true gains': lambda split: gains[split],
     }
     maps = {name: make('test') for name, make in every.items()}
     curves = {
@@ -140,23 +148,26 @@ def gain_maps(records: dict, truths: dict) -> tuple[dict, dict]:
     return maps, curves
 
 
-def print_table(record, truth, names, costs, found, resamples: int, seed: int) -> None:
+def print_table(record, truth, names, costs, detections, resamples: int, seed: int) -> None:
     """AP of each point, and how far it is from the plain detector at a size that costs as much,
     with a 95 % interval over resampled pictures, paired."""
-    nothing = [0.0] * len(found)
+    nothing = [0.0] * len(detections)
     mixtures = Mixtures(
-        RoutingRecord(record.ids, record.files, record.difficulty, found, nothing, nothing), truth
+        RoutingRecord(record.ids, record.files, record.difficulty, detections, nothing, nothing),
+        truth,
     )
     draws = [np.ones(len(record), np.int64), *bootstrap_weights(len(record), resamples, seed)]
     aps = np.array(
         [
-            [mixtures.ap(np.full(len(record), exit), own) for exit in range(len(found))]
-            for own in draws
+            [mixtures.ap(np.full(len(record), exit), resample) for exit in range(len(detections))]
+            for resample in draws
         ]
     )
     print('| | GFLOPs | AP | above the plain detector |\n|---|---|---|---|')
     for exit, (name, cost) in enumerate(zip(names, costs)):
-        front = np.array([np.interp(cost, costs[: len(SIZES)], own[: len(SIZES)]) for own in aps])
+        front = np.array(
+            [np.interp(cost, costs[: len(SIZES)], resampled[: len(SIZES)]) for resampled in aps]
+        )
         more = aps[:, exit] - front
         low, high = np.percentile(more[1:], (2.5, 97.5))
         above = '' if exit < len(SIZES) else f'{more[0]:+.2f}, {low:.2f} to {high:.2f}'

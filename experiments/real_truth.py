@@ -77,7 +77,7 @@ def main() -> None:
     print('random routing', np.mean(random, axis=0).round(2), flush=True)
     resamples = bootstrap_weights(len(test), RESAMPLES)
     reference = None
-    for name, score in (('annotations', None), *((f'score {one}', one) for one in SCORES)):
+    for name, score in (('annotations', None), *((f'score {limit}', limit) for limit in SCORES)):
         objects = truth if score is None else confident_truth(fitted_to, truth, score)
         gains = gains_of_record(fitted_to, 'ap', objects)
         fits = [
@@ -85,10 +85,10 @@ def main() -> None:
             for seed in range(SEEDS)
         ]
         scores = [difficulties_by(fit.state, features_of_record(test)) for fit in fits]
-        aps = np.mean([curve(mixtures, one) for one in scores], axis=0)
+        aps = np.mean([curve(mixtures, ranking) for ranking in scores], axis=0)
         drawn = np.array(
             [
-                np.mean([curve(mixtures, one, drawn) for one in scores], axis=0)
+                np.mean([curve(mixtures, ranking, drawn) for ranking in scores], axis=0)
                 for drawn in resamples
             ]
         )

@@ -18,16 +18,16 @@ from dynamicdet.routing.record import Detections, RoutingRecord, read_record, wr
 EXITS, FEATURES = 2, 512
 
 
-def synthetic(images: int, found: int) -> RoutingRecord:
+def synthetic(images: int, per_image: int) -> RoutingRecord:
     generator = np.random.default_rng(0)
 
     def detections() -> Detections:
-        count = images * found
+        count = images * per_image
         return Detections(
             generator.random((count, 4), np.float32) * 640,
             generator.random(count, np.float32),
             generator.integers(1, 91, count, dtype=np.int32),
-            np.arange(images + 1) * found,
+            np.arange(images + 1) * per_image,
         )
 
     return RoutingRecord(
@@ -48,7 +48,7 @@ def synthetic(images: int, found: int) -> RoutingRecord:
 
 
 def main() -> None:
-    images, found = [*map(int, sys.argv[1:]), *(5_000, 100)[len(sys.argv) - 1 :]]
+    images, detections = [*map(int, sys.argv[1:]), *(5_000, 100)[len(sys.argv) - 1 :]]
     tracemalloc.start()
 
     def allocated() -> str:
@@ -56,8 +56,8 @@ def main() -> None:
         tracemalloc.reset_peak()
         return f'{now:.1f} MB, peak {peak:.1f} MB'
 
-    record = synthetic(images, found)
-    count = 2 * EXITS * images * found
+    record = synthetic(images, detections)
+    count = 2 * EXITS * images * detections
     print(f'{images} images, {count} detections: arrays {record.nbytes / 1e6:.1f} MB')
     print(f'made: {allocated()}')
     with tempfile.TemporaryDirectory() as folder:

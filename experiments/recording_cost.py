@@ -92,10 +92,12 @@ def main() -> None:
             start = time.process_time()
             run()
             times[name].append((time.process_time() - start) * (turn > 0))
-    ms = {name: 1e3 * float(np.median(own[1:])) / len(dataset) for name, own in times.items()}
+    ms = {
+        name: 1e3 * float(np.median(seconds[1:])) / len(dataset) for name, seconds in times.items()
+    }
     print(f'{args.config}, {len(dataset)} images, ms per image:')
-    for name, own in ms.items():
-        print(f'  {name:10} {own:8.2f}')
+    for name, milliseconds in ms.items():
+        print(f'  {name:10} {milliseconds:8.2f}')
     for name, passes in (('record', 1), ('with view', 2)):
         against = [ms[name] / passes / ms[base] for base in ('forced', 'steps')]
         print(f'{name}: {against[0]:.2f} of forced, {against[1]:.2f} of steps')

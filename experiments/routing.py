@@ -35,32 +35,32 @@ def make_data() -> None:
     )
 
 
-def train(one: Run) -> str:
+def train(run: Run) -> str:
     """Train a run, or go on with it; its last checkpoint."""
-    return train_once(WORK / one.name, lambda: write_config(one, 'config', {}))
+    return train_once(WORK / run.name, lambda: write_config(run, 'config', {}))
 
 
-def write_config(one: Run, name: str, options: Mapping[str, object]) -> Path:
+def write_config(run: Run, name: str, options: Mapping[str, object]) -> Path:
     """A run's config, whole, with more options; the tools read it."""
     with reading:
-        cfg = Config.fromfile(ROOT / one.config)
-    cfg.merge_from_dict({**one.options, **options})
-    if one.start:
-        cfg.load_from = latest_checkpoint(str(WORK / one.start))
-    path = WORK / one.name / f'{name}.py'
+        cfg = Config.fromfile(ROOT / run.config)
+    cfg.merge_from_dict({**run.options, **options})
+    if run.start:
+        cfg.load_from = latest_checkpoint(str(WORK / run.start))
+    path = WORK / run.name / f'{name}.py'
     path.parent.mkdir(parents=True, exist_ok=True)
     cfg.dump(path)
     return path
 
 
-def record(one: Run, checkpoint: str) -> None:
+def record(trained: Run, checkpoint: str) -> None:
     """The records that a run's numbers are made of."""
-    for name, options in one.records.items():
-        path = WORK / one.name / f'{name}.npz'
+    for name, options in trained.records.items():
+        path = WORK / trained.name / f'{name}.npz'
         if path.exists():
             continue
-        config = write_config(one, 'config' if name == 'test' else name, options)
-        if one.is_dynamic:
+        config = write_config(trained, 'config' if name == 'test' else name, options)
+        if trained.is_dynamic:
             # Shifted, not flipped: a digit's mirror image is none.
             split, view = ('test', 'shift') if name == 'test' else ('train', 'none')
             run(
@@ -83,9 +83,9 @@ def record(one: Run, checkpoint: str) -> None:
             )
 
 
-def sum_up(one: Run) -> dict:
+def sum_up(run: Run) -> dict:
     """The numbers of a run."""
-    records = {name: read_record(WORK / one.name / f'{name}.npz') for name in one.records}
+    records = {name: read_record(WORK / run.name / f'{name}.npz') for name in run.records}
     if 'test' not in records:
         return {}
     with cli.silence():
@@ -93,53 +93,53 @@ def sum_up(one: Run) -> dict:
             COCO(ROOT / DATA['root'] / f'annotations/instances_{split}.json')
             for split in ('test', 'train')
         )
-    if not one.is_dynamic:
+    if not run.is_dynamic:
         return plain_results(records['test'], test)
     sources = {'held out': records['held_out'], 'trained on': records['train']}
     if 'augmented' in records:
         sources['augmented'] = together(records['train'], records['augmented'])
-        halves = [read_record(WORK / name / 'other_half.npz') for name in one.needs]
+        halves = [read_record(WORK / name / 'other_half.npz') for name in run.needs]
         sources['cross-fitted'] = with_losses_of(records['train'], halves)
-    return dynamic_results(records['test'], test, sources, train, one.seed)
+    return dynamic_results(records['test'], test, sources, train, run.seed)
 
 
-def do(one: Run) -> None:
+def do(run: Run) -> None:
     """All of one run."""
-    wait_for(one.start, *one.needs)
-    checkpoint = train(one)
-    record(one, checkpoint)
+    wait_for(run.start, *run.needs)
+    checkpoint = train(run)
+    record(run, checkpoint)
     if is_done(
-        one
+        run
     ):  # only its weights or records were gone: its numbers are those of the ones before
         return
-    options = {k: v for k, v in one.options.items() if 'ann_file' not in k and 'data_root' not in k}
-    numbers = dict(run=one.name, config=one.config, options=options, **sum_up(one))
-    write_atomically(json.dumps(numbers, default=str).encode(), RESULTS / f'{one.name}.json')
+    options = {k: v for k, v in run.options.items() if 'ann_file' not in k and 'data_root' not in k}
+    numbers = dict(run=run.name, config=run.config, options=options, **sum_up(run))
+    write_atomically(json.dumps(numbers, default=str).encode(), RESULTS / f'{run.name}.json')
 
 
-def is_done(one: Run) -> bool:
-    return (RESULTS / f'{one.name}.json').exists()
+def is_done(run: Run) -> bool:
+    return (RESULTS / f'{run.name}.json').exists()
 
 
 def main() -> None:
     args = make_parser(__doc__, 'runs').parse_args()
     # As the runs: more threads than cores make everything slow.
     torch.set_num_threads(1)
-    runs: list[Run] = [one for one in all_runs() if any(part in one.name for part in args.only)]
-    waiting = [one for one in runs if not is_done(one)]
-    names = {one.name for one in waiting}
+    runs: list[Run] = [run for run in all_runs() if any(part in run.name for part in args.only)]
+    waiting = [run for run in runs if not is_done(run)]
+    names = {run.name for run in waiting}
     # The weights that others start from may be gone, also where their numbers are there.
-    needed = {name for one in waiting for name in (one.start, *one.needs)}
-    waiting = [one for one in all_runs() if one.name in names | needed]
+    needed = {name for run in waiting for name in (run.start, *run.needs)}
+    waiting = [run for run in all_runs() if run.name in names | needed]
     print(
-        f'{len(runs)} runs, {len(waiting)} to do: ' + ', '.join(one.name for one in waiting),
+        f'{len(runs)} runs, {len(waiting)} to do: ' + ', '.join(run.name for run in waiting),
         flush=True,
     )
     if args.list or not waiting:
         return
     make_data()
     # In this order, so what a run starts from is done, or being done, before it is reached.
-    by_name = {one.name: one for one in waiting}
+    by_name = {run.name: run for run in waiting}
     do_all(list(by_name), lambda name: do(by_name[name]), args.jobs)
 
 

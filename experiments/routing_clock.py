@@ -10,6 +10,7 @@ all runs start from, trained by experiments/routing.py where they are not in wor
 long a detector takes hardly depends on how well it was trained.
 """
 
+import argparse
 import json
 import os
 from pathlib import Path
@@ -133,20 +134,23 @@ def measure(detector: str, name: str, checkpoint: str) -> dict:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     cli.prepare()
     torch.set_num_threads(1)
     init_default_scope('mmdet')
     make_data()
-    runs = {one.name: one for one in all_runs()}
+    runs = {run.name: run for run in all_runs()}
     for detector in DETECTORS:
-        own = f'{detector}-pretrained-0'
-        if not (WORK / own / 'trained').exists():
-            train(runs[own])
+        pretrained = f'{detector}-pretrained-0'
+        if not (WORK / pretrained / 'trained').exists():
+            train(runs[pretrained])
         for name in SETTINGS:
             path = RESULTS / f'{detector}-{name}.json'
             if not path.exists():
-                found = measure(detector, name, latest_checkpoint(str(WORK / own)))
-                write_atomically(json.dumps(found).encode(), path)
+                measured = measure(detector, name, latest_checkpoint(str(WORK / pretrained)))
+                write_atomically(json.dumps(measured).encode(), path)
 
 
 if __name__ == '__main__':

@@ -43,46 +43,46 @@ IMAGES = HELD_OUT
 def cascades() -> list[Run]:
     """The cascades, behind what they start from."""
     runs = all_runs()
-    own = [one for one in runs if one.variant == VARIANT]
-    starts = {one.start for one in own}
-    return [one for one in runs if one.name in starts] + own
+    wanted = [run for run in runs if run.variant == VARIANT]
+    starts = {run.start for run in wanted}
+    return [run for run in runs if run.name in starts] + wanted
 
 
-def router_config(one: Run, objective: str) -> Config:
+def router_config(run: Run, objective: str) -> Config:
     """Step 2 of a cascade: its detector's usual config, on this experiment's data."""
     with reading:
-        cfg = Config.fromfile(ROOT / DETECTORS[one.detector].dynamic.replace('.py', '_router.py'))
+        cfg = Config.fromfile(ROOT / DETECTORS[run.detector].dynamic.replace('.py', '_router.py'))
     cfg.merge_from_dict(
         {
             **data_options(DATA['root'], DATA['size']),
             **DYNAMIC[VARIANT],
             'model.objective': objective,
             'train_dataloader.dataset.indices': IMAGES,
-            'randomness.seed': one.seed,
+            'randomness.seed': run.seed,
         }
     )
     (hook,) = (hook for hook in cfg.custom_hooks if hook.type == 'RouterHook')
-    hook.cascade = str(ROUTING / one.name)
+    hook.cascade = str(ROUTING / run.name)
     # A validation tells nothing that the test set does not.
     cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
     return cfg
 
 
-def train_router(one: Run, objective: str) -> Path:
+def train_router(run: Run, objective: str) -> Path:
     """Step 2, or go on with it; its last checkpoint."""
-    folder = WORK / one.name / objective
+    folder = WORK / run.name / objective
 
     def write_config() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
-        router_config(one, objective).dump(folder / 'config.py')
+        router_config(run, objective).dump(folder / 'config.py')
         return folder / 'config.py'
 
     return Path(train_once(folder, write_config))
 
 
-def record_test(one: Run, config: Path, checkpoint: Path) -> Path:
+def record_test(cascade: Run, config: Path, checkpoint: Path) -> Path:
     """The cascade's record of the test set; all of its routers see the same features."""
-    path = WORK / one.name / 'test.npz'
+    path = WORK / cascade.name / 'test.npz'
     if not path.exists():
         run(
             'tools/record.py',
@@ -123,12 +123,12 @@ def judge(path: Path, routers: dict) -> dict:
         features_of_record(record),
     )
     gained = exit_benefits(record, mixtures)['loss_objects']
-    found = {}
+    results = {}
     for name, checkpoint in routers.items():
         scores = logits(checkpoint, features)
         choices = [random_routing.choice(split_by_share(scores, share)[1]) for share in INNER]
         resampled = np.mean([random_routing.resampled(choice) for choice in choices], axis=0)
-        found[name] = dict(
+        results[name] = dict(
             ap=[mixtures.ap(choice) for choice in choices],
             resampled_mean=[round(float(value), 3) for value in resampled],
             earning=rank_correlation(scores, gained),
@@ -137,37 +137,37 @@ def judge(path: Path, routers: dict) -> dict:
         exits=[mixtures.ap(np.full(mixtures.images, exit)) for exit in range(mixtures.exits)],
         random=[random_routing.at(round(share * mixtures.images))[0] for share in INNER],
         provenance=record.provenance,
-        routers=found,
+        routers=results,
     )
 
 
-def do(one: Run) -> None:
+def do(run: Run) -> None:
     """All of one cascade."""
-    wait_for(one.start)
-    train_cascade(one)
-    if one.variant != VARIANT:
+    wait_for(run.start)
+    train_cascade(run)
+    if run.variant != VARIANT:
         return
-    trained = {objective: train_router(one, objective) for objective in OBJECTIVES}
+    trained = {objective: train_router(run, objective) for objective in OBJECTIVES}
     checkpoint = next(iter(trained.values()))
-    numbers = judge(record_test(one, checkpoint.with_name('config.py'), checkpoint), trained)
+    numbers = judge(record_test(run, checkpoint.with_name('config.py'), checkpoint), trained)
     write_atomically(
-        json.dumps(dict(run=one.name, **numbers)).encode(), RESULTS / f'{one.name}.json'
+        json.dumps(dict(run=run.name, **numbers)).encode(), RESULTS / f'{run.name}.json'
     )
 
 
 def main() -> None:
     args = make_parser(__doc__, 'cascades').parse_args()
     torch.set_num_threads(1)
-    own = [
-        one
-        for one in cascades()
-        if one.variant == VARIANT and any(part in one.name for part in args.only)
+    wanted = [
+        run
+        for run in cascades()
+        if run.variant == VARIANT and any(part in run.name for part in args.only)
     ]
-    waiting = {one.name for one in own if not (RESULTS / f'{one.name}.json').exists()}
-    needed = {one.start for one in own if one.name in waiting}
-    todo = {one.name: one for one in cascades() if one.name in waiting | needed}
+    waiting = {run.name for run in wanted if not (RESULTS / f'{run.name}.json').exists()}
+    needed = {run.start for run in wanted if run.name in waiting}
+    todo = {run.name: run for run in cascades() if run.name in waiting | needed}
     print(
-        f'{len(own)} cascades of {len(SEEDS)} seeds, {len(todo)} runs to do: ' + ', '.join(todo),
+        f'{len(wanted)} cascades of {len(SEEDS)} seeds, {len(todo)} runs to do: ' + ', '.join(todo),
         flush=True,
     )
     if args.list or not todo:

@@ -4,6 +4,7 @@ runs' numbers.
 python experiments/routing_page.py
 """
 
+import argparse
 import io
 import json
 from collections import defaultdict
@@ -89,16 +90,16 @@ def several(values: Sequence[float], digits: int = 2, sign: str = '') -> str:
     )
 
 
-def with_interval(found: Sequence[Mapping], name: str) -> str:
+def with_interval(estimates: Sequence[Mapping], name: str) -> str:
     """A figure of merit; its interval, of several seeds from the least to the largest end of
     theirs."""
-    known = [one for one in found if one[name] is not None]
+    known = [estimate for estimate in estimates if estimate[name] is not None]
     if not known:
         return '-'
-    text = several([one[name] for one in known], sign='+')
-    if len(known) < len(found):
-        text += f', {len(known)} of {len(found)} seeds'
-    ends = [(one['low'], one['high']) for one in known]
+    text = several([estimate[name] for estimate in known], sign='+')
+    if len(known) < len(estimates):
+        text += f', {len(known)} of {len(estimates)} seeds'
+    ends = [(estimate['low'], estimate['high']) for estimate in known]
     if None in np.ravel(ends):
         return text + '; no interval'
     lows, highs = zip(*ends)
@@ -128,11 +129,11 @@ def front(plain: Sequence[Mapping], gflops: float, resample: int | None = None) 
     ap = [run['ap'] if resample is None else run['resampled'][resample] for run in plain]
     if not min(costs) <= gflops <= max(costs):
         return np.nan
-    best = max(own for cost, own in zip(costs, ap) if cost <= gflops)
-    for cost, own in zip(costs, ap):
+    best = max(plain_ap for cost, plain_ap in zip(costs, ap) if cost <= gflops)
+    for cost, cheaper_ap in zip(costs, ap):
         for other, its in zip(costs, ap):
             if cost <= gflops < other:
-                best = max(best, own + (gflops - cost) / (other - cost) * (its - own))
+                best = max(best, cheaper_ap + (gflops - cost) / (other - cost) * (its - cheaper_ap))
     return best
 
 
@@ -140,41 +141,43 @@ def lead(run: Mapping, plain: Sequence[Mapping]) -> tuple[float, float, float, f
     """At half hard: GFLOPs, AP above the static front, and the ends of its interval."""
     gflops = (run['gflops'][0] + run['gflops'][-1]) / 2
     router = run['routers'][ROUTER]
-    own = router['ap'][len(router['ap']) // 2]
+    half_hard_ap = router['ap'][len(router['ap']) // 2]
     leads = [ap - front(plain, gflops, index) for index, ap in enumerate(router['resampled_half'])]
     low, high = confidence_interval(leads)
-    return gflops, own - front(plain, gflops), low, high
+    return gflops, half_hard_ap - front(plain, gflops), low, high
 
 
-def ran_elsewhere(found: Sequence[Mapping], plain: Mapping[str, Mapping]) -> bool:
+def ran_elsewhere(runs: Sequence[Mapping], plain: Mapping[str, Mapping]) -> bool:
     """Whether one of these ran on another machine than the plain detectors, if there are any."""
-    own, its = ({run['provenance']['device'] for run in one} for one in (found, plain.values()))
-    return bool(plain) and not own <= its
+    devices, its = (
+        {run['provenance']['device'] for run in group} for group in (runs, plain.values())
+    )
+    return bool(plain) and not devices <= its
 
 
 def exits_table(dynamic: Mapping[str, Sequence[Mapping]]) -> str:
     rows = []
-    for variant, found in dynamic.items():
+    for variant, runs in dynamic.items():
         rows.append(
             [
                 variant,
-                str(len(found)),
+                str(len(runs)),
                 ', '.join(
-                    several([run['exits'][k]['ap'] for run in found])
-                    for k in range(len(found[0]['exits']))
+                    several([run['exits'][k]['ap'] for run in runs])
+                    for k in range(len(runs[0]['exits']))
                 ),
-                ', '.join(f'{cost:.3f}' for cost in found[0]['gflops']),
+                ', '.join(f'{cost:.3f}' for cost in runs[0]['gflops']),
                 ', '.join(
-                    several([1e3 * run['latencies'][k] for run in found], 1)
-                    for k in range(len(found[0]['exits']))
+                    several([1e3 * run['latencies'][k] for run in runs], 1)
+                    for k in range(len(runs[0]['exits']))
                 ),
-                several([run['oracle']['ap'][4] for run in found])
-                + ' †' * (not all('refined' in run['oracle'] for run in found)),
-                several([run['honest']['ap'][4] for run in found]),
-                several([run['random'][4] for run in found]),
+                several([run['oracle']['ap'][4] for run in runs])
+                + ' †' * (not all('refined' in run['oracle'] for run in runs)),
+                several([run['honest']['ap'][4] for run in runs]),
+                several([run['random'][4] for run in runs]),
                 ', '.join(
-                    f'{name} {np.mean([run["share_gaining"][name] for run in found]):.0%}'
-                    for name in found[0]['share_gaining']
+                    f'{name} {np.mean([run["share_gaining"][name] for run in runs]):.0%}'
+                    for name in runs[0]['share_gaining']
                 ),
             ]
         )
@@ -199,14 +202,17 @@ def strata_table(dynamic: Mapping[str, Sequence[Mapping]]) -> str:
     sizes = [size for size, ap in first['by_size'].items() if ap[0] is not None]
     counts = [row['objects'] for row in first['by_objects'] if row['images']]
     rows = []
-    for variant, found in dynamic.items():
-        strata = [[run['by_size'][size] for run in found] for size in sizes]
+    for variant, runs in dynamic.items():
+        strata = [[run['by_size'][size] for run in runs] for size in sizes]
         strata += [
-            [row['ap'] for run in found for row in run['by_objects'] if row['objects'] == count]
+            [row['ap'] for run in runs for row in run['by_objects'] if row['objects'] == count]
             for count in counts
         ]
         rows.append(
-            [variant, *(', '.join(f'{ap:.1f}' for ap in np.mean(own, axis=0)) for own in strata)]
+            [
+                variant,
+                *(', '.join(f'{ap:.1f}' for ap in np.mean(stratum, axis=0)) for stratum in strata),
+            ]
         )
     return table(['AP of each exit', *sizes, *(f'objects: {count}' for count in counts)], rows)
 
@@ -215,18 +221,18 @@ def routers_table(runs: Sequence[Mapping]) -> str:
     rows = []
     for kind in ('routers', 'peers'):
         for name in runs[0][kind]:
-            found = [run[kind][name] for run in runs]
+            results = [run[kind][name] for run in runs]
             rows.append(
                 [
-                    words(name, found),
-                    several([one['ap'][4] for one in found]),
-                    several([one['ap'][0] for one in found]),
-                    with_interval([one['normalized_gain'] for one in found], 'gain'),
-                    with_interval([one['efficacy'] for one in found], 'efficacy'),
+                    words(name, results),
+                    several([result['ap'][4] for result in results]),
+                    several([result['ap'][0] for result in results]),
+                    with_interval([result['normalized_gain'] for result in results], 'gain'),
+                    with_interval([result['efficacy'] for result in results], 'efficacy'),
                     above(runs, kind, name, PAPER),
                     above(runs, kind, name, ROUTER),
                     several([at_equal_cost(run, run[kind][name]) for run in runs], sign='+'),
-                    correlations([one['correlation']['loss_objects'] for one in found]),
+                    correlations([result['correlation']['loss_objects'] for result in results]),
                 ]
             )
     return table(
@@ -245,18 +251,18 @@ def routers_table(runs: Sequence[Mapping]) -> str:
     )
 
 
-def words(name: str, found: Sequence[Mapping]) -> str:
+def words(name: str, results: Sequence[Mapping]) -> str:
     """A router's name. Runs from before Adaptive Feeding was given the AP gained say of no
     target."""
-    by_loss = name == 'adaptive_feeding' and not all('target' in one for one in found)
+    by_loss = name == 'adaptive_feeding' and not all('target' in result for result in results)
     return name.replace('_', ' ') + ', by loss' * by_loss
 
 
-def at_equal_cost(run: Mapping, found: Mapping) -> float:
+def at_equal_cost(run: Mapping, result: Mapping) -> float:
     """At half hard: AP above the router that runs are judged by, at its share that costs as
     much."""
     first, last = run['gflops'][0], run['gflops'][-1]
-    return found['ap'][4] - np.interp((first + last + found.get('charge', 0.0)) / 2, *curve(run))
+    return result['ap'][4] - np.interp((first + last + result.get('charge', 0.0)) / 2, *curve(run))
 
 
 def above(runs: Sequence[Mapping], kind: str, name: str, other: str) -> str:
@@ -282,13 +288,15 @@ def all_exits_table(runs: Sequence[Mapping]) -> str:
     cost."""
     rows = []
     for place, share in enumerate(SHARES[1:-1]):
-        own = [run['all_exits'][ROUTER] for run in runs]
-        pairs = [np.interp(one['gflops'][place], *curve(run)) for one, run in zip(own, runs)]
+        results = [run['all_exits'][ROUTER] for run in runs]
+        pairs = [
+            np.interp(result['gflops'][place], *curve(run)) for result, run in zip(results, runs)
+        ]
         rows.append(
             [
                 f'{share:.0%}',
-                several([one['gflops'][place] for one in own], 3),
-                several([one['ap'][place] for one in own]),
+                several([result['gflops'][place] for result in results], 3),
+                several([result['ap'][place] for result in results]),
                 several(pairs),
             ]
         )
@@ -301,17 +309,17 @@ def hook_table(runs: Sequence[Mapping]) -> str:
     """Routers of `RouterHook`, a cascade for each seed; as `routers_table`."""
     rows = []
     for name in runs[0]['routers']:
-        found = [run['routers'][name] for run in runs]
+        results = [run['routers'][name] for run in runs]
         leads = ['-'] * 2
         if name != 'paper':
             papers = [run['routers']['paper'] for run in runs]
-            leads = [difference(found, papers, place) for place in (0, None)]
+            leads = [difference(results, papers, place) for place in (0, None)]
         rows.append(
             [
                 name,
-                *(several([one['ap'][place] for one in found]) for place in (4, 2, 0)),
+                *(several([result['ap'][place] for result in results]) for place in (4, 2, 0)),
                 *leads,
-                several([one['earning'] for one in found]),
+                several([result['earning'] for result in results]),
             ]
         )
     return table(
@@ -328,10 +336,10 @@ def hook_table(runs: Sequence[Mapping]) -> str:
     )
 
 
-def difference(own: Sequence[Mapping], other: Sequence[Mapping], place: int | None) -> str:
+def difference(results: Sequence[Mapping], other: Sequence[Mapping], place: int | None) -> str:
     """AP of some runs above others' at a share; or in the mean over shares, with its interval over
     images."""
-    pairs = list(zip(own, other))
+    pairs = list(zip(results, other))
     if place is not None:
         return several([a['ap'][place] - b['ap'][place] for a, b in pairs], sign='+')
     mean = several([np.mean(np.subtract(a['ap'], b['ap'])) for a, b in pairs], sign='+')
@@ -360,11 +368,13 @@ def plain_table(plain: Mapping[str, Mapping]) -> str:
 
 def leads_table(dynamic: Mapping[str, Sequence[Mapping]], plain: Mapping[str, Mapping]) -> str:
     rows = []
-    for variant, found in dynamic.items():
-        if ran_elsewhere(found, plain):
+    for variant, runs in dynamic.items():
+        if ran_elsewhere(runs, plain):
             continue
         leads = [
-            one for one in (lead(run, list(plain.values())) for run in found) if np.isfinite(one[1])
+            entry
+            for entry in (lead(run, list(plain.values())) for run in runs)
+            if np.isfinite(entry[1])
         ]
         if not leads:
             rows.append([variant, '-', 'no plain detector is as dear, or none as cheap', '-'])
@@ -377,8 +387,8 @@ def leads_table(dynamic: Mapping[str, Sequence[Mapping]], plain: Mapping[str, Ma
         rows.append(
             [
                 variant,
-                f'{np.mean([one[0] for one in leads]):.3f}',
-                several([one[1] for one in leads], sign='+'),
+                f'{np.mean([entry[0] for entry in leads]):.3f}',
+                several([entry[1] for entry in leads], sign='+'),
                 ends,
             ]
         )
@@ -398,9 +408,10 @@ def clock_table(
         if not path.exists():
             continue
         points = {
-            key: 1e3 * one['median'] for key, one in json.loads(path.read_text())['points'].items()
+            key: 1e3 * point['median']
+            for key, point in json.loads(path.read_text())['points'].items()
         }
-        timed = [dict(plain[own], gflops=points[f'plain_{own}']) for own in SIZES]
+        timed = [dict(plain[size], gflops=points[f'plain_{size}']) for size in SIZES]
         for variant in sorted({key.rsplit('_', 1)[0] for key in points} & set(dynamic)):
             half = points[f'{variant}_half']
             leads = [
@@ -410,7 +421,7 @@ def clock_table(
                 [
                     said,
                     variant,
-                    ', '.join(f'{one["gflops"]:.1f}' for one in timed),
+                    ', '.join(f'{run["gflops"]:.1f}' for run in timed),
                     *(f'{points[f"{variant}_{end}"]:.1f}' for end in ('exit0', 'half', 'exit1')),
                     several(leads, sign='+'),
                 ]
@@ -433,7 +444,7 @@ def picture(runs: Runs) -> bytes:
     """AP against GFLOPs: plain detectors, their front, dynamic ones of seed 0."""
     from matplotlib.figure import Figure
 
-    known = [name for name in DETECTORS if any(own == name for own, _ in runs)]
+    known = [name for name in DETECTORS if any(detector == name for detector, _ in runs)]
     figure = Figure(figsize=(6.2 * len(known), 4.6), layout='constrained')
     for axes, detector in zip(np.atleast_1d(figure.subplots(1, len(known))), known):
         plain = plain_runs(runs, detector)
@@ -452,11 +463,15 @@ def picture(runs: Runs) -> bytes:
         axes.plot(
             costs, [front(list(plain.values()), cost) for cost in costs], 'k:', label='static front'
         )
-        for (own, variant), found in runs.items():
+        for (run_detector, variant), seed_runs in runs.items():
             # Those on few images are compared with each other, not with detectors of more.
-            if own == detector and variant in DYNAMIC and not ran_elsewhere(found, plain):
+            if (
+                run_detector == detector
+                and variant in DYNAMIC
+                and not ran_elsewhere(seed_runs, plain)
+            ):
                 color = f'C{list(DYNAMIC).index(variant)}'
-                axes.plot(*curve(found[0]), color, marker='.', label=variant.replace('_', ' '))
+                axes.plot(*curve(seed_runs[0]), color, marker='.', label=variant.replace('_', ' '))
         axes.set(title=detector.replace('_', ' '), xlabel='GFLOPs per image', ylabel='AP, %')
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
@@ -467,9 +482,9 @@ def picture(runs: Runs) -> bytes:
 
 def plain_runs(runs: Runs, detector: str) -> dict[str, dict]:
     return {
-        variant.removeprefix('plain_'): found[0]
-        for (own, variant), found in runs.items()
-        if own == detector and variant.startswith('plain_')
+        variant.removeprefix('plain_'): seed_runs[0]
+        for (run_detector, variant), seed_runs in runs.items()
+        if run_detector == detector and variant.startswith('plain_')
     }
 
 
@@ -482,9 +497,9 @@ def page(runs: Runs) -> str:
     for detector in DETECTORS:
         plain = plain_runs(runs, detector)
         dynamic = {
-            variant + '*' * ran_elsewhere(found, plain): found
-            for (own, variant), found in runs.items()
-            if own == detector and 'exits' in found[0]
+            variant + '*' * ran_elsewhere(seed_runs, plain): seed_runs
+            for (run_detector, variant), seed_runs in runs.items()
+            if run_detector == detector and 'exits' in seed_runs[0]
         }
         if not dynamic:
             continue
@@ -498,12 +513,12 @@ def page(runs: Runs) -> str:
             ]
             if list(CLOCK_RESULTS.glob(f'{detector}-*.json')):
                 parts += [CLOCK_HEAD, clock_table(detector, dynamic, plain)]
-        for variant, found in dynamic.items():
-            parts += [f'### Routers of `{variant}`\n', routers_table(found)]
-            if 'all_exits' in found[0]:
+        for variant, seed_runs in dynamic.items():
+            parts += [f'### Routers of `{variant}`\n', routers_table(seed_runs)]
+            if 'all_exits' in seed_runs[0]:
                 parts += [
                     'Over all exits, a threshold for each, by "' + ROUTER + '":\n',
-                    all_exits_table(found),
+                    all_exits_table(seed_runs),
                 ]
         trained = [
             json.loads(path.read_text()) for path in sorted(HOOK_RESULTS.glob(f'{detector}-*.json'))
@@ -521,6 +536,9 @@ def page(runs: Runs) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     runs = read_runs()
     write_atomically(picture(runs), ROOT / 'docs' / 'images' / 'routing_front.png')
     write_atomically(page(runs).encode(), PAGE)

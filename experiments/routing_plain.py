@@ -34,13 +34,13 @@ def record_plain(config: str, checkpoint: str) -> RoutingRecord:
     images: list[dict] = []
     for batch in cli.progress(loader, 'test set'):
         for sample in model.test_step(batch):
-            found = coco_results(sample, loader.dataset.cat_ids)
+            detections = coco_results(sample, loader.dataset.cat_ids)
             images.append(
                 dict(
                     id=sample.img_id,
                     file=sample.img_path,
                     difficulty=0.5,
-                    detections=[found, found],
+                    detections=[detections, detections],
                 )
             )
     latency, gflops = _costs(model, loader.dataset)

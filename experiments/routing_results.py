@@ -92,7 +92,7 @@ def dynamic_results(
         sources[HELD_OUT], train_coco, test, 'rank', seed, pools=3
     )
     gained = exit_benefits(test, mixtures)
-    found = dict(
+    results = dict(
         gflops=test.gflops,
         latencies=test.latencies,
         provenance=test.provenance,
@@ -112,10 +112,10 @@ def dynamic_results(
         peers=_peers(test, sources, train_coco, random_routing, honest, gained, seed),
     )
     if mixtures.exits > 2:
-        found['all_exits'] = {
+        results['all_exits'] = {
             name: over_all_exits(mixtures, scores, test.gflops) for name, scores in routers.items()
         }
-    return found
+    return results
 
 
 def over_all_exits(
@@ -124,13 +124,13 @@ def over_all_exits(
     """AP, and mean GFLOPs, where a threshold for each exit shares the images out as one hard share
     has it (see `shares_beyond`)."""
     rank = np.argsort(np.argsort(-np.asarray(scores), kind='stable'), kind='stable')
-    found: dict[str, list[float]] = dict(ap=[], gflops=[])
+    points: dict[str, list[float]] = dict(ap=[], gflops=[])
     for share in INNER:
         counts = [round(beyond * len(rank)) for beyond in shares_beyond(share, mixtures.exits)]
         choice = sum((rank < count).astype(int) for count in counts)
-        found['ap'].append(mixtures.ap(choice))
-        found['gflops'].append(float(np.asarray(gflops)[choice].mean()))
-    return found
+        points['ap'].append(mixtures.ap(choice))
+        points['gflops'].append(float(np.asarray(gflops)[choice].mean()))
+    return points
 
 
 def together(first: RoutingRecord, *others: RoutingRecord) -> RoutingRecord:
@@ -143,9 +143,11 @@ def with_losses_of(record: RoutingRecord, others: Sequence[RoutingRecord]) -> Ro
     """A record with the losses that each of its images has in one of others: of detectors that were
     trained without it. What the router sees stays."""
     losses = {
-        identity: own for other in others for identity, own in zip(other.ids.tolist(), other.losses)
+        identity: image_losses
+        for other in others
+        for identity, image_losses in zip(other.ids.tolist(), other.losses)
     }
-    return replace(record, losses=np.array([losses[one] for one in record.ids.tolist()]))
+    return replace(record, losses=np.array([losses[identity] for identity in record.ids.tolist()]))
 
 
 def _one_exit(random_routing: RandomRouting, exit: int) -> dict:
@@ -161,7 +163,7 @@ def _fitted(
     """Difficulties of the test images by a router fitted to a record; ``pools`` of its three are
     seen."""
     objective = build_objective(objective)
-    features, own = features_of_record(record), features_of_record(test)
+    features, test_features = features_of_record(record), features_of_record(test)
     width = features.shape[1] // 3 * pools
     ids = record.ids.tolist()
     # Views of one image stay together.
@@ -174,7 +176,7 @@ def _fitted(
         seed=seed,
     )
     state = {name: value.numpy() for name, value in fit.state.items()}
-    inputs = (own[:, :width] - state['mean']) / state['std']
+    inputs = (test_features[:, :width] - state['mean']) / state['std']
     hidden = np.maximum(inputs @ state['fc1.weight'].T + state['fc1.bias'], 0)
     # The logit: it ranks as the difficulty does, without the sigmoid's ends.
     return (hidden @ state['fc2.weight'].T + state['fc2.bias'])[:, 0]
@@ -190,8 +192,8 @@ def _judge_scores(
     return dict(
         _judge(random_routing, choices, honest),
         correlation={
-            name: one['correlation']
-            for name, one in rank_correlations(scores, gained, resamples=0).items()
+            name: estimate['correlation']
+            for name, estimate in rank_correlations(scores, gained, resamples=0).items()
         },
         earning={name: rank_correlation(scores, values) for name, values in gained.items()},
     )
@@ -223,16 +225,16 @@ def _peers(
     """Other routers; those that are fitted are fitted to the held-out images, Adaptive Feeding to
     the AP that each gains, as published."""
     held = sources[HELD_OUT]
-    found = {}
+    results = {}
     for name in PEERS:
         target = 'ap' if name == 'adaptive_feeding' else 'loss_sum'
         scores = peer_scores(name, test, held, gains_of_record(held, target, train_coco), seed)
-        found[name] = dict(
+        results[name] = dict(
             _judge_scores(random_routing, scores, honest, gained),
             charge=peer_gflops(name, test),
             target=target,
         )
-    return found
+    return results
 
 
 def _share_gaining(record: RoutingRecord) -> float:

@@ -101,7 +101,7 @@ class Run(NamedTuple):
         other half."""
         indices = 'train_dataloader.dataset.indices'
         if self.variant in HALVES:
-            (other,) = (own for half, own in HALVES.items() if half != self.variant)
+            (other,) = (images for half, images in HALVES.items() if half != self.variant)
             return dict(other_half={indices: list(other)})
         if not self.is_dynamic:
             return dict(test={})
@@ -121,19 +121,22 @@ def all_runs(root: str = DATA['root']) -> list[Run]:
             runs += dynamic[:2] + plain + dynamic[2:]
     runs += _few('yolox', root)
     for name, variants in DEEPER.items():
-        for variant, (_, own) in variants.items():
-            runs += [_pretraining(name, f'_{variant}', own, root), _plain(name, variant, 0, root)]
+        for variant, (_, changes) in variants.items():
+            runs += [
+                _pretraining(name, f'_{variant}', changes, root),
+                _plain(name, variant, 0, root),
+            ]
     return runs
 
 
-def _pretraining(name: str, suffix: str, own: dict, root: str) -> Run:
+def _pretraining(name: str, suffix: str, changes: dict, root: str) -> Run:
     """Two epochs at all sizes of the experiment."""
     sizes = dict(
         type='BatchSyncRandomResize', random_size_range=(64, 160), size_divisor=32, interval=1
     )
     options = {
         **_schedule(DETECTORS[name].pretraining_lr, 2, PRETRAINING),
-        **own,
+        **changes,
         'model.data_preprocessor.batch_augments': [sizes],
     }
     return _run(name, f'pretrained{suffix}', 0, DETECTORS[name].plain, 128, options, root, None)
@@ -161,7 +164,7 @@ def _few(name: str, root: str) -> list[Run]:
     """The runs on few images: both halves, then all."""
     runs = []
     for variant, images in {
-        **{half: list(own) for half, own in HALVES.items()},
+        **{half: list(images) for half, images in HALVES.items()},
         'few': FEW,
     }.items():
         options = {
@@ -177,8 +180,8 @@ def _few(name: str, root: str) -> list[Run]:
 
 def _plain(name: str, variant: str, seed: int, root: str) -> Run:
     suffix = '' if variant in SIZES else f'_{variant}'
-    size, own = {**SIZES, **DEEPER[name]}[variant]
-    options = {**_schedule(DETECTORS[name].lr, 1, FINE_TUNING), **own}
+    size, changes = {**SIZES, **DEEPER[name]}[variant]
+    options = {**_schedule(DETECTORS[name].lr, 1, FINE_TUNING), **changes}
     return _run(
         name,
         f'plain_{variant}',
@@ -207,11 +210,11 @@ def _run(
     seed: int,
     config: str,
     size: int,
-    own: dict[str, object],
+    changes: dict[str, object],
     root: str,
     start: str | None,
 ) -> Run:
-    options = {**data_options(root, size), 'randomness.seed': seed, **own}
+    options = {**data_options(root, size), 'randomness.seed': seed, **changes}
     return Run(name, variant, seed, config, options, start)
 
 

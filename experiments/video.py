@@ -136,8 +136,8 @@ def do_gates(name: str, by_the_clock: bool) -> None:
         return
     numbers = json.loads((RESULTS / f'{name}.json').read_text())
     numbers['gates'] = {
-        gate: own
-        for gate, own in numbers['gates'].items()
+        gate: result
+        for gate, result in numbers['gates'].items()
         if gate in TIMED.get(name, numbers['gates'])
     }
     write(f'{name}_clock', clock_results(cfg, checkpoint, numbers, val, os.cpu_count()))

@@ -73,9 +73,9 @@ def differences_table(runs: Runs) -> str:
     return table(['', *(f'exit {number}' for number in range(exits))], rows)
 
 
-def difference(one: Mapping, other: Mapping) -> str:
-    low, high = confidence_interval(np.subtract(one['resampled'], other['resampled']))
-    return f'{one["ap"] - other["ap"]:+.2f} ({low:+.2f} to {high:+.2f})'
+def difference(row: Mapping, other: Mapping) -> str:
+    low, high = confidence_interval(np.subtract(row['resampled'], other['resampled']))
+    return f'{row["ap"] - other["ap"]:+.2f} ({low:+.2f} to {high:+.2f})'
 
 
 def costs_table(run: Mapping) -> str:
@@ -100,10 +100,12 @@ def gates_table(run: Mapping) -> str:
     here."""
     last = run['fixed'][-1]
     rows = [[f'exit {row["exit"]}', *cells(row, run['fixed'])] for row in run['fixed']]
-    for name, own in run['gates'].items():
-        rows.append([name, *(cells(own['within'], run['fixed']) if own['within'] else ['-'] * 6)])
-    for name, found in run['oracles'].items():
-        good = [row for row in found if row['ap'] >= last['ap'] - 1]
+    for name, result in run['gates'].items():
+        rows.append(
+            [name, *(cells(result['within'], run['fixed']) if result['within'] else ['-'] * 6)]
+        )
+    for name, oracle_rows in run['oracles'].items():
+        good = [row for row in oracle_rows if row['ap'] >= last['ap'] - 1]
         rows.append([name, *(cells(good[0], run['fixed']) if good else ['-'] * 6)])
     return table(
         [
@@ -167,7 +169,7 @@ def clock_table(clock: Mapping) -> str:
 
 def line_by_the_clock(clock: Mapping, way: Mapping) -> str:
     """AP above what fixed exits have for the same time."""
-    fixed = [own for name, own in clock['ways'].items() if name.startswith('exit ')]
+    fixed = [way for name, way in clock['ways'].items() if name.startswith('exit ')]
     above = way['ap'] - line_at(fixed, way['seconds'], 'seconds')
     return f'{above:+.2f}' if np.isfinite(above) else '-'
 
@@ -187,10 +189,10 @@ def picture(runs: Runs) -> bytes:
         draw(axes, run['fixed'], 's--', color='#222222', label='fixed exits')
         for (oracle, rows), color in zip(run['oracles'].items(), ('#8a8a8a', '#c0c0c0')):
             draw(axes, rows, ':', color=color, linewidth=2, label=oracle)
-        for gate, own in run['gates'].items():
+        for gate, result in run['gates'].items():
             draw(
                 axes,
-                own['rows'],
+                result['rows'],
                 '.-',
                 markersize=4,
                 color=colors[names.index(gate) % 20],

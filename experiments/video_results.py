@@ -41,32 +41,32 @@ def head_results(test: Mapping) -> dict:
     replays, exits = Replays(test, load_truth(test)), len(test['gflops'])
     source = np.arange(len(test['images']))
     weights = resampled_videos(test)
-    found = []
+    results = []
     for exit in range(exits):
         run = GateRun(
             np.full(len(source), exit), source, np.zeros(len(source)), np.zeros(len(source))
         )
-        found.append(
+        results.append(
             dict(
                 ap=replays.ap(run),
                 gflops=test['gflops'][exit],
                 latency=test['latencies'][exit],
-                resampled=[round(replays.ap(run, own), 3) for own in weights],
+                resampled=[round(replays.ap(run, resample), 3) for resample in weights],
             )
         )
-    return dict(exits=found, costs=test['costs'], provenance=test['provenance'])
+    return dict(exits=results, costs=test['costs'], provenance=test['provenance'])
 
 
 def resampled_videos(record: Mapping) -> np.ndarray:
     """How often each frame counts on each resample, (B, n)."""
     videos, generator = frames_by_video(record), np.random.default_rng(0)
     weights = np.zeros((RESAMPLES, len(record['images'])), int)
-    for own in weights:
+    for counts in weights:
         for video, times in zip(
             videos,
             np.bincount(generator.integers(len(videos), size=len(videos)), minlength=len(videos)),
         ):
-            own[video] = times
+            counts[video] = times
     return weights
 
 
@@ -86,7 +86,7 @@ def halves(record: Mapping) -> list[dict]:
 def gates_of(val: Mapping, config: str, checkpoint: str) -> dict[str, Gate]:
     """All gates: by rule, fitted to a part of the validation videos, and the config's own."""
     fit, _ = halves(val)
-    gates = {name: MODELS.build(own) for name, own in RULES.items()}
+    gates = {name: MODELS.build(rule) for name, rule in RULES.items()}
     gates.update(fitted_gates(fit, load_truth(val)))
     cfg = Config.fromfile(config)
     if cfg.model.get('gate'):
@@ -98,8 +98,8 @@ def gate_results(test: Mapping, val: Mapping, config: str, checkpoint: str) -> d
     """Curves of all gates, of the oracle and of fixed exits; settings are chosen on the other
     validation videos."""
     gates, chosen_on = gates_of(val, config, checkpoint), (halves(val)[1], load_truth(val))
-    found = analyze_gates(test, load_truth(test), gates, chosen_on, 'latency')
-    return {name: found[name] for name in ('fixed', 'gates', 'oracles')}
+    analysis = analyze_gates(test, load_truth(test), gates, chosen_on, 'latency')
+    return {name: analysis[name] for name in ('fixed', 'gates', 'oracles')}
 
 
 # By the clock.
@@ -120,9 +120,9 @@ def clock_results(
         f'exit {exit}': lambda exit=exit: forced_exit(model, exit)
         for exit in range(model.num_exits)
     }
-    for name, own in numbers['gates'].items():
-        if own['within']:
-            gate, thresholds = gates[name].eval(), own['within']['thresholds']
+    for name, result in numbers['gates'].items():
+        if result['within']:
+            gate, thresholds = gates[name].eval(), result['within']['thresholds']
             ways[name] = lambda gate=gate, thresholds=thresholds: temporary_gate(
                 model, gate, thresholds
             )
@@ -160,8 +160,8 @@ def videos_of(dataset) -> Iterator[list[int]]:
     for index in range(len(dataset)):
         info = dataset.get_data_info(index)
         by_video.setdefault(info['video_id'], []).append((info['frame_id'], index))
-    for own in by_video.values():
-        yield [index for _, index in sorted(own)]
+    for frames in by_video.values():
+        yield [index for _, index in sorted(frames)]
 
 
 class Clock:
@@ -202,7 +202,8 @@ def run_video(model, batches: Sequence[dict], category_ids: Sequence[int], clock
         clock.joules += joules_since(before) if before is not None else 0
         clock.exits.append(int(sample.exit))
         clock.results += [
-            dict(one, image_id=sample.img_id) for one in coco_results(sample, category_ids)
+            dict(detection, image_id=sample.img_id)
+            for detection in coco_results(sample, category_ids)
         ]
 
 

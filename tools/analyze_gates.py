@@ -74,11 +74,13 @@ def main() -> None:
     if args.seed < 0:
         raise UsageError('--seed must be 0 or more')
     record = read_video_record(args.record)
-    exits, own = len(record['gflops']), str(record['provenance'].get('checkpoint', ''))
+    exits, detector_file = len(record['gflops']), str(record['provenance'].get('checkpoint', ''))
     coco = load_truth(record, args.ann_file)
     out_dir = args.out_dir or str(Path(args.record).with_suffix(''))
     cli.make_folder(out_dir)
-    val = load(args.val_record, args.val_ann_file, exits, own) if args.val_record else None
+    val = (
+        load(args.val_record, args.val_ann_file, exits, detector_file) if args.val_record else None
+    )
     gates = {name: MODELS.build(config) for name, config in RULES.items()}
     if args.gate_of:
         config, checkpoint = args.gate_of
@@ -87,7 +89,9 @@ def main() -> None:
     if args.fit_record:
         say('fitting')
         gates.update(
-            fitted_gates(*load(args.fit_record, args.fit_ann_file, exits, own), seed=args.seed)
+            fitted_gates(
+                *load(args.fit_record, args.fit_ann_file, exits, detector_file), seed=args.seed
+            )
         )
     analysis = analyze_gates(record, coco, gates, val, args.by, say=say)
     picture = write_gate_analysis(analysis, out_dir)

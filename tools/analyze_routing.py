@@ -6,7 +6,6 @@ minutes.
 """
 
 import argparse
-import sys
 import warnings
 from pathlib import Path
 
@@ -64,12 +63,7 @@ from pycocotools.coco import COCO
 from dynamicdet import cli
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.baselines import parse_baselines, record_baseline
-from dynamicdet.reports.routing_analysis import (
-    analyze_routing,
-    format_analysis,
-    two_exit_record,
-    write_analysis,
-)
+from dynamicdet.reports.routing_analysis import analyze_routing, two_exit_record
 from dynamicdet.routing.evaluation import read_truth
 from dynamicdet.routing.record import RoutingRecord, read_record, require_of_detector
 from dynamicdet.timing import machine_of, timed_elsewhere
@@ -103,8 +97,8 @@ def run_baselines(record: RoutingRecord, baselines: list, args: argparse.Namespa
     folder = Path(args.record).with_suffix('')
     folder = folder.with_name(f'{folder.name}_baselines')
     return {
-        one.name: record_baseline(one, record, cli.progress, args.device, folder)
-        for one in baselines
+        baseline.name: record_baseline(baseline, record, cli.progress, args.device, folder)
+        for baseline in baselines
     }
 
 
@@ -131,7 +125,7 @@ def main() -> None:
         if args.train_record
         else None
     )
-    others = [one for one in (val[0] if val else None, training) if one]
+    others = [other for other in (val[0] if val else None, training) if other]
     facts = record.provenance
     for other in others:
         require_of_detector(
@@ -151,13 +145,11 @@ def main() -> None:
         args.bootstrap,
         args.seed,
         training,
-        say=lambda what: print(f'{what} ...', file=sys.stderr, flush=True),
+        say=cli.say,
         baselines=run_baselines(record, baselines, args),
         by_class=args.by_class,
     )
-    page = write_analysis(record, coco, analysis, out_dir, args.title)
-    print(format_analysis(analysis))
-    print(f'\nThe same with pictures: {page}')
+    cli.publish_analysis(record, coco, analysis, out_dir, args.title)
 
 
 if __name__ == '__main__':

@@ -76,15 +76,15 @@ def main() -> None:
     cli.check_data(cfg, 'val', files=not args.no_data_check)
     loader = build_loader(cfg.val_dataloader)
     if model.regions is None:
-        found = calibrate(model, loader, cli.progress, args.hard_share, args.scores)
+        calibration = calibrate(model, loader, cli.progress, args.hard_share, args.scores)
     else:
-        found = calibrate_regions(model, loader, cli.progress, args.hard_share)
-        own = model.regions.state_dict(prefix='regions.')
-        checkpoint['state_dict'].update({name: value.cpu() for name, value in own.items()})
+        calibration = calibrate_regions(model, loader, cli.progress, args.hard_share)
+        region_state = model.regions.state_dict(prefix='regions.')
+        checkpoint['state_dict'].update({name: value.cpu() for name, value in region_state.items()})
     for name in CALIBRATED:
         checkpoint['state_dict'][name] = getattr(model, name).cpu()
     checkpoint.setdefault('meta', {})['calibration'] = dict(
-        found,
+        calibration,
         hard_share=args.hard_share,
         **provenance(cfg, args.checkpoint, loader.dataset, args.device),
         **inference_settings(model, loader),
@@ -92,7 +92,7 @@ def main() -> None:
     )
     write_checkpoint(checkpoint, out)
     costs = [
-        f'{found[f"lat{exit + 1}"] * 1e3:.1f} ms, {found[f"g{exit}"]:.2f} GFLOPs'
+        f'{calibration[f"lat{exit + 1}"] * 1e3:.1f} ms, {calibration[f"g{exit}"]:.2f} GFLOPs'
         for exit in range(model.num_exits)
     ]
     thresholds = ', '.join(f'{value:.4f}' for value in model.threshold.reshape(-1).tolist())

@@ -88,8 +88,8 @@ def main() -> None:
             f'the checkpoint has no trained {name_of(model.gate)}: fit it by --fit-record'
         )
     digest = exits_digest(checkpoint['state_dict'])
-    own = (model.num_exits, args.checkpoint, digest)
-    require_of_detector(record['provenance'], len(record['gflops']), *own)
+    identity = (model.num_exits, args.checkpoint, digest)
+    require_of_detector(record['provenance'], len(record['gflops']), *identity)
     facts = dict(
         record=args.record,
         wish=wish_of(args),
@@ -99,7 +99,7 @@ def main() -> None:
     )
     if args.fit_record:
         other = read_video_record(args.fit_record)
-        require_of_detector(other['provenance'], len(other['gflops']), *own)
+        require_of_detector(other['provenance'], len(other['gflops']), *identity)
         # What was trained with the detector stays, if there is something else to fit.
         fits = fit_gate_parts(
             model.gate,
@@ -113,22 +113,24 @@ def main() -> None:
             raise UsageError(f'{name_of(model.gate)} does not learn: leave out --fit-record')
         facts.update(
             fit={
-                name: dict(own._asdict(), record=args.fit_record, seed=args.seed)
-                for name, own in fits.items()
+                name: dict(fit._asdict(), record=args.fit_record, seed=args.seed)
+                for name, fit in fits.items()
             }
         )
     seconds = decision_seconds(model.gate, record, evidence_by_exit(record))
-    found = calibrate_gate(
+    calibration = calibrate_gate(
         record, coco, model.gate, facts['wish'], args.by, seconds, progress=cli.counter('settings')
     )
     write_checkpoint(
-        put_calibration(checkpoint, found, model.gate, dict(facts, decision_seconds=list(seconds))),
+        put_calibration(
+            checkpoint, calibration, model.gate, dict(facts, decision_seconds=list(seconds))
+        ),
         out,
     )
     row, last, thresholds = (
-        found.row,
-        found.last,
-        ', '.join(f'{one:.4f}' for one in found.thresholds),
+        calibration.row,
+        calibration.last,
+        ', '.join(f'{threshold:.4f}' for threshold in calibration.thresholds),
     )
     print(
         f'{type(model.gate).__name__} on {len(record["images"])} frames: AP {row["ap"]:.2f} (last '

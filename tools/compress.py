@@ -100,12 +100,12 @@ def lossy_from(args: argparse.Namespace) -> Lossy:
 def groups_from(given: list[str] | None) -> dict[str, list[str]]:
     """What --group asks for."""
     groups: dict[str, list[str]] = {}
-    for one in given or []:
-        name, equals, patterns = one.partition('=')
-        if one == 'two-stage':
+    for text in given or []:
+        name, equals, patterns = text.partition('=')
+        if text == 'two-stage':
             groups.update(TWO_STAGE)
         elif not equals or not name or not patterns:
-            raise UsageError(f"--group needs NAME=PATTERN,... or two-stage; got '{one}'")
+            raise UsageError(f"--group needs NAME=PATTERN,... or two-stage; got '{text}'")
         else:
             groups[name] = patterns.split(',')
     return groups

@@ -137,12 +137,12 @@ def fit_region_map(
                 f'--{option.replace("_", "-")} is of routers of whole images: leave it out'
             )
     with cli.silence():
-        found = fit_regions(model, records, args.seed, cli.counter('fit'))
-    done = insert_regions(model, checkpoint, dict(found, records=args.records, seed=args.seed))
+        fit = fit_regions(model, records, args.seed, cli.counter('fit'))
+    done = insert_regions(model, checkpoint, dict(fit, records=args.records, seed=args.seed))
     write_checkpoint(done, args.out)
     print(
-        f'regions fitted to {found["images"]} images, {found["classes"]} classes; correlation of '
-        f"the images' sums with their gains: {found['correlation']:.3f}; written to {args.out}"
+        f'regions fitted to {fit["images"]} images, {fit["classes"]} classes; correlation of '
+        f"the images' sums with their gains: {fit['correlation']:.3f}; written to {args.out}"
     )
 
 

@@ -69,14 +69,14 @@ def download(url: str, folder: Path) -> Path:
 
 def find_pictures(inputs: list[str], folder: Path) -> dict[str, str]:
     """Path of each picture, to what its user calls it. Those of URLs are put into ``folder``."""
-    found = {}
+    pictures = {}
     for item in inputs:
         path = Path(item)
         if '://' in item:
-            found[str(download(item, folder))] = item
+            pictures[str(download(item, folder))] = item
         elif path.is_dir():
             inside = [str(path) for path in pictures_in(item)]
-            found.update(zip(inside, inside))
+            pictures.update(zip(inside, inside))
         elif not path.is_file():
             raise UsageError(f"there is no picture or folder at '{item}'")
         elif not has_picture_suffix(path):
@@ -84,8 +84,8 @@ def find_pictures(inputs: list[str], folder: Path) -> dict[str, str]:
                 f"the name of '{item}' must end in one of {', '.join(picture_suffixes())}"
             )
         else:
-            found[item] = item
-    return found
+            pictures[item] = item
+    return pictures
 
 
 def require_distinct(pictures: dict[str, str]) -> None:

@@ -72,13 +72,7 @@ from dynamicdet.files import write_atomically
 from dynamicdet.measuring import make_dynamic
 from dynamicdet.measuring.recording import build_record_loader, record_data_set
 from dynamicdet.models.weights import JOINED, exits_digest
-from dynamicdet.reports.figures import png, trade_off_figure
-from dynamicdet.reports.routing_analysis import (
-    analyze_routing,
-    format_analysis,
-    two_exit_record,
-    write_analysis,
-)
+from dynamicdet.reports.routing_analysis import analyze_routing, two_exit_record
 from dynamicdet.routing import build_objective
 from dynamicdet.routing.budget import Budget
 from dynamicdet.routing.evaluation import read_truth
@@ -115,7 +109,7 @@ def load_plain(args: argparse.Namespace) -> tuple[list[Config], tuple[str, ...],
     if len(set(known)) > 1:
         raise UsageError(
             'the detectors of a pair must know the same classes in the same order; these know '
-            + ' and '.join(f'{len(one)} ({", ".join(one[:3])}, ...)' for one in known)
+            + ' and '.join(f'{len(names)} ({", ".join(names[:3])}, ...)' for names in known)
         )
     path = paths[0] if len(paths) == 1 else JOINED + ','.join(paths)
     return cfgs, known[0], path, read_checkpoint(path)
@@ -130,25 +124,25 @@ def prepare_data(
         tuple: 'val' and 'test' -> annotation file and folder of pictures; the content of the
             former; and whether it is annotated.
     """
-    found = find_sets(args.data, args.ann, args.img)
-    fitted = next(iter(found))
+    picture_sets = find_sets(args.data, args.ann, args.img)
+    fitted = next(iter(picture_sets))
     sets: dict[str, tuple[str, str]] = {}
     first: dict = {}
     for split, name in ((fitted, 'val'), ('test', 'test')):
-        own = found.get(split, found[fitted])
-        content, lines = annotations_for(own, classes)
+        picture_set = picture_sets.get(split, picture_sets[fitted])
+        content, lines = annotations_for(picture_set, classes)
         for line in lines:
             print(f'data: {line}', file=sys.stderr)
         first = first or content
         make_dynamic.require_enough(len(first['images']))
         path = (folder / f'{name}.json').absolute()
         write_atomically(json.dumps(content).encode(), path)
-        sets[name] = (str(path), str(own.pictures.absolute()))
-    annotated = found[fitted].ann_file is not None
+        sets[name] = (str(path), str(picture_set.pictures.absolute()))
+    annotated = picture_sets[fitted].ann_file is not None
     print(
-        f'{len(first["images"])} pictures in {found[fitted].pictures}, '
+        f'{len(first["images"])} pictures in {picture_sets[fitted].pictures}, '
         + (
-            f'{len(first["annotations"])} objects in {found[fitted].ann_file}'
+            f'{len(first["annotations"])} objects in {picture_sets[fitted].ann_file}'
             if annotated
             else 'without annotations: what the last exit detects with a score of '
             f'{args.score:g} or more stands for the truth'
@@ -187,25 +181,13 @@ def stand_in_truth(
 ) -> None:
     """Write what the last exit detects with confidence as annotations."""
     ids = record.ids.tolist()
-    found = {image: record.detections[-1][row] for row, image in enumerate(ids)}
-    made = confident_annotations(content, found, args.score)
+    detections = {image: record.detections[-1][row] for row, image in enumerate(ids)}
+    made = confident_annotations(content, detections, args.score)
     write_atomically(json.dumps(made).encode(), path)
     counts = dict.fromkeys(ids, 0)
-    for one in made['annotations']:
-        counts[one['image_id']] += 1
+    for annotation in made['annotations']:
+        counts[annotation['image_id']] += 1
     record.objects[:] = [counts[image] for image in ids]
-
-
-def report(record: RoutingRecord, coco, folder: Path) -> None:
-    """Write the page, and print what it says."""
-    record = two_exit_record(record)
-    analysis = analyze_routing(
-        record, coco, say=lambda what: print(f'{what} ...', file=sys.stderr, flush=True)
-    )
-    write_atomically(png(trade_off_figure(analysis['rows'])), folder / 'trade_off.png')
-    page = write_analysis(record, coco, analysis, folder, name='report')
-    print(format_analysis(analysis))
-    print(f'\nThe same with pictures: {page}')
 
 
 def main() -> None:
@@ -257,7 +239,9 @@ def main() -> None:
         f'not fit to: {made.fit.correlation:.3f}\n3 of 3: the report',
         flush=True,
     )
-    report(made.record, coco, folder)
+    judged = two_exit_record(made.record)
+    analysis = analyze_routing(judged, coco, say=cli.say)
+    cli.publish_analysis(judged, coco, analysis, folder, name='report', with_figure=True)
     print(
         f'\nwritten: {config} and {out}, as they are for every tool, such as\n'
         f'    python tools/image_demo.py PICTURES {config} {out} --hard-share {args.hard_share:g}'

@@ -30,15 +30,8 @@ if __name__ == '__main__':
     parse_args()
 
 from dynamicdet import cli
-from dynamicdet.files import write_atomically
 from dynamicdet.measuring.baselines import parse_baselines, record_baseline
-from dynamicdet.reports.figures import png, trade_off_figure
-from dynamicdet.reports.routing_analysis import (
-    analyze_routing,
-    format_analysis,
-    two_exit_record,
-    write_analysis,
-)
+from dynamicdet.reports.routing_analysis import analyze_routing, two_exit_record
 from dynamicdet.reports.routing_analysis_text import share_miss_sentences
 from dynamicdet.routing.evaluation import read_truth
 
@@ -54,33 +47,29 @@ def main() -> None:
     cli.make_folder(str(out_dir))
     model, loader, record = cli.make_record(args, cfg, out_dir / 'record.npz')
     plain = {
-        one.name: record_baseline(
-            one,
+        baseline.name: record_baseline(
+            baseline,
             record,
             cli.progress,
             args.device,
             out_dir / 'record_baselines',
             (model, loader.dataset),
         )
-        for one in baselines
+        for baseline in baselines
     }
     record = two_exit_record(record)
     coco = read_truth(loader.dataset.ann_file, loader.dataset.cat_ids)
     analysis = analyze_routing(
         record,
         coco,
-        say=lambda what: print(f'{what} ...', file=sys.stderr, flush=True),
+        say=cli.say,
         calibration=model.difficulties.tolist(),
         baselines=plain,
         by_class=model.objective.by_class,
     )
-    figure = trade_off_figure(analysis['rows'], analysis['baselines']['points'])
-    write_atomically(png(figure), out_dir / 'trade_off.png')
-    page = write_analysis(record, coco, analysis, out_dir, name='report')
-    print(format_analysis(analysis))
+    cli.publish_analysis(record, coco, analysis, out_dir, name='report', with_figure=True)
     for miss in share_miss_sentences(analysis['calibrated']):
         print(f'warning: {miss}', file=sys.stderr)
-    print(f'\nThe same with pictures: {page}')
 
 
 if __name__ == '__main__':

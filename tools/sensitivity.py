@@ -98,10 +98,10 @@ def main() -> None:
     cli.check_data(cfg, 'val')
     model = load_any_detector(cfg, args.checkpoint, args.device)
     blocks = {}
-    for one in args.block or []:
-        name, equals, patterns = one.partition('=')
+    for text in args.block or []:
+        name, equals, patterns = text.partition('=')
         if not name or not patterns:
-            raise UsageError(f"--block needs NAME=PATTERN,...; got '{one}'")
+            raise UsageError(f"--block needs NAME=PATTERN,...; got '{text}'")
         blocks[name] = patterns.split(',')
     blocks = blocks or blocks_of(model)
     parts = parts_of(model, blocks, args.layers, args.structured, max(args.shares))

@@ -12,6 +12,7 @@ from dynamicdet.routing.record import RoutingRecord
 from mmdet.registry import MODELS
 
 sys.path.insert(0, str(ROOT / 'experiments'))
+import routing_clock  # noqa: E402
 import routing_hook  # noqa: E402
 import routing_page  # noqa: E402
 from routing_results import over_all_exits, together, with_losses_of  # noqa: E402
@@ -250,6 +251,14 @@ def test_the_lead_is_paired():
     router = dict(ap=[0] * 4 + [25] + [0] * 4, resampled_half=[24, 26])
     run = dict(gflops=[1, 3], routers={routing_page.ROUTER: router})
     assert routing_page.lead(run, plain((1, 10), (3, 30))) == (2, 5, 5, 5)
+
+
+@pytest.mark.parametrize('script', [routing_clock, routing_page])
+def test_help_begins_no_work(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', [script.__name__, '--help'])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == 0 and f'{script.__name__}.py' in capsys.readouterr().out
 
 
 def test_means_name_their_range():

@@ -347,9 +347,10 @@ def _mend_ids(entries: list[dict], annotations: list[dict], what: str) -> tuple[
         _ids_of(annotations, key, 'annotation'),
     )
     _require_unique(entry_ids, what)
-    renumbered = not all(isinstance(one, int) for one in entry_ids)
+    renumbered = not all(isinstance(entry_id, int) for entry_id in entry_ids)
     new = {
-        one: number if renumbered else one for number, one in enumerate(dict.fromkeys(entry_ids), 1)
+        entry_id: number if renumbered else entry_id
+        for number, entry_id in enumerate(dict.fromkeys(entry_ids), 1)
     }
     lines = []
     for some, ids, own_key, kind in (
@@ -358,8 +359,10 @@ def _mend_ids(entries: list[dict], annotations: list[dict], what: str) -> tuple[
     ):
         odd = [
             index
-            for index, (entry, one) in enumerate(zip(some, ids))
-            if type(entry[own_key]) is not type(one) or renumbered and not isinstance(one, int)
+            for index, (entry, entry_id) in enumerate(zip(some, ids))
+            if type(entry[own_key]) is not type(entry_id)
+            or renumbered
+            and not isinstance(entry_id, int)
         ]
         text = (
             'of text or with a point: read as the whole number that it is'
@@ -369,9 +372,11 @@ def _mend_ids(entries: list[dict], annotations: list[dict], what: str) -> tuple[
         )
         if kind == what or not renumbered:
             lines += _line(some, kind, odd, f'have {own_key} {text}')
-        for entry, one in zip(some, ids):
+        for entry, entry_id in zip(some, ids):
             # Of nothing that the file has: not used, and must not be taken for a new number.
-            entry[own_key] = new[one] if one in new else str(one) if renumbered else one
+            entry[own_key] = (
+                new[entry_id] if entry_id in new else str(entry_id) if renumbered else entry_id
+            )
     return lines, renumbered
 
 
@@ -387,7 +392,7 @@ def _require_unique(ids: Sequence[Any], what: str) -> None:
     # Categories that the detector does not know may share an id: the check looks at those that it
     # does.
     if what == 'image' and len(set(ids)) < len(ids):
-        shared = [one for one, count in Counter(ids).items() if count > 1]
+        shared = [entry_id for entry_id, count in Counter(ids).items() if count > 1]
         examples = ', '.join(map(str, shared[:3]))
         raise UsageError(
             f'{len(shared)} id(s) belong to several images (such as {examples}): each needs its own'
@@ -402,11 +407,11 @@ def _number_annotations(annotations: list[dict]) -> list[str]:
         return []
     taken: set = set()
     odd = []
-    for index, one in enumerate(ids):
-        if not _are_plain([one]) or one == 0 or one in taken:
+    for index, annotation_id in enumerate(ids):
+        if not _are_plain([annotation_id]) or annotation_id == 0 or annotation_id in taken:
             odd.append(index)
         else:
-            taken.add(one)
+            taken.add(annotation_id)
     lines = _line(
         annotations,
         'annotation',

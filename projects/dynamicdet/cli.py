@@ -5,13 +5,14 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
+from pycocotools.coco import COCO
 from torch.utils.data import DataLoader
 
 import mmdet
@@ -24,6 +25,7 @@ from .datasets.annotation_repair import mend_annotations
 from .datasets.check import check_dataloaders, is_of_empty_set
 from .datasets.config_datasets import SEVERAL_FILES
 from .errors import UsageError, reason_of
+from .files import write_atomically
 from .measuring.recording import build_record_loader, record_data_set, require_recordable
 from .models import DynamicDetector
 from .models.weights import exits_digest
@@ -190,7 +192,7 @@ def _move_data(cfg: Config, root: Any, new: Any) -> None:
     def moved(value: Any) -> Any:
         # New containers: one that is used twice would be moved twice.
         if isinstance(value, dict):
-            return type(value)({key: moved(one) for key, one in value.items()})
+            return type(value)({key: moved(entry) for key, entry in value.items()})
         if isinstance(value, (list, tuple)):
             return type(value)(map(moved, value))
         inside = isinstance(value, str) and f'{value}/'.startswith(f'{root}/')
@@ -223,7 +225,7 @@ def apply_router_holdout(cfg: Config) -> None:
                 'the training data are wrapped in HoldOut already: take that or router_holdout away'
             )
         if isinstance(dataset.get('datasets'), (list, tuple)):
-            dataset['datasets'] = [held(one) for one in dataset['datasets']]
+            dataset['datasets'] = [held(part) for part in dataset['datasets']]
         elif 'dataset' in dataset:
             dataset['dataset'] = held(dataset['dataset'])
         else:
@@ -338,6 +340,43 @@ def print_budget_report(budget_report: BudgetReport | None) -> None:
         print(*budget_report.lines(), sep='\n')
         for doubt in budget_report.doubts():
             warnings.warn(doubt)
+
+
+def say(what: str) -> None:
+    """Tell what begins now, on stderr."""
+    print(f'{what} ...', file=sys.stderr, flush=True)
+
+
+def publish_analysis(
+    record: RoutingRecord,
+    coco: COCO,
+    analysis: Mapping,
+    out_dir: str | Path,
+    title: str = 'What routing is worth',
+    name: str = 'routing',
+    with_figure: bool = False,
+) -> None:
+    """Write the page of what `analyze_routing` gave, and print what it says.
+
+    Args:
+        record (RoutingRecord): What was analyzed.
+        coco (COCO): Its ground truth.
+        analysis (Mapping): The numbers.
+        out_dir (str or Path): Where the page goes.
+        title (str): Of the page.
+        name (str): Of the page's files. Defaults to 'routing'.
+        with_figure (bool): Whether to write ``trade_off.png``, too. Defaults to False.
+    """
+    # matplotlib takes a while, and most tools do without.
+    from .reports.figures import png, trade_off_figure
+    from .reports.routing_analysis import format_analysis, write_analysis
+
+    if with_figure:
+        figure = trade_off_figure(analysis['rows'], analysis['baselines']['points'])
+        write_atomically(png(figure), Path(out_dir) / 'trade_off.png')
+    page = write_analysis(record, coco, analysis, out_dir, title, name)
+    print(format_analysis(analysis))
+    print(f'\nThe same with pictures: {page}')
 
 
 def _say_warning(message: Any, category: type, filename: str, *args: Any) -> None:

@@ -98,7 +98,7 @@ def _first_base(config: str) -> str | None:
 
 def _unmixed(dataset: dict, hooks: list[dict]) -> dict | None:
     """What changes in a data set's config so that it gives single images; None if it does."""
-    mosaic = next((one for one in dataset.get('pipeline', ()) if 'Mosaic' in one['type']), None)
+    mosaic = next((step for step in dataset.get('pipeline', ()) if 'Mosaic' in step['type']), None)
     if mosaic is None:
         inner = _unmixed(dataset['dataset'], hooks) if 'dataset' in dataset else None
         return inner and dict(dataset=inner)
@@ -134,8 +134,8 @@ def model_of(config: str) -> dict:
     """
     if '::' in config:
         return get_config(config).model
-    own = Path(inspect.currentframe().f_back.f_code.co_filename).parent
-    return Config.fromfile(own / config).model
+    folder = Path(inspect.currentframe().f_back.f_code.co_filename).parent
+    return Config.fromfile(folder / config).model
 
 
 def by_type(items: list[dict], **changes: dict) -> list[dict]:

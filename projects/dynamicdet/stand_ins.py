@@ -157,7 +157,10 @@ def read_with_stand_ins(load: Callable[[], Any], asked: Iterable[str] = ()) -> A
     stand_ins = {name: stand_in(name, _CONTAINERS.get(name)) for name in asked if is_data(name)}
     for _ in range(_MOST):
         try:
-            known = [(StandIn, 'stand-in'), *((one, name) for name, one in stand_ins.items())]
+            known = [
+                (StandIn, 'stand-in'),
+                *((stand_in, name) for name, stand_in in stand_ins.items()),
+            ]
             # torch's list is one for all threads.
             with (
                 _lock if stand_ins else contextlib.nullcontext(),
@@ -210,8 +213,8 @@ def why_unread(error: Exception) -> str:
             'it holds a whole module as torch before 1.6 wrote it: load it there, and save it by a '
             'newer torch'
         )
-    own = re.search(r'WeightsUnpickler error: (.*)', message)
-    first = ((own[1] if own else message).splitlines() or [''])[0][:200]
+    reason = re.search(r'WeightsUnpickler error: (.*)', message)
+    first = ((reason[1] if reason else message).splitlines() or [''])[0][:200]
     # The unpickler names bytes that it does not know by their numbers.
     return first if re.search('[a-zA-Z]', first) else f'{type(error).__name__} {first}'.strip()
 
@@ -240,7 +243,7 @@ def _as_text(content: Any, done: dict[int, Any]) -> Any:
             value = _as_text(content.pop(key), done)
             content[_as_text(key, done)] = value
     elif kind is list:
-        content[:] = [_as_text(one, done) for one in content]
+        content[:] = [_as_text(item, done) for item in content]
     else:
-        done[id(content)] = kind(_as_text(one, done) for one in content)
+        done[id(content)] = kind(_as_text(item, done) for item in content)
     return done[id(content)]

@@ -125,8 +125,8 @@ def shrink(model: ConfigDict) -> ConfigDict:
     shallower, without pretrained weights and without what needs a Runner."""
     model = copy.deepcopy(model)
     if isinstance(model.get('detector'), (list, tuple)):
-        model.detector = [shrink(one) for one in model.detector]
-        model.backbone = [one.backbone for one in model.detector]
+        model.detector = [shrink(detector) for detector in model.detector]
+        model.backbone = [detector.backbone for detector in model.detector]
         return model
     detector = model.get('detector', model)
     if 'encoder' in detector:
@@ -238,19 +238,19 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     entries = list(model.named_parameters()) + list(model.named_buffers())
     with torch.no_grad():
         for name, value in entries:
-            own = name.split('.')
-            if not value.is_floating_point() or own[-1] in _KEPT:
+            parts = name.split('.')
+            if not value.is_floating_point() or parts[-1] in _KEPT:
                 continue
             noise = torch.randn(value.shape, generator=generator)
             regresses = 'reg' in name and 'reg_convs' not in name
-            if own[-1] == 'running_var':
+            if parts[-1] == 'running_var':
                 value.copy_(1 + 0.1 * noise.abs())
             elif value.dim() > 1:
-                small = 0.1 if regresses or own[0] == 'router' else 1
+                small = 0.1 if regresses or parts[0] == 'router' else 1
                 value.copy_(small * noise * (2 / value[0].numel()) ** 0.5)
-            elif own[-1] == 'weight':
+            elif parts[-1] == 'weight':
                 # What a residual branch or a connection adds must not drown what it is added to.
-                adds = own[-2] in ('bn2', 'bn3') or 'connections' in own
+                adds = parts[-2] in ('bn2', 'bn3') or 'connections' in parts
                 value.copy_((0.3 if adds else 1) * (1 + 0.1 * noise))
             else:
                 # Negative distances to a box's sides would make no box.
@@ -290,10 +290,10 @@ def agreement(
         alike (float): And their scores by at most so much. Defaults to 0.1.
     """
     pairs, count = [], 0
-    for one, other in zip(ones, others, strict=True):
-        count += len(one) + len(other)
-        if one and other:
-            pairs.append(_counterparts(one, other, near, alike))
+    for first, other in zip(ones, others, strict=True):
+        count += len(first) + len(other)
+        if first and other:
+            pairs.append(_counterparts(first, other, near, alike))
     box, score = np.concatenate([np.zeros((0, 2)), *pairs]).T
     return Agreement(
         count,
@@ -304,17 +304,17 @@ def agreement(
 
 
 def _counterparts(
-    one: Sequence[dict], other: Sequence[dict], near: float, alike: float
+    first: Sequence[dict], other: Sequence[dict], near: float, alike: float
 ) -> np.ndarray:
     """Differences of box and score of each pair, (n, 2)."""
     boxes, scores, labels = zip(
         *(
             (
-                np.array([found['bbox'] for found in side]),
-                np.array([found['score'] for found in side]),
-                np.array([found['category_id'] for found in side]),
+                np.array([detection['bbox'] for detection in side]),
+                np.array([detection['score'] for detection in side]),
+                np.array([detection['category_id'] for detection in side]),
             )
-            for side in (one, other)
+            for side in (first, other)
         )
     )
     ends = boxes[0][:, None], boxes[1]
@@ -347,5 +347,7 @@ def count_waits(run: Callable[[], Any]) -> Counter:
     finally:
         torch.cuda.set_sync_debug_mode('default')
     return Counter(
-        f'{one.filename}:{one.lineno}' for one in said if 'synchroniz' in str(one.message)
+        f'{warning.filename}:{warning.lineno}'
+        for warning in said
+        if 'synchroniz' in str(warning.message)
     )

@@ -54,12 +54,12 @@ def time_in_turns(
     """
     times: dict[Key, list[float]] = {name: [] for name in runs}
     for turn in progress(range(rounds + 1), 'latencies'):
-        for one in inputs:
+        for single_input in inputs:
             for name, run in runs.items():
                 with forcing(name) or contextlib.nullcontext():
-                    seconds, _ = time_call(lambda: run(one), device)
+                    seconds, _ = time_call(lambda: run(single_input), device)
                 times[name] += [seconds] * (turn > 0)
-    return {name: statistics.median(own) for name, own in times.items()}
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def machine_of(device: str | torch.device, threads: int | None = None) -> dict[str, object]:
@@ -71,8 +71,11 @@ def machine_of(device: str | torch.device, threads: int | None = None) -> dict[s
 
 def dtype_of(model: torch.nn.Module) -> str:
     """What a model computes in as it stands, such as 'float32'."""
-    own = next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)
-    return str(own).removeprefix('torch.')
+    dtype = next(
+        (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()),
+        torch.float32,
+    )
+    return str(dtype).removeprefix('torch.')
 
 
 def _cpu_name() -> str:

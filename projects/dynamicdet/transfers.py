@@ -35,18 +35,21 @@ def to_host(instances: Sequence['InstanceData']) -> list[HostDetections]:
     packed = [
         torch.cat(
             [
-                getattr(one.bboxes, 'tensor', one.bboxes).detach().float().reshape(-1, 4),
-                one.scores.detach().float()[:, None],
-                one.labels.detach().float()[:, None],
+                getattr(image_instances.bboxes, 'tensor', image_instances.bboxes)
+                .detach()
+                .float()
+                .reshape(-1, 4),
+                image_instances.scores.detach().float()[:, None],
+                image_instances.labels.detach().float()[:, None],
             ],
             dim=1,
         )
-        for one in instances
+        for image_instances in instances
     ]
     whole = torch.cat(packed).cpu() if packed else torch.zeros(0, 6)
     return [
-        HostDetections(own[:, :4], own[:, 4], own[:, 5].long())
-        for own in whole.split([len(one) for one in packed])
+        HostDetections(rows[:, :4], rows[:, 4], rows[:, 5].long())
+        for rows in whole.split([len(part) for part in packed])
     ]
 
 

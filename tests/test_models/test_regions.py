@@ -98,7 +98,7 @@ def test_a_crop_is_the_detector_on_the_crop(name):
         model.set_budget(threshold=0.5)
         state = model.start(inputs, samples)
         assert state.regions == [[(2, 3, 3, 5)]]
-        found = model._found_in(state, [Crop(0, (2, 3, 3, 5), (32, 64, 128, 192))], True)[0]
+        found = model._detect_in_crops(state, [Crop(0, (2, 3, 3, 5), (32, 64, 128, 192))], True)[0]
         # The crop as an image of its own.
         part = dict(
             inputs=[tiny_batch((2,), size=SIZE)['inputs'][0][:, 32:128, 64:192]],
@@ -129,7 +129,7 @@ def test_a_crop_of_a_pair_is_the_second_detector_on_it():
     crop = Crop(0, (2, 3, 3, 5), (32, 64, 128, 192))
     with torch.no_grad():
         model.set_budget(threshold=1)
-        found = model._found_in(model.start(*fresh(model, (2,))), [crop], True)[0]
+        found = model._detect_in_crops(model.start(*fresh(model, (2,))), [crop], True)[0]
         image = tiny_batch((2,), size=SIZE)['inputs'][0][:, 32:128, 64:192]
         sample = fresh(model, (2,))[1][0].new()
         sample.set_metainfo(dict(img_shape=(96, 128), ori_shape=(96, 128), scale_factor=(1.0, 1.0)))

@@ -236,7 +236,10 @@ class DynamicInferencer(DetInferencer):
         model, online = self.model, not budget and self.controller is not None
         if not isinstance(model, DynamicDetector):
             return None
-        exits = [one['exit'] if isinstance(one, dict) else one.exit for one in predictions]
+        exits = [
+            prediction['exit'] if isinstance(prediction, dict) else prediction.exit
+            for prediction in predictions
+        ]
         # What a first run takes is no cost of an image.
         timed = calls[1:]
         return budget_report_of(

@@ -93,8 +93,8 @@ class Stream:
     ) -> None:
         hard_batch = batch_size if hard_batch is None else hard_batch
         if not all(
-            isinstance(one, numbers.Integral) and one >= 1
-            for one in (batch_size, hard_batch, most_behind)
+            isinstance(number, numbers.Integral) and number >= 1
+            for number in (batch_size, hard_batch, most_behind)
         ):
             raise UsageError(
                 'batch_size, hard_batch and most_behind must be whole numbers, 1 or more; got '
@@ -178,7 +178,7 @@ class Stream:
         if self._arrived and self._is_due(self._arrived[0]):
             self._first_pass()
         for key in list(self._groups):
-            if any(self._is_due(one) for one in self._groups.get(key, ())):
+            if any(self._is_due(waiting) for waiting in self._groups.get(key, ())):
                 self._run(key)
         return self._ready()
 
@@ -193,8 +193,8 @@ class Stream:
     def due(self) -> float | None:
         """Seconds until the next deadline, 0 if it has passed; None without a deadline or anything
         that waits."""
-        times = [one.time for one in self._arrived[:1]]
-        times += [one.time for group in self._groups.values() for one in group]
+        times = [arrived.time for arrived in self._arrived[:1]]
+        times += [waiting.time for group in self._groups.values() for waiting in group]
         if self.deadline is None or not times:
             return None
         return max(0.0, min(times) + self.deadline - self.clock())
@@ -204,9 +204,9 @@ class Stream:
         """How many images have maps in memory."""
         return sum(len(group) for group in self._groups.values())
 
-    def _is_due(self, one) -> bool:
-        late = self.deadline is not None and self.clock() - one.time >= self.deadline
-        return late or self._count - one.number > self.most_behind
+    def _is_due(self, image) -> bool:
+        late = self.deadline is not None and self.clock() - image.time >= self.deadline
+        return late or self._count - image.number > self.most_behind
 
     def _ready(self) -> SampleList:
         ready = []
@@ -220,7 +220,8 @@ class Stream:
         images, self._arrived = self._arrived, []
         with self._working():
             data = dict(
-                inputs=[one.image for one in images], data_samples=[one.sample for one in images]
+                inputs=[arrived.image for arrived in images],
+                data_samples=[arrived.sample for arrived in images],
             )
             data = self.model.data_preprocessor(data, False)
             with self._routing:
@@ -229,7 +230,9 @@ class Stream:
         while True:
             # Full ones, or the largest where too many wait in all.
             key = max(
-                self._groups, key=lambda one: len(self._groups[one]) / self._full(one), default=None
+                self._groups,
+                key=lambda group_key: len(self._groups[group_key]) / self._full(group_key),
+                default=None,
             )
             most = (
                 self.model.num_exits - 1
@@ -253,7 +256,7 @@ class Stream:
             self._groups[key] = group[full:]
         group = group[:full]
         with self._working():
-            state = join_batch_states([one.state for one in group])
+            state = join_batch_states([waiting.state for waiting in group])
             if key[0] == 'finish':
                 self._finish(state, group)
             else:
@@ -270,10 +273,10 @@ class Stream:
         if leaving and not collect:
             self._finish(state.take(leaving), [owners[row] for row in leaving])
         for row in going_on + (leaving if collect else []):
-            one = state.take([row])
-            key = ('finish' if row in leaving else 'deepen', *one.shapes)
+            single = state.take([row])
+            key = ('finish' if row in leaving else 'deepen', *single.shapes)
             self._groups.setdefault(key, []).append(
-                _Waiting(owners[row].number, owners[row].time, one)
+                _Waiting(owners[row].number, owners[row].time, single)
             )
 
     def _finish(self, state: BatchState, owners: list) -> None:

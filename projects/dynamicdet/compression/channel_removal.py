@@ -114,7 +114,9 @@ def plan_removal(
     for block, pairs in zip(blocks, chosen):
         left = 0
         for cluster, stays in pairs:
-            failed = not stays.all() and not any(cluster is one for one, _ in sound)
+            failed = not stays.all() and not any(
+                cluster is sound_cluster for sound_cluster, _ in sound
+            )
             if failed:
                 alone[cluster.layers[0]] = (
                     'without some of them the rest would not compute what it did'
@@ -250,16 +252,16 @@ def _kept(
         # What standardizes the router's features is as long as they are.
         kept['router'] = KeptChannels(entering=kept['router.fc1'].entering)
     return {
-        name: one
-        for name, one in kept.items()
-        if one.entering is not None or one.leaving is not None
+        name: channels
+        for name, channels in kept.items()
+        if channels.entering is not None or channels.leaving is not None
     }
 
 
 def _without(gone: set | None, count: int) -> Tensor | None:
     """What is left of ``count`` channels; None for all."""
     return (
-        torch.tensor([one for one in range(count) if one not in gone], dtype=torch.long)
+        torch.tensor([channel for channel in range(count) if channel not in gone], dtype=torch.long)
         if gone
         else None
     )
@@ -290,16 +292,16 @@ def _same(model: nn.Module, kept: Mapping[str, KeptChannels]) -> bool:
     """Whether a detector without channels says of noise what it says where nothing takes them
     in."""
     whole, small = copy.deepcopy(model).eval(), copy.deepcopy(model).eval()
-    for name, one in kept.items():
+    for name, channels in kept.items():
         layer = get_by_name(whole, name)
         if (
-            one.entering is not None
+            channels.entering is not None
             and getattr(layer, 'groups', 1) == 1
             and hasattr(layer, 'weight')
         ):
             dim = 0 if isinstance(layer, nn.ConvTranspose2d) else 1
             gone = torch.ones(layer.weight.shape[dim], dtype=torch.bool)
-            gone[one.entering] = False
+            gone[channels.entering] = False
             layer.weight.index_fill_(dim, gone.nonzero().squeeze(1).to(layer.weight.device), 0)
     shrink_layers(small, kept)
     try:
@@ -310,11 +312,11 @@ def _same(model: nn.Module, kept: Mapping[str, KeptChannels]) -> bool:
         return False
     wanted = _run(whole)
     return all(
-        one.shape == other.shape
+        output.shape == other.shape
         and torch.allclose(
-            one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()), equal_nan=True
+            output, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()), equal_nan=True
         )
-        for one, other in zip(outputs, wanted)
+        for output, other in zip(outputs, wanted)
     )
 
 

@@ -59,7 +59,7 @@ class Cluster:
     @property
     def layers(self) -> list[str]:
         """Layers whose output the channels are."""
-        return [one.layer for one in self.members if one.leaving]
+        return [member.layer for member in self.members if member.leaving]
 
 
 #: Kinds of detectors -> what gives all raw outputs of one: (detector, images, routed) -> tensors or
@@ -93,7 +93,7 @@ def _flat(outputs: Any) -> list[Tensor]:
         return [outputs]
     if isinstance(outputs, dict):
         outputs = outputs.values()
-    return [one for output in outputs if output is not None for one in _flat(output)]
+    return [tensor for output in outputs if output is not None for tensor in _flat(output)]
 
 
 def example_image(model: nn.Module, size: int = 64) -> Tensor:
@@ -162,18 +162,20 @@ class _Traced(nn.Module):
         outputs = raw_outputs(
             self.model,
             images,
-            lambda maps: sum(probe(one.mean((2, 3))) for probe, one in zip(self.probes, maps)),
+            lambda maps: sum(
+                probe(feature_map.mean((2, 3))) for probe, feature_map in zip(self.probes, maps)
+            ),
         )
         # Times one: so that an output is a node of its own.
-        return [one * 1 for one in outputs]
+        return [output * 1 for output in outputs]
 
 
 @torch.no_grad()
 def _routed_channels(model: nn.Module) -> list[int]:
     """Channels of the maps that a router sees."""
     return [
-        one.shape[1]
-        for one in copy.deepcopy(model.backbone).eval().first_maps(example_image(model))
+        feature_map.shape[1]
+        for feature_map in copy.deepcopy(model.backbone).eval().first_maps(example_image(model))
     ]
 
 
@@ -183,9 +185,9 @@ class _Names:
     def __init__(self, traced: _Traced) -> None:
         self.model, self.probes = traced.model, list(traced.probes or ())
         self._names = {
-            id(one): name
+            id(part): name
             for named in (self.model.named_modules(), self.model.named_parameters())
-            for name, one in named
+            for name, part in named
         }
 
     def of(self, module: Any) -> str:
@@ -238,9 +240,9 @@ def _merge(spreads: list[_Spread], names: _Names) -> list[Cluster]:
                     {channel: atoms[number][root] for channel, root in channels.items()}
                 )
     links = _group_links(members, names)
-    one, other = zip(*links) if links else ((), ())
+    firsts, other = zip(*links) if links else ((), ())
     _, unit_of = connected_components(
-        coo_matrix((np.ones(len(one)), (one, other)), (total, total)), directed=False
+        coo_matrix((np.ones(len(firsts)), (firsts, other)), (total, total)), directed=False
     )
     spread_of = np.repeat(np.arange(len(spreads)), [len(spread_atoms) for spread_atoms in atoms])
     # Spreads that share a unit are one cluster.
@@ -295,20 +297,23 @@ def _clusters(
     rows: list[tuple],
     unit_of: np.ndarray,
     spread_of: np.ndarray,
-    own: np.ndarray,
+    atoms: np.ndarray,
     whys: dict[int, str],
 ) -> list[Cluster]:
-    """Clusters of some atoms, ``own``, which are coupled: one for all units that the same layers
+    """Clusters of some atoms which are coupled: one for all units that the same layers
     give. Where maps are put behind each other, a layer gives some of them alone, and must keep
     some."""
-    units, places = np.unique(unit_of[own], return_inverse=True)
+    units, places = np.unique(unit_of[atoms], return_inverse=True)
     rows = [
         (name, leaving, channels, np.searchsorted(units, wanted))
         for name, leaving, channels, wanted in rows
     ]
-    spreads = np.unique(spread_of[own])
+    spreads = np.unique(spread_of[atoms])
     widths = np.stack(
-        [np.bincount(places[spread_of[own] == spread], minlength=len(units)) for spread in spreads]
+        [
+            np.bincount(places[spread_of[atoms] == spread], minlength=len(units))
+            for spread in spreads
+        ]
     )
     why = next((whys[spread] for spread in spreads if spread in whys), '')
     leaves = np.zeros((len(units), len(rows)), bool)

@@ -201,13 +201,13 @@ def _plain(value: Any, name: str, dropped: list[str]) -> Any:
     in ``dropped``."""
     if isinstance(value, dict):
         entries = {
-            key: _plain(one, f'{name}.{key}', dropped)
-            for key, one in value.items()
+            key: _plain(entry, f'{name}.{key}', dropped)
+            for key, entry in value.items()
             if isinstance(key, str)
         }
-        return {key: one for key, one in entries.items() if f'{name}.{key}' not in dropped}
+        return {key: entry for key, entry in entries.items() if f'{name}.{key}' not in dropped}
     if isinstance(value, (list, tuple)):
-        items = [_plain(one, name, dropped) for one in value]
+        items = [_plain(item, name, dropped) for item in value]
         return dict(__tuple__=items) if isinstance(value, tuple) else items
     if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in 'biufU':
         return _plain(value.tolist(), name, dropped)
@@ -221,5 +221,5 @@ def _revive(value: Any) -> Any:
     if isinstance(value, dict):
         if set(value) == {'__tuple__'}:
             return tuple(map(_revive, value['__tuple__']))
-        return {key: _revive(one) for key, one in value.items()}
-    return [_revive(one) for one in value] if isinstance(value, list) else value
+        return {key: _revive(entry) for key, entry in value.items()}
+    return [_revive(item) for item in value] if isinstance(value, list) else value

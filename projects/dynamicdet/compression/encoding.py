@@ -184,9 +184,9 @@ def _encode(
         return _with_table(torch.from_numpy(table).to(value.dtype), indices)
     if kind == 'binary':
         return _binary(*binarize_per_channel(value.float()))
-    one = _one_magnitude(value)
-    if one is not None:
-        return _binary(*one)
+    one_magnitude = _one_magnitude(value)
+    if one_magnitude is not None:
+        return _binary(*one_magnitude)
     few = _few_values(value)
     if few is not None:
         return _with_table(*few)

@@ -160,7 +160,7 @@ class _Counted(TorchFunctionMode):
     ) -> Any:
         number = self.calls
         result = self.call(number, function, args, kwargs or {})
-        self.calls += any(isinstance(one, Tensor) for one in tree_leaves(result))
+        self.calls += any(isinstance(leaf, Tensor) for leaf in tree_leaves(result))
         return result
 
     def call(self, number: int, function: Callable, args: tuple, kwargs: dict) -> Any:
@@ -185,13 +185,13 @@ class _Tracer(_Counted):
 
     def call(self, number: int, function: Callable, args: tuple, kwargs: dict) -> Any:
         read = [
-            self.value_of.get(id(one))
-            for one in tree_leaves((args, kwargs))
-            if isinstance(one, Tensor)
+            self.value_of.get(id(leaf))
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, Tensor)
         ]
         first = self.value_of.get(id(args[0])) if args else None
         result = function(*args, **kwargs)
-        tensors = [one for one in tree_leaves(result) if isinstance(one, Tensor)]
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if tensors:
             for value in read:
                 if value is not None:
@@ -200,8 +200,8 @@ class _Tracer(_Counted):
             self.sizes[number] = tensors[0].numel()
             self.kept.append((result, args))
             # Of several results, only a single one can become integers.
-            for index, one in enumerate(tensors):
-                self.value_of[id(one)] = number if len(tensors) == 1 else (number, index)
+            for index, tensor in enumerate(tensors):
+                self.value_of[id(tensor)] = number if len(tensors) == 1 else (number, index)
         return result
 
     def only_reader(self, value: Any, functions: Sequence[Callable]) -> int | None:
@@ -260,7 +260,7 @@ def last_layers(
         if name in costs or further:
             read.update(inputs)
     total, chosen, spent = sum(costs.values()) or 1, [], 0.0
-    for name in sorted(last, key=lambda one: (costs[one], one)):
+    for name in sorted(last, key=lambda layer: (costs[layer], layer)):
         if spent + costs[name] / total <= share:
             chosen.append(name)
             spent += costs[name] / total
@@ -291,15 +291,15 @@ def trace_quantization(
         for norm in module.modules()
         if isinstance(norm, _BatchNorm)
     }
-    kept_float = {id(one) for module in spared for one in module.parameters()}
+    kept_float = {id(parameter) for module in spared for parameter in module.parameters()}
     inputs = [tensor.detach() for tensor in inputs]
     tracer = _Tracer(inputs)
     with tracer:
         outputs = run(*inputs)
-    for one in tree_leaves(outputs):
-        if isinstance(one, Tensor):
+    for output in tree_leaves(outputs):
+        if isinstance(output, Tensor):
             # Who computes with the outputs is none of the calls.
-            tracer.readers.setdefault(tracer.value_of.get(id(one)), []).append(-1)
+            tracer.readers.setdefault(tracer.value_of.get(id(output)), []).append(-1)
     tracer.made[-1] = (None, (None,))
     plan, keys, traced = QuantizationPlan(), {}, []
     layers = [number for number in sorted(tracer.made) if tracer.is_layer(number)]
@@ -508,7 +508,7 @@ class Int8Simulation:
     def plan(self, *inputs: Tensor) -> QuantizationPlan:
         """Where integers are. What a detector calls depends on sizes and on whether it trains, not
         on how many images there are."""
-        key = (self.modules[0].training, tuple(tuple(one.shape[2:]) for one in inputs))
+        key = (self.modules[0].training, tuple(tuple(tensor.shape[2:]) for tensor in inputs))
         if key not in self._plans:
             self._plans[key] = trace_quantization(
                 self.run, inputs, self.modules, self.spared, self.float_share

@@ -106,21 +106,21 @@ def shrink_layers(model: nn.Module, kept: Mapping[str, KeptChannels]) -> Channel
     Returns:
         dict: The description.
     """
-    for name, one in kept.items():
+    for name, channels in kept.items():
         layer = get_by_name(model, name)
         if isinstance(layer, nn.Parameter):
-            _shrink_parameter(model, name, one.leaving)
+            _shrink_parameter(model, name, channels.leaving)
         elif isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-            _shrink_conv(layer, one)
+            _shrink_conv(layer, channels)
         elif isinstance(layer, nn.Linear):
-            select_channels(layer, 'weight', 0, one.leaving)
-            select_channels(layer, 'weight', 1, one.entering)
-            select_channels(layer, 'bias', 0, one.leaving)
+            select_channels(layer, 'weight', 0, channels.leaving)
+            select_channels(layer, 'weight', 1, channels.entering)
+            select_channels(layer, 'bias', 0, channels.leaving)
             layer.out_features, layer.in_features = layer.weight.shape
         elif rule_of(layer):
-            rule_of(layer).select(layer, one)
+            rule_of(layer).select(layer, channels)
         else:
-            _shrink_norm(layer, one.leaving)
+            _shrink_norm(layer, channels.leaving)
     return {name: list(channels_of(get_by_name(model, name))) for name in kept}
 
 

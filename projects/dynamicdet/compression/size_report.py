@@ -107,7 +107,7 @@ def block_sizes(
             (
                 name
                 for name, patterns in groups.items()
-                if any(_belongs(key, one) for one in patterns)
+                if any(_belongs(key, pattern) for pattern in patterns)
             ),
             key.split('.')[0],
         )

@@ -140,12 +140,12 @@ def _require_same_numbers(
 ) -> None:
     """Refuse an evaluator's file whose images have other new numbers than those of the data set."""
     copied, *others = (
-        {image['id']: image['file_name'] for image in read[one].data['images']}
-        for one in (copy, *used)
+        {image['id']: image['file_name'] for image in read[path].data['images']}
+        for path in (copy, *used)
     )
     named = {number: file for other in others for number, file in other.items()}
     differ = any(named.get(number, file) != file for number, file in copied.items())
-    if differ and any(read[one].renumbered for one in (copy, *used)):
+    if differ and any(read[path].renumbered for path in (copy, *used)):
         raise UsageError(
             f"{name}: '{path}' is not the annotation file of the data set, and the ids of its "
             'images are '

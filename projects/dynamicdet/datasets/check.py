@@ -80,20 +80,20 @@ def check_dataloaders(
     """
     opened = {split: open_data_sets(cfg, split) for split in splits}
     require_same_classes(
-        cfg.get('model'), [one for data_sets in opened.values() for one in data_sets]
+        cfg.get('model'), [data_set for data_sets in opened.values() for data_set in data_sets]
     )
     lines: list[str] = []
     done: list[tuple] = []
     for split in splits if files else ():
-        for one in opened[split]:
+        for data_set in opened[split]:
             # Validation and test are often the same files.
-            if _identity(one) not in done:
-                done.append(_identity(one))
-                lines += _check_opened(one, progress, learns_masks(cfg), read or {})
+            if _identity(data_set) not in done:
+                done.append(_identity(data_set))
+                lines += _check_opened(data_set, progress, learns_masks(cfg), read or {})
         ann_files = [
-            osp.realpath(one.dataset.ann_file)
-            for one in opened[split]
-            if is_coco_format(one.dataset)
+            osp.realpath(data_set.dataset.ann_file)
+            for data_set in opened[split]
+            if is_coco_format(data_set.dataset)
         ]
         lines += _check_evaluators(cfg.get(f'{split}_evaluator'), split, ann_files)
     return lines
@@ -105,18 +105,18 @@ def is_of_empty_set(error: Exception) -> bool:
     return failed_to_serialize(error)
 
 
-def _identity(one: OpenedDataSet) -> tuple:
+def _identity(opened: OpenedDataSet) -> tuple:
     """What is looked at, and what for."""
-    dataset = one.dataset
-    return (one.split == 'train', one.classes) + (
-        (one.key,)
+    dataset = opened.dataset
+    return (opened.split == 'train', opened.classes) + (
+        (opened.key,)
         if dataset is None
         else (type(dataset), dataset.ann_file, dataset.data_prefix, dataset.filter_cfg)
     )
 
 
 def _check_opened(
-    one: OpenedDataSet,
+    opened: OpenedDataSet,
     progress: CountProgress | None,
     masks: bool,
     read: Mapping[str, AnnotationFile],
@@ -124,35 +124,37 @@ def _check_opened(
     """Look through a data set by what its class reads."""
     from mmdet.datasets import CocoDataset, LVISV05Dataset, Objects365V1Dataset, Objects365V2Dataset
 
-    dataset = one.dataset
+    dataset = opened.dataset
     if dataset is None:
-        return [f'{one.key}: data sets of type {one.kind} are not checked']
-    filters = {} if dataset.test_mode or one.split != 'train' else dict(dataset.filter_cfg or {})
+        return [f'{opened.key}: data sets of type {opened.kind} are not checked']
+    filters = {} if dataset.test_mode or opened.split != 'train' else dict(dataset.filter_cfg or {})
     place = DataSetPlace(
-        one.name, one.key, one.split == 'train', filters, masks, is_turned(dataset)
+        opened.name, opened.key, opened.split == 'train', filters, masks, is_turned(dataset)
     )
     folder = dataset.data_prefix.get('img', dataset.data_prefix.get('img_path', ''))
     if (getattr(dataset, 'backend_args', None) or {}).get(
         'backend', 'local'
     ) != 'local' or '://' in ''.join([dataset.ann_file or '', dataset.data_root or '', folder]):
-        return [f"{one.key}: '{dataset.ann_file}' is not on this disk and is not checked"]
-    if isinstance(dataset, VideoDataset) and not one.classes:
-        raise UsageError(f'{one.key}: {one.kind} needs the classes: metainfo=dict(classes=(...))')
+        return [f"{opened.key}: '{dataset.ann_file}' is not on this disk and is not checked"]
+    if isinstance(dataset, VideoDataset) and not opened.classes:
+        raise UsageError(
+            f'{opened.key}: {opened.kind} needs the classes: metainfo=dict(classes=(...))'
+        )
     if isinstance(dataset, MOTSequenceDataset):
         with dataset.as_cocovid() as ann_file:
-            return _check(ann_file, folder, one.classes, progress, place)
+            return _check(ann_file, folder, opened.classes, progress, place)
     others = (LVISV05Dataset, Objects365V1Dataset, Objects365V2Dataset)
     if not is_coco_format(dataset) or isinstance(dataset, others):
         # Some read another form, or sort the categories, and are a CocoDataset by name alone.
         return [f'{place.name}: {line}' for line in check_built(dataset, place, progress)]
     if isinstance(dataset, CocoDataset) and 'img' not in dataset.data_prefix:
         raise UsageError(
-            f"{one.key}: CocoDataset needs data_prefix=dict(img='folder of the images')"
+            f"{opened.key}: CocoDataset needs data_prefix=dict(img='folder of the images')"
         )
     if not dataset.ann_file:
-        raise UsageError(f'{one.key} has no ann_file: name its annotation file')
+        raise UsageError(f'{opened.key} has no ann_file: name its annotation file')
     return _check(
-        dataset.ann_file, folder, one.classes, progress, place, read.get(dataset.ann_file)
+        dataset.ann_file, folder, opened.classes, progress, place, read.get(dataset.ann_file)
     )
 
 

@@ -55,7 +55,9 @@ def check_annotations(
     lines += _check_boxes(images, annotations, categories, data['categories'], place)
     if place.masks:
         lines += check_outlines(
-            images, [one for one in annotations if one['category_id'] in categories], place.name
+            images,
+            [annotation for annotation in annotations if annotation['category_id'] in categories],
+            place.name,
         )
     return lines
 

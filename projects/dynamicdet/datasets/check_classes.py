@@ -24,11 +24,12 @@ HEADS = ('bbox_head', 'mask_head', 'mask_iou_head', 'point_head', 'heads')
 def require_same_classes(model: Any, opened: Sequence[OpenedDataSet]) -> None:
     """Raise a `UsageError` unless all data sets name the same classes, and every head has as
     many."""
-    known = [one for one in opened if one.classes]
-    for one in known[1:]:
-        if one.classes != known[0].classes:
+    known = [data_set for data_set in opened if data_set.classes]
+    for data_set in known[1:]:
+        if data_set.classes != known[0].classes:
             raise UsageError(
-                f'{_said(known[0])}, {_said(one)}: give both the same metainfo=dict(classes=(...))'
+                f'{_said(known[0])}, {_said(data_set)}: '
+                'give both the same metainfo=dict(classes=(...))'
             )
     if not known:
         return
@@ -67,8 +68,8 @@ def _counts_of_head(head: Any, key: str) -> Iterator[tuple[str, int]]:
     """Those of a head, or of a list of heads, and of its parts, such as a loss that weighs
     classes."""
     if isinstance(head, (list, tuple)):
-        for index, one in enumerate(head):
-            yield from _counts_of_head(one, f'{key}.{index}')
+        for index, part in enumerate(head):
+            yield from _counts_of_head(part, f'{key}.{index}')
     if not isinstance(head, Mapping) or head.get('class_agnostic'):
         return
     count = head.get('num_classes', _default(head.get('type')))
@@ -90,5 +91,6 @@ def _default(kind: Any) -> int | None:
     return None
 
 
-def _said(one: OpenedDataSet) -> str:
-    return f'{one.name} ({one.key}) has {len(one.classes)} classes ({first_few(one.classes)})'
+def _said(data_set: OpenedDataSet) -> str:
+    classes = data_set.classes
+    return f'{data_set.name} ({data_set.key}) has {len(classes)} classes ({first_few(classes)})'

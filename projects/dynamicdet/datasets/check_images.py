@@ -267,10 +267,10 @@ def _jpeg_frame(head: bytes) -> tuple[int, int, int] | None:
 
 def _orientation(exif: bytes | None) -> int:
     """From EXIF's bytes alone: Pillow's own ``getexif`` looks into XMP as well, OpenCV does not."""
-    found = Image.Exif()
+    tags = Image.Exif()
     try:
-        found.load(exif or b'')
-        return int(found.get(_ORIENTATION, 1)) if 1 <= int(found.get(_ORIENTATION, 1)) <= 8 else 1
+        tags.load(exif or b'')
+        return int(tags.get(_ORIENTATION, 1)) if 1 <= int(tags.get(_ORIENTATION, 1)) <= 8 else 1
     except Exception:
         # Of broken EXIF, which decoders pass over: struct.error, SyntaxError, ValueError, as the
         # bytes have it.

@@ -79,7 +79,7 @@ def _load(dataset: BaseDataset, place: DataSetPlace, unknown: Counter) -> list[d
     except Exception as error:
         # As above, of all that is no entry.
         raise _refusal(dataset, place, error, dataset.ann_file) from error
-    return [one for entry in dataset.data_list for one in entry.get('images', [entry])]
+    return [image for entry in dataset.data_list for image in entry.get('images', [entry])]
 
 
 def _refusal(dataset: BaseDataset, place: DataSetPlace, error: Exception, file: str) -> UsageError:

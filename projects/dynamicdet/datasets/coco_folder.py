@@ -62,22 +62,22 @@ def find_sets(
         return {'val': _set_of(data, Path(ann_file), split, pictures)}
     if pictures is not None:
         return {'val': PictureSet(Path(pictures))}
-    found: dict[str, list[Path]] = {}
+    by_split: dict[str, list[Path]] = {}
     for path in _annotation_files(data):
-        found.setdefault(_split_of(path, data), []).append(path)
-    if not found:
+        by_split.setdefault(_split_of(path, data), []).append(path)
+    if not by_split:
         pictures_in(data)
         return {'val': PictureSet(data)}
-    if set(found) == {''}:
-        found = {'val': found['']}
+    if set(by_split) == {''}:
+        by_split = {'val': by_split['']}
     sets = {}
-    for split in (name for name in SPLITS if name in found):
-        if len(found[split]) > 1:
+    for split in (name for name in SPLITS if name in by_split):
+        if len(by_split[split]) > 1:
             raise UsageError(
                 f"'{data}' has several annotation files of the {split} pictures "
-                f'({first_few([str(one) for one in found[split]])}): name one by --ann'
+                f'({first_few([str(path) for path in by_split[split]])}): name one by --ann'
             )
-        sets[split] = _set_of(data, found[split][0], split, None)
+        sets[split] = _set_of(data, by_split[split][0], split, None)
     return sets
 
 
@@ -116,13 +116,15 @@ def _set_of(data: Path, ann_file: Path, split: str, pictures: str | None) -> Pic
     names = [image['file_name'] for image in read_annotations(ann_file).data['images']]
     if pictures is not None:
         return PictureSet(Path(pictures), ann_file)
-    own = [path for path in sorted(data.glob('*')) + sorted(data.glob('images/*')) if path.is_dir()]
+    subfolders = [
+        path for path in sorted(data.glob('*')) + sorted(data.glob('images/*')) if path.is_dir()
+    ]
     words = SPLITS[split]
     folders = [
-        *(path for path in own if any(word in path.name.lower() for word in words)),
+        *(path for path in subfolders if any(word in path.name.lower() for word in words)),
         ann_file.parent,
         data,
-        *own,
+        *subfolders,
     ]
     for folder in folders:
         if all((folder / name).is_file() for name in names[:20]):
@@ -133,11 +135,13 @@ def _set_of(data: Path, ann_file: Path, split: str, pictures: str | None) -> Pic
     )
 
 
-def annotations_for(found: PictureSet, classes: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+def annotations_for(
+    picture_set: PictureSet, classes: Sequence[str]
+) -> tuple[dict[str, Any], list[str]]:
     """What a set holds, with a detector's classes as categories, in their order.
 
     Args:
-        found (PictureSet): With or without annotations.
+        picture_set (PictureSet): With or without annotations.
         classes (Sequence[str]): The detector's.
 
     Returns:
@@ -148,24 +152,24 @@ def annotations_for(found: PictureSet, classes: Sequence[str]) -> tuple[dict[str
         UsageError: If the set has none of the classes, or none of its pictures can be read.
     """
     categories = [dict(id=number, name=name) for number, name in enumerate(classes, 1)]
-    if found.ann_file is None:
-        images, lines = _entries(found.pictures)
+    if picture_set.ann_file is None:
+        images, lines = _entries(picture_set.pictures)
         return dict(images=images, annotations=[], categories=categories), lines
-    data = read_annotations(found.ann_file).data
+    data = read_annotations(picture_set.ann_file).data
     known = {name.lower(): number for number, name in enumerate(classes, 1)}
-    ids = {one['id']: known.get(one['name'].lower()) for one in data['categories']}
+    ids = {category['id']: known.get(category['name'].lower()) for category in data['categories']}
     if not any(ids.values()):
-        names = first_few([one['name'] for one in data['categories']])
+        names = first_few([category['name'] for category in data['categories']])
         raise UsageError(
-            f"'{found.ann_file}' has the categories {names}, and the detector knows none of them "
-            f'(but {first_few(list(classes))}): take a detector that was trained on them'
+            f"'{picture_set.ann_file}' has the categories {names}, and the detector knows none of "
+            f'them (but {first_few(list(classes))}): take a detector that was trained on them'
         )
     kept = [
-        dict(one, category_id=ids[one['category_id']])
-        for one in data['annotations']
-        if ids.get(one['category_id'])
+        dict(annotation, category_id=ids[annotation['category_id']])
+        for annotation in data['annotations']
+        if ids.get(annotation['category_id'])
     ]
-    strange = [one['name'] for one in data['categories'] if not ids[one['id']]]
+    strange = [category['name'] for category in data['categories'] if not ids[category['id']]]
     lines = []
     if strange:
         lines.append(
@@ -211,20 +215,20 @@ def confident_annotations(
         dict(
             id=0,
             image_id=image,
-            category_id=one['category_id'],
-            bbox=list(one['bbox']),
-            area=one['bbox'][2] * one['bbox'][3],
+            category_id=detection['category_id'],
+            bbox=list(detection['bbox']),
+            area=detection['bbox'][2] * detection['bbox'][3],
             iscrowd=0,
         )
-        for image, own in detections.items()
-        for one in own
-        if one['score'] >= score
+        for image, results in detections.items()
+        for detection in results
+        if detection['score'] >= score
     ]
     if not annotations:
         raise UsageError(
             f'the last exit detects nothing with a score of {score:g} or more in these pictures, '
             'so nothing can stand for the truth: annotate some'
         )
-    for number, one in enumerate(annotations, 1):
-        one['id'] = number
+    for number, annotation in enumerate(annotations, 1):
+        annotation['id'] = number
     return dict(content, annotations=annotations)

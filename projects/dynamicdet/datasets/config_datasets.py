@@ -97,7 +97,7 @@ def require_one_coco(cfg: Mapping, split: str, what: str, file: bool = True) -> 
     opened = open_data_sets(cfg, split)
     if len(opened) != 1:
         has = (
-            f'has {len(opened)} ({first_few([one.key for one in opened])})'
+            f'has {len(opened)} ({first_few([data_set.key for data_set in opened])})'
             if opened
             else 'is not in the config'
         )

@@ -30,7 +30,7 @@ def share_out(lengths: Sequence[int], parts: int) -> list[list[int]]:
     """
     loads = [(0, part) for part in range(parts)]
     shares: list[list[int]] = [[] for _ in range(parts)]
-    for place in sorted(range(len(lengths)), key=lambda one: -lengths[one]):
+    for place in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         load, part = heapq.heappop(loads)
         shares[part].append(place)
         heapq.heappush(loads, (load + lengths[place], part))

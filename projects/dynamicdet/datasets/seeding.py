@@ -80,7 +80,7 @@ def seed_samples(loader: DataLoader, seed: int, rank: int) -> None:
 
 
 def _seeded_items(dataset, indices: Sequence) -> list:
-    return [_seeded_item(dataset, one) for one in indices]
+    return [_seeded_item(dataset, index) for index in indices]
 
 
 def _seeded_item(dataset, index: Any) -> Any:

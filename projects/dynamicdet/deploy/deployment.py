@@ -104,7 +104,7 @@ def deploy(
     exported = export_parts(model, fuse=trained is None)
     deployed, _ = load_detector(bare, checkpoint)
     parts = find_parts(deployed)
-    contents = {name: one.content for name, one in exported.items()}
+    contents = {name: part.content for name, part in exported.items()}
     about: dict[str, Any] = dict(
         int8=loader is not None,
         versions={
@@ -147,7 +147,7 @@ def deploy(
         cfg,
         deployed,
         contents,
-        {name: one.form for name, one in exported.items()},
+        {name: part.form for name, part in exported.items()},
         about,
         compress,
     )
@@ -211,7 +211,7 @@ def _int8(
     """Graphs in 8 bits, and what was found on the way."""
     observers = {part.name: Observer() for part in parts}
     feeds: dict[str, list[tuple[Tensor, ...]]] = {part.name: [] for part in parts}
-    watching = {name: expose_layer_tensors(one.content) for name, one in exported.items()}
+    watching = {name: expose_layer_tensors(part.content) for name, part in exported.items()}
     for part in parts:
         part.place(
             _Kept(
@@ -283,7 +283,7 @@ class _Kept:
 
     def __call__(self, *inputs: Tensor) -> Any:
         if len(self._feeds) < _TRIED:
-            self._feeds.append(tuple(one.clone() for one in inputs))
+            self._feeds.append(tuple(tensor.clone() for tensor in inputs))
         return self._graph(*inputs)
 
 
@@ -344,6 +344,6 @@ def _carry_calibration(model: DynamicDetector, before: np.ndarray, after: np.nda
             bits.
     """
     for name in ('difficulties', 'threshold'):
-        own = getattr(model, name)
-        found = quantile_map(own.reshape(-1).numpy(), before, after)
-        setattr(model, name, torch.from_numpy(found).view_as(own))
+        values = getattr(model, name)
+        mapped = quantile_map(values.reshape(-1).numpy(), before, after)
+        setattr(model, name, torch.from_numpy(mapped).view_as(values))

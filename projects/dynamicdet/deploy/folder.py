@@ -183,15 +183,15 @@ def load_deployed(
     init_default_scope('mmdet')
     model = MODELS.build(cfg.model).eval()
     parts = find_parts(model)
-    if [part.name for part in parts] != [one['name'] for one in manifest['stages']]:
+    if [part.name for part in parts] != [stage['name'] for stage in manifest['stages']]:
         raise UsageError(
             f"'{folder}' is of another version of this package: export the detector again"
         )
-    for part, one in zip(parts, manifest['stages']):
+    for part, stage in zip(parts, manifest['stages']):
         part.place(
             Graph(
-                _read_graph(Path(folder) / one['file'], one['size']),
-                one['form'],
+                _read_graph(Path(folder) / stage['file'], stage['size']),
+                stage['form'],
                 threads,
                 runtime=runtime,
                 providers=providers,
@@ -263,11 +263,11 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 def _plain(value: Any) -> Any:
     """As JSON holds it; tuples are told from lists."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
+        return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, tuple):
-        return {'()': [_plain(one) for one in value]}
+        return {'()': [_plain(item) for item in value]}
     if isinstance(value, list):
-        return [_plain(one) for one in value]
+        return [_plain(item) for item in value]
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     raise UsageError(
@@ -278,6 +278,6 @@ def _plain(value: Any) -> Any:
 def _restored(value: Any) -> Any:
     if isinstance(value, dict):
         if set(value) == {'()'}:
-            return tuple(_restored(one) for one in value['()'])
-        return ConfigDict({key: _restored(one) for key, one in value.items()})
-    return [_restored(one) for one in value] if isinstance(value, list) else value
+            return tuple(_restored(item) for item in value['()'])
+        return ConfigDict({key: _restored(entry) for key, entry in value.items()})
+    return [_restored(item) for item in value] if isinstance(value, list) else value

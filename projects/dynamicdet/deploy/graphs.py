@@ -302,12 +302,12 @@ def release_weights(parts: Sequence[DetectorPart]) -> None:
     """Let go of the weights, and the statistics of norms, that graphs have now. Images with padding
     are still scored by torch."""
     spared = [module for part in parts for module in part.spared]
-    kept = {id(one) for module in spared for one in (*module.parameters(), *module.buffers())}
-    for module in (one for part in parts for whole in part.modules for one in whole.modules()):
+    kept = {id(tensor) for module in spared for tensor in (*module.parameters(), *module.buffers())}
+    for module in (layer for part in parts for whole in part.modules for layer in whole.modules()):
         tensors = dict(module.named_parameters(recurse=False))
         if isinstance(module, _BatchNorm):
             tensors.update(module.named_buffers(recurse=False))
-        for name in (name for name, one in tensors.items() if id(one) not in kept):
+        for name in (name for name, tensor in tensors.items() if id(tensor) not in kept):
             setattr(module, name, None)
 
 

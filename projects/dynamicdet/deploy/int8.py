@@ -143,8 +143,8 @@ def _activations(model: Any) -> list[str]:
     """What enters and leaves layers, ReLUs behind them, and what is between; but what enters the
     graph is known already."""
     inputs, outputs = (
-        {one.name for one in model.graph.input},
-        [one.name for one in model.graph.output],
+        {graph_input.name for graph_input in model.graph.input},
+        [graph_output.name for graph_output in model.graph.output],
     )
     names: dict[str, None] = {}
     for node in _between(
@@ -161,7 +161,7 @@ def _activations(model: Any) -> list[str]:
 
 def weighted_nodes(model: Any) -> list[Any]:
     """Nodes with weights."""
-    weights = {one.name for one in model.graph.initializer}
+    weights = {initializer.name for initializer in model.graph.initializer}
     return [
         node for node in model.graph.node if node.op_type in LAYERS and node.input[1] in weights
     ]
@@ -169,8 +169,8 @@ def weighted_nodes(model: Any) -> list[Any]:
 
 def _data_of(model: Any, node: Any) -> list[str]:
     """What a node takes that is no constant; of an enlargement the map, not the size."""
-    constants = {one.name for one in model.graph.initializer} | {
-        name for one in model.graph.node if one.op_type == 'Constant' for name in one.output
+    constants = {initializer.name for initializer in model.graph.initializer} | {
+        name for node in model.graph.node if node.op_type == 'Constant' for name in node.output
     }
     taken = node.input[:1] if node.op_type == 'Resize' else node.input
     return [name for name in taken if name and name not in constants]
@@ -247,7 +247,7 @@ def quantize_graph(content: bytes, recipe: Recipe) -> bytes:
         return content
     relus = [node.name for node in model.graph.node if node.op_type == 'Relu']
     outputs = {node.output[0] for node in weighted_nodes(model) if node.name in names}
-    inputs = {one.name for one in model.graph.input}
+    inputs = {graph_input.name for graph_input in model.graph.input}
     between = [
         node
         for node in _between(model, outputs, kinds=recipe.between)
@@ -290,7 +290,7 @@ def _spare_shapes(model: Any) -> None:
         if node.op_type == 'Shape' and node.input[0] in makers:
             node.input[0] = makers[node.input[0]].input[0]
     read = {name for node in model.graph.node for name in node.input} | {
-        one.name for one in model.graph.output
+        graph_output.name for graph_output in model.graph.output
     }
     for name, node in makers.items():
         if name not in read:
@@ -301,22 +301,25 @@ def spared_layers(content: bytes, part: DetectorPart) -> tuple[str, ...]:
     """Nodes whose weights are of a part's spared modules."""
     onnx = need_for_deployment('onnx')
     model = onnx.load_from_string(content)
-    weights = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
+    weights = {
+        initializer.name: onnx.numpy_helper.to_array(initializer)
+        for initializer in model.graph.initializer
+    }
     spared = [
-        one.detach().cpu().numpy()
+        parameter.detach().cpu().numpy()
         for module in part.spared
-        for one in module.parameters()
-        if one.dim() > 1
+        for parameter in module.parameters()
+        if parameter.dim() > 1
     ]
     return tuple(
         node.name
         for node in weighted_nodes(model)
-        if any(_equal(weights[node.input[1]], one) for one in spared)
+        if any(_equal(weights[node.input[1]], spared_weight) for spared_weight in spared)
     )
 
 
-def _equal(one: np.ndarray, other: np.ndarray) -> bool:
-    return any(one.shape == two.shape and np.allclose(one, two) for two in (other, other.T))
+def _equal(weight: np.ndarray, other: np.ndarray) -> bool:
+    return any(weight.shape == two.shape and np.allclose(weight, two) for two in (other, other.T))
 
 
 def prediction_layers(
@@ -339,7 +342,7 @@ def noise_of(
     for expected, inputs in zip(reference, feeds):
         got = graph.arrays(*inputs).values()
         error = np.array(
-            [np.square(one - two, dtype=np.float64).sum() for one, two in zip(got, expected)]
+            [np.square(output - two, dtype=np.float64).sum() for output, two in zip(got, expected)]
         )
         power = np.array([np.square(two, dtype=np.float64).sum() for two in expected])
         errors, powers = (error, power) if errors is None else (errors + error, powers + power)
@@ -407,7 +410,7 @@ def choose_float(
         return sensitivity
     sensitivity.each = {name: measure(other for other in names if other != name) for name in names}
     total = sum(costs.get(name, 0) for name in names) or 1
-    for name in sorted(names, key=lambda one: -sensitivity.each[one]):
+    for name in sorted(names, key=lambda layer: -sensitivity.each[layer]):
         cost = costs.get(name, 0) / total
         if sensitivity.after <= noise:
             break
@@ -422,7 +425,7 @@ def multiply_adds(content: bytes, sizes: Mapping[str, float]) -> dict[str, float
     """Of each layer, for an image or RoI, by the elements of its output (`Observer.shares`)."""
     onnx = need_for_deployment('onnx')
     model = onnx.load_from_string(content)
-    weights = {one.name: list(one.dims) for one in model.graph.initializer}
+    weights = {initializer.name: list(initializer.dims) for initializer in model.graph.initializer}
     # Of a convolution (out, in / groups, height, width), of a Gemm (out, in).
     return {
         node.name: sizes.get(node.output[0], 0) * float(np.prod(weights[node.input[1]][1:]))
@@ -449,7 +452,10 @@ def trained_ranges(
     """
     onnx = need_for_deployment('onnx')
     model = onnx.load_from_string(content)
-    weights = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
+    weights = {
+        initializer.name: onnx.numpy_helper.to_array(initializer)
+        for initializer in model.graph.initializer
+    }
     nodes, layers = weighted_nodes(model), list(plan.layers.values())
     # Calls and nodes are in one order; weights prove it.
     if len(nodes) != len(layers) or not all(
@@ -471,7 +477,7 @@ def trained_ranges(
             (leaving, layer.leaving),
             (node.output[0], layer.leaving),
         ):
-            range_by_name[name] = tuple(float(one) for one in ranges[key])
+            range_by_name[name] = tuple(float(end) for end in ranges[key])
     return range_by_name, tuple(unknown)
 
 

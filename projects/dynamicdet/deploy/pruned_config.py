@@ -110,7 +110,7 @@ def pruned_config(cfg: Config, channels: dict[str, Sequence[int]]) -> Config:
         dense,
         *each_exit(dense.get('backbone', {})),
         *detectors,
-        *(one.get('backbone', {}) for one in detectors),
+        *(detector.get('backbone', {}) for detector in detectors),
     ):
         # Weights of all channels would not fit.
         if part.get('init_cfg'):
@@ -149,8 +149,8 @@ def describe_pruning(cfg: Config, made: Pruned, shape: Sequence[int] | None = No
     before, after = made.parameters
     lines.append(f'parameters: {before / 1e6:.2f} M -> {after / 1e6:.2f} M ({after / before:.1%})')
     shape = tuple(shape or stated_shape(cfg))
-    costs = [measure_costs(build_detector(one), shape) for one in (cfg, made.cfg)]
-    for exit, (dense, small) in enumerate(zip(*(one.exits for one in costs))):
+    costs = [measure_costs(build_detector(config), shape) for config in (cfg, made.cfg)]
+    for exit, (dense, small) in enumerate(zip(*(cost.exits for cost in costs))):
         name = f'exit {exit}, ' if len(costs[0].exits) > 1 else ''
         lines.append(
             f'{name}GFLOPs at {shape[0]} x {shape[1]}: {dense.flops / 1e9:.2f} -> '

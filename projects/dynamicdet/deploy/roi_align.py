@@ -50,16 +50,16 @@ class _Align:
         if self._spares_empty:
             full = (rois[:, 3:] > rois[:, 1:3]).all(dim=1)
             if not full.all():
-                found = maps.new_zeros(len(rois), maps.shape[1], *self._size)
-                found[full] = self._aligned(maps, rois[full])
-                return found
+                pooled = maps.new_zeros(len(rois), maps.shape[1], *self._size)
+                pooled[full] = self._aligned(maps, rois[full])
+                return pooled
         return self._aligned(maps, rois)
 
     def _aligned(self, maps: Tensor, rois: Tensor) -> Tensor:
         if not len(rois):
             return maps.new_zeros(0, maps.shape[1], *self._size)
-        (found,) = self._graph(maps.shape[1])(maps, rois[:, 1:], rois[:, 0].long())
-        return found
+        (pooled,) = self._graph(maps.shape[1])(maps, rois[:, 1:], rois[:, 0].long())
+        return pooled
 
 
 def _graph_of(layer: RoIAlign, channels: int) -> bytes:

@@ -22,7 +22,11 @@ def chosen_providers(providers: Sequence[str] | None = None) -> list[str]:
     """ONNX Runtime's providers that are asked for, or, unasked, the best that are there; see
     `open_graph`."""
     there = errors.import_optional('onnxruntime', 'graphs', 'deploy').get_available_providers()
-    providers = [one for one in PREFERRED if one in there] if providers is None else list(providers)
+    providers = (
+        [provider for provider in PREFERRED if provider in there]
+        if providers is None
+        else list(providers)
+    )
     if not providers or not set(providers) <= set(there):
         raise UsageError(
             f"ONNX Runtime's providers here are {', '.join(there)}; got "
@@ -55,8 +59,8 @@ class OnnxRuntime:
         options.add_session_config_entry('session.intra_op.allow_spinning', '0')
         options.log_severity_level = 3
         self._session = runtime.InferenceSession(content, options, providers=providers)
-        self.inputs = [one.name for one in self._session.get_inputs()]
-        self.outputs = [one.name for one in self._session.get_outputs()]
+        self.inputs = [graph_input.name for graph_input in self._session.get_inputs()]
+        self.outputs = [graph_output.name for graph_output in self._session.get_outputs()]
         self.metadata = self._session.get_modelmeta().custom_metadata_map
 
     def run(self, feed: Mapping[str, Any]) -> list[Any]:
@@ -87,10 +91,12 @@ class OpenVino:
         file = errors.import_optional('onnx', 'graphs', 'deploy').load_model_from_string(content)
         self._core = openvino.Core()
         self._model = self._core.read_model(io.BytesIO(content))
-        known = {name for one in self._model.inputs for name in one.get_names()}
-        self.inputs = [one.name for one in file.graph.input if one.name in known]
-        self.outputs = [one.name for one in file.graph.output]
-        self.metadata = {one.key: one.value for one in file.metadata_props}
+        known = {name for graph_input in self._model.inputs for name in graph_input.get_names()}
+        self.inputs = [
+            graph_input.name for graph_input in file.graph.input if graph_input.name in known
+        ]
+        self.outputs = [graph_output.name for graph_output in file.graph.output]
+        self.metadata = {entry.key: entry.value for entry in file.metadata_props}
         self._settings = {
             'INFERENCE_NUM_THREADS': threads,
             'NUM_STREAMS': 1,
@@ -108,11 +114,11 @@ class OpenVino:
         input; all inputs have, but for the maps that RoIs are of."""
         whole = {name: _lengthened(array) for name, array in feed.items()}
         with self._lock:
-            found = self._request(tuple(whole[name].shape for name in self.inputs)).infer(
+            outputs = self._request(tuple(whole[name].shape for name in self.inputs)).infer(
                 whole, share_inputs=True
             )
         rows = len(feed[self.inputs[-1]])
-        return [found[index][:rows] for index in range(len(self.outputs))]
+        return [outputs[index][:rows] for index in range(len(self.outputs))]
 
     def _request(self, sizes: tuple[tuple[int, ...], ...]) -> Any:
         if sizes not in self._requests:

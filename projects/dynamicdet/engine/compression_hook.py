@@ -63,10 +63,12 @@ class CompressionHook(Hook):
         """Call functions before and after each step of each optimizer, with the optimizer first,
         until the training ends."""
         wrapper = runner.optim_wrapper
-        for one in wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]:
+        for optim_wrapper in (
+            wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
+        ):
             self._handles += [
-                one.optimizer.register_step_pre_hook(before),
-                one.optimizer.register_step_post_hook(after),
+                optim_wrapper.optimizer.register_step_pre_hook(before),
+                optim_wrapper.optimizer.register_step_post_hook(after),
             ]
 
 
@@ -78,7 +80,7 @@ def build_blocks(
     if (
         not isinstance(blocks, (list, tuple))
         or not blocks
-        or not all(isinstance(one, dict) for one in blocks)
+        or not all(isinstance(block, dict) for block in blocks)
     ):
         raise UsageError(f'{hook}: blocks is a list of dictionaries, one or more; got {blocks!r}')
     known = {entry.name for entry in fields(kind)}

@@ -13,7 +13,7 @@ def count_frozen_parameters(runner: Runner) -> None:
     """Log how many parameters a training leaves as they are, and keep the line of each out of the
     log. To be called before ``runner.train()``, which builds the optimizer."""
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-    frozen = [name for name, one in model.named_parameters() if not one.requires_grad]
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     if frozen:
         runner.logger.info(
             f'{len(frozen)} of {len(list(model.parameters()))} parameters are frozen '

@@ -190,7 +190,9 @@ def copy_frozen_averages(runner: Runner) -> None:
     for hook in runner.hooks:
         if isinstance(hook, EMAHook):
             # It is given values without their flags: where they lie tells which they are of.
-            trained = {one.data_ptr() for one in unwrap(runner.model).router.parameters()}
+            trained = {
+                parameter.data_ptr() for parameter in unwrap(runner.model).router.parameters()
+            }
             hook.ema_model.avg_func = partial(_average, hook.ema_model.avg_func, trained)
 
 
@@ -264,7 +266,7 @@ def add_class_counts(model, counts: Sequence[float]) -> None:
     width = max(len(counts), len(model.class_counts))
     seen = model.class_counts.new_tensor(counts)
     model.class_counts = sum(
-        F.pad(one, (0, width - len(one))) for one in (model.class_counts, seen)
+        F.pad(tally, (0, width - len(tally))) for tally in (model.class_counts, seen)
     )
 
 
@@ -279,7 +281,7 @@ def measure_training_set(runner: Runner) -> tuple[dict[tuple, float], Tensor, Te
     model = unwrap(runner.model)
     model.train()
     by_class = model.objective.by_class
-    own: dict[tuple, tuple] = {}
+    measured: dict[tuple, tuple] = {}
     # Count, sum and sum of squares, in double precision: one pass, bounded memory.
     moments = [0, 0.0, 0.0]
     for batch in with_progress(runner, every_image(runner.train_dataloader), 'delta'):
@@ -292,9 +294,9 @@ def measure_training_set(runner: Runner) -> tuple[dict[tuple, float], Tensor, Te
             else:
                 gains, features = model.exit_gains(*arguments)
                 parts, counts = gains[:, None], gains.new_zeros(len(gains), 0)
-        for sample, *one in zip(data['data_samples'], parts.tolist(), counts.tolist()):
+        for sample, *values in zip(data['data_samples'], parts.tolist(), counts.tolist()):
             # By both: data sets that are concatenated may use an id twice.
-            own[sample.get('img_id', len(own)), sample.get('img_path')] = tuple(one)
+            measured[sample.get('img_id', len(measured)), sample.get('img_path')] = tuple(values)
         features = features.double().cpu()
         moments = [
             moments[0] + len(features),
@@ -302,7 +304,7 @@ def measure_training_set(runner: Runner) -> tuple[dict[tuple, float], Tensor, Te
             moments[2] + features.square().sum(0),
         ]
     every: dict[tuple, tuple] = {}
-    ranks = all_gather_object((own, moments))
+    ranks = all_gather_object((measured, moments))
     for part, _ in ranks:
         every.update(part)
     gains = _weigh(model, every)

@@ -34,7 +34,7 @@ def describe_training(runner: Runner) -> list[str]:
     compressed = [
         line for hook in runner.hooks if hasattr(hook, 'describe') for line in hook.describe(runner)
     ]
-    own = [type(hook).__name__ for hook in runner.hooks if _is_own(hook)]
+    hook_names = [type(hook).__name__ for hook in runner.hooks if _is_own(hook)]
     return [
         f'step: {_step(model)}',
         f'detector: {_detector(model)}',
@@ -46,7 +46,7 @@ def describe_training(runner: Runner) -> list[str]:
         ),
         f'iterations: {_iterations(runner)}',
         f'weights: {_weights(runner, model)}',
-        f"hooks, beside mmengine's and mmdet's: {', '.join(own) or 'none'}",
+        f"hooks, beside mmengine's and mmdet's: {', '.join(hook_names) or 'none'}",
         *(compressed or ['no hook of this config compresses anything']),
     ]
 
@@ -61,8 +61,8 @@ def _step(model: nn.Module) -> str:
 
 def _detector(model: nn.Module) -> str:
     parameters = list(model.parameters())
-    every = sum(one.numel() for one in parameters) / 1e6
-    trained = sum(one.numel() for one in parameters if one.requires_grad) / 1e6
+    every = sum(parameter.numel() for parameter in parameters) / 1e6
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad) / 1e6
     name = type(model).__name__
     if isinstance(model, DynamicDetector):
         name = (
@@ -83,8 +83,8 @@ def _sources(dataset: Dataset) -> Iterator[str]:
     inside = getattr(dataset, 'datasets', None) or (
         [dataset.dataset] if hasattr(dataset, 'dataset') else []
     )
-    for one in inside:
-        yield from _sources(one)
+    for part in inside:
+        yield from _sources(part)
     if not inside:
         yield f'{type(dataset).__name__} {original_of(str(getattr(dataset, "ann_file", "")))}'
 
@@ -126,8 +126,8 @@ def _pretrained(node: object) -> Iterator[str]:
             yield f"init_cfg '{node['checkpoint']}'"
         node = list(node.values())
     if isinstance(node, (list, tuple)):
-        for one in node:
-            yield from _pretrained(one)
+        for entry in node:
+            yield from _pretrained(entry)
 
 
 def _is_own(hook: object) -> bool:

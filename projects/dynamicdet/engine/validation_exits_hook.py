@@ -59,6 +59,6 @@ def describe_exits(model: DynamicDetector, exits: Sequence[int]) -> str:
         f'{exits.count(exit) / len(exits):.1%} at exit {exit}' for exit in range(model.num_exits)
     )
     mixed = f'a mixture: {shares}' if len(set(exits)) > 1 else f'exit {exits[0]} alone'
-    thresholds = ', '.join(f'{one:.4g}' for one in model.threshold.reshape(-1).tolist())
+    thresholds = ', '.join(f'{threshold:.4g}' for threshold in model.threshold.reshape(-1).tolist())
     router = ', of a router that is not trained yet' if model.delta.isnan() else ''
     return f'the AP of this validation is of {mixed}, by threshold {thresholds}{router}'

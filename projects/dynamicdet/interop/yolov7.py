@@ -107,27 +107,28 @@ def _head_rows(theirs: str, first: int, ours: str, model: nn.Module) -> list[Rul
     for number, name in [*enumerate(names, start=first), (last + spare, names[-1])]:
         if name is None:
             continue
-        layer, own = rf'{theirs}\.{number}\.', ours + name
+        layer, target = rf'{theirs}\.{number}\.', ours + name
         if name == 'neck.spp':
             rows += [
-                rename(layer + rf'{key}\.(.*)', f'{own}.{value}.<1>') for key, value in _SPP.items()
+                rename(layer + rf'{key}\.(.*)', f'{target}.{value}.<1>')
+                for key, value in _SPP.items()
             ]
         elif name == 'bbox_head':
             rows += [
-                *anchor_head_rows(layer, own, head),
-                rename(layer + r'ia\.(\d)\.implicit', f'{own}.added.<1>'),
+                *anchor_head_rows(layer, target, head),
+                rename(layer + r'ia\.(\d)\.implicit', f'{target}.added.<1>'),
                 rename(
                     layer + r'im\.(\d)\.implicit',
-                    f'{own}.multiplied.<1>',
+                    f'{target}.multiplied.<1>',
                     change=lambda values: kinds_apart(values[0], head.num_anchors)[None],
                 ),
                 skip(layer + r'(m2|ia2|im2)\..*', 'auxiliary outputs of training'),
             ]
         else:
             rows += [
-                rename(layer + r'((?:conv|bn)\..*)', f'{own}.<1>'),
-                rename(layer + r'rbr_dense\.(.*)', f'{own}.dense.<1>'),
-                rename(layer + r'rbr_1x1\.(.*)', f'{own}.point.<1>'),
+                rename(layer + r'((?:conv|bn)\..*)', f'{target}.<1>'),
+                rename(layer + r'rbr_dense\.(.*)', f'{target}.dense.<1>'),
+                rename(layer + r'rbr_1x1\.(.*)', f'{target}.point.<1>'),
             ]
     return rows
 
@@ -195,9 +196,9 @@ def _no_knowledge(model: nn.Module) -> dict[str, Tensor]:
     convolutions."""
     head = (model.branches[0] if isinstance(model, DynamicDetector) else model).bbox_head
     return {
-        f'bbox_head.{name}.{index}': torch.full_like(own, value)
+        f'bbox_head.{name}.{index}': torch.full_like(parameter, value)
         for name, value in (('added', 0), ('multiplied', 1))
-        for index, own in enumerate(getattr(head, name))
+        for index, parameter in enumerate(getattr(head, name))
     }
 
 

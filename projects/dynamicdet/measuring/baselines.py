@@ -66,7 +66,7 @@ def parse_baselines(
     Raises:
         UsageError: If a word is missing, a size is none, or a config has no test pipeline.
     """
-    found = []
+    baselines = []
     for words in given or ():
         if len(words) < 2:
             raise UsageError('--baseline takes CONFIG CHECKPOINT and, if you like, sizes')
@@ -76,11 +76,11 @@ def parse_baselines(
         cfg = read(config)
         _pipeline_of(cfg)
         stem = Path(config).stem
-        found += [
+        baselines += [
             Baseline(cfg, checkpoint, size, f'{stem} {size}' if size else stem)
             for size in ([int(size) for size in sizes] or [None])
         ]
-    return found
+    return baselines
 
 
 def _pipeline_of(cfg: Config) -> list[dict]:
@@ -105,12 +105,12 @@ def at_size(pipeline: Sequence[Mapping], size: int | None) -> list[dict]:
     steps = [copy.deepcopy(dict(step)) for step in pipeline if 'Annotations' not in step['type']]
     if size is None:
         return steps
-    own = [step for step in steps if 'Resize' in step['type'] and step.get('scale')]
-    if not own:
+    resizes = [step for step in steps if 'Resize' in step['type'] and step.get('scale')]
+    if not resizes:
         raise UsageError(
             'the test pipeline of a baseline has no Resize with a scale: no other sizes'
         )
-    longest = max(max(step['scale']) for step in own)
+    longest = max(max(step['scale']) for step in resizes)
     for step in steps:
         for key in ('scale', 'size'):
             if isinstance(step.get(key), (list, tuple)) and len(step[key]) == 2:
@@ -172,10 +172,10 @@ def record_baseline(
         for name in ('gflops', 'latencies')
     ]
     facts.update(config=str(config.filename), checkpoint=baseline.checkpoint, name=baseline.name)
-    found = RoutingRecord.from_images(images, *costs, facts)
+    plain_record = RoutingRecord.from_images(images, *costs, facts)
     if path:
-        write_record(found, path)
-    return found
+        write_record(plain_record, path)
+    return plain_record
 
 
 def _path(folder: str | Path, baseline: Baseline, facts: Mapping) -> Path:
@@ -236,14 +236,14 @@ def _detect(
     try:
         for row in progress(range(len(pictures)), 'plain detector'):
             (sample,) = model.test_step(pseudo_collate([pictures[row]]))
-            ((boxes, scores, found),) = detection_arrays([sample], categories)
-            kept = found >= 0
+            ((boxes, scores, labels),) = detection_arrays([sample], categories)
+            kept = labels >= 0
             images.append(
                 dict(
                     id=sample.img_id,
                     file=sample.img_path,
                     difficulty=0.5,
-                    detections=[(boxes[kept], scores[kept], found[kept])] * 2,
+                    detections=[(boxes[kept], scores[kept], labels[kept])] * 2,
                 )
             )
             shapes.append(sizes.pop())
@@ -267,8 +267,10 @@ def _add_costs(
     rows: dict[tuple, list[int]] = {}
     for row, shape in enumerate(shapes):
         rows.setdefault(shape, []).append(row)
-    for own in progress(list(rows.values()), 'costs of sizes'):
-        counted, timed = (own[: max(number // len(rows), _LEAST)] for number in (_COUNTED, _TIMED))
+    for same_size in progress(list(rows.values()), 'costs of sizes'):
+        counted, timed = (
+            same_size[: max(number // len(rows), _LEAST)] for number in (_COUNTED, _TIMED)
+        )
         batches = {row: pseudo_collate([pictures[row]]) for row in timed}
         runs: dict = {'plain': lambda row: model.test_step(batches[row])}
         if beside is not None:
@@ -277,7 +279,7 @@ def _add_costs(
             lambda: [model.test_step(pseudo_collate([pictures[row]])) for row in counted]
         )
         seconds = _time(runs, timed, model, beside, record)
-        for row in own:
+        for row in same_size:
             images[row].update(gflops=[flops / len(counted) / 1e9] * 2, latencies=[seconds] * 2)
 
 
@@ -309,7 +311,7 @@ def _time(
             quiet,
             forcing=lambda run: None if run == 'plain' else force_dynamic_exit(dynamic, run),
         )
-    own = record.image_latencies
-    then = record.latencies if own is None else own[rows].mean(axis=0)
+    image_latencies = record.image_latencies
+    then = record.latencies if image_latencies is None else image_latencies[rows].mean(axis=0)
     ratios = [then[exit] / medians[exit] for exit in range(dynamic.num_exits)]
     return medians['plain'] * float(np.mean(ratios))

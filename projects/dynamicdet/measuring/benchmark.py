@@ -263,13 +263,15 @@ def require_equal(stock: BaseDetector, model: DynamicDetector, batches: Sequence
     for batch in batches:
         with plain_exits(model):
             pairs = zip(stock.test_step(batch), model.test_step(batch))
-        for one, other in ((a.pred_instances, b.pred_instances) for a, b in pairs):
-            if not all(torch.equal(one[key], other[key]) for key in ('bboxes', 'scores', 'labels')):
+        for expected, other in ((a.pred_instances, b.pred_instances) for a, b in pairs):
+            if not all(
+                torch.equal(expected[key], other[key]) for key in ('bboxes', 'scores', 'labels')
+            ):
                 raise RuntimeError(
                     'exit 0 does not find what the stock detector finds: their times cannot be '
                     'compared'
                 )
-            compared += len(one)
+            compared += len(expected)
     return compared
 
 
@@ -325,7 +327,7 @@ def _orders(names: list) -> list[list]:
     if len(names) <= 3:
         return [list(order) for order in itertools.permutations(names)]
     turned = [names[at:] + names[:at] for at in range(len(names))]
-    return [order for one in turned for order in (one, one[::-1])]
+    return [order for rotation in turned for order in (rotation, rotation[::-1])]
 
 
 def _time(task: BenchmarkTask) -> float:
@@ -412,9 +414,9 @@ def measure_benchmark(
         whole.update(batch_tasks)
     seconds = time_interleaved(single, rounds, progress, 'batch 1')
     seconds.update(time_interleaved(whole, batch_rounds, progress, 'whole batches'))
-    for way, one in rows.items():
-        if 'refused' not in one:
-            one.update(
+    for way, row in rows.items():
+        if 'refused' not in row:
+            row.update(
                 _summary(
                     {name: values for (owner, name), values in seconds.items() if owner == way}
                 )
@@ -442,17 +444,17 @@ def _tasks(
     model: DynamicDetector, stock: BaseDetector, batches: Sequence[dict], way: MachineSetting
 ) -> tuple[int, dict[tuple, BenchmarkTask], dict[tuple, BenchmarkTask]]:
     """Boxes that were compared; what is timed on one image; what on all batches."""
-    one, *others = split_batch(batches[0])
+    first, *others = split_batch(batches[0])
     with way.on(_device(model)):
-        boxes = require_equal(stock, model, [one, *others, batches[0]])
+        boxes = require_equal(stock, model, [first, *others, batches[0]])
         middle = half_hard_threshold(model, batches)
         # Every operator once, under the data type.
         model.set_budget(threshold=ALL_HARD)
-        model.test_step(one)
-    single = dict(stock=BenchmarkTask(stock, [one]))
+        model.test_step(first)
+    single = dict(stock=BenchmarkTask(stock, [first]))
     single.update(
         {
-            f'exit{exit}': BenchmarkTask(model, [one], _leaving_at(exit, model.num_exits))
+            f'exit{exit}': BenchmarkTask(model, [first], _leaving_at(exit, model.num_exits))
             for exit in range(model.num_exits)
         }
     )

@@ -87,9 +87,9 @@ def mean_costs(
         progress (Callable): Wraps what is iterated over.
     """
     sizes, costs = rows_by_size(model, shapes), np.zeros((2, model.num_exits))
-    for own in progress(sizes, 'costs of sizes'):
-        counted, timed = rows_to_measure(own, len(sizes))
-        costs += len(own) * np.array(
+    for rows in progress(sizes, 'costs of sizes'):
+        counted, timed = rows_to_measure(rows, len(sizes))
+        costs += len(rows) * np.array(
             [
                 measure_gflops(model, dataset, rows=counted),
                 measure_latencies(model, dataset, lambda steps, what: steps, rows=timed),
@@ -190,10 +190,10 @@ def inference_settings(model: torch.nn.Module, loader: DataLoader) -> dict[str, 
 def score_facts(model: DynamicDetector) -> dict[str, object]:
     """How a model's exits are merged and their scores scaled; None where they are not."""
     scaling = list(zip(model.platt_scale.tolist(), model.platt_shift.tolist()))
-    scaled = any(one != (1.0, 0.0) for one in scaling)
+    scaled = any(pair != (1.0, 0.0) for pair in scaling)
     return dict(
         merge=str(model.merge) if model.merge else None,
-        platt_scaling=[list(one) for one in scaling] if scaled else None,
+        platt_scaling=[list(pair) for pair in scaling] if scaled else None,
     )
 
 

@@ -72,10 +72,10 @@ def rows_by_size(model: DynamicDetector, shapes: Sequence[tuple[int, int]]) -> l
     return list(rows.values())
 
 
-def rows_to_measure(own: Sequence[int], sizes: int) -> tuple[Sequence[int], Sequence[int]]:
+def rows_to_measure(rows: Sequence[int], sizes: int) -> tuple[Sequence[int], Sequence[int]]:
     """Of the rows of one of so many sizes, those whose GFLOPs are counted and those that are
     timed."""
-    counted, timed = (own[: max(number // sizes, _LEAST)] for number in (_COUNTED, _TIMED))
+    counted, timed = (rows[: max(number // sizes, _LEAST)] for number in (_COUNTED, _TIMED))
     return counted, timed
 
 

@@ -117,7 +117,9 @@ def dynamic_config(
     model = dict(
         type='DynamicDetector',
         detector=detectors if several else detectors[0],
-        backbone=[one.backbone for one in detectors] if several else detectors[0].backbone,
+        backbone=[detector.backbone for detector in detectors]
+        if several
+        else detectors[0].backbone,
         **({} if several else dict(backbones=1, reuse_stages=0)),
         scales=scales,
         objective=objective,
@@ -265,7 +267,7 @@ def make_router(
         model.router, [record], objective, cocos, None, seed, progress('fits')
     )
     gains = gains_of_record(record, objective.gain, coco, weights)
-    found = cross_fitted_difficulties(
+    difficulties = cross_fitted_difficulties(
         router_inputs(model.router, [record], cocos),
         gains,
         objective,
@@ -275,7 +277,9 @@ def make_router(
         progress('folds'),
     )
     facts = dict(record.provenance, router=f'fitted to the other pictures ({folds} folds)')
-    return MadeRouter(fit, replace(record, difficulty=found.astype(np.float64), provenance=facts))
+    return MadeRouter(
+        fit, replace(record, difficulty=difficulties.astype(np.float64), provenance=facts)
+    )
 
 
 def calibrated_checkpoint(

@@ -226,8 +226,8 @@ def _record_batch(
             entry['objects'] = len(sample.gt_instances)
         if losses and model.has_comparable_losses:
             image_losses = model.losses_of_states(every, outputs).T.tolist()
-            for entry, own in zip(entries, image_losses):
-                entry['losses'] = own
+            for entry, exit_losses in zip(entries, image_losses):
+                entry['losses'] = exit_losses
     return entries
 
 

@@ -56,7 +56,7 @@ def calibrate_regions(
     gflops = measure_gflops(model, dataset)
     columns = [*curve, *_costs_along(model, dataset, curve, progress)]
     regions.curve = torch.from_numpy(np.column_stack(columns)).to(regions.curve.device)
-    difficulties = np.sort([regions.difficulty(own) for own in maps]).astype(np.float32)
+    difficulties = np.sort([regions.difficulty(gain_map) for gain_map in maps]).astype(np.float32)
     model.difficulties = torch.from_numpy(difficulties).to(model.difficulties.device)
     model.latencies.copy_(torch.tensor(latencies))
     model.gflops.copy_(torch.tensor(gflops))
@@ -79,8 +79,8 @@ def measure_gain_maps(
         for batch in progress(loader, 'gains of regions'):
             data = model.data_preprocessor(batch, False)
             state = model.start(data['inputs'], data['data_samples'])
-            found = [own[0] for own in state.found]
-            maps += model.regions.gain_maps(found, state.samples, state.maps, state.ratio)
+            detections = [by_exit[0] for by_exit in state.detections]
+            maps += model.regions.gain_maps(detections, state.samples, state.maps, state.ratio)
     return maps
 
 
@@ -142,15 +142,18 @@ def fit_regions(
         )
     facts = [record.provenance for record in records]
     categories = list(facts[0].get('categories', ()))
-    if any(list(one.get('categories', ())) != categories for one in facts) or not categories:
+    if (
+        any(list(provenance.get('categories', ())) != categories for provenance in facts)
+        or not categories
+    ):
         raise UsageError('the records must say their categories, and the same: record anew')
-    cocos = [read_truth(str(one.get('ann_file', '')), categories) for one in facts]
+    cocos = [read_truth(str(provenance.get('ann_file', '')), categories) for provenance in facts]
     counts = sum(objects_by_class(coco, categories) for coco in cocos)
     weights = class_weights(counts)
     inputs, gains = [], []
     for record, coco in zip(records, cocos):
         planes = planes_of(record, categories, weights, regions.cell)
-        inputs += [torch.from_numpy(own) for own in planes]
+        inputs += [torch.from_numpy(image_planes) for image_planes in planes]
         gains += cell_gains(record, coco, categories, weights, regions.cell)
     regions.class_weights.copy_(torch.from_numpy(weights))
     correlation = fit_region_router(regions.router, inputs, gains, seed, progress=progress)
@@ -167,8 +170,8 @@ def insert_regions(
     if hasattr(model, 'spread_plain_weights'):
         state = model.spread_plain_weights(state)
     model.regions.curve = model.regions.curve[:0]
-    own = model.regions.state_dict(prefix='regions.')
-    state.update({name: value.cpu() for name, value in own.items()})
+    region_state = model.regions.state_dict(prefix='regions.')
+    state.update({name: value.cpu() for name, value in region_state.items()})
     meta = {
         name: value for name, value in checkpoint.get('meta', {}).items() if name != 'calibration'
     }

@@ -105,7 +105,7 @@ def fit_router_to_records(
             _weights_by_category(records, cocos),
             records[0].provenance['categories'],
         )
-        fit.state['class_weights'] = torch.tensor([known[one] for one in categories])
+        fit.state['class_weights'] = torch.tensor([known[category] for category in categories])
     return fit, int(groups.max()) + 1
 
 
@@ -143,9 +143,15 @@ def _seen(
     if weights is None:
         return features_of_record(record)
     first = record.detections[0]
-    found = detection_features(first, [weights[one] for one in first.categories.tolist()])
-    found = found.astype(np.float32)
-    return found if router.sees == 'detections' else np.hstack([features_of_record(record), found])
+    features = detection_features(
+        first, [weights[category] for category in first.categories.tolist()]
+    )
+    features = features.astype(np.float32)
+    return (
+        features
+        if router.sees == 'detections'
+        else np.hstack([features_of_record(record), features])
+    )
 
 
 def _by_id(sources: Sequence[RoutingRecord], records: Sequence[RoutingRecord]) -> np.ndarray:
@@ -242,9 +248,12 @@ def ground_truths(
     if GAINS[objective.gain].values == 'losses' and not objective.by_class and not needed:
         return None
     facts = [record.provenance for record in records]
-    named = [(str(one.get('ann_file', '')), tuple(one.get('categories', ()))) for one in facts]
-    cocos = {one: _ground_truth(*one) for one in set(named)}
-    return [cocos[one] for one in named]
+    named = [
+        (str(provenance.get('ann_file', '')), tuple(provenance.get('categories', ())))
+        for provenance in facts
+    ]
+    cocos = {source: _ground_truth(*source) for source in set(named)}
+    return [cocos[source] for source in named]
 
 
 def _ground_truth(path: str, categories: Sequence[int]):

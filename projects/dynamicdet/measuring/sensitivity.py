@@ -211,7 +211,8 @@ def _ap(model: nn.Module, loader: DataLoader, dataset: Any, coco: COCO, metric: 
         for sample in model.test_step(batch):
             ids.append(sample.img_id)
             results += [
-                dict(one, image_id=sample.img_id) for one in coco_results(sample, dataset.cat_ids)
+                dict(detection, image_id=sample.img_id)
+                for detection in coco_results(sample, dataset.cat_ids)
             ]
     ap = evaluate(coco, results, ids)[metric.lower()]
     if ap is None:
@@ -221,14 +222,14 @@ def _ap(model: nn.Module, loader: DataLoader, dataset: Any, coco: COCO, metric: 
 
 def sensitivity_table(curves: Sequence[SensitivityCurve]) -> list[str]:
     """Lines of a table: AP of each part at each share, most sensitive first (by mean loss)."""
-    width = max(len(one.name) for one in curves)
+    width = max(len(curve.name) for curve in curves)
     lines = [
         f'{"part":{width}}  weights  ' + ' '.join(f'{share:7.0%}' for share in curves[0].shares)
     ]
-    for one in sorted(curves, key=lambda curve: np.mean(curve.aps)):
+    for curve in sorted(curves, key=lambda curve: np.mean(curve.aps)):
         lines.append(
-            f'{one.name:{width}}  {one.weights / 1e6:5.2f} M  '
-            + ' '.join(f'{ap:7.2f}' for ap in one.aps)
+            f'{curve.name:{width}}  {curve.weights / 1e6:5.2f} M  '
+            + ' '.join(f'{ap:7.2f}' for ap in curve.aps)
         )
     return lines
 
@@ -242,13 +243,13 @@ def draw_sensitivity(
     figure = Figure((7, 4.6), 150, layout='constrained')
     axes = figure.add_subplot()
     # Who suffers most first; too many lines say nothing.
-    for one in sorted(curves, key=lambda curve: np.mean(curve.aps))[:12]:
-        (line,) = axes.plot(one.shares, one.aps, '.-', label=one.name)
-        if one.name in allocation.shares:
-            place = list(one.shares).index(allocation.shares[one.name])
+    for curve in sorted(curves, key=lambda curve: np.mean(curve.aps))[:12]:
+        (line,) = axes.plot(curve.shares, curve.aps, '.-', label=curve.name)
+        if curve.name in allocation.shares:
+            place = list(curve.shares).index(allocation.shares[curve.name])
             axes.plot(
-                one.shares[place],
-                one.aps[place],
+                curve.shares[place],
+                curve.aps[place],
                 'o',
                 markersize=9,
                 fillstyle='none',

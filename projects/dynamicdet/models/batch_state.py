@@ -27,8 +27,8 @@ class BatchState:
         samples (list[DetDataSample]): N; results go into them.
         difficulties (list[float]): N.
         exits (list[int]): Where each image leaves, N, none below ``exit``.
-        found (list[dict[int, InstanceData]]): What exits found in each image so far, N, by exit,
-            where exits are merged; see `DynamicDetector.detect`. Parts of a state share it.
+        detections (list[dict[int, InstanceData]]): What exits found in each image so far, N, by
+            exit, where exits are merged; see `DynamicDetector.detect`. Parts of a state share it.
         regions (list[list[Rectangle]]): What of each image is looked at again, N, in cells, see
             `routing.regions`; nothing where that is not asked for, or all of it is.
     """
@@ -40,12 +40,12 @@ class BatchState:
     samples: SampleList
     difficulties: list[float]
     exits: list[int]
-    found: list[dict[int, InstanceData]] = field(default_factory=list)
+    detections: list[dict[int, InstanceData]] = field(default_factory=list)
     regions: list[list[Rectangle]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         # Empty means that nothing was looked for yet.
-        self.found.extend({} for _ in self.samples[len(self.found) :])
+        self.detections.extend({} for _ in self.samples[len(self.detections) :])
         self.regions.extend([] for _ in self.samples[len(self.regions) :])
 
     def __len__(self) -> int:
@@ -70,7 +70,7 @@ class BatchState:
             samples=[self.samples[row] for row in rows],
             difficulties=[self.difficulties[row] for row in rows],
             exits=[self.exits[row] for row in rows],
-            found=[self.found[row] for row in rows],
+            detections=[self.detections[row] for row in rows],
             regions=[self.regions[row] for row in rows],
         )
 
@@ -93,6 +93,6 @@ def join_batch_states(states: Sequence[BatchState]) -> BatchState:
         samples=[sample for state in states for sample in state.samples],
         difficulties=[value for state in states for value in state.difficulties],
         exits=[exit for state in states for exit in state.exits],
-        found=[found for state in states for found in state.found],
+        detections=[detections for state in states for detections in state.detections],
         regions=[regions for state in states for regions in state.regions],
     )

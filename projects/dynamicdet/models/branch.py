@@ -56,7 +56,7 @@ def require_exits_agree(branches: Sequence[BaseDetector]) -> None:
         [head.num_classes for head in _heads(branch) if hasattr(head, 'num_classes')]
         for branch in branches
     ]
-    known = [own[-1] for own in counts if own]
+    known = [exit_counts[-1] for exit_counts in counts if exit_counts]
     if len(set(known)) > 1:
         raise UsageError(
             'the detectors of a pair must know the same classes; these have heads for '

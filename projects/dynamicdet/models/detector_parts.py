@@ -224,7 +224,7 @@ def flatten(value: Any) -> tuple[list[Tensor], Form]:
         if node is None:
             return None
         if isinstance(node, (list, tuple)):
-            return ['list' if isinstance(node, list) else 'tuple', [visit(one) for one in node]]
+            return ['list' if isinstance(node, list) else 'tuple', [visit(child) for child in node]]
         raise UsageError(
             f'a part gives a {type(node).__name__}, which is no tensor: it cannot be a graph'
         )
@@ -239,7 +239,7 @@ def unflatten(tensors: Sequence[Tensor], form: Form) -> Any:
         return None
     if isinstance(form, int):
         return tensors[form]
-    parts = [unflatten(tensors, one) for one in form[1]]
+    parts = [unflatten(tensors, child) for child in form[1]]
     return parts if form[0] == 'list' else tuple(parts)
 
 

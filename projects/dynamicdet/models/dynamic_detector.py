@@ -8,19 +8,17 @@ Letters, as in the paper (DynamicDet, arXiv 2304.05552):
 * ``phi``: difficulty, (N,), in [0, 1], large is hard.
 * K: exits. Exit 0 is the first backbone with its branch (neck and heads), exit 1 the second with
   its own. Of a pair the exits are two whole detectors.
+
+Here is how it is built and loaded, and what each exit sees. Budgets are in `calibration_state`,
+inference in `staged_inference`, regions in `second_look`, step 2 in `router_training`.
 """
 
 import copy
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import zip_longest
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from mmengine.model import ModuleList
-from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from mmdet.models.detectors import BaseDetector
@@ -30,49 +28,27 @@ from mmdet.structures import OptSampleList, SampleList
 
 from ..errors import UsageError
 from ..precision import KeepsTypeOfBuffers
-from ..routing import (
-    GAINS,
-    build_objective,
-    class_aps,
-    class_weights,
-    image_aps,
-    quantiles_of,
-    resolve_threshold,
-)
+from ..routing import GAINS, build_objective
 from ..routing.budget import Budget
-from ..routing.detection_features import features as detection_features
-from ..routing.merging import Merge, scale_scores
-from ..routing.record import Detections
-from ..routing.regions import price_of_threshold
-from ..routing.thresholds import Thresholds, require_exits
-from ..transfers import to_host
-from .batch_state import BatchState
+from ..routing.merging import Merge
+from ..routing.thresholds import require_exits
 from .branch import build_branch, head_types, number_of_classes, require_exits_agree
+from .calibration_state import CalibrationState
 from .composite import CompositeBackbone, build_backbones
-from .kept_outputs import Outputs
-from .merging import merge_instances
 from .normalization import NormalizationChange
-from .paired_losses import ExitView, paired_losses
 from .pairs import each_exit, initial_weights, pad_alike
-from .regions import (
-    Crop,
-    Regions,
-    batches_of,
-    canvas_of,
-    crops_of,
-    cut_images,
-    cut_maps,
-    join_crops,
-    num_classes_of,
-    sample_of_crop,
-    to_whole_image,
-)
-from .resolution import Ratio, exit_scales, reduce_images, reduce_samples, scale_boxes
+from .regions import Regions, num_classes_of
+from .resolution import Ratio, exit_scales, reduce_images, reduce_samples, valid_shares
+from .router_training import RouterTraining
+from .second_look import SecondLook
+from .staged_inference import StagedInference
 from .weights import JOINED, is_plain, rename_entries
 
 
 @MODELS.register_module()
-class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
+class DynamicDetector(
+    KeepsTypeOfBuffers, StagedInference, SecondLook, RouterTraining, CalibrationState, BaseDetector
+):
     """Make any mmdet detector dynamic.
 
     Trained in two steps: first the cascade (both exits, ``train_router=False``), then the router
@@ -149,8 +125,9 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
                 "gain 'reward' is of a whole set: fit the router to a record (tools/fit_router.py)"
             )
         detectors = each_exit(detector)
-        own_backbones = [
-            own or one['backbone'] for own, one in zip_longest(each_exit(backbone), detectors)
+        backbone_configs = [
+            given or config['backbone']
+            for given, config in zip_longest(each_exit(backbone), detectors)
         ]
         several, single = len(detectors) > 1, len(detectors) == backbones == 1
         plain = several or single
@@ -178,7 +155,7 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
                 f'a router that sees {router["sees"]} is fitted to records, not trained: see '
                 'tools/fit_router.py'
             )
-        preprocessors = [copy.deepcopy(one.get('data_preprocessor')) for one in detectors]
+        preprocessors = [copy.deepcopy(config.get('data_preprocessor')) for config in detectors]
         preprocessors[0] = copy.deepcopy(data_preprocessor) or preprocessors[0]
         pad_alike(preprocessors)
         super().__init__(
@@ -186,7 +163,7 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             init_cfg=init_cfg or initial_weights(detectors),
         )
         self.num_exits = len(scales)
-        self.backbone = build_backbones(own_backbones, 0 if plain else reuse_stages, backbones)
+        self.backbone = build_backbones(backbone_configs, 0 if plain else reuse_stages, backbones)
         if several:
             self.branches = ModuleList(map(build_branch, detectors))
             require_exits_agree(self.branches)
@@ -196,8 +173,8 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             )
         #: What turns images of exit 0 into those of the later exits of a pair.
         self.normalizations = ModuleList(
-            NormalizationChange(self.data_preprocessor, MODELS.build(one))
-            for one in preprocessors[1:]
+            NormalizationChange(self.data_preprocessor, MODELS.build(preprocessor))
+            for preprocessor in preprocessors[1:]
         )
         router = {'type': 'Router', 'in_channels': self.backbone.channels, **router}
         if router.get('sees', 'maps') != 'maps':
@@ -221,30 +198,8 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         self.register_buffer('gains', torch.full((101,), float('nan')), persistent=False)
         # Objects of each class in the training set, for gains by class; as the quantiles.
         self.register_buffer('class_counts', torch.zeros(0), persistent=False)
-        self.budget: Budget | None = budget
         self.train_router = train_router
-        # Between exit k and k + 1, ascending; of two exits a single number.
-        shape = () if self.num_exits == 2 else (self.num_exits - 1,)
-        self.register_buffer('threshold', torch.full(shape, 0.5))
-        # NaN: not measured yet.
-        self.register_buffer('delta', torch.tensor(float('nan')))
-        # The calibration: sorted difficulties of the validation set, (n,), and what each exit
-        # costs, seconds and GFLOPs (2 x multiply-adds) per image. Empty until tools/calibrate.py
-        # fills them.
-        self.register_buffer('difficulties', torch.zeros(0))
-        self.register_buffer('latencies', torch.full((self.num_exits,), float('nan')))
-        self.register_buffer('gflops', torch.full((self.num_exits,), float('nan')))
-        # Of the logit of each exit's scores, which are compared where exits are merged, and in any
-        # AP; see `routing.merging.scale_scores`.
-        self.register_buffer('platt_scale', torch.ones(self.num_exits))
-        self.register_buffer('platt_shift', torch.zeros(self.num_exits))
-        # The same on the host, which decides whether there is anything to scale, and would have to
-        # wait for the device.
-        self._scaling = [(1.0, 0.0)] * self.num_exits
-        #: Said to who asks for a mean latency: how these differ from those here. See
-        #: `timing.timed_elsewhere`.
-        self.timed_elsewhere: str | None = None
-        self._apply_budget()
+        self._init_calibration(budget)
         # Each step trains its own part. Here and not in a hook: the optimizer and DDP look at
         # `requires_grad` before any hook runs.
         for name, parameter in self.named_parameters():
@@ -322,58 +277,6 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         self._scaling = list(zip(self.platt_scale.tolist(), self.platt_shift.tolist()))
         self._apply_budget()
 
-    # Speed.
-
-    def set_budget(
-        self,
-        budget: Budget | Mapping[str, float | Sequence[float]] | None = None,
-        **named: float | Sequence[float],
-    ) -> Thresholds:
-        """Choose the speed.
-
-        Args:
-            budget (Budget or Mapping): A threshold, a share of the calibration's hard images, or
-                mean seconds or GFLOPs per image as they were calibrated; see `Budget.parse`. For
-                K > 2 exits a threshold or a hard share may also be a list of K - 1: rising
-                thresholds, or the shares that go beyond exit 0, 1, ..., falling.
-            **named: The same by name: ``set_budget(hard_share=0.5)``.
-
-        Returns:
-            float or list[float]: The threshold; K - 1 of them for K > 2 exits.
-
-        Raises:
-            UsageError: If out of range, or if the model is not calibrated and needs to be.
-        """
-        budget = Budget.parse(budget, **named)
-        if self.regions is not None:
-            thresholds = self.regions.threshold_for(budget)
-        else:
-            thresholds = resolve_threshold(
-                budget, self.difficulties.tolist(), self.latencies.tolist(), self.gflops.tolist()
-            )
-        self.threshold.copy_(torch.tensor(thresholds))
-        self.budget, self._budget_waits = budget, False
-        if budget.kind == 'target_latency' and self.timed_elsewhere:
-            warnings.warn(self.timed_elsewhere)
-        return thresholds
-
-    def _apply_budget(self) -> None:
-        """Set the threshold as soon as what the config's budget needs is loaded."""
-        # Where there are regions, their calibration is loaded after this.
-        ready = self.regions is None and len(self.difficulties)
-        if self.budget and (self.budget.kind == 'threshold' or ready):
-            self.set_budget(self.budget)
-        else:
-            self._budget_waits = self.budget is not None
-
-    def set_platt_scaling(self, scaling: Sequence[tuple[float, float]]) -> None:
-        """Choose scale and shift of the logit of each exit's scores, K pairs; see
-        `routing.merging.scale_scores`."""
-        values = self.platt_scale.new_tensor(scaling)
-        self.platt_scale.copy_(values[:, 0])
-        self.platt_shift.copy_(values[:, 1])
-        self._scaling = [(scale, shift) for scale, shift in values.tolist()]
-
     # Forward.
 
     def score(self, batch_inputs: Tensor, batch_data_samples: SampleList) -> Tensor:
@@ -442,8 +345,7 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
         """Losses of the step that is trained.
 
         Step 1: all exits' own losses, named ``exit0.*``, ``exit1.*``, ... Step 2: ``loss_router``,
-            with
-        mean and spread of the difficulty, the share above 0.5, and delta, for the log.
+        with mean and spread of the difficulty, the share above 0.5, and delta, for the log.
         """
         if self.train_router:
             return self._router_losses(batch_inputs, batch_data_samples)
@@ -455,385 +357,9 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             losses.update(rename_loss_dict(f'exit{exit}.', branch_losses))
         return losses
 
-    @torch.no_grad()
-    def exit_losses(
-        self, batch_inputs: Tensor, batch_data_samples: SampleList
-    ) -> tuple[Tensor, Tensor]:
-        """Loss of each image under each exit, as batch 1 gives it, without gradient.
-
-        The backbones run once, on the batch; neck and heads per image, since mmdet's heads average
-        over the batch.
-
-        Returns:
-            tuple[Tensor, Tensor]: Losses, (K, N), and what the router sees, (N, d); float32.
-        """
-        every = self._all_exits(batch_inputs, batch_data_samples)
-        features = self.router.pool(every[0][0], _valid(batch_inputs, batch_data_samples))
-        return self._image_losses(every), features
-
-    @torch.inference_mode()
-    def losses_of_states(
-        self, states: Sequence[BatchState], outputs: Sequence[Outputs] | None = None
-    ) -> Tensor:
-        """`exit_losses` of a batch that stands before each exit, (K, N): no backbone runs again.
-
-        Args:
-            states (Sequence[BatchState]): Of the same images, one for each exit.
-            outputs (Sequence[Outputs], optional): What the branches gave when these states were
-                finished, see `kept_outputs`: not computed again either.
-        """
-        every = [(one.maps, reduce_samples(one.samples, one.ratio), one.ratio) for one in states]
-        for _, samples, _ in every:
-            for sample in samples:
-                # Losses do not look at it, and detectors copy what they are given.
-                if 'pred_instances' in sample:
-                    del sample.pred_instances
-        return self._image_losses(every, outputs)
-
-    def _image_losses(self, every: list[tuple], outputs: Sequence[Outputs] | None = None) -> Tensor:
-        """(K, N), float32; ``every`` as `_all_exits` gives it."""
-        if not self.has_comparable_losses:
-            kinds = ' and '.join(head_types(branch)[0] for branch in self.branches)
-            raise UsageError(
-                f'losses of {kinds} cannot be compared: choose an objective that counts AP, such '
-                "as objective='ap'"
-            )
-        outputs = outputs or [Outputs()] * len(every)
-        losses = [
-            [
-                self.parse_losses(exit_losses)[0]
-                for exit_losses in paired_losses(self._views(every, index, outputs))
-            ]
-            for index in range(len(every[0][1]))
-        ]
-        return torch.stack([torch.stack(pair) for pair in losses], dim=1).float()
-
-    @torch.no_grad()
-    def exit_gains(
-        self, batch_inputs: Tensor, batch_data_samples: SampleList
-    ) -> tuple[Tensor, Tensor]:
-        """What each image gains by the last exit, as the objective counts it, without gradient.
-
-        Returns:
-            tuple[Tensor, Tensor]: Gains, (N,), and what the router sees, (N, d); float32.
-        """
-        if self.objective.by_class:
-            parts, counts, features = self.class_gains(batch_inputs, batch_data_samples)
-            self.last_class_counts = counts.sum(0)
-            return self.weighted_gains(parts), features
-        # Before the losses: some heads write into the annotations that they are given.
-        objects = [len(sample.gt_instances) for sample in batch_data_samples]
-        measure = self.exit_losses
-        if GAINS[self.objective.gain].values == 'ap':
-            measure = self._exit_aps
-        values, features = measure(batch_inputs, batch_data_samples)
-        return self.objective.gains(values, objects), features
-
-    @torch.no_grad()
-    def class_gains(
-        self, batch_inputs: Tensor, batch_data_samples: SampleList
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What each image gains by the last exit, class by class, to be weighted by class.
-
-        An image's loss is no sum over classes: its gain goes to its objects in equal parts. Its AP
-        is one of each class, which counts for each of its objects.
-
-        Returns:
-            tuple[Tensor, Tensor, Tensor]: Parts of the gain, (N, C + 1), the last of which is the
-                gain of images without objects, whose weight is 1; objects, (N, C), C being as large
-                as the batch's labels ask for; and what the router sees, (N, d). float32.
-        """
-        labels = [sample.gt_instances.labels.clone() for sample in batch_data_samples]
-        classes = max((int(own.max()) + 1 for own in labels if len(own)), default=0)
-        counts = torch.stack([torch.bincount(own, minlength=classes) for own in labels]).float()
-        if GAINS[self.objective.gain].values == 'ap':
-            values, features = self._exit_aps(batch_inputs, batch_data_samples, classes)
-            return F.pad(values[-1] - values[0], (0, 1)), counts, features
-        losses, features = self.exit_losses(batch_inputs, batch_data_samples)
-        objects = counts.sum(1)
-        gains = self.objective.gains(losses, objects.tolist())[:, None]
-        shares = torch.cat([counts / objects.clamp(min=1)[:, None], (objects == 0)[:, None]], 1)
-        return gains * shares, counts, features
-
-    def weighted_gains(self, parts: Tensor) -> Tensor:
-        """Gains by class, (N,), of what `class_gains` gives, (N, C + 1), by the objects of each
-        class that are known so far (``class_counts``); by none, all weigh the same."""
-        classes = parts.shape[1] - 1
-        counts = F.pad(self.class_counts, (0, max(0, classes - len(self.class_counts))))
-        weights = parts.new_tensor(class_weights(counts.tolist())[:classes])
-        return parts[:, :-1] @ weights + parts[:, -1]
-
-    def _exit_aps(
-        self, batch_inputs: Tensor, batch_data_samples: SampleList, classes: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """AP of each image by itself under each exit, (K, N), percent, and what the router sees;
-        with a number of classes `class_aps`, (K, N, C), instead."""
-        every = self._all_exits(batch_inputs, batch_data_samples)
-        found, truths = [], []
-        for exit, (maps, samples, _) in enumerate(every):
-            # Copies: predictions are written into the samples.
-            predictions = self.branch(exit).predict(
-                self.backbone.select(maps), reduce_samples(samples, (1.0, 1.0)), rescale=False
-            )
-            found.append([sample.pred_instances for sample in predictions])
-            truths.append([_annotations(sample) for sample in samples])
-        if self.merge:
-            # The last exit sees images as delivered.
-            found = self._merged_exits(found, [ratio for *_, ratio in every])
-            truths = truths[-1:] * self.num_exits
-        detections = [_as_arrays(own) for own in found]
-        features = self.router.pool(every[0][0], _valid(batch_inputs, batch_data_samples))
-        aps = (
-            image_aps(detections, truths)
-            if classes is None
-            else class_aps(detections, truths, classes)
-        )
-        return features.new_tensor(aps), features
-
-    def _merged_exits(
-        self, found: list[list[InstanceData]], ratios: Sequence[Ratio]
-    ) -> list[list[InstanceData]]:
-        """What each exit finds in the delivered frame, that of the exits before merged into it.
-
-        Args:
-            found (list[list[InstanceData]]): By exit and image, in the frame that the exit sees.
-            ratios (Sequence[Ratio]): How large each exit sees the images.
-        """
-        for exit, ((wide, high), own) in enumerate(zip(ratios, found)):
-            for one in own:
-                self._scale_scores(exit, one)
-                one.bboxes = scale_boxes(one.bboxes, (1 / wide, 1 / high))
-        images = list(zip(*found))
-        return [
-            merge_instances([image[: exit + 1] for image in images], self.merge)
-            for exit in range(self.num_exits)
-        ]
-
-    def _views(self, every: list[tuple], index: int, outputs: Sequence[Outputs]) -> list[ExitView]:
-        """All exits' views of one image of a batch."""
-        return [
-            ExitView(
-                self.branch(exit),
-                tuple(m[index : index + 1] for m in self.backbone.select(maps)),
-                samples[index],
-                ratio,
-                outputs[exit],
-                index,
-            )
-            for exit, (maps, samples, ratio) in enumerate(every)
-        ]
-
-    def _router_losses(
-        self, batch_inputs: Tensor, batch_data_samples: SampleList
-    ) -> dict[str, Tensor]:
-        gains, features = self.exit_gains(batch_inputs, batch_data_samples)
-        # Kept for the hook that tracks their distribution online.
-        self.last_gains = gains
-        quantiles = (
-            quantiles_of(gains.tolist()).to(gains.device)
-            if self.gains.isnan().any()
-            else self.gains
-        )
-        logits = self.router.logits(features)
-        phi = logits.detach().sigmoid()
-        return dict(
-            loss_router=self.objective.loss(logits, gains, quantiles),
-            difficulty=phi.mean(),
-            difficulty_std=phi.std(correction=0),
-            share_above_half=(phi > 0.5).float().mean(),
-            delta=quantiles[len(quantiles) // 2],
-        )
-
-    def predict(
-        self, batch_inputs: Tensor, batch_data_samples: SampleList, rescale: bool = True
-    ) -> SampleList:
-        """Detect; each image leaves at the exit that its difficulty says.
-
-        Args:
-            batch_inputs (Tensor): (N, 3, H, W).
-            batch_data_samples (list[DetDataSample]): N samples.
-            rescale (bool): Whether boxes are in the original image's frame. Defaults to True.
-
-        Returns:
-            list[DetDataSample]: In input order; each with ``pred_instances``, ``difficulty``
-            (float) and ``exit`` (0 to K - 1).
-        """
-        state = self.start(batch_inputs, batch_data_samples, rescale)
-        while True:
-            if self.merge:
-                # All at once, those that leave and those that go on.
-                self.detect(state, rescale)
-            leaving, going_on = state.split()
-            if len(leaving):
-                self.finish(leaving, rescale)
-            if not len(going_on):
-                return batch_data_samples
-            state = self.deepen(going_on, rescale)
-
-    def start(
-        self, batch_inputs: Tensor, batch_data_samples: SampleList, rescale: bool = True
-    ) -> BatchState:
-        """Run the first backbone and the router: all that is known before the first exit. Where the
-        router sees detections, or regions are looked at again, exit 0's neck and heads, too.
-
-        Between this, ``finish`` and ``deepen`` images may wait, part and join others: see
-        `apis.stream`.
-        """
-        if self._budget_waits:
-            self.set_budget(self.budget)
-        if self.regions is not None:
-            maps, ratio = self._first_maps(batch_inputs)
-            images = batch_inputs if self._needs_images else None
-            state = BatchState(0, images, maps, ratio, batch_data_samples, [], [])
-            return self._choose_regions(state, rescale)
-        state, phi = self._first_state(batch_inputs, batch_data_samples, rescale)
-        # One transfer from the device for both.
-        difficulties, exits = torch.stack([phi, self._exits_of(phi).float()]).tolist()
-        return replace(state, difficulties=difficulties, exits=[int(one) for one in exits])
-
-    def _first_state(
-        self, batch_inputs: Tensor, batch_data_samples: SampleList, rescale: bool = True
-    ) -> tuple[BatchState, Tensor]:
-        """A batch before the first exit, not routed yet, and its difficulties, (N,)."""
-        maps, ratio = self._first_maps(batch_inputs)
-        images = batch_inputs if self._needs_images else None
-        state = BatchState(0, images, maps, ratio, batch_data_samples, [], [])
-        valid = _valid(batch_inputs, batch_data_samples)
-        if not self.router.sees_detections:
-            return state, self.router(maps, valid)
-        self.detect(state, rescale)
-        return state, self.router(maps, valid, self._detection_features(state, rescale))
-
-    def _detection_features(self, state: BatchState, rescale: bool) -> Tensor:
-        """What the router sees of exit 0's detections, (N, w), boxes in the original frame."""
-        found = []
-        for sample, (boxes, scores, labels) in zip(
-            state.samples, to_host([own[0] for own in state.found])
-        ):
-            if not rescale:
-                boxes = boxes / boxes.new_tensor([*sample.scale_factor] * 2)
-            # New: what was found may still be what results are made of.
-            boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
-            found.append((boxes.numpy(), scores.numpy(), labels.numpy()))
-        joined = Detections.join(found)
-        weights = self.router.class_weights.cpu().numpy()[joined.categories]
-        return self.threshold.new_tensor(detection_features(joined, weights), dtype=torch.float32)
-
-    def _choose_regions(self, state: BatchState, rescale: bool) -> BatchState:
-        """Run the first exit's neck and heads, and say what is worth a second look."""
-        self.detect(state, rescale)
-        gains = self.regions.gain_maps(
-            [own[0] for own in state.found], state.samples, state.maps, state.ratio, rescale
-        )
-        return self._with_regions(state, gains)
-
-    def _with_regions(self, state: BatchState, gains: Sequence[np.ndarray]) -> BatchState:
-        """Choose what is worth its price, of the gains of each image's cells, N times (h, w)."""
-        regions, threshold = self.regions, float(self.threshold)
-        whole = price_of_threshold(threshold) <= 0
-        chosen = [[] if whole else regions.choose(own, threshold) for own in gains]
-        return replace(
-            state,
-            difficulties=[regions.difficulty(own) for own in gains],
-            exits=[int(whole or len(own) > 0) for own in chosen],
-            regions=chosen,
-        )
-
-    def _look_again(self, state: BatchState, rescale: bool) -> BatchState:
-        """Run the second exit on regions of images, neck and heads included, and join what it finds
-        with what the first found. No more pixels are in memory at a time than the images have."""
-        settings = self.regions
-        crops = crops_of(state.regions, state.samples, settings)
-        height, width = canvas_of(state.samples)
-        parts: list[list] = [[] for _ in state.samples]
-        for some in batches_of(crops, len(state) * height * width):
-            for crop, found in zip(some, self._found_in(state, some, rescale)):
-                whole = to_whole_image(found, crop, state.samples[crop.row], rescale)
-                parts[crop.row].append((crop, whole))
-        found = [
-            {1: join_crops(own[0], part, sample, settings, self.merge, rescale)}
-            for own, part, sample in zip(state.found, parts, state.samples)
-        ]
-        return replace(state, exit=1, maps=(), ratio=(1.0, 1.0), found=found)
-
-    def _found_in(
-        self, state: BatchState, crops: Sequence[Crop], rescale: bool
-    ) -> list[InstanceData]:
-        """What the second exit finds in crops of equal size, in their own frames."""
-        images = None if state.images is None else cut_images(state.images, crops)
-        maps = cut_maps(state.maps, canvas_of(state.samples), crops)
-        samples = [sample_of_crop(state.samples[crop.row], crop) for crop in crops]
-        maps, ratio = self._deeper_maps(1, images, maps, samples)
-        return self._found_by(BatchState(1, images, maps, ratio, samples, [], []), rescale)
-
-    def deepen(self, state: BatchState, rescale: bool = True) -> BatchState:
-        """Run the next backbone on images that go on; where exits are merged, this exit's neck and
-        heads before it, unless they ran. Where regions are looked at again, the next exit's, too:
-        ``rescale`` is as of `predict`."""
-        if any(state.regions):
-            return self._look_again(state, rescale)
-        if self.merge:
-            self.detect(state, rescale)
-        maps, ratio = self._deeper_maps(state.exit + 1, state.images, state.maps, state.samples)
-        found = [dict(own) if self.merge else {} for own in state.found]
-        return replace(state, exit=state.exit + 1, maps=maps, ratio=ratio, found=found)
-
-    def detect(self, state: BatchState, rescale: bool = True) -> None:
-        """Run this exit's neck and heads on the images of a batch state, unless they ran; what they
-        find is kept in the state, for this exit and those behind it."""
-        if not all(state.exit in own for own in state.found):
-            for own, found in zip(state.found, self._found_by(state, rescale)):
-                own[state.exit] = found
-
-    def finish(self, state: BatchState, rescale: bool = True) -> SampleList:
-        """Run this exit's neck and heads on all images of a batch state; results go into the
-        samples, merged with those of the exits before where that is wanted."""
-        if self.merge or self.regions is not None:
-            self.detect(state, rescale)
-        if self.merge:
-            found = merge_instances(
-                [[own[exit] for exit in sorted(own)] for own in state.found], self.merge
-            )
-        elif all(state.exit in own for own in state.found):
-            found = [own[state.exit] for own in state.found]
-        else:
-            found = self._found_by(state, rescale)
-        for row, (sample, own) in enumerate(zip(state.samples, found)):
-            sample.pred_instances = own
-            sample.set_metainfo(dict(difficulty=state.difficulties[row], exit=state.exit))
-            if self.regions is not None:
-                sample.set_metainfo(
-                    dict(regions=self.regions.boxes_of(state.regions[row], sample, state.exit))
-                )
-        return state.samples
-
-    def _exits_of(self, phi: Tensor) -> Tensor:
-        """The exit of each image, (N,), by its difficulty, (N,)."""
-        return (phi[:, None] > self.threshold.reshape(1, -1)).sum(1)
-
     @property
     def _needs_images(self) -> bool:
         return len(self.backbone.names) == 1 or self.backbone.needs_images
-
-    def _found_by(self, state: BatchState, rescale: bool) -> list[InstanceData]:
-        """What the neck and heads of an exit find, its scores scaled; see `predict` for the
-        frame."""
-        exit, samples, ratio = state.exit, state.samples, state.ratio
-        reduced = reduce_samples(samples, ratio) if ratio != (1.0, 1.0) else samples
-        predictions = self.branch(exit).predict(
-            self.backbone.select(state.maps), reduced, rescale=rescale
-        )
-        every = [prediction.pred_instances for prediction in predictions]
-        for found in every:
-            self._scale_scores(exit, found)
-            if not rescale and ratio != (1.0, 1.0):
-                wide, high = ratio
-                found.bboxes = scale_boxes(found.bboxes, (1 / wide, 1 / high))
-        return every
-
-    def _scale_scores(self, exit: int, found: InstanceData) -> None:
-        """Write an exit's scores anew, as comparable with those of others."""
-        found.scores = scale_scores(found.scores, *self._scaling[exit])
 
     def _forward(
         self, batch_inputs: Tensor, batch_data_samples: OptSampleList = None
@@ -848,39 +374,5 @@ class DynamicDetector(KeepsTypeOfBuffers, BaseDetector):
             self.branch(exit)._forward(self.backbone.select(maps), samples)
             for exit, (maps, samples, _) in enumerate(every)
         ]
-        valid = _valid(batch_inputs, batch_data_samples) if batch_data_samples else None
+        valid = valid_shares(batch_inputs, batch_data_samples) if batch_data_samples else None
         return dict(difficulty=self.router(every[0][0], valid), exits=exits)
-
-
-def _valid(batch_inputs: Tensor, samples: SampleList) -> list[tuple[float, float]]:
-    """Shares of each image's height and width in the batch that are not padding."""
-    height, width = batch_inputs.shape[-2:]
-    return [(sample.img_shape[0] / height, sample.img_shape[1] / width) for sample in samples]
-
-
-def _as_arrays(instances: Sequence[InstanceData]) -> list[dict[str, np.ndarray]]:
-    """Boxes, labels and scores of images, as `image_aps` takes them."""
-    return [
-        dict(bboxes=boxes.numpy(), labels=labels.numpy(), scores=scores.numpy())
-        for boxes, scores, labels in to_host(instances)
-    ]
-
-
-def _annotations(sample) -> dict[str, np.ndarray]:
-    """What an image holds, as `image_aps` takes it: what mmdet ignores are crowds."""
-    every = [sample.gt_instances]
-    if len(sample.get('ignored_instances', ())):
-        every.append(sample.ignored_instances)
-    # Annotations have no scores, and nobody looks at them.
-    parts = _as_arrays(
-        [
-            InstanceData(bboxes=instances.bboxes, labels=instances.labels, scores=instances.labels)
-            for instances in every
-        ]
-    )
-    crowds = [np.full(len(part['labels']), bool(index)) for index, part in enumerate(parts)]
-    return dict(
-        bboxes=np.concatenate([part['bboxes'].reshape(-1, 4) for part in parts]),
-        labels=np.concatenate([part['labels'] for part in parts]),
-        crowds=np.concatenate(crowds),
-    )

@@ -49,8 +49,8 @@ def kept_outputs(branch: BaseDetector) -> Iterator[Outputs]:
     versions: dict[nn.Module, list[int]] = {}
 
     def keep(part: nn.Module, inputs: tuple, outputs: Any) -> None:
-        images = {one.shape[0] for one in _tensors(inputs)}
-        rows = {one.shape[0] if one.dim() else 0 for one in _tensors(outputs)}
+        images = {tensor.shape[0] for tensor in _tensors(inputs)}
+        rows = {tensor.shape[0] if tensor.dim() else 0 for tensor in _tensors(outputs)}
         if len(images) != 1 or rows != images:
             return
         if part not in _SAME:
@@ -162,14 +162,14 @@ def _is_same_in_training(part: nn.Module, inputs: tuple, outputs: Any) -> bool:
 
 def _versions(outputs: Any) -> list[int]:
     # Those of inference mode count no changes, and no head of mmdet changes them.
-    return [0 if one.is_inference() else changes_of(one) for one in _tensors(outputs)]
+    return [0 if tensor.is_inference() else changes_of(tensor) for tensor in _tensors(outputs)]
 
 
 def _tensors(node: Any) -> Iterator[Tensor]:
     """All tensors; what is something else counts as one without images."""
     if isinstance(node, (list, tuple)):
-        for one in node:
-            yield from _tensors(one)
+        for child in node:
+            yield from _tensors(child)
     else:
         yield node if isinstance(node, Tensor) else torch.zeros(())
 
@@ -177,4 +177,4 @@ def _tensors(node: Any) -> Iterator[Tensor]:
 def _map(node: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(node, Tensor):
         return function(node)
-    return type(node)(_map(one, function) for one in node)
+    return type(node)(_map(child, function) for child in node)

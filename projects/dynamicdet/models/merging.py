@@ -28,32 +28,32 @@ def merge_instances(images: Sequence[Sequence[InstanceData]], merge: Merge) -> l
         UsageError: If one exit gives masks, say, and another does not.
     """
     # One copy from the device for all.
-    on_host = iter(to_host([found for exits in images for found in exits]))
+    on_host = iter(to_host([instances for exits in images for instances in exits]))
     return [_merged(exits, [next(on_host) for _ in exits], merge) for exits in images]
 
 
 def _merged(exits: Sequence[InstanceData], on_host: Sequence, merge: Merge) -> InstanceData:
-    some = [place for place, found in enumerate(exits) if len(found)]
+    some = [place for place, instances in enumerate(exits) if len(instances)]
     if len(some) < 2:
         return exits[some[0]] if some else exits[-1]
     exits, on_host = ([values[place] for place in some] for values in (exits, on_host))
-    known = [set(found.keys()) for found in exits]
+    known = [set(instances.keys()) for instances in exits]
     odd = sorted(set.union(*known) - set.intersection(*known))
     if odd:
         raise UsageError(
             f'only some of the exits that are merged give {", ".join(odd)}: give merge=None'
         )
     boxes, scores, labels = (
-        np.concatenate([getattr(own, name).numpy() for own in on_host])
+        np.concatenate([getattr(arrays, name).numpy() for arrays in on_host])
         for name in ('boxes', 'scores', 'labels')
     )
-    numbers = np.repeat(some, [len(found) for found in exits])
-    found = merge_boxes(boxes, scores, labels, numbers, merge)
+    numbers = np.repeat(some, [len(instances) for instances in exits])
+    merged_boxes = merge_boxes(boxes, scores, labels, numbers, merge)
     every = InstanceData.cat(exits)
-    merged = every[torch.from_numpy(found.rows).to(every.scores.device)]
+    merged = every[torch.from_numpy(merged_boxes.rows).to(every.scores.device)]
     if merge.type == 'wbf':
-        merged.scores = torch.from_numpy(found.scores).to(every.scores)
-        merged.bboxes = _like(every.bboxes, torch.from_numpy(found.boxes))
+        merged.scores = torch.from_numpy(merged_boxes.scores).to(every.scores)
+        merged.bboxes = _like(every.bboxes, torch.from_numpy(merged_boxes.boxes))
     return merged
 
 

@@ -25,21 +25,23 @@ class NormalizationChange(nn.Module):
 
     def __init__(self, before: nn.Module, after: nn.Module) -> None:
         super().__init__()
-        for one in (before, after):
-            if not isinstance(one, ImgDataPreprocessor):
+        for preprocessor in (before, after):
+            if not isinstance(preprocessor, ImgDataPreprocessor):
                 raise UsageError(
-                    f'images cannot pass from one detector to another by a {type(one).__name__}: '
-                    'each needs a DetDataPreprocessor'
+                    f'images cannot pass from one detector to another by a '
+                    f'{type(preprocessor).__name__}: each needs a DetDataPreprocessor'
                 )
-        for name, one in (('before', before), ('after', after)):
-            mean, std = (one.mean, one.std) if normalizes(one) else (None, None)
+        for name, preprocessor in (('before', before), ('after', after)):
+            mean, std = (
+                (preprocessor.mean, preprocessor.std) if normalizes(preprocessor) else (None, None)
+            )
             self.register_buffer(f'{name}_mean', mean, persistent=False)
             self.register_buffer(f'{name}_std', std, persistent=False)
         self.swaps = swaps_channels(before) != swaps_channels(after)
         self.padding = float(after.pad_value)
-        own = [_settings(one) for one in (before, after)]
+        settings = [_settings(preprocessor) for preprocessor in (before, after)]
         #: Whether there is nothing to change.
-        self.changes = own[0] != own[1]
+        self.changes = settings[0] != settings[1]
 
     def forward(self, images: Tensor, shapes: Sequence[tuple[int, int]] | None = None) -> Tensor:
         """Change a batch.
@@ -73,6 +75,10 @@ class NormalizationChange(nn.Module):
         return images
 
 
-def _settings(one: ImgDataPreprocessor) -> tuple:
-    normal = (one.mean.tolist(), one.std.tolist()) if normalizes(one) else None
-    return normal, swaps_channels(one), float(one.pad_value)
+def _settings(preprocessor: ImgDataPreprocessor) -> tuple:
+    normal = (
+        (preprocessor.mean.tolist(), preprocessor.std.tolist())
+        if normalizes(preprocessor)
+        else None
+    )
+    return normal, swaps_channels(preprocessor), float(preprocessor.pad_value)

@@ -13,7 +13,7 @@ def each_exit(config: Mapping | Sequence[Mapping] | None) -> list[Any]:
     """A config, or one for each exit, as a list."""
     if config is None or isinstance(config, Mapping):
         return [config]
-    if not config or not all(isinstance(one, Mapping) for one in config):
+    if not config or not all(isinstance(entry, Mapping) for entry in config):
         raise UsageError(
             f'a detector is a dict, or a list of one for each exit; got {str(config)[:100]}'
         )
@@ -22,7 +22,7 @@ def each_exit(config: Mapping | Sequence[Mapping] | None) -> list[Any]:
 
 def pad_alike(preprocessors: Sequence[dict | None]) -> None:
     """Let the first preprocessor of several pad batches to sides that suit all."""
-    divisors = [(one or {}).get('pad_size_divisor', 1) for one in preprocessors]
+    divisors = [(preprocessor or {}).get('pad_size_divisor', 1) for preprocessor in preprocessors]
     if len(divisors) > 1 and preprocessors[0]:
         preprocessors[0]['pad_size_divisor'] = math.lcm(*divisors)
 
@@ -33,10 +33,13 @@ def initial_weights(detectors: Sequence[Mapping]) -> dict | None:
     Raises:
         UsageError: If some have one and others do not.
     """
-    own = [copy.deepcopy(one.get('init_cfg')) for one in detectors]
-    if len(own) == 1 or not any(own):
-        return own[0]
-    named = [one.get('checkpoint') if isinstance(one, Mapping) else None for one in own]
+    init_cfgs = [copy.deepcopy(detector.get('init_cfg')) for detector in detectors]
+    if len(init_cfgs) == 1 or not any(init_cfgs):
+        return init_cfgs[0]
+    named = [
+        init_cfg.get('checkpoint') if isinstance(init_cfg, Mapping) else None
+        for init_cfg in init_cfgs
+    ]
     if not all(named):
         raise UsageError(
             'init_cfg of a pair names a checkpoint for each of its detectors, or for none'

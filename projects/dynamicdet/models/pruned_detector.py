@@ -33,7 +33,7 @@ def _shrink_extractor(extractor: BaseRoIExtractor, kept: KeptChannels) -> None:
 
 CHANNEL_RULES[Router] = ChannelRule(lambda router: len(router.mean), _shrink_router)
 CHANNEL_RULES[BaseRoIExtractor] = ChannelRule(
-    lambda one: one.out_channels, _shrink_extractor, is_told=True
+    lambda extractor: extractor.out_channels, _shrink_extractor, is_told=True
 )
 
 

@@ -133,14 +133,14 @@ class Regions(KeepsType):
         return scale if self.first_size is None else min(scale, self.first_size / max(canvas))
 
     def planes(
-        self, found: HostDetections, sample: DetDataSample, scale: np.ndarray, view: float
+        self, detections: HostDetections, sample: DetDataSample, scale: np.ndarray, view: float
     ) -> np.ndarray:
         """What the first exit's detections say of each cell, (`PLANES`, h, w); ``scale`` brings
         boxes into the delivered frame, (4,), ``view`` is how large exit 0 sees that."""
         return detection_planes(
-            found.boxes.numpy() * scale,
-            found.scores.numpy(),
-            found.labels.numpy(),
+            detections.boxes.numpy() * scale,
+            detections.scores.numpy(),
+            detections.labels.numpy(),
             self.grid(sample),
             self._host_weights(self.class_weights),
             self.cell,
@@ -150,7 +150,7 @@ class Regions(KeepsType):
     @torch.no_grad()
     def gain_maps(
         self,
-        found: Sequence[InstanceData],
+        detections: Sequence[InstanceData],
         samples: SampleList,
         maps: Sequence[Tensor],
         ratio: Ratio,
@@ -159,21 +159,23 @@ class Regions(KeepsType):
         """What each cell of each image is expected to gain, N times (h, w).
 
         Args:
-            found (Sequence[InstanceData]): The first exit's detections, N.
+            detections (Sequence[InstanceData]): The first exit's detections, N.
             samples (list[DetDataSample]): N.
             maps (Sequence[Tensor]): The first exit's maps, (N, C_i, H_i, W_i).
             ratio (tuple[float, float]): How large the first exit sees the images, see `resolution`.
             rescaled (bool): Whether boxes are in the frame of the original image. Defaults to True.
         """
         every, device = [], self.class_weights.device
-        for row, (own, sample) in enumerate(zip(to_host(found), samples)):
+        for row, (on_host, sample) in enumerate(zip(to_host(detections), samples)):
             scale = delivered_scale(sample) if rescaled else np.ones(4)
-            planes = self.planes(own, sample, scale, min(ratio))
+            planes = self.planes(on_host, sample, scale, min(ratio))
             tensor = torch.from_numpy(planes)[None].to(device)
             seen = ()
             if self.router.in_channels:
                 whole = crops_of([[(0, 0, *self.grid(sample))]], [sample], self)
-                seen = cut_maps([one[row : row + 1] for one in maps], canvas_of([sample]), whole)
+                seen = cut_maps(
+                    [feature_map[row : row + 1] for feature_map in maps], canvas_of([sample]), whole
+                )
             every.append(self.router(tensor, seen)[0].cpu().numpy())
         return every
 
@@ -281,8 +283,8 @@ def crops_of(
         settings (Regions): Whose cells and halo count.
     """
     crops, canvas = [], canvas_of(samples)
-    for row, (own, sample) in enumerate(zip(regions, samples)):
-        for rectangle in own:
+    for row, (rectangles, sample) in enumerate(zip(regions, samples)):
+        for rectangle in rectangles:
             box = with_halo(rectangle, settings.grid(sample), settings.halo)
             # The last cells may lie in part beyond the batch.
             ends = (*canvas, *canvas)
@@ -362,7 +364,7 @@ def sample_of_crop(sample: DetDataSample, crop: Crop) -> DetDataSample:
     top, left, _, _ = crop.box
     height, width = crop.size
     shape = tuple(
-        min(side, own - at) for side, own, at in zip(crop.size, sample.img_shape, (top, left))
+        min(side, length - at) for side, length, at in zip(crop.size, sample.img_shape, (top, left))
     )
     whole = (top, left) == (0, 0) and shape == tuple(sample.img_shape[:2])
     wide, high = sample.get('scale_factor', (1.0, 1.0))
@@ -386,7 +388,7 @@ def delivered_scale(sample: DetDataSample) -> np.ndarray:
 
 
 def to_whole_image(
-    found: InstanceData, crop: Crop, sample: DetDataSample, rescaled: bool = True
+    instances: InstanceData, crop: Crop, sample: DetDataSample, rescaled: bool = True
 ) -> InstanceData:
     """What was found in a crop, in the frame of its image: boxes moved, masks pasted.
 
@@ -400,15 +402,15 @@ def to_whole_image(
     top, left, _, _ = crop.box
     wide, high = sample.get('scale_factor', (1.0, 1.0)) if rescaled else (1.0, 1.0)
     across, down = left / wide, top / high
-    moved = found.new()
+    moved = instances.new()
     if top or left:
-        moved.bboxes = found.bboxes + found.bboxes.new_tensor([across, down, across, down])
-    if 'masks' in found:
+        moved.bboxes = instances.bboxes + instances.bboxes.new_tensor([across, down, across, down])
+    if 'masks' in instances:
         height, width = (sample.ori_shape if rescaled else sample.img_shape)[:2]
-        if tuple(found.masks.shape[-2:]) != (height, width):
-            masks = found.masks.new_zeros((len(found), height, width))
+        if tuple(instances.masks.shape[-2:]) != (height, width):
+            masks = instances.masks.new_zeros((len(instances), height, width))
             y, x = min(round(down), height), min(round(across), width)
-            part = found.masks[:, : height - y, : width - x]
+            part = instances.masks[:, : height - y, : width - x]
             masks[:, y : y + part.shape[1], x : x + part.shape[2]] = part
             moved.masks = masks
     return moved
@@ -437,20 +439,20 @@ def join_crops(
         rescaled (bool): Whether boxes are in the frame of the original image. Defaults to True.
     """
     grid, scale = settings.grid(sample), delivered_scale(sample) if rescaled else np.ones(4)
-    own = [earlier, *(found for _, found in crops)]
-    hosts = to_host(own)
-    boxes = [one.boxes.numpy() * scale for one in hosts]
+    instances = [earlier, *(in_crop for _, in_crop in crops)]
+    hosts = to_host(instances)
+    boxes = [host.boxes.numpy() * scale for host in hosts]
     kept = [np.ones(len(earlier), bool)]
     for (crop, _), there in zip(crops, boxes[1:]):
         where = (crop.rectangle, grid, settings.halo, settings.cell)
         kept.append(kept_of_crop(there, *where, core=merge is None))
         if merge is None:
             kept[0] &= kept_of_earlier(boxes[0], *where)
-    parts = [_take(one, np.flatnonzero(which)) for one, which in zip(own, kept)]
+    parts = [_take(source, np.flatnonzero(which)) for source, which in zip(instances, kept)]
     return InstanceData.cat(parts) if merge is None else merge_instances([parts], merge)[0]
 
 
-def _take(found: InstanceData, rows: np.ndarray) -> InstanceData:
-    if len(rows) == len(found) and (rows == np.arange(len(found))).all():
-        return found
-    return found[torch.from_numpy(np.asarray(rows, np.int64)).to(found.scores.device)]
+def _take(instances: InstanceData, rows: np.ndarray) -> InstanceData:
+    if len(rows) == len(instances) and (rows == np.arange(len(instances))).all():
+        return instances
+    return instances[torch.from_numpy(np.asarray(rows, np.int64)).to(instances.scores.device)]

@@ -37,7 +37,7 @@ def exit_scales(
     elif first_scale != 1:
         raise UsageError('give first_scale or scales, not both')
     if isinstance(scales, (str, int, float)) or not all(
-        isinstance(one, (int, float)) and 0 < one <= 1 for one in scales
+        isinstance(scale, (int, float)) and 0 < scale <= 1 for scale in scales
     ):
         raise UsageError(f'first_scale must be in (0, 1], and so must each of scales; got {scales}')
     if len(scales) != exits and not (free and len(scales) >= 2):
@@ -128,3 +128,9 @@ def scale_boxes(boxes, ratio: Ratio):
     scaled = boxes.clone()
     scaled.rescale_(ratio)
     return scaled
+
+
+def valid_shares(batch_inputs: Tensor, samples: SampleList) -> list[tuple[float, float]]:
+    """Shares of each image's height and width in the batch that are not padding."""
+    height, width = batch_inputs.shape[-2:]
+    return [(sample.img_shape[0] / height, sample.img_shape[1] / width) for sample in samples]

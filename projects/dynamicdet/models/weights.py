@@ -84,8 +84,8 @@ def rename_entries(
 ) -> dict[str, torch.Tensor]:
     """Rename, in place, the entries of a state dict that belong to the module with a prefix; these
     entries, without the prefix."""
-    own = [key for key in state if key.startswith(prefix)]
-    renamed = rename({key[len(prefix) :]: state.pop(key) for key in own})
+    keys = [key for key in state if key.startswith(prefix)]
+    renamed = rename({key[len(prefix) :]: state.pop(key) for key in keys})
     state.update({prefix + key: value for key, value in renamed.items()})
     return renamed
 
@@ -217,8 +217,8 @@ def require_all_channels(model: nn.Module, state: Mapping[str, torch.Tensor]) ->
     if hasattr(model, 'spread_plain_weights'):
         state = model.spread_plain_weights(state)
     shapes, wanted = (
-        {key: tuple(value.shape) for key, value in one.items()}
-        for one in (state, model.state_dict())
+        {key: tuple(value.shape) for key, value in entries.items()}
+        for entries in (state, model.state_dict())
     )
     shaped = _lost_channels(shapes, wanted)
     if shaped:
@@ -293,15 +293,15 @@ def join_checkpoints(checkpoints: Sequence[Mapping]) -> dict:
     if len(classes) > 1:
         raise UsageError(
             'the detectors of a pair must know the same classes in the same order; these '
-            f'checkpoints know {" and ".join(str(list(one)[:3]) for one in classes)} ...'
+            f'checkpoints know {" and ".join(str(list(names)[:3]) for names in classes)} ...'
         )
     return dict(state_dict=joined, meta=dict(dataset_meta=metas[0]) if metas else {})
 
 
 def _dataset_meta(checkpoint: Mapping) -> dict:
     meta = checkpoint.get('meta') or {}
-    own = meta.get('dataset_meta') or {'classes': meta.get('CLASSES')}
-    return {key.lower(): value for key, value in own.items()}
+    dataset_meta = meta.get('dataset_meta') or {'classes': meta.get('CLASSES')}
+    return {key.lower(): value for key, value in dataset_meta.items()}
 
 
 @CheckpointLoader.register_scheme(prefixes=JOINED)

@@ -269,8 +269,8 @@ def _ends(record: RoutingRecord, rows: Sequence[Mapping]) -> list[dict]:
     ]
 
 
-def _estimate(one: Mapping) -> estimates.Estimate:
-    return one['value'], one['low'], one['high']
+def _estimate(entry: Mapping) -> estimates.Estimate:
+    return entry['value'], entry['low'], entry['high']
 
 
 # Where and why.
@@ -416,9 +416,9 @@ def _benefit_correlations(
 def _plain(value: object) -> object:
     """Numbers and lists of Python's own, as JSON takes them; what is not finite is None."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
+        return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple, np.ndarray)):
-        return [_plain(one) for one in value]
+        return [_plain(item) for item in value]
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
     if isinstance(value, (int, np.integer)):

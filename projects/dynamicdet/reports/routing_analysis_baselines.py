@@ -49,27 +49,31 @@ def compare_with_baselines(
     Raises:
         UsageError: If a baseline is of other pictures.
     """
-    for name, one in baselines.items():
-        if one.ids.tolist() != record.ids.tolist():
+    for name, baseline in baselines.items():
+        if baseline.ids.tolist() != record.ids.tolist():
             raise UsageError(f"the baseline '{name}' is of other pictures than the record")
     plain = list(baselines.values())
     # A record has two exits at the least.
     mixtures = Mixtures(
-        replace(record, detections=[one.detections[0] for one in [*plain, plain[0]]], view=None),
+        replace(
+            record,
+            detections=[baseline.detections[0] for baseline in [*plain, plain[0]]],
+            view=None,
+        ),
         coco,
     )
     everyone = [np.full(len(record), index) for index in range(len(plain))]
     # (baselines, 1 + B): of the record, and of each resample.
     aps = np.array([_aps(mixtures, choice, random_routing.weights) for choice in everyone])
     costs = dict(
-        gflops=np.array([one.gflops[0] for one in plain]),
-        latency=np.array([one.latencies[0] for one in plain]),
+        gflops=np.array([baseline.gflops[0] for baseline in plain]),
+        latency=np.array([baseline.latencies[0] for baseline in plain]),
     )
-    ends = [confidence_interval(own[1:]) for own in aps]
+    ends = [confidence_interval(resampled[1:]) for resampled in aps]
     points = [
-        dict(name=name, ap=float(own[0]), low=low, high=high)
+        dict(name=name, ap=float(resampled[0]), low=low, high=high)
         | {cost: float(values[index]) for cost, values in costs.items()}
-        for index, (name, own, (low, high)) in enumerate(zip(baselines, aps, ends))
+        for index, (name, resampled, (low, high)) in enumerate(zip(baselines, aps, ends))
     ]
     leads = []
     for share, is_hard in zip(SHARES, choices):
@@ -86,11 +90,11 @@ def compare_with_baselines(
 
 def baseline_front(aps: Sequence[float], costs: Sequence[float]) -> list[int]:
     """Which of some detectors have more AP than all cheaper ones, by cost."""
-    order, found = sorted(range(len(costs)), key=lambda index: (costs[index], -aps[index])), []
+    order, front = sorted(range(len(costs)), key=lambda index: (costs[index], -aps[index])), []
     for index in order:
-        if not found or aps[index] > aps[found[-1]]:
-            found.append(index)
-    return found
+        if not front or aps[index] > aps[front[-1]]:
+            front.append(index)
+    return front
 
 
 def front_shares(costs: Sequence[float], cost: float) -> np.ndarray | None:

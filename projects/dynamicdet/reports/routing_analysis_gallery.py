@@ -96,7 +96,9 @@ def make_gallery(record: RoutingRecord, coco: COCO) -> list[dict]:
                 f'{Path(image["file"]).name}: difficulty {image["difficulty"]:.3f}; AP of this '
                 f'image {aps[0]:.0f} by exit {numbers[0]}, {aps[1]:.0f} by exit {numbers[1]}'
             )
-            shown = show_image(image, numbers, [one['bbox'] for one in annotations], names)
+            shown = show_image(
+                image, numbers, [annotation['bbox'] for annotation in annotations], names
+            )
             pictures.append(dict(shown, id=f'{kind}{place}', caption=caption))
         title, meaning = _GROUPS[kind]
         groups.append(dict(title=title, meaning=meaning, pictures=pictures))
@@ -129,10 +131,10 @@ def show_image(
     width, height = (scale * side for side in pixels.size)
     sides = []
     for detections, exit, color in zip(image['detections'], exits, EXIT_COLORS):
-        shown = [one for one in detections if one['score'] >= MIN_SCORE]
-        shown.sort(key=lambda one: one['score'])
+        shown = [detection for detection in detections if detection['score'] >= MIN_SCORE]
+        shown.sort(key=lambda detection: detection['score'])
         label = f'Exit {exit}: {len(shown)} {"box" if len(shown) == 1 else "boxes"}'
-        boxes = [_labeled(one, scale, width, names) for one in shown]
+        boxes = [_labeled(detection, scale, width, names) for detection in shown]
         sides.append(dict(label=label, color=color, boxes=boxes))
     return dict(
         source=f'data:image/jpeg;base64,{base64.b64encode(_jpeg(pixels)).decode()}',

@@ -271,8 +271,12 @@ def _calibrated(rows: Sequence[Mapping]) -> list[str]:
     return [_heading(BY_CALIBRATION), _table(calibrated_table(rows))]
 
 
-def _span(one: Mapping, form: str) -> str:
-    return '' if one.get('low') is None else f'{one["low"]:{form}} to {one["high"]:{form}}'
+def _span(estimate: Mapping, form: str) -> str:
+    return (
+        ''
+        if estimate.get('low') is None
+        else f'{estimate["low"]:{form}} to {estimate["high"]:{form}}'
+    )
 
 
 def _named(rows: Sequence[Mapping]) -> str:

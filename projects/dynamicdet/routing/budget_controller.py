@@ -250,7 +250,7 @@ class BudgetController:
         """
         try:
             share, mean = float(state['share']), state['mean']
-            recent = [float(one) for one in state['recent']]
+            recent = [float(difficulty) for difficulty in state['recent']]
             threshold, ignored, pinned = (
                 state['threshold'],
                 int(state['ignored']),
@@ -258,7 +258,7 @@ class BudgetController:
             )
             fits = (
                 0 <= share <= 1
-                and all(0 <= one <= 1 for one in recent)
+                and all(0 <= difficulty <= 1 for difficulty in recent)
                 and np.size(threshold) == self.exits - 1
                 and np.isfinite(threshold).all()
                 and (mean is None or math.isfinite(mean))

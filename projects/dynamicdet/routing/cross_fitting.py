@@ -41,11 +41,11 @@ def cross_fitted_difficulties(
         np.ndarray: (n,), float32.
     """
     fold = np.random.default_rng(seed).permutation(len(gains)) % folds
-    found = np.zeros(len(gains), np.float32)
+    difficulties = np.zeros(len(gains), np.float32)
     for index in range(folds):
-        own, others = fold == index, fold != index
+        held_out, others = fold == index, fold != index
         fit = fit_router(features[others], gains[others], objective, hidden, seed=seed)
-        found[own] = difficulties_by(fit.state, features[own])
+        difficulties[held_out] = difficulties_by(fit.state, features[held_out])
         if progress:
             progress(index + 1, folds)
-    return found
+    return difficulties

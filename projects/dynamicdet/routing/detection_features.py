@@ -17,37 +17,44 @@ _COUNTED, _SUREST = (0.1, 0.3, 0.5), 10
 WIDTH = 2 * _SUREST + len(_COUNTED) + 1 + 2
 
 
-def features(found: Detections, weights: Sequence[float]) -> np.ndarray:
+def features(detections: Detections, weights: Sequence[float]) -> np.ndarray:
     """`statistics`, and sums over the detections of score and of p (1 - p), each by the weight of
     its class.
 
     Args:
-        found (Detections): Of exit 0, boxes in the frame of the original image.
+        detections (Detections): Of exit 0, boxes in the frame of the original image.
         weights (Sequence[float]): Of each detection's class, (D,).
 
     Returns:
         np.ndarray: (n, `WIDTH`), float64.
     """
-    scores = found.scores.astype(float)
+    scores = detections.scores.astype(float)
     return np.column_stack(
-        [statistics(found), _summed(found, scores * weights), variances(found, weights)]
+        [
+            statistics(detections),
+            _summed(detections, scores * weights),
+            variances(detections, weights),
+        ]
     )
 
 
-def variances(found: Detections, weights: Sequence[float] | None = None) -> np.ndarray:
+def variances(detections: Detections, weights: Sequence[float] | None = None) -> np.ndarray:
     """Sum of p (1 - p) over each image's detections, (n,), each by its weight."""
-    scores = found.scores.astype(float)
-    return _summed(found, scores * (1 - scores) * (1.0 if weights is None else weights))
+    scores = detections.scores.astype(float)
+    return _summed(detections, scores * (1 - scores) * (1.0 if weights is None else weights))
 
 
-def statistics(found: Detections) -> np.ndarray:
+def statistics(detections: Detections) -> np.ndarray:
     """Scores of the ten surest detections and the roots of their areas, in pixels, 0 where there
     are fewer; numbers of detections over 0.1, 0.3 and 0.5; and the sum of p (1 - p). (n, 24)."""
     rows = []
-    for image in range(len(found)):
-        own = found.rows(image)
-        order = np.argsort(-found.scores[own], kind='stable')
-        scores, boxes = found.scores[own][order].astype(float), found.boxes[own][order][:_SUREST]
+    for image in range(len(detections)):
+        image_rows = detections.rows(image)
+        order = np.argsort(-detections.scores[image_rows], kind='stable')
+        scores, boxes = (
+            detections.scores[image_rows][order].astype(float),
+            detections.boxes[image_rows][order][:_SUREST],
+        )
         row = np.zeros(WIDTH - 2)
         row[: len(boxes)] = scores[:_SUREST]
         # Pixels, not square pixels, whose largest few would be all that counts.
@@ -80,10 +87,10 @@ def first_weights(record: RoutingRecord) -> np.ndarray:
         # With those that are not detected: the mean weight is over all objects.
         counts = {**dict.fromkeys(known.tolist(), 0), **counts}
         weights = dict(zip(counts, class_weights(list(counts.values()))))
-        return np.array([weights[one] for one in known.tolist()] or [1.0])[place]
+        return np.array([weights[category] for category in known.tolist()] or [1.0])[place]
     return class_weights(np.bincount(place, first.scores, minlength=len(known)))[place]
 
 
-def _summed(found: Detections, values: np.ndarray) -> np.ndarray:
+def _summed(detections: Detections, values: np.ndarray) -> np.ndarray:
     """Sums over each image's detections, (n,), of a value for each of them, (D,)."""
-    return np.bincount(found.images, values, minlength=len(found))
+    return np.bincount(detections.images, values, minlength=len(detections))

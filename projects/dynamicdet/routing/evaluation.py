@@ -48,7 +48,7 @@ def evaluate(
         dict: ``ap``, ``ap50``, ``small``, ``medium``, ``large``, in percent; None where there are
         no objects.
     """
-    if not {one['image_id'] for one in results} <= set(coco.imgs):
+    if not {result['image_id'] for result in results} <= set(coco.imgs):
         raise ValueError('results are of images that the ground truth lacks')
     evaluator = _match(coco, results, coco.getImgIds() if image_ids is None else image_ids, AREAS)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -175,7 +175,7 @@ def true_positives(record: RoutingRecord, coco: COCO) -> list[tuple[np.ndarray, 
         UsageError: If the record does not fit ``coco``; see `check_record`.
     """
     check_record(record, coco)
-    found = []
+    scored_hits = []
     for exit in range(record.exits):
         parts = []
         for start in range(0, len(record), _PART):
@@ -183,16 +183,16 @@ def true_positives(record: RoutingRecord, coco: COCO) -> list[tuple[np.ndarray, 
             results = mixed_results(part, np.full(len(part), exit))
             entries = _match(coco, results, part.ids.tolist(), ['all']).evalImgs
             parts += [
-                (one['dtScores'], one['dtMatches'][0] > 0, one['dtIgnore'][0] > 0)
-                for one in entries
-                if one is not None
+                (entry['dtScores'], entry['dtMatches'][0] > 0, entry['dtIgnore'][0] > 0)
+                for entry in entries
+                if entry is not None
             ]
         scores, hits, ignored = (
             np.concatenate([np.zeros(0, kind), *column])
             for kind, column in zip((float, bool, bool), zip(*parts))
         )
-        found.append((scores[~ignored], hits[~ignored]))
-    return found
+        scored_hits.append((scores[~ignored], hits[~ignored]))
+    return scored_hits
 
 
 def difficulties_of(record: RoutingRecord) -> np.ndarray:
@@ -354,9 +354,9 @@ class Mixtures:
             rows = order[start : start + _PART]
             for exit, detections in enumerate(self._detections):
                 results = [
-                    dict(one, image_id=identity)
+                    dict(detection, image_id=identity)
                     for row, identity in zip(rows, self._ids[rows].tolist())
-                    for one in detections[row]
+                    for detection in detections[row]
                 ]
                 evaluator = _match(self._coco, results, self._ids[rows].tolist(), [area])
                 entries = []
@@ -540,7 +540,7 @@ def match_objects(record: RoutingRecord, coco: COCO, exit: int) -> list[dict[int
         threshold.
     """
     row_of = {identity: row for row, identity in enumerate(record.ids.tolist())}
-    found: list[dict[int, float]] = [{} for _ in row_of]
+    matches: list[dict[int, float]] = [{} for _ in row_of]
     results = mixed_results(record, [exit] * len(record))
     evaluator = _match(coco, results, record.ids.tolist(), ['all'])
     for entry in evaluator.evalImgs:
@@ -549,10 +549,13 @@ def match_objects(record: RoutingRecord, coco: COCO, exit: int) -> list[dict[int
         score_of = dict(zip(entry['dtIds'], entry['dtScores']))
         kept = [at for at, ignored in enumerate(entry['gtIgnore']) if not ignored]
         for at in kept:
-            scores = [score_of.get(one, 0.0) for one in entry['gtMatches'][:, at].tolist()]
+            scores = [
+                score_of.get(detection_id, 0.0)
+                for detection_id in entry['gtMatches'][:, at].tolist()
+            ]
             if any(scores):
-                found[row_of[entry['image_id']]][int(entry['gtIds'][at])] = float(np.mean(scores))
-    return found
+                matches[row_of[entry['image_id']]][int(entry['gtIds'][at])] = float(np.mean(scores))
+    return matches
 
 
 def _match(
@@ -577,8 +580,8 @@ def _load(coco: COCO, results: Sequence[dict]) -> COCO:
         images=[],
         categories=coco.dataset['categories'],
         annotations=[
-            dict(one, id=index, area=one['bbox'][2] * one['bbox'][3], iscrowd=0)
-            for index, one in enumerate(results, 1)
+            dict(result, id=index, area=result['bbox'][2] * result['bbox'][3], iscrowd=0)
+            for index, result in enumerate(results, 1)
         ],
     )
     loaded.createIndex()

@@ -62,15 +62,15 @@ class Merge:
                 "merge is 'nms', 'wbf', dict(type=..., iou=..., conf_type=...) or None; got "
                 f'{merge}'
             )
-        found = cls(**{'iou': _IOU[given['type']], **given})
+        parsed = cls(**{'iou': _IOU[given['type']], **given})
         # Not `iou < 0 or ...`, which lets NaN pass.
-        if not isinstance(found.iou, (int, float)) or not 0 <= found.iou <= 1:
-            raise UsageError(f'iou of merge is a number in [0, 1]; got {found.iou}')
-        if found.conf_type not in _CONF_TYPES or 'conf_type' in given and found.type != 'wbf':
+        if not isinstance(parsed.iou, (int, float)) or not 0 <= parsed.iou <= 1:
+            raise UsageError(f'iou of merge is a number in [0, 1]; got {parsed.iou}')
+        if parsed.conf_type not in _CONF_TYPES or 'conf_type' in given and parsed.type != 'wbf':
             raise UsageError(
-                f"conf_type of merge is 'max' or 'avg', and of 'wbf' alone; got {found.conf_type}"
+                f"conf_type of merge is 'max' or 'avg', and of 'wbf' alone; got {parsed.conf_type}"
             )
-        return found
+        return parsed
 
     def __str__(self) -> str:
         kind = f', {self.conf_type}' if self.type == 'wbf' else ''
@@ -161,8 +161,8 @@ def _fused(
     """Rows of the surest of each cluster, fused boxes and fused scores. A cluster has at most one
     detection of each exit."""
     surer: dict[int, list[int]] = {}
-    for one, other in zip(first.tolist(), second.tolist()):
-        surer.setdefault(other, []).append(one)
+    for better, other in zip(first.tolist(), second.tolist()):
+        surer.setdefault(other, []).append(better)
     clusters: dict[int, list[int]] = {}
     founder = np.arange(len(scores))
     for row in sorted(surer):
@@ -241,21 +241,21 @@ def fit_platt_scaling(scores: np.ndarray, hits: np.ndarray) -> tuple[float, floa
     inside = np.clip(scores, _EDGE, 1 - _EDGE)
     inputs = np.column_stack([np.log(inside / (1 - inside)), np.ones(len(scores))])
     targets = np.where(hits, (right + 1) / (right + 2), 1 / (wrong + 2))
-    found = np.array([1.0, 0.0])
-    loss = _cross_entropy(inputs @ found, targets)
+    coefficients = np.array([1.0, 0.0])
+    loss = _cross_entropy(inputs @ coefficients, targets)
     for _ in range(_STEPS):
-        chances = 1 / (1 + np.exp(-(inputs @ found)))
+        chances = 1 / (1 + np.exp(-(inputs @ coefficients)))
         slope = inputs.T @ (chances - targets)
         curvature = (inputs * (chances * (1 - chances))[:, None]).T @ inputs
         step = np.linalg.lstsq(curvature, slope, rcond=None)[0]
-        while (nearer := _cross_entropy(inputs @ (found - step), targets)) > loss:
+        while (nearer := _cross_entropy(inputs @ (coefficients - step), targets)) > loss:
             step /= 2
             if np.abs(step).max() < _SMALL:
                 break
         if np.abs(step).max() < _SMALL:
             break
-        found, loss = found - step, nearer
-    return (float(found[0]), float(found[1])) if found[0] > 0 else (1.0, 0.0)
+        coefficients, loss = coefficients - step, nearer
+    return (float(coefficients[0]), float(coefficients[1])) if coefficients[0] > 0 else (1.0, 0.0)
 
 
 def _cross_entropy(logits: np.ndarray, targets: np.ndarray) -> float:
@@ -318,9 +318,9 @@ def merge_record(
         )
     scaling = platt_scaling or [(1.0, 0.0)] * record.exits
     changed = {
-        name: _merged_exits([_scaled(*pair) for pair in zip(own, scaling)], merge)
+        name: _merged_exits([_scaled(*pair) for pair in zip(by_exit, scaling)], merge)
         for name in ('detections', 'view')
-        if (own := getattr(record, name)) is not None
+        if (by_exit := getattr(record, name)) is not None
     }
     if merge is None:
         return replace(record, **changed)
@@ -330,9 +330,9 @@ def merge_record(
             raise UsageError(f'the record does not say {name}: record anew by tools/record.py')
         extra = np.array([0.0, float(facts[name])])
         changed[kind] = (np.array(getattr(record, kind)) + extra).tolist()
-        own = record.column(kind)
-        if own is not None:
-            changed[f'image_{kind}'] = own + extra
+        column = record.column(kind)
+        if column is not None:
+            changed[f'image_{kind}'] = column + extra
     return replace(record, **changed, provenance=facts)
 
 
@@ -353,14 +353,16 @@ def _merged_exits(exits: Sequence[Detections], merge: Merge | None) -> list[Dete
 def _merged(exits: Sequence[Detections], merge: Merge) -> Detections:
     images = []
     for image in range(len(exits[0])):
-        rows = [own.rows(image) for own in exits]
+        rows = [detections.rows(image) for detections in exits]
         boxes, scores, labels = (
-            np.concatenate([getattr(own, name)[part] for own, part in zip(exits, rows)])
+            np.concatenate(
+                [getattr(detections, name)[part] for detections, part in zip(exits, rows)]
+            )
             for name in ('boxes', 'scores', 'categories')
         )
         numbers = np.repeat(np.arange(len(exits)), [part.stop - part.start for part in rows])
         corners = np.column_stack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])
-        found = merge_boxes(corners, scores, labels, numbers, merge)
-        sides = np.column_stack([found.boxes[:, :2], found.boxes[:, 2:] - found.boxes[:, :2]])
-        images.append((sides, found.scores, labels[found.rows]))
+        merged = merge_boxes(corners, scores, labels, numbers, merge)
+        sides = np.column_stack([merged.boxes[:, :2], merged.boxes[:, 2:] - merged.boxes[:, :2]])
+        images.append((sides, merged.scores, labels[merged.rows]))
     return Detections.join(images)

@@ -324,8 +324,8 @@ def image_aps(
     """
     return np.stack(
         [
-            np.zeros(len(own)) if mixtures is None else mixtures.image_ap()[0]
-            for own, mixtures in zip(truths, map(_mixtures, detections, truths))
+            np.zeros(len(exit_truths)) if mixtures is None else mixtures.image_ap()[0]
+            for exit_truths, mixtures in zip(truths, map(_mixtures, detections, truths))
         ]
     )
 
@@ -344,9 +344,9 @@ def class_aps(
             crowds.
     """
     sums = np.zeros((len(truths), len(truths[0]), classes))
-    for own_sums, own, mixtures in zip(sums, truths, map(_mixtures, detections, truths)):
+    for own_sums, exit_truths, mixtures in zip(sums, truths, map(_mixtures, detections, truths)):
         if mixtures is not None:
-            labels = sorted({int(label) for truth in own for label in truth['labels']})
+            labels = sorted({int(label) for truth in exit_truths for label in truth['labels']})
             own_sums[:, labels] = mixtures.category_ap()[0] * mixtures.objects
     return sums
 

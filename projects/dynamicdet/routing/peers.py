@@ -304,7 +304,7 @@ def peer_scores(
         return cross_fit(peer.function, record, benefit, seed=seed)
     require_columns(training, *peer.needs)
     if 'features' in peer.needs:
-        widths = [one.features.shape[1] for one in (record, training)]
+        widths = [source.features.shape[1] for source in (record, training)]
         if widths[0] != widths[1]:
             raise UsageError(
                 f"peer '{name}' learns from {widths[1]} features per image, and these images have "

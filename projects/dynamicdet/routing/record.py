@@ -97,7 +97,8 @@ class Detections(Sequence):
                 image
                 if isinstance(image, tuple)
                 else tuple(
-                    [one[name] for one in image] for name in ('bbox', 'score', 'category_id')
+                    [detection[name] for detection in image]
+                    for name in ('bbox', 'score', 'category_id')
                 )
                 for image in images
             ]

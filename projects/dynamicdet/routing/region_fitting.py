@@ -48,7 +48,7 @@ def fit_region_router(
     Raises:
         UsageError: If there are no images, or nothing is to be gained.
     """
-    if not len(inputs) or not any(own.any() for own in gains):
+    if not len(inputs) or not any(gain_map.any() for gain_map in gains):
         raise UsageError('no cell of the record gains anything: there is nothing to fit regions to')
     x, y, mask = _padded(inputs, gains)
     bound = float(torch.quantile(y[y != 0].abs(), _TAIL))
@@ -59,7 +59,7 @@ def fit_region_router(
     with torch.no_grad():
         router.mean.copy_(flat.mean(1))
         router.std.copy_(flat.std(1).clamp(min=1e-6))
-    x, y, mask = (one.to(device) for one in (x, y, mask))
+    x, y, mask = (tensor.to(device) for tensor in (x, y, mask))
     if len(router.layers) == 1:
         _solve(router, flat, y[mask.bool()])
     else:
@@ -69,8 +69,8 @@ def fit_region_router(
         said = (router.gains(x) * mask).sum((1, 2)).cpu().numpy()
     from scipy.stats import spearmanr
 
-    found = float(spearmanr(said, [own.sum() for own in gains]).statistic)
-    return found if np.isfinite(found) else 0.0
+    correlation = float(spearmanr(said, [gain_map.sum() for gain_map in gains]).statistic)
+    return correlation if np.isfinite(correlation) else 0.0
 
 
 @torch.no_grad()
@@ -84,8 +84,8 @@ def _solve(router: RegionRouter, inputs: Tensor, gains: Tensor) -> None:
     weight = torch.linalg.solve(square, x @ (y - y.mean()))
     router.layers[0].weight.copy_(weight.reshape(1, -1, 1, 1))
     router.layers[0].bias.fill_(y.mean())
-    for one in router.parameters():
-        one.requires_grad_(False)
+    for parameter in router.parameters():
+        parameter.requires_grad_(False)
 
 
 def _descend(
@@ -103,7 +103,7 @@ def _descend(
         for layer in router.layers:
             if hasattr(layer, 'reset_parameters'):
                 layer.reset_parameters()
-        parameters = [one.requires_grad_() for one in router.parameters()]
+        parameters = [parameter.requires_grad_() for parameter in router.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=_RATE, weight_decay=_DECAY)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for step in range(steps):
@@ -114,18 +114,18 @@ def _descend(
             schedule.step()
             if progress:
                 progress(step + 1, steps)
-        for one in parameters:
-            one.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(False)
 
 
 def _padded(inputs: Sequence[Tensor], gains: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
     """Images of all grids as one batch, their gains, and where they are."""
-    height, width = (max(sides) for sides in zip(*(own.shape for own in gains)))
+    height, width = (max(sides) for sides in zip(*(gain_map.shape for gain_map in gains)))
     x = torch.zeros(len(inputs), inputs[0].shape[0], height, width)
     y, mask = torch.zeros(2, len(inputs), height, width)
-    for row, (own, gain) in enumerate(zip(inputs, gains)):
+    for row, (planes, gain) in enumerate(zip(inputs, gains)):
         high, wide = gain.shape
-        x[row, :, :high, :wide] = own
+        x[row, :, :high, :wide] = planes
         y[row, :high, :wide] = torch.from_numpy(gain)
         mask[row, :high, :wide] = 1
     return x, y, mask

@@ -61,9 +61,9 @@ def detection_planes(
     weight, size = np.asarray(weights)[labels], _size_of(boxes, min(1.0, view / _HALF))
     planes = []
     for index in range(len(_SIDES) + 1):
-        own = size == index
+        of_size = size == index
         for values in (weight * p * (1 - p), weight * p, p):
-            planes.append(np.bincount(where[own], values[own], minlength=count))
+            planes.append(np.bincount(where[of_size], values[of_size], minlength=count))
     planes.append(np.bincount(where, minlength=count))
     return np.stack(planes).reshape(-1, *grid).astype(np.float32)
 
@@ -129,7 +129,9 @@ class RegionRouter(KeepsType):
         """What the convolutions see, (N, width, h, w), float32: planes, and maps averaged over each
         cell."""
         size = planes.shape[-2:]
-        pooled = [nn.functional.adaptive_avg_pool2d(one.float(), size) for one in maps]
+        pooled = [
+            nn.functional.adaptive_avg_pool2d(feature_map.float(), size) for feature_map in maps
+        ]
         return torch.cat([planes.float(), *pooled], dim=1)
 
     def gains(self, inputs: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from .region_maps import cells_of, detection_planes
 from .regions import CELL, Rectangle, grid_of, share_of_area, with_halo
 
 #: What is found in an image: boxes, (D, 4), left, top, right, bottom; scores and categories, (D,).
-Found = tuple[np.ndarray, np.ndarray, np.ndarray]
+ImageDetections = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def grids_of(record: RoutingRecord, cell: int = CELL) -> list[tuple[int, int]]:
@@ -31,9 +31,9 @@ def grids_of(record: RoutingRecord, cell: int = CELL) -> list[tuple[int, int]]:
 def objects_by_class(coco: COCO, categories: Sequence[int]) -> np.ndarray:
     """How many objects of each category, without crowds, a data set has, (C,)."""
     counts = dict.fromkeys(categories, 0)
-    for one in coco.dataset['annotations']:
-        if one['category_id'] in counts and not one.get('iscrowd'):
-            counts[one['category_id']] += 1
+    for annotation in coco.dataset['annotations']:
+        if annotation['category_id'] in counts and not annotation.get('iscrowd'):
+            counts[annotation['category_id']] += 1
     return np.array(list(counts.values()))
 
 
@@ -52,8 +52,8 @@ def planes_of(
     view = float(record.provenance.get('first_scale', 1.0))
     label_of = {category: label for label, category in enumerate(categories)}
     for row, grid in enumerate(grids_of(record, cell)):
-        boxes, scores, own = _found(first, row)
-        labels = np.array([label_of[one] for one in own.tolist()], np.int64)
+        boxes, scores, category_ids = _detections_of(first, row)
+        labels = np.array([label_of[category] for category in category_ids.tolist()], np.int64)
         boxes = boxes * np.tile(record.frame[row, 2:], 2)
         planes.append(detection_planes(boxes, scores, labels, grid, weights, cell, view))
     return planes
@@ -78,23 +78,23 @@ def cell_gains(
         categories, weights, cell: As of `planes_of`.
     """
     weight_of = dict(zip(categories, weights))
-    found = [match_objects(record, coco, exit) for exit in (0, record.exits - 1)]
+    matches = [match_objects(record, coco, exit) for exit in (0, record.exits - 1)]
     gains = []
     for row, grid in enumerate(grids_of(record, cell)):
-        own = np.zeros(grid[0] * grid[1])
-        first, last = (exit[row] for exit in found)
+        image_gains = np.zeros(grid[0] * grid[1])
+        first, last = (exit[row] for exit in matches)
         ids = sorted(first.keys() | last.keys())
         if ids:
-            objects = [coco.anns[one] for one in ids]
-            boxes = np.array([one['bbox'] for one in objects], float)
+            objects = [coco.anns[annotation_id] for annotation_id in ids]
+            boxes = np.array([annotation['bbox'] for annotation in objects], float)
             boxes[:, 2:] += boxes[:, :2]
             cells = cells_of(boxes * np.tile(record.frame[row, 2:], 2), grid, cell)
             values = [
-                weight_of[one['category_id']] * (last.get(name, 0.0) - first.get(name, 0.0))
-                for name, one in zip(ids, objects)
+                weight_of[annotation['category_id']] * (last.get(name, 0.0) - first.get(name, 0.0))
+                for name, annotation in zip(ids, objects)
             ]
-            np.add.at(own, cells, values)
-        gains.append(own.reshape(grid))
+            np.add.at(image_gains, cells, values)
+        gains.append(image_gains.reshape(grid))
     return gains
 
 
@@ -115,14 +115,14 @@ def simulate_regions(
         halo, cell (int): As of `choose_rectangles`.
     """
     first, last, images = record.detections[0], record.detections[-1], []
-    for row, (own, grid) in enumerate(zip(rectangles, grids_of(record, cell))):
-        earlier, later = _found(first, row), _found(last, row)
+    for row, (chosen, grid) in enumerate(zip(rectangles, grids_of(record, cell))):
+        earlier, later = _detections_of(first, row), _detections_of(last, row)
         scale = np.tile(record.frame[row, 2:], 2)
         kept, taken = np.ones(len(earlier[1]), bool), np.zeros(len(later[1]), bool)
-        for one in own:
-            taken |= kept_of_crop(later[0] * scale, one, grid, halo, cell, core=merge is None)
+        for rectangle in chosen:
+            taken |= kept_of_crop(later[0] * scale, rectangle, grid, halo, cell, core=merge is None)
             if merge is None:
-                kept &= kept_of_earlier(earlier[0] * scale, one, grid, halo, cell)
+                kept &= kept_of_earlier(earlier[0] * scale, rectangle, grid, halo, cell)
         boxes, scores, categories = _joined(_rows(earlier, kept), _rows(later, taken), merge)
         images.append(
             (np.column_stack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]]), scores, categories)
@@ -178,7 +178,7 @@ def share_of_pixels(
 ) -> float:
     """Mean share of an image's pixels that rectangles look at again, halos included."""
     grids = grids_of(record, cell)
-    return float(np.mean([share_of_area(*one, halo) for one in zip(rectangles, grids)]))
+    return float(np.mean([share_of_area(*pair, halo) for pair in zip(rectangles, grids)]))
 
 
 def region_gflops(record: RoutingRecord, share: float) -> float:
@@ -206,18 +206,20 @@ def _centered(
     return (top <= row) & (row < bottom) & (left <= column) & (column < right)
 
 
-def _found(detections: Detections, row: int) -> Found:
+def _detections_of(detections: Detections, row: int) -> ImageDetections:
     rows = detections.rows(row)
     boxes = detections.boxes[rows].copy()
     boxes[:, 2:] += boxes[:, :2]
     return boxes, detections.scores[rows], detections.categories[rows]
 
 
-def _rows(found: Found, kept: np.ndarray) -> Found:
-    return tuple(part[kept] for part in found)
+def _rows(detections: ImageDetections, kept: np.ndarray) -> ImageDetections:
+    return tuple(part[kept] for part in detections)
 
 
-def _joined(earlier: Found, later: Found, merge: Merge | None) -> Found:
+def _joined(
+    earlier: ImageDetections, later: ImageDetections, merge: Merge | None
+) -> ImageDetections:
     boxes, scores, categories = (np.concatenate(parts) for parts in zip(earlier, later))
     if merge is None:
         return boxes, scores, categories

@@ -80,13 +80,13 @@ def choose_rectangles(
         values = _sums(left, rows, columns)
         values -= np.multiply.outer(columns.lengths * float(price), rows.lengths)
         values -= price * overhead
-        found = _best_pair(values, rows, columns) if limit - len(chosen) > 1 else []
-        found = found or _best_one(values)
-        for index in found:
-            own = _trimmed(left, _rectangle(index, rows, columns))
-            left[own[0] : own[2], own[1] : own[3]] = 0
-            chosen.append(own)
-        if len(found) < 2:
+        indices = _best_pair(values, rows, columns) if limit - len(chosen) > 1 else []
+        indices = indices or _best_one(values)
+        for index in indices:
+            rectangle = _trimmed(left, _rectangle(index, rows, columns))
+            left[rectangle[0] : rectangle[2], rectangle[1] : rectangle[3]] = 0
+            chosen.append(rectangle)
+        if len(indices) < 2:
             break
     return sorted(chosen)
 
@@ -175,9 +175,9 @@ def _best_pair(values: np.ndarray, rows: _Spans, columns: _Spans) -> list[tuple[
     best, pair = max(0.0, values.max()), []
     for axis, spans in ((1, rows), (0, columns)):
         # The best rectangle of each span, whatever the other side's.
-        own = np.maximum(values.max(1 - axis), 0)
+        span_best = np.maximum(values.max(1 - axis), 0)
         by_end, by_start = np.argsort(spans.ends), np.argsort(-spans.starts)
-        upper, lower = (np.maximum.accumulate(own[order]) for order in (by_end, by_start))
+        upper, lower = (np.maximum.accumulate(span_best[order]) for order in (by_end, by_start))
         # How many spans begin at the end of another or beyond.
         behind = np.searchsorted(-spans.starts[by_start], -spans.ends[by_end], side='right')
         both = np.where(behind > 0, upper + lower[behind - 1], 0)
@@ -185,7 +185,7 @@ def _best_pair(values: np.ndarray, rows: _Spans, columns: _Spans) -> list[tuple[
         if both[place] > best:
             first, second = by_end[: place + 1], by_start[: behind[place]]
             best = both[place]
-            pair = [(axis, order[own[order].argmax()]) for order in (first, second)]
+            pair = [(axis, order[span_best[order].argmax()]) for order in (first, second)]
     return [_index_of(values, axis, span) for axis, span in pair]
 
 
@@ -253,17 +253,20 @@ def price_curve(
     """
     if not len(maps):
         raise UsageError('no images to choose regions of: the validation set is empty')
-    highest = np.array([highest_price(own, halo, overhead) for own in maps])
+    highest = np.array([highest_price(gain_map, halo, overhead) for gain_map in maps])
     some = np.quantile(highest[highest > 0], np.linspace(0, 1, points)) if highest.any() else []
     # Below the least of them images still differ in how much of them is chosen.
     lower = [some[0] * 2.0**-power for power in range(1, 9)] if len(some) else []
-    thresholds = [0.0, *sorted({threshold_of_price(one) for one in (*lower, *some)}), 1.0]
+    thresholds = [0.0, *sorted({threshold_of_price(price) for price in (*lower, *some)}), 1.0]
     rows = []
     for threshold in thresholds:
         price = price_of_threshold(threshold)
-        chosen = [choose_rectangles(own, price, halo, limit, overhead) for own in maps]
-        shares = [share_of_area(own, one.shape, halo) for own, one in zip(chosen, maps)]
-        rows.append((np.mean(shares), np.mean([len(own) for own in chosen])))
+        chosen = [choose_rectangles(gain_map, price, halo, limit, overhead) for gain_map in maps]
+        shares = [
+            share_of_area(rectangles, gain_map.shape, halo)
+            for rectangles, gain_map in zip(chosen, maps)
+        ]
+        rows.append((np.mean(shares), np.mean([len(rectangles) for rectangles in chosen])))
     shares, counts = np.array(rows).T
     return PriceCurve(np.array(thresholds), shares, counts)
 

@@ -144,8 +144,8 @@ def _images(values: Tensor, valid: Sequence[tuple[float, float]] | None) -> list
         return [values]
     height, width = values.shape[-2:]
     return [
-        one[None, :, : math.ceil(high * height), : math.ceil(wide * width)]
-        for one, (high, wide) in zip(values, valid)
+        image_map[None, :, : math.ceil(high * height), : math.ceil(wide * width)]
+        for image_map, (high, wide) in zip(values, valid)
     ]
 
 

@@ -274,7 +274,7 @@ def fit_ridge_router(
         rest = np.setdiff1d(everyone, part)
         weights, biases = _ridge(inputs[rest], _wanted(objective, gains[rest]), penalties)
         scores = inputs[part] @ weights + biases
-        curves.append([rank_correlation(own, gains[part]) for own in scores.T])
+        curves.append([rank_correlation(column, gains[part]) for column in scores.T])
         if progress:
             progress(done + 1, folds + 1)
     means = np.mean(curves, axis=0)

@@ -121,10 +121,10 @@ def exit_benefits_by_class(
     counts = count_objects(coco, record.ids)
     weights = class_weights(counts.sum(axis=0))
     per_image = mixtures.image_ap(weights)
-    found = dict(ap_class=per_image[-1] - per_image[0])
+    benefits = dict(ap_class=per_image[-1] - per_image[0])
     if record.losses is not None:
-        found['loss_class'] = (record.losses[:, 0] - record.losses[:, -1]) * (counts @ weights)
-    return dict(found, reward=marginal_rewards(record, coco)) if rewards else found
+        benefits['loss_class'] = (record.losses[:, 0] - record.losses[:, -1]) * (counts @ weights)
+    return dict(benefits, reward=marginal_rewards(record, coco)) if rewards else benefits
 
 
 def rank_correlations(

@@ -82,7 +82,9 @@ def quantile_map(difficulties: np.ndarray, before: np.ndarray, after: np.ndarray
     Returns:
         np.ndarray: (n,), float32.
     """
-    old, new = (np.concatenate([[0.0], np.sort(one), [1.0]]) for one in (before, after))
+    old, new = (
+        np.concatenate([[0.0], np.sort(difficulties), [1.0]]) for difficulties in (before, after)
+    )
     known, place = np.unique(old, return_inverse=True)
     # Where several had the same difficulty, by the mean of what they have now.
     moves = np.bincount(place, new - old) / np.bincount(place)

@@ -118,8 +118,8 @@ class ExitsMetric(BaseMetric):
                 )
             while len(self._exits) < len(sample['exits']):
                 self._exits.append(self._new())
-            for metric, found in zip(self._exits, sample['exits']):
-                metric.process(data_batch, [dict(sample, pred_instances=found)])
+            for metric, instances in zip(self._exits, sample['exits']):
+                metric.process(data_batch, [dict(sample, pred_instances=instances)])
 
     def compute_metrics(self, results: list) -> dict[str, float]:
         """Not used: each exit has a metric of its own."""
@@ -131,19 +131,22 @@ class ExitsMetric(BaseMetric):
         Args:
             size (int): Frames of the whole data set.
         """
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for exit, metric in enumerate(self._exits):
             metric.dataset_meta = self.dataset_meta
             # Where no frame has a detection CocoMetric gives nothing; that is an AP of 0.
-            own = {f'coco/bbox_{item}': 0.0 for item in self._items}
+            exit_metrics = {f'coco/bbox_{item}': 0.0 for item in self._items}
             with contextlib.redirect_stdout(io.StringIO()):
-                own.update(metric.evaluate(size))
-            found.update(
-                {name.replace('coco/', f'exit{exit:02d}/'): value for name, value in own.items()}
+                exit_metrics.update(metric.evaluate(size))
+            metrics.update(
+                {
+                    name.replace('coco/', f'exit{exit:02d}/'): value
+                    for name, value in exit_metrics.items()
+                }
             )
         if self._exits:
-            found.update(own)
-        return found
+            metrics.update(exit_metrics)
+        return metrics
 
 
 def exit_of(name: str) -> int | None:

@@ -134,11 +134,11 @@ def _flops_up_to(model: nn.Module, rows: Sequence[LayerCosts], positions: Sequen
     """Of all layers that some need, themselves included."""
     needed, waiting = set(), list(positions)
     while waiting:
-        one = waiting.pop()
-        if one not in needed:
-            needed.add(one)
-            waiting.extend(model.table[one].inputs)
-    return sum(rows[one].main.flops for one in needed)
+        position = waiting.pop()
+        if position not in needed:
+            needed.add(position)
+            waiting.extend(model.table[position].inputs)
+    return sum(rows[position].main.flops for position in needed)
 
 
 @torch.no_grad()

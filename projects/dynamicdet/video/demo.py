@@ -173,14 +173,13 @@ class FrameDetector(DetInferencer):
             checkpoint = dict(checkpoint, state_dict=state)
         require_complete(model, state, ('operating_points',))
         calibrated = checkpoint.get('meta', {}).get('calibration', {}).get('gate')
-        own = name_of(getattr(model, 'gate', None))
+        gate_name = name_of(getattr(model, 'gate', None))
         by_threshold = self._budget is not None and self._budget.kind == 'threshold'
-        if calibrated not in (None, own) and not by_threshold:
+        if calibrated not in (None, gate_name) and not by_threshold:
             raise UsageError(
-                f"the checkpoint's thresholds are of {calibrated}, and the detector has {own}: "
-                'give '
-                '--gate as it was calibrated, calibrate it with this one, or give --budget '
-                'threshold=...'
+                f"the checkpoint's thresholds are of {calibrated}, and the detector has "
+                f'{gate_name}: give --gate as it was calibrated, calibrate it with this one, or '
+                'give --budget threshold=...'
             )
         super()._load_weights_to_model(model, checkpoint, cfg)
         fuse(model)

@@ -245,7 +245,9 @@ def _free(rng, items, tall, reach) -> np.ndarray:
     """A place that is not taken at the start, if one is found soon."""
     for _ in range(20):
         place = rng.uniform(*reach)
-        if all(np.abs(place - one.path[0]).max() > 0.5 * (tall + one.height[0]) for one in items):
+        if all(
+            np.abs(place - item.path[0]).max() > 0.5 * (tall + item.height[0]) for item in items
+        ):
             break
     return place
 

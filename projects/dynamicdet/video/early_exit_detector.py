@@ -137,7 +137,7 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         self.propagation = build_propagation(propagation, built)
         self.gate = build_gate(
             gate,
-            [self.table[one].channels for one in self.exit_layers],
+            [self.table[position].channels for position in self.exit_layers],
             self.table[early_layer].channels,
         )
         self.distillation = distillation
@@ -492,7 +492,10 @@ class EarlyExitDetector(KeepsTypeOfBuffers, BaseDetector):
         maps = [frames.layers.take(position) for position in self.output_layers]
         detections = self.detector.bbox_head.predict(maps, frames.samples, rescale=rescale)
         if self.merge:
-            passed = [_in_frame(one, frames.samples, rescale) for one in frames.passed]
+            passed = [
+                _in_frame(exit_detections, frames.samples, rescale)
+                for exit_detections in frames.passed
+            ]
             detections = merge_instances(list(zip(*passed, detections)), self.merge)
         for place, instances in enumerate(detections):
             self._leave(frames, place, self.num_exits - 1, instances, rescale, new=True)
@@ -577,6 +580,6 @@ def _in_frame(
 def _with_rows(values: Tensor, rows: Sequence[int], new: Tensor) -> Tensor:
     """Numbers, (N,), some of which are others."""
     every = list(values.unbind())
-    for row, one in zip(rows, new.unbind()):
-        every[row] = one
+    for row, value in zip(rows, new.unbind()):
+        every[row] = value
     return torch.stack(every)

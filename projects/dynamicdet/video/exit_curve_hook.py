@@ -51,8 +51,8 @@ def read_history(path: Path) -> list[dict]:
     """What earlier epochs found; nothing if there is no whole file."""
     try:
         return [
-            dict(epoch=int(one['epoch']), ap=[float(ap) for ap in one['ap']])
-            for one in json.loads(path.read_text())
+            dict(epoch=int(entry['epoch']), ap=[float(ap) for ap in entry['ap']])
+            for entry in json.loads(path.read_text())
         ]
     except (OSError, ValueError, KeyError, TypeError):
         return []
@@ -60,7 +60,7 @@ def read_history(path: Path) -> list[dict]:
 
 def updated_history(history: list[dict], epoch: int, ap: list[float]) -> list[dict]:
     """History up to an epoch: what a run that starts anew left of later ones is gone."""
-    return [*(one for one in history if one['epoch'] < epoch), dict(epoch=epoch, ap=ap)]
+    return [*(entry for entry in history if entry['epoch'] < epoch), dict(epoch=epoch, ap=ap)]
 
 
 def draw_history(history: list[Mapping], metric: str = 'bbox_mAP') -> bytes:
@@ -71,12 +71,12 @@ def draw_history(history: list[Mapping], metric: str = 'bbox_mAP') -> bytes:
 
     figure = Figure(figsize=(7, 4.2), dpi=140, layout='constrained')
     axes = figure.add_subplot()
-    exits = max(len(one['ap']) for one in history)
+    exits = max(len(entry['ap']) for entry in history)
     for exit in range(exits):
-        known = [one for one in history if exit < len(one['ap'])]
+        known = [entry for entry in history if exit < len(entry['ap'])]
         axes.plot(
-            [one['epoch'] for one in known],
-            [one['ap'][exit] for one in known],
+            [entry['epoch'] for entry in known],
+            [entry['ap'][exit] for entry in known],
             'o-',
             markersize=3,
             color=colormaps['viridis_r'](0.1 + 0.9 * exit / max(1, exits - 1)),

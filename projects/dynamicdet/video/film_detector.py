@@ -244,10 +244,10 @@ class FilmDetector(DynamicDetector):
             return state
 
         state = self._counted(canvas, len(frames) * math.prod(canvas), look)
-        gains = self.regions.gain_maps(
-            [found[0] for found in state.found], samples, state.maps, state.ratio, rescale
-        )
-        state = self._with_regions(state, [a + b.gains for a, b in zip(gains, frames)])
+        detections = [by_exit[0] for by_exit in state.detections]
+        gains = self.regions.gain_maps(detections, samples, state.maps, state.ratio, rescale)
+        stakes = [frame.gains for frame in frames]
+        state = self._with_regions(state, [sum(pair) for pair in zip(gains, stakes)])
         leaving, going_on = state.split()
         if len(leaving):
             self.finish(leaving, rescale)
@@ -310,18 +310,18 @@ class FilmDetector(DynamicDetector):
         sample, stream = frame.sample, frame.stream
         sample.set_metainfo(dict(gflops=gflops))
         # A copy: whoever evaluates moves results to where they want them.
-        found = sample.pred_instances.clone()
+        instances = sample.pred_instances.clone()
         if stream.early is None:
-            stream.velocity = np.zeros((len(found), 2))
+            stream.velocity = np.zeros((len(instances), 2))
         else:
             before, after = (
                 (detections.boxes.numpy(), detections.labels.numpy())
-                for detections in to_host([stream.detections, found])
+                for detections in to_host([stream.detections, instances])
             )
             gap = stream.frame - stream.seen
             stream.velocity = velocities(before, stream.velocity, after, gap)
         stream.early = self._seen_of(frame)
-        stream.detections, stream.seen = found, stream.frame
+        stream.detections, stream.seen = instances, stream.frame
         stream.rescaled, stream.scale = rescale, scale_of(sample)
 
     def _seen_of(self, frame: _Frame) -> Tensor:

@@ -51,7 +51,7 @@ class Frames:
         self.layers.keep(kept)
 
         def of_kept(values: list | None) -> list | None:
-            return values and [values[one] for one in kept]
+            return values and [values[place] for place in kept]
 
         return Frames(
             self.layers,
@@ -61,9 +61,9 @@ class Frames:
             None if self.early is None else take_rows(self.early, kept),
             None,
             None,
-            [take_rows(one, kept) for one in self.pooled],
+            [take_rows(features, kept) for features in self.pooled],
             of_kept(self.earlier),
-            [of_kept(own) for own in self.passed],
+            [of_kept(exit_detections) for exit_detections in self.passed],
         )
 
 
@@ -75,7 +75,7 @@ def scale_of(sample: DetDataSample) -> tuple[float, ...]:
 def to_original(instances: InstanceData, sample: DetDataSample) -> InstanceData:
     """A copy of detections in the network's frame, in that of the original image."""
     instances = instances.clone()
-    instances.bboxes = scale_boxes(instances.bboxes, [1 / one for one in sample.scale_factor])
+    instances.bboxes = scale_boxes(instances.bboxes, [1 / factor for factor in sample.scale_factor])
     return instances
 
 
@@ -101,7 +101,7 @@ def last_detections(
         stream.scale if stream.rescaled else (1.0, 1.0),
         scale_of(sample) if rescale else (1.0, 1.0),
     )
-    factors = [one / other for one, other in zip(before, now)]
+    factors = [old / other for old, other in zip(before, now)]
     if factors != [1, 1]:
         instances.bboxes = scale_boxes(instances.bboxes, factors)
     return instances

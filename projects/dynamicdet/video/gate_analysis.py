@@ -66,7 +66,7 @@ def fitted_gates(
 ) -> dict[str, Gate]:
     """Gates that are fitted to a record: halting gates, with and without a look at detections; and,
     if some of its frames show no object and others do, a temporal one that knows *no detection*."""
-    channels = [len(one) for one in record['images'][0]['pooled']]
+    channels = [len(features) for features in record['images'][0]['pooled']]
     gates = {}
     for name, looks in (('halting', False), ('halting, looking', True)):
         gates[name] = MODELS.build(
@@ -96,12 +96,12 @@ def decision_seconds(
     looks: list[float] = []
     with torch.no_grad():
         for index in range(min(frames, len(shown[0].detections))):
-            for one in shown:
+            for evidence in shown:
                 single = Evidence(
-                    one.exit,
-                    one.detections[index : index + 1],
-                    one.earlier and one.earlier[index : index + 1],
-                    [x[index : index + 1] for x in one.pooled],
+                    evidence.exit,
+                    evidence.detections[index : index + 1],
+                    evidence.earlier and evidence.earlier[index : index + 1],
+                    [x[index : index + 1] for x in evidence.pooled],
                     None,
                 )
                 start = time.perf_counter()

@@ -256,8 +256,13 @@ def fit_presence(
 
 def shows_objects(record: Mapping, coco: COCO) -> np.ndarray:
     """Whether each frame has an annotation that is not ``iscrowd``, (n,), bool."""
-    own = [coco.loadAnns(coco.getAnnIds(imgIds=[image['id']])) for image in record['images']]
-    return np.array([any(not one.get('iscrowd', 0) for one in annotations) for annotations in own])
+    by_image = [coco.loadAnns(coco.getAnnIds(imgIds=[image['id']])) for image in record['images']]
+    return np.array(
+        [
+            any(not annotation.get('iscrowd', 0) for annotation in annotations)
+            for annotations in by_image
+        ]
+    )
 
 
 def _train_presence(
@@ -319,7 +324,9 @@ def fit_gate(
             f'the gate is for heads of {list(gate.in_channels)} channels, the record has '
             f'{[x.shape[1] for x in pooled]}: set the in_channels of the gate'
         )
-    looks = [detection_features(one) for one in shown] if gate.looks_at_detections else None
+    looks = (
+        [detection_features(evidence) for evidence in shown] if gate.looks_at_detections else None
+    )
     data = (pooled, looks, loss)
     parts = _folds(record, folds, seed)
     everyone = np.arange(len(record['images']))

@@ -71,12 +71,16 @@ def evidence_by_exit(record: Mapping) -> list[Evidence]:
 
 
 def _instances(detections: Sequence[Mapping]) -> InstanceData:
-    boxes = torch.tensor([one['bbox'] for one in detections], dtype=torch.float32).reshape(-1, 4)
+    boxes = torch.tensor(
+        [detection['bbox'] for detection in detections], dtype=torch.float32
+    ).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     return InstanceData(
         bboxes=boxes,
-        scores=torch.tensor([one['score'] for one in detections], dtype=torch.float32),
-        labels=torch.tensor([one['category_id'] for one in detections], dtype=torch.long),
+        scores=torch.tensor([detection['score'] for detection in detections], dtype=torch.float32),
+        labels=torch.tensor(
+            [detection['category_id'] for detection in detections], dtype=torch.long
+        ),
     )
 
 
@@ -183,8 +187,8 @@ def frame_changes(record: Mapping, lag: int = 1) -> np.ndarray:
 def _change(record: Mapping, index: int, last: int) -> np.float32:
     if last < 0:
         return np.float32(1)
-    one, other = (torch.from_numpy(record['images'][at]['early'])[None] for at in (index, last))
-    return np.float32(early_change(one, other).item())
+    current, other = (torch.from_numpy(record['images'][at]['early'])[None] for at in (index, last))
+    return np.float32(early_change(current, other).item())
 
 
 def exit_costs(record: Mapping, kind: str, looks: bool) -> np.ndarray:

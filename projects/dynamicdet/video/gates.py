@@ -107,7 +107,8 @@ def most_confident(
     """Of each image the detections from a score on, at most `MOST`: boxes (D, 4), scores (D,) and
     labels (D,), on the CPU."""
     return [
-        _surest(*(one.numpy() for one in instances), min_score) for instances in to_host(detections)
+        _surest(*(array.numpy() for array in instances), min_score)
+        for instances in to_host(detections)
     ]
 
 
@@ -169,8 +170,10 @@ class ScoreGate(Gate):
 
     def difficulty(self, evidence: Evidence) -> Tensor:
         """How doubtful the exit's detections are, (N,), in [0, 1]; ``empty`` without any."""
-        found = most_confident(_require_detections(evidence), self.min_score)
-        return torch.tensor([self._of_image(own.scores) for own in found])
+        detections = most_confident(_require_detections(evidence), self.min_score)
+        return torch.tensor(
+            [self._of_image(image_detections.scores) for image_detections in detections]
+        )
 
     def _of_image(self, scores: np.ndarray) -> float:
         if not len(scores):
@@ -219,24 +222,24 @@ class AgreementGate(Gate):
         detections = _require_detections(evidence)
         if evidence.earlier is None:
             return torch.ones(len(detections))
-        found = most_confident([*detections, *evidence.earlier], self.min_score)
+        confident = most_confident([*detections, *evidence.earlier], self.min_score)
         return torch.tensor(
             [
-                1 - detection_agreement(own, before, self.iou)
-                for own, before in zip(found, found[len(detections) :])
+                1 - detection_agreement(now, before, self.iou)
+                for now, before in zip(confident, confident[len(detections) :])
             ]
         )
 
 
-def detection_agreement(one: GateDetections, other: GateDetections, iou: float = 0.3) -> float:
+def detection_agreement(first: GateDetections, other: GateDetections, iou: float = 0.3) -> float:
     """Agreement of two sets of detections, in [0, 1]; see `AgreementGate`."""
-    total = float(one.scores.sum(dtype=np.float64) + other.scores.sum(dtype=np.float64))
+    total = float(first.scores.sum(dtype=np.float64) + other.scores.sum(dtype=np.float64))
     if total == 0:
         return 1.0
-    if not len(one.scores) or not len(other.scores):
+    if not len(first.scores) or not len(other.scores):
         return 0.0
-    overlaps = bbox_overlaps(torch.from_numpy(one.boxes), torch.from_numpy(other.boxes)).numpy()
-    overlaps = overlaps * (one.labels[:, None] == other.labels[None])
+    overlaps = bbox_overlaps(torch.from_numpy(first.boxes), torch.from_numpy(other.boxes)).numpy()
+    overlaps = overlaps * (first.labels[:, None] == other.labels[None])
     rows, columns = np.nonzero(overlaps > iou)
     order = np.argsort(-overlaps[rows, columns], kind='stable')
     shared, used, taken = 0.0, set(), set()
@@ -245,7 +248,7 @@ def detection_agreement(one: GateDetections, other: GateDetections, iou: float =
             used.add(row)
             taken.add(column)
             shared += float(overlaps[row, column]) * min(
-                float(one.scores[row]), float(other.scores[column])
+                float(first.scores[row]), float(other.scores[column])
             )
     return min(1.0, 2 * shared / total)
 

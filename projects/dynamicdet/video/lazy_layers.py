@@ -39,11 +39,11 @@ class LazyLayers:
         """
         if not self._wanted[position]:
             raise KeyError(f'the map of layer {position} is not kept: it was not named as wanted')
-        for one in self._missing(position):
-            inputs = self._table[one].inputs or (-1,)
-            module = self._detector.get_submodule(self._table[one].name)
-            self._maps[one] = module(concatenate_maps([self._maps[source] for source in inputs]))
-            self._done.add(one)
+        for index in self._missing(position):
+            inputs = self._table[index].inputs or (-1,)
+            module = self._detector.get_submodule(self._table[index].name)
+            self._maps[index] = module(concatenate_maps([self._maps[source] for source in inputs]))
+            self._done.add(index)
             self._let_go(inputs)
         taken = self._maps[position]
         self._wanted[position] -= 1
@@ -52,7 +52,9 @@ class LazyLayers:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with some of the images alone."""
-        self._maps = {position: take_rows(one, rows) for position, one in self._maps.items()}
+        self._maps = {
+            position: take_rows(feature_map, rows) for position, feature_map in self._maps.items()
+        }
 
     @property
     def held(self) -> list[int]:
@@ -63,17 +65,17 @@ class LazyLayers:
         """What has to run, in order."""
         missing, waiting = set(), [position]
         while waiting:
-            one = waiting.pop()
-            if one not in self._done and one not in missing:
-                missing.add(one)
-                waiting.extend(self._table[one].inputs)
+            index = waiting.pop()
+            if index not in self._done and index not in missing:
+                missing.add(index)
+                waiting.extend(self._table[index].inputs)
         return sorted(missing)
 
     def _let_go(self, positions: Sequence[int]) -> None:
         for position in positions:
             if not self._wanted[position] and not any(
                 position in (layer.inputs or (-1,))
-                for one, layer in enumerate(self._table)
-                if one not in self._done
+                for index, layer in enumerate(self._table)
+                if index not in self._done
             ):
                 self._maps.pop(position, None)

@@ -110,11 +110,11 @@ class LearnedGate(KeepsType, Gate):
             )
         looks = looks or [None] * len(pooled)
         with torch.autocast(pooled[0].device.type, enabled=False):
-            found = [
+            logits = [
                 self._go(exit, state, seen)
                 for exit, (state, seen) in enumerate(zip(self._states(pooled), looks))
             ]
-        return torch.stack(found)
+        return torch.stack(logits)
 
     def _states(self, pooled: Sequence[Tensor]) -> list[Tensor]:
         """The state at each exit whose features are given, (N, width)."""

@@ -138,7 +138,10 @@ def _gate_losses(
         truths, ignored, metas = unpack_gt_instances([sample])
         frame_losses = [
             head.loss_by_feat(
-                *([one[index : index + 1] for one in part] for part in raw), truths, metas, ignored
+                *([tensor[index : index + 1] for tensor in part] for part in raw),
+                truths,
+                metas,
+                ignored,
             )
             for head, raw in zip(model.heads, raws)
         ]
@@ -165,7 +168,7 @@ def _costs(model: nn.Module, shape: Sequence[int]) -> Tensor:
 def _total(losses: dict[str, Tensor]) -> Tensor:
     """Sum of a head's losses, as mmengine's ``parse_losses``: some heads give lists."""
     return sum(
-        value.mean() if isinstance(value, Tensor) else sum(one.mean() for one in value)
+        value.mean() if isinstance(value, Tensor) else sum(tensor.mean() for tensor in value)
         for name, value in losses.items()
         if 'loss' in name
     )

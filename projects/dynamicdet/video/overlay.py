@@ -46,12 +46,12 @@ def draw_frame(
     # For frames of 1000 pixels and more.
     scale = max(1.0, max(picture.shape[:2]) / 1000)
     drawn = cv2.resize(picture, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_NEAREST)
-    for one in detections:
+    for detection in detections:
         _draw_box(
             drawn,
-            np.array(one['bbox']) * zoom,
-            colors[one['label']],
-            f'{classes[one["label"]]} {one["score"]:.2f}',
+            np.array(detection['bbox']) * zoom,
+            colors[detection['label']],
+            f'{classes[detection["label"]]} {detection["score"]:.2f}',
             scale,
         )
     high = int(_LINE * scale)

@@ -60,8 +60,10 @@ def build_heads(
         layers,
         weights,
         [
-            MODELS.build(dict(settings, in_channels=table[one].channels, stride=table[one].stride))
-            for one in layers
+            MODELS.build(
+                dict(settings, in_channels=table[position].channels, stride=table[position].stride)
+            )
+            for position in layers
         ],
     )
 

@@ -147,7 +147,7 @@ def carry_on(
         every = len(known) == len(features)
         mixed = mix(
             features if every else features[index],
-            torch.stack([one.memories[exit].map for one in remembering]),
+            torch.stack([stream.memories[exit].map for stream in remembering]),
             gaps,
         )
         features = (

@@ -52,7 +52,7 @@ def write_video_record(record: Mapping, path: str | Path) -> None:
         version=_VERSION,
         videos=[int(image['video']) for image in images],
         frames=[int(image['frame']) for image in images],
-        widths=[len(one) for one in images[0]['pooled']],
+        widths=[len(features) for features in images[0]['pooled']],
         costs=record['costs'],
     )
     _check(header, len(images), len(record['gflops']), 'the record')
@@ -115,10 +115,10 @@ def detections_of(record: Mapping) -> RoutingRecord:
 
 def _to_plain(image: Mapping, widths: list[int]) -> dict:
     """An image as `routing.record` knows it."""
-    if [len(one) for one in image['pooled']] != widths:
+    if [len(features) for features in image['pooled']] != widths:
         raise UsageError('frames of the record differ in their heads: record all in one pass')
     features = np.concatenate(
-        [np.asarray(one, np.float32) for one in (*image['pooled'], image['early'])]
+        [np.asarray(features, np.float32) for features in (*image['pooled'], image['early'])]
     )
     plain = {name: value for name, value in image.items() if name not in _PER_IMAGE}
     return dict(plain, difficulty=image['change'], features=features)
@@ -131,9 +131,9 @@ def _check(header: Mapping, images: int, exits: int, source: str) -> None:
             len(header['videos']) == len(header['frames']) == images
             and len(header['widths']) == exits - 1
             and all(
-                isinstance(one, int)
+                isinstance(number, int)
                 for name in ('videos', 'frames', 'widths')
-                for one in header[name]
+                for number in header[name]
             )
             and all(width > 0 for width in header['widths'])
             and all(_is_cost(header['costs'][kind], exits) for kind in ('gflops', 'latencies'))
@@ -151,5 +151,5 @@ def _check(header: Mapping, images: int, exits: int, source: str) -> None:
 
 def _is_cost(cost: Mapping, exits: int) -> bool:
     return len(cost['looked']) == exits and all(
-        math.isfinite(one) for one in (cost['early'], *cost['looked'])
+        math.isfinite(seconds) for seconds in (cost['early'], *cost['looked'])
     )

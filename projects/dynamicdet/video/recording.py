@@ -171,7 +171,7 @@ def _record_batch(model: EarlyExitDetector, batch: dict, category_ids: Sequence[
             )
     outputs = model.predict_all(inputs, samples)
     change, early = outputs.change.tolist(), outputs.early.cpu().numpy()
-    pooled = [one.cpu().numpy() for one in outputs.pooled]
+    pooled = [features.cpu().numpy() for features in outputs.pooled]
     return [
         dict(
             id=int(sample.img_id),
@@ -180,7 +180,7 @@ def _record_batch(model: EarlyExitDetector, batch: dict, category_ids: Sequence[
             frame=int(sample.frame_id),
             change=change[row],
             early=early[row].copy(),
-            pooled=[one[row].copy() for one in pooled],
+            pooled=[features[row].copy() for features in pooled],
             detections=[
                 coco_results(DetDataSample(pred_instances=instances[row]), category_ids)
                 for instances in outputs.detections
@@ -257,16 +257,16 @@ def measure_exit_latencies(
         *((exit, False) for exit in exits),
         *((exit, True) for exit in exits if exit),
     ]
-    times: dict[tuple, list[float]] = {one: [] for one in forced}
+    times: dict[tuple, list[float]] = {arguments: [] for arguments in forced}
     device = model.thresholds.device
     for turn in progress(range(rounds + 1), 'latencies'):
-        for one in forced:
-            with forced_exit(model, *one):
+        for arguments in forced:
+            with forced_exit(model, *arguments):
                 for batch in batches:
                     seconds, _ = time_call(lambda: model.test_step(batch), device)
                     if turn:
-                        times[one].append(seconds)
-    medians = {one: float(np.median(exit_times)) for one, exit_times in times.items()}
+                        times[arguments].append(seconds)
+    medians = {arguments: float(np.median(exit_times)) for arguments, exit_times in times.items()}
     return dict(
         early=medians[-1, False],
         alone=[medians[exit, False] for exit in exits],

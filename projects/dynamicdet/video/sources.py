@@ -178,7 +178,11 @@ class VideoFile(FrameSource):
     def _film(self) -> Any:
         """Of its streams the one that a player shows."""
         pictures = self._container.streams.video
-        films = [one for one in pictures if not {'attached_pic', 'timed_thumbnails'} & _flags(one)]
+        films = [
+            stream
+            for stream in pictures
+            if not {'attached_pic', 'timed_thumbnails'} & _flags(stream)
+        ]
         if not films:
             self.close()
             raise UsageError(
@@ -186,7 +190,7 @@ class VideoFile(FrameSource):
                 + ('a preview' if pictures else 'sound or text')
             )
         best = self._container.streams.best('video')
-        film = next((one for one in films if one.index == best.index), films[0])
+        film = next((stream for stream in films if stream.index == best.index), films[0])
         if len(films) > 1:
             self.notes = [
                 f'it has {len(films)} films: the one of {film.width} x {film.height} pixels, '

@@ -24,32 +24,32 @@ def early_summary(early: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(early.float(), GRID).flatten(1)
 
 
-def part_changes(one: Tensor, other: Tensor) -> Tensor:
+def part_changes(first: Tensor, other: Tensor) -> Tensor:
     """How much each part of a scene changed: the Bray-Curtis dissimilarity (Bray and Curtis 1957),
     ``sum |a - b| / sum (|a| + |b|)`` over the channels of a part.
 
     Args:
-        one (Tensor): From `early_summary`, (N, d).
+        first (Tensor): From `early_summary`, (N, d).
         other (Tensor): As many.
 
     Returns:
         Tensor: (N, GRID * GRID), in [0, 1]; 0 where they are the same.
     """
-    one, other = (x.unflatten(1, (-1, GRID**2)) for x in (one, other))
-    total = (one.abs() + other.abs()).sum(dim=1)
-    return ((one - other).abs().sum(dim=1) / total.clamp(min=1e-12)).clamp(max=1)
+    first, other = (x.unflatten(1, (-1, GRID**2)) for x in (first, other))
+    total = (first.abs() + other.abs()).sum(dim=1)
+    return ((first - other).abs().sum(dim=1) / total.clamp(min=1e-12)).clamp(max=1)
 
 
-def early_change(one: Tensor, other: Tensor) -> Tensor:
+def early_change(first: Tensor, other: Tensor) -> Tensor:
     """How much a scene changed, (N,), in [0, 1]: as its part that changed most; one small object
     that moves is a change. Arguments as of `part_changes`."""
-    return part_changes(one, other).amax(dim=1)
+    return part_changes(first, other).amax(dim=1)
 
 
-def is_cut(one: Tensor, other: Tensor, cut: float) -> Tensor:
+def is_cut(first: Tensor, other: Tensor, cut: float) -> Tensor:
     """Whether a scene is another, (N,): its parts changed by more than ``cut`` in the mean.
     Arguments as of `part_changes`."""
-    return part_changes(one, other).mean(dim=1) > cut
+    return part_changes(first, other).mean(dim=1) > cut
 
 
 class Memory(NamedTuple):

@@ -63,17 +63,17 @@ class Timeline:
         """Take a frame that cannot be read."""
         self._append(Bin(time, faults=1))
 
-    def _append(self, one: Bin) -> None:
+    def _append(self, piece: Bin) -> None:
         if self._count % self.per_bin:
-            self.bins[-1].add(one)
+            self.bins[-1].add(piece)
         else:
             if len(self.bins) == self._most:
                 self._halve()
             # After halving an odd number the last bin is half full.
             if self._count % self.per_bin:
-                self.bins[-1].add(one)
+                self.bins[-1].add(piece)
             else:
-                self.bins.append(one)
+                self.bins.append(piece)
         self._count += 1
 
     def _halve(self) -> None:
@@ -85,8 +85,8 @@ class Timeline:
     def total(self) -> Bin:
         """The sum of all."""
         total = Bin(0.0)
-        for one in self.bins:
-            total.add(one)
+        for piece in self.bins:
+            total.add(piece)
         return total
 
 
@@ -98,9 +98,12 @@ def draw_timeline(timeline: Timeline, path: str | Path, exits: int) -> None:
         path (str or Path): File to write.
         exits (int): Number of exits, E; 0 for a detector without.
     """
-    bins = [one for one in timeline.bins if one.frames]
-    times, frames = np.array([one.time for one in bins]), np.array([one.frames for one in bins])
-    known = dict(exits=exits, gflops=any(one.gflops for one in bins), ms=True)
+    bins = [piece for piece in timeline.bins if piece.frames]
+    times, frames = (
+        np.array([piece.time for piece in bins]),
+        np.array([piece.frames for piece in bins]),
+    )
+    known = dict(exits=exits, gflops=any(piece.gflops for piece in bins), ms=True)
     rows = [kind for kind, there in known.items() if there]
     figure = Figure(figsize=(10, 1 + 1.8 * len(rows)), layout='constrained')
     axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
@@ -109,7 +112,7 @@ def draw_timeline(timeline: Timeline, path: str | Path, exits: int) -> None:
             _draw_exits(axis, times, bins, frames, exits)
         elif len(bins):
             values = [
-                one.gflops if kind == 'gflops' else 1e3 * one.seconds for one in bins
+                piece.gflops if kind == 'gflops' else 1e3 * piece.seconds for piece in bins
             ] / frames
             mean = np.average(values, weights=frames)
             axis.step(times, values, where='post', linewidth=0.8)
@@ -121,9 +124,9 @@ def draw_timeline(timeline: Timeline, path: str | Path, exits: int) -> None:
         axis.set_ylabel(
             dict(exits='share of exits', gflops='GFLOPs per frame', ms='ms per frame')[kind]
         )
-        for one in timeline.bins:
-            if one.faults:
-                axis.axvline(one.time, color='red', linewidth=1, alpha=0.8)
+        for piece in timeline.bins:
+            if piece.faults:
+                axis.axvline(piece.time, color='red', linewidth=1, alpha=0.8)
     axes[-1].set_xlabel(
         'seconds in the video'
         + (' (red: frames that cannot be read)' if timeline.total.faults else '')
@@ -133,10 +136,10 @@ def draw_timeline(timeline: Timeline, path: str | Path, exits: int) -> None:
 
 def _draw_exits(axis, times, bins, frames, exits) -> None:
     """Stacked shares; -1 is drawn first, if any frame left there."""
-    there = ([-1] if any(one.exits[-1] for one in bins) else []) + list(range(exits))
+    there = ([-1] if any(piece.exits[-1] for piece in bins) else []) + list(range(exits))
     colors = colormaps['viridis'](np.linspace(0, 1, len(there)))
     if bins:
-        shares = np.array([[one.exits[exit] for one in bins] for exit in there]) / frames
+        shares = np.array([[piece.exits[exit] for piece in bins] for exit in there]) / frames
         # A step lasts until the next one; the last as long as the one before.
         ends = np.append(times, times[-1] + (times[-1] - times[-2] if len(times) > 1 else 1))
         axis.stackplot(

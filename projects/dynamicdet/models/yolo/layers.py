@@ -39,11 +39,13 @@ def concatenate_maps(maps: Sequence[Tensor]) -> Tensor:
     to the size of the largest, by nearest neighbors. One map, or the image, is left as it is."""
     if len(maps) == 1:
         return maps[0]
-    size = max(tuple(one.shape[2:]) for one in maps)
+    size = max(tuple(feature_map.shape[2:]) for feature_map in maps)
     return torch.cat(
         [
-            one if tuple(one.shape[2:]) == size else F.interpolate(one, size=size, mode='nearest')
-            for one in maps
+            feature_map
+            if tuple(feature_map.shape[2:]) == size
+            else F.interpolate(feature_map, size=size, mode='nearest')
+            for feature_map in maps
         ],
         dim=1,
     )

@@ -61,5 +61,9 @@ def run_layers(
             concatenate_maps([maps[number] for number in row.sources or (-1,)])
         )
         needed = {number for later in rows[index + 1 :] for number in later.sources}.union(wanted)
-        maps = {number: one for number, one in {**maps, row.number: x}.items() if number in needed}
+        maps = {
+            number: feature_map
+            for number, feature_map in {**maps, row.number: x}.items()
+            if number in needed
+        }
     return tuple(maps[number] for number in wanted)

@@ -52,11 +52,13 @@ class YOLOV5Head(AnchorHead):
         )
 
     def _match(self, levels: list[LevelOutput], instances: InstanceList) -> list[Matches]:
-        corners = [get_box_tensor(own.bboxes).float() for own in instances]
+        corners = [get_box_tensor(image_instances.bboxes).float() for image_instances in instances]
         boxes = bbox_xyxy_to_cxcywh(torch.cat(corners))
-        each = [own.labels for own in instances]
+        each = [image_instances.labels for image_instances in instances]
         labels = torch.cat(each)
-        image = torch.cat([torch.full_like(own, index) for index, own in enumerate(each)])
+        image = torch.cat(
+            [torch.full_like(image_labels, index) for index, image_labels in enumerate(each)]
+        )
         matches = []
         for level, (_, _, objectness) in enumerate(levels):
             anchor, row, column, owner = self.candidates(boxes, level, objectness.shape[-2:])

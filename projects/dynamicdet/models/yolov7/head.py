@@ -85,8 +85,10 @@ class YOLOV7Head(AnchorHead):
 
     def _match(self, levels: list[LevelOutput], instances: InstanceList) -> list[Matches]:
         images = [
-            self._match_image(index, [[part[index] for part in parts] for parts in levels], own)
-            for index, own in enumerate(instances)
+            self._match_image(
+                index, [[part[index] for part in parts] for parts in levels], image_instances
+            )
+            for index, image_instances in enumerate(instances)
         ]
         return [Matches(*map(torch.cat, zip(*of_level))) for of_level in zip(*images)]
 
@@ -118,4 +120,4 @@ class YOLOV7Head(AnchorHead):
         )
         image, labels = torch.full_like(anchor, index), instances.labels[owner]
         whole = Matches(image, anchor, row, column, boxes[owner], labels)
-        return [Matches(*own) for own in zip(*(one.split(counts) for one in whole))]
+        return [Matches(*fields) for fields in zip(*(tensor.split(counts) for tensor in whole))]

@@ -49,8 +49,8 @@ class YOLOV7PAFPN(BaseModule):
             self.down_blocks.append(ElanBlock(branches * entering + widths.pop(), row))
             outputs.append(row.out)
         self.outs = ModuleList(
-            RepConv(own, wanted) if table.reparameterized else conv(own, wanted, 3)
-            for own, wanted in zip(outputs, table.outputs)
+            RepConv(channels, wanted) if table.reparameterized else conv(channels, wanted, 3)
+            for channels, wanted in zip(outputs, table.outputs)
         )
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -69,4 +69,4 @@ class YOLOV7PAFPN(BaseModule):
         outputs = [kept.pop()]
         for lower, block in zip(self.downs, self.down_blocks):
             outputs.append(block(torch.cat([lower(outputs[-1]), kept.pop()], dim=1)))
-        return tuple(out(own) for out, own in zip(self.outs, outputs))
+        return tuple(out(feature_map) for out, feature_map in zip(self.outs, outputs))
