@@ -10,6 +10,7 @@ import torch
 from mmengine.config import Config
 
 from conftest import same_detections, spread_scores
+from dynamicdet.building import build_loader
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.flops import count_flops
 from dynamicdet.testing import randomize, tiny_dynamic
@@ -365,3 +366,48 @@ def test_the_demo_writes_exits_and_costs(tmp_path):
     assert costs[0] > 0 == costs[1]
     assert summary.gflops == pytest.approx(np.mean(costs), abs=1e-6)
     assert lines[0]['detections'] == lines[1]['detections']
+
+
+def test_films_of_a_data_set_begin_anew(shared, tmp_path):
+    """As ``tools/test.py`` runs them: frames in the order of time, several in a batch."""
+    images = []
+    for video in (1, 2):
+        for frame in range(3):
+            images.append(
+                dict(
+                    id=len(images) + 1,
+                    file_name=f'{video}_{frame}.png',
+                    height=SIZE[0],
+                    width=SIZE[1],
+                    video_id=video,
+                    frame_id=frame,
+                )
+            )
+            image = picture(2 * frame, scene=video).permute(1, 2, 0).numpy()
+            cv2.imwrite(str(tmp_path / images[-1]['file_name']), image)
+    videos = [dict(id=video, name=str(video)) for video in (1, 2)]
+    categories = [dict(id=1, name='a')]
+    truth = dict(videos=videos, images=images, annotations=[], categories=categories)
+    (tmp_path / 'films.json').write_text(json.dumps(truth))
+    keys = ('img_id', 'ori_shape', 'img_shape', 'scale_factor', 'video_id', 'frame_id')
+    dataset = dict(
+        type='VideoDataset',
+        data_root=str(tmp_path),
+        ann_file='films.json',
+        data_prefix=dict(img=''),
+        metainfo=dict(classes=('a',)),
+        test_mode=True,
+        pipeline=[
+            dict(type='LoadImageFromFile'),
+            dict(type='Resize', scale=SIZE[::-1], keep_ratio=True),
+            dict(type='PackDetInputs', meta_keys=keys),
+        ],
+    )
+    sampler = dict(type='DefaultSampler', shuffle=False)
+    loader = build_loader(dict(batch_size=4, num_workers=0, sampler=sampler, dataset=dataset))
+    model = like(shared, every=100)
+    model.set_budget(threshold=1)
+    with torch.no_grad():
+        samples = [sample for batch in loader for sample in model.test_step(batch)]
+    assert [sample.img_id for sample in samples] == [1, 2, 3, 4, 5, 6]
+    assert [sample.exit for sample in samples] == [0, -1, -1, 0, -1, -1]
