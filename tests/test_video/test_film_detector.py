@@ -223,7 +223,7 @@ def test_regions_follow_what_moves_and_costs_are_what_ran(shared):
     assert sample.gflops == pytest.approx(flops / 1e9, rel=0.02)
     flops, (sample,) = count_flops(lambda: detect(model, (picture(6), 0, 'b')))
     assert sample.gflops == pytest.approx(flops / 1e9, rel=0.02)
-    assert 0 < costs[2] < costs[0] < plain_results(shared, 0, picture()).gflops
+    assert 0 < costs[2] < 0.3 * plain_results(shared, 0, picture()).gflops
 
 
 def test_what_a_region_holds_takes_the_place_of_what_was_there(shared):
