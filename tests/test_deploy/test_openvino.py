@@ -8,6 +8,7 @@ from conftest import ROOT
 
 FILES = (
     'tests/test_deploy/test_parts_graphs.py',
+    'tests/test_deploy/test_deployed_regions.py',
     'tests/test_deploy/test_roi_align.py',
     'experiments/tests/test_dynamic_compressed.py',
 )

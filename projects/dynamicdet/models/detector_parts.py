@@ -22,6 +22,7 @@ from mmdet.models.detectors import BaseDetector
 
 from ..errors import UsageError
 from . import DynamicDetector
+from .composite import CompositeBackbone
 
 #: Tensors -> any nesting of lists and tuples of tensors.
 Run = Callable[..., Any]
@@ -91,11 +92,14 @@ def _plain_backbone(model: BaseDetector) -> DetectorPart:
 
 
 def _first(model: DynamicDetector) -> DetectorPart:
-    """The first backbone and, for images without padding, the router.
+    """The first backbone and, for images without padding, the router, but where regions are looked
+    at again, which it does not choose.
 
     Padding differs from image to image, and is left out by torch.
     """
     backbone, router = model.backbone, model.router
+    if model.regions is not None:
+        return _backbone_alone(backbone)
     if router.sees_detections:
         raise UsageError(
             "a router that sees exit 0's detections cannot be exported: fit one that sees the maps"
@@ -120,6 +124,15 @@ def _first(model: DynamicDetector) -> DetectorPart:
 
     # Its cost is nothing, and who goes on depends on it.
     return DetectorPart('first', run, place, (backbone.first, router), (router,))
+
+
+def _backbone_alone(backbone: CompositeBackbone) -> DetectorPart:
+    first_maps = backbone.first_maps
+
+    def place(run: Run) -> None:
+        backbone.first_maps = run
+
+    return DetectorPart('first', lambda images: tuple(first_maps(images)), place, (backbone.first,))
 
 
 def _deeper(model: DynamicDetector) -> list[DetectorPart]:

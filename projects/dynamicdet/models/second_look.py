@@ -38,9 +38,11 @@ class SecondLook:
 
     def _with_regions(self, state: BatchState, gains: Sequence[np.ndarray]) -> BatchState:
         """Choose what is worth its price, of the gains of each image's cells, N times (h, w)."""
-        regions, threshold = self.regions, float(self.threshold)
-        whole = price_of_threshold(threshold) <= 0
-        chosen = [[] if whole else regions.choose(gain_map, threshold) for gain_map in gains]
+        regions = self.regions
+        chosen = regions(gains, self.threshold)
+        # As no regions: images go on as they are, padding included.
+        whole = price_of_threshold(float(self.threshold)) <= 0
+        chosen = [[] if whole else rectangles for rectangles in chosen]
         return replace(
             state,
             difficulties=[regions.difficulty(gain_map) for gain_map in gains],

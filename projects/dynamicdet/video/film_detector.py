@@ -213,7 +213,8 @@ class FilmDetector(DynamicDetector):
         if changed.any() and not frame.whole:
             frame.regions = regions.choose(frame.gains, float(self.threshold))
             # Where that costs as much as exit 0 on all of it, that is better.
-            frame.whole = share_of_area(frame.regions, grid, regions.halo) >= self.scales[0] ** 2
+            first = self.scales[0] ** 2
+            frame.whole = share_of_area(frame.regions, grid, regions.halo, regions.step) >= first
         return frame
 
     @property
