@@ -351,7 +351,7 @@ def truth_of(
 @torch.no_grad()
 def run(args: argparse.Namespace, split: str, name: str, setting: Setting) -> Result:
     """A setting on a split, frame by frame; from its file where that is there."""
-    path = args.work / 'results' / f'{split}_{name}.npz'
+    path = args.work / 'results' / f'{split}_{MOST[split]}_{name}.npz'
     if path.exists():
         with np.load(path) as file:
             parts = {key: file[key] for key in ('boxes', 'scores', 'categories', 'offsets')}
