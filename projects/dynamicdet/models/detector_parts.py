@@ -6,7 +6,7 @@ for good: an ONNX graph, or the same in 8 bits. What lies between, such as propo
 and who goes on to the next exit, stays as it is and notices nothing; RoIAlign is replaced in
 `deploy.roi_align`.
 
-    first, second, ...        the backbones; the first with the router, if there is one
+    first, second, ...        the backbones; the first with the router, if it sees maps alone
     branch0, branch1, ...     neck and dense head (two-stage: RPN) of an exit
     branch0.bbox_head0, ...   heads on RoIs, and what they share
 """
@@ -92,18 +92,14 @@ def _plain_backbone(model: BaseDetector) -> DetectorPart:
 
 
 def _first(model: DynamicDetector) -> DetectorPart:
-    """The first backbone and, for images without padding, the router, but where regions are looked
-    at again, which it does not choose.
+    """The first backbone and, for images without padding, the router; the backbone alone where the
+    router sees detections or regions are looked at again: that is decided behind exit 0's heads.
 
     Padding differs from image to image, and is left out by torch.
     """
     backbone, router = model.backbone, model.router
-    if model.regions is not None:
+    if model.regions is not None or router.sees_detections:
         return _backbone_alone(backbone)
-    if router.sees_detections:
-        raise UsageError(
-            "a router that sees exit 0's detections cannot be exported: fit one that sees the maps"
-        )
     first_maps, score = backbone.first_maps, router.forward
 
     def run(images: Tensor) -> tuple:
