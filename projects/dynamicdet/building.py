@@ -19,6 +19,9 @@ from .errors import UsageError, reason_of
 from .models import DynamicDetector, fuse
 from .models.weights import forget_other_router, missing_of, require_complete
 
+#: Types of a model that are a `DynamicDetector`.
+DYNAMIC = ('DynamicDetector', 'FilmDetector')
+
 
 def require_model(cfg: Config, path: str) -> None:
     """Raise a `UsageError` unless a config, which was read from ``path``, names a model that is
@@ -54,7 +57,7 @@ def whole_model(cfg: Config) -> dict:
 
 def require_dynamic(cfg: Config) -> None:
     """Raise a `UsageError` unless a config is of a dynamic detector, whole or pruned."""
-    if whole_model(cfg).type != 'DynamicDetector':
+    if whole_model(cfg).type not in DYNAMIC:
         raise UsageError(
             f"the config's model must be a DynamicDetector, not {whole_model(cfg).type}"
         )

@@ -104,7 +104,8 @@ class BudgetHook(Hook):
 def _report_budget(runner: Runner, left: Sequence[tuple[int, float]]) -> BudgetReport:
     model: DynamicDetector = find_dynamic_detector(runner.model)
     online = next((hook for hook in runner.hooks if isinstance(hook, OnlineHook)), None)
-    exits = [exit for exit, _ in left]
+    # A frame that repeats the one before went no further than exit 0.
+    exits = [max(exit, 0) for exit, _ in left]
     counts = [exits.count(exit) for exit in range(model.num_exits)]
     thresholds = None if online else model.threshold.reshape(-1).tolist()
     budget = model.budget if online is None else online.budget

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 from mmengine.structures import InstanceData
 
 from ..routing.regions import price_of_threshold
@@ -26,14 +27,18 @@ class SecondLook:
     def _choose_regions(self, state: BatchState, rescale: bool) -> BatchState:
         """Run the first exit's neck and heads, and say what is worth a second look."""
         self.detect(state, rescale)
-        regions = self.regions
-        gains = regions.gain_maps(
+        gains = self.regions.gain_maps(
             [by_exit[0] for by_exit in state.detections],
             state.samples,
             state.maps,
             state.ratio,
             rescale,
         )
+        return self._with_regions(state, gains)
+
+    def _with_regions(self, state: BatchState, gains: Sequence[np.ndarray]) -> BatchState:
+        """Choose what is worth its price, of the gains of each image's cells, N times (h, w)."""
+        regions = self.regions
         chosen = regions(gains, self.threshold)
         # As no regions: images that fit a tile go on as they are, padding included.
         whole = price_of_threshold(float(self.threshold)) <= 0

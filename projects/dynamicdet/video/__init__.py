@@ -3,6 +3,7 @@
 from .all_exits import AllExitsTestLoop, AllExitsValLoop, ExitsMetric
 from .early_exit_detector import EarlyExitDetector
 from .exit_curve_hook import ExitCurveHook
+from .film_detector import FilmDetector
 from .gate_inputs import AllExits, Evidence
 from .gates import AgreementGate, FixedExit, Gate, ScoreGate, TemporalGate
 from .heads import ExitHead
@@ -20,6 +21,7 @@ __all__ = [
     'ExitCurveHook',
     'ExitHead',
     'ExitsMetric',
+    'FilmDetector',
     'FixedExit',
     'Gate',
     'GumbelGate',

@@ -29,6 +29,7 @@ from ..routing.budget_report import BudgetReport, report_budget
 from ..timing import now
 from ..transfers import Followed, to_host
 from .calibration import GateBudgetController
+from .film_detector import FilmDetector
 from .gates import name_of
 from .overlay import colors_of, draw_frame
 from .part_building import build_gate
@@ -44,7 +45,8 @@ class FrameResult(NamedTuple):
         exit (int, optional): Taken; -1: the detections of an earlier frame, or none. None: the
             detector has no exits.
         difficulty (float, optional): In [0, 1].
-        gflops (float, optional): Mean cost of that exit, as calibrated; None if it is not.
+        gflops (float, optional): What it cost, or the mean cost of that exit, as calibrated; None
+            if neither is known.
         seconds (float): From the picture, as the pipeline gives it, to the boxes.
         detections (list[dict]): ``bbox`` [x1, y1, x2, y2] in the picture's pixels, ``label`` and
             ``score``, the surest first.
@@ -207,7 +209,8 @@ class FrameDetector(DetInferencer):
         )
         seconds = now(device) - start
         exit, difficulty = sample.get('exit'), sample.get('difficulty')
-        gflops = self._gflops(exit)
+        # Where it depends on the frame, the sample says what it cost.
+        gflops = sample.get('gflops', self._gflops(exit))
         if self._online is not None:
             timed = self._budget.kind == 'target_latency'
             self._online.measure(seconds if timed else gflops)
@@ -226,9 +229,10 @@ class FrameDetector(DetInferencer):
             self.model.reset(stream)
 
     def budget_report(self, summary: Summary) -> BudgetReport | None:
-        """What a `DynamicDetector` served of its budget; None of other detectors."""
+        """What a `DynamicDetector` served of its budget; None of other detectors, and of films,
+        whose budget is a price."""
         model = self.model
-        if not isinstance(model, DynamicDetector):
+        if not isinstance(model, DynamicDetector) or isinstance(model, FilmDetector):
             return None
         return report_budget(
             [summary.exits[exit] for exit in range(model.num_exits)],

@@ -96,10 +96,11 @@ class Streams:
     Args:
         limit (int): When there are more, those are forgotten that had no frame for longest. So
             memory stays flat over any number of videos.
+        kind (type): What is remembered of each. Defaults to `VideoStream`.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, kind: type[VideoStream] = VideoStream) -> None:
+        self.limit, self.kind = limit, kind
         self._streams: OrderedDict[Hashable, VideoStream] = OrderedDict()
 
     def __len__(self) -> int:
@@ -135,7 +136,7 @@ class Streams:
         key = meta.get('video_id')
         old = self._streams.pop(key, None)
         frame = meta.get('frame_id', old.frame + 1 if old else 0)
-        stream = old if old and frame > old.frame else VideoStream()
+        stream = old if old and frame > old.frame else self.kind()
         if stream.shape != shape:
             stream.early = None
         stream.frame, stream.shape = frame, shape
