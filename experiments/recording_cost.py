@@ -71,9 +71,8 @@ def main() -> None:
 
     def record(view: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            images = record_images(model, dataset, batches, lambda steps, _: steps, view)
-            for image in images:
-                del image['shape']
+            recorded = record_images(model, dataset, batches, lambda steps, _: steps, view)
+            images = [image for batch in recorded for image in batch]
             costs = [1.0] * model.num_exits
             made = RoutingRecord.from_images(images, costs, costs)
             write_record(made, Path(folder) / 'record.npz')

@@ -71,14 +71,12 @@ def main() -> None:
     model, checkpoint = load_dynamic_detector(cfg, args.checkpoint, args.device)
     if model.regions is None:
         require_trained_router(model)
-    elif args.scores:
-        raise UsageError('--scores is not there yet where regions are looked at again')
     cli.check_data(cfg, 'val', files=not args.no_data_check)
     loader = build_loader(cfg.val_dataloader)
     if model.regions is None:
         calibration = calibrate(model, loader, cli.progress, args.hard_share, args.scores)
     else:
-        calibration = calibrate_regions(model, loader, cli.progress, args.hard_share)
+        calibration = calibrate_regions(model, loader, cli.progress, args.hard_share, args.scores)
         region_state = model.regions.state_dict(prefix='regions.')
         checkpoint['state_dict'].update({name: value.cpu() for name, value in region_state.items()})
     for name in CALIBRATED:
@@ -89,6 +87,7 @@ def main() -> None:
         **provenance(cfg, args.checkpoint, loader.dataset, args.device),
         **inference_settings(model, loader),
         **{name: fact for name, fact in score_facts(model).items() if fact is not None},
+        **({} if model.regions is None else dict(regions=True)),
     )
     write_checkpoint(checkpoint, out)
     costs = [

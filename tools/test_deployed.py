@@ -58,7 +58,12 @@ from mmengine.runner import Runner
 from dynamicdet import cli
 from dynamicdet.building import build_loader
 from dynamicdet.deploy.folder import load_deployed, read_deployed_config
-from dynamicdet.deploy.latencies import describe_latencies, measure_latency, timing_conditions
+from dynamicdet.deploy.latencies import (
+    describe_latencies,
+    measure_latency,
+    measure_region_seconds,
+    timing_conditions,
+)
 from dynamicdet.engine import BudgetHook
 from dynamicdet.errors import UsageError
 from dynamicdet.files import write_atomically
@@ -142,16 +147,21 @@ def main() -> None:
         with cli.silence():
             dataset = build_loader(settings).dataset
         latencies: list[float] = measure_latency(model, dataset, cli.progress, args.images)
+        regions = measure_region_seconds(model, dataset, cli.progress, args.images)
         figures['milliseconds'] = [1e3 * seconds for seconds in latencies]
+        if regions:
+            figures['region_milliseconds'] = [1e3 * seconds for seconds in regions]
         print(
             describe_latencies(
                 dict(
-                    timing_conditions(args.runtime, args.threads, args.providers), seconds=latencies
+                    timing_conditions(args.runtime, args.threads, args.providers),
+                    seconds=latencies,
+                    region_seconds=regions,
                 )
             )
         )
         # A budget in time goes by what runs the graphs now.
-        cfg.model.latencies = latencies
+        cfg.model.latencies, cfg.model.region_seconds = latencies, regions
     if not args.no_ap:
         cli.make_folder(cfg.work_dir)
         runner = Runner.from_cfg(cfg)

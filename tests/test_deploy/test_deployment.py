@@ -557,6 +557,34 @@ def test_a_folder_merges_exits_as_its_config_says(calibrated, tmp_path):
                 assert same_detections(one.pred_instances, two.pred_instances)
 
 
+@pytest.mark.parametrize('sees', ['detections', 'both'])
+def test_a_router_that_sees_detections_is_deployed(calibrated, sees, tmp_path):
+    """It runs behind exit 0's graph."""
+    cfg, *_ = calibrated
+    cfg = copy.deepcopy(cfg)
+    cfg.model.router = dict(type='Router', sees=sees)
+    model = randomize(MODELS.build(cfg.model), seed=3).eval()
+    path = str(tmp_path / 'sees.pth')
+    torch.save(dict(state_dict=model.state_dict()), path)
+    deploy(cfg, path, str(tmp_path / 'out'))
+    model, _ = load_detector(cfg, path)
+    deployed = load_deployed(str(tmp_path / 'out'))
+    batch = next(iter(val_loader(cfg)))
+    with torch.no_grad():
+        samples = [model.test_step(copy.deepcopy(batch)) for model in (model, deployed)]
+    difficulties = [[sample.difficulty for sample in found] for found in samples]
+    assert len(set(difficulties[0])) > 1
+    assert np.allclose(*difficulties, atol=1e-4)
+    for threshold in (1, -1):
+        found = []
+        for each in (model, deployed):
+            each.set_budget(threshold=threshold)
+            with torch.no_grad():
+                found.append(each.test_step(copy.deepcopy(batch)))
+        for wanted, got in zip(*found):
+            assert same_detections(got.pred_instances, wanted.pred_instances)
+
+
 @pytest.fixture(scope='module')
 def timed(calibrated, tmp_path_factory):
     """A float32 folder, whose latencies were measured; its path and what was done."""

@@ -9,6 +9,7 @@ from conftest import run_tool
 
 FILES = (
     'tests/test_deploy/test_parts_graphs.py',
+    'tests/test_deploy/test_deployed_regions.py',
     'tests/test_deploy/test_roi_align.py',
     'experiments/tests/test_dynamic_compressed.py',
 )

@@ -176,12 +176,13 @@ def test_images_cost_what_their_size_costs(run, monkeypatch):
     monkeypatch.setattr(recording, '_measure_routing', lambda model, dataset, rows: (0.25, 2.0))
     divisor = run.model.data_preprocessor.pad_size_divisor
     sides = [2 * divisor, 3 * divisor - 1, 2 * divisor - 1, 3 * divisor]
-    images = [dict(shape=(side, divisor)) for side in sides]
+    shapes = np.array([(side, divisor) for side in sides])
+    costs = recording._costs_of(shapes, run.model, None, no_progress)
     # Heads cost 0.75 GFLOPs at one size, and nothing, not less, at the other.
-    assert recording._add_costs(images, run.model, None, no_progress) == (0.375, 0.0)
+    assert costs.branch == (0.375, 0.0)
     assert asked == [[0, 2]] * 2 + [[1, 3]] * 2
-    assert [image['gflops'] for image in images] == [[0, 0], [1, 10], [0, 0], [1, 10]]
-    assert all(set(image) == {'gflops', 'latencies'} for image in images)
+    assert costs.gflops.tolist() == [[0, 0], [1, 10], [0, 0], [1, 10]]
+    assert costs.latencies.tolist() == [[0, 0], [1, 10], [0, 0], [1, 10]]
 
 
 def test_without_annotations_there_are_no_losses(run):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from mmengine.config import Config
 
-from conftest import ROOT, no_progress, run_tool, same_detections, shrink_options
+from conftest import ROOT, no_progress, run_tool, same_detections, shrink_options, write_random
 from dynamicdet.apis import DynamicInferencer
 from dynamicdet.apis.stream import Stream
 from dynamicdet.building import build_loader, load_dynamic_detector
@@ -17,6 +18,9 @@ from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.recording import build_record_loader, record_data_set
 from dynamicdet.measuring.region_calibration import calibrate_regions, fit_regions
+from dynamicdet.models.budget_control import build_budget_controller, calibrated_otherwise
+from dynamicdet.routing.evaluation import read_truth
+from dynamicdet.routing.merging import Merge, platt_scaling_of
 from dynamicdet.routing.record import write_record
 from dynamicdet.routing.regions import PriceCurve
 from mmdet.registry import MODELS
@@ -40,18 +44,8 @@ def cfg(digits):
 def path(cfg, tmp_path_factory):
     """Random weights that detect something, of a cascade without a router."""
     register_all_modules(init_default_scope=True)
-    torch.manual_seed(0)
-    model = MODELS.build(cfg.model)
-    model.init_weights()
-    for name, parameter in model.backbone.named_parameters():
-        if name.startswith('connections.'):
-            torch.nn.init.normal_(parameter, std=0.3)
-    model.branches[0].roi_head.bbox_head.fc_cls.weight.data *= 30
     file = tmp_path_factory.mktemp('checkpoint') / 'random.pth'
-    torch.save(
-        dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(classes=['x']))), file
-    )
-    return str(file)
+    return write_random(cfg, file, dataset_meta=dict(classes=['x']))
 
 
 @pytest.fixture
@@ -185,14 +179,107 @@ def test_fit_and_tools(cfg, path, digits, tmp_path):
     )
     (result,) = large(np.zeros((200, 300, 3), np.uint8), threshold=0)['predictions']
     assert result['regions'] == [[0, 0, 300, 200]]
-    done = run_tool(
-        'export.py', config, tmp_path / 'fitted.pth', '--out', tmp_path / 'out', '--dry-run'
+    # What was fitted to scores as they are says nothing of others.
+    done = run_tool('calibrate.py', config, tmp_path / 'fitted.pth', '--scores', '--no-data-check')
+    assert done.returncode == 2 and 'calibrate --scores first' in done.stderr
+    online = DynamicInferencer(
+        str(config),
+        str(tmp_path / 'fitted.pth'),
+        device='cpu',
+        online=True,
+        hard_share=0.4,
+        show_progress=False,
     )
-    assert done.returncode and 'regions are not exported yet' in done.stderr
-    with pytest.raises(UsageError, match='online'):
-        DynamicInferencer(
-            str(config), str(tmp_path / 'fitted.pth'), device='cpu', online=True, hard_share=0.5
-        )
+    before = float(online.model.threshold)
+    online([image] * 5)
+    # Black pictures hold nothing: more is looked at in those to come.
+    assert online.controller.share > 0.4 and float(online.model.threshold) == before
+
+
+def test_online_the_price_moves(calibrated, cfg):
+    """On images unlike those of the calibration, whose prices are off, the share is held."""
+    model, _ = calibrated
+    curve = model.regions.curve.clone()
+    images = list(build_loader(dict(cfg.val_dataloader, batch_size=1))) * 20
+    try:
+        # As if half as much had been found worth its price.
+        model.regions.curve[:, 1] /= 2
+        model.regions.curve[0, 1] = 1
+        controller = build_budget_controller(model, dict(hard_share=0.3))
+        controller.gain = 0.1
+        start = controller.threshold
+        before = float(model.threshold)
+        with Stream(model, batch_size=2, controller=controller) as stream:
+            results = list(stream.run(images))
+        shares = [area_of(sample) for sample in results]
+        assert float(model.threshold) == before and not model.regions._forward_hooks
+        assert len(results) == 120 and controller.threshold != start
+        assert np.mean(shares[60:]) == pytest.approx(0.3, abs=0.08)
+        assert abs(np.mean(shares[60:]) - 0.3) < abs(np.mean(shares[:6]) - 0.3)
+    finally:
+        model.regions.curve = curve
+
+
+def area_of(sample):
+    """Share of an image's pixels in its regions."""
+    areas = [(right - left) * (bottom - top) for left, top, right, bottom in sample.regions]
+    return sum(areas) / np.prod(sample.ori_shape)
+
+
+def test_online_budgets_need_a_calibration(model):
+    with pytest.raises(UsageError, match='calibrated for regions'):
+        build_budget_controller(model, dict(target_latency=1.0))
+
+
+def test_scores_are_scaled_before_prices_are_set(calibrated, model, cfg, path, tmp_path):
+    """By whole images, whose exits are not merged then."""
+    plain, _ = calibrated
+    loader = build_loader(cfg.val_dataloader)
+    record = record_data_set(model, cfg, build_record_loader(cfg, 'val'), no_progress, 'none', path)
+    loader.dataset.ann_file = write_findable(record, tmp_path / 'findable.json')
+    model.merge = Merge.parse('nms')
+    calibrate_regions(model, loader, no_progress, 0.5, fit_scores=True)
+    wanted = platt_scaling_of(record, read_truth(loader.dataset.ann_file, loader.dataset.cat_ids))
+    got = list(zip(model.platt_scale.tolist(), model.platt_shift.tolist()))
+    np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-3)
+    assert wanted[0] != (1.0, 0.0) and str(model.merge).startswith('nms')
+    # Prices follow from scores.
+    assert not torch.equal(model.difficulties, plain.difficulties)
+
+
+@pytest.mark.parametrize(
+    'then, settings, said',
+    [
+        (dict(date='x'), dict(merge='nms'), 'without merge, and runs with merge: .*more'),
+        (dict(merge='nms'), dict(), 'with merge, and runs without merge: .*less'),
+        (dict(regions=True), dict(), 'with regions, and runs without regions: thresholds'),
+        (dict(date='x'), dict(regions={}), 'without regions, and runs with regions: thresholds'),
+        (dict(merge='nms'), dict(merge='wbf'), None),
+        (dict(regions=True), dict(regions={}, merge='nms'), None),
+        (dict(), dict(merge='nms'), None),
+    ],
+)
+def test_other_settings_than_the_calibrations_are_said(cfg, then, settings, said):
+    cfg = copy.deepcopy(cfg)
+    cfg.model.regions = None
+    cfg.model.update(settings)
+    model = MODELS.build(cfg.model)
+    doubt = calibrated_otherwise(model, then)
+    assert doubt is None if said is None else re.search(said, doubt) and '\n' not in doubt
+
+
+def test_the_tool_says_that_it_was_calibrated_otherwise(cfg, path, tmp_path):
+    checkpoint = torch.load(path, weights_only=False)
+    checkpoint['meta'].update(calibration=dict(merge='nms'))
+    torch.save(checkpoint, tmp_path / 'other.pth')
+    cfg = copy.deepcopy(cfg)
+    cfg.dump(tmp_path / 'regions.py')
+    arguments = (tmp_path / 'regions.py', tmp_path / 'other.pth', '--threshold', 1)
+    done = run_tool('test.py', *arguments, '--no-data-check', '--work-dir', tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 'calibrated without regions, and runs with regions' in done.stderr
+    with pytest.warns(UserWarning, match='without regions, and runs with regions'):
+        DynamicInferencer(str(arguments[0]), str(arguments[1]), device='cpu', show_progress=False)
 
 
 def test_what_cannot_be_fitted(model, cfg, path):

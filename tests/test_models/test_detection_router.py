@@ -10,7 +10,6 @@ from dynamicdet.errors import UsageError
 from dynamicdet.measuring.calibration import detection_arrays, exit_states
 from dynamicdet.measuring.flops import measure_costs
 from dynamicdet.measuring.router_from_records import fit_router_to_records
-from dynamicdet.models.detector_parts import find_parts
 from dynamicdet.models.raw_outputs import detector_outputs
 from dynamicdet.routing import build_objective
 from dynamicdet.routing.detection_features import WIDTH, features
@@ -183,7 +182,5 @@ def test_what_is_refused():
     data = model.data_preprocessor(tiny_batch((1,)), False)
     with pytest.raises(UsageError, match="not in mode='tensor'"):
         model(data['inputs'], data['data_samples'], mode='tensor')
-    with pytest.raises(UsageError, match='cannot be exported'):
-        find_parts(model)
     with pytest.raises(UsageError, match='remove them first'):
         detector_outputs(model, torch.zeros(1, 3, 96, 128))

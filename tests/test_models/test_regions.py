@@ -180,6 +180,20 @@ def test_what_a_region_holds_takes_the_place_of_what_was_found_there():
     assert int((~new).sum()) == int((~replaced(first.bboxes)).sum())
 
 
+def test_with_a_step_crops_have_few_sizes():
+    model = build('faster_rcnn', regions=dict(step=2), **ONE_BACKBONE)
+    fixed_choice(model, [(1, 1, 2, 2), (3, 4, 4, 6)])
+    seen = []
+    hook = model.backbone.first.register_forward_pre_hook(
+        lambda _, arguments: seen.append(tuple(arguments[0].shape[-2:]))
+    )
+    (sample,) = predict(model, 0.5, *fresh(model, (2,)))
+    hook.remove()
+    # With halo the first has 3 x 3 cells, the second 3 x 4, of 5 x 7; the last row is the image's.
+    assert seen == [SIZE, (128, 128)]
+    assert sample.regions == [[0, 0, 128, 128], [96, 32, 224, 160]]
+
+
 def test_masks_of_crops_lie_in_the_image():
     model = build('mask_rcnn', seed=1, **ONE_BACKBONE)
     inputs, samples = fresh(model, (2,))
@@ -248,6 +262,7 @@ def test_maps_are_cut_where_the_image_is():
         (dict(regions=dict(halo=-1)), 'halo of regions'),
         (dict(regions=dict(limit=0)), 'limit of regions'),
         (dict(regions=dict(overhead=-1.0)), 'overhead of regions'),
+        (dict(regions=dict(step=0)), 'step of regions'),
     ],
 )
 def test_what_regions_take(settings, said):
@@ -286,10 +301,12 @@ def predict_with_budget(model):
     return float(model.threshold)
 
 
-def test_regions_are_trained_in_neither_step():
-    for train_router in (False, True):
-        model = build('faster_rcnn', train_router=train_router)
-        assert not any(one.requires_grad for one in model.regions.parameters())
+def test_regions_are_trained_in_step_2_and_then_nothing_else_is():
+    model = build('faster_rcnn')
+    assert not any(one.requires_grad for one in model.regions.parameters())
+    model = build('faster_rcnn', train_router=True)
+    trained = {name for name, one in model.named_parameters() if one.requires_grad}
+    assert trained == {f'regions.{name}' for name, _ in model.regions.named_parameters()}
 
 
 def test_maps_are_seen_by_a_trained_router():

@@ -181,3 +181,51 @@ def test_untrained_router_is_the_rule():
     assert router.half().layers[0].weight.dtype == torch.float32
     with pytest.raises(UsageError, match='hidden'):
         RegionRouter(hidden=-1)
+
+
+@pytest.mark.parametrize('case', range(30))
+def test_steps_leave_few_sizes_inside_the_image(case):
+    generator = np.random.default_rng([SEED, case])
+    grid, step = tuple(generator.integers(3, 9, 2).tolist()), 2 + case % 2
+    for rectangle in every_rectangle(*grid):
+        plain, grown = with_halo(rectangle, grid), with_halo(rectangle, grid, step=step)
+        assert grown[0] <= plain[0] and grown[1] <= plain[1]
+        assert grown[2] >= plain[2] and grown[3] >= plain[3]
+        for start, end, count, least in zip(
+            grown[:2], grown[2:], grid, (plain[2] - plain[0], plain[3] - plain[1])
+        ):
+            assert 0 <= start < end <= count
+            # No longer than the next multiple, or the image.
+            assert end - start == min(-(-least // step) * step, count)
+
+
+@pytest.mark.parametrize('case', range(20))
+def test_choice_counts_what_steps_add(case):
+    """As without steps the best there is, by areas as large as they really are."""
+    generator = np.random.default_rng([SEED, case])
+    gains = generator.normal(0.3, 1, generator.integers(2, 6, 2))
+    price, step = generator.random() * 0.6, 2 + case % 2
+    every = {
+        one: gains[one[0] : one[2], one[1] : one[3]].sum()
+        - price * share_of_area([one], gains.shape, 1, step) * gains.size
+        for one in every_rectangle(*gains.shape)
+    }
+    chosen = choose_rectangles(gains, price, limit=1, step=step)
+    assert sum(every[one] for one in chosen) == pytest.approx(max(0, *every.values()), abs=1e-9)
+    highest = highest_price(gains, step=step)
+    assert bool(choose_rectangles(gains, 0.999 * highest, step=step)) == (highest > 0)
+    assert not choose_rectangles(gains, 1.001 * highest + 1e-9, step=step)
+
+
+def test_a_router_starts_its_training_at_the_rule():
+    generator = torch.Generator().manual_seed(SEED)
+    planes = torch.rand(2, PLANES, 4, 5, generator=generator)
+    router = RegionRouter()
+    router.mean.copy_(planes.mean((0, 2, 3)))
+    router.std.copy_(planes.std((0, 2, 3)))
+    router.start_training()
+    assert router.trained
+    torch.testing.assert_close(router(planes).detach(), rule_map(planes))
+    hidden = RegionRouter(hidden=4)
+    hidden.start_training()
+    assert not hidden(planes).any()

@@ -355,6 +355,19 @@ def test_resuming_from_weights_alone(tool, checkpoints):
     assert 'weights alone' in error_of(tool('train', STEP_1, '--resume', checkpoints['cascade']))
 
 
+def test_weights_of_torchvision_without_it(tool, tmp_path, monkeypatch):
+    """Set-up leaves torchvision out, and many of mmdet's configs start from its weights."""
+    monkeypatch.setitem(sys.modules, 'torchvision', None)
+    config = tmp_path / 'resnet.py'
+    config.write_text(
+        f"_base_ = ['{STEP_1}']\n"
+        "start = dict(_delete_=True, type='Pretrained', checkpoint='torchvision://resnet50')\n"
+        'model = dict(backbone=dict(init_cfg=start))\n'
+    )
+    line = error_of(tool('train', config, '--no-data-check'))
+    assert 'torchvision://' in line and 'install' in line and 'load_from=' in line
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason='a GPU does it')
 def test_amp_without_a_gpu(tool):
     assert '--amp' in error_of(tool('train', STEP_1, '--amp'))

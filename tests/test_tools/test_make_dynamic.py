@@ -1,5 +1,6 @@
 """From a plain detector, its weights and a folder of pictures to a dynamic detector."""
 
+import dataclasses
 import json
 import shutil
 
@@ -10,9 +11,11 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
 from conftest import ROOT, run_tool
+from dynamicdet.building import load_dynamic_detector
 from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
 from dynamicdet.datasets.digits import make_digits
-from dynamicdet.routing.record import read_record
+from dynamicdet.measuring.record_parts import RecordParts
+from dynamicdet.routing.record import read_record, write_record
 from dynamicdet.testing import randomize, tiny_detector
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
@@ -96,7 +99,9 @@ def test_what_is_written_is_for_every_tool(made, digits):
     ]
     checkpoint = read_checkpoint(str(out))
     assert checkpoint['meta']['dataset_meta']['classes'] == CLASSES
-    assert checkpoint['meta']['router']['truth'] == 'annotations'
+    facts = checkpoint['meta']['router']
+    assert facts['truth'] == 'annotations' and facts['method'] == 'linear'
+    assert facts['objective']['gain'] == 'ap' and facts['objective']['by_class'] is True
     record = read_record(out.parent / 'dynamic' / 'record.npz')
     assert len(record) == 9 and record.losses is None and (record.objects > 0).any()
     state = checkpoint['state_dict']
@@ -106,6 +111,10 @@ def test_what_is_written_is_for_every_tool(made, digits):
     config = out.with_suffix('.py')
     cfg = Config.fromfile(config)
     assert cfg.model.backbones == 1 and tuple(cfg.model.scales) == (0.5, 1)
+    assert cfg.model.router.sees == 'detections' and 'regions' not in cfg.model
+    # The kept router is linear: two hidden channels, which are each other's negative.
+    layer = state['router.fc1.weight']
+    assert (layer[0] == -layer[1]).all() and not layer[2:].any()
     # The test split of the folder is for the final figures.
     assert cfg.test_dataloader.dataset.ann_file.endswith('dynamic/test.json')
     assert cfg.test_dataloader.dataset.data_prefix.img == str((digits / 'test').absolute())
@@ -124,10 +133,21 @@ def test_a_second_run_takes_the_record_that_is_there(made, plain, digits):
     status, said = make(plain[0], digits, out, '--exits', 32, 64)
     assert status == 0 and 'not recorded again' in said and out.is_file()
     assert record.read_bytes() == before
-    # A damaged one, or one of other weights, is not taken.
+    # A damaged one, or one of other weights, is not taken; the parts of a run that was stopped are.
+    whole = read_record(record)
+    parts = RecordParts(record.with_suffix(f'.{whole.provenance["fingerprint"]}.parts'))
+    first = dataclasses.replace(whole.take(range(4)), image_gflops=None, image_latencies=None)
+    write_record(first, parts.folder / '000000.npz')
+    stale = record.with_suffix('.0123.parts')
+    stale.mkdir()
     record.write_bytes(before[: len(before) // 2])
     status, said = make(plain[0], digits, out, '--exits', 32, 64)
     assert status == 0 and 'not recorded again' not in said
+    assert '4 pictures are recorded: going on with the others' in said
+    assert not stale.exists() and not parts.folder.exists()
+    again = read_record(record)
+    assert again.features.tolist() == whole.features.tolist()
+    assert again.detections[1].scores.tolist() == whole.detections[1].scores.tolist()
     assert read_record(record).gflops == pytest.approx(
         read_checkpoint(str(out))['state_dict']['gflops'].tolist()
     )
@@ -165,9 +185,34 @@ def test_a_pair_and_pictures_without_annotations(plain, digits, tmp_path):
     assert again.losses is None and 'cannot be compared' in done.stderr
 
 
+@pytest.mark.parametrize('annotated', [True, False])
+def test_regions_are_calibrated_and_no_router_is_fitted(plain, digits, tmp_path, annotated):
+    data = digits if annotated else digits / 'val'
+    status, said = make(
+        plain[0],
+        data,
+        tmp_path / 'regions.pth',
+        *('--exits', 32, 64, '--regions', '--merge', 'nms', '--score', 0.2),
+    )
+    assert status == 0 and 'router fitted' not in said, said[-3000:]
+    checkpoint = read_checkpoint(str(tmp_path / 'regions.pth'))
+    truth = 'annotations' if annotated else 'detections of score 0.2 or more'
+    assert checkpoint['meta']['regions']['truth'] == truth
+    assert checkpoint['meta']['calibration']['hard_share'] == 0.5
+    cfg = Config.fromfile(tmp_path / 'regions.py')
+    model, _ = load_dynamic_detector(cfg, str(tmp_path / 'regions.pth'), 'cpu')
+    assert model.merge.type == 'nms' and len(model.regions.curve)
+    assert (model.regions.class_weights != 1).any()
+    assert model.set_budget(hard_share=0.1) >= model.set_budget(hard_share=0.9)
+
+
 @pytest.mark.parametrize(
     'options, said',
     [
+        (['--exits', 32, 48, 64, '--regions'], '--regions takes two exits; got 3'),
+        (['--exits', 32, 64, '--regions', '--gain', 'reward'], '--regions fits no router'),
+        (['--exits', 32, 64, '--method', 'rule', '--sees', 'maps'], "of exit 0's detections"),
+        (['--exits', 32, 64, '--gain', 'reward', '--by-class'], 'leave by_class away'),
         (['--exits', 64], 'two or more, rising'),
         (['--exits', 64, 32], 'two or more, rising'),
         (['--exits', 32, 64, '--ann', 'gone.json'], 'gone.json'),

@@ -31,6 +31,7 @@ from ..models.budget_control import (
     BudgetControl,
     budget_report_of,
     build_budget_controller,
+    calibrated_otherwise,
     preserved_budget,
     timed_calls,
 )
@@ -152,6 +153,10 @@ class DynamicInferencer(DetInferencer):
         self.model.timed_elsewhere = timed_elsewhere(
             self._calibration, dict(machine_of(device), dtype=dtype_of(self.model))
         )
+        if isinstance(self.model, DynamicDetector) and (
+            doubt := calibrated_otherwise(self.model, self._calibration)
+        ):
+            warnings.warn(doubt)
         self.controller = build_budget_controller(self.model, budget) if online else None
         self._online_budget, self.budget_report = budget, None
         if budget and not online:

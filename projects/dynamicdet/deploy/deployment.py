@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,7 @@ from ..errors import UsageError
 from ..measuring.calibration import measure_difficulties, provenance
 from ..measuring.latencies import force_dynamic_exit
 from ..models import DynamicDetector
-from ..models.budget_control import preserved_budget
+from ..models.budget_control import calibrated_otherwise, preserved_budget
 from ..models.detector_parts import DetectorPart, find_parts
 from ..progress import Progress
 from ..routing.thresholds import quantile_map
@@ -40,7 +41,7 @@ from .int8 import (
     spared_layers,
     trained_ranges,
 )
-from .latencies import measure_latency, put_latencies, timing_conditions
+from .latencies import measure_latency, measure_region_seconds, put_latencies, timing_conditions
 from .roi_align import place_roi_aligns
 
 #: Batches on which layers are tried in 8 bits.
@@ -103,6 +104,10 @@ def deploy(
     trained = checkpoint.get('quantization') if loader is not None else None
     exported = export_parts(model, fuse=trained is None)
     deployed, _ = load_detector(bare, checkpoint)
+    if isinstance(deployed, DynamicDetector) and (
+        doubt := calibrated_otherwise(deployed, checkpoint.get('meta', {}).get('calibration', {}))
+    ):
+        warnings.warn(doubt)
     parts = find_parts(deployed)
     contents = {name: part.content for name, part in exported.items()}
     about: dict[str, Any] = dict(
@@ -323,12 +328,15 @@ def _time(
     """Measure the latency of each exit where graphs compute, in the place of torch's; None without
     images."""
     if dataset is None:
-        put_latencies(model, [math.nan] * getattr(model, 'num_exits', 1))
+        regions = [math.nan] * 3 if getattr(model, 'regions', None) is not None else None
+        put_latencies(model, [math.nan] * getattr(model, 'num_exits', 1), regions)
         return None
     images = min(_TIMED, len(dataset))
     seconds = measure_latency(model, dataset, progress, images, _ROUNDS)
-    put_latencies(model, seconds)
-    return dict(seconds=seconds, images=images, batch_size=1, **timing_conditions())
+    regions = measure_region_seconds(model, dataset, progress, images, _ROUNDS)
+    put_latencies(model, seconds, regions)
+    facts = {} if regions is None else dict(region_seconds=regions)
+    return dict(seconds=seconds, **facts, images=images, batch_size=1, **timing_conditions())
 
 
 def _carry_calibration(model: DynamicDetector, before: np.ndarray, after: np.ndarray) -> None:
@@ -336,7 +344,8 @@ def _carry_calibration(model: DynamicDetector, before: np.ndarray, after: np.nda
 
     The images that were calibrated on are many; those that int8 looks at are few, and may be easier
     or harder. So of the few counts only how their difficulties have moved. The calibration's and
-    the thresholds move likewise: as many of the calibration's images are hard as before.
+    the thresholds move likewise: as many of the calibration's images are hard as before. So do the
+    prices of regions, which an image's difficulty is one of.
 
     Args:
         model (DynamicDetector): With the calibration of the float detector.
@@ -347,3 +356,6 @@ def _carry_calibration(model: DynamicDetector, before: np.ndarray, after: np.nda
         values = getattr(model, name)
         mapped = quantile_map(values.reshape(-1).numpy(), before, after)
         setattr(model, name, torch.from_numpy(mapped).view_as(values))
+    if model.regions is not None and len(model.regions.curve):
+        prices = model.regions.curve[1:-1, 0]
+        prices.copy_(torch.from_numpy(quantile_map(prices.numpy(), before, after)).clamp(0, 1))

@@ -219,6 +219,7 @@ def load_deployed_detector(
     runtime: str = 'onnxruntime',
     providers: Sequence[str] | None = None,
     latencies: Sequence[float] | None = None,
+    region_seconds: Sequence[float] | None = None,
 ) -> BaseDetector:
     """`load_deployed` for configs: ``model=dict(type='DeployedDetector', folder=...)``.
 
@@ -228,10 +229,12 @@ def load_deployed_detector(
         data_preprocessor: The folder's counts; Runners fill this in.
         latencies (Sequence[float], optional): Of each exit, seconds, measured anew. Defaults to the
             folder's.
+        region_seconds (Sequence[float], optional): With these, of regions; see
+            `latencies.measure_region_seconds`.
     """
     model = load_deployed(folder, threads, runtime, providers)
     if latencies:
-        put_latencies(model, latencies)
+        put_latencies(model, latencies, region_seconds)
         budget = budget or getattr(model, 'budget', None)
     if budget:
         if not hasattr(model, 'set_budget'):

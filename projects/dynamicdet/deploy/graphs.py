@@ -101,14 +101,8 @@ def exportable_parts(model: BaseDetector) -> list[DetectorPart]:
     """`find_parts`, if all of their layers can be in a graph, as far as their types tell.
 
     Raises:
-        UsageError: Names the layers that cannot; or if the detector has regions, whose crops have
-            many sizes.
+        UsageError: Names the layers that cannot.
     """
-    if getattr(model, 'regions', None) is not None:
-        raise UsageError(
-            'regions are not exported yet: export whole images with --cfg-options '
-            'model.regions=None'
-        )
     parts = find_parts(model)
     names = {id(module): name for name, module in model.named_modules()}
     odd = {

@@ -9,6 +9,7 @@ from mmengine.dataset import pseudo_collate
 from mmdet.models.detectors import BaseDetector
 
 from ..measuring.latencies import measure_latencies
+from ..measuring.region_calibration import region_seconds
 from ..models import DynamicDetector
 from ..progress import Progress
 from ..timing import machine_of, time_in_turns
@@ -47,12 +48,27 @@ def timing_conditions(
     )
 
 
-def put_latencies(model: BaseDetector, seconds: Sequence[float]) -> None:
-    """Let budgets in time go by latencies that were measured here; those of a dynamic detector's
-    exits."""
+def measure_region_seconds(
+    model: BaseDetector, dataset: Any, progress: Progress, images: int = 20, rounds: int = 3
+) -> list[float] | None:
+    """What budgets in time of calibrated regions go by, see `region_calibration.region_seconds`;
+    None of other detectors."""
+    regions = getattr(model, 'regions', None)
+    if regions is None or not len(regions.curve):
+        return None
+    return region_seconds(model, dataset, progress, images, rounds)
+
+
+def put_latencies(
+    model: BaseDetector, seconds: Sequence[float], region_seconds: Sequence[float] | None = None
+) -> None:
+    """Let budgets in time go by latencies that were measured here: of a dynamic detector's exits on
+    whole images, and of its regions (`measure_region_seconds`)."""
     if isinstance(model, DynamicDetector):
         model.latencies.copy_(torch.tensor(seconds))
         model.timed_elsewhere = None
+        if region_seconds is not None:
+            model.regions.put_seconds(region_seconds)
 
 
 def describe_latencies(latencies: Mapping[str, Any]) -> str:
@@ -60,6 +76,12 @@ def describe_latencies(latencies: Mapping[str, Any]) -> str:
     each = ', '.join(
         f'exit {exit} {1e3 * seconds:.1f} ms' for exit, seconds in enumerate(latencies['seconds'])
     )
+    if latencies.get('region_seconds'):
+        names = ('an image', 'each region', 'all pixels again')
+        each += ' on whole images; ' + ', '.join(
+            f'{name} {1e3 * seconds:.1f} ms'
+            for name, seconds in zip(names, latencies['region_seconds'])
+        )
     return (
         f'latencies: {each}; {latencies["runtime"]}, threads {latencies["threads"]}, one image at '
         'a time'

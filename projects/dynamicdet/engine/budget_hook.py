@@ -1,6 +1,7 @@
 """Compare after a test what was served with the budget."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,7 +14,12 @@ from mmengine.runner import Runner
 from mmdet.registry import HOOKS
 
 from ..models import DynamicDetector
-from ..models.budget_control import budget_report_of, find_dynamic_detector, timed_calls
+from ..models.budget_control import (
+    budget_report_of,
+    calibrated_otherwise,
+    find_dynamic_detector,
+    timed_calls,
+)
 from ..routing.budget_report import BudgetReport
 from ..timing import dtype_of, machine_of, timed_elsewhere
 from .online_hook import OnlineHook
@@ -49,9 +55,10 @@ class BudgetHook(Hook):
         dtype = dtype_of(model)
         if getattr(runner.test_loop, 'fp16', False):
             dtype = 'float16' if device.type == 'cuda' else 'bfloat16'
-        model.timed_elsewhere = timed_elsewhere(
-            checkpoint.get('meta', {}).get('calibration', {}), dict(machine_of(device), dtype=dtype)
-        )
+        calibration = checkpoint.get('meta', {}).get('calibration', {})
+        model.timed_elsewhere = timed_elsewhere(calibration, dict(machine_of(device), dtype=dtype))
+        if doubt := calibrated_otherwise(model, calibration):
+            warnings.warn(doubt)
 
     def before_test_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None

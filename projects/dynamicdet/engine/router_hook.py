@@ -26,7 +26,7 @@ from ..errors import UsageError
 from ..files import latest_checkpoint
 from ..models.weights import forget_other_router, require_complete
 from ..private_mmengine import path_to_load, resumes, start_anew, start_from, trains
-from ..routing import GAINS, quantiles_of
+from ..routing import GAINS, class_weights, quantiles_of
 from .unwrapping import unwrap
 
 #: How many of the latest gains the online estimate looks at. The released code lets its
@@ -46,6 +46,8 @@ class RouterHook(Hook):
       follow from, and delta, their median, both in the precision of the training (``--amp``:
       autocast). They are the same on all ranks and are kept over a resume.
       The pass before training also standardizes what the router sees.
+    * Where regions are looked at again, it is their router that is trained: it starts at the rule,
+      and classes weigh as the annotations of the training set have them.
 
     Args:
         cascade (str, optional): Work dir of step 1. Defaults to None: ``load_from`` is needed.
@@ -116,6 +118,8 @@ class RouterHook(Hook):
         if starting:
             for name in ('delta', 'difficulties', 'gflops', 'latencies', 'threshold'):
                 state[name] = getattr(model, name).detach().clone()
+            if model.regions is not None:
+                state['regions.curve'] = model.regions.curve[:0].clone()
         elif self.training:
             wanted = model.objective.counts_gains_as
             learned = checkpoint.get('router_gain', wanted)
@@ -144,18 +148,25 @@ class RouterHook(Hook):
                 f'first{where}, or name its checkpoint by --cfg-options load_from=...'
             )
         copy_frozen_averages(runner)
+        starts_regions = model.regions is not None and bool(model.gains.isnan().any())
+        if starts_regions:
+            counts = count_labels(runner.train_dataloader.dataset, len(model.regions.class_weights))
+            model.regions.class_weights.copy_(torch.from_numpy(class_weights(counts)))
         # Runs of before there were quantiles kept delta alone.
         if self.delta == 'exact' and model.gains.isnan().any():
             gains, mean, std = measure_training_set(runner)
             set_gains(model, list(gains.values()))
-            model.router.mean.copy_(mean)
-            model.router.std.copy_(std)
+            model.trained_router.mean.copy_(mean)
+            model.trained_router.std.copy_(std)
+            said = GAINS[model.objective.gain].said + ', by class' * model.objective.by_class
+            if model.regions is not None:
+                said = 'what the cells of an image gain'
             runner.logger.info(
-                f'delta = {model.delta.item():.4f}, the median of '
-                f'{GAINS[model.objective.gain].said}'
-                + ', by class' * model.objective.by_class
-                + f' over {len(gains)} training images'
+                f'delta = {model.delta.item():.4f}, the median of {said} over {len(gains)} '
+                'training images'
             )
+        if starts_regions:
+            model.regions.router.start_training()
 
     def after_train_iter(
         self,
@@ -167,7 +178,8 @@ class RouterHook(Hook):
         """Online: move delta to the median of the last gains of all ranks."""
         if self.delta == 'online':
             model = unwrap(runner.model)
-            counts = model.last_class_counts.tolist() if model.objective.by_class else []
+            by_class = model.objective.by_class and model.regions is None
+            counts = model.last_class_counts.tolist() if by_class else []
             for gains, seen in all_gather_object((model.last_gains.tolist(), counts)):
                 self.window.extend(gains)
                 add_class_counts(model, seen)
@@ -191,7 +203,8 @@ def copy_frozen_averages(runner: Runner) -> None:
         if isinstance(hook, EMAHook):
             # It is given values without their flags: where they lie tells which they are of.
             trained = {
-                parameter.data_ptr() for parameter in unwrap(runner.model).router.parameters()
+                parameter.data_ptr()
+                for parameter in unwrap(runner.model).trained_router.parameters()
             }
             hook.ema_model.avg_func = partial(_average, hook.ema_model.avg_func, trained)
 
@@ -270,6 +283,21 @@ def add_class_counts(model, counts: Sequence[float]) -> None:
     )
 
 
+def count_labels(dataset, classes: int) -> np.ndarray:
+    """Objects of each class that a data set's annotations have, (C,), crowds left out. No image is
+    read."""
+    while not hasattr(dataset, 'get_data_info'):
+        # A wrapper that mixes images.
+        dataset = dataset.dataset
+    labels = [
+        instance['bbox_label']
+        for row in range(len(dataset))
+        for instance in dataset.get_data_info(row).get('instances', ())
+        if not instance.get('ignore_flag')
+    ]
+    return np.bincount(np.asarray(labels, np.int64), minlength=classes)
+
+
 @torch.no_grad()
 def measure_training_set(runner: Runner) -> tuple[dict[tuple, float], Tensor, Tensor]:
     """What step 2 needs to know of the training set, by one pass over it; the same on all ranks.
@@ -280,7 +308,7 @@ def measure_training_set(runner: Runner) -> tuple[dict[tuple, float], Tensor, Te
     """
     model = unwrap(runner.model)
     model.train()
-    by_class = model.objective.by_class
+    by_class = model.objective.by_class and model.regions is None
     measured: dict[tuple, tuple] = {}
     # Count, sum and sum of squares, in double precision: one pass, bounded memory.
     moments = [0, 0.0, 0.0]

@@ -10,17 +10,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
+from torch.utils.data import DataLoader
 
 from mmdet.registry import DATASETS
 
 from ..building import build_model, exits_of_plain
 from ..errors import UsageError
 from ..models import DynamicDetector
-from ..models.weights import exits_digest
-from ..routing import Objective
+from ..models.weights import SETTINGS, exits_digest
+from ..progress import Progress
+from ..routing import GAINS, Objective
 from ..routing.cross_fitting import cross_fitted_difficulties
 from ..routing.record import RoutingRecord
 from ..routing.router_fitting import RouterFit, class_weights_of_records, gains_of_record
+from .calibration import inference_settings, provenance
+from .region_calibration import calibrate_regions, insert_regions
 from .router_from_records import fit_router_to_records, insert_router, router_inputs
 
 #: Parts of the pictures, each of which has difficulties by a router of the others.
@@ -55,6 +59,27 @@ def require_enough(pictures: int) -> None:
         )
 
 
+def require_router_options(
+    sees: str, gain: str, method: str, regions: bool, exits: int, detectors: int
+) -> None:
+    """Raise a `UsageError` for options of a router that do not go together."""
+    if method == 'rule' and sees != 'detections':
+        raise UsageError("--method rule is of exit 0's detections: leave out --sees")
+    if GAINS[gain].values == 'losses' and detectors > 1:
+        raise UsageError(
+            f"--gain {gain} compares losses, which a pair's heads do not share: take ap or reward"
+        )
+    if regions and exits != 2:
+        raise UsageError(f'--regions takes two exits; got {exits}')
+    if regions and (sees, gain, method) != ('detections', 'ap', 'linear'):
+        raise UsageError('--regions fits no router: leave out --sees, --gain and --method')
+
+
+def objective_config(gain: str, by_class: bool) -> dict:
+    """What a router is fitted to: the gain itself, not its rank; in a config's form."""
+    return dict(type='ap', gain=gain, fit='regression', by_class=by_class)
+
+
 def classes_of(cfg: Config, checkpoint: Mapping[str, Any]) -> tuple[str, ...]:
     """The classes that a plain detector knows: its checkpoint's, or else its config's.
 
@@ -84,9 +109,10 @@ def dynamic_config(
     sizes: Sequence[int],
     classes: Sequence[str],
     sets: Mapping[str, tuple[str, str]],
-    objective: str = 'ap',
+    objective: str | dict = 'ap',
     batch_size: int = 4,
     workers: int = 2,
+    **settings: str | dict | None,
 ) -> Config:
     """The config of a dynamic detector: one plain detector at several sizes, or several.
 
@@ -96,8 +122,9 @@ def dynamic_config(
             exit, pixels. The largest is what is delivered.
         classes (Sequence[str]): As the annotation files have them.
         sets (Mapping): 'val' and 'test' -> annotation file and folder of pictures.
-        objective (str): What the router learns. Defaults to 'ap'.
+        objective (str or dict): What the router learns. Defaults to 'ap'.
         batch_size, workers (int): Of both data loaders. Default to 4 and 2.
+        **settings: ``router``, ``merge`` and ``regions`` of `DynamicDetector`; None for its own.
 
     Raises:
         UsageError: If a config is of a dynamic detector, or its pipeline resizes nothing.
@@ -123,6 +150,7 @@ def dynamic_config(
         **({} if several else dict(backbones=1, reuse_stages=0)),
         scales=scales,
         objective=objective,
+        **{name: value for name, value in settings.items() if value is not None},
     )
     pipeline = resized(test_pipeline_of(cfgs[0]), max(sizes))
     made = dict(
@@ -248,6 +276,7 @@ def make_router(
     folds: int = FOLDS,
     seed: int = 0,
     progress: Callable[[str], Callable[[int, int], None]] = lambda what: lambda *done: None,
+    method: str = 'linear',
 ) -> MadeRouter:
     """Fit a router to a record, and find out what routers like it say of images that they have not
     seen.
@@ -260,11 +289,12 @@ def make_router(
         folds (int): Of the second part. Defaults to 3.
         seed (int): Defaults to 0.
         progress (Callable): Makes what is told how far a part is, from its name.
+        method (str): See `fit_by_method`. Defaults to 'linear'.
     """
     cocos = None if coco is None else [coco]
     weights = class_weights_of_records([record], [coco]) if objective.by_class else None
     fit, _ = fit_router_to_records(
-        model.router, [record], objective, cocos, None, seed, progress('fits')
+        model.router, [record], objective, cocos, None, seed, progress('fits'), method
     )
     gains = gains_of_record(record, objective.gain, coco, weights)
     difficulties = cross_fitted_difficulties(
@@ -275,6 +305,7 @@ def make_router(
         folds,
         seed,
         progress('folds'),
+        method,
     )
     facts = dict(record.provenance, router=f'fitted to the other pictures ({folds} folds)')
     return MadeRouter(
@@ -320,6 +351,46 @@ def calibrated_checkpoint(
         **{f'lat{exit}': seconds for exit, seconds in enumerate(record.latencies, 1)},
         **{f'g{exit}': count for exit, count in enumerate(record.gflops)},
     )
+    return done
+
+
+def region_checkpoint(
+    model: DynamicDetector,
+    cfg: Config,
+    loader: DataLoader,
+    checkpoint: Mapping[str, Any],
+    path: str,
+    truth: str,
+    hard_share: float,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The checkpoint of a dynamic detector that looks at regions again by the rule: plain weights,
+    and prices calibrated by a data set.
+
+    Args:
+        model (DynamicDetector): With regions and these weights; its settings are changed.
+        cfg (Config): Its config, for the provenance.
+        loader (DataLoader): The data set.
+        checkpoint (Mapping): Of the plain detectors, by the model's names.
+        path (str): Where it is from.
+        truth (str): What stands for the truth, for the provenance.
+        hard_share (float): Share of the pixels when nothing is asked for.
+        progress (Callable): Wraps what is iterated over.
+    """
+    done = insert_regions(model, checkpoint, dict(method='rule', truth=truth, cascade=path))
+    calibration = calibrate_regions(model, loader, progress, hard_share)
+    # Without delta: the router is not trained, and nobody asks it.
+    names = tuple(name for name in SETTINGS if name != 'delta')
+    done['state_dict'].update(
+        {name: value.cpu() for name, value in model.state_dict().items() if name.startswith(names)}
+    )
+    done['meta']['calibration'] = dict(
+        calibration,
+        hard_share=hard_share,
+        **provenance(cfg, path, loader.dataset, str(model.threshold.device)),
+        **inference_settings(model, loader),
+    )
+    done['meta'].setdefault('dataset_meta', dict(classes=tuple(loader.dataset.metainfo['classes'])))
     return done
 
 

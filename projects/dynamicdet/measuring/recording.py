@@ -7,6 +7,8 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +36,7 @@ from .calibration import (
 )
 from .flops import count_flops
 from .latencies import force_dynamic_exit, measure_latencies, rows_by_size, rows_to_measure
+from .record_parts import RecordParts, batches_from
 from .views import VIEWS
 
 #: Weights of red, green and blue in a gray level (ITU-R BT.601).
@@ -91,6 +94,7 @@ def record_data_set(
     view: str = 'flip',
     checkpoint: str = '',
     losses: bool = True,
+    parts: RecordParts | None = None,
 ) -> RoutingRecord:
     """Run every image of a data set through every exit, and measure what each exit costs.
 
@@ -107,18 +111,20 @@ def record_data_set(
         checkpoint (str): Path of the model's checkpoint, for the provenance.
         losses (bool): Whether to record losses, which only objectives that count AP do without.
             Defaults to True.
+        parts (RecordParts, optional): Where parts are written, and those of a run that was stopped
+            lie: these images are not run again. Defaults to none.
 
     Returns:
         RoutingRecord: With all that it can hold of what was asked for.
     """
+    parts = RecordParts() if parts is None else parts
     # What regions would be worth follows from what is found on whole images.
     with whole_images(model):
-        images = record_images(model, loader.dataset, loader, progress, view, losses)
-        branch_gflops, branch_latency = _add_costs(images, model, loader.dataset, progress)
-    gflops, latencies = (
-        np.mean([image[name] for image in images], axis=0).tolist()
-        for name in ('gflops', 'latencies')
-    )
+        batches = batches_from(loader, parts.images)
+        for images in record_images(model, loader.dataset, batches, progress, view, losses):
+            parts.add(images)
+        record = parts.join()
+        costs = _costs_of(record.frame[:, :2].astype(int), model, loader.dataset, progress)
     device = str(model.threshold.device)
     facts = dict(
         provenance(cfg, checkpoint, loader.dataset, device),
@@ -126,13 +132,19 @@ def record_data_set(
         view=VIEWS[view].said if view in VIEWS else 'none',
         first_scale=model.first_scale,
         scales=list(model.scales),
-        branch0_gflops=branch_gflops,
-        branch0_latency=branch_latency,
+        branch0_gflops=costs.branch[0],
+        branch0_latency=costs.branch[1],
         **score_facts(model),
         router='trained' if torch.isfinite(model.delta) else 'NOT trained',
     )
-    known = {name: value for name, value in facts.items() if value is not None}
-    return RoutingRecord.from_images(images, gflops, latencies, known)
+    return replace(
+        record,
+        gflops=costs.gflops.mean(axis=0).tolist(),
+        latencies=costs.latencies.mean(axis=0).tolist(),
+        image_gflops=costs.gflops,
+        image_latencies=costs.latencies,
+        provenance={name: value for name, value in facts.items() if value is not None},
+    )
 
 
 @torch.no_grad()
@@ -143,18 +155,17 @@ def record_images(
     progress: Progress,
     view: str,
     losses: bool = True,
-) -> list[dict]:
+) -> Iterator[list[dict]]:
     """The part of a record that every image takes part in, each backbone run once per view.
 
     Args:
         model (DynamicDetector): See `record_data_set`, also for ``progress``, ``view`` and
             ``losses``.
         dataset: The batches' data set.
-        batches (Iterable[dict]): All its images.
+        batches (Iterable[dict]): Its images, or those that are wanted.
 
-    Returns:
-        list[dict]: As `RoutingRecord.from_images` takes them, with their ``shape`` besides: height
-            and width as delivered.
+    Yields:
+        list[dict]: A batch's images, as `RoutingRecord.from_images` takes them.
     """
     annotated = _is_annotated(dataset)
     if not annotated:
@@ -167,13 +178,11 @@ def record_images(
             'the record will have no losses: those of different heads cannot be compared; '
             'objectives that count AP need none'
         )
-    images = []
     with preserved_budget(model):
         # A budget that waits for a calibration is not asked for here.
         force_dynamic_exit(model, 0)
         for batch in progress(batches, 'every exit'):
-            images.extend(_record_batch(model, batch, dataset.cat_ids, annotated, view, losses))
-    return images
+            yield _record_batch(model, batch, dataset.cat_ids, annotated, view, losses)
 
 
 def _record_batch(
@@ -202,7 +211,6 @@ def _record_batch(
             id=int(sample.img_id),
             file=str(sample.img_path),
             difficulty=float(sample.difficulty),
-            shape=tuple(sample.img_shape[:2]),
             frame=(*sample.img_shape[:2], *sample.get('scale_factor', (1.0, 1.0))),
             detections=[per_image[row] for per_image in detections],
             features=seen_by_router[row].copy(),
@@ -231,28 +239,36 @@ def _record_batch(
     return entries
 
 
-def _add_costs(
-    images: list[dict], model: DynamicDetector, dataset, progress: Progress
-) -> tuple[float, float]:
-    """GFLOPs and latency of each image under each exit, at batch 1: those of its size, of which
-    some are measured, as by `calibration.mean_costs`.
+class _Costs(NamedTuple):
+    """What n images cost under K exits at batch 1.
 
-    Returns:
-        tuple: GFLOPs and seconds of exit 0's neck and heads, the mean over the images: what a
-            router that looks at exit 0's detections pays for every image; where exits are merged,
-            all images' costs have it already.
+    ``gflops``, ``latencies`` (np.ndarray): (n, K), seconds. ``branch`` (tuple): GFLOPs and seconds
+    of exit 0's neck and heads, the mean over the images: what a router that looks at exit 0's
+    detections pays for every image; where exits are merged, or the router sees detections, all
+    images' costs have it already.
     """
-    sizes = rows_by_size(model, [image.pop('shape') for image in images])
-    branch = np.zeros(2)
+
+    gflops: np.ndarray
+    latencies: np.ndarray
+    branch: tuple[float, float]
+
+
+def _costs_of(shapes: np.ndarray, model: DynamicDetector, dataset, progress: Progress) -> _Costs:
+    """Costs of images by their heights and widths as delivered, (n, 2): those of their size, of
+    which some are measured, as by `calibration.mean_costs`."""
+    gflops, latencies = np.zeros((2, len(shapes), model.num_exits))
+    sizes, branch = rows_by_size(model, shapes.tolist()), np.zeros(2)
     for same_size in progress(sizes, 'costs of sizes'):
         counted, timed = rows_to_measure(same_size, len(sizes))
-        gflops = measure_gflops(model, dataset, rows=counted)
-        latencies = measure_latencies(model, dataset, lambda steps, what: steps, rows=timed)
+        gflops[same_size] = measure_gflops(model, dataset, rows=counted)
+        latencies[same_size] = measure_latencies(
+            model, dataset, lambda steps, what: steps, rows=timed
+        )
         routing = _measure_routing(model, dataset, counted)
-        branch += len(same_size) * np.maximum(0, np.subtract((gflops[0], latencies[0]), routing))
-        for row in same_size:
-            images[row].update(gflops=list(gflops), latencies=list(latencies))
-    return tuple((branch / len(images)).tolist())
+        row = same_size[0]
+        exit_0 = gflops[row, 0], latencies[row, 0]
+        branch += len(same_size) * np.maximum(0, np.subtract(exit_0, routing))
+    return _Costs(gflops, latencies, tuple((branch / len(shapes)).tolist()))
 
 
 @contextlib.contextmanager

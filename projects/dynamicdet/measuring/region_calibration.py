@@ -1,7 +1,7 @@
 """Measure what the prices of regions follow from."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from ..errors import UsageError
 from ..models import DynamicDetector
 from ..models.budget_control import preserved_budget
+from ..models.regions import along_curve
 from ..progress import Progress
 from ..routing.class_weights import class_weights
 from ..routing.evaluation import read_truth
@@ -19,7 +20,7 @@ from ..routing.region_fitting import fit_region_router
 from ..routing.region_record import cell_gains, objects_by_class, planes_of
 from ..routing.regions import PriceCurve, price_curve, threshold_for_area
 from ..timing import time_call
-from .calibration import measure_gflops
+from .calibration import calibrate_scores, measure_gflops
 from .flops import count_flops
 from .latencies import force_dynamic_exit, measure_latencies, single_batches
 
@@ -28,7 +29,11 @@ _SHARES, _IMAGES, _ROUNDS = (0.0, 0.1, 0.3, 0.6, 1.0), 20, 3
 
 
 def calibrate_regions(
-    model: DynamicDetector, loader: DataLoader, progress: Progress, hard_share: float = 0.5
+    model: DynamicDetector,
+    loader: DataLoader,
+    progress: Progress,
+    hard_share: float = 0.5,
+    fit_scores: bool = False,
 ) -> dict:
     """Measure how much of images is worth each price and what that costs, and set the model's
     calibration and threshold to them. Where no map was fitted, classes weigh as the annotations
@@ -40,18 +45,30 @@ def calibrate_regions(
         progress (Callable): Wraps what is iterated over.
         hard_share (float): Share of the pixels that is looked at when nothing is asked for.
             Defaults to 0.5.
+        fit_scores (bool): Whether to fit the scaling of the exits' scores before, on whole images;
+            see `calibrate_scores`. Defaults to False: it stays as it is.
 
     Returns:
         dict: ``threshold``, and of each exit on whole images ``lat1`` and ``lat2`` in seconds and
             ``g0`` and ``g1`` in GFLOPs.
+
+    Raises:
+        UsageError: If scores are to be scaled under a map that was fitted to them as they are.
     """
     regions, dataset = model.regions, loader.dataset
+    if fit_scores and regions.router.trained:
+        raise UsageError(
+            "this map of regions was fitted to the exits' scores as they are: calibrate --scores "
+            'first, then record and fit'
+        )
+    if fit_scores:
+        calibrate_scores(model, loader, progress)
     if not regions.router.trained:
         coco = read_truth(str(dataset.ann_file), dataset.cat_ids)
         weights = class_weights(objects_by_class(coco, dataset.cat_ids))
         regions.class_weights.copy_(torch.from_numpy(weights))
     maps = measure_gain_maps(model, loader, progress)
-    curve = price_curve(maps, regions.halo, regions.limit, regions.overhead)
+    curve = price_curve(maps, regions.halo, regions.limit, regions.overhead, step=regions.step)
     latencies = measure_latencies(model, dataset, progress)
     gflops = measure_gflops(model, dataset)
     columns = [*curve, *_costs_along(model, dataset, curve, progress)]
@@ -88,24 +105,60 @@ def measure_gain_maps(
 def _costs_along(
     model: DynamicDetector, dataset, curve: PriceCurve, progress: Progress
 ) -> tuple[np.ndarray, np.ndarray]:
-    """GFLOPs and seconds per image at each price of a curve, (m,) each: so much for each image, for
-    each region and for each share of the pixels, fitted to some images at some prices."""
-    batches, device = single_batches(dataset, _IMAGES, None), model.threshold.device
+    """GFLOPs and seconds per image at each price of a curve, (m,) each."""
+    costs = _fitted_costs(model, dataset, curve, progress, _IMAGES, _ROUNDS, count_flops)
+    return tuple(along_curve(curve, each).numpy() for each in costs)
+
+
+@torch.no_grad()
+def region_seconds(
+    model: DynamicDetector,
+    dataset,
+    progress: Progress,
+    images: int = _IMAGES,
+    rounds: int = _ROUNDS,
+) -> list[float]:
+    """What a calibrated detector takes as it runs now: seconds of an image, of each of its regions,
+    and of all of its pixels, (3,); see `Regions.put_seconds`.
+
+    Args:
+        model (DynamicDetector): With calibrated regions, in eval mode.
+        dataset: The images; the first ones are timed.
+        progress (Callable): Wraps what is iterated over.
+        images, rounds (int): How many, and how often each is timed at each of some prices, after an
+            untimed time.
+    """
+    curve = model.regions.price_curve()
+    untimed = lambda run: (0, run())  # noqa: E731
+    return _fitted_costs(model, dataset, curve, progress, images, rounds, untimed)[1].tolist()
+
+
+def _fitted_costs(
+    model: DynamicDetector,
+    dataset,
+    curve: PriceCurve,
+    progress: Progress,
+    images: int,
+    rounds: int,
+    count: Callable,
+) -> tuple[np.ndarray, np.ndarray]:
+    """GFLOPs and seconds of an image, of each of its regions and of all of its pixels, (3,) each:
+    fitted to some images at some prices. ``count`` is `count_flops` or the like."""
+    batches, device = single_batches(dataset, images, None), model.threshold.device
     rows, flops, seconds = [], [], []
     with preserved_budget(model):
         for share in progress(_SHARES, 'costs of regions'):
             model.set_budget(threshold=threshold_for_area(curve, share))
             for batch in batches:
                 # The first counts, and warms up.
-                count, (sample,) = count_flops(lambda: model.test_step(batch))
+                counted, (sample,) = count(lambda: model.test_step(batch))
                 times = [
-                    time_call(lambda: model.test_step(batch), device)[0] for _ in range(_ROUNDS)
+                    time_call(lambda: model.test_step(batch), device)[0] for _ in range(rounds)
                 ]
                 rows.append((1.0, len(sample.regions), _share_of(sample)))
-                flops.append(count / 1e9)
+                flops.append(counted / 1e9)
                 seconds.append(float(np.median(times)))
-    along = np.column_stack([np.ones(len(curve.shares)), curve.counts, curve.shares])
-    return tuple(along @ nnls(np.array(rows), np.array(costs))[0] for costs in (flops, seconds))
+    return tuple(nnls(np.array(rows), np.array(costs))[0] for costs in (flops, seconds))
 
 
 def _share_of(sample) -> float:

@@ -19,10 +19,8 @@ from ..routing.router_fitting import (
     RouterFit,
     class_weights_of_records,
     features_of_record,
-    fit_ridge_router,
-    fit_router,
+    fit_by_method,
     gains_of_record,
-    rule_router,
 )
 
 #: What follows from a router, and is stale where that is a new one.
@@ -58,8 +56,8 @@ def fit_router_to_records(
             themselves.
         seed (int): See `fit_router`. Defaults to 0.
         progress (Callable, optional): See `fit_router`.
-        method (str): 'layers', by `fit_router`; 'linear', by `fit_ridge_router`; or 'rule', which
-            fits nothing: `rule_router`, of a router that sees detections. Defaults to 'layers'.
+        method (str): See `fit_by_method`; 'rule' is of a router that sees detections. Defaults to
+            'layers'.
 
     Returns:
         tuple[RouterFit, int]: The fit and the number of different images.
@@ -90,16 +88,11 @@ def fit_router_to_records(
     files = [file for record in records for file in record.files]
     _, groups = np.unique(files, return_inverse=True)
     hidden = router.fc1.out_features
-    if method == 'rule':
-        if not router.sees_detections:
-            raise UsageError(
-                "the rule is of exit 0's detections: give model.router.sees='detections'"
-            )
-        fit = rule_router(features, gains, hidden)
-    else:
-        fit = (fit_ridge_router if method == 'linear' else fit_router)(
-            features, gains, objective, hidden, groups=groups, seed=seed, progress=progress
-        )
+    if method == 'rule' and not router.sees_detections:
+        raise UsageError("the rule is of exit 0's detections: give model.router.sees='detections'")
+    fit = fit_by_method(
+        method, features, gains, objective, hidden, groups=groups, seed=seed, progress=progress
+    )
     if router.sees_detections:
         known, categories = (
             _weights_by_category(records, cocos),

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from ..errors import UsageError
 from ..routing.budget import Budget
 from ..routing.budget_controller import BudgetController
 from ..routing.budget_report import BudgetReport, report_budget
+from ..routing.price_controller import PriceController
+from ..routing.regions import share_of_area
 from ..timing import now
 from .dynamic_detector import DynamicDetector
+from .regions import COST_COLUMNS
 
 
 def find_dynamic_detector(model: nn.Module) -> DynamicDetector | None:
@@ -35,17 +37,48 @@ def build_budget_controller(
     Raises:
         UsageError: If the budget is none of these, or needs a calibration that is not there.
     """
-    if model.regions is not None:
-        raise UsageError(
-            'a budget is not held online where regions are looked at again: leave out online, or '
-            'take model.regions=None'
-        )
     budget = Budget.parse(budget)
+    if model.regions is not None:
+        return _build_price_controller(model, budget)
     known = model.gflops if budget and budget.kind == 'target_gflops' else model.latencies
     costs = known.tolist() if known.isfinite().all() and (known[1:] > known[:-1]).all() else None
     return BudgetController(
         budget, costs=costs, difficulties=model.difficulties.tolist(), exits=model.num_exits
     )
+
+
+def _build_price_controller(model: DynamicDetector, budget: Budget | None) -> PriceController:
+    curve = model.regions.price_curve()
+    if budget is None or budget.kind not in COST_COLUMNS:
+        return PriceController(budget, curve)
+    costs = model.regions.curve[:, COST_COLUMNS[budget.kind]].cpu().numpy()
+    return PriceController(budget, curve, costs)
+
+
+def calibrated_otherwise(model: DynamicDetector, calibration: Mapping) -> str | None:
+    """A sentence where a checkpoint was calibrated with other settings than a detector has, so that
+    costs or thresholds do not hold; None where they do, or nothing says how it was calibrated.
+
+    Args:
+        model (DynamicDetector): Which runs now.
+        calibration (Mapping): The checkpoint's ``meta.calibration``.
+    """
+    if not calibration:
+        return None
+    for name, here, missed in (
+        ('regions', model.regions is not None, 'thresholds and costs do not hold'),
+        ('merge', model.merge is not None, 'what an image costs is {} than calibrated'),
+    ):
+        then = bool(calibration.get(name))
+        # Where regions are looked at again, exit 0 runs on every image, merged or not.
+        if then != here and (name == 'regions' or model.regions is None):
+            was, now = (f'with{"" if on else "out"} {name}' for on in (then, here))
+            return (
+                f'this checkpoint was calibrated {was}, and runs {now}: '
+                f'{missed.format("more" if here else "less")}; run tools/calibrate.py on it with '
+                'this config'
+            )
+    return None
 
 
 def budget_report_of(
@@ -93,7 +126,8 @@ def whole_images(model: DynamicDetector) -> Iterator[None]:
 class BudgetControl:
     """While this is entered, a controller sets the thresholds of each batch that a detector sees.
 
-    The router's difficulties go to the controller before images part. With ``timed`` it is also
+    The router's difficulties go to the controller before images part; where regions are looked at
+    again, it says their price before, and sees them afterwards. With ``timed`` it is also
     told how long each call took, from preprocessing to boxes; without, someone else does that.
 
     Args:
@@ -114,7 +148,14 @@ class BudgetControl:
             stack.enter_context(preserved_budget(model))
             # The controller's is the budget now; the config's must not come in between.
             model.budget, model._budget_waits = None, False
-            stack.callback(model.router.register_forward_hook(self._decide).remove)
+            if model.regions is None:
+                stack.callback(model.router.register_forward_hook(self._decide).remove)
+            else:
+                for hook in (
+                    model.regions.register_forward_pre_hook(self._set_price),
+                    model.regions.register_forward_hook(self._count_regions),
+                ):
+                    stack.callback(hook.remove)
             if self.timed and self.controller.measures:
                 stack.enter_context(timed_calls(model, self.controller.measure))
             self._stack = stack.pop_all()
@@ -126,6 +167,16 @@ class BudgetControl:
     def _decide(self, router, inputs, difficulties: torch.Tensor) -> None:
         threshold = self.controller.decide(difficulties.tolist())
         self.model.threshold.copy_(torch.tensor(threshold))
+
+    def _set_price(self, regions, inputs) -> None:
+        self.model.threshold.fill_(self.controller.decide())
+
+    def _count_regions(self, regions, inputs, chosen: list) -> None:
+        shares = [
+            share_of_area(rectangles, gain_map.shape, regions.halo, regions.step)
+            for rectangles, gain_map in zip(chosen, inputs[0])
+        ]
+        self.controller.count(shares, [len(rectangles) for rectangles in chosen])
 
 
 @contextlib.contextmanager

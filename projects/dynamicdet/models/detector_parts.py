@@ -6,7 +6,7 @@ for good: an ONNX graph, or the same in 8 bits. What lies between, such as propo
 and who goes on to the next exit, stays as it is and notices nothing; RoIAlign is replaced in
 `deploy.roi_align`.
 
-    first, second, ...        the backbones; the first with the router, if there is one
+    first, second, ...        the backbones; the first with the router, if it sees maps alone
     branch0, branch1, ...     neck and dense head (two-stage: RPN) of an exit
     branch0.bbox_head0, ...   heads on RoIs, and what they share
 """
@@ -22,6 +22,7 @@ from mmdet.models.detectors import BaseDetector
 
 from ..errors import UsageError
 from . import DynamicDetector
+from .composite import CompositeBackbone
 
 #: Tensors -> any nesting of lists and tuples of tensors.
 Run = Callable[..., Any]
@@ -91,15 +92,14 @@ def _plain_backbone(model: BaseDetector) -> DetectorPart:
 
 
 def _first(model: DynamicDetector) -> DetectorPart:
-    """The first backbone and, for images without padding, the router.
+    """The first backbone and, for images without padding, the router; the backbone alone where the
+    router sees detections or regions are looked at again: that is decided behind exit 0's heads.
 
     Padding differs from image to image, and is left out by torch.
     """
     backbone, router = model.backbone, model.router
-    if router.sees_detections:
-        raise UsageError(
-            "a router that sees exit 0's detections cannot be exported: fit one that sees the maps"
-        )
+    if model.regions is not None or router.sees_detections:
+        return _backbone_alone(backbone)
     first_maps, score = backbone.first_maps, router.forward
 
     def run(images: Tensor) -> tuple:
@@ -120,6 +120,15 @@ def _first(model: DynamicDetector) -> DetectorPart:
 
     # Its cost is nothing, and who goes on depends on it.
     return DetectorPart('first', run, place, (backbone.first, router), (router,))
+
+
+def _backbone_alone(backbone: CompositeBackbone) -> DetectorPart:
+    first_maps = backbone.first_maps
+
+    def place(run: Run) -> None:
+        backbone.first_maps = run
+
+    return DetectorPart('first', lambda images: tuple(first_maps(images)), place, (backbone.first,))
 
 
 def _deeper(model: DynamicDetector) -> list[DetectorPart]:

@@ -204,6 +204,9 @@ class DynamicDetector(
         # `requires_grad` before any hook runs.
         for name, parameter in self.named_parameters():
             parameter.requires_grad &= name.startswith('router.') == train_router
+        if self.regions is not None and train_router:
+            self.router.requires_grad_(False)
+            self.regions.router.requires_grad_()
 
     def train(self, mode: bool = True) -> 'DynamicDetector':
         """In step 2 all but the router stays in eval mode, whatever a loop asks for."""
@@ -213,6 +216,11 @@ class DynamicDetector(
                 if name not in ('router', 'data_preprocessor'):
                     module.eval()
         return self
+
+    @property
+    def trained_router(self) -> nn.Module:
+        """What step 2 trains: the router of images or that of regions."""
+        return self.router if self.regions is None else self.regions.router
 
     @property
     def needs_step_one(self) -> bool:

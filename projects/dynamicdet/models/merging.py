@@ -8,7 +8,7 @@ from mmengine.structures import InstanceData
 
 from ..errors import UsageError
 from ..routing.merging import Merge, merge_boxes
-from ..transfers import to_host
+from ..transfers import HostDetections, to_host
 
 
 def merge_instances(images: Sequence[Sequence[InstanceData]], merge: Merge) -> list[InstanceData]:
@@ -29,14 +29,42 @@ def merge_instances(images: Sequence[Sequence[InstanceData]], merge: Merge) -> l
     """
     # One copy from the device for all.
     on_host = iter(to_host([instances for exits in images for instances in exits]))
-    return [_merged(exits, [next(on_host) for _ in exits], merge) for exits in images]
+    return [
+        join_kept(
+            exits,
+            [next(on_host) for _ in exits],
+            [np.ones(len(instances), bool) for instances in exits],
+            merge,
+        )
+        for exits in images
+    ]
 
 
-def _merged(exits: Sequence[InstanceData], on_host: Sequence, merge: Merge) -> InstanceData:
-    some = [place for place, instances in enumerate(exits) if len(instances)]
+def join_kept(
+    exits: Sequence[InstanceData],
+    on_host: Sequence[HostDetections],
+    kept: Sequence[np.ndarray],
+    merge: Merge | None,
+) -> InstanceData:
+    """Some of what exits found in an image, merged, or without ``merge`` one after the other.
+
+    Args:
+        exits (Sequence[InstanceData]): What each exit found.
+        on_host (Sequence[HostDetections]): The same, as `to_host` has it.
+        kept (Sequence[np.ndarray]): Which of it counts, bools, (D,) for each exit.
+        merge (Merge, optional): How.
+    """
+    rows = [np.flatnonzero(which) for which in kept]
+    some = [place for place, exit_rows in enumerate(rows) if len(exit_rows)]
     if len(some) < 2:
-        return exits[some[0]] if some else exits[-1]
+        place = some[0] if some else -1
+        return _take(exits[place], rows[place])
     exits, on_host = ([values[place] for place in some] for values in (exits, on_host))
+    counts = [len(arrays.scores) for arrays in on_host]
+    starts = np.cumsum([0, *counts])
+    rows = np.concatenate([start + rows[place] for start, place in zip(starts, some)])
+    if merge is None:
+        return _take(InstanceData.cat(exits), rows)
     known = [set(instances.keys()) for instances in exits]
     odd = sorted(set.union(*known) - set.intersection(*known))
     if odd:
@@ -44,17 +72,22 @@ def _merged(exits: Sequence[InstanceData], on_host: Sequence, merge: Merge) -> I
             f'only some of the exits that are merged give {", ".join(odd)}: give merge=None'
         )
     boxes, scores, labels = (
-        np.concatenate([getattr(arrays, name).numpy() for arrays in on_host])
+        np.concatenate([getattr(arrays, name).numpy() for arrays in on_host])[rows]
         for name in ('boxes', 'scores', 'labels')
     )
-    numbers = np.repeat(some, [len(instances) for instances in exits])
+    numbers = np.repeat(some, counts)[rows]
     merged_boxes = merge_boxes(boxes, scores, labels, numbers, merge)
-    every = InstanceData.cat(exits)
-    merged = every[torch.from_numpy(merged_boxes.rows).to(every.scores.device)]
+    merged = _take(InstanceData.cat(exits), rows[merged_boxes.rows])
     if merge.type == 'wbf':
-        merged.scores = torch.from_numpy(merged_boxes.scores).to(every.scores)
-        merged.bboxes = _like(every.bboxes, torch.from_numpy(merged_boxes.boxes))
+        merged.scores = torch.from_numpy(merged_boxes.scores).to(merged.scores)
+        merged.bboxes = _like(merged.bboxes, torch.from_numpy(merged_boxes.boxes))
     return merged
+
+
+def _take(instances: InstanceData, rows: np.ndarray) -> InstanceData:
+    if np.array_equal(rows, np.arange(len(instances))):
+        return instances
+    return instances[torch.from_numpy(rows).to(instances.scores.device)]
 
 
 def _like(boxes, values: torch.Tensor):

@@ -35,11 +35,12 @@ from ..routing.regions import (
     with_halo,
 )
 from ..transfers import Followed, HostDetections, to_host
-from .merging import merge_instances
+from .merging import join_kept
 from .resolution import Ratio
 
-#: Columns of a calibration besides a price curve's: GFLOPs and seconds per image.
-_COLUMNS = 5
+#: Columns of a calibration: a price curve's, and costs per image by the budget that asks for them.
+COST_COLUMNS = dict(target_gflops=3, target_latency=4)
+_COLUMNS = 3 + len(COST_COLUMNS)
 
 
 class Crop(NamedTuple):
@@ -73,6 +74,8 @@ class Regions(KeepsType):
         overhead (float): What each region costs besides its area, in cells. Defaults to 0.
         cell (int): Sides of a cell in pixels, a multiple of the deepest map's stride. Defaults to
             32.
+        step (int): Sides of a crop are multiples of so many cells, or the image's, so that few
+            sizes occur: for runtimes that compile for each. Defaults to 1.
         first_size (int, optional): For large images, which are delivered as they are: the longest
             side in pixels at which exit 0 sees an image, whatever ``first_scale`` says beyond
             that. Defaults to None.
@@ -92,6 +95,7 @@ class Regions(KeepsType):
         limit: int = 2,
         overhead: float = 0.0,
         cell: int = CELL,
+        step: int = 1,
         first_size: int | None = None,
     ) -> None:
         super().__init__()
@@ -99,6 +103,7 @@ class Regions(KeepsType):
             ('halo', halo, 0),
             ('limit', limit, 1),
             ('cell', cell, 1),
+            ('step', step, 1),
             ('first_size', 32 if first_size is None else first_size, 32),
         ):
             if not isinstance(value, int) or value < least:
@@ -107,14 +112,15 @@ class Regions(KeepsType):
                 )
         if not overhead >= 0:
             raise UsageError(f'overhead of regions must be a number, 0 or more; got {overhead}')
-        self.halo, self.limit, self.overhead, self.cell = halo, limit, overhead, cell
+        self.halo, self.limit, self.overhead = halo, limit, overhead
+        self.cell, self.step = cell, step
         self.first_size = first_size
         self.router = RegionRouter(**router)
         self.register_buffer('class_weights', torch.ones(num_classes))
         self.register_buffer('curve', torch.zeros(0, _COLUMNS, dtype=torch.float64))
         #: Of these weights: planes are computed on the host.
         self._host_weights = Followed(_as_array)
-        # Fitted to records, not trained in either step.
+        # Fitted to records, or trained in step 2, which says so.
         self.requires_grad_(False)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
@@ -165,19 +171,30 @@ class Regions(KeepsType):
             ratio (tuple[float, float]): How large the first exit sees the images, see `resolution`.
             rescaled (bool): Whether boxes are in the frame of the original image. Defaults to True.
         """
-        every, device = [], self.class_weights.device
+        views = self.router_views(detections, samples, maps, ratio, rescaled)
+        return [self.router(*view)[0].cpu().numpy() for view in views]
+
+    @torch.no_grad()
+    def router_views(
+        self,
+        detections: Sequence[InstanceData],
+        samples: SampleList,
+        maps: Sequence[Tensor],
+        ratio: Ratio,
+        rescaled: bool = True,
+    ) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+        """What the router sees of each image: planes, (1, `PLANES`, h, w), and the maps that it
+        asks for, of the image alone. Arguments as of `gain_maps`."""
         for row, (on_host, sample) in enumerate(zip(to_host(detections), samples)):
             scale = delivered_scale(sample) if rescaled else np.ones(4)
-            planes = self.planes(on_host, sample, scale, min(ratio))
-            tensor = torch.from_numpy(planes)[None].to(device)
+            planes = torch.from_numpy(self.planes(on_host, sample, scale, min(ratio)))[None]
             seen = ()
             if self.router.in_channels:
                 whole = crops_of([[(0, 0, *self.grid(sample))]], [sample], self)
                 seen = cut_maps(
                     [feature_map[row : row + 1] for feature_map in maps], canvas_of([sample]), whole
                 )
-            every.append(self.router(tensor, seen)[0].cpu().numpy())
-        return every
+            yield planes.to(self.class_weights.device), seen
 
     def boxes_of(
         self, regions: Sequence[Rectangle], sample: DetDataSample, exit: int
@@ -197,12 +214,23 @@ class Regions(KeepsType):
     def difficulty(self, gains: np.ndarray) -> float:
         """An image's highest price, as a number in [0, 1]: above the threshold, something of it is
         looked at again."""
-        return threshold_of_price(highest_price(gains, self.halo, self.overhead))
+        return threshold_of_price(highest_price(gains, self.halo, self.overhead, self.step))
+
+    def forward(self, gains: Sequence[np.ndarray], threshold: Tensor) -> list[list[Rectangle]]:
+        """The regions of each image that are worth a price; who sets it while images come does so
+        before, and sees these afterwards: see `budget_control`.
+
+        Args:
+            gains (Sequence[np.ndarray]): N times (h, w), see `gain_maps`.
+            threshold (Tensor): The price, a number in [0, 1].
+        """
+        price = float(threshold)
+        return [self.choose(gain_map, price) for gain_map in gains]
 
     def choose(self, gains: np.ndarray, threshold: float) -> list[Rectangle]:
         """The regions of an image that are worth a price, given as a number in [0, 1]."""
         price = price_of_threshold(threshold)
-        return choose_rectangles(gains, price, self.halo, self.limit, self.overhead)
+        return choose_rectangles(gains, price, self.halo, self.limit, self.overhead, self.step)
 
     # The calibration.
 
@@ -219,6 +247,11 @@ class Regions(KeepsType):
             )
         return PriceCurve(*self.curve[:, :3].T.cpu().numpy())
 
+    def put_seconds(self, seconds: Sequence[float]) -> None:
+        """Let budgets in time go by seconds that were measured elsewhere: of an image, of each of
+        its regions and of all of its pixels, (3,); see `region_calibration.region_seconds`."""
+        self.curve[:, 4] = along_curve(PriceCurve(*self.curve[:, :3].T), seconds)
+
     def threshold_for(self, budget: Budget) -> float:
         """The threshold that meets a budget; a ``hard_share`` is a share of the pixels.
 
@@ -232,8 +265,8 @@ class Regions(KeepsType):
         curve = self.price_curve()
         if budget.kind == 'hard_share':
             return threshold_for_area(curve, budget.value)
-        name, column = dict(target_gflops=('GFLOPs', 3), target_latency=('seconds', 4))[budget.kind]
-        costs = self.curve[:, column].cpu().numpy()
+        name = dict(target_gflops='GFLOPs', target_latency='seconds')[budget.kind]
+        costs = self.curve[:, COST_COLUMNS[budget.kind]].cpu().numpy()
         if not np.isfinite(costs).all():
             raise UsageError(
                 f'{budget.kind} needs a checkpoint calibrated for it: run tools/calibrate.py on it '
@@ -245,6 +278,14 @@ class Regions(KeepsType):
                 'the first exit takes: it cannot be met, ask for more'
             )
         return threshold_for_cost(curve, costs, budget.value)
+
+
+def along_curve(curve: PriceCurve, costs: Sequence[float]) -> Tensor:
+    """Mean cost per image at each price of a calibration, (m,), float64; ``costs`` are of an image,
+    of each of its regions and of all of its pixels, (3,)."""
+    counts, shares = (torch.as_tensor(column) for column in (curve.counts, curve.shares))
+    whole, region, pixels = costs
+    return whole + region * counts + pixels * shares
 
 
 # Crops.
@@ -285,7 +326,7 @@ def crops_of(
     crops, canvas = [], canvas_of(samples)
     for row, (rectangles, sample) in enumerate(zip(regions, samples)):
         for rectangle in rectangles:
-            box = with_halo(rectangle, settings.grid(sample), settings.halo)
+            box = with_halo(rectangle, settings.grid(sample), settings.halo, settings.step)
             # The last cells may lie in part beyond the batch.
             ends = (*canvas, *canvas)
             box = tuple(min(line * settings.cell, end) for line, end in zip(box, ends))
@@ -368,9 +409,9 @@ def sample_of_crop(sample: DetDataSample, crop: Crop) -> DetDataSample:
     )
     whole = (top, left) == (0, 0) and shape == tuple(sample.img_shape[:2])
     wide, high = sample.get('scale_factor', (1.0, 1.0))
-    part = DetDataSample(metainfo=dict(sample.metainfo_items()))
-    part.set_metainfo(
-        dict(
+    return DetDataSample(
+        metainfo=dict(
+            sample.metainfo_items(),
             img_shape=shape,
             pad_shape=(height, width),
             batch_input_shape=(height, width),
@@ -379,7 +420,6 @@ def sample_of_crop(sample: DetDataSample, crop: Crop) -> DetDataSample:
             else (max(1, round(shape[0] / high)), max(1, round(shape[1] / wide))),
         )
     )
-    return part
 
 
 def delivered_scale(sample: DetDataSample) -> np.ndarray:
@@ -445,14 +485,7 @@ def join_crops(
     kept = [np.ones(len(earlier), bool)]
     for (crop, _), there in zip(crops, boxes[1:]):
         where = (crop.rectangle, grid, settings.halo, settings.cell)
-        kept.append(kept_of_crop(there, *where, core=merge is None))
+        kept.append(kept_of_crop(there, *where, core=merge is None, step=settings.step))
         if merge is None:
-            kept[0] &= kept_of_earlier(boxes[0], *where)
-    parts = [_take(source, np.flatnonzero(which)) for source, which in zip(instances, kept)]
-    return InstanceData.cat(parts) if merge is None else merge_instances([parts], merge)[0]
-
-
-def _take(instances: InstanceData, rows: np.ndarray) -> InstanceData:
-    if len(rows) == len(instances) and (rows == np.arange(len(instances))).all():
-        return instances
-    return instances[torch.from_numpy(np.asarray(rows, np.int64)).to(instances.scores.device)]
+            kept[0] &= kept_of_earlier(boxes[0], *where, settings.step)
+    return join_kept(instances, hosts, kept, merge)

@@ -92,15 +92,17 @@ def _reduce(sample, ratio: Ratio):
             if name in sample:
                 setattr(reduced, name, sample.get(name).new())
         return reduced
+    scale = sample.get('scale_factor', (1.0, 1.0))
+    # All at once: what is set is copied each time.
+    changed: dict[str, object] = dict(scale_factor=(scale[0] * wide, scale[1] * high))
     if 'batch_input_shape' in sample:
         # For losses that depend on the size of images: the exits' are to compare.
-        reduced.set_metainfo(dict(delivered_shape=sample.batch_input_shape))
+        changed['delivered_shape'] = sample.batch_input_shape
     for name in ('img_shape', 'pad_shape', 'batch_input_shape'):
         if name in sample:
             shape = sample.get(name)
-            reduced.set_metainfo({name: (round(shape[0] * high), round(shape[1] * wide))})
-    scale = sample.get('scale_factor', (1.0, 1.0))
-    reduced.set_metainfo(dict(scale_factor=(scale[0] * wide, scale[1] * high)))
+            changed[name] = (round(shape[0] * high), round(shape[1] * wide))
+    reduced.set_metainfo(changed)
     for name in ('gt_instances', 'ignored_instances'):
         if name in sample:
             setattr(reduced, name, _reduce_instances(sample.get(name), ratio))

@@ -12,6 +12,7 @@ from mmdet.structures import SampleList
 
 from ..errors import UsageError
 from ..routing import GAINS, class_aps, class_weights, image_aps, quantiles_of
+from ..routing.region_record import cell_gains_of_detections
 from ..transfers import to_host
 from .batch_state import BatchState
 from .branch import head_types
@@ -102,8 +103,13 @@ class RouterTraining:
         """What each image gains by the last exit, as the objective counts it, without gradient.
 
         Returns:
-            tuple[Tensor, Tensor]: Gains, (N,), and what the router sees, (N, d); float32.
+            tuple[Tensor, Tensor]: Gains, (N,), and what the router sees, (N, d), of regions that of
+                each cell of all images; float32.
         """
+        if self.regions is not None:
+            inputs, gains = self.region_gains(batch_inputs, batch_data_samples)
+            seen = [image_inputs.flatten(2)[0].T for image_inputs in inputs]
+            return torch.stack([gain_map.sum() for gain_map in gains]), torch.cat(seen)
         if self.objective.by_class:
             parts, counts, features = self.class_gains(batch_inputs, batch_data_samples)
             self.last_class_counts = counts.sum(0)
@@ -204,6 +210,8 @@ class RouterTraining:
     def _router_losses(
         self, batch_inputs: Tensor, batch_data_samples: SampleList
     ) -> dict[str, Tensor]:
+        if self.regions is not None:
+            return self._region_router_losses(batch_inputs, batch_data_samples)
         gains, features = self.exit_gains(batch_inputs, batch_data_samples)
         # Kept for the hook that tracks their distribution online.
         self.last_gains = gains
@@ -220,6 +228,60 @@ class RouterTraining:
             difficulty_std=phi.std(correction=0),
             share_above_half=(phi > 0.5).float().mean(),
             delta=quantiles[len(quantiles) // 2],
+        )
+
+    @torch.no_grad()
+    def region_gains(
+        self, batch_inputs: Tensor, batch_data_samples: SampleList
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """What the router of regions sees of each image, N times (1, width, h, w), and what each
+        cell gains by exit 1, N times (h, w), see `routing.region_record.cell_gains`: by what both
+        exits find in whole images. Without gradient, float32."""
+        every = self._all_exits(batch_inputs, batch_data_samples)
+        # Heads write what they find into their samples.
+        instances = [
+            self._run_heads(
+                BatchState(
+                    exit, None, maps, ratio, reduce_samples(batch_data_samples, (1, 1)), [], []
+                ),
+                rescale=False,
+            )
+            for exit, (maps, _, ratio) in enumerate(every)
+        ]
+        maps, _, ratio = every[0]
+        views = self.regions.router_views(instances[0], batch_data_samples, maps, ratio, False)
+        gains = cell_gains_of_detections(
+            [_as_arrays(exit_instances) for exit_instances in instances],
+            [_annotations(sample) for sample in batch_data_samples],
+            [sample.img_shape for sample in batch_data_samples],
+            self.regions.class_weights.cpu().numpy(),
+            self.regions.cell,
+        )
+        device = batch_inputs.device
+        return (
+            [self.regions.router.inputs(*view) for view in views],
+            [torch.from_numpy(gain_map).float().to(device) for gain_map in gains],
+        )
+
+    def _region_router_losses(
+        self, batch_inputs: Tensor, batch_data_samples: SampleList
+    ) -> dict[str, Tensor]:
+        """Squared error of what each cell gains, summed over an image, in units of the spread of
+        the images' gains."""
+        inputs, gains = self.region_gains(batch_inputs, batch_data_samples)
+        sums = torch.stack([gain_map.sum() for gain_map in gains])
+        self.last_gains = sums
+        known = sums if self.gains.isnan().any() else self.gains
+        spread = known.std(correction=0).clamp(min=1e-6)
+        router = self.regions.router
+        errors = [
+            (router.gains(image_inputs)[0] - gain_map.clamp(-spread, spread)).square().sum()
+            for image_inputs, gain_map in zip(inputs, gains)
+        ]
+        return dict(
+            loss_router=torch.stack(errors).mean() / spread.square(),
+            gain=sums.mean(),
+            delta=known.median(),
         )
 
 

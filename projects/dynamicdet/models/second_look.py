@@ -26,7 +26,7 @@ class SecondLook:
     def _choose_regions(self, state: BatchState, rescale: bool) -> BatchState:
         """Run the first exit's neck and heads, and say what is worth a second look."""
         self.detect(state, rescale)
-        regions, threshold = self.regions, float(self.threshold)
+        regions = self.regions
         gains = regions.gain_maps(
             [by_exit[0] for by_exit in state.detections],
             state.samples,
@@ -34,8 +34,10 @@ class SecondLook:
             state.ratio,
             rescale,
         )
-        whole = price_of_threshold(threshold) <= 0
-        chosen = [[] if whole else regions.choose(gain_map, threshold) for gain_map in gains]
+        chosen = regions(gains, self.threshold)
+        # As no regions: images go on as they are, padding included.
+        whole = price_of_threshold(float(self.threshold)) <= 0
+        chosen = [[] if whole else rectangles for rectangles in chosen]
         return replace(
             state,
             difficulties=[regions.difficulty(gain_map) for gain_map in gains],

@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from .objective import Objective
-from .router_fitting import fit_router
+from .router_fitting import fit_by_method
 
 
 def difficulties_by(state: Mapping[str, Tensor], features: np.ndarray) -> np.ndarray:
@@ -26,6 +26,7 @@ def cross_fitted_difficulties(
     folds: int = 3,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    method: str = 'layers',
 ) -> np.ndarray:
     """Difficulty of each image by a router that was fitted to the images of the other folds.
 
@@ -36,6 +37,7 @@ def cross_fitted_difficulties(
         features, gains, objective, hidden, seed: See `fit_router`.
         folds (int): Defaults to 3.
         progress (Callable, optional): Called with (folds done, folds).
+        method (str): See `fit_by_method`. Defaults to 'layers'.
 
     Returns:
         np.ndarray: (n,), float32.
@@ -44,7 +46,7 @@ def cross_fitted_difficulties(
     difficulties = np.zeros(len(gains), np.float32)
     for index in range(folds):
         held_out, others = fold == index, fold != index
-        fit = fit_router(features[others], gains[others], objective, hidden, seed=seed)
+        fit = fit_by_method(method, features[others], gains[others], objective, hidden, seed=seed)
         difficulties[held_out] = difficulties_by(fit.state, features[held_out])
         if progress:
             progress(index + 1, folds)

@@ -354,22 +354,29 @@ def class_aps(
 def _mixtures(detections: Sequence[Mapping], truths: Sequence[Mapping]):
     """The evaluation of one exit's images; None where there are no objects but crowds."""
     from .evaluation import Mixtures
-    from .record import Detections, RoutingRecord
+    from .record import RoutingRecord
 
     if not any((~np.asarray(truth['crowds'], bool)).any() for truth in truths):
         return None
-    joined = Detections.join(
-        [(_xywh(image['bboxes']), image['scores'], image['labels']) for image in detections]
-    )
+    joined = joined_detections(detections)
     count = len(joined)
     # As a record of two equal exits: there are no fewer.
     record = RoutingRecord(
         np.arange(count), [''] * count, np.zeros(count), [joined] * 2, [0.0] * 2, [0.0] * 2
     )
-    return Mixtures(record, _as_coco(truths))
+    return Mixtures(record, as_coco(truths))
 
 
-def _as_coco(truths: Sequence[Mapping]):
+def joined_detections(detections: Sequence[Mapping]):
+    """What an exit finds in images, as a record has it."""
+    from .record import Detections
+
+    return Detections.join(
+        [(_xywh(image['bboxes']), image['scores'], image['labels']) for image in detections]
+    )
+
+
+def as_coco(truths: Sequence[Mapping]):
     """A COCO object of what the images hold."""
     from pycocotools.coco import COCO
 

@@ -312,6 +312,36 @@ class RoutingRecord(Sequence):
         return replace(self, **columns)
 
 
+def join_records(records: Sequence[RoutingRecord]) -> RoutingRecord:
+    """Records of different images as one, in order, with the first one's costs and provenance.
+
+    Raises:
+        UsageError: If there is none, or images differ in what they have.
+    """
+    names = [{name for name in _OPTIONAL if part.column(name) is not None} for part in records]
+    if not names or any(own != names[0] for own in names):
+        raise UsageError('records of different images can be joined if they have the same columns')
+    columns = {
+        _ATTRIBUTES.get(name, name): np.concatenate([part.column(name) for part in records])
+        for name in ('id', 'difficulty', *names[0])
+    }
+    for name in _DETECTIONS:
+        parts = [getattr(part, name) for part in records]
+        if parts[0] is not None:
+            columns[name] = [_join_detections(exit) for exit in zip(*parts)]
+    files = [file for part in records for file in part.files]
+    return replace(records[0], files=files, **columns)
+
+
+def _join_detections(parts: Sequence[Detections]) -> Detections:
+    offsets = np.cumsum([0, *(count for part in parts for count in np.diff(part.offsets))])
+    arrays = [
+        np.concatenate([getattr(part, name) for part in parts])
+        for name in ('boxes', 'scores', 'categories')
+    ]
+    return Detections(*arrays, offsets.astype(np.int64))
+
+
 def write_record(record: RoutingRecord, path: str | Path) -> None:
     """Write a record, whole or not at all.
 

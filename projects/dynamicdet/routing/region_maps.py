@@ -26,6 +26,8 @@ _HALF = 0.5
 #: Planes of `detection_planes`: of each size doubt and confidence, weighted by class, and
 #: confidence alone; the number of detections.
 PLANES = 3 * (len(_SIDES) + 1) + 1
+#: Of these, doubt about what is small and medium.
+_RULE_PLANES = (0, 3)
 
 
 def cells_of(boxes: np.ndarray, grid: tuple[int, int], cell: int = CELL) -> np.ndarray:
@@ -72,7 +74,8 @@ def rule_map(planes: np.ndarray | Tensor) -> np.ndarray | Tensor:
     """Gain of each cell with nothing trained, (..., h, w), of planes, (..., P, h, w): p (1 - p) of
     small and medium detections, by class weight. What a second look adds is such objects, where
     the first is not sure of them."""
-    return planes[..., 0, :, :] + planes[..., 3, :, :]
+    small, medium = _RULE_PLANES
+    return planes[..., small, :, :] + planes[..., medium, :, :]
 
 
 def _size_of(boxes: np.ndarray, scale: float) -> np.ndarray:
@@ -110,6 +113,19 @@ class RegionRouter(KeepsType):
         self.layers = nn.Sequential(*layers)
         # Whether it was trained.
         self.register_buffer('trained', torch.tensor(False))
+
+    @torch.no_grad()
+    def start_training(self) -> None:
+        """Begin at the rule, or with hidden channels at 0, by the mean and deviation of what it
+        sees."""
+        last = self.layers[-1]
+        last.weight.zero_()
+        last.bias.zero_()
+        if len(self.layers) == 1:
+            for plane in _RULE_PLANES:
+                last.weight[0, plane] = self.std[plane]
+                last.bias += self.mean[plane]
+        self.trained.fill_(True)
 
     def forward(self, planes: Tensor, maps: Sequence[Tensor] = ()) -> Tensor:
         """Gains of each cell.

@@ -6,7 +6,7 @@ exit that lie inside it; what its edges change is left out, see ``tools/test.py`
 Letters: ``n`` images. ``h``, ``w``: rows and columns of an image's grid of cells, see `regions`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -14,6 +14,7 @@ from pycocotools.coco import COCO
 from ..errors import UsageError
 from .evaluation import match_objects
 from .merging import Merge, merge_boxes
+from .objective import as_coco, joined_detections
 from .record import Detections, RoutingRecord, require_columns
 from .region_maps import cells_of, detection_planes
 from .regions import CELL, Rectangle, grid_of, share_of_area, with_halo
@@ -98,6 +99,35 @@ def cell_gains(
     return gains
 
 
+def cell_gains_of_detections(
+    exits: Sequence[Sequence[Mapping]],
+    truths: Sequence[Mapping],
+    shapes: Sequence[tuple[int, int]],
+    weights: np.ndarray,
+    cell: int = CELL,
+) -> list[np.ndarray]:
+    """`cell_gains` without a record, of n images.
+
+    Args:
+        exits (Sequence): Of the first and the last exit, what it finds in each image, as of
+            `objective.image_aps`.
+        truths (Sequence[Mapping]): What each image holds, as there.
+        shapes (Sequence[tuple]): Height and width of each, in pixels.
+        weights, cell: As of `planes_of`.
+    """
+    count = len(shapes)
+    record = RoutingRecord(
+        np.arange(count),
+        [''] * count,
+        np.zeros(count),
+        [joined_detections(images) for images in exits],
+        [0.0] * 2,
+        [0.0] * 2,
+        frame=np.array([[*shape[:2], 1.0, 1.0] for shape in shapes]),
+    )
+    return cell_gains(record, as_coco(truths), list(range(len(weights))), weights, cell)
+
+
 def simulate_regions(
     record: RoutingRecord,
     rectangles: Sequence[Sequence[Rectangle]],
@@ -138,6 +168,7 @@ def kept_of_crop(
     cell: int = CELL,
     core: bool = False,
     margin: float = 1.0,
+    step: int = 1,
 ) -> np.ndarray:
     """Which boxes of a crop count, (D,): not those that touch an edge inside the image, which cut
     through an object or may have.
@@ -150,8 +181,9 @@ def kept_of_crop(
         core (bool): Whether the center must lie in the rectangle itself, not in its halo. Defaults
             to False.
         margin (float): What is this near an edge touches it, in pixels. Defaults to 1.
+        step (int): As of `choose_rectangles`.
     """
-    top, left, bottom, right = with_halo(rectangle, grid, halo)
+    top, left, bottom, right = with_halo(rectangle, grid, halo, step)
     low = np.array([left, top]) * float(cell) + margin
     high = np.array([right, bottom]) * float(cell) - margin
     # At the image's own edges nothing is cut.
@@ -162,12 +194,17 @@ def kept_of_crop(
 
 
 def kept_of_earlier(
-    boxes: np.ndarray, rectangle: Rectangle, grid: tuple[int, int], halo: int = 1, cell: int = CELL
+    boxes: np.ndarray,
+    rectangle: Rectangle,
+    grid: tuple[int, int],
+    halo: int = 1,
+    cell: int = CELL,
+    step: int = 1,
 ) -> np.ndarray:
     """Which boxes of an earlier exit a crop does not replace, (D,): those whose center is outside
     the rectangle, and those that reach out of the crop, which sees but a part. Arguments as of
     `kept_of_crop`."""
-    return ~kept_of_crop(boxes, rectangle, grid, halo, cell, core=True)
+    return ~kept_of_crop(boxes, rectangle, grid, halo, cell, core=True, step=step)
 
 
 def share_of_pixels(

@@ -8,7 +8,8 @@ Letters: ``h``, ``w``: rows and columns of the grid. ``n``: images.
 
 * A *rectangle* is (top, left, bottom, right) in cells, the last two excluded.
 * Its *halo* is what is looked at around it, so that objects at its edge are seen whole; it costs as
-  much and gains nothing.
+  much and gains nothing. With a *step* it grows until its sides are multiples of that many cells,
+  or the image's: then few sizes occur.
 * A *price* is in units of gain per cell, from 0 (everything is looked at) to infinity (nothing is).
   As a number in [0, 1], like a difficulty's threshold, it is `threshold_of_price`.
 """
@@ -48,7 +49,12 @@ def grid_of(height: int, width: int, cell: int = CELL) -> tuple[int, int]:
 
 
 def choose_rectangles(
-    gains: np.ndarray, price: float, halo: int = 1, limit: int = 2, overhead: float = 0.0
+    gains: np.ndarray,
+    price: float,
+    halo: int = 1,
+    limit: int = 2,
+    overhead: float = 0.0,
+    step: int = 1,
 ) -> list[Rectangle]:
     """The rectangles with the largest sum of gains less the price of their area.
 
@@ -64,6 +70,7 @@ def choose_rectangles(
             Defaults to 1.
         limit (int): The most rectangles. Defaults to 2.
         overhead (float): What each rectangle costs besides its area, in cells. Defaults to 0.
+        step (int): Sides with halo are multiples of it, in cells. Defaults to 1.
 
     Returns:
         list[Rectangle]: Without halo, top ones first; none where nothing is worth its price.
@@ -76,7 +83,7 @@ def choose_rectangles(
         return []
     left, chosen = gains.copy(), []
     while len(chosen) < limit and left.max() > 0:
-        rows, columns = _sides(left, halo)
+        rows, columns = _sides(left, halo, step)
         values = _sums(left, rows, columns)
         values -= np.multiply.outer(columns.lengths * float(price), rows.lengths)
         values -= price * overhead
@@ -91,13 +98,13 @@ def choose_rectangles(
     return sorted(chosen)
 
 
-def highest_price(gains: np.ndarray, halo: int = 1, overhead: float = 0.0) -> float:
+def highest_price(gains: np.ndarray, halo: int = 1, overhead: float = 0.0, step: int = 1) -> float:
     """The price below which `choose_rectangles` chooses something: the largest gain per cell of any
     rectangle with its halo, 0 where nothing is to be gained. Arguments as there."""
     gains = np.asarray(gains, np.float64)
     if gains.max(initial=0) <= 0:
         return 0.0
-    rows, columns = _sides(gains, halo)
+    rows, columns = _sides(gains, halo, step)
     areas = np.multiply.outer(columns.lengths, rows.lengths) + overhead
     return float((_sums(gains, rows, columns) / areas).max())
 
@@ -113,44 +120,62 @@ def price_of_threshold(threshold: float) -> float:
     return np.inf if threshold >= 1 else max(0.0, HALF_PRICE * threshold / (1 - threshold))
 
 
-def with_halo(rectangle: Rectangle, grid: tuple[int, int], halo: int = 1) -> Rectangle:
-    """A rectangle with its halo, up to the edge of a grid of (h, w) cells."""
+def with_halo(
+    rectangle: Rectangle, grid: tuple[int, int], halo: int = 1, step: int = 1
+) -> Rectangle:
+    """A rectangle with its halo, up to the edge of a grid of (h, w) cells; see ``step`` of
+    `choose_rectangles`."""
     top, left, bottom, right = rectangle
-    return (
-        max(0, top - halo),
-        max(0, left - halo),
-        min(grid[0], bottom + halo),
-        min(grid[1], right + halo),
+    (top, bottom), (left, right) = (
+        _grown(start - halo, end + halo, count, step)
+        for start, end, count in ((top, bottom, grid[0]), (left, right, grid[1]))
     )
+    return top, left, bottom, right
 
 
-def share_of_area(rectangles: Sequence[Rectangle], grid: tuple[int, int], halo: int = 1) -> float:
+def _grown(start: int, end: int, count: int, step: int) -> tuple[int, int]:
+    """A span, cut to ``count`` lines and lengthened as `_stepped` says, at both ends alike where
+    there is room."""
+    start, end = max(0, start), min(count, end)
+    length = int(_stepped(end - start, count, step))
+    start = min(max(0, start - (length - (end - start)) // 2), count - length)
+    return start, start + length
+
+
+def _stepped(lengths, count: int, step: int):
+    """The next multiples of a step, no more than ``count``."""
+    return np.minimum(-(-lengths // step) * step, count)
+
+
+def share_of_area(
+    rectangles: Sequence[Rectangle], grid: tuple[int, int], halo: int = 1, step: int = 1
+) -> float:
     """Share of an image that is looked at again, halos included, where two overlap twice."""
     areas = 0
     for rectangle in rectangles:
-        top, left, bottom, right = with_halo(rectangle, grid, halo)
+        top, left, bottom, right = with_halo(rectangle, grid, halo, step)
         areas += (bottom - top) * (right - left)
     return areas / (grid[0] * grid[1])
 
 
-def _sides(gains: np.ndarray, halo: int) -> tuple[_Spans, _Spans]:
+def _sides(gains: np.ndarray, halo: int, step: int) -> tuple[_Spans, _Spans]:
     """Spans of rows and of columns that begin and end where there is something to be gained: what
     lies beyond costs and gains nothing."""
     good = gains > 0
     return (
-        _spans(np.flatnonzero(good.any(1)), gains.shape[0], halo),
-        _spans(np.flatnonzero(good.any(0)), gains.shape[1], halo),
+        _spans(np.flatnonzero(good.any(1)), gains.shape[0], halo, step),
+        _spans(np.flatnonzero(good.any(0)), gains.shape[1], halo, step),
     )
 
 
-def _spans(lines: np.ndarray, count: int, halo: int) -> _Spans:
+def _spans(lines: np.ndarray, count: int, halo: int, step: int) -> _Spans:
     """All spans from one of some lines to the end of another, of ``count`` lines in all."""
-    step = -(-len(lines) // _MOST_LINES)
-    starts, ends = lines[::step], np.unique([*lines[step - 1 :: step], lines[-1]]) + 1
+    every = -(-len(lines) // _MOST_LINES)
+    starts, ends = lines[::every], np.unique([*lines[every - 1 :: every], lines[-1]]) + 1
     first, last = np.nonzero(starts[:, None] < ends)
     starts, ends = starts[first], ends[last]
     lengths = np.minimum(ends + halo, count) - np.maximum(starts - halo, 0)
-    return _Spans(starts, ends, lengths)
+    return _Spans(starts, ends, _stepped(lengths, count, step))
 
 
 def _sums(gains: np.ndarray, rows: _Spans, columns: _Spans) -> np.ndarray:
@@ -239,12 +264,13 @@ def price_curve(
     limit: int = 2,
     overhead: float = 0.0,
     points: int = 33,
+    step: int = 1,
 ) -> PriceCurve:
     """Measure how much is chosen at each price.
 
     Args:
         maps (Sequence[np.ndarray]): The gains of n > 0 images, (h, w) each.
-        halo, limit, overhead: As of `choose_rectangles`.
+        halo, limit, overhead, step: As of `choose_rectangles`.
         points (int): Prices between nothing and everything, quantiles of the images' highest
             prices and lower ones. Defaults to 33.
 
@@ -253,7 +279,7 @@ def price_curve(
     """
     if not len(maps):
         raise UsageError('no images to choose regions of: the validation set is empty')
-    highest = np.array([highest_price(gain_map, halo, overhead) for gain_map in maps])
+    highest = np.array([highest_price(gain_map, halo, overhead, step) for gain_map in maps])
     some = np.quantile(highest[highest > 0], np.linspace(0, 1, points)) if highest.any() else []
     # Below the least of them images still differ in how much of them is chosen.
     lower = [some[0] * 2.0**-power for power in range(1, 9)] if len(some) else []
@@ -261,9 +287,11 @@ def price_curve(
     rows = []
     for threshold in thresholds:
         price = price_of_threshold(threshold)
-        chosen = [choose_rectangles(gain_map, price, halo, limit, overhead) for gain_map in maps]
+        chosen = [
+            choose_rectangles(gain_map, price, halo, limit, overhead, step) for gain_map in maps
+        ]
         shares = [
-            share_of_area(rectangles, gain_map.shape, halo)
+            share_of_area(rectangles, gain_map.shape, halo, step)
             for rectangles, gain_map in zip(chosen, maps)
         ]
         rows.append((np.mean(shares), np.mean([len(rectangles) for rectangles in chosen])))

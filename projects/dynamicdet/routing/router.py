@@ -108,8 +108,7 @@ class Router(KeepsType):
             return self.score(self.pool(maps, valid))
         if detections is None:
             raise UsageError(
-                "this router sees exit 0's detections: it runs in predict, not in mode='tensor', "
-                'and not in exported graphs'
+                "this router sees exit 0's detections: it runs in predict, not in mode='tensor'"
             )
         seen = [self.pool(maps, valid)] if self.sees == 'both' else []
         return self.score(torch.cat([*seen, detections], dim=1))

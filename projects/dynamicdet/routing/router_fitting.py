@@ -26,6 +26,8 @@ WEIGHT_DECAYS = (0.01, 1.0, 10.0)
 STEPS = (10, 20, 40, 80, 160, 320)
 #: Penalties that a ridge regression's chooses among, in units of images.
 PENALTIES = tuple(10.0**power for power in range(-1, 7))
+#: How routers are fitted, see `fit_by_method`.
+METHODS = ('layers', 'linear', 'rule')
 #: Images per update: enough of them for pairs.
 _BATCH = 128
 
@@ -285,6 +287,33 @@ def fit_ridge_router(
     state = _as_layers(weights[:, 0], float(biases[0]), width)
     state.update(mean=torch.from_numpy(mean), std=torch.from_numpy(std))
     return RouterFit(state, quantiles_of(gains), float(means[best]), 0, float(penalties[best]))
+
+
+def fit_by_method(
+    method: str,
+    features: np.ndarray,
+    gains: np.ndarray,
+    objective: str | Mapping | Objective = 'paper',
+    hidden: int | None = None,
+    **options,
+) -> RouterFit:
+    """Fit a router by a method's name.
+
+    Args:
+        method (str): 'layers', by `fit_router`; 'linear', by `fit_ridge_router`; or 'rule', by
+            `rule_router`, which fits nothing.
+        features, gains, objective, hidden: See `fit_router`.
+        **options: ``groups``, ``seed`` and ``progress``, see there.
+
+    Raises:
+        UsageError: If there is no such method, or as that function.
+    """
+    if method not in METHODS:
+        raise UsageError(f"a method is one of {', '.join(METHODS)}; got '{method}'")
+    if method == 'rule':
+        return rule_router(features, gains, hidden)
+    fit = fit_ridge_router if method == 'linear' else fit_router
+    return fit(features, gains, objective, hidden, **options)
 
 
 def rule_router(features: np.ndarray, gains: np.ndarray, hidden: int | None = None) -> RouterFit:

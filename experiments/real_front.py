@@ -1,0 +1,482 @@
+"""AP against milliseconds and GFLOPs: plain and dynamic detectors on the same pictures, in one runtime.
+
+    python experiments/real_front.py prepare DATA OUT [--more FOLDER]
+    python experiments/real_front.py measure OUT [--runtime openvino] [--threads 2] [--pictures 200]
+    python experiments/real_front.py compare OUT [--json FILE]
+
+``prepare`` makes dynamic detectors of published weights by tools/make_dynamic.py, on ``router.json``, and exports them
+and the plain ones. ``measure`` runs ``test.json``: each picture is detected by all systems in turn, from decoded pixels
+to boxes, so what disturbs the machine disturbs all of them; on an idle machine. Both go on where they were stopped.
+``compare`` writes the table: AP, milliseconds, GFLOPs, and what each is above the plain detector at equal cost.
+"""
+
+import argparse
+import io
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dataset import Compose, pseudo_collate
+from mmengine.registry import init_default_scope
+from pycocotools.coco import COCO
+from real_records import join_annotations
+from steps import run
+
+from dynamicdet import cli
+from dynamicdet.building import build_model
+from dynamicdet.deploy.folder import load_deployed
+from dynamicdet.deploy.runtimes import RUNTIMES
+from dynamicdet.errors import UsageError
+from dynamicdet.files import write_atomically
+from dynamicdet.measuring.baselines import at_size
+from dynamicdet.measuring.calibration import detection_arrays
+from dynamicdet.measuring.flops import count_flops
+from dynamicdet.routing.bootstrap import bootstrap_weights
+from dynamicdet.routing.evaluation import Mixtures, read_truth
+from dynamicdet.routing.merging import Merge
+from dynamicdet.routing.record import Detections, RoutingRecord
+from dynamicdet.timing import machine_of, time_call
+
+#: Sides at which plain detectors see pictures; exits see the first and the last.
+SIZES = (320, 384, 448, 512, 576, 640)
+SMALL, LARGE = SIZES[0], SIZES[-1]
+#: Hard shares of pictures, and shares of the pixels of regions.
+SHARES = dict(image=(0.15, 0.3, 0.5), regions=(0.1, 0.2, 0.35))
+MERGE = 'wbf'
+_CPU = torch.device('cpu')
+#: Pictures of a part, bootstrap resamples of the pictures, and their seed.
+PART, RESAMPLES, SEED = 25, 300, 0
+#: Name -> config, and weights in the folder of data.
+DETECTORS = dict(
+    yolox_nano=('mmdet::yolox/yolox_nano_8xb8-300e_coco.py', 'weights/yolox_nano_mmdet.pth'),
+    yolov5_n=('configs/yolov5_n.py', 'weights/yolov5n.pt'),
+)
+_CPU = torch.device('cpu')
+
+
+class System(NamedTuple):
+    """A detector as it is used.
+
+    Attributes:
+        detector (str): Whose plain sizes it is compared with.
+        kind (str): 'plain', or what is dynamic.
+        size (int): Longer side of the delivered picture, pixels.
+        hard_share (float, optional): Of pictures, of regions the share of pixels.
+    """
+
+    detector: str
+    kind: str
+    size: int = LARGE
+    hard_share: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Such as 'yolox_nano plain 416'."""
+        return f'{self.detector} {self.kind} {self.size if self.hard_share is None else self.hard_share}'
+
+    @property
+    def folder(self) -> str:
+        """Of its deployment: exits that are merged are set when it is loaded."""
+        return f'{self.detector}_{self.kind.removeprefix("merged ")}'
+
+
+def systems_of(detectors: Sequence[str]) -> list[System]:
+    """All that is compared."""
+    systems = []
+    for name in detectors:
+        systems += [System(name, 'plain', size) for size in SIZES]
+        for kind in ('image', 'merged image', 'regions'):
+            shares = SHARES[kind.removeprefix('merged ')]
+            systems += [System(name, kind, LARGE, share) for share in shares]
+    return systems
+
+
+# Prepare.
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Make and export what is not there yet."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    for split in ('router', 'test'):
+        path = args.out / f'{split}.json'
+        if not path.exists():
+            write_atomically(
+                json.dumps(join_annotations(args.data, split, args.more)).encode(), path
+            )
+    for name in args.detectors:
+        config, weights = args.out / f'{name}.py', args.data / DETECTORS[name][1]
+        if not config.exists():
+            plain_config(name, args.out / 'test.json').dump(config)
+        if name == 'yolov5_n':
+            weights = converted(args, config)
+        export(args, config, weights, f'{name}_plain')
+        for kind, options in (('image', ()), ('regions', ('--regions', f'--merge={MERGE}'))):
+            made = args.out / f'{name}_{kind}.pth'
+            if not made.exists():
+                run(
+                    'tools/make_dynamic.py', str(config), str(weights), f'--data={args.out}',
+                    f'--ann={args.out / "router.json"}', '--img=/', '--exits', str(SMALL), str(LARGE),
+                    f'--out={made}', '--view=none', *options, log=args.out / f'{name}_{kind}.log',
+                )  # fmt: skip
+            export(args, made.with_suffix('.py'), made, f'{name}_{kind}')
+            print(f'{name}, {kind}: ready', flush=True)
+
+
+def plain_config(name: str, ann_file: Path) -> Config:
+    """The stock detector's config; pictures are padded to multiples of 32 pixels alone."""
+    cfg = cli.read_config(DETECTORS[name][0])
+    cfg.model.data_preprocessor.pop('batch_augments', None)
+    for split in ('val', 'test'):
+        loader = cfg[f'{split}_dataloader']
+        loader.update(batch_size=1, num_workers=0, persistent_workers=False)
+        loader.dataset.update(data_root='', ann_file=str(ann_file), data_prefix=dict(img=''))
+        for step in loader.dataset.pipeline:
+            if step.type == 'Pad':
+                step.pop('pad_to_square', None)
+                step.pop('size', None)
+                step.size_divisor = 32
+        cfg[f'{split}_evaluator'].ann_file = str(ann_file)
+    return cfg
+
+
+def converted(args: argparse.Namespace, config: Path) -> Path:
+    """YOLOv5's published weights under this project's names."""
+    path = args.out / 'yolov5_n_plain.pth'
+    if not path.exists():
+        run(
+            'tools/convert_checkpoint.py', str(args.data / DETECTORS['yolov5_n'][1]), str(path),
+            '--from=yolov5', f'--config={config}', log=args.out / 'convert.log',
+        )  # fmt: skip
+    return path
+
+
+def export(args: argparse.Namespace, config: Path, weights: Path, name: str) -> None:
+    """A deployment folder, in float32 or in 8 bits."""
+    folder = args.out / (f'{name}_int8' if args.int8 else name)
+    if not (folder / 'manifest.json').exists():
+        run(
+            'tools/export.py', str(config), str(weights), f'--out={folder}', *['--int8'] * args.int8,
+            log=args.out / 'export.log',
+        )  # fmt: skip
+
+
+# Measure.
+
+
+class Loaded(NamedTuple):
+    """A system, ready: its detector, what that is given, its threshold and how exits are merged."""
+
+    system: System
+    model: torch.nn.Module
+    pipeline: Compose
+    threshold: float | None
+    merge: Merge | None
+
+
+def load_systems(args: argparse.Namespace) -> list[Loaded]:
+    """Each folder once, however many budgets it has."""
+    init_default_scope('mmdet')
+    models: dict[str, torch.nn.Module] = {}
+    loaded = []
+    for system in systems_of(args.detectors):
+        if system.folder not in models:
+            folder = args.out / (system.folder + '_int8' * args.int8)
+            models[system.folder] = load_deployed(str(folder), args.threads, args.runtime).eval()
+        model = models[system.folder]
+        # The picture is decoded already.
+        steps = at_size(model.cfg.test_dataloader.dataset.pipeline, system.size)[1:]
+        threshold = (
+            None if system.hard_share is None else model.set_budget(hard_share=system.hard_share)
+        )
+        merge = Merge.parse(None if system.kind in ('plain', 'image') else MERGE)
+        loaded.append(Loaded(system, model, Compose(steps), threshold, merge))
+    return loaded
+
+
+@torch.no_grad()
+def detect(loaded: Loaded, picture: np.ndarray, image: dict):
+    """What a system finds in a picture, (H, W, 3) uint8."""
+    inputs = dict(
+        img=picture, img_shape=picture.shape[:2], ori_shape=picture.shape[:2],
+        img_id=image['id'], img_path=image['file_name'],
+    )  # fmt: skip
+    return loaded.model.test_step(pseudo_collate([loaded.pipeline(inputs)]))[0]
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Write parts that are not there yet."""
+    torch.set_num_threads(args.threads)
+    cv2.setNumThreads(args.threads)
+    truth, images = pictures_of(args)
+    systems, categories = load_systems(args), sorted(truth.getCatIds())
+    folder = folder_of(args)
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = dict(machine_of('cpu', args.threads), runtime=args.runtime, int8=args.int8)
+    write_atomically(json.dumps(facts).encode(), folder / 'machine.json')
+    for begin in cli.progress(range(0, len(images), PART), 'parts'):
+        path = folder / f'{begin:05}.npz'
+        if path.exists():
+            continue
+        seconds, cells, rows = [], [], []
+        for at, image in enumerate(images[begin : begin + PART]):
+            picture = cv2.imread(image['file_name'])
+            # Who comes first changes, and one untimed call warms up.
+            order = np.roll(np.arange(len(systems)), -at)
+            if at == 0:
+                for entry in systems:
+                    set_threshold(entry)
+                    detect(entry, picture, image)
+            timed = {}
+            for index in order:
+                entry = systems[index]
+                set_threshold(entry)
+                timed[index] = time_call(lambda: detect(entry, picture, image), _CPU)
+            seconds.append([timed[index][0] for index in range(len(systems))])
+            samples = [timed[index][1] for index in range(len(systems))]
+            cells.append([looked_at(sample) for sample in samples])
+            rows += detection_arrays(samples, categories)
+        found = Detections.join(rows)
+        content = dict(vars(found), seconds=np.array(seconds), cells=np.array(cells))
+        file = io.BytesIO()
+        np.savez(file, **content)
+        write_atomically(file.getvalue(), path)
+
+
+def folder_of(args: argparse.Namespace) -> Path:
+    """Of what was measured in a runtime."""
+    return args.out / f'{args.runtime}_{"int8" if args.int8 else "float32"}_{args.threads}'
+
+
+def pictures_of(args: argparse.Namespace) -> tuple[COCO, list[dict]]:
+    """The annotations, and the entries of the pictures that are measured."""
+    truth = read_truth(str(args.out / 'test.json'))
+    return truth, truth.loadImgs(sorted(truth.getImgIds()))[: args.pictures]
+
+
+def set_threshold(entry: Loaded) -> None:
+    """The budgets of one detector take turns."""
+    if entry.threshold is not None:
+        entry.model.set_budget(threshold=entry.threshold)
+        entry.model.merge = entry.merge
+
+
+def looked_at(sample) -> tuple[float, float, float]:
+    """The batch's height and width, and pixels that the second exit saw, as the network sees them."""
+    height, width = sample.batch_input_shape
+    exit = sample.get('exit', 0)
+    if 'regions' in sample:
+        wide, high = sample.scale_factor
+        again = sum(
+            _up(right * wide - left * wide) * _up(bottom * high - top * high)
+            for left, top, right, bottom in sample.regions
+        )
+    else:
+        again = height * width if exit else 0
+    return height, width, again
+
+
+def _up(side: float) -> float:
+    return -(-round(side) // 32) * 32
+
+
+# Compare.
+
+
+class Measured(NamedTuple):
+    """n pictures by k systems: detections by system, and (n, k) seconds and GFLOPs."""
+
+    detections: list[Detections]
+    seconds: np.ndarray
+    gflops: np.ndarray
+
+
+def read_parts(args: argparse.Namespace, systems: Sequence[System], pictures: int) -> Measured:
+    """What was measured.
+
+    Raises:
+        UsageError: If some of it is missing.
+    """
+    rows: list[list] = [[] for _ in systems]
+    parts = []
+    for begin in range(0, pictures, PART):
+        path = folder_of(args) / f'{begin:05}.npz'
+        if not path.is_file():
+            raise UsageError(f"'{path}' is missing: run `measure` to its end first")
+        with np.load(path) as file:
+            part = {name: file[name] for name in file.files}
+        found = Detections(*(part[name] for name in ('boxes', 'scores', 'categories', 'offsets')))
+        for index in range(len(systems)):
+            of_system = found.take(np.arange(index, len(found), len(systems)))
+            rows[index] += [arrays_of(of_system, row) for row in range(len(of_system))]
+        parts.append(part)
+    seconds, cells = (
+        np.concatenate([part[name] for part in parts]) for name in ('seconds', 'cells')
+    )
+    per_pixel = {name: gflops_per_pixel(args, name) for name in args.detectors}
+    gflops = [
+        gflops_of(system, cells[:, index], per_pixel[system.detector])
+        for index, system in enumerate(systems)
+    ]
+    return Measured([Detections.join(found) for found in rows], seconds, np.array(gflops).T)
+
+
+def arrays_of(found: Detections, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Boxes, scores and categories of a picture."""
+    rows = found.rows(row)
+    return found.boxes[rows], found.scores[rows], found.categories[rows]
+
+
+@torch.no_grad()
+def gflops_per_pixel(args: argparse.Namespace, name: str) -> float:
+    """Of a plain detector, whose convolutions cost the same everywhere."""
+    cfg = cli.read_config(str(args.out / f'{name}.py'))
+    model = build_model(cfg).eval()
+    flops, _ = count_flops(lambda: model(torch.zeros(1, 3, LARGE, LARGE), mode='tensor'))
+    return flops / 1e9 / LARGE**2
+
+
+def gflops_of(system: System, cells: np.ndarray, per_pixel: float) -> np.ndarray:
+    """Of each picture, (n,), by what was looked at, (n, 3), see `looked_at`."""
+    height, width, again = cells.T
+    if system.kind == 'plain':
+        return per_pixel * height * width
+    first = [np.maximum(1, np.round(side * SMALL / LARGE / 32)) * 32 for side in (height, width)]
+    return per_pixel * (first[0] * first[1] + again)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Print the table, and write all numbers."""
+    truth, images = pictures_of(args)
+    systems = systems_of(args.detectors)
+    measured = read_parts(args, systems, len(images))
+    ids = np.array([image['id'] for image in images])
+    nothing = [0.0] * len(systems)
+    record = RoutingRecord(
+        ids,
+        [image['file_name'] for image in images],
+        np.zeros(len(ids)),
+        measured.detections,
+        nothing,
+        nothing,
+    )
+    mixtures = Mixtures(record, truth_of(truth, ids))
+    draws = np.vstack([np.ones((1, len(ids)), int), bootstrap_weights(len(ids), RESAMPLES, SEED)])
+    aps = np.array(
+        [
+            [mixtures.ap(np.full(len(ids), index), draw) for index in range(len(systems))]
+            for draw in draws
+        ]
+    )
+    milliseconds, gflops = (
+        draws @ values / len(ids) for values in (1e3 * measured.seconds, measured.gflops)
+    )
+    rows = []
+    for index, system in enumerate(systems):
+        row = dict(
+            name=system.name, kind=system.kind, detector=system.detector, ap=aps[0, index],
+            milliseconds=milliseconds[0, index], gflops=gflops[0, index],
+            median_milliseconds=1e3 * float(np.median(measured.seconds[:, index])),
+        )  # fmt: skip
+        if system.kind != 'plain':
+            front = [
+                at
+                for at, other in enumerate(systems)
+                if (other.detector, other.kind) == (system.detector, 'plain')
+            ]
+            for name, costs in (
+                ('above_at_equal_time', milliseconds),
+                ('above_at_equal_gflops', gflops),
+            ):
+                row[name] = above(aps, costs, front, index)
+        rows.append(row)
+    facts = json.loads((folder_of(args) / 'machine.json').read_text())
+    about = dict(facts, pictures=len(ids), resamples=RESAMPLES, seed=SEED)
+    for line in table(rows):
+        print(line)
+    if args.json:
+        write_atomically(json.dumps(dict(about, systems=rows), indent=1).encode(), args.json)
+
+
+def above(aps: np.ndarray, costs: np.ndarray, front: Sequence[int], index: int) -> list[float]:
+    """AP of a system less that of the plain detector at equal cost, straight between sizes, and its 95 % interval.
+    Beyond the largest size it is the largest's."""
+    more = []
+    for ap, cost in zip(aps, costs):
+        order = sorted(front, key=lambda at: cost[at])
+        # More for more time: a size that is slower and worse than another is no point of the front.
+        best = np.maximum.accumulate(ap[order])
+        more.append(ap[index] - np.interp(cost[index], cost[order], best))
+    return [float(value) for value in (more[0], *np.percentile(more[1:], (2.5, 97.5)))]
+
+
+def table(rows: Sequence[dict]) -> list[str]:
+    """Of Markdown."""
+    lines = [
+        '| | ms | GFLOPs | AP | at equal time | at equal GFLOPs |',
+        '|---|---|---|---|---|---|',
+    ]
+    for row in rows:
+        more = [
+            '{:+.1f} ({:.1f} to {:.1f})'.format(*row[name]) if name in row else ''
+            for name in ('above_at_equal_time', 'above_at_equal_gflops')
+        ]
+        lines.append(
+            f'| {row["name"]} | {row["milliseconds"]:.1f} | {row["gflops"]:.2f} | {row["ap"]:.1f} | {" | ".join(more)} |'
+        )
+    return lines
+
+
+def truth_of(truth: COCO, ids: np.ndarray) -> COCO:
+    """The annotations of some of the pictures."""
+    if len(ids) == len(truth.imgs):
+        return truth
+    known = set(ids.tolist())
+    content = dict(
+        images=[image for image in truth.dataset['images'] if image['id'] in known],
+        annotations=[entry for entry in truth.dataset['annotations'] if entry['image_id'] in known],
+        categories=truth.dataset['categories'],
+    )
+    with tempfile.NamedTemporaryFile('w', suffix='.json') as file:
+        json.dump(content, file)
+        file.flush()
+        return read_truth(file.name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    commands = parser.add_subparsers(dest='command', required=True)
+    for function in (prepare, measure, compare):
+        command = commands.add_parser(function.__name__, help=function.__doc__.split('\n')[0])
+        command.set_defaults(function=function)
+        if function is prepare:
+            command.add_argument('data', type=absolute, help='folder with coco/ and weights/')
+            command.add_argument(
+                '--more', type=absolute, help='folder with more pictures of COCO val2017'
+            )
+        command.add_argument('out', type=absolute, help='folder of detectors and results')
+        command.add_argument('--detectors', nargs='+', choices=DETECTORS, default=list(DETECTORS))
+        command.add_argument('--int8', action='store_true', help='graphs in 8 bits')
+        if function is not prepare:
+            command.add_argument('--runtime', choices=RUNTIMES, default='onnxruntime')
+            command.add_argument('--threads', type=int, default=1, help='of the runtime: 1')
+            command.add_argument('--pictures', type=int, help='the first so many; all')
+        if function is compare:
+            command.add_argument('--json', type=Path, help='all numbers')
+    args = parser.parse_args()
+    cli.prepare()
+    args.function(args)
+
+
+def absolute(path: str) -> Path:
+    """Tools run in the repository's root."""
+    return Path(path).resolve()
+
+
+if __name__ == '__main__':
+    cli.run(main)
