@@ -1,6 +1,7 @@
 """What all tests share. Without OpenMMLab's packages, tests/test_routing and tests/test_compression
 run."""
 
+import gc
 import importlib.util
 import os
 import random
@@ -51,6 +52,12 @@ def pytest_collection_modifyitems(config, items):
     left_out = [item for item in items if item.get_closest_marker('gpu')]
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_collection_finish():
+    """A data set calls ``gc.collect()`` when it has loaded: it need not go through all of mmdet."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import runpy
+import socket
 import sys
 import uuid
 from pathlib import Path
@@ -19,6 +20,7 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
+from quick_configs import make_configs_quick
 from scipy.optimize import linear_sum_assignment
 from suite_settings import ROOT, SEED
 from tool_server import ToolServer
@@ -30,6 +32,8 @@ from dynamicdet.files import latest_checkpoint
 from dynamicdet.measuring.calibration import record_exits
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
+
+make_configs_quick()
 
 #: Exits differ after so many, and routers tell images apart; what they find is left to chance, see
 #: `findable`.
@@ -118,17 +122,36 @@ def small_config(digits, tmp_path):
 _tools: ToolServer | None = None
 
 
-def run_tool(name: str, *arguments: object, timeout: float = 900, cwd: Path = ROOT, **environment):
-    """Run a tool in a process of its own. The limit is for one that hangs.
+def tool_server() -> ToolServer:
+    global _tools
+    _tools = _tools or ToolServer()
+    return _tools
+
+
+def run_tool(
+    name: str | Path,
+    *arguments: object,
+    timeout: float = 900,
+    cwd: Path = ROOT,
+    ranks: int = 1,
+    **environment,
+):
+    """Run a tool, or another script, in a process of its own. The limit is for one that hangs.
 
     Returns:
         subprocess.CompletedProcess: With ``returncode``, ``stdout`` and ``stderr``.
     """
-    global _tools
-    _tools = _tools or ToolServer()
-    return _tools.run(
-        ROOT / 'tools' / name, [*map(str, arguments)], cwd, {**os.environ, **environment}, timeout
+    if ranks > 1:
+        environment.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()))
+    return tool_server().run(
+        ROOT / 'tools' / name, arguments, cwd, {**os.environ, **environment}, timeout, ranks
     )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
 
 
 def call_tool(name: str, *arguments: object) -> int:

@@ -1,10 +1,11 @@
 """Tests that load OpenVINO, marked so, run in a process of their own: what it loads stays in a
 process, and other tests fork data workers."""
 
-import subprocess
-import sys
+from pathlib import Path
 
-from conftest import ROOT
+import pytest
+
+from conftest import run_tool
 
 FILES = (
     'tests/test_deploy/test_parts_graphs.py',
@@ -15,11 +16,6 @@ FILES = (
 
 
 def test_what_loads_openvino():
-    done = subprocess.run(
-        [sys.executable, '-m', 'pytest', '-q', '-m', 'openvino', *FILES],
-        cwd=ROOT,
-        timeout=600,
-        capture_output=True,
-        text=True,
-    )
+    run_tests = Path(pytest.__file__).with_name('__main__.py')
+    done = run_tool(run_tests, '-q', '-m', 'openvino', '--durations=5', *FILES, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -5,16 +5,14 @@ import json
 import os
 import pickle
 import re
-import socket
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import ROOT, load_small, load_small_router, on_findable, run_tool, train
+from conftest import ROOT, free_port, load_small, load_small_router, on_findable, run_tool, train
 from dynamicdet.building import build_loader, load_dynamic_detector
 from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.files import latest_checkpoint
@@ -45,47 +43,47 @@ class SaveStates(Hook):
 '''
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return probe.getsockname()[1]
-
-
-def run_on_two(tool, cfg, folder, *arguments):
-    """Run a tool in two processes."""
+def run_on_two(tool, cfg, folder, *arguments, launcher=False):
+    """Run a tool in two processes; by ``torch.distributed.run``, as users do, or forked."""
     (folder / 'rank_states.py').write_text(_STATES)
     cfg.custom_imports = dict(imports=['dynamicdet', 'rank_states'])
     cfg.dump(folder / 'config.py')
-    result = subprocess.run(
-        [
-            sys.executable,
-            '-m',
-            'torch.distributed.run',
-            '--nproc_per_node=2',
-            '--master_addr=127.0.0.1',
-            f'--master_port={free_port()}',
-            str(ROOT / 'tools' / tool),
-            str(folder / 'config.py'),
-            *map(str, arguments),
-            '--launcher',
-            'pytorch',
-            '--no-data-check',
-            '--work-dir',
-            str(folder / 'work'),
-            '--cfg-options',
-            'env_cfg.dist_cfg.backend=gloo',
-        ],
-        # Also on a machine with a GPU: two processes on one would be refused.
-        env={
-            **os.environ,
-            'PYTHONPATH': f'{folder}:{os.environ.get("PYTHONPATH", "")}',
-            'CUDA_VISIBLE_DEVICES': '-1',
-        },
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=600,
+    arguments = (
+        folder / 'config.py',
+        *arguments,
+        '--launcher',
+        'pytorch',
+        '--no-data-check',
+        '--work-dir',
+        folder / 'work',
+        '--cfg-options',
+        'env_cfg.dist_cfg.backend=gloo',
     )
+    environment = {
+        'PYTHONPATH': f'{folder}:{os.environ.get("PYTHONPATH", "")}',
+        # Also on a machine with a GPU: two processes on one would be refused.
+        'CUDA_VISIBLE_DEVICES': '-1',
+    }
+    if launcher:
+        result = subprocess.run(
+            [
+                sys.executable,
+                '-m',
+                'torch.distributed.run',
+                '--nproc_per_node=2',
+                '--master_addr=127.0.0.1',
+                f'--master_port={free_port()}',
+                str(ROOT / 'tools' / tool),
+                *map(str, arguments),
+            ],
+            env={**os.environ, **environment},
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+    else:
+        result = run_tool(tool, *arguments, timeout=600, cwd=folder, ranks=2, **environment)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout + result.stderr
 
@@ -94,9 +92,9 @@ def ranks(folder):
     return [torch.load(folder / f'rank{rank}.pth') for rank in (0, 1)]
 
 
-def train_on_two(cfg, folder, *arguments):
+def train_on_two(cfg, folder, *arguments, **settings):
     cfg.custom_hooks.append(dict(type='SaveStates', folder=str(folder)))
-    return run_on_two('train.py', cfg, folder, *arguments)
+    return run_on_two('train.py', cfg, folder, *arguments, **settings)
 
 
 def differing(first, second):
@@ -130,7 +128,8 @@ def test_step_2_on_two_processes(digits, cascade, tmp_path):
 
 def test_online_delta_on_two_processes(digits, cascade, tmp_path):
     """Each rank sees half of the images, yet both have the median of all."""
-    train_on_two(load_small_router(digits, tmp_path, cascade, delta='online'), tmp_path)
+    cfg = load_small_router(digits, tmp_path, cascade, delta='online')
+    train_on_two(cfg, tmp_path, launcher=True)
     first, second = ranks(tmp_path)
     assert not differing(first, second)
     seen = read_checkpoint(latest_checkpoint(tmp_path / 'work'))['router_differences']
@@ -199,32 +198,19 @@ def test_testing_on_two_processes(digits, findable, cascade, tmp_path):
     # Between two scores: no image's exit may hang on the last bit.
     threshold = float(scores[4] + scores[5]) / 2
     cfg.dump(tmp_path / 'alone.py')
-    with ThreadPoolExecutor(1) as pool:
-        alone = pool.submit(
-            run_tool,
-            'test.py',
-            tmp_path / 'alone.py',
-            checkpoint,
-            '--threshold',
-            threshold,
-            '--no-data-check',
-            '--out',
-            tmp_path / 'alone.pkl',
-            '--work-dir',
-            tmp_path / 'alone',
-            timeout=600,
-        )
-        printed = run_on_two(
-            'test.py',
-            cfg,
-            tmp_path,
-            checkpoint,
-            '--threshold',
-            threshold,
-            '--out',
-            tmp_path / 'both.pkl',
-        )
-        assert alone.result().returncode == 0, alone.result().stderr[-3000:]
+    arguments = (checkpoint, '--threshold', threshold, '--out')
+    alone = run_tool(
+        'test.py',
+        tmp_path / 'alone.py',
+        *arguments,
+        tmp_path / 'alone.pkl',
+        '--no-data-check',
+        '--work-dir',
+        tmp_path / 'alone',
+        timeout=600,
+    )
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    printed = run_on_two('test.py', cfg, tmp_path, *arguments, tmp_path / 'both.pkl')
     one, two = metrics(tmp_path / 'alone'), metrics(tmp_path / 'work')
     # Of both ranks together, the image that both see once.
     served = [metrics(tmp_path / name, 'budget/') for name in ('alone', 'work')]

@@ -1,17 +1,16 @@
 """Killed at any moment, a run resumes with ``--resume`` to the same end, bit for bit."""
 
+import contextlib
 import os
-import subprocess
-import sys
+import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, load_small, load_small_router, train
+from conftest import ROOT, load_small, load_small_router, tool_server, train
 from dynamicdet.checkpoints import read_checkpoint
 
 #: Long enough for a kill after the first epoch to be far from the end.
@@ -37,38 +36,32 @@ class Run:
         cfg.dump(self.config)
 
     def start(self, *arguments):
-        with open(self.log, 'a') as log:
-            return subprocess.Popen(
-                [
-                    sys.executable,
-                    str(ROOT / 'tools' / 'train.py'),
-                    str(self.config),
-                    '--work-dir',
-                    str(self.work_dir),
-                    '--no-data-check',
-                    *arguments,
-                ],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=self.work_dir.parent,
-                env=os.environ,
-            )
+        """Returns: int: The process."""
+        return tool_server().start(
+            ROOT / 'tools' / 'train.py',
+            [self.config, '--work-dir', self.work_dir, '--no-data-check', *arguments],
+            self.work_dir.parent,
+            dict(os.environ),
+            (self.log, self.log),
+            timeout=600,
+        )
 
-    def kill_when(self, ready, *arguments, then=0.0, timeout=600):
+    def kill_when(self, ready, *arguments, then=0.0):
         """Start, wait until ``ready()`` and ``then`` some seconds more, and kill -9."""
         process = self.start(*arguments)
         try:
-            end = time.monotonic() + timeout
-            while not ready() and process.poll() is None and time.monotonic() < end:
+            while not ready() and not tool_server().ended():
                 time.sleep(0.01)
             time.sleep(then)
         finally:
-            process.kill()  # SIGKILL
-            self.status = process.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+            self.status = tool_server().wait()
         assert ready(), self.log.read_text()[-3000:]
 
     def finish(self):
-        assert self.start('--resume').wait(timeout=600) == 0, self.log.read_text()[-3000:]
+        self.start('--resume')
+        assert tool_server().wait() == 0, self.log.read_text()[-3000:]
 
     def iterations(self):
         """How often the log said that an iteration was done, in all processes so far."""
@@ -92,7 +85,7 @@ def kill_after_one_epoch(run):
 def kill_at_random(run, kills=3):
     """First while it starts, then some iterations, and part of one, after it went on to train."""
     rng = np.random.default_rng(0)
-    run.kill_when(lambda: True, '--resume', then=rng.uniform(0, 3))
+    run.kill_when(lambda: True, '--resume', then=rng.uniform(0, 1))
     # At least an epoch of 3 iterations, so that there is something to resume from.
     for more in rng.integers(3, 6, kills):
         goal = run.iterations() + more
@@ -127,10 +120,10 @@ def ends(digits, cascade, tmp_path_factory):
         )
 
     ways = dict(random=kill_at_random, workers=kill_after_one_epoch, router=kill_after_one_epoch)
-    with ThreadPoolExecutor(2) as pool:
-        killed = {name: pool.submit(ways[name], Run(cfg)) for name, cfg in configs().items()}
-        whole = {name: uninterrupted(cfg) for name, cfg in configs().items()}
-        return {name: (killed[name].result(), whole[name]) for name in ways}
+    killed, whole = configs(), configs()
+    return {
+        name: (way(Run(killed[name])), uninterrupted(whole[name])) for name, way in ways.items()
+    }
 
 
 @pytest.mark.parametrize('name', ['random', 'workers', 'router'])

@@ -1,17 +1,14 @@
 """A run that is killed while it records goes on behind the last part, and records the same."""
 
 import dataclasses
-import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
 
-from conftest import ROOT, no_progress, recordable_options, write_random
+from conftest import ROOT, no_progress, recordable_options, run_tool, write_random
 from dynamicdet.building import load_dynamic_detector
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring import record_parts
@@ -23,9 +20,10 @@ from mmdet.utils import register_all_modules
 NAME = 'dy_yolox_nano_digits_router'
 #: Records in parts of two images, and is killed before the last batch.
 KILLED = """
-import os, signal, sys
+import os, signal, sys, torch
 from mmengine.config import Config
 from mmdet.utils import register_all_modules
+torch.set_num_threads(1)
 register_all_modules(init_default_scope=True)
 from dynamicdet.building import load_dynamic_detector
 from dynamicdet.measuring import record_parts
@@ -68,11 +66,8 @@ def without_clock(record):
 def test_a_killed_run_goes_on_and_records_the_same(detector, tmp_path, monkeypatch):
     torch.set_num_threads(1)
     config, checkpoint = detector
-    done = subprocess.run(
-        [sys.executable, '-c', KILLED, config, checkpoint, tmp_path / 'parts'],
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-        capture_output=True,
-    )
+    (tmp_path / 'killed.py').write_text(KILLED)
+    done = run_tool(tmp_path / 'killed.py', config, checkpoint, tmp_path / 'parts')
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     monkeypatch.setattr(record_parts, '_PART', 2)
     cfg = Config.fromfile(config)

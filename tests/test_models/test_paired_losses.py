@@ -1,12 +1,15 @@
 """What step 2 compares: losses as in training, under the same random draw for both exits."""
 
+import os
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.runner.checkpoint import load_state_dict
 
-from conftest import ROOT
+from conftest import ROOT, run_tool
 from dynamicdet.models.paired_losses import ExitView, paired_losses
 from dynamicdet.testing import randomize, shrink, tiny_batch, tiny_dynamic
 from mmdet.registry import MODELS
@@ -64,7 +67,9 @@ def atss_losses(objects, seed):
     return model.exit_losses(data['inputs'], data['data_samples'])[0]
 
 
-def rank_losses(rank, folder):
+def rank_losses(folder):
+    """What each of two processes runs."""
+    rank = int(os.environ['RANK'])
     register_all_modules(init_default_scope=True)
     dist.init_process_group(
         'gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=2
@@ -78,7 +83,8 @@ def rank_losses(rank, folder):
 
 
 def test_an_images_losses_do_not_depend_on_other_ranks(tmp_path):
-    torch.multiprocessing.spawn(rank_losses, (str(tmp_path),), nprocs=2)
+    done = run_tool(__file__, tmp_path, ranks=2, PYTHONPATH=f'{ROOT}:{ROOT / "tests"}')
+    assert done.returncode == 0, done.stderr[-3000:]
     for rank in range(2):
         for seed, losses in enumerate(torch.load(tmp_path / f'{rank}.pth', weights_only=True)):
             torch.testing.assert_close(losses, atss_losses(1 + 3 * rank, seed))
@@ -86,3 +92,7 @@ def test_an_images_losses_do_not_depend_on_other_ranks(tmp_path):
 
 def _flat(value):
     return value if isinstance(value, list) else [value]
+
+
+if __name__ == '__main__':
+    rank_losses(sys.argv[1])
