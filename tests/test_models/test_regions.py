@@ -189,8 +189,8 @@ def test_with_a_step_crops_have_few_sizes():
     )
     (sample,) = predict(model, 0.5, *fresh(model, (2,)))
     hook.remove()
-    # Exit 0 sees half of the sides. With halo the first has 3 x 3 cells, the second 3 x 4, of 5 x 7; the
-    # last row is the image's.
+    # Exit 0 sees half of the sides. With halo the first has 3 x 3 cells, the second 3 x 4, of 5 x
+    # 7; the last row is the image's.
     assert seen == [(64, 128), (128, 128)]
     assert sample.regions == [[0, 0, 128, 128], [96, 32, 224, 160]]
 
