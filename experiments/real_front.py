@@ -2,7 +2,7 @@
 
     python experiments/real_front.py prepare DATA OUT [--more FOLDER]
     python experiments/real_front.py measure OUT [--runtime openvino] [--threads 2] [--pictures 200]
-    python experiments/real_front.py compare OUT [--json FILE]
+    python experiments/real_front.py compare OUT [--json FILE] [--picture FILE]
 
 ``prepare`` makes dynamic detectors of published weights by tools/make_dynamic.py, on ``router.json``, and exports them
 and the plain ones. ``measure`` runs ``test.json``: each picture is detected by all systems in turn, from decoded pixels
@@ -21,6 +21,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import init_default_scope
@@ -37,6 +38,7 @@ from dynamicdet.files import write_atomically
 from dynamicdet.measuring.baselines import at_size
 from dynamicdet.measuring.calibration import detection_arrays
 from dynamicdet.measuring.flops import count_flops
+from dynamicdet.reports.figures import PLAIN_COLOR, png
 from dynamicdet.routing.bootstrap import bootstrap_weights
 from dynamicdet.routing.evaluation import Mixtures, read_truth
 from dynamicdet.routing.merging import Merge
@@ -57,7 +59,13 @@ DETECTORS = dict(
     yolox_nano=('mmdet::yolox/yolox_nano_8xb8-300e_coco.py', 'weights/yolox_nano_mmdet.pth'),
     yolov5_n=('configs/yolov5_n.py', 'weights/yolov5n.pt'),
 )
-_CPU = torch.device('cpu')
+#: How kinds are called and drawn.
+STYLES = {
+    'plain': ('plain, six sizes', dict(marker='D', color=PLAIN_COLOR)),
+    'image': ('routed by image', dict(marker='o', color='#0072b2')),
+    'merged image': ('routed by image, merged', dict(marker='^', color='#cc79a7')),
+    'regions': ('regions, merged', dict(marker='s', color='#009e73')),
+}
 
 
 class System(NamedTuple):
@@ -406,6 +414,8 @@ def compare(args: argparse.Namespace) -> None:
         print(line)
     if args.json:
         write_atomically(json.dumps(dict(about, systems=rows), indent=1).encode(), args.json)
+    if args.picture:
+        write_atomically(png(figure_of(rows)), args.picture)
 
 
 def above(aps: np.ndarray, costs: np.ndarray, front: Sequence[int], index: int) -> list[float]:
@@ -418,6 +428,27 @@ def above(aps: np.ndarray, costs: np.ndarray, front: Sequence[int], index: int) 
         best = np.maximum.accumulate(ap[order])
         more.append(ap[index] - np.interp(cost[index], cost[order], best))
     return [float(value) for value in (more[0], *np.percentile(more[1:], (2.5, 97.5)))]
+
+
+def figure_of(rows: Sequence[dict]) -> Figure:
+    """AP against milliseconds, and against GFLOPs: of the first detector."""
+    figure = Figure((9.6, 4.2), dpi=140, layout='constrained')
+    detector = rows[0]['detector']
+    for axes, (cost, label) in zip(
+        figure.subplots(1, 2, sharey=True),
+        (('milliseconds', 'ms per picture'), ('gflops', 'GFLOPs per picture')),
+    ):
+        axes.spines[['top', 'right']].set_visible(False)
+        axes.grid(color='#dddddd', linewidth=0.7)
+        for kind, (said, style) in STYLES.items():
+            points = [row for row in rows if (row['detector'], row['kind']) == (detector, kind)]
+            axes.plot(
+                [row[cost] for row in points], [row['ap'] for row in points], label=said, **style
+            )
+        axes.set_xlabel(label)
+    figure.axes[0].set_ylabel('AP')
+    figure.axes[1].legend(frameon=False, loc='lower right')
+    return figure
 
 
 def table(rows: Sequence[dict]) -> list[str]:
@@ -473,6 +504,7 @@ def main() -> None:
             command.add_argument('--pictures', type=int, help='the first so many; all')
         if function is compare:
             command.add_argument('--json', type=Path, help='all numbers')
+            command.add_argument('--picture', type=Path, help='AP against both costs, PNG')
     args = parser.parse_args()
     cli.prepare()
     args.function(args)
