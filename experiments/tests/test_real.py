@@ -9,9 +9,11 @@ import pytest
 
 from conftest import ROOT
 from dynamicdet.routing.record import RoutingRecord
+from mmdet.structures import DetDataSample
 
 sys.path.insert(0, str(ROOT / 'experiments'))
 from real_coco import BUDGETS, Judge, last_exit_alone  # noqa: E402
+from real_front import System, above, gflops_of, looked_at, systems_of  # noqa: E402
 from real_records import dynamic_config, join_annotations, stock_config  # noqa: E402
 
 
@@ -66,3 +68,43 @@ def test_the_last_exit_alone_has_no_first_backbone():
     images = [dict(id=1, file='a', difficulty=0.5, detections=[[], []])]
     record = RoutingRecord.from_images(images, [0.62, 2.79], [0.1, 0.2], dict(branch0_gflops=0.3))
     assert last_exit_alone(record).gflops == pytest.approx([2.47, 2.47])
+
+
+def test_systems_are_compared_at_equal_cost():
+    """Of two plain sizes and a third system between them; a size that is dearer and worse than another is none of
+    the front."""
+    aps = np.array([[10.0, 20.0, 19.0, 18.0]] * 3)
+    costs = np.array([[1.0, 2.0, 1.5, 3.0]] * 3)
+    assert above(aps, costs, [0, 1], 2) == [4.0, 4.0, 4.0]
+    assert above(aps, costs, [3, 1, 0], 2) == [4.0, 4.0, 4.0]
+    # Beyond the largest size it is compared with that.
+    assert above(aps, costs + [0, 0, 9, 0], [0, 1], 2) == [-1.0, -1.0, -1.0]
+
+
+def test_gflops_are_of_what_was_looked_at():
+    """Exit 0 sees half of the sides, in multiples of 32; regions count what the second exit saw."""
+    pictures = np.array([[448, 640, 0], [416, 640, 416 * 640], [640, 640, 128 * 96]])
+    plain = gflops_of(System('nano', 'plain', 640), pictures, 1e-6)
+    assert plain.tolist() == pytest.approx([0.28672, 0.26624, 0.4096])
+    regions = gflops_of(System('nano', 'regions', 640, 0.1), pictures, 1e-6)
+    assert regions.tolist() == pytest.approx(
+        [1e-6 * 224 * 320, 1e-6 * (192 * 320 + 416 * 640), 1e-6 * (320 * 320 + 128 * 96)]
+    )
+    sample = DetDataSample(
+        metainfo=dict(
+            batch_input_shape=(448, 640),
+            scale_factor=(2.0, 2.0),
+            regions=[[0, 0, 48, 64.3]],
+            exit=1,
+        )
+    )
+    # 96 x 128.6 pixels: the last cell ends beyond the picture.
+    assert looked_at(sample) == (448, 640, 96 * 160)
+
+
+def test_names_of_systems_and_their_folders():
+    systems = systems_of(['yolox_nano'])
+    assert len({system.name for system in systems}) == len(systems) == 15
+    assert {system.folder for system in systems} == {
+        'yolox_nano_plain', 'yolox_nano_image', 'yolox_nano_regions'
+    }  # fmt: skip
