@@ -53,7 +53,6 @@ ENVIRONMENTS = (
     Environment('3.12', '2.13.0', 'openmmlab'),
     Environment('3.13', '2.13.0', 'openmmlab'),
     Environment('3.11', '2.14.1', 'openmmlab'),
-    Environment('3.11', '2.15.0', 'openmmlab'),
     Environment('3.11', '2.13.0', 'onedl'),
 )
 
