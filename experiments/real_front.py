@@ -194,7 +194,6 @@ class Loaded(NamedTuple):
 
 def load_systems(args: argparse.Namespace) -> list[Loaded]:
     """Each folder once, however many budgets it has."""
-    init_default_scope('mmdet')
     models: dict[str, torch.nn.Module] = {}
     loaded = []
     for system in systems_of(args.detectors):
@@ -507,6 +506,7 @@ def main() -> None:
             command.add_argument('--picture', type=Path, help='AP against both costs, PNG')
     args = parser.parse_args()
     cli.prepare()
+    init_default_scope('mmdet')
     args.function(args)
 
 
