@@ -111,11 +111,11 @@ def main() -> None:
     clock, processor = (sum(each) / len(runs) for each in zip(*runs))
     print(f'one evaluation: {clock:.1f} s ({processor:.1f} s)')
     for view, parts in made.items():
-        own = parts.pop('all')
+        whole = parts.pop('all')
         said = ', '.join(f'{name} {seconds:.1f} s' for name, (seconds, _) in parts.items())
         print(
-            f'make_dynamic --view {view}: {own[0]:.1f} s ({own[1]:.1f} s), '
-            f'{own[0] / clock:.1f} ({own[1] / processor:.1f}) evaluations: {said}'
+            f'make_dynamic --view {view}: {whole[0]:.1f} s ({whole[1]:.1f} s), '
+            f'{whole[0] / clock:.1f} ({whole[1] / processor:.1f}) evaluations: {said}'
         )
 
 

@@ -105,7 +105,7 @@ def _joined(first: dict, second: dict) -> dict:
 
 def classes_of(path: Path) -> tuple[str, ...]:
     """Names of a file's categories."""
-    return tuple(one['name'] for one in json.loads(path.read_text())['categories'])
+    return tuple(category['name'] for category in json.loads(path.read_text())['categories'])
 
 
 def training_config(args: argparse.Namespace, paths: dict[str, Path], out: Path) -> Config:
@@ -357,7 +357,7 @@ def summarize(
     draws = bootstrap_weights(len(ids), RESAMPLES, seed)
     weights = np.concatenate([np.ones((1, len(ids)), int), draws])
     aps = np.array(
-        [[mixtures.ap(np.full(len(ids), k), own) for k in range(len(every))] for own in weights]
+        [[mixtures.ap(np.full(len(ids), k), draw) for k in range(len(every))] for draw in weights]
     )
     gflops = np.array([weights @ point.gflops / len(ids) for point in points.values()]).T
     names, plain = list(points), len(SIZES)

@@ -253,8 +253,9 @@ def measure(args: argparse.Namespace) -> None:
             samples = [timed[index][1] for index in range(len(systems))]
             cells.append([looked_at(sample) for sample in samples])
             rows += detection_arrays(samples, categories)
-        found = Detections.join(rows)
-        content = dict(vars(found), seconds=np.array(seconds), cells=np.array(cells))
+        content = dict(
+            vars(Detections.join(rows)), seconds=np.array(seconds), cells=np.array(cells)
+        )
         file = io.BytesIO()
         np.savez(file, **content)
         write_atomically(file.getvalue(), path)
@@ -322,9 +323,11 @@ def read_parts(args: argparse.Namespace, systems: Sequence[System], pictures: in
             raise UsageError(f"'{path}' is missing: run `measure` to its end first")
         with np.load(path) as file:
             part = {name: file[name] for name in file.files}
-        found = Detections(*(part[name] for name in ('boxes', 'scores', 'categories', 'offsets')))
+        detections = Detections(
+            *(part[name] for name in ('boxes', 'scores', 'categories', 'offsets'))
+        )
         for index in range(len(systems)):
-            of_system = found.take(np.arange(index, len(found), len(systems)))
+            of_system = detections.take(np.arange(index, len(detections), len(systems)))
             rows[index] += [arrays_of(of_system, row) for row in range(len(of_system))]
         parts.append(part)
     seconds, cells = (
@@ -335,13 +338,13 @@ def read_parts(args: argparse.Namespace, systems: Sequence[System], pictures: in
         gflops_of(system, cells[:, index], per_pixel[system.detector])
         for index, system in enumerate(systems)
     ]
-    return Measured([Detections.join(found) for found in rows], seconds, np.array(gflops).T)
+    return Measured([Detections.join(of_system) for of_system in rows], seconds, np.array(gflops).T)
 
 
-def arrays_of(found: Detections, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def arrays_of(detections: Detections, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Boxes, scores and categories of a picture."""
-    rows = found.rows(row)
-    return found.boxes[rows], found.scores[rows], found.categories[rows]
+    rows = detections.rows(row)
+    return detections.boxes[rows], detections.scores[rows], detections.categories[rows]
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from dynamicdet import cli
-from dynamicdet.building import DYNAMIC, whole_model
+from dynamicdet.building import is_dynamic
 from dynamicdet.engine import BudgetHook
 from dynamicdet.errors import UsageError
 from dynamicdet.routing.budget import Budget
@@ -110,7 +110,7 @@ def main() -> None:
     cli.make_folder(cfg.work_dir)
     budget = cli.budget_from(args)
     if budget:
-        if whole_model(cfg).type not in DYNAMIC:
+        if not is_dynamic(cfg):
             raise UsageError(
                 f'--{budget.kind.replace("_", "-")} is for dynamic detectors; '
                 f"this config's model is {cfg.model.type}"

@@ -19,9 +19,6 @@ from .errors import UsageError, reason_of
 from .models import DynamicDetector, fuse
 from .models.weights import forget_other_router, missing_of, require_complete
 
-#: Types of a model that are a `DynamicDetector`.
-DYNAMIC = ('DynamicDetector', 'FilmDetector')
-
 
 def require_model(cfg: Config, path: str) -> None:
     """Raise a `UsageError` unless a config, which was read from ``path``, names a model that is
@@ -55,9 +52,15 @@ def whole_model(cfg: Config) -> dict:
     return cfg.model.detector if cfg.model.type == 'PrunedDetector' else cfg.model
 
 
+def is_dynamic(cfg: Config) -> bool:
+    """Whether a config is of a `DynamicDetector` or a class of that kind, whole or pruned."""
+    kind = MODELS.get(whole_model(cfg).type)
+    return isinstance(kind, type) and issubclass(kind, DynamicDetector)
+
+
 def require_dynamic(cfg: Config) -> None:
     """Raise a `UsageError` unless a config is of a dynamic detector, whole or pruned."""
-    if whole_model(cfg).type not in DYNAMIC:
+    if not is_dynamic(cfg):
         raise UsageError(
             f"the config's model must be a DynamicDetector, not {whole_model(cfg).type}"
         )

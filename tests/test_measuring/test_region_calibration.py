@@ -275,7 +275,7 @@ def test_other_settings_than_the_calibrations_are_said(cfg, then, settings, said
 
 
 def test_the_tool_says_that_it_was_calibrated_otherwise(cfg, path, tmp_path):
-    checkpoint = torch.load(path, weights_only=False)
+    checkpoint = read_checkpoint(path)
     checkpoint['meta'].update(calibration=dict(merge='nms'))
     torch.save(checkpoint, tmp_path / 'other.pth')
     cfg = copy.deepcopy(cfg)

@@ -319,7 +319,7 @@ def join_records(records: Sequence[RoutingRecord]) -> RoutingRecord:
         UsageError: If there is none, or images differ in what they have.
     """
     names = [{name for name in _OPTIONAL if part.column(name) is not None} for part in records]
-    if not names or any(own != names[0] for own in names):
+    if not names or any(columns != names[0] for columns in names):
         raise UsageError('records of different images can be joined if they have the same columns')
     columns = {
         _ATTRIBUTES.get(name, name): np.concatenate([part.column(name) for part in records])
