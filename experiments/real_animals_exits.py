@@ -112,8 +112,12 @@ def train(arm: Arm, cfg: Config, weights: Path, images: list, updates: int, seed
     model.load_state_dict(fitted, strict=False)
     print(line, flush=True)
     average = ExpMomentumEMA(model, momentum=0.0001, update_buffers=True)
-    norms = [one for name, one in model.named_parameters() if one.ndim < 2 and one.requires_grad]
-    others = [one for name, one in model.named_parameters() if one.ndim > 1 and one.requires_grad]
+    norms = [
+        weight for _, weight in model.named_parameters() if weight.ndim < 2 and weight.requires_grad
+    ]
+    others = [
+        weight for _, weight in model.named_parameters() if weight.ndim > 1 and weight.requires_grad
+    ]
     optimizer = torch.optim.SGD(
         [dict(params=others, weight_decay=5e-4), dict(params=norms, weight_decay=0.0)],
         lr=LR,
@@ -187,13 +191,13 @@ def weighted_loss(model: DynamicDetector, data: dict, weights: tuple) -> torch.T
 def renormed(model: DynamicDetector, images: list) -> DynamicDetector:
     """A copy whose BatchNorm statistics are of the large size alone."""
     model = copy.deepcopy(model)
-    norms = [one for one in model.modules() if isinstance(one, torch.nn.BatchNorm2d)]
+    norms = [layer for layer in model.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
         norm.train()
     for start in range(0, min(NORM_BATCHES * BATCH, len(images)), BATCH):
-        batch = pseudo_collate([copy.deepcopy(one) for one in images[start : start + BATCH]])
+        batch = pseudo_collate([copy.deepcopy(image) for image in images[start : start + BATCH]])
         inputs = model.data_preprocessor(batch, False)['inputs']
         branch = model.branch(1)
         maps = model.backbone.select(model.backbone.first_maps(inputs))
@@ -208,7 +212,7 @@ def judge(model: DynamicDetector, loader, truth, resamples: np.ndarray) -> dict:
     choices = [np.full(len(record), exit) for exit in range(2)]
     return dict(
         ap=[mixtures.ap(choice) for choice in choices],
-        resampled=[[mixtures.ap(choice, own) for own in resamples] for choice in choices],
+        resampled=[[mixtures.ap(choice, draw) for draw in resamples] for choice in choices],
     )
 
 
@@ -240,17 +244,17 @@ def table(results: dict[str, dict]) -> list[str]:
     ]
     plain = results.get('plain')
     for name, result in results.items():
-        own = result['as trained']
+        trained = result['as trained']
         said = ''
         if plain and name != 'plain':
-            each = np.subtract(own['resampled'][1], plain['as trained']['resampled'][1])
+            each = np.subtract(trained['resampled'][1], plain['as trained']['resampled'][1])
             low, high = confidence_interval(each)
-            said = f'{own["ap"][1] - plain["as trained"]["ap"][1]:+.1f} ({low:+.1f} to {high:+.1f})'
+            said = f'{trained["ap"][1] - plain["as trained"]["ap"][1]:+.1f} ({low:+.1f} to {high:+.1f})'
         averaged = result['moving average']['ap'][1]
         normed = result.get('norms of the large size')
         last = f'{normed["ap"][1]:.1f}' if normed else ''
         lines.append(
-            f'| {name} | {own["ap"][0]:.1f} | {own["ap"][1]:.1f} | {said} | {averaged:.1f} | {last} |'
+            f'| {name} | {trained["ap"][0]:.1f} | {trained["ap"][1]:.1f} | {said} | {averaged:.1f} | {last} |'
         )
     return lines
 

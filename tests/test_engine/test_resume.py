@@ -3,6 +3,8 @@
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -35,11 +37,14 @@ class Run:
         self.log.write_text('')
         cfg.dump(self.config)
 
-    def start(self, *arguments):
+    def arguments(self, *more):
+        return [str(self.config), '--work-dir', str(self.work_dir), '--no-data-check', *more]
+
+    def start(self, *more):
         """Returns: int: The process."""
         return tool_server().start(
             ROOT / 'tools' / 'train.py',
-            [self.config, '--work-dir', self.work_dir, '--no-data-check', *arguments],
+            self.arguments(*more),
             self.work_dir.parent,
             dict(os.environ),
             (self.log, self.log),
@@ -58,6 +63,20 @@ class Run:
                 os.kill(process, signal.SIGKILL)
             self.status = tool_server().wait()
         assert ready(), self.log.read_text()[-3000:]
+
+    def kill_while_it_starts(self, then):
+        """Start an interpreter of its own, and kill -9 after some seconds, imports or not."""
+        with open(self.log, 'a') as log:
+            process = subprocess.Popen(
+                [sys.executable, ROOT / 'tools' / 'train.py', *self.arguments('--resume')],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self.work_dir.parent,
+                env=os.environ,
+            )
+        time.sleep(then)
+        process.kill()
+        process.wait()
 
     def finish(self):
         self.start('--resume')
@@ -85,7 +104,7 @@ def kill_after_one_epoch(run):
 def kill_at_random(run, kills=3):
     """First while it starts, then some iterations, and part of one, after it went on to train."""
     rng = np.random.default_rng(0)
-    run.kill_when(lambda: True, '--resume', then=rng.uniform(0, 1))
+    run.kill_while_it_starts(rng.uniform(0, 3))
     # At least an epoch of 3 iterations, so that there is something to resume from.
     for more in rng.integers(3, 6, kills):
         goal = run.iterations() + more
