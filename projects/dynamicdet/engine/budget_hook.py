@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from mmengine.dist import collect_results
+from mmengine.dist import broadcast_object_list, collect_results
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel
 from mmengine.runner import Runner
@@ -96,9 +96,11 @@ class BudgetHook(Hook):
         left = collect_results(self._left, len(runner.test_dataloader.dataset))
         if left is not None:
             self.budget_report = _report_budget(runner, left)
-            (metrics if metrics is not None else {}).update(
-                {f'budget/{name}': value for name, value in self.budget_report.figures().items()}
-            )
+        # All ranks have the same metrics: LoggerHook writes one file on each of them.
+        figures = [self.budget_report.figures() if self.budget_report else None]
+        broadcast_object_list(figures)
+        if metrics is not None:
+            metrics.update({f'budget/{name}': value for name, value in figures[0].items()})
 
 
 def _report_budget(runner: Runner, left: Sequence[tuple[int, float]]) -> BudgetReport:
