@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from conftest import run_tool
+from conftest import ROOT, run_tool
 
-FILES = (
-    'tests/test_deploy/test_parts_graphs.py',
-    'tests/test_deploy/test_deployed_regions.py',
-    'tests/test_deploy/test_roi_align.py',
-    'experiments/tests/test_dynamic_compressed.py',
-)
+#: What is in a file with such tests.
+MARKS = 'mark.openvino', 'RUNTIMES_TO_TRY'
+FILES = [
+    str(path)
+    for folder in ('tests', 'experiments/tests')
+    for path in sorted((ROOT / folder).rglob('test_*.py'))
+    if path != Path(__file__) and any(mark in path.read_text() for mark in MARKS)
+]
 
 
 def test_what_loads_openvino():
