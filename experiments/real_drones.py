@@ -371,9 +371,18 @@ def still(args: argparse.Namespace, settings: dict[str, Setting]) -> dict[str, d
 
 def grid() -> dict[str, Setting]:
     """What is tried on the val films."""
-    base = dict(every=10, change=6.0, appearing=0.5, halo=1)
-    tried = [(base | dict(every=every), price) for every in (5, 10, 20) for price in (0.02, 0.1)]
-    tried += [(base | change, 0.02) for change in (dict(halo=2), dict(appearing=0.0))]
+    tried = [
+        (dict(whole_exit=exit, every=every, change=change), price)
+        for exit in (0, 1)
+        for every, change, price in (
+            (5, 3.0, 0.02),
+            (10, 3.0, 0.02),
+            (20, 3.0, 0.02),
+            (20, 3.0, 0.1),
+            (20, 6.0, 0.1),
+            (40, 6.0, 0.1),
+        )
+    ]
     return {
         ' '.join(f'{key}={value}' for key, value in film.items()) + f' price={price}': Setting(
             film=film, threshold=price
