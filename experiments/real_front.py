@@ -171,8 +171,8 @@ def converted(args: argparse.Namespace, config: Path) -> Path:
     path = args.out / 'yolov5_n_plain.pth'
     if not path.exists():
         run(
-            'tools/convert_checkpoint.py', str(args.data / DETECTORS['yolov5_n'][1]), str(path),
-            '--from=yolov5', f'--config={config}', log=args.out / 'convert.log',
+            'tools/convert_checkpoint.py', str(args.data / DETECTORS['yolov5_n'][1]),
+            f'--out={path}', '--from=yolov5', f'--config={config}', log=args.out / 'convert.log',
         )  # fmt: skip
     return path
 
