@@ -4,8 +4,8 @@
     python experiments/real_drones.py measure --data DATA --work WORK
 
 DATA is a folder with ``drones/`` (40 films) and ``weights/``. YOLOX-nano with published weights is
-given heads for the four classes, trained on frames of the 20 train films; settings are chosen on 8, and 12 are looked at last. Each step
-leaves its result in WORK, and is not done again. Seed 0.
+fine-tuned to the four classes on frames of the 20 train films; settings are chosen on 8, and 12 are
+looked at last. Each step leaves its result in WORK, and is not done again. Seed 0.
 """
 
 import argparse
@@ -21,12 +21,12 @@ import av
 import cv2
 import numpy as np
 import torch
-from mmengine.hub import get_config
 from mmengine.registry import init_default_scope
-from mmengine.structures import InstanceData
 from pycocotools.coco import COCO
+from real_tuning import Picture, nano, tune
 
 import dynamicdet.video  # noqa: F401  (registers)
+from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.files import write_atomically
 from dynamicdet.measuring.calibration import detection_arrays
 from dynamicdet.measuring.flops import count_flops
@@ -38,14 +38,12 @@ from dynamicdet.video.film_stakes import spans_of
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 
-STOCK = 'mmdet::yolox/yolox_nano_8xb8-300e_coco.py'
 CLASSES = ('airplane', 'bird', 'drone', 'helicopter')
 #: Classes of COCO from which the classifier of each begins; neither drones nor helicopters are there.
 #: Places in COCO's list of 80: airplane, bird, kite, airplane.
 BEGIN = (4, 14, 33, 4)
-#: Every so many frames of a train film are trained on, at one of these widths in turn.
-TRAIN_STEP, TRAIN_SIZES = 21, (640, 320)
-EPOCHS, BATCH, RATE = 4, 8, 1e-3
+#: Every so many frames of a train film are trained on.
+TRAIN_STEP = 7
 SEED = 0
 #: Of val and test films every so many frames are looked at: 15 per second.
 STEP = 2
@@ -76,162 +74,37 @@ def frames_of(path: Path):
             yield frame.to_ndarray(format='bgr24')
 
 
-def write_frames(data: Path, work: Path, split: str, step: int) -> Path:
-    """Every ``step``-th frame of a split's films as JPEG, and CocoVID's JSON of them; its path."""
-    path = work / f'{split}_{step}.json'
-    if path.exists():
-        return path
-    videos, images, annotations = [], [], []
-    for video_id, (name, film) in enumerate(films_of(data, split).items(), 1):
-        videos.append(dict(id=video_id, name=name))
-        folder = work / 'frames' / Path(name).stem
-        folder.mkdir(parents=True, exist_ok=True)
-        for number, picture in enumerate(frames_of(data / 'drones' / name)):
-            if number % step or number >= len(film['boxes']):
+def train(args: argparse.Namespace) -> None:
+    """The plain detector, fine-tuned on crops of the train films' frames at all sizes."""
+    if plain_path(args).exists():
+        return
+    frames = []
+    for name, film in films_of(args.data, 'train').items():
+        for number, picture in enumerate(frames_of(args.data / 'drones' / name)):
+            if number % TRAIN_STEP or number >= len(film['boxes']):
                 continue
-            file = folder / f'{number:04}.jpg'
-            if not file.exists():
-                cv2.imwrite(str(file), picture, [cv2.IMWRITE_JPEG_QUALITY, 97])
-            height, width = picture.shape[:2]
-            images.append(
-                dict(
-                    id=len(images) + 1,
-                    file_name=str(file.relative_to(work / 'frames')),
-                    height=height,
-                    width=width,
-                    video_id=video_id,
-                    frame_id=number // step,
-                )
-            )
-            for label, *box in film['boxes'][number]:
-                annotations.append(
-                    dict(
-                        id=len(annotations) + 1,
-                        image_id=len(images),
-                        category_id=label + 1,
-                        bbox=box,
-                        area=box[2] * box[3],
-                        iscrowd=0,
-                    )
-                )
-    categories = [dict(id=place + 1, name=name) for place, name in enumerate(CLASSES)]
-    truth = dict(videos=videos, images=images, annotations=annotations, categories=categories)
-    write_atomically(json.dumps(truth).encode(), path)
-    return path
+            rows = np.array(film['boxes'][number], float).reshape(-1, 5)
+            boxes = np.hstack([rows[:, 1:3], rows[:, 1:3] + rows[:, 3:]])
+            frames.append((picture, boxes, rows[:, 0].astype(int)))
 
+    def draw(random: np.random.Generator) -> Picture:
+        return frames[random.integers(len(frames))]
 
-def train(args: argparse.Namespace) -> Path:
-    """The plain detector with its heads trained anew, on maps of its neck that are computed once; the
-    path of its weights. After a stop it goes on with the epoch after the last."""
-    path, last = args.work / 'plain.pth', args.work / 'epoch.pth'
-    if path.exists():
-        return path
-    truth = json.loads(write_frames(args.data, args.work, 'train', TRAIN_STEP).read_text())
-    torch.manual_seed(SEED)
-    model = build_plain()
-    model.load_state_dict(first_weights(args.data), strict=False)
-    maps = neck_maps(args, model, truth)
-    model.bbox_head.train()
-    optimizer = torch.optim.AdamW(model.bbox_head.parameters(), RATE, weight_decay=1e-4)
-    count = len(truth['images'])
-    updates = sum(
-        -(-len(range(k, count, len(TRAIN_SIZES))) // BATCH) for k in range(len(TRAIN_SIZES))
+    tune(
+        args.data / 'weights' / 'yolox_nano_mmdet.pth',
+        BEGIN,
+        CLASSES,
+        draw,
+        plain_path(args),
+        steps=args.steps,
+        seed=SEED,
+        least=round(DELIVERED * FIRST_SCALE),
     )
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, RATE, EPOCHS * updates, pct_start=0.1
-    )
-    begin = 0
-    if last.exists():
-        state = torch.load(last, weights_only=True)
-        begin = state['epoch']
-        for part, name in (
-            (model.bbox_head, 'head'),
-            (optimizer, 'optimizer'),
-            (scheduler, 'scheduler'),
-        ):
-            part.load_state_dict(state[name])
-    for epoch in range(begin, EPOCHS):
-        generator, sums = np.random.default_rng((SEED, epoch)), []
-        order = generator.permutation(count)
-        parts = [order[order % len(TRAIN_SIZES) == k] for k in range(len(TRAIN_SIZES))]
-        batches = [part[at : at + BATCH] for part in parts for at in range(0, len(part), BATCH)]
-        for place in generator.permutation(len(batches)):
-            rows = batches[place]
-            batch = [torch.stack(level).float() for level in zip(*(maps[row] for row in rows))]
-            samples = [train_sample(truth, row) for row in rows]
-            loss = sum(model.bbox_head.loss(batch, samples).values())
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.bbox_head.parameters(), 35)
-            optimizer.step()
-            scheduler.step()
-            sums.append(float(loss))
-        print(f'epoch {epoch + 1}: loss {np.mean(sums):.2f}', flush=True)
-        state = dict(
-            epoch=epoch + 1,
-            head=model.bbox_head.state_dict(),
-            optimizer=optimizer.state_dict(),
-            scheduler=scheduler.state_dict(),
-        )
-        write_atomically(lambda file: torch.save(state, file), last)
-    meta = dict(dataset_meta=dict(classes=CLASSES))
-    checkpoint = dict(state_dict=model.state_dict(), meta=meta)
-    write_atomically(lambda file: torch.save(checkpoint, file), path)
-    return path
 
 
-def build_plain() -> torch.nn.Module:
-    """YOLOX-nano of these classes, in eval mode."""
-    cfg = get_config(STOCK)
-    cfg.model.bbox_head.num_classes = len(CLASSES)
-    return MODELS.build(cfg.model).eval()
-
-
-@torch.no_grad()
-def neck_maps(args: argparse.Namespace, model: torch.nn.Module, truth: dict) -> list[tuple]:
-    """Of each train frame, at one of `TRAIN_SIZES`, the maps of the neck, float16; from their file
-    where that is there."""
-    path = args.work / f'maps_{TRAIN_STEP}.pt'
-    if not path.exists():
-        every = []
-        for row, image in enumerate(truth['images']):
-            picture = cv2.imread(str(args.work / 'frames' / image['file_name']))
-            size = TRAIN_SIZES[row % len(TRAIN_SIZES)]
-            data = model.data_preprocessor(deliver(picture, size, '', 0, 0), False)
-            every.append(tuple(level[0].half() for level in model.extract_feat(data['inputs'])))
-        write_atomically(lambda file: torch.save(every, file), path)
-    return torch.load(path, weights_only=True)
-
-
-def train_sample(truth: dict, row: int) -> DetDataSample:
-    """What the heads are told of a train frame."""
-    size = TRAIN_SIZES[row % len(TRAIN_SIZES)]
-    image = truth['images'][row]
-    boxes = [
-        (one['category_id'] - 1, one['bbox'])
-        for one in truth['annotations']
-        if one['image_id'] == image['id']
-    ]
-    corners = torch.tensor([box for _, box in boxes]).reshape(-1, 4) * (size / image['width'])
-    corners[:, 2:] += corners[:, :2]
-    shape = round(image['height'] * size / image['width']), size
-    sample = DetDataSample(metainfo=dict(img_shape=shape, batch_input_shape=shape))
-    sample.gt_instances = InstanceData(
-        bboxes=corners, labels=torch.tensor([label for label, _ in boxes]).long()
-    )
-    return sample
-
-
-def first_weights(data: Path) -> dict[str, torch.Tensor]:
-    """The published weights, with the classifiers of `BEGIN`."""
-    file = torch.load(
-        data / 'weights' / 'yolox_nano_mmdet.pth', map_location='cpu', weights_only=True
-    )
-    state = file.get('state_dict', file)
-    return {
-        key: value[list(BEGIN)] if '.multi_level_conv_cls.' in key else value
-        for key, value in state.items()
-    }
+def plain_path(args: argparse.Namespace) -> Path:
+    """Of the fine-tuned detector."""
+    return args.work / 'plain.pth'
 
 
 # What is compared.
@@ -256,16 +129,14 @@ class Setting(NamedTuple):
 class Result(NamedTuple):
     """Detections of each frame, GFLOPs of each, (n,), and exits, (n,)."""
 
-    found: Detections
+    detections: Detections
     gflops: np.ndarray
     exits: np.ndarray
 
 
 def build(args: argparse.Namespace, setting: Setting) -> torch.nn.Module:
     """The detector of a setting, fused, as tools run it."""
-    cfg = get_config(STOCK)
-    cfg.model.bbox_head.num_classes = len(CLASSES)
-    detector = cfg.model
+    detector = nano(len(CLASSES))
     if setting.film is not None:
         film = dict(setting.film)
         detector = dict(
@@ -281,8 +152,7 @@ def build(args: argparse.Namespace, setting: Setting) -> torch.nn.Module:
             **film,
         )
     model = MODELS.build(detector)
-    state = torch.load(args.work / 'plain.pth', map_location='cpu', weights_only=True)['state_dict']
-    model.load_state_dict(state, strict=False)
+    model.load_state_dict(read_checkpoint(str(plain_path(args)))['state_dict'], strict=False)
     return fuse(model.eval())
 
 
@@ -372,7 +242,7 @@ def run(args: argparse.Namespace, split: str, name: str, setting: Setting) -> Re
     result = Result(Detections.join(rows), np.array(gflops), np.array(exits))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(
-        lambda file: np.savez(file, gflops=gflops, exits=exits, **vars(result.found)), path
+        lambda file: np.savez(file, gflops=gflops, exits=exits, **vars(result.detections)), path
     )
     return result
 
@@ -392,9 +262,12 @@ def repeated(result: Result, names: list[str], every: int) -> Result:
         number = numbers[name] = numbers.get(name, -1) + 1
         rows.append(row - number % every)
         gflops.append(0.0 if number % every else result.gflops[row])
-    found = result.found
-    parts = [found.rows(row) for row in rows]
-    columns = [(found.boxes[part], found.scores[part], found.categories[part]) for part in parts]
+    detections = result.detections
+    parts = [detections.rows(row) for row in rows]
+    columns = [
+        (detections.boxes[part], detections.scores[part], detections.categories[part])
+        for part in parts
+    ]
     return Result(Detections.join(columns), np.array(gflops), result.exits)
 
 
@@ -406,7 +279,7 @@ def judge(
 ) -> dict[str, dict]:
     """Of each result AP, AP50, mean GFLOPs, and how far AP is from the first result's, with a 95 %
     interval over films, drawn anew within their class."""
-    count, every = len(names), [result.found for result in results.values()]
+    count, every = len(names), [result.detections for result in results.values()]
     ids = np.arange(1, count + 1)
     nothing = [0.0] * len(every)
     record = RoutingRecord(ids, [''] * count, np.zeros(count), every, nothing, nothing, {})
@@ -438,9 +311,11 @@ def film_weights(names: list[str], resamples: int) -> np.ndarray:
         kinds.setdefault(film.split('_')[1], []).append(film)
     place = np.array([films.index(name) for name in names])
     draws = np.zeros((resamples, len(films)), np.int64)
-    for own in kinds.values():
-        columns = [films.index(film) for film in own]
-        draws[:, columns] = generator.multinomial(len(own), [1 / len(own)] * len(own), resamples)
+    for group in kinds.values():
+        columns = [films.index(film) for film in group]
+        draws[:, columns] = generator.multinomial(
+            len(group), [1 / len(group)] * len(group), resamples
+        )
     return draws[:, place]
 
 
@@ -458,14 +333,14 @@ def clock(args: argparse.Namespace, settings: dict[str, Setting], frames: int) -
             models[name].test_step(data)
             times[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
     # The first film warms up, and counts operations.
-    rows = {name: np.array(own)[frames:] for name, own in times.items()}
+    rows = {name: np.array(group)[frames:] for name, group in times.items()}
     return {
         name: dict(
-            median=float(np.median(own[:, 0])),
-            mean=float(own[:, 0].mean()),
-            processor=float(own[:, 1].mean()),
+            median=float(np.median(group[:, 0])),
+            mean=float(group[:, 0].mean()),
+            processor=float(group[:, 1].mean()),
         )
-        for name, own in rows.items()
+        for name, group in rows.items()
     }
 
 
@@ -496,9 +371,18 @@ def still(args: argparse.Namespace, settings: dict[str, Setting]) -> dict[str, d
 
 def grid() -> dict[str, Setting]:
     """What is tried on the val films."""
-    base = dict(every=10, change=6.0, appearing=0.5, halo=1)
-    tried = [(base | dict(every=every), price) for every in (5, 10, 20) for price in (0.02, 0.1)]
-    tried += [(base | change, 0.02) for change in (dict(halo=2), dict(appearing=0.0))]
+    tried = [
+        (dict(whole_exit=exit, every=every, change=change), price)
+        for exit in (0, 1)
+        for every, change, price in (
+            (5, 3.0, 0.02),
+            (10, 3.0, 0.02),
+            (20, 3.0, 0.02),
+            (20, 3.0, 0.1),
+            (20, 6.0, 0.1),
+            (40, 6.0, 0.1),
+        )
+    ]
     return {
         ' '.join(f'{key}={value}' for key, value in film.items()) + f' price={price}': Setting(
             film=film, threshold=price
@@ -572,7 +456,9 @@ def judge_films(
     ids = [row + 1 for row in rows]
     return {
         name: evaluate(
-            coco, [dict(one, image_id=row + 1) for row in rows for one in result.found[row]], ids
+            coco,
+            [dict(item, image_id=row + 1) for row in rows for item in result.detections[row]],
+            ids,
         )['ap']
         for name, result in results.items()
     }
@@ -584,22 +470,24 @@ def lines_of(figures: dict[str, dict]) -> list[str]:
         '| | GFLOPs | AP | AP50 | above the first | exits -1, 0, 1 |',
         '|---|---|---|---|---|---|',
     ]
-    for name, own in figures.items():
-        above = '{:+.1f} ({:+.1f} to {:+.1f})'.format(*own['above'])
-        exits = ' / '.join(f'{share:.0%}' for share in own['exits'].values())
+    for name, group in figures.items():
+        above = '{:+.1f} ({:+.1f} to {:+.1f})'.format(*group['above'])
+        exits = ' / '.join(f'{share:.0%}' for share in group['exits'].values())
         lines.append(
-            f'| {name} | {own["gflops"]:.3f} | {own["ap"]:.1f} | {own["ap50"]:.1f} | {above} | {exits} |'
+            f'| {name} | {group["gflops"]:.3f} | {group["ap"]:.1f} | {group["ap50"]:.1f} | {above} | {exits} |'
         )
     return lines
 
 
 def main() -> None:
+    """Train, or measure."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('step', choices=('train', 'measure'))
     parser.add_argument('--data', type=Path, required=True, help='folder with drones/ and weights/')
     parser.add_argument(
         '--work', type=Path, required=True, help='folder for frames, weights and results'
     )
+    parser.add_argument('--steps', type=int, default=600, help='of training, of 8 crops: 600')
     parser.add_argument('--out', type=Path, default=Path('experiments/results/real_drones.json'))
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -59,6 +59,8 @@ DETECTORS = dict(
     yolox_nano=('mmdet::yolox/yolox_nano_8xb8-300e_coco.py', 'weights/yolox_nano_mmdet.pth'),
     yolov5_n=('configs/yolov5_n.py', 'weights/yolov5n.pt'),
 )
+#: A small and a large one of them as exits, where both are compared.
+PAIR = ('yolox_nano', 'yolov5_n')
 #: How kinds are called and drawn.
 STYLES = {
     'plain': ('plain, six sizes', dict(marker='D', color=PLAIN_COLOR)),
@@ -72,7 +74,7 @@ class System(NamedTuple):
     """A detector as it is used.
 
     Attributes:
-        detector (str): Whose plain sizes it is compared with.
+        detector (str): Whose plain sizes it is compared with; 'pair': those of both.
         kind (str): 'plain', or what is dynamic.
         size (int): Longer side of the delivered picture, pixels.
         hard_share (float, optional): Of pictures, of regions the share of pixels.
@@ -102,6 +104,8 @@ def systems_of(detectors: Sequence[str]) -> list[System]:
         for kind in ('image', 'merged image', 'regions'):
             shares = SHARES[kind.removeprefix('merged ')]
             systems += [System(name, kind, LARGE, share) for share in shares]
+    if set(PAIR) <= set(detectors):
+        systems += [System('pair', 'image', LARGE, share) for share in SHARES['image']]
     return systems
 
 
@@ -117,23 +121,32 @@ def prepare(args: argparse.Namespace) -> None:
             write_atomically(
                 json.dumps(join_annotations(args.data, split, args.more)).encode(), path
             )
+    plain = {}
     for name in args.detectors:
         config, weights = args.out / f'{name}.py', args.data / DETECTORS[name][1]
         if not config.exists():
             plain_config(name, args.out / 'test.json').dump(config)
         if name == 'yolov5_n':
             weights = converted(args, config)
+        plain[name] = [str(config), str(weights)]
         export(args, config, weights, f'{name}_plain')
-        for kind, options in (('image', ()), ('regions', ('--regions', f'--merge={MERGE}'))):
-            made = args.out / f'{name}_{kind}.pth'
-            if not made.exists():
-                run(
-                    'tools/make_dynamic.py', str(config), str(weights), f'--data={args.out}',
-                    f'--ann={args.out / "router.json"}', '--img=/', '--exits', str(SMALL), str(LARGE),
-                    f'--out={made}', '--view=none', *options, log=args.out / f'{name}_{kind}.log',
-                )  # fmt: skip
-            export(args, made.with_suffix('.py'), made, f'{name}_{kind}')
-            print(f'{name}, {kind}: ready', flush=True)
+        make_dynamic(args, f'{name}_image', plain[name])
+        make_dynamic(args, f'{name}_regions', [*plain[name], '--regions', f'--merge={MERGE}'])
+    if set(PAIR) <= set(plain):
+        make_dynamic(args, 'pair_image', [part for name in PAIR for part in plain[name]])
+
+
+def make_dynamic(args: argparse.Namespace, name: str, detectors: Sequence[str]) -> None:
+    """By the tool, and exported."""
+    made = args.out / f'{name}.pth'
+    if not made.exists():
+        run(
+            'tools/make_dynamic.py', *detectors, f'--data={args.out}',
+            f'--ann={args.out / "router.json"}', '--img=/', '--exits', str(SMALL), str(LARGE),
+            f'--out={made}', '--view=none', log=args.out / f'{name}.log',
+        )  # fmt: skip
+    export(args, made.with_suffix('.py'), made, name)
+    print(f'{name}: ready', flush=True)
 
 
 def plain_config(name: str, ann_file: Path) -> Config:
@@ -158,8 +171,8 @@ def converted(args: argparse.Namespace, config: Path) -> Path:
     path = args.out / 'yolov5_n_plain.pth'
     if not path.exists():
         run(
-            'tools/convert_checkpoint.py', str(args.data / DETECTORS['yolov5_n'][1]), str(path),
-            '--from=yolov5', f'--config={config}', log=args.out / 'convert.log',
+            'tools/convert_checkpoint.py', str(args.data / DETECTORS['yolov5_n'][1]),
+            f'--out={path}', '--from=yolov5', f'--config={config}', log=args.out / 'convert.log',
         )  # fmt: skip
     return path
 
@@ -334,10 +347,10 @@ def read_parts(args: argparse.Namespace, systems: Sequence[System], pictures: in
         np.concatenate([part[name] for part in parts]) for name in ('seconds', 'cells')
     )
     per_pixel = {name: gflops_per_pixel(args, name) for name in args.detectors}
-    gflops = [
-        gflops_of(system, cells[:, index], per_pixel[system.detector])
-        for index, system in enumerate(systems)
-    ]
+    gflops = []
+    for index, system in enumerate(systems):
+        exits = PAIR if system.detector == 'pair' else [system.detector] * 2
+        gflops.append(gflops_of(system, cells[:, index], [per_pixel[name] for name in exits]))
     return Measured([Detections.join(of_system) for of_system in rows], seconds, np.array(gflops).T)
 
 
@@ -356,13 +369,14 @@ def gflops_per_pixel(args: argparse.Namespace, name: str) -> float:
     return flops / 1e9 / LARGE**2
 
 
-def gflops_of(system: System, cells: np.ndarray, per_pixel: float) -> np.ndarray:
-    """Of each picture, (n,), by what was looked at, (n, 3), see `looked_at`."""
+def gflops_of(system: System, cells: np.ndarray, per_pixel: Sequence[float]) -> np.ndarray:
+    """Of each picture, (n,), by what was looked at, (n, 3), see `looked_at`, and what a pixel costs
+    at each exit."""
     height, width, again = cells.T
     if system.kind == 'plain':
-        return per_pixel * height * width
+        return per_pixel[0] * height * width
     first = [np.maximum(1, np.round(side * SMALL / LARGE / 32)) * 32 for side in (height, width)]
-    return per_pixel * (first[0] * first[1] + again)
+    return per_pixel[0] * first[0] * first[1] + per_pixel[1] * again
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -402,7 +416,7 @@ def compare(args: argparse.Namespace) -> None:
             front = [
                 at
                 for at, other in enumerate(systems)
-                if (other.detector, other.kind) == (system.detector, 'plain')
+                if other.kind == 'plain' and system.detector in (other.detector, 'pair')
             ]
             for name, costs in (
                 ('above_at_equal_time', milliseconds),

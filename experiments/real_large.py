@@ -24,7 +24,7 @@ import torch
 from mmengine.config import Config
 from mmengine.hub import get_config
 from mmengine.registry import init_default_scope
-from real_large_detector import STOCK, one_class_model
+from real_tuning import STOCK, nano
 
 from dynamicdet.apis import DynamicInferencer
 from dynamicdet.building import build_loader, load_detector
@@ -83,7 +83,7 @@ def load_config(
 ) -> Config:
     """The detector, plain at a size or, with settings, dynamic at full size, on a split."""
     cfg = get_config(STOCK)
-    cfg.model = one_class_model()
+    cfg.model = nano(1)
     dataset = cfg.test_dataloader.dataset
     dataset.update(
         data_root='',

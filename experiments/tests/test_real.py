@@ -84,11 +84,15 @@ def test_systems_are_compared_at_equal_cost():
 def test_gflops_are_of_what_was_looked_at():
     """Exit 0 sees half of the sides, in multiples of 32; regions count what the second exit saw."""
     pictures = np.array([[448, 640, 0], [416, 640, 416 * 640], [640, 640, 128 * 96]])
-    plain = gflops_of(System('nano', 'plain', 640), pictures, 1e-6)
+    plain = gflops_of(System('nano', 'plain', 640), pictures, [1e-6, 1e-6])
     assert plain.tolist() == pytest.approx([0.28672, 0.26624, 0.4096])
-    regions = gflops_of(System('nano', 'regions', 640, 0.1), pictures, 1e-6)
+    regions = gflops_of(System('nano', 'regions', 640, 0.1), pictures, [1e-6, 1e-6])
     assert regions.tolist() == pytest.approx(
         [1e-6 * 224 * 320, 1e-6 * (192 * 320 + 416 * 640), 1e-6 * (320 * 320 + 128 * 96)]
+    )
+    pair = gflops_of(System('pair', 'image', 640, 0.3), pictures, [1e-6, 3e-6])
+    assert pair.tolist() == pytest.approx(
+        [1e-6 * 224 * 320, 1e-6 * 192 * 320 + 3e-6 * 416 * 640, 1e-6 * 320 * 320 + 3e-6 * 128 * 96]
     )
     sample = DetDataSample(
         metainfo=dict(
@@ -103,6 +107,9 @@ def test_gflops_are_of_what_was_looked_at():
 
 
 def test_names_of_systems_and_their_folders():
+    assert [system.detector for system in systems_of(['yolov5_n', 'yolox_nano'])][-3:] == [
+        'pair'
+    ] * 3
     systems = systems_of(['yolox_nano'])
     assert len({system.name for system in systems}) == len(systems) == 15
     assert {system.folder for system in systems} == {

@@ -31,6 +31,7 @@ from mmdet.structures import DetDataSample
 
 ONE_BACKBONE = dict(backbones=1, reuse_stages=0, first_scale=0.5)
 SIZE = (160, 256)
+WHOLE = [[0.0, 0.0, 256.0, 160.0]]
 
 
 def build(name='retinanet', settings=ONE_BACKBONE, **film):
@@ -139,6 +140,38 @@ def test_no_price_is_the_full_second_exit_on_each_frame(shared, every):
     for number in range(3):
         (sample,) = detect(model, (picture(number), number, 'a'))
         assert sample.exit == 1 and same(sample, plain_results(model, 0, picture(number)))
+
+
+def test_the_second_exit_looks_at_whole_frames(shared):
+    """At any price, and exit 0 at none; at regions as before."""
+    model = like(shared, every=3, whole_exit=1)
+    model.set_budget(threshold=1)
+    seen = calls_of(model)
+    for number in range(4):
+        (sample,) = detect(model, (picture(number), number, 'a'))
+        assert sample.exit == (-1 if number % 3 else 1)
+        assert sample.regions == ([] if number % 3 else WHOLE)
+        assert (sample.gflops > 0) == (number % 3 == 0)
+    assert [shape[2:] for shape in seen] == [SIZE, SIZE]
+    assert same(sample, plain_results(model, 0, picture(3)))
+    # Nothing is found: what moves is all that is at stake.
+    model.branches[0].bbox_head.test_cfg.score_thr = 1.0
+    model.set_budget(threshold=0.02)
+    detect(model, (picture(0), 0, 'b'))
+    seen.clear()
+    (sample,) = detect(model, (picture(2), 1, 'b'))
+    assert sample.exit == 1 and len(sample.regions) == len(seen) == 1
+    assert max(seen[0][2:]) < max(SIZE)
+
+
+def test_the_second_exit_looks_at_whole_frames_in_tiles():
+    model = build(every=3, whole_exit=1)
+    model.regions = type(model.regions)(model.regions.class_weights.numel(), tile=128)
+    model.set_budget(threshold=1)
+    seen = calls_of(model)
+    (sample,) = detect(model, (picture(), 0, 'a'))
+    assert sample.exit == 1 and sample.regions == WHOLE
+    assert len(seen) > 1 and max(max(shape[2:]) for shape in seen) == 128
 
 
 def test_a_cut_and_another_size_begin_anew(shared):

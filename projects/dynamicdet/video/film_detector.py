@@ -91,9 +91,11 @@ class FilmDetector(DynamicDetector):
     Args:
         every (int): So many frames after one that was looked at as a whole, the next is, unless
             nothing changed. Defaults to 10.
-        change (float): What changed by more, in gray levels of 255, changed. Defaults to 6.
+        change (float): What changed by more, in gray levels of 255, changed. Defaults to 3.
         cut (float): A mean change above it is a cut: the film is forgotten. Defaults to 40.
         appearing (float): How many objects are expected to appear in a frame. Defaults to 0.5.
+        whole_exit (int): Which exit looks at whole frames: 0, and the second one at what is worth
+            it, or 1, for objects that are too small for exit 0. Defaults to 0.
         max_streams (int): Films remembered at a time, beside those of the batch. Defaults to 16.
         **detector: Arguments of `DynamicDetector`; ``regions`` defaults to its own settings.
 
@@ -105,9 +107,10 @@ class FilmDetector(DynamicDetector):
     def __init__(
         self,
         every: int = 10,
-        change: float = 6.0,
+        change: float = 3.0,
         cut: float = 40.0,
         appearing: float = 0.5,
+        whole_exit: int = 0,
         max_streams: int = 16,
         **detector,
     ) -> None:
@@ -117,6 +120,8 @@ class FilmDetector(DynamicDetector):
             # Not `value < 0`, which lets NaN pass.
             if not isinstance(value, (int, float)) or not value >= 0:
                 raise UsageError(f'{name} is a number, 0 or more; got {value}')
+        if isinstance(whole_exit, bool) or whole_exit not in (0, 1):
+            raise UsageError(f'whole_exit is 0 or 1; got {whole_exit}')
         super().__init__(**{'regions': {}, **detector})
         if self.regions is None or self.needs_step_one:
             raise UsageError(
@@ -124,6 +129,7 @@ class FilmDetector(DynamicDetector):
                 'pair of detectors'
             )
         self.every, self.change, self.cut, self.appearing = every, change, cut, appearing
+        self.whole_exit = whole_exit
         self._streams = Streams(max_streams, FilmStream)
         #: GFLOPs per pixel: of the second exit, and of exit 0 by the size of the frame.
         self._rates: dict[Hashable, float] = {}
@@ -172,7 +178,9 @@ class FilmDetector(DynamicDetector):
         parts: dict[Callable, list[_Frame]] = {}
         for frame in frames:
             look = self._look_at_regions if frame.regions else self._repeat
-            parts.setdefault(self._look_at_all if frame.whole else look, []).append(frame)
+            if frame.whole:
+                look = self._look_closely_at_all if self.whole_exit else self._look_at_all
+            parts.setdefault(look, []).append(frame)
         for look, part in parts.items():
             rows = [frame.row for frame in part]
             look(images if len(rows) == len(frames) else take_rows(images, rows), part, rescale)
@@ -212,9 +220,9 @@ class FilmDetector(DynamicDetector):
         )
         if changed.any() and not frame.whole:
             frame.regions = regions.choose(frame.gains, float(self.threshold))
-            # Where that costs as much as exit 0 on all of it, that is better.
-            first = self.scales[0] ** 2
-            frame.whole = share_of_area(frame.regions, grid, regions.halo, regions.step) >= first
+            # Where that costs as much as a look at all of it, that is better.
+            cost = self.scales[self.whole_exit] ** 2
+            frame.whole = share_of_area(frame.regions, grid, regions.halo, regions.step) >= cost
         return frame
 
     @property
@@ -262,8 +270,17 @@ class FilmDetector(DynamicDetector):
             frame.stream.looked = frame.stream.frame
             self._remember(frame, first + pixels * self._rates.get(1, 0.0), rescale)
 
+    def _look_closely_at_all(self, images: Tensor, frames: Sequence[_Frame], rescale: bool) -> None:
+        """The second exit on all of each frame, in tiles where that is more than one."""
+        for frame in frames:
+            fits = max(canvas_of([frame.sample])) <= self.regions.tile
+            frame.regions = [] if fits else [(0, 0, *self.regions.grid(frame.sample))]
+            frame.expected = no_detections(images.device)
+            frame.stream.looked = frame.stream.frame
+        self._look_at_regions(images, frames, rescale)
+
     def _look_at_regions(self, images: Tensor, frames: Sequence[_Frame], rescale: bool) -> None:
-        """The second exit on regions alone."""
+        """The second exit on regions alone; where there are none, on all."""
         state = BatchState(
             0,
             images,
@@ -280,7 +297,7 @@ class FilmDetector(DynamicDetector):
             # What is expected is replaced: it is no second opinion.
             merge, self.merge = self.merge, None
             try:
-                self.finish(self._look_again(state, rescale), rescale)
+                self.finish(self.deepen(state, rescale), rescale)
             finally:
                 self.merge = merge
 
