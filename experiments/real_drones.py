@@ -219,8 +219,10 @@ def truth_of(
 
 
 @torch.no_grad()
-def run(args: argparse.Namespace, split: str, name: str, setting: Setting) -> Result:
+def run(args: argparse.Namespace, split: str, setting: Setting) -> Result:
     """A setting on a split, frame by frame; from its file where that is there."""
+    parts = [setting.size, *sum((setting.film or {}).items(), ()), setting.threshold]
+    name = '_'.join(map(str, [*parts, *['oracle'] * setting.oracle]))
     path = args.work / 'results' / f'{split}_{MOST[split]}_{name}.npz'
     if path.exists():
         with np.load(path) as file:
@@ -397,7 +399,7 @@ def choose(args: argparse.Namespace) -> tuple[dict[str, Setting], dict]:
     every = {'plain 640': Setting(), **grid()}
     results = {}
     for name, setting in every.items():
-        results[name] = run(args, 'val', name.replace(' ', '_'), setting)
+        results[name] = run(args, 'val', setting)
         print(name, flush=True)
     figures = judge(results, coco, names, 0)
     for line in lines_of(figures):
@@ -421,7 +423,7 @@ def measure(args: argparse.Namespace) -> None:
     oracle = {'films, regions at the objects': first._replace(oracle=True, threshold=0.5)}
     results = {}
     for name, setting in {**plain, **chosen, **oracle}.items():
-        results[name] = run(args, 'test', name.replace(' ', '_'), setting)
+        results[name] = run(args, 'test', setting)
         print(name, flush=True)
     for every in (3, 5, 10):
         results[f'plain 640, every {every}th frame'] = repeated(results['plain 640'], names, every)
