@@ -19,7 +19,8 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import init_default_scope
-from real_animals import LOAD, PAD, STOCK, classes_of, split_pictures
+from real_animals import LOAD, PAD, classes_of, split_pictures
+from real_tuning import STOCK
 
 from dynamicdet import cli
 from dynamicdet.building import build_loader, build_model
