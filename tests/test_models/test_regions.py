@@ -8,6 +8,8 @@ import torch
 
 from conftest import same_detections, spread_scores
 from dynamicdet.errors import UsageError
+from dynamicdet.measuring.calibration import exit_states
+from dynamicdet.models.budget_control import whole_images
 from dynamicdet.models.regions import Crop, batches_of, cut_maps
 from dynamicdet.testing import STOCK, randomize, tiny_batch, tiny_detector, tiny_dynamic
 from mmdet.registry import MODELS
@@ -343,9 +345,15 @@ def test_large_images_are_seen_small_first():
         lambda _, arguments: seen.append(tuple(arguments[0].shape))
     )
     predict(model, 0.5, *fresh(model, (2,), size=(192, 256)))
-    hook.remove()
     # A crop of one row of two cells and a halo around it.
     assert seen == [(1, 3, 64, 64), (1, 3, 96, 128)]
+    # Also where both exits are recorded, on wholes.
+    seen.clear()
+    with torch.no_grad(), whole_images(model):
+        model.set_budget(threshold=1)
+        list(exit_states(model, *fresh(model, (2,), size=(192, 256))))
+    hook.remove()
+    assert seen == [(1, 3, 64, 64), (1, 3, 192, 256)]
     with pytest.raises(UsageError, match='first_size of regions'):
         build('faster_rcnn', regions=dict(first_size=1), **ONE_BACKBONE)
 

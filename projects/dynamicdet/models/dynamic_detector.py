@@ -192,6 +192,8 @@ class DynamicDetector(
             self.regions = Regions(
                 **{'num_classes': num_classes_of(self.branch(0)), 'cell': self.stride, **regions}
             )
+        #: The longest side at which exit 0 sees large images, also while these are seen as wholes.
+        self.first_size: int | None = (regions or {}).get('first_size')
         #: How exits are merged; may be set at any time.
         self.merge: Merge | None = merge
         # Quantiles of the training set's gains, (101,); NaN until `RouterHook` has measured them,
@@ -314,8 +316,8 @@ class DynamicDetector(
             shapes = samples and [sample.img_shape for sample in samples]
             batch_inputs = self.normalizations[exit - 1](batch_inputs, shapes)
         scale = self.scales[exit]
-        if self.regions is not None and not exit:
-            scale = self.regions.first_scale(scale, tuple(batch_inputs.shape[-2:]))
+        if not exit and self.first_size is not None:
+            scale = min(scale, self.first_size / max(batch_inputs.shape[-2:]))
         return reduce_images(batch_inputs, scale, self.stride)
 
     def _first_maps(self, batch_inputs: Tensor) -> tuple[tuple, Ratio]:

@@ -79,7 +79,7 @@ class Regions(KeepsType):
             sizes occur: for runtimes that compile for each. Defaults to 1.
         first_size (int, optional): For large images, which are delivered as they are: the longest
             side in pixels at which exit 0 sees an image, whatever ``first_scale`` says beyond
-            that. Defaults to None.
+            that; `DynamicDetector` goes by it. Defaults to None.
         tile (int): The longest side in pixels of what the second exit sees at once, halos included.
             What is larger, the whole image too, is cut into tiles. Defaults to 2048.
 
@@ -127,7 +127,6 @@ class Regions(KeepsType):
         self.tile, self._tile_cells = tile, most
         self.halo, self.limit, self.overhead = halo, limit, overhead
         self.cell, self.step = cell, step
-        self.first_size = first_size
         self.router = RegionRouter(**router)
         self.register_buffer('class_weights', torch.ones(num_classes))
         self.register_buffer('curve', torch.zeros(0, _COLUMNS, dtype=torch.float64))
@@ -146,10 +145,6 @@ class Regions(KeepsType):
     def grid(self, sample: DetDataSample) -> tuple[int, int]:
         """Rows and columns of an image's cells."""
         return grid_of(*sample.img_shape[:2], self.cell)
-
-    def first_scale(self, scale: float, canvas: tuple[int, int]) -> float:
-        """How large exit 0 sees a batch of a height and width, as a share of its sides."""
-        return scale if self.first_size is None else min(scale, self.first_size / max(canvas))
 
     def planes(
         self, detections: HostDetections, sample: DetDataSample, scale: np.ndarray, view: float
