@@ -2,6 +2,7 @@
 
     python experiments/real_drones.py train --data DATA --work WORK
     python experiments/real_drones.py measure --data DATA --work WORK
+    python experiments/real_drones.py draw --data DATA --work WORK
 
 DATA is a folder with ``drones/`` (40 films) and ``weights/``. YOLOX-nano with published weights is
 fine-tuned to the four classes on frames of the 20 train films; settings are chosen on 8, and 12 are
@@ -21,6 +22,7 @@ import av
 import cv2
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from mmengine.registry import init_default_scope
 from pycocotools.coco import COCO
 from real_tuning import Picture, nano, tune
@@ -31,6 +33,7 @@ from dynamicdet.files import write_atomically
 from dynamicdet.measuring.calibration import detection_arrays
 from dynamicdet.measuring.flops import count_flops
 from dynamicdet.models import fuse
+from dynamicdet.reports.figures import PLAIN_COLOR, png
 from dynamicdet.routing.evaluation import Mixtures, evaluate, mixed_results
 from dynamicdet.routing.record import Detections, RoutingRecord
 from dynamicdet.routing.regions import grid_of
@@ -51,6 +54,7 @@ STEP = 2
 MOST = dict(val=40, test=80)
 #: Most GFLOPs of each budget, as a share of the plain detector's at full size.
 BUDGETS = dict(high=0.35, middle=0.2, low=0.1)
+CHOSEN = tuple(f'films, {budget}' for budget in BUDGETS)
 #: Widths at which the plain detector sees each frame.
 SIZES = (640, 416, 320)
 #: Of the bootstrap; frames of each film that are timed; noise of a still film's sensor, in gray levels,
@@ -361,10 +365,12 @@ def still(args: argparse.Namespace, settings: dict[str, Setting]) -> dict[str, d
                 data = deliver(noisy, setting.size, film, number, 1)
                 start = time.process_time()
                 (sample,) = model.test_step(data)
-                rows.append((number, sample.get('gflops', np.nan), time.process_time() - start))
+                rows.append((number, sample.get('gflops', 0.0), time.process_time() - start))
         every = np.array(rows)[STILL:]
         later = every[every[:, 0] > 0]
-        figures[name] = dict(gflops=float(later[:, 1].mean()), processor=float(later[:, 2].mean()))
+        figures[name] = dict(processor=float(later[:, 2].mean()))
+        if setting.film is not None:
+            figures[name]['gflops'] = float(later[:, 1].mean())
     return figures
 
 
@@ -481,21 +487,62 @@ def lines_of(figures: dict[str, dict]) -> list[str]:
     return lines
 
 
+def cost_of(name: str, summary: dict, label: str) -> float:
+    """Mean milliseconds or GFLOPs of a frame. A frame that repeats the one before takes no time."""
+    gflops = summary['test'][name]['gflops']
+    if label == 'GFLOPs':
+        return gflops
+    if name in summary['seconds']:
+        return 1e3 * summary['seconds'][name]['mean']
+    return cost_of('plain 640', summary, label) * gflops / summary['test']['plain 640']['gflops']
+
+
+def draw(args: argparse.Namespace) -> None:
+    """AP against milliseconds and GFLOPs per frame, from the figures."""
+    summary = json.loads(args.out.read_text())
+    kinds = {
+        'plain, each frame': (
+            lambda name: name in summary['seconds'] and name not in CHOSEN,
+            'D',
+            PLAIN_COLOR,
+        ),
+        'plain at 640, every nth frame': (lambda name: name.endswith('th frame'), 'v', '#e69f00'),
+        'regions over time': (lambda name: name in CHOSEN, 's', '#009e73'),
+    }
+    figure = Figure((9.6, 4.2), dpi=140, layout='constrained')
+    for axes, label in zip(figure.subplots(1, 2, sharey=True), ('ms', 'GFLOPs')):
+        axes.spines[['top', 'right']].set_visible(False)
+        axes.grid(color='#dddddd', linewidth=0.7)
+        for said, (belongs, marker, color) in kinds.items():
+            points = [
+                (cost_of(name, summary, label), group['ap'])
+                for name, group in summary['test'].items()
+                if belongs(name)
+            ]
+            axes.plot(*zip(*sorted(points)), marker=marker, color=color, label=said)
+        axes.set_xlabel(f'{label} per frame')
+        axes.set_ylim(bottom=0)
+    figure.axes[0].set_ylabel('AP')
+    figure.axes[1].legend(frameon=False, loc='lower right')
+    write_atomically(png(figure), args.picture)
+
+
 def main() -> None:
-    """Train, or measure."""
+    """Train, measure or draw."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('step', choices=('train', 'measure'))
+    parser.add_argument('step', choices=('train', 'measure', 'draw'))
     parser.add_argument('--data', type=Path, required=True, help='folder with drones/ and weights/')
     parser.add_argument(
         '--work', type=Path, required=True, help='folder for frames, weights and results'
     )
     parser.add_argument('--steps', type=int, default=600, help='of training, of 8 crops: 600')
+    parser.add_argument('--picture', type=Path, default=Path('docs/images/real_films.png'))
     parser.add_argument('--out', type=Path, default=Path('experiments/results/real_drones.json'))
     args = parser.parse_args()
     torch.set_num_threads(1)
     init_default_scope('mmdet')
     args.work.mkdir(parents=True, exist_ok=True)
-    dict(train=train, measure=measure)[args.step](args)
+    dict(train=train, measure=measure, draw=draw)[args.step](args)
 
 
 if __name__ == '__main__':
