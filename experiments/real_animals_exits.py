@@ -24,12 +24,12 @@ from real_tuning import STOCK
 
 from dynamicdet import cli
 from dynamicdet.building import build_loader, build_model
+from dynamicdet.cascade.weights import fit_weights
 from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.files import write_atomically
 from dynamicdet.measuring.calibration import record_exits
 from dynamicdet.models import DynamicDetector
 from dynamicdet.models.resolution import reduce_samples
-from dynamicdet.models.weights import fit_weights
 from dynamicdet.routing.bootstrap import bootstrap_weights, confidence_interval
 from dynamicdet.routing.evaluation import Mixtures, read_truth
 from mmdet.models.layers import ExpMomentumEMA

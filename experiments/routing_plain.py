@@ -13,10 +13,10 @@ from mmengine.dataset import pseudo_collate
 
 from dynamicdet import cli
 from dynamicdet.building import build_loader
+from dynamicdet.cascade.weights import require_complete
 from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.measuring.calibration import coco_results, provenance
 from dynamicdet.measuring.flops import count_flops
-from dynamicdet.models.weights import require_complete
 from dynamicdet.routing.record import RoutingRecord, write_record
 from mmdet.apis import init_detector
 

@@ -25,9 +25,9 @@ from mmengine.runner import Runner, load_checkpoint
 from torch import nn
 
 import dynamicdet
+from dynamicdet.cascade.weights import exits_digest, fit_weights, require_complete
 from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
 from dynamicdet.errors import UsageError
-from dynamicdet.models.weights import exits_digest, fit_weights, require_complete
 from dynamicdet.testing import tiny_detector, tiny_dynamic
 from mmdet.registry import MODELS
 

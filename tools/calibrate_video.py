@@ -47,9 +47,9 @@ if __name__ == '__main__':
     parse_args()
 
 from dynamicdet import cli
+from dynamicdet.cascade.weights import exits_digest
 from dynamicdet.checkpoints import write_checkpoint
 from dynamicdet.errors import UsageError
-from dynamicdet.models.weights import exits_digest
 from dynamicdet.routing.record import require_of_detector
 from dynamicdet.video.calibration import calibrate_gate, put_calibration
 from dynamicdet.video.gate_analysis import decision_seconds, load_truth

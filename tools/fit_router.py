@@ -56,6 +56,7 @@ if __name__ == '__main__':
 
 from dynamicdet import cli
 from dynamicdet.building import build_model, exits_of_plain, require_dynamic, whole_model
+from dynamicdet.cascade.weights import exits_digest
 from dynamicdet.checkpoints import write_checkpoint
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.region_calibration import fit_regions, insert_regions
@@ -67,7 +68,6 @@ from dynamicdet.measuring.router_from_records import (
     wanted_objective,
 )
 from dynamicdet.models import DynamicDetector
-from dynamicdet.models.weights import exits_digest
 from dynamicdet.routing.record import RoutingRecord, read_record, require_of_detector
 from dynamicdet.routing.router_fitting import RouterFit
 

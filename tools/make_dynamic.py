@@ -100,6 +100,7 @@ from mmengine.device import get_device
 
 from dynamicdet import cli
 from dynamicdet.building import build_loader, load_dynamic_detector
+from dynamicdet.cascade.weights import JOINED, exits_digest
 from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
 from dynamicdet.datasets.coco_folder import annotations_for, confident_annotations, find_sets
 from dynamicdet.errors import UsageError
@@ -111,7 +112,6 @@ from dynamicdet.measuring.recording import build_record_loader, record_data_set
 from dynamicdet.measuring.router_from_records import objective_settings
 from dynamicdet.models import DynamicDetector
 from dynamicdet.models.budget_control import whole_images
-from dynamicdet.models.weights import JOINED, exits_digest
 from dynamicdet.reports.routing_analysis import analyze_routing, two_exit_record
 from dynamicdet.routing import GAINS, build_objective
 from dynamicdet.routing.budget import Budget

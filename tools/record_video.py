@@ -36,9 +36,9 @@ if __name__ == '__main__':
 from mmengine.device import get_device
 
 from dynamicdet import cli
+from dynamicdet.cascade.weights import exits_digest
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.recording import build_record_loader, require_recordable
-from dynamicdet.models.weights import exits_digest
 from dynamicdet.video.record import write_video_record
 from dynamicdet.video.recording import load_early_exit_detector, record_videos
 

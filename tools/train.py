@@ -39,6 +39,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from dynamicdet import cli
+from dynamicdet.cascade.weights import require_all_channels
 from dynamicdet.engine.frozen_parameters import count_frozen_parameters
 from dynamicdet.engine.router_hook import leaves_load_from_unused
 from dynamicdet.engine.switches import check_switches
@@ -46,7 +47,6 @@ from dynamicdet.engine.training_plan import describe_training
 from dynamicdet.engine.unwrapping import unwrap
 from dynamicdet.errors import UsageError
 from dynamicdet.files import latest_checkpoint
-from dynamicdet.models.weights import require_all_channels
 
 
 def main() -> None:

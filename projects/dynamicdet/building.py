@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader
 from mmdet.models.detectors import BaseDetector
 from mmdet.registry import MODELS
 
+from .cascade.weights import forget_other_router, missing_of, require_complete
 from .checkpoints import read_checkpoint
 from .datasets.check import is_of_empty_set
 from .errors import UsageError, reason_of
 from .models import DynamicDetector, fuse
-from .models.weights import forget_other_router, missing_of, require_complete
 
 
 def require_model(cfg: Config, path: str) -> None:

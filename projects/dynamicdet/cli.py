@@ -20,6 +20,7 @@ from dynamicdet_options import PATHS, ConfigOptions, add_budget_arguments, add_c
 from mmdet.utils import register_all_modules
 
 from .building import load_dynamic_detector, require_dynamic, require_model
+from .cascade.weights import exits_digest
 from .checkpoints import read_checkpoint, weights_only
 from .datasets.annotation_repair import mend_annotations
 from .datasets.check import check_dataloaders, is_of_empty_set
@@ -28,7 +29,6 @@ from .errors import UsageError, reason_of
 from .files import write_atomically
 from .measuring.recording import build_record_loader, record_data_set, require_recordable
 from .models import DynamicDetector
-from .models.weights import exits_digest
 from .progress import counter, progress, silence  # noqa: F401  (tools have them from here)
 from .routing.budget import BUDGET_NAMES, Budget
 from .routing.budget_report import BudgetReport

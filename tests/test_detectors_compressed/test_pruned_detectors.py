@@ -7,10 +7,10 @@ import torch
 from mmengine.hub import get_config
 from mmengine.runner import CheckpointLoader
 
+from dynamicdet.cascade.weights import require_complete
 from dynamicdet.compression.ddz import compress, write_compressed
 from dynamicdet.compression.pruning import prune_weights, pruned_share
 from dynamicdet.compression.pruning_blocks import PruningBlock, find_layers, selected_layers
-from dynamicdet.models.weights import require_complete
 from dynamicdet.testing import randomize, shrink, tiny_detector, tiny_dynamic
 from mmdet.registry import MODELS
 

@@ -11,13 +11,13 @@ from mmengine.hub import get_config
 from torch import nn
 
 from conftest import ROOT
+from dynamicdet.cascade.weights import require_complete
 from dynamicdet.compression.channel_removal import BlockRemoval, plan_removal, remove_channels
 from dynamicdet.compression.coupling import OUTPUT_RULES, find_clusters, raw_outputs
 from dynamicdet.compression.pruning_blocks import PruningBlock
 from dynamicdet.compression.shrinking import channels_of, resize_channels
 from dynamicdet.errors import UsageError
 from dynamicdet.models import DynamicDetector, build_pruned
-from dynamicdet.models.weights import require_complete
 from dynamicdet.testing import randomize, shrink, tiny_batch, tiny_detector
 from mmdet.registry import MODELS
 

@@ -7,11 +7,11 @@ from foreign import DATA, build, build_shapes, cbnetv2_swin_shapes, convert, ref
 from mmengine.config import Config
 
 from conftest import ROOT
+from dynamicdet.cascade.weights import require_complete
 from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.errors import UsageError
+from dynamicdet.exchange.rules import apply_rules
 from dynamicdet.interop.cbnetv2 import CBNETV2, unfold_order
-from dynamicdet.interop.rules import apply_rules
-from dynamicdet.models.weights import require_complete
 from mmdet.models.backbones.swin import swin_converter
 from mmdet.models.layers import PatchMerging
 from mmdet.registry import MODELS

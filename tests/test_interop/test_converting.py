@@ -13,10 +13,10 @@ from mmengine.config import Config
 
 import dynamicdet
 from conftest import ROOT
+from dynamicdet.cascade.weights import is_plain
 from dynamicdet.checkpoints import read_checkpoint
+from dynamicdet.exchange.rules import apply_rules
 from dynamicdet.interop.detectron2 import DETECTRON2
-from dynamicdet.interop.rules import apply_rules
-from dynamicdet.models.weights import is_plain
 from mmdet.registry import MODELS
 
 CONFIG = ROOT / 'configs/dy_faster_rcnn_detectron2.py'

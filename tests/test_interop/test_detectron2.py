@@ -9,11 +9,11 @@ from foreign import DATA, build, build_shapes, convert, detectron2_shapes, refer
 from mmengine.hub import get_config
 
 from conftest import ROOT
+from dynamicdet.cascade.weights import require_complete
 from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.errors import UsageError
+from dynamicdet.exchange.rules import apply_rules
 from dynamicdet.interop.detectron2 import DETECTRON2
-from dynamicdet.interop.rules import apply_rules
-from dynamicdet.models.weights import require_complete
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 

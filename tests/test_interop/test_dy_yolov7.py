@@ -9,11 +9,11 @@ import torch
 from foreign import DATA, build, reference, weights
 from mmengine.structures import InstanceData
 
+from dynamicdet.cascade.weights import require_complete
+from dynamicdet.exchange.rules import apply_rules
 from dynamicdet.interop.convert import convert_checkpoint
-from dynamicdet.interop.rules import apply_rules
 from dynamicdet.interop.yolov7 import dynamic_rules, static_rules
 from dynamicdet.models import fuse
-from dynamicdet.models.weights import require_complete
 from mmdet.structures import DetDataSample
 
 REFERENCE = reference('dy-yolov7')

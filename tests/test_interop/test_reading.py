@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from dynamicdet.errors import UsageError
-from dynamicdet.interop.reading import read_weights
+from dynamicdet.exchange.reading import read_weights
 
 ARRAYS = dict(
     plain=np.arange(6, dtype=np.float32).reshape(2, 3),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dynamicdet.errors import UsageError
-from dynamicdet.interop.rules import apply_rules, rename, skip
+from dynamicdet.exchange.rules import apply_rules, rename, skip
 
 
 def names(rules, *keys):

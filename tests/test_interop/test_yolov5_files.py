@@ -8,12 +8,12 @@ import torch
 from foreign import ROOT, build, convert
 from torch import nn
 
+from dynamicdet.cascade.weights import require_complete
 from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.errors import UsageError
+from dynamicdet.exchange.rules import apply_rules
 from dynamicdet.interop.convert import convert_checkpoint
-from dynamicdet.interop.rules import apply_rules
 from dynamicdet.interop.yolov5 import yolov5_rules
-from dynamicdet.models.weights import require_complete
 from dynamicdet.models.yolo import concatenate_maps
 
 #: Their layers with weights: number, kind, sources, channels, and kernel or count.

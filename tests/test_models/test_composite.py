@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from dynamicdet.errors import UsageError
+from dynamicdet.exchange.rules import apply_rules
 from dynamicdet.interop.cbnetv2 import CBNETV2
-from dynamicdet.interop.rules import apply_rules
 from dynamicdet.models import build_composite
 from dynamicdet.models.composite import Connection
 from dynamicdet.models.composite.composite import biased_projection

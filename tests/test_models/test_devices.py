@@ -12,6 +12,7 @@ from mmengine.config import Config, ConfigDict
 from torch import nn
 
 from conftest import ROOT
+from dynamicdet.cascade.batch_state import BatchState
 from dynamicdet.compression.coupling import example_image, raw_outputs
 from dynamicdet.compression.quantization import (
     Int8Simulation,
@@ -23,7 +24,6 @@ from dynamicdet.compression.quantization import (
 from dynamicdet.compression.weight_sharing import tie_gradient, tie_weights, weight_sharing_of
 from dynamicdet.engine import quantization_hook
 from dynamicdet.engine.quantization_hook import QuantizationHook
-from dynamicdet.models.batch_state import BatchState
 from dynamicdet.testing import randomize, shrink, tiny_batch, tiny_dynamic
 from dynamicdet.transfers import Followed, take_rows, to_host
 from mmdet.registry import MODELS

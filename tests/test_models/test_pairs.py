@@ -9,12 +9,13 @@ from mmengine.registry import DefaultScope
 
 from conftest import ROOT, same_detections
 from dynamicdet.apis.stream import Stream
+from dynamicdet.cascade.resolution import reduce_images
+from dynamicdet.cascade.weights import join_checkpoints
 from dynamicdet.checkpoints import read_checkpoint, write_checkpoint
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.flops import measure_costs
 from dynamicdet.models.fusing import fuse
-from dynamicdet.models.resolution import reduce_images, reduce_samples
-from dynamicdet.models.weights import join_checkpoints
+from dynamicdet.models.resolution import reduce_samples
 from dynamicdet.routing import build_objective
 from dynamicdet.testing import randomize, shrink, tiny_batch, tiny_detector
 from mmdet.registry import MODELS

@@ -23,6 +23,7 @@ from mmdet.apis.det_inferencer import IMG_EXTENSIONS
 from mmdet.datasets.transforms import InferencerLoader
 from mmdet.structures import DetDataSample
 
+from ..cascade.weights import missing_of, require_complete
 from ..configs import full_size as full_size_pipeline
 from ..datasets.picture_reading import read_picture
 from ..errors import UsageError
@@ -35,7 +36,6 @@ from ..models.budget_control import (
     preserved_budget,
     timed_calls,
 )
-from ..models.weights import missing_of, require_complete
 from ..routing.budget import BUDGET_NAMES, Budget
 from ..routing.budget_report import BudgetReport
 from ..timing import dtype_of, machine_of, timed_elsewhere

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from mmdet.structures import DetDataSample, SampleList
 
+from ..cascade.batch_state import BatchState, join_batch_states
 from ..errors import UsageError
 from ..models import DynamicDetector
-from ..models.batch_state import BatchState, join_batch_states
 from ..models.budget_control import BudgetControl
 from ..routing.budget_controller import BudgetController
 from ..timing import now

@@ -5,7 +5,7 @@ from mmengine.runner import Runner
 
 from mmdet.registry import HOOKS
 
-from ..models.weights import missing_of, require_complete
+from ..cascade.weights import missing_of, require_complete
 from .unwrapping import unwrap
 
 

@@ -7,7 +7,7 @@ from mmengine.runner import Runner
 
 from mmdet.registry import HOOKS
 
-from ..models.weights import fit_weights
+from ..cascade.weights import fit_weights
 from ..private_mmengine import path_to_load, resumes, trains
 from .unwrapping import unwrap
 

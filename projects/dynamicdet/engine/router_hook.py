@@ -4,13 +4,12 @@ import ast
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
 from mmengine.dist import all_gather_object
@@ -21,12 +20,13 @@ from torch.utils.data import DataLoader
 
 from mmdet.registry import HOOKS
 
+from ..cascade.router_learning import TrainingSetMeasure, add_class_counts, set_gains
+from ..cascade.weights import forget_other_router, require_complete
 from ..datasets.seeding import SeededBatchSampler, seed_samples
 from ..errors import UsageError
 from ..files import latest_checkpoint
-from ..models.weights import forget_other_router, require_complete
 from ..private_mmengine import path_to_load, resumes, start_anew, start_from, trains
-from ..routing import GAINS, class_weights, quantiles_of
+from ..routing import GAINS, class_weights
 from .unwrapping import unwrap
 
 #: How many of the latest gains the online estimate looks at. The released code lets its
@@ -267,22 +267,6 @@ def drop_other_router(runner: Runner, model, state: dict[str, Tensor]) -> None:
         )
 
 
-def set_gains(model, gains: Sequence[float]) -> None:
-    """Tell a dynamic detector the gains of its training set, (n,): their quantiles, and delta."""
-    quantiles = quantiles_of(gains)
-    model.gains.copy_(quantiles)
-    model.delta.fill_(quantiles[len(quantiles) // 2])
-
-
-def add_class_counts(model, counts: Sequence[float]) -> None:
-    """Tell a dynamic detector of more objects, by label; labels beyond those it knew are new."""
-    width = max(len(counts), len(model.class_counts))
-    seen = model.class_counts.new_tensor(counts)
-    model.class_counts = sum(
-        F.pad(tally, (0, width - len(tally))) for tally in (model.class_counts, seen)
-    )
-
-
 def count_labels(dataset, classes: int) -> np.ndarray:
     """Objects of each class that a data set's annotations have, (C,), crowds left out. No image is
     read."""
@@ -308,56 +292,23 @@ def measure_training_set(runner: Runner) -> tuple[dict[tuple, float], Tensor, Te
     """
     model = unwrap(runner.model)
     model.train()
-    by_class = model.objective.by_class and model.regions is None
-    measured: dict[tuple, tuple] = {}
-    # Count, sum and sum of squares, in double precision: one pass, bounded memory.
-    moments = [0, 0.0, 0.0]
+    measure = TrainingSetMeasure(model.objective.by_class and model.regions is None)
     for batch in with_progress(runner, every_image(runner.train_dataloader), 'delta'):
         # In the precision of the training, as its iterations measure gains.
         with runner.optim_wrapper.optim_context(runner.model):
             data = model.data_preprocessor(batch, training=True)
             arguments = data['inputs'], data['data_samples']
-            if by_class:
-                parts, counts, features = model.class_gains(*arguments)
+            if measure.by_class:
+                gains, counts, features = model.class_gains(*arguments)
             else:
-                gains, features = model.exit_gains(*arguments)
-                parts, counts = gains[:, None], gains.new_zeros(len(gains), 0)
-        for sample, *values in zip(data['data_samples'], parts.tolist(), counts.tolist()):
-            # By both: data sets that are concatenated may use an id twice.
-            measured[sample.get('img_id', len(measured)), sample.get('img_path')] = tuple(values)
-        features = features.double().cpu()
-        moments = [
-            moments[0] + len(features),
-            moments[1] + features.sum(0),
-            moments[2] + features.square().sum(0),
+                (gains, features), counts = model.exit_gains(*arguments), None
+        # By both: data sets that are concatenated may use an id twice.
+        keys = [
+            (sample.get('img_id', len(measure) + row), sample.get('img_path'))
+            for row, sample in enumerate(data['data_samples'])
         ]
-    every: dict[tuple, tuple] = {}
-    ranks = all_gather_object((measured, moments))
-    for part, _ in ranks:
-        every.update(part)
-    gains = _weigh(model, every)
-    bad = [path for (_, path), value in gains.items() if not np.isfinite(value)]
-    if bad or not gains:
-        reason = f'the losses of image(s) {bad[:5]} are not finite' if bad else 'there is no image'
-        raise UsageError(f'delta cannot be measured: {reason}')
-    count, total, squares = (sum(part[index] for _, part in ranks) for index in range(3))
-    mean = total / count
-    # A channel that is the same for all images says nothing, and must not be divided by 0.
-    std = (squares / count - mean.square()).clamp(min=0).sqrt().clamp(min=1e-6)
-    return gains, mean, std
-
-
-def _weigh(model, every: dict[tuple, tuple]) -> dict[tuple, float]:
-    """Gains of images from their parts, once the objects of all images are counted."""
-    if not model.objective.by_class:
-        return {key: parts[0] for key, (parts, _) in every.items()}
-    model.class_counts = model.class_counts.new_zeros(0)
-    for _, counts in every.values():
-        add_class_counts(model, counts)
-    return {
-        key: float(model.weighted_gains(model.gains.new_tensor([parts])))
-        for key, (parts, _) in every.items()
-    }
+        measure.add(keys, gains, features, counts)
+    return measure.result(model, all_gather_object)
 
 
 def every_image(loader: DataLoader) -> DataLoader:

@@ -7,9 +7,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..annotations import original_of
+from ..cascade.weights import fit_weights
 from ..checkpoints import read_checkpoint
 from ..models import DynamicDetector
-from ..models.weights import fit_weights
 from ..private_mmengine import path_to_load, resumes
 from .router_hook import RouterHook
 from .unwrapping import unwrap

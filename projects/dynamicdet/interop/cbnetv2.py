@@ -7,8 +7,8 @@ projection of stage ``l + j`` into stage l. Necks and heads are named as in mmde
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..exchange.rules import Rule, WeightSource, rename, skip
 from ..models import CompositeBackbone
-from .rules import Rule, WeightSource, rename, skip
 
 
 def unfold_order(values: Tensor) -> Tensor:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from torch import nn
 
+from ..cascade.weights import require_complete
 from ..errors import UsageError
-from ..models.weights import require_complete
+from ..exchange.reading import read_weights
+from ..exchange.rules import apply_rules
 from ..version import __version__
 from .cbnetv2 import CBNETV2
 from .detectron2 import DETECTRON2
-from .reading import read_weights
-from .rules import apply_rules
 from .yolov5 import YOLOV5
 from .yolov7 import DYNAMICDET, YOLOV7
 

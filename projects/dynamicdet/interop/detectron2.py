@@ -8,8 +8,8 @@ layer.
 from torch import nn
 
 from ..errors import UsageError
+from ..exchange.rules import Rule, WeightSource, rename, skip
 from ..private_mmengine import swaps_channels
-from .rules import Rule, WeightSource, rename, skip
 
 _RES = r'backbone\.bottom_up\.res(\d)\.(\d+)\.'
 _BLOCK = 'backbone.layer<1-1>.<2>.'

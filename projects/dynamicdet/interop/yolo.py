@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..exchange.rules import Rule, rename, skip
 from ..models.yolo import AnchorHead
-from .rules import Rule, rename, skip
 
 #: Entries beside the layers.
 UNNEEDED = [

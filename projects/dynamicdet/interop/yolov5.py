@@ -4,8 +4,8 @@ description."""
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..exchange.rules import Rule, WeightSource, rename, skip
 from ..models.yolov5 import YOLOV5PAFPN, YOLOv5Row
-from .rules import Rule, WeightSource, rename, skip
 from .yolo import UNNEEDED, anchor_head_rows
 
 #: The head comes behind all rows of the table.

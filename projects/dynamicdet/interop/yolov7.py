@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..exchange.rules import Rule, WeightSource, rename, skip
 from ..models import DynamicDetector
 from ..models.yolov7 import YOLOV7PAFPN, Elan, YOLOv7Architecture, YOLOV7Head
-from .rules import Rule, WeightSource, rename, skip
 from .yolo import UNNEEDED, anchor_head_rows, kinds_apart
 
 #: Their names inside SPPCSPC -> ours.

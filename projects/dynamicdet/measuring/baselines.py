@@ -24,11 +24,11 @@ from mmdet.models.detectors import BaseDetector
 from mmdet.registry import DATASETS
 
 from ..building import load_detector
+from ..cascade.weights import exits_digest, is_plain
 from ..checkpoints import read_checkpoint
 from ..errors import UsageError
 from ..models import DynamicDetector, fuse
 from ..models.budget_control import preserved_budget
-from ..models.weights import exits_digest, is_plain
 from ..progress import Progress
 from ..routing.record import RoutingRecord, read_record, write_record
 from ..timing import machine_of, time_in_turns

@@ -28,6 +28,8 @@ from mmdet.structures import DetDataSample
 
 from ..apis.stream import Stream
 from ..building import require_dynamic
+from ..cascade.resolution import reduce_images
+from ..cascade.weights import missing_of, require_complete
 from ..checkpoints import read_checkpoint
 from ..compression.shrinking import resize_channels
 from ..datasets.digits import load_sources, make_image
@@ -35,8 +37,7 @@ from ..errors import UsageError
 from ..models import DynamicDetector
 from ..models.budget_control import BudgetControl, build_budget_controller
 from ..models.pairs import each_exit
-from ..models.resolution import reduce_images, reduce_samples
-from ..models.weights import missing_of, require_complete
+from ..models.resolution import reduce_samples
 from ..progress import Progress
 from ..routing.thresholds import ALL_EASY, ALL_HARD, Thresholds, threshold_for_share
 from ..testing import randomize

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 from mmdet.structures import SampleList
 
 from ..annotations import original_of
+from ..cascade.batch_state import BatchState
 from ..errors import UsageError
 from ..models import DynamicDetector
-from ..models.batch_state import BatchState
 from ..models.budget_control import preserved_budget
 from ..progress import Progress
 from ..routing.evaluation import read_truth

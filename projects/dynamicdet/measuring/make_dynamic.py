@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 from mmdet.registry import DATASETS
 
 from ..building import build_model, exits_of_plain
+from ..cascade.weights import SETTINGS, exits_digest
 from ..errors import UsageError
 from ..models import DynamicDetector
-from ..models.weights import SETTINGS, exits_digest
 from ..progress import Progress
 from ..routing import GAINS, Objective
 from ..routing.cross_fitting import cross_fitted_difficulties

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..cascade.weights import missing_of, require_complete
 from ..errors import UsageError
-from ..models.weights import missing_of, require_complete
 from ..routing import GAINS, Objective, build_objective, check_objective
 from ..routing.detection_features import features as detection_features
 from ..routing.evaluation import read_truth

@@ -6,6 +6,7 @@ from ..routing.router import Router
 from .branch import PassThroughBackbone, build_branch
 from .composite import CompositeBackbone, build_composite, register_family
 from .dynamic_detector import DynamicDetector
+from .exits_scheme import load_from_exits
 from .fusing import can_fuse, fuse
 from .pruned_detector import build_pruned
 from .raw_outputs import detector_outputs

@@ -26,6 +26,9 @@ from mmdet.models.utils import rename_loss_dict
 from mmdet.registry import MODELS
 from mmdet.structures import OptSampleList, SampleList
 
+from ..cascade.calibration_state import CalibrationState
+from ..cascade.resolution import Ratio, exit_scales, reduce_images
+from ..cascade.weights import JOINED, is_plain, rename_entries
 from ..errors import UsageError
 from ..precision import KeepsTypeOfBuffers
 from ..routing import GAINS, build_objective
@@ -33,16 +36,14 @@ from ..routing.budget import Budget
 from ..routing.merging import Merge
 from ..routing.thresholds import require_exits
 from .branch import build_branch, head_types, number_of_classes, require_exits_agree
-from .calibration_state import CalibrationState
 from .composite import CompositeBackbone, build_backbones
 from .normalization import NormalizationChange
 from .pairs import each_exit, initial_weights, pad_alike
 from .regions import Regions, num_classes_of
-from .resolution import Ratio, exit_scales, reduce_images, reduce_samples, valid_shares
+from .resolution import reduce_samples, valid_shares
 from .router_training import RouterTraining
 from .second_look import SecondLook
 from .staged_inference import StagedInference
-from .weights import JOINED, is_plain, rename_entries
 
 
 @MODELS.register_module()
@@ -185,7 +186,6 @@ class DynamicDetector(
         self.scales, self.first_scale = scales, scales[0]
         #: Of the deepest map: all but a few detectors have 32; those with more pad to it.
         self.stride = max(32, getattr(self.data_preprocessor, 'pad_size_divisor', 1))
-        self.objective = objective
         #: What of an image the second exit looks at; None: all of it.
         self.regions: Regions | None = None
         if regions is not None:
@@ -196,11 +196,7 @@ class DynamicDetector(
         self.first_size: int | None = (regions or {}).get('first_size')
         #: How exits are merged; may be set at any time.
         self.merge: Merge | None = merge
-        # Quantiles of the training set's gains, (101,); NaN until `RouterHook` has measured them,
-        # which also keeps them in the checkpoint: they matter to step 2 alone.
-        self.register_buffer('gains', torch.full((101,), float('nan')), persistent=False)
-        # Objects of each class in the training set, for gains by class; as the quantiles.
-        self.register_buffer('class_counts', torch.zeros(0), persistent=False)
+        self._init_router_learning(objective)
         self.train_router = train_router
         self._init_calibration(budget)
         # Each step trains its own part. Here and not in a hook: the optimizer and DDP look at

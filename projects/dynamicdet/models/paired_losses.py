@@ -12,8 +12,9 @@ from torch import Tensor
 from mmdet.models.detectors import BaseDetector, TwoStageDetector
 from mmdet.structures import DetDataSample
 
+from ..cascade.resolution import Ratio
 from .kept_outputs import Outputs, replayed_outputs
-from .resolution import Ratio, scale_boxes
+from .resolution import scale_boxes
 
 #: Seeds what losses draw (samples of proposals, DINO's noise), the same for every image and both
 #: exits: any constant does.

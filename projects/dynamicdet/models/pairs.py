@@ -5,8 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..cascade.weights import JOINED
 from ..errors import UsageError
-from .weights import JOINED
 
 
 def each_exit(config: Mapping | Sequence[Mapping] | None) -> list[Any]:

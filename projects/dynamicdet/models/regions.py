@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmdet.models.detectors import BaseDetector
 from mmdet.structures import DetDataSample, SampleList
 
+from ..cascade.resolution import Ratio
 from ..errors import UsageError
 from ..precision import KeepsType
 from ..routing.budget import Budget
@@ -37,7 +38,6 @@ from ..routing.regions import (
 )
 from ..transfers import Followed, HostDetections, to_host
 from .merging import join_kept
-from .resolution import Ratio
 
 #: Columns of a calibration: a price curve's, and costs per image by the budget that asks for them.
 COST_COLUMNS = dict(target_gflops=3, target_latency=4)

@@ -10,19 +10,21 @@ from torch import Tensor
 
 from mmdet.structures import SampleList
 
+from ..cascade.batch_state import BatchState
+from ..cascade.resolution import Ratio
+from ..cascade.router_learning import RouterLearning
 from ..errors import UsageError
-from ..routing import GAINS, class_aps, class_weights, image_aps, quantiles_of
+from ..routing import GAINS, class_aps, image_aps
 from ..routing.region_record import cell_gains_of_detections
 from ..transfers import to_host
-from .batch_state import BatchState
 from .branch import head_types
 from .kept_outputs import Outputs
 from .merging import merge_instances
 from .paired_losses import ExitView, paired_losses
-from .resolution import Ratio, reduce_samples, scale_boxes, valid_shares
+from .resolution import reduce_samples, scale_boxes, valid_shares
 
 
-class RouterTraining:
+class RouterTraining(RouterLearning):
     """Losses and AP of each image under each exit, gains, and the router's loss. A part of
     `DynamicDetector`."""
 
@@ -152,14 +154,6 @@ class RouterTraining:
         shares = torch.cat([counts / objects.clamp(min=1)[:, None], (objects == 0)[:, None]], 1)
         return gains * shares, counts, features
 
-    def weighted_gains(self, parts: Tensor) -> Tensor:
-        """Gains by class, (N,), of what `class_gains` gives, (N, C + 1), by the objects of each
-        class that are known so far (``class_counts``); by none, all weigh the same."""
-        classes = parts.shape[1] - 1
-        counts = F.pad(self.class_counts, (0, max(0, classes - len(self.class_counts))))
-        weights = parts.new_tensor(class_weights(counts.tolist())[:classes])
-        return parts[:, :-1] @ weights + parts[:, -1]
-
     def _exit_aps(
         self, batch_inputs: Tensor, batch_data_samples: SampleList, classes: int | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -215,20 +209,7 @@ class RouterTraining:
         gains, features = self.exit_gains(batch_inputs, batch_data_samples)
         # Kept for the hook that tracks their distribution online.
         self.last_gains = gains
-        quantiles = (
-            quantiles_of(gains.tolist()).to(gains.device)
-            if self.gains.isnan().any()
-            else self.gains
-        )
-        logits = self.router.logits(features)
-        phi = logits.detach().sigmoid()
-        return dict(
-            loss_router=self.objective.loss(logits, gains, quantiles),
-            difficulty=phi.mean(),
-            difficulty_std=phi.std(correction=0),
-            share_above_half=(phi > 0.5).float().mean(),
-            delta=quantiles[len(quantiles) // 2],
-        )
+        return self.router_losses(gains, features)
 
     @torch.no_grad()
     def region_gains(

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 from mmengine.structures import InstanceData
 
+from ..cascade.batch_state import BatchState
 from ..routing.regions import price_of_threshold
-from .batch_state import BatchState
 from .regions import (
     Crop,
     batches_of,

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from mmdet.structures import SampleList
 
+from ..cascade.batch_state import BatchState
 from ..routing.detection_features import features as detection_features
 from ..routing.merging import scale_scores
 from ..routing.record import Detections
 from ..transfers import to_host
-from .batch_state import BatchState
 from .merging import merge_instances
 from .resolution import reduce_samples, scale_boxes, valid_shares
 

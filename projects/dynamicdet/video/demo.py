@@ -20,10 +20,10 @@ from torch import nn
 from mmdet.apis import DetInferencer
 
 from ..building import build_model
+from ..cascade.weights import require_complete
 from ..checkpoints import read_checkpoint
 from ..errors import UsageError
 from ..models import DynamicDetector, fuse
-from ..models.weights import require_complete
 from ..routing.budget import Budget
 from ..routing.budget_report import BudgetReport, report_budget
 from ..timing import now

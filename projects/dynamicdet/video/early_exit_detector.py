@@ -17,9 +17,9 @@ from mmdet.models.detectors import BaseDetector
 from mmdet.registry import MODELS
 from mmdet.structures import OptSampleList, SampleList
 
+from ..cascade.weights import is_plain, rename_entries
 from ..errors import UsageError
 from ..models.merging import merge_instances
-from ..models.weights import is_plain, rename_entries
 from ..precision import KeepsTypeOfBuffers
 from ..routing.budget import Budget
 from ..routing.merging import Merge

@@ -15,10 +15,10 @@ from torch import Tensor
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample, SampleList
 
+from ..cascade.batch_state import BatchState
 from ..errors import UsageError
 from ..measuring.flops import count_flops
 from ..models import DynamicDetector
-from ..models.batch_state import BatchState
 from ..models.regions import canvas_of, crops_of, delivered_scale
 from ..routing.region_maps import cells_of
 from ..routing.regions import Rectangle, share_of_area

@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader
 from mmdet.structures import DetDataSample
 
 from ..building import build_model, load_detector
+from ..cascade.weights import is_plain, require_complete
 from ..checkpoints import read_checkpoint
 from ..errors import UsageError
 from ..measuring.calibration import coco_results, inference_settings, provenance
 from ..models import fuse
-from ..models.weights import is_plain, require_complete
 from ..progress import Progress
 from ..timing import time_call
 from .costs import exit_gflops

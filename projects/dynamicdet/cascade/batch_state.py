@@ -2,12 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from mmengine.structures import InstanceData
 from torch import Tensor
-
-from mmdet.structures import SampleList
 
 from ..routing.regions import Rectangle
 from ..transfers import take_rows
@@ -24,10 +22,11 @@ class BatchState:
             them.
         maps (tuple[Tensor]): The maps of this exit's backbone, (N, C_i, H_i, W_i) each.
         ratio (tuple[float, float]): How large the images were that the maps were made from.
-        samples (list[DetDataSample]): N; results go into them.
+        samples (list): N, in the form of the framework; results go into them, or are made of
+            them.
         difficulties (list[float]): N.
         exits (list[int]): Where each image leaves, N, none below ``exit``.
-        detections (list[dict[int, InstanceData]]): What exits found in each image so far, N, by
+        detections (list[dict]): What exits found in each image so far, N, by
             exit, where exits are merged; see `DynamicDetector.detect`. Parts of a state share it.
         regions (list[list[Rectangle]]): What of each image is looked at again, N, in cells, see
             `routing.regions`; nothing where that is not asked for, or all of it is.
@@ -37,10 +36,10 @@ class BatchState:
     images: Tensor | None
     maps: tuple[Tensor, ...]
     ratio: Ratio
-    samples: SampleList
+    samples: list
     difficulties: list[float]
     exits: list[int]
-    detections: list[dict[int, InstanceData]] = field(default_factory=list)
+    detections: list[dict[int, Any]] = field(default_factory=list)
     regions: list[list[Rectangle]] = field(default_factory=list)
 
     def __post_init__(self) -> None:

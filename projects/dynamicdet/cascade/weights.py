@@ -5,11 +5,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from ..errors import UsageError
-from .composite.composite import ORDINALS
+from .composite import ORDINALS
 
 #: In front of the names of plain detectors' checkpoints, one for each exit, with commas between.
 JOINED = 'exits://'
@@ -302,13 +301,3 @@ def _dataset_meta(checkpoint: Mapping) -> dict:
     meta = checkpoint.get('meta') or {}
     dataset_meta = meta.get('dataset_meta') or {'classes': meta.get('CLASSES')}
     return {key.lower(): value for key, value in dataset_meta.items()}
-
-
-@CheckpointLoader.register_scheme(prefixes=JOINED)
-def load_from_exits(filename: str, map_location: str | None = None, **_) -> dict:
-    """Let all who read checkpoints take those of several plain detectors, ``exits://A,B``, as
-    that of a pair: tools, ``load_from``, ``init_cfg``."""
-    names = filename.removeprefix(JOINED).split(',')
-    return join_checkpoints(
-        [CheckpointLoader.load_checkpoint(name, map_location=map_location) for name in names]
-    )
