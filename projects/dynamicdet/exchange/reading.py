@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import UsageError
 from ..stand_ins import (
     StandIn,
+    as_text,
     asked_classes,
     is_data,
     read_with_stand_ins,
@@ -55,6 +56,36 @@ def read_weights(path: str) -> dict[str, Tensor]:
             f"'{path}' is no checkpoint: it holds no 'model' or 'state_dict' of arrays"
         )
     return state
+
+
+def read_content(path: str) -> dict[str, Any]:
+    """Read all of a file, not its weights alone: what a training that is resumed needs lies beside
+    them. Arrays become tensors; what would have to be built becomes text.
+
+    Raises:
+        UsageError: If there is no file, it cannot be read safely, or it holds no mapping.
+    """
+    if not Path(path).is_file():
+        raise UsageError(f"there is no checkpoint at '{path}'")
+    try:
+        content = as_text(
+            _with_tensors(_read_arrays(path) if path.endswith('.pkl') else _read_torch(path))
+        )
+    except Exception as error:
+        # Whatever the unpickler or the archive reader stumbles on.
+        raise UsageError(
+            f"'{path}' is no checkpoint that can be read safely: {why_unread(error)}"
+        ) from None
+    if not isinstance(content, dict):
+        raise UsageError(f"'{path}' is no checkpoint: it holds a {type(content).__name__}")
+    return content
+
+
+def _with_tensors(content: Any) -> Any:
+    """Mappings, and mappings in them, with tensors for arrays."""
+    if isinstance(content, Mapping):
+        return {key: _with_tensors(value) for key, value in content.items()}
+    return _to_tensor(content) if isinstance(content, _Array) else content
 
 
 def _find_state(content: Any) -> dict[str, Any]:

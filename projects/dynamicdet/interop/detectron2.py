@@ -1,40 +1,19 @@
 """Detectron2's model zoo: Faster and Mask R-CNN with R-50, R-101 and X-101-32x8d FPN.
 
-Its stages count from ``res2``, its pyramid's levels from 2, its layers from 1. Orders agree with
-mmdet's: background last, (dx, dy, dw, dh) per class, (channel, row, column) into the first linear
-layer.
+The table of names is `exchange.detectron2`.
 """
 
 from torch import nn
 
 from ..errors import UsageError
-from ..exchange.rules import Rule, WeightSource, rename, skip
+from ..exchange.detectron2 import BACKBONE_ROWS, HEAD_ROWS, prefixed, rules_of
+from ..exchange.rules import Rule, WeightSource, skip
 from ..private_mmengine import swaps_channels
-
-_RES = r'backbone\.bottom_up\.res(\d)\.(\d+)\.'
-_BLOCK = 'backbone.layer<1-1>.<2>.'
-_ROI, _BBOX, _MASK = r'roi_heads\.', 'roi_head.bbox_head.', 'roi_head.mask_head.'
 
 _ROWS = [
     skip(r'pixel_(mean|std)', "the images' normalization, which the config has"),
     skip(r'proposal_generator\.anchor_generator\..*', 'anchors, which follow from the config'),
-    rename(r'backbone\.bottom_up\.stem\.conv1\.weight', 'backbone.conv1.weight'),
-    rename(r'backbone\.bottom_up\.stem\.conv1\.norm\.(.*)', 'backbone.bn1.<1>'),
-    rename(_RES + r'conv(\d)\.weight', _BLOCK + 'conv<3>.weight'),
-    rename(_RES + r'conv(\d)\.norm\.(.*)', _BLOCK + 'bn<3>.<4>'),
-    rename(_RES + r'shortcut\.weight', _BLOCK + 'downsample.0.weight'),
-    rename(_RES + r'shortcut\.norm\.(.*)', _BLOCK + 'downsample.1.<3>'),
-    rename(r'backbone\.fpn_lateral(\d)\.(.*)', 'neck.lateral_convs.<1-2>.conv.<2>'),
-    rename(r'backbone\.fpn_output(\d)\.(.*)', 'neck.fpn_convs.<1-2>.conv.<2>'),
-    rename(r'proposal_generator\.rpn_head\.conv\.(.*)', 'rpn_head.rpn_conv.<1>'),
-    rename(r'proposal_generator\.rpn_head\.objectness_logits\.(.*)', 'rpn_head.rpn_cls.<1>'),
-    rename(r'proposal_generator\.rpn_head\.anchor_deltas\.(.*)', 'rpn_head.rpn_reg.<1>'),
-    rename(_ROI + r'box_head\.fc(\d)\.(.*)', _BBOX + 'shared_fcs.<1-1>.<2>'),
-    rename(_ROI + r'box_predictor\.cls_score\.(.*)', _BBOX + 'fc_cls.<1>'),
-    rename(_ROI + r'box_predictor\.bbox_pred\.(.*)', _BBOX + 'fc_reg.<1>'),
-    rename(_ROI + r'mask_head\.mask_fcn(\d)\.(.*)', _MASK + 'convs.<1-1>.conv.<2>'),
-    rename(_ROI + r'mask_head\.deconv\.(.*)', _MASK + 'upsample.<1>'),
-    rename(_ROI + r'mask_head\.predictor\.(.*)', _MASK + 'conv_logits.<1>'),
+    *rules_of([*prefixed(BACKBONE_ROWS, 'backbone.bottom_up.', 'backbone.'), *HEAD_ROWS]),
 ]
 
 #: What the zoo's networks see: BGR, less this mean, over this standard deviation; and where a block

@@ -1,0 +1,25 @@
+"""Detectron2 detectors that spend compute where the image needs it.
+
+Importing the package registers the meta-architecture ``DynamicDetector`` and the backbone
+``build_narrow_resnet_fpn_backbone``.
+"""
+
+from .checkpointer import DynamicCheckpointer
+from .composite import CompositeBottomUp, register_family
+from .config import add_dynamicdet_config, take_router_step
+from .dynamic_detector import DynamicDetector
+from .lazy import make_dynamic
+from .narrow_resnet import build_narrow_resnet_fpn_backbone
+from .router_hook import RouterHook
+
+__all__ = [
+    'CompositeBottomUp',
+    'DynamicCheckpointer',
+    'DynamicDetector',
+    'RouterHook',
+    'add_dynamicdet_config',
+    'build_narrow_resnet_fpn_backbone',
+    'make_dynamic',
+    'register_family',
+    'take_router_step',
+]

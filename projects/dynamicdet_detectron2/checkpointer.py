@@ -1,0 +1,130 @@
+"""Checkpoints of plain and dynamic detectors, read without being executed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from torch import Tensor, nn
+
+from dynamicdet.cascade.weights import fit_weights, is_plain
+from dynamicdet.errors import UsageError
+from dynamicdet.exchange.origin import require_detectron2
+from dynamicdet.exchange.reading import read_content
+
+from .dynamic_detector import DynamicDetector
+
+
+class DynamicCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, with three differences: no file is executed, whatever it holds;
+    files of plain detectors and backbones, also those whose names are matched by heuristics, fill
+    all exits; and weights of another architecture are refused, where Detectron2 would train random
+    ones."""
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load a checkpoint, see `DetectionCheckpointer.load`.
+
+        Raises:
+            UsageError: If the file cannot be read safely, or is of another architecture.
+        """
+        try:
+            return super().load(path, *args, **kwargs)
+        except UsageError as error:
+            self._parsed_url_during_load = None
+            raise UsageError(f"'{path}': {error}") from None
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        content = read_content(filename)
+        if 'state_dict' in content and 'model' not in content:
+            require_detectron2(content['state_dict'])
+        if 'model' not in content:
+            # Backbones that were trained on ImageNet, and Detectron's own.
+            content = content.get('blobs', content)
+            weights = {key: v for key, v in content.items() if not key.endswith('_momentum')}
+            caffe2 = filename.endswith('.pkl')
+            content = dict(model=weights, matching_heuristics=caffe2)
+            if caffe2:
+                content['__author__'] = 'Caffe2'
+        if self._parsed_url_during_load is not None:
+            content['matching_heuristics'] = (
+                content.get('matching_heuristics', False)
+                or 'matching_heuristics=True' in self._parsed_url_during_load.query
+            )
+        return content
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        model = self.model
+        if not isinstance(model, DynamicDetector):
+            return super()._load_model(checkpoint)
+        state = {
+            key.removeprefix('module.'): value
+            for key, value in checkpoint.pop('model').items()
+            if isinstance(value, Tensor)
+        }
+        require_detectron2(state)
+        guessed = checkpoint.get('matching_heuristics', False)
+        if guessed:
+            caffe2 = checkpoint.get('__author__') == 'Caffe2'
+            state = align_and_update_state_dicts(model.as_plain(), state, c2_conversion=caffe2)
+        # Frozen norms count no batches, and anchors follow from the config.
+        known = model.spread_plain_weights(state) if is_plain(state) else state
+        here = set(model.state_dict())
+        unneeded = ('num_batches_tracked', 'pixel_mean', 'pixel_std')
+        known = {
+            key: value
+            for key, value in known.items()
+            if key in here or not (key.endswith(unneeded) or 'anchor_generator.' in key)
+        }
+        _require_same_architecture(model, known, guessed)
+        fitted, line = fit_weights(model, known)
+        plain = is_plain(state)
+        self.logger.info(line if not plain else line.replace('a checkpoint', 'a plain detector', 1))
+        incompatible = super()._load_model(dict(model=_loadable(model, fitted)))
+        # The model's own entries stood in for what is missing.
+        model.has_cascade = not model.needs_step_one or any(
+            key.startswith('backbone.connections.') for key in known
+        )
+        return incompatible
+
+
+def _loadable(model: DynamicDetector, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Make room for a calibration, which fvcore would leave out for its length."""
+    if 'difficulties' in state:
+        model.difficulties = model.difficulties.new_empty(state['difficulties'].shape)
+    return state
+
+
+def _require_same_architecture(
+    model: DynamicDetector, state: Mapping[str, Tensor], guessed: bool
+) -> None:
+    """Refuse weights of another backbone, or of other heads; heads for other classes are
+    fine-tuning's own business.
+
+    Args:
+        state (Mapping[str, Tensor]): Under the dynamic detector's names, where they are known.
+        guessed (bool): Whether names were matched by heuristics: what a backbone's file holds
+            beside the backbone, such as a classifier, is then no sign of another detector.
+    """
+    own = model.state_dict()
+    backbone = [key for key in state if key.startswith('backbone.')]
+    missing = [
+        key for key in own if key.startswith('backbone.first.') and _is_weight(key, own) and key not in state
+    ]
+    foreign = [key for key in backbone if key not in own or own[key].shape != state[key].shape]
+    heads = [key for key in state if not key.startswith('backbone.')]
+    homeless = [key for key in heads if key not in own]
+    others = (
+        ('of another backbone', foreign or missing),
+        ('of other heads', homeless if not guessed and 2 * len(homeless) > len(heads) else []),
+    )
+    for what, keys in others:
+        if keys:
+            raise UsageError(
+                f'these weights are {what} than the config says ({len(keys)} entries differ, such '
+                f'as {keys[0]}): take the file of this architecture, or the config of this file'
+            )
+
+
+def _is_weight(key: str, own: Mapping[str, Tensor]) -> bool:
+    """Whether an entry is of a convolution or linear layer: norms may be stored otherwise."""
+    return key.endswith('.weight') and own[key].ndim > 1
