@@ -19,7 +19,8 @@ ROOMS = [
     annotations
     routing
     compression
-    cascade exchange
+    cascade
+    exchange
     checkpoints
     reports datasets
     models

@@ -5,7 +5,7 @@ from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
-from torch import Tensor, nn
+from torch import Tensor
 
 from dynamicdet.cascade.weights import fit_weights, is_plain
 from dynamicdet.errors import UsageError
@@ -108,7 +108,9 @@ def _require_same_architecture(
     own = model.state_dict()
     backbone = [key for key in state if key.startswith('backbone.')]
     missing = [
-        key for key in own if key.startswith('backbone.first.') and _is_weight(key, own) and key not in state
+        key
+        for key in own
+        if key.startswith('backbone.first.') and _is_weight(key, own) and key not in state
     ]
     foreign = [key for key in backbone if key not in own or own[key].shape != state[key].shape]
     heads = [key for key in state if not key.startswith('backbone.')]

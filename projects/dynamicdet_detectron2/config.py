@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from detectron2 import model_zoo
 from detectron2.config import CfgNode
 
 from dynamicdet.errors import UsageError
@@ -32,11 +33,22 @@ def add_dynamicdet_config(cfg: CfgNode) -> None:
     dynamic.ROUTER.POOLS = ['mean']
     # Whether this is step 2; `take_router_step` sets it.
     dynamic.TRAIN_ROUTER = False
-    # What the router learns: empty for the paper's, or such as {'type': 'rank'}.
-    dynamic.OBJECTIVE = CfgNode(new_allowed=True)
-    # The wanted speed: one of threshold, hard_share, target_latency, target_gflops.
-    dynamic.BUDGET = CfgNode(new_allowed=True)
+    # What the router learns, see `dynamicdet.routing.Objective`.
+    dynamic.OBJECTIVE = CfgNode()
+    dynamic.OBJECTIVE.TYPE = 'paper'
+    dynamic.OBJECTIVE.SHARE = 0.5
+    dynamic.OBJECTIVE.OFFSET = None
+    dynamic.OBJECTIVE.BY_CLASS = False
+    # The wanted speed: at most one of these.
+    dynamic.BUDGET = CfgNode()
+    dynamic.BUDGET.THRESHOLD = None
+    dynamic.BUDGET.HARD_SHARE = None
+    dynamic.BUDGET.TARGET_LATENCY = None
+    dynamic.BUDGET.TARGET_GFLOPS = None
 
+    # 'SGD', Detectron2's own, or 'ADAMW'; step 2 always takes the latter.
+    cfg.SOLVER.OPTIMIZER = 'SGD'
+    cfg.SOLVER.BETAS = (0.9, 0.999)
     # Step 2 as released by the paper's authors (arXiv 2304.05552): AdamW, a constant rate after a
     # warm-up, weight decay on weights, 2 epochs of COCO's 117,266 images. They accumulate to 64
     # images; Detectron2's batches of 16 take four times the steps.
@@ -51,6 +63,31 @@ def add_dynamicdet_config(cfg: CfgNode) -> None:
     router.TRAIN = ()
     # 'exact' passes once over the training set; 'online' goes by the last 10,000 images seen.
     router.DELTA = 'exact'
+
+
+def merge_config_file(cfg: CfgNode, path: str) -> None:
+    """Merge a yaml file into a config that `add_dynamicdet_config` was called on.
+
+    As ``cfg.merge_from_file``, with one more key: ``ZOO_BASE`` names a config of Detectron2's model
+    zoo, of which the detector is made dynamic, such as
+    ``COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml``.
+
+    Raises:
+        UsageError: If there is no such file or no such config in the zoo.
+    """
+    if not Path(path).is_file():
+        raise UsageError(f"there is no config at '{path}'")
+    content = CfgNode.load_yaml_with_base(path)
+    base = content.pop('ZOO_BASE', None)
+    if base is not None:
+        try:
+            base = model_zoo.get_config_file(base)
+        except RuntimeError:
+            raise UsageError(f"'{path}': Detectron2's model zoo has no config '{base}'") from None
+        cfg.merge_from_file(base)
+        cfg.MODEL.DYNAMIC.META_ARCHITECTURE = cfg.MODEL.META_ARCHITECTURE
+        cfg.MODEL.META_ARCHITECTURE = 'DynamicDetector'
+    cfg.merge_from_other_cfg(CfgNode(content))
 
 
 def take_router_step(cfg: CfgNode, weights: str | None = None) -> None:
@@ -76,6 +113,8 @@ def take_router_step(cfg: CfgNode, weights: str | None = None) -> None:
     cfg.MODEL.WEIGHTS = weights
     cfg.MODEL.DYNAMIC.TRAIN_ROUTER = True
     cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR) / 'router')
+    cfg.SOLVER.OPTIMIZER = 'ADAMW'
+    cfg.SOLVER.BETAS = router.BETAS
     cfg.SOLVER.BASE_LR = router.BASE_LR
     cfg.SOLVER.WEIGHT_DECAY = router.WEIGHT_DECAY
     cfg.SOLVER.WEIGHT_DECAY_NORM = 0.0
@@ -106,4 +145,6 @@ def set_config_budget(cfg: CfgNode, **named: float | None) -> None:
     """
     budget = Budget.parse(None, **named)
     if budget is not None:
-        cfg.MODEL.DYNAMIC.BUDGET = CfgNode(budget.as_dict(), new_allowed=True)
+        for name in cfg.MODEL.DYNAMIC.BUDGET:
+            wanted = budget.value if name == budget.kind.upper() else None
+            cfg.MODEL.DYNAMIC.BUDGET[name] = wanted

@@ -163,8 +163,8 @@ class DynamicDetector(KeepsTypeOfBuffers, RouterTraining, CalibrationState, nn.M
             scales=dynamic.SCALES or None,
             router=dict(reduction=dynamic.ROUTER.REDUCTION, pools=tuple(dynamic.ROUTER.POOLS)),
             train_router=dynamic.TRAIN_ROUTER,
-            objective=dict(dynamic.OBJECTIVE) if dynamic.OBJECTIVE else 'paper',
-            budget=dict(dynamic.BUDGET) or None,
+            objective={name.lower(): value for name, value in dynamic.OBJECTIVE.items()},
+            budget={name.lower(): value for name, value in dynamic.BUDGET.items()},
         )
 
     def train(self, mode: bool = True) -> 'DynamicDetector':

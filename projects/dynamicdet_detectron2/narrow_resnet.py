@@ -25,9 +25,7 @@ def build_narrow_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     stages, entering = [], settings.STEM_OUT_CHANNELS
     for index, count in enumerate(_BLOCKS[settings.DEPTH]):
         leaving = settings.RES2_OUT_CHANNELS * 2**index
-        bottleneck = dict(
-            bottleneck_channels=leaving // 4, stride_in_1x1=settings.STRIDE_IN_1X1
-        )
+        bottleneck = dict(bottleneck_channels=leaving // 4, stride_in_1x1=settings.STRIDE_IN_1X1)
         stages.append(
             ResNet.make_stage(
                 BasicBlock if settings.DEPTH < 50 else BottleneckBlock,

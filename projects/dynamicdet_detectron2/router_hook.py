@@ -53,6 +53,15 @@ class RouterHook(HookBase):
     def _model(self) -> DynamicDetector:
         return unwrap(self.trainer.model)
 
+    def require_cascade(self) -> None:
+        """Raise a `UsageError` if what was loaded is no trained cascade."""
+        if not self._model.has_cascade:
+            raise UsageError(
+                'step 2 trains the router of a trained cascade, and none was loaded: run step 1 '
+                'first, or name its checkpoint by MODEL.WEIGHTS (LazyConfig: '
+                'train.init_checkpoint)'
+            )
+
     def before_train(self) -> None:
         """Raise a `UsageError` without weights of step 1; measure an exact delta."""
         model = self._model
@@ -61,12 +70,7 @@ class RouterHook(HookBase):
                 'RouterHook trains the router of a DynamicDetector in step 2 (TRAIN_ROUTER True); '
                 f'this is {type(model).__name__} in step 1'
             )
-        if not model.has_cascade:
-            raise UsageError(
-                'step 2 trains the router of a trained cascade, and none was loaded: run step 1 '
-                'first, or name its checkpoint by MODEL.WEIGHTS (LazyConfig: '
-                'train.init_checkpoint)'
-            )
+        self.require_cascade()
         if self._resumed:
             return
         model.forget_calibration()

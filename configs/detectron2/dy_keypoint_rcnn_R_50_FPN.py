@@ -1,0 +1,11 @@
+# Step 1: the cascade of two Keypoint R-CNN R-50-FPN, 1x. Step 2: --step router.
+from detectron2 import model_zoo
+
+from dynamicdet_detectron2 import make_dynamic
+
+_zoo = model_zoo.get_config('COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.py')
+dataloader, optimizer, lr_multiplier, train = (
+    _zoo[name] for name in ('dataloader', 'optimizer', 'lr_multiplier', 'train')
+)
+model = make_dynamic(_zoo.model)
+train.output_dir = 'work_dirs/detectron2/dy_keypoint_rcnn_R_50_FPN'

@@ -1,0 +1,48 @@
+"""From a yaml config and a checkpoint to a detector that can be used."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+
+from dynamicdet.errors import UsageError
+
+from .checkpointer import DynamicCheckpointer
+from .config import add_dynamicdet_config, merge_config_file
+from .data import register_digits
+from .dynamic_detector import DynamicDetector
+
+
+def read_config(path: str, options: Sequence[str] = ()) -> Any:
+    """A yaml config, frozen, with settings that override its own.
+
+    Args:
+        path (str): The file.
+        options (Sequence[str]): Names and values in turn, as Detectron2's tools take them.
+    """
+    register_digits()
+    cfg = get_cfg()
+    add_dynamicdet_config(cfg)
+    merge_config_file(cfg, path)
+    cfg.merge_from_list(list(options))
+    cfg.freeze()
+    return cfg
+
+
+def load_model(
+    config: str, checkpoint: str, options: Sequence[str] = ()
+) -> tuple[Any, DynamicDetector]:
+    """A config and its detector with a checkpoint's weights, in eval mode.
+
+    Raises:
+        UsageError: If the config is of a plain detector, or the file does not fit.
+    """
+    cfg = read_config(config, options)
+    model = build_model(cfg)
+    if not isinstance(model, DynamicDetector):
+        raise UsageError(
+            f"'{config}' is of a plain {type(model).__name__}: a dynamic detector is wanted"
+        )
+    DynamicCheckpointer(model).load(checkpoint)
+    return cfg, model.eval()
