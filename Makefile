@@ -22,7 +22,14 @@ ifneq ($(shell cat $(READY) 2>/dev/null),$(CURDIR))
 .PHONY: $(READY)
 endif
 
-.PHONY: help setup demo lint test benchmark clean
+# The Detectron2 side has an environment of its own, without OpenMMLab's packages.
+VENV_D2 := $(CURDIR)/.venv-detectron2
+READY_D2 := .venv-detectron2/.ready
+ifneq ($(shell cat $(READY_D2) 2>/dev/null),$(CURDIR))
+.PHONY: $(READY_D2)
+endif
+
+.PHONY: help setup demo lint test test-detectron2 benchmark clean
 
 help:
 	@cat <<-'EOF'
@@ -30,6 +37,8 @@ help:
 	make demo       setup, then the main job on the built-in data set; report in work_dirs/demo/report
 	make lint       setup, then ruff and codespell
 	make test       setup, then lint and the tests
+	make test-detectron2
+	                virtual environment in .venv-detectron2 with Detectron2 0.6, then the tests of that side
 	make benchmark  setup, then the benchmark
 	make clean      remove .venv and build outputs; work_dirs and pip's cache stay
 	EOF
@@ -47,11 +56,14 @@ lint: $(READY)
 test: $(READY) lint
 	@"$(PY)" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
+test-detectron2: $(READY_D2)
+	@OMP_NUM_THREADS=1 "$(VENV_D2)/bin/python" -m pytest -q tests_detectron2 -c tests_detectron2/pytest.ini $(ARGS)
+
 benchmark: $(READY)
 	@"$(PY)" tools/benchmark.py $(ARGS)
 
 clean:
-	@rm -rf .venv build dist .pytest_cache projects/*.egg-info
+	@rm -rf .venv .venv-detectron2 build dist .pytest_cache projects/*.egg-info
 	find projects tools tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Run on every kind of device that this torch can use: fails if pip's wheel was built for another torch.
@@ -146,5 +158,68 @@ $(READY): Makefile setup.py setup.cfg $(wildcard requirements/*.txt)
 	  run "$$CHECK_OPS" || fail
 	fi
 	run 'import mmdet, importlib.util, sys; sys.exit(importlib.util.find_spec("dynamicdet") is None)' || fail
+	took
+	echo "$(CURDIR)" > $@
+
+# Detectron2 is in no package index under its own name. This package is the Python of its version 0.6, file by file; what
+# it lacks is the extension, in whose place is an empty module. It is unpacked, not installed: it asks for old packages.
+define IMPORT_D2
+import detectron2, torchvision, importlib.util, sys
+from detectron2 import model_zoo
+import dynamicdet_detectron2
+absent = [name for name in ('mmdet', 'mmcv', 'mmengine') if importlib.util.find_spec(name)]
+sys.exit(f'{absent} should not be here' if absent else 0)
+endef
+export IMPORT_D2
+
+$(READY_D2): Makefile setup.py setup.cfg requirements/runtime.txt requirements/detectron2.txt requirements/constraints-detectron2.txt
+	@stop() { echo "$$@" >&2; exit 1; }
+	base=
+	for candidate in $(PYTHON); do
+	  "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || continue
+	  base=$$candidate; break
+	done
+	[ -n "$$base" ] || stop "Python 3.11 with its venv module is needed and was not found; name it: make PYTHON=/path/to/python3.11"
+	if command -v flock >/dev/null; then
+	  exec 9<requirements/detectron2.txt
+	  flock -n 9 || { echo "Another set-up is running here; waiting for it."; flock 9; }
+	  if [ "$$(cat $@ 2>/dev/null)" = "$(CURDIR)" ] &&
+	     [ -z "$$(find $^ -newer $@ 2>/dev/null)" ]; then exit; fi
+	fi
+	rm -f $@
+	python="$(VENV_D2)/bin/python" log="$(VENV_D2)/setup.log"
+	fail() { tail -n 30 "$$log" >&2; stop "Set-up failed at: $$doing. Above is the end of $$log."; }
+	step() { doing=$$1; SECONDS=0; echo "-- $$1"; }
+	took() { echo "   done in $$((SECONDS / 60)) min $$((SECONDS % 60)) s"; }
+	install() {
+	  "$$python" -m pip install --no-input -c requirements/constraints-detectron2.txt "$$@" 2>&1 | tee -a "$$log" |
+	    while IFS= read -r line; do
+	      if [[ $$line =~ Downloading\ .*[0-9]\ [MG]B ]]; then echo "   $${BASH_REMATCH[0]})"; fi
+	    done
+	}
+	step "virtual environment in .venv-detectron2, from $$(command -v "$$base")"
+	"$$python" -m pip --version 2>/dev/null | grep -qF "$(VENV_D2)/" || "$$base" -m venv --clear "$(VENV_D2)" ||
+	  stop "Set-up failed at: $$doing"
+	: > "$$log"
+	took
+	step "PyTorch, torchvision and the other libraries: 5.5 GB, about three minutes"
+	install 'setuptools<81' wheel || fail
+	install -r requirements/runtime.txt -r requirements/detectron2.txt || fail
+	took
+	step "Detectron2 0.6, without its extension"
+	rm -rf "$(VENV_D2)/detectron2-0.6"
+	mkdir "$(VENV_D2)/detectron2-0.6"
+	"$$python" -m pip download --no-input --no-deps --no-build-isolation --no-binary :all: \
+	  -d "$(VENV_D2)/detectron2-0.6" pb1-detectron2==0.6 >>"$$log" 2>&1 || fail
+	tar xzf "$(VENV_D2)"/detectron2-0.6/*.tar.gz -C "$(VENV_D2)/detectron2-0.6" --strip-components 1 --wildcards '*/detectron2/*' || fail
+	: > "$(VENV_D2)/detectron2-0.6/detectron2/_C.py"
+	packages=$$("$$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+	echo "$(VENV_D2)/detectron2-0.6" > "$$packages/detectron2.pth"
+	took
+	step "this package"
+	install --no-deps --no-build-isolation -e . || fail
+	took
+	step "check: everything loads"
+	"$$python" -c "$$IMPORT_D2" >>"$$log" 2>&1 || fail
 	took
 	echo "$(CURDIR)" > $@

@@ -12,6 +12,7 @@ import pytest
 import torch
 from detectron2 import model_zoo
 from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
 from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks
 
 import dynamicdet_detectron2 as project
@@ -37,10 +38,11 @@ SMALL = """
     MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS (8,) MODEL.ROI_HEADS.NUM_CLASSES 4
     MODEL.RETINANET.NUM_CLASSES 4 MODEL.RETINANET.NUM_CONVS 1 MODEL.SEM_SEG_HEAD.CONVS_DIM 8
     MODEL.SEM_SEG_HEAD.NUM_CLASSES 5 MODEL.SEM_SEG_HEAD.NORM '' TEST.DETECTIONS_PER_IMAGE 10
-    MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0 MODEL.RETINANET.SCORE_THRESH_TEST 0.0 MODEL.RPN.PRE_NMS_TOPK_TRAIN 50
-    MODEL.RPN.PRE_NMS_TOPK_TEST 50 MODEL.RPN.POST_NMS_TOPK_TRAIN 30 MODEL.RPN.POST_NMS_TOPK_TEST 20
-    MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 32
-    MODEL.RETINANET.TOPK_CANDIDATES_TEST 20 MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS 5
+    MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0 MODEL.RETINANET.SCORE_THRESH_TEST 0.0
+    MODEL.RPN.PRE_NMS_TOPK_TRAIN 50 MODEL.RPN.PRE_NMS_TOPK_TEST 50
+    MODEL.RPN.POST_NMS_TOPK_TRAIN 30 MODEL.RPN.POST_NMS_TOPK_TEST 20
+    MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 32 MODEL.RETINANET.TOPK_CANDIDATES_TEST 20
+    MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS 5
 """.split()
 
 
@@ -69,7 +71,7 @@ def small_fcos():
     model.backbone.out_channels = 16
     model.num_classes = 4
     model.head.conv_dims = [16]
-    model.head.input_shape[0].channels = 16
+    model.head.input_shape = [ShapeSpec(channels=16)] * 5
     model.test_score_thresh = 0.0
     model.test_topk_candidates = 20
     model.max_detections_per_image = 10

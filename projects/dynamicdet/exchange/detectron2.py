@@ -9,6 +9,7 @@ linear layer.
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -125,3 +126,27 @@ def convert_dynamic(state: Mapping[str, Tensor], to: str) -> dict[str, Tensor]:
         raise UsageError(
             f'{error}; Faster, Mask and Cascade R-CNN with ResNet and FPN are converted'
         ) from None
+
+
+def convert_checkpoint(content: Mapping[str, Any], to: str) -> dict[str, Any]:
+    """A checkpoint of a trained dynamic detector in the form of the other framework.
+
+    What lies beside the weights and is no training's own, ``meta``, ``calibration``, goes with
+    them; optimizers and counters do not.
+
+    Args:
+        content (Mapping): Of the file, as `reading.read_content` gives it.
+        to (str): 'mmdet' or 'detectron2'.
+
+    Raises:
+        UsageError: As `convert_dynamic`.
+    """
+    held = content.get('model', content.get('state_dict', content))
+    state = {key: value for key, value in held.items() if isinstance(value, Tensor)}
+    converted = convert_dynamic(state, to)
+    meta = dict(content.get('meta') or {})
+    if 'calibration' in content:
+        meta['calibration'] = content['calibration']
+    if to == 'mmdet':
+        return dict(state_dict=converted, meta=meta)
+    return dict(model=converted, meta=meta)

@@ -47,7 +47,7 @@ def require_mmdet(keys: Iterable[str]) -> None:
     """Raise a `UsageError` if a checkpoint is of Detectron2, where one of MMDetection is wanted."""
     if framework_of(keys) == 'detectron2':
         raise UsageError(
-            "this checkpoint is Detectron2's, and one of MMDetection is wanted: convert a dynamic one "
-            'by tools/detectron2/convert_checkpoint.py CHECKPOINT --to mmdet --out FILE, one of the '
-            'model zoo by tools/convert_checkpoint.py --from detectron2'
+            "this checkpoint is Detectron2's, and one of MMDetection is wanted: convert one that "
+            'is dynamic by tools/detectron2/convert_checkpoint.py CHECKPOINT --to mmdet --out '
+            'FILE, one of the model zoo by tools/convert_checkpoint.py --from detectron2'
         )
