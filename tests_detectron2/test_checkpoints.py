@@ -139,7 +139,7 @@ def test_nothing_in_a_file_is_executed(name, tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(pickle.dumps(content))
     else:
         torch.save(content, tmp_path / name)
-    with pytest.raises(UsageError, match='cannot be read safely'):
+    with pytest.raises(UsageError, match='is no checkpoint that can be read safely'):
         load(build('faster'), tmp_path / name)
     assert not (tmp_path / 'executed').exists()
 

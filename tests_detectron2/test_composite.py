@@ -4,7 +4,7 @@ import pytest
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import BasicStem, ResNet
-from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
+from detectron2.modeling.backbone.regnet import AnyNet, ResBottleneckBlock, SimpleStem
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 
 from dynamicdet.errors import UsageError
@@ -29,16 +29,17 @@ def resnet(block=BottleneckBlock, out_features=('res2', 'res3', 'res4', 'res5'),
 
 
 def regnet(out_features=('s1', 's2', 's3', 's4')):
-    return RegNet(
+    return AnyNet(
         stem_class=SimpleStem,
         stem_width=8,
         block_class=ResBottleneckBlock,
-        depth=5,
-        w_a=20,
-        w_0=16,
-        w_m=2.2,
-        group_width=8,
+        depths=[1, 2, 1, 1],
+        widths=[16, 24, 32, 40],
+        group_widths=[8] * 4,
+        strides=[2] * 4,
+        bottleneck_ratios=[1.0] * 4,
         se_ratio=0.25,
+        activation_class=torch.nn.ReLU,
         norm='BN',
         out_features=list(out_features),
     )

@@ -55,13 +55,9 @@ def test_yaml_configs_build(path):
 def test_lazy_configs_build(path):
     cfg = load_config(str(path))
     assert Path(cfg.train.output_dir).name == path.stem
-    if 'regnet' in path.name:
-        net = cfg.model.detector.stock.backbone.bottom_up
-        net.depth, net.w_0 = 4, 24
-        net.group_width = 8
-    else:
-        depth = 'depth' in cfg.model.detector.stock.backbone.bottom_up.stages
-        assert depth
+    if 'fcos' in path.name:
+        # See `small_fcos`.
+        cfg.model.detector.stock.head.norm = ''
     model = instantiate(cfg.model)
     assert isinstance(model, DynamicDetector)
 
@@ -75,11 +71,6 @@ def tool(name, *arguments):
         timeout=300,
     )
     return done.returncode, done.stdout, done.stderr
-
-
-def test_a_tool_says_what_is_wrong_in_one_line(tmp_path):
-    code, _, error = tool('train_net', '--config-file', tmp_path / 'none.yaml')
-    assert code == 2 and error.strip().splitlines()[-1].startswith('error: there is no config at')
 
 
 def test_versions_that_were_tested():

@@ -81,13 +81,14 @@ def test_step_2_changes_nothing_but_the_router(trained):
     changed = {
         key
         for key, value in second.items()
-        if value.shape != first[key].shape or not torch.equal(value, first[key])
+        if value.shape != first[key].shape
+        or not torch.allclose(value.float(), first[key].float(), 0, 0, equal_nan=True)
     }
     assert {'router.mean', 'router.fc1.weight', 'delta'} <= changed
     assert all(key.startswith('router.') or key == 'delta' for key in changed)
     assert second['delta'].isfinite()
     log = [json.loads(line) for line in (trained / 'router/metrics.json').read_text().splitlines()]
-    assert {'loss_router', 'router/difficulty', 'router/delta'} <= log[-1].keys()
+    assert {'loss_router', 'router/difficulty', 'router/delta'} <= {*log[-1], *log[-2]}
 
 
 def test_a_resumed_step_2_is_the_same_run(trained, tmp_path):
@@ -173,6 +174,7 @@ def test_a_report(trained, tmp_path):
 
 LAZY = """
 from detectron2 import model_zoo
+from detectron2.layers import ShapeSpec
 from dynamicdet_detectron2 import make_dynamic
 _zoo = model_zoo.get_config('COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py')
 dataloader, optimizer, lr_multiplier, train = (
@@ -185,10 +187,10 @@ stock.backbone.out_channels = 16
 stock.proposal_generator.head.in_channels = 16
 stock.proposal_generator.post_nms_topk = (20, 10)
 stock.roi_heads.num_classes = 10
-stock.roi_heads.box_head.input_shape.channels = 16
+stock.roi_heads.box_head.input_shape = ShapeSpec(channels=16, height=7, width=7)
 stock.roi_heads.box_head.fc_dims = [16]
-stock.roi_heads.box_predictor.input_shape.channels = 16
-stock.roi_heads.mask_head.input_shape.channels = 16
+stock.roi_heads.box_predictor.input_shape = ShapeSpec(channels=16)
+stock.roi_heads.mask_head.input_shape = ShapeSpec(channels=16, height=14, width=14)
 stock.roi_heads.mask_head.conv_dims = [8, 8]
 dataloader.train.dataset.names = dataloader.test.dataset.names = 'tiny_train'
 dataloader.train.mapper.augmentations = dataloader.test.mapper.augmentations = []
@@ -227,9 +229,10 @@ def test_both_steps_by_lazy_config(data, tmp_path):
     changed = {
         key
         for key in first
-        if not torch.equal(first[key], second[key]) and not first[key].isnan().all()
+        if first[key].shape == second[key].shape
+        and not torch.allclose(first[key].float(), second[key].float(), 0, 0, equal_nan=True)
     }
-    assert changed and all(key.startswith('router.') for key in changed)
+    assert changed and all(key.startswith('router.') or key == 'delta' for key in changed)
     cfg.model.train_router = False
     cfg.train.init_checkpoint = str(tmp_path / 'out/router/model_final.pth')
     lazy.set_config_budget(cfg, threshold=1.0)

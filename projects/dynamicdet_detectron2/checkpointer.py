@@ -1,18 +1,23 @@
 """Checkpoints of plain and dynamic detectors, read without being executed."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from torch import Tensor
 
-from dynamicdet.cascade.weights import fit_weights, is_plain
-from dynamicdet.errors import UsageError
+from dynamicdet.cascade.composite import ORDINALS
+from dynamicdet.cascade.weights import fit_weights
+from dynamicdet.errors import UsageError, reason_of
 from dynamicdet.exchange.origin import require_detectron2
 from dynamicdet.exchange.reading import read_content
 
 from .dynamic_detector import DynamicDetector
+
+#: Ends of names.
+_UNNEEDED = ('num_batches_tracked', 'pixel_mean', 'pixel_std')
 
 
 class DynamicCheckpointer(DetectionCheckpointer):
@@ -27,11 +32,25 @@ class DynamicCheckpointer(DetectionCheckpointer):
         Raises:
             UsageError: If the file cannot be read safely, or is of another architecture.
         """
+        if path and '://' not in path and not Path(path.partition('?')[0]).is_file():
+            raise UsageError(f"there is no checkpoint at '{path}'")
+        self._guesses = 'matching_heuristics=True' in path
         try:
             return super().load(path, *args, **kwargs)
         except UsageError as error:
-            self._parsed_url_during_load = None
-            raise UsageError(f"'{path}': {error}") from None
+            said = str(error)
+            raise UsageError(said if 'checkpoint' in said[:99] else f"'{path}': {said}") from None
+        except OSError as error:
+            if '://' not in path:
+                raise
+            raise UsageError(
+                f"'{path}' cannot be downloaded: {reason_of(error)}; where there is no network, "
+                'give the path of a file that was downloaded elsewhere'
+            ) from None
+        finally:
+            # Of Detectron2's main alone; left over where loading fails.
+            if hasattr(self, '_parsed_url_during_load'):
+                self._parsed_url_during_load = None
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         content = read_content(filename)
@@ -45,11 +64,7 @@ class DynamicCheckpointer(DetectionCheckpointer):
             content = dict(model=weights, matching_heuristics=caffe2)
             if caffe2:
                 content['__author__'] = 'Caffe2'
-        if self._parsed_url_during_load is not None:
-            content['matching_heuristics'] = (
-                content.get('matching_heuristics', False)
-                or 'matching_heuristics=True' in self._parsed_url_during_load.query
-            )
+        content['matching_heuristics'] = content.get('matching_heuristics') or self._guesses
         return content
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
@@ -66,19 +81,11 @@ class DynamicCheckpointer(DetectionCheckpointer):
         if guessed:
             caffe2 = checkpoint.get('__author__') == 'Caffe2'
             state = align_and_update_state_dicts(model.as_plain(), state, c2_conversion=caffe2)
-        # Frozen norms count no batches, and anchors follow from the config.
-        known = model.spread_plain_weights(state) if is_plain(state) else state
-        here = set(model.state_dict())
-        unneeded = ('num_batches_tracked', 'pixel_mean', 'pixel_std')
-        known = {
-            key: value
-            for key, value in known.items()
-            if key in here or not (key.endswith(unneeded) or 'anchor_generator.' in key)
-        }
+        state = _without_unneeded(model, state)
+        known = model.spread_plain_weights(state)
         _require_same_architecture(model, known, guessed)
-        fitted, line = fit_weights(model, known)
-        plain = is_plain(state)
-        self.logger.info(line if not plain else line.replace('a checkpoint', 'a plain detector', 1))
+        fitted, line = fit_weights(model, state)
+        self.logger.info(line)
         incompatible = super()._load_model(dict(model=_loadable(model, fitted)))
         # The model's own entries stood in for what is missing.
         model.has_cascade = not model.needs_step_one or any(
@@ -94,6 +101,19 @@ def _loadable(model: DynamicDetector, state: dict[str, Tensor]) -> dict[str, Ten
     return state
 
 
+def _without_unneeded(model: DynamicDetector, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out what has no place in a detector and needs none: what counts the batches of norms,
+    where norms are frozen; what follows from the config."""
+    own = model.state_dict()
+    homeless = {key for key in model.spread_plain_weights(state) if key not in own}
+    return {
+        key: value
+        for key, value in state.items()
+        if key not in homeless
+        or not (key.endswith(_UNNEEDED) or 'anchor_generator.cell_anchors' in key)
+    }
+
+
 def _require_same_architecture(
     model: DynamicDetector, state: Mapping[str, Tensor], guessed: bool
 ) -> None:
@@ -106,18 +126,21 @@ def _require_same_architecture(
             beside the backbone, such as a classifier, is then no sign of another detector.
     """
     own = model.state_dict()
-    backbone = [key for key in state if key.startswith('backbone.')]
+    backbones = (*(f'backbone.{name}.' for name in ORDINALS), model.plain_prefix)
+    backbone = [key for key in state if key.startswith(backbones)]
     missing = [
         key
         for key in own
         if key.startswith('backbone.first.') and _is_weight(key, own) and key not in state
     ]
     foreign = [key for key in backbone if key not in own or own[key].shape != state[key].shape]
-    heads = [key for key in state if not key.startswith('backbone.')]
-    homeless = [key for key in heads if key not in own]
+    homeless = [key for key in state if key not in own and not key.startswith(backbones)]
+    heads = [key for key in own if key.startswith('branches.0.') and '.backbone.' not in key]
+    unfilled = [key for key in heads if key not in state]
+    other_heads = not guessed and homeless and 2 * len(unfilled) > len(heads)
     others = (
         ('of another backbone', foreign or missing),
-        ('of other heads', homeless if not guessed and 2 * len(homeless) > len(heads) else []),
+        ('of other heads', homeless if other_heads else []),
     )
     for what, keys in others:
         if keys:

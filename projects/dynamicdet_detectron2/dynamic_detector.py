@@ -121,8 +121,10 @@ class DynamicDetector(KeepsTypeOfBuffers, RouterTraining, CalibrationState, nn.M
             stock = detector['stock']
             detector = lambda: instantiate(stock)
         branches, nets = [], []
+        #: What names of the backbone begin with in a plain detector's checkpoints.
+        self.plain_prefix = ''
         for _ in range(backbones):
-            branch, net, self._plain_prefix = split_detector(detector)
+            branch, net, self.plain_prefix = split_detector(detector)
             branches.append(branch)
             nets.append(net)
         while not shared and len(branches) < self.num_exits:
@@ -199,8 +201,8 @@ class DynamicDetector(KeepsTypeOfBuffers, RouterTraining, CalibrationState, nn.M
             return dict(state_dict)
         known, spread = set(self.state_dict()), {}
         for key, value in state_dict.items():
-            if key.startswith(self._plain_prefix):
-                rest = key[len(self._plain_prefix) :]
+            if key.startswith(self.plain_prefix):
+                rest = key[len(self.plain_prefix) :]
                 targets = [f'backbone.{name}.{rest}' for name in self.backbone.names]
             else:
                 targets = [f'branches.{index}.{key}' for index in range(len(self.branches))]
@@ -211,7 +213,7 @@ class DynamicDetector(KeepsTypeOfBuffers, RouterTraining, CalibrationState, nn.M
         """The entries of exit 0 under the names that a plain detector's have."""
         plain = {}
         for key, value in self.state_dict().items():
-            for own, theirs in (('backbone.first.', self._plain_prefix), ('branches.0.', '')):
+            for own, theirs in (('backbone.first.', self.plain_prefix), ('branches.0.', '')):
                 if key.startswith(own):
                     plain[theirs + key[len(own) :]] = value
         return plain

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from detectron2.config import LazyCall
 from detectron2.solver import WarmupParamScheduler, get_default_optimizer_params
-from fvcore.common.param_scheduler import ConstantParamScheduler
+from fvcore.common.param_scheduler import MultiStepParamScheduler
 
 from dynamicdet.errors import UsageError
 from dynamicdet.routing.budget import Budget
@@ -74,9 +74,11 @@ def take_router_step(cfg: Any, weights: str | None = None) -> None:
         weight_decay=numbers['weight_decay'],
     )
     cfg.lr_multiplier = LazyCall(WarmupParamScheduler)(
-        scheduler=LazyCall(ConstantParamScheduler)(value=1.0),
+        scheduler=LazyCall(MultiStepParamScheduler)(
+            values=[1.0, 1.0], milestones=[numbers['max_iter']], num_updates=numbers['max_iter']
+        ),
         warmup_factor=0.001,
-        warmup_length=min(1.0, numbers['warmup'] / numbers['max_iter']),
+        warmup_length=min(0.999, numbers['warmup'] / numbers['max_iter']),
     )
 
 

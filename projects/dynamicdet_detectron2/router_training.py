@@ -47,7 +47,7 @@ class RouterTraining(RouterLearning):
         images, branch = inputs.images, self.branch(exit)
         maps = {name: values[row : row + 1] for name, values in images.tensor.items()}
         image = inputs[row]
-        if 'sem_seg' in image:
+        if 'sem_seg' in image and hasattr(branch, 'sem_seg_head'):
             ignored = branch.sem_seg_head.ignore_value
             image = padded_labels(image, self.input_shape(exit, images), ignored)
         one_image = ExitImages(maps, images.image_sizes[row : row + 1])
