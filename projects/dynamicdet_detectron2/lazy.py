@@ -74,8 +74,9 @@ def take_router_step(cfg: Any, weights: str | None = None) -> None:
         weight_decay=numbers['weight_decay'],
     )
     cfg.lr_multiplier = LazyCall(WarmupParamScheduler)(
+        # Constant; Detectron2 asks for one step beyond the last.
         scheduler=LazyCall(MultiStepParamScheduler)(
-            values=[1.0, 1.0], milestones=[numbers['max_iter']], num_updates=numbers['max_iter']
+            values=[1.0, 1.0], milestones=[numbers['max_iter']], num_updates=numbers['max_iter'] + 1
         ),
         warmup_factor=0.001,
         warmup_length=min(0.999, numbers['warmup'] / numbers['max_iter']),
