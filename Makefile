@@ -162,7 +162,7 @@ $(READY): Makefile setup.py setup.cfg $(wildcard requirements/*.txt)
 	echo "$(CURDIR)" > $@
 
 # Detectron2 is in no package index under its own name. This package is the Python of its version 0.6, file by file; what
-# it lacks is the extension, in whose place is an empty module. It is unpacked, not installed: it asks for old packages.
+# it lacks is the extension, in whose place is a module that says so. It is unpacked, not installed: it asks for old packages.
 define IMPORT_D2
 import detectron2, torchvision, importlib.util, sys
 from detectron2 import model_zoo
@@ -212,7 +212,7 @@ $(READY_D2): Makefile setup.py setup.cfg requirements/runtime.txt requirements/d
 	"$$python" -m pip download --no-input --no-deps --no-build-isolation --no-binary :all: \
 	  -d "$(VENV_D2)/detectron2-0.6" pb1-detectron2==0.6 >>"$$log" 2>&1 || fail
 	tar xzf "$(VENV_D2)"/detectron2-0.6/*.tar.gz -C "$(VENV_D2)/detectron2-0.6" --strip-components 1 --wildcards '*/detectron2/*' || fail
-	: > "$(VENV_D2)/detectron2-0.6/detectron2/_C.py"
+	echo 'get_compiler_version = get_cuda_version = lambda: "no extension"' > "$(VENV_D2)/detectron2-0.6/detectron2/_C.py"
 	packages=$$("$$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 	echo "$(VENV_D2)/detectron2-0.6" > "$$packages/detectron2.pth"
 	took
