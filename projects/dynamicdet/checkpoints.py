@@ -14,6 +14,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 
 from .errors import UsageError
+from .exchange.origin import require_mmdet
 from .exchange.writing import write_checkpoint  # noqa: F401  (one room reads and writes)
 from .stand_ins import StandIn, as_text, asked_classes, read_with_stand_ins, why_unread
 
@@ -175,6 +176,12 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         raise UsageError(
             f"'{path}' is no checkpoint that can be read safely: {why_unread(error)}"
         ) from None
+    if isinstance(checkpoint, dict) and isinstance(checkpoint.get('model'), dict):
+        # Where others have a `state_dict`, Detectron2 has this.
+        try:
+            require_mmdet(checkpoint['model'])
+        except UsageError as error:
+            raise UsageError(f"'{path}': {error}") from None
     state = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else None
     if (
         not isinstance(state, dict)

@@ -30,6 +30,7 @@ from ..cascade.calibration_state import CalibrationState
 from ..cascade.resolution import Ratio, exit_scales, reduce_images
 from ..cascade.weights import JOINED, is_plain, rename_entries
 from ..errors import UsageError
+from ..exchange.origin import require_mmdet
 from ..precision import KeepsTypeOfBuffers
 from ..routing import GAINS, build_objective
 from ..routing.budget import Budget
@@ -248,8 +249,9 @@ class DynamicDetector(
         their name, so that whoever loads names them.
 
         Raises:
-            UsageError: If it is of one plain detector, and the exits are several.
+            UsageError: If it is of one plain detector, and the exits are several; or of Detectron2.
         """
+        require_mmdet(state_dict)
         if self.regions is None:
             # Where whole images are seen, what was fitted to regions is not needed.
             state_dict = {
