@@ -264,3 +264,51 @@ def test_the_command_line(trained, tmp_path):
     )  # fmt: skip
     assert code == 2
     assert error.strip().splitlines()[-1].startswith("error: step 2 starts from step 1's result")
+
+
+def zeros(state, prefix='backbone.'):
+    """Share of zeros in convolutions."""
+    kept = [
+        value
+        for key, value in state.items()
+        if key.startswith(prefix) and value.ndim == 4 and 'connections' not in key
+    ]
+    return sum((value == 0).sum() for value in kept) / sum(value.numel() for value in kept)
+
+
+@pytest.mark.parametrize('score', ['magnitude', 'activation', 'gradient'])
+def test_pruning_while_training_and_resumed(score, data, tmp_path):
+    block = dict(
+        name='nets', modules=['backbone.first', 'backbone.second'], target=0.5, score=score
+    )
+    options = ('SOLVER.PRUNING.BLOCKS', [block], 'SOLVER.PRUNING.SCHEDULE', 'iterative')
+    options += ('SOLVER.PRUNING.START', 1, 'SOLVER.PRUNING.END', 3)
+    train(config(tmp_path, *options))
+    whole = weights_of(tmp_path / 'model_final.pth')
+    assert zeros(whole) == pytest.approx(0.5, abs=0.01)
+    # Stopped after two iterations.
+    half = weights_of(tmp_path / 'model_0000001.pth')
+    assert 0.2 < zeros(half) < 0.45
+    (tmp_path / 'last_checkpoint').write_text('model_0000001.pth')
+    trainer = train(config(tmp_path, *options), resume=True)
+    again = weights_of(tmp_path / 'model_final.pth')
+    assert trainer.start_iter == 2 and zeros(again) == pytest.approx(0.5, abs=0.01)
+    # What was pruned stays so.
+    for key, value in half.items():
+        if key.endswith('weight') and value.ndim == 4 and 'connections' not in key:
+            assert (again[key][value == 0] == 0).all()
+
+
+def test_pruning_that_cannot_be(trained, tmp_path):
+    block = dict(name='nets', modules=['backbone'], target=0.5)
+    options = ('SOLVER.PRUNING.BLOCKS', [block])
+    start = str(trained / 'model_final.pth')
+    trainer = DynamicTrainer(config(tmp_path, *options, step='router', weights=start))
+    with pytest.raises(UsageError, match='trains a router alone'):
+        trainer._hooks[0].before_train()
+    trainer = DynamicTrainer(config(tmp_path, *options, 'SOLVER.PRUNING.START', 9))
+    with pytest.raises(UsageError, match='the target would not be reached'):
+        trainer._hooks[0].before_train()
+    wrong = ('SOLVER.PRUNING.BLOCKS', [dict(block, share=0.5)])
+    with pytest.raises(UsageError, match='unknown or missing in a block: share'):
+        DynamicTrainer(config(tmp_path, *wrong))

@@ -10,12 +10,14 @@ from .config import add_dynamicdet_config, take_router_step
 from .dynamic_detector import DynamicDetector
 from .lazy import make_dynamic
 from .narrow_resnet import build_narrow_resnet_fpn_backbone
+from .pruning_hook import PruningHook
 from .router_hook import RouterHook
 
 __all__ = [
     'CompositeBottomUp',
     'DynamicCheckpointer',
     'DynamicDetector',
+    'PruningHook',
     'RouterHook',
     'add_dynamicdet_config',
     'build_narrow_resnet_fpn_backbone',

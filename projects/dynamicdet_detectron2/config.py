@@ -64,6 +64,15 @@ def add_dynamicdet_config(cfg: CfgNode) -> None:
     # 'exact' passes once over the training set; 'online' goes by the last 10,000 images seen.
     router.DELTA = 'exact'
 
+    # Pruning while step 1 trains, see `PruningHook`: a list of dicts such as
+    # {'name': 'backbones', 'modules': ['backbone'], 'target': 0.3}.
+    pruning = cfg.SOLVER.PRUNING = CfgNode()
+    pruning.BLOCKS = []
+    pruning.SCHEDULE = 'one_shot'
+    pruning.START = 0
+    pruning.END = None
+    pruning.INTERVAL = 1
+
 
 def merge_config_file(cfg: CfgNode, path: str) -> None:
     """Merge a yaml file into a config that `add_dynamicdet_config` was called on.

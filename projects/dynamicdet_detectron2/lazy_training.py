@@ -16,6 +16,7 @@ from dynamicdet.errors import UsageError, reason_of
 
 from .checkpointer import DynamicCheckpointer
 from .data import every_image
+from .pruning_hook import PruningHook
 from .router_hook import RouterHook
 from .trainer import ExitEvaluator
 
@@ -67,7 +68,8 @@ def train(cfg: Any, resume: bool = False) -> None:
 
     Args:
         cfg (DictConfig): With ``model``, ``optimizer``, ``lr_multiplier``, ``dataloader`` and
-            ``train``, as Detectron2's lazy configs have them.
+            ``train``, as Detectron2's lazy configs have them; ``pruning``, a dict, has arguments of
+            `PruningHook`.
         resume (bool): Whether to go on from the last checkpoint. Defaults to False.
     """
     model = instantiate(cfg.model)
@@ -86,6 +88,7 @@ def train(cfg: Any, resume: bool = False) -> None:
     trainer.register_hooks(
         [
             router_hook,
+            PruningHook(**cfg.pruning) if 'pruning' in cfg else None,
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if writes else None,

@@ -23,6 +23,7 @@ from dynamicdet.errors import UsageError
 
 from .checkpointer import DynamicCheckpointer
 from .data import every_training_image
+from .pruning_hook import PruningHook
 from .router_hook import RouterHook
 
 
@@ -40,6 +41,9 @@ class DynamicTrainer(DefaultTrainer):
         if dynamic is not None and dynamic.TRAIN_ROUTER:
             delta, cfg = self.cfg.SOLVER.ROUTER.DELTA, self.cfg
             hooks.insert(0, RouterHook(lambda: every_training_image(cfg), delta))
+        if dynamic is not None and len(self.cfg.SOLVER.PRUNING.BLOCKS):
+            settings = self.cfg.SOLVER.PRUNING
+            hooks.insert(0, PruningHook(**{name.lower(): settings[name] for name in settings}))
         return hooks
 
     def resume_or_load(self, resume: bool = True) -> None:
