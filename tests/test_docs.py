@@ -224,7 +224,7 @@ def test_pages_make_what_they_train_on(tmp_path):
 @pytest.mark.parametrize('page', USER_PAGES, ids=name_of)
 def test_what_pages_import_exists(page):
     for module, names in re.findall(
-        r'^ *from (dynamicdet[\w.]*) import ([\w, ]+)$', page.read_text(), re.M
+        r'^ *from (dynamicdet(?:\.\w+)*) import ([\w, ]+)$', page.read_text(), re.M
     ):
         for name in names.split(','):
             assert hasattr(importlib.import_module(module), name.strip()), f'{module}: {name}'
@@ -264,7 +264,7 @@ IMPORTS = [
     (page.name, module, names)
     for page in USER_PAGES
     for module, names in re.findall(
-        r'^ *from (dynamicdet[\w.]*) import ([\w, ]+)$', page.read_text(), re.MULTILINE
+        r'^ *from (dynamicdet(?:\.\w+)*) import ([\w, ]+)$', page.read_text(), re.MULTILINE
     )
 ]
 

@@ -1,6 +1,7 @@
 """Zoo files, own checkpoints, and those that are refused."""
 
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -163,3 +164,55 @@ def test_a_saved_detector_detects_the_same(tmp_path):
             results.append(detector(images()))
         for one, other in zip(*results):
             assert torch.equal(one['instances'].scores, other['instances'].scores)
+
+
+def caffe2_name(key):
+    """Detectron's name of a ResNet's entry, as in the files that the zoo's trainings start from."""
+    key = key.replace('stem.conv1.norm', 'res_conv1_bn').replace('stem.conv1', 'conv1')
+    key = re.sub(r'res(\d)\.(\d+)\.shortcut', r'res\1_\2_branch1', key)
+    key = re.sub(
+        r'res(\d)\.(\d+)\.conv(\d)',
+        lambda match: f'res{match[1]}_{match[2]}_branch2{" abc"[int(match[3])]}',
+        key,
+    )
+    for theirs, ours in (
+        ('.norm.weight', '_bn_s'),
+        ('.norm.bias', '_bn_b'),
+        ('_bn.weight', '_bn_s'),
+        ('_bn.bias', '_bn_b'),
+        ('.weight', '_w'),
+    ):
+        key = key.replace(theirs, ours)
+    return key
+
+
+def test_a_caffe2_backbone_fills_both_backbones(tmp_path):
+    backbone = build('faster', dynamic=False).backbone.bottom_up.state_dict()
+    arrays = {
+        caffe2_name(key): value.numpy()
+        for key, value in backbone.items()
+        if not key.endswith(('running_mean', 'running_var'))
+    }
+    assert {'conv1_w', 'res_conv1_bn_s', 'res2_0_branch1_w', 'res5_2_branch2c_bn_b'} <= set(arrays)
+    arrays |= {'fc1000_w': np.zeros((10, 256), np.float32), 'conv1_w_momentum': arrays['conv1_w']}
+    (tmp_path / 'R-50.pkl').write_bytes(pickle.dumps(arrays, protocol=2))
+    model = build('faster')
+    for parameter in model.parameters():
+        parameter.data.fill_(7)
+    load(model, tmp_path / 'R-50.pkl')
+    for name in ('first', 'second'):
+        net = getattr(model.backbone, name).state_dict()
+        assert all(
+            torch.equal(value, backbone[key])
+            for key, value in net.items()
+            if not key.endswith(('running_mean', 'running_var'))
+        )
+
+
+def test_a_backbone_of_another_depth_is_refused(tmp_path):
+    plain = build('faster', dynamic=False, options=('MODEL.RESNETS.WIDTH_PER_GROUP', 8))
+    backbone = plain.backbone.bottom_up.state_dict()
+    arrays = {caffe2_name(key): value.numpy() for key, value in backbone.items()}
+    (tmp_path / 'R-50.pkl').write_bytes(pickle.dumps(arrays, protocol=2))
+    with pytest.raises(UsageError, match='of another backbone'):
+        load(build('faster'), tmp_path / 'R-50.pkl')

@@ -1,5 +1,7 @@
 """What the package is made of, and what the shipped configs say."""
 
+import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,9 +9,10 @@ from pathlib import Path
 import detectron2
 import pytest
 import torch
-from detectron2.config import instantiate
+from detectron2.config import get_cfg, instantiate
 from detectron2.modeling import build_model
 
+import dynamicdet_detectron2 as project
 from conftest import ROOT, SMALL
 from dynamicdet_detectron2 import DynamicDetector
 from dynamicdet_detectron2.building import read_config
@@ -71,6 +74,25 @@ def tool(name, *arguments):
         timeout=300,
     )
     return done.returncode, done.stdout, done.stderr
+
+
+def test_the_page_imports_and_names_what_there_is():
+    page = (ROOT / 'docs/detectron2.md').read_text()
+    imports = re.findall(r'^ *from (dynamicdet_[\w.]*) import ([\w, ]+)$', page, re.M)
+    assert imports
+    for module, names in imports:
+        for name in names.split(','):
+            assert hasattr(importlib.import_module(module), name.strip())
+    for name in re.findall(r'`((?:add|merge|register|make)_\w+)', page):
+        assert hasattr(project, name) or hasattr(project.config, name), name
+    cfg = get_cfg()
+    project.add_dynamicdet_config(cfg)
+    for setting in re.findall(r'^\| `([A-Z_.]+)`', page, re.M):
+        node = cfg.MODEL.DYNAMIC
+        for part in setting.split('.'):
+            node = node[part]
+    for path in re.findall(r'(?:tools|configs)/detectron2/\w+\.(?:py|yaml)', page):
+        assert (ROOT / path).is_file(), path
 
 
 def test_versions_that_were_tested():
