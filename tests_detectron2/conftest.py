@@ -151,7 +151,7 @@ def annotations(height: int, width: int, bits: bool = False) -> dict:
     return dict(instances=objects, sem_seg=labels)
 
 
-def found(result: dict) -> dict:
+def tensors_of(result: dict) -> dict:
     """All tensors of a result, by name."""
     tensors = {}
     for name, value in result.items():
@@ -167,7 +167,7 @@ def found(result: dict) -> dict:
 
 def assert_equal(result: dict, wanted: dict, tolerance: float = 0.0) -> None:
     """Two results hold the same."""
-    result, wanted = found(result), found(wanted)
+    result, wanted = tensors_of(result), tensors_of(wanted)
     assert result.keys() == wanted.keys() and result
     for name, values in wanted.items():
         if tolerance:

@@ -78,13 +78,13 @@ def main() -> None:
             model.set_budget(threshold=threshold)
             sample = DetDataSample(metainfo=dict(facts))
             (result,) = model.test_step(dict(inputs=[pixels], data_samples=[sample]))
-            found = result.pred_instances
+            detections = result.pred_instances
             content['difficulty'] = result.difficulty
             content['exits'].append(
                 dict(
-                    boxes=[[round(side, 3) for side in box] for box in found.bboxes.tolist()],
-                    scores=[round(score, 6) for score in found.scores.tolist()],
-                    labels=found.labels.tolist(),
+                    boxes=[[round(side, 3) for side in box] for box in detections.bboxes.tolist()],
+                    scores=[round(score, 6) for score in detections.scores.tolist()],
+                    labels=detections.labels.tolist(),
                 )
             )
         sample = DetDataSample(metainfo=dict(facts))

@@ -162,8 +162,8 @@ def test_a_saved_detector_detects_the_same(tmp_path):
         for detector in (model, again):
             detector.set_budget(threshold=threshold)
             results.append(detector(images()))
-        for one, other in zip(*results):
-            assert torch.equal(one['instances'].scores, other['instances'].scores)
+        for before, after in zip(*results):
+            assert torch.equal(before['instances'].scores, after['instances'].scores)
 
 
 def caffe2_name(key):
@@ -216,3 +216,9 @@ def test_a_backbone_of_another_depth_is_refused(tmp_path):
     (tmp_path / 'R-50.pkl').write_bytes(pickle.dumps(arrays, protocol=2))
     with pytest.raises(UsageError, match='of another backbone'):
         load(build('faster'), tmp_path / 'R-50.pkl')
+
+
+def test_a_file_without_weights(tmp_path):
+    torch.save(dict(epoch=3), tmp_path / 'empty.pth')
+    with pytest.raises(UsageError, match='empty.pth.*it holds no weights'):
+        load(build('faster'), tmp_path / 'empty.pth')

@@ -38,13 +38,13 @@ def model():
     return model
 
 
-def agreeing(found, boxes, scores, labels):
+def agreeing(detections, boxes, scores, labels):
     """How many recorded detections are found: same class, 0.01 pixel, 1e-4 in score."""
     count = 0
     for box, score, label in zip(boxes, scores, labels):
-        distance = (found.pred_boxes.tensor - torch.tensor(box)).abs().amax(1)
-        same = (distance <= 0.01) & ((found.scores - score).abs() <= 1e-4)
-        count += bool((same & (found.pred_classes == label)).any())
+        distance = (detections.pred_boxes.tensor - torch.tensor(box)).abs().amax(1)
+        same = (distance <= 0.01) & ((detections.scores - score).abs() <= 1e-4)
+        count += bool((same & (detections.pred_classes == label)).any())
     return count
 
 

@@ -34,12 +34,12 @@ class DynamicCheckpointer(DetectionCheckpointer):
         """
         if path and '://' not in path and not Path(path.partition('?')[0]).is_file():
             raise UsageError(f"there is no checkpoint at '{path}'")
-        self._guesses = 'matching_heuristics=True' in path
+        self._guesses = 'matching_heuristics=True' in (path or '')
         try:
             return super().load(path, *args, **kwargs)
         except UsageError as error:
             said = str(error)
-            raise UsageError(said if 'checkpoint' in said[:99] else f"'{path}': {said}") from None
+            raise UsageError(said if path in said else f"'{path}': {said}") from None
         except OSError as error:
             if '://' not in path:
                 raise
@@ -54,11 +54,9 @@ class DynamicCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         content = read_content(filename)
-        if 'state_dict' in content and 'model' not in content:
-            require_detectron2(content['state_dict'])
         if 'model' not in content:
-            # Backbones that were trained on ImageNet, and Detectron's own.
-            content = content.get('blobs', content)
+            # Of others; backbones that were trained on ImageNet; Detectron's own.
+            content = content.get('state_dict', content.get('blobs', content))
             weights = {key: v for key, v in content.items() if not key.endswith('_momentum')}
             caffe2 = filename.endswith('.pkl')
             content = dict(model=weights, matching_heuristics=caffe2)
@@ -76,6 +74,8 @@ class DynamicCheckpointer(DetectionCheckpointer):
             for key, value in checkpoint.pop('model').items()
             if isinstance(value, Tensor)
         }
+        if not state:
+            raise UsageError('this is no checkpoint: it holds no weights')
         require_detectron2(state)
         guessed = checkpoint.get('matching_heuristics', False)
         if guessed:
@@ -104,8 +104,8 @@ def _loadable(model: DynamicDetector, state: dict[str, Tensor]) -> dict[str, Ten
 def _without_unneeded(model: DynamicDetector, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Leave out what has no place in a detector and needs none: what counts the batches of norms,
     where norms are frozen; what follows from the config."""
-    own = model.state_dict()
-    homeless = {key for key in model.spread_plain_weights(state) if key not in own}
+    entries = model.state_dict()
+    homeless = {key for key in model.spread_plain_weights(state) if key not in entries}
     return {
         key: value
         for key, value in state.items()
@@ -125,17 +125,19 @@ def _require_same_architecture(
         guessed (bool): Whether names were matched by heuristics: what a backbone's file holds
             beside the backbone, such as a classifier, is then no sign of another detector.
     """
-    own = model.state_dict()
+    entries = model.state_dict()
     backbones = (*(f'backbone.{name}.' for name in ORDINALS), model.plain_prefix)
     backbone = [key for key in state if key.startswith(backbones)]
     missing = [
         key
-        for key in own
-        if key.startswith('backbone.first.') and _is_weight(key, own) and key not in state
+        for key in entries
+        if key.startswith('backbone.first.') and _is_weight(key, entries) and key not in state
     ]
-    foreign = [key for key in backbone if key not in own or own[key].shape != state[key].shape]
-    homeless = [key for key in state if key not in own and not key.startswith(backbones)]
-    heads = [key for key in own if key.startswith('branches.0.') and '.backbone.' not in key]
+    foreign = [
+        key for key in backbone if key not in entries or entries[key].shape != state[key].shape
+    ]
+    homeless = [key for key in state if key not in entries and not key.startswith(backbones)]
+    heads = [key for key in entries if key.startswith('branches.0.') and '.backbone.' not in key]
     unfilled = [key for key in heads if key not in state]
     other_heads = not guessed and homeless and 2 * len(unfilled) > len(heads)
     others = (
@@ -150,6 +152,6 @@ def _require_same_architecture(
             )
 
 
-def _is_weight(key: str, own: Mapping[str, Tensor]) -> bool:
+def _is_weight(key: str, entries: Mapping[str, Tensor]) -> bool:
     """Whether an entry is of a convolution or linear layer: norms may be stored otherwise."""
-    return key.endswith('.weight') and own[key].ndim > 1
+    return key.endswith('.weight') and entries[key].ndim > 1

@@ -213,9 +213,9 @@ class DynamicDetector(KeepsTypeOfBuffers, RouterTraining, CalibrationState, nn.M
         """The entries of exit 0 under the names that a plain detector's have."""
         plain = {}
         for key, value in self.state_dict().items():
-            for own, theirs in (('backbone.first.', self.plain_prefix), ('branches.0.', '')):
-                if key.startswith(own):
-                    plain[theirs + key[len(own) :]] = value
+            for ours, theirs in (('backbone.first.', self.plain_prefix), ('branches.0.', '')):
+                if key.startswith(ours):
+                    plain[theirs + key[len(ours) :]] = value
         return plain
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:

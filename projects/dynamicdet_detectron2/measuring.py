@@ -189,7 +189,7 @@ def known_record(
 def _digest(model: DynamicDetector) -> str:
     """A hash of what detects and of the router, 16 hexadecimal digits."""
     state = model.state_dict()
-    router = {f'own.{key}': value for key, value in state.items() if key.startswith('router.')}
+    router = {f'with {key}': value for key, value in state.items() if key.startswith('router.')}
     return exits_digest({**state, **router})
 
 

@@ -103,8 +103,8 @@ def _on_the_same_proposals(views: Sequence[ExitView]) -> list[dict[str, Tensor]]
             losses = view.loss()
         pending.append((losses, *calls))
     proposals = [call[2][0] for _, call in pending]
-    for view, (losses, (images, features, own, targets)) in zip(views, pending):
-        together = _together(proposals, views, view.ratio, own[0].image_size)
+    for view, (losses, (images, features, proposed, targets)) in zip(views, pending):
+        together = _together(proposals, views, view.ratio, proposed[0].image_size)
         heads = view.branch.roi_heads
         _, more = _seeded(images.device, lambda: heads(images, features, [together], targets))
         losses.update(more)

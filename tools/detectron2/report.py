@@ -19,6 +19,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--dataset', help='test data, by name: the first of DATASETS.TEST')
     parser.add_argument('--out-dir', required=True, help='folder for the record and the page')
     parser.add_argument('--bootstrap', type=int, default=200, help='resamples for intervals: 200')
+    parser.add_argument(
+        '--losses',
+        action='store_true',
+        help="record each exit's losses, too, which takes three times as long: for the diagnosis",
+    )
     parser.add_argument('--record-only', action='store_true', help='make the record alone')
     return parser.parse_args()
 
@@ -41,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
     path = Path(args.out_dir) / 'record.npz'
     record = known_record(path, model, name)
     if record is None:
-        batches = every_test_image(cfg, name, annotated=True)
+        batches = every_test_image(cfg, name, annotated=args.losses)
         record = record_exits(model, batches, name, progress, args.checkpoint, args.config)
         write_record(record, path)
     if args.record_only:
