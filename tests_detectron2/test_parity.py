@@ -8,6 +8,7 @@ import torch
 from detectron2 import model_zoo
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
+from test_package import tool
 
 import dynamicdet_detectron2 as project
 from conftest import build, wake
@@ -96,3 +97,17 @@ def test_what_is_not_converted():
         convert_dynamic(build('retinanet').state_dict(), 'mmdet')
     with pytest.raises(UsageError, match='one of MMDetection is wanted'):
         require_mmdet(model.state_dict())
+
+
+def test_the_tool_converts_files(tmp_path):
+    model = build('faster')
+    torch.save(dict(model=model.state_dict(), iteration=7), tmp_path / 'model_final.pth')
+    code, said, error = tool(
+        'convert_checkpoint', tmp_path / 'model_final.pth', '--to', 'mmdet',
+        '--out', tmp_path / 'epoch_1.pth',
+    )  # fmt: skip
+    assert code == 0, error
+    state = torch.load(tmp_path / 'epoch_1.pth', weights_only=True)['state_dict']
+    assert f'{len(state)} entries converted' in said and len(state) == len(model.state_dict())
+    with pytest.raises(UsageError, match='convert it by'):
+        project.DynamicCheckpointer(model).load(str(tmp_path / 'epoch_1.pth'))
