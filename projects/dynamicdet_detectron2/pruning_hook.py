@@ -18,7 +18,8 @@ from dynamicdet.errors import UsageError
 
 from .router_hook import unwrap
 
-_log = logging.getLogger(__name__)
+#: Below Detectron2's, whose set-up prints it.
+_log = logging.getLogger('detectron2.dynamicdet')
 
 
 class PruningHook(HookBase):

@@ -18,7 +18,8 @@ from .dynamic_detector import DynamicDetector
 
 #: How many of the latest gains the online estimate looks at.
 _WINDOW = 10_000
-_log = logging.getLogger(__name__)
+#: Below Detectron2's, whose set-up prints it.
+_log = logging.getLogger('detectron2.dynamicdet')
 
 
 def unwrap(model: nn.Module) -> nn.Module:
