@@ -47,4 +47,4 @@ def test_checkpoints_of_detectron2_are_refused(tmp_path):
     'name', ['dy_yolox_s', 'dy_rtmdet_s', 'dy_fcos', 'dy_dino_r50', 'dy_yolov7']
 )
 def test_names_of_mmdet_are_not_taken_for_detectron2s(name):
-    assert framework_of(build_shapes(f'dy_{name}').state_dict()) != 'detectron2'
+    assert framework_of(build_shapes(name).state_dict()) != 'detectron2'
