@@ -185,7 +185,7 @@ def _export(part: DetectorPart, inputs: Sequence[Tensor]) -> Exported:
     file = io.BytesIO()
     # By tracing: with torch.export a graph takes twenty times as long, and is the same.
     try:
-        with _quiet():
+        with quiet_export():
             torch.onnx.export(
                 _Flat(part).eval(),
                 tuple(inputs),
@@ -200,11 +200,11 @@ def _export(part: DetectorPart, inputs: Sequence[Tensor]) -> Exported:
         # Operators of others fail in their own ways.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UsageError(f"the part '{part.name}' cannot be exported: {reason}") from error
-    _require_standard(file.getvalue(), part.name)
+    require_standard(file.getvalue(), part.name)
     return Exported(file.getvalue(), form, inputs)
 
 
-def _require_standard(content: bytes, part: str) -> None:
+def require_standard(content: bytes, part: str) -> None:
     """Raise a `UsageError` if a graph has operators of another's, which ONNX Runtime lacks: of
     functions that are no layers, and so not seen before."""
     odd = [
@@ -221,7 +221,7 @@ def _require_standard(content: bytes, part: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet():
+def quiet_export():
     """What the tracer says of Python's branches on sizes. Agreement is tested, on other sizes
     too."""
     logger = logging.getLogger('torch.onnx')

@@ -1,0 +1,370 @@
+"""A whole detector as one graph, or as two: from a picture to detections."""
+
+import io
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn import fuse_conv_bn
+from mmengine.model import ImgDataPreprocessor
+from torch import Tensor, nn
+
+from mmdet.models.detectors import BaseDetector
+
+from ..errors import UsageError
+from ..models import DynamicDetector, can_fuse
+from ..models.fusing import fusible_parts
+from ..models.normalization import NormalizationChange
+from ..private_mmengine import normalizes, swaps_channels
+from ..routing.merging import scale_scores
+from .decoding import Candidates, Frame, build_decoder
+from .graphs import (
+    EXAMPLE_SIZE,
+    OPSET,
+    exportable_parts,
+    need_for_deployment,
+    quiet_export,
+    require_standard,
+)
+
+#: What is taken off the sides of the example, so that it is padded, by unlike numbers of pixels.
+_CUT = (5, 9)
+#: Inputs of every graph that uses them; `standalone_runtime` has them by these names.
+IMAGE, SCALE, ORIGINAL = 'image', 'scale', 'original'
+#: Outputs of every graph; of the first of two there are a difficulty and maps, too.
+DETECTIONS = ('boxes', 'scores', 'labels')
+DIFFICULTY, MAP = 'difficulty', 'map'
+
+
+class Prepared(nn.Module):
+    """What a data preprocessor makes of one picture, and what of it is padding.
+
+    Args:
+        preprocessor (nn.Module): Of the detector.
+        change (nn.Module, optional): What a later detector of a pair has to change. Defaults to
+            nothing.
+
+    Raises:
+        UsageError: If it is none that pads and normalizes pictures.
+    """
+
+    def __init__(self, preprocessor: nn.Module, change: NormalizationChange | None = None) -> None:
+        super().__init__()
+        if not isinstance(preprocessor, ImgDataPreprocessor):
+            raise UsageError(
+                f'a {type(preprocessor).__name__} cannot be exported with --standalone: the '
+                'detector needs a DetDataPreprocessor'
+            )
+        self.divisor = preprocessor.pad_size_divisor
+        self.swaps, self.pad_value = swaps_channels(preprocessor), float(preprocessor.pad_value)
+        if normalizes(preprocessor):
+            self.register_buffer('mean', preprocessor.mean.clone())
+            self.register_buffer('std', preprocessor.std.clone())
+        else:
+            self.mean = self.std = None
+        self.change = change if change is not None and change.changes else None
+
+    def forward(self, image: Tensor) -> Tensor:
+        """A picture, (1, 3, h, w), uint8, as the network sees it, (1, 3, H, W), float32: H and W
+        are h and w, rounded up to the divisor."""
+        pixels = (image.flip(1) if self.swaps else image).float()
+        if self.mean is not None:
+            pixels = (pixels - self.mean) / self.std
+        pad_value = self.pad_value
+        if self.change is not None:
+            pixels, pad_value = self.change(pixels), self.change.padding
+        height, width = pixels.shape[-2:]
+        missing = [-height % self.divisor, -width % self.divisor]
+        return F.pad(pixels, (0, missing[1], 0, missing[0]), value=pad_value)
+
+
+class Reduced(nn.Module):
+    """`models.resolution.reduce_images` by products of matrices: opset 17 has no resizing that
+    averages what it makes smaller.
+
+    Args:
+        scale (float): In (0, 1); about this share of the sides is left.
+        stride (int): Sides are multiples of it.
+    """
+
+    def __init__(self, scale: float, stride: int) -> None:
+        super().__init__()
+        self.scale, self.stride = scale, stride
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images, (1, 3, H, W), resized, and the factors of width and height, (2,)."""
+        old = [torch.as_tensor(side).float() for side in images.shape[-2:]]
+        new = [(side * self.scale / self.stride).round().clamp(min=1) * self.stride for side in old]
+        rows, columns = (_resizing(*sides) for sides in zip(old, new))
+        resized = rows @ images @ columns.transpose(0, 1)
+        return resized, torch.stack([new[1] / old[1], new[0] / old[0]])
+
+
+def _resizing(old: Tensor, new: Tensor) -> Tensor:
+    """Weights of each old pixel in each new one, (new, old), of bilinear resizing with
+    antialiasing."""
+    step = old / new
+    reach = step.clamp(min=1)
+    middles = (torch.arange(new.long()) + 0.5) * step
+    pixels = torch.arange(old.long()) + 0.5
+    weights = (1 - ((pixels - middles[:, None]) / reach).abs()).clamp(min=0)
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+class Exit(nn.Module):
+    """Neck, heads, decoding and NMS of an exit.
+
+    Args:
+        branch (nn.Module): Has the neck and the heads.
+        scaling (tuple[float, float]): Of the logit of its scores, see
+            `routing.merging.scale_scores`. Defaults to (1, 0), scores as they are.
+    """
+
+    def __init__(self, branch: nn.Module, scaling: tuple[float, float] = (1.0, 0.0)) -> None:
+        super().__init__()
+        if getattr(branch, 'roi_head', None) is not None:
+            raise UsageError(
+                f'{type(branch).__name__} cannot be exported with --standalone: only single-stage '
+                'detectors can; export it without --standalone'
+            )
+        self.neck = branch.neck if getattr(branch, 'neck', None) is not None else nn.Identity()
+        self.head, self.scaling = branch.bbox_head, scaling
+        self._detect = build_decoder(self.head)
+
+    def forward(self, maps: Sequence[Tensor], frame: Frame) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes, (D, 4), scores, (D,), and labels, (D,), of maps, (1, C_i, H_i, W_i)."""
+        found: Candidates = self._detect(self.head(self.neck(maps)), frame)
+        return found.boxes, scale_scores(found.scores, *self.scaling), found.labels
+
+
+def _frame(image: Tensor, scale: Tensor, original: Tensor, ratio: Tensor | None) -> Frame:
+    """Of a picture, (1, 3, h, w), as an exit sees it that sees it smaller by a ratio."""
+    height, width = (torch.as_tensor(side).float() for side in image.shape[-2:])
+    if ratio is None:
+        return Frame(height, width, scale, original)
+    return Frame((height * ratio[1]).round(), (width * ratio[0]).round(), scale * ratio, original)
+
+
+class PlainDetector(nn.Module):
+    """A plain detector from a picture to detections.
+
+    Args:
+        model (BaseDetector): In eval mode.
+    """
+
+    outputs = DETECTIONS
+
+    def __init__(self, model: BaseDetector) -> None:
+        super().__init__()
+        self.prepared = Prepared(model.data_preprocessor)
+        self.backbone, self.exit = model.backbone, Exit(model)
+
+    def forward(self, image: Tensor, scale: Tensor, original: Tensor) -> tuple[Tensor, ...]:
+        """Detections of a picture.
+
+        Args:
+            image (Tensor): (1, 3, h, w), uint8, BGR, as the test pipeline delivers it.
+            scale (Tensor): Factors of width and height by which the pipeline resized it, (2,).
+            original (Tensor): Height and width before that, (2,).
+
+        Returns:
+            tuple[Tensor]: Boxes, (D, 4), in the original frame, scores, (D,), labels, (D,), int64.
+        """
+        frame = _frame(image, scale, original, None)
+        return self.exit(tuple(self.backbone(self.prepared(image))), frame)
+
+
+class _Half(nn.Module):
+    """What both halves of a dynamic detector share: how an exit sees a picture."""
+
+    def __init__(self, model: DynamicDetector, exit: int) -> None:
+        super().__init__()
+        change = model.normalizations[exit - 1] if exit and len(model.normalizations) else None
+        self.prepared = Prepared(model.data_preprocessor, change)
+        scale = model.scales[exit]
+        self.reduced = Reduced(scale, model.stride) if scale < 1 else None
+        self.exit = Exit(model.branch(exit), model._scaling[exit])
+
+    def view(self, image: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """What the backbone sees of a picture, by which ratio that is smaller, and the prepared
+        picture before that."""
+        prepared = self.prepared(image)
+        if self.reduced is None:
+            return prepared, None, prepared
+        return *self.reduced(prepared), prepared
+
+
+class FirstHalf(_Half):
+    """A dynamic detector up to its first exit. Its maps are outputs, too: all, or those that
+    ``keeps`` names.
+
+    Args:
+        model (DynamicDetector): In eval mode.
+        keeps (Sequence[int]): Indices of maps. Defaults to none.
+    """
+
+    def __init__(self, model: DynamicDetector, keeps: Sequence[int] = ()) -> None:
+        super().__init__(model, 0)
+        self.net, self.router = model.backbone.first, model.router
+        self._first_maps, self._select = model.backbone.first_maps, model.backbone.select
+        self.keeps = tuple(keeps)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Their names."""
+        return (*DETECTIONS, DIFFICULTY, *(f'{MAP}{index}' for index in self.keeps))
+
+    def forward(self, image: Tensor, scale: Tensor, original: Tensor) -> tuple[Tensor, ...]:
+        """As `PlainDetector`'s; then the difficulty, (1,), and maps, (1, C_i, H_i, W_i)."""
+        seen, ratio, prepared = self.view(image)
+        maps = self._first_maps(seen)
+        found = self.exit(self._select(maps), _frame(image, scale, original, ratio))
+        difficulty = self.router([_without_padding(m, image, prepared) for m in maps])
+        return *found, difficulty, *(maps[index] for index in self.keeps)
+
+    def maps(self, image: Tensor) -> tuple[Tensor, ...]:
+        """All maps of a picture."""
+        return self._first_maps(self.view(image)[0])
+
+
+def _without_padding(values: Tensor, image: Tensor, prepared: Tensor) -> Tensor:
+    """The cells of a map that see a picture, and not only what it is padded with, as the router
+    looks at them."""
+    height, width = (
+        -(-size * cells // whole)
+        for size, cells, whole in zip(
+            image.shape[-2:], values.shape[-2:], prepared.shape[-2:], strict=True
+        )
+    )
+    return values[:, :, :height, :width]
+
+
+class SecondHalf(_Half):
+    """A dynamic detector from its first exit to its second.
+
+    Args:
+        model (DynamicDetector): In eval mode.
+    """
+
+    outputs = DETECTIONS
+
+    def __init__(self, model: DynamicDetector) -> None:
+        super().__init__(model, 1)
+        backbone = model.backbone
+        self.nets, self._select = (
+            nn.ModuleList([backbone.nets[-1], backbone.connections]),
+            (backbone.select),
+        )
+        # One backbone sees the picture again, in another size.
+        self._deeper_maps: Callable[..., tuple] = (
+            backbone.deeper_maps
+            if len(backbone.names) > 1
+            else lambda images, maps: backbone.first_maps(images)
+        )
+
+    def forward(
+        self, image: Tensor, scale: Tensor, original: Tensor, *maps: Tensor
+    ) -> tuple[Tensor, ...]:
+        """As `PlainDetector`'s, of the picture and the first half's maps, all of them."""
+        seen, ratio, _ = self.view(image)
+        found = self._select(tuple(self._deeper_maps(seen, maps)))
+        return self.exit(found, _frame(image, scale, original, ratio))
+
+
+def build_halves(model: BaseDetector) -> dict[str, nn.Module]:
+    """What becomes graphs: 'detector' of a plain one, 'first' and 'second' of a dynamic one.
+
+    Args:
+        model (BaseDetector): On the CPU. It is of no other use afterwards.
+
+    Raises:
+        UsageError: If it is of a kind that cannot be exported so.
+    """
+    require_standalone(model)
+    model.eval()
+    if can_fuse(model):
+        fuse_conv_bn(model)
+        for module in fusible_parts(model):
+            module.fuse()
+    if not isinstance(model, DynamicDetector):
+        return dict(detector=PlainDetector(model))
+    return dict(first=FirstHalf(model), second=SecondHalf(model))
+
+
+def require_standalone(model: BaseDetector) -> None:
+    """Raise a `UsageError` for a detector that has no standalone form."""
+    exportable_parts(model)
+    if not isinstance(model, DynamicDetector):
+        return
+    for holds, what, remedy in (
+        (model.num_exits != 2, f'{model.num_exits} exits', 'take a config of two'),
+        (model.regions is not None, 'regions', 'take a config without them'),
+        (model.merge is not None, 'merged exits', 'set model.merge=None by --cfg-options'),
+        (
+            model.router.sees_detections,
+            'a router that sees detections',
+            'fit one that sees maps (tools/fit_router.py), or export without --standalone',
+        ),
+    ):
+        if holds:
+            raise UsageError(f'--standalone does not support {what}: {remedy}')
+
+
+@torch.no_grad()
+def export_halves(halves: dict[str, nn.Module]) -> dict[str, bytes]:
+    """ONNX files of what `build_halves` made, by name. Height and width of pictures are free; each
+    graph is of one picture.
+
+    The first half gives those maps alone that the second looks at.
+
+    Raises:
+        UsageError: If an operator cannot be in a graph.
+    """
+    height, width = (side - cut for side, cut in zip(EXAMPLE_SIZE, _CUT))
+    image = torch.randint(
+        0, 256, (1, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    inputs = (image, torch.tensor([0.5, 0.75]), torch.tensor([height / 0.75, width / 0.5]))
+    if 'detector' in halves:
+        return dict(detector=_export('detector', halves['detector'], inputs))
+    first, second = halves['first'], halves['second']
+    content = _export('second', second, (*inputs, *first.maps(image)))
+    graph = need_for_deployment('onnx').load_from_string(content).graph
+    first.keeps = tuple(
+        int(entry.name.removeprefix(MAP)) for entry in graph.input if entry.name.startswith(MAP)
+    )
+    return dict(first=_export('first', first, inputs), second=content)
+
+
+def _export(name: str, module: nn.Module, inputs: Sequence[Tensor]) -> bytes:
+    names = [IMAGE, SCALE, ORIGINAL, *(f'{MAP}{index}' for index in range(len(inputs) - 3))]
+    axes = {name: {2: f'{name}_height', 3: f'{name}_width'} for name in (IMAGE, *names[3:])}
+    axes.update({output: {0: 'detections'} for output in DETECTIONS})
+    axes.update(
+        {
+            output: {2: f'{output}_height', 3: f'{output}_width'}
+            for output in module.outputs
+            if output.startswith(MAP)
+        }
+    )
+    file = io.BytesIO()
+    try:
+        with quiet_export():
+            torch.onnx.export(
+                module.eval(),
+                tuple(inputs),
+                file,
+                input_names=names,
+                output_names=list(module.outputs),
+                dynamic_axes=axes,
+                opset_version=OPSET,
+                dynamo=False,
+            )
+    except UsageError:
+        raise
+    except Exception as error:
+        # Operators of others fail in their own ways.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UsageError(f"the graph '{name}' cannot be exported: {reason}") from error
+    require_standard(file.getvalue(), name)
+    return file.getvalue()
