@@ -6,6 +6,9 @@ through the exported detector by the config's test pipeline, layers that suffer 
 and a calibrated dynamic detector keeps its calibration: thresholds follow what 8 bits change, so
 that as many images are hard as before. The latency of each exit is measured on the same images, as
 this machine runs the graphs (OMP_NUM_THREADS threads): budgets in time go by it.
+
+With --standalone the folder needs neither this project nor torch: it has one graph, or two, from a
+picture to boxes, and runtime.py, which runs them.
 """
 
 import argparse
@@ -23,6 +26,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('checkpoint', help='checkpoint file or URL')
     parser.add_argument('--out', required=True, help='the folder to make')
     parser.add_argument('--int8', action='store_true', help='integers of 8 bits; float32 without')
+    parser.add_argument(
+        '--standalone',
+        action='store_true',
+        help='whole graphs with runtime.py, which needs onnxruntime and numpy alone: single-stage '
+        'detectors in float32',
+    )
     parser.add_argument(
         '--calibrate-images',
         type=int,
@@ -91,6 +100,8 @@ from dynamicdet.deploy.deployment import deploy
 from dynamicdet.deploy.folder import require_new
 from dynamicdet.deploy.graphs import exportable_parts, need_for_deployment
 from dynamicdet.deploy.latencies import describe_latencies
+from dynamicdet.deploy.standalone import export_standalone, read_delivery
+from dynamicdet.deploy.standalone_graphs import build_halves
 from dynamicdet.errors import UsageError
 
 
@@ -105,6 +116,11 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(
             f'--calibrate-images must be 1 or more, not {args.calibrate_images}: int8 needs images '
             'to calibrate on'
+        )
+    if args.standalone and (args.int8 or args.compress):
+        raise UsageError(
+            '--standalone writes float32 and no zstd: leave out --int8 and --compress, or leave '
+            'out --standalone'
         )
     if not 0 <= args.noise or not 0 <= args.float_share <= 1:
         raise UsageError('--noise must not be negative, and --float-share be in [0, 1]')
@@ -121,12 +137,41 @@ def build_val_loader(cfg: Config) -> DataLoader:
         return build_loader(settings)
 
 
+def warn_unmeasured(so: str, fault: str) -> None:
+    """Say why a folder has no latencies."""
+    print(f'warning: latencies are not measured, and the folder {so}: {fault}', file=sys.stderr)
+
+
+def export_alone(args: argparse.Namespace, cfg: Config) -> None:
+    """Export a detector that needs nothing of this project."""
+    if args.dry_run:
+        read_delivery(cfg)
+        model = load_detector(cfg, args.checkpoint)[0]
+        names = ', '.join(f'{name}.onnx' for name in build_halves(model))
+        print(f'would write {args.out}, standalone, float32: {names}')
+        return
+    dataset, fault = None, None
+    try:
+        dataset = build_val_loader(cfg).dataset
+    except UsageError as error:
+        fault = str(error)
+    about = export_standalone(cfg, args.checkpoint, args.out, dataset, cli.progress)
+    if fault:
+        warn_unmeasured('does not say what an exit costs', fault)
+    else:
+        print(describe_latencies(dict(about['timing'], seconds=about['seconds'])))
+    print(f'written to {args.out}: {about["bytes"] / 1e6:.2f} MB')
+
+
 def main() -> None:
     """Export a detector as a deployment folder."""
     args = parse_args()
     cli.prepare()
     check(args)
     cfg = cli.load_config(args)
+    if args.standalone:
+        export_alone(args, cfg)
+        return
     if args.dry_run:
         parts = exportable_parts(load_detector(cfg, args.checkpoint)[0])
         kind = 'int8' if args.int8 else 'float32'
@@ -155,10 +200,7 @@ def main() -> None:
         None if loader is None else loader.dataset,
     )
     if fault:
-        print(
-            f'warning: latencies are not measured, and the folder takes no budget in time: {fault}',
-            file=sys.stderr,
-        )
+        warn_unmeasured('takes no budget in time', fault)
     for name, layers in about.get('layers', {}).items():
         print(
             f'{name}: noise {layers["noise_all_int8"]:.2g} of the signal in 8 bits; '

@@ -89,6 +89,23 @@ def write_folder(
     )
     manifest['sha256'] = _digest(manifest)
     files[MANIFEST] = json.dumps(manifest, indent=1).encode()
+    return write_files(out, files)
+
+
+def write_files(out: str, files: Mapping[str, bytes]) -> int:
+    """Write a folder of files: all of them, or nothing.
+
+    Args:
+        out (str): The folder. It must not be there yet, or be empty.
+        files (Mapping[str, bytes]): Name -> content.
+
+    Returns:
+        int: Bytes written.
+
+    Raises:
+        UsageError: If it is there already.
+    """
+    require_new(out)
     target = Path(out).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f'.{target.name}.'))

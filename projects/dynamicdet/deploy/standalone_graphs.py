@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -74,8 +75,11 @@ class Prepared(nn.Module):
         if self.change is not None:
             pixels, pad_value = self.change(pixels), self.change.padding
         height, width = pixels.shape[-2:]
-        missing = [-height % self.divisor, -width % self.divisor]
-        return F.pad(pixels, (0, missing[1], 0, missing[0]), value=pad_value)
+        below, right = (
+            (side + self.divisor - 1) // self.divisor * self.divisor - side
+            for side in (height, width)
+        )
+        return F.pad(pixels, (0, right, 0, below), value=pad_value)
 
 
 class Reduced(nn.Module):
@@ -231,7 +235,8 @@ def _without_padding(values: Tensor, image: Tensor, prepared: Tensor) -> Tensor:
     """The cells of a map that see a picture, and not only what it is padded with, as the router
     looks at them."""
     height, width = (
-        -(-size * cells // whole)
+        # Of what is positive: ONNX rounds towards 0.
+        (size * cells + whole - 1) // whole
         for size, cells, whole in zip(
             image.shape[-2:], values.shape[-2:], prepared.shape[-2:], strict=True
         )
@@ -282,13 +287,18 @@ def build_halves(model: BaseDetector) -> dict[str, nn.Module]:
     """
     require_standalone(model)
     model.eval()
-    if can_fuse(model):
-        fuse_conv_bn(model)
-        for module in fusible_parts(model):
+    # As `models.fuse`, but for what is made for torch on a CPU alone.
+    for part in chain(*filter(_has_fusible, getattr(model, 'whole_detectors', [[model]]))):
+        fuse_conv_bn(part)
+        for module in fusible_parts(part):
             module.fuse()
     if not isinstance(model, DynamicDetector):
         return dict(detector=PlainDetector(model))
     return dict(first=FirstHalf(model), second=SecondHalf(model))
+
+
+def _has_fusible(detector: Sequence[nn.Module]) -> bool:
+    return any(map(can_fuse, detector))
 
 
 def require_standalone(model: BaseDetector) -> None:
@@ -320,7 +330,9 @@ def export_halves(halves: dict[str, nn.Module]) -> dict[str, bytes]:
     Raises:
         UsageError: If an operator cannot be in a graph.
     """
-    height, width = (side - cut for side, cut in zip(EXAMPLE_SIZE, _CUT))
+    # Where nothing is padded, only the example's own sides suit the strides.
+    divisor = next(iter(halves.values())).prepared.divisor
+    height, width = (side - cut * (divisor > cut) for side, cut in zip(EXAMPLE_SIZE, _CUT))
     image = torch.randint(
         0, 256, (1, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )

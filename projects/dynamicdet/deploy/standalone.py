@@ -1,0 +1,255 @@
+"""A detector as a folder that runs without this project: graphs from a picture to detections, a
+JSON file, and the one file that runs them, `standalone_runtime`.
+
+    first.onnx, second.onnx    the halves of a dynamic detector; detector.onnx of a plain one
+    detector.json              thresholds, calibration, classes, how pictures are delivered, costs
+    runtime.py                 `standalone_runtime`, as it is here
+
+It is written whole or not at all. Nothing of a config or checkpoint is in it that could be run.
+"""
+
+import hashlib
+import importlib
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from torch import nn
+from torch.utils.data import Dataset
+
+from mmdet.models.detectors import BaseDetector
+from mmdet.utils import get_test_pipeline_cfg
+
+from ..building import load_detector
+from ..errors import UsageError
+from ..measuring.calibration import provenance
+from ..measuring.flops import count_flops
+from ..models import DynamicDetector
+from ..models.branch import number_of_classes
+from ..progress import Progress
+from ..routing.thresholds import ALL_EASY, ALL_HARD
+from ..timing import time_in_turns
+from .folder import require_new, write_files
+from .graphs import need_for_deployment
+from .latencies import timing_conditions
+from .runtimes import CPU
+from .standalone_graphs import build_halves, export_halves
+
+#: Images that are timed at each exit, and whose operations are counted; how often each is timed.
+_MEASURED, _ROUNDS = 10, 3
+#: Steps of a test pipeline that change no pixel of a color picture.
+_NEUTRAL = (
+    'LoadImageFromFile',
+    'LoadImageFromNDArray',
+    'InferencerLoader',
+    'LoadAnnotations',
+    'PackDetInputs',
+)
+#: Settings of steps that `standalone_runtime` heeds, and those that must be as they are here.
+_HEEDED = dict(
+    Resize=('scale', 'keep_ratio', 'clip_object_border'),
+    Pad=('size', 'size_divisor', 'pad_to_square', 'pad_val'),
+    LoadImageFromFile=('backend_args', 'imdecode_backend'),
+)
+_FIXED = dict(
+    Resize=dict(interpolation='bilinear', backend='cv2'),
+    Pad=dict(padding_mode='constant'),
+    LoadImageFromFile=dict(to_float32=False, color_type='color'),
+)
+
+#: A picture as a test pipeline delivers it, (3, h, w), its factors of width and height, and its
+#: height and width before.
+Delivered = tuple[np.ndarray, Sequence[float], Sequence[int]]
+
+
+def export_standalone(
+    cfg: Config,
+    path: str,
+    out: str,
+    timed: Dataset | None = None,
+    progress: Progress = lambda steps, what: steps,
+) -> dict[str, Any]:
+    """Write a detector as a folder that needs onnxruntime and numpy alone.
+
+    Args:
+        cfg (Config): Of a plain or dynamic detector, single-stage.
+        path (str): Its checkpoint.
+        out (str): The folder to make.
+        timed (Dataset, optional): Images of the config's test pipeline, on which seconds and GFLOPs
+            of each exit are measured, in ONNX Runtime with torch's number of threads. Defaults to
+            none: then they are not known.
+        progress (Callable): Wraps what is iterated over.
+
+    Returns:
+        dict: What detector.json has, and ``bytes``.
+
+    Raises:
+        UsageError: If something is missing, or cannot be exported so.
+    """
+    for name in ('onnx', 'onnxruntime'):
+        need_for_deployment(name)
+    require_new(out)
+    delivery = read_delivery(cfg)
+    model, checkpoint = load_detector(cfg, path)
+    facts = _facts(model, cfg)
+    halves = build_halves(model)
+    graphs = {f'{name}.onnx': content for name, content in export_halves(halves).items()}
+    runtime = _runtime()
+    about: dict[str, Any] = dict(
+        format=runtime.FORMAT,
+        version=runtime.VERSION,
+        graphs={name: hashlib.sha256(content).hexdigest() for name, content in graphs.items()},
+        **facts,
+        **delivery,
+        gflops=None,
+        seconds=None,
+        timing=None,
+        made_with={
+            name: need_for_deployment(name).__version__ for name in ('torch', 'onnx', 'onnxruntime')
+        },
+        provenance={
+            key: value
+            for key, value in provenance(cfg, path, (), 'cpu').items()
+            # Nothing was looked at.
+            if key not in ('ann_file', 'categories', 'classes', 'images')
+        },
+    )
+    files = {**graphs, 'runtime.py': Path(runtime.__file__).read_bytes()}
+    if timed is not None:
+        pictures = [_delivered(timed[row]) for row in range(min(_MEASURED, len(timed)))]
+        about['gflops'] = _gflops(halves, pictures)
+        about['seconds'] = _seconds(files, about, pictures, progress)
+        about['timing'] = timing_conditions(providers=CPU)
+    files[runtime.ABOUT] = _as_json(about)
+    return dict(about, bytes=write_files(out, files))
+
+
+def _runtime() -> ModuleType:
+    # It imports onnxruntime, which is optional.
+    return importlib.import_module('.standalone_runtime', __package__)
+
+
+def _as_json(about: Mapping[str, Any]) -> bytes:
+    return json.dumps(about, indent=1, allow_nan=False).encode()
+
+
+def _facts(model: BaseDetector, cfg: Config) -> dict[str, Any]:
+    """Classes, threshold and calibration; without the last two of a plain detector."""
+    dynamic = isinstance(model, DynamicDetector)
+    count = number_of_classes(model.branch(0) if dynamic else model)
+    classes = (getattr(model, 'dataset_meta', None) or cfg.get('metainfo') or {}).get('classes')
+    if classes is None or len(classes) != count:
+        classes = map(str, range(count))
+    if not dynamic:
+        return dict(classes=list(classes), threshold=None, difficulties=[])
+    if model._budget_waits:
+        # It says what is missing.
+        model.set_budget(model.budget)
+    return dict(
+        classes=list(classes),
+        threshold=float(model.threshold),
+        difficulties=model.difficulties.tolist(),
+    )
+
+
+def read_delivery(cfg: Config) -> dict[str, Any]:
+    """How a config's test pipeline resizes and pads pictures, as `standalone_runtime` heeds it.
+
+    Returns:
+        dict: ``resize``, None or ``scale`` and ``keep_ratio``; ``pad``, None or ``size`` (width and
+        height, or None), ``square``, ``divisor`` and ``value``, of each color.
+
+    Raises:
+        UsageError: If a step or one of its settings is none that it knows.
+    """
+    delivery: dict[str, Any] = dict(resize=None, pad=None)
+    for step in get_test_pipeline_cfg(cfg):
+        kind = str(step['type']).removeprefix('mmdet.').removeprefix('mmcv.')
+        _require_heeded(kind, step)
+        if kind == 'Resize':
+            if delivery['resize'] or delivery['pad']:
+                raise _unheeded('a Resize behind another Resize or a Pad')
+            scale = step.get('scale')
+            scale = [scale] * 2 if isinstance(scale, int) else scale
+            if not isinstance(scale, (list, tuple)) or min(scale) < 1:
+                raise _unheeded(f'a Resize to {scale}')
+            delivery['resize'] = dict(scale=list(scale), keep_ratio=step.get('keep_ratio', False))
+        elif kind == 'Pad':
+            if delivery['pad']:
+                raise _unheeded('a Pad behind another')
+            value = step.get('pad_val', 0)
+            value = value.get('img', 0) if isinstance(value, Mapping) else value
+            delivery['pad'] = dict(
+                size=list(step['size']) if step.get('size') else None,
+                square=step.get('pad_to_square', False),
+                divisor=step.get('size_divisor') or 1,
+                value=[value] * 3 if isinstance(value, (int, float)) else list(value),
+            )
+    return delivery
+
+
+def _require_heeded(kind: str, step: Mapping[str, Any]) -> None:
+    if kind not in (*_NEUTRAL, *_HEEDED):
+        raise _unheeded(f'the step {kind}')
+    for name, value in step.items():
+        fixed = _FIXED.get(kind, {})
+        if kind in _HEEDED and name != 'type' and name not in _HEEDED[kind]:
+            if name not in fixed or value != fixed[name]:
+                raise _unheeded(f'{name}={value!r} of {kind}')
+
+
+def _unheeded(what: str) -> UsageError:
+    return UsageError(
+        f'--standalone cannot deliver images as the test pipeline does: it has {what}; runtime.py '
+        'knows one bilinear Resize and then one Pad; change it in the config'
+    )
+
+
+def _delivered(item: Mapping[str, Any]) -> Delivered:
+    meta = item['data_samples'].metainfo
+    return item['inputs'].numpy(), meta.get('scale_factor', (1.0, 1.0)), meta['ori_shape'][:2]
+
+
+@torch.no_grad()
+def _gflops(halves: Mapping[str, nn.Module], pictures: Sequence[Delivered]) -> list[float]:
+    """Mean of each exit: 2 x multiply-adds of all that runs up to it."""
+    totals = []
+    for delivered, *frame in pictures:
+        inputs = [torch.from_numpy(delivered)[None], *map(torch.tensor, np.float32(frame))]
+        if 'detector' in halves:
+            costs = [count_flops(lambda: halves['detector'](*inputs))[0]]
+        else:
+            maps = halves['first'].maps(inputs[0])
+            costs = [
+                count_flops(lambda: halves['first'](*inputs))[0],
+                count_flops(lambda: halves['second'](*inputs, *maps))[0],
+            ]
+        totals.append(np.cumsum(costs) / 1e9)
+    return np.mean(totals, axis=0).tolist()
+
+
+def _seconds(
+    files: Mapping[str, bytes],
+    about: Mapping[str, Any],
+    pictures: Sequence[Delivered],
+    progress: Progress,
+) -> list[float]:
+    """Median of each exit, of a picture that was delivered to its detections."""
+    runtime = _runtime()
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in {**files, runtime.ABOUT: _as_json(about)}.items():
+            (Path(folder) / name).write_bytes(content)
+        detector = runtime.Detector(folder, threads=torch.get_num_threads())
+    thresholds = (ALL_EASY, ALL_HARD)[: len(detector.sessions)]
+    runs = {
+        exit: lambda picture, threshold=threshold: detector.run(*picture, threshold)
+        for exit, threshold in enumerate(thresholds)
+    }
+    seconds = time_in_turns(runs, pictures, torch.device('cpu'), progress, _ROUNDS)
+    return list(seconds.values())
