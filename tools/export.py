@@ -29,8 +29,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--standalone',
         action='store_true',
-        help='whole graphs with runtime.py, which needs onnxruntime and numpy alone: single-stage '
-        'detectors in float32',
+        help='whole graphs with runtime.py, which needs onnxruntime and numpy alone, in float32',
     )
     parser.add_argument(
         '--calibrate-images',

@@ -262,19 +262,20 @@ def clip(boxes: Tensor, height: Tensor, width: Tensor) -> Tensor:
     return boxes.clamp(min=0).minimum(torch.stack([width, height, width, height]))
 
 
-def _rows(values: Tensor, width: int) -> Tensor:
-    """A map, (1, A * width, H, W), as (P, width)."""
+def rows_of(values: Tensor, width: int) -> Tensor:
+    """A map, (1, A * width, H, W), as (P, width), P = H * W * A."""
     return values[0].permute(1, 2, 0).reshape(-1, width)
 
 
-def _level_priors(head: nn.Module, maps: Sequence[Tensor], **options: bool) -> list[Tensor]:
+def level_priors(head: nn.Module, maps: Sequence[Tensor], **options: bool) -> list[Tensor]:
+    """Anchors, (P, 4), or points, (P, 2), of each level, for maps of these sizes."""
     return head.prior_generator.grid_priors(
         [values.shape[-2:] for values in maps], dtype=maps[0].dtype, device='cpu', **options
     )
 
 
 def _class_scores(head: nn.Module, raw: Tensor) -> Tensor:
-    raw = _rows(raw, head.cls_out_channels)
+    raw = rows_of(raw, head.cls_out_channels)
     # The background is the last class.
     return raw.sigmoid() if head.use_sigmoid_cls else raw.softmax(dim=-1)[:, :-1]
 
@@ -288,7 +289,7 @@ def _by_level(
 ) -> Candidates:
     scores = outputs[0]
     factors = outputs[2] if len(outputs) > 2 else [None] * len(scores)
-    priors = _level_priors(head, scores)
+    priors = level_priors(head, scores)
     return Candidates.join(
         [
             decode_level(head, level, *of_level, frame, cfg)
@@ -311,10 +312,10 @@ def _level(
     scores, labels, cells, above = best_candidates(
         _class_scores(head, raw_scores), cfg.get('score_thr', 0), cfg.nms_pre
     )
-    raw = _rows(raw_boxes, head.bbox_coder.encode_size)
+    raw = rows_of(raw_boxes, head.bbox_coder.encode_size)
     boxes = decode_boxes(head.bbox_coder, priors[cells], raw[cells], frame)
     if factor is not None:
-        scores = scores * _rows(factor, 1)[cells, 0].sigmoid()
+        scores = scores * rows_of(factor, 1)[cells, 0].sigmoid()
     return Candidates(boxes, scores, labels).where(above)
 
 
@@ -332,7 +333,7 @@ def _gfl_level(
     scores, labels, cells, above = best_candidates(
         _class_scores(head, raw_scores), cfg.score_thr, cfg.nms_pre
     )
-    raw = _rows(raw_boxes, 4 * (head.reg_max + 1))[cells]
+    raw = rows_of(raw_boxes, 4 * (head.reg_max + 1))[cells]
     distances = head.integral(raw) * head.prior_generator.strides[level][0]
     boxes = decode_boxes(head.bbox_coder, head.anchor_center(priors[cells]), distances, frame)
     return Candidates(boxes, scores, labels).where(above)
@@ -341,10 +342,10 @@ def _gfl_level(
 def _yolox(head: YOLOXHead, outputs: Sequence[Any], threshold: float) -> Candidates:
     """`YOLOXHead`'s: each cell has one class, and all above the threshold are candidates."""
     raw_scores, raw_boxes, raw_objects = outputs
-    priors = torch.cat(_level_priors(head, raw_scores, with_stride=True))
-    scores = torch.cat([_rows(values, head.cls_out_channels) for values in raw_scores]).sigmoid()
-    objects = torch.cat([_rows(values, 1) for values in raw_objects]).sigmoid()[:, 0]
-    raw = torch.cat([_rows(values, 4) for values in raw_boxes])
+    priors = torch.cat(level_priors(head, raw_scores, with_stride=True))
+    scores = torch.cat([rows_of(values, head.cls_out_channels) for values in raw_scores]).sigmoid()
+    objects = torch.cat([rows_of(values, 1) for values in raw_objects]).sigmoid()[:, 0]
+    raw = torch.cat([rows_of(values, 4) for values in raw_boxes])
     best, labels = scores.max(dim=1)
     scores = best * objects
     boxes = head._bbox_decode(priors, raw)
@@ -361,9 +362,9 @@ def _yolo(head: AnchorHead, outputs: Sequence[Any], frame: Frame, cfg: ConfigDic
             torch.arange(head.num_anchors), rows[:, :, None], columns[:, :, None]
         )
         cells = [index.reshape(-1) for index in cells]
-        boxes.append(head.decode(_rows(raw_boxes, 4), level, *cells))
-        objects = _rows(raw_objects, 1).float().sigmoid()
-        classes = _rows(raw_scores, head.num_classes)
+        boxes.append(head.decode(rows_of(raw_boxes, 4), level, *cells))
+        objects = rows_of(raw_objects, 1).float().sigmoid()
+        classes = rows_of(raw_scores, head.num_classes)
         scores.append(objects * classes.sigmoid() if head.num_classes > 1 else objects)
     best, labels, rows, above = best_candidates(torch.cat(scores), cfg.score_thr, cfg.nms_pre)
     corners = bbox_cxcywh_to_xyxy(torch.cat(boxes)[rows])

@@ -27,6 +27,7 @@ from .graphs import (
     quiet_export,
     require_standard,
 )
+from .roi_decoding import build_roi_decoder
 
 #: What is taken off the sides of the example, so that it is padded, by unlike numbers of pixels.
 _CUT = (5, 9)
@@ -126,18 +127,19 @@ class Exit(nn.Module):
 
     def __init__(self, branch: nn.Module, scaling: tuple[float, float] = (1.0, 0.0)) -> None:
         super().__init__()
-        if getattr(branch, 'roi_head', None) is not None:
-            raise UsageError(
-                f'{type(branch).__name__} cannot be exported with --standalone: only single-stage '
-                'detectors can; export it without --standalone'
-            )
         self.neck = branch.neck if getattr(branch, 'neck', None) is not None else nn.Identity()
-        self.head, self.scaling = branch.bbox_head, scaling
-        self._detect = build_decoder(self.head)
+        self.scaling = scaling
+        if getattr(branch, 'roi_head', None) is not None:
+            self.heads = nn.ModuleList([branch.rpn_head, branch.roi_head])
+            self._detect = build_roi_decoder(branch)
+        else:
+            self.heads = nn.ModuleList([branch.bbox_head])
+            decode = build_decoder(branch.bbox_head)
+            self._detect = lambda maps, frame: decode(branch.bbox_head(maps), frame)
 
     def forward(self, maps: Sequence[Tensor], frame: Frame) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes, (D, 4), scores, (D,), and labels, (D,), of maps, (1, C_i, H_i, W_i)."""
-        found: Candidates = self._detect(self.head(self.neck(maps)), frame)
+        found: Candidates = self._detect(self.neck(maps), frame)
         return found.boxes, scale_scores(found.scores, *self.scaling), found.labels
 
 
@@ -313,7 +315,7 @@ def require_standalone(model: BaseDetector) -> None:
         (
             model.router.sees_detections,
             'a router that sees detections',
-            'fit one that sees maps (tools/fit_router.py), or export without --standalone',
+            'make one that sees maps (--sees maps of tools/make_dynamic.py), or export without it',
         ),
     ):
         if holds:

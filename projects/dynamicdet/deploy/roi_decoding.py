@@ -1,0 +1,210 @@
+"""Proposals, RoIs and their NMS in two-stage detectors, on tensors alone, so that a graph can hold
+them. As `decoding`, for one image.
+
+Letters: R regions, C classes.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from mmcv.ops import RoIAlign
+from torch import Tensor, nn
+
+from mmdet.models.dense_heads import RPNHead
+from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
+from mmdet.models.roi_heads.bbox_heads.bbox_head import BBoxHead
+from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
+
+from ..errors import UsageError
+from .decoding import (
+    Candidates,
+    Frame,
+    best_candidates,
+    build_nms,
+    decode_boxes,
+    level_priors,
+    rows_of,
+)
+
+
+def build_roi_decoder(branch: nn.Module) -> Callable[[Sequence[Tensor], Frame], Candidates]:
+    """What makes detections of a two-stage detector's neck maps, (1, C_i, H_i, W_i), as mmdet with
+    ``rescale=True``; boxes, without masks.
+
+    Args:
+        branch (nn.Module): With an ``rpn_head`` and a ``roi_head``: Faster, Mask or Cascade R-CNN.
+
+    Returns:
+        Callable: Maps and a `Frame` -> `Candidates` that NMS left, in the original image's frame,
+        best first.
+
+    Raises:
+        UsageError: If it is built in another way.
+    """
+    _require_known(branch)
+    roi_head, cfg = branch.roi_head, branch.roi_head.test_cfg
+    propose = _build_proposals(branch.rpn_head)
+    suppress = build_nms(cfg.get('nms'), type(roi_head).__name__)
+    # With masks, mmdet scales boxes behind the NMS.
+    late = roi_head.with_mask
+
+    def detect(maps: Sequence[Tensor], frame: Frame) -> Candidates:
+        regions, scores, raw = _refined(roi_head, maps, propose(maps, frame), frame)
+        boxes = _boxes_by_class(_each(roi_head.bbox_head)[-1], regions, raw, frame)
+        count = scores.shape[1]
+        labels = torch.arange(count).expand(scores.shape[0], count).reshape(-1)
+        unscaled = frame.scale.repeat(2)
+        found = Candidates(boxes if late else boxes / unscaled, scores.reshape(-1), labels)
+        found = found.where(found.scores > cfg.score_thr)
+        found = found.where(suppress(found))
+        boxes = found.boxes / unscaled if late else found.boxes
+        most = cfg.max_per_img
+        return Candidates(boxes[:most], found.scores[:most], found.labels[:most])
+
+    return detect
+
+
+def _require_known(branch: nn.Module) -> None:
+    roi_head = branch.roi_head
+    heads, extractors = (_each(part) for part in (roi_head.bbox_head, roi_head.bbox_roi_extractor))
+    known = (
+        type(roi_head) in (StandardRoIHead, CascadeRoIHead)
+        and type(branch.rpn_head) is RPNHead
+        and not roi_head.with_shared_head
+        and all(type(extractor) is SingleRoIExtractor for extractor in extractors)
+        and all(
+            type(layer) is RoIAlign and layer.pool_mode == 'avg'
+            for extractor in extractors
+            for layer in extractor.roi_layers
+        )
+        and all(
+            type(head)._predict_by_feat_single is BBoxHead._predict_by_feat_single
+            and not head.custom_cls_channels
+            and head.with_reg
+            for head in heads
+        )
+        and branch.rpn_head.test_cfg.get('max_per_img', 0) > 0
+        and branch.rpn_head.test_cfg.get('nms_pre', 0) > 0
+        and roi_head.test_cfg.get('max_per_img', 0) > 0
+    )
+    if not known:
+        raise UsageError(
+            f'{type(branch).__name__} with {type(roi_head).__name__} and '
+            f'{type(heads[-1]).__name__} cannot be exported with --standalone: only Faster, Mask '
+            'and Cascade R-CNN as mmdet builds them; export it without --standalone'
+        )
+
+
+def _each(part: nn.Module) -> list[nn.Module]:
+    return list(part) if isinstance(part, nn.ModuleList) else [part]
+
+
+def _build_proposals(head: RPNHead) -> Callable[[Sequence[Tensor], Frame], Tensor]:
+    """Maps to regions, (R, 4), as `RPNHead` proposes them."""
+    cfg = head.test_cfg
+    suppress, smallest = build_nms(cfg.nms, 'RPNHead'), cfg.get('min_bbox_size', -1)
+
+    def propose(maps: Sequence[Tensor], frame: Frame) -> Tensor:
+        raw_scores, raw_boxes = head(maps)
+        levels = []
+        for level, priors in enumerate(level_priors(head, raw_scores)):
+            raw = rows_of(raw_scores[level], head.cls_out_channels)
+            scores = raw.sigmoid() if head.use_sigmoid_cls else raw.softmax(dim=-1)[:, :1]
+            scores, _, cells, _ = best_candidates(scores, 0.0, cfg.nms_pre)
+            raw = rows_of(raw_boxes[level], head.bbox_coder.encode_size)[cells]
+            boxes = decode_boxes(head.bbox_coder, priors[cells], raw, frame)
+            levels.append(Candidates(boxes, scores, torch.full_like(cells, level)))
+        found = Candidates.join(levels)
+        if smallest >= 0:
+            sides = found.boxes[:, 2:] - found.boxes[:, :2]
+            found = found.where((sides > smallest).all(dim=1))
+        return found.boxes[suppress(found)][: cfg.max_per_img]
+
+    return propose
+
+
+def _refined(
+    roi_head: nn.Module, maps: Sequence[Tensor], regions: Tensor, frame: Frame
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Regions, (R, 4), as the last stage sees them, scores of classes, (R, C), the mean of all
+    stages, and the last stage's raw boxes, (R, 4) or (R, C * 4)."""
+    heads, extractors = _each(roi_head.bbox_head), _each(roi_head.bbox_roi_extractor)
+    total = None
+    for stage, (head, extractor) in enumerate(zip(heads, extractors)):
+        features, order = _features(extractor, maps, regions)
+        # Rows of one level lie together; which region is which row is not asked for.
+        regions = regions[order]
+        logits, raw = head(features)
+        total = logits if total is None else total[order] + logits
+        if stage < len(heads) - 1:
+            regions = _boxes_of_best(head, regions, logits, raw, frame)
+    return regions, (total / len(heads)).softmax(dim=-1)[:, :-1], raw
+
+
+def _features(
+    extractor: SingleRoIExtractor, maps: Sequence[Tensor], regions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What regions, (R, 4), look at, (R, C, h, w), in another order, and that order, (R,)."""
+    maps = maps[: extractor.num_inputs]
+    batch = torch.zeros_like(regions[:, :1])
+    levels = extractor.map_roi_levels(torch.cat([batch, regions], dim=1), len(maps))
+    features, order = [], []
+    for level, (layer, values) in enumerate(zip(extractor.roi_layers, maps)):
+        rows = (levels == level).nonzero()[:, 0]
+        features.append(_RoiAlign.apply(values, regions[rows], layer))
+        order.append(rows)
+    return torch.cat(features), torch.cat(order)
+
+
+def _boxes_of_best(
+    head: BBoxHead, regions: Tensor, logits: Tensor, raw: Tensor, frame: Frame
+) -> Tensor:
+    """Regions of the next stage: the box of each one's best class."""
+    if not head.reg_class_agnostic:
+        best = logits[:, :-1].argmax(dim=1)
+        columns = best[:, None] * 4 + torch.arange(4)
+        raw = raw.gather(1, columns)
+    return decode_boxes(head.bbox_coder, regions, raw, frame)
+
+
+def _boxes_by_class(head: BBoxHead, regions: Tensor, raw: Tensor, frame: Frame) -> Tensor:
+    """Boxes of all classes, (R * C, 4)."""
+    classes = head.num_classes
+    if head.reg_class_agnostic:
+        boxes = decode_boxes(head.bbox_coder, regions, raw, frame)
+        return boxes[:, None].expand(boxes.shape[0], classes, 4).reshape(-1, 4)
+    every = regions[:, None].expand(regions.shape[0], classes, 4).reshape(-1, 4)
+    return decode_boxes(head.bbox_coder, every, raw.reshape(-1, 4), frame)
+
+
+class _RoiAlign(torch.autograd.Function):
+    """mmcv's RoIAlign in torch, ONNX's operator in a graph. A map, (1, C, H, W), and regions, (R,
+    4), to (R, C, h, w)."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, regions: Tensor, layer: RoIAlign) -> Tensor:
+        if not len(regions):
+            return values.new_zeros(0, values.shape[1], *layer.output_size)
+        return layer(values, torch.cat([torch.zeros_like(regions[:, :1]), regions], dim=1))
+
+    @staticmethod
+    def symbolic(g: Any, values: Any, regions: Any, layer: RoIAlign) -> Any:
+        count = g.op('Slice', g.op('Shape', regions), *_ints(g, [0], [1]))
+        images = g.op('ConstantOfShape', count, value_t=torch.zeros(1, dtype=torch.int64))
+        return g.op(
+            'RoiAlign',
+            values,
+            regions,
+            images,
+            mode_s='avg',
+            output_height_i=layer.output_size[0],
+            output_width_i=layer.output_size[1],
+            sampling_ratio_i=layer.sampling_ratio,
+            spatial_scale_f=layer.spatial_scale,
+            coordinate_transformation_mode_s='half_pixel' if layer.aligned else 'output_half_pixel',
+        )
+
+
+def _ints(g: Any, *values: list[int]) -> list[Any]:
+    return [g.op('Constant', value_t=torch.tensor(value)) for value in values]
