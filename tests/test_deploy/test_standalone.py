@@ -34,11 +34,24 @@ PIPELINE = [
 ]
 #: The same, a shape that is not square, and one that is padded on both sides.
 SIZES = ((96, 96), (64, 160), (77, 150))
-PLAIN = ('yolox', 'rtmdet', 'retinanet', 'fcos', 'atss', 'gfl', 'yolov5_n', 'yolov7')
+PLAIN = (
+    'yolox',
+    'rtmdet',
+    'retinanet',
+    'fcos',
+    'atss',
+    'gfl',
+    'yolov5_n',
+    'yolov7',
+    'faster_rcnn',
+    'mask_rcnn',
+    'cascade_rcnn',
+)
 DYNAMIC = (
     'dynamic yolox',
     'dynamic retinanet',
     'dynamic gfl',
+    'dynamic faster_rcnn',
     'dy_yolox_s_half',
     'dy_yolox_s_scales',
     'dy_yolox_nano_yolov5_n',
@@ -57,11 +70,13 @@ def settings(name):
 
 
 def build(model):
-    """With random weights whose boxes are as large as images, in eval mode; the same each time."""
+    """With random weights whose boxes are as large as images, and whose scores are no matter of
+    rounding, in eval mode; the same each time."""
     built = spread_scores(randomize(MODELS.build(copy.deepcopy(model)), seed=1)).eval()
     for name, weight in built.named_parameters():
-        if 'multi_level_conv_reg' in name:
-            weight.data *= 0.05
+        for kind, factor in (('reg', 0.05), ('cls', 0.3), ('obj', 0.3)):
+            if f'multi_level_conv_{kind}' in name:
+                weight.data *= factor
     return built
 
 
@@ -394,7 +409,6 @@ REFUSED = (
     (lambda: changed('dynamic yolox', regions=dict()), 'regions'),
     (lambda: changed('dynamic yolox', router=dict(type='Router', sees='both')), 'sees detections'),
     (lambda: changed('dynamic yolox', backbones=3), '3 exits'),
-    (lambda: tiny_detector('faster_rcnn'), 'only single-stage'),
     (
         lambda: changed('retinanet', test_cfg=dict(nms=dict(type='soft_nms', iou_threshold=0.5))),
         'as NMS of RetinaHead',

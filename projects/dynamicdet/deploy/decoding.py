@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from mmcv.ops import nms
 from mmengine.config import ConfigDict
 from torch import Tensor, nn
 
@@ -23,9 +22,7 @@ from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, distance2bbox
 
 from ..errors import UsageError
 from ..models.yolo import AnchorHead
-
-#: Boxes that NMS may leave: what an int32 holds.
-_NO_LIMIT = 2**31 - 1
+from .graph_operators import nms
 
 
 @dataclass(frozen=True)
@@ -177,33 +174,9 @@ def build_nms(settings: ConfigDict | None, whose: str) -> Callable[[Candidates],
             # There may be none, of which there is no largest; or none inside the picture.
             largest = torch.cat([boxes.flatten(), boxes.new_full((1,), -1.0)]).max()
             boxes = boxes + (found.labels.to(boxes) * (largest + 1))[:, None]
-        return _Nms.apply(boxes, found.scores, threshold)
+        return nms(boxes, found.scores, threshold)
 
     return suppress
-
-
-class _Nms(torch.autograd.Function):
-    """mmcv's NMS in torch, ONNX's operator in a graph. Boxes, (K, 4), and scores, (K,), to indices
-    of those that stay, best first."""
-
-    @staticmethod
-    def forward(ctx: Any, boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
-        return nms(boxes, scores, threshold)[1]
-
-    @staticmethod
-    def symbolic(g: Any, boxes: Any, scores: Any, threshold: float) -> Any:
-        def constant(*values: float) -> Any:
-            return g.op('Constant', value_t=torch.tensor(values))
-
-        selected = g.op(
-            'NonMaxSuppression',
-            g.op('Unsqueeze', boxes, constant(0)),
-            g.op('Unsqueeze', scores, constant(0, 1)),
-            constant(_NO_LIMIT),
-            constant(float(threshold)),
-        )
-        # Of image, class and box.
-        return g.op('Squeeze', g.op('Gather', selected, constant(2), axis_i=1), constant(1))
 
 
 def best_candidates(

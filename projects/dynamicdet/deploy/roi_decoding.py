@@ -5,7 +5,6 @@ Letters: R regions, C classes.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from mmcv.ops import RoIAlign
@@ -26,6 +25,7 @@ from .decoding import (
     level_priors,
     rows_of,
 )
+from .graph_operators import roi_align
 
 
 def build_roi_decoder(branch: nn.Module) -> Callable[[Sequence[Tensor], Frame], Candidates]:
@@ -152,7 +152,7 @@ def _features(
     features, order = [], []
     for level, (layer, values) in enumerate(zip(extractor.roi_layers, maps)):
         rows = (levels == level).nonzero()[:, 0]
-        features.append(_RoiAlign.apply(values, regions[rows], layer))
+        features.append(roi_align(values, regions[rows], layer))
         order.append(rows)
     return torch.cat(features), torch.cat(order)
 
@@ -176,35 +176,3 @@ def _boxes_by_class(head: BBoxHead, regions: Tensor, raw: Tensor, frame: Frame) 
         return boxes[:, None].expand(boxes.shape[0], classes, 4).reshape(-1, 4)
     every = regions[:, None].expand(regions.shape[0], classes, 4).reshape(-1, 4)
     return decode_boxes(head.bbox_coder, every, raw.reshape(-1, 4), frame)
-
-
-class _RoiAlign(torch.autograd.Function):
-    """mmcv's RoIAlign in torch, ONNX's operator in a graph. A map, (1, C, H, W), and regions, (R,
-    4), to (R, C, h, w)."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, regions: Tensor, layer: RoIAlign) -> Tensor:
-        if not len(regions):
-            return values.new_zeros(0, values.shape[1], *layer.output_size)
-        return layer(values, torch.cat([torch.zeros_like(regions[:, :1]), regions], dim=1))
-
-    @staticmethod
-    def symbolic(g: Any, values: Any, regions: Any, layer: RoIAlign) -> Any:
-        count = g.op('Slice', g.op('Shape', regions), *_ints(g, [0], [1]))
-        images = g.op('ConstantOfShape', count, value_t=torch.zeros(1, dtype=torch.int64))
-        return g.op(
-            'RoiAlign',
-            values,
-            regions,
-            images,
-            mode_s='avg',
-            output_height_i=layer.output_size[0],
-            output_width_i=layer.output_size[1],
-            sampling_ratio_i=layer.sampling_ratio,
-            spatial_scale_f=layer.spatial_scale,
-            coordinate_transformation_mode_s='half_pixel' if layer.aligned else 'output_half_pixel',
-        )
-
-
-def _ints(g: Any, *values: list[int]) -> list[Any]:
-    return [g.op('Constant', value_t=torch.tensor(value)) for value in values]
