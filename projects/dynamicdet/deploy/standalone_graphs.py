@@ -10,7 +10,7 @@ from mmcv.cnn import fuse_conv_bn
 from mmengine.model import ImgDataPreprocessor
 from torch import Tensor, nn
 
-from mmdet.models.detectors import BaseDetector
+from mmdet.models.detectors import BaseDetector, SingleStageDetector, TwoStageDetector
 
 from ..errors import UsageError
 from ..models import DynamicDetector, can_fuse
@@ -127,6 +127,7 @@ class Exit(nn.Module):
 
     def __init__(self, branch: nn.Module, scaling: tuple[float, float] = (1.0, 0.0)) -> None:
         super().__init__()
+        _require_stock(branch)
         self.neck = branch.neck if getattr(branch, 'neck', None) is not None else nn.Identity()
         self.scaling = scaling
         if getattr(branch, 'roi_head', None) is not None:
@@ -141,6 +142,18 @@ class Exit(nn.Module):
         """Boxes, (D, 4), scores, (D,), and labels, (D,), of maps, (1, C_i, H_i, W_i)."""
         found: Candidates = self._detect(self.neck(maps), frame)
         return found.boxes, scale_scores(found.scores, *self.scaling), found.labels
+
+
+def _require_stock(branch: nn.Module) -> None:
+    stock = (SingleStageDetector, TwoStageDetector)
+    if not any(
+        type(branch).predict is kind.predict and type(branch).extract_feat is kind.extract_feat
+        for kind in stock
+    ):
+        raise UsageError(
+            f'{type(branch).__name__} cannot be exported with --standalone: only single- and '
+            'two-stage detectors of MMDetection can; export it without --standalone'
+        )
 
 
 def _frame(image: Tensor, scale: Tensor, original: Tensor, ratio: Tensor | None) -> Frame:
@@ -258,10 +271,8 @@ class SecondHalf(_Half):
     def __init__(self, model: DynamicDetector) -> None:
         super().__init__(model, 1)
         backbone = model.backbone
-        self.nets, self._select = (
-            nn.ModuleList([backbone.nets[-1], backbone.connections]),
-            (backbone.select),
-        )
+        self.nets = nn.ModuleList([backbone.nets[-1], backbone.connections])
+        self._select = backbone.select
         # One backbone sees the picture again, in another size.
         self._deeper_maps: Callable[..., tuple] = (
             backbone.deeper_maps
