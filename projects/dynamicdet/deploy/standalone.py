@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import json
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -32,6 +33,7 @@ from ..measuring.calibration import provenance
 from ..measuring.flops import count_flops
 from ..models import DynamicDetector
 from ..models.branch import number_of_classes
+from ..models.budget_control import calibrated_otherwise
 from ..progress import Progress
 from ..routing.thresholds import ALL_EASY, ALL_HARD
 from ..timing import time_in_turns
@@ -39,7 +41,7 @@ from .folder import require_new, write_files
 from .graphs import need_for_deployment
 from .latencies import timing_conditions
 from .runtimes import CPU
-from .standalone_graphs import build_halves, export_halves
+from .standalone_graphs import build_halves, export_halves, require_standalone
 
 #: Images that are timed at each exit, and whose operations are counted; how often each is timed.
 _MEASURED, _ROUNDS = 10, 3
@@ -78,7 +80,7 @@ def export_standalone(
     """Write a detector as a folder that needs onnxruntime and numpy alone.
 
     Args:
-        cfg (Config): Of a plain or dynamic detector, single-stage.
+        cfg (Config): Of a plain or dynamic detector, single- or two-stage.
         path (str): Its checkpoint.
         out (str): The folder to make.
         timed (Dataset, optional): Images of the config's test pipeline, on which seconds and GFLOPs
@@ -97,6 +99,11 @@ def export_standalone(
     require_new(out)
     delivery = read_delivery(cfg)
     model, checkpoint = load_detector(cfg, path)
+    require_standalone(model)
+    if isinstance(model, DynamicDetector) and (
+        doubt := calibrated_otherwise(model, checkpoint.get('meta', {}).get('calibration', {}))
+    ):
+        warnings.warn(doubt)
     facts = _facts(model, cfg)
     halves = build_halves(model)
     graphs = {f'{name}.onnx': content for name, content in export_halves(halves).items()}
