@@ -18,7 +18,7 @@ from mmengine.hub import get_config
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 
-from conftest import ROOT, call_tool, recordable_options, spread_scores, write_random
+from conftest import ROOT, call_tool, recordable_options, spread_scores
 from dynamicdet.building import build_loader, load_detector
 from dynamicdet.deploy import standalone_runtime
 from dynamicdet.deploy.standalone import export_standalone, read_delivery
@@ -59,7 +59,7 @@ DYNAMIC = (
 
 #: Layers whose random weights make scores of 1, or boxes that are larger than numbers are exact.
 TAMED = dict(
-    multi_level_conv_reg=0.05, multi_level_conv_cls=0.3, multi_level_conv_obj=0.3, rpn_cls=0.03
+    multi_level_conv_reg=0.05, multi_level_conv_cls=0.03, multi_level_conv_obj=0.05, rpn_cls=0.03
 )
 
 
@@ -157,7 +157,7 @@ def test_plain_detectors_are_torchs(name, written):
         require_same(found, by_torch(model, batch), given[1])
         assert (found.difficulty, found.exit) == (None, 0)
         counts.append(len(found.scores))
-    assert min(counts) > 10
+    assert min(counts) > 5
 
 
 @pytest.mark.parametrize('name', DYNAMIC)
@@ -447,10 +447,12 @@ def test_pipelines_that_runtime_does_not_know_are_refused(step, said):
         read_delivery(cfg)
 
 
-def test_the_tool_writes_a_folder_that_says_what_exits_cost(small_config, digits, tmp_path, capsys):
+def test_the_tool_writes_a_folder_that_says_what_exits_cost(digits, tmp_path, capsys):
     name = 'dy_yolox_nano_digits'
-    cfg = small_config(name, **recordable_options(name, digits))
-    path = write_random(cfg, tmp_path / 'random.pth')
+    cfg = Config.fromfile(ROOT / 'configs' / f'{name}.py')
+    cfg.merge_from_dict(recordable_options(name, digits))
+    path = str(tmp_path / 'random.pth')
+    torch.save(dict(state_dict=build(cfg.model).state_dict(), meta={}), path)
     cfg.dump(tmp_path / 'config.py')
     out = tmp_path / 'out'
     arguments = ('export.py', tmp_path / 'config.py', path, '--standalone', '--out')
