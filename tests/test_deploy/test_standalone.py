@@ -452,7 +452,12 @@ def test_the_tool_writes_a_folder_that_says_what_exits_cost(digits, tmp_path, ca
     cfg = Config.fromfile(ROOT / 'configs' / f'{name}.py')
     cfg.merge_from_dict(recordable_options(name, digits))
     path = str(tmp_path / 'random.pth')
-    torch.save(dict(state_dict=build(cfg.model).state_dict(), meta={}), path)
+    built = build(cfg.model)
+    for name, weight in built.named_parameters():
+        if name.endswith('weight') and 'multi_level_conv' in name:
+            # Behind both whole backbones they would still make boxes of 1e22 pixels.
+            weight.data *= 0.01
+    torch.save(dict(state_dict=built.state_dict(), meta={}), path)
     cfg.dump(tmp_path / 'config.py')
     out = tmp_path / 'out'
     arguments = ('export.py', tmp_path / 'config.py', path, '--standalone', '--out')
@@ -472,13 +477,14 @@ def test_the_tool_writes_a_folder_that_says_what_exits_cost(digits, tmp_path, ca
     item = build_loader(loader).dataset[0]
     detector = standalone_runtime.Detector(out, threads=1)
     image = standalone_runtime.read_image(item['data_samples'].img_path)
+    got, _ = detector.deliver(image)
+    assert np.abs(got.transpose(2, 0, 1).astype(int) - item['inputs'].numpy()).max() <= 1
+    # In digits' plain background many scores are equal but for rounding.
+    noise = torch.randint(0, 256, item['inputs'].shape, dtype=torch.uint8)
     for exit, threshold in enumerate((1.0, -1.0)):
         force_dynamic_exit(model, exit)
-        batch = dict(inputs=[item['inputs']], data_samples=[item['data_samples']])
-        sample = by_torch(model, batch)
-        given = item['inputs'].numpy(), sample.scale_factor, sample.ori_shape
+        sample = by_torch(model, dict(inputs=[noise], data_samples=[item['data_samples']]))
+        given = noise.numpy(), sample.scale_factor, sample.ori_shape
         require_same(detector.run(*given, threshold), sample, sample.scale_factor)
-        got, _ = detector.deliver(image)
-        assert np.abs(got.transpose(2, 0, 1).astype(int) - given[0]).max() <= 1
     assert call_tool(*arguments, out) == 2
     assert 'is there already' in capsys.readouterr().err
