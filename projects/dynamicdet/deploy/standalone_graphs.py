@@ -84,7 +84,7 @@ class Prepared(nn.Module):
 
 
 class Reduced(nn.Module):
-    """`models.resolution.reduce_images` by products of matrices: opset 17 has no resizing that
+    """`cascade.resolution.reduce_images` by products of matrices: opset 17 has no resizing that
     averages what it makes smaller.
 
     Args:
