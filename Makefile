@@ -54,7 +54,7 @@ lint: $(READY)
 	"$(VENV)/bin/codespell" .
 
 test: $(READY) lint
-	@"$(PY)" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@"$(PY)" -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-detectron2: $(READY_D2)
 	@OMP_NUM_THREADS=1 "$(VENV_D2)/bin/python" -m pytest -q tests_detectron2 -c tests_detectron2/pytest.ini $(ARGS)

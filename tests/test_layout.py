@@ -13,7 +13,7 @@ ROOMS = [
     line.split()
     for line in """
     errors experimental version
-    private_torch private_mmengine
+    private_torch private_mmengine private_mmdet
     configs files transfers precision stand_ins progress
     timing
     annotations

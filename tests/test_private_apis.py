@@ -12,10 +12,12 @@ from mmengine.model import ImgDataPreprocessor
 from mmengine.runner import Runner
 
 from conftest import ROOT
-from dynamicdet import private_mmengine, private_torch
+from dynamicdet import private_mmdet, private_mmengine, private_torch
 from mmdet.apis import DetInferencer
 from mmdet.models.data_preprocessors import BatchSyncRandomResize
+from mmdet.models.dense_heads import GFLHead, YOLOXHead
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
+from mmdet.models.roi_heads.bbox_heads import BBoxHead, Shared2FCBBoxHead
 from mmdet.visualization import DetLocalVisualizer
 
 #: Methods of libraries that classes of the package override, or call on themselves.
@@ -32,7 +34,7 @@ OVERRIDDEN = {
 OF_NAMED_TUPLES = {'_replace', '_asdict', '_fields'}
 
 
-def test_private_names_are_in_two_files():
+def test_private_names_are_in_files_of_their_own():
     """All else that begins with an underscore is the project's own, or overridden."""
     trees = {
         path: ast.parse(path.read_text())
@@ -107,6 +109,15 @@ def test_what_mmengine_reads_and_prepares():
     plain, other = ImgDataPreprocessor(), ImgDataPreprocessor([1] * 3, [1] * 3, bgr_to_rgb=True)
     assert not private_mmengine.normalizes(plain) and private_mmengine.normalizes(other)
     assert not private_mmengine.swaps_channels(plain) and private_mmengine.swaps_channels(other)
+
+
+def test_what_decodes_the_outputs_of_heads():
+    head = YOLOXHead(num_classes=1, in_channels=8, feat_channels=8)
+    assert not private_mmdet.decodes_as(head, GFLHead)
+    assert private_mmdet.decodes_as(head, BaseDenseHead)
+    assert private_mmdet.decodes_as(Shared2FCBBoxHead(num_classes=1), BBoxHead)
+    priors, raw = torch.tensor([[8.0, 16.0, 8.0, 8.0]]), torch.zeros(1, 4)
+    assert private_mmdet.decode_yolox(head, priors, raw).tolist() == [[4, 12, 12, 20]]
 
 
 def test_an_empty_data_set_is_told_from_other_errors():

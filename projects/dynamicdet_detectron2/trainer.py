@@ -28,7 +28,13 @@ from .router_hook import RouterHook
 
 
 class DynamicTrainer(DefaultTrainer):
-    """Train step 1 or, where ``MODEL.DYNAMIC.TRAIN_ROUTER`` says so, step 2."""
+    """Train step 1 or, where ``MODEL.DYNAMIC.TRAIN_ROUTER`` says so, step 2.
+
+    Attributes:
+        router_hook (RouterHook, optional): Of step 2.
+    """
+
+    router_hook: RouterHook | None = None
 
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's own, with `RouterHook` before them in step 2."""
@@ -40,7 +46,8 @@ class DynamicTrainer(DefaultTrainer):
         dynamic = self.cfg.MODEL.get('DYNAMIC')
         if dynamic is not None and dynamic.TRAIN_ROUTER:
             delta, cfg = self.cfg.SOLVER.ROUTER.DELTA, self.cfg
-            hooks.insert(0, RouterHook(lambda: every_training_image(cfg), delta))
+            self.router_hook = RouterHook(lambda: every_training_image(cfg), delta)
+            hooks.insert(0, self.router_hook)
         if dynamic is not None and len(self.cfg.SOLVER.PRUNING.BLOCKS):
             settings = self.cfg.SOLVER.PRUNING
             hooks.insert(0, PruningHook(**{name.lower(): settings[name] for name in settings}))
@@ -50,9 +57,8 @@ class DynamicTrainer(DefaultTrainer):
         """Load weights, see `DefaultTrainer.resume_or_load`; refuse a step 2 without a cascade
         before anything runs."""
         super().resume_or_load(resume)
-        for hook in self._hooks:
-            if isinstance(hook, RouterHook):
-                hook.require_cascade()
+        if self.router_hook is not None:
+            self.router_hook.require_cascade()
 
     @classmethod
     def build_optimizer(cls, cfg, model: torch.nn.Module) -> torch.optim.Optimizer:

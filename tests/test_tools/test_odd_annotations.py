@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import shutil
 
@@ -51,6 +52,8 @@ def test_tools_run_through_a_mutant_to_the_ap_of_the_good_file(digits, tmp_path)
     checkpoint['state_dict']['delta'].fill_(0.1)
     torch.save(checkpoint, tmp_path / 'random.pth')
 
+    runs = itertools.count()
+
     def run(tool, data, *arguments, config=name):
         # Random weights propose more than is needed here.
         options = {
@@ -72,6 +75,8 @@ def test_tools_run_through_a_mutant_to_the_ap_of_the_good_file(digits, tmp_path)
                     '--cfg-options',
                     'train_cfg.max_epochs=1',
                     'train_cfg.val_interval=1',
+                    # Loggers are known by it and the second in which they begin.
+                    f'experiment_name=run{next(runs)}',
                     *pairs,
                 )
                 == 0

@@ -22,6 +22,7 @@ from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, distance2bbox
 
 from ..errors import UsageError
 from ..models.yolo import AnchorHead
+from ..private_mmdet import decode_yolox, decodes_as
 from .graph_operators import nms
 
 
@@ -115,11 +116,10 @@ def _decoder_of(head: nn.Module, cfg: ConfigDict) -> Decoder:
         _require_count(cfg, kind)
         if isinstance(head, AnchorHead):
             return lambda outputs, frame: _yolo(head, outputs, frame, cfg)
-        single = kind._predict_by_feat_single
         if kind.predict_by_feat is BaseDenseHead.predict_by_feat:
-            if single is GFLHead._predict_by_feat_single:
+            if decodes_as(head, GFLHead):
                 return lambda outputs, frame: _by_level(_gfl_level, head, outputs, frame, cfg)
-            if single is BaseDenseHead._predict_by_feat_single:
+            if decodes_as(head, BaseDenseHead):
                 return lambda outputs, frame: _by_level(_level, head, outputs, frame, cfg)
     raise UsageError(
         f'{kind.__name__} cannot be exported with --standalone: its boxes are decoded in a way of '
@@ -321,7 +321,7 @@ def _yolox(head: YOLOXHead, outputs: Sequence[Any], threshold: float) -> Candida
     raw = torch.cat([rows_of(values, 4) for values in raw_boxes])
     best, labels = scores.max(dim=1)
     scores = best * objects
-    boxes = head._bbox_decode(priors, raw)
+    boxes = decode_yolox(head, priors, raw)
     return Candidates(boxes, scores, labels).where(scores >= threshold)
 
 

@@ -16,6 +16,7 @@ from mmdet.models.roi_heads.bbox_heads.bbox_head import BBoxHead
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 
 from ..errors import UsageError
+from ..private_mmdet import decodes_as
 from .decoding import (
     Candidates,
     Frame,
@@ -79,9 +80,7 @@ def _require_known(branch: nn.Module) -> None:
             for layer in extractor.roi_layers
         )
         and all(
-            type(head)._predict_by_feat_single is BBoxHead._predict_by_feat_single
-            and not head.custom_cls_channels
-            and head.with_reg
+            decodes_as(head, BBoxHead) and not head.custom_cls_channels and head.with_reg
             for head in heads
         )
         and branch.rpn_head.test_cfg.get('max_per_img', 0) > 0
