@@ -46,11 +46,13 @@ class Frame:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Boxes before NMS, (K, 4), corners in pixels; their scores, (K,), and labels, (K,), int64."""
+    """Boxes before NMS, (K, 4), corners in pixels; their scores, (K,), and labels, (K,), int64; and
+    at the end perhaps masks, (K, h, w), in [0, 1]."""
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
+    masks: Tensor | None = None
 
     @classmethod
     def join(cls, levels: Sequence['Candidates']) -> 'Candidates':
@@ -197,8 +199,16 @@ def best_candidates(
     # Both numbers are of the graph, not of the example.
     most = torch.minimum(torch.as_tensor(flat.shape[0]), torch.tensor(count))
     best, at = flat.topk(most)
-    cells = torch.div(at, scores.shape[1], rounding_mode='trunc')
-    return best, at - cells * scores.shape[1], cells, best > threshold
+    cells, labels = split_index(at, scores.shape[1])
+    return best, labels, cells, best > threshold
+
+
+def split_index(at: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns, (K,) each, int64, of elements of a matrix, by int32: not all that computes
+    graphs has arithmetic on int64."""
+    at = at.int()
+    rows = torch.div(at, int(width), rounding_mode='trunc')
+    return rows.long(), (at - rows * int(width)).long()
 
 
 def decode_boxes(coder: nn.Module, priors: Tensor, raw: Tensor, frame: Frame) -> Tensor:

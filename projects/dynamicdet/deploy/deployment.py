@@ -4,7 +4,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from ..measuring.calibration import measure_difficulties, provenance
 from ..measuring.latencies import force_dynamic_exit
 from ..models import DynamicDetector
 from ..models.budget_control import calibrated_otherwise, preserved_budget
-from ..models.detector_parts import DetectorPart, find_parts
+from ..models.detector_parts import DetectorPart, Form, find_parts
 from ..progress import Progress
 from ..routing.thresholds import quantile_map
 from .folder import require_new, write_folder
@@ -43,11 +43,31 @@ from .int8 import (
 )
 from .latencies import measure_latency, measure_region_seconds, put_latencies, timing_conditions
 from .roi_align import place_roi_aligns
+from .standalone_parts import halved
 
 #: Batches on which layers are tried in 8 bits.
 _TRIED = 16
 #: Images that are timed at each exit, and how often.
 _TIMED, _ROUNDS = 10, 3
+
+
+@dataclass(frozen=True)
+class Graphed:
+    """A detector that graphs of its parts compute.
+
+    Attributes:
+        model (BaseDetector): On the CPU, its calibration kept.
+        parts (Sequence[DetectorPart]): Of it.
+        contents (dict[str, bytes]): The ONNX file of each part, by name.
+        forms (dict): How each part's outputs are nested.
+        about (dict): What was done, for a manifest.
+    """
+
+    model: BaseDetector
+    parts: Sequence[DetectorPart]
+    contents: dict[str, bytes]
+    forms: dict[str, Form]
+    about: dict[str, Any]
 
 
 def deploy(
@@ -68,20 +88,10 @@ def deploy(
     """Write a detector as a deployment folder.
 
     Args:
-        cfg (Config): Of a plain or dynamic detector.
-        path (str): Its checkpoint. One of a `QuantizationHook` brings ranges, which are used.
+        cfg, path, loader, progress, images, method, noise, share, reduced, between: See
+            `graph_parts`.
         out (str): The folder to make.
-        loader (DataLoader, optional): Over validation images, by the config's test pipeline. With
-            it, graphs are in 8 bits; without, in float32.
-        progress (Callable): Wraps what is iterated over.
-        images (int): How many images of it are looked at, at least 1.
-        method (str): How ranges are found; see `Observer.ranges`.
-        noise, share (float): Which layers stay float; see `prediction_layers` and `choose_float`.
-        reduced (bool, optional): Whether weights have 7 bits. Defaults to what this processor
-            needs, or to what was trained with.
         compress (bool): Whether graphs are written by zstd. Defaults to False.
-        between (bool): Whether what is between layers has 8 bits, too, see `int8.BETWEEN`; but for
-            SiLU where predictions are made. Trained ranges are of layers alone. Defaults to True.
         timed (Dataset, optional): Images on which the latency of each exit is measured, in ONNX
             Runtime with torch's number of threads. Defaults to the loader's. Without any a folder
             has no latencies, and takes no budget in time.
@@ -95,13 +105,62 @@ def deploy(
     for name in ('onnx', 'onnxruntime', *('zstandard',) * compress):
         need_for_deployment(name)
     require_new(out)
+    graphed = graph_parts(
+        cfg, path, loader, progress, images, method, noise, share, reduced, between
+    )
+    about = graphed.about
+    about['latencies'] = _time(
+        graphed.model, timed if timed is not None or loader is None else loader.dataset, progress
+    )
+    release_weights(graphed.parts)
+    about['bytes'] = write_folder(
+        out, cfg, graphed.model, graphed.contents, graphed.forms, about, compress
+    )
+    return about
+
+
+def graph_parts(
+    cfg: Config,
+    path: str,
+    loader: DataLoader | None = None,
+    progress: Progress = lambda steps, what: steps,
+    images: int = 200,
+    method: str = 'mse',
+    noise: float = 0.01,
+    share: float = 0.1,
+    reduced: bool | None = None,
+    between: bool = True,
+    half: bool = False,
+) -> Graphed:
+    """Make a graph of each part of a detector, and let them compute it.
+
+    Args:
+        cfg (Config): Of a plain or dynamic detector.
+        path (str): Its checkpoint. One of a `QuantizationHook` brings ranges, which are used.
+        loader (DataLoader, optional): Over validation images, by the config's test pipeline. With
+            it, graphs are in 8 bits; without, in float32.
+        progress (Callable): Wraps what is iterated over.
+        images (int): How many images of it are looked at, at least 1.
+        method (str): How ranges are found; see `Observer.ranges`.
+        noise, share (float): Which layers stay float; see `prediction_layers` and `choose_float`.
+        reduced (bool, optional): Whether weights have 7 bits. Defaults to what this processor
+            needs, or to what was trained with.
+        between (bool): Whether what is between layers has 8 bits, too, see `int8.BETWEEN`; but for
+            SiLU where predictions are made. Trained ranges are of layers alone. Defaults to True.
+        half (bool): Whether graphs are in float16 instead; the loader's images then say how
+            difficulties move, if it is given. Defaults to False.
+
+    Raises:
+        UsageError: If something is missing, or does not fit.
+    """
     if loader is not None and (images < 1 or not len(loader.dataset)):
         raise UsageError('int8 needs validation images to calibrate on, and there is none')
+    eight = loader is not None and not half
     bare = copy.deepcopy(cfg)
     # It goes by latencies that are not measured yet; who loads the folder has it.
     whole_model(bare).pop('budget', None)
     model, checkpoint = load_detector(bare, path)
-    trained = checkpoint.get('quantization') if loader is not None else None
+    trained = checkpoint.get('quantization') if eight else None
     exported = export_parts(model, fuse=trained is None)
     deployed, _ = load_detector(bare, checkpoint)
     if isinstance(deployed, DynamicDetector) and (
@@ -111,19 +170,24 @@ def deploy(
     parts = find_parts(deployed)
     contents = {name: part.content for name, part in exported.items()}
     about: dict[str, Any] = dict(
-        int8=loader is not None,
+        int8=eight,
         versions={
             name: need_for_deployment(name).__version__ for name in ('torch', 'onnx', 'onnxruntime')
         },
         provenance=provenance(cfg, path, loader.dataset if loader is not None else (), 'cpu'),
     )
+    before = None
     if loader is None:
         # Nothing was looked at.
         for name in ('ann_file', 'categories', 'classes', 'images'):
             del about['provenance'][name]
-    if loader is not None:
+    else:
         batches = _first(loader, images)
         before = _calibrated_scores(deployed, batches, progress)
+        about['provenance'].update(images=sum(len(batch['inputs']) for batch in batches))
+    if half:
+        contents = {name: halved(content) for name, content in contents.items()}
+    if eight:
         contents, details = _int8(
             deployed,
             parts,
@@ -138,25 +202,12 @@ def deploy(
             between,
         )
         about.update(details)
-        about['provenance'].update(images=details['calibration']['images'])
     _place(parts, contents, exported)
     place_roi_aligns(deployed)
-    if loader is not None and before is not None:
+    if before is not None:
         _carry_calibration(deployed, before, measure_difficulties(deployed, batches, progress))
-    about['latencies'] = _time(
-        deployed, timed if timed is not None or loader is None else loader.dataset, progress
-    )
-    release_weights(parts)
-    about['bytes'] = write_folder(
-        out,
-        cfg,
-        deployed,
-        contents,
-        {name: part.form for name, part in exported.items()},
-        about,
-        compress,
-    )
-    return about
+    forms = {name: part.form for name, part in exported.items()}
+    return Graphed(deployed, parts, contents, forms, about)
 
 
 def _first(loader: DataLoader, images: int) -> list[dict]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmdet.models.dense_heads import RPNHead
 from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
 from mmdet.models.roi_heads.bbox_heads.bbox_head import BBoxHead
+from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 
 from ..errors import UsageError
@@ -29,12 +30,16 @@ from .decoding import (
 from .graph_operators import roi_align
 
 
-def build_roi_decoder(branch: nn.Module) -> Callable[[Sequence[Tensor], Frame], Candidates]:
+def build_roi_decoder(
+    branch: nn.Module, masks: bool = False
+) -> Callable[[Sequence[Tensor], Frame], Candidates]:
     """What makes detections of a two-stage detector's neck maps, (1, C_i, H_i, W_i), as mmdet with
-    ``rescale=True``; boxes, without masks.
+    ``rescale=True``.
 
     Args:
         branch (nn.Module): With an ``rpn_head`` and a ``roi_head``: Faster, Mask or Cascade R-CNN.
+        masks (bool): Whether boxes have masks, (D, h, w), in [0, 1], which are not pasted into the
+            image yet. Defaults to False.
 
     Returns:
         Callable: Maps and a `Frame` -> `Candidates` that NMS left, in the original image's frame,
@@ -43,7 +48,7 @@ def build_roi_decoder(branch: nn.Module) -> Callable[[Sequence[Tensor], Frame], 
     Raises:
         UsageError: If it is built in another way.
     """
-    _require_known(branch)
+    _require_known(branch, masks)
     roi_head, cfg = branch.roi_head, branch.roi_head.test_cfg
     propose = _build_proposals(branch.rpn_head)
     suppress = build_nms(cfg.get('nms'), type(roi_head).__name__)
@@ -59,16 +64,24 @@ def build_roi_decoder(branch: nn.Module) -> Callable[[Sequence[Tensor], Frame], 
         found = Candidates(boxes if late else boxes / unscaled, scores.reshape(-1), labels)
         found = found.where(found.scores > cfg.score_thr)
         found = found.where(suppress(found))
-        boxes = found.boxes / unscaled if late else found.boxes
         most = cfg.max_per_img
-        return Candidates(boxes[:most], found.scores[:most], found.labels[:most])
+        boxes, scores, labels = found.boxes[:most], found.scores[:most], found.labels[:most]
+        shapes = _masks(roi_head, maps, boxes, labels) if masks else None
+        return Candidates(boxes / unscaled if late else boxes, scores, labels, shapes)
 
     return detect
 
 
-def _require_known(branch: nn.Module) -> None:
+def _require_known(branch: nn.Module, masks: bool) -> None:
     roi_head = branch.roi_head
     heads, extractors = (_each(part) for part in (roi_head.bbox_head, roi_head.bbox_roi_extractor))
+    if masks:
+        extractors += _each(roi_head.mask_roi_extractor)
+        if not all(decodes_as(head, FCNMaskHead) for head in _each(roi_head.mask_head)):
+            raise UsageError(
+                f'{type(_each(roi_head.mask_head)[0]).__name__} cannot be exported with '
+                '--standalone: it makes masks in a way of its own; export it without --standalone'
+            )
     known = (
         type(roi_head) in (StandardRoIHead, CascadeRoIHead)
         and type(branch.rpn_head) is RPNHead
@@ -154,6 +167,22 @@ def _features(
         features.append(roi_align(values, regions[rows], layer))
         order.append(rows)
     return torch.cat(features), torch.cat(order)
+
+
+def _masks(roi_head: nn.Module, maps: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
+    """Masks of boxes, (D, h, w), of each one's class, the mean of all stages."""
+    heads, extractors = _each(roi_head.mask_head), _each(roi_head.mask_roi_extractor)
+    stages = []
+    for head, extractor in zip(heads, extractors):
+        features, order = _features(extractor, maps, boxes)
+        # In the order of the boxes again.
+        places = order.float().topk(order.shape[0], largest=False)[1]
+        stages.append(head(features)[places].sigmoid())
+    masks = torch.stack(stages).mean(0) if len(stages) > 1 else stages[0]
+    if heads[-1].class_agnostic:
+        return masks[:, 0]
+    rows = labels[:, None, None, None].expand(-1, 1, masks.shape[2], masks.shape[3])
+    return masks.gather(1, rows)[:, 0]
 
 
 def _boxes_of_best(

@@ -1,7 +1,8 @@
 """A detector as a folder that runs without this project: graphs from a picture to detections, a
 JSON file, and the one file that runs them, `standalone_runtime`.
 
-    first.onnx, second.onnx    the halves of a dynamic detector; detector.onnx of a plain one
+    first.onnx, second.onnx    the halves of a dynamic detector; detector.onnx of a plain one, or
+                               both halves
     detector.json              thresholds, calibration, classes, how pictures are delivered, costs
     runtime.py                 `standalone_runtime`, as it is here
 
@@ -37,11 +38,19 @@ from ..models.budget_control import calibrated_otherwise
 from ..progress import Progress
 from ..routing.thresholds import ALL_EASY, ALL_HARD
 from ..timing import time_in_turns
+from .deployment import Graphed
 from .folder import require_new, write_files
 from .graphs import need_for_deployment
 from .latencies import timing_conditions
 from .runtimes import CPU
-from .standalone_graphs import build_halves, export_halves, require_standalone
+from .standalone_graphs import (
+    build_halves,
+    export_halves,
+    has_masks,
+    join_halves,
+    require_standalone,
+)
+from .standalone_parts import stand_in
 
 #: Images that are timed at each exit, and whose operations are counted; how often each is timed.
 _MEASURED, _ROUNDS = 10, 3
@@ -76,17 +85,23 @@ def export_standalone(
     out: str,
     timed: Dataset | None = None,
     progress: Progress = lambda steps, what: steps,
+    graphed: Graphed | None = None,
+    one_file: bool = False,
 ) -> dict[str, Any]:
     """Write a detector as a folder that needs onnxruntime and numpy alone.
 
     Args:
-        cfg (Config): Of a plain or dynamic detector, single- or two-stage.
+        cfg (Config): Of a plain or dynamic detector, single- or two-stage or DINO.
         path (str): Its checkpoint.
         out (str): The folder to make.
         timed (Dataset, optional): Images of the config's test pipeline, on which seconds and GFLOPs
             of each exit are measured, in ONNX Runtime with torch's number of threads. Defaults to
             none: then they are not known.
         progress (Callable): Wraps what is iterated over.
+        graphed (Graphed, optional): The same detector in 8 bits or float16, see `graph_parts`. It
+            is of no other use afterwards. Defaults to none: all is float32.
+        one_file (bool): Whether both halves stand in one graph, see `join_halves`. Defaults to
+            False.
 
     Returns:
         dict: What detector.json has, and ``bytes``.
@@ -100,13 +115,16 @@ def export_standalone(
     delivery = read_delivery(cfg)
     model, checkpoint = load_detector(cfg, path)
     require_standalone(model)
-    if isinstance(model, DynamicDetector) and (
-        doubt := calibrated_otherwise(model, checkpoint.get('meta', {}).get('calibration', {}))
-    ):
-        warnings.warn(doubt)
-    facts = _facts(model, cfg)
+    if isinstance(model, DynamicDetector) and graphed is None:
+        doubt = calibrated_otherwise(model, checkpoint.get('meta', {}).get('calibration', {}))
+        if doubt:
+            warnings.warn(doubt)
+    facts = _facts(model, cfg, graphed)
     halves = build_halves(model)
-    graphs = {f'{name}.onnx': content for name, content in export_halves(halves).items()}
+    contents = _contents(halves, graphed)
+    if one_file and 'second' in contents:
+        contents = dict(detector=join_halves(**contents))
+    graphs = {f'{name}.onnx': content for name, content in contents.items()}
     runtime = _runtime()
     about: dict[str, Any] = dict(
         format=runtime.FORMAT,
@@ -114,6 +132,12 @@ def export_standalone(
         graphs={name: hashlib.sha256(content).hexdigest() for name, content in graphs.items()},
         **facts,
         **delivery,
+        precision='float32' if graphed is None else 'int8' if graphed.about['int8'] else 'float16',
+        quantization={
+            key: graphed.about[key]
+            for key in ('reduced_range', 'calibration', 'layers')
+            if graphed is not None and key in graphed.about
+        },
         gflops=None,
         seconds=None,
         timing=None,
@@ -137,6 +161,14 @@ def export_standalone(
     return dict(about, bytes=write_files(out, files))
 
 
+def _contents(halves: dict[str, nn.Module], graphed: Graphed | None) -> dict[str, bytes]:
+    """The ONNX files, by name."""
+    if graphed is None:
+        return export_halves(halves)
+    stand_in(graphed.parts, graphed.contents, graphed.forms)
+    return export_halves(build_halves(graphed.model, fuse=False), graphed.contents)
+
+
 def _runtime() -> ModuleType:
     # It imports onnxruntime, which is optional.
     return importlib.import_module('.standalone_runtime', __package__)
@@ -146,19 +178,29 @@ def _as_json(about: Mapping[str, Any]) -> bytes:
     return json.dumps(about, indent=1, allow_nan=False).encode()
 
 
-def _facts(model: BaseDetector, cfg: Config) -> dict[str, Any]:
+def _facts(model: BaseDetector, cfg: Config, graphed: Graphed | None) -> dict[str, Any]:
     """Classes, threshold and calibration; without the last two of a plain detector."""
+    facts: dict[str, Any] = {}
+    if has_masks(model):
+        branch = model.branch(0) if isinstance(model, DynamicDetector) else model
+        facts = dict(mask_threshold=float(branch.roi_head.test_cfg.mask_thr_binary))
     dynamic = isinstance(model, DynamicDetector)
     count = number_of_classes(model.branch(0) if dynamic else model)
     classes = (getattr(model, 'dataset_meta', None) or cfg.get('metainfo') or {}).get('classes')
     if classes is None or len(classes) != count:
         classes = map(str, range(count))
     if not dynamic:
-        return dict(classes=list(classes), threshold=None, difficulties=[])
+        return dict(facts, classes=list(classes), threshold=None, difficulties=[])
+    if graphed is not None:
+        # With the budget of the config, and what difficulties have become.
+        budget, model = model.budget, graphed.model
+        if budget is not None:
+            model.set_budget(budget)
     if model._budget_waits:
         # It says what is missing.
         model.set_budget(model.budget)
     return dict(
+        facts,
         classes=list(classes),
         threshold=float(model.threshold),
         difficulties=model.difficulties.tolist(),
@@ -253,7 +295,7 @@ def _seconds(
         for name, content in {**files, runtime.ABOUT: _as_json(about)}.items():
             (Path(folder) / name).write_bytes(content)
         detector = runtime.Detector(folder, threads=torch.get_num_threads())
-    thresholds = (ALL_EASY, ALL_HARD)[: len(detector.sessions)]
+    thresholds = (ALL_EASY, ALL_HARD)[: 1 if about['threshold'] is None else 2]
     runs = {
         exit: lambda picture, threshold=threshold: detector.run(*picture, threshold)
         for exit, threshold in enumerate(thresholds)

@@ -1,8 +1,9 @@
 """A whole detector as one graph, or as two: from a picture to detections."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +11,15 @@ from mmcv.cnn import fuse_conv_bn
 from mmengine.model import ImgDataPreprocessor
 from torch import Tensor, nn
 
-from mmdet.models.detectors import BaseDetector, SingleStageDetector, TwoStageDetector
+from mmdet.models.detectors import DINO, BaseDetector, SingleStageDetector, TwoStageDetector
+from mmdet.models.detectors.base_detr import DetectionTransformer
 
 from ..errors import UsageError
 from ..models import DynamicDetector, can_fuse
 from ..models.fusing import fusible_parts
 from ..models.normalization import NormalizationChange
 from ..private_mmengine import normalizes, swaps_channels
+from ..routing.detection_features import COUNTED, SUREST
 from ..routing.merging import scale_scores
 from .decoding import Candidates, Frame, build_decoder
 from .graphs import (
@@ -28,6 +31,8 @@ from .graphs import (
     require_standard,
 )
 from .roi_decoding import build_roi_decoder
+from .standalone_parts import put_parts
+from .transformer_decoding import build_transformer_decoder
 
 #: What is taken off the sides of the example, so that it is padded, by unlike numbers of pixels.
 _CUT = (5, 9)
@@ -35,7 +40,9 @@ _CUT = (5, 9)
 IMAGE, SCALE, ORIGINAL = 'image', 'scale', 'original'
 #: Outputs of every graph; of the first of two there are a difficulty and maps, too.
 DETECTIONS = ('boxes', 'scores', 'labels')
-DIFFICULTY, MAP = 'difficulty', 'map'
+DIFFICULTY, MAP, MASKS = 'difficulty', 'map', 'masks'
+#: Input of a graph of both halves.
+THRESHOLD = 'threshold'
 
 
 class Prepared(nn.Module):
@@ -69,7 +76,9 @@ class Prepared(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """A picture, (1, 3, h, w), uint8, as the network sees it, (1, 3, H, W), float32: H and W
         are h and w, rounded up to the divisor."""
-        pixels = (image.flip(1) if self.swaps else image).float()
+        # What computes graphs may know uint8 as what is made float alone.
+        pixels = image.float()
+        pixels = pixels.flip(1) if self.swaps else pixels
         if self.mean is not None:
             pixels = (pixels - self.mean) / self.std
         pad_value = self.pad_value
@@ -123,36 +132,63 @@ class Exit(nn.Module):
         branch (nn.Module): Has the neck and the heads.
         scaling (tuple[float, float]): Of the logit of its scores, see
             `routing.merging.scale_scores`. Defaults to (1, 0), scores as they are.
+        masks (bool): Whether it gives masks, too. Defaults to False.
     """
 
-    def __init__(self, branch: nn.Module, scaling: tuple[float, float] = (1.0, 0.0)) -> None:
+    def __init__(
+        self, branch: nn.Module, scaling: tuple[float, float] = (1.0, 0.0), masks: bool = False
+    ) -> None:
         super().__init__()
         _require_stock(branch)
         self.neck = branch.neck if getattr(branch, 'neck', None) is not None else nn.Identity()
         self.scaling = scaling
-        if getattr(branch, 'roi_head', None) is not None:
+        #: Names of what it gives.
+        self.outputs = (*DETECTIONS, MASKS) if masks else DETECTIONS
+        if isinstance(branch, DetectionTransformer):
+            self.heads = nn.ModuleList([branch])
+            self._detect = build_transformer_decoder(branch)
+        elif getattr(branch, 'roi_head', None) is not None:
             self.heads = nn.ModuleList([branch.rpn_head, branch.roi_head])
-            self._detect = build_roi_decoder(branch)
+            self._detect = build_roi_decoder(branch, masks)
         else:
             self.heads = nn.ModuleList([branch.bbox_head])
             decode = build_decoder(branch.bbox_head)
             self._detect = lambda maps, frame: decode(branch.bbox_head(maps), frame)
 
-    def forward(self, maps: Sequence[Tensor], frame: Frame) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes, (D, 4), scores, (D,), and labels, (D,), of maps, (1, C_i, H_i, W_i)."""
+    def forward(self, maps: Sequence[Tensor], frame: Frame) -> tuple[Tensor, ...]:
+        """Boxes, (D, 4), scores, (D,), labels, (D,), and perhaps masks of boxes, (D, h, w), in
+        [0, 1], of maps, (1, C_i, H_i, W_i)."""
         found: Candidates = self._detect(self.neck(maps), frame)
-        return found.boxes, scale_scores(found.scores, *self.scaling), found.labels
+        scores = scale_scores(found.scores, *self.scaling)
+        masks = () if found.masks is None else (found.masks,)
+        return found.boxes, scores, found.labels, *masks
+
+
+def has_masks(model: BaseDetector) -> bool:
+    """Whether all exits give masks."""
+    branches = model.branches if isinstance(model, DynamicDetector) else [model]
+    return all(
+        getattr(getattr(branch, 'roi_head', None), 'with_mask', False) for branch in branches
+    )
 
 
 def _require_stock(branch: nn.Module) -> None:
-    stock = (SingleStageDetector, TwoStageDetector)
+    stock = (SingleStageDetector, TwoStageDetector, DINO)
     if not any(
         type(branch).predict is kind.predict and type(branch).extract_feat is kind.extract_feat
         for kind in stock
     ):
         raise UsageError(
             f'{type(branch).__name__} cannot be exported with --standalone: only single- and '
-            'two-stage detectors of MMDetection can; export it without --standalone'
+            'two-stage detectors of MMDetection and DINO can; export it without --standalone'
+        )
+
+
+def _require_unpadded(branch: nn.Module, prepared: Prepared) -> None:
+    if isinstance(branch, DetectionTransformer) and prepared.divisor > 1:
+        raise UsageError(
+            f'{type(branch).__name__} with pad_size_divisor={prepared.divisor} cannot be exported '
+            'with --standalone: set data_preprocessor.pad_size_divisor=1 by --cfg-options'
         )
 
 
@@ -171,12 +207,13 @@ class PlainDetector(nn.Module):
         model (BaseDetector): In eval mode.
     """
 
-    outputs = DETECTIONS
-
     def __init__(self, model: BaseDetector) -> None:
         super().__init__()
         self.prepared = Prepared(model.data_preprocessor)
-        self.backbone, self.exit = model.backbone, Exit(model)
+        self.backbone, self.exit = model.backbone, Exit(model, masks=has_masks(model))
+        _require_unpadded(model, self.prepared)
+        #: Names of what it gives.
+        self.outputs = self.exit.outputs
 
     def forward(self, image: Tensor, scale: Tensor, original: Tensor) -> tuple[Tensor, ...]:
         """Detections of a picture.
@@ -187,7 +224,8 @@ class PlainDetector(nn.Module):
             original (Tensor): Height and width before that, (2,).
 
         Returns:
-            tuple[Tensor]: Boxes, (D, 4), in the original frame, scores, (D,), labels, (D,), int64.
+            tuple[Tensor]: Boxes, (D, 4), in the original frame, scores, (D,), labels, (D,), int64;
+            of detectors with masks those of each box, (D, h, w), in [0, 1].
         """
         frame = _frame(image, scale, original, None)
         return self.exit(tuple(self.backbone(self.prepared(image))), frame)
@@ -202,7 +240,8 @@ class _Half(nn.Module):
         self.prepared = Prepared(model.data_preprocessor, change)
         scale = model.scales[exit]
         self.reduced = Reduced(scale, model.stride) if scale < 1 else None
-        self.exit = Exit(model.branch(exit), model._scaling[exit])
+        self.exit = Exit(model.branch(exit), model._scaling[exit], has_masks(model))
+        _require_unpadded(model.branch(exit), self.prepared)
 
     def view(self, image: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """What the backbone sees of a picture, by which ratio that is smaller, and the prepared
@@ -231,19 +270,36 @@ class FirstHalf(_Half):
     @property
     def outputs(self) -> tuple[str, ...]:
         """Their names."""
-        return (*DETECTIONS, DIFFICULTY, *(f'{MAP}{index}' for index in self.keeps))
+        return (*self.exit.outputs, DIFFICULTY, *(f'{MAP}{index}' for index in self.keeps))
 
     def forward(self, image: Tensor, scale: Tensor, original: Tensor) -> tuple[Tensor, ...]:
         """As `PlainDetector`'s; then the difficulty, (1,), and maps, (1, C_i, H_i, W_i)."""
         seen, ratio, prepared = self.view(image)
         maps = self._first_maps(seen)
         found = self.exit(self._select(maps), _frame(image, scale, original, ratio))
-        difficulty = self.router([_without_padding(m, image, prepared) for m in maps])
+        seen_maps = [_without_padding(m, image, prepared) for m in maps]
+        more = {}
+        if self.router.sees_detections:
+            more = dict(detections=_detection_features(found, self.router.class_weights))
+        difficulty = self.router(seen_maps, **more)
         return *found, difficulty, *(maps[index] for index in self.keeps)
 
     def maps(self, image: Tensor) -> tuple[Tensor, ...]:
         """All maps of a picture."""
         return self._first_maps(self.view(image)[0])
+
+
+def _detection_features(found: Sequence[Tensor], class_weights: Tensor) -> Tensor:
+    """`routing.detection_features.features` of one image, (1, w)."""
+    boxes, scores, labels = found[:3]
+    none = scores.new_zeros(SUREST)
+    best, rows = torch.cat([scores, none]).topk(SUREST)
+    sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0)
+    sizes = torch.cat([(sides[:, 0] * sides[:, 1]).sqrt(), none])[rows]
+    unsure, weights = scores * (1 - scores), class_weights[labels]
+    sums = [(scores > floor).float().sum() for floor in COUNTED]
+    sums += [unsure.sum(), (scores * weights).sum(), (unsure * weights).sum()]
+    return torch.cat([best, sizes, torch.stack(sums)])[None]
 
 
 def _without_padding(values: Tensor, image: Tensor, prepared: Tensor) -> Tensor:
@@ -266,10 +322,10 @@ class SecondHalf(_Half):
         model (DynamicDetector): In eval mode.
     """
 
-    outputs = DETECTIONS
-
     def __init__(self, model: DynamicDetector) -> None:
         super().__init__(model, 1)
+        #: Names of what it gives.
+        self.outputs = self.exit.outputs
         backbone = model.backbone
         self.nets = nn.ModuleList([backbone.nets[-1], backbone.connections])
         self._select = backbone.select
@@ -289,11 +345,12 @@ class SecondHalf(_Half):
         return self.exit(found, _frame(image, scale, original, ratio))
 
 
-def build_halves(model: BaseDetector) -> dict[str, nn.Module]:
+def build_halves(model: BaseDetector, fuse: bool = True) -> dict[str, nn.Module]:
     """What becomes graphs: 'detector' of a plain one, 'first' and 'second' of a dynamic one.
 
     Args:
         model (BaseDetector): On the CPU. It is of no other use afterwards.
+        fuse (bool): Whether a model's own parts are fused before. Defaults to True.
 
     Raises:
         UsageError: If it is of a kind that cannot be exported so.
@@ -301,7 +358,8 @@ def build_halves(model: BaseDetector) -> dict[str, nn.Module]:
     require_standalone(model)
     model.eval()
     # As `models.fuse`, but for what is made for torch on a CPU alone.
-    for part in chain(*filter(_has_fusible, getattr(model, 'whole_detectors', [[model]]))):
+    whole = getattr(model, 'whole_detectors', [[model]]) if fuse else []
+    for part in chain(*filter(_has_fusible, whole)):
         fuse_conv_bn(part)
         for module in fusible_parts(part):
             module.fuse()
@@ -323,22 +381,24 @@ def require_standalone(model: BaseDetector) -> None:
         (model.num_exits != 2, f'{model.num_exits} exits', 'take a config of two'),
         (model.regions is not None, 'regions', 'take a config without them'),
         (model.merge is not None, 'merged exits', 'set model.merge=None by --cfg-options'),
-        (
-            model.router.sees_detections,
-            'a router that sees detections',
-            'make one that sees maps (--sees maps of tools/make_dynamic.py), or export without it',
-        ),
     ):
         if holds:
             raise UsageError(f'--standalone does not support {what}: {remedy}')
 
 
 @torch.no_grad()
-def export_halves(halves: dict[str, nn.Module]) -> dict[str, bytes]:
+def export_halves(
+    halves: dict[str, nn.Module], parts: Mapping[str, bytes] | None = None
+) -> dict[str, bytes]:
     """ONNX files of what `build_halves` made, by name. Height and width of pictures are free; each
     graph is of one picture.
 
     The first half gives those maps alone that the second looks at.
+
+    Args:
+        halves (dict): Of `build_halves`.
+        parts (Mapping[str, bytes], optional): Graphs of parts, by name, for which others stood in;
+            see `standalone_parts.stand_in`. Defaults to none.
 
     Raises:
         UsageError: If an operator cannot be in a graph.
@@ -351,20 +411,66 @@ def export_halves(halves: dict[str, nn.Module]) -> dict[str, bytes]:
     )
     inputs = (image, torch.tensor([0.5, 0.75]), torch.tensor([height / 0.75, width / 0.5]))
     if 'detector' in halves:
-        return dict(detector=_export('detector', halves['detector'], inputs))
+        return dict(detector=_export('detector', halves['detector'], inputs, parts))
     first, second = halves['first'], halves['second']
-    content = _export('second', second, (*inputs, *first.maps(image)))
+    content = _export('second', second, (*inputs, *first.maps(image)), parts)
     graph = need_for_deployment('onnx').load_from_string(content).graph
     first.keeps = tuple(
         int(entry.name.removeprefix(MAP)) for entry in graph.input if entry.name.startswith(MAP)
     )
-    return dict(first=_export('first', first, inputs), second=content)
+    return dict(first=_export('first', first, inputs, parts), second=content)
 
 
-def _export(name: str, module: nn.Module, inputs: Sequence[Tensor]) -> bytes:
+def join_halves(first: bytes, second: bytes) -> bytes:
+    """Both halves as one ONNX file, whose further input is a threshold, float32, a scalar: an image
+    that is no more difficult has what the first half finds, another one runs the second, which
+    stands in an ``If``."""
+    onnx = need_for_deployment('onnx')
+    make = onnx.helper
+    model, other = (onnx.load_from_string(content) for content in (first, second))
+    graph, deeper = model.graph, other.graph
+    # Images, and maps of the first half, are read from outside of the branch.
+    outer = {entry.name for entry in deeper.input}
+    for node in deeper.node:
+        node.name = f'second/{node.name}'
+        for side in (node.input, node.output):
+            side[:] = [name if name in outer or not name else f'second/{name}' for name in side]
+    for weight in deeper.initializer:
+        weight.name = f'second/{weight.name}'
+    found = [entry for entry in graph.output if entry.name in (*DETECTIONS, MASKS)]
+    names = [entry.name for entry in found]
+    for node in graph.node:
+        for side in (node.input, node.output):
+            side[:] = [f'first/{name}' if name in names else name for name in side]
+    copies = [make.make_node('Identity', [f'first/{name}'], [f'easy/{name}']) for name in names]
+    hard, easy = (
+        make.make_graph(nodes, what, [], [_named(entry, f'{what}/{entry.name}') for entry in found])
+        for what, nodes in (('second', deeper.node), ('easy', copies))
+    )
+    graph.initializer.extend(deeper.initializer)
+    graph.input.append(make.make_tensor_value_info(THRESHOLD, onnx.TensorProto.FLOAT, []))
+    graph.node.append(make.make_node('Greater', [DIFFICULTY, THRESHOLD], ['hard'], 'hard'))
+    graph.node.append(
+        make.make_node('If', ['hard'], names, 'exit', then_branch=hard, else_branch=easy)
+    )
+    del graph.output[len(names) + 1 :]
+    del graph.value_info[:]
+    return model.SerializeToString()
+
+
+def _named(entry: Any, name: str) -> Any:
+    copy = type(entry)()
+    copy.CopyFrom(entry)
+    copy.name = name
+    return copy
+
+
+def _export(
+    name: str, module: nn.Module, inputs: Sequence[Tensor], parts: Mapping[str, bytes] | None = None
+) -> bytes:
     names = [IMAGE, SCALE, ORIGINAL, *(f'{MAP}{index}' for index in range(len(inputs) - 3))]
     axes = {name: {2: f'{name}_height', 3: f'{name}_width'} for name in (IMAGE, *names[3:])}
-    axes.update({output: {0: 'detections'} for output in DETECTIONS})
+    axes.update({output: {0: 'detections'} for output in (*DETECTIONS, MASKS)})
     axes.update(
         {
             output: {2: f'{output}_height', 3: f'{output}_width'}
@@ -391,5 +497,6 @@ def _export(name: str, module: nn.Module, inputs: Sequence[Tensor]) -> bytes:
         # Operators of others fail in their own ways.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UsageError(f"the graph '{name}' cannot be exported: {reason}") from error
-    require_standard(file.getvalue(), name)
-    return file.getvalue()
+    content = file.getvalue() if parts is None else put_parts(file.getvalue(), parts)
+    require_standard(content, name)
+    return content

@@ -12,11 +12,9 @@ import numpy as np
 import onnxruntime
 
 FORMAT, VERSION, ABOUT = 'dynamicdet.standalone', 1, 'detector.json'
-
-
-#: Boxes, (D, 4), left, top, right, bottom in pixels; scores and labels, (D,), best first; the
-#: difficulty in [0, 1], None of a plain detector; and the exit, 0 or 1.
-Detections = namedtuple('Detections', 'boxes scores labels difficulty exit')
+#: Boxes, (D, 4), left, top, right, bottom in pixels; scores and labels, (D,), best first; masks of
+#: boxes, see `pasted`, and the difficulty in [0, 1], where there are such; and the exit, 0 or 1.
+Detections = namedtuple('Detections', 'boxes scores labels masks difficulty exit')
 
 
 class Detector:
@@ -30,12 +28,10 @@ class Detector:
             raise ValueError(f"'{folder}' holds no detector: it has no whole {ABOUT}") from None
         if known != (FORMAT, VERSION):
             raise ValueError(f"'{folder}' is of version {known[1]}, not {VERSION}: export it again")
-        options = onnxruntime.SessionOptions()
+        self.sessions, options = [], onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3
-        self.sessions = []
         for name, digest in self.about['graphs'].items():
-            file = Path(folder) / name
-            data = file.read_bytes() if file.is_file() else b''
+            data = file.read_bytes() if (file := Path(folder) / name).is_file() else b''
             if hashlib.sha256(data).hexdigest() != digest:
                 raise ValueError(f"'{file}' is missing or was changed: export the detector again")
             self.sessions.append(onnxruntime.InferenceSession(data, options, providers=providers))
@@ -49,31 +45,30 @@ class Detector:
         delivered, scale = self.deliver(image)
         return self.run(delivered.transpose(2, 0, 1), scale, image.shape[:2], threshold)
 
-    def run(self, delivered, scale, original, threshold):
+    def run(self, delivered, *frame):
         """Detections in an image, (3, h, w), that was resized by factors of width and height from
-        an original height and width, and padded: as `deliver` does."""
-        scale, original = np.float32(scale), np.float32(original)
-        values = dict(image=delivered[None], scale=scale, original=original)
-        for exit, session in enumerate(self.sessions):
+        an original height and width, and padded, as `deliver` does; the threshold comes last."""
+        values = dict(image=delivered[None], difficulty=[np.nan])
+        values.update(zip(('scale', 'original', 'threshold'), [np.array(x, 'f') for x in frame]))
+        for session in self.sessions:
             feed = {entry.name: values[entry.name] for entry in session.get_inputs()}
-            names = [entry.name for entry in session.get_outputs()]
-            values.update(zip(names, session.run(names, feed)))
-            difficulty = float(values['difficulty'][0]) if 'difficulty' in values else None
-            if difficulty is None or not difficulty > np.float32(threshold):
+            values.update(zip([one.name for one in session.get_outputs()], session.run(None, feed)))
+            if not (hard := bool(values['difficulty'][0] > values['threshold'])):
                 break
-        return Detections(values['boxes'], values['scores'], values['labels'], difficulty, exit)
+        difficulty = None if frame[2] is None else float(values['difficulty'][0])
+        return Detections(*map(values.get, Detections._fields[:4]), difficulty, int(hard))
 
     def threshold_for(self, threshold=None, hard_share=None):
         """The difficulty above which images are hard, of a budget; ValueError if it is none."""
         if threshold is not None and hard_share is not None:
             raise ValueError('give a threshold or a hard share, not both')
-        if len(self.sessions) == 1 and (threshold, hard_share) != (None, None):
+        if self.about['threshold'] is None and (threshold, hard_share) != (None, None):
             raise ValueError('this detector is not dynamic: it has no threshold and no hard share')
         if hard_share is None:
             threshold = self.about['threshold'] if threshold is None else threshold
-            if threshold is not None and not -1 <= threshold <= 1:
-                raise ValueError(f'a threshold must be in [-1, 1], got {threshold}')
-            return threshold
+            if threshold is None or -1 <= threshold <= 1:
+                return threshold
+            raise ValueError(f'a threshold must be in [-1, 1], got {threshold}')
         if not 0 <= hard_share <= 1 or not self.about['difficulties']:
             raise ValueError(f'a hard share is in [0, 1], of a calibrated model; got {hard_share}')
         known = np.sort(np.float32(self.about['difficulties']))
@@ -95,22 +90,27 @@ class Detector:
         if pad := self.about['pad']:
             step, sides = pad['divisor'], pad['size'] or [max(size) if pad['square'] else 0] * 2
             sides = [-(-max(pair) // step) * step for pair in zip(size, sides)]
-            canvas = np.full((sides[1], sides[0], 3), pad['value'], np.uint8)
-            canvas[: size[1], : size[0]] = image
-            image = canvas
+            small, image = image, np.full((sides[1], sides[0], 3), pad['value'], np.uint8)
+            image[: size[1], : size[0]] = small
         return image, (size[0] / old[0], size[1] / old[1])
 
 
 def resized(image, width, height):
     """An image with other sides, bilinear: what OpenCV makes of it, but for a gray level."""
-    for axis, new in enumerate((height, width)):
-        old = image.shape[axis]
-        at = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
-        low = at.astype(int)
+    for axis, (old, new) in enumerate(zip(image.shape, (height, width))):
+        low = (at := np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)).astype(int)
         share = np.float32(at - low).reshape(-1, *[1] * (2 - axis))
         high = image.take(np.minimum(low + 1, old - 1), axis)
         image = image.take(low, axis) * (1 - share) + high * share
     return np.rint(image).astype(np.uint8)
+
+
+def pasted(mask, box, height, width):
+    """A box's mask on an image, (height, width): inside where it is `mask_threshold` or more."""
+    for size, low, high in ((height, box[1], box[3]), (width, box[0], box[2])):
+        at = (np.arange(size) + 0.5 - low) / max(high - low, 1e-6) * len(mask) - 0.5
+        mask = (np.maximum(0, 1 - np.abs(at[:, None] - np.arange(len(mask)))) @ mask).T
+    return mask
 
 
 def read_image(path):

@@ -7,7 +7,8 @@ and who goes on to the next exit, stays as it is and notices nothing; RoIAlign i
 `deploy.roi_align`.
 
     first, second, ...        the backbones; the first with the router, if it sees maps alone
-    branch0, branch1, ...     neck and dense head (two-stage: RPN) of an exit
+    branch0, branch1, ...     neck and dense head (two-stage: RPN) of an exit; of a transformer the
+                              neck alone
     branch0.bbox_head0, ...   heads on RoIs, and what they share
 """
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdet.models.detectors import BaseDetector
+from mmdet.models.detectors.base_detr import DetectionTransformer
 
 from ..errors import UsageError
 from . import DynamicDetector
@@ -66,7 +68,7 @@ def find_parts(model: BaseDetector) -> list[DetectorPart]:
     """The parts of a detector, in the order in which an image reaches them.
 
     Raises:
-        UsageError: If it is no single- or two-stage detector, such as DETR.
+        UsageError: If it is no single- or two-stage detector and no transformer.
     """
     if not isinstance(model, DynamicDetector):
         return [_plain_backbone(model), *_branch('branch0', model)]
@@ -164,7 +166,9 @@ def _deeper(model: DynamicDetector) -> list[DetectorPart]:
 
 
 def _branch(name: str, branch: BaseDetector) -> list[DetectorPart]:
-    """Neck with dense head, and the heads on RoIs."""
+    """Neck with dense head, and the heads on RoIs; a transformer's neck, if it has one."""
+    if isinstance(branch, DetectionTransformer):
+        return [_neck(name, branch)] if branch.with_neck else []
     two_stage = getattr(branch, 'roi_head', None) is not None
     head = getattr(branch, 'rpn_head' if two_stage else 'bbox_head', None)
     if head is None or not hasattr(head, 'predict_by_feat'):
@@ -184,6 +188,16 @@ def _branch(name: str, branch: BaseDetector) -> list[DetectorPart]:
                 for index, module in enumerate(unique)
             ]
     return parts
+
+
+def _neck(name: str, branch: DetectionTransformer) -> DetectorPart:
+    neck = branch.neck
+    through = neck.forward
+
+    def place(run: Run) -> None:
+        neck.forward = lambda maps: run(*maps)
+
+    return DetectorPart(name, lambda *maps: tuple(through(maps)), place, (neck,))
 
 
 def _dense(name: str, branch: BaseDetector, head: nn.Module, two_stage: bool) -> DetectorPart:

@@ -12,9 +12,9 @@ from .class_weights import class_weights
 from .record import Detections, RoutingRecord
 
 #: Scores over which detections are counted; and of how many of the surest score and size are seen.
-_COUNTED, _SUREST = (0.1, 0.3, 0.5), 10
+COUNTED, SUREST = (0.1, 0.3, 0.5), 10
 #: How many numbers an image has: those of `statistics`, and two sums by class.
-WIDTH = 2 * _SUREST + len(_COUNTED) + 1 + 2
+WIDTH = 2 * SUREST + len(COUNTED) + 1 + 2
 
 
 def features(detections: Detections, weights: Sequence[float]) -> np.ndarray:
@@ -53,16 +53,16 @@ def statistics(detections: Detections) -> np.ndarray:
         order = np.argsort(-detections.scores[image_rows], kind='stable')
         scores, boxes = (
             detections.scores[image_rows][order].astype(float),
-            detections.boxes[image_rows][order][:_SUREST],
+            detections.boxes[image_rows][order][:SUREST],
         )
         row = np.zeros(WIDTH - 2)
-        row[: len(boxes)] = scores[:_SUREST]
+        row[: len(boxes)] = scores[:SUREST]
         # Pixels, not square pixels, whose largest few would be all that counts.
-        row[_SUREST : _SUREST + len(boxes)] = (
+        row[SUREST : SUREST + len(boxes)] = (
             np.maximum(0, boxes[:, 2].astype(float) * boxes[:, 3]) ** 0.5
         )
-        row[2 * _SUREST :] = [
-            *((scores > floor).sum() for floor in _COUNTED),
+        row[2 * SUREST :] = [
+            *((scores > floor).sum() for floor in COUNTED),
             (scores * (1 - scores)).sum(),
         ]
         rows.append(row)
