@@ -8,7 +8,8 @@ that as many images are hard as before. The latency of each exit is measured on 
 this machine runs the graphs (OMP_NUM_THREADS threads): budgets in time go by it.
 
 With --standalone the folder needs neither this project nor torch: it has one graph, or two, from a
-picture to boxes, and runtime.py, which runs them.
+picture to boxes, and runtime.py, which runs them; in float32, in 8 bits or, with --float16, in
+float16.
 """
 
 import argparse
@@ -29,7 +30,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--standalone',
         action='store_true',
-        help='whole graphs with runtime.py, which needs onnxruntime and numpy alone, in float32',
+        help='whole graphs with runtime.py, which needs onnxruntime and numpy alone',
+    )
+    parser.add_argument(
+        '--float16',
+        action='store_true',
+        help='with --standalone: layers in float16, half the size; decoding and NMS stay float32',
+    )
+    parser.add_argument(
+        '--one-file',
+        action='store_true',
+        help='with --standalone: one graph, in which what hard images need stands in an If',
     )
     parser.add_argument(
         '--calibrate-images',
@@ -95,7 +106,7 @@ from torch.utils.data import DataLoader
 
 from dynamicdet import cli
 from dynamicdet.building import build_loader, load_detector
-from dynamicdet.deploy.deployment import deploy
+from dynamicdet.deploy.deployment import deploy, graph_parts
 from dynamicdet.deploy.folder import require_new
 from dynamicdet.deploy.graphs import exportable_parts, need_for_deployment
 from dynamicdet.deploy.latencies import describe_latencies
@@ -116,11 +127,14 @@ def check(args: argparse.Namespace) -> None:
             f'--calibrate-images must be 1 or more, not {args.calibrate_images}: int8 needs images '
             'to calibrate on'
         )
-    if args.standalone and (args.int8 or args.compress):
+    if args.standalone and args.compress:
         raise UsageError(
-            '--standalone writes float32 and no zstd: leave out --int8 and --compress, or leave '
-            'out --standalone'
+            '--standalone writes no zstd: leave out --compress, or leave out --standalone'
         )
+    if (args.float16 or args.one_file) and not args.standalone:
+        raise UsageError('--float16 and --one-file are of --standalone: add it')
+    if args.float16 and args.int8:
+        raise UsageError('give --int8 or --float16, not both')
     if not 0 <= args.noise or not 0 <= args.float_share <= 1:
         raise UsageError('--noise must not be negative, and --float-share be in [0, 1]')
 
@@ -141,20 +155,66 @@ def warn_unmeasured(so: str, fault: str) -> None:
     print(f'warning: latencies are not measured, and the folder {so}: {fault}', file=sys.stderr)
 
 
+def describe_int8(about: dict) -> None:
+    """Say what 8 bits cost each part."""
+    for name, layers in about.get('layers', {}).items():
+        print(
+            f'{name}: noise {layers["noise_all_int8"]:.2g} of the signal in 8 bits; '
+            f'{len(layers["float_layers"])} layers float ({layers["float_share"]:.1%} of the '
+            f'multiply-adds), noise {layers["noise"]:.2g}'
+        )
+    if about.get('reduced_range'):
+        print(
+            'weights have 7 bits, since x86 processors without VNNI add products in 16 bits; '
+            'export on the machine that counts, or with --reduce-range no'
+        )
+
+
 def export_alone(args: argparse.Namespace, cfg: Config) -> None:
     """Export a detector that needs nothing of this project."""
     if args.dry_run:
         read_delivery(cfg)
         model = load_detector(cfg, args.checkpoint)[0]
-        names = ', '.join(f'{name}.onnx' for name in build_halves(model))
-        print(f'would write {args.out}, standalone, float32: {names}')
+        halves = build_halves(model)
+        names = ', '.join(f'{name}.onnx' for name in (['detector'] if args.one_file else halves))
+        kind = 'int8' if args.int8 else 'float16' if args.float16 else 'float32'
+        print(f'would write {args.out}, standalone, {kind}: {names}')
         return
-    dataset, fault = None, None
+    loader, fault = None, None
     try:
-        dataset = build_val_loader(cfg).dataset
+        loader = build_val_loader(cfg)
     except UsageError as error:
+        if args.int8:
+            raise
         fault = str(error)
-    about = export_standalone(cfg, args.checkpoint, args.out, dataset, cli.progress)
+    graphed = None
+    if args.int8 or args.float16:
+        # What cannot be exported is refused before it is calibrated.
+        read_delivery(cfg)
+        build_halves(load_detector(cfg, args.checkpoint)[0])
+        graphed = graph_parts(
+            cfg,
+            args.checkpoint,
+            loader,
+            cli.progress,
+            args.calibrate_images,
+            args.ranges,
+            args.noise,
+            args.float_share,
+            dict(yes=True, no=False).get(args.reduce_range),
+            not args.float_between,
+            args.float16,
+        )
+        describe_int8(graphed.about)
+    about = export_standalone(
+        cfg,
+        args.checkpoint,
+        args.out,
+        None if loader is None else loader.dataset,
+        cli.progress,
+        graphed,
+        args.one_file,
+    )
     if fault:
         warn_unmeasured('does not say what an exit costs', fault)
     else:
@@ -200,17 +260,7 @@ def main() -> None:
     )
     if fault:
         warn_unmeasured('takes no budget in time', fault)
-    for name, layers in about.get('layers', {}).items():
-        print(
-            f'{name}: noise {layers["noise_all_int8"]:.2g} of the signal in 8 bits; '
-            f'{len(layers["float_layers"])} layers float ({layers["float_share"]:.1%} of the '
-            f'multiply-adds), noise {layers["noise"]:.2g}'
-        )
-    if about.get('reduced_range'):
-        print(
-            'weights have 7 bits, since x86 processors without VNNI add products in 16 bits; '
-            'export on the machine that counts, or with --reduce-range no'
-        )
+    describe_int8(about)
     if about['latencies']:
         print(describe_latencies(about['latencies']))
     print(f'written to {args.out}: {about["bytes"] / 1e6:.2f} MB')

@@ -1,9 +1,10 @@
-"""Test a deployment folder that tools/export.py made: AP, and the latency of each exit at batch
-1."""
+"""Test a deployment folder that tools/export.py made: AP, also by size of object, and the latency
+of each exit at batch 1. A standalone folder knows no data: give it --config."""
 
 import argparse
 import json
 import warnings
+from collections.abc import Mapping, Sequence
 
 from dynamicdet_options import ConfigOptions, add_budget_arguments
 
@@ -13,6 +14,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('folder', help='deployment folder')
     add_budget_arguments(parser)
+    parser.add_argument('--config', help='of a standalone folder: the config with the test data')
     parser.add_argument(
         '--runtime',
         default='onnxruntime',
@@ -64,6 +66,12 @@ from dynamicdet.deploy.latencies import (
     measure_region_seconds,
     timing_conditions,
 )
+from dynamicdet.deploy.standalone_model import (
+    first_pictures,
+    is_standalone,
+    open_standalone,
+    time_standalone,
+)
 from dynamicdet.engine import BudgetHook
 from dynamicdet.errors import UsageError
 from dynamicdet.files import write_atomically
@@ -74,24 +82,34 @@ from mmdet.models.detectors import BaseDetector
 
 def load(args: argparse.Namespace) -> Config:
     """The folder's config, with its detector as the model."""
-    budget = cli.budget_from(args)
+    budget, standalone = cli.budget_from(args), is_standalone(args.folder)
     cli.register_all_modules(init_default_scope=False)
-    cfg = read_deployed_config(args.folder)
-    cli.override(cfg, args.cfg_options, args.folder)
+    if standalone != bool(args.config):
+        raise UsageError(
+            f"'{args.folder}' is standalone and knows no data: name a config by --config"
+            if standalone
+            else '--config is of a standalone folder; other folders have theirs'
+        )
+    if standalone and args.runtime != 'onnxruntime':
+        raise UsageError('a standalone folder is tested by onnxruntime')
+    if standalone:
+        cfg = cli.load_config(args)
+    else:
+        cfg = read_deployed_config(args.folder)
+        cli.override(cfg, args.cfg_options, args.folder)
     cli.require_settings(cfg, 'test_dataloader', 'test_evaluator', 'test_cfg')
     # Of its heads, before they are the folder's.
     cli.check_settings(cfg, 'test')
-    cfg.model = ConfigDict(
-        type='DeployedDetector',
-        folder=args.folder,
-        threads=args.threads,
-        runtime=args.runtime,
-        providers=args.providers,
-        budget=budget and budget.as_dict(),
+    budget = budget and budget.as_dict()
+    common = dict(folder=args.folder, threads=args.threads, providers=args.providers, budget=budget)
+    cfg.model = (
+        ConfigDict(type='StandaloneDetector', **common)
+        if standalone
+        else ConfigDict(type='DeployedDetector', runtime=args.runtime, **common)
     )
     # What a training needs has no part in this.
     cfg.custom_hooks, cfg.load_from, cfg.resume, cfg.launcher = (
-        [dict(type='BudgetHook')],
+        [] if standalone else [dict(type='BudgetHook')],
         None,
         False,
         'none',
@@ -126,6 +144,26 @@ def require_reachable(model: BaseDetector, budget: Budget | None) -> None:
         ) from error
 
 
+def require_classes(known: list[str], given: Sequence[str]) -> None:
+    """Raise a `UsageError` if a folder's classes are not those of the data."""
+    if list(known) != list(given) and known != [str(label) for label in range(len(given))]:
+        raise UsageError(
+            f"the folder's classes are {', '.join(known[:5])}, ..., and those of the data "
+            f'{", ".join(given[:5])}, ...: name the config that it was exported with'
+        )
+
+
+def print_sizes(metrics: Mapping[str, float]) -> None:
+    """AP by size of object, as a table: what 8 bits cost is not the same for all. A dash where the
+    data have none of a size."""
+    for kind in ('bbox', 'segm'):
+        names = [f'coco/{kind}_mAP{end}' for end in ('', '_s', '_m', '_l')]
+        if all(name in metrics for name in names):
+            values = [metrics[name] for name in names]
+            print(f'{kind:<6}{"all":>8}{"small":>8}{"medium":>8}{"large":>8}')
+            print('AP    ' + ''.join(f'{"-" if x < 0 else f"{100 * x:.1f}":>8}' for x in values))
+
+
 def main() -> None:
     """Time and test a deployment folder."""
     args = parse_args()
@@ -140,8 +178,19 @@ def main() -> None:
     )
     cfg = load(args)
     cli.check_data(cfg, 'test')
-    if args.images:
-        settings = dict(cfg.test_dataloader, num_workers=0, persistent_workers=False)
+    settings = dict(cfg.test_dataloader, num_workers=0, persistent_workers=False)
+    if args.images and cfg.model.type == 'StandaloneDetector':
+        detector = open_standalone(args.folder, args.threads, args.providers)
+        with cli.silence():
+            dataset = build_loader(settings).dataset
+        require_classes(detector.about['classes'], dataset.metainfo['classes'])
+        pictures = first_pictures(dataset, args.images)
+        seconds = time_standalone(detector, pictures, cli.progress)
+        figures['milliseconds'] = [1e3 * one for one in seconds]
+        conditions = timing_conditions(args.runtime, args.threads, args.providers)
+        print(describe_latencies(dict(conditions, seconds=seconds)))
+        cfg.model.seconds = seconds
+    elif args.images:
         model = load_deployed(args.folder, args.threads, args.runtime, args.providers)
         require_reachable(model, cli.budget_from(args))
         with cli.silence():
@@ -169,9 +218,10 @@ def main() -> None:
         for key, value in figures['metrics'].items():
             if not key.startswith('budget/'):
                 print(f'{key}: {value:.4f}')
-        cli.print_budget_report(
-            next(hook for hook in runner.hooks if isinstance(hook, BudgetHook)).budget_report
-        )
+        print_sizes(figures['metrics'])
+        for hook in runner.hooks:
+            if isinstance(hook, BudgetHook):
+                cli.print_budget_report(hook.budget_report)
     if args.out:
         write_atomically(json.dumps(figures, indent=1).encode(), args.out)
 

@@ -264,27 +264,37 @@ class Graph:
         """All outputs, as numpy arrays by name, in order."""
         return dict(zip(self._graph.outputs, self._graph.run(self._feed(inputs))))
 
+    def _tensors(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+        return {name: inputs[int(name.removeprefix('in'))] for name in self._graph.inputs}
+
     def _feed(self, inputs: Sequence[Tensor]) -> dict[str, Any]:
-        return {
-            name: _as_array(inputs[int(name.removeprefix('in'))]) for name in self._graph.inputs
-        }
+        return {name: _as_array(value) for name, value in self._tensors(inputs).items()}
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """Run the graph: tensors as the part is given them, results as it gives them."""
+        """Run the graph: tensors as the part is given them, results as it gives them. On a GPU of
+        CUDA, where ONNX Runtime computes there, they stay on it."""
+        device = inputs[0].device
+        if self._watch is None and self._graph.takes(device):
+            feed = {name: _as_known(value) for name, value in self._tensors(inputs).items()}
+            named = zip(self._graph.outputs, self._graph.run_there(feed))
+            return unflatten([value for name, value in named if is_output(name)], self._form)
         arrays = self.arrays(*inputs)
         if self._watch is not None:
             self._watch({**self._feed(inputs), **arrays})
-        device = inputs[0].device
         outputs = [
             torch.from_numpy(array).to(device) for name, array in arrays.items() if is_output(name)
         ]
         return unflatten(outputs, self._form)
 
 
+def _as_known(value: Tensor) -> Tensor:
+    """Graphs know no floats but float32, also under AMP."""
+    return value.detach().float() if value.is_floating_point() else value.detach()
+
+
 def _as_array(value: Tensor) -> np.ndarray:
-    """On the CPU; graphs know no floats but float32, also under AMP."""
-    value = value.detach().float() if value.is_floating_point() else value.detach()
-    return value.cpu().contiguous().numpy()
+    """On the CPU."""
+    return _as_known(value).cpu().contiguous().numpy()
 
 
 def is_output(name: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .. import errors
 from ..errors import UsageError
@@ -16,6 +17,8 @@ from ..errors import UsageError
 #: first that can.
 CPU = ('CPUExecutionProvider',)
 PREFERRED = ('CUDAExecutionProvider', *CPU)
+#: What tensors of graphs may hold.
+_NUMPY = {torch.float32: np.float32, torch.int64: np.int64}
 
 
 def chosen_providers(providers: Sequence[str] | None = None) -> list[str]:
@@ -67,6 +70,34 @@ class OnnxRuntime:
         """All outputs, in order, for numpy arrays by name."""
         return self._session.run(None, feed)
 
+    def takes(self, device: torch.device) -> bool:
+        """Whether tensors can stay where they are, see `run_there`."""
+        return device.type == 'cuda' and self._session.get_providers()[0] == PREFERRED[0]
+
+    def run_there(self, feed: Mapping[str, Tensor]) -> list[Tensor]:
+        """All outputs, in order, for tensors by name, all on one device, the CPU or a GPU of CUDA:
+        nothing is copied to another one."""
+        binding, kept = self._session.io_binding(), []
+        for name, tensor in feed.items():
+            kept.append(tensor.contiguous())
+            binding.bind_input(
+                name,
+                tensor.device.type,
+                tensor.device.index or 0,
+                _NUMPY[tensor.dtype],
+                tuple(tensor.shape),
+                kept[-1].data_ptr(),
+            )
+        device = kept[0].device
+        for name in self.outputs:
+            binding.bind_output(name, device.type, device.index or 0)
+        if device.type == 'cuda':
+            # ONNX Runtime computes in a stream of its own.
+            torch.cuda.current_stream(device).synchronize()
+        self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return [torch.from_dlpack(value) for value in binding.get_outputs()]
+
 
 class OpenVino:
     """The same in OpenVINO, whose integers use AMX where the processor has it.
@@ -108,6 +139,10 @@ class OpenVino:
         }
         self._requests: OrderedDict = OrderedDict()
         self._lock = threading.Lock()
+
+    def takes(self, device: torch.device) -> bool:
+        """Tensors of a GPU are copied."""
+        return False
 
     def run(self, feed: Mapping[str, Any]) -> list[Any]:
         """All outputs, in order, for numpy arrays by name. They have as many rows as the last

@@ -36,8 +36,6 @@ from ..models import DynamicDetector
 from ..models.branch import number_of_classes
 from ..models.budget_control import calibrated_otherwise
 from ..progress import Progress
-from ..routing.thresholds import ALL_EASY, ALL_HARD
-from ..timing import time_in_turns
 from .deployment import Graphed
 from .folder import require_new, write_files
 from .graphs import need_for_deployment
@@ -50,6 +48,7 @@ from .standalone_graphs import (
     join_halves,
     require_standalone,
 )
+from .standalone_model import first_pictures, time_standalone
 from .standalone_parts import stand_in
 
 #: Images that are timed at each exit, and whose operations are counted; how often each is timed.
@@ -73,10 +72,6 @@ _FIXED = dict(
     Pad=dict(padding_mode='constant'),
     LoadImageFromFile=dict(to_float32=False, color_type='color'),
 )
-
-#: A picture as a test pipeline delivers it, (3, h, w), its factors of width and height, and its
-#: height and width before.
-Delivered = tuple[np.ndarray, Sequence[float], Sequence[int]]
 
 
 def export_standalone(
@@ -153,7 +148,7 @@ def export_standalone(
     )
     files = {**graphs, 'runtime.py': Path(runtime.__file__).read_bytes()}
     if timed is not None:
-        pictures = [_delivered(timed[row]) for row in range(min(_MEASURED, len(timed)))]
+        pictures = first_pictures(timed, _MEASURED)
         about['gflops'] = _gflops(halves, pictures)
         about['seconds'] = _seconds(files, about, pictures, progress)
         about['timing'] = timing_conditions(providers=CPU)
@@ -260,17 +255,12 @@ def _unheeded(what: str) -> UsageError:
     )
 
 
-def _delivered(item: Mapping[str, Any]) -> Delivered:
-    meta = item['data_samples'].metainfo
-    return item['inputs'].numpy(), meta.get('scale_factor', (1.0, 1.0)), meta['ori_shape'][:2]
-
-
 @torch.no_grad()
-def _gflops(halves: Mapping[str, nn.Module], pictures: Sequence[Delivered]) -> list[float]:
+def _gflops(halves: Mapping[str, nn.Module], pictures: Sequence[tuple]) -> list[float]:
     """Mean of each exit: 2 x multiply-adds of all that runs up to it."""
     totals = []
-    for delivered, *frame in pictures:
-        inputs = [torch.from_numpy(delivered)[None], *map(torch.tensor, np.float32(frame))]
+    for picture, *frame in pictures:
+        inputs = [torch.from_numpy(picture)[None], *map(torch.tensor, np.float32(frame))]
         if 'detector' in halves:
             costs = [count_flops(lambda: halves['detector'](*inputs))[0]]
         else:
@@ -286,7 +276,7 @@ def _gflops(halves: Mapping[str, nn.Module], pictures: Sequence[Delivered]) -> l
 def _seconds(
     files: Mapping[str, bytes],
     about: Mapping[str, Any],
-    pictures: Sequence[Delivered],
+    pictures: Sequence[tuple],
     progress: Progress,
 ) -> list[float]:
     """Median of each exit, of a picture that was delivered to its detections."""
@@ -295,10 +285,4 @@ def _seconds(
         for name, content in {**files, runtime.ABOUT: _as_json(about)}.items():
             (Path(folder) / name).write_bytes(content)
         detector = runtime.Detector(folder, threads=torch.get_num_threads())
-    thresholds = (ALL_EASY, ALL_HARD)[: 1 if about['threshold'] is None else 2]
-    runs = {
-        exit: lambda picture, threshold=threshold: detector.run(*picture, threshold)
-        for exit, threshold in enumerate(thresholds)
-    }
-    seconds = time_in_turns(runs, pictures, torch.device('cpu'), progress, _ROUNDS)
-    return list(seconds.values())
+    return time_standalone(detector, pictures, progress, _ROUNDS)

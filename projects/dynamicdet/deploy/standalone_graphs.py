@@ -76,7 +76,6 @@ class Prepared(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """A picture, (1, 3, h, w), uint8, as the network sees it, (1, 3, H, W), float32: H and W
         are h and w, rounded up to the divisor."""
-        # What computes graphs may know uint8 as what is made float alone.
         pixels = image.float()
         pixels = pixels.flip(1) if self.swaps else pixels
         if self.mean is not None:
@@ -200,6 +199,11 @@ def _frame(image: Tensor, scale: Tensor, original: Tensor, ratio: Tensor | None)
     return Frame((height * ratio[1]).round(), (width * ratio[0]).round(), scale * ratio, original)
 
 
+def _as_float(image: Tensor) -> Tensor:
+    # The first of all: some that compute graphs let nothing else read uint8.
+    return image.float()
+
+
 class PlainDetector(nn.Module):
     """A plain detector from a picture to detections.
 
@@ -227,6 +231,7 @@ class PlainDetector(nn.Module):
             tuple[Tensor]: Boxes, (D, 4), in the original frame, scores, (D,), labels, (D,), int64;
             of detectors with masks those of each box, (D, h, w), in [0, 1].
         """
+        image = _as_float(image)
         frame = _frame(image, scale, original, None)
         return self.exit(tuple(self.backbone(self.prepared(image))), frame)
 
@@ -274,6 +279,7 @@ class FirstHalf(_Half):
 
     def forward(self, image: Tensor, scale: Tensor, original: Tensor) -> tuple[Tensor, ...]:
         """As `PlainDetector`'s; then the difficulty, (1,), and maps, (1, C_i, H_i, W_i)."""
+        image = _as_float(image)
         seen, ratio, prepared = self.view(image)
         maps = self._first_maps(seen)
         found = self.exit(self._select(maps), _frame(image, scale, original, ratio))
@@ -340,6 +346,7 @@ class SecondHalf(_Half):
         self, image: Tensor, scale: Tensor, original: Tensor, *maps: Tensor
     ) -> tuple[Tensor, ...]:
         """As `PlainDetector`'s, of the picture and the first half's maps, all of them."""
+        image = _as_float(image)
         seen, ratio, _ = self.view(image)
         found = self._select(tuple(self._deeper_maps(seen, maps)))
         return self.exit(found, _frame(image, scale, original, ratio))

@@ -129,7 +129,7 @@ def inputs_of(node: Any) -> list[str]:
 
 
 def halved(content: bytes) -> bytes:
-    """A graph whose layers have weights and maps in float16; its inputs and outputs stay float32."""
+    """A graph whose layers have weights and maps in float16; its ends stay float32."""
     need_for_deployment('onnxruntime')
     onnx = need_for_deployment('onnx')
     from onnxruntime.transformers.float16 import convert_float_to_float16

@@ -143,9 +143,15 @@ def _images(values: Tensor, valid: Sequence[tuple[float, float]] | None) -> list
         return [values]
     height, width = values.shape[-2:]
     return [
-        image_map[None, :, : math.ceil(high * height), : math.ceil(wide * width)]
+        image_map[None, :, : _cells(high, height), : _cells(wide, width)]
         for image_map, (high, wide) in zip(values, valid)
     ]
+
+
+def _cells(share: float, count: int) -> int:
+    """How many of so many cells see a share of an image, in (0, 1]. The share is a rounded one, and
+    no further cell is seen for its last digits: of pixels it is a whole number."""
+    return math.ceil(round(share * count, 6))
 
 
 def _pooled(parts: Sequence[Tensor], pool: Callable[[Tensor], Tensor]) -> Tensor:
