@@ -365,6 +365,7 @@ def test_the_tool_writes_a_folder_that_says_what_exits_cost(digits, tmp_path, ca
         if name.endswith('weight') and 'multi_level_conv' in name:
             # Behind both whole backbones they would still make boxes of 1e22 pixels.
             weight.data *= 0.01
+    built.difficulties, built.threshold[...] = torch.tensor([0.2, 0.3, 0.4]), 0.25
     torch.save(dict(state_dict=built.state_dict(), meta={}), path)
     cfg.dump(tmp_path / 'config.py')
     out = tmp_path / 'out'
@@ -400,3 +401,18 @@ def test_the_tool_writes_a_folder_that_says_what_exits_cost(digits, tmp_path, ca
         require_same(detector.run(*given, threshold), sample, sample.scale_factor)
     assert call_tool(*arguments, out) == 2
     assert 'is there already' in capsys.readouterr().err
+    eight = tmp_path / 'eight'
+    options = ('--int8', '--one-file', '--calibrate-images', 2, '--reduce-range', 'yes')
+    assert call_tool(*arguments, eight, *options) == 0
+    said = capsys.readouterr().out
+    assert 'branch0: noise' in said and 'weights have 7 bits' in said
+    about = json.loads((eight / 'detector.json').read_text())
+    assert about['precision'] == 'int8' and list(about['graphs']) == ['detector.onnx']
+    assert about['quantization']['calibration'] == dict(images=2, ranges='mse')
+    assert about['gflops'][1] > about['gflops'][0] > 0
+    # Moved by what 8 bits change, but in their order, and with the threshold.
+    moved = np.array(about['difficulties'])
+    assert len(moved) == 3 and (np.diff(moved) > 0).all() and moved[0] != np.float32(0.2)
+    assert moved[0] < about['threshold'] < moved[1]
+    smaller = standalone_runtime.Detector(eight, threads=1)
+    assert [smaller(image, hard_share=share).exit for share in (0, 1)] == [0, 1]

@@ -62,7 +62,10 @@ def _runner(name: str, graph: Graph, form: Form) -> Callable[..., Any]:
 def put_parts(content: bytes, parts: Mapping[str, bytes]) -> bytes:
     """A traced graph with the graphs of parts, by name, in their places, and without what nothing
     reads."""
+    need_for_deployment('onnxruntime')
     onnx = need_for_deployment('onnx')
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
     model = onnx.load_from_string(content)
     nodes, prefixes = [], {}
     for node in model.graph.node:
@@ -85,6 +88,8 @@ def put_parts(content: bytes, parts: Mapping[str, bytes]) -> bytes:
     model.graph.node.extend(nodes)
     # Its shapes were those of the example.
     del model.graph.value_info[:]
+    # In parts that were changed, what is made may stand behind what reads it.
+    OnnxModel.graph_topological_sort(model.graph)
     prune(model.graph)
     standard = [one for one in model.opset_import if one.domain in ('', 'ai.onnx')]
     del model.opset_import[:]
@@ -133,9 +138,6 @@ def halved(content: bytes) -> bytes:
     need_for_deployment('onnxruntime')
     onnx = need_for_deployment('onnx')
     from onnxruntime.transformers.float16 import convert_float_to_float16
-    from onnxruntime.transformers.onnx_model import OnnxModel
 
     model = convert_float_to_float16(onnx.load_from_string(content), keep_io_types=True)
-    # Casts of inputs stand at the end.
-    OnnxModel.graph_topological_sort(model.graph)
     return model.SerializeToString()

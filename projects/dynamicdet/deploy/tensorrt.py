@@ -20,6 +20,8 @@ _UNKNOWN = (
     *('TfIdfVectorizer', 'Unique'),
 )
 _ARITHMETIC = ('Add', 'Sub', 'Mul', 'Div', 'Mod', 'Neg', 'Abs', 'Pow', 'Min', 'Max', 'CumSum')
+#: What may read uint8: pictures that are made float, and what 8 bits are told by.
+_OF_UINT8 = ('Cast', 'QuantizeLinear', 'DequantizeLinear')
 #: The most that TopK may take.
 _MOST = 3840
 
@@ -69,7 +71,7 @@ def refused_by_tensorrt(content: bytes) -> list[str]:
             said.append(f'{what} is a branch')
         if kinds.DOUBLE in read | given:
             said.append(f'{what} is in float64')
-        if kinds.UINT8 in read and node.op_type not in ('Cast', 'DequantizeLinear'):
+        if kinds.UINT8 in read and node.op_type not in _OF_UINT8:
             said.append(f'{what} reads uint8')
         if 'QuantizeLinear' in node.op_type and not _is_symmetric(node, constants):
             said.append(f'{what} has a zero point')
