@@ -78,6 +78,7 @@ from dynamicdet.files import write_atomically
 from dynamicdet.models import DynamicDetector
 from dynamicdet.routing.budget import Budget
 from mmdet.models.detectors import BaseDetector
+from mmdet.registry import MODELS
 
 
 def load(args: argparse.Namespace) -> Config:
@@ -190,6 +191,8 @@ def main() -> None:
         conditions = timing_conditions(args.runtime, args.threads, args.providers)
         print(describe_latencies(dict(conditions, seconds=seconds)))
         cfg.model.seconds = seconds
+        # A budget that cannot be is said now.
+        MODELS.build(cfg.model)
     elif args.images:
         model = load_deployed(args.folder, args.threads, args.runtime, args.providers)
         require_reachable(model, cli.budget_from(args))
