@@ -24,7 +24,7 @@ PIPELINE = [
 ]
 #: The same, a shape that is not square, and one that is padded on both sides.
 SIZES = ((96, 96), (64, 160), (77, 150))
-#: Kinds of plain and dynamic detectors.
+#: Kinds of plain and dynamic detectors; and those plain ones that are exits of a dynamic one.
 PLAIN = (
     'yolox',
     'rtmdet',
@@ -41,7 +41,6 @@ PLAIN = (
 )
 DYNAMIC = (
     'dynamic yolox',
-    'dynamic retinanet',
     'dynamic fcos sees both',
     'dynamic faster_rcnn sees detections',
     'dy_mask_rcnn',
@@ -49,6 +48,7 @@ DYNAMIC = (
     'dy_yolox_nano_yolov5_n',
     'dy_dino_r50',
 )
+IN_DYNAMIC = ('faster_rcnn', 'mask_rcnn', 'yolov5_n', 'dino')
 #: Layers whose random weights make scores of 1, or boxes that are larger than numbers are exact.
 TAMED = dict(
     multi_level_conv_reg=0.05, multi_level_conv_cls=0.03, multi_level_conv_obj=0.05, rpn_cls=0.03

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 from mmengine.config import Config
-from standalone_cases import settings, written
+from standalone_cases import build, settings
 
 from conftest import same_detections
 from dynamicdet.deploy.deployment import deploy
@@ -17,13 +17,13 @@ from dynamicdet.measuring.latencies import force_dynamic_exit
 from dynamicdet.testing import tiny_batch
 
 
-@pytest.fixture(scope='module', params=['dynamic yolox', 'dynamic faster_rcnn'])
-def folder(request, tmp_path_factory):
-    out = tmp_path_factory.mktemp('placed') / 'folder'
-    checkpoint = written(request.param)[2].with_suffix('.pth')
-    cfg = Config(dict(model=settings(request.param), test_dataloader=None))
-    deploy(cfg, str(checkpoint), str(out))
-    return str(out)
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp('placed')
+    cfg = Config(dict(model=settings('dynamic faster_rcnn'), test_dataloader=None))
+    torch.save(dict(state_dict=build(cfg.model).state_dict()), root / 'random.pth')
+    deploy(cfg, str(root / 'random.pth'), str(root / 'folder'))
+    return str(root / 'folder')
 
 
 def detect(model, batch):
