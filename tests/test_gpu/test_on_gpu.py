@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
@@ -19,6 +20,8 @@ from conftest import ROOT, load_small, load_small_router, train
 from dynamicdet.checkpoints import read_checkpoint
 from dynamicdet.deploy.deployment import deploy
 from dynamicdet.deploy.folder import load_deployed
+from dynamicdet.deploy.standalone import export_standalone
+from dynamicdet.deploy.standalone_model import open_standalone
 from dynamicdet.files import latest_checkpoint
 from dynamicdet.measuring.benchmark import build_pair
 from dynamicdet.measuring.calibration import coco_results
@@ -122,12 +125,18 @@ def test_frames_exit_early_as_on_the_cpu():
     require_same(*found)
 
 
-@pytest.mark.skipif(
+needs_cuda_provider = pytest.mark.skipif(
     'CUDAExecutionProvider' not in onnxruntime.get_available_providers(),
     reason='ONNX Runtime has no CUDA here: pip install onnxruntime-gpu in the place of onnxruntime',
 )
+
+
+@needs_cuda_provider
 @pytest.mark.parametrize('name', ['faster_rcnn', 'yolox'])
-def test_exported_detectors_run_on_the_gpu(name, tmp_path):
+@pytest.mark.parametrize('place', ['cpu', 'cuda'])
+def test_exported_detectors_run_on_the_gpu(place, name, tmp_path):
+    """Graphs compute on the GPU; all else on the CPU, or, as a Runner has it, on the GPU, where
+    tensors then stay."""
     cfg = Config(dict(model=tiny_dynamic(name), test_dataloader=None))
     model = randomize(MODELS.build(cfg.model))
     torch.save(dict(state_dict=model.state_dict()), tmp_path / 'model.pth')
@@ -135,15 +144,37 @@ def test_exported_detectors_run_on_the_gpu(name, tmp_path):
     batch = tiny_batch((2, 1, 3), masks=False)
     for exit in (0, 1):
         found = []
-        for provider in ('CPUExecutionProvider', 'CUDAExecutionProvider'):
+        for provider, device in (('CPUExecutionProvider', 'cpu'), ('CUDAExecutionProvider', place)):
             deployed = load_deployed(str(tmp_path / 'out'), providers=[provider])
             force_dynamic_exit(deployed, exit)
-            found.append(detect(deployed, batch, 'cpu'))
+            found.append(detect(deployed, batch, device))
+            assert found[-1][0].pred_instances.bboxes.device.type == device
         same = agreement(
             *([coco_results(sample, list(range(80))) for sample in side] for side in found)
         )
         # ONNX Runtime rounds to TF32.
         assert same.detections > 10 and same.unmatched < 0.1 and same.score < 0.03
+
+
+@needs_cuda_provider
+def test_a_standalone_folder_runs_on_the_gpu(tmp_path):
+    dataset = dict(pipeline=[dict(type='LoadImageFromFile'), dict(type='PackDetInputs')])
+    cfg = Config(dict(model=tiny_dynamic('yolox'), test_dataloader=dict(dataset=dataset)))
+    model = randomize(MODELS.build(cfg.model))
+    torch.save(dict(state_dict=model.state_dict(), meta={}), tmp_path / 'model.pth')
+    export_standalone(cfg, str(tmp_path / 'model.pth'), str(tmp_path / 'out'))
+    picture = tiny_batch((2,), masks=False)['inputs'][0].numpy()
+    for threshold in (1.0, -1.0):
+        one, other = (
+            open_standalone(str(tmp_path / 'out'), 1, [provider]).run(
+                picture, (1, 1), picture.shape[1:], threshold
+            )
+            for provider in ('CPUExecutionProvider', 'CUDAExecutionProvider')
+        )
+        assert one.exit == other.exit and len(one.scores) > 5
+        near = np.abs(one.scores[:, None] - other.scores) < 0.03
+        near &= np.abs(one.boxes[:, None] - other.boxes).max(-1) < 2
+        assert near.any(1).mean() > 0.8
 
 
 def losses_of(runner):

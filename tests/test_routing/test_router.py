@@ -34,6 +34,17 @@ def test_float32_under_autocast():
     assert ((got >= 0) & (got <= 1)).all()
 
 
+def test_shares_of_padded_images_are_whole_cells():
+    """Of 25 cells, 7 / 25 * 25 is more than 7 in floating point."""
+    router = Router([1], pools=('mean',))
+    for cells in range(1, 60):
+        counts = torch.arange(1.0, cells + 1)
+        for seen in range(1, cells + 1):
+            share = 32 * seen / (32 * cells), 1.0
+            pooled = router.pool([counts[None, None, :, None]], [share])
+            assert pooled.item() == pytest.approx((1 + seen) / 2)
+
+
 def test_padding_does_not_count():
     router = Router([4])
     image = torch.rand(4, 8, 6)
