@@ -40,8 +40,8 @@ from dynamicdet.measuring.calibration import detection_arrays
 from dynamicdet.measuring.flops import count_flops
 from dynamicdet.reports.figures import PLAIN_COLOR, png
 from dynamicdet.routing.bootstrap import bootstrap_weights
+from dynamicdet.routing.box_merging import Merge
 from dynamicdet.routing.evaluation import Mixtures, read_truth
-from dynamicdet.routing.merging import Merge
 from dynamicdet.routing.record import Detections, RoutingRecord
 from dynamicdet.timing import machine_of, time_call
 

@@ -18,8 +18,9 @@ import numpy as np
 
 from dynamicdet import cli
 from dynamicdet.files import write_atomically
+from dynamicdet.routing.box_merging import Merge
 from dynamicdet.routing.evaluation import Mixtures, read_truth
-from dynamicdet.routing.merging import Merge, merge_record, platt_scaling_of
+from dynamicdet.routing.merging import merge_record, platt_scaling_of
 from dynamicdet.routing.record import RoutingRecord, read_record
 
 #: What is tried: kinds and, of each, IoUs.

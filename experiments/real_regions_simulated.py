@@ -17,12 +17,13 @@ import numpy as np
 import torch
 
 from dynamicdet.routing.bootstrap import bootstrap_weights
+from dynamicdet.routing.box_merging import Merge
 from dynamicdet.routing.class_weights import class_weights
 from dynamicdet.routing.evaluation import Mixtures, read_truth
-from dynamicdet.routing.merging import Merge
 from dynamicdet.routing.record import Detections, RoutingRecord, read_record
+from dynamicdet.routing.region_cells import rule_map
 from dynamicdet.routing.region_fitting import fit_region_router
-from dynamicdet.routing.region_maps import RegionRouter, rule_map
+from dynamicdet.routing.region_maps import RegionRouter
 from dynamicdet.routing.region_record import (
     cell_gains,
     grids_of,

@@ -20,7 +20,7 @@ from dynamicdet.deploy.runtimes import CPU, RUNTIMES, OnnxRuntime, OpenVino, ope
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.latencies import force_dynamic_exit
 from dynamicdet.models.detector_parts import find_parts, flatten, unflatten
-from dynamicdet.routing.merging import Merge
+from dynamicdet.routing.box_merging import Merge
 from dynamicdet.testing import randomize, shrink, tiny_batch, tiny_detector, tiny_dynamic
 from mmdet.registry import MODELS
 

@@ -25,9 +25,10 @@ from dynamicdet.measuring.calibration import (
     score_facts,
 )
 from dynamicdet.measuring.latencies import measure_latencies
+from dynamicdet.routing.box_merging import Merge
 from dynamicdet.routing.budget import Budget
 from dynamicdet.routing.evaluation import read_truth
-from dynamicdet.routing.merging import Merge, platt_scaling_of
+from dynamicdet.routing.merging import platt_scaling_of
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 

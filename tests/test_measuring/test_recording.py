@@ -18,8 +18,9 @@ from dynamicdet.measuring.calibration import coco_results, measure_gflops, plain
 from dynamicdet.measuring.latencies import force_dynamic_exit
 from dynamicdet.measuring.recording import build_record_loader, gray_entropy, record_data_set
 from dynamicdet.measuring.views import flip_boxes, flip_images, shift_boxes, shift_images
+from dynamicdet.routing.box_merging import Merge
 from dynamicdet.routing.budget import Budget
-from dynamicdet.routing.merging import Merge, merge_record
+from dynamicdet.routing.merging import merge_record
 from mmdet.registry import DATASETS
 from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules

@@ -19,8 +19,9 @@ from dynamicdet.errors import UsageError
 from dynamicdet.measuring.recording import build_record_loader, record_data_set
 from dynamicdet.measuring.region_calibration import calibrate_regions, fit_regions
 from dynamicdet.models.budget_control import build_budget_controller, calibrated_otherwise
+from dynamicdet.routing.box_merging import Merge
 from dynamicdet.routing.evaluation import read_truth
-from dynamicdet.routing.merging import Merge, platt_scaling_of
+from dynamicdet.routing.merging import platt_scaling_of
 from dynamicdet.routing.record import write_record
 from dynamicdet.routing.regions import PriceCurve
 from mmdet.registry import MODELS

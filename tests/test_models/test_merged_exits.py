@@ -13,7 +13,7 @@ from dynamicdet.apis.stream import Stream
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.flops import count_flops, measure_costs
 from dynamicdet.models.merging import merge_instances
-from dynamicdet.routing.merging import Merge
+from dynamicdet.routing.box_merging import Merge
 from dynamicdet.routing.thresholds import thresholds_for_share
 from dynamicdet.testing import randomize, shrink, tiny_batch, tiny_dynamic
 from mmdet.registry import MODELS

@@ -7,11 +7,10 @@ import torch
 
 from conftest import SEED, rebuilt
 from dynamicdet.errors import UsageError
+from dynamicdet.routing.box_merging import Merge, merge_boxes
 from dynamicdet.routing.evaluation import true_positives
 from dynamicdet.routing.merging import (
-    Merge,
     fit_platt_scaling,
-    merge_boxes,
     merge_record,
     platt_scaling_of,
     scale_scores,

@@ -9,13 +9,8 @@ import torch
 
 from conftest import SEED
 from dynamicdet.errors import UsageError
-from dynamicdet.routing.region_maps import (
-    PLANES,
-    RegionRouter,
-    cells_of,
-    detection_planes,
-    rule_map,
-)
+from dynamicdet.routing.region_cells import PLANES, cells_of, detection_planes, rule_map
+from dynamicdet.routing.region_maps import RegionRouter
 from dynamicdet.routing.regions import (
     choose_rectangles,
     grid_of,

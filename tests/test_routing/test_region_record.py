@@ -6,15 +6,14 @@ import torch
 from routing_cases import CATEGORY, build_coco, found, make_record
 
 from dynamicdet.errors import UsageError
+from dynamicdet.routing.box_merging import Merge
 from dynamicdet.routing.evaluation import evaluate, match_objects
-from dynamicdet.routing.merging import Merge
 from dynamicdet.routing.record import read_record, write_record
+from dynamicdet.routing.region_cells import PLANES, kept_of_crop, kept_of_earlier
 from dynamicdet.routing.region_fitting import fit_region_router
-from dynamicdet.routing.region_maps import PLANES, RegionRouter
+from dynamicdet.routing.region_maps import RegionRouter
 from dynamicdet.routing.region_record import (
     cell_gains,
-    kept_of_crop,
-    kept_of_earlier,
     objects_by_class,
     planes_of,
     region_gflops,

@@ -7,7 +7,7 @@ import torch
 from exit_cases import counted, frames, same, tiny
 
 from dynamicdet.models.merging import merge_instances
-from dynamicdet.routing.merging import Merge
+from dynamicdet.routing.box_merging import Merge
 from dynamicdet.video.costs import exit_gflops
 
 MERGES = [dict(type='nms', iou=0.4), dict(type='wbf', iou=0.4)]

@@ -33,8 +33,8 @@ from ..errors import UsageError
 from ..exchange.origin import require_mmdet
 from ..precision import KeepsTypeOfBuffers
 from ..routing import GAINS, build_objective
+from ..routing.box_merging import Merge
 from ..routing.budget import Budget
-from ..routing.merging import Merge
 from ..routing.thresholds import require_exits
 from .branch import build_branch, head_types, number_of_classes, require_exits_agree
 from .composite import CompositeBackbone, build_backbones
@@ -86,8 +86,8 @@ class DynamicDetector(
             calibrated checkpoint. Defaults to the checkpoint's threshold.
         merge (str or dict, optional): What an image finds at the exits before its own joins what
             it finds there, by class: 'nms', 'wbf' or ``dict(type=..., iou=..., conf_type=...)``,
-            see `routing.merging.Merge`. Then the necks and heads of all exits up to an image's own
-            run. Defaults to None: each exit by itself.
+            see `routing.box_merging.Merge`. Then the necks and heads of all exits up to an image's
+            own run. Defaults to None: each exit by itself.
         regions (dict, optional): Arguments of `Regions`, ``dict()`` for its own: the second exit
             looks at some regions of an image alone, which exit 0's detections say. Then the neck
             and heads of exit 0 run on every image; a threshold is a price, and ``hard_share`` a

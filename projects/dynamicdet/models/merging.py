@@ -1,4 +1,4 @@
-"""Merged exits of mmdet's detections; `routing.merging` does the arithmetic."""
+"""Merged exits of mmdet's detections; `routing.box_merging` does the arithmetic."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ import torch
 from mmengine.structures import InstanceData
 
 from ..errors import UsageError
-from ..routing.merging import Merge, merge_boxes
+from ..routing.box_merging import Merge, merge_boxes
 from ..transfers import HostDetections, to_host
 
 

@@ -18,10 +18,10 @@ from mmdet.structures import DetDataSample, SampleList
 from ..cascade.resolution import Ratio
 from ..errors import UsageError
 from ..precision import KeepsType
+from ..routing.box_merging import Merge
 from ..routing.budget import Budget
-from ..routing.merging import Merge
-from ..routing.region_maps import RegionRouter, detection_planes
-from ..routing.region_record import kept_of_crop, kept_of_earlier
+from ..routing.region_cells import detection_planes, kept_of_crop, kept_of_earlier
+from ..routing.region_maps import RegionRouter
 from ..routing.regions import (
     CELL,
     PriceCurve,

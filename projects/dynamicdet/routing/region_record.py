@@ -12,12 +12,12 @@ import numpy as np
 from pycocotools.coco import COCO
 
 from ..errors import UsageError
+from .box_merging import Merge, merge_boxes
 from .evaluation import match_objects
-from .merging import Merge, merge_boxes
 from .objective import as_coco, joined_detections
 from .record import Detections, RoutingRecord, require_columns
-from .region_maps import cells_of, detection_planes
-from .regions import CELL, Rectangle, grid_of, share_of_area, with_halo
+from .region_cells import cells_of, detection_planes, kept_of_crop, kept_of_earlier
+from .regions import CELL, Rectangle, grid_of, share_of_area
 
 #: What is found in an image: boxes, (D, 4), left, top, right, bottom; scores and categories, (D,).
 ImageDetections = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -160,53 +160,6 @@ def simulate_regions(
     return Detections.join(images)
 
 
-def kept_of_crop(
-    boxes: np.ndarray,
-    rectangle: Rectangle,
-    grid: tuple[int, int],
-    halo: int = 1,
-    cell: int = CELL,
-    core: bool = False,
-    margin: float = 1.0,
-    step: int = 1,
-) -> np.ndarray:
-    """Which boxes of a crop count, (D,): not those that touch an edge inside the image, which cut
-    through an object or may have.
-
-    Args:
-        boxes (np.ndarray): (D, 4), left, top, right, bottom, in pixels of the image as delivered.
-        rectangle (Rectangle): In cells, without halo.
-        grid (tuple[int, int]): (h, w).
-        halo, cell (int): As of `choose_rectangles`.
-        core (bool): Whether the center must lie in the rectangle itself, not in its halo. Defaults
-            to False.
-        margin (float): What is this near an edge touches it, in pixels. Defaults to 1.
-        step (int): As of `choose_rectangles`.
-    """
-    top, left, bottom, right = with_halo(rectangle, grid, halo, step)
-    low = np.array([left, top]) * float(cell) + margin
-    high = np.array([right, bottom]) * float(cell) - margin
-    # At the image's own edges nothing is cut.
-    low[[left == 0, top == 0]] = -np.inf
-    high[[right == grid[1], bottom == grid[0]]] = np.inf
-    inside = (boxes[:, :2] >= low).all(1) & (boxes[:, 2:] <= high).all(1)
-    return inside & _centered(boxes, rectangle, grid, cell) if core else inside
-
-
-def kept_of_earlier(
-    boxes: np.ndarray,
-    rectangle: Rectangle,
-    grid: tuple[int, int],
-    halo: int = 1,
-    cell: int = CELL,
-    step: int = 1,
-) -> np.ndarray:
-    """Which boxes of an earlier exit a crop does not replace, (D,): those whose center is outside
-    the rectangle, and those that reach out of the crop, which sees but a part. Arguments as of
-    `kept_of_crop`."""
-    return ~kept_of_crop(boxes, rectangle, grid, halo, cell, core=True, step=step)
-
-
 def share_of_pixels(
     record: RoutingRecord,
     rectangles: Sequence[Sequence[Rectangle]],
@@ -233,14 +186,6 @@ def region_gflops(record: RoutingRecord, share: float) -> float:
         )
     first, last = record.gflops[0], record.gflops[-1]
     return first + share * (last - (first - branch))
-
-
-def _centered(
-    boxes: np.ndarray, rectangle: Rectangle, grid: tuple[int, int], cell: int
-) -> np.ndarray:
-    row, column = np.divmod(cells_of(boxes, grid, cell), grid[1])
-    top, left, bottom, right = rectangle
-    return (top <= row) & (row < bottom) & (left <= column) & (column < right)
 
 
 def _detections_of(detections: Detections, row: int) -> ImageDetections:

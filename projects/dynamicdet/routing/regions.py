@@ -25,8 +25,8 @@ from .region_tree import RegionTree, lengths_with_halo
 #: Sides of a cell in pixels: the stride of the deepest map of all but a few detectors, so that a
 #: crop along cells is cut through no cell of any map.
 CELL = 32
-#: The price at a threshold of a half. Gains by the rule of `region_maps` are about as large: p (1 -
-#: p) is 0.25 at most, and few detections lie in one cell.
+#: The price at a threshold of a half. Gains by the rule of `region_cells` are about as large: p (1
+#: - p) is 0.25 at most, and few detections lie in one cell.
 HALF_PRICE = 0.1
 #: Rows, and columns, of a grid from and to which rectangles are sought. Twice as many take 16 times
 #: as long; 20 cells of 32 pixels are an image of 640.

@@ -21,8 +21,8 @@ from ..cascade.weights import is_plain, rename_entries
 from ..errors import UsageError
 from ..models.merging import merge_instances
 from ..precision import KeepsTypeOfBuffers
+from ..routing.box_merging import Merge
 from ..routing.budget import Budget
-from ..routing.merging import Merge
 from ..transfers import Followed, take_rows
 from .budgets import POINTS, require_early_exit_budget, resolve_budget
 from .frames import Frames, last_detections, no_detections, scale_of, to_original

@@ -20,7 +20,7 @@ from ..errors import UsageError
 from ..measuring.flops import count_flops
 from ..models import DynamicDetector
 from ..models.regions import canvas_of, crops_of, delivered_scale
-from ..routing.region_maps import cells_of
+from ..routing.region_cells import cells_of
 from ..routing.regions import Rectangle, share_of_area
 from ..transfers import take_rows, to_host
 from .film_stakes import PARTS, cell_changes, spans_of, stakes_of, thumbnail_of, touches, velocities
