@@ -66,8 +66,12 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         '--regions',
-        action='store_true',
-        help='exit 1 looks at regions alone that exit 0 is not sure of; no router is fitted',
+        type=int,
+        nargs='?',
+        const=2,
+        metavar='N',
+        help='exit 1 looks at regions alone that exit 0 is not sure of, at N of a picture at most, '
+        'by default 2; no router is fitted',
     )
     parser.add_argument(
         '--view',
@@ -129,7 +133,12 @@ def check(args: argparse.Namespace) -> None:
     make_dynamic.require_exit_sizes(args.exits, len(args.detectors) // 2)
     Budget('hard_share', args.hard_share)
     make_dynamic.require_router_options(
-        args.sees, args.gain, args.method, args.regions, len(args.exits), len(args.detectors) // 2
+        args.sees,
+        args.gain,
+        args.method,
+        args.regions is not None,
+        len(args.exits),
+        len(args.detectors) // 2,
     )
     if args.by_class is None:
         args.by_class = args.gain != 'reward'
@@ -348,7 +357,7 @@ def main() -> None:
         args.workers,
         router=dict(sees=args.sees),
         merge=args.merge,
-        regions={} if args.regions else None,
+        regions=None if args.regions is None else dict(limit=args.regions),
     )
     config = out.with_suffix('.py')
     write_atomically(cfg.pretty_text.encode(), config)
@@ -358,7 +367,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model, weights = make_dynamic.plain_weights(cfg, checkpoint, path)
     plain, data = (model, dict(checkpoint, state_dict=weights), path), (sets, content, annotated)
-    if args.regions:
+    if args.regions is not None:
         calibrate_prices(args, cfg, plain, data)
     else:
         fit_router(args, cfg, plain, data, folder)

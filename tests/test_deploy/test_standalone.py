@@ -324,7 +324,6 @@ def changed(name, **changes):
 
 REFUSED = (
     (lambda: changed('dynamic yolox', merge='nms'), 'merged exits'),
-    (lambda: changed('dynamic yolox', regions=dict()), 'regions'),
     (lambda: changed('dynamic yolox', backbones=3), '3 exits'),
     (
         lambda: changed('retinanet', test_cfg=dict(nms=dict(type='soft_nms', iou_threshold=0.5))),

@@ -111,6 +111,7 @@ def write_files(out: str, files: Mapping[str, bytes]) -> int:
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f'.{target.name}.'))
     try:
         for name, content in files.items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             with open(temporary / name, 'wb') as file:
                 file.write(content)
                 file.flush()

@@ -4,7 +4,8 @@ JSON file, and the one file that runs them, `standalone_runtime`.
     first.onnx, second.onnx    the halves of a dynamic detector; detector.onnx of a plain one, or
                                both halves
     detector.json              thresholds, calibration, classes, how pictures are delivered, costs
-    runtime.py                 `standalone_runtime`, as it is here
+    runtime.py                 `standalone_runtime`, as it is here; with regions, beside that as
+                               whole_runtime.py and ``numerics``, `standalone_regions`
 
 It is written whole or not at all. Nothing of a config or checkpoint is in it that could be run.
 """
@@ -36,6 +37,8 @@ from ..models import DynamicDetector
 from ..models.branch import number_of_classes
 from ..models.budget_control import calibrated_otherwise
 from ..progress import Progress
+from ..routing.box_merging import Merge
+from ..routing.region_maps import linear_weights
 from .deployment import Graphed
 from .folder import require_new, write_files
 from .graphs import need_for_deployment
@@ -71,6 +74,13 @@ _FIXED = dict(
     Resize=dict(interpolation='bilinear', backend='cv2'),
     Pad=dict(padding_mode='constant'),
     LoadImageFromFile=dict(to_float32=False, color_type='color'),
+)
+
+
+#: What `standalone_regions` imports, in this package, of which it gets a copy.
+_NUMERICS = (
+    'errors.py',
+    *(f'routing/{name}.py' for name in ('box_merging', 'region_cells', 'region_tree', 'regions')),
 )
 
 
@@ -120,7 +130,9 @@ def export_standalone(
     if one_file and 'second' in contents:
         contents = dict(detector=join_halves(**contents))
     graphs = {f'{name}.onnx': content for name, content in contents.items()}
-    runtime = _runtime()
+    if one_file and 'regions' in facts:
+        raise UsageError('--one-file does not support regions: leave it out')
+    runtime, runtimes = _runtime('regions' in facts)
     about: dict[str, Any] = dict(
         format=runtime.FORMAT,
         version=runtime.VERSION,
@@ -146,11 +158,11 @@ def export_standalone(
             if key not in ('ann_file', 'categories', 'classes', 'images')
         },
     )
-    files = {**graphs, 'runtime.py': Path(runtime.__file__).read_bytes()}
+    files = {**graphs, **runtimes}
     if timed is not None:
         pictures = first_pictures(timed, _MEASURED)
         about['gflops'] = _gflops(halves, pictures)
-        about['seconds'] = _seconds(files, about, pictures, progress)
+        about['seconds'] = _seconds(runtime, graphs, about, pictures, progress)
         about['timing'] = timing_conditions(providers=CPU)
     files[runtime.ABOUT] = _as_json(about)
     return dict(about, bytes=write_files(out, files))
@@ -164,9 +176,23 @@ def _contents(halves: dict[str, nn.Module], graphed: Graphed | None) -> dict[str
     return export_halves(build_halves(graphed.model, fuse=False), graphed.contents)
 
 
-def _runtime() -> ModuleType:
-    # It imports onnxruntime, which is optional.
-    return importlib.import_module('.standalone_runtime', __package__)
+def _runtime(regions: bool) -> tuple[ModuleType, dict[str, bytes]]:
+    """What runs a folder, and the files of that."""
+    # They import onnxruntime, which is optional.
+    whole, runtime = (
+        importlib.import_module(f'.standalone_{name}', __package__)
+        for name in ('runtime', 'regions')
+    )
+    if not regions:
+        return whole, {'runtime.py': _source(whole)}
+    package = Path(__file__).parents[1]
+    files = {f'numerics/{name}': (package / name).read_bytes() for name in _NUMERICS}
+    files.update({f'numerics/{folder}__init__.py': b'' for folder in ('', 'routing/')})
+    return runtime, {'runtime.py': _source(runtime), 'whole_runtime.py': _source(whole), **files}
+
+
+def _source(module: ModuleType) -> bytes:
+    return Path(module.__file__).read_bytes()
 
 
 def _as_json(about: Mapping[str, Any]) -> bytes:
@@ -194,12 +220,36 @@ def _facts(model: BaseDetector, cfg: Config, graphed: Graphed | None) -> dict[st
     if model._budget_waits:
         # It says what is missing.
         model.set_budget(model.budget)
+    if model.regions is not None:
+        facts['regions'] = _regions(model)
     return dict(
         facts,
         classes=list(classes),
         threshold=float(model.threshold),
         difficulties=model.difficulties.tolist(),
     )
+
+
+def _regions(model: DynamicDetector) -> dict[str, Any]:
+    """What `standalone_regions` needs to choose regions and to join what is found there."""
+    regions = model.regions
+    return dict(
+        **{name: getattr(regions, name) for name in ('cell', 'halo', 'limit', 'overhead')},
+        **dict(step=regions.step, tile=regions.tile, first_size=model.first_size),
+        divisor=model.data_preprocessor.pad_size_divisor,
+        stride=model.stride,
+        scale=model.scales[0],
+        class_weights=regions.class_weights.tolist(),
+        router=linear_weights(regions.router),
+        merge=None if model.merge is None else _merge_as_dict(model.merge),
+        # Threshold, share of pixels, number of regions, and GFLOPs, at each price.
+        curve=regions.curve[:, :4].tolist(),
+    )
+
+
+def _merge_as_dict(merge: Merge) -> dict[str, Any]:
+    more = dict(conf_type=merge.conf_type) if merge.type == 'wbf' else {}
+    return dict(type=merge.type, iou=merge.iou, **more)
 
 
 def read_delivery(cfg: Config) -> dict[str, Any]:
@@ -274,15 +324,15 @@ def _gflops(halves: Mapping[str, nn.Module], pictures: Sequence[tuple]) -> list[
 
 
 def _seconds(
-    files: Mapping[str, bytes],
+    runtime: ModuleType,
+    graphs: Mapping[str, bytes],
     about: Mapping[str, Any],
     pictures: Sequence[tuple],
     progress: Progress,
 ) -> list[float]:
     """Median of each exit, of a picture that was delivered to its detections."""
-    runtime = _runtime()
     with tempfile.TemporaryDirectory() as folder:
-        for name, content in {**files, runtime.ABOUT: _as_json(about)}.items():
+        for name, content in {**graphs, runtime.ABOUT: _as_json(about)}.items():
             (Path(folder) / name).write_bytes(content)
         detector = runtime.Detector(folder, threads=torch.get_num_threads())
     return time_standalone(detector, pictures, progress, _ROUNDS)

@@ -21,6 +21,7 @@ from ..models.normalization import NormalizationChange
 from ..private_mmengine import normalizes, swaps_channels
 from ..routing.detection_features import COUNTED, SUREST
 from ..routing.merging import scale_scores
+from ..routing.region_maps import is_linear
 from .decoding import Candidates, Frame, build_decoder
 from .graphs import (
     EXAMPLE_SIZE,
@@ -92,36 +93,49 @@ class Prepared(nn.Module):
 
 
 class Reduced(nn.Module):
-    """`cascade.resolution.reduce_images` by products of matrices: opset 17 has no resizing that
-    averages what it makes smaller.
+    """`cascade.resolution.reduce_images` in a graph, by products of matrices: opset 17 has no
+    resizing that averages what it makes smaller, and not all that know later ones compute it.
 
     Args:
-        scale (float): In (0, 1); about this share of the sides is left.
+        scale (float): In (0, 1]; about this share of the sides is left.
         stride (int): Sides are multiples of it.
+        longest (int, optional): The most pixels of a side. Defaults to any number.
     """
 
-    def __init__(self, scale: float, stride: int) -> None:
+    def __init__(self, scale: float, stride: int, longest: int | None = None) -> None:
         super().__init__()
-        self.scale, self.stride = scale, stride
+        self.scale, self.stride, self.longest = scale, stride, longest
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images, (1, 3, H, W), resized, and the factors of width and height, (2,)."""
-        old = [torch.as_tensor(side).float() for side in images.shape[-2:]]
-        new = [(side * self.scale / self.stride).round().clamp(min=1) * self.stride for side in old]
-        rows, columns = (_resizing(*sides) for sides in zip(old, new))
-        resized = rows @ images @ columns.transpose(0, 1)
-        return resized, torch.stack([new[1] / old[1], new[0] / old[0]])
+        old = torch.stack([torch.as_tensor(side) for side in images.shape[-2:]]).float()
+        scale = old.new_tensor(self.scale)
+        if self.longest is not None:
+            scale = torch.minimum(scale, self.longest / old.max())
+        new = (old * scale / self.stride).round().clamp(min=1) * self.stride
+        rows = _resized_rows(images[0], old[0], new[0], self.stride)
+        columns = _resized_rows(rows.transpose(1, 2), old[1], new[1], self.stride)
+        return columns.transpose(1, 2)[None], (new / old).flip(0)
 
 
-def _resizing(old: Tensor, new: Tensor) -> Tensor:
-    """Weights of each old pixel in each new one, (new, old), of bilinear resizing with
-    antialiasing."""
+def _resized_rows(image: Tensor, old: Tensor, new: Tensor, block: int) -> Tensor:
+    """An image, (3, old, W), with another number of rows, (3, new, W), bilinear with antialiasing.
+
+    A block of new rows needs the old rows of a window alone: one matrix for each block has far
+    fewer weights than one for all.
+    """
     step = old / new
     reach = step.clamp(min=1)
-    middles = (torch.arange(new.long()) + 0.5) * step
-    pixels = torch.arange(old.long()) + 0.5
-    weights = (1 - ((pixels - middles[:, None]) / reach).abs()).clamp(min=0)
-    return weights / weights.sum(dim=1, keepdim=True)
+    width = (block * step + 2 * reach).ceil().long() + 1
+    starts = (torch.arange((new / block).long()) * block * step - reach).floor()
+    rows = starts[:, None] + torch.arange(width)
+    middles = ((torch.arange(new.long()) + 0.5) * step).reshape(-1, block, 1)
+    weights = (1 - ((rows[:, None] + 0.5 - middles) / reach).abs()).clamp(min=0)
+    weights = weights * ((rows >= 0) & (rows < old)).float()[:, None]
+    weights = weights / weights.sum(dim=2, keepdim=True)
+    inside = torch.minimum(rows.clamp(min=0), old - 1).long().flatten()
+    windows = image.index_select(1, inside).reshape(3, -1, width, image.shape[-1])
+    return (weights @ windows).reshape(3, -1, image.shape[-1])
 
 
 class Exit(nn.Module):
@@ -243,8 +257,9 @@ class _Half(nn.Module):
         super().__init__()
         change = model.normalizations[exit - 1] if exit and len(model.normalizations) else None
         self.prepared = Prepared(model.data_preprocessor, change)
-        scale = model.scales[exit]
-        self.reduced = Reduced(scale, model.stride) if scale < 1 else None
+        scale, longest = model.scales[exit], None if exit else model.first_size
+        reduces = scale < 1 or longest is not None
+        self.reduced = Reduced(scale, model.stride, longest) if reduces else None
         self.exit = Exit(model.branch(exit), model._scaling[exit], has_masks(model))
         _require_unpadded(model.branch(exit), self.prepared)
 
@@ -290,9 +305,31 @@ class FirstHalf(_Half):
         difficulty = self.router(seen_maps, **more)
         return *found, difficulty, *(maps[index] for index in self.keeps)
 
+    def _detected(self, image: Tensor, scale: Tensor, original: Tensor) -> tuple:
+        """Detections, maps, and the picture as numbers and prepared."""
+        image = _as_float(image)
+        seen, ratio, prepared = self.view(image)
+        maps = self._first_maps(seen)
+        found = self.exit(self._select(maps), _frame(image, scale, original, ratio))
+        return found, maps, image, prepared
+
     def maps(self, image: Tensor) -> tuple[Tensor, ...]:
         """All maps of a picture."""
         return self._first_maps(self.view(image)[0])
+
+
+class RegionsFirstHalf(FirstHalf):
+    """The same without a difficulty: `standalone_regions` computes it of the detections."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(name for name in super().outputs if name != DIFFICULTY)
+
+    def forward(self, image: Tensor, scale: Tensor, original: Tensor) -> tuple[Tensor, ...]:
+        """As `FirstHalf`'s."""
+        found, maps, *_ = self._detected(image, scale, original)
+        return *found, *(maps[index] for index in self.keeps)
 
 
 def _detection_features(found: Sequence[Tensor], class_weights: Tensor) -> Tensor:
@@ -372,7 +409,8 @@ def build_halves(model: BaseDetector, fuse: bool = True) -> dict[str, nn.Module]
             module.fuse()
     if not isinstance(model, DynamicDetector):
         return dict(detector=PlainDetector(model))
-    return dict(first=FirstHalf(model), second=SecondHalf(model))
+    first = FirstHalf if model.regions is None else RegionsFirstHalf
+    return dict(first=first(model), second=SecondHalf(model))
 
 
 def _has_fusible(detector: Sequence[nn.Module]) -> bool:
@@ -386,8 +424,21 @@ def require_standalone(model: BaseDetector) -> None:
         return
     for holds, what, remedy in (
         (model.num_exits != 2, f'{model.num_exits} exits', 'take a config of two'),
-        (model.regions is not None, 'regions', 'take a config without them'),
-        (model.merge is not None, 'merged exits', 'set model.merge=None by --cfg-options'),
+        (
+            model.merge is not None and model.regions is None,
+            'merged exits without regions',
+            'set model.merge=None by --cfg-options',
+        ),
+        (
+            model.regions is not None and has_masks(model),
+            'regions of a detector with masks',
+            'take a config without regions',
+        ),
+        (
+            model.regions is not None and not is_linear(model.regions.router),
+            'a router of regions that sees maps or has hidden channels',
+            'take one without them',
+        ),
     ):
         if holds:
             raise UsageError(f'--standalone does not support {what}: {remedy}')

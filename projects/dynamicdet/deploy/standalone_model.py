@@ -1,5 +1,6 @@
 """A folder that runs without this project, tested by it: as a model of a Runner, and timed."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ def is_standalone(folder: str) -> bool:
 
 
 def open_standalone(folder: str, threads: int = 0, providers: Sequence[str] | None = None) -> Any:
-    """A folder's detector, run by this package's own `standalone_runtime`: no code of the folder.
+    """A folder's detector, run by this package's own `standalone_runtime` or `standalone_regions`:
+    no code of the folder.
 
     Args:
         folder (str): The folder.
@@ -41,10 +43,17 @@ def open_standalone(folder: str, threads: int = 0, providers: Sequence[str] | No
         UsageError: If it holds no whole detector, or there is no such provider.
     """
     need_for_deployment('onnxruntime')
-    from .standalone_runtime import Detector
+    from . import standalone_regions, standalone_runtime
 
     try:
-        return Detector(folder, threads, chosen_providers(providers))
+        about = json.loads((Path(folder) / standalone_runtime.ABOUT).read_text(encoding='utf-8'))
+        regions = about['format'] == standalone_regions.FORMAT
+    except (OSError, ValueError, TypeError, KeyError):
+        # What is wrong is said below.
+        regions = False
+    runtime = standalone_regions if regions else standalone_runtime
+    try:
+        return runtime.Detector(folder, threads, chosen_providers(providers))
     except ValueError as error:
         raise UsageError(str(error)) from None
 
@@ -105,8 +114,22 @@ class StandaloneDetector(BaseModel):
         if wanted is not None:
             if self.threshold is None:
                 raise UsageError(f"'{folder}' holds a plain detector, which has no budget")
+            self.threshold = self._threshold_for(wanted, seconds)
+
+    def _threshold_for(self, budget: Budget, seconds: Sequence[float] | None) -> float:
+        about = self.detector.about
+        if 'regions' not in about:
             costs = seconds or about['seconds'], about['gflops']
-            self.threshold = resolve_threshold(wanted, about['difficulties'], *costs)
+            return resolve_threshold(budget, about['difficulties'], *costs)
+        if budget.kind not in ('threshold', 'hard_share'):
+            raise UsageError(
+                f'{budget.kind} is no budget of regions without the checkpoint: give hard_share, '
+                'the share of pixels'
+            )
+        try:
+            return self.detector.threshold_for(**{budget.kind: budget.value})
+        except ValueError as error:
+            raise UsageError(str(error)) from None
 
     def forward(self, inputs: Any, data_samples: Any = None, mode: str = 'predict') -> Any:
         """Of no use: graphs begin with the picture."""
@@ -125,6 +148,8 @@ class StandaloneDetector(BaseModel):
             if found.masks is not None:
                 sample.pred_instances.masks = torch.from_numpy(self._pasted(found, picture[2]))
             sample.set_metainfo(dict(difficulty=found.difficulty, exit=found.exit))
+            if 'regions' in self.detector.about:
+                sample.set_metainfo(dict(regions=found.regions))
         return data['data_samples']
 
     def _pasted(self, found: Any, size: Sequence[int]) -> np.ndarray:

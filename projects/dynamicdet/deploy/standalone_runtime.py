@@ -23,11 +23,11 @@ class Detector:
     def __init__(self, folder, threads=0, providers=('CPUExecutionProvider',)):
         try:
             self.about = json.loads((Path(folder) / ABOUT).read_text(encoding='utf-8'))
-            known = self.about['format'], self.about['version']
+            known = f'{self.about["format"]} version {self.about["version"]}'
         except (OSError, ValueError, TypeError, KeyError):
             raise ValueError(f"'{folder}' holds no detector: it has no whole {ABOUT}") from None
-        if known != (FORMAT, VERSION):
-            raise ValueError(f"'{folder}' is of version {known[1]}, not {VERSION}: export it again")
+        if known != (wanted := f'{getattr(self, "FORMAT", FORMAT)} version {VERSION}'):
+            raise ValueError(f"'{folder}' is of {known}, not {wanted}: export it again")
         self.sessions, options = [], onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3
         for name, digest in self.about['graphs'].items():
@@ -124,7 +124,7 @@ def read_image(path):
         raise ValueError(f"Pillow cannot read '{path}' as a picture: {error}") from None
 
 
-def main():
+def main(kind=Detector):
     """The command line."""
     parser = argparse.ArgumentParser(description='Detect objects in a picture.')
     parser.add_argument('image', help='picture file')
@@ -134,7 +134,7 @@ def main():
     parser.add_argument('--min-score', type=float, default=0.3, help='lowest score to print: 0.3')
     args = parser.parse_args()
     try:
-        detector = Detector(args.folder)
+        detector = kind(args.folder)
         found = detector(read_image(args.image), args.threshold, args.hard_share)
     except ValueError as error:
         print(f'error: {error}', file=sys.stderr)

@@ -85,3 +85,18 @@ class RegionRouter(KeepsType):
             shape = (1, -1, 1, 1)
             inputs = (inputs - self.mean.view(shape)) / self.std.view(shape)
             return self.layers(inputs).squeeze(1)
+
+
+def is_linear(router: RegionRouter) -> bool:
+    """Whether a router's gain of a cell is a weighted sum of that cell's planes."""
+    return len(router.layers) == 1 and not router.in_channels
+
+
+def linear_weights(router: RegionRouter) -> dict[str, object] | None:
+    """Of a router that `is_linear`: the ``weight`` of each plane, (`PLANES`,), and the ``bias``;
+    None of an untrained one, which is the rule."""
+    if not router.trained:
+        return None
+    layer = router.layers[-1]
+    weight = layer.weight.flatten() / router.std
+    return dict(weight=weight.tolist(), bias=float(layer.bias - (weight * router.mean).sum()))
