@@ -1,11 +1,11 @@
 """AP against milliseconds and GFLOPs: plain and dynamic detectors on the same pictures, in one runtime.
 
     python experiments/real_front.py prepare DATA OUT [--more FOLDER]
-    python experiments/real_front.py measure OUT [--runtime openvino] [--threads 2] [--pictures 200]
+    python experiments/real_front.py measure OUT [--threads 2] [--pictures 200]
     python experiments/real_front.py compare OUT [--json FILE] [--picture FILE]
 
 ``prepare`` makes dynamic detectors of published weights by tools/make_dynamic.py, on ``router.json``, and exports them
-and the plain ones. ``measure`` runs ``test.json``: each picture is detected by all systems in turn, from decoded pixels
+and the plain ones by tools/export.py --standalone. ``measure`` runs ``test.json``: each picture is detected by all systems in turn, from decoded pixels
 to boxes, so what disturbs the machine disturbs all of them; on an idle machine. Both go on where they were stopped.
 ``compare`` writes the table: AP, milliseconds, GFLOPs, and what each is above the plain detector at equal cost.
 """
@@ -16,14 +16,14 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from mmengine.config import Config
-from mmengine.dataset import Compose, pseudo_collate
+from mmengine.dataset import Compose
 from mmengine.registry import init_default_scope
 from pycocotools.coco import COCO
 from real_records import join_annotations
@@ -31,25 +31,25 @@ from steps import run
 
 from dynamicdet import cli
 from dynamicdet.building import build_model
-from dynamicdet.deploy.folder import load_deployed
-from dynamicdet.deploy.runtimes import RUNTIMES
+from dynamicdet.deploy.standalone_model import delivered, open_standalone
 from dynamicdet.errors import UsageError
 from dynamicdet.files import write_atomically
 from dynamicdet.measuring.baselines import at_size
-from dynamicdet.measuring.calibration import detection_arrays
 from dynamicdet.measuring.flops import count_flops
 from dynamicdet.reports.figures import PLAIN_COLOR, png
 from dynamicdet.routing.bootstrap import bootstrap_weights
-from dynamicdet.routing.box_merging import Merge
 from dynamicdet.routing.evaluation import Mixtures, read_truth
 from dynamicdet.routing.record import Detections, RoutingRecord
 from dynamicdet.timing import machine_of, time_call
 
-#: Sides at which plain detectors see pictures; exits see the first and the last.
-SIZES = (320, 384, 448, 512, 576, 640)
-SMALL, LARGE = SIZES[0], SIZES[-1]
-#: Hard shares of pictures, and shares of the pixels of regions.
-SHARES = dict(image=(0.15, 0.3, 0.5), regions=(0.1, 0.2, 0.35))
+#: Sides at which plain detectors see pictures.
+PLAIN_SIZES = (320, 384, 448, 512, 576, 640, 768)
+#: Kinds of dynamic detectors -> sizes of both exits, and shares of hard pictures or of pixels.
+KINDS: dict[str, tuple[tuple[int, int], tuple[float, ...]]] = {
+    'image': ((320, 640), (0.15, 0.3, 0.5)),
+    'regions': ((320, 640), (0.1, 0.2, 0.35)),
+    'large regions': ((512, 1024), (0.05, 0.1, 0.15)),
+}
 MERGE = 'wbf'
 _CPU = torch.device('cpu')
 #: Pictures of a part, bootstrap resamples of the pictures, and their seed.
@@ -63,10 +63,10 @@ DETECTORS = dict(
 PAIR = ('yolox_nano', 'yolov5_n')
 #: How kinds are called and drawn.
 STYLES = {
-    'plain': ('plain, six sizes', dict(marker='D', color=PLAIN_COLOR)),
-    'image': ('routed by image', dict(marker='o', color='#0072b2')),
-    'merged image': ('routed by image, merged', dict(marker='^', color='#cc79a7')),
-    'regions': ('regions, merged', dict(marker='s', color='#009e73')),
+    'plain': ('plain, seven sizes', dict(marker='D', color=PLAIN_COLOR)),
+    'image': ('routed by image, 320 and 640', dict(marker='o', color='#0072b2')),
+    'regions': ('regions, 320 and 640', dict(marker='s', color='#009e73')),
+    'large regions': ('regions, 512 and 1,024', dict(marker='^', color='#d55e00')),
 }
 
 
@@ -82,7 +82,7 @@ class System(NamedTuple):
 
     detector: str
     kind: str
-    size: int = LARGE
+    size: int
     hard_share: float | None = None
 
     @property
@@ -92,20 +92,20 @@ class System(NamedTuple):
 
     @property
     def folder(self) -> str:
-        """Of its deployment: exits that are merged are set when it is loaded."""
-        return f'{self.detector}_{self.kind.removeprefix("merged ")}'
+        """Of its export."""
+        return f'{self.detector}_{self.kind.replace(" ", "_")}'
 
 
 def systems_of(detectors: Sequence[str]) -> list[System]:
     """All that is compared."""
     systems = []
     for name in detectors:
-        systems += [System(name, 'plain', size) for size in SIZES]
-        for kind in ('image', 'merged image', 'regions'):
-            shares = SHARES[kind.removeprefix('merged ')]
-            systems += [System(name, kind, LARGE, share) for share in shares]
+        systems += [System(name, 'plain', size) for size in PLAIN_SIZES]
+        for kind, (sizes, shares) in KINDS.items():
+            systems += [System(name, kind, max(sizes), share) for share in shares]
     if set(PAIR) <= set(detectors):
-        systems += [System('pair', 'image', LARGE, share) for share in SHARES['image']]
+        sizes, shares = KINDS['image']
+        systems += [System('pair', 'image', max(sizes), share) for share in shares]
     return systems
 
 
@@ -130,20 +130,21 @@ def prepare(args: argparse.Namespace) -> None:
             weights = converted(args, config)
         plain[name] = [str(config), str(weights)]
         export(args, config, weights, f'{name}_plain')
-        make_dynamic(args, f'{name}_image', plain[name])
-        make_dynamic(args, f'{name}_regions', [*plain[name], '--regions', f'--merge={MERGE}'])
+        for kind, (sizes, _) in KINDS.items():
+            make_dynamic(args, System(name, kind, max(sizes)).folder, plain[name], kind)
     if set(PAIR) <= set(plain):
-        make_dynamic(args, 'pair_image', [part for name in PAIR for part in plain[name]])
+        make_dynamic(args, 'pair_image', [part for name in PAIR for part in plain[name]], 'image')
 
 
-def make_dynamic(args: argparse.Namespace, name: str, detectors: Sequence[str]) -> None:
+def make_dynamic(args: argparse.Namespace, name: str, detectors: Sequence[str], kind: str) -> None:
     """By the tool, and exported."""
-    made = args.out / f'{name}.pth'
+    made, sizes = args.out / f'{name}.pth', map(str, KINDS[kind][0])
+    looks = ['--regions=1', f'--merge={MERGE}'] if 'regions' in kind else ['--sees=maps']
     if not made.exists():
         run(
             'tools/make_dynamic.py', *detectors, f'--data={args.out}',
-            f'--ann={args.out / "router.json"}', '--img=/', '--exits', str(SMALL), str(LARGE),
-            f'--out={made}', '--view=none', log=args.out / f'{name}.log',
+            f'--ann={args.out / "router.json"}', '--img=/', '--exits', *sizes,
+            f'--out={made}', '--view=none', *looks, log=args.out / f'{name}.log',
         )  # fmt: skip
     export(args, made.with_suffix('.py'), made, name)
     print(f'{name}: ready', flush=True)
@@ -178,60 +179,60 @@ def converted(args: argparse.Namespace, config: Path) -> Path:
 
 
 def export(args: argparse.Namespace, config: Path, weights: Path, name: str) -> None:
-    """A deployment folder, in float32 or in 8 bits."""
-    folder = deployed(args, name)
-    if not (folder / 'manifest.json').exists():
+    """A folder that runs without this project."""
+    folder = exported(args, name)
+    if not (folder / 'detector.json').exists():
         run(
-            'tools/export.py', str(config), str(weights), f'--out={folder}', *['--int8'] * args.int8,
+            'tools/export.py', str(config), str(weights), f'--out={folder}', '--standalone',
             log=args.out / 'export.log',
         )  # fmt: skip
 
 
-def deployed(args: argparse.Namespace, name: str) -> Path:
-    """The deployment folder of a detector."""
-    return args.out / 'deployed' / (f'{name}_int8' if args.int8 else name)
+def exported(args: argparse.Namespace, name: str) -> Path:
+    """The folder of a detector's export."""
+    return args.out / 'exported' / name
 
 
 # Measure.
 
 
 class Loaded(NamedTuple):
-    """A system, ready: its detector, what that is given, its threshold and how exits are merged."""
+    """A system, ready: its detector, what brings a picture into its form, and its threshold."""
 
     system: System
-    model: torch.nn.Module
+    detector: Any
     pipeline: Compose
     threshold: float | None
-    merge: Merge | None
 
 
 def load_systems(args: argparse.Namespace) -> list[Loaded]:
     """Each folder once, however many budgets it has."""
-    models: dict[str, torch.nn.Module] = {}
+    detectors: dict[str, Any] = {}
     loaded = []
     for system in systems_of(args.detectors):
-        if system.folder not in models:
-            folder = str(deployed(args, system.folder))
-            models[system.folder] = load_deployed(folder, args.threads, args.runtime).eval()
-        model = models[system.folder]
+        if system.folder not in detectors:
+            detectors[system.folder] = open_standalone(
+                str(exported(args, system.folder)), args.threads
+            )
+        detector = detectors[system.folder]
+        cfg = cli.read_config(str(args.out / f'{args.detectors[0]}.py'))
         # The picture is decoded already.
-        steps = at_size(model.cfg.test_dataloader.dataset.pipeline, system.size)[1:]
-        threshold = (
-            None if system.hard_share is None else model.set_budget(hard_share=system.hard_share)
-        )
-        merge = Merge.parse(None if system.kind in ('plain', 'image') else MERGE)
-        loaded.append(Loaded(system, model, Compose(steps), threshold, merge))
+        steps = at_size(cfg.test_dataloader.dataset.pipeline, system.size)[1:]
+        threshold = None
+        if system.hard_share is not None:
+            threshold = detector.threshold_for(hard_share=system.hard_share)
+        loaded.append(Loaded(system, detector, Compose(steps), threshold))
     return loaded
 
 
-@torch.no_grad()
 def detect(loaded: Loaded, picture: np.ndarray, image: dict):
-    """What a system finds in a picture, (H, W, 3) uint8."""
+    """What a system finds in a picture, (H, W, 3) uint8, and height and width as delivered."""
     inputs = dict(
         img=picture, img_shape=picture.shape[:2], ori_shape=picture.shape[:2],
         img_id=image['id'], img_path=image['file_name'],
     )  # fmt: skip
-    return loaded.model.test_step(pseudo_collate([loaded.pipeline(inputs)]))[0]
+    given = delivered(loaded.pipeline(inputs))
+    return loaded.detector.run(*given, loaded.threshold), given
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -242,7 +243,7 @@ def measure(args: argparse.Namespace) -> None:
     systems, categories = load_systems(args), sorted(truth.getCatIds())
     folder = folder_of(args)
     folder.mkdir(parents=True, exist_ok=True)
-    facts = dict(machine_of('cpu', args.threads), runtime=args.runtime, int8=args.int8)
+    facts = dict(machine_of('cpu', args.threads), runtime='onnxruntime')
     write_atomically(json.dumps(facts).encode(), folder / 'machine.json')
     for begin in cli.progress(range(0, len(images), PART), 'parts'):
         path = folder / f'{begin:05}.npz'
@@ -255,17 +256,15 @@ def measure(args: argparse.Namespace) -> None:
             order = np.roll(np.arange(len(systems)), -at)
             if at == 0:
                 for entry in systems:
-                    set_threshold(entry)
                     detect(entry, picture, image)
             timed = {}
             for index in order:
                 entry = systems[index]
-                set_threshold(entry)
                 timed[index] = time_call(lambda: detect(entry, picture, image), _CPU)
             seconds.append([timed[index][0] for index in range(len(systems))])
-            samples = [timed[index][1] for index in range(len(systems))]
-            cells.append([looked_at(sample) for sample in samples])
-            rows += detection_arrays(samples, categories)
+            found = [timed[index][1] for index in range(len(systems))]
+            cells.append([looked_at(*one) for one in found])
+            rows += [arrays_of_found(one, categories) for one, _ in found]
         content = dict(
             vars(Detections.join(rows)), seconds=np.array(seconds), cells=np.array(cells)
         )
@@ -276,7 +275,7 @@ def measure(args: argparse.Namespace) -> None:
 
 def folder_of(args: argparse.Namespace) -> Path:
     """Of what was measured in a runtime."""
-    return args.out / f'{args.runtime}_{"int8" if args.int8 else "float32"}_{args.threads}'
+    return args.out / f'measured_{args.threads}'
 
 
 def pictures_of(args: argparse.Namespace) -> tuple[COCO, list[dict]]:
@@ -285,25 +284,23 @@ def pictures_of(args: argparse.Namespace) -> tuple[COCO, list[dict]]:
     return truth, truth.loadImgs(sorted(truth.getImgIds()))[: args.pictures]
 
 
-def set_threshold(entry: Loaded) -> None:
-    """The budgets of one detector take turns."""
-    if entry.threshold is not None:
-        entry.model.set_budget(threshold=entry.threshold)
-        entry.model.merge = entry.merge
+def arrays_of_found(found, categories: Sequence[int]) -> tuple[np.ndarray, ...]:
+    """Boxes, (D, 4), left, top, width, height; scores; categories."""
+    boxes = np.column_stack([found.boxes[:, :2], found.boxes[:, 2:] - found.boxes[:, :2]])
+    return boxes, found.scores, np.array(categories)[found.labels]
 
 
-def looked_at(sample) -> tuple[float, float, float]:
-    """The batch's height and width, and pixels that the second exit saw, as the network sees them."""
-    height, width = sample.batch_input_shape
-    exit = sample.get('exit', 0)
-    if 'regions' in sample:
-        wide, high = sample.scale_factor
+def looked_at(found, given: tuple) -> tuple[float, float, float]:
+    """The network's height and width of a picture, and pixels that the second exit saw, as it sees
+    them."""
+    picture, (wide, high), _ = given
+    height, width = map(_up, picture.shape[1:])
+    again = height * width if found.exit else 0
+    if getattr(found, 'regions', None):
         again = sum(
             _up(right * wide - left * wide) * _up(bottom * high - top * high)
-            for left, top, right, bottom in sample.regions
+            for left, top, right, bottom in found.regions
         )
-    else:
-        again = height * width if exit else 0
     return height, width, again
 
 
@@ -364,9 +361,9 @@ def arrays_of(detections: Detections, row: int) -> tuple[np.ndarray, np.ndarray,
 def gflops_per_pixel(args: argparse.Namespace, name: str) -> float:
     """Of a plain detector, whose convolutions cost the same everywhere."""
     cfg = cli.read_config(str(args.out / f'{name}.py'))
-    model = build_model(cfg).eval()
-    flops, _ = count_flops(lambda: model(torch.zeros(1, 3, LARGE, LARGE), mode='tensor'))
-    return flops / 1e9 / LARGE**2
+    model, side = build_model(cfg).eval(), 640
+    flops, _ = count_flops(lambda: model(torch.zeros(1, 3, side, side), mode='tensor'))
+    return flops / 1e9 / side**2
 
 
 def gflops_of(system: System, cells: np.ndarray, per_pixel: Sequence[float]) -> np.ndarray:
@@ -375,7 +372,8 @@ def gflops_of(system: System, cells: np.ndarray, per_pixel: Sequence[float]) -> 
     height, width, again = cells.T
     if system.kind == 'plain':
         return per_pixel[0] * height * width
-    first = [np.maximum(1, np.round(side * SMALL / LARGE / 32)) * 32 for side in (height, width)]
+    small, large = KINDS[system.kind][0]
+    first = [np.maximum(1, np.round(side * small / large / 32)) * 32 for side in (height, width)]
     return per_pixel[0] * first[0] * first[1] + per_pixel[1] * again
 
 
@@ -513,9 +511,7 @@ def main() -> None:
             )
         command.add_argument('out', type=absolute, help='folder of detectors and results')
         command.add_argument('--detectors', nargs='+', choices=DETECTORS, default=list(DETECTORS))
-        command.add_argument('--int8', action='store_true', help='graphs in 8 bits')
         if function is not prepare:
-            command.add_argument('--runtime', choices=RUNTIMES, default='onnxruntime')
             command.add_argument('--threads', type=int, default=1, help='of the runtime: 1')
             command.add_argument('--pictures', type=int, help='the first so many; all')
         if function is compare:

@@ -6,15 +6,27 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from mmengine.config import Config
 
-from conftest import ROOT
+from conftest import ROOT, spread_scores
+from dynamicdet.deploy.standalone import export_standalone
+from dynamicdet.deploy.standalone_model import open_standalone
 from dynamicdet.routing.record import RoutingRecord
-from mmdet.structures import DetDataSample
+from dynamicdet.testing import randomize, tiny_detector
+from mmdet.registry import MODELS
 
 sys.path.insert(0, str(ROOT / 'experiments'))
 from real_coco import BUDGETS, Judge, last_exit_alone  # noqa: E402
 from real_front import System, above, gflops_of, looked_at, systems_of  # noqa: E402
 from real_records import dynamic_config, join_annotations, stock_config  # noqa: E402
+from real_region_sizes import TwoSizes  # noqa: E402
+
+PIPELINE = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=(160, 120), keep_ratio=True),
+    dict(type='PackDetInputs'),
+]
 
 
 def test_annotations_of_two_folders_are_joined(tmp_path):
@@ -94,16 +106,30 @@ def test_gflops_are_of_what_was_looked_at():
     assert pair.tolist() == pytest.approx(
         [1e-6 * 224 * 320, 1e-6 * 192 * 320 + 3e-6 * 416 * 640, 1e-6 * 320 * 320 + 3e-6 * 128 * 96]
     )
-    sample = DetDataSample(
-        metainfo=dict(
-            batch_input_shape=(448, 640),
-            scale_factor=(2.0, 2.0),
-            regions=[[0, 0, 48, 64.3]],
-            exit=1,
+    found = SimpleNamespace(exit=1, regions=[[0, 0, 48, 64.3]])
+    given = np.zeros((3, 440, 640), np.uint8), (2.0, 2.0), (220, 320)
+    # 96 x 128.6 pixels: the last cell ends beyond the picture.
+    assert looked_at(found, given) == (448, 640, 96 * 160)
+    assert looked_at(SimpleNamespace(exit=1), given) == (448, 640, 448 * 640)
+    assert looked_at(SimpleNamespace(exit=0, regions=[]), given) == (448, 640, 0)
+
+
+def test_a_plain_detector_is_both_exits_of_regions(tmp_path):
+    """At each price: dear ones look at nothing, cheap ones at more; exit 0 runs once."""
+    cfg = Config(
+        dict(
+            model=tiny_detector('yolox'),
+            test_dataloader=dict(dataset=dict(type='x', pipeline=PIPELINE)),
         )
     )
-    # 96 x 128.6 pixels: the last cell ends beyond the picture.
-    assert looked_at(sample) == (448, 640, 96 * 160)
+    built = spread_scores(randomize(MODELS.build(cfg.model.to_dict()), seed=1)).eval()
+    torch.save(dict(state_dict=built.state_dict(), meta={}), tmp_path / 'plain.pth')
+    export_standalone(cfg, str(tmp_path / 'plain.pth'), str(tmp_path / 'plain'))
+    detector = TwoSizes(open_standalone(str(tmp_path / 'plain'), 1), [1.0, 2.0, 0.5], (64, 128), 1)
+    picture = np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)
+    found, pixels = zip(*(detector.detect(picture, 'a', price) for price in (np.inf, 1e-3, 0.0)))
+    assert [one.exit for one in found] == [0, 1, 1] and len(detector.seen) == 1
+    assert pixels[0] == 64 * 64 < pixels[1] <= pixels[2] == 64 * 64 + 96 * 128
 
 
 def test_names_of_systems_and_their_folders():
@@ -111,7 +137,7 @@ def test_names_of_systems_and_their_folders():
         'pair'
     ] * 3
     systems = systems_of(['yolox_nano'])
-    assert len({system.name for system in systems}) == len(systems) == 15
+    assert len({system.name for system in systems}) == len(systems) == 16
     assert {system.folder for system in systems} == {
-        'yolox_nano_plain', 'yolox_nano_image', 'yolox_nano_regions'
+        'yolox_nano_plain', 'yolox_nano_image', 'yolox_nano_regions', 'yolox_nano_large_regions'
     }  # fmt: skip
