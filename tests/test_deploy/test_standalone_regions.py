@@ -15,6 +15,7 @@ from standalone_cases import PIPELINE, build, by_torch, delivered, require_same
 
 from conftest import ROOT
 from dynamicdet.deploy import standalone_regions, standalone_runtime
+from dynamicdet.deploy.deployment import graph_parts
 from dynamicdet.deploy.standalone import export_standalone
 from dynamicdet.deploy.standalone_model import StandaloneDetector, open_standalone
 from dynamicdet.errors import UsageError
@@ -38,9 +39,14 @@ SIZE = (160, 192)
 CURVE = ((0.0, 1.0, 1.0, 4.0), (0.2, 0.6, 1.5, 3.0), (0.6, 0.2, 0.8, 2.0), (1.0, 0.0, 0.0, 1.0))
 
 
+def configured(model):
+    loader = dict(dataset=dict(type='x', pipeline=PIPELINE))
+    return Config(dict(model=model, test_dataloader=loader))
+
+
 def write(model, out):
     """Torch's detector with random weights and a calibration, and the folder's."""
-    cfg = Config(dict(model=model, test_dataloader=dict(dataset=dict(type='x', pipeline=PIPELINE))))
+    cfg = configured(model)
     built = build(model)
     if built.regions is not None:
         built.regions.class_weights.copy_(torch.tensor([0.5, 2.0, 1.5]))
@@ -115,7 +121,7 @@ def test_a_fitted_router_of_regions_is_torchs(tmp_path):
         router.layers[0].bias.fill_(0.02)
         router.mean.fill_(0.3)
         router.std.fill_(1.7)
-    cfg = Config(dict(model=model, test_dataloader=dict(dataset=dict(type='x', pipeline=PIPELINE))))
+    cfg = configured(model)
     torch.save(dict(state_dict=built.state_dict(), meta={}), tmp_path / 'fitted.pth')
     export_standalone(cfg, str(tmp_path / 'fitted.pth'), str(tmp_path / 'fitted'))
     detector = open_standalone(str(tmp_path / 'fitted'), threads=1)
@@ -230,3 +236,20 @@ def test_the_copy_needs_numpy_alone(tmp_path):
     assert done.stdout == '[]\n', done.stderr
     source = (ROOT / 'projects/dynamicdet/deploy/standalone_regions.py').read_text()
     assert source.count('\n') <= 160
+
+
+def test_layers_in_float16_serve_regions(tmp_path):
+    """As the same detector's in float32, but for rounding."""
+    _, whole = write(KINDS['one backbone'](), tmp_path / 'whole')
+    path = str(tmp_path / 'whole.pth')
+    graphed = graph_parts(configured(KINDS['one backbone']()), path, half=True)
+    out = str(tmp_path / 'half')
+    export_standalone(configured(KINDS['one backbone']()), path, out, graphed=graphed)
+    half = open_standalone(out, threads=1)
+    assert half.about['precision'] == 'float16'
+    _, given = delivered(build(KINDS['one backbone']()), SIZE)
+    for threshold in (-1.0, 1.0):
+        found, wanted = half.run(*given, threshold), whole.run(*given, threshold)
+        assert found.exit == wanted.exit and found.regions == wanted.regions
+        assert found.difficulty == pytest.approx(wanted.difficulty, abs=0.05)
+        assert found.scores[:3] == pytest.approx(wanted.scores[:3], abs=0.02)
