@@ -2,7 +2,7 @@
 
     index.html, page.css, page.js, viewer.css, viewer.js    as they are beside this file
     first.onnx, second.onnx, detector.json                  of the export
-    ort.wasm.min.mjs, ort-wasm-simd-threaded.*              onnxruntime-web, and its license
+    ort.wasm.min.mjs, ort-wasm-simd-threaded.*              onnxruntime-web, and the package.json that says whose it is
     examples.json, and the pictures that it names
 
 It is written whole or not at all. A file server is all that it needs.
@@ -88,15 +88,15 @@ def _export_files(folder: str) -> dict[str, bytes]:
         ) from error
     if len(about['graphs']) != 2:
         raise UsageError(
-            f"the detector in '{folder}' is not dynamic: the page shows two exits; export a "
-            'DynamicDetector'
+            f"'{folder}' has one graph: the page needs the two of a dynamic detector, between which "
+            'it chooses'
         )
     names = (*about['graphs'], standalone.ABOUT)
     return {name: (Path(folder) / name).read_bytes() for name in names}
 
 
 def _runtime_files(package: str | None) -> dict[str, bytes]:
-    """What the page needs of onnxruntime-web, and its license."""
+    """What the page needs of onnxruntime-web, and the package.json that says whose it is."""
     if package is None:
         with tempfile.TemporaryDirectory() as folder:
             return _files_of_package(_fetch(folder))
