@@ -10,13 +10,9 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 import torch
-from suite_settings import (  # noqa: F401  (tests import them from here)
-    BROWSER_REQUIRED,
-    CHROMIUM,
-    ROOT,
-    SEED,
-    THREADS,
-)
+
+# Tests import some of them from here.
+from suite_settings import BROWSER_REQUIRED, CHROMIUM, ROOT, SEED, THREADS  # noqa: F401
 
 from dynamicdet.routing.record import RoutingRecord
 

@@ -37,9 +37,7 @@ class Page:
     """
 
     def __init__(self, opened, url, size=(1280, 900), **settings):
-        self.context = opened.new_context(
-            viewport=dict(width=size[0], height=size[1]), **settings
-        )
+        self.context = opened.new_context(viewport=dict(width=size[0], height=size[1]), **settings)
         self.page = self.context.new_page()
         self.page.set_default_timeout(PATIENCE)
         self.asked, self.errors = [], []

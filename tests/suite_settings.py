@@ -1,8 +1,8 @@
 """Settings of a run of the tests.
 
 ``TEST_THREADS`` (1) and ``TEST_SEED`` (0) in the environment run the suite with other threads, and
-train and draw from another seed: no test may hang on either. ``TEST_BROWSER=required`` makes tests in
-a browser fail, where they would be left out without Chromium; ``CHROMIUM`` names its program.
+train and draw from another seed: no test may hang on either. ``CHROMIUM`` names the program of the
+browser; without one, tests in it are left out, or fail if ``TEST_BROWSER=required``.
 """
 
 import os

@@ -211,7 +211,8 @@ def require_same_delivery(page):
             wanted, scale = standalone_runtime.Detector.deliver(SimpleNamespace(about=about), image)
             found = page.evaluate(
                 '([about, pixels, size]) => { const {image, size: [w, h], scale} ='
-                ' deliver(about, Uint8Array.from(pixels), size); return [[...image], w, h, scale]; }',
+                ' deliver(about, Uint8Array.from(pixels), size);'
+                ' return [[...image], w, h, scale]; }',
                 [about, image.ravel().tolist(), list(size)],
             )
             assert (found[2], found[1]) == wanted.shape[:2] and found[3] == list(scale)

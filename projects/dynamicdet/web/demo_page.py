@@ -2,7 +2,7 @@
 
     index.html, page.css, page.js, viewer.css, viewer.js    as they are beside this file
     first.onnx, second.onnx, detector.json                  of the export
-    ort.wasm.min.mjs, ort-wasm-simd-threaded.*              onnxruntime-web, and the package.json that says whose it is
+    ort.wasm.min.mjs, ort-wasm-simd-threaded.*              onnxruntime-web; its package.json has the license
     examples.json, and the pictures that it names
 
 It is written whole or not at all. A file server is all that it needs.
@@ -88,8 +88,8 @@ def _export_files(folder: str) -> dict[str, bytes]:
         ) from error
     if len(about['graphs']) != 2:
         raise UsageError(
-            f"'{folder}' has one graph: the page needs the two of a dynamic detector, between which "
-            'it chooses'
+            f"'{folder}' has one graph: the page needs the two of a dynamic detector, which it "
+            'chooses between'
         )
     names = (*about['graphs'], standalone.ABOUT)
     return {name: (Path(folder) / name).read_bytes() for name in names}

@@ -74,9 +74,8 @@ class Uploads:
                         # Gradio makes a folder for each file.
                         path.parent.rmdir()
 
-    def pictures(self, paths: Sequence[str] | str | None) -> dict[str, Any]:
+    def pictures(self, paths: Sequence[str]) -> dict[str, Any]:
         """A set of picture files; others are said to be none."""
-        paths = [paths] if isinstance(paths, str) else list(paths or ())
         with self.removed(paths):
             named = [path for path in paths if has_picture_suffix(path)]
             faults = [
@@ -89,15 +88,14 @@ class Uploads:
                 faults.append(f'{len(named)} pictures: the first {MOST_PICTURES} are shown')
             return self._detect(read_pictures(sorted(named)[:MOST_PICTURES]), faults)
 
-    def film(self, path: str | None) -> dict[str, Any]:
-        """A set of frames of a film."""
-        paths = [path] if path else []
+    def film(self, paths: Sequence[str]) -> dict[str, Any]:
+        """A set of frames of the first film."""
         with self.removed(paths):
             try:
-                frames = read_film(path) if path else []
+                frames = [frame for path in paths[:1] for frame in read_film(path)]
             except UsageError as error:
                 # It names the file by a path of this machine.
-                return self._exits.shown([], [str(error).replace(path, Path(path).name)])
+                return self._exits.shown([], [str(error).replace(f'{Path(paths[0]).parent}/', '')])
             return self._detect(frames, [])
 
     @functools.cached_property
@@ -225,6 +223,8 @@ def _blocks(gradio: Any, uploads: Uploads, title: str, has_report: bool) -> Any:
                 elem_id='viewer',
                 apply_default_css=False,
             )
+        for box in (pictures, tree, film, camera):
+            box.preprocess = _paths_of
         sources = ((pictures, uploads.pictures), (tree, uploads.pictures), (film, uploads.film))
         for box, detect in sources:
             # The box is emptied: its files are gone.
@@ -237,6 +237,12 @@ def _blocks(gradio: Any, uploads: Uploads, title: str, has_report: bool) -> Any:
         camera.input(lambda path: json.dumps(uploads.pictures(path)), camera, viewer, **settings)
         examples.click(lambda: json.dumps(uploads.examples()), None, viewer, **settings)
     return blocks.queue(max_size=_WAITING)
+
+
+def _paths_of(payload: Any) -> list[str]:
+    """Where Gradio has put uploads. Its own boxes would copy them, refuse some and leave all."""
+    files = [] if payload is None else getattr(payload, 'root', [payload])
+    return [file.path for file in files if file.path]
 
 
 def open_socket(host: str, port: int) -> socket.socket:
