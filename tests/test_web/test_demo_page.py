@@ -90,10 +90,9 @@ def test_what_is_missing_is_said(alone, package, tmp_path, monkeypatch, capsys):
     (package / 'dist/ort-wasm-simd-threaded.wasm').unlink()
     with pytest.raises(UsageError, match=f'no package of onnxruntime-web {ONNXRUNTIME_WEB}'):
         make_demo_page(str(alone), str(out), str(package))
-    for content in (b'', b'no archive'):
-        (tmp_path / 'x.tgz').write_bytes(content)
-        with pytest.raises(UsageError, match='cannot be read as an npm package'):
-            make_demo_page(str(alone), str(out), str(tmp_path / 'x.tgz'))
+    (tmp_path / 'x.tgz').write_bytes(b'no archive')
+    with pytest.raises(UsageError, match='cannot be read as an npm package'):
+        make_demo_page(str(alone), str(out), str(tmp_path / 'x.tgz'))
     monkeypatch.setenv('PATH', str(tmp_path))
     with pytest.raises(UsageError, match='npm, .* is not installed'):
         make_demo_page(str(alone), str(out))
@@ -177,7 +176,7 @@ def test_in_a_browser_it_finds_what_runtime_py_finds(page_folder, alone, tmp_pat
             assert len(rows) > 3 and near(shown.boxes(), rows)
             assert near(shown.boxes(f'.dd-both [data-exit="{found.exit}"]'), rows)
         caption = shown.page.inner_text('.dd-both [data-exit="1"] figcaption')
-        assert 'ms' in caption and f'{len(rows)} objects' not in ('', None)
+        assert re.search(r'\d+\.\d ms', caption)
 
         # What is no picture is said, and the next one is shown.
         shown.page.evaluate(DROP, ['notes.txt', base64.b64encode(b'text').decode()])
@@ -199,22 +198,23 @@ def require_same_delivery(page):
     resizing and padding."""
     resize = dict(scale=[61, 47], keep_ratio=True)
     pad = dict(size=None, square=False, divisor=1, value=[114, 3, 255])
+    abouts = (
+        dict(resize=None, pad=None),
+        dict(resize=resize, pad=None),
+        dict(resize=dict(resize, keep_ratio=False), pad=dict(pad, divisor=32)),
+        dict(resize=resize, pad=dict(pad, size=[64, 70])),
+        dict(resize=None, pad=dict(pad, square=True, divisor=8)),
+    )
     for size in ((40, 30), (33, 90), (128, 7), (61, 47), (1, 5)):
         image = np.asarray(picture(size, 2))
-        for about in (
-            dict(resize=None, pad=None),
-            dict(resize=resize, pad=None),
-            dict(resize=dict(resize, keep_ratio=False), pad=dict(pad, divisor=32)),
-            dict(resize=resize, pad=dict(pad, size=[64, 70])),
-            dict(resize=None, pad=dict(pad, square=True, divisor=8)),
-        ):
+        every = page.evaluate(
+            '([abouts, pixels, size]) => abouts.map((about) => {'
+            ' const {image, size: [w, h], scale} = deliver(about, Uint8Array.from(pixels), size);'
+            ' return [[...image], w, h, scale]; })',
+            [abouts, image.ravel().tolist(), list(size)],
+        )
+        for about, found in zip(abouts, every):
             wanted, scale = standalone_runtime.Detector.deliver(SimpleNamespace(about=about), image)
-            found = page.evaluate(
-                '([about, pixels, size]) => { const {image, size: [w, h], scale} ='
-                ' deliver(about, Uint8Array.from(pixels), size);'
-                ' return [[...image], w, h, scale]; }',
-                [about, image.ravel().tolist(), list(size)],
-            )
             assert (found[2], found[1]) == wanted.shape[:2] and found[3] == list(scale)
             assert found[0] == wanted.ravel().tolist()
 
@@ -222,12 +222,13 @@ def require_same_delivery(page):
 def require_same_thresholds(page, detector):
     for difficulties in (detector.about['difficulties'], [0.5], [0.2, 0.2, 0.7], [0.3] * 4):
         detector.about['difficulties'] = difficulties
-        for share in np.linspace(0, 1, 21):
-            found = page.evaluate(
-                '([known, share]) => DynamicViewer.thresholdForShare(known, share)',
-                [difficulties, share],
-            )
-            assert found == detector.threshold_for(hard_share=share)
+        shares = np.linspace(0, 1, 21).tolist()
+        found = page.evaluate(
+            '([known, shares]) => shares.map((share) =>'
+            ' DynamicViewer.thresholdForShare(known, share))',
+            [difficulties, shares],
+        )
+        assert found == [detector.threshold_for(hard_share=share) for share in shares]
 
 
 @pytest.mark.browser

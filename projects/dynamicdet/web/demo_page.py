@@ -2,7 +2,7 @@
 
     index.html, page.css, page.js, viewer.css, viewer.js    as they are beside this file
     first.onnx, second.onnx, detector.json                  of the export
-    ort.wasm.min.mjs, ort-wasm-simd-threaded.*              onnxruntime-web; its package.json has the license
+    ort.wasm.min.mjs, ort-wasm-simd-threaded.*              onnxruntime-web and its package.json
     examples.json, and the pictures that it names
 
 It is written whole or not at all. A file server is all that it needs.

@@ -172,6 +172,7 @@ def build_app(
 
 _STYLE = """
 .gradio-container { max-width: 76rem !important; margin: 0 auto; }
+.gradio-container h1 { overflow-wrap: anywhere; }
 iframe.report { width: 100%; height: 80vh; border: 0; background: #fff; }
 """
 
