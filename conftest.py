@@ -37,7 +37,14 @@ def pytest_runtest_setup(item):
 
 #: Parts of paths of tests that take longest, for each test: of whole processes. They are begun
 #: first, so that no worker is left with one of them while the others are done.
-LONGEST_FIRST = ('test_tools', 'experiments', 'test_engine', 'test_video', 'test_measuring')
+LONGEST_FIRST = (
+    'test_web',
+    'test_tools',
+    'experiments',
+    'test_engine',
+    'test_video',
+    'test_measuring',
+)
 
 
 def pytest_collection_modifyitems(config, items):

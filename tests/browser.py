@@ -4,6 +4,8 @@ import contextlib
 import os
 from urllib.parse import urlsplit
 
+import numpy as np
+from scipy.optimize import linear_sum_assignment
 from suite_settings import CHROMIUM
 
 #: Milliseconds that a page may take for anything: for one that hangs.
@@ -24,6 +26,15 @@ def browser(*arguments):
             yield opened
         finally:
             opened.close()
+
+
+def same_rows(found, wanted):
+    """Whether boxes, scores and labels, (n, 6), are the same, one to one, but for rounding."""
+    found, wanted = np.reshape(found, (-1, 6)), np.reshape(wanted, (-1, 6))
+    if found.shape != wanted.shape:
+        return False
+    apart = (np.abs(found[:, None] - wanted) > [2e-2] * 4 + [1e-3, 0.5]).any(2)
+    return not apart[linear_sum_assignment(apart)].any()
 
 
 class Page:

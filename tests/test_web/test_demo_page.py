@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from browser import Page, browser
+from browser import Page, browser, same_rows
 from mmengine.config import Config
 from PIL import Image
 
@@ -133,14 +133,6 @@ def page_folder(alone, tmp_path_factory):
     return out
 
 
-def near(found, wanted):
-    """Whether boxes are the same, as far as two processors' rounding goes."""
-    found, wanted = np.reshape(found, (-1, 6)), np.reshape(wanted, (-1, 6))
-    return found.shape == wanted.shape and np.allclose(
-        found[np.lexsort(found.T.round(1))], wanted[np.lexsort(wanted.T.round(1))], atol=2e-2
-    )
-
-
 DROP = """([name, text]) => {
   const data = new DataTransfer();
   const content = Uint8Array.from(atob(text), (one) => one.charCodeAt(0));
@@ -173,8 +165,8 @@ def test_in_a_browser_it_finds_what_runtime_py_finds(page_folder, alone, tmp_pat
             assert shown.threshold() == pytest.approx(threshold)
             assert shown.page.get_attribute('.dd-chosen', 'data-exit') == str(found.exit)
             rows = np.column_stack([found.boxes, found.scores, found.labels])
-            assert len(rows) > 3 and near(shown.boxes(), rows)
-            assert near(shown.boxes(f'.dd-both [data-exit="{found.exit}"]'), rows)
+            assert len(rows) > 3 and same_rows(shown.boxes(), rows)
+            assert same_rows(shown.boxes(f'.dd-both [data-exit="{found.exit}"]'), rows)
         caption = shown.page.inner_text('.dd-both [data-exit="1"] figcaption')
         assert re.search(r'\d+\.\d ms', caption)
 

@@ -12,7 +12,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from browser import Page, browser
+from browser import Page, browser, same_rows
 from mmengine.config import Config
 
 from conftest import ROOT, call_tool, tool_server, write_random
@@ -70,7 +70,7 @@ def test_both_exits_are_those_of_the_inferencer(exits, checkpoint, pictures):
         found, rows = by_inferencer(checkpoint, pictures[1], threshold)
         assert found['exit'] == exit and len(rows) > 3
         assert picture['difficulty'] == pytest.approx(found['difficulty'], abs=1e-5)
-        np.testing.assert_allclose(rows_of(picture['exits'][exit]), rows, atol=1e-3)
+        assert same_rows(rows_of(picture['exits'][exit]), rows)
     easy, hard = picture['seconds']
     assert 0 < easy and 0 < hard and (picture['width'], picture['height']) == (96, 96)
     assert picture['src'].startswith('data:image/jpeg;base64,')
@@ -146,6 +146,10 @@ def test_uploads_are_removed_whatever_happens(exits, pictures, tmp_path, monkeyp
     shown = uploads.pictures(sent)
     assert len(shown['pictures']) == 2 and 'b.txt is no picture' in shown['faults'][0]
     assert list(folder.iterdir()) == [] and outside.exists()
+    texts = uploads.pictures([upload(f'{at}.txt', b'') for at in range(9)])
+    assert (
+        len(texts['faults']) == 1 and '9 files are no pictures, such as 0.txt' in texts['faults'][0]
+    )
     many = [upload(f'{at}.jpg', b'') for at in range(MOST_PICTURES + 2)]
     assert f'the first {MOST_PICTURES}' in uploads.pictures(many)['faults'][0]
     film = uploads.film([upload('film.mp4', b'no film')])
@@ -223,6 +227,7 @@ def server(checkpoint, tmp_path_factory):
             os.killpg(process, signal.SIGINT)
         tool_server().wait()
     assert list((folder / 'tmp').glob('web_demo_*')) == []
+    assert 'Traceback' not in err.read_text()
 
 
 def uploaded(folder):
@@ -256,7 +261,7 @@ def test_in_a_browser(server, exits, pictures, tmp_path):
         summaries = set()
         for exit, change in enumerate((1e-3, -1e-3)):
             shown.slide('budget', wanted['difficulty'] + change)
-            np.testing.assert_allclose(shown.boxes(), rows_of(wanted['exits'][exit]), atol=1e-3)
+            assert same_rows(shown.boxes(), rows_of(wanted['exits'][exit]))
             assert shown.page.get_attribute('.dd-chosen', 'data-exit') == str(exit)
             assert shown.page.locator(f'.dd-both .dd-is-chosen[data-exit="{exit}"]').count() == 1
             summary = shown.page.inner_text('.dd-summary')

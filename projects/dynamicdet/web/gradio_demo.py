@@ -10,7 +10,9 @@ import functools
 import html
 import json
 import os
+import signal
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -77,16 +79,19 @@ class Uploads:
     def pictures(self, paths: Sequence[str]) -> dict[str, Any]:
         """A set of picture files; others are said to be none."""
         with self.removed(paths):
-            named = [path for path in paths if has_picture_suffix(path)]
-            faults = [
-                f'{Path(path).name} is no picture: its name must end in one of '
-                f'{", ".join(picture_suffixes()[:6])}, ...'
-                for path in paths
-                if not has_picture_suffix(path)
-            ]
+            by_name = sorted(paths, key=lambda path: Path(path).name)
+            named = [path for path in by_name if has_picture_suffix(path)]
+            faults = []
+            if others := [Path(path).name for path in by_name if not has_picture_suffix(path)]:
+                what = (
+                    f'{others[0]} is no picture'
+                    if len(others) == 1
+                    else f'{len(others)} files are no pictures, such as {others[0]}'
+                )
+                faults = [f'{what}: names must end in one of {", ".join(picture_suffixes())}']
             if len(named) > MOST_PICTURES:
                 faults.append(f'{len(named)} pictures: the first {MOST_PICTURES} are shown')
-            return self._detect(read_pictures(sorted(named)[:MOST_PICTURES]), faults)
+            return self._detect(read_pictures(named[:MOST_PICTURES]), faults)
 
     def film(self, paths: Sequence[str]) -> dict[str, Any]:
         """A set of frames of the first film."""
@@ -263,7 +268,10 @@ def _family(host: str) -> socket.AddressFamily:
 
 
 def serve(app: Any, listening: socket.socket) -> None:
-    """Serve until Ctrl+C."""
+    """Serve until Ctrl+C, or SIGTERM: then, too, what is open is closed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     uvicorn = errors.import_optional('uvicorn', 'web demos', 'web')
     config = uvicorn.Config(app, log_level='warning', timeout_graceful_shutdown=3)
-    uvicorn.Server(config).run(sockets=[listening])
+    # It raises what ended it once more.
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listening])
