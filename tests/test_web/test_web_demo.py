@@ -8,6 +8,7 @@ import socket
 import struct
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -154,6 +155,14 @@ def test_uploads_are_removed_whatever_happens(exits, pictures, tmp_path, monkeyp
     assert f'the first {MOST_PICTURES}' in uploads.pictures(many)['faults'][0]
     film = uploads.film([upload('film.mp4', b'no film')])
     assert film['faults'] and str(tmp_path) not in film['faults'][0]
+    old, new = Path(upload('old.jpg', good)), Path(upload('new.jpg', good))
+    (folder / 'part').write_bytes(good)
+    for path in (old, folder / 'part'):
+        os.utime(path, (0, 0))
+    uploads.remove_left_over(600)
+    assert [path for path in folder.rglob('*') if path.is_file()] == [new]
+    assert not old.parent.exists()
+    uploads.pictures([str(new)])
     monkeypatch.setattr(exits, 'detect_all', lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         uploads.pictures([upload('c.jpg', good)])

@@ -15,6 +15,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ _POLICY = (
     "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; object-src 'none'; "
     "frame-ancestors 'self'"
 )
-#: Seconds: uploads that no event came for are looked for so often, and removed when so old.
-_LEFT_OVER = (60, 600)
+#: Seconds: uploads that nobody asks about, or that broke off, are removed when so old; how often
+#: they are looked for.
+_LEFT_OVER, _TIDIED = 600, 60
 #: Visits that may wait for the detector; more are told to come again.
 _WAITING = 32
 
@@ -71,10 +73,33 @@ class Uploads:
         finally:
             for path in map(Path, paths):
                 if path.resolve().is_relative_to(self._folder):
-                    path.unlink(missing_ok=True)
-                    with contextlib.suppress(OSError):
-                        # Gradio makes a folder for each file.
-                        path.parent.rmdir()
+                    self._remove(path.resolve())
+
+    def remove_left_over(self, seconds: float) -> None:
+        """Remove files that were not written to for so long."""
+        for home, _, names in os.walk(self._folder, topdown=False):
+            for path in (Path(home, name) for name in names):
+                # Others are removed meanwhile.
+                with contextlib.suppress(OSError):
+                    if time.time() - path.stat().st_mtime > seconds:
+                        self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        # Gradio makes a folder for each file.
+        if path.parent != self._folder:
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()
+
+    def tidy(self) -> None:
+        """Do so from now on, in a thread of its own."""
+
+        def look() -> None:
+            while True:
+                time.sleep(_TIDIED)
+                self.remove_left_over(_LEFT_OVER)
+
+        threading.Thread(target=look, daemon=True).start()
 
     def pictures(self, paths: Sequence[str]) -> dict[str, Any]:
         """A set of picture files; others are said to be none."""
@@ -144,6 +169,7 @@ def build_app(
     gradio = errors.import_optional('gradio', 'web demos', 'web')
     fastapi = errors.import_optional('fastapi', 'web demos', 'web')
     uploads = Uploads(exits, folder)
+    uploads.tidy()
     blocks = _blocks(gradio, uploads, title, report is not None)
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -187,7 +213,7 @@ def _blocks(gradio: Any, uploads: Uploads, title: str, has_report: bool) -> Any:
     settings = dict(show_progress='full', concurrency_id='detector', concurrency_limit=1)
     settings['api_visibility'] = 'private'
     suffixes = list(picture_suffixes())
-    with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=_LEFT_OVER) as blocks:
+    with gradio.Blocks(title=title, analytics_enabled=False) as blocks:
         gradio.HTML(
             f'<h1>{html.escape(title)}</h1><p>Every picture goes through both exits once; the '
             'slider chooses. Uploads are removed once they were detected in.</p>'
