@@ -10,7 +10,9 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 import torch
-from suite_settings import ROOT, SEED, THREADS  # noqa: F401  (tests import them from here)
+
+# Tests import some of them from here.
+from suite_settings import BROWSER_REQUIRED, CHROMIUM, ROOT, SEED, THREADS  # noqa: F401
 
 from dynamicdet.routing.record import RoutingRecord
 
@@ -35,11 +37,18 @@ def pytest_runtest_setup(item):
 
 #: Parts of paths of tests that take longest, for each test: of whole processes. They are begun
 #: first, so that no worker is left with one of them while the others are done.
-LONGEST_FIRST = ('test_tools', 'experiments', 'test_engine', 'test_video', 'test_measuring')
+LONGEST_FIRST = (
+    'test_web',
+    'test_tools',
+    'experiments',
+    'test_engine',
+    'test_video',
+    'test_measuring',
+)
 
 
 def pytest_collection_modifyitems(config, items):
-    """The longest first; and leave out what needs a GPU where there is none, which
+    """The longest first; and leave out what needs a GPU or a browser where there is none, which
     `pytest_terminal_summary` says."""
     items.sort(
         key=lambda item: next(
@@ -47,9 +56,7 @@ def pytest_collection_modifyitems(config, items):
             len(LONGEST_FIRST),
         )
     )
-    if torch.cuda.is_available():
-        return
-    left_out = [item for item in items if item.get_closest_marker('gpu')]
+    left_out = [item for item in items if any(map(item.get_closest_marker, _reasons()))]
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
 
@@ -60,11 +67,19 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-def pytest_terminal_summary(terminalreporter):
+def _reasons() -> dict[str, str]:
+    """Mark -> why tests that bear it are left out on this machine."""
+    reasons = {}
     if not torch.cuda.is_available():
-        terminalreporter.write_line(
-            'tests marked gpu were left out: torch sees no GPU (tools/check_gpu.sh)'
-        )
+        reasons['gpu'] = 'torch sees no GPU (tools/check_gpu.sh)'
+    if not (CHROMIUM or BROWSER_REQUIRED):
+        reasons['browser'] = 'there is no Chromium (apt install chromium, or CHROMIUM=/path/to/it)'
+    return reasons
+
+
+def pytest_terminal_summary(terminalreporter):
+    for mark, reason in _reasons().items():
+        terminalreporter.write_line(f'tests marked {mark} were left out: {reason}')
 
 
 def rebuilt(record: RoutingRecord, images: Iterable[dict] | None = None, **facts) -> RoutingRecord:

@@ -17,10 +17,10 @@ setup(
     package_dir={'': 'projects'},
     packages=find_packages('projects'),
     py_modules=['dynamicdet_options'],
-    package_data={'dynamicdet.reports': ['page.*']},
+    package_data={'dynamicdet.reports': ['page.*'], 'dynamicdet.web': ['page.*', 'viewer.*']},
     install_requires=requirements('runtime'),
     extras_require={
         name: requirements(name)
-        for name in ('mm', 'compression', 'video', 'deploy', 'openvino', 'tests')
+        for name in ('mm', 'compression', 'video', 'deploy', 'openvino', 'web', 'tests')
     },
 )

@@ -29,6 +29,7 @@ ROOMS = [
     engine
     measuring
     deploy video
+    web
     cli
 """.strip().splitlines()
 ]
