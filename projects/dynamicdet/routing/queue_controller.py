@@ -118,12 +118,12 @@ class QueueController:
     def refuses(self, waiting: Waiting) -> bool:
         """Whether an image that comes now could not be answered in time, not even an easy one."""
         ahead = (waiting.first + 1) * self.first + waiting.later * self.later
-        return ahead > self.target
+        return ahead > _RESERVED * self.target
 
     def most(self, what: str) -> int:
-        """How many images a pass may take at once: a quarter of the target must do for it."""
+        """How many images a pass may take at once: an eighth of the target must do for it."""
         cost = self.first if what == 'first' else self.later
-        return max(1, int(self.target / 4 / cost)) if cost > 0 else 1
+        return max(1, int(self.target / 8 / cost)) if cost > 0 else 1
 
     def status(self) -> Mapping[str, object]:
         """Plain numbers."""

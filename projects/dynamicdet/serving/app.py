@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import FastAPI, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -192,9 +193,11 @@ def build_app(
         text = json.dumps(dict(detail='the detector failed: see the log of the server'))
         return Response(text, 500, media_type='application/json')
 
-    @app.exception_handler(422)
-    async def _unused(request: Request, error: Exception) -> Response:
-        return Response(json.dumps(dict(detail=str(error))), 422, media_type='application/json')
+    @app.exception_handler(RequestValidationError)
+    async def out_of_range(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        detail = f'{first["loc"][-1]}: {first["msg"]}'
+        return Response(json.dumps(dict(detail=detail)), 422, media_type='application/json')
 
     @app.get('/healthz', summary='Whether the server lives', responses={503: dict(model=Problem)})
     async def healthz() -> dict[str, str]:

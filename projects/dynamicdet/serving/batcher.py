@@ -87,6 +87,7 @@ class Batcher:
         self._flying: dict[int, _Job] = {}
         #: Accepted and not answered; of all so far; when the oldest of the first pass came.
         self._entered, self._number, self._oldest = 0, 0, 0.0
+        self.metrics.watch(lambda: self._entered)
         self._changed, self._stopping = threading.Condition(), False
         self.controller = None
         #: Of an idle server, an image of each exit: seconds.

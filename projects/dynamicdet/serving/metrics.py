@@ -1,5 +1,7 @@
 """What a server tells Prometheus."""
 
+from collections.abc import Callable
+
 from ..errors import import_optional
 
 #: Pictures of a pass, and seconds: edges of the histograms.
@@ -30,7 +32,12 @@ class Metrics:
         self._aim = Gauge('hard_share_aim', 'Hard share that the controller aims at', **about)
         self._share = Gauge('hard_share', 'Of the last pictures, forgotten over 256', **about)
         self._requests = Counter('requests', 'Requests to detect, by status', ['status'], **about)
+        self._here = Gauge('pictures', 'Accepted and not yet answered', **about)
         self._share_known = False
+
+    def watch(self, count: Callable[[], int]) -> None:
+        """Ask this, whenever the page is read, how many pictures are here."""
+        self._here.set_function(count)
 
     def passed(self, what: str, seconds: float, images: int) -> None:
         """A pass has run: 'first' or 'later'."""
