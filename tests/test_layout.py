@@ -29,6 +29,7 @@ ROOMS = [
     engine
     measuring
     deploy video
+    serving bulk
     cli
 """.strip().splitlines()
 ]

@@ -1,14 +1,13 @@
 """Detect in many pictures, into a Parquet table with a row for each.
 
-SOURCES are pictures, folders, patterns, .txt lists, .tar shards, and URLs of these (s3://...). A run
-that was killed goes on where it was when its command is given again. With --ray the work is shared
-out on a Ray cluster.
+SOURCES are pictures, folders, patterns, .txt lists, .tar shards, and URLs of these (s3://...). A
+run that was killed goes on where it was when its command is given again. With --ray the work is
+shared out on a Ray cluster.
 """
 
 import argparse
 import functools
 import hashlib
-import sys
 from pathlib import Path
 
 from dynamicdet_options import ConfigOptions, add_budget_arguments, positive
@@ -42,6 +41,7 @@ def parse_args() -> argparse.Namespace:
         '--ray-address', metavar='ADDRESS', help='of a cluster; a new one on this machine without'
     )
     parser.add_argument('--workers', type=positive, help='processes on the cluster: one per core')
+    parser.add_argument('--gpus', type=float, default=0.0, help='of each process, such as 0.5: 0')
     parser.add_argument(
         '--pools', type=int, choices=[1, 2], default=2, help='1: each process does all passes: 2'
     )
@@ -71,22 +71,25 @@ from mmengine.config import Config
 
 from dynamicdet import cli
 from dynamicdet.bulk.one_process import detect_all
-from dynamicdet.bulk.passes import Passes
+from dynamicdet.bulk.passes import Passes, build_passes
 from dynamicdet.bulk.pools import detect_in_pools, make_plan, start
 from dynamicdet.bulk.sources import list_pictures
 from dynamicdet.bulk.table import Table, require_arrow, write_coco
-from dynamicdet.deploy.folder import open_detector
 from dynamicdet.errors import import_optional
 from dynamicdet.progress import picture_bar
 
 
-def build(args: argparse.Namespace, cfg: Config) -> Passes:
-    """The detector of a process, at the speed that is asked for."""
-    detector = open_detector(cfg, args.checkpoint, args.device)
-    budget = cli.budget_from(args)
-    if budget:
-        detector.model.set_budget(budget)
-    return Passes(detector, args.batch_size, args.max_pixels)
+def builder(args: argparse.Namespace, cfg: Config) -> functools.partial:
+    """Makes the detector of a process, at the speed that is asked for."""
+    return functools.partial(
+        build_passes,
+        cfg,
+        args.checkpoint,
+        args.device,
+        cli.budget_from(args),
+        args.batch_size,
+        args.max_pixels,
+    )
 
 
 def settings_of(args: argparse.Namespace, cfg: Config, passes: Passes) -> dict:
@@ -115,16 +118,14 @@ def run_on_cluster(args: argparse.Namespace, cfg: Config, passes: Passes, table:
     """Share the work out."""
     ray = start(args.ray_address, args.workers)
     workers = args.workers or int(ray.cluster_resources().get('CPU', 1))
-    plan = make_plan(
-        ray, passes, table, workers, hard_share(passes), args.pools, args.handover
-    )
+    plan = make_plan(ray, passes, table, workers, hard_share(passes), args.pools, args.handover)
     print(plan.why, flush=True)
-    detect_in_pools(ray, functools.partial(build, args, cfg), table, plan, tell)
+    detect_in_pools(ray, builder(args, cfg), table, plan, tell, args.gpus)
     ray.shutdown()
 
 
-def main() -> int:
-    """Detect in all pictures; 1 if some cannot be read."""
+def main() -> None:
+    """Detect in all pictures."""
     args = parse_args()
     cli.prepare()
     require_arrow()
@@ -136,7 +137,7 @@ def main() -> int:
     if args.device:
         cli.require_device(args.device)
     pictures = list_pictures(args.sources)
-    passes = build(args, cfg)
+    passes = builder(args, cfg)()
     settings = settings_of(args, cfg, passes)
     with Table(args.out, pictures, settings, args.part_size) as table:
         if table.complete:
@@ -150,11 +151,8 @@ def main() -> int:
                     detect_all(passes, table, bar.update, args.decoders)
             counts = table.finish()
             print(f'{counts["pictures"]} pictures, {counts["errors"]} with an error: {args.out}')
-            if counts['errors']:
-                print('error: some pictures could not be read: see the column error', file=sys.stderr)
     if args.coco:
         write_coco(args.coco, args.out, settings['classes'])
-    return 0
 
 
 if __name__ == '__main__':

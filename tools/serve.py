@@ -31,9 +31,7 @@ def parse_args() -> argparse.Namespace:
         help='share of hard images, 0 to 1; with --target-latency the most there may be',
     )
     group.add_argument('--threshold', type=float, help='hard above this difficulty, -1 to 1')
-    parser.add_argument(
-        '--batch-size', type=positive, default=8, help='most pictures of a pass: 8'
-    )
+    parser.add_argument('--batch-size', type=positive, default=8, help='most pictures of a pass: 8')
     parser.add_argument(
         '--queue', type=positive, default=256, help='most pictures that may be here: 256'
     )

@@ -37,7 +37,7 @@ from mmdet.utils import register_all_modules
 
 @pytest.fixture(scope='module')
 def small(digits, tmp_path_factory):
-    """Paths of a config and of a checkpoint, and a threshold that parts the pictures of the test."""
+    """Paths of a config and of a checkpoint, and a threshold that parts the test's pictures."""
     register_all_modules(init_default_scope=True)
     folder = tmp_path_factory.mktemp('served')
     cfg = load_small('dy_faster_rcnn_digits', digits, folder)
@@ -79,9 +79,7 @@ class Server:
 
     def metrics(self):
         text = httpx.get(f'{self.url}/metrics').text
-        return {
-            name: float(value) for name, value in re.findall(r'^([^# ]\S*) (\S+)$', text, re.M)
-        }
+        return {name: float(value) for name, value in re.findall(r'^([^# ]\S*) (\S+)$', text, re.M)}
 
     def end(self):
         self.process.send_signal(signal.SIGTERM)
@@ -113,9 +111,7 @@ def form(url, data):
 
 
 def in_json(url, data):
-    return httpx.post(
-        f'{url}/detect', json=dict(image=base64.b64encode(data).decode()), timeout=60
-    )
+    return httpx.post(f'{url}/detect', json=dict(image=base64.b64encode(data).decode()), timeout=60)
 
 
 def as_instances(result, boxes='boxes'):
@@ -178,10 +174,7 @@ def huge(width=40_000, height=40_000):
 
     def chunk(kind, data):
         return (
-            struct.pack('>I', len(data))
-            + kind
-            + data
-            + struct.pack('>I', zlib.crc32(kind + data))
+            struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
         )
 
     head = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
@@ -244,9 +237,7 @@ def api(server):
     for kind in ('image/jpeg', 'image/png', 'application/octet-stream'):
         schemathesis.openapi.media_type(kind, pictures)
     schemathesis.openapi.format('binary', pictures)
-    schemathesis.openapi.format(
-        'byte', pictures.map(lambda data: base64.b64encode(data).decode())
-    )
+    schemathesis.openapi.format('byte', pictures.map(lambda data: base64.b64encode(data).decode()))
     return schemathesis.openapi.from_url(f'{server.url}/openapi.json')
 
 
@@ -334,9 +325,7 @@ def test_a_full_server_refuses_and_a_stopped_one_too(batcher):
     with full.accepted():
         with pytest.raises(Busy), full.accepted():
             pass
-        answer = asyncio.run(
-            ask('/detect', content=jpeg(), headers={'content-type': 'image/jpeg'})
-        )
+        answer = asyncio.run(ask('/detect', content=jpeg(), headers={'content-type': 'image/jpeg'}))
         assert answer.status_code == 429 and int(answer.headers['retry-after']) > 0
     assert answer_of(full, jpeg())['exit'] == 1
     full.stop()

@@ -78,9 +78,7 @@ class _Shown:
 def _decoder(load: InferencerLoader) -> Callable[[bytes], np.ndarray | None]:
     """How a pipeline decodes the bytes of a file."""
     return partial(
-        mmcv.imfrombytes,
-        flag=load.from_file.color_type,
-        backend=load.from_file.imdecode_backend,
+        mmcv.imfrombytes, flag=load.from_file.color_type, backend=load.from_file.imdecode_backend
     )
 
 

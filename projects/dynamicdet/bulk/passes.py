@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from mmengine.config import Config
 
 from mmdet.structures import DetDataSample
 
 from ..apis import DynamicInferencer
 from ..cascade.batch_state import BatchState, join_batch_states
+from ..deploy.folder import open_detector
 from ..errors import UsageError, reason_of
+from ..routing.budget import Budget
 from .sources import Picture, read_bytes
 
 #: A row of the table of results, by its columns: see `table.COLUMNS`.
@@ -105,14 +108,9 @@ class Passes:
     @torch.no_grad()
     def later(self, hard: Hard) -> list[Row]:
         """All later passes of pictures that are hard together: their rows."""
+        if hard.state is None:
+            return self._from_pictures(hard)
         state = hard.state
-        if state is None:
-            prepared = [self.prepare(picture) for picture in hard.pictures]
-            for picture, (_, fault) in zip(hard.pictures, prepared):
-                if fault is not None:
-                    # It was there a moment ago.
-                    raise OSError(f"'{picture.name}' {fault}")
-            state = self._start([one for one, _ in prepared])
         found: dict[int, DetDataSample] = {}
         numbers = {id(sample): place for place, sample in enumerate(state.samples)}
         while True:
@@ -126,6 +124,21 @@ class Passes:
                 break
             state = self.model.deepen(going_on)
         return [_row(row, found[place]) for place, row in enumerate(hard.rows)]
+
+    def _from_pictures(self, hard: Hard) -> list[Row]:
+        """`later`, from the beginning. What was there a moment ago may be gone."""
+        prepared = [self.prepare(picture) for picture in hard.pictures]
+        rows = [
+            row if fault is None else empty_row(picture, fault)
+            for row, picture, (_, fault) in zip(hard.rows, hard.pictures, prepared)
+        ]
+        there = [place for place, (_, fault) in enumerate(prepared) if fault is None]
+        if there:
+            state = self._start([prepared[place][0] for place in there])
+            found = self.later(Hard(there, [rows[place] for place in there], state, []))
+            for place, row in zip(there, found):
+                rows[place] = row
+        return rows
 
     def _start(self, prepared: Sequence[dict]) -> BatchState:
         data = self.model.data_preprocessor(
@@ -191,6 +204,21 @@ class Passes:
             if len(group) == self.batch_size:
                 yield _joined(group, pictures, hand_over)
                 group.clear()
+
+
+def build_passes(
+    config: Config | str,
+    checkpoint: str | None,
+    device: str | None,
+    budget: Budget | None,
+    batch_size: int,
+    most_pixels: int,
+) -> Passes:
+    """The detector of a process, at a speed; see `open_detector` and `Passes`."""
+    detector = open_detector(config, checkpoint, device)
+    if budget:
+        detector.model.set_budget(budget)
+    return Passes(detector, batch_size, most_pixels)
 
 
 def _joined(group: list, pictures: Sequence[Picture], hand_over: bool) -> Hard:

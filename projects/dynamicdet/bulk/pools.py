@@ -1,4 +1,4 @@
-"""The same on a Ray cluster: two pools of processes, one for the first pass, one for the later ones.
+"""The same on a Ray cluster: two pools of processes, for the first pass and for the later ones.
 
 A part goes through the pools as one row of a Ray data set, so a process that dies takes with it no
 more than parts that Ray gives to another. This process writes what comes back: each part once.
@@ -25,7 +25,7 @@ class Plan:
         first, later (int): Processes of each pool at the beginning; ``later`` is 0 where one pool
             does both.
         most (int): Up to which each pool may grow, in all.
-        hand_over (bool): Whether maps go with hard pictures, or later passes start from the picture.
+        hand_over (bool): Whether maps go with hard pictures, or these are begun once more.
         why (str): In a line.
     """
 
@@ -104,10 +104,8 @@ def make_plan(
     """
     if pools == 1 or workers < 2:
         return Plan(workers, 0, workers, True, f'{workers} processes do all passes')
-    measured = None
-    for number in table.missing():
-        for picture in table.part(number):
-            measured = measured or measure_passes(passes, picture)
+    waiting = (picture for number in table.missing() for picture in table.part(number))
+    measured = next(filter(None, (measure_passes(passes, picture) for picture in waiting)), None)
     if measured is None:
         return Plan(workers, 0, workers, True, 'no picture can be read')
     first, later, size = measured
@@ -124,8 +122,8 @@ def make_plan(
         at_later,
         workers,
         hand_over,
-        f'{at_first} processes for the first pass ({first * 1e3:.1f} ms), {at_later} for later ones '
-        f'({later * 1e3:.1f} ms, {share:.0%} hard); {how} ({size / 1e6:.2f} MB in '
+        f'{at_first} processes for the first pass ({first * 1e3:.1f} ms), {at_later} for later '
+        f'ones ({later * 1e3:.1f} ms, {share:.0%} hard); {how} ({size / 1e6:.2f} MB in '
         f'{carried * 1e3:.1f} ms)',
     )
 
@@ -190,6 +188,7 @@ def detect_in_pools(
     table: Table,
     plan: Plan,
     tell: Callable[[int], object],
+    gpus: float = 0.0,
 ) -> None:
     """Make all parts of a table that are missing, on a cluster.
 
@@ -199,15 +198,14 @@ def detect_in_pools(
         table (Table): Entered.
         plan (Plan): See `make_plan`.
         tell (Callable): Told of each part how many pictures it has.
+        gpus (float): Of each process. Defaults to 0.
     """
     from ray.data import ActorPoolStrategy
 
     missing = table.missing()
     if not missing:
         return
-    parts = [
-        dict(number=number, content=pickle.dumps(table.part(number))) for number in missing
-    ]
+    parts = [dict(number=number, content=pickle.dumps(table.part(number))) for number in missing]
     data = ray.data.from_items(parts, override_num_blocks=len(parts))
 
     def pool(size: int, other: int) -> ActorPoolStrategy:
@@ -216,14 +214,12 @@ def detect_in_pools(
             min_size=1, max_size=max(1, plan.most - bool(other)), initial_size=size
         )
 
-    settings = dict(batch_size=1, num_cpus=1, zero_copy_batch=True)
+    settings = dict(batch_size=1, num_cpus=1, num_gpus=gpus, zero_copy_batch=True)
     two = plan.later > 0
     data = data.map_batches(
         _First,
         fn_constructor_args=(build, plan.hand_over, not two),
         compute=pool(plan.first, plan.later),
-        max_restarts=-1,
-        max_task_retries=-1,
         **settings,
     )
     if two:
@@ -231,8 +227,6 @@ def detect_in_pools(
             _Later,
             fn_constructor_args=(build, plan.hand_over, False),
             compute=pool(plan.later, plan.first),
-            max_restarts=-1,
-            max_task_retries=-1,
             **settings,
         )
     for batch in data.iter_batches(batch_size=1, prefetch_batches=0):

@@ -86,12 +86,14 @@ class Table:
 
     def __enter__(self) -> 'Table':
         require_arrow()
-        if self.out.is_file() and not self.folder.is_dir():
-            if _about(self.out).get('digest') != self.digest:
+        if self.out.exists():
+            if not self.out.is_file() or _about(self.out).get('digest') != self.digest:
                 raise UsageError(
                     f"'{self.out}' is there already, of other pictures or settings: name another, "
                     'or remove it'
                 )
+            # Parts are left where a run was killed behind its last step.
+            shutil.rmtree(self.folder, ignore_errors=True)
             self.complete = True
             return self
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -137,7 +139,6 @@ class Table:
 
     def finish(self) -> dict[str, int]:
         """Join all parts; how many pictures there are, and how many of them could not be read."""
-        import pyarrow as pa
         from pyarrow import parquet
 
         counts = dict(pictures=0, errors=0)
@@ -153,7 +154,6 @@ class Table:
                     counts['errors'] += len(part) - part['error'].null_count
 
         write_atomically(join, self.out)
-        del pa
         shutil.rmtree(self.folder)
         return counts
 

@@ -32,9 +32,9 @@ class QueueController:
     """Thresholds by which images are answered within a time, the wait in the queues included.
 
     For each batch it forecasts when its oldest image would be answered if it went on: its age, what
-    waits before the first pass, and what waits before later ones. While that takes less than half of
-    the time that is left, all images may go on; then fewer and fewer of them, the easiest left out
-    first; none where the time is up. It is proportional, not integral: queues integrate.
+    waits before the first pass, and what waits before later ones. While that takes less than half
+    of the time that is left, all images may go on; then fewer and fewer of them, the easiest left
+    out first; none where the time is up. It is proportional, not integral: queues integrate.
 
     It has the interface of `BudgetController` that `Stream` uses. Not for several threads at once,
     but for `refuses`.

@@ -50,13 +50,13 @@ class Batcher:
     pictures wait, as feature maps, until later passes are full, due, or there is nothing else to
     do.
 
-    Other pictures in a batch change a result by rounding alone: only pictures of one shape share it.
+    Others in a batch change a result by rounding alone: only pictures of one shape share it.
 
     Args:
         detector (DynamicInferencer): Its speed is as set, or the controller's.
-        target (float, optional): Seconds from arrival to answer: the controller raises the threshold
-            as the queue grows, and refuses only what even the first exit could not answer in time.
-            Defaults to None: the detector's own threshold.
+        target (float, optional): Seconds from arrival to answer: the controller raises the
+            threshold as the queue grows, and refuses only what even the first exit could not
+            answer in time. Defaults to None: the detector's own threshold.
         most_share (float): With a target, the hard share of an idle server. Defaults to 1.
         batch_size (int): Most pictures of a pass. Defaults to 8.
         queue (int): Most pictures that may be here. Defaults to 256.
@@ -195,9 +195,7 @@ class Batcher:
                     results = load(dict(img=noise))
                     for step in rest:
                         results = step(results)
-                    batch = dict(
-                        inputs=[results['inputs']], data_samples=[results['data_samples']]
-                    )
+                    batch = dict(inputs=[results['inputs']], data_samples=[results['data_samples']])
                     with torch.no_grad():
                         start = time.monotonic()
                         model.test_step(batch)
@@ -263,9 +261,7 @@ class Batcher:
         if jobs:
             self._oldest = min(job.arrived for job in jobs)
             found += self._stream.put(
-                dict(
-                    inputs=[job.image for job in jobs], data_samples=[job.sample for job in jobs]
-                )
+                dict(inputs=[job.image for job in jobs], data_samples=[job.sample for job in jobs])
             )
         if self._stream.arrived or not jobs:
             found += self._stream.step()
