@@ -22,23 +22,26 @@ def serve(load, seconds=60.0, target=TARGET, speed=lambda time: 1.0, batch=8):
     state = Waiting(0, 0, 0.0)
     controller = QueueController(target, lambda: state, (FIRST, FIRST + LATER))
 
-    def take_arrivals():
+    def take_arrivals(busy=0):
+        # What came during a pass found it running.
         nonlocal refused
         while coming and coming[-1] <= now:
             arrival = coming.pop()
-            if controller.refuses(Waiting(len(queue), len(later), 0.0)):
+            if controller.refuses(Waiting(len(queue) + busy, len(later), 0.0)):
                 refused += 1
             else:
                 queue.append((arrival, generator.uniform()))
 
+    busy = 0
     while coming or queue or later:
-        take_arrivals()
+        take_arrivals(busy)
+        busy = 0
         due = bool(later) and now - later[0][0] >= target / 2
         most = min(batch, controller.most('later'))
         if queue and not due and len(later) < most:
             taken = queue[: min(batch, controller.most('first'))]
             del queue[: len(taken)]
-            cost = FIRST * len(taken) / speed(now)
+            cost, busy = FIRST * len(taken) / speed(now), len(taken)
             now += cost
             state = Waiting(len(queue), len(later), now - taken[0][0])
             threshold = controller.decide([difficulty for _, difficulty in taken])
@@ -66,10 +69,10 @@ ALL_HARD, ALL_EASY = 1 / (FIRST + LATER), 1 / FIRST
 @pytest.mark.parametrize('load', [0.2 * ALL_HARD, ALL_HARD, 1.5 * ALL_HARD, 0.85 * ALL_EASY])
 def test_answers_are_in_time_until_the_easy_path_is_full(load):
     times, exits, difficulties, refused = serve(load)
-    assert np.quantile(times, 0.95) < TARGET and refused <= 0.01 * len(times)
+    assert np.quantile(times, 0.95) < TARGET and refused <= 0.04 * len(times)
     # What is left of the time is used: the share that work allows, less what luck takes.
     fits = min(1, (1 / load - FIRST) / LATER)
-    assert 0.6 * fits - 0.05 < exits.mean() <= fits + 0.02
+    assert 0.5 * fits - 0.05 < exits.mean() <= fits + 0.05
 
 
 def test_the_easiest_are_left_out():
@@ -79,7 +82,7 @@ def test_the_easiest_are_left_out():
 
 def test_beyond_the_easy_path_it_refuses_and_what_it_accepts_is_in_time():
     times, exits, _, refused = serve(1.5 * ALL_EASY)
-    assert refused > 0.2 * len(times) and np.quantile(times, 0.95) < 1.2 * TARGET
+    assert refused > 0.2 * len(times) and np.quantile(times, 0.95) < TARGET
     # Load was shed before.
     assert exits.mean() < 0.05
 
@@ -87,7 +90,7 @@ def test_beyond_the_easy_path_it_refuses_and_what_it_accepts_is_in_time():
 def test_a_slower_machine_is_noticed():
     half = serve(0.8 * ALL_HARD, speed=lambda time: 0.5)
     times, exits, _, refused = half
-    assert np.quantile(times, 0.95) < TARGET and exits.mean() < 0.6 and refused < 0.01 * len(times)
+    assert np.quantile(times, 0.95) < TARGET and exits.mean() < 0.6 and refused < 0.04 * len(times)
 
 
 @pytest.mark.parametrize('target', [0.0, -1, float('nan'), float('inf'), FIRST])

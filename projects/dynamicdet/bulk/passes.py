@@ -99,11 +99,10 @@ class Passes:
         """A picture as the detector takes it; or why it cannot be had. May be called in several
         threads."""
         try:
-            data = read_bytes(picture)
+            return self.detector.prepare(read_bytes(picture), self.most_pixels)
         except Exception as error:
             # Those of buckets are of many kinds, and one picture stops nothing.
             return None, f'cannot be read: {getattr(error, "strerror", None) or reason_of(error)}'
-        return self.detector.prepare(data, self.most_pixels)
 
     @torch.no_grad()
     def later(self, hard: Hard) -> list[Row]:

@@ -11,9 +11,10 @@ from typing import NamedTuple
 from ..errors import UsageError
 from .thresholds import ALL_EASY, Thresholds, thresholds_for_share
 
-#: The part of the target that a forecast may fill. The rest is for what it does not see: decoding,
-#: the network, passes that are slower than the last ones were.
-_RESERVED = 0.8
+#: The parts of the target that a forecast may fill before no image goes on, and before none is
+#: taken. What is between them is shed before anything is refused; the rest is for what a forecast
+#: does not see: decoding, the network, slower passes (tried on simulated queues).
+_SHED, _REFUSED = 0.6, 0.9
 #: Images after which a new share, and a new time of a pass, counts by two thirds: a threshold that
 #: jumped with each batch would choose by the moment, not by difficulty.
 _INERTIA = 8
@@ -74,12 +75,14 @@ class QueueController:
                 'a target latency is seconds above 0, and a hard share in [0, 1]; got '
                 f'{target} and {most_share}'
             )
-        if self.first > _RESERVED * target:
+        if self.first > _SHED * target:
             raise UsageError(
                 f'a target latency of {target:g} s is out of reach: an image takes '
                 f'{self.first:.3g} s to the first exit alone; ask for {self.first * 2:.2g} or more'
             )
         self.target, self.queue, self.exits, self.most_share = target, queue, exits, most_share
+        #: How many images passes may take at once.
+        self._most: dict[str, int] = {}
         self.share, self.threshold = most_share, ALL_EASY
         self._recent: deque[float] = deque(list(difficulties)[-window:], maxlen=window)
 
@@ -91,13 +94,13 @@ class QueueController:
         self._recent.extend(usable)
         ahead = waiting.age + waiting.first * self.first + waiting.later * self.later
         going_on = max(1.0, self.share * len(difficulties)) * self.later
-        reach = _RESERVED * self.target
+        reach = _SHED * self.target
         # Of the reach, what a server with nothing else to do would leave.
         slack = reach - self.first - self.later
         room = 2 * (reach - ahead - going_on) / slack if slack > 0 else 0.0
         wanted = min(max(room, 0.0), self.most_share)
         self.share += (wanted - self.share) * min(1.0, len(difficulties) / _INERTIA)
-        if ahead + self.later >= self.target or not self._recent:
+        if ahead + self.later >= _REFUSED * self.target or not self._recent:
             self.share = min(self.share, wanted)
             self.threshold = self._all_easy()
         else:
@@ -106,7 +109,12 @@ class QueueController:
 
     def passed(self, what: str, seconds: float, images: int) -> None:
         """Take how long a pass took: of a `Stream`'s ``on_pass``."""
-        kept = (1 - 1 / _INERTIA) ** images
+        kept, limit = (1 - 1 / _INERTIA) ** images, self.target / 4
+        # Images together take less than one by one: how much less is seen by trying.
+        if seconds > limit:
+            self._most[what] = max(1, int(images * limit / seconds))
+        elif images >= self.most(what):
+            self._most[what] = images + 1
         if what == 'first':
             self.first = kept * self.first + (1 - kept) * seconds / images
         else:
@@ -118,12 +126,12 @@ class QueueController:
     def refuses(self, waiting: Waiting) -> bool:
         """Whether an image that comes now could not be answered in time, not even an easy one."""
         ahead = (waiting.first + 1) * self.first + waiting.later * self.later
-        return ahead > _RESERVED * self.target
+        return ahead > _REFUSED * self.target
 
     def most(self, what: str) -> int:
-        """How many images a pass may take at once: an eighth of the target must do for it."""
-        cost = self.first if what == 'first' else self.later
-        return max(1, int(self.target / 8 / cost)) if cost > 0 else 1
+        """How many images a pass, 'first' or 'later', may take at once: a quarter of the target
+        must do for it."""
+        return self._most.get(what, 1)
 
     def status(self) -> Mapping[str, object]:
         """Plain numbers."""
