@@ -21,7 +21,7 @@ from ..errors import UsageError, reason_of
 from ..routing.budget import Budget
 from .sources import Picture, read_bytes
 
-#: A row of the table of results, by its columns: see `table.COLUMNS`.
+#: A row of the table of results, by its columns: see `bulk.table`.
 Row = dict[str, Any]
 
 
