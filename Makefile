@@ -141,7 +141,8 @@ $(READY): Makefile setup.py setup.cfg $(wildcard requirements/*.txt)
 	install -r requirements/build.txt || fail
 	install -r requirements/runtime.txt -r requirements/mm-deps.txt \
 	  -r requirements/compression.txt -r requirements/deploy.txt -r requirements/openvino.txt -r requirements/video.txt \
-	  -r requirements/web-deps.txt -r requirements/tests.txt || fail
+	  -r requirements/serve.txt -r requirements/bulk.txt -r requirements/ray.txt -r requirements/web-deps.txt \
+	  -r requirements/tests.txt || fail
 	install --no-deps -r requirements/web.txt || fail
 	took
 	step "mmengine, mmcv and mmdet"

@@ -21,6 +21,17 @@ setup(
     install_requires=requirements('runtime'),
     extras_require={
         name: requirements(name)
-        for name in ('mm', 'compression', 'video', 'deploy', 'openvino', 'web', 'tests')
+        for name in (
+            'mm',
+            'compression',
+            'video',
+            'deploy',
+            'openvino',
+            'serve',
+            'bulk',
+            'ray',
+            'web',
+            'tests',
+        )
     },
 )

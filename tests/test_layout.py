@@ -29,7 +29,7 @@ ROOMS = [
     engine
     measuring
     deploy video
-    web
+    serving bulk web
     cli
 """.strip().splitlines()
 ]

@@ -4,7 +4,8 @@
 ``nn.Module._load_from_state_dict``, stay in the classes that override them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ __all__ = [
     'FUSED_SUM_CONVOLUTION',
     'ShapesOnly',
     'changes_of',
+    'float_tensor_type',
     'has_bfloat16_convolutions',
     'pack_convolution_weight',
     'tree_leaves',
@@ -55,3 +57,8 @@ def has_bfloat16_convolutions() -> bool:
 def changes_of(tensor: Tensor) -> int:
     """How often a tensor was changed in place. Not for tensors of inference mode."""
     return tensor._version
+
+
+def float_tensor_type(sizes: Sequence[int | None]) -> Any:
+    """The type of a float32 tensor in a graph of the exporter; None where a size is free."""
+    return torch._C.TensorType.get().with_dtype(torch.float32).with_sizes(list(sizes))

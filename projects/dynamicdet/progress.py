@@ -39,3 +39,10 @@ def counter(what: str) -> Callable[[int, int], None]:
             bar = None
 
     return update
+
+
+def picture_bar(total: int, done: int) -> tqdm:
+    """A bar of pictures with their rate and an ETA, for a run of which some are done; call its
+    ``update`` with how many more are."""
+    often = 0.5 if sys.stderr.isatty() else 10
+    return tqdm(total=total, initial=done, desc='pictures', unit=' pictures', mininterval=often)

@@ -93,6 +93,28 @@ def test_it_finds_what_predict_finds_in_order(kind, settings):
         assert stream.waiting == 0
 
 
+def test_results_need_not_wait_for_others(model):
+    wanted, passes = predict(model, cut(images(), 4)), []
+    easy = [one.img_id for one in wanted if one.exit == 0]
+    settings = dict(hard_batch=100, in_order=False, on_pass=lambda *told: passes.append(told))
+    with Stream(model, 4, **settings) as stream:
+        early = [sample for batch in cut(images(), 4) for sample in stream.put(batch)]
+        # The last two make no batch.
+        assert stream.arrived == COUNT % 4 and stream.waiting == COUNT - stream.arrived - len(early)
+        early += stream.step()
+        assert [one.img_id for one in early] == easy and 0 < len(easy) < COUNT
+        late = stream.step()
+        assert stream.step() == [] and stream.waiting == stream.arrived == 0
+    require_same(sorted(early + late, key=lambda one: one.img_id), wanted)
+    assert [(what, count) for what, _, count in passes] == [
+        ('first', 4),
+        ('first', 4),
+        ('first', 2),
+        ('later', COUNT - len(easy)),
+    ]
+    assert all(seconds > 0 for _, seconds, _ in passes)
+
+
 @pytest.mark.parametrize('arriving', [1, 3, COUNT])
 def test_batches_arrive_in_any_size(model, arriving):
     wanted = predict(model, cut(images(), 4))

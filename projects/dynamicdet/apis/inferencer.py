@@ -8,6 +8,7 @@ import os.path as osp
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import mmcv
 import mmengine
@@ -25,7 +26,7 @@ from mmdet.structures import DetDataSample
 
 from ..cascade.weights import missing_of, require_complete
 from ..configs import full_size as full_size_pipeline
-from ..datasets.picture_reading import read_picture
+from ..datasets.picture_reading import decode_picture, read_picture, refuse_large
 from ..errors import UsageError
 from ..models import DynamicDetector, fuse
 from ..models.budget_control import (
@@ -72,6 +73,13 @@ class _Shown:
         # Pipelines may ask for other than mmdet draws on.
         picture = self.decoded if plain else mmcv.imfrombytes(mmengine.fileio.get(self.path))
         return picture[:, :, ::-1]
+
+
+def _decoder(load: InferencerLoader) -> Callable[[bytes], np.ndarray | None]:
+    """How a pipeline decodes the bytes of a file."""
+    return partial(
+        mmcv.imfrombytes, flag=load.from_file.color_type, backend=load.from_file.imdecode_backend
+    )
 
 
 class DynamicInferencer(DetInferencer):
@@ -331,6 +339,28 @@ class DynamicInferencer(DetInferencer):
         while batch := list(itertools.islice(loaded, batch_size)):
             yield self.collate_fn([(shown, Compose(rest)(results)) for shown, results in batch])
 
+    def prepare(
+        self, data: bytes, most_pixels: int, formats: tuple[str, ...] | None = None
+    ) -> tuple[dict | None, str | None]:
+        """The bytes of a picture file as the detector takes them. May be called in several threads.
+
+        Args:
+            data (bytes): Of a file that nobody vouches for.
+            most_pixels (int): Width times height of the largest picture that is decoded.
+            formats (tuple[str], optional): See `picture_reading.refuse_large`.
+
+        Returns:
+            tuple: ``inputs``, (3, H, W), and its ``data_samples``, one, and None; or None, and why
+                not.
+        """
+        load, *rest = self.pipeline.transforms
+        fault = refuse_large(data, most_pixels, formats)
+        if fault is None:
+            picture, fault = decode_picture(data, _decoder(load))
+        if fault is not None:
+            return None, fault
+        return Compose(rest)(load(dict(img=picture))), None
+
     @staticmethod
     def _loaded(
         inputs: Iterable[str | np.ndarray | dict],
@@ -339,11 +369,7 @@ class DynamicInferencer(DetInferencer):
     ) -> Iterator[tuple['_Shown', dict]]:
         """Of each picture what is drawn on, and what the pipeline's first step makes of it."""
 
-        def decode(data: bytes) -> np.ndarray | None:
-            return mmcv.imfrombytes(
-                data, flag=load.from_file.color_type, backend=load.from_file.imdecode_backend
-            )
-
+        decode = _decoder(load)
         for item in inputs:
             if on_unreadable is not None and isinstance(item, str):
                 picture, fault = read_picture(item, decode)

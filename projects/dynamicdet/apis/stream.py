@@ -70,6 +70,10 @@ class Stream:
         controller (BudgetController, optional): Sets the thresholds; told the time that the
             detector works.
         clock (Callable): Seconds, never back. Defaults to ``time.monotonic``.
+        in_order (bool): Whether results come in the order of the images. If not, none waits for
+            another's, and only results that name their image are of use. Defaults to True.
+        on_pass (Callable, optional): Told of each pass: 'first', 'later' or 'finish', its seconds
+            and images.
 
     Raises:
         UsageError: If a number is out of range.
@@ -90,6 +94,8 @@ class Stream:
         most_behind: int = 1024,
         controller: BudgetController | None = None,
         clock: Callable[[], float] = time.monotonic,
+        in_order: bool = True,
+        on_pass: Callable[[str, float, int], None] | None = None,
     ) -> None:
         hard_batch = batch_size if hard_batch is None else hard_batch
         if not all(
@@ -106,6 +112,7 @@ class Stream:
         self.model, self.controller, self.clock = model, controller, clock
         self.batch_size, self.hard_batch, self.collect_easy = batch_size, hard_batch, collect_easy
         self.deadline, self.most_behind = deadline, most_behind
+        self.in_order, self.on_pass = in_order, on_pass
         # Around each first pass alone: between batches the detector is its owner's.
         self._routing = (
             contextlib.nullcontext()
@@ -182,6 +189,15 @@ class Stream:
                 self._run(key)
         return self._ready()
 
+    def step(self) -> SampleList:
+        """Run one batch of what waits, full or not: the first pass before later ones; give the
+        results that are ready. For owners who would rather compute than idle."""
+        if self._arrived:
+            self._first_pass()
+        elif self._groups:
+            self._run(max(self._groups, key=lambda key: len(self._groups[key])))
+        return self.poll()
+
     def flush(self) -> SampleList:
         """Run all that waits; give all results that are left."""
         if self._arrived:
@@ -200,6 +216,11 @@ class Stream:
         return max(0.0, min(times) + self.deadline - self.clock())
 
     @property
+    def arrived(self) -> int:
+        """How many images no backbone has seen yet."""
+        return len(self._arrived)
+
+    @property
     def waiting(self) -> int:
         """How many images have maps in memory."""
         return sum(len(group) for group in self._groups.values())
@@ -210,6 +231,9 @@ class Stream:
 
     def _ready(self) -> SampleList:
         ready = []
+        if not self.in_order:
+            ready, self._done = list(self._done.values()), {}
+            self._next = self._count
         while self._next in self._done:
             ready.append(self._done.pop(self._next))
             self._next += 1
@@ -218,7 +242,7 @@ class Stream:
     @torch.no_grad()
     def _first_pass(self) -> None:
         images, self._arrived = self._arrived, []
-        with self._working():
+        with self._working('first', len(images)):
             data = dict(
                 inputs=[arrived.image for arrived in images],
                 data_samples=[arrived.sample for arrived in images],
@@ -255,7 +279,7 @@ class Stream:
         if group[full:]:
             self._groups[key] = group[full:]
         group = group[:full]
-        with self._working():
+        with self._working('finish' if key[0] == 'finish' else 'later', len(group)):
             state = join_batch_states([waiting.state for waiting in group])
             if key[0] == 'finish':
                 self._finish(state, group)
@@ -284,14 +308,17 @@ class Stream:
             self._done[owner.number] = sample
 
     @contextlib.contextmanager
-    def _working(self) -> Iterator[None]:
-        """Count the time for the controller."""
-        if self.controller is None:
+    def _working(self, what: str, images: int) -> Iterator[None]:
+        """Count the time for the controller, and tell of the pass."""
+        if self.controller is None and self.on_pass is None:
             yield
             return
         start = now(self.model.threshold.device)
         yield
-        self._busy += now(self.model.threshold.device) - start
+        seconds = now(self.model.threshold.device) - start
+        self._busy += seconds
+        if self.on_pass is not None:
+            self.on_pass(what, seconds, images)
 
 
 def _require_batch(batch: dict) -> None:

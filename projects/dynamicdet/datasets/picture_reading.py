@@ -32,6 +32,13 @@ def read_picture(
     except (OSError, http.client.HTTPException) as error:
         # urllib's errors are OSErrors too.
         return None, f'cannot be read: {getattr(error, "strerror", None) or error}'
+    return decode_picture(data, decode)
+
+
+def decode_picture(
+    data: bytes, decode: Callable[[bytes], np.ndarray | None] = mmcv.imfrombytes
+) -> tuple[np.ndarray | None, str | None]:
+    """`read_picture` of the bytes of a file."""
     picture = None
     with contextlib.suppress(cv2.error):
         picture = decode(data) if data else None
@@ -40,6 +47,32 @@ def read_picture(
     if fault is None and max(picture.shape[:2]) > LONGEST * min(picture.shape[:2]):
         fault = f'is more than {LONGEST} times as long as wide'
     return (None, fault) if fault else (picture, None)
+
+
+def refuse_large(
+    data: bytes, most_pixels: int, formats: tuple[str, ...] | None = None
+) -> str | None:
+    """Why the bytes of a file must not be decoded, None if they may be: a small file can hold a
+    picture that fills the memory. Only its head is read, by Pillow.
+
+    Args:
+        data (bytes): Of a file.
+        most_pixels (int): Width times height of the largest picture that may be decoded.
+        formats (tuple[str], optional): What it may be, by Pillow's names. Defaults to what Pillow
+            opens.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=formats) as picture:
+            width, height = picture.size
+    except Image.DecompressionBombError:
+        # Pillow's own limit, twice 89 million pixels.
+        return f'has more than {most_pixels:,} pixels: scale it down'
+    except Exception:
+        # Pillow's parsers raise OSError, SyntaxError, ValueError, struct.error and more.
+        return f'is no {" or ".join(formats)} file, or damaged' if formats else None
+    if width * height > most_pixels:
+        return f'has {width:,} x {height:,} pixels, more than {most_pixels:,}: scale it down'
+    return None
 
 
 def _is_whole(data: bytes) -> bool:

@@ -27,7 +27,8 @@ from mmengine.registry import init_default_scope
 from mmdet.models.detectors import BaseDetector
 from mmdet.registry import MODELS
 
-from ..checkpoints import weights_only
+from ..apis import DynamicInferencer
+from ..checkpoints import read_checkpoint, weights_only
 from ..errors import UsageError
 from ..models import DynamicDetector
 from ..models.detector_parts import find_parts
@@ -38,6 +39,8 @@ from .roi_align import place_roi_aligns
 
 FORMAT, VERSION = 'dynamicdet.deployed', 6
 MANIFEST, CONFIG, STATE = 'manifest.json', 'config.json', 'state.pth'
+#: What a folder that needs nothing of this project has in the place of a manifest.
+STANDALONE = 'detector.json'
 #: How graphs are called, as they are and by zstd.
 _GRAPH, _SMALL = '.onnx', '.onnx.zst'
 
@@ -226,6 +229,39 @@ def load_deployed(
     model.load_state_dict(state)
     model.cfg, model.dataset_meta = cfg, _restored(manifest['dataset_meta'])
     return model
+
+
+def open_detector(
+    config: Config | str, checkpoint: str | None = None, device: str | None = None
+) -> DynamicInferencer:
+    """A dynamic detector for pictures: of a config and its checkpoint, or of a deployment folder.
+
+    Args:
+        config (Config or str): A config, or the path of a folder as tools/export.py writes it.
+        checkpoint (str, optional): Of a config.
+        device (str, optional): Of a config. Defaults to the best that is there.
+
+    Raises:
+        UsageError: If it is neither, or the detector is not dynamic.
+    """
+    if isinstance(config, Config):
+        if checkpoint is None:
+            raise UsageError('a config needs its checkpoint: give its path behind the config')
+        # Before mmengine does, which would answer with a trace.
+        read_checkpoint(checkpoint)
+        return DynamicInferencer(config, checkpoint, device, show_progress=False)
+    if checkpoint is not None or device not in (None, 'cpu'):
+        raise UsageError(f"'{config}' is a folder: it takes no checkpoint and no device")
+    if (Path(config) / STANDALONE).is_file():
+        raise UsageError(
+            f"'{config}' stands alone, and runtime.py in it runs it: export the detector without "
+            '--standalone'
+        )
+    cfg = read_deployed_config(config)
+    cfg.model = dict(type='DeployedDetector', folder=config)
+    detector = DynamicInferencer(cfg, device='cpu', show_progress=False)
+    detector.model.dataset_meta = _restored(read_manifest(config)['dataset_meta'])
+    return detector
 
 
 @MODELS.register_module(name='DeployedDetector')

@@ -13,6 +13,7 @@ from torch.onnx import register_custom_op_symbolic
 from torch.onnx.symbolic_helper import _unpack_list, parse_args
 
 from ..models.detector_parts import DetectorPart, Form, unflatten
+from ..private_torch import float_tensor_type
 from .graphs import OPSET, Graph, is_output, need_for_deployment
 
 _DOMAIN = 'dynamicdet'
@@ -27,8 +28,7 @@ _LIBRARY.impl('part', lambda inputs, name, output, sizes: _given[name][output].c
 @parse_args('v', 's', 'i', 'is')
 def _part_in_graph(g: Any, inputs: Any, name: str, output: int, sizes: Sequence[int]) -> Any:
     value = g.op(f'{_DOMAIN}::Part', *_unpack_list(inputs), name_s=name, output_i=output)
-    sizes = [None if size < 0 else size for size in sizes]
-    value.setType(torch._C.TensorType.get().with_dtype(torch.float32).with_sizes(sizes))
+    value.setType(float_tensor_type([None if size < 0 else size for size in sizes]))
     return value
 
 

@@ -318,6 +318,9 @@ def threshold_for_area(curve: PriceCurve, share: float) -> float:
     """
     if not 0 <= share <= 1:
         raise UsageError(f'a share of pixels must be in [0, 1], got {share}')
+    if not share:
+        # Of other images the highest price measured may choose something.
+        return 1.0
     return threshold_for_cost(curve, curve.shares, share)
 
 
