@@ -29,7 +29,8 @@ ROOMS = [
     engine
     measuring
     deploy video
-    serving bulk web
+    serving bulk
+    web
     cli
 """.strip().splitlines()
 ]

@@ -1,7 +1,8 @@
 """What in a graph TensorRT would refuse, or compute less well, as far as the graph tells. TensorRT
 itself is not asked: nothing of it is needed.
 
-The rules are those of its ONNX parser's table of operators.
+The rules are some of those of its ONNX parser's table of operators, of version 8.4, with the opsets
+of later ones. That nothing is named proves nothing.
 """
 
 from typing import Any
