@@ -73,6 +73,22 @@ def add_dynamicdet_config(cfg: CfgNode) -> None:
     pruning.END = None
     pruning.INTERVAL = 1
 
+    # Training for integers of 8 bits, see `QuantizationHook`.
+    quantization = cfg.SOLVER.QUANTIZATION = CfgNode()
+    quantization.ENABLED = False
+    quantization.START = 0
+    quantization.OBSERVE = None
+    quantization.NOISE = 1.0
+    quantization.REDUCED_RANGE = False
+    # 'running' or 'learned'.
+    quantization.RANGES = 'running'
+    quantization.RATE = 0.001
+    quantization.FLOAT_SHARE = 0.1
+
+    # Whether a run that is resumed ends bit-equal to one that never stopped, see
+    # `ExactResumeHook`; takes a SEED.
+    cfg.SOLVER.EXACT_RESUME = False
+
 
 def merge_config_file(cfg: CfgNode, path: str) -> None:
     """Merge a yaml file into a config that `add_dynamicdet_config` was called on.

@@ -56,15 +56,10 @@ def run(main: Callable, args: argparse.Namespace) -> None:
         if getattr(args, 'num_gpus', 1) * getattr(args, 'num_machines', 1) == 1:
             main(args)
         else:
-            from detectron2.engine import launch
+            from dynamicdet_detectron2.launching import launch
 
             launch(
-                main,
-                args.num_gpus,
-                num_machines=args.num_machines,
-                machine_rank=args.machine_rank,
-                dist_url=args.dist_url,
-                args=(args,),
+                main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,)
             )
     except UsageError as error:
         print(f'error: {error}', file=sys.stderr)

@@ -47,13 +47,17 @@ def setup(args: argparse.Namespace):
 def main(args: argparse.Namespace):
     """Train, or test with ``--eval-only``."""
     from dynamicdet_detectron2 import DynamicCheckpointer
-    from dynamicdet_detectron2.trainer import DynamicTrainer
+    from dynamicdet_detectron2.quantization_hook import round_by_checkpoint
+    from dynamicdet_detectron2.trainer import DynamicTrainer, quantization_of
 
     cfg = setup(args)
     if args.eval_only:
         model = DynamicTrainer.build_model(cfg)
         checkpointer = DynamicCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        checkpoint = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        quantization = quantization_of(cfg)
+        if quantization is not None:
+            round_by_checkpoint(model, checkpoint, quantization)
         return DynamicTrainer.test(cfg, model)
     trainer = DynamicTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
