@@ -4,6 +4,7 @@ Importing the package registers the meta-architecture ``DynamicDetector`` and th
 ``build_narrow_resnet_fpn_backbone``.
 """
 
+from .channel_removal_hook import ChannelRemovalHook
 from .checkpointer import DynamicCheckpointer
 from .composite import CompositeBottomUp, register_family
 from .config import add_dynamicdet_config, take_router_step
@@ -16,6 +17,7 @@ from .quantization_hook import QuantizationHook
 from .router_hook import RouterHook
 
 __all__ = [
+    'ChannelRemovalHook',
     'CompositeBottomUp',
     'DynamicCheckpointer',
     'DynamicDetector',

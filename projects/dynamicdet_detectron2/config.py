@@ -73,6 +73,12 @@ def add_dynamicdet_config(cfg: CfgNode) -> None:
     pruning.END = None
     pruning.INTERVAL = 1
 
+    # Removing channels for good, see `ChannelRemovalHook`: blocks as for pruning.
+    removal = cfg.SOLVER.REMOVAL = CfgNode()
+    removal.BLOCKS = []
+    removal.START = 0
+    removal.ROUND_TO = 16
+
     # Training for integers of 8 bits, see `QuantizationHook`.
     quantization = cfg.SOLVER.QUANTIZATION = CfgNode()
     quantization.ENABLED = False

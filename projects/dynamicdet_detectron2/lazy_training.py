@@ -13,6 +13,8 @@ from detectron2.utils import comm
 
 from dynamicdet.errors import UsageError, reason_of
 
+from .branch import require_runnable
+from .channel_removal_hook import ChannelRemovalHook
 from .checkpointer import DynamicCheckpointer
 from .data import every_image
 from .exact_resume_hook import ExactResumeHook
@@ -71,18 +73,20 @@ def train(cfg: Any, resume: bool = False) -> None:
 
     Args:
         cfg (DictConfig): With ``model``, ``optimizer``, ``lr_multiplier``, ``dataloader`` and
-            ``train``, as Detectron2's lazy configs have them; ``pruning`` and ``quantization``,
-            dicts, have arguments of `PruningHook` and `QuantizationHook`, and
+            ``train``, as Detectron2's lazy configs have them; ``pruning``, ``removal`` and
+            ``quantization``, dicts, have arguments of `PruningHook`, `ChannelRemovalHook` and
+            `QuantizationHook`, and
             ``train.exact_resume`` is for `ExactResumeHook`.
         resume (bool): Whether to go on from the last checkpoint. Defaults to False.
     """
     model = instantiate(cfg.model)
     model.to(cfg.train.device)
+    require_runnable(model, training=True)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     loader = instantiate(cfg.dataloader.train)
-    model = distributed(model, **cfg.train.ddp)
-    trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
+    kind = AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
+    trainer = kind(distributed(model, **cfg.train.ddp), loader, optimizer)
     checkpointer = DynamicCheckpointer(model, cfg.train.output_dir, trainer=trainer)
     router_hook = None
     if cfg.model.get('train_router', False):
@@ -95,6 +99,7 @@ def train(cfg: Any, resume: bool = False) -> None:
             if cfg.train.get('exact_resume')
             else None,
             PruningHook(**cfg.pruning) if 'pruning' in cfg else None,
+            ChannelRemovalHook(**cfg.removal) if 'removal' in cfg else None,
             QuantizationHook(**cfg.quantization) if 'quantization' in cfg else None,
             router_hook,
             hooks.IterationTimer(),

@@ -21,6 +21,8 @@ from detectron2.utils import comm
 
 from dynamicdet.errors import UsageError
 
+from .branch import require_runnable
+from .channel_removal_hook import ChannelRemovalHook
 from .checkpointer import DynamicCheckpointer
 from .data import every_training_image
 from .exact_resume_hook import ExactResumeHook
@@ -45,6 +47,7 @@ class DynamicTrainer(DefaultTrainer):
         TrainerBase.__init__(self)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
+        require_runnable(model, training=True)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
         kind = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
@@ -61,6 +64,8 @@ class DynamicTrainer(DefaultTrainer):
             hooks.append(ExactResumeHook(require_seed(cfg.SEED)))
         if len(cfg.SOLVER.get('PRUNING', {}).get('BLOCKS', ())):
             hooks.append(PruningHook(**_arguments(cfg.SOLVER.PRUNING)))
+        if len(cfg.SOLVER.get('REMOVAL', {}).get('BLOCKS', ())):
+            hooks.append(ChannelRemovalHook(**_arguments(cfg.SOLVER.REMOVAL)))
         quantization = quantization_of(cfg)
         if quantization is not None:
             hooks.append(quantization)
