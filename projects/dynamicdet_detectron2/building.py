@@ -5,9 +5,11 @@ from typing import Any
 
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
+from torch import nn
 
 from dynamicdet.errors import UsageError
 
+from .branch import require_runnable
 from .checkpointer import DynamicCheckpointer
 from .config import add_dynamicdet_config, merge_config_file
 from .data import register_digits
@@ -38,11 +40,31 @@ def load_model(
     Raises:
         UsageError: If the config is of a plain detector, or the file does not fit.
     """
-    cfg = read_config(config, options)
-    model = build_model(cfg)
+    cfg, model = load_any(config, checkpoint, options)
     if not isinstance(model, DynamicDetector):
         raise UsageError(
             f"'{config}' is of a plain {type(model).__name__}: a dynamic detector is wanted"
         )
-    DynamicCheckpointer(model).load(checkpoint)
+    return cfg, model
+
+
+def load_plain(config: str, checkpoint: str) -> tuple[Any, nn.Module]:
+    """As `load_model`, of a plain detector: a baseline."""
+    cfg, model = load_any(config, checkpoint)
+    if isinstance(model, DynamicDetector):
+        raise UsageError(f"'{config}' is of a dynamic detector: a baseline is plain")
+    return cfg, model
+
+
+def load_any(
+    config: str, checkpoint: str | None, options: Sequence[str] = ()
+) -> tuple[Any, nn.Module]:
+    """As `load_model`, of any detector; with weights as built where no checkpoint is given."""
+    cfg = read_config(config, options)
+    model = build_model(cfg)
+    require_runnable(model)
+    if checkpoint:
+        checkpointer = DynamicCheckpointer(model)
+        checkpointer.load(checkpoint)
+        checkpointer.require_complete(checkpoint)
     return cfg, model.eval()

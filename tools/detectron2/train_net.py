@@ -47,12 +47,14 @@ def setup(args: argparse.Namespace):
 def main(args: argparse.Namespace):
     """Train, or test with ``--eval-only``."""
     from dynamicdet_detectron2 import DynamicCheckpointer
+    from dynamicdet_detectron2.branch import require_runnable
     from dynamicdet_detectron2.quantization_hook import round_by_checkpoint
     from dynamicdet_detectron2.trainer import DynamicTrainer, quantization_of
 
     cfg = setup(args)
     if args.eval_only:
         model = DynamicTrainer.build_model(cfg)
+        require_runnable(model)
         checkpointer = DynamicCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
         checkpoint = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         quantization = quantization_of(cfg)
