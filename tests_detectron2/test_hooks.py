@@ -1,6 +1,5 @@
 """Hooks that compress while training: quantization; resumed to the bit; on two processes."""
 
-
 import pytest
 import torch
 from detectron2.layers import FrozenBatchNorm2d
