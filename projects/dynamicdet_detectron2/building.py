@@ -40,28 +40,32 @@ def load_model(
     Raises:
         UsageError: If the config is of a plain detector, or the file does not fit.
     """
-    cfg, model = load_any(config, checkpoint, options)
-    if not isinstance(model, DynamicDetector):
-        raise UsageError(
-            f"'{config}' is of a plain {type(model).__name__}: a dynamic detector is wanted"
-        )
-    return cfg, model
+    return load_any(config, checkpoint, options, dynamic=True)
 
 
 def load_plain(config: str, checkpoint: str) -> tuple[Any, nn.Module]:
     """As `load_model`, of a plain detector: a baseline."""
-    cfg, model = load_any(config, checkpoint)
-    if isinstance(model, DynamicDetector):
-        raise UsageError(f"'{config}' is of a dynamic detector: a baseline is plain")
-    return cfg, model
+    return load_any(config, checkpoint, dynamic=False)
 
 
 def load_any(
-    config: str, checkpoint: str | None, options: Sequence[str] = ()
+    config: str, checkpoint: str | None, options: Sequence[str] = (), dynamic: bool | None = None
 ) -> tuple[Any, nn.Module]:
-    """As `load_model`, of any detector; with weights as built where no checkpoint is given."""
+    """As `load_model`, of any detector; with weights as built where no checkpoint is given.
+
+    Args:
+        config (str), checkpoint (str, optional), options (Sequence[str]): As there.
+        dynamic (bool, optional): Whether it has to be dynamic, or plain. Defaults to either.
+    """
     cfg = read_config(config, options)
     model = build_model(cfg)
+    is_dynamic = isinstance(model, DynamicDetector)
+    if dynamic is not None and dynamic != is_dynamic:
+        raise UsageError(
+            f"'{config}' is of a dynamic detector: a baseline is plain"
+            if is_dynamic
+            else f"'{config}' is of a plain {type(model).__name__}: a dynamic detector is wanted"
+        )
     require_runnable(model)
     if checkpoint:
         checkpointer = DynamicCheckpointer(model)

@@ -31,15 +31,12 @@ def main(args: argparse.Namespace) -> None:
     from dynamicdet.progress import progress
     from dynamicdet.timing import machine_of
     from dynamicdet_detectron2.building import load_any
-    from dynamicdet_detectron2.dynamic_detector import DynamicDetector
     from dynamicdet_detectron2.measuring import measure_overheads, stock_of
 
     if args.rounds < 1:
         raise UsageError('--rounds must be 1 or more')
     torch.manual_seed(0)
-    cfg, model = load_any(args.config, args.checkpoint, args.opts)
-    if not isinstance(model, DynamicDetector):
-        raise UsageError(f"'{args.config}' is of a plain detector: a dynamic one is wanted")
+    cfg, model = load_any(args.config, args.checkpoint, args.opts, dynamic=True)
     seconds = measure_overheads(model, stock_of(cfg, model), args.shape, args.rounds, progress)
     ratios = {
         'exit 0 / stock detector': seconds['exit0'] / seconds['stock'],
