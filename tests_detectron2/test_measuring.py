@@ -27,6 +27,7 @@ from dynamicdet_detectron2.measuring import (
 from dynamicdet_detectron2.reporting import publish, run_baselines
 
 PLAIN = 'configs/detectron2/faster_rcnn_R_18_digits.yaml'
+ON_GPU = 'configs/detectron2/dy_faster_rcnn_R_50_FPN_1x.yaml'
 #: fvcore's names of what has weights.
 _LAYERS = ('conv', 'linear', 'addmm', 'matmul', 'bmm')
 
@@ -141,10 +142,14 @@ def test_overheads():
             'is of a plain detector',
         ),
         (('analyze_routing', 'nothing.npz'), 'nothing.npz'),
+        (('get_flops', ON_GPU), 'torch sees no GPU: add MODEL.DEVICE cpu'),
+        (('train_net', '--config-file', ON_GPU), 'torch sees no GPU: add MODEL.DEVICE cpu'),
         (('record', CONFIG, 'nothing.pth'), "there is no checkpoint at 'nothing.pth'"),
     ],
 )
 def test_mistakes_are_one_line(words, said):
+    if ON_GPU in words and torch.cuda.is_available():
+        words, said = ('get_flops', 'nothing.yaml'), "there is no config at 'nothing.yaml'"
     code, _, error = tool(*words)
     assert code == 2 and said in error.strip().splitlines()[-1]
 

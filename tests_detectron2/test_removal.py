@@ -70,11 +70,11 @@ def test_while_training_resumed_and_used(data, tmp_path):  # noqa: F811
     assert again.start_iter == 2 and count(again.model) == count(trainer.model)
     for key, value in weights_of(tmp_path / 'model_final.pth').items():
         assert torch.equal(value.nan_to_num(), whole[key].nan_to_num()), key
-    # The same config without the hook builds it, and step 2 trains its router.
+    # The same config builds it, and step 2 trains its router, and removes no more.
     DynamicCheckpointer(full).load(str(tmp_path / 'model_final.pth'))
     assert count(full) == count(trainer.model)
     weights = str(tmp_path / 'model_final.pth')
-    routed = run(config(tmp_path, step='router', weights=weights))
+    routed = run(config(tmp_path, *REMOVAL, step='router', weights=weights))
     assert routed.model.delta.isfinite() and count(routed.model) == count(trainer.model)
     saved = torch.load(tmp_path / 'router/model_final.pth', weights_only=True)
     assert saved['removed_channels'] == trainer.model.removed_channels

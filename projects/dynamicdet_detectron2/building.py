@@ -11,7 +11,7 @@ from dynamicdet.errors import UsageError
 
 from .branch import require_runnable
 from .checkpointer import DynamicCheckpointer
-from .config import add_dynamicdet_config, merge_config_file
+from .config import add_dynamicdet_config, merge_config_file, require_device
 from .data import register_digits
 from .dynamic_detector import DynamicDetector
 
@@ -58,6 +58,7 @@ def load_any(
         dynamic (bool, optional): Whether it has to be dynamic, or plain. Defaults to either.
     """
     cfg = read_config(config, options)
+    require_device(cfg.MODEL.DEVICE)
     model = build_model(cfg)
     is_dynamic = isinstance(model, DynamicDetector)
     if dynamic is not None and dynamic != is_dynamic:

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
 
@@ -143,6 +144,8 @@ def take_router_step(cfg: CfgNode, weights: str | None = None) -> None:
     router = cfg.SOLVER.ROUTER
     cfg.MODEL.WEIGHTS = weights
     cfg.MODEL.DYNAMIC.TRAIN_ROUTER = True
+    # Gone already: the checkpoint says which.
+    cfg.SOLVER.REMOVAL.BLOCKS = []
     cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR) / 'router')
     cfg.SOLVER.OPTIMIZER = 'ADAMW'
     cfg.SOLVER.BETAS = router.BETAS
@@ -157,6 +160,15 @@ def take_router_step(cfg: CfgNode, weights: str | None = None) -> None:
     cfg.SOLVER.IMS_PER_BATCH = router.IMS_PER_BATCH
     if len(router.TRAIN):
         cfg.DATASETS.TRAIN = tuple(router.TRAIN)
+
+
+def require_device(device: str) -> None:
+    """Raise a `UsageError` if a config asks for a GPU and there is none."""
+    if str(device).startswith('cuda') and not torch.cuda.is_available():
+        raise UsageError(
+            f"the config asks for the device '{device}', and torch sees no GPU: add MODEL.DEVICE "
+            'cpu (LazyConfig: train.device=cpu)'
+        )
 
 
 def last_checkpoint(folder: str) -> str | None:

@@ -26,6 +26,7 @@ def setup(args: argparse.Namespace):
     from dynamicdet_detectron2.config import (
         add_dynamicdet_config,
         merge_config_file,
+        require_device,
         set_config_budget,
         take_router_step,
     )
@@ -36,6 +37,7 @@ def setup(args: argparse.Namespace):
     add_dynamicdet_config(cfg)
     merge_config_file(cfg, args.config_file)
     cfg.merge_from_list(args.opts)
+    require_device(cfg.MODEL.DEVICE)
     set_config_budget(cfg, **budget_of(args))
     if args.step == 'router' and not args.eval_only:
         take_router_step(cfg, cfg.MODEL.WEIGHTS if 'MODEL.WEIGHTS' in args.opts else None)
