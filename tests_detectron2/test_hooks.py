@@ -5,7 +5,7 @@ import torch
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.utils.env import seed_all_rng
 from test_package import tool
-from test_training import CONFIG, OPTIONS, config, data, weights_of  # noqa: F401  (a fixture)
+from test_training import CONFIG, config, weights_of
 
 from conftest import annotations, build, images, tensors_of, wake
 from dynamicdet.errors import UsageError
@@ -94,7 +94,7 @@ def test_eight_bits_are_near_and_norms_are_folded(kind):
 
 
 @pytest.mark.parametrize('options', [QUANTIZATION, LEARNED, PRUNING], ids=['run', 'learn', 'prune'])
-def test_a_killed_run_ends_bit_equal(options, data, tmp_path):  # noqa: F811
+def test_a_killed_run_ends_bit_equal(options, data, tmp_path):
     options = (*options, 'SOLVER.EXACT_RESUME', True, 'SEED', 3)
     run(config(tmp_path / 'whole', *options))
     short = tmp_path / 'stopped'
@@ -116,7 +116,7 @@ def test_a_killed_run_ends_bit_equal(options, data, tmp_path):  # noqa: F811
         assert torch.equal(state, states[1]['QuantizationHook']['ranges'][name])
 
 
-def test_a_trained_detector_is_tested_in_eight_bits(data, tmp_path):  # noqa: F811
+def test_a_trained_detector_is_tested_in_eight_bits(data, tmp_path):
     cfg = config(tmp_path, *QUANTIZATION)
     trainer = run(cfg)
     model = trainer.model.eval()
@@ -135,7 +135,7 @@ def test_a_trained_detector_is_tested_in_eight_bits(data, tmp_path):  # noqa: F8
     assert scores[0].shape != scores[2].shape or not torch.equal(scores[0], scores[2])
 
 
-def test_quantization_that_cannot_be(data, tmp_path):  # noqa: F811
+def test_quantization_that_cannot_be(data, tmp_path):
     for wrong, said in (
         (('NOISE', 0.0), 'no share of the weights'),
         (('RANGES', 'guessed'), "'running' or 'learned'"),
@@ -191,7 +191,7 @@ def on_two(monkeypatch, root, folder, options=(), step=None, weights=None):
 
 
 @pytest.mark.parametrize('options', [QUANTIZATION, LEARNED, PRUNING], ids=['run', 'learn', 'prune'])
-def test_two_processes_agree(options, data, tmp_path, monkeypatch):  # noqa: F811
+def test_two_processes_agree(options, data, tmp_path, monkeypatch):
     first, second = on_two(monkeypatch, data, tmp_path, options)
     trained = {key for key in first['model'] if not key.endswith(('running_mean', 'running_var'))}
     # Norms of the backbones learn from what each process saw: Detectron2 leaves them apart.
@@ -216,7 +216,7 @@ def test_two_processes_agree(options, data, tmp_path, monkeypatch):  # noqa: F81
 
 
 @pytest.mark.parametrize('delta', ['exact', 'online'])
-def test_two_processes_agree_on_the_router(delta, data, tmp_path, monkeypatch):  # noqa: F811
+def test_two_processes_agree_on_the_router(delta, data, tmp_path, monkeypatch):
     run(config(tmp_path))
     weights = str(tmp_path / 'model_final.pth')
     options = ('SOLVER.ROUTER.DELTA', delta)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fvcore.nn import FlopCountAnalysis
 from test_package import tool
-from test_training import CONFIG, OPTIONS, config, data, trained  # noqa: F401  (fixtures)
+from test_training import CONFIG, OPTIONS
 
 from conftest import ROOT, build, images, tensors_of, wake
 from dynamicdet.errors import UsageError
@@ -70,7 +70,7 @@ def test_costs_of_exits_rise():
     assert len(plain) == 1 and plain[0].parameters == costs[0].parameters - router
 
 
-def test_a_report_with_plain_detectors(trained, tmp_path):  # noqa: F811
+def test_a_report_with_plain_detectors(trained, tmp_path):
     path = str(trained / 'router/model_final.pth')
     cfg, model = load_model(CONFIG, path, [*OPTIONS, 'OUTPUT_DIR', str(tmp_path)])
     args = argparse.Namespace(dataset='tiny_test', losses=False, checkpoint=path, config=CONFIG)

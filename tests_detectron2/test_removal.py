@@ -5,7 +5,7 @@ import torch
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from test_hooks import PRUNING, on_two, run
-from test_training import config, data, weights_of  # noqa: F401  (a fixture)
+from test_training import config, weights_of
 
 from conftest import build, images, wake
 from dynamicdet.compression.channel_removal import plan_removal, remove_channels
@@ -52,7 +52,7 @@ def test_a_plain_detector():
         assert len(model(images())) == 3
 
 
-def test_while_training_resumed_and_used(data, tmp_path):  # noqa: F811
+def test_while_training_resumed_and_used(data, tmp_path):
     options = (*REMOVAL, 'SOLVER.EXACT_RESUME', True)
     trainer = run(config(tmp_path, *options))
     full = build_model(config(tmp_path))
@@ -80,7 +80,7 @@ def test_while_training_resumed_and_used(data, tmp_path):  # noqa: F811
     assert saved['removed_channels'] == trainer.model.removed_channels
 
 
-def test_two_processes_agree(data, tmp_path, monkeypatch):  # noqa: F811
+def test_two_processes_agree(data, tmp_path, monkeypatch):
     first, second = on_two(monkeypatch, data, tmp_path, REMOVAL)
     assert first['model']['backbone.first.res2.0.conv1.weight'].shape[0] == 4
     for key, value in first['model'].items():
@@ -88,7 +88,7 @@ def test_two_processes_agree(data, tmp_path, monkeypatch):  # noqa: F811
             assert torch.equal(value.nan_to_num(), second['model'][key].nan_to_num()), key
 
 
-def test_what_cannot_be(data, tmp_path):  # noqa: F811
+def test_what_cannot_be(data, tmp_path):
     for options, said in (
         ((*REMOVAL, *PRUNING), 'count on the same layers: one run for each'),
         ((*REMOVAL, 'SOLVER.REMOVAL.START', 4), 'after 4 iterations, but the run has 4'),
