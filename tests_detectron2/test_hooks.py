@@ -5,11 +5,11 @@ import torch
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.utils.env import seed_all_rng
 from test_package import tool
-from test_training import CONFIG, config, weights_of
+from test_training import CONFIG, LAZY, config, weights_of
 
 from conftest import annotations, build, images, tensors_of, wake
 from dynamicdet.errors import UsageError
-from dynamicdet_detectron2 import QuantizationHook
+from dynamicdet_detectron2 import QuantizationHook, lazy_training
 from dynamicdet_detectron2.checkpointer import DynamicCheckpointer
 from dynamicdet_detectron2.measuring import at_exit
 from dynamicdet_detectron2.parts import find_parts
@@ -133,6 +133,32 @@ def test_a_trained_detector_is_tested_in_eight_bits(data, tmp_path):
     scores = [torch.cat([r['instances'].scores for r in rs]) for rs in (wanted, results, floating)]
     assert torch.equal(scores[0], scores[1])
     assert scores[0].shape != scores[2].shape or not torch.equal(scores[0], scores[2])
+
+
+@pytest.mark.parametrize(
+    'extra',
+    [
+        "removal = dict(blocks=[dict(name='m', modules=['branches.*.mask_head'], target=0.5)],"
+        ' round_to=2)',
+        'quantization = dict(start=1)',
+    ],
+    ids=['removal', 'quantization'],
+)
+def test_hooks_by_lazy_config(extra, data, tmp_path):
+    path, out = tmp_path / 'config.py', tmp_path / 'out'
+    lines = LAZY.replace('OUT', str(out)) + extra
+    path.write_text(lines + '\ntrain.update(exact_resume=True, seed=1)\n')
+    out.mkdir()
+    seed_all_rng(1)
+    cfg = lazy_training.load_config(str(path))
+    lazy_training.train(cfg)
+    saved = torch.load(out / 'model_final.pth', weights_only=True)
+    if 'removal' in extra:
+        assert saved['model']['branches.0.roi_heads.mask_head.mask_fcn1.weight'].shape[0] == 4
+    else:
+        assert saved['trainer']['hooks']['QuantizationHook']['ranges']
+    cfg.train.init_checkpoint = str(out / 'model_final.pth')
+    lazy_training.load_model(cfg)
 
 
 def test_quantization_that_cannot_be(data, tmp_path):
