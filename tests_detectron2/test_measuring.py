@@ -139,7 +139,7 @@ def test_overheads():
         (('get_flops', CONFIG, '--shape', 128, 128, '--hard-share', 2), 'shares from 0 to 1'),
         (
             ('benchmark', 'configs/detectron2/faster_rcnn_R_18_digits.yaml'),
-            'is of a plain detector',
+            'a dynamic detector is wanted',
         ),
         (('analyze_routing', 'nothing.npz'), 'nothing.npz'),
         (('get_flops', ON_GPU), 'torch sees no GPU: add MODEL.DEVICE cpu'),
