@@ -179,3 +179,32 @@ def assert_equal(result: dict, wanted: dict, tolerance: float = 0.0) -> None:
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def data(tmp_path_factory):
+    """A built-in set of 8, 4 and 6 images, registered."""
+    from detectron2.data.datasets import register_coco_instances
+
+    from dynamicdet.datasets.digits import make_digits
+
+    root = make_digits(tmp_path_factory.mktemp('tiny') / 'digits', dict(train=8, val=4, test=6), 64)
+    for split in ('train', 'val', 'test'):
+        register_coco_instances(
+            f'tiny_{split}',
+            dict(thing_classes=list('0123456789')),
+            str(root / f'annotations/instances_{split}.json'),
+            str(root / split),
+        )
+    return root
+
+
+@pytest.fixture(scope='session')
+def trained(data, tmp_path_factory):
+    """Work dir of both steps."""
+    from test_training import config, train
+
+    folder = tmp_path_factory.mktemp('trained')
+    train(config(folder))
+    train(config(folder, step='router'))
+    return folder

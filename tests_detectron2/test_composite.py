@@ -7,8 +7,11 @@ from detectron2.modeling.backbone import BasicStem, ResNet
 from detectron2.modeling.backbone.regnet import AnyNet, ResBottleneckBlock, SimpleStem
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 
+from conftest import build, images, wake
 from dynamicdet.errors import UsageError
+from dynamicdet_detectron2.branch import require_runnable, split_detector
 from dynamicdet_detectron2.composite import build_composite
+from dynamicdet_detectron2.measuring import at_exit
 
 
 def resnet(block=BottleneckBlock, out_features=('res2', 'res3', 'res4', 'res5'), **settings):
@@ -126,3 +129,34 @@ def test_narrow_resnets():
     cfg.MODEL.RESNETS.DEPTH = 19
     with pytest.raises(UsageError, match='DEPTH of 18, 34, 50, 101'):
         build_narrow_resnet_fpn_backbone(cfg, ShapeSpec(channels=3))
+
+
+def test_deformable_stages():
+    options = ('MODEL.RESNETS.DEFORM_ON_PER_STAGE', [False, True, True, True])
+    model = build('faster', options=options).eval()
+    wake(model)
+    kinds = [type(module).__name__ for module in model.backbone.second.modules()]
+    assert kinds.count('DeformConv') == 13
+    require_runnable(model)
+    plain = build('faster', dynamic=False, options=options).eval()
+    plain.load_state_dict(model.as_plain())
+    with torch.no_grad():
+        for exit in (0, 1):
+            with at_exit(model, exit):
+                results = model(images())
+            for result, stock in zip(results, plain(images())):
+                same = torch.equal(result['instances'].scores, stock['instances'].scores)
+                assert same == (exit == 0) and result['exit'] == exit
+    with pytest.raises(UsageError, match='are trained on GPUs alone'):
+        require_runnable(model, training=True)
+    modulated = build('faster', options=(*options, 'MODEL.RESNETS.DEFORM_MODULATED', True))
+    with pytest.raises(UsageError, match='with modulation or several groups run on GPUs'):
+        require_runnable(modulated)
+
+
+def test_a_detector_that_needs_the_extension():
+    def absent():
+        raise ImportError("'detectron2._C' is not there")
+
+    with pytest.raises(UsageError, match="needs Detectron2's extension, as deformable stages do"):
+        split_detector(absent)

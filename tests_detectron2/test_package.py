@@ -77,7 +77,9 @@ def tool(name, *arguments):
 
 
 def test_the_page_imports_and_names_what_there_is():
-    page = (ROOT / 'docs/detectron2.md').read_text()
+    more = (ROOT / 'docs/detectron2_more.md').read_text()
+    start = (ROOT / 'docs/detectron2.md').read_text()
+    page = start + more
     imports = re.findall(r'^ *from (dynamicdet_[\w.]*) import ([\w, ]+)$', page, re.M)
     assert imports
     for module, names in imports:
@@ -87,10 +89,14 @@ def test_the_page_imports_and_names_what_there_is():
         assert hasattr(project, name) or hasattr(project.config, name), name
     cfg = get_cfg()
     project.add_dynamicdet_config(cfg)
-    for setting in re.findall(r'^\| `([A-Z_.]+)`', page, re.M):
+    for setting in re.findall(r'^\| `([A-Z_.]+)`', start, re.M):
         node = cfg.MODEL.DYNAMIC
         for part in setting.split('.'):
             node = node[part]
+    for setting in re.findall(r'^\| `([A-Z]+)` \| `\w+ = dict', more, re.M):
+        assert setting in cfg.SOLVER
+    for name in re.findall(r'`(\w+Hook)`', more):
+        assert hasattr(project, name)
     for path in re.findall(r'(?:tools|configs)/detectron2/\w+\.(?:py|yaml)', page):
         assert (ROOT / path).is_file(), path
 

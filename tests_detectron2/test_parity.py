@@ -95,6 +95,8 @@ def test_what_is_not_converted():
         convert_dynamic(model.as_plain(), 'mmdet')
     with pytest.raises(UsageError, match='Faster, Mask and Cascade R-CNN with ResNet and FPN'):
         convert_dynamic(build('retinanet').state_dict(), 'mmdet')
+    with pytest.raises(UsageError, match='some channels of this detector were removed'):
+        convert_checkpoint(dict(model=model.state_dict(), removed_channels=dict(a=[1])), 'mmdet')
     with pytest.raises(UsageError, match='one of MMDetection is wanted'):
         require_mmdet(model.state_dict())
 

@@ -9,7 +9,6 @@ from detectron2.modeling import build_model
 from test_package import tool
 
 from conftest import ROOT, wake
-from dynamicdet.datasets.digits import make_digits
 from dynamicdet.errors import UsageError
 from dynamicdet.routing.record import read_record
 from dynamicdet_detectron2 import DynamicCheckpointer, lazy, lazy_training
@@ -28,22 +27,6 @@ OPTIONS = """
 """.split()
 
 
-@pytest.fixture(scope='session')
-def data(tmp_path_factory):
-    """A built-in set of 8, 4 and 6 images, registered."""
-    root = make_digits(tmp_path_factory.mktemp('tiny') / 'digits', dict(train=8, val=4, test=6), 64)
-    from detectron2.data.datasets import register_coco_instances
-
-    for split in ('train', 'val', 'test'):
-        register_coco_instances(
-            f'tiny_{split}',
-            dict(thing_classes=list('0123456789')),
-            str(root / f'annotations/instances_{split}.json'),
-            str(root / split),
-        )
-    return root
-
-
 def config(folder, *options, step=None, weights=None, **budget):
     cfg = read_config(CONFIG, [*OPTIONS, 'OUTPUT_DIR', str(folder), *options])
     cfg.defrost()
@@ -60,15 +43,6 @@ def train(cfg, resume=False):
     trainer.resume_or_load(resume=resume)
     trainer.train()
     return trainer
-
-
-@pytest.fixture(scope='session')
-def trained(data, tmp_path_factory):
-    """Work dir of both steps."""
-    folder = tmp_path_factory.mktemp('trained')
-    train(config(folder))
-    train(config(folder, step='router'))
-    return folder
 
 
 def weights_of(path):

@@ -95,9 +95,15 @@ def split_detector(build: Callable[[], nn.Module]) -> tuple[nn.Module, Backbone,
             entries begin with in the stock detector's checkpoints, such as ``backbone.bottom_up.``.
 
     Raises:
-        UsageError: If the detector sees images in another way than through its ``backbone``.
+        UsageError: If the detector sees images in another way than through its ``backbone``, or
+            needs Detectron2's extension where there is none.
     """
-    detector = build()
+    try:
+        detector = build()
+    except ImportError as error:
+        raise UsageError(
+            f"this detector needs Detectron2's extension, as deformable stages do: {error}"
+        ) from None
     name = type(detector).__name__
     backbone = getattr(detector, 'backbone', None)
     if not isinstance(backbone, Backbone) or not hasattr(type(detector), 'preprocess_image'):
@@ -120,3 +126,18 @@ def split_detector(build: Callable[[], nn.Module]) -> tuple[nn.Module, Backbone,
 def stock_images(branch: nn.Module, inputs: Sequence[dict]) -> ImageList:
     """A batch, normalized and padded as the stock detector does it: (N, 3, H, W)."""
     return type(branch).preprocess_image(branch, inputs)
+
+
+def require_runnable(model: nn.Module, training: bool = False) -> None:
+    """Raise a `UsageError` if a detector has deformable stages that its device cannot run: on a CPU
+    Detectron2 computes those without modulation, and never their gradients."""
+    on_cpu = next(model.parameters()).device.type == 'cpu'
+    for module in model.modules() if on_cpu else ():
+        kind = type(module).__name__
+        plain = kind == 'DeformConv' and module.deformable_groups == 1
+        if kind in ('DeformConv', 'ModulatedDeformConv') and (training or not plain):
+            what = 'are trained' if training else 'with modulation or several groups run'
+            raise UsageError(
+                f'deformable stages {what} on GPUs alone, with Detectron2 built with its extension '
+                '(MODEL.RESNETS.DEFORM_ON_PER_STAGE)'
+            )

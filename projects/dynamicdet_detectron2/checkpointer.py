@@ -10,10 +10,12 @@ from torch import Tensor
 
 from dynamicdet.cascade.composite import ORDINALS
 from dynamicdet.cascade.weights import fit_weights
+from dynamicdet.compression.shrinking import resize_channels
 from dynamicdet.errors import UsageError, reason_of
 from dynamicdet.exchange.origin import require_detectron2
 from dynamicdet.exchange.reading import read_content
 
+from .channel_removal_hook import parameters_followed
 from .dynamic_detector import DynamicDetector
 
 #: Ends of names.
@@ -52,6 +54,24 @@ class DynamicCheckpointer(DetectionCheckpointer):
             if hasattr(self, '_parsed_url_during_load'):
                 self._parsed_url_during_load = None
 
+    def require_complete(self, path: str) -> None:
+        """Refuse what was loaded last into a plain detector, if some of its layers stayed as they
+        were built; Detectron2 names them in its log alone.
+
+        Raises:
+            UsageError: If it is so.
+        """
+        incompatible = getattr(self, '_incompatible', None)
+        if incompatible is None:
+            return
+        shapes = [key for key, *_ in incompatible.incorrect_shapes]
+        missing = [key for key in (*incompatible.missing_keys, *shapes) if key.endswith('.weight')]
+        if missing:
+            raise UsageError(
+                f"'{path}' is of another detector than the config says ({len(missing)} layers are "
+                f'not in it as they should be, such as {missing[0]})'
+            )
+
     def _load_file(self, filename: str) -> dict[str, Any]:
         content = read_content(filename)
         if 'model' not in content:
@@ -65,10 +85,21 @@ class DynamicCheckpointer(DetectionCheckpointer):
         content['matching_heuristics'] = content.get('matching_heuristics') or self._guesses
         return content
 
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Save a checkpoint, see fvcore's; with what channels the model has lost."""
+        channels = getattr(self.model, 'removed_channels', None)
+        super().save(name, **(dict(removed_channels=channels) if channels else {}), **kwargs)
+
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         model = self.model
+        channels = checkpoint.pop('removed_channels', None) or {}
+        if channels != getattr(model, 'removed_channels', {}):
+            with parameters_followed(model, self.checkpointables.get('trainer')):
+                resize_channels(model, channels)
+            model.removed_channels = channels
         if not isinstance(model, DynamicDetector):
-            return super()._load_model(checkpoint)
+            self._incompatible = super()._load_model(checkpoint)
+            return self._incompatible
         state = {
             key.removeprefix('module.'): value
             for key, value in checkpoint.pop('model').items()

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
 
@@ -73,6 +74,28 @@ def add_dynamicdet_config(cfg: CfgNode) -> None:
     pruning.END = None
     pruning.INTERVAL = 1
 
+    # Removing channels for good, see `ChannelRemovalHook`: blocks as for pruning.
+    removal = cfg.SOLVER.REMOVAL = CfgNode()
+    removal.BLOCKS = []
+    removal.START = 0
+    removal.ROUND_TO = 16
+
+    # Training for integers of 8 bits, see `QuantizationHook`.
+    quantization = cfg.SOLVER.QUANTIZATION = CfgNode()
+    quantization.ENABLED = False
+    quantization.START = 0
+    quantization.OBSERVE = None
+    quantization.NOISE = 1.0
+    quantization.REDUCED_RANGE = False
+    # 'running' or 'learned'.
+    quantization.RANGES = 'running'
+    quantization.RATE = 0.001
+    quantization.FLOAT_SHARE = 0.1
+
+    # Whether a run that is resumed ends bit-equal to one that never stopped, see
+    # `ExactResumeHook`; takes a SEED.
+    cfg.SOLVER.EXACT_RESUME = False
+
 
 def merge_config_file(cfg: CfgNode, path: str) -> None:
     """Merge a yaml file into a config that `add_dynamicdet_config` was called on.
@@ -121,6 +144,8 @@ def take_router_step(cfg: CfgNode, weights: str | None = None) -> None:
     router = cfg.SOLVER.ROUTER
     cfg.MODEL.WEIGHTS = weights
     cfg.MODEL.DYNAMIC.TRAIN_ROUTER = True
+    # Gone already: the checkpoint says which.
+    cfg.SOLVER.REMOVAL.BLOCKS = []
     cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR) / 'router')
     cfg.SOLVER.OPTIMIZER = 'ADAMW'
     cfg.SOLVER.BETAS = router.BETAS
@@ -135,6 +160,15 @@ def take_router_step(cfg: CfgNode, weights: str | None = None) -> None:
     cfg.SOLVER.IMS_PER_BATCH = router.IMS_PER_BATCH
     if len(router.TRAIN):
         cfg.DATASETS.TRAIN = tuple(router.TRAIN)
+
+
+def require_device(device: str) -> None:
+    """Raise a `UsageError` if a config asks for a GPU and there is none."""
+    if str(device).startswith('cuda') and not torch.cuda.is_available():
+        raise UsageError(
+            f"the config asks for the device '{device}', and torch sees no GPU: add MODEL.DEVICE "
+            'cpu (LazyConfig: train.device=cpu)'
+        )
 
 
 def last_checkpoint(folder: str) -> str | None:

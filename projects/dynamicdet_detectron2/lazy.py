@@ -62,6 +62,9 @@ def take_router_step(cfg: Any, weights: str | None = None) -> None:
         **cfg.get('router', {}),
     }
     cfg.model.train_router = True
+    if 'removal' in cfg:
+        # Gone already: the checkpoint says which.
+        del cfg['removal']
     cfg.train.init_checkpoint = weights
     cfg.train.output_dir = str(Path(cfg.train.output_dir) / 'router')
     cfg.train.max_iter = numbers['max_iter']

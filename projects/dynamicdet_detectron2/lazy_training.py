@@ -8,17 +8,21 @@ from typing import Any
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import AMPTrainer, SimpleTrainer, default_writers, hooks
-from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import DatasetEvaluators, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 
 from dynamicdet.errors import UsageError, reason_of
 
+from .branch import require_runnable
+from .channel_removal_hook import ChannelRemovalHook
 from .checkpointer import DynamicCheckpointer
 from .data import every_image
+from .exact_resume_hook import ExactResumeHook
+from .launching import distributed
 from .pruning_hook import PruningHook
+from .quantization_hook import QuantizationHook, round_by_checkpoint
 from .router_hook import RouterHook
-from .trainer import ExitEvaluator
+from .trainer import ExitEvaluator, require_seed
 
 
 def load_config(path: str) -> Any:
@@ -40,9 +44,10 @@ def load_model(cfg: Any) -> torch.nn.Module:
     """The model of a config with the weights of ``train.init_checkpoint``."""
     model = instantiate(cfg.model)
     model.to(cfg.train.device)
-    model = create_ddp_model(model)
-    DynamicCheckpointer(model).load(cfg.train.init_checkpoint)
-    return model
+    checkpoint = DynamicCheckpointer(model).load(cfg.train.init_checkpoint)
+    if 'quantization' in cfg:
+        round_by_checkpoint(model, checkpoint, QuantizationHook(**cfg.quantization))
+    return distributed(model)
 
 
 def test(cfg: Any, model: torch.nn.Module) -> dict | None:
@@ -68,17 +73,20 @@ def train(cfg: Any, resume: bool = False) -> None:
 
     Args:
         cfg (DictConfig): With ``model``, ``optimizer``, ``lr_multiplier``, ``dataloader`` and
-            ``train``, as Detectron2's lazy configs have them; ``pruning``, a dict, has arguments of
-            `PruningHook`.
+            ``train``, as Detectron2's lazy configs have them; ``pruning``, ``removal`` and
+            ``quantization``, dicts, have arguments of `PruningHook`, `ChannelRemovalHook` and
+            `QuantizationHook`, and
+            ``train.exact_resume`` is for `ExactResumeHook`.
         resume (bool): Whether to go on from the last checkpoint. Defaults to False.
     """
     model = instantiate(cfg.model)
     model.to(cfg.train.device)
+    require_runnable(model, training=True)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     loader = instantiate(cfg.dataloader.train)
-    model = create_ddp_model(model, **cfg.train.ddp)
-    trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
+    kind = AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
+    trainer = kind(distributed(model, **cfg.train.ddp), loader, optimizer)
     checkpointer = DynamicCheckpointer(model, cfg.train.output_dir, trainer=trainer)
     router_hook = None
     if cfg.model.get('train_router', False):
@@ -87,12 +95,17 @@ def train(cfg: Any, resume: bool = False) -> None:
     writes = comm.is_main_process()
     trainer.register_hooks(
         [
-            router_hook,
+            ExactResumeHook(require_seed(cfg.train.get('seed')))
+            if cfg.train.get('exact_resume')
+            else None,
             PruningHook(**cfg.pruning) if 'pruning' in cfg else None,
+            ChannelRemovalHook(**cfg.removal) if 'removal' in cfg else None,
+            QuantizationHook(**cfg.quantization) if 'quantization' in cfg else None,
+            router_hook,
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if writes else None,
-            hooks.EvalHook(cfg.train.eval_period, lambda: test(cfg, model)),
+            hooks.EvalHook(cfg.train.eval_period, lambda: test(cfg, trainer.model)),
             hooks.PeriodicWriter(
                 default_writers(cfg.train.output_dir, cfg.train.max_iter),
                 period=cfg.train.log_period,

@@ -4,33 +4,40 @@ which reports are made."""
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from detectron2.data import MetadataCatalog
+from detectron2.modeling import build_model
 from detectron2.structures import BoxMode
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynamicdet.cascade.weights import exits_digest
 from dynamicdet.errors import UsageError
 from dynamicdet.progress import Progress
-from dynamicdet.routing.record import RoutingRecord, read_record
+from dynamicdet.routing.record import RoutingRecord, read_record, write_record
 from dynamicdet.timing import dtype_of, machine_of, time_in_turns
 
+from .data import every_test_image
 from .dynamic_detector import DynamicDetector
 
 #: How many images costs are measured on: two-stage heads cost by their proposals.
 _COUNTED, _TIMED = 10, 20
 
 
-@contextlib.contextmanager
-def at_exit(model: DynamicDetector, exit: int) -> Iterator[None]:
+def at_exit(model: DynamicDetector, exit: int) -> contextlib.AbstractContextManager:
     """While this is entered, every image goes to one exit: past all before it, and no further."""
+    return at_thresholds(model, _forced(model, exit))
+
+
+@contextlib.contextmanager
+def at_thresholds(model: DynamicDetector, thresholds: Sequence[float]) -> Iterator[None]:
+    """While this is entered, these are the thresholds of the exits but the last."""
     threshold, waits = model.threshold.clone(), model._budget_waits
-    forced = [-1.0] * exit + [1.0] * (model.num_exits - 1 - exit)
-    model.threshold.copy_(torch.tensor(forced).reshape(model.threshold.shape))
+    model.threshold.copy_(torch.tensor(thresholds).reshape(model.threshold.shape))
     model._budget_waits = False
     try:
         yield
@@ -95,10 +102,17 @@ def count_gflops(model: DynamicDetector, batches: Sequence[list[dict]]) -> list[
     is really run and sees nothing of RoIAlign."""
     means = []
     for exit in range(model.num_exits):
-        with at_exit(model, exit), FlopCounterMode(display=False) as counter:
-            images = sum(len(model(batch)) for batch in batches)
-        means.append(counter.get_total_flops() / images / 1e9)
+        with at_exit(model, exit):
+            means.append(mean_gflops(model, batches))
     return means
+
+
+@torch.no_grad()
+def mean_gflops(model: nn.Module, batches: Sequence[list[dict]]) -> float:
+    """Mean GFLOPs per image of a detector as it stands."""
+    with FlopCounterMode(display=False) as counter:
+        images = sum(len(model(batch)) for batch in batches)
+    return counter.get_total_flops() / images / 1e9
 
 
 @torch.no_grad()
@@ -136,11 +150,7 @@ def record_exits(
         progress (Callable): Wraps what is iterated over.
         checkpoint (str), config (str): Paths, for the provenance.
     """
-    meta = MetadataCatalog.get(dataset_name)
-    if not meta.get('json_file'):
-        raise UsageError(f"a record is made of data in COCO's format; '{dataset_name}' is not")
-    ids = meta.get('thing_dataset_id_to_contiguous_id') or {}
-    categories = np.array(sorted(ids, key=ids.get), np.int32)
+    meta, categories = _metadata(dataset_name)
     entries: list[dict] = []
     for batch in progress(batches, 'every exit'):
         entries += _entries(model, batch, categories)
@@ -155,6 +165,7 @@ def record_exits(
         checkpoint=checkpoint,
         exits_digest=exits_digest(model.state_dict()),
         weights=_digest(model),
+        dataset=dataset_name,
         ann_file=str(meta.json_file),
         categories=categories.tolist(),
         classes=list(meta.get('thing_classes', ())),
@@ -172,6 +183,187 @@ def record_exits(
         framework='detectron2',
     )
     return RoutingRecord.from_images(entries, gflops, latencies, provenance)
+
+
+def make_record(
+    cfg, model: DynamicDetector, args: Any, path: str | Path, progress: Progress
+) -> RoutingRecord:
+    """The record that a tool was asked for, written to a file; one that is there already, of the
+    same weights and data, is not made again.
+
+    Args:
+        cfg (CfgNode): Of the detector.
+        model (DynamicDetector): See `record_exits`.
+        args (Namespace): ``dataset``, the first of ``DATASETS.TEST`` if None, and is written back;
+            ``losses``; ``checkpoint``; ``config``.
+        path (str or Path): The file.
+        progress (Callable): Wraps what is iterated over.
+    """
+    args.dataset = args.dataset or cfg.DATASETS.TEST[0]
+    record = known_record(path, model, args.dataset)
+    if record is None or args.losses and record.losses is None:
+        batches = every_test_image(cfg, args.dataset, annotated=args.losses)
+        record = record_exits(model, batches, args.dataset, progress, args.checkpoint, args.config)
+        write_record(record, path)
+    return record
+
+
+@torch.no_grad()
+def record_plain(
+    model: nn.Module, batches: Iterable[list[dict]], dataset_name: str, progress: Progress
+) -> RoutingRecord:
+    """A plain detector on a data set: a record of one exit, named twice; see
+    `dynamicdet.reports.routing_analysis_baselines`.
+
+    Args:
+        model (nn.Module): In eval mode, on the device whose latencies count.
+        batches (Iterable): The images as a test sees them, one in each.
+        dataset_name (str): In COCO's format.
+        progress (Callable): Wraps what is iterated over.
+    """
+    _, categories = _metadata(dataset_name)
+    entries = []
+    for batch in progress(batches, 'plain detector'):
+        for inputs, result in zip(batch, model(batch)):
+            found = _as_arrays(result, categories)
+            entries.append(
+                dict(
+                    id=int(inputs['image_id']),
+                    file=str(inputs['file_name']),
+                    difficulty=0.5,
+                    detections=[found, found],
+                )
+            )
+    some, device = _first(batches, _TIMED), next(model.parameters()).device
+    gflops = mean_gflops(model, some[:_COUNTED])
+    latency = time_in_turns(dict(plain=model), some, device, progress, 3)['plain']
+    facts = dict(machine_of(device), dtype=dtype_of(model), framework='detectron2')
+    return RoutingRecord.from_images(entries, [gflops] * 2, [latency] * 2, facts)
+
+
+class Cost(NamedTuple):
+    """What an exit costs: its parameters, those of exits before it included, and GFLOPs."""
+
+    exit: int
+    parameters: int
+    gflops: float
+
+
+def count_costs(model: nn.Module, shape: Sequence[int]) -> list[Cost]:
+    """What each exit of a dynamic detector, or a plain one, costs for an image of noise.
+
+    Args:
+        model (nn.Module): In eval mode.
+        shape (Sequence[int]): Height and width in pixels.
+    """
+    height, width = shape
+    device = next(model.parameters()).device
+    noise = torch.rand(3, height, width, generator=torch.Generator().manual_seed(0)) * 255
+    batch = [[dict(image=noise.to(device), height=height, width=width)]]
+    if not isinstance(model, DynamicDetector):
+        return [Cost(0, _parameters(model), mean_gflops(model, batch))]
+    return [
+        Cost(
+            exit,
+            _parameters(
+                model.router,
+                *model.backbone.nets[: exit + 1],
+                *_connections(model, exit),
+                model.branch(exit),
+            ),
+            gflops,
+        )
+        for exit, gflops in enumerate(count_gflops(model, batch))
+    ]
+
+
+def _connections(model: DynamicDetector, exit: int) -> list[nn.Module]:
+    """Those into the backbones that an exit runs."""
+    connections, later = list(model.backbone.connections), len(model.backbone.names) - 1
+    return connections[: len(connections) // later * exit] if later else []
+
+
+def _parameters(*modules: nn.Module) -> int:
+    unique = {id(p): p.numel() for module in modules for p in module.parameters()}
+    return sum(unique.values())
+
+
+@torch.no_grad()
+def measure_overheads(
+    model: DynamicDetector, stock: nn.Module, shape: Sequence[int], rounds: int, progress: Progress
+) -> dict[str, float]:
+    """What being dynamic costs: median seconds, of images of noise in memory, in turns.
+
+    Args:
+        model (DynamicDetector): In eval mode.
+        stock (nn.Module): The plain detector with the weights of exit 0, see `stock_of`.
+        shape (Sequence[int]): Height and width in pixels.
+        rounds (int): How often each is timed.
+        progress (Callable): Wraps the rounds.
+
+    Returns:
+        dict: ``stock``, ``exit0``, ..., of one image; ``all easy``, ``half hard``, ``all hard``, of
+        a batch of 8.
+    """
+    height, width = shape
+    noise = torch.rand(8, 3, height, width, generator=torch.Generator().manual_seed(0)) * 255
+    batch = [dict(image=image.to(model.device), height=height, width=width) for image in noise]
+    difficulties = difficulties_of(model, batch)
+    half = float(difficulties.sort().values[3:5].mean())
+    small = _reduced(model, batch[:1])
+    last = model.num_exits - 1
+    thresholds = {f'exit{exit}': _forced(model, exit) for exit in range(model.num_exits)}
+    thresholds |= {'all easy': _forced(model, 0), 'all hard': _forced(model, last)}
+    thresholds['half hard'] = [half] + [-1.0] * (last - 1)
+    runs: dict[str, Callable] = dict(stock=lambda _: stock(small))
+    runs |= {f'exit{exit}': lambda _: model(batch[:1]) for exit in range(model.num_exits)}
+    runs |= {name: lambda _: model(batch) for name in ('all easy', 'half hard', 'all hard')}
+
+    def forcing(name: str) -> contextlib.AbstractContextManager | None:
+        return None if name == 'stock' else at_thresholds(model, thresholds[name])
+
+    return time_in_turns(runs, [None], model.device, progress, rounds, forcing)
+
+
+def _forced(model: DynamicDetector, exit: int) -> list[float]:
+    """Thresholds that send all images to one exit."""
+    return [-1.0] * exit + [1.0] * (model.num_exits - 1 - exit)
+
+
+def _reduced(model: DynamicDetector, batch: Sequence[dict]) -> list[dict]:
+    """Images as large as exit 0 sees them."""
+    if model.first_scale == 1:
+        return list(batch)
+    smaller = []
+    for inputs in batch:
+        size = [round(side * model.first_scale) for side in inputs['image'].shape[-2:]]
+        image = F.interpolate(inputs['image'][None], size=size, mode='area')[0]
+        smaller.append({**inputs, 'image': image})
+    return smaller
+
+
+def stock_of(cfg, model: DynamicDetector) -> nn.Module:
+    """The plain detector that exit 0 is, with its weights, in eval mode.
+
+    Args:
+        cfg (CfgNode): Of the dynamic detector.
+        model (DynamicDetector): Built by it.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.META_ARCHITECTURE = cfg.MODEL.DYNAMIC.META_ARCHITECTURE
+    stock = build_model(cfg).eval()
+    stock.load_state_dict(model.as_plain(), strict=False)
+    return stock
+
+
+def _metadata(dataset_name: str) -> tuple[Any, np.ndarray]:
+    """Metadata of a data set in COCO's format, and the category id of each label."""
+    meta = MetadataCatalog.get(dataset_name)
+    if not meta.get('json_file'):
+        raise UsageError(f"a record is made of data in COCO's format; '{dataset_name}' is not")
+    ids = meta.get('thing_dataset_id_to_contiguous_id') or {}
+    return meta, np.array(sorted(ids, key=ids.get), np.int32)
 
 
 def known_record(

@@ -51,15 +51,7 @@ class PruningHook(HookBase):
         interval: int = 1,
         seed: int = 0,
     ) -> None:
-        known = {entry.name for entry in fields(PruningBlock)}
-        for block in blocks:
-            wrong = sorted({*block} - known) or sorted({'name', 'modules', 'target'} - {*block})
-            if wrong:
-                raise UsageError(
-                    f'PruningHook: unknown or missing in a block: {", ".join(wrong)}; it takes '
-                    f'{", ".join(sorted(known))}'
-                )
-        self.blocks = [PruningBlock(**block) for block in blocks]
+        self.blocks = build_blocks(blocks, 'PruningHook')
         self.end = start if end is None else end
         if schedule not in pruning.SCHEDULES:
             raise UsageError(
@@ -175,6 +167,19 @@ class PruningHook(HookBase):
         self._shares[index] = share
         pruning.apply_masks(unwrap(self.trainer.model), self.masks)
         _log.info(f'pruned {block.name}: {pruning.pruned_share(masks):.2%} of its weights')
+
+
+def build_blocks(blocks: Sequence[Mapping[str, Any]], hook: str) -> list[PruningBlock]:
+    """Blocks of a hook, from the dictionaries in its config; or a `UsageError`."""
+    known = {entry.name for entry in fields(PruningBlock)}
+    for block in blocks:
+        wrong = sorted({*block} - known) or sorted({'name', 'modules', 'target'} - {*block})
+        if wrong:
+            raise UsageError(
+                f'{hook}: unknown or missing in a block: {", ".join(wrong)}; it takes '
+                f'{", ".join(sorted(known))}'
+            )
+    return [PruningBlock(**block) for block in blocks]
 
 
 def _sum_over_ranks(values: Tensor) -> None:

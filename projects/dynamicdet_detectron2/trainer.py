@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase
 from detectron2.evaluation import (
     COCOEvaluator,
     COCOPanopticEvaluator,
@@ -21,9 +21,14 @@ from detectron2.utils import comm
 
 from dynamicdet.errors import UsageError
 
+from .branch import require_runnable
+from .channel_removal_hook import ChannelRemovalHook
 from .checkpointer import DynamicCheckpointer
 from .data import every_training_image
+from .exact_resume_hook import ExactResumeHook
+from .launching import distributed
 from .pruning_hook import PruningHook
+from .quantization_hook import QuantizationHook
 from .router_hook import RouterHook
 
 
@@ -36,22 +41,40 @@ class DynamicTrainer(DefaultTrainer):
 
     router_hook: RouterHook | None = None
 
+    def __init__(self, cfg) -> None:
+        """As `DefaultTrainer`, with a checkpointer that reads what it loads in another way, and
+        several processes on a CPU, too."""
+        TrainerBase.__init__(self)
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        model = self.build_model(cfg)
+        require_runnable(model, training=True)
+        optimizer = self.build_optimizer(cfg, model)
+        loader = self.build_train_loader(cfg)
+        kind = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        self._trainer = kind(distributed(model, broadcast_buffers=False), loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = DynamicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter, self.max_iter, self.cfg = 0, cfg.SOLVER.MAX_ITER, cfg
+        self.register_hooks(self.build_hooks())
+
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's own, with `RouterHook` before them in step 2."""
-        # Before the hook that writes checkpoints is built. It reads what it loads in another way.
-        self.checkpointer = DynamicCheckpointer(
-            self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
-        )
-        hooks = super().build_hooks()
-        dynamic = self.cfg.MODEL.get('DYNAMIC')
+        """Detectron2's own, with those of the config before them."""
+        cfg, hooks = self.cfg, []
+        if cfg.SOLVER.get('EXACT_RESUME'):
+            hooks.append(ExactResumeHook(require_seed(cfg.SEED)))
+        if len(cfg.SOLVER.get('PRUNING', {}).get('BLOCKS', ())):
+            hooks.append(PruningHook(**_arguments(cfg.SOLVER.PRUNING)))
+        if len(cfg.SOLVER.get('REMOVAL', {}).get('BLOCKS', ())):
+            hooks.append(ChannelRemovalHook(**_arguments(cfg.SOLVER.REMOVAL)))
+        quantization = quantization_of(cfg)
+        if quantization is not None:
+            hooks.append(quantization)
+        dynamic = cfg.MODEL.get('DYNAMIC')
         if dynamic is not None and dynamic.TRAIN_ROUTER:
-            delta, cfg = self.cfg.SOLVER.ROUTER.DELTA, self.cfg
+            delta = cfg.SOLVER.ROUTER.DELTA
             self.router_hook = RouterHook(lambda: every_training_image(cfg), delta)
-            hooks.insert(0, self.router_hook)
-        if dynamic is not None and len(self.cfg.SOLVER.PRUNING.BLOCKS):
-            settings = self.cfg.SOLVER.PRUNING
-            hooks.insert(0, PruningHook(**{name.lower(): settings[name] for name in settings}))
-        return hooks
+            hooks.append(self.router_hook)
+        return hooks + super().build_hooks()
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load weights, see `DefaultTrainer.resume_or_load`; refuse a step 2 without a cascade
@@ -59,6 +82,17 @@ class DynamicTrainer(DefaultTrainer):
         super().resume_or_load(resume)
         if self.router_hook is not None:
             self.router_hook.require_cascade()
+
+    def state_dict(self) -> dict[str, Any]:
+        """With the optimizer's, which Detectron2 0.6 leaves out: a resumed run would begin with no
+        momentum, at the rate of the first iteration."""
+        return {**super().state_dict(), '_trainer': self._trainer.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave, or what Detectron2 0.6 did."""
+        TrainerBase.load_state_dict(self, state_dict)
+        if '_trainer' in state_dict:
+            self._trainer.load_state_dict(state_dict['_trainer'])
 
     @classmethod
     def build_optimizer(cls, cfg, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -90,6 +124,24 @@ class DynamicTrainer(DefaultTrainer):
         """What a data set is judged by, with a count of the exits."""
         folder = output_folder or str(Path(cfg.OUTPUT_DIR) / 'inference')
         return DatasetEvaluators([*evaluators_of(dataset_name, folder), ExitEvaluator()])
+
+
+def quantization_of(cfg) -> QuantizationHook | None:
+    """The hook of ``SOLVER.QUANTIZATION``, if it is enabled."""
+    settings = _arguments(cfg.SOLVER.get('QUANTIZATION', {}))
+    return QuantizationHook(**settings) if settings.pop('enabled', False) else None
+
+
+def require_seed(seed: int) -> int:
+    """A seed by which a run can be repeated, or a `UsageError`."""
+    if seed is None or seed < 0:
+        raise UsageError('an exact resume takes a seed: set SEED (LazyConfig: train.seed) to 0')
+    return seed
+
+
+def _arguments(node) -> dict[str, Any]:
+    """Arguments of a hook, from its settings."""
+    return {name.lower(): value for name, value in node.items()}
 
 
 def evaluators_of(dataset_name: str, folder: str) -> list[DatasetEvaluator]:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from conftest import ROOT, THREADS, load_small, run_tool, same_detections, train
 from dynamicdet import building
 from dynamicdet.building import build_loader, load_detector
+from dynamicdet.cascade.parts import DetectorPart
 from dynamicdet.compression.quantization import activation_scale
 from dynamicdet.deploy.deployment import deploy
 from dynamicdet.deploy.folder import load_deployed
@@ -38,7 +39,6 @@ from dynamicdet.deploy.latencies import put_latencies
 from dynamicdet.deploy.runtimes import RUNTIMES
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.calibration import measure_difficulties
-from dynamicdet.models.detector_parts import DetectorPart
 from dynamicdet.testing import randomize, tiny_batch
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules

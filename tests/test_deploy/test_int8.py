@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from dynamicdet.cascade.parts import DetectorPart
 from dynamicdet.deploy.graphs import Graph, _export
 from dynamicdet.deploy.int8 import (
     BETWEEN,
@@ -16,7 +17,7 @@ from dynamicdet.deploy.int8 import (
     quantize_graph,
     weighted_nodes,
 )
-from dynamicdet.models.detector_parts import DetectorPart, find_parts
+from dynamicdet.models.detector_parts import find_parts
 from dynamicdet.testing import tiny_detector
 from mmdet.registry import MODELS
 

@@ -12,6 +12,7 @@ from mmengine.config import ConfigDict
 from torch import nn
 
 from conftest import RUNTIMES_TO_TRY, same_detections, spread_scores
+from dynamicdet.cascade.parts import flatten, unflatten
 from dynamicdet.compression.quantization import Int8Simulation
 from dynamicdet.deploy.graphs import Graph, example_inputs, export_parts, release_weights
 from dynamicdet.deploy.int8 import Recipe, quantize_graph, trained_ranges
@@ -19,7 +20,7 @@ from dynamicdet.deploy.roi_align import _graph_of, place_roi_aligns
 from dynamicdet.deploy.runtimes import CPU, RUNTIMES, OnnxRuntime, OpenVino, open_graph
 from dynamicdet.errors import UsageError
 from dynamicdet.measuring.latencies import force_dynamic_exit
-from dynamicdet.models.detector_parts import find_parts, flatten, unflatten
+from dynamicdet.models.detector_parts import find_parts
 from dynamicdet.routing.box_merging import Merge
 from dynamicdet.testing import randomize, shrink, tiny_batch, tiny_detector, tiny_dynamic
 from mmdet.registry import MODELS

@@ -2,7 +2,7 @@
 
 Faster, Mask and Cascade R-CNN with ResNet and FPN. Needs neither of the two. Lossless: the way back
 gives the same numbers. Nothing in the file is executed. The config on the other side must describe
-the same detector: docs/detectron2.md says what to look at.
+the same detector: docs/detectron2_more.md says what to look at.
 """
 
 import argparse

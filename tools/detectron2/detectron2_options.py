@@ -38,6 +38,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """``CONFIG CHECKPOINT [OPTION VALUE ...]``."""
     parser.add_argument('config', help='yaml config of a dynamic detector')
     parser.add_argument('checkpoint', help='checkpoint of step 2')
+    _add_opts(parser)
+
+
+def _add_opts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--opts',
         nargs='+',
@@ -45,6 +49,47 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='OPTION VALUE',
         help="settings that override the config's, as Detectron2's tools take them",
     )
+
+
+def add_record_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--dataset``, ``--losses``."""
+    parser.add_argument('--dataset', help='test data, by name: the first of DATASETS.TEST')
+    parser.add_argument(
+        '--losses',
+        action='store_true',
+        help="record each exit's losses, too, which takes three times as long: for the diagnosis",
+    )
+
+
+def add_analysis_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--bootstrap``, ``--baseline``."""
+    parser.add_argument('--bootstrap', type=int, default=200, help='resamples for intervals: 200')
+    parser.add_argument(
+        '--baseline',
+        nargs='+',
+        action='append',
+        metavar=('CONFIG', 'CHECKPOINT'),
+        help='a plain detector to compare with on the same images; may be given several times',
+    )
+
+
+def add_shape_argument(parser: argparse.ArgumentParser) -> None:
+    """``--shape``, and ``--opts``."""
+    parser.add_argument(
+        '--shape',
+        nargs=2,
+        type=_pixels,
+        default=[800, 1280],
+        metavar=('H', 'W'),
+        help='height and width: 800 1280',
+    )
+    _add_opts(parser)
+
+
+def _pixels(word: str) -> int:
+    if not word.isdigit() or int(word) < 32:
+        raise argparse.ArgumentTypeError(f'sides are whole numbers from 32 on, not {word}')
+    return int(word)
 
 
 def run(main: Callable, args: argparse.Namespace) -> None:
@@ -56,15 +101,10 @@ def run(main: Callable, args: argparse.Namespace) -> None:
         if getattr(args, 'num_gpus', 1) * getattr(args, 'num_machines', 1) == 1:
             main(args)
         else:
-            from detectron2.engine import launch
+            from dynamicdet_detectron2.launching import launch
 
             launch(
-                main,
-                args.num_gpus,
-                num_machines=args.num_machines,
-                machine_rank=args.machine_rank,
-                dist_url=args.dist_url,
-                args=(args,),
+                main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,)
             )
     except UsageError as error:
         print(f'error: {error}', file=sys.stderr)

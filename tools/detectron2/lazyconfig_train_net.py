@@ -24,11 +24,13 @@ def main(args: argparse.Namespace) -> None:
     from detectron2.engine import default_setup
 
     from dynamicdet_detectron2 import lazy, lazy_training
+    from dynamicdet_detectron2.config import require_device
     from dynamicdet_detectron2.data import register_digits
 
     register_digits()
     cfg = lazy_training.load_config(args.config_file)
     cfg = LazyConfig.apply_overrides(cfg, args.opts)
+    require_device(cfg.train.device)
     lazy.set_config_budget(cfg, **budget_of(args))
     if args.step == 'router' and not args.eval_only:
         named = any(option.startswith('train.init_checkpoint=') for option in args.opts)

@@ -26,6 +26,7 @@ def setup(args: argparse.Namespace):
     from dynamicdet_detectron2.config import (
         add_dynamicdet_config,
         merge_config_file,
+        require_device,
         set_config_budget,
         take_router_step,
     )
@@ -36,6 +37,7 @@ def setup(args: argparse.Namespace):
     add_dynamicdet_config(cfg)
     merge_config_file(cfg, args.config_file)
     cfg.merge_from_list(args.opts)
+    require_device(cfg.MODEL.DEVICE)
     set_config_budget(cfg, **budget_of(args))
     if args.step == 'router' and not args.eval_only:
         take_router_step(cfg, cfg.MODEL.WEIGHTS if 'MODEL.WEIGHTS' in args.opts else None)
@@ -47,13 +49,19 @@ def setup(args: argparse.Namespace):
 def main(args: argparse.Namespace):
     """Train, or test with ``--eval-only``."""
     from dynamicdet_detectron2 import DynamicCheckpointer
-    from dynamicdet_detectron2.trainer import DynamicTrainer
+    from dynamicdet_detectron2.branch import require_runnable
+    from dynamicdet_detectron2.quantization_hook import round_by_checkpoint
+    from dynamicdet_detectron2.trainer import DynamicTrainer, quantization_of
 
     cfg = setup(args)
     if args.eval_only:
         model = DynamicTrainer.build_model(cfg)
+        require_runnable(model)
         checkpointer = DynamicCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        checkpoint = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        quantization = quantization_of(cfg)
+        if quantization is not None:
+            round_by_checkpoint(model, checkpoint, quantization)
         return DynamicTrainer.test(cfg, model)
     trainer = DynamicTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)

@@ -65,6 +65,9 @@ class Cluster:
 #: Kinds of detectors -> what gives all raw outputs of one: (detector, images, routed) -> tensors or
 #: containers of them. The framework that has them registers them; see `raw_outputs`.
 OUTPUT_RULES: dict[type, Callable[[nn.Module, Tensor, Callable | None], Any]] = {}
+#: Called with the copy of a detector that is traced: shows torch-pruning, in place and under the
+#: same names, layers that are no modules of torch. The framework that has them registers it.
+TRACED_RULES: list[Callable[[nn.Module], None]] = []
 
 
 def raw_outputs(model: nn.Module, images: Tensor, routed: Callable | None = None) -> list[Tensor]:
@@ -151,6 +154,8 @@ class _Traced(nn.Module):
             if hasattr(model, 'router')
             else None
         )
+        for rule in TRACED_RULES:
+            rule(self.model)
         self.requires_grad_(True)
 
     def train(self, mode: bool = True) -> '_Traced':

@@ -31,6 +31,9 @@ from ..transfers import Followed
 #: Share of a batch's range in the running one.
 MOMENTUM = 0.1
 _CONVS, _LINEARS, _NORMS = (torch.conv2d, F.conv2d), (F.linear,), (F.batch_norm,)
+#: Norms that can be part of the convolution before them: their ``forward`` calls ``F.batch_norm``.
+#: A framework with a kind of its own adds it.
+NORM_KINDS: list[type[nn.Module]] = [_BatchNorm]
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 
 
@@ -289,7 +292,7 @@ def trace_quantization(
         id(norm.running_mean): norm
         for module in modules
         for norm in module.modules()
-        if isinstance(norm, _BatchNorm)
+        if isinstance(norm, tuple(NORM_KINDS))
     }
     kept_float = {id(parameter) for module in spared for parameter in module.parameters()}
     inputs = [tensor.detach() for tensor in inputs]
@@ -518,7 +521,7 @@ class Int8Simulation:
     def __call__(self, *inputs: Tensor) -> Any:
         """Run the pass with rounded weights and results; inputs and results as ``run`` has them."""
         for norm in (norm for module in self.modules for norm in module.modules()):
-            if isinstance(norm, _BatchNorm):
+            if isinstance(norm, tuple(NORM_KINDS)):
                 norm.eval()
         plan = self.plan(*inputs)
         self.ranges.rounding = self.active

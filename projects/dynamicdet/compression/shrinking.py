@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UsageError
+from ..routing.router import Router
 
 Channels = dict[str, Sequence[int]]
 
@@ -43,6 +44,14 @@ class ChannelRule(NamedTuple):
 
 #: Kinds of modules beside torch's own layers. The framework that has them registers them.
 CHANNEL_RULES: dict[type[nn.Module], ChannelRule] = {}
+
+
+def _shrink_router(router: Router, kept: KeptChannels) -> None:
+    select_channels(router, 'mean', 0, kept.entering)
+    select_channels(router, 'std', 0, kept.entering)
+
+
+CHANNEL_RULES[Router] = ChannelRule(lambda router: len(router.mean), _shrink_router)
 
 
 def rule_of(layer: Any) -> ChannelRule | None:

@@ -16,13 +16,14 @@ from torch.utils.data import DataLoader, Dataset
 from mmdet.models.detectors import BaseDetector
 
 from ..building import load_detector, whole_model
+from ..cascade.parts import DetectorPart, Form
 from ..compression.quantization import trace_quantization
 from ..errors import UsageError
 from ..measuring.calibration import measure_difficulties, provenance
 from ..measuring.latencies import force_dynamic_exit
 from ..models import DynamicDetector
 from ..models.budget_control import calibrated_otherwise, preserved_budget
-from ..models.detector_parts import DetectorPart, Form, find_parts
+from ..models.detector_parts import find_parts
 from ..progress import Progress
 from ..routing.thresholds import quantile_map
 from .folder import require_new, write_folder

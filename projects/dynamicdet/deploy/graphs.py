@@ -21,17 +21,11 @@ from mmdet.models.detectors import BaseDetector
 from mmdet.structures import DetDataSample
 
 from .. import errors
+from ..cascade.parts import DetectorPart, Form, flatten, record_inputs, unflatten
 from ..errors import UsageError
 from ..measuring.latencies import force_dynamic_exit
 from ..models import DynamicDetector, can_fuse
-from ..models.detector_parts import (
-    DetectorPart,
-    Form,
-    find_parts,
-    flatten,
-    record_inputs,
-    unflatten,
-)
+from ..models.detector_parts import find_parts
 from ..models.fusing import fusible_parts
 from ..private_mmengine import normalizes
 from .runtimes import open_graph
@@ -50,7 +44,7 @@ class Exported:
 
     Attributes:
         content (bytes): The ONNX file.
-        form: How its outputs are nested; see `detector_parts.flatten`.
+        form: How its outputs are nested; see `cascade.parts.flatten`.
         inputs (tuple[Tensor]): What it was traced on.
     """
 
@@ -241,7 +235,7 @@ class Graph:
 
     Args:
         content (bytes): An ONNX file.
-        form: How its outputs are nested; see `detector_parts.flatten`.
+        form: How its outputs are nested; see `cascade.parts.flatten`.
         threads (int, optional): Defaults to torch's.
         watch (Callable, optional): Is shown all that enters and leaves, arrays by name.
         runtime (str): What runs it, see `open_graph`. Defaults to 'onnxruntime'.

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..cascade.parts import DetectorPart
 from ..compression.quantization import (
     QuantizationPlan,
     QuantizedLayer,
@@ -25,7 +26,6 @@ from ..compression.quantization import (
     last_layers,
 )
 from ..errors import UsageError
-from ..models.detector_parts import DetectorPart
 from .graphs import Graph, is_output, need_for_deployment
 
 #: Layers, that is what has weights, and what is part of them.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.onnx import register_custom_op_symbolic
 from torch.onnx.symbolic_helper import _unpack_list, parse_args
 
-from ..models.detector_parts import DetectorPart, Form, unflatten
+from ..cascade.parts import DetectorPart, Form, unflatten
 from ..private_torch import float_tensor_type
 from .graphs import OPSET, Graph, is_output, need_for_deployment
 

@@ -1,15 +1,13 @@
 """Train for integers of 8 bits: when, not what."""
 
-from collections.abc import Callable, Iterator, Sequence
-
-import torch
 from mmengine.dist import all_gather_object, all_reduce, get_world_size
 from mmengine.runner import Runner
-from torch import Tensor, nn
+from torch import nn
 
 from mmdet.registry import HOOKS
 
-from ..compression.quantization import Int8Simulation, Ranges, move_range
+from ..compression.quantization import Int8Simulation
+from ..compression.quantized_training import QuantizedTraining, Ranks
 from ..errors import UsageError
 from ..models import can_fuse
 from ..models.detector_parts import find_parts
@@ -64,35 +62,21 @@ class QuantizationHook(CompressionHook):
         float_share: float = 0.1,
     ) -> None:
         super().__init__(by_epoch)
-        if start < 0 or observe is not None and observe <= start:
-            raise UsageError(
-                f'QuantizationHook: start={start}, observe={observe}: start must not be negative, '
-                'and observe be later'
-            )
-        if not 0 < noise <= 1:
-            raise UsageError(
-                f'QuantizationHook: noise={noise} is no share of the weights in (0, 1]'
-            )
-        if ranges not in ('running', 'learned') or not 0 < rate <= 0.1:
-            raise UsageError(
-                f"QuantizationHook: ranges='{ranges}', rate={rate}: ranges are 'running' or "
-                "'learned', and their rate is in (0, 0.1]"
-            )
-        if not 0 <= float_share <= 1:
-            raise UsageError(f'QuantizationHook: float_share={float_share} is no share in [0, 1]')
-        self.start, self.observe, self.noise = start, observe, noise
-        self.float_share = float_share
-        self.learned, self.rate = ranges == 'learned', rate
-        self.reduced_range = reduced_range
-        self._parts: list = []
-        self.simulations: dict[str, Int8Simulation] = {}
+        self.training = QuantizedTraining(
+            start, observe, noise, reduced_range, ranges, rate, float_share
+        )
+
+    @property
+    def simulations(self) -> dict[str, Int8Simulation]:
+        """Of each part, by name, while they round."""
+        return self.training.simulations
 
     def describe(self, runner: Runner) -> list[str]:
         """What it would do; raises what a training would."""
         self._require_fit(runner)
         names = ', '.join(part.name for part in find_parts(plain_model(runner)))
-        bits = 7 if self.reduced_range else 8
-        return [f'round to {bits} bits, after {self.start} {self.unit}: {names}']
+        bits = 7 if self.training.reduced_range else 8
+        return [f'round to {bits} bits, after {self.training.start} {self.unit}: {names}']
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Keep the ranges that the checkpoint has."""
@@ -110,10 +94,7 @@ class QuantizationHook(CompressionHook):
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None
     ) -> None:
         """Round from ``start`` on; observe or learn ranges until ``observe``, then keep them."""
-        done = runner.epoch if self.by_epoch else runner.iter
-        active, moving = done >= self.start, self.observe is None or done < self.observe
-        learning = self.learned and active and moving
-        self._set(active, moving and not learning, learning)
+        self.training.begin_step(runner.epoch if self.by_epoch else runner.iter)
 
     def after_train_iter(
         self,
@@ -123,39 +104,29 @@ class QuantizationHook(CompressionHook):
         outputs: dict | None = None,
     ) -> None:
         """Agree with other ranks on observed ranges, or take a step with learned ones."""
-        if any(simulation.ranges.observing for simulation in self.simulations.values()):
-            self._agree()
-        elif any(simulation.ranges.learning for simulation in self.simulations.values()):
-            self._learn()
+        self.training.finish_step(Ranks(get_world_size(), all_gather_object, all_reduce))
 
     def before_val(self, runner: Runner) -> None:
         """Round as a deployed detector does; ranges stay."""
-        # A run that has trained nothing yet knows no ranges, and is tested in float.
-        self._set(True, False)
+        self.training.rest()
 
     def before_test(self, runner: Runner) -> None:
         """Install the rounding by the checkpoint's ranges, if it has any."""
-        if self._saved is not None and not self._parts:
+        if self._saved is not None and not self.training.installed:
             self._install(plain_model(runner))
-            self._set(True, False)
-        elif not self._parts:
+            self.training.rest()
+        elif not self.training.installed:
             runner.logger.warning(
                 'QuantizationHook: the checkpoint has no ranges: it is tested in float32'
             )
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Add ranges and settings to the checkpoint."""
-        checkpoint['quantization'] = dict(
-            ranges={key: value.detach().cpu() for key, value in self._ranges().items()},
-            reduced=self.reduced_range,
-            float_share=self.float_share,
-        )
+        checkpoint['quantization'] = self.training.state()
 
     def after_train(self, runner: Runner) -> None:
         """Take the rounding off."""
-        for part in self._parts:
-            part.place(part.run)
-        self._parts, self.simulations = [], {}
+        self.training.remove()
 
     after_test = after_train
 
@@ -165,104 +136,4 @@ class QuantizationHook(CompressionHook):
                 'QuantizationHook: parts of this detector are fused for use, as YOLOv5 and YOLOv7 '
                 'have them, and would be others then; export it by tools/export.py --int8 as it is'
             )
-        trained = self._saved or {}
-        for name, value, trained_value in (
-            ('reduced_range', self.reduced_range, trained.get('reduced')),
-            ('float_share', self.float_share, trained.get('float_share')),
-        ):
-            if trained_value is not None and value != trained_value:
-                raise UsageError(
-                    f'QuantizationHook: {name}={value}, but the checkpoint was trained with '
-                    f'{trained_value}'
-                )
-        self._parts = find_parts(model)
-        for part in self._parts:
-            simulation = Int8Simulation(
-                part.run,
-                part.modules,
-                part.spared,
-                self.reduced_range,
-                self.noise,
-                self.float_share if part.predicts else 0.0,
-            )
-            self.simulations[part.name] = simulation
-            part.place(simulation)
-        device = next(model.parameters()).device
-        for key, value in trained.get('ranges', {}).items():
-            name, _, range_key = key.partition('/')
-            if name not in self.simulations:
-                raise UsageError(
-                    f"QuantizationHook: the checkpoint has ranges of '{name}', which this detector "
-                    'has '
-                    'not; --resume goes on with the same config'
-                )
-            self.simulations[name].ranges.values[range_key] = value.to(device)
-
-    def _set(self, active: bool, observing: bool, learning: bool = False) -> None:
-        for simulation in self.simulations.values():
-            simulation.active = active
-            simulation.ranges.observing, simulation.ranges.learning = observing, learning
-
-    def _ranges(self) -> dict[str, Tensor]:
-        return {
-            f'{name}/{key}': value
-            for name, simulation in self.simulations.items()
-            for key, value in sorted(simulation.ranges.values.items())
-        }
-
-    def _agree(self) -> None:
-        """The mean of the ranges over the ranks, which see other images."""
-        if get_world_size() > 1:
-            for ranges, key, value in self._means(self._keys(), lambda value: value):
-                ranges.values[key] = value
-
-    def _learn(self) -> None:
-        """A step of descent; the gradient is the mean over the ranks, as of weights. What came into
-        being on one rank alone, at a RoI head that had RoIs there alone, comes to all."""
-        keys = self._keys()
-        gradients = [
-            *self._means(
-                keys, lambda value: value.new_zeros(2) if value.grad is None else value.grad
-            )
-        ]
-        for ranges, key, value in self._means(keys, lambda value: value):
-            ranges.values[key] = value
-        for ranges, key, gradient in gradients:
-            ranges.values[key] = move_range(ranges.values[key], gradient, self.rate)
-
-    def _keys(self) -> list[tuple[str, str]]:
-        """Part and key of each range that any rank knows, the same on all: a rank may have come by
-        a part that others have not, such as a RoI head that had no RoIs there."""
-        known_here = [
-            (name, key)
-            for name, simulation in self.simulations.items()
-            for key in simulation.ranges.values
-        ]
-        return sorted({tuple(pair) for pairs in all_gather_object(known_here) for pair in pairs})
-
-    def _means(
-        self, keys: Sequence[tuple[str, str]], of: Callable[[Tensor], Tensor]
-    ) -> Iterator[tuple[Ranges, str, Tensor]]:
-        """The mean over the ranks of something of each range, of those ranks that know the range:
-        ranges, key, (2, )."""
-        named = [(self.simulations[name].ranges, key) for name, key in keys]
-        if not named:
-            return
-        first = next(iter(self.simulations.values()))
-        device = next(first.modules[0].parameters()).device
-        empty = torch.full((2,), float('nan'), device=device)
-        every = torch.stack(
-            [
-                of(ranges.values[key]).detach() if key in ranges.values else empty
-                for ranges, key in named
-            ]
-        )
-        known = every.isfinite().float()
-        every = every.nan_to_num()
-        all_reduce(every)
-        all_reduce(known)
-        means = every / known.clamp(min=1)
-        # One look for all of them.
-        for (ranges, key), mean, count in zip(named, means, known[:, 0].tolist()):
-            if count > 0:
-                yield ranges, key, mean
+        self.training.install(find_parts(model), self._saved)

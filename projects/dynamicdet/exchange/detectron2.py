@@ -141,6 +141,11 @@ def convert_checkpoint(content: Mapping[str, Any], to: str) -> dict[str, Any]:
     Raises:
         UsageError: As `convert_dynamic`.
     """
+    if content.get('removed_channels'):
+        raise UsageError(
+            'some channels of this detector were removed, which the other side describes in '
+            'another way: convert it as it was, and remove channels there'
+        )
     held = content.get('model', content.get('state_dict', content))
     state = {key: value for key, value in held.items() if isinstance(value, Tensor)}
     converted = convert_dynamic(state, to)

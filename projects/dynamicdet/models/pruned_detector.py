@@ -16,22 +16,14 @@ from ..compression.shrinking import (
     Channels,
     KeptChannels,
     resize_channels,
-    select_channels,
 )
 from ..errors import UsageError
-from ..routing.router import Router
-
-
-def _shrink_router(router: Router, kept: KeptChannels) -> None:
-    select_channels(router, 'mean', 0, kept.entering)
-    select_channels(router, 'std', 0, kept.entering)
 
 
 def _shrink_extractor(extractor: BaseRoIExtractor, kept: KeptChannels) -> None:
     extractor.out_channels = len(kept.leaving)
 
 
-CHANNEL_RULES[Router] = ChannelRule(lambda router: len(router.mean), _shrink_router)
 CHANNEL_RULES[BaseRoIExtractor] = ChannelRule(
     lambda extractor: extractor.out_channels, _shrink_extractor, is_told=True
 )
