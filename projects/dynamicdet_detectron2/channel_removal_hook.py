@@ -15,6 +15,7 @@ from dynamicdet.errors import UsageError
 
 from . import raw_outputs as raw_outputs  # registers how detectors are traced
 from .launching import distributed
+from .private_detectron2 import hooks_of
 from .pruning_hook import PruningHook, build_blocks
 from .quantization_hook import QuantizationHook
 from .router_hook import unwrap
@@ -65,7 +66,7 @@ class ChannelRemovalHook(HookBase):
                 'ChannelRemovalHook: this config trains a router alone, and nothing else may '
                 'change; remove channels in step 1'
             )
-        others = [type(hook).__name__ for hook in self.trainer._hooks]
+        others = [type(hook).__name__ for hook in hooks_of(self.trainer)]
         both = {PruningHook.__name__, QuantizationHook.__name__}.intersection(others)
         if both:
             raise UsageError(

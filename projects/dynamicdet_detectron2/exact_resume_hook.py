@@ -8,6 +8,8 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
+from .private_detectron2 import batch_iterator
+
 #: Below Detectron2's, whose set-up prints it.
 _log = logging.getLogger('detectron2.dynamicdet')
 
@@ -27,12 +29,12 @@ class ExactResumeHook(HookBase):
 
     def before_train(self) -> None:
         """Pass over what was seen."""
-        trainer = getattr(self.trainer, '_trainer', self.trainer)
         if self.trainer.start_iter:
             _log.info(f'passing over the batches of {self.trainer.start_iter} iterations')
+        batches = batch_iterator(self.trainer)
         for number in range(self.trainer.start_iter):
             self._seed(number)
-            next(trainer._data_loader_iter)
+            next(batches)
 
     def before_step(self) -> None:
         """Seed this iteration."""
