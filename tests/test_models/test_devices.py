@@ -13,6 +13,7 @@ from torch import nn
 
 from conftest import ROOT
 from dynamicdet.cascade.batch_state import BatchState
+from dynamicdet.compression import quantized_training
 from dynamicdet.compression.coupling import example_image, raw_outputs
 from dynamicdet.compression.quantization import (
     Int8Simulation,
@@ -22,8 +23,6 @@ from dynamicdet.compression.quantization import (
     step_on_device,
 )
 from dynamicdet.compression.weight_sharing import tie_gradient, tie_weights, weight_sharing_of
-from dynamicdet.engine import quantization_hook
-from dynamicdet.engine.quantization_hook import QuantizationHook
 from dynamicdet.testing import randomize, shrink, tiny_batch, tiny_dynamic
 from dynamicdet.transfers import Followed, take_rows, to_host
 from mmdet.registry import MODELS
@@ -307,34 +306,32 @@ class Ranks:
         tensor.copy_(every[0] + every[1])
 
 
-def test_ranks_that_know_other_ranges_agree(monkeypatch):
+def test_ranks_that_know_other_ranges_agree():
     """One rank has come by a stage, and by a size of images, that the other has not."""
     ranks = Ranks()
-    monkeypatch.setattr(quantization_hook, 'all_gather_object', ranks.gather)
-    monkeypatch.setattr(quantization_hook, 'all_reduce', ranks.reduce)
-    monkeypatch.setattr(quantization_hook, 'get_world_size', lambda: 2)
+    both = quantized_training.Ranks(2, ranks.gather, ranks.reduce)
     known = [
         dict(first=dict(in0=[-1.0, 1.0]), head={}),
         dict(first=dict(in0=[-3.0, 5.0], out9=[0.0, 2.0]), head=dict(in0=[0.0, 4.0])),
     ]
-    hooks = []
+    trainings = []
     for own in known:
-        hook = QuantizationHook()
-        hook.simulations = {
+        training = quantized_training.QuantizedTraining()
+        training.simulations = {
             name: Int8Simulation(layer, [layer])
             for name, layer in dict(first=Layers(), head=Layers()).items()
         }
         for name, values in own.items():
-            hook.simulations[name].ranges.values = {
+            training.simulations[name].ranges.values = {
                 key: torch.tensor(value) for key, value in values.items()
             }
-        hooks.append(hook)
+        trainings.append(training)
     failed = []
 
     def agree(rank):
         ranks.local.rank = rank
         try:
-            hooks[rank]._agree()
+            trainings[rank]._agree(both)
         except BaseException as error:
             failed.append(error)
             ranks.barrier.abort()
@@ -345,9 +342,9 @@ def test_ranks_that_know_other_ranges_agree(monkeypatch):
     for thread in threads:
         thread.join()
     assert not failed
-    for hook in hooks:
+    for training in trainings:
         assert {
             f'{name}/{key}': value.tolist()
-            for name, one in hook.simulations.items()
+            for name, one in training.simulations.items()
             for key, value in one.ranges.values.items()
         } == {'first/in0': [-2, 3], 'first/out9': [0, 2], 'head/in0': [0, 4]}

@@ -216,11 +216,17 @@ def test_regions_are_calibrated_and_no_router_is_fitted(plain, digits, tmp_path,
         (['--exits', 64], 'two or more, rising'),
         (['--exits', 64, 32], 'two or more, rising'),
         (['--exits', 32, 64, '--ann', 'gone.json'], 'gone.json'),
-        (['--exits', 32, 64, '--img', ROOT / 'docs/images'], 'needs at least 9 pictures'),
+        (['--exits', 32, 64, '--img', 'few'], 'needs at least 9 pictures'),
         (['--exits', 32, 64, '--hard-share', 2], 'hard_share'),
     ],
 )
 def test_what_cannot_be_is_one_line(plain, digits, tmp_path, options, said):
+    (tmp_path / 'few').mkdir()
+    for number in range(4):
+        (tmp_path / f'few/{number}.png').write_bytes(
+            (ROOT / 'docs/images/trade_off.png').read_bytes()
+        )
+    options = [tmp_path / 'few' if option == 'few' else option for option in options]
     status, line = make(plain[0], digits, tmp_path / 'x.pth', *options)
     assert status == 2 and said in line and 'Traceback' not in line
     assert not (tmp_path / 'x.pth').exists()

@@ -236,7 +236,9 @@ def server(checkpoint, tmp_path_factory):
             os.killpg(process, signal.SIGINT)
         tool_server().wait()
     assert list((folder / 'tmp').glob('web_demo_*')) == []
-    assert 'Traceback' not in err.read_text()
+    # Of starlette's, where a page is closed while it waits for an answer.
+    _, *faults = err.read_text().split('Traceback')
+    assert not [fault for fault in faults if 'No response returned.' not in fault]
 
 
 def uploaded(folder):
