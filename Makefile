@@ -12,6 +12,8 @@ PYTHON ?= python3.11 python3 python
 # A compiler of mmcv's files takes up to 1.3 GB.
 MAX_JOBS ?= $(shell awk '/MemAvailable/ {print int($$2 / 1500000) + 1}' /proc/meminfo | cat - <(nproc) | sort -n | head -1)
 ARGS ?=
+# Tests that start servers, clusters and browsers, and mostly wait for them.
+SERVICES := tests/test_serving tests/test_bulk tests/test_web
 
 VENV := $(CURDIR)/.venv
 PY := $(VENV)/bin/python
@@ -29,7 +31,7 @@ ifneq ($(shell cat $(READY_D2) 2>/dev/null),$(CURDIR))
 .PHONY: $(READY_D2)
 endif
 
-.PHONY: help setup demo lint test test-detectron2 benchmark clean
+.PHONY: help setup demo lint test test-services test-detectron2 benchmark clean
 
 help:
 	@cat <<-'EOF'
@@ -37,6 +39,8 @@ help:
 	make demo       setup, then the main job on the built-in data set; report in work_dirs/demo/report
 	make lint       setup, then ruff and codespell
 	make test       setup, then lint and the tests
+	make test-services
+	                setup, then the tests of the server, of detection in bulk (Ray) and of the demos in a browser
 	make test-detectron2
 	                virtual environment in .venv-detectron2 with Detectron2 0.6, then the tests of that side
 	make benchmark  setup, then the benchmark
@@ -54,7 +58,10 @@ lint: $(READY)
 	"$(VENV)/bin/codespell" .
 
 test: $(READY) lint
-	@"$(PY)" -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@"$(PY)" -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(SERVICES)) $(ARGS)
+
+test-services: $(READY)
+	@"$(PY)" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(SERVICES) $(ARGS)
 
 test-detectron2: $(READY_D2)
 	@OMP_NUM_THREADS=1 "$(VENV_D2)/bin/python" -m pytest -q tests_detectron2 -c tests_detectron2/pytest.ini $(ARGS)
