@@ -257,7 +257,6 @@ def test_pools_have_sizes_by_hard_share_and_cost(share, first, later, sizes):
 
 @pytest.fixture(scope='module')
 def ray():
-    pytest.importorskip('ray')
     ray = pools.start(workers=2)
     yield ray
     ray.shutdown()

@@ -3,6 +3,7 @@ what ONNX Runtime is bound to."""
 
 import copy
 
+import onnx
 import pytest
 import torch
 from mmengine.config import Config
@@ -81,7 +82,6 @@ def test_bound_tensors_give_what_arrays_give(folder, monkeypatch):
 
 
 def test_no_rois_can_be_bound():
-    onnx = pytest.importorskip('onnx')
     make = onnx.helper
     info = make.make_tensor_value_info
     graph = make.make_graph(
