@@ -25,7 +25,7 @@ from dynamicdet.bulk import pools
 from dynamicdet.bulk.one_process import detect_all
 from dynamicdet.bulk.passes import build_passes
 from dynamicdet.bulk.sources import Picture, list_pictures
-from dynamicdet.bulk.table import Table
+from dynamicdet.bulk.table import ResultTable
 from dynamicdet.files import write_atomically
 from dynamicdet.routing.budget import Budget
 from dynamicdet.routing.thresholds import threshold_for_share
@@ -58,7 +58,7 @@ def main():
     build = functools.partial(build_passes, cfg, str(checkpoint), 'cpu')
     model = build(Budget.parse(threshold=-1.0), 1, 10**7)
     with tempfile.TemporaryDirectory() as temporary:
-        with Table(f'{temporary}/all.parquet', originals, {}) as table:
+        with ResultTable(f'{temporary}/all.parquet', originals, {}) as table:
             detect_all(model, table, lambda _: None)
             table.finish()
         difficulties = parquet.read_table(f'{temporary}/all.parquet')['difficulty'].to_pylist()
@@ -76,7 +76,7 @@ def main():
                 def tell(_, times=times):
                     times.append(time.monotonic())
 
-                with Table(out, pictures, {}, args.part_size) as table:
+                with ResultTable(out, pictures, {}, args.part_size) as table:
                     why = ''
                     if settings is None:
                         detect_all(passes, table, tell)

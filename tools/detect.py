@@ -74,7 +74,7 @@ from dynamicdet.bulk.one_process import detect_all
 from dynamicdet.bulk.passes import Passes, build_passes
 from dynamicdet.bulk.pools import detect_in_pools, make_plan, start
 from dynamicdet.bulk.sources import list_pictures
-from dynamicdet.bulk.table import Table, require_arrow, write_coco
+from dynamicdet.bulk.table import ResultTable, require_arrow, write_coco
 from dynamicdet.errors import import_optional
 from dynamicdet.progress import picture_bar
 
@@ -114,7 +114,7 @@ def hard_share(passes: Passes) -> float:
     return float((known > passes.model.threshold.reshape(-1)[0]).float().mean())
 
 
-def run_on_cluster(args: argparse.Namespace, cfg: Config, passes: Passes, table: Table, tell):
+def run_on_cluster(args: argparse.Namespace, cfg: Config, passes: Passes, table: ResultTable, tell):
     """Share the work out."""
     ray = start(args.ray_address, args.workers)
     workers = args.workers or int(ray.cluster_resources().get('CPU', 1))
@@ -139,7 +139,7 @@ def main() -> None:
     pictures = list_pictures(args.sources)
     passes = builder(args, cfg)()
     settings = settings_of(args, cfg, passes)
-    with Table(args.out, pictures, settings, args.part_size) as table:
+    with ResultTable(args.out, pictures, settings, args.part_size) as table:
         if table.complete:
             print(f'{args.out} is complete already')
         else:

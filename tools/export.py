@@ -170,6 +170,17 @@ def describe_int8(about: dict) -> None:
         )
 
 
+def validation_loader(cfg: Config, needed: bool) -> tuple[DataLoader | None, str | None]:
+    """A loader over validation images, or None and what is missing; that is raised if it is
+    needed."""
+    try:
+        return build_val_loader(cfg), None
+    except UsageError as error:
+        if needed:
+            raise
+        return None, str(error)
+
+
 def export_alone(args: argparse.Namespace, cfg: Config) -> None:
     """Export a detector that needs nothing of this project."""
     if args.dry_run:
@@ -180,13 +191,7 @@ def export_alone(args: argparse.Namespace, cfg: Config) -> None:
         kind = 'int8' if args.int8 else 'float16' if args.float16 else 'float32'
         print(f'would write {args.out}, standalone, {kind}: {names}')
         return
-    loader, fault = None, None
-    try:
-        loader = build_val_loader(cfg)
-    except UsageError as error:
-        if args.int8:
-            raise
-        fault = str(error)
+    loader, fault = validation_loader(cfg, args.int8)
     graphed = None
     if args.int8 or args.float16:
         # What cannot be exported is refused before it is calibrated.
@@ -236,13 +241,7 @@ def main() -> None:
         kind = 'int8' if args.int8 else 'float32'
         print(f'would write {args.out}, {kind}: {", ".join(part.name for part in parts)}')
         return
-    loader, fault = None, None
-    try:
-        loader = build_val_loader(cfg)
-    except UsageError as error:
-        if args.int8:
-            raise
-        fault = str(error)
+    loader, fault = validation_loader(cfg, args.int8)
     about = deploy(
         cfg,
         args.checkpoint,

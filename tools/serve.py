@@ -77,7 +77,7 @@ def main() -> None:
     require_server()
     # The address first: a model takes seconds.
     bound = bind(args.host, args.port)
-    from dynamicdet.serving.app import Limits
+    from dynamicdet.serving.app import RequestLimits
     from dynamicdet.serving.batcher import Batcher
 
     cfg = None if Path(args.config).is_dir() else cli.load_config(args)
@@ -96,7 +96,7 @@ def main() -> None:
     )
     first, last = batcher.costs
     print(f'a picture takes {first:.3g} s to the first exit, {last:.3g} s to the last', flush=True)
-    limits = Limits(args.max_bytes, args.max_pixels, args.timeout)
+    limits = RequestLimits(args.max_bytes, args.max_pixels, args.timeout)
     serve(batcher, bound, limits, lambda text: print(text, flush=True))
 
 

@@ -28,7 +28,7 @@ from dynamicdet.bulk import pools
 from dynamicdet.bulk.one_process import detect_all
 from dynamicdet.bulk.passes import build_passes
 from dynamicdet.bulk.sources import list_pictures
-from dynamicdet.bulk.table import Table, read_rows, write_coco
+from dynamicdet.bulk.table import ResultTable, read_rows, write_coco
 from dynamicdet.errors import UsageError
 from dynamicdet.routing.budget import Budget
 from mmdet.utils import register_all_modules
@@ -83,7 +83,7 @@ def builder(small, batch_size=1):
 
 def detect(small, out, part_size=5, batch_size=1):
     pictures = list_pictures([str(small[0] / 'pictures')])
-    with Table(out, pictures, {}, part_size) as table:
+    with ResultTable(out, pictures, {}, part_size) as table:
         detect_all(builder(small, batch_size)(), table, lambda _: None)
         table.finish()
     return parquet.read_table(out)
@@ -194,7 +194,7 @@ def test_killed_behind_its_last_step_it_is_complete(small, wanted, tmp_path):
     detect(small, out)
     parts.mkdir()
     (parts / 'part-000001.parquet').write_bytes(b'')
-    with Table(out, list_pictures([str(small[0] / 'pictures')]), {}, 5) as table:
+    with ResultTable(out, list_pictures([str(small[0] / 'pictures')]), {}, 5) as table:
         assert table.complete
     assert not parts.exists() and parquet.read_table(out).equals(wanted)
 
@@ -214,25 +214,28 @@ def test_a_hard_picture_that_is_gone_has_its_error(small, tmp_path):
 def test_parts_of_others_are_not_taken(small, tmp_path):
     pictures = list_pictures([str(small[0] / 'pictures')])
     out = tmp_path / 'a.parquet'
-    with Table(out, pictures, {}, 4) as table:
-        with pytest.raises(UsageError, match='another run is writing'), Table(out, pictures, {}, 4):
+    with ResultTable(out, pictures, {}, 4) as table:
+        with (
+            pytest.raises(UsageError, match='another run is writing'),
+            ResultTable(out, pictures, {}, 4),
+        ):
             pass
         with pytest.raises(ValueError, match='other pictures'):
             table.write(0, [dict(picture='x')])
         assert table.missing() == list(range(-(-len(pictures) // 4)))
-    for other in (Table(out, pictures[1:], {}, 4), Table(out, pictures, dict(a=1), 4)):
+    for other in (ResultTable(out, pictures[1:], {}, 4), ResultTable(out, pictures, dict(a=1), 4)):
         with pytest.raises(UsageError, match='other pictures, detector or settings'), other:
             pass
     out.write_text('no table')
     shutil.rmtree(f'{out}.parts')
-    with pytest.raises(UsageError, match='is there already'), Table(out, pictures, {}, 4):
+    with pytest.raises(UsageError, match='is there already'), ResultTable(out, pictures, {}, 4):
         pass
 
 
 def test_no_pictures_found_and_no_boxes(tmp_path):
     """A table of errors alone is one."""
     (tmp_path / 'a.jpg').write_bytes(b'')
-    with Table(tmp_path / 'a.parquet', list_pictures([str(tmp_path / 'a.jpg')]), {}) as table:
+    with ResultTable(tmp_path / 'a.parquet', list_pictures([str(tmp_path / 'a.jpg')]), {}) as table:
         from dynamicdet.bulk.passes import empty_row
 
         table.write(0, [empty_row(table.pictures[0], 'is empty')])
@@ -284,7 +287,7 @@ def test_two_pools_find_the_same_and_a_killed_worker_loses_nothing(
             killed.append(random.Random(SEED).choice(workers()).pid)
             os.kill(killed[0], signal.SIGKILL)
 
-    with Table(out, pictures, {}, 5) as table:
+    with ResultTable(out, pictures, {}, 5) as table:
         plan = pools.make_plan(ray, build(), table, 2, 0.5, handover=handover)
         assert (plan.first, plan.later, plan.hand_over) == (1, 1, handover == 'maps')
         pools.detect_in_pools(ray, build, table, plan, tell)

@@ -5,17 +5,17 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from .passes import Passes
-from .table import Table
+from .table import ResultTable
 
 
 def detect_all(
-    passes: Passes, table: Table, tell: Callable[[int], object], decoders: int = 2
+    passes: Passes, table: ResultTable, tell: Callable[[int], object], decoders: int = 2
 ) -> None:
     """Make all parts of a table that are missing.
 
     Args:
         passes (Passes): The detector.
-        table (Table): Entered.
+        table (ResultTable): Entered.
         tell (Callable): Told of each part how many pictures it has.
         decoders (int): Threads that read and decode ahead. Defaults to 2.
     """

@@ -2,6 +2,7 @@
 
 A part goes through the pools as one row of a Ray data set, so a process that dies takes with it no
 more than parts that Ray gives to another. This process writes what comes back: each part once.
+Pickles are of this run's own processes alone: nothing that comes from elsewhere is unpickled.
 """
 
 import pickle
@@ -14,11 +15,11 @@ import numpy as np
 
 from ..errors import import_optional
 from .passes import Passes, measure_passes
-from .table import Table
+from .table import ResultTable
 
 
 @dataclass(frozen=True)
-class Plan:
+class PoolPlan:
     """How work is shared out.
 
     Attributes:
@@ -84,30 +85,30 @@ def start(address: str | None = None, workers: int | None = None):
 def make_plan(
     ray: Any,
     passes: Passes,
-    table: Table,
+    table: ResultTable,
     workers: int,
     share: float,
     pools: int = 2,
     handover: str = 'auto',
-) -> Plan:
+) -> PoolPlan:
     """Decide by measuring on a picture: how many processes each pool has, and whether maps are
     handed over.
 
     Args:
         ray: See `start`.
         passes (Passes): The detector, in this process.
-        table (Table): What is to be done.
+        table (ResultTable): What is to be done.
         workers (int): Processes in all.
         share (float): Of hard pictures that is expected, in [0, 1].
         pools (int): 1 or 2. Defaults to 2, where there are two workers.
         handover (str): 'maps', 'picture', or what is cheaper: 'auto'.
     """
     if pools == 1 or workers < 2:
-        return Plan(workers, 0, workers, True, f'{workers} processes do all passes')
+        return PoolPlan(workers, 0, workers, True, f'{workers} processes do all passes')
     waiting = (picture for number in table.missing() for picture in table.part(number))
     measured = next(filter(None, (measure_passes(passes, picture) for picture in waiting)), None)
     if measured is None:
-        return Plan(workers, 0, workers, True, 'no picture can be read')
+        return PoolPlan(workers, 0, workers, True, 'no picture can be read')
     first, later, size = measured
     carried = measure_handover(ray, size)
     hand_over = handover == 'maps'
@@ -117,7 +118,7 @@ def make_plan(
     cost = later + (carried if hand_over else first)
     at_first, at_later = share_out(workers, share, first, cost)
     how = 'maps are handed over' if hand_over else 'later passes start from the picture'
-    return Plan(
+    return PoolPlan(
         at_first,
         at_later,
         workers,
@@ -185,8 +186,8 @@ class _Later(_Worker):
 def detect_in_pools(
     ray: Any,
     build: Callable[[], Passes],
-    table: Table,
-    plan: Plan,
+    table: ResultTable,
+    plan: PoolPlan,
     tell: Callable[[int], object],
     gpus: float = 0.0,
 ) -> None:
@@ -195,8 +196,8 @@ def detect_in_pools(
     Args:
         ray: See `start`.
         build (Callable): Makes the detector, in each process: picklable.
-        table (Table): Entered.
-        plan (Plan): See `make_plan`.
+        table (ResultTable): Entered.
+        plan (PoolPlan): See `make_plan`.
         tell (Callable): Told of each part how many pictures it has.
         gpus (float): Of each process. Defaults to 0.
     """

@@ -52,7 +52,7 @@ def _schema():
     )
 
 
-class Table:
+class ResultTable:
     """A table that is being made. Use it in a ``with`` block: one run at a time.
 
     Args:
@@ -84,7 +84,7 @@ class Table:
         self._stack = contextlib.ExitStack()
         self.complete = False
 
-    def __enter__(self) -> 'Table':
+    def __enter__(self) -> 'ResultTable':
         require_arrow()
         if self.out.exists():
             if not self.out.is_file() or _about(self.out).get('digest') != self.digest:
@@ -134,7 +134,7 @@ class Table:
         if [row['picture'] for row in rows] != expected:
             raise ValueError(f'part {number} is of other pictures')
         content = io.BytesIO()
-        parquet.write_table(pa.Table.from_pylist(list(rows), _schema()), content)
+        parquet.write_table(pa.ResultTable.from_pylist(list(rows), _schema()), content)
         write_atomically(content.getvalue(), self._path(number))
 
     def finish(self) -> dict[str, int]:
@@ -188,7 +188,7 @@ def write_coco(path: str | Path, table: str | Path, classes: Sequence[str]) -> N
 
     Args:
         path (str or Path): The JSON file to make.
-        table (str or Path): Its rows; see `Table`.
+        table (str or Path): Its rows; see `ResultTable`.
         classes (Sequence[str]): Names; categories are numbered from 1 on.
     """
 

@@ -25,7 +25,7 @@ _RAW = ('image/jpeg', 'image/png', 'application/octet-stream')
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """What a request may cost.
 
     Attributes:
@@ -99,16 +99,18 @@ _BODY = dict(
 
 
 def build_app(
-    batcher: Batcher, limits: Limits | None = None, on_start: Callable[[], None] = lambda: None
+    batcher: Batcher,
+    limits: RequestLimits | None = None,
+    on_start: Callable[[], None] = lambda: None,
 ) -> FastAPI:
     """The application of a server; when it ends, all that was accepted is answered first.
 
     Args:
         batcher (Batcher): The detector at work; stopped with the application.
-        limits (Limits, optional): What a request may cost.
+        limits (RequestLimits, optional): What a request may cost.
         on_start (Callable): Called once the server is about to listen.
     """
-    limits = limits or Limits()
+    limits = limits or RequestLimits()
     decoders = ThreadPoolExecutor(limits.decoders, thread_name_prefix='decode')
     names = list((batcher.detector.model.dataset_meta or {}).get('classes', ()))
 

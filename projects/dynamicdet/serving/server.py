@@ -53,7 +53,7 @@ def serve(
     Args:
         batcher (Batcher): The detector at work.
         bound (socket): See `bind`.
-        limits (Limits, optional): What a request may cost.
+        limits (RequestLimits, optional): What a request may cost.
         tell (Callable): Told in one line where the server is.
     """
     import uvicorn
