@@ -134,7 +134,7 @@ class ResultTable:
         if [row['picture'] for row in rows] != expected:
             raise ValueError(f'part {number} is of other pictures')
         content = io.BytesIO()
-        parquet.write_table(pa.ResultTable.from_pylist(list(rows), _schema()), content)
+        parquet.write_table(pa.Table.from_pylist(list(rows), _schema()), content)
         write_atomically(content.getvalue(), self._path(number))
 
     def finish(self) -> dict[str, int]:
